@@ -1,0 +1,134 @@
+"""Sizes known before anything is built: parameters, floating-point operations, memory per rank.
+
+All are functions of the config alone, so `--dry-run` and the planner need no torch; tests hold the
+counts against built models and the operations against `torch.utils.flop_counter`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from promoe_ds.config.schema import RunConfig
+
+TIMESTEP_FREQUENCIES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """Parameters by kind. `total` and `activated` follow the published convention."""
+
+    dense: int
+    routed: int
+    unconditional: int
+    routed_per_expert: int
+    top_k: int
+    moe_layers: int
+    position_embedding: int
+
+    @property
+    def trainable(self) -> int:
+        """All that the optimizer moves."""
+        return self.dense + self.routed + self.unconditional
+
+    @property
+    def total(self) -> int:
+        """Trainable parameters and the fixed position embedding, as the paper counts (Table 2)."""
+        return self.trainable + self.position_embedding
+
+    @property
+    def activated(self) -> int:
+        """What one conditional token uses: everything but the experts it is not sent to."""
+        unused = self.routed - self.moe_layers * self.top_k * self.routed_per_expert + self.unconditional
+        return self.total - unused
+
+
+def count_parameters(config: RunConfig) -> ParameterCount:
+    """Count the parameters of the model that `config` describes."""
+    model, routing = config.model, config.routing
+    width, layers = model.hidden_size, len(config.moe_block_indices)
+    expert = _feed_forward(width, config.expert_width)
+    shared = routing.num_shared_experts * config.shared_expert_width
+    unconditional = routing.num_unconditional_experts * config.expert_width
+    dense = _outside_blocks(config) + model.depth * _block_without_feed_forward(config)
+    dense += (model.depth - layers) * _feed_forward(width, int(model.mlp_ratio * width))
+    dense += layers * (routing.num_experts * width + (_feed_forward(width, shared) if shared else 0))
+    return ParameterCount(
+        dense=dense, routed=layers * routing.num_experts * expert, routed_per_expert=expert, top_k=routing.top_k,
+        unconditional=layers * _feed_forward(width, unconditional) if unconditional else 0, moe_layers=layers,
+        position_embedding=model.tokens_per_image * width)
+
+
+def forward_flops_per_image(config: RunConfig) -> int:
+    """Floating-point operations of one conditional image's forward pass (a multiply-add is two).
+
+    Matrix products only: linear layers, attention, the experts a token activates, routing scores.
+    """
+    model, routing = config.model, config.routing
+    width, tokens, depth = model.hidden_size, model.tokens_per_image, model.depth
+    moe_layers = len(config.moe_block_indices)
+    patch = model.patch_size**2
+    per_token = model.in_channels * patch * width + depth * (4 * width * width + 2 * tokens * width)
+    per_token += (depth - moe_layers) * 2 * width * int(model.mlp_ratio * width)
+    active = routing.top_k * config.expert_width + routing.num_shared_experts * config.shared_expert_width
+    per_token += moe_layers * width * (2 * active + routing.num_experts)
+    per_token += width * patch * model.out_channels
+    per_image = TIMESTEP_FREQUENCIES * width + width * width + depth * 6 * width * width + 2 * width * width
+    return 2 * (tokens * per_token + per_image)
+
+
+def training_flops_per_image(config: RunConfig) -> int:
+    """Forward and backward pass: three times the forward one (Kaplan et al., 2020)."""
+    return 3 * forward_flops_per_image(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes per rank that training holds for good, without activations."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all kinds."""
+        return self.weights + self.gradients + self.optimizer + self.ema
+
+
+def plan_memory(config: RunConfig, *, world_size: int, zero_stage: int, precision: str) -> MemoryPlan:
+    """Compute the model-state bytes of one rank under ZeRO and expert parallelism.
+
+    fp32: the master weights are the weights' own copy under ZeRO 1 and 2, none under ZeRO 0.
+    """
+    count, ep_size = count_parameters(config), config.parallel.ep_size
+    dense, routed = count.dense + count.unconditional, count.routed // ep_size
+    held = dense + routed
+    owned = held
+    if zero_stage > 0:
+        owned = -(-dense // world_size) + -(-routed * ep_size // world_size)
+    size = 2 if precision == "bf16" else 4
+    masters = 4 * owned if zero_stage > 0 else 0
+    return MemoryPlan(weights=size * held, gradients=size * (owned if zero_stage == 2 else held),
+                      optimizer=8 * owned + masters, ema=4 * owned)
+
+
+def _feed_forward(width: int, hidden: int) -> int:
+    return 2 * width * hidden + hidden + width
+
+
+def _block_without_feed_forward(config: RunConfig) -> int:
+    width = config.model.hidden_size
+    attention = 4 * width * width + 4 * width
+    qk_norm = 4 * (width // config.model.num_heads) if config.model.qk_norm else 0
+    return attention + qk_norm + 6 * width * width + 6 * width
+
+
+def _outside_blocks(config: RunConfig) -> int:
+    model, width = config.model, config.model.hidden_size
+    patch = model.patch_size**2
+    patches = model.in_channels * patch * width + width
+    timestep = TIMESTEP_FREQUENCIES * width + width + width * width + width
+    labels = (model.num_classes + 1) * width
+    final = 2 * width * width + 2 * width + patch * model.out_channels * (width + 1)
+    return patches + timestep + labels + final

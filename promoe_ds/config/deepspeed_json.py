@@ -1,0 +1,134 @@
+"""The DeepSpeed JSON: ZeRO, precision and communication only; the rest is "auto", filled from the recipe."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from promoe_ds.config.batching import BatchPlan
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.errors import ConfigError
+
+#: Sections that the recipe owns: stating them in the JSON would be a second way to say a thing.
+_OWNED_BY_RECIPE = {
+    "optimizer": "the optimizer section of the recipe",
+    "scheduler": "optimizer.schedule of the recipe",
+    "activation_checkpointing": "parallel.activation_checkpointing of the recipe",
+    "tensorboard": "logging.tensorboard of the recipe",
+    "fp16": "bf16 in this file: fp16 loss scaling is not supported",
+    "elasticity": "train.global_batch_size of the recipe",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedPlan:
+    """A resolved DeepSpeed config and what the package itself needs to know of it."""
+
+    json: dict[str, Any]
+    zero_stage: int
+    precision: Literal["fp32", "bf16"]
+
+
+def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed config as strict JSON: no comments, no duplicate keys, no NaN.
+
+    Raises: ConfigError naming the file and, where JSON itself is broken, the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--deepspeed_config {path}: cannot be read ({error})") from None
+    try:
+        values = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except (json.JSONDecodeError, ValueError) as error:
+        raise ConfigError(f"--deepspeed_config {path} is not strict JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--deepspeed_config {path} must hold one JSON object")
+    return values
+
+
+def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchPlan, *, source: str) -> DeepSpeedPlan:
+    """Fill every "auto", refuse contradictions and what cannot work with this trainer.
+
+    Args:
+        values: as `read_deepspeed_json` returns them; not changed.
+        source: the file's name, for messages.
+    Raises: ConfigError naming both places for a value stated twice and differently.
+    """
+    resolved = json.loads(json.dumps(values))
+    for key, owner in _OWNED_BY_RECIPE.items():
+        section = resolved.get(key)
+        if section and (not isinstance(section, dict) or section.get("enabled", True)):
+            raise ConfigError(f"{source}: {key} does not belong here; use {owner}")
+    stage = _check_zero(resolved, source)
+    bf16 = bool(_section(resolved, "bf16", source).get("enabled", False))
+    if bf16 and stage == 0:
+        raise ConfigError(f"{source}: bf16.enabled with zero_optimization.stage=0 leaves experts out of the gradient norm "
+                          "in DeepSpeed: use stage 1 or 2, or fp32")
+    _fill_auto(resolved, config, batches, source)
+    if stage == 0:
+        # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: engine/clip.py clips.
+        resolved["gradient_clipping"] = 0.0
+    resolved["zero_allow_untested_optimizer"] = True  # AdamW with the moving average in its state
+    resolved.setdefault("steps_per_print", 10**9)
+    return DeepSpeedPlan(json=resolved, zero_stage=stage, precision="bf16" if bf16 else "fp32")
+
+
+def _check_zero(resolved: dict[str, Any], source: str) -> int:
+    zero = _section(resolved, "zero_optimization", source)
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise ConfigError(f"{source}: zero_optimization.stage={stage} is not supported: DeepSpeed refuses expert "
+                          "parallelism under ZeRO 3; use 0, 1 or 2")
+    for key in ("round_robin_gradients", "offload_optimizer", "offload_param"):
+        if zero.get(key):
+            raise ConfigError(f"{source}: zero_optimization.{key} is not supported: the shards of the weights and of their "
+                              "moving average could not be told apart in a checkpoint; leave it out")
+    return stage
+
+
+def _fill_auto(resolved: dict[str, Any], config: RunConfig, batches: BatchPlan, source: str) -> None:
+    owned = {
+        "train_batch_size": ("train.global_batch_size", batches.global_batch),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", batches.micro_batch),
+        "gradient_accumulation_steps": ("train.global_batch_size / (train.micro_batch_size * ranks)", batches.accumulation),
+        "gradient_clipping": ("optimizer.clip_norm", config.optimizer.clip_norm),
+    }
+    for key, (name, value) in owned.items():
+        stated = resolved.get(key, "auto")
+        if stated != "auto" and stated != value:
+            raise ConfigError(f"{source}: {key}={stated} contradicts {name}={value} of the recipe: say \"auto\" there, or "
+                              "make them equal")
+        resolved[key] = value
+    left = [key for key, value in _flattened(resolved) if value == "auto"]
+    if left:
+        raise ConfigError(f"{source}: \"auto\" has no meaning for {', '.join(left)}; only for {', '.join(owned)}")
+
+
+def _section(values: dict[str, Any], key: str, source: str) -> dict[str, Any]:
+    section = values.get(key, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{source}: {key} must be an object, found {section!r}")
+    return section
+
+
+def _flattened(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        rows += _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return rows
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} stands twice")
+        result[key] = value
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value")

@@ -1,0 +1,156 @@
+"""From a recipe's name or path, plus overrides, to a validated `RunConfig`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.errors import ConfigError
+
+RECIPES_DIR = Path(__file__).parent.parent / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the packaged recipes."""
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Load a recipe, apply `section.field=value` overrides, validate.
+
+    Args:
+        recipe: the name of a packaged recipe or the path of a YAML file. A recipe may name another
+            one under `base`, whose values it inherits and overrides.
+        overrides: as after `--set`; values are read as YAML (`true`, `3`, `[0.9, 0.95]`, `null`).
+    Raises: ConfigError naming the dotted field, its value and, for a typing error, the nearest valid name.
+    """
+    path = _recipe_path(recipe)
+    values = _read_with_base(path, seen=())
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        _apply_override(values, override)
+    return config_from_dict(values, source=str(recipe))
+
+
+def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:
+    """Validate nested values, e.g. those saved in a run or a checkpoint.
+
+    Raises: ConfigError, with one line for each problem.
+    """
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors()]
+        raise ConfigError("\n".join([f"{source} does not describe a run:", *(f"  {line}" for line in lines)])) from None
+
+
+def dotted_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Return every name that `--set` takes, e.g. `train.max_steps`."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            names += dotted_names(annotation, f"{prefix}{name}.")
+        else:
+            names.append(f"{prefix}{name}")
+    return names
+
+
+def nearest_name(name: str) -> str | None:
+    """Return the valid dotted name that `name` most likely stands for, or None.
+
+    A field put into the wrong section is recognised by its last part.
+    """
+    names = dotted_names()
+    leaf = name.rsplit(".", 1)[-1]
+    same_leaf = [valid for valid in names if valid.rsplit(".", 1)[-1] == leaf]
+    if same_leaf:
+        return same_leaf[0]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    leaves = {valid.rsplit(".", 1)[-1]: valid for valid in names}
+    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
+    return leaves[close[0]] if close else None
+
+
+def _recipe_path(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"--recipe {recipe}: no such file")
+        return path
+    packaged = RECIPES_DIR / f"{recipe}.yaml"
+    if packaged.is_file():
+        return packaged
+    close = difflib.get_close_matches(str(recipe), list_recipes(), n=1)
+    hint = f"did you mean {close[0]}?" if close else "give the path of a .yaml file,"
+    raise ConfigError(f"--recipe {recipe}: no packaged recipe of that name; {hint} the packaged ones are "
+                      f"{', '.join(list_recipes())}")
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: the recipe is its own base")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, found {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    relative = path.parent / str(base)
+    base_path = relative if relative.is_file() else _recipe_path(str(base))
+    return _merged(_read_with_base(base_path, (*seen, path.resolve())), values)
+
+
+def _merged(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(dict(result[key]), value) if both else value
+    return result
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise ConfigError(f"--set {override}: expected section.field=value")
+    if name not in dotted_names():
+        raise ConfigError(_unknown(f"--set {name}", name))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+    *sections, leaf = name.split(".")
+    target = values
+    for section in sections:
+        if not isinstance(target.get(section), dict):
+            target[section] = {}
+        target = target[section]
+    target[leaf] = value
+
+
+def _unknown(where: str, name: str) -> str:
+    nearest = nearest_name(name)
+    return f"{where}: no such field" + (f"; did you mean {nearest}?" if nearest else "")
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return _unknown(name, name)
+    if problem["type"] == "missing":
+        return f"{name}: must be set"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name}={problem['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,251 @@
+"""What a run is: frozen, validated, free of torch.
+
+Every field that a recipe may set stands here once. Unknown keys are errors (`loader` adds the
+nearest valid name). Sizes that cannot work are refused here, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from promoe_ds.config.presets import PRESETS
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, keyword-only, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The diffusion transformer's sizes (Peebles & Xie, 2023; ProMoE Table 2)."""
+
+    preset: Literal["s", "b", "l", "xl"] | None = Field(None, description="fills the sizes left out")
+    input_size: int = Field(32, gt=0, description="height and width of a latent, in latent pixels")
+    patch_size: int = Field(2, gt=0)
+    in_channels: int = Field(4, gt=0)
+    hidden_size: int = Field(gt=0, description="width D")
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_ratio: float = Field(4.0, gt=0, description="width of a dense feed-forward over D")
+    qk_norm: bool = False
+    learn_sigma: bool = Field(True, description="twice the channels out; the first half is the prediction")
+    num_classes: int = Field(1000, gt=0, description="the null label is num_classes")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("preset") in PRESETS:
+            return {**PRESETS[values["preset"]], **values}
+        return values
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 4 (sin-cos positions)")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide input_size={self.input_size}")
+        return self
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for «no condition»."""
+        return self.num_classes
+
+    @property
+    def tokens_per_image(self) -> int:
+        """S: patches of one image."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+class RoutingConfig(Section):
+    """The feed-forward: dense, or a mixture of experts with ProMoE's two-step router."""
+
+    method: Literal["dense", "token_choice"] = "token_choice"
+    moe_blocks: Literal["interleave", "all"] = Field("interleave", description="odd blocks, or every block")
+    num_experts: int = Field(12, gt=0, description="E: routed experts on all ranks, unconditional ones excluded")
+    top_k: int = Field(1, gt=0, description="K: routed experts per conditional token")
+    num_shared_experts: int = Field(1, ge=0, description="N_s of Eq. 5")
+    num_unconditional_experts: int = Field(1, ge=0, description="N_u of Eq. 5; 0 routes null samples too")
+    expert_width: int | None = Field(None, gt=0, description="F; half of mlp_ratio * D if left out")
+    shared_expert_width: int | None = Field(None, gt=0, description="as expert_width if left out")
+    activation: Literal["identity", "sigmoid", "softmax"] = Field("identity", description="A of Eq. 2")
+    score_scale: float = Field(1.0, gt=0, description="alpha of Eq. 4")
+    rcl_weight: float = Field(1.0, ge=0, description="lambda_RCL; 0 switches the loss off")
+    rcl_temperature: float = Field(0.07, gt=0, description="tau of Eq. 6")
+    rcl_scope: Literal["rank", "global"] = Field("global", description="centroids of this rank, or of all ranks")
+    rcl_assignments: Literal["all", "first"] = Field("all", description="all K choices form the centroids, or the best")
+    balance_weight: float = Field(0.0, ge=0, description="coefficient of the load-balancing loss")
+    balance_level: Literal["batch", "sample"] = "batch"
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> RoutingConfig:
+        if self.method != "dense" and self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the experts lie over the ranks and what moves the tokens."""
+
+    ep_size: int = Field(1, gt=0, description="ranks that share one set of routed experts")
+    dispatch: Literal["auto", "local", "deepspeed"] = Field("auto", description="auto: deepspeed when ep_size > 1")
+    expert_backend: Literal["auto", "grouped_mm", "loop"] = "auto"
+    activation_checkpointing: Literal["none", "full"] = "none"
+    timeout_seconds: float = Field(600.0, gt=0, description="of every collective")
+
+    @model_validator(mode="after")
+    def _dispatch_fits(self) -> ParallelConfig:
+        if self.dispatch == "local" and self.ep_size > 1:
+            raise ValueError(f"dispatch=local keeps all experts on one rank, ep_size={self.ep_size} shards them: "
+                             "use dispatch=deepspeed (or auto), or ep_size=1")
+        return self
+
+    @property
+    def resolved_dispatch(self) -> Literal["local", "deepspeed"]:
+        """The dispatcher that `auto` stands for."""
+        if self.dispatch == "auto":
+            return "deepspeed" if self.ep_size > 1 else "local"
+        return self.dispatch
+
+
+class DiffusionConfig(Section):
+    """Rectified flow with logit-normal noise levels (Esser et al., 2024)."""
+
+    objective: Literal["rectified_flow"] = "rectified_flow"
+    sigma_mean: float = Field(0.0, description="of the normal under the logistic function")
+    sigma_std: float = Field(1.0, gt=0)
+    num_train_timesteps: int = Field(1000, gt=0, description="timestep = sigma * num_train_timesteps")
+    shift: float = Field(1.0, gt=0, description="of the sampler's sigmas, applied once")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="probability of the null label in training")
+
+
+class DataConfig(Section):
+    """Where samples come from."""
+
+    dataset: Literal["digits", "latents", "synthetic"] = "digits"
+    path: str | None = Field(None, description="folder of a `latents` dataset")
+    latent_scale: float = Field(1.0, gt=0, description="latents are multiplied by it")
+    heldout_fraction: float = Field(0.2, gt=0, lt=1, description="of digits, never trained on")
+    synthetic_samples: int = Field(4096, gt=0)
+
+    @model_validator(mode="after")
+    def _path_fits(self) -> DataConfig:
+        if self.dataset != "latents" and self.path is not None:
+            raise ValueError(f"path={self.path!r} has no use for dataset={self.dataset}: leave it out")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW, its schedule, clipping and the moving average of the weights."""
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only, never on biases or prototypes")
+    clip_norm: float = Field(0.5, ge=0, description="of the global gradient norm; 0 switches clipping off")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    min_lr: float = Field(0.0, ge=0, description="where linear and cosine end")
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _lr_fits(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} exceeds lr={self.lr}")
+        return self
+
+
+class TrainConfig(Section):
+    """How long, how much at a time, what is written when."""
+
+    global_batch_size: int = Field(256, gt=0, description="samples per optimizer step, over all ranks")
+    micro_batch_size: int | None = Field(None, gt=0, description="per rank and pass; global / ranks if left out")
+    max_steps: int = Field(gt=0)
+    stop_after_steps: int | None = Field(None, gt=0, description="end this process after so many steps, as an "
+                                                                 "interruption would; the schedule is unchanged")
+    log_every: int = Field(50, gt=0)
+    checkpoint_every: int = Field(1000, gt=0)
+    keep_last: int = Field(3, gt=0, description="complete checkpoints kept")
+    seed: int = Field(0, ge=0, lt=2**63)
+    max_nonfinite_steps: int = Field(3, gt=0, description="skipped in a row before the run stops")
+
+
+class LoggingConfig(Section):
+    """What is recorded beside metrics.jsonl."""
+
+    tensorboard: Literal["auto", "on", "off"] = Field("auto", description="auto: on where it is installed")
+    timestep_bins: int = Field(10, gt=0, description="equal bins of sigma in routing.jsonl")
+
+
+class SamplingConfig(Section):
+    """Defaults of `promoe_ds.cli.sample` for models of this recipe."""
+
+    steps: int = Field(250, gt=0)
+    cfg_scale: float = Field(1.5, ge=0)
+
+
+class RunConfig(Section):
+    """One run, whole. Saved in the run directory and inside every checkpoint and export."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    model: ModelConfig
+    routing: RoutingConfig = RoutingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    logging: LoggingConfig = LoggingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if self.routing.method == "dense":
+            if self.parallel.resolved_dispatch != "local":
+                raise ValueError("parallel.ep_size and parallel.dispatch shard experts, but routing.method=dense has none: "
+                                 "set parallel.ep_size=1")
+        elif self.routing.num_experts % self.parallel.ep_size:
+            raise ValueError(f"parallel.ep_size={self.parallel.ep_size} does not divide "
+                             f"routing.num_experts={self.routing.num_experts}: every rank holds equally many")
+        if self.data.dataset == "digits":
+            self._digits_fit()
+        return self
+
+    def _digits_fit(self) -> None:
+        if (self.model.input_size, self.model.in_channels) != (8, 1):
+            raise ValueError(f"data.dataset=digits has 8x8 images of one channel, but model.input_size="
+                             f"{self.model.input_size} and model.in_channels={self.model.in_channels}")
+        if self.model.num_classes < 10:
+            raise ValueError(f"data.dataset=digits has the labels 0..9, but model.num_classes={self.model.num_classes}: "
+                             "set model.num_classes=10")
+
+    @property
+    def expert_width(self) -> int:
+        """F: hidden width of one routed or unconditional expert."""
+        return self.routing.expert_width or int(self.model.mlp_ratio * self.model.hidden_size) // 2
+
+    @property
+    def shared_expert_width(self) -> int:
+        """Hidden width of one shared expert."""
+        return self.routing.shared_expert_width or self.expert_width
+
+    def is_moe_block(self, index: int) -> bool:
+        """Whether block `index` (from 0) holds experts: the odd ones under `interleave`, else all."""
+        if self.routing.method == "dense":
+            return False
+        return self.routing.moe_blocks == "all" or index % 2 == 1
+
+    @property
+    def moe_block_indices(self) -> tuple[int, ...]:
+        """Indices of the blocks that hold experts."""
+        return tuple(i for i in range(self.model.depth) if self.is_moe_block(i))

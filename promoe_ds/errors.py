@@ -1,0 +1,39 @@
+"""The exceptions that a user may meet: each message says the value, the field and the remedy."""
+
+from __future__ import annotations
+
+
+class PromoeError(Exception):
+    """Base of every error that is reported to the user as one message, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(PromoeError):
+    """A recipe, an override or a DeepSpeed JSON that cannot describe a run."""
+
+    exit_code = 2
+
+
+class DataError(PromoeError):
+    """Data that is missing, malformed or does not fit the recipe."""
+
+    exit_code = 3
+
+
+class CheckpointError(PromoeError):
+    """A checkpoint or export that is missing, damaged, foreign, or could not be written."""
+
+    exit_code = 4
+
+
+class TrainingError(PromoeError):
+    """Training cannot go on, e.g. too many non-finite steps in a row."""
+
+    exit_code = 5
+
+
+class RoutingError(PromoeError):
+    """A routing request that has no meaning, e.g. more choices than experts."""
+
+    exit_code = 6

@@ -1,0 +1,47 @@
+"""Rank-aware logging: rank 0 speaks, the other ranks only warn."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+_ROOT = "promoe_ds"
+
+
+def rank_from_environment() -> int:
+    """Return this process's global rank as its launcher states it, 0 where there is none."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def get_logger(name: str = _ROOT) -> logging.Logger:
+    """Return the package's logger, or its child of that name."""
+    return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+
+
+def configure_logging(rank: int, *, log_file: Path | None = None) -> None:
+    """Send this rank's messages to stderr and, on rank 0, also to a file.
+
+    Args:
+        rank: global rank; rank 0 shows INFO and above, the others WARNING and above.
+        log_file: appended to by rank 0 only; its folder must exist.
+    Raises: OSError if the file cannot be opened.
+    """
+    logger = logging.getLogger(_ROOT)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    formatter = logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_file is not None and rank == 0:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)

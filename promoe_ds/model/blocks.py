@@ -1,0 +1,105 @@
+"""Transformer blocks with adaptive layer norm (adaLN-Zero), dense or with experts.
+
+Letters: B images, S tokens per image, D width, A heads, G head width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from promoe_ds.moe.experts import FeedForward
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.routing.assignment import RoutingPlan
+from promoe_ds.routing.partition import Partition
+
+NORM_EPS = 1e-6
+QK_NORM_EPS = 1e-5
+
+
+def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """Return x * (1 + scale) + shift, per image."""
+    return x_BSD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the tokens of one image."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        head_width = width // num_heads
+        self.q_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Map (B, S, D) to (B, S, D)."""
+        batch, tokens, width = x_BSD.shape
+        qkv = self.qkv(x_BSD).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q_BASG, k_BASG, v_BASG = qkv.unbind(0)
+        mixed = F.scaled_dot_product_attention(self.q_norm(q_BASG), self.k_norm(k_BASG), v_BASG)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class DiTBlock(nn.Module):
+    """Attention and a feed-forward (dense or experts), both under adaLN-Zero."""
+
+    def __init__(self, width: int, attention: SelfAttention, feed_forward: FeedForward | MoELayer) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.attention = attention
+        self.feed_forward_norm = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.modulation = nn.Linear(width, 6 * width)
+        self.is_moe = isinstance(feed_forward, MoELayer)
+        if self.is_moe:
+            self.moe = feed_forward
+        else:
+            self.feed_forward = feed_forward
+        self.recompute = False
+
+    def forward(self, x_BSD: Tensor, condition_BD: Tensor, partition: Partition) -> tuple[Tensor, RoutingPlan | None]:
+        """Map (B, S, D) to (B, S, D) and return the layer's routing plan, None for a dense block.
+
+        With `recompute` the two halves are recomputed in the backward pass. Routing stands between them and is not: its
+        decision, losses and statistics exist once.
+        """
+        x_BSD, tokens_BSD, gate_BD = self._run(self._attend, x_BSD, condition_BD)
+        if not self.is_moe:
+            return self._run(self._apply_dense, x_BSD, tokens_BSD, gate_BD), None
+        plan = self.moe.route(tokens_BSD, partition)
+        return self._run(self._apply_experts, x_BSD, tokens_BSD, gate_BD, partition, plan), plan
+
+    def _attend(self, x_BSD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(F.silu(condition_BD)).chunk(6, dim=-1)
+        x_BSD = x_BSD + gate_a[:, None] * self.attention(modulate(self.attention_norm(x_BSD), shift_a, scale_a))
+        return x_BSD, modulate(self.feed_forward_norm(x_BSD), shift_f, scale_f), gate_f
+
+    def _apply_dense(self, x_BSD: Tensor, tokens_BSD: Tensor, gate_BD: Tensor) -> Tensor:
+        return x_BSD + gate_BD[:, None] * self.feed_forward(tokens_BSD)
+
+    def _apply_experts(self, x_BSD: Tensor, tokens_BSD: Tensor, gate_BD: Tensor, partition: Partition,
+                       plan: RoutingPlan) -> Tensor:
+        return x_BSD + gate_BD[:, None] * self.moe.apply_experts(tokens_BSD, partition, plan)
+
+    def _run(self, function, *args):  # noqa: ANN001, ANN002, ANN202 - the signature of `function`
+        if self.recompute and self.training:
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear map from tokens to patches."""
+
+    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+
+    def forward(self, x_BSD: Tensor, condition_BD: Tensor) -> Tensor:
+        """Map (B, S, D) to (B, S, patch * patch * channels)."""
+        shift, scale = self.modulation(F.silu(condition_BD)).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x_BSD), shift, scale))

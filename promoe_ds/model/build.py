@@ -1,0 +1,47 @@
+"""From a config to the network: the one place where presets and routers become modules."""
+
+from __future__ import annotations
+
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.model.blocks import DiTBlock, SelfAttention
+from promoe_ds.model.dit import DiT
+from promoe_ds.moe.experts import FeedForward, StackedExperts
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.routing.two_step import TwoStepRouter, TwoStepSettings
+
+
+def build_model(config: RunConfig) -> DiT:
+    """Build the whole network, all experts on this process, uninitialised.
+
+    Use `torch.device("meta")` around it for models that do not fit; `engine.adapter` then keeps this rank's experts.
+    """
+    blocks = [_build_block(config, index) for index in range(config.model.depth)]
+    network = DiT(config, blocks)
+    for block in network.blocks:
+        block.recompute = config.parallel.activation_checkpointing == "full"
+    return network
+
+
+def _build_block(config: RunConfig, index: int) -> DiTBlock:
+    model = config.model
+    attention = SelfAttention(model.hidden_size, model.num_heads, qk_norm=model.qk_norm)
+    if config.is_moe_block(index):
+        return DiTBlock(model.hidden_size, attention, build_moe_layer(config))
+    return DiTBlock(model.hidden_size, attention, FeedForward(model.hidden_size, int(model.mlp_ratio * model.hidden_size)))
+
+
+def build_moe_layer(config: RunConfig) -> MoELayer:
+    """Build one MoE layer: router, routed experts, shared and unconditional expert."""
+    routing, width = config.routing, config.model.hidden_size
+    settings = TwoStepSettings(
+        num_experts=routing.num_experts, top_k=routing.top_k, activation=routing.activation,
+        score_scale=routing.score_scale, rcl_weight=routing.rcl_weight, rcl_temperature=routing.rcl_temperature,
+        rcl_assignments=routing.rcl_assignments, balance_weight=routing.balance_weight, balance_level=routing.balance_level)
+    shared = routing.num_shared_experts * config.shared_expert_width
+    unconditional = routing.num_unconditional_experts * config.expert_width
+    backend = "grouped_mm" if config.parallel.expert_backend == "auto" else config.parallel.expert_backend
+    return MoELayer(
+        router=TwoStepRouter(width, settings),
+        routed=StackedExperts(routing.num_experts, width, config.expert_width, backend=backend),
+        shared=FeedForward(width, shared) if shared else None,
+        unconditional=FeedForward(width, unconditional) if unconditional else None)

@@ -1,0 +1,86 @@
+"""The diffusion transformer. One file for every method: a method is a router and a preset.
+
+Letters: B images, S tokens per image, D width, Z latent channels, H, W latent size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.model.blocks import DiTBlock, FinalLayer
+from promoe_ds.model.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_positions
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.routing.assignment import RoutingPlan
+from promoe_ds.routing.partition import partition_samples
+
+
+@dataclass(frozen=True)
+class DenoiserOutput:
+    """A forward pass as training sees it: the prediction and each MoE layer's plan, by block index."""
+
+    prediction_BZHW: Tensor
+    plans: dict[int, RoutingPlan]
+
+
+class DiT(nn.Module):
+    """Predicts the velocity (or noise) of noised latents, conditioned on a label."""
+
+    def __init__(self, config: RunConfig, blocks: list[DiTBlock]) -> None:
+        """Assemble the network around `blocks`; uninitialised (`model.init` fills it)."""
+        super().__init__()
+        model = config.model
+        self.config = config
+        self.patch_embedding = PatchEmbedding(model.patch_size, model.in_channels, model.hidden_size)
+        self.timestep_embedding = TimestepEmbedding(model.hidden_size)
+        self.label_embedding = LabelEmbedding(model.num_classes, model.hidden_size)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels)
+        self.register_buffer("positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False)
+
+    def reset_positions(self) -> None:
+        """(Re)compute the fixed position table, e.g. after materialising from the meta device."""
+        model = self.config.model
+        positions = sincos_positions(model.hidden_size, model.input_size // model.patch_size)
+        self.positions = positions.to(self.positions.device, self.positions.dtype)
+
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """Return the MoE layers by block index."""
+        return {index: block.moe for index, block in enumerate(self.blocks) if block.is_moe}
+
+    def forward(self, latents_BZHW: Tensor, timestep_B: Tensor, labels_B: Tensor) -> Tensor:
+        """Predict; what samplers call.
+
+        Args:
+            latents_BZHW: noised latents.
+            timestep_B: sigma * 1000, float.
+            labels_B: int64 in 0 ... num_classes; num_classes is the null label.
+        Returns: (B, out_channels, H, W) in the latents' dtype; the first Z channels are the prediction.
+        """
+        return self.denoise(latents_BZHW, timestep_B, labels_B).prediction_BZHW
+
+    def denoise(self, latents_BZHW: Tensor, timestep_B: Tensor, labels_B: Tensor) -> DenoiserOutput:
+        """Predict and keep the routing plans; arguments as `forward`.
+
+        Source: DiT with the feed-forward of Eq. 5; official: the same, in fp32.
+        """
+        partition = partition_samples(labels_B, self.config.model.null_label,
+                                      has_unconditional_expert=self.config.routing.num_unconditional_experts > 0)
+        x_BSD = self.patch_embedding(latents_BZHW.to(self.positions.dtype)) + self.positions
+        condition_BD = self.timestep_embedding(timestep_B) + self.label_embedding(labels_B)
+        plans: dict[int, RoutingPlan] = {}
+        for index, block in enumerate(self.blocks):
+            x_BSD, plan = block(x_BSD, condition_BD, partition)
+            if plan is not None:
+                plans[index] = plan
+        patches = self.final_layer(x_BSD, condition_BD)
+        return DenoiserOutput(self._unpatchify(patches).to(latents_BZHW.dtype), plans)
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        model = self.config.model
+        grid = model.input_size // model.patch_size
+        tiles = patches.view(-1, grid, grid, model.patch_size, model.patch_size, model.out_channels)
+        return tiles.permute(0, 5, 1, 3, 2, 4).reshape(-1, model.out_channels, model.input_size, model.input_size)

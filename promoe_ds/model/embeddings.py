@@ -1,0 +1,75 @@
+"""Patches, fixed positions, timestep and label embeddings (Peebles & Xie, 2023).
+
+Letters: B images, S tokens per image, D width, Z latent channels, H, W latent size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from promoe_ds.config.accounting import TIMESTEP_FREQUENCIES
+
+MAX_PERIOD = 10_000.0
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts latents into square patches and maps each to a token."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latents_BZHW: Tensor) -> Tensor:
+        """Return tokens (B, S, D), row by row."""
+        return self.proj(latents_BZHW).flatten(2).transpose(1, 2)
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Return fixed 2-D positions (grid * grid, width), fp32.
+
+    Source: MAE / DiT; the half of `width` for the column comes first, then that for the row, each sin then cos.
+    Args:
+        width: a multiple of 4.
+        grid: patches per side.
+    """
+    rows, columns = np.meshgrid(np.arange(grid, dtype=np.float64), np.arange(grid, dtype=np.float64), indexing="ij")
+    omega = MAX_PERIOD ** -(np.arange(width // 4, dtype=np.float64) / (width / 4))
+    halves = []
+    for coordinate in (columns, rows):
+        angles = coordinate.reshape(-1, 1) * omega
+        halves += [np.sin(angles), np.cos(angles)]
+    return torch.from_numpy(np.concatenate(halves, axis=1)).float()
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the timestep, then two linear layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(TIMESTEP_FREQUENCIES, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, timestep_B: Tensor) -> Tensor:
+        """Return (B, D). The sinusoids are computed in fp32; `timestep` (sigma * 1000) is not rounded."""
+        half = TIMESTEP_FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=timestep_B.device)
+        frequencies = torch.exp(-math.log(MAX_PERIOD) * steps / half)
+        angles = timestep_B.float()[:, None] * frequencies[None]
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.down(nn.functional.silu(self.up(sinusoids.to(self.up.weight.dtype))))
+
+
+class LabelEmbedding(nn.Module):
+    """One vector for each class and one, the last, for the null label."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels_B: Tensor) -> Tensor:
+        """Return (B, D); label num_classes is the null label. Dropout is done where the batch is made."""
+        return self.table(labels_B)

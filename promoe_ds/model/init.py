@@ -1,0 +1,76 @@
+"""Initial weights: a function of (seed, parameter name, global expert id), hence of no layout."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from promoe_ds.model.dit import DiT
+from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.randomness import generator
+
+EMBEDDING_STD = 0.02
+PROTOTYPE_STD = 0.02
+
+
+@torch.no_grad()
+def initialise(network: DiT, seed: int) -> None:
+    """Fill every parameter and the position table.
+
+    Source: DiT and the published code: Xavier-uniform matrices, zero biases, normal(0, 0.02) embeddings, timestep layers
+    and prototypes, zero modulation and output layers, so that an untrained network returns exactly 0.
+    Differs: each expert's weights depend on its global id, so that any number of ranks starts alike.
+    Args:
+        network: on a real device.
+        seed: of the stream `init`.
+    """
+    for module_name, module in network.named_modules():
+        if isinstance(module, StackedExperts):
+            _fill_experts(module, module_name, seed)
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            _fill(parameter, f"{module_name}.{name}" if module_name else name, seed)
+    network.reset_positions()
+
+
+def _fill(parameter: Tensor, name: str, seed: int) -> None:
+    if name.endswith(("q_norm.weight", "k_norm.weight")):
+        parameter.fill_(1.0)
+    elif name.endswith("prototypes"):
+        _normal(parameter, PROTOTYPE_STD, name, seed)
+    elif "modulation" in name or name.startswith("final_layer.") or name.endswith("bias"):
+        parameter.zero_()
+    elif name.startswith(("timestep_embedding.", "label_embedding.")):
+        _normal(parameter, EMBEDDING_STD, name, seed)
+    else:
+        _xavier(parameter, name, seed, expert=0)
+
+
+def _fill_experts(experts: StackedExperts, name: str, seed: int) -> None:
+    for local in range(experts.num_local_experts):
+        for weight in ("up_weight", "down_weight"):
+            _xavier(getattr(experts, weight)[local], f"{name}.{weight}", seed, expert=experts.first_expert + local)
+    experts.up_bias.zero_()
+    experts.down_bias.zero_()
+
+
+def _xavier(weight: Tensor, name: str, seed: int, *, expert: int) -> None:
+    fan_out, fan_in = weight.shape[0], math.prod(weight.shape[1:])
+    bound = math.sqrt(6.0 / (fan_in + fan_out))
+    draw = generator(seed, "init", zlib.crc32(name.encode()), expert).random(weight.numel(), dtype="float32")
+    weight.copy_(torch.from_numpy(draw * (2 * bound) - bound).view(weight.shape))
+
+
+def _normal(weight: Tensor, std: float, name: str, seed: int) -> None:
+    draw = generator(seed, "init", zlib.crc32(name.encode()), 0).standard_normal(weight.numel(), dtype="float32")
+    weight.copy_(torch.from_numpy(draw * std).view(weight.shape))
+
+
+def assert_initialised(module: nn.Module) -> None:
+    """Raise RuntimeError if a parameter is still on the meta device."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise RuntimeError(f"{name} was never materialised")

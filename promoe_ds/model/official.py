@@ -1,0 +1,97 @@
+"""Names of the published implementation's checkpoints and ours, both ways.
+
+Published layout of a MoE feed-forward: `cluster_centers`, `experts.0 ... experts.E-1` routed, `experts.E` unconditional
+(where there is one), `shared_expert`; each expert `up_proj`, `down_proj`. Ours stacks the routed experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.errors import CheckpointError
+from promoe_ds.model.embeddings import sincos_positions
+
+_RENAMES = (
+    ("x_embedder.proj.", "patch_embedding.proj."),
+    ("t_embedder.mlp.0.", "timestep_embedding.up."),
+    ("t_embedder.mlp.2.", "timestep_embedding.down."),
+    ("y_embedder.embedding_table.", "label_embedding.table."),
+    ("final_layer.adaLN_modulation.1.", "final_layer.modulation."),
+    ("final_layer.linear.", "final_layer.linear."),
+    (".adaLN_modulation.1.", ".modulation."),
+    (".attn.", ".attention."),
+    (".mlp.fc1.", ".feed_forward.up."),
+    (".mlp.fc2.", ".feed_forward.down."),
+    (".mlp.cluster_centers", ".moe.router.prototypes"),
+    (".mlp.shared_expert.up_proj.", ".moe.shared.up."),
+    (".mlp.shared_expert.down_proj.", ".moe.shared.down."),
+)
+_EXPERT = re.compile(r"^(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<layer>up|down)_proj\.(?P<kind>weight|bias)$")
+_POSITIONS = "pos_embed"
+
+
+def from_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """Translate a published state dict into ours.
+
+    Args:
+        state: tensors under published names; `pos_embed` is checked against the computed table and dropped.
+        config: the architecture.
+    Raises: CheckpointError naming a key that has no place here, or a missing or doubtful one.
+    """
+    result: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for key, value in state.items():
+        match = _EXPERT.match(key)
+        if key == _POSITIONS:
+            _check_positions(value, config)
+        elif match is None:
+            result[_renamed(key)] = value
+        elif int(match["expert"]) == config.routing.num_experts and config.routing.num_unconditional_experts:
+            result[f"{match['block']}.moe.unconditional.{match['layer']}.{match['kind']}"] = value
+        else:
+            name = f"{match['block']}.moe.routed.{match['layer']}_{match['kind']}"
+            stacks.setdefault(name, {})[int(match["expert"])] = value
+    for name, experts in stacks.items():
+        if sorted(experts) != list(range(config.routing.num_experts)):
+            raise CheckpointError(f"{name}: expected the experts 0 ... {config.routing.num_experts - 1}, found {sorted(experts)}")
+        result[name] = torch.stack([experts[i] for i in range(config.routing.num_experts)])
+    return result
+
+
+def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """Translate our state dict into the published names, with the position table; the inverse of `from_official`."""
+    model = config.model
+    result = {_POSITIONS: sincos_positions(model.hidden_size, model.input_size // model.patch_size)[None]}
+    for name, value in state.items():
+        block, _, leaf = name.partition(".moe.routed.")
+        if leaf:
+            layer, kind = leaf.split("_")
+            for expert, weight in enumerate(value.unbind(0)):
+                result[f"{block}.mlp.experts.{expert}.{layer}_proj.{kind}"] = weight
+        elif ".moe.unconditional." in name:
+            block, _, leaf = name.partition(".moe.unconditional.")
+            layer, kind = leaf.split(".")
+            result[f"{block}.mlp.experts.{config.routing.num_experts}.{layer}_proj.{kind}"] = value
+        else:
+            result[_renamed(name, reverse=True)] = value
+    return result
+
+
+def _renamed(key: str, *, reverse: bool = False) -> str:
+    for published, ours in _RENAMES:
+        old, new = (ours, published) if reverse else (published, ours)
+        if old in key and (key.startswith(old) or old.startswith(".")):
+            return key.replace(old, new)
+    raise CheckpointError(f"{key}: no such parameter in this architecture")
+
+
+def _check_positions(value: Tensor, config: RunConfig) -> None:
+    model = config.model
+    ours = sincos_positions(model.hidden_size, model.input_size // model.patch_size)
+    if value.squeeze(0).shape != ours.shape or not torch.allclose(value.squeeze(0).float(), ours, atol=1e-5):
+        raise CheckpointError(f"pos_embed of shape {tuple(value.shape)} is not the fixed table of this architecture")

@@ -1,0 +1,7 @@
+"""The mixture-of-experts layer: experts, movement of tokens, the layer that joins them."""
+
+from promoe_ds.moe.dispatch import Dispatcher, DeepSpeedDispatcher, LocalDispatcher
+from promoe_ds.moe.experts import FeedForward, StackedExperts
+from promoe_ds.moe.layer import MoELayer
+
+__all__ = ["DeepSpeedDispatcher", "Dispatcher", "FeedForward", "LocalDispatcher", "MoELayer", "StackedExperts"]

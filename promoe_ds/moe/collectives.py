@@ -1,0 +1,106 @@
+"""The collectives that a forward pass needs, with gradients. The one place of the model that knows process groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_reduce_sum(group: dist.ProcessGroup | None) -> Callable[[Tensor], Tensor]:
+    """Return a differentiable sum over the ranks of `group` (None: all ranks).
+
+    Gradient: the all-reduced sum of the ranks' gradients, so that a loss which every rank computes from the sum and
+    which the ranks then average has its true gradient.
+    """
+    return lambda tensor: _AllReduceSum.apply(tensor, group)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = tensor.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def exchange_counts(counts_WE: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Exchange row counts, equal sizes: row w of the input goes to rank w of the group."""
+    received = torch.empty_like(counts_WE)
+    dist.all_to_all_single(received, counts_WE.contiguous(), group=group)
+    return received
+
+
+@dataclass
+class Exchange:
+    """One all-to-all of rows, startable and finishable apart so that other work can run in between.
+
+    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it. `start` and `finish` are one differentiable
+    pair: the backward pass starts the reverse exchange at `finish` and ends it at `start`, and whatever was computed
+    between them in the forward pass is differentiated while the gradients travel.
+    """
+
+    rows_out: list[int]
+    rows_in: list[int]
+    group: dist.ProcessGroup
+    _work: Any = field(default=None, repr=False)
+    _sent: Tensor | None = field(default=None, repr=False)
+    _received: Tensor | None = field(default=None, repr=False)
+
+    def start(self, rows: Tensor) -> Tensor:
+        """Begin sending (sum(rows_out), width) rows; the result must pass through `finish` before it is read."""
+        return _StartExchange.apply(rows, self)
+
+    def finish(self, pending: Tensor) -> Tensor:
+        """Wait for the rows that `start` promised: (sum(rows_in), width)."""
+        return _FinishExchange.apply(pending, self)
+
+    def launch(self, rows: Tensor, *, reverse: bool) -> Tensor:
+        """Start moving `rows`, against the direction where `reverse`; return the buffer that they will fill."""
+        sizes_out, sizes_in = (self.rows_in, self.rows_out) if reverse else (self.rows_out, self.rows_in)
+        self._sent = rows.contiguous()  # kept alive until the transfer ends
+        self._received = rows.new_empty(sum(sizes_in), rows.shape[1])
+        self._work = dist.all_to_all_single(self._received, self._sent, sizes_in, sizes_out, group=self.group, async_op=True)
+        return self._received
+
+    def wait(self) -> Tensor:
+        """End the transfer under way and return the filled buffer."""
+        self._work.wait()
+        received, self._work, self._sent, self._received = self._received, None, None, None
+        return received
+
+
+class _StartExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.launch(rows, reverse=False)
+
+    @staticmethod
+    def backward(ctx: Any, placeholder: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.wait(), None
+
+
+class _FinishExchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pending: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.wait()
+        return pending.view_as(pending)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Autograd wants a gradient of the pending buffer's shape here; the real one is under way inside the exchange.
+        ctx.exchange.launch(gradient, reverse=True)
+        return gradient, None

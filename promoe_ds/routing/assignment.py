@@ -1,0 +1,70 @@
+"""The value in which every router ends: a list of (token, expert, gate), sorted by expert.
+
+Letters: B images, S tokens per image, T = B*S, E routed experts, K choices per token, N rows of the list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which tokens visit which routed experts.
+
+    token_ids_N: int64 rows of the flattened tokens (T, D), sorted by expert, within an expert in token order.
+    gates_N: fp32 combine weights, differentiable.
+    tokens_per_expert_E: int64 counts; their sum is N.
+    """
+
+    token_ids_N: Tensor
+    gates_N: Tensor
+    tokens_per_expert_E: Tensor
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """What a routing decision leaves for the log; small tensors on the device, never synchronised here.
+
+    tokens_per_expert_BE: int64, assignments of each sample to each expert.
+    gate_sums_B: sum of the gates of each sample's assignments.
+    is_routed_B: whether the sample was routed (False: unconditional expert).
+    prototype_similarity: scalar, mean cosine between different prototypes.
+    """
+
+    tokens_per_expert_BE: Tensor
+    gate_sums_B: Tensor
+    is_routed_B: Tensor
+    prototype_similarity: Tensor
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """A router's whole answer for one layer and batch."""
+
+    assignment: Assignment
+    aux_losses: dict[str, Tensor]
+    stats: RoutingStats
+
+
+def assign_token_choice(gates_RSK: Tensor, expert_ids_RSK: Tensor, routed_ids: Tensor,
+                        tokens_per_expert_E: Tensor) -> Assignment:
+    """Turn each token's K choices into the sorted list.
+
+    Args:
+        gates_RSK: gates of the routed samples, (samples, S, K).
+        expert_ids_RSK: int64 chosen experts, likewise.
+        routed_ids: int64 (samples,), their places in the batch.
+        tokens_per_expert_E: int64 counts of expert_ids_RSK.
+    Returns: Assignment of N = samples * S * K rows.
+    Gradient: reaches gates_RSK.  Sync: none.
+    """
+    _, tokens_per_image, top_k = gates_RSK.shape
+    order = torch.argsort(expert_ids_RSK.reshape(-1), stable=True)
+    token = order if top_k == 1 else order // top_k
+    sample = token // tokens_per_image
+    token_ids_N = routed_ids[sample] * tokens_per_image + token % tokens_per_image
+    return Assignment(token_ids_N=token_ids_N, gates_N=gates_RSK.reshape(-1)[order], tokens_per_expert_E=tokens_per_expert_E)

@@ -1,0 +1,44 @@
+"""Step 1, conditional routing: the label decides, before any arithmetic.
+
+Letters: B images on this rank, S tokens per image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which samples of a batch are routed and which go to the unconditional expert.
+
+    The index lists have lengths that the host knows: everything after them has static shapes.
+    """
+
+    is_routed_B: Tensor
+    routed_ids: Tensor
+    unconditional_ids: Tensor
+
+    @property
+    def all_routed(self) -> bool:
+        """Whether every sample is routed, so that gathering can be saved."""
+        return self.unconditional_ids.numel() == 0
+
+
+def partition_samples(labels_B: Tensor, null_label: int, *, has_unconditional_expert: bool = True) -> Partition:
+    """Split a batch into conditional samples and those under the null label.
+
+    Source: Sec. 4.1, Algorithm 1 lines 2-6; differs: the null label is an argument, the published code tests 1000.
+    Args:
+        labels_B: int64 labels after label dropout.
+        has_unconditional_expert: without one (N_u = 0) null samples are routed like any other, as published.
+    Returns: Partition.
+    Sync: one, for the number of null samples; once per forward pass, not per layer.
+    """
+    is_null_B = labels_B == null_label if has_unconditional_expert else torch.zeros_like(labels_B, dtype=torch.bool)
+    order = torch.argsort(is_null_B, stable=True)
+    num_routed = labels_B.numel() - int(is_null_B.sum())
+    return Partition(is_routed_B=~is_null_B, routed_ids=order[:num_routed], unconditional_ids=order[num_routed:])

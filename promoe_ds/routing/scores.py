@@ -1,0 +1,52 @@
+"""Step 2, prototypical routing: cosine scores and their activation.
+
+Letters: B images, S tokens per image, D width, E routed experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-12
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Return `tensor` in fp32, or in fp64 where it already is: routing never runs in half precision."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def cosine_scores(tokens_D: Tensor, prototypes_ED: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the pre-activation scores Z = scale * cos(token, prototype).
+
+    Source: Eq. 4; official: the same without scale; differs: fp32 under any autocast.
+    Args:
+        tokens_D: (..., D), any float dtype.
+        prototypes_ED: (E, D).
+        scale: alpha of Eq. 4, > 0.
+    Returns: (..., E) in fp32 (fp64 for fp64 tokens). A zero token scores 0 for every expert.
+    Gradient: reaches tokens and prototypes.  Sync: none.  Collectives: none.
+    """
+    with torch.autocast(tokens_D.device.type, enabled=False):
+        tokens = at_least_fp32(tokens_D)
+        prototypes = F.normalize(at_least_fp32(prototypes_ED), dim=-1, eps=NORM_EPS)
+        # Dividing the E cosines by the token's norm is cheaper than normalising its D entries.
+        norms = tokens.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS)
+        cosines = tokens @ prototypes.T.to(tokens.dtype) / norms
+        return cosines if scale == 1.0 else cosines * scale
+
+
+def activate(scores_E: Tensor, activation: str) -> Tensor:
+    """Apply the score activation A over the experts (last dimension).
+
+    Source: Eq. 2 and Table 7.
+    Raises: ValueError for an unknown activation.
+    """
+    if activation == "identity":
+        return scores_E
+    if activation == "sigmoid":
+        return scores_E.sigmoid()
+    if activation == "softmax":
+        return scores_E.softmax(dim=-1)
+    raise ValueError(f"activation {activation!r} is none of identity, sigmoid, softmax")
