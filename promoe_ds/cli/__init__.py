@@ -1,0 +1,1 @@
+"""Thin entries: arguments to config to engine."""

@@ -1,0 +1,33 @@
+"""`--dry-run`: what would be run, without running it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import yaml
+
+from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig, count_parameters, plan_memory, training_flops_per_image
+from promoe_ds.logs import rank_from_environment
+
+_GIGABYTE = 2**30
+
+
+def describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None:
+    """Write the resolved config, parameter counts and memory plan to standard output, from rank 0."""
+    if rank_from_environment() != 0:
+        return
+    count = count_parameters(config)
+    memory = plan_memory(config, world_size=batches.world_size, zero_stage=plan.zero_stage, precision=plan.precision)
+    sizes = {
+        "parameters": {"total": count.total, "activated": count.activated, "trainable": count.trainable,
+                       "routed_experts": count.routed},
+        "training_gflops_per_image": round(training_flops_per_image(config) / 1e9, 3),
+        "batch": {"global": batches.global_batch, "micro": batches.micro_batch, "accumulation": batches.accumulation,
+                  "ranks": batches.world_size},
+        "model_state_gb_per_rank": {kind: round(getattr(memory, kind) / _GIGABYTE, 3)
+                                    for kind in ("weights", "gradients", "optimizer", "ema", "total")},
+    }
+    sys.stdout.write("# recipe\n" + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    sys.stdout.write("# deepspeed\n" + json.dumps(plan.json, indent=2) + "\n")
+    sys.stdout.write("# sizes (without activations)\n" + yaml.safe_dump(sizes, sort_keys=False))

@@ -1,0 +1,55 @@
+"""Train: `deepspeed --module promoe_ds.cli.train --recipe NAME --deepspeed_config FILE`, or torchrun, srun, python -m."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from promoe_ds.cli.entry import run_entry
+from promoe_ds.config import load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
+from promoe_ds.logs import configure_logging, rank_from_environment
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="promoe_ds.cli.train", description="Train a diffusion transformer.")
+    parser.add_argument("--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file")
+    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, e.g. ds_configs/zero2_bf16.json")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/<recipe's name>")
+    parser.add_argument("--resume", default="auto", help="auto (newest complete checkpoint of this run), none, or a path")
+    parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE",
+                        help="override the recipe, e.g. train.max_steps=100")
+    parser.add_argument("--dry-run", action="store_true", help="print config, sizes and memory plan, and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Arguments to config to engine."""
+    options = parse_arguments(arguments)
+    configure_logging(rank_from_environment())
+    config = load_config(options.recipe, options.overrides)
+    values = read_deepspeed_json(options.deepspeed_config)
+
+    from promoe_ds.engine.distributed import complete_environment, start_distributed, stop_distributed
+
+    world_size = complete_environment()
+    batches = plan_batches(config, world_size)
+    plan = resolve_deepspeed(values, config, batches, source=options.deepspeed_config)
+    if options.dry_run:
+        from promoe_ds.cli.dry_run import describe
+
+        describe(config, plan, batches)
+        return
+
+    from promoe_ds.engine.loop import Run, train
+
+    ranks = start_distributed(config.parallel.timeout_seconds)
+    run_dir = options.run_dir or Path("runs") / config.name
+    train(Run(config=config, deepspeed_plan=plan, run_dir=run_dir, resume=options.resume), ranks)
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,1 @@
+"""Running it: the one room that imports deepspeed."""

@@ -1,0 +1,112 @@
+"""Process groups under any launcher: `deepspeed`, `torchrun`, `srun` and plain `python -m`."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from promoe_ds.errors import ConfigError
+
+_T = TypeVar("_T")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM_PORT_BASE = 20000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+
+def complete_environment() -> int:
+    """Fill in what the launcher left out of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+
+    `deepspeed` and `torchrun` set all of them; `srun` sets its own names; plain python sets none and is one process.
+    Returns: WORLD_SIZE.
+    Raises: ConfigError if only some are set.
+    """
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(_SLURM_PORT_BASE + int(env["SLURM_JOB_ID"]) % 10000))
+    elif "RANK" not in env and "WORLD_SIZE" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    missing = [name for name in _VARIABLES if name not in env]
+    if missing:
+        raise ConfigError(f"the launcher set some of {', '.join(_VARIABLES)} but not {', '.join(missing)}: start through "
+                          "deepspeed, torchrun or srun, or unset them all for one process")
+    return int(env["WORLD_SIZE"])
+
+
+def start_distributed(timeout_seconds: float) -> Ranks:
+    """Join the process group: nccl where there is CUDA, gloo elsewhere.
+
+    Call after `complete_environment`.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # DeepSpeed's shared-memory all-reduce for CPUs is compiled at first use, for a minute; gloo serves.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False,
+                               timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=local_rank, device=device)
+
+
+def stop_distributed() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather_objects(value: object) -> list:
+    """Return every rank's small picklable value, by rank. For rare events and messages, not for tensors."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: _T) -> _T:
+    """Return rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _first_host(node_list: str) -> str:
+    """Return the first host of a Slurm node list such as `gpu[03-05,9],login1`."""
+    match = re.match(r"([^,\[]+)(?:\[([0-9]+))?", node_list)
+    if match is None:
+        raise ConfigError(f"SLURM_STEP_NODELIST={node_list!r} names no host: set MASTER_ADDR")
+    return match[1] + (match[2] or "")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

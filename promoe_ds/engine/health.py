@@ -1,0 +1,68 @@
+"""Non-finite losses and gradients: every rank learns of them together, before the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from promoe_ds.engine.distributed import Ranks, gather_objects
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a step may update the weights; if not, why, in words, the same on all ranks."""
+
+    is_finite: bool
+    problem: str = ""
+
+
+class HealthWatch:
+    """Sums every gradient as it is made, before ranks mix theirs, so that the guilty rank and parameter are known.
+
+    A sum is finite exactly when all terms are (short of overflow): one read of each gradient, nothing stored, no sync
+    until `verdict`.
+    """
+
+    def __init__(self, network: nn.Module, ranks: Ranks) -> None:
+        """Hook every trainable parameter of `network`."""
+        self._ranks = ranks
+        trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        self._names = [name for name, _ in trainable]
+        self._sums = torch.zeros(len(trainable), device=ranks.device)
+        self._loss = torch.zeros((), device=ranks.device)
+        self._order: list[int] = []
+        for index, (_, parameter) in enumerate(trainable):
+            parameter.register_hook(lambda gradient, i=index: self._see_gradient(i, gradient))
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Take note of one micro-step's loss."""
+        self._loss += loss.detach()
+
+    def verdict(self, step: int) -> Verdict:
+        """Judge the step and start anew.  Sync: one.  Collectives: one, two for a bad step."""
+        bad = ~torch.isfinite(torch.cat([self._sums, self._loss[None]]))
+        any_bad = bad.any().float()
+        dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
+        if not any_bad.item():
+            verdict = Verdict(True)
+        else:
+            found = [text for text in gather_objects(self._describe(bad)) if text]
+            verdict = Verdict(False, f"step {step}: " + "; ".join(found[:4]) + (" ..." if len(found) > 4 else ""))
+        self._sums.zero_()
+        self._loss.zero_()
+        self._order.clear()
+        return verdict
+
+    def _see_gradient(self, index: int, gradient: Tensor) -> None:
+        self._order.append(index)
+        self._sums[index] += gradient.detach().sum(dtype=torch.float32)
+
+    def _describe(self, bad: Tensor) -> str:
+        flags = bad.tolist()
+        # The backward pass reaches the parameter nearest to the cause first.
+        first = next((self._names[i] for i in self._order if flags[i]), None)
+        parts = (["the loss"] if flags[-1] else []) + ([f"the gradient of {first}"] if first else [])
+        return f"rank {self._ranks.rank}: {' and '.join(parts)} is not finite" if parts else ""

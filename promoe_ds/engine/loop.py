@@ -1,0 +1,125 @@
+"""The training loop, on one screen, and what surrounds it: run directory, resume, logging, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from promoe_ds.config import DeepSpeedPlan, RunConfig, config_from_dict, plan_batches
+from promoe_ds.data import build_dataset
+from promoe_ds.engine.checkpoint import choose_checkpoint, differing_fields, load_checkpoint, save_checkpoint
+from promoe_ds.engine.distributed import Ranks, from_main
+from promoe_ds.engine.metrics import MetricsWriter
+from promoe_ds.engine.session import Session, build_session, train_step
+from promoe_ds.engine.step import StepResult
+from promoe_ds.errors import CheckpointError, PromoeError, TrainingError
+from promoe_ds.logs import configure_logging, get_logger
+
+_LOG = get_logger("train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a user asked for."""
+
+    config: RunConfig
+    deepspeed_plan: DeepSpeedPlan
+    run_dir: Path
+    resume: str
+
+
+def train(run: Run, ranks: Ranks) -> None:
+    """Train to the end, or to `train.stop_after_steps`, from wherever the run stands.
+
+    Raises: PromoeError of the kind that fits, the same on every rank.
+    """
+    _claim_run_directory(run, ranks)
+    configure_logging(ranks.rank, log_file=run.run_dir / "train.log")
+    checkpoint = choose_checkpoint(run.resume, run.run_dir, ranks)
+    batches = plan_batches(run.config, ranks.world_size)
+    session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config))
+    if checkpoint is not None:
+        load_checkpoint(session, checkpoint, same_run=run.resume == "auto")
+    _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, ZeRO %d, %s, micro-batch %d, accumulation %d, from step %d",
+              run.config.name, ranks.world_size, run.config.parallel.ep_size, run.config.parallel.resolved_dispatch,
+              run.deepspeed_plan.zero_stage, run.deepspeed_plan.precision, batches.micro_batch, batches.accumulation,
+              session.step)
+    writer = MetricsWriter(run.run_dir, run.config, ranks, start_step=session.step)
+    try:
+        _loop(session, writer, run.run_dir / "checkpoints")
+    finally:
+        writer.close()
+
+
+def _loop(session: Session, writer: MetricsWriter, checkpoints: Path) -> None:
+    settings, started, logged, skipped_in_a_row = session.config.train, session.step, session.step, 0
+    last = min(settings.max_steps, started + (settings.stop_after_steps or settings.max_steps))
+    if started >= settings.max_steps:
+        _LOG.info("nothing to do: step %d of %d is reached", started, settings.max_steps)
+    while session.step < last:
+        result = train_step(session)
+        writer.tick()
+        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        if result.skipped:
+            _LOG.warning("skipped the update, %d in a row: %s", skipped_in_a_row, result.problem)
+        if skipped_in_a_row >= settings.max_nonfinite_steps:
+            raise TrainingError(f"{skipped_in_a_row} updates in a row were not finite (train.max_nonfinite_steps="
+                                f"{settings.max_nonfinite_steps}); {result.problem}. Lower optimizer.lr or resume from an "
+                                "earlier checkpoint")
+        if session.step % settings.log_every == 0 or session.step == last:
+            lines = session.routing.reduce(step=session.step, steps=session.step - logged)
+            writer.write(session.step, _reduced(result), lines)
+            logged = session.step
+        if session.step % settings.checkpoint_every == 0 or session.step == last:
+            path = save_checkpoint(session, checkpoints)
+            _LOG.info("step %d: saved %s", session.step, path)
+    if session.step < settings.max_steps:
+        _LOG.info("stopped after step %d of %d (train.stop_after_steps)", session.step, settings.max_steps)
+
+
+def _reduced(result: StepResult) -> dict[str, float]:
+    """Average the loss terms over the ranks.  Collectives: one."""
+    names = sorted(result.terms)
+    values = torch.stack([result.terms[name].float() for name in names])
+    dist.all_reduce(values)
+    means = dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))
+    return {"loss": sum(means.values()), **{f"loss_{name}": value for name, value in means.items()}, "lr": result.lr,
+            "grad_norm": result.grad_norm}
+
+
+def _claim_run_directory(run: Run, ranks: Ranks) -> None:
+    """Create the run directory, or recognise it as this run's; the same verdict on every rank."""
+    problem: PromoeError | None = None
+    if ranks.is_main:
+        try:
+            _claim(run)
+        except PromoeError as error:
+            problem = error
+        except OSError as error:
+            problem = CheckpointError(f"--run-dir {run.run_dir}: {error}")
+    if (problem := from_main(problem)) is not None:
+        raise problem
+
+
+def _claim(run: Run) -> None:
+    saved = run.run_dir / "config.yaml"
+    if saved.is_file():
+        if run.resume == "none":
+            raise CheckpointError(f"--run-dir {run.run_dir} already holds a run and --resume none would overwrite it: use "
+                                  "--resume auto to go on with it, or another directory")
+        before = config_from_dict(yaml.safe_load(saved.read_text(encoding="utf-8")), source=str(saved))
+        differing = differing_fields(before.model_dump(mode="json"), run.config, architecture_only=False)
+        if differing:
+            raise CheckpointError(f"--run-dir {run.run_dir} already holds another run: {'; '.join(differing)}. Use another "
+                                  "directory")
+    elif run.run_dir.is_dir() and any(run.run_dir.iterdir()):
+        raise CheckpointError(f"--run-dir {run.run_dir} is not empty and holds no run of this package: use another directory")
+    run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (run.run_dir / "checkpoints").mkdir(exist_ok=True)
+    temporary = saved.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    temporary.replace(saved)

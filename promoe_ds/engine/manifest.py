@@ -1,0 +1,137 @@
+"""A checkpoint is complete or ignored: the manifest, written last, lists every file with size and checksum.
+
+No torch here: whether a checkpoint can be trusted is decided before any of its tensors is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from promoe_ds.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+UNFINISHED = ".tmp"
+_STEP = re.compile(r"^step_(\d+)$")
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and CRC-32 of one file."""
+
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the shards of a checkpoint depend on."""
+
+    world_size: int
+    ep_size: int
+    dispatch: str
+    zero_stage: int
+    precision: str
+    data_before_expert: bool = False
+
+    def __str__(self) -> str:
+        return (f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, parallel.dispatch={self.dispatch}, "
+                f"ZeRO {self.zero_stage}, {self.precision}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The whole of manifest.json."""
+
+    step: int
+    samples_seen: int
+    layout: Layout
+    config: dict[str, Any]
+    files: dict[str, FileRecord]
+    versions: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write to `folder`, flushed to the disk."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises: CheckpointError if there is none or it cannot be understood.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {values['format']} is not {FORMAT}; use the version that wrote it")
+        files = {_safe_name(name, path): FileRecord(**record) for name, record in values["files"].items()}
+        return Manifest(step=int(values["step"]), samples_seen=int(values["samples_seen"]), files=files,
+                        layout=Layout(**values["layout"]), config=dict(values["config"]), versions=dict(values["versions"]))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
+
+
+def find_problems(folder: Path, files: dict[str, FileRecord], *, checksums: bool = True) -> list[str]:
+    """Hold files against their records; return a line for each that differs.
+
+    Args:
+        files: the whole manifest's or a share of it.
+        checksums: False looks at sizes only.
+    """
+    problems = []
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != record.bytes:
+            problems.append(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}")
+        elif checksums and checksum(path) != record.crc32:
+            problems.append(f"{path} does not match its checksum")
+    return problems
+
+
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of a file's content."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def step_folder(step: int) -> str:
+    """Return the name of a step's checkpoint folder."""
+    return f"step_{step:07d}"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return the finished checkpoint folders under `root`, newest first, whether sound or not."""
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := _STEP.match(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def list_unfinished(root: Path) -> list[Path]:
+    """Return the leftovers of saves that never ended."""
+    return sorted(root.glob(f"step_*{UNFINISHED}")) if root.is_dir() else []
+
+
+def _safe_name(name: str, manifest: Path) -> str:
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(f"{manifest}: the file name {name!r} leaves the checkpoint's folder")
+    return name

@@ -1,0 +1,143 @@
+"""What a run records: metrics.jsonl, routing.jsonl, TensorBoard, the progress line. Rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from promoe_ds.config import RunConfig, training_flops_per_image
+from promoe_ds.engine.distributed import Ranks
+from promoe_ds.errors import ConfigError
+from promoe_ds.logs import get_logger
+
+_LOG = get_logger("metrics")
+
+#: Dense bf16 peak of one device in FLOP/s, by a part of its name; MFU is stated only where this is known.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+class MetricsWriter:
+    """Writes one line per log step, on rank 0; on the other ranks it does nothing."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, ranks: Ranks, *, start_step: int) -> None:
+        """Open the files; lines of steps after `start_step`, left by an interrupted process, are dropped.
+
+        Raises: ConfigError if TensorBoard is asked for and missing.
+        """
+        self._config, self._ranks, self._run_dir = config, ranks, run_dir
+        self._flops = training_flops_per_image(config)
+        self._peak = _peak_flops(ranks.device)
+        self._since, self._images = time.perf_counter(), 0
+        self._board = self._progress = None
+        if not ranks.is_main:
+            return
+        for name in ("metrics.jsonl", "routing.jsonl"):
+            drop_lines_after(run_dir / name, start_step)
+        self._board = _open_tensorboard(config, run_dir, start_step)
+        self._progress = tqdm(total=config.train.max_steps, initial=start_step, unit="step", disable=None, leave=False)
+
+    def tick(self) -> None:
+        """Count one finished step."""
+        self._images += self._config.train.global_batch_size
+        if self._progress is not None:
+            self._progress.update()
+
+    def write(self, step: int, scalars: dict[str, float], routing_lines: list[dict[str, Any]]) -> None:
+        """Record a log step.
+
+        Args:
+            step: steps finished.
+            scalars: loss, its terms, lr, grad_norm.
+            routing_lines: of `RoutingAccumulator.reduce`.
+        """
+        elapsed = time.perf_counter() - self._since
+        images_per_second = self._images / elapsed
+        self._since, self._images = time.perf_counter(), 0
+        if not self._ranks.is_main:
+            return
+        flops = images_per_second * self._flops
+        line = {"step": step, **scalars, "images_per_second": images_per_second, "tflops": flops / 1e12,
+                "mfu": flops / (self._peak * self._ranks.world_size) if self._peak else None, **_memory(self._ranks.device)}
+        append_lines(self._run_dir / "metrics.jsonl", [line])
+        append_lines(self._run_dir / "routing.jsonl", routing_lines)
+        if self._board is not None:
+            self._write_board(step, line, routing_lines)
+        terms = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items() if name.startswith("loss"))
+        with tqdm.external_write_mode():
+            _LOG.info("step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s", step, self._config.train.max_steps, terms,
+                      scalars["grad_norm"], scalars["lr"], images_per_second)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._board is not None:
+            self._board.close()
+        if self._progress is not None:
+            self._progress.close()
+
+    def _write_board(self, step: int, line: dict[str, Any], routing_lines: list[dict[str, Any]]) -> None:
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(f"train/{name}", value, step)
+        for entry in routing_lines:
+            if entry["load_max_over_mean"] is not None:
+                self._board.add_scalar(f"load_max_over_mean/layer_{entry['layer']}/bin_{entry['timestep_bin']}",
+                                       entry["load_max_over_mean"], step)
+
+
+def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Append objects to a JSON-lines file; NaN and infinities become null."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(_finite(line)) + "\n" for line in lines)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step` and a broken last one, replacing the file in one move."""
+    if not path.is_file():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text + "\n")
+        except (ValueError, KeyError, TypeError):
+            _LOG.warning("%s: dropped a broken line", path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and (v != v or v in (float("inf"), -float("inf"))) else v for k, v in line.items()}
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    gigabytes = {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if device.type == "cuda":
+        gigabytes["device_memory_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return gigabytes
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def _open_tensorboard(config: RunConfig, run_dir: Path, start_step: int):  # noqa: ANN202 - an optional package's type
+    if config.logging.tensorboard == "off":
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        if config.logging.tensorboard == "on":
+            raise ConfigError("logging.tensorboard=on needs tensorboard: pip install 'promoe_ds[tracking]'") from None
+        _LOG.info("logging.tensorboard=auto: tensorboard is not installed, off")
+        return None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)

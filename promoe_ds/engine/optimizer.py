@@ -1,0 +1,76 @@
+"""AdamW with the moving average of the weights in its state, parameter groups, learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from promoe_ds.config.schema import OptimizerConfig
+
+EMA = "ema"
+
+
+class AdamWithEma(torch.optim.AdamW):
+    """AdamW that keeps, for every parameter it owns, the exponential moving average of its values.
+
+    Under ZeRO the parameters it owns are this rank's fp32 master shards: the average is sharded like the moments, saved
+    and restored with them, and nobody ever holds a second full copy.
+    """
+
+    #: Set by the trainer on a non-finite step: nothing is updated. Under ZeRO 0 DeepSpeed reads it, too.
+    overflow = False
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        """Take parameter groups as `parameter_groups` returns them."""
+        super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        self.ema_decay = config.ema_decay
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the weights, then ema = decay * ema + (1 - decay) * weights.
+
+        The average starts from the weights before the first update, as published.
+        """
+        if self.overflow:
+            return
+        owned = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        initial = {p: p.detach().clone() for p in owned if EMA not in self.state.get(p, {})}
+        super().step(closure)
+        for parameter, value in initial.items():
+            self.state[parameter][EMA] = value
+        if owned:
+            torch._foreach_lerp_([self.state[p][EMA] for p in owned], owned, 1.0 - self.ema_decay)
+
+
+def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Split trainable parameters into dense and expert groups, each decayed and not decayed where there is a decay.
+
+    Only matrices are decayed: the stacked biases of experts have two dimensions as well, so names decide.
+    Returns: groups with `params`, `param_names`, `weight_decay`, `name` and, for experts, `moe`, which DeepSpeed reads.
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        expert_group = None if getattr(parameter, "allreduce", True) else parameter.group_name
+        decayed = config.weight_decay > 0 and name.endswith(("weight", "up_weight", "down_weight")) and "norm" not in name
+        group = groups.setdefault((expert_group or "dense", decayed), {
+            "params": [], "param_names": [], "name": expert_group or "dense",
+            "weight_decay": config.weight_decay if decayed else 0.0, **({"moe": True} if expert_group else {})})
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return list(groups.values())
+
+
+def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
+    """Return the learning rate of step `step` (from 0): linear warm-up, then the schedule, by step alone."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
+    remaining = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * remaining

@@ -1,0 +1,123 @@
+"""Building a training session: model, experts' placement, optimizer, DeepSpeed engine; and one step of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig
+from promoe_ds.data import LatentDataset, sample_indices
+from promoe_ds.diffusion.objective import DiffusionBatch, draw_batch
+from promoe_ds.engine.adapter import create_expert_groups, mark_experts, shard_experts, share_centroids
+from promoe_ds.engine.clip import clip_gradients, global_grad_norm
+from promoe_ds.engine.distributed import Ranks
+from promoe_ds.engine.health import HealthWatch
+from promoe_ds.engine.optimizer import AdamWithEma, learning_rate, parameter_groups
+from promoe_ds.engine.routing_log import RoutingAccumulator
+from promoe_ds.engine.step import StepResult, TrainingModule
+from promoe_ds.model import build_model, initialise
+
+
+@dataclass(kw_only=True)
+class Session:
+    """All that a training process holds."""
+
+    config: RunConfig
+    deepspeed_plan: DeepSpeedPlan
+    batches: BatchPlan
+    ranks: Ranks
+    dataset: LatentDataset
+    engine: deepspeed.DeepSpeedEngine
+    health: HealthWatch
+    routing: RoutingAccumulator
+    expert_group: dist.ProcessGroup | None
+    step: int = 0
+    samples_seen: int = 0
+
+    @property
+    def module(self) -> TrainingModule:
+        """The module inside the engine."""
+        return self.engine.module
+
+
+def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: BatchPlan, ranks: Ranks,
+                  dataset: LatentDataset) -> Session:
+    """Build model and engine; every rank calls this together.
+
+    Experts are cut on the meta device, before any memory is taken; weights are a function of the seed, not of the layout.
+    """
+    with torch.device("meta"):
+        network = build_model(config)
+    expert_group = None
+    if config.parallel.resolved_dispatch == "deepspeed":
+        topology = bool(deepspeed_plan.json.get("use_data_before_expert_parallelism", False))
+        expert_group = create_expert_groups(config.parallel.ep_size, data_before_expert=topology)
+        shard_experts(network, config.parallel.ep_size, expert_group)
+    if config.routing.rcl_scope == "global" and ranks.world_size > 1:
+        share_centroids(network)
+    network.to_empty(device=ranks.device)
+    initialise(network, config.train.seed)
+    mark_experts(network)
+    module = TrainingModule(network).train()
+    optimizer = AdamWithEma(parameter_groups(module, config.optimizer), config.optimizer)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_plan.json, dist_init_required=False)
+    health = HealthWatch(module, ranks)
+    routing = RoutingAccumulator(config, network, ranks)
+    return Session(config=config, deepspeed_plan=deepspeed_plan, batches=batches, ranks=ranks, dataset=dataset, engine=engine,
+                   health=health, routing=routing, expert_group=expert_group)
+
+
+def make_batch(session: Session, micro_step: int) -> DiffusionBatch:
+    """Return this rank's samples for a micro-step of the current step, noise and dropout drawn."""
+    slots = session.batches.slots(micro_step, session.ranks.rank)
+    indices = sample_indices(len(session.dataset), seed=session.config.train.seed, count=len(slots),
+                             start=session.samples_seen + slots.start)
+    clean, labels = session.dataset.take(indices)
+    batch = draw_batch(clean, labels, session.config.diffusion, null_label=session.config.model.null_label,
+                       seed=session.config.train.seed, step=session.step, slots=slots)
+    return batch.to(session.ranks.device)
+
+
+def train_step(session: Session) -> StepResult:
+    """Run one optimizer step, or skip it on all ranks together where a loss or gradient is not finite."""
+    engine, config = session.engine, session.config
+    lr = learning_rate(session.step, config.train.max_steps, config.optimizer)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    terms: dict[str, torch.Tensor] = {}
+    problem, norm = "", None
+    for micro_step in range(session.batches.accumulation):
+        batch = make_batch(session, micro_step)
+        output = engine(batch)
+        session.health.see_loss(output.loss)
+        engine.backward(output.loss)
+        session.routing.add(output.plans, batch.sigma_B)
+        for name, value in output.terms.items():
+            terms[name] = terms.get(name, 0.0) + value.detach() / session.batches.accumulation
+        if micro_step == session.batches.accumulation - 1:
+            problem = session.health.verdict(session.step).problem
+            norm = _prepare_update(session, skip=bool(problem))
+        engine.step()
+    session.step += 1
+    session.samples_seen += session.batches.global_batch
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return StepResult(terms=terms, grad_norm=float("nan") if problem else float(norm), lr=lr, problem=problem)
+
+
+def _prepare_update(session: Session, *, skip: bool) -> torch.Tensor | None:
+    """Tell the optimizer whether to skip; without ZeRO also clip, and return the norm."""
+    optimizer = session.engine.optimizer
+    if session.deepspeed_plan.zero_stage > 0:
+        # The ranks have agreed already: DeepSpeed's own scan, which runs here, need not repeat it.
+        optimizer.check_grad_overflow = True
+        optimizer.check_overflow = lambda partition_gradients=True: setattr(optimizer, "overflow", skip)
+        return None
+    optimizer.overflow = skip
+    parameters = [p for p in session.module.parameters() if p.requires_grad]
+    norm = global_grad_norm(parameters, session.expert_group)
+    if session.config.optimizer.clip_norm > 0 and not skip:
+        clip_gradients(parameters, norm, session.config.optimizer.clip_norm)
+    return norm

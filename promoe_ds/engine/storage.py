@@ -1,0 +1,90 @@
+"""How DeepSpeed's checkpoint files reach the disk: with checksums, without pickled code."""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from promoe_ds.engine.manifest import FileRecord
+from promoe_ds.errors import CheckpointError
+
+#: Plain records that DeepSpeed stores beside tensors; nothing else is let in from a file.
+_ALLOWED = [fragment_address, LossScaler, ZeroStageEnum]
+
+
+class RecordingStorage(TorchCheckpointEngine):
+    """Writes flushed files and remembers their sizes and checksums; reads tensors and plain records only.
+
+    A failed write is remembered, not raised: DeepSpeed's save has barriers in it, where the other ranks would wait for
+    ever. The trainer asks all ranks afterwards.
+    """
+
+    def __init__(self) -> None:
+        """Start with no record."""
+        super().__init__()
+        self.records: dict[str, FileRecord] = {}
+        self.failure: str | None = None
+
+    def create(self, info: Any) -> None:
+        """Begin a checkpoint: forget the last one's records."""
+        self.records, self.failure = {}, None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file."""
+        if self.failure is not None:
+            return
+        try:
+            with Path(path).open("wb") as file:
+                writer = _ChecksumWriter(file)
+                torch.save(state_dict, writer)
+                file.flush()
+                os.fsync(file.fileno())
+            self.records[Path(path).name] = FileRecord(writer.bytes, writer.crc32)
+        except (OSError, RuntimeError) as error:
+            self.failure = f"{path}: {error.__cause__ or error.__context__ or error}"
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file.
+
+        Raises: CheckpointError if it is missing, damaged, or holds anything but tensors and plain records.
+        """
+        return load_trusted(Path(path), map_location=map_location)
+
+
+def load_trusted(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """Read a file that `RecordingStorage` wrote, executing nothing from it.
+
+    Raises: CheckpointError naming the file.
+    """
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+class _ChecksumWriter(io.RawIOBase):
+    """A write-only file that keeps count and CRC-32 of what passes."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.bytes, self.crc32 = 0, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self.crc32 = zlib.crc32(view, self.crc32)
+        self.bytes += view.nbytes
+        self._file.write(view)
+        return view.nbytes
