@@ -1,0 +1,32 @@
+# Sourced by quickstart.sh and test.sh: a virtual environment with what they need, pinned. Installs once.
+#
+# An active virtual environment (or conda environment) is used; otherwise .venv in the repository is made and used.
+
+promoe_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+promoe_environment() {
+    if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+        if [ ! -x "$promoe_root/.venv/bin/python" ]; then
+            echo "creating $promoe_root/.venv"
+            "${PYTHON:-python3}" -m venv "$promoe_root/.venv"
+        fi
+        # shellcheck disable=SC1091
+        . "$promoe_root/.venv/bin/activate"
+    fi
+    python - <<'EOF' || return 1
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"promoe_ds needs Python 3.11 or newer, this is {sys.version.split()[0]}: set PYTHON to a newer one")
+EOF
+    local stamp wanted
+    stamp="$(python -c 'import sys; print(sys.prefix)')/.promoe_ds_installed"
+    wanted="$(cat "$promoe_root/launch_scripts/constraints.txt" "$promoe_root/setup.py" | cksum) $promoe_root"
+    if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+        echo "installing into $(python -c 'import sys; print(sys.prefix)')"
+        (cd "$promoe_root" && python -m pip install --quiet --disable-pip-version-check \
+            --constraint launch_scripts/constraints.txt --editable '.[report,test]') || return 1
+        echo "$wanted" > "$stamp"
+    fi
+    # One thread a rank: ranks share the cores of a laptop, and results do not depend on their number.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+}

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Train ProMoE on real digits under the deepspeed launcher with expert parallelism and ZeRO 2, stop half-way, resume,
+# convert, sample, judge: ./launch_scripts/quickstart.sh [OUTPUT_DIR]
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+out="$(mkdir -p "${1:-$promoe_root/runs/quickstart}" && cd "${1:-$promoe_root/runs/quickstart}" && pwd)"
+if [ -n "$(ls -A "$out")" ]; then
+    echo "error: $out is not empty: name another folder, ./launch_scripts/quickstart.sh DIR, or remove it" >&2
+    exit 1
+fi
+promoe_environment
+cd "$promoe_root"
+
+train() {
+    deepspeed --num_gpus 2 --module promoe_ds.cli.train --recipe digits_promoe \
+        --deepspeed_config ds_configs/zero2_fp32.json --run-dir "$out/run" "$@"
+}
+
+echo "== training on 2 ranks (ep_size 2, ZeRO 2), stopped half-way"
+train --set train.stop_after_steps=450
+echo "== resuming to the end"
+train --resume auto
+echo "== converting the shards to one file"
+python tools/convert_checkpoint.py "$out/run" "$out/export" --to single
+echo "== sampling"
+python -m promoe_ds.cli.sample --model "$out/export" --out "$out/samples" --num 500 --grid
+echo "== judging"
+python tools/evaluate_digits.py "$out/samples" --out "$out/report.json" --require 0.85
+python tools/expert_load.py "$out/run"
+echo "outputs: run $out/run, export $out/export, samples $out/samples, grid $out/samples/grid.png, report $out/report.json"

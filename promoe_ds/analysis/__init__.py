@@ -1,0 +1,1 @@
+"""Reading what a run recorded: routing statistics and their summaries."""

@@ -1,0 +1,95 @@
+"""Expert load from routing.jsonl: per layer, summed over the log steps asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from promoe_ds.errors import DataError
+
+_FIELDS = ("step", "layer", "tokens_per_expert", "conditional_tokens", "unconditional_tokens", "prototype_similarity",
+           "layer_bytes_exchanged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLoad:
+    """One layer's load over a range of steps."""
+
+    layer: int
+    tokens_per_expert: list[int]
+    conditional_tokens: int
+    unconditional_tokens: int
+    prototype_similarity: float
+    bytes_exchanged: int
+
+    @property
+    def shares(self) -> list[float]:
+        """Each expert's share of the routed assignments; zeros where there were none."""
+        total = sum(self.tokens_per_expert)
+        return [count / total if total else 0.0 for count in self.tokens_per_expert]
+
+    @property
+    def max_over_mean(self) -> float:
+        """Largest load over the mean load: 1 is even, E is all on one expert; NaN without tokens."""
+        total = sum(self.tokens_per_expert)
+        return max(self.tokens_per_expert) * len(self.tokens_per_expert) / total if total else math.nan
+
+    @property
+    def coefficient_of_variation(self) -> float:
+        """Standard deviation of the loads over their mean; NaN without tokens."""
+        mean = sum(self.tokens_per_expert) / len(self.tokens_per_expert)
+        if not mean:
+            return math.nan
+        return math.sqrt(sum((n - mean) ** 2 for n in self.tokens_per_expert) / len(self.tokens_per_expert)) / mean
+
+
+def read_routing_log(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's routing.jsonl; a last line cut off by an interruption is left out.
+
+    Raises: DataError naming the file, and the line that is no routing record.
+    """
+    path = run_dir / "routing.jsonl"
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{run_dir}: no routing statistics there ({error})") from None
+    records = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            record = json.loads(text)
+            if missing := [field for field in _FIELDS if field not in record]:
+                raise DataError(f"{path}, line {number}: {missing[0]} is missing")
+            records.append(record)
+        except ValueError:
+            if number < len(texts):
+                raise DataError(f"{path}, line {number}: not JSON") from None
+    if not records:
+        raise DataError(f"{path} is empty: the run has no MoE layer or did not reach its first log step")
+    return records
+
+
+def summarise_load(records: list[dict[str, Any]], *, last_steps: int | None = None) -> list[LayerLoad]:
+    """Sum timestep bins and log steps into one row a layer.
+
+    Args:
+        records: of `read_routing_log`.
+        last_steps: only records of the last so many training steps; all if left out.
+    """
+    newest = max(record["step"] for record in records)
+    if last_steps is not None:
+        records = [record for record in records if record["step"] > newest - last_steps]
+    return [_sum_layer(layer, [r for r in records if r["layer"] == layer]) for layer in sorted({r["layer"] for r in records})]
+
+
+def _sum_layer(layer: int, records: list[dict[str, Any]]) -> LayerLoad:
+    by_step = {record["step"]: record for record in records}
+    return LayerLoad(
+        layer=layer, tokens_per_expert=[sum(column) for column in zip(*(r["tokens_per_expert"] for r in records), strict=True)],
+        conditional_tokens=sum(r["conditional_tokens"] for r in records),
+        unconditional_tokens=sum(r["unconditional_tokens"] for r in records),
+        prototype_similarity=by_step[max(by_step)]["prototype_similarity"],
+        # Stated for the layer on the line of every bin: count it once a step.
+        bytes_exchanged=sum(r["layer_bytes_exchanged"] for r in by_step.values()))

@@ -1,0 +1,1 @@
+"""Judging images: sampling from exports, metrics."""

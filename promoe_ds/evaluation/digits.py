@@ -1,0 +1,64 @@
+"""Judging samples of the digits recipes with a small classifier trained on the real digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from promoe_ds.data.digits import load_digits_split
+from promoe_ds.errors import DataError
+from promoe_ds.evaluation.frechet import fit_gaussian, frechet_distance
+from promoe_ds.evaluation.images import read_samples, to_uint8
+
+_HELDOUT_FRACTION = 0.2
+_NOISE_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsReport:
+    """Accuracies in [0, 1]; squared Fréchet distances between pixels in [0, 1], each to the held-out digits."""
+
+    samples: int
+    accuracy: float
+    accuracy_by_class: dict[int, float]
+    accuracy_on_real: float
+    frechet: float
+    frechet_of_training_digits: float
+    frechet_of_noise: float
+
+
+def judge_samples(path: Path) -> DigitsReport:
+    """Classify samples and measure their distance to digits that nobody trained on.
+
+    The classifier (a support-vector machine on pixels) sees the training digits only; its accuracy on the held-out ones
+    says how far it can be trusted. Training digits and uniform noise are the distance's two landmarks.
+    Args:
+        path: samples.npz or its folder.
+    Raises: DataError if the samples are no 8x8 grey images with labels 0 ... 9.
+    """
+    from sklearn.svm import SVC
+
+    images, labels = read_samples(path)
+    if images.shape[1:] != (8, 8, 1) or len(images) < 2 or not set(labels.tolist()) <= set(range(10)):
+        raise DataError(f"{path}: {images.shape} images are no 8x8 digits with labels 0 ... 9")
+    train = load_digits_split(_HELDOUT_FRACTION, heldout=False)
+    heldout = load_digits_split(_HELDOUT_FRACTION, heldout=True)
+    real, unseen = _features(to_uint8(train.images)), _features(to_uint8(heldout.images))
+    classifier = SVC(gamma="scale", C=10.0).fit(real, train.labels)
+    features = _features(images)
+    is_right = classifier.predict(features) == labels
+    target = fit_gaussian(unseen)
+    noise = np.random.default_rng(_NOISE_SEED).random(features.shape)
+    return DigitsReport(
+        samples=len(labels), accuracy=float(is_right.mean()),
+        accuracy_by_class={int(c): float(is_right[labels == c].mean()) for c in np.unique(labels)},
+        accuracy_on_real=float(classifier.score(unseen, heldout.labels)),
+        frechet=frechet_distance(fit_gaussian(features), target),
+        frechet_of_training_digits=frechet_distance(fit_gaussian(real), target),
+        frechet_of_noise=frechet_distance(fit_gaussian(noise), target))
+
+
+def _features(images_NHWC: np.ndarray) -> np.ndarray:
+    return images_NHWC.reshape(len(images_NHWC), -1).astype(np.float64) / 255.0

@@ -1,0 +1,93 @@
+"""The single export: a folder with `model.safetensors` and `config.json` that one GPU or CPU loads, without deepspeed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from promoe_ds.config import config_from_dict
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.model.build import build_model
+from promoe_ds.model.dit import DiT
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+def save_export(folder: Path, state: Mapping[str, Tensor], config: RunConfig, origin: Mapping[str, Any]) -> None:
+    """Write an export.
+
+    Args:
+        state: rank-blind names; its keys and shapes must be exactly those of the config's model.
+        origin: where the weights come from (step, ema or raw, versions), kept in config.json.
+    Raises: CheckpointError naming a missing, left-over or misshapen tensor, or the file that cannot be written.
+    """
+    check_state(state, config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in state.items()}, folder / WEIGHTS_FILE)
+        values = {"format": 1, "config": config.model_dump(mode="json"), "origin": dict(origin)}
+        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the export could not be written: {error}") from None
+
+
+def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
+    """Hold names and shapes against the model that `config` describes.
+
+    Raises: CheckpointError naming the first tensors that are missing, left over or misshapen.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in build_model(config).state_dict().items()}
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} has no place in this architecture" for name in state if name not in expected]
+    problems += [f"{name} has shape {tuple(state[name].shape)} instead of {shape}" for name, shape in expected.items()
+                 if name in state and tuple(state[name].shape) != shape]
+    if problems:
+        raise CheckpointError("; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""))
+
+
+def read_export_config(folder: Path) -> RunConfig:
+    """Return the config of an export.
+
+    Raises: CheckpointError if the folder holds none.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["config"]
+        return config_from_dict(values, source=str(path))
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder} is no export: {path}: {error}") from None
+
+
+def load_model(export_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiT:
+    """Load an export in evaluation mode.
+
+    Args:
+        export_dir: folder written by `tools/convert_checkpoint.py --to single`.
+        device: where the module goes.
+        dtype: of the weights; as stored (fp32) if left out.
+    Returns: the network; `module(latents_BZHW, timestep_B, labels_B)` returns (B, out_channels, H, W).
+    Raises: CheckpointError naming what is missing or does not fit.
+    """
+    folder = Path(export_dir)
+    config = read_export_config(folder)
+    try:
+        state = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: cannot be read: {error}") from None
+    check_state(state, config)
+    with torch.device("meta"):
+        network = build_model(config)
+    network.load_state_dict(state, assign=True)
+    network.positions = torch.empty(network.positions.shape)
+    network.reset_positions()
+    return network.requires_grad_(False).eval().to(device=device, dtype=dtype)
