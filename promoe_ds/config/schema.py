@@ -183,7 +183,7 @@ class TrainConfig(Section):
 class LoggingConfig(Section):
     """What is recorded beside metrics.jsonl."""
 
-    tensorboard: Literal["auto", "on", "off"] = Field("auto", description="auto: on where it is installed")
+    tensorboard: bool | Literal["auto"] = Field("auto", description="auto: on where it is installed")
     timestep_bins: int = Field(10, gt=0, description="equal bins of sigma in routing.jsonl")
 
 

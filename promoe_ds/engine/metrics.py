@@ -131,13 +131,13 @@ def _peak_flops(device: torch.device) -> float | None:
 
 
 def _open_tensorboard(config: RunConfig, run_dir: Path, start_step: int):  # noqa: ANN202 - an optional package's type
-    if config.logging.tensorboard == "off":
+    if config.logging.tensorboard is False:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        if config.logging.tensorboard == "on":
-            raise ConfigError("logging.tensorboard=on needs tensorboard: pip install 'promoe_ds[tracking]'") from None
+        if config.logging.tensorboard is True:
+            raise ConfigError("logging.tensorboard=true needs tensorboard: pip install 'promoe_ds[tracking]'") from None
         _LOG.info("logging.tensorboard=auto: tensorboard is not installed, off")
         return None
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)

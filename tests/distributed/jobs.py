@@ -1,0 +1,78 @@
+"""Running training jobs on several real processes and reading what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from promoe_ds.engine.manifest import list_checkpoints, read_manifest
+from promoe_ds.engine.reconstruct import reconstruct
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+ENVIRONMENT.pop("WORLD_SIZE", None)
+
+#: A network of the smallest size that has everything: dense and MoE blocks, shared and unconditional experts.
+TINY = ("model.hidden_size=32", "model.depth=4", "model.num_heads=2", "train.global_batch_size=16", "train.log_every=1",
+        "train.max_steps=20", "train.checkpoint_every=100", "optimizer.clip_norm=0.5", "optimizer.warmup_steps=4",
+        "logging.tensorboard=off", "parallel.timeout_seconds=60")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One call of the training loop."""
+
+    run_dir: Path
+    overrides: tuple[str, ...] = ()
+    recipe: str = "digits_promoe"
+    zero_stage: int = 2
+    bf16: bool = False
+    resume: str = "auto"
+    fault: dict[str, Any] | None = field(default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "run_dir": str(self.run_dir), "overrides": [*TINY, *self.overrides]}
+
+
+def run_jobs(world_size: int, jobs: list[Job], folder: Path, *, timeout: int = 240) -> list[str]:
+    """Run jobs one after the other on `world_size` processes; return each one's error message ("" for none)."""
+    source, target = folder / f"jobs_{world_size}.json", folder / f"errors_{world_size}.json"
+    target.unlink(missing_ok=True)
+    source.write_text(json.dumps([job.as_json() for job in jobs]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "-m",
+               "tests.distributed.worker", str(source), str(target)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads(target.read_text())
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def routing(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "routing.jsonl").read_text().splitlines()]
+
+
+def state(run_dir: Path, kind: str = "weights") -> dict[str, torch.Tensor]:
+    """Reconstruct the newest checkpoint's tensors of `kind`."""
+    newest = list_checkpoints(run_dir / "checkpoints")[0]
+    return reconstruct(newest, read_manifest(newest), kind)
+
+
+def without_key_bias(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drop the key third of every qkv bias: its true gradient is zero, Adam follows rounding noise there."""
+    result = {}
+    for name, value in tensors.items():
+        if name.endswith("qkv.bias"):
+            q, _, v = value.chunk(3)
+            value = torch.cat([q, v])
+        result[name] = value
+    return result

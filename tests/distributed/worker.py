@@ -1,0 +1,77 @@
+"""One rank of a distributed test: runs the real training loop for several jobs in one process group.
+
+Started by `jobs.run_jobs` through torchrun; a job is a run directory, overrides, a ZeRO stage and, if asked, a fault.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import promoe_ds.engine.session as session_module
+import promoe_ds.engine.step as step_module
+from promoe_ds.config import load_config, plan_batches, resolve_deepspeed
+from promoe_ds.engine.distributed import Ranks, complete_environment, start_distributed, stop_distributed
+from promoe_ds.engine.loop import Run, train
+from promoe_ds.errors import PromoeError
+
+REAL_LOSS = step_module.velocity_loss
+REAL_STEP = session_module.train_step
+
+
+class _NanGradient(torch.autograd.Function):
+    """Leaves a value as it is and makes its gradient NaN."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def run_job(job: dict, ranks: Ranks) -> str:
+    """Run one job; return "" or the message of the error that ended it."""
+    values = {"zero_optimization": {"stage": job["zero_stage"]}, "bf16": {"enabled": job["bf16"]}}
+    fault = job["fault"]
+    step_module.velocity_loss = _poisoned_loss(fault, ranks) if fault else REAL_LOSS
+    try:
+        config = load_config(job["recipe"], job["overrides"])
+        plan = resolve_deepspeed(values, config, plan_batches(config, ranks.world_size), source="job")
+        train(Run(config=config, deepspeed_plan=plan, run_dir=Path(job["run_dir"]), resume=job["resume"]), ranks)
+    except PromoeError as error:
+        return str(error)
+    return ""
+
+
+def _poisoned_loss(fault: dict, ranks: Ranks):
+    """Make loss or gradient NaN on one rank at the given calls (one call a micro-step)."""
+    calls = iter(range(10**6))
+
+    def loss(prediction, batch):
+        call = next(calls)
+        if ranks.rank != fault["rank"] or call not in fault["calls"]:
+            return REAL_LOSS(prediction, batch)
+        if fault["kind"] == "loss":
+            return REAL_LOSS(prediction, batch) * float("nan")
+        return REAL_LOSS(_NanGradient.apply(prediction), batch)
+
+    return loss
+
+
+def main() -> None:
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    complete_environment()
+    ranks = start_distributed(timeout_seconds=60)
+    errors = [run_job(job, ranks) for job in jobs]
+    if ranks.is_main:
+        Path(sys.argv[2]).write_text(json.dumps(errors))
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Small configs and networks for the unit tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from promoe_ds.config import RunConfig, config_from_dict
+from promoe_ds.model import DiT, build_model, initialise
+
+#: Two blocks, the second with four experts; 4 tokens of width 16 per image; ten classes.
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2,
+              "num_classes": 10},
+    "routing": {"num_experts": 4},
+    "data": {"dataset": "synthetic"},
+    "train": {"max_steps": 10},
+}
+
+
+def small_values(**sections: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a small valid run, with the fields of `sections` put over them."""
+    names = {**SMALL, **sections}
+    return {"name": "small", **{name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in names}}
+
+
+def small_config(**sections: dict[str, Any]) -> RunConfig:
+    """Return a small valid run."""
+    return config_from_dict(small_values(**sections), source="small")
+
+
+def randomise(module: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
+    """Fill every parameter with normal numbers, so that no path is closed by zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
+    return module
+
+
+def random_network(seed: int = 0, **sections: dict[str, Any]) -> DiT:
+    """Return a small network whose every parameter is random."""
+    network = build_model(small_config(**sections))
+    initialise(network, seed)
+    randomise(network, seed)
+    return network
+
+
+def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return normal numbers that depend on shape and seed only."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -1,0 +1,139 @@
+"""Sizes computed from the config against the models that are built from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from promoe_ds.config import RunConfig, count_parameters, list_recipes, load_config, plan_memory, training_flops_per_image
+from promoe_ds.config.accounting import forward_flops_per_image
+from promoe_ds.model import DiT, build_model
+
+from ..builders import random_network, random_tensor, small_config
+
+#: Total and activated parameters of the published models (ProMoE, Table 2).
+PUBLISHED = {
+    "promoe_s": (75_543_584, 32_993_312),
+    "promoe_b": (300_607_520, 130_572_320),
+    "promoe_l": (1_062_684_704, 458_262_560),
+    "promoe_xl": (1_567_733_792, 675_339_296),
+}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "dense": {"routing": {"method": "dense"}},
+    "dense with all moe_blocks": {"routing": {"method": "dense", "moe_blocks": "all"}},
+    "qk_norm": {"model": {"qk_norm": True}},
+    "all blocks": {"routing": {"moe_blocks": "all"}},
+    "odd depth": {"model": {"depth": 5}},
+    "no shared": {"routing": {"num_shared_experts": 0}},
+    "two shared": {"routing": {"num_shared_experts": 2}},
+    "no unconditional": {"routing": {"num_unconditional_experts": 0}},
+    "two unconditional": {"routing": {"num_unconditional_experts": 2}},
+    "neither": {"routing": {"num_shared_experts": 0, "num_unconditional_experts": 0}},
+    "no learned sigma": {"model": {"learn_sigma": False}},
+    "widths": {"routing": {"expert_width": 24, "shared_expert_width": 40, "num_shared_experts": 2, "top_k": 3}},
+    "shapes": {"model": {"input_size": 6, "patch_size": 3, "in_channels": 3, "mlp_ratio": 2.5, "num_classes": 7}},
+}
+
+
+def on_meta(config: RunConfig) -> DiT:
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def check_against_model(config: RunConfig) -> None:
+    network, count = on_meta(config), count_parameters(config)
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    routed = sum(size for name, size in sizes.items() if ".moe.routed." in name)
+    unconditional = sum(size for name, size in sizes.items() if ".moe.unconditional." in name)
+    assert count.trainable == sum(sizes.values())
+    assert (count.routed, count.unconditional) == (routed, unconditional)
+    assert count.position_embedding == network.positions.numel()
+    active = routed * config.routing.top_k // config.routing.num_experts
+    assert count.activated == count.total - unconditional - routed + active
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_parameters_of_recipe_equal_those_of_the_built_model(name: str) -> None:
+    check_against_model(load_config(name))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_parameters_of_odd_setting_equal_those_of_the_built_model(setting: str) -> None:
+    check_against_model(small_config(**SETTINGS[setting]))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_recipe_equal_the_published_ones(name: str) -> None:
+    count = count_parameters(load_config(name))
+    assert (count.total, count.activated) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
+def test_parameters_activated_of_promoe_are_nearly_those_of_dit(size: str) -> None:
+    moe, dense = count_parameters(load_config(f"promoe_{size}")), count_parameters(load_config(f"dit_{size}"))
+    assert dense.activated == dense.total
+    # The routed half and the shared half make up one dense feed-forward; 12 prototypes and the second bias come on top.
+    assert moe.activated - dense.activated == moe.moe_layers * 13 * load_config(f"promoe_{size}").model.hidden_size
+
+
+@pytest.mark.parametrize("setting", ["plain", "dense", "all blocks", "odd depth", "no shared", "two shared", "widths", "shapes"])
+def test_forward_flops_equal_those_counted_by_torch(setting: str) -> None:
+    # The loop backend and plain attention run as products that torch's counter knows.
+    network = random_network(**SETTINGS[setting], parallel={"expert_backend": "loop"}).eval()
+    model, images = network.config.model, 3
+    latents = random_tensor(images, model.in_channels, model.input_size, model.input_size)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        network(latents, torch.full((images,), 500.0), torch.arange(images))
+    assert counter.get_total_flops() == images * forward_flops_per_image(network.config)
+
+
+def test_training_flops_are_three_forward_passes() -> None:
+    config = small_config()
+    assert training_flops_per_image(config) == 3 * forward_flops_per_image(config)
+
+
+# Memory: dense d, routed r parameters; per parameter 4 bytes fp32 or 2 bf16, two fp32 moments, one fp32 average.
+
+
+def held(config: RunConfig) -> tuple[int, int]:
+    count = count_parameters(config)
+    return count.dense + count.unconditional, count.routed
+
+
+def test_memory_zero_0_fp32_holds_everything() -> None:
+    config = small_config()
+    dense, routed = held(config)
+    plan = plan_memory(config, world_size=2, zero_stage=0, precision="fp32")
+    everything = dense + routed
+    assert (plan.weights, plan.gradients, plan.optimizer, plan.ema) == tuple(n * everything for n in (4, 4, 8, 4))
+    assert plan.total == 20 * everything
+
+
+def test_memory_zero_2_bf16_shards_over_the_replicas() -> None:
+    config = small_config(parallel={"ep_size": 2})
+    dense, routed = held(config)
+    assert dense % 4 == routed % 4 == 0
+    plan = plan_memory(config, world_size=4, zero_stage=2, precision="bf16")
+    # Half of the experts are here; their two replicas share the state of that half.
+    here, owned = dense + routed // 2, dense // 4 + routed // 4
+    assert (plan.weights, plan.gradients, plan.optimizer, plan.ema) == (2 * here, 2 * owned, 12 * owned, 4 * owned)
+
+
+def test_memory_zero_1_keeps_whole_gradients() -> None:
+    config = small_config()
+    one, two = (plan_memory(config, world_size=2, zero_stage=stage, precision="fp32") for stage in (1, 2))
+    assert one.gradients == one.weights == 4 * sum(held(config))
+    assert two.gradients < one.gradients
+    assert (one.weights, one.optimizer, one.ema) == (two.weights, two.optimizer, two.ema)
+
+
+def test_memory_one_rank_zero_stage_2_is_the_whole_state() -> None:
+    config = small_config()
+    plan = plan_memory(config, world_size=1, zero_stage=2, precision="bf16")
+    assert plan.total == (2 + 2 + 12 + 4) * sum(held(config))

@@ -1,0 +1,278 @@
+"""From a recipe's name, its base and `--set` overrides to a config, and what is said about mistakes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from promoe_ds.config import RunConfig, config_from_dict, list_recipes, load_config
+from promoe_ds.config.loader import dotted_names, nearest_name
+from promoe_ds.errors import ConfigError
+
+from ..builders import small_config, small_values
+
+RECIPE = "digits_promoe"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_recipe_packaged_loads_under_its_own_name(name: str) -> None:
+    assert load_config(name).name == name
+
+
+def test_recipes_packaged_include_every_size_of_the_paper() -> None:
+    assert {f"{method}_{size}" for method in ("dit", "promoe") for size in ("s", "b", "l", "xl")} <= set(list_recipes())
+
+
+def test_config_saved_and_read_again_is_the_same() -> None:
+    config = load_config("promoe_xl")
+    assert config_from_dict(config.model_dump(mode="json"), source="saved") == config
+
+
+@pytest.mark.parametrize("section", list(RunConfig.model_fields))
+def test_config_is_frozen_at_the_top(section: str) -> None:
+    config = small_config()
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(config, section, getattr(config, section))
+
+
+@pytest.mark.parametrize("name", [n for n in dotted_names() if "." in n])
+def test_config_is_frozen_in_every_section(name: str) -> None:
+    section, field = name.split(".")
+    target = getattr(small_config(), section)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(target, field, getattr(target, field))
+
+
+def test_config_import_brings_no_torch() -> None:
+    code = "import sys, promoe_ds.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Unknown names.
+
+
+@pytest.mark.parametrize(("section", "field", "nearest"), [
+    ("routing", "num_exprts", "routing.num_experts"),
+    ("model", "hiden_size", "model.hidden_size"),
+    ("train", "max_step", "train.max_steps"),
+    ("optimizer", "zzzzqqqq", None),
+])
+def test_loader_unknown_key_names_path_and_nearest(section: str, field: str, nearest: str | None) -> None:
+    values = small_values(**{section: {field: 1}})
+    hint = f"; did you mean {nearest}?" if nearest else ""
+    with pytest.raises(ConfigError, match=rf"(?m)^  {section}\.{field}: no such field{re.escape(hint)}$"):
+        config_from_dict(values, source="recipe")
+
+
+@pytest.mark.parametrize(("wrong", "right"), [
+    ("model.num_experts", "routing.num_experts"), ("train.lr", "optimizer.lr"), ("routing.ep_size", "parallel.ep_size"),
+])
+def test_loader_field_in_wrong_section_names_the_right_one(wrong: str, right: str) -> None:
+    section, field = wrong.split(".")
+    with pytest.raises(ConfigError, match=re.escape(f"{wrong}: no such field; did you mean {right}?")):
+        config_from_dict(small_values(**{section: {field: 4}}), source="recipe")
+
+
+def test_loader_field_at_the_top_names_its_section() -> None:
+    with pytest.raises(ConfigError, match=r"num_experts: no such field; did you mean routing\.num_experts\?"):
+        config_from_dict({**small_values(), "num_experts": 4}, source="recipe")
+
+
+def test_nearest_name_nothing_alike_is_none() -> None:
+    assert nearest_name("qqqq.zzzzzz") is None
+
+
+def test_nearest_name_field_in_two_sections_prefers_one_that_exists() -> None:
+    assert nearest_name("diffusion.steps") == "sampling.steps"
+
+
+def test_loader_several_problems_are_all_told() -> None:
+    values = small_values(model={"depth": 0}, routing={"rcl_scope": "world"}, train={"foo_bar_baz": 1})
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(values, source="my recipe")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "my recipe does not describe a run:"
+    assert [line.strip().split("=")[0].split(":")[0] for line in lines[1:]] == ["model.depth", "routing.rcl_scope",
+                                                                              "train.foo_bar_baz"]
+
+
+@pytest.mark.parametrize("section", ["model", "train"])
+def test_loader_missing_section_says_must_be_set(section: str) -> None:
+    values = small_values()
+    del values[section]
+    with pytest.raises(ConfigError, match=rf"(?m)^  {section}: must be set$"):
+        config_from_dict(values, source="recipe")
+
+
+def test_loader_missing_field_says_must_be_set() -> None:
+    values = small_values()
+    del values["train"]["max_steps"]
+    with pytest.raises(ConfigError, match=r"(?m)^  train\.max_steps: must be set$"):
+        config_from_dict(values, source="recipe")
+
+
+def test_loader_section_without_values_is_refused() -> None:
+    with pytest.raises(ConfigError, match="routing=None: input should be a valid dictionary"):
+        config_from_dict({**small_values(), "routing": None}, source="recipe")
+
+
+# --set.
+
+
+@pytest.mark.parametrize(("override", "value"), [
+    ("optimizer.lr=1e-4", 1e-4),  # YAML 1.1 reads this as a string
+    ("optimizer.lr=1.5e-3", 1.5e-3),
+    ("optimizer.lr=1", 1.0),
+    ("train.stop_after_steps=null", None),
+    ("train.stop_after_steps=", None),
+    ("train.stop_after_steps=7", 7),
+    ("optimizer.betas=[0.8, 0.95]", (0.8, 0.95)),
+    ("optimizer.betas=[0.8,9.5e-1]", (0.8, 0.95)),
+    ("model.qk_norm=true", True),
+    ("model.qk_norm=false", False),
+    ("model.qk_norm=True", True),
+    ("model.learn_sigma=yes", True),
+    ("routing.rcl_scope=rank", "rank"),
+    ("routing.expert_width=24", 24),
+    ("name=other", "other"),
+    ("train.seed=0", 0),
+])
+def test_set_value_is_read_as_yaml(override: str, value: object) -> None:
+    config = load_config(RECIPE, [override])
+    target: object = config
+    for part in override.partition("=")[0].split("."):
+        target = getattr(target, part)
+    assert target == value
+    assert type(target) is type(value)
+
+
+@pytest.mark.parametrize("value", ["auto", "on", "off"])
+def test_set_tensorboard_takes_every_value_that_the_schema_lists(value: str) -> None:
+    # YAML 1.1 reads a bare `on` or `off` as a boolean.
+    assert load_config(RECIPE, [f"logging.tensorboard={value}"]).logging.tensorboard == value
+
+
+def test_set_path_with_equals_sign_keeps_it() -> None:
+    config = load_config("promoe_b", ["data.path=/data/a=b"])
+    assert config.data.path == "/data/a=b"
+
+
+def test_set_later_override_wins() -> None:
+    assert load_config(RECIPE, ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+def test_set_leaves_other_fields_of_the_section() -> None:
+    changed, plain = load_config(RECIPE, ["train.seed=5"]), load_config(RECIPE)
+    assert changed.train.model_copy(update={"seed": plain.train.seed}) == plain.train
+
+
+def test_set_creates_a_section_that_the_recipe_lacks(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.yaml", "base: digits_promoe\n")
+    assert load_config(path, ["diffusion.shift=3"]).diffusion.shift == 3.0
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("train.max_steps", "--set train.max_steps: expected section.field=value"),
+    ("=3", "--set =3: expected section.field=value"),
+    ("train.max_steps:3", "--set train.max_steps:3: expected section.field=value"),
+    ("model.deppth=5", "--set model.deppth: no such field; did you mean model.depth?"),
+    ("model.num_experts=4", "--set model.num_experts: no such field; did you mean routing.num_experts?"),
+    ("num_experts=4", "--set num_experts: no such field; did you mean routing.num_experts?"),
+    ("zzzz.qqqqqq=4", "--set zzzz.qqqqqq: no such field"),
+    ("model={depth: 2}", "--set model: no such field"),
+    ("train.max_steps=[", "--set train.max_steps=[: the value is not valid YAML"),
+    ("train.max_steps=many", "train.max_steps='many': input should be a valid integer"),
+    ("train.max_steps=1.5", "train.max_steps=1.5: input should be a valid integer"),
+    ("optimizer.betas=[0.9]", "optimizer.betas.1: must be set"),
+    ("optimizer.lr=0", "optimizer.lr=0: input should be greater than 0"),
+])
+def test_set_mistake_is_explained(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(RECIPE, [override])
+
+
+# Files and bases.
+
+
+def test_recipe_name_misspelt_suggests_and_lists() -> None:
+    with pytest.raises(ConfigError, match=r"--recipe promoe_bb: no packaged recipe .* did you mean promoe_.*dit_xl"):
+        load_config("promoe_bb")
+
+
+def test_recipe_path_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match=re.escape("--recipe nowhere/x.yaml: no such file")):
+        load_config("nowhere/x.yaml")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("model: [1, 2", "is not valid YAML"),
+    ("- a\n- b\n", "must be a mapping of sections, found list"),
+    ("", "must be a mapping of sections, found NoneType"),
+    ("just words", "must be a mapping of sections, found str"),
+])
+def test_recipe_file_unusable_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, "broken.yaml", text)
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(path))}.*{message}"):
+        load_config(path)
+
+
+def test_recipe_file_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: caf\xe9".encode("latin-1"))
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(path))} is not valid YAML"):
+        load_config(path)
+
+
+def test_recipe_file_name_becomes_the_run_name(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "mine.yaml", "base: digits_promoe\n")).name == "mine"
+
+
+def test_recipe_stated_name_beats_the_file_name(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "mine.yaml", "base: digits_promoe\nname: stated\n")).name == "stated"
+
+
+def test_base_values_are_inherited_and_overridden(tmp_path: Path) -> None:
+    path = write(tmp_path, "mine.yaml", "base: digits_promoe\nrouting:\n  top_k: 2\noptimizer:\n  lr: 1e-4\n")
+    config, base = load_config(path), load_config(RECIPE)
+    assert (config.routing.top_k, config.optimizer.lr) == (2, 1e-4)
+    assert config.routing.num_experts == base.routing.num_experts
+    assert config.optimizer.warmup_steps == base.optimizer.warmup_steps
+    assert config.model == base.model
+
+
+def test_base_of_a_base_beside_the_file_is_found(tmp_path: Path) -> None:
+    write(tmp_path, "grand.yaml", "base: digits_promoe\ntrain:\n  seed: 1\n  log_every: 7\n")
+    write(tmp_path, "parent.yaml", "base: grand.yaml\ntrain:\n  seed: 2\n")
+    path = write(tmp_path, "child.yaml", "base: parent.yaml\n")
+    train = load_config(path).train
+    assert (train.seed, train.log_every, train.max_steps) == (2, 7, load_config(RECIPE).train.max_steps)
+
+
+def test_base_recipe_is_itself_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "loop.yaml", "base: loop.yaml\n")
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(path))}: the recipe is its own base"):
+        load_config(path)
+
+
+def test_base_circle_of_two_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "base: b.yaml\n")
+    path = write(tmp_path, "b.yaml", "base: a.yaml\n")
+    with pytest.raises(ConfigError, match="the recipe is its own base"):
+        load_config(path)
+
+
+def test_base_unknown_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "orphan.yaml", "base: no_such_recipe_at_all\n")
+    with pytest.raises(ConfigError, match="no_such_recipe_at_all: no packaged recipe of that name"):
+        load_config(path)

@@ -1,0 +1,205 @@
+"""Every rule of the schema, and what it says when it is broken."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from promoe_ds.config import config_from_dict, load_config
+from promoe_ds.config.loader import dotted_names
+from promoe_ds.config.presets import PRESETS
+from promoe_ds.errors import ConfigError
+
+from ..builders import small_config, small_values
+
+POSITIVE = (
+    "model.input_size", "model.patch_size", "model.in_channels", "model.hidden_size", "model.depth", "model.num_heads",
+    "model.mlp_ratio", "model.num_classes", "routing.num_experts", "routing.top_k", "routing.expert_width",
+    "routing.shared_expert_width", "routing.score_scale", "routing.rcl_temperature", "parallel.ep_size",
+    "parallel.timeout_seconds", "diffusion.sigma_std", "diffusion.num_train_timesteps", "diffusion.shift",
+    "data.latent_scale", "data.heldout_fraction", "data.synthetic_samples", "optimizer.lr", "optimizer.eps",
+    "train.global_batch_size", "train.micro_batch_size", "train.max_steps", "train.stop_after_steps", "train.log_every",
+    "train.checkpoint_every", "train.keep_last", "train.max_nonfinite_steps", "logging.timestep_bins", "sampling.steps",
+)
+NOT_NEGATIVE = (
+    "routing.num_shared_experts", "routing.num_unconditional_experts", "routing.rcl_weight", "routing.balance_weight",
+    "diffusion.label_dropout", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup_steps",
+    "optimizer.min_lr", "optimizer.ema_decay", "train.seed", "sampling.cfg_scale",
+)
+CHOICES = (
+    "model.preset", "routing.method", "routing.moe_blocks", "routing.activation", "routing.rcl_scope",
+    "routing.rcl_assignments", "routing.balance_level", "parallel.dispatch", "parallel.expert_backend",
+    "parallel.activation_checkpointing", "diffusion.objective", "data.dataset", "optimizer.schedule", "logging.tensorboard",
+)
+FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas")
+
+
+def build(name: str, value: Any) -> Any:
+    section, _, field = name.partition(".")
+    return small_config(**{section: {field: value}})
+
+
+def refuses(message: str) -> Any:
+    return pytest.raises(ConfigError, match=re.escape(message))
+
+
+def test_schema_every_field_is_under_a_rule_of_this_file() -> None:
+    assert sorted(POSITIVE + NOT_NEGATIVE + CHOICES + FREE) == sorted(dotted_names())
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0, -1])
+def test_schema_positive_field_not_positive_is_refused(name: str, value: int) -> None:
+    with refuses(f"{name}={value}: input should be greater than 0"):
+        build(name, value)
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+def test_schema_field_negative_is_refused(name: str) -> None:
+    with refuses(f"{name}=-1: input should be greater than or equal to 0"):
+        build(name, -1)
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+def test_schema_field_zero_is_taken(name: str) -> None:
+    section, field = name.split(".")
+    assert getattr(getattr(build(name, 0), section), field) == 0
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_schema_choice_unknown_is_refused(name: str) -> None:
+    with refuses(f"{name}='nonsense': input should be '"):
+        build(name, "nonsense")
+
+
+@pytest.mark.parametrize(("name", "value", "bound"), [
+    ("diffusion.label_dropout", 1.1, "less than or equal to 1"), ("data.heldout_fraction", 1, "less than 1"),
+    ("optimizer.ema_decay", 1, "less than 1"), ("train.seed", 2**63, f"less than {2**63}"),
+])
+def test_schema_field_above_its_bound_is_refused(name: str, value: float, bound: str) -> None:
+    with refuses(f"{name}={value}: input should be {bound}"):
+        build(name, value)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("model.qk_norm", "maybe", "model.qk_norm='maybe': input should be a valid boolean"),
+    ("model.depth", "two", "model.depth='two': input should be a valid integer"),
+    ("model.depth", 2.5, "model.depth=2.5: input should be a valid integer"),
+    ("optimizer.lr", "fast", "optimizer.lr='fast': input should be a valid number"),
+    ("optimizer.lr", float("nan"), "optimizer.lr=nan: input should be greater than 0"),
+    ("optimizer.betas", 0.9, "optimizer.betas=0.9: input should be a valid tuple"),
+    ("data.path", 5, "data.path=5: input should be a valid string"),
+])
+def test_schema_wrong_type_is_refused(name: str, value: Any, message: str) -> None:
+    with refuses(message):
+        build(name, value)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../up", ".hidden", "a/b", "-dash"])
+def test_schema_run_name_no_file_name_is_refused(name: str) -> None:
+    with refuses(f"name={name!r}: string should"):
+        config_from_dict({**small_values(), "name": name}, source="recipe")
+
+
+# Rules over two fields.
+
+
+@pytest.mark.parametrize(("sections", "message"), [
+    ({"model": {"num_heads": 3}}, "model: num_heads=3 does not divide hidden_size=16"),
+    ({"model": {"hidden_size": 18}}, "model: hidden_size=18 must be a multiple of 4 (sin-cos positions)"),
+    ({"model": {"input_size": 5}}, "model: patch_size=2 does not divide input_size=5"),
+    ({"routing": {"top_k": 5}}, "routing: top_k=5 exceeds num_experts=4"),
+    ({"parallel": {"dispatch": "local", "ep_size": 2}},
+     "parallel: dispatch=local keeps all experts on one rank, ep_size=2 shards them: use dispatch=deepspeed (or auto), or "
+     "ep_size=1"),
+    ({"data": {"dataset": "synthetic", "path": "/x"}}, "data: path='/x' has no use for dataset=synthetic: leave it out"),
+    ({"data": {"dataset": "digits", "path": "/x"}}, "data: path='/x' has no use for dataset=digits: leave it out"),
+    ({"optimizer": {"lr": 1e-4, "min_lr": 1e-3}}, "optimizer: min_lr=0.001 exceeds lr=0.0001"),
+    ({"parallel": {"ep_size": 3}}, "parallel.ep_size=3 does not divide routing.num_experts=4: every rank holds equally many"),
+    ({"routing": {"method": "dense"}, "parallel": {"ep_size": 2}}, "routing.method=dense has none: set parallel.ep_size=1"),
+    ({"routing": {"method": "dense"}, "parallel": {"dispatch": "deepspeed"}}, "routing.method=dense has none"),
+    ({"data": {"dataset": "digits"}}, "data.dataset=digits has 8x8 images of one channel, but model.input_size=4 and "
+                                      "model.in_channels=1"),
+    ({"data": {"dataset": "digits"}, "model": {"input_size": 8, "in_channels": 3}},
+     "data.dataset=digits has 8x8 images of one channel, but model.input_size=8 and model.in_channels=3"),
+    ({"data": {"dataset": "digits"}, "model": {"input_size": 8, "num_classes": 9}},
+     "data.dataset=digits has the labels 0..9, but model.num_classes=9: set model.num_classes=10"),
+])
+def test_schema_fields_that_contradict_are_refused(sections: dict[str, dict[str, Any]], message: str) -> None:
+    with refuses(message):
+        small_config(**sections)
+
+
+@pytest.mark.parametrize("betas", [(1.0, 0.999), (0.9, 1.0), (-0.1, 0.9), (2.0, 5.0)])
+def test_schema_betas_outside_zero_to_one_are_refused(betas: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="betas"):
+        small_config(optimizer={"betas": betas})
+
+
+@pytest.mark.parametrize("name", ["optimizer.lr", "routing.rcl_weight", "diffusion.sigma_mean", "data.latent_scale"])
+def test_schema_infinite_number_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(name)):
+        build(name, float("inf"))
+
+
+def test_schema_preset_of_another_type_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.preset"):
+        small_config(model={"preset": ["s"]})
+
+
+# What is derived.
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_fills_the_sizes_left_out(preset: str) -> None:
+    model = small_config(model={"preset": preset, **PRESETS[preset]}).model
+    values = small_values()
+    for field in PRESETS[preset]:
+        del values["model"][field]
+    values["model"]["preset"] = preset
+    assert config_from_dict(values, source="recipe").model == model
+
+
+def test_preset_stated_size_wins() -> None:
+    assert small_config(model={"preset": "s", "depth": 3}).model.depth == 3
+
+
+def test_null_label_ten_classes_is_ten() -> None:
+    assert small_config().model.null_label == 10
+    assert load_config("promoe_b").model.null_label == 1000
+
+
+def test_model_derived_sizes() -> None:
+    model = small_config(model={"input_size": 12, "patch_size": 3, "in_channels": 4}).model
+    assert (model.tokens_per_image, model.out_channels) == (16, 8)
+    assert small_config(model={"in_channels": 4, "learn_sigma": False}).model.out_channels == 4
+
+
+@pytest.mark.parametrize(("routing", "expected"), [
+    ({}, (32, 32)), ({"expert_width": 24}, (24, 24)), ({"shared_expert_width": 8}, (32, 8)),
+    ({"expert_width": 24, "shared_expert_width": 8}, (24, 8)),
+])
+def test_expert_widths_follow_mlp_ratio_unless_stated(routing: dict[str, int], expected: tuple[int, int]) -> None:
+    config = small_config(routing=routing)
+    assert (config.expert_width, config.shared_expert_width) == expected
+
+
+@pytest.mark.parametrize(("routing", "expected"), [
+    ({}, (1, 3)), ({"moe_blocks": "all"}, (0, 1, 2, 3, 4)), ({"method": "dense"}, ()),
+    ({"method": "dense", "moe_blocks": "all"}, ()),
+])
+def test_moe_blocks_are_the_odd_ones_or_all_or_none(routing: dict[str, str], expected: tuple[int, ...]) -> None:
+    assert small_config(model={"depth": 5}, routing=routing).moe_block_indices == expected
+
+
+@pytest.mark.parametrize(("parallel", "expected"), [
+    ({}, "local"), ({"ep_size": 2}, "deepspeed"), ({"dispatch": "deepspeed"}, "deepspeed"), ({"dispatch": "local"}, "local"),
+])
+def test_dispatch_auto_follows_ep_size(parallel: dict[str, Any], expected: str) -> None:
+    assert small_config(parallel=parallel).parallel.resolved_dispatch == expected
+
+
+def test_dense_ignores_top_k_beyond_num_experts() -> None:
+    assert small_config(routing={"method": "dense", "top_k": 9}).moe_block_indices == ()

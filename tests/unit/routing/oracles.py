@@ -1,0 +1,102 @@
+"""Slow, obvious routing: plain Python loops over floats, written from the paper's equations.
+
+Tensors come in as nested lists; nothing here uses torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+Vector = list[float]
+Matrix = list[Vector]
+
+
+def partition(labels: list[int], null_label: int, *, has_unconditional_expert: bool) -> tuple[list[int], list[int]]:
+    """Algorithm 1, step 1: places of routed and of unconditional samples, in order."""
+    routed, unconditional = [], []
+    for place, label in enumerate(labels):
+        if label == null_label and has_unconditional_expert:
+            unconditional.append(place)
+        else:
+            routed.append(place)
+    return routed, unconditional
+
+
+def length(vector: Vector) -> float:
+    return math.sqrt(sum(x * x for x in vector))
+
+
+def cosine(a: Vector, b: Vector) -> float:
+    """Cosine of two vectors; 0 where one of them has no length."""
+    if length(a) == 0 or length(b) == 0:
+        return 0.0
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (length(a) * length(b))
+
+
+def scores(token: Vector, prototypes: Matrix, scale: float, activation: str) -> Vector:
+    """Eq. 4, then Eq. 2's activation over the experts."""
+    values = [scale * cosine(token, prototype) for prototype in prototypes]
+    if activation == "identity":
+        return values
+    if activation == "sigmoid":
+        return [1 / (1 + math.exp(-value)) for value in values]
+    return softmax(values)
+
+
+def softmax(values: Vector) -> Vector:
+    total = sum(math.exp(value) for value in values)
+    return [math.exp(value) / total for value in values]
+
+
+def best(values: Vector, k: int) -> list[int]:
+    """The places of the k largest values, the largest first; among equals the first place."""
+    return sorted(range(len(values)), key=lambda place: (-values[place], place))[:k]
+
+
+def assignment_rows(choices: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """(token, expert, gate) rows, sorted by expert and within an expert by token."""
+    return sorted(choices, key=lambda row: (row[1], row[0]))
+
+
+def contrastive_loss(tokens: Matrix, membership: list[list[bool]], prototypes: Matrix, temperature: float) -> float:
+    """Eq. 6: cross-entropy of each active prototype's own centroid among all active centroids, averaged."""
+    width = len(tokens[0])
+    centroids: dict[int, Vector] = {}
+    for expert in range(len(prototypes)):
+        members = [token for token, member in zip(tokens, membership, strict=True) if member[expert]]
+        if members:
+            centroids[expert] = [sum(token[d] for token in members) / len(members) for d in range(width)]
+    if len(centroids) < 2:
+        return 0.0
+    total = 0.0
+    for expert in centroids:
+        logits = {other: cosine(prototypes[expert], centroid) / temperature for other, centroid in centroids.items()}
+        largest = max(logits.values())
+        log_sum = largest + math.log(sum(math.exp(value - largest) for value in logits.values()))
+        total += log_sum - logits[expert]
+    return total / len(centroids)
+
+
+def balance_loss(samples: list[Matrix], counts: list[list[int]], is_routed: list[bool], *, top_k: int, level: str,
+                 scores_are_probabilities: bool) -> float:
+    """E * sum over experts of (fraction of choices) * (mean probability), over routed tokens only."""
+    routed = [place for place, is_in in enumerate(is_routed) if is_in]
+    if not routed:
+        return 0.0
+    groups = [[place] for place in routed] if level == "sample" else [routed]
+    total = 0.0
+    for group in groups:
+        tokens = [token for place in group for token in samples[place]]
+        probabilities = tokens if scores_are_probabilities else [softmax(token) for token in tokens]
+        num_experts = len(tokens[0])
+        for expert in range(num_experts):
+            fraction = sum(counts[place][expert] for place in group) / (len(tokens) * top_k)
+            probability = sum(row[expert] for row in probabilities) / len(tokens)
+            total += num_experts * fraction * probability
+    return total / len(groups)
+
+
+def mean_similarity(prototypes: Matrix) -> float:
+    """Mean cosine over pairs of different prototypes."""
+    pairs = [cosine(a, b) for i, a in enumerate(prototypes) for j, b in enumerate(prototypes) if i != j]
+    return sum(pairs) / len(pairs) if pairs else 0.0
