@@ -69,7 +69,8 @@ class DiT(nn.Module):
         """
         partition = partition_samples(labels_B, self.config.model.null_label,
                                       has_unconditional_expert=self.config.routing.num_unconditional_experts > 0)
-        x_BSD = self.patch_embedding(latents_BZHW.to(self.positions.dtype)) + self.positions
+        dtype = self.patch_embedding.proj.weight.dtype
+        x_BSD = self.patch_embedding(latents_BZHW.to(dtype)) + self.positions.to(dtype)
         condition_BD = self.timestep_embedding(timestep_B) + self.label_embedding(labels_B)
         plans: dict[int, RoutingPlan] = {}
         for index, block in enumerate(self.blocks):
