@@ -49,8 +49,10 @@ class HealthWatch:
         if not any_bad.item():
             verdict = Verdict(True)
         else:
-            found = [text for text in gather_objects(self._describe(bad)) if text]
-            verdict = Verdict(False, f"step {step}: " + "; ".join(found[:4]) + (" ..." if len(found) > 4 else ""))
+            # Exchanged rows carry a bad gradient to other ranks' experts: the earliest in the backward pass is the cause.
+            (_, rank, text), *others = sorted(found for found in gather_objects(self._find(bad)) if found)
+            spread = f", later also on rank{'s' * (len(others) > 1)} {', '.join(str(o[1]) for o in others)}" if others else ""
+            verdict = Verdict(False, f"step {step}: rank {rank}: {text} is not finite{spread}")
         self._sums.zero_()
         self._loss.zero_()
         self._order.clear()
@@ -60,9 +62,10 @@ class HealthWatch:
         self._order.append(index)
         self._sums[index] += gradient.detach().sum(dtype=torch.float32)
 
-    def _describe(self, bad: Tensor) -> str:
+    def _find(self, bad: Tensor) -> tuple[int, int, str] | None:
+        """Return when in the backward pass (-1: before it), on which rank and what went wrong first here; None: nothing."""
         flags = bad.tolist()
-        # The backward pass reaches the parameter nearest to the cause first.
-        first = next((self._names[i] for i in self._order if flags[i]), None)
-        parts = (["the loss"] if flags[-1] else []) + ([f"the gradient of {first}"] if first else [])
-        return f"rank {self._ranks.rank}: {' and '.join(parts)} is not finite" if parts else ""
+        position, index = next(((at, i) for at, i in enumerate(self._order) if flags[i]), (len(self._order), None))
+        parts = ["the loss"] if flags[-1] else []
+        parts += [f"the gradient of {self._names[index]}"] if index is not None else []
+        return (-1 if flags[-1] else position, self._ranks.rank, " and ".join(parts)) if parts else None
