@@ -58,7 +58,7 @@ class PackedLatents:
         return torch.cat(rows).float() * self._scale, self._labels[torch.from_numpy(np.asarray(indices))]
 
 
-def _open_shard(file: Path, shape: tuple[int, int, int]):  # noqa: ANN202 - safetensors has no public type
+def _open_shard(file: Path, shape: tuple[int, int, int]):
     try:
         shard = safe_open(file, framework="pt")
         found = tuple(shard.get_slice("latents").get_shape())

@@ -130,7 +130,7 @@ def _peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def _open_tensorboard(config: RunConfig, run_dir: Path, start_step: int):  # noqa: ANN202 - an optional package's type
+def _open_tensorboard(config: RunConfig, run_dir: Path, start_step: int):
     if config.logging.tensorboard is False:
         return None
     try:

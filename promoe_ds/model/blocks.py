@@ -84,7 +84,7 @@ class DiTBlock(nn.Module):
                        plan: RoutingPlan) -> Tensor:
         return x_BSD + gate_BD[:, None] * self.moe.apply_experts(tokens_BSD, partition, plan)
 
-    def _run(self, function, *args):  # noqa: ANN001, ANN002, ANN202 - the signature of `function`
+    def _run(self, function, *args):
         if self.recompute and self.training:
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)

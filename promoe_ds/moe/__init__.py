@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: experts, movement of tokens, the layer that joins them."""
 
-from promoe_ds.moe.dispatch import Dispatcher, DeepSpeedDispatcher, LocalDispatcher
+from promoe_ds.moe.dispatch import DeepSpeedDispatcher, Dispatcher, LocalDispatcher
 from promoe_ds.moe.experts import FeedForward, StackedExperts
 from promoe_ds.moe.layer import MoELayer
 

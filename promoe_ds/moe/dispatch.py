@@ -120,9 +120,9 @@ class DeepSpeedDispatcher:
 
 
 def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) -> Tensor:
-    """Return base + sum of gate * row at each row's token, accumulated in fp32, in base's dtype."""
-    weighted = at_least_fp32(rows_ND) * assignment.gates_N.to(at_least_fp32(rows_ND).dtype)[:, None]
-    return at_least_fp32(base_TD).index_add(0, assignment.token_ids_N, weighted).to(base_TD.dtype)
+    """Add gate * row to base at each row's token, accumulated in fp32; base is consumed, the result has its dtype."""
+    weighted = at_least_fp32(rows_ND) * assignment.gates_N[:, None]
+    return at_least_fp32(base_TD).index_add_(0, assignment.token_ids_N, weighted).to(base_TD.dtype)
 
 
 def _by_local_expert(received_We: Tensor, num_rows: int) -> Tensor | None:

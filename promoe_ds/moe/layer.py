@@ -61,4 +61,4 @@ class MoELayer(nn.Module):
             return output
         # Always run, on no tokens if need be: a parameter without gradient on one rank would break the reduction.
         rows = self.unconditional(tokens_BSD.index_select(0, partition.unconditional_ids))
-        return output.index_add(0, partition.unconditional_ids, rows.to(output.dtype))
+        return output.index_add_(0, partition.unconditional_ids, rows.to(output.dtype))

@@ -85,7 +85,7 @@ def test_save_disk_full_previous_checkpoint_stays_valid(tmp_path) -> None:
     assert train("train.stop_after_steps=2", cwd=tmp_path).returncode == 0
     import subprocess
     done = subprocess.run([sys.executable, "-m", "promoe_ds.cli.train", *train_arguments("parallel.ep_size=1")], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=150, preexec_fn=_limit_file_size)  # noqa: PLW1509
+                          capture_output=True, text=True, timeout=150, preexec_fn=_limit_file_size)
     check_refused(done, "the checkpoint could not be written: rank 0:", 4)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert f"the newest complete checkpoint is {Path('run/checkpoints/step_0000002')}" in done.stderr

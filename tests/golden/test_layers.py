@@ -12,7 +12,6 @@ from promoe_ds.routing import partition_samples
 from .conftest import Case
 from .published import layer_config, method_or_skip
 
-
 #: Grouped GEMM has no float64: it is held against the same numbers in float32, within that type's rounding.
 FLOAT32_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
@@ -74,4 +73,5 @@ def _check_losses(aux_losses, expected, close) -> None:
             assert ours not in aux_losses
         else:
             assert aux_losses[ours].item() == pytest.approx(expected[theirs], rel=close["rtol"], abs=close["atol"])
-    assert float(sum(loss.detach() for loss in aux_losses.values())) == pytest.approx(expected["total"] or 0.0, rel=close["rtol"], abs=close["atol"])
+    total = float(sum(loss.detach() for loss in aux_losses.values()))
+    assert total == pytest.approx(expected["total"] or 0.0, rel=close["rtol"], abs=close["atol"])

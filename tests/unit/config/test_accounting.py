@@ -81,7 +81,8 @@ def test_parameters_activated_of_promoe_are_nearly_those_of_dit(size: str) -> No
     assert moe.activated - dense.activated == moe.moe_layers * 13 * load_config(f"promoe_{size}").model.hidden_size
 
 
-@pytest.mark.parametrize("setting", ["plain", "dense", "all blocks", "odd depth", "no shared", "two shared", "widths", "shapes"])
+@pytest.mark.parametrize("setting", ["plain", "dense", "all blocks", "odd depth", "no shared", "two shared",
+                                     "two unconditional", "no learned sigma", "widths", "shapes"])
 def test_forward_flops_equal_those_counted_by_torch(setting: str) -> None:
     # The loop backend and plain attention run as products that torch's counter knows.
     network = random_network(**SETTINGS[setting], parallel={"expert_backend": "loop"}).eval()

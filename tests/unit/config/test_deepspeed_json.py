@@ -38,7 +38,8 @@ def read(folder: Path, text: str) -> dict[str, Any]:
 
 
 def test_json_plain_object_is_read(tmp_path: Path) -> None:
-    assert read(tmp_path, '{"bf16": {"enabled": true}, "x": [1, 2.5, null]}') == {"bf16": {"enabled": True}, "x": [1, 2.5, None]}
+    values = {"bf16": {"enabled": True}, "x": [1, 2.5, None]}
+    assert read(tmp_path, '{"bf16": {"enabled": true}, "x": [1, 2.5, null]}') == values
 
 
 @pytest.mark.parametrize(("text", "message"), [

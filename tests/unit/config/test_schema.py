@@ -70,7 +70,7 @@ def test_schema_field_zero_is_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_schema_choice_unknown_is_refused(name: str) -> None:
-    with refuses(f"{name}='nonsense': input should be '"):
+    with refuses(f"{name}='nonsense': input should be "):
         build(name, "nonsense")
 
 

@@ -160,8 +160,8 @@ def _adder(other: Tensor) -> Callable[[Tensor], Tensor]:
 # Load balancing.
 
 
-@given(samples=st.integers(1, 4), tokens=st.integers(1, 4), experts=st.integers(1, 4), level=st.sampled_from(["batch", "sample"]),
-       probabilities=st.booleans(), seed=st.integers(0, 2**31), data=st.data())
+@given(samples=st.integers(1, 4), tokens=st.integers(1, 4), experts=st.integers(1, 4),
+       level=st.sampled_from(["batch", "sample"]), probabilities=st.booleans(), seed=st.integers(0, 2**31), data=st.data())
 def test_balance_any_routing_equals_oracle(samples: int, tokens: int, experts: int, level: str, probabilities: bool, seed: int,
                                            data: st.DataObject) -> None:
     top_k = data.draw(st.integers(1, experts))

@@ -285,7 +285,8 @@ def test_router_gradient_of_gates_reaches_chosen_prototypes_only() -> None:
 # Statistics.
 
 
-@given(images=st.integers(1, 5), tokens=st.integers(1, 4), experts=st.integers(1, 4), seed=st.integers(0, 2**31), data=st.data())
+@given(images=st.integers(1, 5), tokens=st.integers(1, 4), experts=st.integers(1, 4), seed=st.integers(0, 2**31),
+       data=st.data())
 def test_stats_counts_add_up_to_routed_tokens_times_k(images: int, tokens: int, experts: int, seed: int,
                                                       data: st.DataObject) -> None:
     top_k = data.draw(st.integers(1, experts))

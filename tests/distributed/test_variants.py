@@ -1,0 +1,76 @@
+"""Activation checkpointing, gradient accumulation, expert backends and the RCL's scope under expert parallelism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
+
+EP2 = ("parallel.ep_size=2", "train.max_steps=8")
+#: RCL is taken over the samples of one pass: accumulation cuts them, so it is off where accumulation is compared.
+NO_RCL = ("routing.rcl_weight=0", "routing.balance_weight=0")
+VARIANTS = {
+    "plain": (),
+    "recompute": ("parallel.activation_checkpointing=full",),
+    "loop": ("parallel.expert_backend=loop",),
+    "rank_scope": ("routing.rcl_scope=rank",),
+    "balance": ("routing.balance_weight=0.01", "routing.top_k=2"),
+    "once": NO_RCL,
+    "accumulated": (*NO_RCL, "train.micro_batch_size=2"),
+    "no_clip": ("optimizer.clip_norm=0",),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("variants")
+    jobs = {name: Job(run_dir=folder / name, overrides=(*EP2, *overrides)) for name, overrides in VARIANTS.items()}
+    assert run_jobs(2, list(jobs.values()), folder) == [""] * len(jobs)
+    return {name: job.run_dir for name, job in jobs.items()}
+
+
+def _losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run_dir)]
+
+
+def test_recompute_changes_neither_losses_nor_weights_nor_counts(runs) -> None:
+    assert _losses(runs["recompute"]) == _losses(runs["plain"])
+    assert routing(runs["recompute"]) == routing(runs["plain"])
+    expected, found = state(runs["plain"]), state(runs["recompute"])
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_backend_loop_equals_grouped(runs) -> None:
+    assert _losses(runs["loop"]) == pytest.approx(_losses(runs["plain"]), rel=1e-5)
+
+
+def test_accumulation_equals_one_pass(runs) -> None:
+    assert _losses(runs["accumulated"]) == pytest.approx(_losses(runs["once"]), rel=1e-5)
+    expected, found = (without_key_bias(state(runs[name])) for name in ("once", "accumulated"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
+    # Counts of all passes of a step add up, each once.
+    for before, after in zip(routing(runs["once"]), routing(runs["accumulated"]), strict=True):
+        assert after["conditional_tokens"] == before["conditional_tokens"]
+
+
+def test_rcl_scope_rank_differs_from_global(runs) -> None:
+    """Centroids of eight samples are not those of sixteen: the option does something."""
+    first = [metrics(runs[name])[0]["loss_rcl"] for name in ("plain", "rank_scope")]
+    assert abs(first[0] - first[1]) > 1e-4
+
+
+def test_loss_terms_add_up_and_balance_counts_twice_for_two_choices(runs) -> None:
+    for line in metrics(runs["balance"]):
+        assert line["loss"] == pytest.approx(line["loss_diffusion"] + line["loss_rcl"] + line["loss_balance"], rel=1e-9)
+        assert line["loss_balance"] >= 2 * 0.01 * 0.5  # two layers, each about its coefficient
+    for line in routing(runs["balance"]):
+        assert sum(line["tokens_per_expert"]) == 2 * line["conditional_tokens"]
+
+
+def test_clipping_off_takes_other_steps(runs) -> None:
+    assert _losses(runs["no_clip"])[0] == _losses(runs["plain"])[0]
+    assert _losses(runs["no_clip"])[-1] != _losses(runs["plain"])[-1]

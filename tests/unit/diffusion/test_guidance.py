@@ -1,0 +1,68 @@
+"""Classifier-free guidance: its formula and its passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from promoe_ds.diffusion.guidance import guided
+
+from ..builders import random_tensor
+
+NULL = 10
+
+
+class Recorder:
+    """A denoiser whose answer depends on all of its inputs, and which keeps its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        self.calls.append((latents, timestep, labels))
+        return self.answer(latents, timestep, labels)
+
+    @staticmethod
+    def answer(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+        factor = ((labels + 1) * timestep).view(-1, 1, 1, 1)
+        return torch.cat([latents * factor, latents - factor], dim=1)  # twice the channels
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return random_tensor(3, 2, 4, 4), torch.tensor([1.0, 0.5, 0.25]), torch.tensor([0, 3, 9])
+
+
+@pytest.mark.parametrize("scale", [1.5, 4.0])
+def test_guidance_is_null_plus_scale_times_the_difference_on_all_channels(scale: float) -> None:
+    latents, timestep, labels = inputs()
+    result = guided(Recorder(), latents, timestep, labels, null_label=NULL, scale=scale)
+    conditional = Recorder.answer(latents, timestep, labels)
+    unconditional = Recorder.answer(latents, timestep, torch.full((3,), NULL))
+    assert result.shape == (3, 4, 4, 4)
+    assert torch.equal(result, unconditional + scale * (conditional - unconditional))
+
+
+def test_guidance_makes_one_call_with_both_halves() -> None:
+    recorder = Recorder()
+    latents, timestep, labels = inputs()
+    guided(recorder, latents, timestep, labels, null_label=NULL, scale=2.0)
+    ((both, timesteps, all_labels),) = recorder.calls
+    assert torch.equal(both, torch.cat([latents, latents]))
+    assert torch.equal(timesteps, torch.cat([timestep, timestep]))
+    assert all_labels.tolist() == [0, 3, 9, NULL, NULL, NULL]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
+def test_guidance_scale_up_to_one_makes_one_conditional_pass(scale: float) -> None:
+    recorder = Recorder()
+    result = guided(recorder, *inputs(), null_label=NULL, scale=scale)
+    assert [labels.tolist() for _, _, labels in recorder.calls] == [[0, 3, 9]]
+    assert torch.equal(result, Recorder.answer(*inputs()))
+
+
+def test_guidance_of_null_labels_changes_nothing() -> None:
+    latents, timestep, _ = inputs()
+    labels = torch.full((3,), NULL)
+    result = guided(Recorder(), latents, timestep, labels, null_label=NULL, scale=3.0)
+    assert torch.equal(result, Recorder.answer(latents, timestep, labels))

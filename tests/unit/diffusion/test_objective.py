@@ -1,0 +1,181 @@
+"""The straight path, its velocity, the loss, and draws that depend on (seed, step, slot) only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from promoe_ds.config.schema import DiffusionConfig
+from promoe_ds.diffusion.objective import DiffusionBatch, draw_batch, velocity_loss
+from promoe_ds.randomness import generator
+
+from ..builders import random_tensor
+
+NULL = 10
+SHAPE = (2, 3, 3)
+
+
+def make_batch(sigma: list[float]) -> DiffusionBatch:
+    clean, noise = (random_tensor(len(sigma), *SHAPE, seed=s) for s in (0, 1))
+    return DiffusionBatch(clean, noise, torch.tensor(sigma), torch.arange(len(sigma)))
+
+
+def draw(slots: list[int] | range, *, seed: int = 0, step: int = 0, **config: Any) -> DiffusionBatch:
+    """Draw for samples whose clean latents and labels are functions of the slot."""
+    clean = torch.stack([random_tensor(*SHAPE, seed=slot) for slot in slots])
+    labels = torch.tensor([slot % NULL for slot in slots])
+    return draw_batch(clean, labels, DiffusionConfig(**config), null_label=NULL, seed=seed, step=step, slots=slots)
+
+
+def parts(batch: DiffusionBatch) -> tuple[Tensor, ...]:
+    return batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B, batch.labels_B
+
+
+# Path and loss.
+
+
+def test_path_ends_are_data_and_noise() -> None:
+    batch = make_batch([0.0, 1.0])
+    assert torch.equal(batch.noised_BZHW[0], batch.clean_BZHW[0])
+    assert torch.equal(batch.noised_BZHW[1], batch.noise_BZHW[1])
+
+
+def test_path_is_the_straight_line_of_each_image() -> None:
+    batch = make_batch([0.25, 0.5])
+    expected = [0.75 * batch.clean_BZHW[0] + 0.25 * batch.noise_BZHW[0], 0.5 * batch.clean_BZHW[1] + 0.5 * batch.noise_BZHW[1]]
+    assert torch.equal(batch.noised_BZHW, torch.stack(expected))
+
+
+def test_velocity_is_the_derivative_of_the_path() -> None:
+    batch = make_batch([0.25, 0.5])
+    assert torch.equal(batch.velocity_BZHW, batch.noise_BZHW - batch.clean_BZHW)
+    further = DiffusionBatch(batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B + 0.25, batch.labels_B)
+    # fp32 rounding of the two points.
+    torch.testing.assert_close((further.noised_BZHW - batch.noised_BZHW) / 0.25, batch.velocity_BZHW, rtol=0, atol=5e-6)
+
+
+def test_batch_to_moves_every_part() -> None:
+    batch = make_batch([0.5]).to(torch.device("meta"))
+    assert {part.device.type for part in parts(batch)} == {"meta"}
+
+
+def test_loss_is_the_mean_of_squares_over_all_entries() -> None:
+    batch = make_batch([0.25, 0.5])
+    prediction = random_tensor(2, *SHAPE, seed=5)
+    squares = [(p - v) ** 2 for p, v in zip(prediction.flatten().tolist(), batch.velocity_BZHW.flatten().tolist(), strict=True)]
+    assert velocity_loss(prediction, batch).item() == pytest.approx(sum(squares) / len(squares), rel=1e-6)  # fp32 sums
+
+
+def test_loss_of_the_true_velocity_is_zero() -> None:
+    batch = make_batch([0.25, 0.5])
+    assert velocity_loss(batch.velocity_BZHW, batch) == 0
+
+
+def test_loss_ignores_channels_beyond_the_latents() -> None:
+    batch = make_batch([0.25, 0.5])
+    prediction = torch.cat([random_tensor(2, *SHAPE, seed=5), torch.full((2, *SHAPE), torch.nan)], dim=1).requires_grad_()
+    loss = velocity_loss(prediction, batch)
+    assert torch.equal(loss, velocity_loss(prediction[:, :2], batch))
+    loss.backward()
+    assert not prediction.grad[:, 2:].any()
+
+
+def test_loss_of_bf16_prediction_is_formed_in_fp32() -> None:
+    batch = make_batch([0.25, 0.5])
+    prediction = random_tensor(2, *SHAPE, seed=5, dtype=torch.bfloat16)
+    loss = velocity_loss(prediction, batch)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, velocity_loss(prediction.float(), batch))
+
+
+# Draws.
+
+
+@given(cut=st.integers(1, 7), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6))
+def test_draws_do_not_depend_on_how_the_batch_is_cut(cut: int, seed: int, step: int) -> None:
+    whole = draw(range(8), seed=seed, step=step, label_dropout=0.5)
+    first, second = (draw(part, seed=seed, step=step, label_dropout=0.5) for part in (range(cut), range(cut, 8)))
+    for all_, a, b in zip(parts(whole), parts(first), parts(second), strict=True):
+        assert torch.equal(all_, torch.cat([a, b]))
+
+
+def test_draws_do_not_depend_on_the_order_of_slots() -> None:
+    forwards, backwards = draw(range(6), label_dropout=0.5), draw(range(5, -1, -1), label_dropout=0.5)
+    for a, b in zip(parts(forwards), parts(backwards), strict=True):
+        assert torch.equal(a, b.flip(0))
+
+
+def test_draws_of_slots_and_steps_and_seeds_differ() -> None:
+    batches = [draw(range(2)), draw(range(2), step=1), draw(range(2), seed=1)]
+    noises = [noise for batch in batches for noise in batch.noise_BZHW]
+    sigmas = [sigma.item() for batch in batches for sigma in batch.sigma_B]
+    assert len({noise.numpy().tobytes() for noise in noises}) == len(noises)
+    assert len(set(sigmas)) == len(sigmas)
+
+
+def test_draws_of_step_a_slot_b_and_step_b_slot_a_differ() -> None:
+    assert not torch.equal(draw([2], step=5).noise_BZHW, draw([5], step=2).noise_BZHW)
+
+
+def test_draws_come_from_the_named_streams() -> None:
+    # Part of the format of a run: a resumed one must repeat them.
+    batch = draw([4], seed=3, step=7, label_dropout=0.5)
+    noise = generator(3, "noise", 7, 4).standard_normal(SHAPE, dtype="float32")
+    sigma = 1 / (1 + math.exp(-generator(3, "sigma", 7, 4).standard_normal()))
+    assert torch.equal(batch.noise_BZHW[0], torch.from_numpy(noise))
+    assert batch.sigma_B.item() == pytest.approx(sigma, rel=1e-7)  # rounded to fp32
+    dropped = [generator(3, "label_drop", 7, slot).random() < 0.5 for slot in range(20)]
+    assert (draw(range(20), seed=3, step=7, label_dropout=0.5).labels_B == NULL).tolist() == dropped
+    assert 0 < sum(dropped) < 20
+
+
+def test_draws_have_the_types_that_the_network_wants() -> None:
+    batch = draw(range(3))
+    assert [part.dtype for part in parts(batch)] == [torch.float32, torch.float32, torch.float32, torch.int64]
+    assert batch.noise_BZHW.shape == batch.clean_BZHW.shape
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = draw(range(1000)).noise_BZHW  # 18,000 numbers: four standard errors are 0.03
+    assert noise.mean().item() == pytest.approx(0.0, abs=0.03)
+    assert noise.std().item() == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 1.5)])
+def test_sigma_is_logit_normal(mean: float, std: float) -> None:
+    sigma = draw(range(3000), sigma_mean=mean, sigma_std=std).sigma_B
+    assert sigma.min() > 0 and sigma.max() < 1
+    logits = sigma.double().logit()
+    # Four standard errors: 4 / sqrt(3000) = 0.07 of a deviation for the mean, 0.05 for the deviation.
+    assert logits.mean().item() == pytest.approx(mean, abs=0.08 * std)
+    assert logits.std().item() == pytest.approx(std, rel=0.06)
+
+
+def test_sigma_mean_and_std_move_the_same_normal_draw() -> None:
+    plain, moved = (draw(range(20), sigma_mean=mean, sigma_std=std).sigma_B.double().logit() for mean, std in ((0, 1), (1, 2)))
+    # fp32 sigmas near 1 keep few digits of their logit.
+    torch.testing.assert_close(moved, 1.0 + 2.0 * plain, rtol=1e-3, atol=1e-3)
+
+
+def test_label_dropout_rate_is_near_its_probability() -> None:
+    dropped = (draw(range(3000), label_dropout=0.1).labels_B == NULL).double().mean().item()
+    assert dropped == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 3000))  # four standard errors
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, list(range(6))), (1.0, [NULL] * 6)])
+def test_label_dropout_never_or_always(probability: float, expected: list[int]) -> None:
+    assert draw(range(6), label_dropout=probability).labels_B.tolist() == expected
+
+
+def test_label_dropout_keeps_the_other_labels_and_draws() -> None:
+    batch, whole = draw(range(40), label_dropout=0.5), draw(range(40), label_dropout=0.0)
+    kept = batch.labels_B != NULL
+    assert 0 < kept.sum() < 40
+    assert torch.equal(batch.labels_B[kept], whole.labels_B[kept])
+    assert torch.equal(batch.noise_BZHW, whole.noise_BZHW) and torch.equal(batch.sigma_B, whole.sigma_B)

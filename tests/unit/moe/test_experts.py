@@ -1,0 +1,154 @@
+"""Feed-forwards and stacked experts: grouped GEMM against the loop, the loop against single feed-forwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from promoe_ds.errors import ConfigError
+from promoe_ds.model import build_model, initialise
+from promoe_ds.moe import FeedForward, StackedExperts
+
+from ..builders import random_tensor, randomise, small_config
+
+WIDTH, HIDDEN = 8, 12
+COUNTS = {
+    "even": [3, 3, 3, 3],
+    "an expert without tokens": [4, 0, 5, 1],
+    "all tokens on one expert": [0, 0, 11, 0],
+    "first and last without tokens": [0, 7, 2, 0],
+    "skewed": [1, 60, 2, 1],
+    "one row": [0, 1, 0, 0],
+    "no rows": [0, 0, 0, 0],
+}
+#: The two backends add the same products in another order.
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def make_experts(backend: str, num_experts: int = 4, seed: int = 0) -> StackedExperts:
+    return randomise(StackedExperts(num_experts, WIDTH, HIDDEN, backend=backend), seed)
+
+
+def run(experts: StackedExperts, counts: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Return output and all gradients of a weighted sum."""
+    rows = random_tensor(sum(counts), WIDTH, seed=1, dtype=dtype).requires_grad_()
+    experts.zero_grad()
+    output = experts(rows, torch.tensor(counts))
+    (output * random_tensor(*output.shape, seed=2, dtype=dtype)).sum().backward()
+    return {"output": output.detach(), "rows": rows.grad, **{name: p.grad for name, p in experts.named_parameters()}}
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_experts_grouped_mm_equals_loop_in_output_and_gradients(counts: list[int]) -> None:
+    grouped, loop = run(make_experts("grouped_mm"), counts), run(make_experts("loop"), counts)
+    assert grouped.keys() == loop.keys()
+    for name, value in loop.items():
+        torch.testing.assert_close(grouped[name], value, **FLOAT32, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "loop"])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_experts_gradient_of_expert_without_tokens_is_zero_not_none(backend: str, counts: list[int]) -> None:
+    gradients = run(make_experts(backend), counts)
+    for name in ("up_weight", "up_bias", "down_weight", "down_bias"):
+        for expert, count in enumerate(counts):
+            assert bool(gradients[name][expert].any()) == (count > 0), f"{name} of expert {expert}"
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_experts_loop_equals_one_feed_forward_each(counts: list[int]) -> None:
+    experts = make_experts("loop")
+    rows = random_tensor(sum(counts), WIDTH, seed=1)
+    parts = []
+    for expert, part in enumerate(rows.split(counts)):
+        single = FeedForward(WIDTH, HIDDEN)
+        with torch.no_grad():
+            single.up.weight.copy_(experts.up_weight[expert])
+            single.up.bias.copy_(experts.up_bias[expert])
+            single.down.weight.copy_(experts.down_weight[expert])
+            single.down.bias.copy_(experts.down_bias[expert])
+        parts.append(single(part))
+    assert torch.equal(experts(rows, torch.tensor(counts)), torch.cat(parts))
+
+
+def test_experts_grouped_mm_bf16_is_near_fp32_in_output_and_gradients() -> None:
+    exact, half = (randomise(StackedExperts(4, WIDTH, 16, backend="grouped_mm")) for _ in range(2))
+    expected, found = run(exact, [4, 0, 5, 1]), run(half.bfloat16(), [4, 0, 5, 1], torch.bfloat16)
+    for name, value in expected.items():
+        assert found[name].dtype == torch.bfloat16
+        # bf16 keeps 8 bits: some roundings of half a percent of the largest number.
+        atol = 0.03 * value.abs().max().item()
+        torch.testing.assert_close(found[name].float(), value, rtol=0.03, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_experts_grouped_mm_takes_the_expanded_gradient_of_a_plain_sum() -> None:
+    gradients = []
+    for backend in ("grouped_mm", "loop"):
+        experts = make_experts(backend)
+        experts(random_tensor(4, WIDTH), torch.tensor([1, 0, 2, 1])).sum().backward()
+        gradients.append([parameter.grad for parameter in experts.parameters()])
+    for grouped, loop in zip(*gradients, strict=True):
+        torch.testing.assert_close(grouped, loop, **FLOAT32)
+
+
+def test_experts_rows_that_need_no_gradient_still_train_the_experts() -> None:
+    needed, unneeded = make_experts("grouped_mm"), make_experts("grouped_mm")
+    counts = torch.tensor([1, 0, 2, 1])
+    needed(random_tensor(4, WIDTH).requires_grad_(), counts).square().sum().backward()
+    unneeded(random_tensor(4, WIDTH), counts).square().sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(needed.parameters(), unneeded.parameters(), strict=True))
+
+
+def test_experts_do_not_change_their_input() -> None:
+    rows = random_tensor(4, WIDTH)
+    before = rows.clone()
+    make_experts("grouped_mm")(rows, torch.tensor([1, 0, 2, 1]))
+    assert torch.equal(rows, before)
+
+
+def test_experts_first_expert_does_not_change_the_computation() -> None:
+    experts = make_experts("grouped_mm")
+    rows, counts = random_tensor(4, WIDTH), torch.tensor([1, 1, 1, 1])
+    before = experts(rows, counts)
+    experts.first_expert = 8
+    assert torch.equal(experts(rows, counts), before)
+    assert experts.num_local_experts == 4
+
+
+def test_experts_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="expert backend 'cuda' is none of grouped_mm, loop"):
+        StackedExperts(2, WIDTH, HIDDEN, backend="cuda")
+
+
+def test_experts_width_that_grouped_mm_cannot_take_is_refused_by_config_or_runs() -> None:
+    # Grouped GEMM wants rows of a multiple of 16 bytes; a width that it cannot take must be known before the first step.
+    try:
+        config = small_config(routing={"expert_width": 6}, parallel={"expert_backend": "grouped_mm"})
+    except ConfigError:
+        return
+    network = build_model(config)
+    initialise(network, 0)
+    network(random_tensor(1, 1, 4, 4), torch.tensor([1.0]), torch.tensor([0]))
+
+
+def test_feed_forward_of_double_width_is_the_sum_of_two() -> None:
+    first, second = (randomise(FeedForward(WIDTH, HIDDEN).double(), seed) for seed in (1, 2))
+    both = FeedForward(WIDTH, 2 * HIDDEN).double()
+    with torch.no_grad():
+        both.up.weight.copy_(torch.cat([first.up.weight, second.up.weight]))
+        both.up.bias.copy_(torch.cat([first.up.bias, second.up.bias]))
+        both.down.weight.copy_(torch.cat([first.down.weight, second.down.weight], dim=1))
+        both.down.bias.copy_(first.down.bias + second.down.bias)
+    x = random_tensor(5, WIDTH, dtype=torch.float64)
+    # The same products, summed in another order.
+    torch.testing.assert_close(both(x), first(x) + second(x), rtol=1e-12, atol=1e-12)
+
+
+def test_feed_forward_no_rows_gives_zero_gradients() -> None:
+    module = randomise(FeedForward(WIDTH, HIDDEN))
+    output = module(torch.zeros(0, WIDTH))
+    assert output.shape == (0, WIDTH)
+    output.sum().backward()
+    for parameter in module.parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))

@@ -1,0 +1,176 @@
+"""The table of rooms (docs and DESIGN, section 2): who may import what, read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "promoe_ds"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+#: Rooms with a closed list: libraries beside the standard one, and rooms beside their own.
+LIBRARIES: dict[str, set[str]] = {
+    "errors": set(), "logs": set(), "randomness": {"numpy"}, "config": {"pydantic", "yaml"}, "routing": {"torch"},
+    "moe": {"torch"}, "model": {"torch", "numpy", "safetensors"}, "diffusion": {"torch", "numpy", "diffusers"},
+    "data": {"torch", "numpy", "safetensors", "sklearn"},
+}
+ROOMS: dict[str, set[str]] = {
+    "errors": set(), "logs": set(), "randomness": set(), "config": {"errors"}, "routing": {"errors", "config"},
+    "moe": {"routing", "config"}, "model": {"moe", "routing", "config", "randomness", "errors"},
+    "diffusion": {"config", "randomness", "errors"}, "data": {"config", "randomness", "errors"},
+    "engine": {"errors", "logs", "randomness", "config", "routing", "moe", "model", "diffusion", "data"},
+}
+ENGINES = {"deepspeed", "megatron"}
+#: Rooms free in their libraries: all but the engines' own.
+OPEN = {"evaluation", "analysis", "cli"}
+KNOWN = set(ROOMS) | OPEN | {"__init__"}
+TORCH_DISTRIBUTED = {"moe/collectives.py", "moe/dispatch.py"}
+BELOW_ENGINE = {"routing", "moe", "model", "diffusion", "data"}
+
+
+def room_of(path: str) -> str:
+    """Return the room of a file, given relative to the package."""
+    return Path(path).parts[0].removesuffix(".py")
+
+
+def imported(source: str, path: str) -> set[str]:
+    """Return every dotted name that a file imports, wherever it does so; `from a import b` gives a.b."""
+    names: set[str] = set()
+    package = ["promoe_ds", *Path(path).parts[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def dotted(node: ast.AST) -> str:
+    """Return a.b.c of an attribute chain, or an empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return f"{base}.{node.attr}" if base else ""
+    return ""
+
+
+def violations(source: str, path: str) -> list[str]:
+    """Return what a file at `path` (relative to the package) imports against the table."""
+    room, found = room_of(path), []
+    if room not in KNOWN:
+        return [f"{room} is no room of the table"]
+    for name in sorted(imported(source, path)):
+        library = name.partition(".")[0]
+        if library == "promoe_ds":
+            target = name.split(".")[1]
+            if not _may_enter(room, target):
+                found.append(f"{room} must not import {name}")
+        elif library == "tools":
+            found.append(f"the package must not import {name}")
+        elif library in ENGINES and room != "engine":
+            found.append(f"only engine may import {name}")
+        elif room in LIBRARIES and library not in sys.stdlib_module_names | LIBRARIES[room]:
+            found.append(f"{room} must not import {name}")
+        elif name.startswith("torch.distributed") and room in BELOW_ENGINE and path not in TORCH_DISTRIBUTED:
+            found.append(f"{path} must not import {name}")
+    if room in BELOW_ENGINE and path not in TORCH_DISTRIBUTED:
+        uses = {dotted(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+        found += [f"{path} must not use {use}" for use in uses & {"torch.distributed"}]
+    return found
+
+
+def _may_enter(room: str, target: str) -> bool:
+    if target == room:
+        return True
+    if target == "cli":
+        return False
+    if room in OPEN:
+        return True
+    if room == "__init__":
+        return target == "model"  # load_model, deferred
+    return target in ROOMS[room]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_of_file_keep_to_the_table(file: Path) -> None:
+    assert violations(file.read_text(encoding="utf-8"), file.relative_to(PACKAGE).as_posix()) == []
+
+
+def test_imports_every_closed_room_exists() -> None:
+    assert set(ROOMS) <= {room_of(file.relative_to(PACKAGE).as_posix()) for file in FILES}
+
+
+@pytest.mark.parametrize(("path", "source"), [
+    ("errors.py", "import numpy"),
+    ("randomness.py", "import torch"),
+    ("config/schema.py", "import torch"),
+    ("config/schema.py", "def f():\n    from torch import Tensor"),
+    ("config/schema.py", "from promoe_ds.routing import Partition"),
+    ("routing/scores.py", "from promoe_ds.moe.experts import FeedForward"),
+    ("routing/scores.py", "from ..moe import experts"),
+    ("routing/scores.py", "import torch.distributed as dist"),
+    ("routing/scores.py", "from torch import distributed"),
+    ("routing/scores.py", "import torch\ntorch.distributed.get_rank()"),
+    ("moe/layer.py", "import torch.distributed as dist"),
+    ("moe/layer.py", "import numpy"),
+    ("model/dit.py", "from promoe_ds.engine import step"),
+    ("model/dit.py", "import deepspeed"),
+    ("diffusion/sampler.py", "from promoe_ds.model import DiT"),
+    ("diffusion/sampler.py", "from promoe_ds import model"),
+    ("data/order.py", "import pandas"),
+    ("engine/loop.py", "from promoe_ds.evaluation import images"),
+    ("engine/loop.py", "from promoe_ds.cli.train import main"),
+    ("engine/loop.py", "import tools.convert_checkpoint"),
+    ("evaluation/images.py", "from deepspeed.moe import layer"),
+    ("evaluation/images.py", "from promoe_ds.cli import train"),
+    ("cli/train.py", "import deepspeed"),
+    ("cli/train.py", "import megatron.core"),
+    ("newroom/x.py", ""),
+])
+def test_imports_check_finds_a_violation(path: str, source: str) -> None:
+    assert len(violations(source, path)) == 1
+
+
+@pytest.mark.parametrize(("path", "source"), [
+    ("moe/dispatch.py", "import torch.distributed as dist"),
+    ("moe/layer.py", "from .experts import FeedForward\nfrom promoe_ds.routing import Partition\nimport torch.nn"),
+    ("engine/adapter.py", "import deepspeed, megatron.core, torch.distributed\nfrom promoe_ds.data import order"),
+    ("evaluation/x.py", "import scipy\nfrom promoe_ds.engine import convert"),
+    ("cli/train.py", "from promoe_ds.cli.entry import run_entry\nfrom promoe_ds.engine.loop import train"),
+])
+def test_imports_check_passes_what_is_allowed(path: str, source: str) -> None:
+    assert violations(source, path) == []
+
+
+def test_package_root_imports_nothing_heavy_when_imported() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    at_import = {name for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
+                 for name in imported(ast.unparse(node), "__init__.py")}
+    assert {name.partition(".")[0] for name in at_import} <= sys.stdlib_module_names
+
+
+def test_export_and_sampling_import_no_training_engine() -> None:
+    # An export loads and samples where deepspeed, megatron and transformer-engine are not installed.
+    code = ("import sys\nfor name in ('deepspeed', 'megatron', 'transformer_engine'): sys.modules[name] = None\n"
+            "import promoe_ds; promoe_ds.load_model\n"
+            "import promoe_ds.evaluation.sampling, promoe_ds.data, promoe_ds.cli.sample")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Other habits that a syntax tree shows.
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_file_prints_nothing_and_swallows_nothing(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    prints = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call) and dotted(node.func) == "print"]
+    bare = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.type is None]
+    assert prints == [], f"print( in lines {prints}: use promoe_ds.logs"
+    assert bare == [], f"bare except: in lines {bare}: name the exceptions"
