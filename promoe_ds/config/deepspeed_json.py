@@ -18,6 +18,8 @@ _OWNED_BY_RECIPE = {
     "activation_checkpointing": "parallel.activation_checkpointing of the recipe",
     "tensorboard": "logging.tensorboard of the recipe",
     "fp16": "bf16 in this file: fp16 loss scaling is not supported",
+    "amp": "bf16 in this file: apex mixed precision is not supported",
+    "bfloat16": "its present name, bf16",
     "elasticity": "train.global_batch_size of the recipe",
 }
 

@@ -67,17 +67,12 @@ def nearest_name(name: str) -> str | None:
 
     A field put into the wrong section is recognised by its last part.
     """
+    section, _, leaf = name.rpartition(".")
     names = dotted_names()
-    leaf = name.rsplit(".", 1)[-1]
-    same_leaf = [valid for valid in names if valid.rsplit(".", 1)[-1] == leaf]
-    if same_leaf:
-        return same_leaf[0]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if close:
-        return close[0]
-    leaves = {valid.rsplit(".", 1)[-1]: valid for valid in names}
-    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
-    return leaves[close[0]] if close else None
+    # Fields of the same section come last and win among equal last parts.
+    by_leaf = {valid.rpartition(".")[2]: valid for valid in sorted(names, key=lambda n: n.startswith(f"{section}."))}
+    close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)
+    return by_leaf[close[0]] if close else None
 
 
 def _recipe_path(recipe: str | Path) -> Path:

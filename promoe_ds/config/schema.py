@@ -6,17 +6,24 @@ nearest valid name). Sizes that cannot work are refused here, before anything is
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from promoe_ds.config.presets import PRESETS
 
 
+#: Grouped GEMM wants rows of a multiple of 16 bytes: eight numbers of bf16.
+_GROUPED_GEMM_MULTIPLE = 8
+
+
+_Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, keyword-only, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -37,8 +44,8 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: object) -> object:
-        if isinstance(values, dict) and values.get("preset") in PRESETS:
-            return {**PRESETS[values["preset"]], **values}
+        if isinstance(values, dict) and isinstance(preset := values.get("preset"), str) and preset in PRESETS:
+            return {**PRESETS[preset], **values}
         return values
 
     @model_validator(mode="after")
@@ -99,7 +106,7 @@ class ParallelConfig(Section):
 
     ep_size: int = Field(1, gt=0, description="ranks that share one set of routed experts")
     dispatch: Literal["auto", "local", "deepspeed"] = Field("auto", description="auto: deepspeed when ep_size > 1")
-    expert_backend: Literal["auto", "grouped_mm", "loop"] = "auto"
+    expert_backend: Literal["auto", "grouped_mm", "loop"] = Field("auto", description="auto: grouped_mm where the widths allow it")
     activation_checkpointing: Literal["none", "full"] = "none"
     timeout_seconds: float = Field(600.0, gt=0, description="of every collective")
 
@@ -149,7 +156,7 @@ class OptimizerConfig(Section):
     """AdamW, its schedule, clipping and the moving average of the weights."""
 
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Fraction, _Fraction] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="on matrices only, never on biases or prototypes")
     clip_norm: float = Field(0.5, ge=0, description="of the global gradient norm; 0 switches clipping off")
@@ -183,7 +190,7 @@ class TrainConfig(Section):
 class LoggingConfig(Section):
     """What is recorded beside metrics.jsonl."""
 
-    tensorboard: bool | Literal["auto"] = Field("auto", description="auto: on where it is installed")
+    tensorboard: Literal["auto", True, False] = Field("auto", description="auto: on where it is installed")
     timestep_bins: int = Field(10, gt=0, description="equal bins of sigma in routing.jsonl")
 
 
@@ -214,12 +221,28 @@ class RunConfig(Section):
             if self.parallel.resolved_dispatch != "local":
                 raise ValueError("parallel.ep_size and parallel.dispatch shard experts, but routing.method=dense has none: "
                                  "set parallel.ep_size=1")
-        elif self.routing.num_experts % self.parallel.ep_size:
-            raise ValueError(f"parallel.ep_size={self.parallel.ep_size} does not divide "
-                             f"routing.num_experts={self.routing.num_experts}: every rank holds equally many")
+        else:
+            if self.routing.num_experts % self.parallel.ep_size:
+                raise ValueError(f"parallel.ep_size={self.parallel.ep_size} does not divide "
+                                 f"routing.num_experts={self.routing.num_experts}: every rank holds equally many")
+            if self.parallel.expert_backend == "grouped_mm" and not self._grouped_gemm_fits:
+                raise ValueError(f"parallel.expert_backend=grouped_mm needs rows of a multiple of 16 bytes: model.hidden_size="
+                                 f"{self.model.hidden_size} and the expert width {self.expert_width} must be multiples of "
+                                 f"{_GROUPED_GEMM_MULTIPLE}; change them or use loop")
         if self.data.dataset == "digits":
             self._digits_fit()
         return self
+
+    @property
+    def _grouped_gemm_fits(self) -> bool:
+        return self.model.hidden_size % _GROUPED_GEMM_MULTIPLE == 0 and self.expert_width % _GROUPED_GEMM_MULTIPLE == 0
+
+    @property
+    def expert_backend(self) -> Literal["grouped_mm", "loop"]:
+        """The backend that `parallel.expert_backend` stands for; auto: grouped GEMM where the widths allow it."""
+        if self.parallel.expert_backend == "auto":
+            return "grouped_mm" if self._grouped_gemm_fits else "loop"
+        return self.parallel.expert_backend
 
     def _digits_fit(self) -> None:
         if (self.model.input_size, self.model.in_channels) != (8, 1):

@@ -36,13 +36,12 @@ class PackedLatents:
         shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
         self._shards, labels = [], []
         for file in self._files:
-            shard, shard_labels = _open_shard(file, shape)
+            shard, shard_labels = _open_shard(file, shape, config.model.num_classes)
             self._shards.append(shard)
             labels.append(shard_labels)
         self._labels = torch.cat(labels)
-        if int(self._labels.min()) < 0 or int(self._labels.max()) >= config.model.num_classes:
-            raise DataError(f"data.path={path}: labels reach from {int(self._labels.min())} to {int(self._labels.max())}, "
-                            f"but model.num_classes={config.model.num_classes}")
+        if not len(self._labels):
+            raise DataError(f"data.path={path}: the shards hold no sample")
         self._ends = np.cumsum([len(part) for part in labels])
 
     def __len__(self) -> int:
@@ -58,7 +57,7 @@ class PackedLatents:
         return torch.cat(rows).float() * self._scale, self._labels[torch.from_numpy(np.asarray(indices))]
 
 
-def _open_shard(file: Path, shape: tuple[int, int, int]):
+def _open_shard(file: Path, shape: tuple[int, int, int], num_classes: int):
     try:
         shard = safe_open(file, framework="pt")
         found = tuple(shard.get_slice("latents").get_shape())
@@ -68,4 +67,9 @@ def _open_shard(file: Path, shape: tuple[int, int, int]):
     if found[1:] != shape or labels.shape != (found[0],):
         raise DataError(f"{file}: latents {found} and labels {tuple(labels.shape)} do not fit the recipe's (n, "
                         f"{', '.join(map(str, shape))}) and (n,)")
-    return shard, labels
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DataError(f"{file}: labels are {labels.dtype}, expected integers")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise DataError(f"{file}: labels reach from {int(labels.min())} to {int(labels.max())}, but "
+                        f"model.num_classes={num_classes}")
+    return shard, labels.long()

@@ -21,15 +21,17 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], expert_group: dist.Proc
         expert_group: this rank's expert-parallel group; None if no expert is sharded.
     Returns: scalar, fp32.  Collectives: one, where there is a group.
     """
-    squares = {True: [], False: []}
+    parameters = list(parameters)
+    nothing = torch.zeros((), device=parameters[0].device)
+    squares = {True: [nothing], False: [nothing]}
     for parameter in parameters:
         if parameter.grad is not None:
             is_dense = getattr(parameter, "allreduce", True)
             squares[is_dense].append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square())
-    dense, experts = (torch.stack(squares[kind]).sum() if squares[kind] else torch.zeros(()) for kind in (True, False))
+    dense, experts = (torch.stack(squares[kind]).sum() for kind in (True, False))
     if expert_group is not None:
         dist.all_reduce(experts, group=expert_group)
-    return (dense + experts.to(dense.device)).sqrt()
+    return (dense + experts).sqrt()
 
 
 def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:

@@ -44,9 +44,9 @@ def train(run: Run, ranks: Ranks) -> None:
     session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config))
     if checkpoint is not None:
         load_checkpoint(session, checkpoint, same_run=run.resume == "auto")
-    _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, ZeRO %d, %s, micro-batch %d, accumulation %d, from step %d",
+    _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d, accumulation %d, from step %d",
               run.config.name, ranks.world_size, run.config.parallel.ep_size, run.config.parallel.resolved_dispatch,
-              run.deepspeed_plan.zero_stage, run.deepspeed_plan.precision, batches.micro_batch, batches.accumulation,
+              run.config.expert_backend, run.deepspeed_plan.zero_stage, run.deepspeed_plan.precision, batches.micro_batch, batches.accumulation,
               session.step)
     writer = MetricsWriter(run.run_dir, run.config, ranks, start_step=session.step)
     try:

@@ -39,9 +39,8 @@ def build_moe_layer(config: RunConfig) -> MoELayer:
         rcl_assignments=routing.rcl_assignments, balance_weight=routing.balance_weight, balance_level=routing.balance_level)
     shared = routing.num_shared_experts * config.shared_expert_width
     unconditional = routing.num_unconditional_experts * config.expert_width
-    backend = "grouped_mm" if config.parallel.expert_backend == "auto" else config.parallel.expert_backend
     return MoELayer(
         router=TwoStepRouter(width, settings),
-        routed=StackedExperts(routing.num_experts, width, config.expert_width, backend=backend),
+        routed=StackedExperts(routing.num_experts, width, config.expert_width, backend=config.expert_backend),
         shared=FeedForward(width, shared) if shared else None,
         unconditional=FeedForward(width, unconditional) if unconditional else None)

@@ -17,6 +17,7 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model.build import build_model
 from promoe_ds.model.dit import DiT
+from promoe_ds.model.state import check_state
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -38,21 +39,6 @@ def save_export(folder: Path, state: Mapping[str, Tensor], config: RunConfig, or
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the export could not be written: {error}") from None
-
-
-def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
-    """Hold names and shapes against the model that `config` describes.
-
-    Raises: CheckpointError naming the first tensors that are missing, left over or misshapen.
-    """
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in build_model(config).state_dict().items()}
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} has no place in this architecture" for name in state if name not in expected]
-    problems += [f"{name} has shape {tuple(state[name].shape)} instead of {shape}" for name, shape in expected.items()
-                 if name in state and tuple(state[name].shape) != shape]
-    if problems:
-        raise CheckpointError("; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""))
 
 
 def read_export_config(folder: Path) -> RunConfig:

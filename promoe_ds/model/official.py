@@ -15,6 +15,7 @@ from torch import Tensor
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.embeddings import sincos_positions
+from promoe_ds.model.state import check_state
 
 _RENAMES = (
     ("x_embedder.proj.", "patch_embedding.proj."),
@@ -36,12 +37,22 @@ _POSITIONS = "pos_embed"
 
 
 def from_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
-    """Translate a published state dict into ours.
+    """Translate a whole published state dict into ours.
 
     Args:
         state: tensors under published names; `pos_embed` is checked against the computed table and dropped.
         config: the architecture.
-    Raises: CheckpointError naming a key that has no place here, or a missing or doubtful one.
+    Raises: CheckpointError naming what has no place here, is missing or has another shape.
+    """
+    result = rename_official(state, config)
+    check_state(result, config)
+    return result
+
+
+def rename_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """Translate published names, whole or a part (e.g. one layer), into ours; experts are stacked.
+
+    Raises: CheckpointError naming a key that has no place here, or an expert that is missing or misshapen.
     """
     result: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
@@ -59,6 +70,9 @@ def from_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, T
     for name, experts in stacks.items():
         if sorted(experts) != list(range(config.routing.num_experts)):
             raise CheckpointError(f"{name}: expected the experts 0 ... {config.routing.num_experts - 1}, found {sorted(experts)}")
+        shapes = {tuple(weight.shape) for weight in experts.values()}
+        if len(shapes) > 1:
+            raise CheckpointError(f"{name}: the experts have the shapes {sorted(shapes)}, expected one")
         result[name] = torch.stack([experts[i] for i in range(config.routing.num_experts)])
     return result
 

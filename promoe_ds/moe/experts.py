@@ -40,7 +40,7 @@ class StackedExperts(nn.Module):
         """Create uninitialised experts (`model.init` fills them).
 
         Args:
-            backend: "grouped_mm" (grouped GEMM) or "loop" (one expert after the other; the reference).
+            backend: "grouped_mm" (grouped GEMM) or "loop" (one expert after the other).
         Raises: ValueError for another backend.
         """
         super().__init__()
@@ -68,51 +68,92 @@ class StackedExperts(nn.Module):
         Gradient: reaches every parameter, zeros for an expert without rows.
         Sync: none with grouped_mm; one with loop.
         """
-        return BACKENDS[self.backend](rows_RD, tokens_per_expert_e, self)
+        products = BACKENDS[self.backend](tokens_per_expert_e, rows_RD.shape[0])
+        return _ExpertFeedForward.apply(rows_RD, self.up_weight, self.up_bias, self.down_weight, self.down_bias, products)
 
 
-class _GroupedFeedForward(torch.autograd.Function):
-    """All experts at once: two grouped GEMMs forward, four backward; biases added in place, their gradients by one GEMM.
+class _GroupedGemm:
+    """Products over all experts at once, by grouped GEMM; the counts stay on the device."""
 
-    Written out because autograd's own version makes a temporary for every bias and sums its gradient row by row.
+    def __init__(self, counts_e: Tensor, num_rows: int) -> None:
+        experts = torch.arange(counts_e.numel(), device=counts_e.device)
+        self._ends_e = counts_e.cumsum(0).to(torch.int32)
+        self._expert_R = torch.repeat_interleave(experts, counts_e, output_size=num_rows)
+        self._num_experts = counts_e.numel()
+
+    def linear(self, x_RI: Tensor, weight_eOI: Tensor, bias_eO: Tensor) -> Tensor:
+        product = F.grouped_mm(x_RI, weight_eOI.transpose(-2, -1), offs=self._ends_e)
+        return product.add_(bias_eO.index_select(0, self._expert_R))
+
+    def grad_input(self, grad_RO: Tensor, weight_eOI: Tensor) -> Tensor:
+        return F.grouped_mm(grad_RO, weight_eOI, offs=self._ends_e)
+
+    def grad_weight(self, grad_RO: Tensor, x_RI: Tensor) -> Tensor:
+        return F.grouped_mm(grad_RO.T, x_RI, offs=self._ends_e)
+
+    def grad_bias(self, grad_RO: Tensor) -> Tensor:
+        return F.one_hot(self._expert_R, self._num_experts).T.to(grad_RO.dtype) @ grad_RO
+
+
+class _Loop:
+    """Products of one expert after the other, into slices of one result; the counts go to the host."""
+
+    def __init__(self, counts_e: Tensor, num_rows: int) -> None:
+        self._counts = counts_e.tolist()
+
+    def linear(self, x_RI: Tensor, weight_eOI: Tensor, bias_eO: Tensor) -> Tensor:
+        result = x_RI.new_empty(x_RI.shape[0], weight_eOI.shape[1])
+        for x, weight, bias, out in zip(self._rows(x_RI), weight_eOI, bias_eO, self._rows(result), strict=True):
+            torch.addmm(bias, x, weight.T, out=out)
+        return result
+
+    def grad_input(self, grad_RO: Tensor, weight_eOI: Tensor) -> Tensor:
+        result = grad_RO.new_empty(grad_RO.shape[0], weight_eOI.shape[2])
+        for grad, weight, out in zip(self._rows(grad_RO), weight_eOI, self._rows(result), strict=True):
+            torch.mm(grad, weight, out=out)
+        return result
+
+    def grad_weight(self, grad_RO: Tensor, x_RI: Tensor) -> Tensor:
+        result = grad_RO.new_empty(len(self._counts), grad_RO.shape[1], x_RI.shape[1])
+        for grad, x, out in zip(self._rows(grad_RO), self._rows(x_RI), result, strict=True):
+            torch.mm(grad.T, x, out=out)
+        return result
+
+    def grad_bias(self, grad_RO: Tensor) -> Tensor:
+        result = grad_RO.new_empty(len(self._counts), grad_RO.shape[1])
+        for grad, out in zip(self._rows(grad_RO), result, strict=True):
+            torch.sum(grad, dim=0, out=out)
+        return result
+
+    def _rows(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.split(self._counts)
+
+
+class _ExpertFeedForward(torch.autograd.Function):
+    """down(gelu_tanh(up(x))) of every expert on its rows, with the backward pass written out.
+
+    Autograd's own version makes a temporary for every bias and sums its gradient row by row.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, counts_e: Tensor, up: Tensor, up_bias: Tensor, down: Tensor,
-                down_bias: Tensor) -> Tensor:
-        ends_e = counts_e.cumsum(0).to(torch.int32)
-        experts = torch.arange(counts_e.numel(), device=counts_e.device)
-        expert_R = torch.repeat_interleave(experts, counts_e, output_size=rows_RD.shape[0])
-        pre_RF = F.grouped_mm(rows_RD, up.transpose(-2, -1), offs=ends_e).add_(up_bias.index_select(0, expert_R))
+    def forward(ctx: Any, rows_RD: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor,
+                products: _GroupedGemm | _Loop) -> Tensor:
+        pre_RF = products.linear(rows_RD, up, up_bias)
         hidden_RF = F.gelu(pre_RF, approximate="tanh")
-        ctx.save_for_backward(rows_RD, pre_RF, hidden_RF, up, down, ends_e, expert_R)
-        return F.grouped_mm(hidden_RF, down.transpose(-2, -1), offs=ends_e).add_(down_bias.index_select(0, expert_R))
+        ctx.save_for_backward(rows_RD, pre_RF, hidden_RF, up, down)
+        ctx.products = products
+        return products.linear(hidden_RF, down, down_bias)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        rows_RD, pre_RF, hidden_RF, up, down, ends_e, expert_R = ctx.saved_tensors
+        rows_RD, pre_RF, hidden_RF, up, down = ctx.saved_tensors
+        products = ctx.products
         grad_RD = grad_RD.contiguous()  # grouped GEMM takes no expanded gradient, as that of a sum is
-        membership_eR = F.one_hot(expert_R, up.shape[0]).T.to(grad_RD.dtype)
-        grad_RF = torch.ops.aten.gelu_backward(F.grouped_mm(grad_RD, down, offs=ends_e), pre_RF, approximate="tanh")
-        grad_down = F.grouped_mm(grad_RD.T, hidden_RF, offs=ends_e)
-        grad_up = F.grouped_mm(grad_RF.T, rows_RD, offs=ends_e)
-        grad_rows = F.grouped_mm(grad_RF, up, offs=ends_e) if ctx.needs_input_grad[0] else None
-        return grad_rows, None, grad_up, membership_eR @ grad_RF, grad_down, membership_eR @ grad_RD
-
-
-def _run_grouped(rows_RD: Tensor, counts_e: Tensor, experts: StackedExperts) -> Tensor:
-    return _GroupedFeedForward.apply(rows_RD, counts_e, experts.up_weight, experts.up_bias, experts.down_weight,
-                                     experts.down_bias)
-
-
-def _run_loop(rows_RD: Tensor, counts_e: Tensor, experts: StackedExperts) -> Tensor:
-    parameters = (experts.up_weight, experts.up_bias, experts.down_weight, experts.down_bias)
-    outputs = []
-    for rows, up, up_bias, down, down_bias in zip(rows_RD.split(counts_e.tolist()), *(p.unbind(0) for p in parameters),
-                                                  strict=True):
-        outputs.append(F.linear(F.gelu(F.linear(rows, up, up_bias), approximate="tanh"), down, down_bias))
-    return torch.cat(outputs)
+        grad_RF = torch.ops.aten.gelu_backward(products.grad_input(grad_RD, down), pre_RF, approximate="tanh")
+        grad_rows = products.grad_input(grad_RF, up) if ctx.needs_input_grad[0] else None
+        return (grad_rows, products.grad_weight(grad_RF, rows_RD), products.grad_bias(grad_RF),
+                products.grad_weight(grad_RD, hidden_RF), products.grad_bias(grad_RD), None)
 
 
 #: The implementations of `parallel.expert_backend`.
-BACKENDS = {"grouped_mm": _run_grouped, "loop": _run_loop}
+BACKENDS = {"grouped_mm": _GroupedGemm, "loop": _Loop}

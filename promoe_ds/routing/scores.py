@@ -5,6 +5,8 @@ Letters: B images, S tokens per image, D width, E routed experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,10 +33,29 @@ def cosine_scores(tokens_D: Tensor, prototypes_ED: Tensor, scale: float = 1.0) -
     with torch.autocast(tokens_D.device.type, enabled=False):
         tokens = at_least_fp32(tokens_D)
         prototypes = F.normalize(at_least_fp32(prototypes_ED), dim=-1, eps=NORM_EPS)
-        # Dividing the E cosines by the token's norm is cheaper than normalising its D entries.
-        norms = tokens.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS)
-        cosines = tokens @ prototypes.T.to(tokens.dtype) / norms
+        cosines = _Cosine.apply(tokens, prototypes.to(tokens.dtype))
         return cosines if scale == 1.0 else cosines * scale
+
+
+class _Cosine(torch.autograd.Function):
+    """Cosines of tokens with unit directions, without a normalised copy of the tokens in either pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_D: Tensor, directions_ED: Tensor) -> Tensor:
+        norms = tokens_D.norm(dim=-1, keepdim=True)
+        inverse_norms = norms.clamp_min(NORM_EPS).reciprocal()
+        cosines_E = (tokens_D @ directions_ED.T).mul_(inverse_norms)
+        # Below the floor the norm is a constant and has no gradient.
+        ctx.save_for_backward(tokens_D, directions_ED, cosines_E, inverse_norms, inverse_norms * (norms >= NORM_EPS))
+        return cosines_E
+
+    @staticmethod
+    def backward(ctx: Any, grad_E: Tensor) -> tuple[Tensor, Tensor]:
+        tokens_D, directions_ED, cosines_E, inverse_norms, norm_slopes = ctx.saved_tensors
+        grad_E = grad_E * inverse_norms
+        grad_tokens = grad_E @ directions_ED
+        grad_tokens.addcmul_(tokens_D, (grad_E * cosines_E).sum(dim=-1, keepdim=True) * norm_slopes, value=-1.0)
+        return grad_tokens, grad_E.flatten(0, -2).T @ tokens_D.flatten(0, -2)
 
 
 def activate(scores_E: Tensor, activation: str) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from promoe_ds.model.build import build_moe_layer
-from promoe_ds.model.official import from_official
+from promoe_ds.model.official import rename_official
 from promoe_ds.routing import partition_samples
 
 from .conftest import Case
@@ -26,7 +26,7 @@ def test_layer_equals_published(case: Case, backend: str) -> None:
     close.pop("note", None)
     layer = build_moe_layer(config).to(dtype).train(side["mode"] == "train")
     layer.routed.backend = backend
-    state = from_official({f"blocks.1.mlp.{k}": v for k, v in case.tensors("state").items()}, config)
+    state = rename_official({f"blocks.1.mlp.{k}": v for k, v in case.tensors("state").items()}, config)
     layer.load_state_dict({k.removeprefix("blocks.1.moe."): v for k, v in state.items()})
     inputs, expected = _cast(case.tensors("in"), dtype), _cast(case.tensors("out"), dtype)
     hidden = inputs["hidden"].requires_grad_()
@@ -43,7 +43,7 @@ def test_layer_equals_published(case: Case, backend: str) -> None:
     objective.backward()
     assert objective.item() == pytest.approx(side["objective_value"], rel=close["rtol"], abs=close["atol"])
     torch.testing.assert_close(hidden.grad, _cast(case.tensors("grad_input"), dtype)["hidden"], **close)
-    gradients = _cast(from_official({f"blocks.1.mlp.{k}": v for k, v in case.tensors("grad").items()}, config), dtype)
+    gradients = _cast(rename_official({f"blocks.1.mlp.{k}": v for k, v in case.tensors("grad").items()}, config), dtype)
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[f"blocks.1.moe.{name}"], **close, msg=lambda m, n=name: f"{n}: {m}")
 

@@ -136,7 +136,7 @@ def test_from_official_missing_key_is_named(ours: str) -> None:
 
 def test_from_official_key_of_a_block_beyond_the_depth_is_named() -> None:
     state, config = official()
-    with refuses("blocks.7.attn.qkv.bias"):
+    with refuses("blocks.7.attention.qkv.bias has no place in this architecture"):
         from_official({**state, "blocks.7.attn.qkv.bias": torch.zeros(48)}, config)
 
 

@@ -42,7 +42,7 @@ FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
 
 
 def make_layer(backend: str = "loop", dtype: torch.dtype = torch.float64, **routing: Any) -> MoELayer:
-    config = small_config(model={"hidden_size": WIDTH, "num_heads": 1}, routing={"expert_width": 12, **routing},
+    config = small_config(model={"hidden_size": WIDTH, "num_heads": 1}, routing={"expert_width": 16, **routing},
                           parallel={"expert_backend": backend})
     return randomise(build_moe_layer(config)).to(dtype)
 

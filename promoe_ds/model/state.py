@@ -1,0 +1,27 @@
+"""Which tensors a model has: names and shapes, known without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.errors import CheckpointError
+from promoe_ds.model.build import build_model
+
+
+def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
+    """Hold names and shapes against the model that `config` describes.
+
+    Raises: CheckpointError naming the first tensors that are missing, left over or misshapen.
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in build_model(config).state_dict().items()}
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} has no place in this architecture" for name in state if name not in expected]
+    problems += [f"{name} has shape {tuple(state[name].shape)} instead of {shape}" for name, shape in expected.items()
+                 if name in state and tuple(state[name].shape) != shape]
+    if problems:
+        raise CheckpointError("; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""))
