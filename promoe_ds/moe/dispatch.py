@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -121,8 +121,25 @@ class DeepSpeedDispatcher:
 
 def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) -> Tensor:
     """Add gate * row to base at each row's token, accumulated in fp32; base is consumed, the result has its dtype."""
-    weighted = at_least_fp32(rows_ND) * assignment.gates_N[:, None]
-    return at_least_fp32(base_TD).index_add_(0, assignment.token_ids_N, weighted).to(base_TD.dtype)
+    total_TD = _AddWeightedRows.apply(at_least_fp32(base_TD), rows_ND, assignment.gates_N, assignment.token_ids_N)
+    return total_TD.to(base_TD.dtype)
+
+
+class _AddWeightedRows(torch.autograd.Function):
+    """base[token] += gate * row, in place; the backward pass weighs the gathered gradient in place, too."""
+
+    @staticmethod
+    def forward(ctx: Any, base_TD: Tensor, rows_ND: Tensor, gates_N: Tensor, token_ids_N: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_ND, gates_N, token_ids_N)
+        ctx.mark_dirty(base_TD)
+        return base_TD.index_add_(0, token_ids_N, rows_ND.to(base_TD.dtype) * gates_N[:, None].to(base_TD.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        rows_ND, gates_N, token_ids_N = ctx.saved_tensors
+        grad_ND = grad_TD.index_select(0, token_ids_N)
+        grad_gates = torch.bmm(grad_ND[:, None], rows_ND.to(grad_ND.dtype)[:, :, None]).flatten().to(gates_N.dtype)
+        return grad_TD, grad_ND.mul_(gates_N[:, None]).to(rows_ND.dtype), grad_gates, None
 
 
 def _by_local_expert(received_We: Tensor, num_rows: int) -> Tensor | None:

@@ -5,6 +5,7 @@ Letters: B images, S tokens per image, T = B*S, D width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from promoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
@@ -44,21 +45,20 @@ class MoELayer(nn.Module):
         tokens_TD = tokens_BSD.flatten(0, 1)
         pending = self.dispatcher.dispatch(tokens_TD, plan.assignment)
         # Replicated experts need no exchange: they compute while the routed rows travel.
-        output = self._replicated(tokens_BSD, partition)
+        output_TD = self._replicated(tokens_TD, partition.unconditional_token_ids(tokens_BSD.shape[1]))
         arrived = pending()
         rows_RD = self.routed(arrived.rows_RD, arrived.tokens_per_expert_e)
-        output_TD = self.dispatcher.combine(rows_RD, arrived.handle, output.flatten(0, 1))
-        return output_TD.view_as(tokens_BSD)
+        return self.dispatcher.combine(rows_RD, arrived.handle, output_TD).view_as(tokens_BSD)
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> tuple[Tensor, RoutingPlan]:
         """Route and compute; returns the output (B, S, D) and the plan with its losses and statistics."""
         plan = self.route(tokens_BSD, partition)
         return self.apply_experts(tokens_BSD, partition, plan), plan
 
-    def _replicated(self, tokens_BSD: Tensor, partition: Partition) -> Tensor:
-        output = self.shared(tokens_BSD) if self.shared is not None else tokens_BSD.new_zeros(tokens_BSD.shape)
+    def _replicated(self, tokens_TD: Tensor, unconditional_token_ids: Tensor) -> Tensor:
+        output_TD = self.shared(tokens_TD) if self.shared is not None else torch.zeros_like(tokens_TD)
         if self.unconditional is None:
-            return output
+            return output_TD
         # Always run, on no tokens if need be: a parameter without gradient on one rank would break the reduction.
-        rows = self.unconditional(tokens_BSD.index_select(0, partition.unconditional_ids))
-        return output.index_add_(0, partition.unconditional_ids, rows.to(output.dtype))
+        rows = self.unconditional(tokens_TD.index_select(0, unconditional_token_ids))
+        return output_TD.index_add_(0, unconditional_token_ids, rows)

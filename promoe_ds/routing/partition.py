@@ -27,6 +27,11 @@ class Partition:
         """Whether every sample is routed, so that gathering can be saved."""
         return self.unconditional_ids.numel() == 0
 
+    def unconditional_token_ids(self, tokens_per_image: int) -> Tensor:
+        """Return the rows of the flattened tokens (T, D) that belong to unconditional samples."""
+        offsets = torch.arange(tokens_per_image, device=self.unconditional_ids.device)
+        return (self.unconditional_ids[:, None] * tokens_per_image + offsets).flatten()
+
 
 def partition_samples(labels_B: Tensor, null_label: int, *, has_unconditional_expert: bool = True) -> Partition:
     """Split a batch into conditional samples and those under the null label.
