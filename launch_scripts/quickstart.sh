@@ -11,8 +11,14 @@ fi
 promoe_environment
 cd "$promoe_root"
 
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# Two processes on the CPU, whatever devices there are, so that everybody sees the same.
+export DS_ACCELERATOR=cpu
 train() {
-    deepspeed --num_gpus 2 --module promoe_ds.cli.train --recipe digits_promoe \
+    deepspeed --num_gpus 2 --master_port "$(free_port)" --log_level warning --module promoe_ds.cli.train --recipe digits_promoe \
         --deepspeed_config ds_configs/zero2_fp32.json --run-dir "$out/run" "$@"
 }
 

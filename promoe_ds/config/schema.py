@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from promoe_ds.config.presets import PRESETS
 
-
 #: Grouped GEMM wants rows of a multiple of 16 bytes: eight numbers of bf16.
 _GROUPED_GEMM_MULTIPLE = 8
 

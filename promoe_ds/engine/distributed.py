@@ -57,12 +57,13 @@ def complete_environment() -> int:
 
 
 def start_distributed(timeout_seconds: float) -> Ranks:
-    """Join the process group: nccl where there is CUDA, gloo elsewhere.
+    """Join the process group: nccl where there is CUDA, gloo elsewhere or where DS_ACCELERATOR=cpu asks for it.
 
     Call after `complete_environment`.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if not use_cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
@@ -70,7 +71,7 @@ def start_distributed(timeout_seconds: float) -> Ranks:
     __compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if use_cuda:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False,

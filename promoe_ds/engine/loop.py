@@ -44,10 +44,10 @@ def train(run: Run, ranks: Ranks) -> None:
     session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config))
     if checkpoint is not None:
         load_checkpoint(session, checkpoint, same_run=run.resume == "auto")
+    parallel, plan = run.config.parallel, run.deepspeed_plan
     _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d, accumulation %d, from step %d",
-              run.config.name, ranks.world_size, run.config.parallel.ep_size, run.config.parallel.resolved_dispatch,
-              run.config.expert_backend, run.deepspeed_plan.zero_stage, run.deepspeed_plan.precision, batches.micro_batch, batches.accumulation,
-              session.step)
+              run.config.name, ranks.world_size, parallel.ep_size, parallel.resolved_dispatch, run.config.expert_backend,
+              plan.zero_stage, plan.precision, batches.micro_batch, batches.accumulation, session.step)
     writer = MetricsWriter(run.run_dir, run.config, ranks, start_step=session.step)
     try:
         _loop(session, writer, run.run_dir / "checkpoints")

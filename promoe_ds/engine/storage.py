@@ -5,20 +5,20 @@ from __future__ import annotations
 import io
 import os
 import zlib
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from promoe_ds.engine.manifest import FileRecord
 from promoe_ds.errors import CheckpointError
 
 #: Plain records that DeepSpeed stores beside tensors; nothing else is let in from a file.
-_ALLOWED = [fragment_address, LossScaler, ZeroStageEnum]
+ALLOWED_RECORDS = [fragment_address, LossScaler]
 
 
 class RecordingStorage(TorchCheckpointEngine):
@@ -45,7 +45,7 @@ class RecordingStorage(TorchCheckpointEngine):
         try:
             with Path(path).open("wb") as file:
                 writer = _ChecksumWriter(file)
-                torch.save(state_dict, writer)
+                torch.save(_without_enums(state_dict), writer)
                 file.flush()
                 os.fsync(file.fileno())
             self.records[Path(path).name] = FileRecord(writer.bytes, writer.crc32)
@@ -66,10 +66,21 @@ def load_trusted(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -
     Raises: CheckpointError naming the file.
     """
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(ALLOWED_RECORDS):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+def _without_enums(value: Any) -> Any:
+    """Replace enums by their values: some Python versions pickle them as a call of getattr, which no reader should allow."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _without_enums(item) for key, item in value.items()}
+    if type(value) is list:
+        return [_without_enums(item) for item in value]
+    return value
 
 
 class _ChecksumWriter(io.RawIOBase):
