@@ -69,7 +69,8 @@ def load_trusted(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -
         with torch.serialization.safe_globals(ALLOWED_RECORDS):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        first_line = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {first_line})") from None
 
 
 def _without_enums(value: Any) -> Any:
