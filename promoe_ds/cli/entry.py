@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from promoe_ds.errors import PromoeError
 from promoe_ds.logs import rank_from_environment
 
+_HEAD_START_SECONDS = 5.0
+
 
 def run_entry(main: Callable[[Sequence[str]], None]) -> None:
-    """Run `main` with the command line; turn a `PromoeError` into a message from rank 0 and its exit code.
+    """Run `main` with the command line; turn a `PromoeError` into one message and its exit code.
 
-    Any other exception keeps its traceback: it is a defect, not a mistake of the user.
+    A mistake that all ranks find is told by rank 0, whose end makes the launcher end the others. A rank that is still
+    there some seconds later found something that rank 0 did not, and tells it. Any other exception keeps its traceback:
+    it is a defect, not a mistake of the user.
     """
     try:
         main(sys.argv[1:])
     except PromoeError as error:
-        if rank_from_environment() == 0:
-            sys.stderr.write(f"error: {error}\n")
+        rank = rank_from_environment()
+        if rank > 0:
+            time.sleep(_HEAD_START_SECONDS)
+        sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error: rank {rank}: {error}\n")
         sys.stderr.flush()
         # No interpreter shutdown: ranks that wait in a collective of another library would keep this one alive.
         os._exit(error.exit_code)

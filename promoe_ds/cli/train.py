@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--resume", default="auto", help="auto (newest complete checkpoint of this run), none, or a path")
     parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE",
                         help="override the recipe, e.g. train.max_steps=100")
-    parser.add_argument("--dry-run", action="store_true", help="print config, sizes and memory plan, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print config, sizes and memory plan, and exit; without a launcher for the fewest ranks possible")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
 
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str]) -> None:
 
     from promoe_ds.engine.distributed import complete_environment, start_distributed, stop_distributed
 
-    world_size = complete_environment()
+    # A dry run needs no launcher: it assumes the fewest ranks that the recipe runs on.
+    world_size = config.parallel.ep_size if options.dry_run and "WORLD_SIZE" not in os.environ else complete_environment()
     batches = plan_batches(config, world_size)
     plan = resolve_deepspeed(values, config, batches, source=options.deepspeed_config)
     if options.dry_run:

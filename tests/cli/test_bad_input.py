@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .commands import REPOSITORY, run, train, train_arguments
+from .commands import REPOSITORY, ZERO2, run, train, train_arguments
 
 #: (overrides, what the message must say)
 MISTAKES = [
@@ -74,6 +74,24 @@ def test_dry_run_prints_sizes_and_trains_nothing(tmp_path) -> None:
     assert "activated: 130572320" in done.stdout
     assert '"train_batch_size": 256' in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_without_launcher_assumes_the_fewest_ranks(tmp_path) -> None:
+    done = run(sys.executable, "-m", "promoe_ds.cli.train", "--recipe", "digits_promoe", "--deepspeed_config", ZERO2, "--dry-run",
+               "--set", "parallel.ep_size=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ranks: 4" in done.stdout
+
+
+def test_train_error_on_one_rank_only_is_told_by_that_rank(tmp_path) -> None:
+    """Rank 1 cannot read its shard: rank 0 knows nothing of it, the message comes all the same."""
+    script = ("import os; from promoe_ds.cli.entry import run_entry; from promoe_ds.errors import DataError\n"
+              "import time\ndef main(arguments):\n"
+              "    if os.environ['RANK'] == '1': raise DataError('shard 7 is gone')\n    time.sleep(60)\nrun_entry(main)")
+    (tmp_path / "script.py").write_text(script)
+    done = run("torchrun", "--standalone", "--nproc-per-node=2", "script.py", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: rank 1: shard 7 is gone") == 1
 
 
 def _limit_file_size() -> None:
