@@ -3,11 +3,22 @@
 # convert, sample, judge: ./launch_scripts/quickstart.sh [OUTPUT_DIR]
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-out="$(mkdir -p "${1:-$promoe_root/runs/quickstart}" && cd "${1:-$promoe_root/runs/quickstart}" && pwd)"
-if [ -n "$(ls -A "$out")" ]; then
-    echo "error: $out is not empty: name another folder, ./launch_scripts/quickstart.sh DIR, or remove it" >&2
-    exit 1
+if [ $# -gt 0 ]; then
+    if [ -e "$1" ] && [ -n "$(ls -A "$1")" ]; then
+        echo "error: $1 is not empty: name another folder" >&2
+        exit 1
+    fi
+    out="$1"
+else
+    out="$promoe_root/runs/quickstart"
+    number=1
+    while [ -e "$out" ]; do
+        number=$((number + 1))
+        out="$promoe_root/runs/quickstart-$number"
+    done
 fi
+mkdir -p "$out"
+out="$(cd "$out" && pwd)"
 promoe_environment
 cd "$promoe_root"
 
@@ -29,7 +40,7 @@ train --resume auto
 echo "== converting the shards to one file"
 python tools/convert_checkpoint.py "$out/run" "$out/export" --to single
 echo "== sampling"
-python -m promoe_ds.cli.sample --model "$out/export" --out "$out/samples" --num 500 --grid
+python -m promoe_ds.cli.sample --model "$out/export" --out "$out/samples" --num 500 --grid --device cpu
 echo "== judging"
 python tools/evaluate_digits.py "$out/samples" --out "$out/report.json" --require 0.85
 python tools/expert_load.py "$out/run"

@@ -21,7 +21,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--resume", default="auto", help="auto (newest complete checkpoint of this run), none, or a path")
     parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE",
                         help="override the recipe, e.g. train.max_steps=100")
-    parser.add_argument("--dry-run", action="store_true", help="print config, sizes and memory plan, and exit; without a launcher for the fewest ranks possible")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print config, sizes and memory plan, and exit; without a launcher for the fewest ranks possible")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args(arguments)
 

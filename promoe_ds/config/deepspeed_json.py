@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,21 @@ _OWNED_BY_RECIPE = {
     "bfloat16": "its present name, bf16",
     "elasticity": "train.global_batch_size of the recipe",
 }
+
+
+#: What the file may say: batch sizes as "auto", ZeRO, precision, communication, DeepSpeed's own logging.
+_TOP_LEVEL = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization", "bf16", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "use_data_before_expert_parallelism", "comms_logger", "wall_clock_breakdown", "memory_breakdown", "flops_profiler",
+    "steps_per_print", "dump_state", "zero_allow_untested_optimizer", "seq_parallel_communication_data_type",
+}
+_ZERO = {
+    "stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
+    "allgather_bucket_size", "parameter_alignment", "round_robin_gradients", "offload_optimizer", "offload_param",
+    "use_multi_rank_bucket_allreduce",
+}
+_BF16 = {"enabled"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +80,13 @@ def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchP
         section = resolved.get(key)
         if section and (not isinstance(section, dict) or section.get("enabled", True)):
             raise ConfigError(f"{source}: {key} does not belong here; use {owner}")
+    for prefix, section, valid in (("", resolved, _TOP_LEVEL | _OWNED_BY_RECIPE.keys()),
+                                   ("zero_optimization.", _section(resolved, "zero_optimization", source), _ZERO),
+                                   ("bf16.", _section(resolved, "bf16", source), _BF16)):
+        for key in section.keys() - valid:
+            close = difflib.get_close_matches(key, sorted(valid), n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(sorted(valid))}"
+            raise ConfigError(f"{source}: {prefix}{key} is no setting that this trainer knows; {hint}")
     stage = _check_zero(resolved, source)
     bf16 = bool(_section(resolved, "bf16", source).get("enabled", False))
     if bf16 and stage == 0:

@@ -43,6 +43,8 @@ def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:
 
     Raises: ConfigError, with one line for each problem.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source} must be a mapping of sections, found {type(values).__name__}")
     try:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
@@ -97,6 +99,8 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"--recipe {path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of sections, found {type(values).__name__}")
     base = values.pop("base", None)

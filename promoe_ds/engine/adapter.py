@@ -7,6 +7,7 @@ unconditional experts stay outside, as ordinary data-parallel parameters under t
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -60,10 +61,17 @@ class ShardedExperts(StackedExperts, MoE):
         """Nothing to do: `create_expert_groups` has made the groups that DeepSpeed looks up by name."""
 
 
-def create_expert_groups(ep_size: int, *, data_before_expert: bool = False) -> dist.ProcessGroup:
-    """Make DeepSpeed's expert-parallel and expert-data-parallel groups; return this rank's expert-parallel one."""
+def create_expert_groups(ep_size: int, timeout_seconds: float, *, data_before_expert: bool = False) -> dist.ProcessGroup:
+    """Make DeepSpeed's expert-parallel and expert-data-parallel groups; return this rank's expert-parallel one.
+
+    DeepSpeed gives groups that it makes torch's default time-out of half an hour; they get ours here.
+    """
     groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
-    return groups._get_expert_parallel_group(f"ep_size_{ep_size}")
+    name = f"ep_size_{ep_size}"
+    expert_group = groups._get_expert_parallel_group(name)
+    for group in (expert_group, groups._get_expert_data_parallel_group(name)):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+    return expert_group
 
 
 def shard_experts(network: DiT, ep_size: int, group: dist.ProcessGroup) -> None:

@@ -18,6 +18,7 @@ from promoe_ds.engine.manifest import (
     UNFINISHED,
     Layout,
     Manifest,
+    find_checkpoint,
     find_problems,
     list_checkpoints,
     list_unfinished,
@@ -33,6 +34,7 @@ _LOG = get_logger("checkpoint")
 
 #: What a resumed run may change: nothing that would make it another run.
 FREE_FIELDS = {
+    "data": {"path"},
     "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "max_nonfinite_steps",
               "micro_batch_size"},
     "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend"},
@@ -93,7 +95,6 @@ def _clear(folder: Path) -> str | None:
 def _finish(session: Session, root: Path, unfinished: Path, final: Path, records: dict) -> str | None:
     """Make the written shards a checkpoint; rank 0 only. Return what went wrong."""
     try:
-        (root / "zero_to_fp32.py").unlink(missing_ok=True)  # DeepSpeed's converter cannot read expert-parallel shards
         manifest = Manifest(
             step=session.step, samples_seen=session.samples_seen, config=session.config.model_dump(mode="json"),
             layout=layout_of(session.config, session.deepspeed_plan, session.ranks.world_size), files=records,
@@ -130,7 +131,7 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Path | None:
     candidates = from_main(list_checkpoints(root))
     chosen, problems = _newest_sound(candidates, ranks)
     skipped += problems
-    for line in skipped:
+    for line in skipped if ranks.is_main else ():
         _LOG.warning("resume: skipped %s", line)
     if chosen is None and candidates:
         raise CheckpointError(f"--resume auto: none of the checkpoints under {root} is sound: {'; '.join(problems)}. Restore "
@@ -140,22 +141,20 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Path | None:
 
 
 def _choose_explicit(path: Path, ranks: Ranks) -> Path:
-    is_checkpoint = from_main((path / MANIFEST).is_file())
-    if is_checkpoint:
-        if problems := _problems(path, ranks):
-            raise CheckpointError(f"--resume {path}: {'; '.join(problems)}")
-        return path
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    candidates = from_main(list_checkpoints(root))
-    if not candidates:
-        raise CheckpointError(f"--resume {path}: neither a complete checkpoint (no {MANIFEST}) nor a run directory with one")
-    chosen, problems = _newest_sound(candidates, ranks)
-    if chosen is None:
-        raise CheckpointError(f"--resume {path}: no sound checkpoint: {'; '.join(problems)}")
-    for line in problems:
-        _LOG.warning("resume: skipped %s", line)
-    _LOG.info("resume: taking %s", chosen)
-    return chosen
+    found = from_main(_try_find(path))
+    if isinstance(found, str):
+        raise CheckpointError(f"--resume {found}")
+    if problems := _problems(found, ranks):
+        raise CheckpointError(f"--resume {path}: {'; '.join(problems)}")
+    _LOG.info("resume: taking %s", found)
+    return found
+
+
+def _try_find(path: Path) -> Path | str:
+    try:
+        return find_checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
 
 
 def _newest_sound(candidates: list[Path], ranks: Ranks) -> tuple[Path | None, list[str]]:
@@ -202,6 +201,16 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
     if loaded is None:
         raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
     session.step, session.samples_seen = manifest.step, manifest.samples_seen
+
+
+def set_later_aside(root: Path, step: int) -> None:
+    """Rename a run's checkpoints of steps after `step`: the run goes on from there, they are another branch's. Rank 0 only."""
+    for folder in list_checkpoints(root):
+        if folder.name > step_folder(step):
+            aside = folder.with_name(f"{folder.name}.abandoned")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            _LOG.warning("resume: the run goes on from step %d; %s is set aside as %s", step, folder, aside.name)
 
 
 def differing_fields(saved: dict[str, Any], config: RunConfig, *, architecture_only: bool) -> list[str]:

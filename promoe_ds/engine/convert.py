@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from promoe_ds.config import config_from_dict
-from promoe_ds.engine.manifest import MANIFEST, find_problems, list_checkpoints, read_manifest
+from promoe_ds.engine.manifest import MANIFEST, find_checkpoint, find_problems, read_manifest
 from promoe_ds.engine.optimizer import EMA
 from promoe_ds.engine.reconstruct import WEIGHTS, reconstruct
 from promoe_ds.errors import CheckpointError
@@ -36,7 +36,8 @@ def convert_to_single(source: Path, destination: Path, *, weights: str = "ema") 
     """
     if (destination / CONFIG_FILE).exists():
         raise CheckpointError(f"{destination} already holds an export: choose another folder or remove it")
-    folder = _find_checkpoint(source)
+    folder = find_checkpoint(source)
+    _require_sound(folder)
     manifest = read_manifest(folder)
     config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
     state = reconstruct(folder, manifest, EMA if weights == "ema" else WEIGHTS)
@@ -48,19 +49,6 @@ def convert_to_single(source: Path, destination: Path, *, weights: str = "ema") 
         if not torch.equal(written[name], value):
             raise CheckpointError(f"{destination / WEIGHTS_FILE}: {name} reads back differently: the disk is not to be trusted")
     return Conversion(source=folder, step=manifest.step, parameters=sum(value.numel() for value in state.values()))
-
-
-def _find_checkpoint(source: Path) -> Path:
-    if (source / MANIFEST).is_file():
-        _require_sound(source)
-        return source
-    root = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    candidates = list_checkpoints(root)
-    if not candidates:
-        raise CheckpointError(f"{source}: neither a complete checkpoint (no {MANIFEST}) nor a run directory with one")
-    newest, *_ = candidates
-    _require_sound(newest)
-    return newest
 
 
 def _require_sound(folder: Path) -> None:

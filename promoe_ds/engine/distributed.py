@@ -25,7 +25,6 @@ class Ranks:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -69,14 +68,23 @@ def start_distributed(timeout_seconds: float) -> Ranks:
 
     # DeepSpeed's shared-memory all-reduce for CPUs is compiled at first use, for a minute; gloo serves.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu")
     if use_cuda:
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", _device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         torch.cuda.set_device(device)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False,
                                timeout=timedelta(seconds=timeout_seconds), verbose=False)
-    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=local_rank, device=device)
+    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+
+
+def _device_index(local_rank: int, visible: int) -> int:
+    """Return the device of a local rank; a launcher that shows each process one device calls it 0."""
+    if local_rank < visible:
+        return local_rank
+    if visible == 1 and "SLURM_LOCALID" in os.environ:
+        return 0
+    raise ConfigError(f"local rank {local_rank} has no device: {visible} visible. Launch at most as many ranks a host, or set "
+                      "DS_ACCELERATOR=cpu")
 
 
 def stop_distributed() -> None:

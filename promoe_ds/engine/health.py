@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from promoe_ds.engine.distributed import Ranks, gather_objects
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a step may update the weights; if not, why, in words, the same on all ranks."""
-
-    is_finite: bool
-    problem: str = ""
 
 
 class HealthWatch:
@@ -41,22 +31,24 @@ class HealthWatch:
         """Take note of one micro-step's loss."""
         self._loss += loss.detach()
 
-    def verdict(self, step: int) -> Verdict:
-        """Judge the step and start anew.  Sync: one.  Collectives: one, two for a bad step."""
+    def verdict(self, step: int) -> str:
+        """Judge the step and start anew; return "" or, on every rank alike, what is wrong.
+
+        Sync: one.  Collectives: one, two for a bad step.
+        """
         bad = ~torch.isfinite(torch.cat([self._sums, self._loss[None]]))
         any_bad = bad.any().float()
         dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
-        if not any_bad.item():
-            verdict = Verdict(True)
-        else:
+        problem = ""
+        if any_bad.item():
             # Exchanged rows carry a bad gradient to other ranks' experts: the earliest in the backward pass is the cause.
             (_, rank, text), *others = sorted(found for found in gather_objects(self._find(bad)) if found)
             spread = f", later also on rank{'s' * (len(others) > 1)} {', '.join(str(o[1]) for o in others)}" if others else ""
-            verdict = Verdict(False, f"step {step}: rank {rank}: {text} is not finite{spread}")
+            problem = f"step {step}: rank {rank}: {text} is not finite{spread}"
         self._sums.zero_()
         self._loss.zero_()
         self._order.clear()
-        return verdict
+        return problem
 
     def _see_gradient(self, index: int, gradient: Tensor) -> None:
         self._order.append(index)

@@ -11,8 +11,9 @@ import yaml
 
 from promoe_ds.config import DeepSpeedPlan, RunConfig, config_from_dict, plan_batches
 from promoe_ds.data import build_dataset
-from promoe_ds.engine.checkpoint import choose_checkpoint, differing_fields, load_checkpoint, save_checkpoint
+from promoe_ds.engine.checkpoint import choose_checkpoint, differing_fields, load_checkpoint, save_checkpoint, set_later_aside
 from promoe_ds.engine.distributed import Ranks, from_main
+from promoe_ds.engine.manifest import list_checkpoints
 from promoe_ds.engine.metrics import MetricsWriter
 from promoe_ds.engine.session import Session, build_session, train_step
 from promoe_ds.engine.step import StepResult
@@ -44,6 +45,8 @@ def train(run: Run, ranks: Ranks) -> None:
     session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config))
     if checkpoint is not None:
         load_checkpoint(session, checkpoint, same_run=run.resume == "auto")
+        if ranks.is_main and run.resume != "auto":
+            set_later_aside(run.run_dir / "checkpoints", session.step)
     parallel, plan = run.config.parallel, run.deepspeed_plan
     _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d, accumulation %d, from step %d",
               run.config.name, ranks.world_size, parallel.ep_size, parallel.resolved_dispatch, run.config.expert_backend,
@@ -64,7 +67,7 @@ def _loop(session: Session, writer: MetricsWriter, checkpoints: Path) -> None:
         result = train_step(session)
         writer.tick()
         skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-        if result.skipped:
+        if result.skipped and session.ranks.is_main:
             _LOG.warning("skipped the update, %d in a row: %s", skipped_in_a_row, result.problem)
         if skipped_in_a_row >= settings.max_nonfinite_steps:
             raise TrainingError(f"{skipped_in_a_row} updates in a row were not finite (train.max_nonfinite_steps="
@@ -77,6 +80,7 @@ def _loop(session: Session, writer: MetricsWriter, checkpoints: Path) -> None:
         if session.step % settings.checkpoint_every == 0 or session.step == last:
             path = save_checkpoint(session, checkpoints)
             _LOG.info("step %d: saved %s", session.step, path)
+            writer.restart_clock()
     if session.step < settings.max_steps:
         _LOG.info("stopped after step %d of %d (train.stop_after_steps)", session.step, settings.max_steps)
 
@@ -107,19 +111,27 @@ def _claim_run_directory(run: Run, ranks: Ranks) -> None:
 
 def _claim(run: Run) -> None:
     saved = run.run_dir / "config.yaml"
-    if saved.is_file():
+    started = (run.run_dir / "metrics.jsonl").exists() or list_checkpoints(run.run_dir / "checkpoints")
+    if saved.is_file() and started:
         if run.resume == "none":
             raise CheckpointError(f"--run-dir {run.run_dir} already holds a run and --resume none would overwrite it: use "
                                   "--resume auto to go on with it, or another directory")
-        before = config_from_dict(yaml.safe_load(saved.read_text(encoding="utf-8")), source=str(saved))
+        before = _read_saved(saved)
         differing = differing_fields(before.model_dump(mode="json"), run.config, architecture_only=False)
         if differing:
             raise CheckpointError(f"--run-dir {run.run_dir} already holds another run: {'; '.join(differing)}. Use another "
                                   "directory")
-    elif run.run_dir.is_dir() and any(run.run_dir.iterdir()):
+    elif not saved.is_file() and run.run_dir.is_dir() and any(run.run_dir.iterdir()):
         raise CheckpointError(f"--run-dir {run.run_dir} is not empty and holds no run of this package: use another directory")
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (run.run_dir / "checkpoints").mkdir(exist_ok=True)
     temporary = saved.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     temporary.replace(saved)
+
+
+def _read_saved(path: Path) -> RunConfig:
+    try:
+        return config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): restore it from a checkpoint's manifest.json") from None

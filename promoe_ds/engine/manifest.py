@@ -85,22 +85,24 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
 
 
-def find_problems(folder: Path, files: dict[str, FileRecord], *, checksums: bool = True) -> list[str]:
-    """Hold files against their records; return a line for each that differs.
+def find_problems(folder: Path, files: dict[str, FileRecord]) -> list[str]:
+    """Hold files against their records; return a line for each that differs or cannot be read.
 
     Args:
         files: the whole manifest's or a share of it.
-        checksums: False looks at sizes only.
     """
     problems = []
     for name, record in files.items():
         path = folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != record.bytes:
-            problems.append(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}")
-        elif checksums and checksum(path) != record.crc32:
-            problems.append(f"{path} does not match its checksum")
+        try:
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+            elif path.stat().st_size != record.bytes:
+                problems.append(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}")
+            elif checksum(path) != record.crc32:
+                problems.append(f"{path} does not match its checksum")
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error}")
     return problems
 
 
@@ -124,6 +126,19 @@ def list_checkpoints(root: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := _STEP.match(path.name)) and path.is_dir()]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a user's path names: itself, or the newest one of a run directory.
+
+    Raises: CheckpointError if there is none. Whether it is sound is another question.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    candidates = list_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if not candidates:
+        raise CheckpointError(f"{path}: neither a complete checkpoint (no {MANIFEST}) nor a run directory with one")
+    return candidates[0]
 
 
 def list_unfinished(root: Path) -> list[Path]:

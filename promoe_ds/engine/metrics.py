@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from promoe_ds.config import RunConfig, training_flops_per_image
 from promoe_ds.engine.distributed import Ranks
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, TrainingError
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("metrics")
@@ -33,7 +33,7 @@ class MetricsWriter:
         self._config, self._ranks, self._run_dir = config, ranks, run_dir
         self._flops = training_flops_per_image(config)
         self._peak = _peak_flops(ranks.device)
-        self._since, self._images = time.perf_counter(), 0
+        self.restart_clock()
         self._board = self._progress = None
         if not ranks.is_main:
             return
@@ -56,22 +56,28 @@ class MetricsWriter:
             scalars: loss, its terms, lr, grad_norm.
             routing_lines: of `RoutingAccumulator.reduce`.
         """
-        elapsed = time.perf_counter() - self._since
-        images_per_second = self._images / elapsed
-        self._since, self._images = time.perf_counter(), 0
+        images_per_second = self._images / (time.perf_counter() - self._since)
+        self.restart_clock()
         if not self._ranks.is_main:
             return
         flops = images_per_second * self._flops
         line = {"step": step, **scalars, "images_per_second": images_per_second, "tflops": flops / 1e12,
                 "mfu": flops / (self._peak * self._ranks.world_size) if self._peak else None, **_memory(self._ranks.device)}
-        append_lines(self._run_dir / "metrics.jsonl", [line])
-        append_lines(self._run_dir / "routing.jsonl", routing_lines)
+        try:
+            append_lines(self._run_dir / "metrics.jsonl", [line])
+            append_lines(self._run_dir / "routing.jsonl", routing_lines)
+        except OSError as error:
+            raise TrainingError(f"step {step}: the metrics could not be written: {error}. Free the disk and resume") from None
         if self._board is not None:
             self._write_board(step, line, routing_lines)
         terms = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items() if name.startswith("loss"))
         with tqdm.external_write_mode():
             _LOG.info("step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s", step, self._config.train.max_steps, terms,
                       scalars["grad_norm"], scalars["lr"], images_per_second)
+
+    def restart_clock(self) -> None:
+        """Measure speed from here: after a log line, and after a checkpoint, whose time is no training time."""
+        self._since, self._images = time.perf_counter(), 0
 
     def close(self) -> None:
         """Flush and close."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import deepspeed
@@ -54,7 +55,7 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
     expert_group = None
     if config.parallel.resolved_dispatch == "deepspeed":
         topology = bool(deepspeed_plan.json.get("use_data_before_expert_parallelism", False))
-        expert_group = create_expert_groups(config.parallel.ep_size, data_before_expert=topology)
+        expert_group = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds, data_before_expert=topology)
         shard_experts(network, config.parallel.ep_size, expert_group)
     if config.routing.rcl_scope == "global" and ranks.world_size > 1:
         share_centroids(network)
@@ -64,6 +65,8 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
     module = TrainingModule(network).train()
     optimizer = AdamWithEma(parameter_groups(module, config.optimizer), config.optimizer)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_plan.json, dist_init_required=False)
+    # Rank 0 would copy converters that cannot read expert-parallel shards, past our storage, into every checkpoint folder.
+    engine._copy_recovery_script = lambda save_path: None
     health = HealthWatch(module, ranks)
     routing = RoutingAccumulator(config, network, ranks)
     return Session(config=config, deepspeed_plan=deepspeed_plan, batches=batches, ranks=ranks, dataset=dataset, engine=engine,
@@ -98,12 +101,15 @@ def train_step(session: Session) -> StepResult:
         for name, value in output.terms.items():
             terms[name] = terms.get(name, 0.0) + value.detach() / session.batches.accumulation
         if micro_step == session.batches.accumulation - 1:
-            problem = session.health.verdict(session.step).problem
+            problem = session.health.verdict(session.step)
             norm = _prepare_update(session, skip=bool(problem))
         engine.step()
     session.step += 1
     session.samples_seen += session.batches.global_batch
     norm = engine.get_global_grad_norm() if norm is None else norm
+    if not problem and not math.isfinite(norm):
+        # Every gradient is finite, their norm overflows: the update was left out as well.
+        problem = f"step {session.step - 1}: the norm of all gradients is not finite"
     return StepResult(terms=terms, grad_norm=float("nan") if problem else float(norm), lr=lr, problem=problem)
 
 
@@ -115,9 +121,9 @@ def _prepare_update(session: Session, *, skip: bool) -> torch.Tensor | None:
         optimizer.check_grad_overflow = True
         optimizer.check_overflow = lambda partition_gradients=True: setattr(optimizer, "overflow", skip)
         return None
-    optimizer.overflow = skip
     parameters = [p for p in session.module.parameters() if p.requires_grad]
     norm = global_grad_norm(parameters, session.expert_group)
-    if session.config.optimizer.clip_norm > 0 and not skip:
+    optimizer.overflow = skip or not bool(torch.isfinite(norm))
+    if session.config.optimizer.clip_norm > 0 and not optimizer.overflow:
         clip_gradients(parameters, norm, session.config.optimizer.clip_norm)
     return norm

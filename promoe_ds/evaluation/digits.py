@@ -12,7 +12,6 @@ from promoe_ds.errors import DataError
 from promoe_ds.evaluation.frechet import fit_gaussian, frechet_distance
 from promoe_ds.evaluation.images import read_samples, to_uint8
 
-_HELDOUT_FRACTION = 0.2
 _NOISE_SEED = 0
 
 
@@ -29,13 +28,14 @@ class DigitsReport:
     frechet_of_noise: float
 
 
-def judge_samples(path: Path) -> DigitsReport:
-    """Classify samples and measure their distance to digits that nobody trained on.
+def judge_samples(path: Path, heldout_fraction: float = 0.2) -> DigitsReport:
+    """Classify samples and measure their distance to the digits held out from training.
 
     The classifier (a support-vector machine on pixels) sees the training digits only; its accuracy on the held-out ones
     says how far it can be trusted. Training digits and uniform noise are the distance's two landmarks.
     Args:
         path: samples.npz or its folder.
+        heldout_fraction: that of the recipe, `data.heldout_fraction`.
     Raises: DataError if the samples are no 8x8 grey images with labels 0 ... 9.
     """
     from sklearn.svm import SVC
@@ -43,8 +43,8 @@ def judge_samples(path: Path) -> DigitsReport:
     images, labels = read_samples(path)
     if images.shape[1:] != (8, 8, 1) or len(images) < 2 or not set(labels.tolist()) <= set(range(10)):
         raise DataError(f"{path}: {images.shape} images are no 8x8 digits with labels 0 ... 9")
-    train = load_digits_split(_HELDOUT_FRACTION, heldout=False)
-    heldout = load_digits_split(_HELDOUT_FRACTION, heldout=True)
+    train = load_digits_split(heldout_fraction, heldout=False)
+    heldout = load_digits_split(heldout_fraction, heldout=True)
     real, unseen = _features(to_uint8(train.images)), _features(to_uint8(heldout.images))
     classifier = SVC(gamma="scale", C=10.0).fit(real, train.labels)
     features = _features(images)

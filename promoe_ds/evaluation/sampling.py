@@ -44,11 +44,11 @@ def draw_samples(request: SampleRequest) -> list[Path]:
     `labels`); latent-space models give `latents.safetensors`, unscaled, to be decoded by their autoencoder.
     Raises: ConfigError for labels, numbers or an output folder that cannot be; CheckpointError for the export.
     """
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(request.device)
     model = load_model(request.model, device=device)
     labels = _labels(request, model.config)
-    if request.out.exists() and any(request.out.iterdir()):
-        raise ConfigError(f"--out {request.out} is not empty: choose another folder")
+    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
+        raise ConfigError(f"--out {request.out} is no empty folder: choose another one")
     latents = _draw(request, model, labels, device)
     if not torch.isfinite(latents).all():
         raise CheckpointError(f"{request.model}: the samples are not finite: the weights are no trained model's")
@@ -57,6 +57,16 @@ def draw_samples(request: SampleRequest) -> list[Path]:
         return _write(request, model.config, latents.cpu(), labels)
     except OSError as error:
         raise ConfigError(f"--out {request.out}: {error}") from None
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def _labels(request: SampleRequest, config: RunConfig) -> np.ndarray:

@@ -6,7 +6,7 @@ import math
 import zlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.experts import StackedExperts
@@ -67,10 +67,3 @@ def _xavier(weight: Tensor, name: str, seed: int, *, expert: int) -> None:
 def _normal(weight: Tensor, std: float, name: str, seed: int) -> None:
     draw = generator(seed, "init", zlib.crc32(name.encode()), 0).standard_normal(weight.numel(), dtype="float32")
     weight.copy_(torch.from_numpy(draw * std).view(weight.shape))
-
-
-def assert_initialised(module: nn.Module) -> None:
-    """Raise RuntimeError if a parameter is still on the meta device."""
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta:
-            raise RuntimeError(f"{name} was never materialised")

@@ -12,6 +12,7 @@ from promoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
 from promoe_ds.moe.experts import FeedForward, StackedExperts
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
+from promoe_ds.routing.scores import at_least_fp32
 
 
 class MoELayer(nn.Module):
@@ -48,7 +49,8 @@ class MoELayer(nn.Module):
         output_TD = self._replicated(tokens_TD, partition.unconditional_token_ids(tokens_BSD.shape[1]))
         arrived = pending()
         rows_RD = self.routed(arrived.rows_RD, arrived.tokens_per_expert_e)
-        return self.dispatcher.combine(rows_RD, arrived.handle, output_TD).view_as(tokens_BSD)
+        output_TD = self.dispatcher.combine(rows_RD, arrived.handle, output_TD)
+        return output_TD.to(tokens_BSD.dtype).view_as(tokens_BSD)
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> tuple[Tensor, RoutingPlan]:
         """Route and compute; returns the output (B, S, D) and the plan with its losses and statistics."""
@@ -56,9 +58,9 @@ class MoELayer(nn.Module):
         return self.apply_experts(tokens_BSD, partition, plan), plan
 
     def _replicated(self, tokens_TD: Tensor, unconditional_token_ids: Tensor) -> Tensor:
-        output_TD = self.shared(tokens_TD) if self.shared is not None else torch.zeros_like(tokens_TD)
+        output_TD = at_least_fp32(self.shared(tokens_TD) if self.shared is not None else torch.zeros_like(tokens_TD))
         if self.unconditional is None:
             return output_TD
         # Always run, on no tokens if need be: a parameter without gradient on one rank would break the reduction.
         rows = self.unconditional(tokens_TD.index_select(0, unconditional_token_ids))
-        return output_TD.index_add_(0, unconditional_token_ids, rows)
+        return output_TD.index_add_(0, unconditional_token_ids, rows.to(output_TD.dtype))

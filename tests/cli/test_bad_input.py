@@ -66,6 +66,23 @@ def test_train_occupied_directory_is_refused(tmp_path) -> None:
     assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
 
 
+def test_train_after_a_failed_first_start_takes_the_corrected_command(tmp_path) -> None:
+    latents = ("data.dataset=latents", "model.in_channels=4", "model.num_classes=3")
+    check_refused(train(*latents, "data.path=nowhere", cwd=tmp_path), "data.path=nowhere: no *.safetensors shard there", 3)
+    import torch
+    from safetensors.torch import save_file
+    (tmp_path / "shards").mkdir()
+    save_file({"latents": torch.randn(16, 4, 8, 8), "labels": torch.arange(16) % 3}, tmp_path / "shards" / "0.safetensors")
+    done = train(*latents, "data.path=shards", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_train_damaged_config_of_the_run_is_one_message(tmp_path) -> None:
+    assert train("train.max_steps=2", cwd=tmp_path).returncode == 0
+    (tmp_path / "run" / "config.yaml").write_text("model: [unclosed")
+    check_refused(train(cwd=tmp_path), "run/config.yaml is damaged", 4)
+
+
 def test_dry_run_prints_sizes_and_trains_nothing(tmp_path) -> None:
     done = run(sys.executable, "-m", "promoe_ds.cli.train", "--recipe", "promoe_b", "--deepspeed_config",
                str(REPOSITORY / "ds_configs" / "zero2_bf16.json"), "--dry-run", cwd=tmp_path)

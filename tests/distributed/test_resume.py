@@ -133,6 +133,17 @@ def test_resume_explicit_foreign_run_starts_a_fork(resumable, tmp_path) -> None:
     assert [line["step"] for line in metrics(fork)] == [9, 10, 11, 12]
 
 
+def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(resumable, tmp_path) -> None:
+    """The run goes on from step 3; what was reached before from there is another branch and does not come back."""
+    older = resumable / "checkpoints" / "step_0000003"
+    assert _resume(resumable, tmp_path, resume=str(older), overrides=("train.stop_after_steps=2",)) == ""
+    names = sorted(path.name for path in (resumable / "checkpoints").iterdir() if path.is_dir())
+    assert names == ["step_0000003", "step_0000005", "step_0000008.abandoned", "step_0000012.abandoned"]
+    assert [line["step"] for line in metrics(resumable)] == [1, 2, 3, 4, 5]
+    assert _resume(resumable, tmp_path, overrides=("train.stop_after_steps=1",)) == ""
+    assert [line["step"] for line in metrics(resumable)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_retention_keeps_last_complete_ones(runs) -> None:
     names = sorted(path.name for path in (runs["zero2_pieces"] / "checkpoints").iterdir() if path.is_dir())
     assert names == ["step_0000003", "step_0000008", "step_0000012"]

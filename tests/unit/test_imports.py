@@ -1,4 +1,4 @@
-"""The table of rooms (docs and DESIGN, section 2): who may import what, read from the syntax trees."""
+"""Who may import what, room by room, read from the syntax trees."""
 
 from __future__ import annotations
 

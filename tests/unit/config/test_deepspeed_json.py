@@ -147,8 +147,20 @@ def test_contradiction_names_both_places(key: str, stated: float, name: str, val
         resolve({**ZERO2, key: stated})
 
 
+@pytest.mark.parametrize(("values", "message"), [
+    ({"zero_optimizaton": {"stage": 2}}, "zero_optimizaton is no setting that this trainer knows; did you mean zero_optimization?"),
+    ({"zero_optimization": {"stge": 2}}, "zero_optimization.stge is no setting that this trainer knows; did you mean "
+                                         "zero_optimization.stage?"),
+    ({**ZERO2, "bf16": {"enable": True}}, "did you mean bf16.enabled?"),
+    ({**ZERO2, "torch_autocast": {"enabled": True}}, "torch_autocast is no setting that this trainer knows; known are"),
+])
+def test_unknown_key_is_refused_with_the_nearest_name(values: dict[str, Any], message: str) -> None:
+    with refuses(message):
+        resolve(values)
+
+
 @pytest.mark.parametrize(("values", "where"), [
-    ({**ZERO2, "data_types": {"grad_accum_dtype": "auto"}}, "data_types.grad_accum_dtype"),
+    ({**ZERO2, "comms_logger": {"verbose": "auto"}}, "comms_logger.verbose"),
     ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
     ({**ZERO2, "bf16": {"enabled": "auto"}}, "bf16.enabled"),
     ({**ZERO2, "steps_per_print": "auto"}, "steps_per_print"),

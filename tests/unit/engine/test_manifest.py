@@ -88,13 +88,6 @@ def test_manifest_flipped_bit_is_named(tmp_path: Path, position: int) -> None:
     assert problems(tmp_path, "a.pt", bytes(content)) == [f"{tmp_path / 'a.pt'} does not match its checksum"]
 
 
-def test_manifest_without_checksums_looks_at_sizes_only(tmp_path: Path) -> None:
-    same_size = bytes(len(CONTENT["a.pt"]))
-    assert problems(tmp_path, "a.pt", same_size, checksums=False) == []
-    assert problems(tmp_path, "a.pt", same_size + b"x", checksums=False) == [
-        f"{tmp_path / 'a.pt'} has 701 bytes instead of 700"]
-
-
 def test_manifest_folder_in_place_of_a_file_is_missing(tmp_path: Path) -> None:
     manifest = save(tmp_path)
     (tmp_path / "empty").unlink()
