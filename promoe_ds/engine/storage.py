@@ -42,6 +42,7 @@ class RecordingStorage(TorchCheckpointEngine):
         """Write one file."""
         if self.failure is not None:
             return
+        writer = None
         try:
             with Path(path).open("wb") as file:
                 writer = _ChecksumWriter(file)
@@ -50,7 +51,8 @@ class RecordingStorage(TorchCheckpointEngine):
                 os.fsync(file.fileno())
             self.records[Path(path).name] = FileRecord(writer.bytes, writer.crc32)
         except (OSError, RuntimeError) as error:
-            self.failure = f"{path}: {error.__cause__ or error.__context__ or error}"
+            # torch reports a failed write as an inner inconsistency of its archive; the writer knows the cause.
+            self.failure = f"{path}: {(writer and writer.failure) or error}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file.
@@ -90,6 +92,7 @@ class _ChecksumWriter(io.RawIOBase):
     def __init__(self, file: Any) -> None:
         self._file = file
         self.bytes, self.crc32 = 0, 0
+        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -98,5 +101,9 @@ class _ChecksumWriter(io.RawIOBase):
         view = memoryview(data)
         self.crc32 = zlib.crc32(view, self.crc32)
         self.bytes += view.nbytes
-        self._file.write(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.failure = error
+            raise
         return view.nbytes

@@ -74,6 +74,16 @@ def test_srun_variables_two_ranks_equals_plain_python(plain, folder) -> None:
     assert _losses(folder / "srun") == pytest.approx(_losses(plain), rel=1e-5)
 
 
+def test_packaged_bf16_config_trains_near_fp32(plain, folder) -> None:
+    done = train(cwd=folder, run_dir="bf16", config=str(REPOSITORY / "ds_configs" / "zero2_bf16.json"))
+    assert done.returncode == 0, done.stderr
+    assert "ZeRO 2, bf16" in done.stderr
+    losses = _losses(folder / "bf16")
+    # Eight bits of mantissa: near, and not the same.
+    assert losses == pytest.approx(_losses(plain), rel=2e-2)
+    assert losses != _losses(plain)
+
+
 def test_convert_and_sample_without_deepspeed_installed(plain, folder) -> None:
     convert = str(REPOSITORY / "tools" / "convert_checkpoint.py")
     for weights in ("ema", "raw"):

@@ -1,0 +1,60 @@
+"""The uint8 rule, file names, grids, and reading samples back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from promoe_ds.errors import DataError
+from promoe_ds.evaluation.digits import judge_samples
+from promoe_ds.evaluation.images import image_name, make_grid, read_samples, to_uint8
+
+
+def test_uint8_truncates_as_published() -> None:
+    values = np.array([-2.0, -1.0, -0.999, 0.0, 0.0039, 0.5, 0.996, 1.0, 2.0], dtype=np.float64)
+    expected = [0, 0, 0, 128, 128, 191, 254, 255, 255]
+    assert to_uint8(values.reshape(-1, 1, 1, 1)).flatten().tolist() == expected
+
+
+def test_uint8_moves_channels_last() -> None:
+    assert to_uint8(np.zeros((2, 3, 4, 5))).shape == (2, 4, 5, 3)
+
+
+def test_image_name_is_the_published_one() -> None:
+    assert image_name(123, 45) == "img000123_class45.png"
+
+
+def test_grid_has_one_row_a_class_in_order() -> None:
+    images = np.stack([np.full((2, 2, 1), value, dtype=np.uint8) for value in (10, 20, 30)])
+    grid = make_grid(images, np.array([7, 3, 7]), columns=2, zoom=1, gap=1)
+    assert grid.shape == (2 * 3 + 1, 2 * 3 + 1, 1)
+    assert grid[1, 1, 0] == 20  # class 3 first
+    assert (grid[4, 1, 0], grid[4, 4, 0]) == (10, 30)
+    assert grid[1, 4, 0] == 255  # class 3 has one image only
+
+
+@pytest.mark.parametrize("content", [None, b"garbage"])
+def test_read_samples_missing_or_broken_names_the_file(tmp_path, content) -> None:
+    if content is not None:
+        (tmp_path / "samples.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"samples\.npz: no samples with labels there"):
+        read_samples(tmp_path)
+
+
+def test_judge_real_digits_are_recognised_and_shuffled_labels_are_not(tmp_path) -> None:
+    from promoe_ds.data.digits import load_digits_split
+
+    digits = load_digits_split(0.2, heldout=True)
+    for name, labels in (("right", digits.labels), ("wrong", (digits.labels + 1) % 10)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=to_uint8(digits.images), labels=labels)
+    right, wrong = (judge_samples(tmp_path / f"{name}.npz") for name in ("right", "wrong"))
+    assert right.accuracy == right.accuracy_on_real > 0.95
+    assert wrong.accuracy < 0.05
+    assert right.frechet == pytest.approx(0.0, abs=1e-6)
+    assert right.frechet_of_training_digits < 0.2 < right.frechet_of_noise
+
+
+def test_judge_images_of_another_size_are_refused(tmp_path) -> None:
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((4, 16, 16, 1), dtype=np.uint8), labels=np.zeros(4, dtype=int))
+    with pytest.raises(DataError, match="are no 8x8 digits"):
+        judge_samples(tmp_path)
