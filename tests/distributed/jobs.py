@@ -41,7 +41,7 @@ class Job:
         return {**asdict(self), "run_dir": str(self.run_dir), "overrides": [*TINY, *self.overrides]}
 
 
-def run_jobs(world_size: int, jobs: list[Job], folder: Path, *, timeout: int = 240) -> list[str]:
+def run_jobs(world_size: int, jobs: list[Job], folder: Path, *, timeout: int = 400) -> list[str]:
     """Run jobs one after the other on `world_size` processes; return each one's error message ("" for none)."""
     source, target = folder / f"jobs_{world_size}.json", folder / f"errors_{world_size}.json"
     target.unlink(missing_ok=True)

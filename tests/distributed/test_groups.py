@@ -40,4 +40,4 @@ def test_expert_group_lost_rank_times_out_as_configured(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(probe.getsockname()[1]))
     mp.start_processes(_wait_in_vain, (str(tmp_path),), nprocs=2, start_method="spawn")
-    assert TIMEOUT - 1 < float((tmp_path / "waited").read_text()) < TIMEOUT + 4
+    assert TIMEOUT - 1 < float((tmp_path / "waited").read_text()) < 3 * TIMEOUT

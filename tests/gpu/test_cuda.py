@@ -47,8 +47,9 @@ def test_grouped_gemm_cuda_equals_loop_in_fp64(dtype, counts) -> None:
 
 def test_router_and_losses_make_no_host_synchronisation() -> None:
     config = load_config("promoe_s")
-    layer = _filled(build_moe_layer(config)).train()
-    tokens = torch.randn(4, config.model.tokens_per_image, config.model.hidden_size, device="cuda", requires_grad=True)
+    layer = _filled(build_moe_layer(config)).bfloat16().train()
+    tokens = torch.randn(4, config.model.tokens_per_image, config.model.hidden_size, device="cuda", dtype=torch.bfloat16,
+                         requires_grad=True)
     partition = partition_samples(torch.tensor([1, 1000, 3, 4], device="cuda"), config.model.null_label)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -56,6 +57,8 @@ def test_router_and_losses_make_no_host_synchronisation() -> None:
         (output.float().mean() + sum(plan.aux_losses.values())).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert tokens.grad is not None
+    assert torch.isfinite(tokens.grad).all()
 
 
 @pytest.mark.parametrize("config", ["zero2_fp32.json", "zero2_bf16.json"])
