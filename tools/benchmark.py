@@ -23,7 +23,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=["moe-layer"])
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--recipe", default="promoe_s")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
