@@ -122,15 +122,15 @@ def _pass(module: nn.Module, call: Callable[[Tensor], tuple[Tensor, list[Tensor]
 
 
 def _layer_call(layer: MoELayer, partition: Partition) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
-    def call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         output, plan = layer(tokens, partition)
         return output, list(plan.aux_losses.values())
 
-    return call
+    return _call
 
 
 def _loop_call(layer: MoELayer, partition: Partition) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
-    def call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         plan = layer.route(tokens, partition)
         flat, routed, assignment = tokens.flatten(0, 1), layer.routed, plan.assignment
         experts = torch.repeat_interleave(torch.arange(routed.num_local_experts), assignment.tokens_per_expert_E)
@@ -144,7 +144,7 @@ def _loop_call(layer: MoELayer, partition: Partition) -> Callable[[Tensor], tupl
             output = output.index_add(0, ids, result * gates[ids, None])
         return output.view_as(tokens), list(plan.aux_losses.values())
 
-    return call
+    return _call
 
 
 def _initialised(module: nn.Module) -> nn.Module:

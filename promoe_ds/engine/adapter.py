@@ -23,7 +23,7 @@ from promoe_ds.moe.experts import StackedExperts
 
 #: DeepSpeed writes one file an expert and wants its keys to look like this.
 _DEEPSPEED_KEY = "deepspeed_moe.experts.deepspeed_experts."
-_PARAMETERS = ("up_weight", "up_bias", "down_weight", "down_bias")
+EXPERT_PARAMETERS = ("up_weight", "up_bias", "down_weight", "down_bias")
 
 
 class ShardedExperts(StackedExperts, MoE):
@@ -38,7 +38,7 @@ class ShardedExperts(StackedExperts, MoE):
         self.first_expert = ep_rank * self.num_local_experts_
         self.expert_group_name = f"ep_size_{ep_size}"
         self.enable_expert_tensor_parallelism = False
-        for name in _PARAMETERS:
+        for name in EXPERT_PARAMETERS:
             shape = (self.num_local_experts_, *getattr(full, name).shape[1:])
             parameter = nn.Parameter(torch.empty(shape, device="meta"))
             self.register_parameter(name, parameter)
@@ -77,9 +77,8 @@ def create_expert_groups(ep_size: int, timeout_seconds: float, *, data_before_ex
 def shard_experts(network: DiT, ep_size: int, group: dist.ProcessGroup) -> None:
     """Replace every layer's routed experts (on the meta device) by this rank's share and connect the exchange."""
     for layer in network.moe_layers().values():
-        num_experts = layer.routed.num_local_experts
         layer.routed = ShardedExperts(layer.routed, ep_size=ep_size, ep_rank=dist.get_rank(group))
-        layer.dispatcher = DeepSpeedDispatcher(group, num_experts)
+        layer.dispatcher = DeepSpeedDispatcher(group)
 
 
 def share_centroids(network: DiT) -> None:
@@ -96,13 +95,13 @@ def mark_experts(network: nn.Module) -> None:
 
 
 def _unstack(module: ShardedExperts, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    for name in _PARAMETERS:
+    for name in EXPERT_PARAMETERS:
         for expert, weight in enumerate(state.pop(f"{prefix}{name}").unbind(0)):
             state[f"{prefix}{_DEEPSPEED_KEY}{expert}.{name}"] = weight
 
 
 def _restack(module: ShardedExperts, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
-    for name in _PARAMETERS:
+    for name in EXPERT_PARAMETERS:
         keys = [f"{prefix}{_DEEPSPEED_KEY}{expert}.{name}" for expert in range(module.num_local_experts)]
         if all(key in state for key in keys):
             state[f"{prefix}{name}"] = torch.stack([state.pop(key) for key in keys])

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promoe_ds.engine.adapter import expert_file_key
-from promoe_ds.engine.manifest import Layout, Manifest
+from promoe_ds.config import config_from_dict
+from promoe_ds.engine.adapter import EXPERT_PARAMETERS, expert_file_key
+from promoe_ds.engine.manifest import MANIFEST, Layout, Manifest
 from promoe_ds.engine.optimizer import EMA
 from promoe_ds.engine.storage import load_trusted
 from promoe_ds.errors import CheckpointError
@@ -91,13 +92,11 @@ def _from_module_files(folder: Path, manifest: Manifest, model_states: dict[str,
         yield name, value
     if manifest.layout.dispatch == "local":
         return
-    routing = manifest.config["routing"]
-    every_second = routing["moe_blocks"] == "interleave"
-    blocks = [i for i in range(manifest.config["model"]["depth"]) if not every_second or i % 2 == 1]
-    for layer, block in enumerate(blocks):
+    config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
+    for layer, block in enumerate(config.moe_block_indices):
         files = [load_trusted(folder / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt", mmap=True)
-                 for expert in range(routing["num_experts"])]
-        for parameter in ("up_weight", "up_bias", "down_weight", "down_bias"):
+                 for expert in range(config.routing.num_experts)]
+        for parameter in EXPERT_PARAMETERS:
             name = f"{_PREFIX}blocks.{block}.moe.routed.{parameter}"
             yield name, torch.stack([file[expert_file_key(name, expert)] for expert, file in enumerate(files)])
 

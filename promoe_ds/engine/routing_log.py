@@ -32,7 +32,7 @@ class RoutingAccumulator:
         # Columns: tokens per expert, routed tokens, unconditional tokens, sum of gates. Doubles count exactly to 2**53.
         self._counts_LQC = torch.zeros(len(self._layers), self._bins, experts + 3, dtype=torch.float64, device=ranks.device)
         self._similarity_L = torch.zeros(len(self._layers), dtype=torch.float64, device=ranks.device)
-        self._bytes_L = torch.zeros(len(self._layers), dtype=torch.float64)
+        self._bytes_L = torch.zeros(len(self._layers), dtype=torch.float64, device=ranks.device)
         self._passes = 0
 
     def add(self, plans: dict[int, RoutingPlan], sigma_B: Tensor) -> None:
@@ -54,9 +54,9 @@ class RoutingAccumulator:
                                     (tokens * (1 - routed_B))[:, None], stats.gate_sums_B.double()[:, None]], dim=1)
             self._counts_LQC[row] += in_bin_QB @ columns_BC
             self._similarity_L[row] += stats.prototype_similarity.double()
-            element = layer.router.prototypes.element_size()
             # Forward: rows out and results back; the backward pass moves the same again.
-            self._bytes_L[row] += 4 * layer.dispatcher.bytes_sent(plans[index].assignment, width, element)
+            row_bytes = 4 * width * layer.router.prototypes.element_size()
+            self._bytes_L[row] += row_bytes * layer.dispatcher.rows_leaving(plans[index].assignment)
         self._passes += 1
 
     def reduce(self, *, step: int, steps: int) -> list[dict[str, Any]]:
@@ -67,8 +67,7 @@ class RoutingAccumulator:
         """
         if not self._layers or not self._passes:
             return []
-        flat = torch.cat([self._counts_LQC.flatten(), self._similarity_L / self._passes,
-                          self._bytes_L.to(self._counts_LQC.device)])
+        flat = torch.cat([self._counts_LQC.flatten(), self._similarity_L / self._passes, self._bytes_L])
         dist.all_reduce(flat)
         world_size = dist.get_world_size()
         layers = len(self._layers)

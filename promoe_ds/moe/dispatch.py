@@ -42,8 +42,8 @@ class Dispatcher(Protocol):
     def combine(self, rows_RD: Tensor, handle: object, base_TD: Tensor) -> Tensor:
         """Return base_TD plus every row, weighted by its gate, at its token. Accumulates in fp32."""
 
-    def bytes_sent(self, assignment: Assignment, width: int, element_size: int) -> int:
-        """Bytes that this rank sends to other ranks in one forward pass of `assignment`."""
+    def rows_leaving(self, assignment: Assignment) -> Tensor:
+        """Rows of an assignment that live on other ranks, a scalar int64 on the device.  Sync: none."""
 
 
 class LocalDispatcher:
@@ -59,9 +59,9 @@ class LocalDispatcher:
         assert isinstance(handle, Assignment)
         return add_weighted_rows(base_TD, rows_RD, handle)
 
-    def bytes_sent(self, assignment: Assignment, width: int, element_size: int) -> int:
-        """Nothing leaves this rank."""
-        return 0
+    def rows_leaving(self, assignment: Assignment) -> Tensor:
+        """None."""
+        return assignment.tokens_per_expert_E.new_zeros(())
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,11 @@ class DeepSpeedDispatcher:
     elsewhere, both ways: no padding, no capacity.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
-        """Use `group`, whose size must divide `num_experts`."""
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Use `group`, whose size must divide the number of experts."""
         self.group = group
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        self.num_experts = num_experts
-        self._bytes_rows = 0
 
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Send every row to its expert's rank.
@@ -94,7 +92,6 @@ class DeepSpeedDispatcher:
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
         received_We = exchange_counts(sent_We, self.group)
         rows_out, rows_in = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
-        self._bytes_rows = sum(rows_out) - rows_out[self.rank]
         exchange = Exchange(rows_out=rows_out, rows_in=rows_in, group=self.group)
         pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
 
@@ -114,9 +111,10 @@ class DeepSpeedDispatcher:
         back = Exchange(rows_out=handle.exchange.rows_in, rows_in=handle.exchange.rows_out, group=self.group)
         return add_weighted_rows(base_TD, back.finish(back.start(rows_RD)), handle.assignment)
 
-    def bytes_sent(self, assignment: Assignment, width: int, element_size: int) -> int:
-        """Bytes of the rows of the last dispatch that left this rank."""
-        return self._bytes_rows * width * element_size
+    def rows_leaving(self, assignment: Assignment) -> Tensor:
+        """All but those of this rank's own experts."""
+        sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
+        return sent_We.sum() - sent_We[self.rank].sum()
 
 
 def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) -> Tensor:

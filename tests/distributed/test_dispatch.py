@@ -78,7 +78,7 @@ def _run_rank(rank: int, world_size: int, folder: str, scene: str, top_k: int) -
     local = StackedExperts(share, WIDTH, 8, first_expert=rank * share)
     for name, parameter in local.named_parameters():
         parameter.data.copy_(getattr(full, name).data[rank * share:(rank + 1) * share])
-    layer.routed, layer.dispatcher = local, DeepSpeedDispatcher(dist.group.WORLD, EXPERTS)
+    layer.routed, layer.dispatcher = local, DeepSpeedDispatcher(dist.group.WORLD)
     layer.router.reduce_sum = all_reduce_sum(None)
     tokens, labels = _scene(scene, rank)
     loss, output = _objective(layer, tokens.requires_grad_(), labels)

@@ -24,7 +24,7 @@ def resolve(values: dict[str, Any], ranks: int = 2, **sections: dict[str, Any]) 
     return resolve_deepspeed(values, config, plan_batches(config, ranks), source="ds.json")
 
 
-def refuses(message: str) -> Any:
+def raises_saying(message: str) -> Any:
     return pytest.raises(ConfigError, match=re.escape(message))
 
 
@@ -143,7 +143,7 @@ def test_precision_follows_bf16(bf16: dict[str, bool], precision: str) -> None:
     ("gradient_clipping", 1.0, "optimizer.clip_norm", 0.5),
 ])
 def test_contradiction_names_both_places(key: str, stated: float, name: str, value: float) -> None:
-    with refuses(f"ds.json: {key}={stated} contradicts {name}={value} of the recipe"):
+    with raises_saying(f"ds.json: {key}={stated} contradicts {name}={value} of the recipe"):
         resolve({**ZERO2, key: stated})
 
 
@@ -155,7 +155,7 @@ def test_contradiction_names_both_places(key: str, stated: float, name: str, val
     ({**ZERO2, "torch_autocast": {"enabled": True}}, "torch_autocast is no setting that this trainer knows; known are"),
 ])
 def test_unknown_key_is_refused_with_the_nearest_name(values: dict[str, Any], message: str) -> None:
-    with refuses(message):
+    with raises_saying(message):
         resolve(values)
 
 
@@ -166,13 +166,13 @@ def test_unknown_key_is_refused_with_the_nearest_name(values: dict[str, Any], me
     ({**ZERO2, "steps_per_print": "auto"}, "steps_per_print"),
 ])
 def test_auto_elsewhere_is_refused(values: dict[str, Any], where: str) -> None:
-    with refuses(f'ds.json: "auto" has no meaning for {where}; only for train_batch_size'):
+    with raises_saying(f'ds.json: "auto" has no meaning for {where}; only for train_batch_size'):
         resolve(values)
 
 
 @pytest.mark.parametrize("stage", [3, -1, "auto", None, [2]])
 def test_zero_stage_three_or_nonsense_is_refused(stage: Any) -> None:
-    with refuses(f"ds.json: zero_optimization.stage={stage} is not supported: DeepSpeed refuses expert parallelism under "
+    with raises_saying(f"ds.json: zero_optimization.stage={stage} is not supported: DeepSpeed refuses expert parallelism under "
                  "ZeRO 3; use 0, 1 or 2"):
         resolve({"zero_optimization": {"stage": stage}})
 
@@ -181,7 +181,7 @@ def test_zero_stage_three_or_nonsense_is_refused(stage: Any) -> None:
     ("round_robin_gradients", True), ("offload_optimizer", {"device": "cpu"}), ("offload_param", {"device": "cpu"}),
 ])
 def test_zero_option_that_scatters_shards_is_refused(key: str, value: Any) -> None:
-    with refuses(f"ds.json: zero_optimization.{key} is not supported"):
+    with raises_saying(f"ds.json: zero_optimization.{key} is not supported"):
         resolve({"zero_optimization": {"stage": 2, key: value}})
 
 
@@ -199,7 +199,7 @@ def test_zero_round_robin_switched_off_is_taken() -> None:
     ("elasticity", {"enabled": True}, "train.global_batch_size of the recipe"),
 ])
 def test_section_that_the_recipe_owns_is_refused(key: str, section: dict[str, Any], owner: str) -> None:
-    with refuses(f"ds.json: {key} does not belong here; use {owner}"):
+    with raises_saying(f"ds.json: {key} does not belong here; use {owner}"):
         resolve({**ZERO2, key: section})
 
 
@@ -208,7 +208,7 @@ def test_fp16_switched_off_is_taken() -> None:
 
 
 def test_bf16_under_zero_stage_zero_is_refused() -> None:
-    with refuses("ds.json: bf16.enabled with zero_optimization.stage=0 leaves experts out of the gradient norm"):
+    with raises_saying("ds.json: bf16.enabled with zero_optimization.stage=0 leaves experts out of the gradient norm"):
         resolve({"bf16": {"enabled": True}})
 
 
@@ -230,5 +230,5 @@ def test_amp_switched_on_is_refused() -> None:
 @pytest.mark.parametrize("key", ["zero_optimization", "bf16"])
 @pytest.mark.parametrize("value", [5, None, [1]])
 def test_section_that_is_no_object_is_refused(key: str, value: Any) -> None:
-    with refuses(f"ds.json: {key} must be an object, found {value!r}"):
+    with raises_saying(f"ds.json: {key} must be an object, found {value!r}"):
         resolve({key: value})

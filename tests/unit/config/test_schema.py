@@ -41,7 +41,7 @@ def build(name: str, value: Any) -> Any:
     return small_config(**{section: {field: value}})
 
 
-def refuses(message: str) -> Any:
+def raises_saying(message: str) -> Any:
     return pytest.raises(ConfigError, match=re.escape(message))
 
 
@@ -52,13 +52,13 @@ def test_schema_every_field_is_under_a_rule_of_this_file() -> None:
 @pytest.mark.parametrize("name", POSITIVE)
 @pytest.mark.parametrize("value", [0, -1])
 def test_schema_positive_field_not_positive_is_refused(name: str, value: int) -> None:
-    with refuses(f"{name}={value}: input should be greater than 0"):
+    with raises_saying(f"{name}={value}: input should be greater than 0"):
         build(name, value)
 
 
 @pytest.mark.parametrize("name", NOT_NEGATIVE)
 def test_schema_field_negative_is_refused(name: str) -> None:
-    with refuses(f"{name}=-1: input should be greater than or equal to 0"):
+    with raises_saying(f"{name}=-1: input should be greater than or equal to 0"):
         build(name, -1)
 
 
@@ -70,7 +70,7 @@ def test_schema_field_zero_is_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_schema_choice_unknown_is_refused(name: str) -> None:
-    with refuses(f"{name}='nonsense': input should be "):
+    with raises_saying(f"{name}='nonsense': input should be "):
         build(name, "nonsense")
 
 
@@ -79,7 +79,7 @@ def test_schema_choice_unknown_is_refused(name: str) -> None:
     ("optimizer.ema_decay", 1, "less than 1"), ("train.seed", 2**63, f"less than {2**63}"),
 ])
 def test_schema_field_above_its_bound_is_refused(name: str, value: float, bound: str) -> None:
-    with refuses(f"{name}={value}: input should be {bound}"):
+    with raises_saying(f"{name}={value}: input should be {bound}"):
         build(name, value)
 
 
@@ -93,13 +93,13 @@ def test_schema_field_above_its_bound_is_refused(name: str, value: float, bound:
     ("data.path", 5, "data.path=5: input should be a valid string"),
 ])
 def test_schema_wrong_type_is_refused(name: str, value: Any, message: str) -> None:
-    with refuses(message):
+    with raises_saying(message):
         build(name, value)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../up", ".hidden", "a/b", "-dash"])
 def test_schema_run_name_no_file_name_is_refused(name: str) -> None:
-    with refuses(f"name={name!r}: string should"):
+    with raises_saying(f"name={name!r}: string should"):
         config_from_dict({**small_values(), "name": name}, source="recipe")
 
 
@@ -128,7 +128,7 @@ def test_schema_run_name_no_file_name_is_refused(name: str) -> None:
      "data.dataset=digits has the labels 0..9, but model.num_classes=9: set model.num_classes=10"),
 ])
 def test_schema_fields_that_contradict_are_refused(sections: dict[str, dict[str, Any]], message: str) -> None:
-    with refuses(message):
+    with raises_saying(message):
         small_config(**sections)
 
 

@@ -29,7 +29,7 @@ def open_folder(folder: Path, scale: float = 1.0) -> LatentDataset:
     return build_dataset(small_config(data={"dataset": "latents", "path": str(folder), "latent_scale": scale}))
 
 
-def refuses(message: str) -> Any:
+def raises_saying(message: str) -> Any:
     return pytest.raises(DataError, match=re.escape(message))
 
 
@@ -73,7 +73,7 @@ def test_latents_other_files_of_the_folder_are_ignored(tmp_path: Path) -> None:
 
 
 def test_latents_without_path_says_how_to_set_it() -> None:
-    with refuses("data.path is not set: data.dataset=latents needs the folder of *.safetensors shards (--set data.path=DIR)"):
+    with raises_saying("data.path is not set: data.dataset=latents needs the folder of *.safetensors shards (--set data.path=DIR)"):
         build_dataset(small_config(data={"dataset": "latents"}))
 
 
@@ -82,7 +82,7 @@ def test_latents_without_path_says_how_to_set_it() -> None:
 def test_latents_no_shard_names_the_folder(tmp_path: Path, make: Any) -> None:
     folder = tmp_path / "latents"
     make(folder)
-    with refuses(f"data.path={folder}: no *.safetensors shard there"):
+    with raises_saying(f"data.path={folder}: no *.safetensors shard there"):
         open_folder(folder)
 
 
@@ -93,7 +93,7 @@ def test_latents_wrong_shape_names_the_file_and_both_shapes(tmp_path: Path, late
                                                             labels: tuple[int, ...]) -> None:
     write(tmp_path, "a.safetensors", random_tensor(1, *SHAPE), torch.tensor([0]))
     bad = write(tmp_path, "b.safetensors", random_tensor(*latents), torch.zeros(labels, dtype=torch.int64))
-    with refuses(f"{bad}: latents {latents} and labels {labels} do not fit the recipe's (n, 1, 4, 4) and (n,)"):
+    with raises_saying(f"{bad}: latents {latents} and labels {labels} do not fit the recipe's (n, 1, 4, 4) and (n,)"):
         open_folder(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_latents_damaged_file_is_named(tmp_path: Path, damage: Any) -> None:
     write(tmp_path, "a.safetensors", random_tensor(1, *SHAPE), torch.tensor([0]))
     bad = write(tmp_path, "b.safetensors", random_tensor(1, *SHAPE), torch.tensor([0]))
     bad.write_bytes(damage(bad.read_bytes()))
-    with refuses(f"{bad}: not a readable latent shard"):
+    with raises_saying(f"{bad}: not a readable latent shard"):
         open_folder(tmp_path)
 
 
@@ -129,14 +129,14 @@ def test_latents_label_out_of_range_names_the_file(tmp_path: Path) -> None:
     # One of thousands of shards: the folder alone does not help.
     write(tmp_path, "a.safetensors", random_tensor(2, *SHAPE), torch.tensor([0, 1]))
     write(tmp_path, "b.safetensors", random_tensor(2, *SHAPE), torch.tensor([0, 10]))
-    with refuses("b.safetensors"):
+    with raises_saying("b.safetensors"):
         open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
 def test_latents_labels_that_are_no_integers_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     write(tmp_path, "a.safetensors", random_tensor(2, *SHAPE), torch.tensor([0, 1]).to(dtype))
-    with refuses("a.safetensors"):
+    with raises_saying("a.safetensors"):
         open_folder(tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_latents_labels_of_another_integer_type_come_as_int64(tmp_path: Path) ->
 
 def test_latents_only_empty_shards_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "a.safetensors", random_tensor(0, *SHAPE), torch.zeros(0, dtype=torch.int64))
-    with refuses(str(tmp_path)):
+    with raises_saying(str(tmp_path)):
         open_folder(tmp_path)
 
 

@@ -76,39 +76,39 @@ def test_official_positions_come_first_with_a_batch_dimension() -> None:
     assert torch.equal(state["pos_embed"], sincos_positions(config.model.hidden_size, 2)[None])
 
 
-def refuses(message: str) -> Any:
+def raises_saying(message: str) -> Any:
     return pytest.raises(CheckpointError, match=re.escape(message))
 
 
 @pytest.mark.parametrize("key", ["foo.bar", "y_embedder.other.weight", "blocks.1.mlp.router.weight", "optimizer"])
 def test_from_official_unknown_key_is_named(key: str) -> None:
     state, config = official()
-    with refuses(f"{key}: no such parameter in this architecture"):
+    with raises_saying(f"{key}: no such parameter in this architecture"):
         from_official({**state, key: torch.zeros(1)}, config)
 
 
 def test_to_official_unknown_key_is_named() -> None:
-    with refuses("head.weight: no such parameter in this architecture"):
+    with raises_saying("head.weight: no such parameter in this architecture"):
         to_official({"head.weight": torch.zeros(1)}, small_config())
 
 
 def test_from_official_missing_expert_names_its_stack() -> None:
     state, config = official()
     del state["blocks.1.mlp.experts.2.up_proj.bias"]
-    with refuses("blocks.1.moe.routed.up_bias: expected the experts 0 ... 3, found [0, 1, 3]"):
+    with raises_saying("blocks.1.moe.routed.up_bias: expected the experts 0 ... 3, found [0, 1, 3]"):
         from_official(state, config)
 
 
 def test_from_official_expert_too_many_names_its_stack() -> None:
     state, config = official()
     state["blocks.1.mlp.experts.5.up_proj.bias"] = state["blocks.1.mlp.experts.0.up_proj.bias"]
-    with refuses("blocks.1.moe.routed.up_bias: expected the experts 0 ... 3, found [0, 1, 2, 3, 5]"):
+    with raises_saying("blocks.1.moe.routed.up_bias: expected the experts 0 ... 3, found [0, 1, 2, 3, 5]"):
         from_official(state, config)
 
 
 def test_from_official_unconditional_expert_without_place_is_named() -> None:
     state, _ = official()
-    with refuses("expected the experts 0 ... 3, found [0, 1, 2, 3, 4]"):
+    with raises_saying("expected the experts 0 ... 3, found [0, 1, 2, 3, 4]"):
         from_official(state, small_config(routing={"num_unconditional_experts": 0}))
 
 
@@ -117,7 +117,7 @@ def test_from_official_unconditional_expert_without_place_is_named() -> None:
 def test_from_official_other_positions_are_named(damage: Any) -> None:
     state, config = official()
     state["pos_embed"] = damage(state["pos_embed"])
-    with refuses(f"pos_embed of shape {tuple(state['pos_embed'].shape)} is not the fixed table of this architecture"):
+    with raises_saying(f"pos_embed of shape {tuple(state['pos_embed'].shape)} is not the fixed table of this architecture"):
         from_official(state, config)
 
 
@@ -136,7 +136,7 @@ def test_from_official_missing_key_is_named(ours: str) -> None:
 
 def test_from_official_key_of_a_block_beyond_the_depth_is_named() -> None:
     state, config = official()
-    with refuses("blocks.7.attention.qkv.bias has no place in this architecture"):
+    with raises_saying("blocks.7.attention.qkv.bias has no place in this architecture"):
         from_official({**state, "blocks.7.attn.qkv.bias": torch.zeros(48)}, config)
 
 
