@@ -74,6 +74,12 @@ def test_srun_variables_two_ranks_equals_plain_python(plain, folder) -> None:
     assert _losses(folder / "srun") == pytest.approx(_losses(plain), rel=1e-5)
 
 
+def test_deepspeed_dispatch_one_rank_equals_local(plain, folder) -> None:
+    done = train("parallel.dispatch=deepspeed", cwd=folder, run_dir="dispatch")
+    assert done.returncode == 0, done.stderr
+    assert _losses(folder / "dispatch") == pytest.approx(_losses(plain), rel=1e-6)
+
+
 def test_packaged_bf16_config_trains_near_fp32(plain, folder) -> None:
     done = train(cwd=folder, run_dir="bf16", config=str(REPOSITORY / "ds_configs" / "zero2_bf16.json"))
     assert done.returncode == 0, done.stderr

@@ -51,9 +51,17 @@ def _layer(config: RunConfig, scene: str) -> torch.nn.Module:
     return layer.train()
 
 
-def _objective(layer: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    output, plan = layer(tokens, partition_samples(labels, 10))
-    return (output * torch.linspace(-1, 1, WIDTH)).sum() + sum(plan.aux_losses.values()), output
+def _count_rows_moved(rank: int) -> list[int]:
+    """Watch the collective itself: every later exchange adds the rows that it sends to other ranks."""
+    moved, exchange = [], dist.all_to_all_single
+
+    def watched(output, rows, sizes_in=None, sizes_out=None, **options):
+        if sizes_out is not None:
+            moved.append(sum(sizes_out) - sizes_out[rank])
+        return exchange(output, rows, sizes_in, sizes_out, **options)
+
+    dist.all_to_all_single = watched
+    return moved
 
 
 def _reference(world_size: int, scene: str, top_k: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -81,10 +89,13 @@ def _run_rank(rank: int, world_size: int, folder: str, scene: str, top_k: int) -
     layer.routed, layer.dispatcher = local, DeepSpeedDispatcher(dist.group.WORLD)
     layer.router.reduce_sum = all_reduce_sum(None)
     tokens, labels = _scene(scene, rank)
-    loss, output = _objective(layer, tokens.requires_grad_(), labels)
-    loss.backward()
+    moved = _count_rows_moved(rank)
+    output, plan = layer(tokens.requires_grad_(), partition_samples(labels, 10))
+    ((output * torch.linspace(-1, 1, WIDTH)).sum() + sum(plan.aux_losses.values())).backward()
+    leaving = layer.dispatcher.rows_leaving(plan.assignment)
     gradients = {name: p.grad for name, p in layer.named_parameters()}
-    torch.save({"gradients": gradients, "output": output.detach(), "tokens": tokens.grad}, f"{folder}/{rank}.pt")
+    torch.save({"gradients": gradients, "output": output.detach(), "tokens": tokens.grad, "leaving": leaving, "moved": moved},
+               f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -97,6 +108,9 @@ def test_dispatch_several_ranks_equals_local(tmp_path: Path, world_size: int, sc
     mp.start_processes(_run_rank, (world_size, str(tmp_path), scene, top_k), nprocs=world_size, start_method="fork")
     gradients, output, token_gradients = _reference(world_size, scene, top_k)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    # Out and back, forward and backward: exactly the rows whose expert lives elsewhere, each time.
+    assert [len(r["moved"]) for r in ranks] == [4] * world_size
+    assert sum(sum(r["moved"]) for r in ranks) == 4 * sum(r["leaving"].item() for r in ranks)
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(torch.cat([r["output"] for r in ranks]), output, **close)
     torch.testing.assert_close(torch.cat([r["tokens"] for r in ranks]), token_gradients, **close)
