@@ -1,7 +1,17 @@
 """Routing: pure functions and parameter-light routers. No process groups, no experts."""
 
-from promoe_ds.routing.assignment import Assignment, RoutingPlan, RoutingStats, assign_token_choice
+from promoe_ds.routing.assignment import Assignment, RoutingPlan, RoutingStats, assign_pairs, assign_token_choice
+from promoe_ds.routing.batch_pool import BatchPoolRouter
+from promoe_ds.routing.classification import ClassificationRouter
+from promoe_ds.routing.expert_choice import LinearExpertChoiceRouter, PrototypeExpertChoiceRouter
+from promoe_ds.routing.kmeans import KMeansRouter
+from promoe_ds.routing.linear_gate import LinearGateRouter
 from promoe_ds.routing.partition import Partition, partition_samples
-from promoe_ds.routing.two_step import TwoStepRouter
+from promoe_ds.routing.race import ExpertRaceRouter
+from promoe_ds.routing.router import Router
+from promoe_ds.routing.two_step import TwoStepRouter, TwoStepSettings
 
-__all__ = ["Assignment", "Partition", "RoutingPlan", "RoutingStats", "TwoStepRouter", "assign_token_choice", "partition_samples"]
+__all__ = [
+    "Assignment", "BatchPoolRouter", "ClassificationRouter", "ExpertRaceRouter", "KMeansRouter", "LinearExpertChoiceRouter",
+    "LinearGateRouter", "Partition", "PrototypeExpertChoiceRouter", "Router", "RoutingPlan", "RoutingStats", "TwoStepRouter",
+    "TwoStepSettings", "assign_pairs", "assign_token_choice", "partition_samples"]

@@ -32,7 +32,7 @@ class RoutingStats:
     tokens_per_expert_BE: int64, assignments of each sample to each expert.
     gate_sums_B: sum of the gates of each sample's assignments.
     is_routed_B: whether the sample was routed (False: unconditional expert).
-    prototype_similarity: scalar, mean cosine between different prototypes.
+    prototype_similarity: scalar, mean cosine between the experts' directions (`Router.directions_ED`).
     """
 
     tokens_per_expert_BE: Tensor
@@ -43,11 +43,20 @@ class RoutingStats:
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """A router's whole answer for one layer and batch."""
+    """A router's whole answer for one layer and batch.
+
+    aux_losses: by name, already weighted; empty in evaluation.
+    observation: what the router's running state learns from this pass, in training only. Observations are additive: the
+        trainer sums them over passes and ranks and hands the total to `Router.absorb`.
+    target_patches_BSP: the router's own prediction of the training target's patches, for a loss that only the trainer,
+        who knows the target, can take (Expert Race's per-layer regularisation).
+    """
 
     assignment: Assignment
     aux_losses: dict[str, Tensor]
     stats: RoutingStats
+    observation: Tensor | None = None
+    target_patches_BSP: Tensor | None = None
 
 
 def assign_token_choice(gates_RSK: Tensor, expert_ids_RSK: Tensor, routed_ids: Tensor,
@@ -68,3 +77,26 @@ def assign_token_choice(gates_RSK: Tensor, expert_ids_RSK: Tensor, routed_ids: T
     sample = token // tokens_per_image
     token_ids_N = routed_ids[sample] * tokens_per_image + token % tokens_per_image
     return Assignment(token_ids_N=token_ids_N, gates_N=gates_RSK.reshape(-1)[order], tokens_per_expert_E=tokens_per_expert_E)
+
+
+def assign_pairs(token_ids_N: Tensor, expert_ids_N: Tensor, gates_N: Tensor, *, num_tokens: int,
+                 tokens_per_expert_E: Tensor) -> Assignment:
+    """Turn (token, expert) pairs in any order into the sorted list; how methods end in which experts choose.
+
+    Args:
+        token_ids_N: int64 rows of the flattened tokens.
+        expert_ids_N: int64 routed experts, likewise.
+        gates_N: combine weights, likewise.
+        num_tokens: T.
+        tokens_per_expert_E: int64 counts of expert_ids_N.
+    Gradient: reaches gates_N.  Sync: none.
+    """
+    order = torch.argsort(expert_ids_N * num_tokens + token_ids_N)
+    return Assignment(token_ids_N=token_ids_N[order], gates_N=gates_N[order], tokens_per_expert_E=tokens_per_expert_E)
+
+
+def count_pairs(sample_ids_N: Tensor, expert_ids_N: Tensor, *, num_samples: int, num_experts: int) -> Tensor:
+    """Return how often each sample meets each expert, int64 (B, E).  Sync: none."""
+    counts = torch.zeros(num_samples * num_experts, dtype=torch.int64, device=sample_ids_N.device)
+    counts.scatter_add_(0, sample_ids_N * num_experts + expert_ids_N, torch.ones_like(sample_ids_N))
+    return counts.view(num_samples, num_experts)

@@ -54,6 +54,33 @@ def routing_contrastive_loss(tokens_TD: Tensor, membership_TE: Tensor, prototype
         return loss_E.sum() / is_active_E.sum().clamp_min(1)
 
 
+def expert_choice_contrastive_loss(tokens_BSD: Tensor, chosen_BEC: Tensor, prototypes_ED: Tensor, temperature: float,
+                                   reduce_sum: ReduceSum = identity_reduce) -> Tensor:
+    """Contrast prototypes with the centroids of each sample, where experts choose and every expert has tokens.
+
+    Source: Eq. 6 applied to each sample's centroids, as the published expert-choice code does: a row of logits per sample
+    and expert; differs: the mean is over the rows of all ranks through `reduce_sum`.
+    Args:
+        tokens_BSD: tokens of the routed samples.
+        chosen_BEC: int64 places (0 ... S-1) of the C tokens that each expert chose from each sample.
+        prototypes_ED: learned expert centres.
+        temperature: tau > 0.
+    Returns: scalar, fp32 or fp64; exactly 0 without samples.
+    Gradient: reaches tokens and prototypes.  Sync: none.  Collectives: one, in `reduce_sum`.
+    """
+    with torch.autocast(tokens_BSD.device.type, enabled=False):
+        tokens = at_least_fp32(tokens_BSD)
+        num_samples, num_experts, capacity = chosen_BEC.shape
+        flat_ids = chosen_BEC.flatten(1)[..., None].expand(-1, -1, tokens.shape[-1])
+        chosen_BECD = tokens.gather(1, flat_ids).view(num_samples, num_experts, capacity, tokens.shape[-1])
+        centroids_BED = F.normalize(chosen_BECD.mean(dim=2), dim=-1, eps=NORM_EPS)
+        prototypes = F.normalize(at_least_fp32(prototypes_ED).to(tokens.dtype), dim=-1, eps=NORM_EPS)
+        logits_BEE = prototypes @ centroids_BED.transpose(1, 2) / temperature
+        total = -logits_BEE.log_softmax(dim=-1).diagonal(dim1=1, dim2=2).sum()
+        total_and_rows = reduce_sum(torch.stack([total, total.new_tensor(float(num_samples * num_experts))]))
+        return total_and_rows[0] / total_and_rows[1].detach().clamp_min(1.0)
+
+
 def load_balance_loss(scores_BSE: Tensor, counts_BE: Tensor, is_routed_B: Tensor, *, top_k: int, level: str,
                       scores_are_probabilities: bool) -> Tensor:
     """Return E * sum_e fraction_e * probability_e over the routed tokens.

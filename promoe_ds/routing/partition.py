@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Partition:
-    """Which samples of a batch are routed and which go to the unconditional expert.
+    """Which samples of a batch are routed and which go to the unconditional expert; and their labels after dropout.
 
     The index lists have lengths that the host knows: everything after them has static shapes.
     """
@@ -21,11 +21,17 @@ class Partition:
     is_routed_B: Tensor
     routed_ids: Tensor
     unconditional_ids: Tensor
+    labels_B: Tensor
+    is_null_B: Tensor
 
     @property
     def all_routed(self) -> bool:
         """Whether every sample is routed, so that gathering can be saved."""
         return self.unconditional_ids.numel() == 0
+
+    def take_routed(self, x_B: Tensor) -> Tensor:
+        """Return the entries (samples first) of `x_B` that are routed, without a copy where all are."""
+        return x_B if self.all_routed else x_B.index_select(0, self.routed_ids)
 
     def unconditional_token_ids(self, tokens_per_image: int) -> Tensor:
         """Return the rows of the flattened tokens (T, D) that belong to unconditional samples."""
@@ -43,7 +49,9 @@ def partition_samples(labels_B: Tensor, null_label: int, *, has_unconditional_ex
     Returns: Partition.
     Sync: one, for the number of null samples; once per forward pass, not per layer.
     """
-    is_null_B = labels_B == null_label if has_unconditional_expert else torch.zeros_like(labels_B, dtype=torch.bool)
-    order = torch.argsort(is_null_B, stable=True)
-    num_routed = labels_B.numel() - int(is_null_B.sum())
-    return Partition(is_routed_B=~is_null_B, routed_ids=order[:num_routed], unconditional_ids=order[num_routed:])
+    is_null_B = labels_B == null_label
+    leaves_B = is_null_B if has_unconditional_expert else torch.zeros_like(is_null_B)
+    order = torch.argsort(leaves_B, stable=True)
+    num_routed = labels_B.numel() - int(leaves_B.sum())
+    return Partition(is_routed_B=~leaves_B, routed_ids=order[:num_routed], unconditional_ids=order[num_routed:],
+                     labels_B=labels_B, is_null_B=is_null_B)

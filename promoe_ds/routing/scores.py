@@ -1,4 +1,4 @@
-"""Step 2, prototypical routing: cosine scores and their activation.
+"""Scores of tokens for experts, cosine (step 2, prototypical routing) and linear, and their activation.
 
 Letters: B images, S tokens per image, D width, E routed experts.
 """
@@ -37,6 +37,21 @@ def cosine_scores(tokens_D: Tensor, prototypes_ED: Tensor, scale: float = 1.0) -
         return cosines if scale == 1.0 else cosines * scale
 
 
+def linear_scores(tokens_D: Tensor, gate_weight_ED: Tensor) -> Tensor:
+    """Return the logits of a linear gate, token . weight_e, in fp32 under any autocast.
+
+    Source: the gates of DiT-MoE, EC-DiT and DiffMoE.
+    Args:
+        tokens_D: (..., D), any float dtype.
+        gate_weight_ED: (E, D).
+    Returns: (..., E) in fp32 (fp64 for fp64 tokens).
+    Gradient: reaches tokens and weight.  Sync: none.  Collectives: none.
+    """
+    with torch.autocast(tokens_D.device.type, enabled=False):
+        tokens = at_least_fp32(tokens_D)
+        return F.linear(tokens, gate_weight_ED.to(tokens.dtype))
+
+
 class _Cosine(torch.autograd.Function):
     """Cosines of tokens with unit directions, without a normalised copy of the tokens in either pass."""
 
@@ -58,8 +73,8 @@ class _Cosine(torch.autograd.Function):
         return grad_tokens, grad_E.flatten(0, -2).T @ tokens_D.flatten(0, -2)
 
 
-def activate(scores_E: Tensor, activation: str) -> Tensor:
-    """Apply the score activation A over the experts (last dimension).
+def activate(scores_E: Tensor, activation: str, *, dim: int = -1) -> Tensor:
+    """Apply the score activation A; a softmax runs over `dim`: the experts (last) where tokens choose.
 
     Source: Eq. 2 and Table 7.
     Raises: ValueError for an unknown activation.
@@ -69,5 +84,5 @@ def activate(scores_E: Tensor, activation: str) -> Tensor:
     if activation == "sigmoid":
         return scores_E.sigmoid()
     if activation == "softmax":
-        return scores_E.softmax(dim=-1)
+        return scores_E.softmax(dim=dim)
     raise ValueError(f"activation {activation!r} is none of identity, sigmoid, softmax")

@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.errors import RoutingError
-from promoe_ds.routing.assignment import RoutingPlan, RoutingStats, assign_token_choice
-from promoe_ds.routing.losses import ReduceSum, identity_reduce, load_balance_loss, routing_contrastive_loss
+from promoe_ds.routing.assignment import RoutingPlan
+from promoe_ds.routing.losses import load_balance_loss, routing_contrastive_loss
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.scores import NORM_EPS, activate, at_least_fp32, cosine_scores
+from promoe_ds.routing.router import Router, choose_top_k
+from promoe_ds.routing.scores import activate, cosine_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class TwoStepSettings:
     balance_level: str = "batch"
 
 
-class TwoStepRouter(nn.Module):
+class TwoStepRouter(Router):
     """Sends every conditional token to the K experts whose prototypes are nearest by cosine."""
 
     def __init__(self, width: int, settings: TwoStepSettings) -> None:
@@ -41,12 +40,13 @@ class TwoStepRouter(nn.Module):
 
         Raises: RoutingError if K > E.
         """
-        super().__init__()
-        if settings.top_k > settings.num_experts:
-            raise RoutingError(f"top_k={settings.top_k} exceeds num_experts={settings.num_experts}")
+        super().__init__(settings.num_experts, settings.top_k)
         self.settings = settings
         self.prototypes = nn.Parameter(torch.empty(settings.num_experts, width))
-        self.reduce_sum: ReduceSum = identity_reduce
+
+    def directions_ED(self) -> Tensor:
+        """Return the prototypes."""
+        return self.prototypes
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
@@ -61,18 +61,11 @@ class TwoStepRouter(nn.Module):
         """
         settings = self.settings
         scores_BSE = activate(cosine_scores(tokens_BSD, self.prototypes, settings.score_scale), settings.activation)
-        gates_BSK, expert_ids_BSK = _top_k(scores_BSE, settings.top_k)
-        counts_BE = _count(expert_ids_BSK, settings.num_experts) * partition.is_routed_B[:, None]
-        if partition.all_routed:
-            routed_gates, routed_experts = gates_BSK, expert_ids_BSK
-        else:
-            routed_gates, routed_experts = gates_BSK[partition.routed_ids], expert_ids_BSK[partition.routed_ids]
-        assignment = assign_token_choice(routed_gates, routed_experts, partition.routed_ids, counts_BE.sum(dim=0))
-        aux_losses = self._aux_losses(tokens_BSD, scores_BSE, expert_ids_BSK, counts_BE, partition) if self.training else {}
-        stats = RoutingStats(
-            tokens_per_expert_BE=counts_BE, is_routed_B=partition.is_routed_B,
-            gate_sums_B=gates_BSK.detach().sum(dim=(1, 2)) * partition.is_routed_B,
-            prototype_similarity=mean_prototype_similarity(self.prototypes.detach()))
+        gates_BSK, expert_ids_BSK = choose_top_k(scores_BSE, settings.top_k)
+        assignment, stats = self._plan_token_choice(gates_BSK, expert_ids_BSK, partition)
+        aux_losses = {}
+        if self.training:
+            aux_losses = self._aux_losses(tokens_BSD, scores_BSE, expert_ids_BSK, stats.tokens_per_expert_BE, partition)
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)
 
     def _aux_losses(self, tokens_BSD: Tensor, scores_BSE: Tensor, expert_ids_BSK: Tensor, counts_BE: Tensor,
@@ -89,25 +82,3 @@ class TwoStepRouter(nn.Module):
                 scores_BSE, counts_BE, partition.is_routed_B, top_k=settings.top_k, level=settings.balance_level,
                 scores_are_probabilities=settings.activation == "softmax")
         return losses
-
-
-def mean_prototype_similarity(prototypes_ED: Tensor) -> Tensor:
-    """Return the mean cosine between different prototypes, a scalar; 0 for a single one."""
-    num_experts = prototypes_ED.shape[0]
-    directions = F.normalize(at_least_fp32(prototypes_ED), dim=-1, eps=NORM_EPS)
-    # The sum of all cosines is the squared length of the summed directions; E of them are each with itself.
-    total = directions.sum(dim=0).square().sum() - directions.square().sum()
-    return total / max(1, num_experts * (num_experts - 1))
-
-
-def _top_k(scores_BSE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    if top_k == 1:
-        values, indices = scores_BSE.max(dim=-1, keepdim=True)
-        return values, indices
-    return scores_BSE.topk(top_k, dim=-1)
-
-
-def _count(expert_ids_BSK: Tensor, num_experts: int) -> Tensor:
-    ids_BN = expert_ids_BSK.flatten(1)
-    counts = torch.zeros(ids_BN.shape[0], num_experts, dtype=torch.int64, device=ids_BN.device)
-    return counts.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))

@@ -1,0 +1,116 @@
+"""What a MoE layer and the trainer ask of every router.
+
+Letters: B images, S tokens per image, D width, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from promoe_ds.errors import RoutingError
+from promoe_ds.routing.assignment import Assignment, RoutingPlan, RoutingStats, assign_pairs, assign_token_choice, count_pairs
+from promoe_ds.routing.losses import ReduceSum, identity_reduce
+from promoe_ds.routing.partition import Partition
+from promoe_ds.routing.scores import NORM_EPS, at_least_fp32
+
+
+class Router(nn.Module):
+    """Decides which tokens visit which experts.
+
+    A subclass implements `forward` and `directions_ED`; one with running state (thresholds, centroids) keeps it in
+    buffers, reports observations in its plans and implements `absorb` and `reset_state`. Buffers stay in fp32 when the
+    module is cast to half precision: a running average of 0.95 would stand still in bf16.
+    """
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        """Take E and K.
+
+        Raises: RoutingError if K > E.
+        """
+        super().__init__()
+        if top_k > num_experts:
+            raise RoutingError(f"top_k={top_k} exceeds num_experts={num_experts}")
+        self.num_experts, self.top_k = num_experts, top_k
+        self.reduce_sum: ReduceSum = identity_reduce
+
+    def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
+        """Route one batch: which routed experts each token of a routed sample visits, losses and statistics."""
+        raise NotImplementedError
+
+    def directions_ED(self) -> Tensor:
+        """Return a vector per expert whose mutual similarity says how alike the experts' tokens are; logged."""
+        raise NotImplementedError
+
+    def absorb(self, observation: Tensor) -> None:
+        """Update the running state from a step's observations, summed over passes and ranks.  Sync: none."""
+
+    def reset_state(self) -> None:
+        """Put the running state at its start, e.g. after materialising from the meta device."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
+                kept = before[name]
+                self._buffers[name] = (torch.empty_like(buffer, dtype=kept.dtype) if kept.is_meta
+                                       else kept.to(buffer.device))
+        return self
+
+    def _plan_token_choice(self, gates_BSK: Tensor, expert_ids_BSK: Tensor,
+                           partition: Partition) -> tuple[Assignment, RoutingStats]:
+        """Build the list and its statistics from every token's K choices; those of unrouted samples do not count."""
+        counts_BE = _count_choices(expert_ids_BSK, self.num_experts) * partition.is_routed_B[:, None]
+        assignment = assign_token_choice(partition.take_routed(gates_BSK), partition.take_routed(expert_ids_BSK),
+                                         partition.routed_ids, counts_BE.sum(dim=0))
+        gate_sums_B = gates_BSK.detach().sum(dim=(1, 2)) * partition.is_routed_B
+        return assignment, self._stats(counts_BE, gate_sums_B, partition)
+
+    def _plan_pairs(self, token_ids_N: Tensor, expert_ids_N: Tensor, gates_N: Tensor, partition: Partition,
+                    tokens_per_image: int) -> tuple[Assignment, RoutingStats]:
+        """Build the list and its statistics from (token, expert, gate) pairs in any order; ids of the whole batch."""
+        num_samples = partition.is_routed_B.numel()
+        sample_ids_N = token_ids_N // tokens_per_image
+        counts_BE = count_pairs(sample_ids_N, expert_ids_N, num_samples=num_samples, num_experts=self.num_experts)
+        assignment = assign_pairs(token_ids_N, expert_ids_N, gates_N, num_tokens=num_samples * tokens_per_image,
+                                  tokens_per_expert_E=counts_BE.sum(dim=0))
+        gate_sums_B = gates_N.new_zeros(num_samples).index_add_(0, sample_ids_N, gates_N.detach())
+        return assignment, self._stats(counts_BE, gate_sums_B, partition)
+
+    def _stats(self, counts_BE: Tensor, gate_sums_B: Tensor, partition: Partition) -> RoutingStats:
+        return RoutingStats(tokens_per_expert_BE=counts_BE, gate_sums_B=gate_sums_B, is_routed_B=partition.is_routed_B,
+                            prototype_similarity=mean_prototype_similarity(self.directions_ED().detach()))
+
+
+def pool_token_ids(partition: Partition, pool_ids_N: Tensor, tokens_per_image: int) -> Tensor:
+    """Translate rows of the routed samples' flattened tokens into rows of the whole batch's."""
+    if partition.all_routed:
+        return pool_ids_N
+    return partition.routed_ids[pool_ids_N // tokens_per_image] * tokens_per_image + pool_ids_N % tokens_per_image
+
+
+def mean_prototype_similarity(prototypes_ED: Tensor) -> Tensor:
+    """Return the mean cosine between different prototypes, a scalar; 0 for a single one."""
+    num_experts = prototypes_ED.shape[0]
+    directions = F.normalize(at_least_fp32(prototypes_ED), dim=-1, eps=NORM_EPS)
+    # The sum of all cosines is the squared length of the summed directions; E of them are each with itself.
+    total = directions.sum(dim=0).square().sum() - directions.square().sum()
+    return total / max(1, num_experts * (num_experts - 1))
+
+
+def choose_top_k(scores_BSE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return each token's K highest scores and their experts, (B, S, K) both, highest first."""
+    if top_k == 1:
+        values, indices = scores_BSE.max(dim=-1, keepdim=True)
+        return values, indices
+    return scores_BSE.topk(top_k, dim=-1)
+
+
+def _count_choices(expert_ids_BSK: Tensor, num_experts: int) -> Tensor:
+    ids_BN = expert_ids_BSK.flatten(1)
+    counts = torch.zeros(ids_BN.shape[0], num_experts, dtype=torch.int64, device=ids_BN.device)
+    return counts.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))
