@@ -21,7 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["promoe_ds", "promoe_ds.*"]),
-    package_data={"promoe_ds": ["recipes/*.yaml"]},
+    package_data={"promoe_ds": ["recipes/*.yaml", "recipes/superclasses/*.yaml", "analysis/comparison/*.j2"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19,<0.20",

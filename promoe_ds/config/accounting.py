@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from promoe_ds.config.schema import RunConfig
 
 TIMESTEP_FREQUENCIES = 256
+#: Matrices of a feed-forward by expert type.
+_MATRICES = {"gelu": 2, "swiglu": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +48,15 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     """Count the parameters of the model that `config` describes."""
     model, routing = config.model, config.routing
     width, layers = model.hidden_size, len(config.moe_block_indices)
-    expert = _feed_forward(width, config.expert_width)
+    expert = _feed_forward(width, config.expert_width, routing.expert_type)
     shared = routing.num_shared_experts * config.shared_expert_width
     unconditional = routing.num_unconditional_experts * config.expert_width
     dense = _outside_blocks(config) + model.depth * _block_without_feed_forward(config)
     dense += (model.depth - layers) * _feed_forward(width, int(model.mlp_ratio * width))
-    dense += layers * (routing.num_experts * width + (_feed_forward(width, shared) if shared else 0))
+    dense += layers * (_router_parameters(config) + (_feed_forward(width, shared, config.shared_expert_type) if shared else 0))
     return ParameterCount(
         dense=dense, routed=layers * routing.num_experts * expert, routed_per_expert=expert, top_k=routing.top_k,
-        unconditional=layers * _feed_forward(width, unconditional) if unconditional else 0, moe_layers=layers,
+        unconditional=layers * _feed_forward(width, unconditional, routing.expert_type) if unconditional else 0, moe_layers=layers,
         position_embedding=model.tokens_per_image * width)
 
 
@@ -69,10 +71,13 @@ def forward_flops_per_image(config: RunConfig) -> int:
     patch = model.patch_size**2
     per_token = model.in_channels * patch * width + depth * (4 * width * width + 2 * tokens * width)
     per_token += (depth - moe_layers) * 2 * width * int(model.mlp_ratio * width)
-    active = routing.top_k * config.expert_width + routing.num_shared_experts * config.shared_expert_width
-    per_token += moe_layers * width * (2 * active + routing.num_experts)
+    active = routing.top_k * config.expert_width * _MATRICES[routing.expert_type]
+    active += routing.num_shared_experts * config.shared_expert_width * _MATRICES[config.shared_expert_type]
+    router_per_token, router_per_image = _router_products(config)
+    per_token += moe_layers * (width * active + router_per_token)
     per_token += width * patch * model.out_channels
     per_image = TIMESTEP_FREQUENCIES * width + width * width + depth * 6 * width * width + 2 * width * width
+    per_image += moe_layers * router_per_image
     return 2 * (tokens * per_token + per_image)
 
 
@@ -113,8 +118,29 @@ def plan_memory(config: RunConfig, *, world_size: int, zero_stage: int, precisio
                       optimizer=8 * owned + masters, ema=4 * owned)
 
 
-def _feed_forward(width: int, hidden: int) -> int:
-    return 2 * width * hidden + hidden + width
+def _feed_forward(width: int, hidden: int, expert_type: str = "gelu") -> int:
+    biases = hidden + width if expert_type == "gelu" else 0
+    return _MATRICES[expert_type] * width * hidden + biases
+
+
+def _router_parameters(config: RunConfig) -> int:
+    width, experts, target = config.model.hidden_size, config.routing.num_experts, config.target_patch_values
+    if config.routing.method == "kmeans":
+        return 0
+    biases = {"diff_moe": width + experts, "expert_race": width + target, "classification": experts}
+    return sum(_router_products(config)) + biases.get(config.routing.method, 0)
+
+
+def _router_products(config: RunConfig) -> tuple[int, int]:
+    """Multiply-adds of one layer's router: per token and per image."""
+    width, experts, method = config.model.hidden_size, config.routing.num_experts, config.routing.method
+    if method == "classification":
+        return 0, width * experts
+    if method == "diff_moe":
+        return width * (experts + width + experts), 0
+    if method == "expert_race":
+        return width * (width + experts + config.target_patch_values), 0
+    return width * experts, 0
 
 
 def _block_without_feed_forward(config: RunConfig) -> int:

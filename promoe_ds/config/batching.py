@@ -43,5 +43,13 @@ def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
     if train.global_batch_size % (micro * world_size):
         raise ConfigError(f"train.global_batch_size={train.global_batch_size} is no multiple of "
                           f"train.micro_batch_size={micro} times {world_size} ranks = {micro * world_size}")
+    _require_full_slots(config, micro)
     return BatchPlan(global_batch=train.global_batch_size, micro_batch=micro, world_size=world_size,
                      accumulation=train.global_batch_size // (micro * world_size))
+
+
+def _require_full_slots(config: RunConfig, micro: int) -> None:
+    routing, tokens = config.routing, micro * config.model.tokens_per_image
+    if routing.method == "diff_moe" and tokens * routing.top_k < routing.num_experts:
+        raise ConfigError(f"routing.top_k={routing.top_k} of {tokens} tokens per micro-batch gives each of routing.num_experts="
+                          f"{routing.num_experts} experts less than one token (method=diff_moe): raise train.micro_batch_size")

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.config.superclasses import read_superclasses
 from promoe_ds.errors import ConfigError
 
 RECIPES_DIR = Path(__file__).parent.parent / "recipes"
@@ -28,14 +29,18 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         recipe: the name of a packaged recipe or the path of a YAML file. A recipe may name another
             one under `base`, whose values it inherits and overrides.
         overrides: as after `--set`; values are read as YAML (`true`, `3`, `[0.9, 0.95]`, `null`).
-    Raises: ConfigError naming the dotted field, its value and, for a typing error, the nearest valid name.
+    Raises: ConfigError naming the dotted field, its value and, for a typing error, the nearest valid name; or what is wrong
+    with a file that the recipe names.
     """
     path = _recipe_path(recipe)
     values = _read_with_base(path, seen=())
     values.setdefault("name", path.stem)
     for override in overrides:
         _apply_override(values, override)
-    return config_from_dict(values, source=str(recipe))
+    config = config_from_dict(values, source=str(recipe))
+    if config.routing.superclass_map is not None:
+        read_superclasses(config)
+    return config
 
 
 def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:

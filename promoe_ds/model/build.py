@@ -5,9 +5,9 @@ from __future__ import annotations
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.model.blocks import DiTBlock, SelfAttention
 from promoe_ds.model.dit import DiT
-from promoe_ds.moe.experts import FeedForward, StackedExperts
+from promoe_ds.model.routers import build_router
+from promoe_ds.moe.experts import FEED_FORWARDS, FeedForward, StackedExperts
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.routing.two_step import TwoStepRouter, TwoStepSettings
 
 
 def build_model(config: RunConfig) -> DiT:
@@ -33,14 +33,11 @@ def _build_block(config: RunConfig, index: int) -> DiTBlock:
 def build_moe_layer(config: RunConfig) -> MoELayer:
     """Build one MoE layer: router, routed experts, shared and unconditional expert."""
     routing, width = config.routing, config.model.hidden_size
-    settings = TwoStepSettings(
-        num_experts=routing.num_experts, top_k=routing.top_k, activation=routing.activation,
-        score_scale=routing.score_scale, rcl_weight=routing.rcl_weight, rcl_temperature=routing.rcl_temperature,
-        rcl_assignments=routing.rcl_assignments, balance_weight=routing.balance_weight, balance_level=routing.balance_level)
     shared = routing.num_shared_experts * config.shared_expert_width
     unconditional = routing.num_unconditional_experts * config.expert_width
     return MoELayer(
-        router=TwoStepRouter(width, settings),
-        routed=StackedExperts(routing.num_experts, width, config.expert_width, backend=config.expert_backend),
-        shared=FeedForward(width, shared) if shared else None,
-        unconditional=FeedForward(width, unconditional) if unconditional else None)
+        router=build_router(config),
+        routed=StackedExperts(routing.num_experts, width, config.expert_width, expert_type=routing.expert_type,
+                              backend=config.expert_backend),
+        shared=FEED_FORWARDS[config.shared_expert_type](width, shared) if shared else None,
+        unconditional=FEED_FORWARDS[routing.expert_type](width, unconditional) if unconditional else None)

@@ -80,6 +80,13 @@ class DiT(nn.Module):
         patches = self.final_layer(x_BSD, condition_BD)
         return DenoiserOutput(self._unpatchify(patches).to(latents_BZHW.dtype), plans)
 
+    def patchify(self, latents_BZHW: Tensor) -> Tensor:
+        """Return the latents' patches (B, S, patch * patch * Z), values in the order of the network's own output."""
+        model = self.config.model
+        grid, patch = model.input_size // model.patch_size, model.patch_size
+        tiles = latents_BZHW.reshape(len(latents_BZHW), -1, grid, patch, grid, patch)
+        return tiles.permute(0, 2, 4, 3, 5, 1).reshape(len(latents_BZHW), grid * grid, -1)
+
     def _unpatchify(self, patches: Tensor) -> Tensor:
         model = self.config.model
         grid = model.input_size // model.patch_size

@@ -11,6 +11,7 @@ from torch import Tensor
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.randomness import generator
+from promoe_ds.routing import Router
 
 EMBEDDING_STD = 0.02
 PROTOTYPE_STD = 0.02
@@ -31,6 +32,8 @@ def initialise(network: DiT, seed: int) -> None:
         if isinstance(module, StackedExperts):
             _fill_experts(module, module_name, seed)
             continue
+        if isinstance(module, Router):
+            module.reset_state()
         for name, parameter in module.named_parameters(recurse=False):
             _fill(parameter, f"{module_name}.{name}" if module_name else name, seed)
     network.reset_positions()
@@ -51,10 +54,11 @@ def _fill(parameter: Tensor, name: str, seed: int) -> None:
 
 def _fill_experts(experts: StackedExperts, name: str, seed: int) -> None:
     for local in range(experts.num_local_experts):
-        for weight in ("up_weight", "down_weight"):
-            _xavier(getattr(experts, weight)[local], f"{name}.{weight}", seed, expert=experts.first_expert + local)
-    experts.up_bias.zero_()
-    experts.down_bias.zero_()
+        for parameter_name, parameter in experts.named_parameters():
+            if parameter_name.endswith("weight"):
+                _xavier(parameter[local], f"{name}.{parameter_name}", seed, expert=experts.first_expert + local)
+            else:
+                parameter[local].zero_()
 
 
 def _xavier(weight: Tensor, name: str, seed: int, *, expert: int) -> None:

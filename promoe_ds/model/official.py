@@ -1,7 +1,9 @@
 """Names of the published implementation's checkpoints and ours, both ways.
 
-Published layout of a MoE feed-forward: `cluster_centers`, `experts.0 ... experts.E-1` routed, `experts.E` unconditional
-(where there is one), `shared_expert`; each expert `up_proj`, `down_proj`. Ours stacks the routed experts.
+Published layout of a MoE feed-forward: the router's parameters, `experts.0 ... experts.E-1` routed, `experts.E`
+unconditional (where there is one), `shared_expert` (ProMoE) or `shared_experts` (baselines). ProMoE's experts are
+`up_proj`, `down_proj`, the baselines' `fc1`, `fc2`; SwiGLU ones `gate_proj`, `up_proj`, `down_proj`. Ours stacks the routed
+experts. Methods that were never published (Expert Race, the two of Sec. 4.2) have no such layout.
 """
 
 from __future__ import annotations
@@ -28,12 +30,37 @@ _RENAMES = (
     (".attn.", ".attention."),
     (".mlp.fc1.", ".feed_forward.up."),
     (".mlp.fc2.", ".feed_forward.down."),
+)
+_PROMOE = (
     (".mlp.cluster_centers", ".moe.router.prototypes"),
+    (".mlp.shared_expert.gate_proj.", ".moe.shared.gate."),
     (".mlp.shared_expert.up_proj.", ".moe.shared.up."),
     (".mlp.shared_expert.down_proj.", ".moe.shared.down."),
 )
-_EXPERT = re.compile(r"^(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<layer>up|down)_proj\.(?P<kind>weight|bias)$")
+_BASELINE = tuple((published.replace("shared_expert.", "shared_experts."), ours) for published, ours in _PROMOE[1:])
+_GATE = ((".mlp.gate_weight", ".moe.router.gate_weight"),)
+#: What each method's layers add to _RENAMES.
+_METHOD_RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "dense": (),
+    "token_choice": _PROMOE,
+    "expert_choice": _PROMOE,
+    "dit_moe": ((".mlp.gate.weight", ".moe.router.gate_weight"), *_BASELINE),
+    "ec_dit": (*_GATE, *_BASELINE),
+    "diff_moe": (
+        *_GATE,
+        (".mlp.expert_threshold", ".moe.router.thresholds"),
+        (".mlp.capacity_predictor.0.", ".moe.router.predictor.up."),
+        (".mlp.capacity_predictor.2.", ".moe.router.predictor.down."),
+        (".mlp.shared_experts.fc1.", ".moe.shared.up."),
+        (".mlp.shared_experts.fc2.", ".moe.shared.down."),
+        *_BASELINE,
+    ),
+}
+_PROMOE_METHODS = ("token_choice", "expert_choice")
+_EXPERT = re.compile(r"^(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)$")
 _POSITIONS = "pos_embed"
+#: DiffMoE keeps a hyperparameter, `routing.threshold_decay`, among its buffers.
+_DECAY = ".mlp.ema_decay"
 
 
 def from_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
@@ -56,16 +83,21 @@ def rename_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str,
     """
     result: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
+    layers = {published: ours for ours, published in _expert_layers(config).items()}
     for key, value in state.items():
         match = _EXPERT.match(key)
         if key == _POSITIONS:
             _check_positions(value, config)
+        elif key.endswith(_DECAY):
+            _check_decay(key, value, config)
         elif match is None:
-            result[_renamed(key)] = value
+            result[_renamed(key, config)] = value
+        elif match["layer"] not in layers:
+            raise CheckpointError(f"{key}: no such parameter in this architecture")
         elif int(match["expert"]) == config.routing.num_experts and config.routing.num_unconditional_experts:
-            result[f"{match['block']}.moe.unconditional.{match['layer']}.{match['kind']}"] = value
+            result[f"{match['block']}.moe.unconditional.{layers[match['layer']]}.{match['kind']}"] = value
         else:
-            name = f"{match['block']}.moe.routed.{match['layer']}_{match['kind']}"
+            name = f"{match['block']}.moe.routed.{layers[match['layer']]}_{match['kind']}"
             stacks.setdefault(name, {})[int(match["expert"])] = value
     for name, experts in stacks.items():
         if sorted(experts) != list(range(config.routing.num_experts)):
@@ -79,29 +111,45 @@ def rename_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str,
 
 def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
     """Translate our state dict into the published names, with the position table; the inverse of `from_official`."""
-    model = config.model
+    model, layers = config.model, _expert_layers(config)
     result = {_POSITIONS: sincos_positions(model.hidden_size, model.input_size // model.patch_size)[None]}
     for name, value in state.items():
         block, _, leaf = name.partition(".moe.routed.")
         if leaf:
             layer, kind = leaf.split("_")
             for expert, weight in enumerate(value.unbind(0)):
-                result[f"{block}.mlp.experts.{expert}.{layer}_proj.{kind}"] = weight
+                result[f"{block}.mlp.experts.{expert}.{layers[layer]}.{kind}"] = weight
         elif ".moe.unconditional." in name:
             block, _, leaf = name.partition(".moe.unconditional.")
             layer, kind = leaf.split(".")
-            result[f"{block}.mlp.experts.{config.routing.num_experts}.{layer}_proj.{kind}"] = value
+            result[f"{block}.mlp.experts.{config.routing.num_experts}.{layers[layer]}.{kind}"] = value
         else:
-            result[_renamed(name, reverse=True)] = value
+            result[_renamed(name, config, reverse=True)] = value
+            if name.endswith(".moe.router.thresholds"):
+                result[name.replace(".moe.router.thresholds", _DECAY)] = torch.tensor([config.routing.threshold_decay])
     return result
 
 
-def _renamed(key: str, *, reverse: bool = False) -> str:
-    for published, ours in _RENAMES:
+def _expert_layers(config: RunConfig) -> dict[str, str]:
+    """Our layers of an expert and their published names."""
+    if config.routing.expert_type == "swiglu" or config.routing.method in _PROMOE_METHODS:
+        return {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    return {"up": "fc1", "down": "fc2"}
+
+
+def _renamed(key: str, config: RunConfig, *, reverse: bool = False) -> str:
+    if config.routing.method not in _METHOD_RENAMES:
+        raise CheckpointError(f"routing.method={config.routing.method} was never published: it has no official layout")
+    for published, ours in (*_METHOD_RENAMES[config.routing.method], *_RENAMES):
         old, new = (ours, published) if reverse else (published, ours)
         if old in key and (key.startswith(old) or old.startswith(".")):
             return key.replace(old, new)
     raise CheckpointError(f"{key}: no such parameter in this architecture")
+
+
+def _check_decay(key: str, value: Tensor, config: RunConfig) -> None:
+    if not torch.allclose(value.float(), torch.tensor(config.routing.threshold_decay)):
+        raise CheckpointError(f"{key} is {value.item():g}, but routing.threshold_decay={config.routing.threshold_decay}")
 
 
 def _check_positions(value: Tensor, config: RunConfig) -> None:

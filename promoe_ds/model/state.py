@@ -12,6 +12,14 @@ from promoe_ds.errors import CheckpointError
 from promoe_ds.model.build import build_model
 
 
+def buffer_names(config: RunConfig) -> list[str]:
+    """Return the names of what a model keeps beside its parameters: the running state of its routers."""
+    with torch.device("meta"):
+        network = build_model(config)
+    parameters = {name for name, _ in network.named_parameters()}
+    return [name for name in network.state_dict() if name not in parameters]
+
+
 def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
     """Hold names and shapes against the model that `config` describes.
 

@@ -1,4 +1,4 @@
-"""Experts: feed-forwards of one hidden layer, GELU-tanh, with biases.
+"""Experts: feed-forwards of one hidden layer, GELU-tanh with biases or SwiGLU without.
 
 Letters: D width, F hidden width, E routed experts on all ranks, e those held here, R rows.
 """
@@ -29,6 +29,35 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x_D), approximate="tanh"))
 
 
+class GatedFeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)) without biases: SwiGLU (Shazeer, 2020). Sums of n are one of n times the width, too."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        """Map (..., D) to (..., D); (0, D) passes too, with zero gradients for the parameters."""
+        return self.down(F.silu(self.gate(x_D)) * self.up(x_D))
+
+
+#: Feed-forwards by expert type: dense, shared and unconditional ones.
+FEED_FORWARDS: dict[str, type[nn.Module]] = {"gelu": FeedForward, "swiglu": GatedFeedForward}
+
+#: Names of the stacked parameters by expert type.
+EXPERT_PARAMETERS = {"gelu": ("up_weight", "up_bias", "down_weight", "down_bias"),
+                     "swiglu": ("gate_weight", "up_weight", "down_weight")}
+
+
+def expert_shapes(expert_type: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of one expert."""
+    shapes = {"gate_weight": (hidden, width), "up_weight": (hidden, width), "up_bias": (hidden,),
+              "down_weight": (width, hidden), "down_bias": (width,)}
+    return {name: shapes[name] for name in EXPERT_PARAMETERS[expert_type]}
+
+
 class StackedExperts(nn.Module):
     """The routed experts held by one process, as stacked parameters.
 
@@ -36,27 +65,24 @@ class StackedExperts(nn.Module):
     initialisation and conversion; the computation does not use it.
     """
 
-    def __init__(self, num_experts: int, width: int, hidden: int, *, backend: str = "grouped_mm", first_expert: int = 0) -> None:
+    def __init__(self, num_experts: int, width: int, hidden: int, *, expert_type: str = "gelu", backend: str = "grouped_mm",
+                 first_expert: int = 0) -> None:
         """Create uninitialised experts (`model.init` fills them).
 
         Args:
+            expert_type: "gelu" (GELU-tanh, biases) or "swiglu" (no biases).
             backend: "grouped_mm" (grouped GEMM) or "loop" (one expert after the other).
-        Raises: ValueError for another backend.
+        Raises: ValueError for another type or backend.
         """
         super().__init__()
         if backend not in BACKENDS:
             raise ValueError(f"expert backend {backend!r} is none of {', '.join(BACKENDS)}")
-        self.backend = backend
-        self.first_expert = first_expert
-        self.up_weight = nn.Parameter(torch.empty(num_experts, hidden, width))
-        self.up_bias = nn.Parameter(torch.empty(num_experts, hidden))
-        self.down_weight = nn.Parameter(torch.empty(num_experts, width, hidden))
-        self.down_bias = nn.Parameter(torch.empty(num_experts, width))
-
-    @property
-    def num_local_experts(self) -> int:
-        """e: experts held here."""
-        return self.up_weight.shape[0]
+        if expert_type not in FEED_FORWARDS:
+            raise ValueError(f"expert type {expert_type!r} is none of {', '.join(FEED_FORWARDS)}")
+        self.expert_type, self.backend, self.first_expert = expert_type, backend, first_expert
+        self.num_local_experts = num_experts
+        for name, shape in expert_shapes(expert_type, width, hidden).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
 
     def forward(self, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
         """Run each expert on its rows.
@@ -69,7 +95,8 @@ class StackedExperts(nn.Module):
         Sync: none with grouped_mm; one with loop.
         """
         products = BACKENDS[self.backend](tokens_per_expert_e, rows_RD.shape[0])
-        return _ExpertFeedForward.apply(rows_RD, self.up_weight, self.up_bias, self.down_weight, self.down_bias, products)
+        function = _ExpertFeedForward if self.expert_type == "gelu" else _GatedExpertFeedForward
+        return function.apply(rows_RD, *(getattr(self, name) for name in EXPERT_PARAMETERS[self.expert_type]), products)
 
 
 class _GroupedGemm:
@@ -81,9 +108,9 @@ class _GroupedGemm:
         self._expert_R = torch.repeat_interleave(experts, counts_e, output_size=num_rows)
         self._num_experts = counts_e.numel()
 
-    def linear(self, x_RI: Tensor, weight_eOI: Tensor, bias_eO: Tensor) -> Tensor:
+    def linear(self, x_RI: Tensor, weight_eOI: Tensor, bias_eO: Tensor | None = None) -> Tensor:
         product = F.grouped_mm(x_RI, weight_eOI.transpose(-2, -1), offs=self._ends_e)
-        return product.add_(bias_eO.index_select(0, self._expert_R))
+        return product if bias_eO is None else product.add_(bias_eO.index_select(0, self._expert_R))
 
     def grad_input(self, grad_RO: Tensor, weight_eOI: Tensor) -> Tensor:
         return F.grouped_mm(grad_RO, weight_eOI, offs=self._ends_e)
@@ -101,10 +128,11 @@ class _Loop:
     def __init__(self, counts_e: Tensor, num_rows: int) -> None:
         self._counts = counts_e.tolist()
 
-    def linear(self, x_RI: Tensor, weight_eOI: Tensor, bias_eO: Tensor) -> Tensor:
+    def linear(self, x_RI: Tensor, weight_eOI: Tensor, bias_eO: Tensor | None = None) -> Tensor:
         result = x_RI.new_empty(x_RI.shape[0], weight_eOI.shape[1])
-        for x, weight, bias, out in zip(self._rows(x_RI), weight_eOI, bias_eO, self._rows(result), strict=True):
-            torch.addmm(bias, x, weight.T, out=out)
+        biases = bias_eO if bias_eO is not None else [None] * len(self._counts)
+        for x, weight, bias, out in zip(self._rows(x_RI), weight_eOI, biases, self._rows(result), strict=True):
+            torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
         return result
 
     def grad_input(self, grad_RO: Tensor, weight_eOI: Tensor) -> Tensor:
@@ -153,6 +181,32 @@ class _ExpertFeedForward(torch.autograd.Function):
         grad_rows = products.grad_input(grad_RF, up) if ctx.needs_input_grad[0] else None
         return (grad_rows, products.grad_weight(grad_RF, rows_RD), products.grad_bias(grad_RF),
                 products.grad_weight(grad_RD, hidden_RF), products.grad_bias(grad_RD), None)
+
+
+class _GatedExpertFeedForward(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) of every expert on its rows, with the backward pass written out, as above."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, gate: Tensor, up: Tensor, down: Tensor, products: _GroupedGemm | _Loop) -> Tensor:
+        pre_RF, linear_RF = products.linear(rows_RD, gate), products.linear(rows_RD, up)
+        ctx.save_for_backward(rows_RD, pre_RF, linear_RF, gate, up, down)
+        ctx.products = products
+        return products.linear(F.silu(pre_RF) * linear_RF, down)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RD, pre_RF, linear_RF, gate, up, down = ctx.saved_tensors
+        products = ctx.products
+        grad_RD = grad_RD.contiguous()  # as above
+        silu_RF = F.silu(pre_RF)
+        grad_RF = products.grad_input(grad_RD, down)
+        grad_linear_RF = grad_RF * silu_RF
+        grad_pre_RF = torch.ops.aten.silu_backward(grad_RF * linear_RF, pre_RF)
+        grad_rows = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = products.grad_input(grad_pre_RF, gate).add_(products.grad_input(grad_linear_RF, up))
+        return (grad_rows, products.grad_weight(grad_pre_RF, rows_RD), products.grad_weight(grad_linear_RF, rows_RD),
+                products.grad_weight(grad_RD, silu_RF * linear_RF), None)
 
 
 #: The implementations of `parallel.expert_backend`.

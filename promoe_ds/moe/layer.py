@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
-from promoe_ds.moe.experts import FeedForward, StackedExperts
+from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
+from promoe_ds.routing.router import Router
 from promoe_ds.routing.scores import at_least_fp32
 
 
@@ -21,8 +22,7 @@ class MoELayer(nn.Module):
     Rank-blind: which experts are here and what moves the tokens is given from outside (`routed`, `dispatcher`).
     """
 
-    def __init__(self, router: nn.Module, routed: StackedExperts, shared: FeedForward | None,
-                 unconditional: FeedForward | None) -> None:
+    def __init__(self, router: Router, routed: StackedExperts, shared: nn.Module | None, unconditional: nn.Module | None) -> None:
         super().__init__()
         self.router = router
         self.routed = routed
