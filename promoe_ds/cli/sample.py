@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
+from promoe_ds.config.schema import SOLVERS
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import configure_logging, get_logger
 
@@ -21,7 +22,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num", type=int, help="samples in all, spread evenly over the classes; 10 a class if left out")
     parser.add_argument("--steps", type=int, help="solver steps; the recipe's default if left out")
     parser.add_argument("--cfg-scale", type=float, help="guidance scale; the recipe's default if left out")
-    parser.add_argument("--solver", default="euler", choices=["euler"])
+    parser.add_argument("--solver", choices=["auto", *(name for names in SOLVERS.values() for name in names)],
+                        help="must fit the model's objective; the recipe's default if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", help="cuda where there is one, else cpu")

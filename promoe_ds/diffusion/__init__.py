@@ -1,7 +1,8 @@
-"""Diffusion: noise levels, training objective, guidance and samplers. Takes callables, never imports the model."""
+"""Diffusion: noise levels, training objectives, guidance and samplers. Takes callables, never imports the model."""
 
+from promoe_ds.diffusion.build import build_objective
 from promoe_ds.diffusion.guidance import guided
-from promoe_ds.diffusion.objective import DiffusionBatch, velocity_loss
-from promoe_ds.diffusion.sampler import sample_latents
+from promoe_ds.diffusion.objective import DiffusionBatch, Objective, draw_batch
+from promoe_ds.diffusion.sampler import SamplingPlan, sample_latents
 
-__all__ = ["DiffusionBatch", "guided", "sample_latents", "velocity_loss"]
+__all__ = ["DiffusionBatch", "Objective", "SamplingPlan", "build_objective", "draw_batch", "guided", "sample_latents"]

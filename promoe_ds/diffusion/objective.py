@@ -1,7 +1,6 @@
-"""Rectified flow: the straight path from data to noise and the velocity loss.
+"""What a training objective is, the batch that it works on, and the draws that make one.
 
-One time convention: sigma 0 is data, 1 is noise; timestep = sigma * num_train_timesteps is what the network sees;
-velocity = noise - clean.
+One time convention: sigma 0 is data, 1 is noise; the timestep, near sigma * num_train_timesteps, is what the network sees.
 Letters: B images, Z latent channels, H, W latent size.
 """
 
@@ -9,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,48 +27,54 @@ class DiffusionBatch:
     sigma_B: Tensor
     labels_B: Tensor
 
-    @property
-    def noised_BZHW(self) -> Tensor:
-        """The point at sigma on the straight path: (1 - sigma) * clean + sigma * noise."""
-        sigma = self.sigma_B.view(-1, 1, 1, 1)
-        return (1 - sigma) * self.clean_BZHW + sigma * self.noise_BZHW
-
-    @property
-    def velocity_BZHW(self) -> Tensor:
-        """The target: noise - clean."""
-        return self.noise_BZHW - self.clean_BZHW
-
     def to(self, device: torch.device) -> DiffusionBatch:
         """Return the batch on `device`."""
         return DiffusionBatch(*(t.to(device, non_blocking=True) for t in
                                 (self.clean_BZHW, self.noise_BZHW, self.sigma_B, self.labels_B)))
 
 
-def draw_batch(clean_BZHW: Tensor, labels_B: Tensor, config: DiffusionConfig, *, null_label: int, seed: int, step: int,
+class Objective(Protocol):
+    """How images are noised and what the network is to say about them; everything in fp32."""
+
+    config: DiffusionConfig
+
+    def draw_sigma(self, random: np.random.Generator) -> float:
+        """Draw the noise level of one image."""
+
+    def noised(self, batch: DiffusionBatch) -> Tensor:
+        """Return what the network is shown, (B, Z, H, W)."""
+
+    def timestep(self, batch: DiffusionBatch) -> Tensor:
+        """Return the noise levels as the network is told them, (B,) float."""
+
+    def target(self, batch: DiffusionBatch) -> Tensor:
+        """Return what the first Z channels are to predict, (B, Z, H, W)."""
+
+    def losses(self, prediction_BZHW: Tensor, batch: DiffusionBatch) -> dict[str, Tensor]:
+        """Return the terms of the loss by name, scalars that add up to it; `diffusion` is the squared error of the target."""
+
+
+def draw_batch(clean_BZHW: Tensor, labels_B: Tensor, objective: Objective, *, null_label: int, seed: int, step: int,
                slots: Sequence[int]) -> DiffusionBatch:
     """Draw noise, noise levels and label dropout for samples of one optimizer step.
 
-    Source: logit-normal sigma of Esser et al. (2024); official: the same, drawn from one generator; differs: each draw is
-    a function of (seed, stream, step, slot of the global batch), hence of no rank, micro-batch or resume.
+    Source: official; differs: each draw is a function of (seed, stream, step, slot of the global batch), hence of no rank,
+    micro-batch or resume.
     Args:
         clean_BZHW: latents; labels_B: their classes; slots: their places in the global batch.
     """
     noise, sigma, dropped = [], [], []
     for slot in slots:
         noise.append(generator(seed, "noise", step, slot).standard_normal(clean_BZHW.shape[1:], dtype=np.float32))
-        normal = generator(seed, "sigma", step, slot).standard_normal()
-        sigma.append(1.0 / (1.0 + np.exp(-(config.sigma_mean + config.sigma_std * normal))))
-        dropped.append(generator(seed, "label_drop", step, slot).random() < config.label_dropout)
+        sigma.append(objective.draw_sigma(generator(seed, "sigma", step, slot)))
+        dropped.append(generator(seed, "label_drop", step, slot).random() < objective.config.label_dropout)
     labels = torch.where(torch.tensor(dropped), null_label, labels_B)
     return DiffusionBatch(clean_BZHW, torch.from_numpy(np.stack(noise)), torch.tensor(sigma, dtype=torch.float32), labels)
 
 
-def velocity_loss(prediction_BZHW: Tensor, batch: DiffusionBatch) -> Tensor:
-    """Return the mean squared error of the velocity, a scalar in fp32.
+def target_error(predicted_BZHW: Tensor, target_BZHW: Tensor) -> Tensor:
+    """Return the mean squared error of a prediction, a scalar.
 
     Source: Eq. 1 for the target noise - clean; official: the same.
-    Args:
-        prediction_BZHW: the network's output; channels beyond the latents' (learned variance) are ignored.
     """
-    predicted = prediction_BZHW[:, :batch.clean_BZHW.shape[1]].float()
-    return (predicted - batch.velocity_BZHW).square().mean()
+    return (predicted_BZHW - target_BZHW).square().mean()

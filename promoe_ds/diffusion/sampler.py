@@ -1,27 +1,27 @@
-"""Sampling: from noise along the velocity, with diffusers' schedulers.
+"""Sampling: from noise to data, with diffusers' schedulers.
 
-Letters: B images, Z latent channels, H, W latent size.
+Letters: B images, J noise levels of a chain, Z latent channels, H, W latent size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 from promoe_ds.diffusion.guidance import Denoiser, guided
+from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, respaced_timesteps
 from promoe_ds.randomness import generator
-
-SOLVERS = ("euler",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """How to sample: steps of the solver, guidance, the schedule's shift (applied once)."""
+    """How to sample: the solver and its steps, guidance, the flow schedule's shift (applied once)."""
 
     steps: int
     cfg_scale: float
@@ -29,6 +29,16 @@ class SamplingPlan:
     shift: float = 1.0
     solver: str = "euler"
     num_train_timesteps: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Integrator:
+    """A scheduler, the timesteps that the network is told at its steps, and what its `step` takes beside them."""
+
+    scheduler: SchedulerMixin
+    timesteps: Tensor
+    channels_per_latent: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def sigma_schedule(steps: int) -> np.ndarray:
@@ -42,25 +52,73 @@ def initial_noise(shape: Sequence[int], *, seed: int, indices: Sequence[int]) ->
     return torch.from_numpy(np.stack(draws))
 
 
+def image_generators(*, seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """Return one generator an image, for the noise that `ddpm` adds at every step; a function of (seed, i) alone."""
+    seeds = [int(generator(seed, "sample", 1, index).integers(2**63)) for index in indices]
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
 @torch.no_grad()
-def sample_latents(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, plan: SamplingPlan) -> Tensor:
+def sample_latents(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, plan: SamplingPlan,
+                   generators: Sequence[torch.Generator] = ()) -> Tensor:
     """Integrate from noise to data.
 
-    Source: official sampler; differs: the shift is applied once (by the scheduler), not twice.
+    Source: official samplers of ProMoE (euler) and DiT (ddpm, ddim with eta 0, no clipping); differs: the flow's shift is
+    applied once (by the scheduler), not twice.
     Args:
-        denoiser: predicts at least Z channels; the first Z are the velocity.
+        denoiser: predicts velocity (euler) or noise (ddim) in its first Z channels; ddpm: 2 Z channels, noise and variance.
         noise_BZHW: fp32 start.
         labels_B: int64.
+        generators: one an image, see `image_generators`; only ddpm draws from them.
     Returns: latents (B, Z, H, W), fp32.
-    Raises: ValueError for an unknown solver.
+    Raises: ValueError for an unknown solver, or ddpm without a generator for each image.
     """
-    if plan.solver not in SOLVERS:
-        raise ValueError(f"solver {plan.solver!r} is none of {', '.join(SOLVERS)}")
+    if plan.solver not in _INTEGRATORS:
+        raise ValueError(f"solver {plan.solver!r} is none of {', '.join(_INTEGRATORS)}")
+    integrator = _INTEGRATORS[plan.solver](plan, noise_BZHW, generators)
+    channels = noise_BZHW.shape[1]
+    latents = noise_BZHW
+    for step, timestep in zip(integrator.scheduler.timesteps, integrator.timesteps, strict=True):
+        prediction = guided(denoiser, latents, timestep.expand(len(latents)), labels_B, null_label=plan.null_label,
+                            scale=plan.cfg_scale, channels=channels)
+        prediction = prediction[:, :channels * integrator.channels_per_latent].float()
+        latents = integrator.scheduler.step(prediction, step, latents, **integrator.options).prev_sample
+    return latents
+
+
+def _euler(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=plan.num_train_timesteps, shift=plan.shift)
     scheduler.set_timesteps(sigmas=sigma_schedule(plan.steps).tolist(), device=noise_BZHW.device)
-    latents = noise_BZHW
-    for timestep in scheduler.timesteps:
-        prediction = guided(denoiser, latents, timestep.expand(len(latents)), labels_B, null_label=plan.null_label,
-                            scale=plan.cfg_scale)
-        latents = scheduler.step(prediction[:, :latents.shape[1]].float(), timestep, latents).prev_sample
-    return latents
+    return _Integrator(scheduler=scheduler, timesteps=scheduler.timesteps)
+
+
+def _ddpm(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
+    if len(generators) != len(noise_BZHW):
+        raise ValueError(f"solver 'ddpm' needs a generator for each of the {len(noise_BZHW)} images, got {len(generators)}")
+    scheduler, timesteps = _respaced(DDPMScheduler, plan, variance_type="learned_range")
+    return _Integrator(scheduler=scheduler, timesteps=timesteps.to(noise_BZHW.device), channels_per_latent=2,
+                       options={"generator": list(generators)})
+
+
+def _ddim(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
+    scheduler, timesteps = _respaced(DDIMScheduler, plan)
+    return _Integrator(scheduler=scheduler, timesteps=timesteps.to(noise_BZHW.device), options={"eta": 0.0})
+
+
+def _respaced(kind: type[DDPMScheduler] | type[DDIMScheduler], plan: SamplingPlan,
+              **options: Any) -> tuple[DDPMScheduler | DDIMScheduler, Tensor]:
+    """Return a scheduler of the chain in `plan.steps` steps, and the network's timesteps, most noise first.
+
+    Source: Nichol & Dhariwal (2021), Sec. 4; official DiT: the same. The scheduler walks every level of a shorter chain:
+    were it told to skip levels of the long one, diffusers' DDIM would take its previous level at a constant, rounded stride.
+    """
+    timesteps = respaced_timesteps(plan.num_train_timesteps, plan.steps)
+    alpha_bar_J = linear_alpha_bar(plan.num_train_timesteps)[timesteps]
+    scheduler = kind(num_train_timesteps=plan.steps, trained_betas=betas_of(alpha_bar_J), clip_sample=False, **options)
+    # From fp32 betas, 1 - alpha_bar of the last steps would keep four digits.
+    scheduler.alphas_cumprod = torch.from_numpy(alpha_bar_J)
+    scheduler.set_timesteps(plan.steps)
+    return scheduler, torch.from_numpy(timesteps[::-1].copy()).float()
+
+
+_INTEGRATORS = {"euler": _euler, "ddpm": _ddpm, "ddim": _ddim}

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.moe.dispatch import DeepSpeedDispatcher
-from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.moe.experts import EXPERT_PARAMETERS, StackedExperts
 
 #: DeepSpeed writes one file an expert and wants its keys to look like this.
 _DEEPSPEED_KEY = "deepspeed_moe.experts.deepspeed_experts."
-EXPERT_PARAMETERS = ("up_weight", "up_bias", "down_weight", "down_bias")
 
 
 class ShardedExperts(StackedExperts, MoE):
@@ -33,13 +32,13 @@ class ShardedExperts(StackedExperts, MoE):
         """Keep experts ep_rank * e ... of `full` (on the meta device); DeepSpeed's own MoE layer is not built."""
         nn.Module.__init__(self)
         num_experts = full.num_local_experts
-        self.backend = full.backend
-        self.ep_size, self.num_experts, self.num_local_experts_ = ep_size, num_experts, num_experts // ep_size
-        self.first_expert = ep_rank * self.num_local_experts_
+        self.expert_type, self.backend = full.expert_type, full.backend
+        self.ep_size, self.num_experts, self.num_local_experts = ep_size, num_experts, num_experts // ep_size
+        self.first_expert = ep_rank * self.num_local_experts
         self.expert_group_name = f"ep_size_{ep_size}"
         self.enable_expert_tensor_parallelism = False
-        for name in EXPERT_PARAMETERS:
-            shape = (self.num_local_experts_, *getattr(full, name).shape[1:])
+        for name in EXPERT_PARAMETERS[self.expert_type]:
+            shape = (self.num_local_experts, *getattr(full, name).shape[1:])
             parameter = nn.Parameter(torch.empty(shape, device="meta"))
             self.register_parameter(name, parameter)
         self.mark_parameters()
@@ -51,11 +50,6 @@ class ShardedExperts(StackedExperts, MoE):
         for parameter in self.parameters():
             parameter.allreduce = False
             parameter.group_name = self.expert_group_name
-
-    @property
-    def num_local_experts(self) -> int:
-        """e: experts held here."""
-        return self.num_local_experts_
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Nothing to do: `create_expert_groups` has made the groups that DeepSpeed looks up by name."""
@@ -95,13 +89,13 @@ def mark_experts(network: nn.Module) -> None:
 
 
 def _unstack(module: ShardedExperts, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    for name in EXPERT_PARAMETERS:
+    for name in EXPERT_PARAMETERS[module.expert_type]:
         for expert, weight in enumerate(state.pop(f"{prefix}{name}").unbind(0)):
             state[f"{prefix}{_DEEPSPEED_KEY}{expert}.{name}"] = weight
 
 
 def _restack(module: ShardedExperts, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
-    for name in EXPERT_PARAMETERS:
+    for name in EXPERT_PARAMETERS[module.expert_type]:
         keys = [f"{prefix}{_DEEPSPEED_KEY}{expert}.{name}" for expert in range(module.num_local_experts)]
         if all(key in state for key in keys):
             state[f"{prefix}{name}"] = torch.stack([state.pop(key) for key in keys])

@@ -15,7 +15,7 @@ from promoe_ds.engine.checkpoint import choose_checkpoint, differing_fields, loa
 from promoe_ds.engine.distributed import Ranks, from_main
 from promoe_ds.engine.manifest import list_checkpoints
 from promoe_ds.engine.metrics import MetricsWriter
-from promoe_ds.engine.session import Session, build_session, train_step
+from promoe_ds.engine.session import Session, build_session, start_routers, train_step
 from promoe_ds.engine.step import StepResult
 from promoe_ds.errors import CheckpointError, PromoeError, TrainingError
 from promoe_ds.logs import configure_logging, get_logger
@@ -43,7 +43,9 @@ def train(run: Run, ranks: Ranks) -> None:
     checkpoint = choose_checkpoint(run.resume, run.run_dir, ranks)
     batches = plan_batches(run.config, ranks.world_size)
     session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config))
-    if checkpoint is not None:
+    if checkpoint is None:
+        start_routers(session)
+    else:
         load_checkpoint(session, checkpoint, same_run=run.resume == "auto")
         if ranks.is_main and run.resume != "auto":
             set_later_aside(run.run_dir / "checkpoints", session.step)

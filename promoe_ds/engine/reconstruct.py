@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config import config_from_dict
-from promoe_ds.engine.adapter import EXPERT_PARAMETERS, expert_file_key
+from promoe_ds.engine.adapter import expert_file_key
 from promoe_ds.engine.manifest import MANIFEST, Layout, Manifest
 from promoe_ds.engine.optimizer import EMA
 from promoe_ds.engine.storage import load_trusted
 from promoe_ds.errors import CheckpointError
+from promoe_ds.model.state import buffer_names
+from promoe_ds.moe.experts import EXPERT_PARAMETERS
 
 #: What can be asked for: fp32 weights, their moving average, AdamW's moments.
 WEIGHTS = "weights"
@@ -30,7 +32,7 @@ _PREFIX = "denoiser."
 
 
 def reconstruct(folder: Path, manifest: Manifest, kind: str) -> dict[str, Tensor]:
-    """Assemble every parameter's fp32 value of `kind`.
+    """Assemble every parameter's fp32 value of `kind`; weights of either kind come with the routers' running state.
 
     Args:
         folder: a sound checkpoint; manifest: its manifest.
@@ -48,6 +50,8 @@ def reconstruct(folder: Path, manifest: Manifest, kind: str) -> dict[str, Tensor
     else:
         pieces = _from_optimizer_files(folder, manifest.layout, model_states, kind)
     result = {name.removeprefix(_PREFIX): value for name, value in pieces}
+    if kind in (WEIGHTS, EMA):
+        result |= _routers_state(folder, manifest, model_states)
     if not result:
         raise CheckpointError(f"{folder}: holds no parameter")
     return result
@@ -74,6 +78,14 @@ def _from_zero_shards(folder: Path, layout: Layout, model_states: dict[str, Any]
             yield name, torch.cat(parts) if ep_size > 1 else parts[0]
 
 
+def _routers_state(folder: Path, manifest: Manifest, model_states: dict[str, Any]) -> dict[str, Tensor]:
+    config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
+    try:
+        return {name: model_states["module"][f"{_PREFIX}{name}"] for name in buffer_names(config)}
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: holds no {error.args[0]}") from None
+
+
 def _flat_values(shard: dict[str, Any], group: int, kind: str, folder: Path) -> Tensor:
     if kind == WEIGHTS:
         return shard["single_partition_of_fp32_groups"][group]
@@ -96,7 +108,7 @@ def _from_module_files(folder: Path, manifest: Manifest, model_states: dict[str,
     for layer, block in enumerate(config.moe_block_indices):
         files = [load_trusted(folder / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt", mmap=True)
                  for expert in range(config.routing.num_experts)]
-        for parameter in EXPERT_PARAMETERS:
+        for parameter in EXPERT_PARAMETERS[config.routing.expert_type]:
             name = f"{_PREFIX}blocks.{block}.moe.routed.{parameter}"
             yield name, torch.stack([file[expert_file_key(name, expert)] for expert, file in enumerate(files)])
 

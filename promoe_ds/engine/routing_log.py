@@ -55,7 +55,7 @@ class RoutingAccumulator:
             self._counts_LQC[row] += in_bin_QB @ columns_BC
             self._similarity_L[row] += stats.prototype_similarity.double()
             # Forward: rows out and results back; the backward pass moves the same again.
-            row_bytes = 4 * width * layer.router.prototypes.element_size()
+            row_bytes = 4 * width * next(layer.routed.parameters()).element_size()
             self._bytes_L[row] += row_bytes * layer.dispatcher.rows_leaving(plans[index].assignment)
         self._passes += 1
 
@@ -80,16 +80,16 @@ class RoutingAccumulator:
         self._passes = 0
         return [
             {"schema": SCHEMA_VERSION, "step": step, "steps": steps, "layer": index, "timestep_bin": bin_,
-             "timestep_bins": self._bins, **_describe(counts[row, bin_], self._config.routing.top_k),
+             "timestep_bins": self._bins, **_describe(counts[row, bin_]),
              "prototype_similarity": similarity[row], "layer_bytes_exchanged": int(traffic[row])}
             for row, index in enumerate(self._layers) for bin_ in range(self._bins)]
 
 
-def _describe(columns: Tensor, top_k: int) -> dict[str, Any]:
+def _describe(columns: Tensor) -> dict[str, Any]:
     tokens = [int(x) for x in columns[:-3].tolist()]
     routed, unconditional, gate_sum = columns[-3:].tolist()
     return {"tokens_per_expert": tokens, "conditional_tokens": int(routed), "unconditional_tokens": int(unconditional),
-            "gate_mean": gate_sum / (routed * top_k) if routed else None, **load_summary(tokens)}
+            "gate_mean": gate_sum / sum(tokens) if any(tokens) else None, **load_summary(tokens)}
 
 
 def load_summary(tokens_per_expert: list[int]) -> dict[str, Any]:

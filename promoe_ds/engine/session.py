@@ -11,12 +11,13 @@ import torch.distributed as dist
 
 from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig
 from promoe_ds.data import LatentDataset, sample_indices
-from promoe_ds.diffusion.objective import DiffusionBatch, draw_batch
+from promoe_ds.diffusion import DiffusionBatch, draw_batch
 from promoe_ds.engine.adapter import create_expert_groups, mark_experts, shard_experts, share_centroids
 from promoe_ds.engine.clip import clip_gradients, global_grad_norm
 from promoe_ds.engine.distributed import Ranks
 from promoe_ds.engine.health import HealthWatch
 from promoe_ds.engine.optimizer import AdamWithEma, learning_rate, parameter_groups
+from promoe_ds.engine.router_state import RouterState, give_superclasses, seed_centroids
 from promoe_ds.engine.routing_log import RoutingAccumulator
 from promoe_ds.engine.step import StepResult, TrainingModule
 from promoe_ds.model import build_model, initialise
@@ -34,6 +35,7 @@ class Session:
     engine: deepspeed.DeepSpeedEngine
     health: HealthWatch
     routing: RoutingAccumulator
+    router_state: RouterState
     expert_group: dist.ProcessGroup | None
     step: int = 0
     samples_seen: int = 0
@@ -69,17 +71,25 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
     engine._copy_recovery_script = lambda save_path: None
     health = HealthWatch(module, ranks)
     routing = RoutingAccumulator(config, network, ranks)
+    give_superclasses(network, config)
     return Session(config=config, deepspeed_plan=deepspeed_plan, batches=batches, ranks=ranks, dataset=dataset, engine=engine,
-                   health=health, routing=routing, expert_group=expert_group)
+                   health=health, routing=routing, router_state=RouterState(network), expert_group=expert_group)
 
 
-def make_batch(session: Session, micro_step: int) -> DiffusionBatch:
-    """Return this rank's samples for a micro-step of the current step, noise and dropout drawn."""
-    slots = session.batches.slots(micro_step, session.ranks.rank)
+def start_routers(session: Session) -> None:
+    """Give routers that start from data their start, before the first step of a run: the same on every rank."""
+    batch = make_batch(session, session.batches.slots(0, 0))
+    objective = session.module.objective
+    seed_centroids(session.module.denoiser, batch.labels_B, objective.noised(batch), objective.timestep(batch),
+                   session.config.train.seed)
+
+
+def make_batch(session: Session, slots: range) -> DiffusionBatch:
+    """Return the samples of some slots of the current step's global batch, noise and dropout drawn."""
     indices = sample_indices(len(session.dataset), seed=session.config.train.seed, count=len(slots),
                              start=session.samples_seen + slots.start)
     clean, labels = session.dataset.take(indices)
-    batch = draw_batch(clean, labels, session.config.diffusion, null_label=session.config.model.null_label,
+    batch = draw_batch(clean, labels, session.module.objective, null_label=session.config.model.null_label,
                        seed=session.config.train.seed, step=session.step, slots=slots)
     return batch.to(session.ranks.device)
 
@@ -93,17 +103,19 @@ def train_step(session: Session) -> StepResult:
     terms: dict[str, torch.Tensor] = {}
     problem, norm = "", None
     for micro_step in range(session.batches.accumulation):
-        batch = make_batch(session, micro_step)
+        batch = make_batch(session, session.batches.slots(micro_step, session.ranks.rank))
         output = engine(batch)
         session.health.see_loss(output.loss)
         engine.backward(output.loss)
         session.routing.add(output.plans, batch.sigma_B)
+        session.router_state.add(output.plans)
         for name, value in output.terms.items():
             terms[name] = terms.get(name, 0.0) + value.detach() / session.batches.accumulation
         if micro_step == session.batches.accumulation - 1:
             problem = session.health.verdict(session.step)
             norm = _prepare_update(session, skip=bool(problem))
         engine.step()
+    session.router_state.absorb(skip=bool(problem))
     session.step += 1
     session.samples_seen += session.batches.global_batch
     norm = engine.get_global_grad_norm() if norm is None else norm

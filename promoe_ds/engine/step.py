@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.diffusion.objective import DiffusionBatch, velocity_loss
+from promoe_ds.diffusion import DiffusionBatch, build_objective
 from promoe_ds.model.dit import DiT
 from promoe_ds.routing.assignment import RoutingPlan
 
@@ -28,7 +28,7 @@ class TrainingModule(nn.Module):
         """Train `denoiser`."""
         super().__init__()
         self.denoiser = denoiser
-        self._num_train_timesteps = denoiser.config.diffusion.num_train_timesteps
+        self.objective = build_objective(denoiser.config.diffusion)
 
     def forward(self, batch: DiffusionBatch) -> TrainingOutput:
         """Return diffusion loss plus the auxiliary losses of all layers, added in the open.
@@ -36,12 +36,25 @@ class TrainingModule(nn.Module):
         Source: Sec. 4.3, L = Eq. 1 + lambda_RCL * Eq. 6, summed over the MoE layers; official: the auxiliary losses enter
         the gradient alone, with weight 1; differs: accumulation and scaling treat them as the rest of the loss.
         """
-        output = self.denoiser.denoise(batch.noised_BZHW, batch.sigma_B * self._num_train_timesteps, batch.labels_B)
-        terms = {"diffusion": velocity_loss(output.prediction_BZHW, batch)}
+        output = self.denoiser.denoise(self.objective.noised(batch), self.objective.timestep(batch), batch.labels_B)
+        terms = self.objective.losses(output.prediction_BZHW, batch)
         for plan in output.plans.values():
             for name, value in plan.aux_losses.items():
                 terms[name] = terms[name] + value if name in terms else value
+        terms |= self._per_layer_terms(output.plans, batch)
         return TrainingOutput(torch.stack(list(terms.values())).sum(), terms, output.plans)
+
+    def _per_layer_terms(self, plans: dict[int, RoutingPlan], batch: DiffusionBatch) -> dict[str, Tensor]:
+        """Hold each router's own prediction of the target, where it makes one, against the target: the mean over layers.
+
+        Source: per-layer regularisation of Expert Race (arXiv 2503.16057, Sec. 6).
+        """
+        predictions = [plan.target_patches_BSP for plan in plans.values() if plan.target_patches_BSP is not None]
+        if not predictions:
+            return {}
+        target_BSP = self.denoiser.patchify(self.objective.target(batch)).float()
+        errors = torch.stack([(prediction - target_BSP).square().mean() for prediction in predictions])
+        return {"per_layer": self.denoiser.config.routing.per_layer_weight * errors.mean()}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from promoe_ds.config import RunConfig
-from promoe_ds.diffusion.sampler import SamplingPlan, initial_noise, sample_latents
+from promoe_ds.diffusion.sampler import SamplingPlan, image_generators, initial_noise, sample_latents
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.evaluation.images import image_name, make_grid, save_png, to_uint8
 from promoe_ds.model.export import load_model
@@ -30,7 +30,7 @@ class SampleRequest:
     num: int | None = None
     steps: int | None = None
     cfg_scale: float | None = None
-    solver: str = "euler"
+    solver: str | None = None
     seed: int = 0
     batch_size: int = 64
     device: str | None = None
@@ -47,9 +47,10 @@ def draw_samples(request: SampleRequest) -> list[Path]:
     device = _device(request.device)
     model = load_model(request.model, device=device)
     labels = _labels(request, model.config)
+    plan = _plan(request, model.config)
     if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
         raise ConfigError(f"--out {request.out} is no empty folder: choose another one")
-    latents = _draw(request, model, labels, device)
+    latents = _draw(request, model, labels, plan, device)
     if not torch.isfinite(latents).all():
         raise CheckpointError(f"{request.model}: the samples are not finite: the weights are no trained model's")
     try:
@@ -81,19 +82,28 @@ def _labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
     return np.array([classes[i % len(classes)] for i in range(count)], dtype=np.int64)
 
 
-def _draw(request: SampleRequest, model: torch.nn.Module, labels: np.ndarray, device: str) -> torch.Tensor:
+def _plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
+    problem = config.diffusion.sampling_problem(solver=request.solver, steps=request.steps)
+    if problem:
+        raise ConfigError(f"--{problem}")
+    sampling = {name: getattr(request, name) for name in ("steps", "cfg_scale", "solver") if getattr(request, name) is not None}
+    config = config.model_copy(update={"sampling": config.sampling.model_copy(update=sampling)})
+    return SamplingPlan(
+        steps=config.sampling.steps, cfg_scale=config.sampling.cfg_scale, null_label=config.model.null_label,
+        shift=config.diffusion.shift, solver=config.resolved_solver, num_train_timesteps=config.diffusion.num_train_timesteps)
+
+
+def _draw(request: SampleRequest, model: torch.nn.Module, labels: np.ndarray, plan: SamplingPlan, device: str) -> torch.Tensor:
     config: RunConfig = model.config
-    plan = SamplingPlan(
-        steps=request.steps or config.sampling.steps, null_label=config.model.null_label, shift=config.diffusion.shift,
-        cfg_scale=config.sampling.cfg_scale if request.cfg_scale is None else request.cfg_scale, solver=request.solver,
-        num_train_timesteps=config.diffusion.num_train_timesteps)
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
     parts = []
     with tqdm(total=len(labels), unit="image", disable=None) as progress:
         for start in range(0, len(labels), request.batch_size):
             indices = range(start, min(start + request.batch_size, len(labels)))
             noise = initial_noise(shape, seed=request.seed, indices=indices).to(device)
-            parts.append(sample_latents(model, noise, torch.from_numpy(labels[start:indices.stop]).to(device), plan))
+            generators = image_generators(seed=request.seed, indices=indices)
+            chosen = torch.from_numpy(labels[start:indices.stop]).to(device)
+            parts.append(sample_latents(model, noise, chosen, plan, generators))
             progress.update(len(indices))
     return torch.cat(parts) / config.data.latent_scale
 

@@ -16,7 +16,7 @@ from promoe_ds.engine.clip import global_grad_norm
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe import DeepSpeedDispatcher, StackedExperts
 from promoe_ds.moe.collectives import all_reduce_sum
-from promoe_ds.routing import partition_samples
+from promoe_ds.routing import ClassificationRouter, KMeansRouter, partition_samples
 
 EXPERTS, WIDTH, TOKENS, IMAGES = 4, 16, 6, 3
 #: name -> what the prototypes or labels are bent to
@@ -118,6 +118,79 @@ def test_dispatch_several_ranks_equals_local(tmp_path: Path, world_size: int, sc
         parts = [r["gradients"][name] for r in ranks]
         found = torch.cat(parts) if name.startswith("routed.") else sum(parts)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+#: Every method with what its routing section adds; the contrastive losses stay on each rank, as pools do by nature.
+METHODS = {
+    "token_choice": {"rcl_scope": "rank"}, "expert_choice": {"rcl_scope": "rank"}, "dit_moe": {"balance_weight": 0.01},
+    "ec_dit": {}, "diff_moe": {}, "expert_race": {}, "kmeans": {},
+    "classification": {"superclass_map": "digits"},
+    "swiglu": {"method": "token_choice", "expert_type": "swiglu", "rcl_scope": "rank", "top_k": 2},
+    "no_conditional_routing": {"method": "diff_moe", "num_unconditional_experts": 0, "top_k": 2},
+}
+
+
+def _method_layer(method: str) -> torch.nn.Module:
+    config = _config(1).model_dump(mode="json")
+    config["routing"] |= {"method": method, **METHODS[method]}
+    torch.manual_seed(7)
+    layer = build_moe_layer(config_from_dict(config, source="test"))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    if isinstance(layer.router, KMeansRouter):
+        torch.nn.init.normal_(layer.router.centroids)
+    if isinstance(layer.router, ClassificationRouter):
+        layer.router.set_superclasses([label % EXPERTS for label in range(10)])
+    return layer
+
+
+def _method_pass(layer: torch.nn.Module, rank: int, *, train: bool) -> dict[str, torch.Tensor]:
+    tokens, labels = _scene("usual", rank)
+    partition = partition_samples(labels, 10, has_unconditional_expert=layer.unconditional is not None)
+    layer.train(train)
+    output, plan = layer(tokens.requires_grad_(), partition)
+    own = [] if plan.target_patches_BSP is None else [plan.target_patches_BSP.square().mean()]
+    ((output * torch.linspace(-1, 1, WIDTH)).sum() + sum([*plan.aux_losses.values(), *own])).backward()
+    return {"output": output.detach(), "tokens": tokens.grad, "observation": plan.observation}
+
+
+def _methods_rank(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
+                            timeout=timedelta(seconds=60))
+    results, share = {}, EXPERTS // world_size
+    for method in METHODS:
+        layer = _method_layer(method)
+        full = layer.routed
+        local = StackedExperts(share, WIDTH, 8, expert_type=full.expert_type, first_expert=rank * share)
+        for name, parameter in local.named_parameters():
+            parameter.data.copy_(getattr(full, name).data[rank * share:(rank + 1) * share])
+        layer.routed, layer.dispatcher = local, DeepSpeedDispatcher(dist.group.WORLD)
+        results[method] = {"eval": _method_pass(layer, rank, train=False)}
+        layer.zero_grad()
+        results[method] |= {"train": _method_pass(layer, rank, train=True),
+                            "gradients": {name: p.grad for name, p in layer.named_parameters()}}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_dispatch_every_method_equals_local(tmp_path: Path, world_size: int, subtests) -> None:
+    """Experts spread over the ranks give each rank what it would get with all of them, in training and evaluation."""
+    mp.start_processes(_methods_rank, (world_size, str(tmp_path)), nprocs=world_size, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for method in METHODS:
+        with subtests.test(method):
+            layer = _method_layer(method)
+            for mode in ("eval", "train"):
+                layer.zero_grad()
+                for rank in range(world_size):
+                    torch.testing.assert_close(ranks[rank][method][mode], _method_pass(layer, rank, train=mode == "train"), **close)
+            for name, parameter in layer.named_parameters():
+                parts = [r[method]["gradients"][name] for r in ranks]
+                found = torch.cat(parts) if name.startswith("routed.") else sum(parts)
+                torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
 
 
 def _norm_rank(rank: int, folder: str) -> None:

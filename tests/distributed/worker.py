@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 import promoe_ds.engine.session as session_module
-import promoe_ds.engine.step as step_module
 from promoe_ds.config import load_config, plan_batches, resolve_deepspeed
+from promoe_ds.diffusion.rectified_flow import RectifiedFlow
 from promoe_ds.engine.distributed import Ranks, complete_environment, start_distributed, stop_distributed
 from promoe_ds.engine.loop import Run, train
 from promoe_ds.errors import PromoeError
 
-REAL_LOSS = step_module.velocity_loss
+REAL_LOSSES = RectifiedFlow.losses
 REAL_STEP = session_module.train_step
 
 
@@ -38,7 +38,7 @@ def run_job(job: dict, ranks: Ranks) -> str:
     """Run one job; return "" or the message of the error that ended it."""
     values = {"zero_optimization": {"stage": job["zero_stage"]}, "bf16": {"enabled": job["bf16"]}}
     fault = job["fault"]
-    step_module.velocity_loss = _poisoned_loss(fault, ranks) if fault else REAL_LOSS
+    RectifiedFlow.losses = _poisoned_losses(fault, ranks) if fault else REAL_LOSSES
     try:
         config = load_config(job["recipe"], job["overrides"])
         plan = resolve_deepspeed(values, config, plan_batches(config, ranks.world_size), source="job")
@@ -48,19 +48,19 @@ def run_job(job: dict, ranks: Ranks) -> str:
     return ""
 
 
-def _poisoned_loss(fault: dict, ranks: Ranks):
+def _poisoned_losses(fault: dict, ranks: Ranks):
     """Make loss or gradient NaN on one rank at the given calls (one call a micro-step)."""
     calls = iter(range(10**6))
 
-    def loss(prediction, batch):
+    def losses(self, prediction, batch):
         call = next(calls)
         if ranks.rank != fault["rank"] or call not in fault["calls"]:
-            return REAL_LOSS(prediction, batch)
+            return REAL_LOSSES(self, prediction, batch)
         if fault["kind"] == "loss":
-            return REAL_LOSS(prediction, batch) * float("nan")
-        return REAL_LOSS(_NanGradient.apply(prediction), batch)
+            return {name: value * float("nan") for name, value in REAL_LOSSES(self, prediction, batch).items()}
+        return REAL_LOSSES(self, _NanGradient.apply(prediction), batch)
 
-    return loss
+    return losses
 
 
 def main() -> None:

@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from promoe_ds.config import RunConfig, config_from_dict, count_parameters
-from promoe_ds.diffusion import DiffusionBatch
-from promoe_ds.diffusion.sampler import SamplingPlan, sample_latents
+from promoe_ds.diffusion import DiffusionBatch, SamplingPlan, sample_latents
 from promoe_ds.engine.optimizer import AdamWithEma, parameter_groups
 from promoe_ds.engine.step import TrainingModule
 from promoe_ds.model import DiT, build_model
 from promoe_ds.model.official import from_official, to_official
 
 from .conftest import Case
-from .published import METHODS, method_or_skip, model_config
+from .published import METHODS, method_of, model_config
 
 
 def _load(case: Case, state: dict[str, torch.Tensor] | None = None, **optimizer: object) -> DiT:
-    config = model_config(case.sidecar["hyperparameters"], method_or_skip(case.sidecar["model_class"]))
+    config = model_config(case.sidecar["hyperparameters"], method_of(case.sidecar["model_class"]))
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=optimizer)})
     network = build_model(config)
     network.reset_positions()
@@ -43,14 +42,29 @@ def test_model_equals_published(case: Case) -> None:
     module = TrainingModule(network).train()
     batch = _batch(inputs["train_z"], inputs["train_noise"], inputs["u"], inputs["train_y"])
     output = module(batch)
-    torch.testing.assert_close(network.denoise(batch.noised_BZHW, batch.sigma_B * 1000, batch.labels_B).prediction_BZHW,
-                               expected["train"], **close)
+    prediction = network.denoise(module.objective.noised(batch), module.objective.timestep(batch), batch.labels_B).prediction_BZHW
+    torch.testing.assert_close(prediction, expected["train"], **close)
     assert output.terms["diffusion"].item() == pytest.approx(case.sidecar["mse"], rel=close["rtol"])
     for block, value in case.sidecar["aux_loss_per_moe_block"].items():
         total = sum(output.plans[int(block)].aux_losses.values()).item()
         assert total == pytest.approx(value, rel=close["rtol"], abs=close["atol"])
+    for block, value in (case.sidecar["capacity_prediction_bce_per_moe_block"] or {}).items():
+        loss = output.plans[int(block)].aux_losses["capacity"].item()
+        assert loss == pytest.approx(value * network.config.routing.capacity_weight, rel=close["rtol"])
     output.loss.backward()
     _check_gradients(case, network, close)
+    _check_running_state(network, output.plans, expected, close)
+
+
+def _check_running_state(network: DiT, plans, expected: dict[str, torch.Tensor], close: dict[str, float]) -> None:
+    """Routers' buffers after one training pass of one process, where the case states them."""
+    stated = {name.removeprefix("after_train."): value for name, value in expected.items() if name.startswith("after_train.")}
+    for index, layer in network.moe_layers().items():
+        if plans[index].observation is not None:
+            layer.router.absorb(plans[index].observation)
+    state = to_official(network.state_dict(), network.config)
+    for name, value in stated.items():
+        torch.testing.assert_close(state[name], value, **close, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def _check_gradients(case: Case, network: DiT, close: dict[str, float]) -> None:
@@ -154,8 +168,6 @@ def test_sampling_equals_published(case: Case) -> None:
 def test_parameter_counts_equal_published(case: Case, subtests) -> None:
     for name, row in case.sidecar["counts"].items():
         with subtests.test(name):
-            if row["kind"] not in METHODS:
-                pytest.skip(f"method not built yet: {row['kind']}")
             count = count_parameters(_published_config(row))
             for ours, theirs in (("total", "total_parameters"), ("activated", "activated_parameters"),
                                  ("trainable", "trainable_parameters"), ("position_embedding", "fixed_position_embedding")):
@@ -166,5 +178,9 @@ def test_parameter_counts_equal_published(case: Case, subtests) -> None:
 
 def _published_config(row: dict) -> RunConfig:
     sizes = {key: row[key] for key in ("hidden_size", "depth", "num_heads")}
-    return config_from_dict({"name": "count", "model": sizes, "routing": {"method": METHODS[row["kind"]]},
-                             "train": {"max_steps": 1}, "data": {"dataset": "latents"}}, source="golden count")
+    method = METHODS[row["kind"]]
+    routing: dict = {"method": method}
+    if method in ("dit_moe", "ec_dit", "diff_moe"):
+        routing |= {"num_experts": 8, "num_shared_experts": 0, "num_unconditional_experts": 0}
+    return config_from_dict({"name": "count", "model": sizes, "routing": routing, "train": {"max_steps": 1},
+                             "data": {"dataset": "latents"}}, source="golden count")

@@ -1,0 +1,80 @@
+"""Routers' running state (thresholds, centroids): learned once a step, from all passes of all ranks together."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from promoe_ds.config import RunConfig, read_superclasses
+from promoe_ds.model.dit import DiT
+from promoe_ds.randomness import generator
+from promoe_ds.routing import ClassificationRouter, KMeansRouter, Partition, RoutingPlan
+
+
+class RouterState:
+    """Collects the observations of a step's plans and hands their sum over the ranks to the routers."""
+
+    def __init__(self, network: DiT) -> None:
+        """Watch the network's routers."""
+        self._routers = {index: layer.router for index, layer in network.moe_layers().items()}
+        self._observations: dict[int, Tensor] = {}
+
+    def add(self, plans: dict[int, RoutingPlan]) -> None:
+        """Take one pass's observations.  Sync: none."""
+        for index, plan in plans.items():
+            if plan.observation is not None:
+                seen = self._observations.get(index)
+                self._observations[index] = plan.observation if seen is None else seen + plan.observation
+
+    def absorb(self, *, skip: bool) -> None:
+        """End a step: update every router, or forget what was seen where the step is skipped; start anew.
+
+        Collectives: one, where a router has state.
+        """
+        observations, self._observations = self._observations, {}
+        if skip or not observations:
+            return
+        total = torch.cat([observation.flatten() for observation in observations.values()])
+        dist.all_reduce(total)
+        for (index, observation), part in zip(observations.items(), total.split([o.numel() for o in observations.values()]),
+                                              strict=True):
+            self._routers[index].absorb(part.view_as(observation))
+
+
+def give_superclasses(network: DiT, config: RunConfig) -> None:
+    """Give every classification router the map of the recipe; nothing to do for other methods."""
+    if config.routing.method != "classification":
+        return
+    superclasses = read_superclasses(config)
+    for layer in network.moe_layers().values():
+        assert isinstance(layer.router, ClassificationRouter)
+        layer.router.set_superclasses(superclasses)
+
+
+@torch.no_grad()
+def seed_centroids(network: DiT, labels_B: Tensor, noised_BZHW: Tensor, timestep_B: Tensor, seed: int) -> None:
+    """Start k-means routers at tokens of a first batch, the same on every rank; nothing to do for other methods.
+
+    A layer's centroids are set before it routes, so that deeper layers see the tokens that training will show them.
+    Collectives: those of a forward pass, and one broadcast a layer.
+    """
+    hooks = []
+    for index, layer in network.moe_layers().items():
+        if isinstance(layer.router, KMeansRouter):
+            hooks.append(layer.router.register_forward_pre_hook(_seeding_hook(seed, index)))
+    if hooks:
+        network.denoise(noised_BZHW, timestep_B, labels_B)
+    for hook in hooks:
+        hook.remove()
+
+
+def _seeding_hook(seed: int, index: int):
+    def _permutation(count: int) -> Tensor:
+        return torch.from_numpy(generator(seed, "init", index, 0).permutation(count))
+
+    def _seed(router: KMeansRouter, arguments: tuple[Tensor, Partition]) -> None:
+        router.seed(*arguments, _permutation)
+        dist.broadcast(router.centroids, src=0)
+
+    return _seed

@@ -1,0 +1,94 @@
+"""Every routing method trains under expert parallelism as without it, keeps its running state and resumes exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
+
+RECIPES = ("digits_dit", "digits_ditmoe", "digits_ecdit", "digits_diffmoe", "digits_expertrace", "digits_promoe",
+           "digits_promoe_ec", "digits_classification", "digits_kmeans", "digits_promoe_ddpm")
+MIXTURES = tuple(name for name in RECIPES if name != "digits_dit")
+#: One of each kind: test_dispatch holds every method's layer on four ranks.
+ON_FOUR_RANKS = ("digits_promoe_ec", "digits_diffmoe", "digits_kmeans")
+SHORT = ("train.max_steps=8",)
+#: Methods whose routers keep something beside parameters.
+STATES = {"digits_diffmoe": "thresholds", "digits_expertrace": "threshold", "digits_kmeans": "centroids"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], Path]:
+    """Train on 2 and 4 ranks, experts on every rank and spread over all."""
+    folder = tmp_path_factory.mktemp("methods")
+    found: dict[tuple[str, int, int], Path] = {}
+    for world_size, recipes in ((2, RECIPES), (4, ON_FOUR_RANKS)):
+        jobs = []
+        for recipe in recipes:
+            for ep_size in (1, world_size) if recipe in MIXTURES else (1,):
+                found[recipe, world_size, ep_size] = folder / f"{recipe}_w{world_size}_ep{ep_size}"
+                jobs.append(Job(run_dir=found[recipe, world_size, ep_size], recipe=recipe,
+                                overrides=(*SHORT, f"parallel.ep_size={ep_size}")))
+        assert run_jobs(world_size, jobs, folder) == [""] * len(jobs)
+    return found
+
+
+@pytest.mark.parametrize(("recipe", "world_size"), [*((r, 2) for r in MIXTURES), *((r, 4) for r in ON_FOUR_RANKS)])
+def test_method_expert_parallel_equals_local(runs, recipe, world_size) -> None:
+    local, spread = runs[recipe, world_size, 1], runs[recipe, world_size, world_size]
+    for before, after in zip(metrics(local), metrics(spread), strict=True):
+        losses = [name for name in before if name.startswith("loss")]
+        assert {name: after[name] for name in losses} == pytest.approx({name: before[name] for name in losses}, rel=1e-4, abs=1e-7)
+    for kind in ("weights", "ema"):
+        expected, found = (without_key_bias(state(run, kind)) for run in (local, spread))
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_method_loss_terms_add_up(runs, recipe) -> None:
+    for line in metrics(runs[recipe, 2, 1]):
+        terms = [value for name, value in line.items() if name.startswith("loss_")]
+        assert line["loss"] == pytest.approx(sum(terms), rel=1e-9)
+
+
+@pytest.mark.parametrize("recipe", ["digits_ecdit", "digits_promoe_ec", "digits_diffmoe"])
+def test_method_experts_choose_load_is_even(runs, recipe) -> None:
+    lines = routing(runs[recipe, 2, 2])
+    for step in range(1, 9):
+        here = [line["tokens_per_expert"] for line in lines if (line["step"], line["layer"]) == (step, 1)]
+        totals = torch.tensor(here).sum(dim=0)
+        assert (totals == totals[0]).all()
+
+
+@pytest.mark.parametrize(("recipe", "name"), STATES.items())
+def test_running_state_moves_and_is_the_same_for_raw_and_averaged_weights(runs, recipe, name) -> None:
+    weights, ema = (state(runs[recipe, 2, 2], kind) for kind in ("weights", "ema"))
+    found = [key for key in weights if key.endswith(f"router.{name}")]
+    assert len(found) == 2  # the two MoE layers
+    for key in found:
+        assert weights[key].dtype == torch.float32
+        assert weights[key].abs().sum() > 0
+        assert torch.equal(weights[key], ema[key])
+        assert key not in state(runs[recipe, 2, 2], "exp_avg")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_running_state_interrupted_run_repeats_uninterrupted_one(tmp_path, bf16) -> None:
+    """Bit for bit, thresholds and centroids included, also where weights are bf16."""
+    jobs, pairs = [], {}
+    for recipe in STATES:
+        whole, parts = tmp_path / f"{recipe}_whole", tmp_path / f"{recipe}_parts"
+        pairs[recipe] = whole, parts
+        common = {"recipe": recipe, "bf16": bf16}
+        jobs.append(Job(run_dir=whole, overrides=("train.max_steps=6",), **common))
+        jobs += [Job(run_dir=parts, overrides=("train.max_steps=6", "train.stop_after_steps=3"), **common)] * 2
+    assert run_jobs(2, jobs, tmp_path) == [""] * len(jobs)
+    for recipe, (whole, parts) in pairs.items():
+        assert [line["loss"] for line in metrics(parts)] == [line["loss"] for line in metrics(whole)], recipe
+        expected, found = state(whole), state(parts)
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), recipe
+        assert all(value.dtype == torch.float32 for name, value in found.items() if name.endswith(STATES[recipe]))
