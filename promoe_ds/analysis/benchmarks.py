@@ -16,11 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config import RunConfig, load_config
+from promoe_ds.config import RunConfig, config_from_dict, load_config
+from promoe_ds.diffusion import DiffusionBatch
+from promoe_ds.engine.step import TrainingModule
+from promoe_ds.model import build_model, initialise
 from promoe_ds.model.build import build_moe_layer
+from promoe_ds.model.routers import ROUTERS, build_router
 from promoe_ds.moe.experts import FeedForward
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.routing.partition import Partition, partition_samples
+from promoe_ds.routing import ClassificationRouter, Partition, Router, partition_samples
 
 _INIT_STD = 0.02
 
@@ -108,6 +112,64 @@ def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -
     }
     return BenchmarkResult(suite="moe-layer", baseline="dense", rounds=rounds, timings=interleave(contenders, rounds=rounds),
                            settings=_settings(config, tokens=images * per_image, active_width=active))
+
+
+def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> BenchmarkResult:
+    """Time the routers of all layers, losses and backward pass included, against a training step of a recipe.
+
+    Contenders: `training_step`, forward and backward pass of the whole network without the optimizer; `router_losses_METHOD`,
+    for the recipe's own method and then for the others at the same size, everything that routing adds to such a step:
+    scores, choice, list, losses, statistics, and the gradients of all of them.
+    Args:
+        tokens: conditional tokens, a multiple of the recipe's tokens per image.
+    """
+    config = load_config(recipe)
+    model = config.model
+    images = max(1, tokens // model.tokens_per_image)
+    generator = torch.Generator().manual_seed(0)
+    shape = (images, model.in_channels, model.input_size, model.input_size)
+    batch = DiffusionBatch(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator),
+                           torch.rand(images, generator=generator), torch.arange(images) % model.num_classes)
+    network = build_model(config)
+    initialise(network, 0)
+    module = TrainingModule(network).train()
+    inputs = torch.randn(images, model.tokens_per_image, model.hidden_size, generator=generator)
+    partition = partition_samples(batch.labels_B, model.null_label)
+    contenders: dict[str, Callable[[], None]] = {"training_step": lambda: _training_pass(module, batch)}
+    layers = len(config.moe_block_indices)
+    for name, router in _routers(config).items():
+        contenders[f"router_losses_{name}"] = lambda router=router: _routing_passes(router, inputs, partition, layers)
+    return BenchmarkResult(suite="router", baseline="training_step", rounds=rounds,
+                           timings=interleave(contenders, rounds=rounds, warmup=1), settings=_settings(config, images=images))
+
+
+def _routers(config: RunConfig) -> dict[str, Router]:
+    routers = {}
+    for method in (config.routing.method, *(m for m in ROUTERS if m != config.routing.method)):
+        values = config.model_dump(mode="json")
+        fields = {"num_experts": config.routing.num_experts, "top_k": config.routing.top_k, "method": method}
+        if method == "classification":
+            fields["superclass_map"] = "none read here"
+        values["routing"] = config.model_dump(mode="json")["routing"] if method == config.routing.method else fields
+        router = _initialised(build_router(config_from_dict(values, source="benchmark")))
+        if isinstance(router, ClassificationRouter):
+            router.set_superclasses([label % config.routing.num_experts for label in range(config.model.num_classes)])
+        routers[method] = router
+    return routers
+
+
+def _training_pass(module: TrainingModule, batch: DiffusionBatch) -> None:
+    module.zero_grad(set_to_none=True)
+    module(batch).loss.backward()
+
+
+def _routing_passes(router: Router, tokens: Tensor, partition: Partition, layers: int) -> None:
+    for _ in range(layers):
+        router.zero_grad(set_to_none=True)
+        plan = router(tokens.detach().requires_grad_(), partition)
+        results = [plan.assignment.gates_N.sum(), *plan.aux_losses.values()]
+        results += [] if plan.target_patches_BSP is None else [plan.target_patches_BSP.sum()]
+        torch.autograd.backward(results)
 
 
 def _settings(config: RunConfig, **more: object) -> dict[str, object]:

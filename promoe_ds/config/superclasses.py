@@ -32,7 +32,8 @@ def read_superclasses(config: RunConfig) -> tuple[int, ...]:
     for expert, (title, members) in enumerate(superclasses.items()):
         for label in members:
             if not 0 <= label < classes:
-                raise ConfigError(f"routing.superclass_map={name}: {title} holds class {label}, the model knows 0 ... {classes - 1}")
+                raise ConfigError(f"routing.superclass_map={name}: {title} holds class {label}, the model knows 0 ... "
+                                  f"{classes - 1}")
             if label in found:
                 raise ConfigError(f"routing.superclass_map={name}: class {label} stands in two superclasses, keep one")
             found[label] = expert

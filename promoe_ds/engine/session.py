@@ -22,6 +22,9 @@ from promoe_ds.engine.routing_log import RoutingAccumulator
 from promoe_ds.engine.step import StepResult, TrainingModule
 from promoe_ds.model import build_model, initialise
 
+#: Samples of the first batch that routers may start from.
+_STARTING_SAMPLES = 32
+
 
 @dataclass(kw_only=True)
 class Session:
@@ -77,8 +80,8 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
 
 
 def start_routers(session: Session) -> None:
-    """Give routers that start from data their start, before the first step of a run: the same on every rank."""
-    batch = make_batch(session, session.batches.slots(0, 0))
+    """Give routers that start from data their start, before the first step of a run: the same on any number of ranks."""
+    batch = make_batch(session, range(min(session.batches.global_batch, _STARTING_SAMPLES)))
     objective = session.module.objective
     seed_centroids(session.module.denoiser, batch.labels_B, objective.noised(batch), objective.timestep(batch),
                    session.config.train.seed)

@@ -21,7 +21,7 @@ from promoe_ds.routing import (
 
 def build_router(config: RunConfig) -> Router:
     """Build the router of one MoE layer, uninitialised."""
-    return _BUILDERS[config.routing.method](config)
+    return ROUTERS[config.routing.method](config)
 
 
 def _two_step_settings(routing: RoutingConfig) -> TwoStepSettings:
@@ -71,6 +71,7 @@ def _kmeans(config: RunConfig) -> Router:
     return KMeansRouter(config.model.hidden_size, num_experts=config.routing.num_experts)
 
 
-_BUILDERS: dict[str, Callable[[RunConfig], Router]] = {
+#: How each routing.method is built.
+ROUTERS: dict[str, Callable[[RunConfig], Router]] = {
     "token_choice": _token_choice, "expert_choice": _expert_choice, "dit_moe": _dit_moe, "ec_dit": _ec_dit,
     "diff_moe": _diff_moe, "expert_race": _expert_race, "classification": _classification, "kmeans": _kmeans}

@@ -1,0 +1,51 @@
+"""Every command of docs/paper_tables.md loads, and its parameter counts are those printed there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from promoe_ds.config import count_parameters, load_config
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "paper_tables.md"
+_ROW = re.compile(r"^\| (?P<model>[^|]+) \| `(?P<arguments>[^`]+)` \| (?P<activated>\S+) \| (?P<total>\S+) \| "
+                  r"(?P<published>[^|]*) \|", re.MULTILINE)
+ROWS = [match.groupdict() for match in _ROW.finditer(DOCUMENT.read_text(encoding="utf-8"))]
+#: Tables whose every row the document must state.
+TABLES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
+
+
+def _readable(count: int) -> str:
+    return f"{count / 1e9:.3f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def _number(text: str) -> float:
+    return float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]
+
+
+@pytest.fixture(scope="module")
+def superclasses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("map") / "twelve.yaml"
+    path.write_text(yaml.safe_dump({f"group {i}": list(range(i, 1000, 12)) for i in range(12)}))
+    return path
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["arguments"])
+def test_paper_row_loads_with_printed_counts(row, superclasses) -> None:
+    recipe, _, overrides = row["arguments"].removeprefix("--recipe ").partition(" --set ")
+    count = count_parameters(load_config(recipe, overrides.replace("FILE", str(superclasses)).split()))
+    assert (_readable(count.activated), _readable(count.total)) == (row["activated"], row["total"])
+    if row["published"].strip() and "diffmoe" not in recipe:
+        activated, total = (_number(text) for text in row["published"].split(" / "))
+        # The paper rounds down here and there: 130.57M is "130M".
+        assert count.activated == pytest.approx(activated, rel=0.006)
+        assert count.total == pytest.approx(total, rel=0.01)
+
+
+def test_paper_tables_every_table_is_there() -> None:
+    headings = re.findall(r"^## Tables? (.*):", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(int(n) for heading in headings for n in re.findall(r"\d+", heading)) == list(TABLES)
+    assert len(ROWS) > 40
