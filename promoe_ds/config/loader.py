@@ -38,7 +38,7 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(values, override)
     config = config_from_dict(values, source=str(recipe))
-    if config.routing.superclass_map is not None:
+    if config.routing.method == "classification":
         read_superclasses(config)
     return config
 
@@ -46,7 +46,7 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:
     """Validate nested values, e.g. those saved in a run or a checkpoint.
 
-    Raises: ConfigError, with one line for each problem.
+    Raises: ConfigError, one line for one problem, else a line for each.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source} must be a mapping of sections, found {type(values).__name__}")
@@ -54,6 +54,8 @@ def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
         lines = [_describe(problem) for problem in error.errors()]
+        if len(lines) == 1:
+            raise ConfigError(f"{source}: {lines[0]}") from None
         raise ConfigError("\n".join([f"{source} does not describe a run:", *(f"  {line}" for line in lines)])) from None
 
 

@@ -1,4 +1,4 @@
-"""Judging samples of the digits recipes with a small classifier trained on the real digits."""
+"""Judging digits models: their samples, by a classifier trained on real digits, and their loss on unseen ones."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from promoe_ds.data.digits import load_digits_split
+from promoe_ds.diffusion import build_objective, draw_batch
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.frechet import fit_gaussian, frechet_distance
 from promoe_ds.evaluation.images import read_samples, to_uint8
+from promoe_ds.model.dit import DiT
 
 _NOISE_SEED = 0
 
@@ -58,6 +61,29 @@ def judge_samples(path: Path, heldout_fraction: float = 0.2) -> DigitsReport:
         frechet=frechet_distance(fit_gaussian(features), target),
         frechet_of_training_digits=frechet_distance(fit_gaussian(real), target),
         frechet_of_noise=frechet_distance(fit_gaussian(noise), target))
+
+
+@torch.no_grad()
+def heldout_loss(model: DiT, *, draws: int = 8, seed: int = 0, batch_size: int = 64) -> float:
+    """Return the mean diffusion loss of a model, in evaluation mode, on the digits held out from its training.
+
+    Every image meets its own label and the same `draws` noises and noise levels whatever the model: differences between
+    models are theirs. Methods that choose from the batch get batches of `batch_size`.
+    Args:
+        model: of a digits recipe.
+    """
+    config, objective = model.config, build_objective(model.config.diffusion)
+    heldout = load_digits_split(config.data.heldout_fraction, heldout=True)
+    images, labels = torch.from_numpy(heldout.images) * config.data.latent_scale, torch.from_numpy(heldout.labels)
+    total = 0.0
+    for draw in range(draws):
+        for start in range(0, len(labels), batch_size):
+            slots = range(start, min(start + batch_size, len(labels)))
+            clean, own = images[start:slots.stop], labels[start:slots.stop]
+            batch = draw_batch(clean, own, objective, null_label=config.model.null_label, seed=seed, step=draw, slots=slots)
+            prediction = model(objective.noised(batch), objective.timestep(batch), own)
+            total += len(slots) * objective.losses(prediction, batch)["diffusion"].item()
+    return total / (draws * len(labels))
 
 
 def _features(images_NHWC: np.ndarray) -> np.ndarray:

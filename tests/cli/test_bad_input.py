@@ -24,6 +24,15 @@ MISTAKES = [
     (("train.max_steps=many",), "train.max_steps='many'"),
     (("parallel.dispatch=local", "parallel.ep_size=2"), "use dispatch=deepspeed"),
     (("data.dataset=latents", "model.input_size=8"), "data.path is not set"),
+    (("diffusion.objective=ddpm",), "set model.learn_sigma=true"),
+    (("routing.method=kmeans", "routing.top_k=2"), "method=kmeans gives every token one expert"),
+    (("routing.method=ec_dit", "routing.num_experts=32"), "less than one token (method=ec_dit): raise top_k or lower num_experts"),
+    (("routing.method=diff_moe", "routing.num_experts=32", "train.global_batch_size=1"), "raise train.micro_batch_size"),
+    (("routing.method=ec_dit", "routing.rcl_weight=2"), "rcl_weight=2.0 has no use for method=ec_dit"),
+    (("routing.method=classification",), "method=classification needs superclass_map"),
+    (("routing.superclass_map=nowhere", "routing.method=classification"), "is no packaged map and cannot be read as a file"),
+    (("sampling.solver=euler", "diffusion.objective=ddpm", "model.learn_sigma=true"), "set it to ddpm or ddim"),
+    (("sampling.solver=ddim",), "sampling.solver=ddim cannot sample diffusion.objective=rectified_flow: set it to euler"),
 ]
 
 
@@ -34,11 +43,18 @@ def check_refused(done, expected: str, code: int) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("overrides", "expected"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
+@pytest.mark.parametrize(("overrides", "expected"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
 def test_train_wrong_setting_is_refused_in_one_message(tmp_path, overrides, expected) -> None:
     done = train(*overrides, cwd=tmp_path)
     check_refused(done, expected, 3 if "data.path" in expected else 2)
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def test_train_superclass_map_without_a_class_names_it_in_one_line(tmp_path) -> None:
+    (tmp_path / "map.yaml").write_text("a: [0, 1]\nb: [2, 3]\nc: [4, 5, 6]\nd: [7, 9]\n")
+    done = train("routing.method=classification", "routing.superclass_map=map.yaml", cwd=tmp_path)
+    check_refused(done, "routing.superclass_map=map.yaml misses class 8: every class needs a superclass", 2)
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error")]) == 1
 
 
 def test_train_unknown_recipe_suggests_a_name(tmp_path) -> None:
@@ -143,5 +159,7 @@ def test_convert_and_sample_refusals_name_the_file(tmp_path) -> None:
     check_refused(run(*sample, "--model", "nowhere", cwd=tmp_path), "nowhere is no export", 4)
     check_refused(run(*sample, "--model", "export", "--classes", "1,12", cwd=tmp_path), "knows the classes 0 ... 9", 2)
     check_refused(run(*sample, "--model", "export", "--num", "0", cwd=tmp_path), "--num 0: must be at least 1", 2)
+    check_refused(run(*sample, "--model", "export", "--solver", "ddim", cwd=tmp_path),
+                  "--solver=ddim cannot sample diffusion.objective=rectified_flow: set it to euler, or to auto", 2)
     (tmp_path / "export/model.safetensors").write_bytes(b"garbage")
     check_refused(run(*sample, "--model", "export", cwd=tmp_path), "export/model.safetensors: cannot be read", 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -9,13 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from promoe_ds.config import load_config
+from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.model.build import build_moe_layer
+from promoe_ds.model.routers import ROUTERS
 from promoe_ds.moe import StackedExperts
 from promoe_ds.routing import partition_samples
 from tests.cli.commands import REPOSITORY, run, train_arguments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def _config_of(method: str) -> RunConfig:
+    values = load_config("promoe_s").model_dump(mode="json")
+    values["routing"] |= {"method": method, **({"superclass_map": "digits"} if method == "classification" else {})}
+    return config_from_dict(values, source="test")
 
 
 def _filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -45,9 +53,12 @@ def test_grouped_gemm_cuda_equals_loop_in_fp64(dtype, counts) -> None:
         torch.testing.assert_close(p.grad.double(), q.grad, **close, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_router_and_losses_make_no_host_synchronisation() -> None:
-    config = load_config("promoe_s")
+@pytest.mark.parametrize("method", ROUTERS)
+def test_router_and_losses_make_no_host_synchronisation(method) -> None:
+    config = _config_of(method)
     layer = _filled(build_moe_layer(config)).bfloat16().train()
+    if method == "classification":
+        layer.router.set_superclasses([label % 12 for label in range(1000)])
     tokens = torch.randn(4, config.model.tokens_per_image, config.model.hidden_size, device="cuda", dtype=torch.bfloat16,
                          requires_grad=True)
     partition = partition_samples(torch.tensor([1, 1000, 3, 4], device="cuda"), config.model.null_label)
@@ -59,6 +70,29 @@ def test_router_and_losses_make_no_host_synchronisation() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert tokens.grad is not None
     assert torch.isfinite(tokens.grad).all()
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("method", ROUTERS)
+def test_method_cuda_equals_cpu(method, train) -> None:
+    """Outputs, losses and gradients of a layer in fp32; inputs of this size have no near ties."""
+    config = _config_of(method)
+    layers = {"cuda": _filled(build_moe_layer(config)).train(train)}
+    layers["cpu"] = copy.deepcopy(layers["cuda"]).cpu()
+    tokens, labels = torch.randn(4, config.model.tokens_per_image, config.model.hidden_size), torch.tensor([1, 1000, 3, 4])
+    found = {}
+    for device, layer in layers.items():
+        if method == "classification":
+            layer.router.set_superclasses([label % 12 for label in range(1000)])
+        if method == "kmeans":
+            layer.router.centroids.copy_(tokens[0, :12])
+        x = tokens.to(device).requires_grad_()
+        output, plan = layer(x, partition_samples(labels.to(device), config.model.null_label))
+        (output.square().mean() + sum(plan.aux_losses.values())).backward()
+        found[device] = {"output": output.detach().cpu(), "tokens": x.grad.cpu(),
+                         "counts": plan.assignment.tokens_per_expert_E.cpu(),
+                         "losses": [loss.detach().cpu() for loss in plan.aux_losses.values()]}
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("config", ["zero2_fp32.json", "zero2_bf16.json"])

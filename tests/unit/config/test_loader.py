@@ -14,7 +14,7 @@ from promoe_ds.config import RunConfig, config_from_dict, list_recipes, load_con
 from promoe_ds.config.loader import dotted_names, nearest_name
 from promoe_ds.errors import ConfigError
 
-from ..builders import small_config, small_values
+from ..builders import packaged_config, small_config, small_values
 
 RECIPE = "digits_promoe"
 
@@ -26,8 +26,13 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_recipe_packaged_loads_under_its_own_name(name: str) -> None:
-    assert load_config(name).name == name
+def test_recipe_packaged_loads_under_its_own_name(name: str, tmp_path: Path) -> None:
+    assert packaged_config(name, tmp_path).name == name
+
+
+def test_recipe_that_needs_a_map_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"classification_b.*method=classification needs superclass_map"):
+        load_config("classification_b")
 
 
 def test_recipes_packaged_include_every_size_of_the_paper() -> None:
@@ -70,12 +75,12 @@ def test_config_import_brings_no_torch() -> None:
 ])
 def test_loader_unknown_key_names_path_and_nearest(section: str, field: str, nearest: str) -> None:
     values = small_values(**{section: {field: 1}})
-    with pytest.raises(ConfigError, match=rf"(?m)^  {section}\.{field}: no such field; did you mean {re.escape(nearest)}\?$"):
+    with pytest.raises(ConfigError, match=rf"^recipe: {section}\.{field}: no such field; did you mean {re.escape(nearest)}\?$"):
         config_from_dict(values, source="recipe")
 
 
 def test_loader_unknown_section_nothing_like_any_is_named_without_a_guess() -> None:
-    with pytest.raises(ConfigError, match=r"(?m)^  zzzz: no such field$"):
+    with pytest.raises(ConfigError, match=r"^recipe: zzzz: no such field$"):
         config_from_dict({**small_values(), "zzzz": {"qqqq": 1}}, source="recipe")
 
 
@@ -115,14 +120,14 @@ def test_loader_several_problems_are_all_told() -> None:
 def test_loader_missing_section_says_must_be_set(section: str) -> None:
     values = small_values()
     del values[section]
-    with pytest.raises(ConfigError, match=rf"(?m)^  {section}: must be set$"):
+    with pytest.raises(ConfigError, match=rf"^recipe: {section}: must be set$"):
         config_from_dict(values, source="recipe")
 
 
 def test_loader_missing_field_says_must_be_set() -> None:
     values = small_values()
     del values["train"]["max_steps"]
-    with pytest.raises(ConfigError, match=r"(?m)^  train\.max_steps: must be set$"):
+    with pytest.raises(ConfigError, match=r"^recipe: train\.max_steps: must be set$"):
         config_from_dict(values, source="recipe")
 
 
