@@ -1,1 +1,1 @@
-"""Reading what a run recorded: routing statistics and their summaries."""
+"""Reading what runs recorded: routing statistics and their summaries, benchmarks, comparisons of recipes."""

@@ -1,0 +1,103 @@
+"""The comparison as a user runs it: two contenders and two seeds, resumed, enlarged, with a run that fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .commands import REPOSITORY, ZERO2, run
+
+TINY = ("model.hidden_size=32", "model.depth=2", "model.num_heads=2", "train.global_batch_size=8", "sampling.steps=2")
+CONTENDERS = ("digits_promoe", "dense")
+
+
+def _compare(folder: Path, seeds: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, str(REPOSITORY / "tools" / "compare.py"), "--recipes", "digits_promoe", "--variant",
+               "dense=digits_promoe,routing.method=dense", "--steps", "24", "--seeds", seeds, "--out", "out", "--samples", "20",
+               "--deepspeed_config", ZERO2, "--set", *TINY, *options, cwd=folder, timeout=240)
+
+
+def _read(folder: Path) -> dict:
+    return json.loads((folder / "out" / "comparison.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compare two contenders with two seeds."""
+    folder = tmp_path_factory.mktemp("compare")
+    done = _compare(folder, "0,1")
+    assert done.returncode == 0, done.stderr + "".join(log.read_text() for log in folder.glob("out/logs/*"))
+    assert done.stdout.splitlines() == ["wrote out/comparison.json", "wrote out/comparison.html"]
+    return folder
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("out/runs/*/*") if path.suffix in (".json", ".jsonl", ".yaml")}
+
+
+def test_compare_json_has_every_figure_of_every_run(folder) -> None:
+    comparison = _read(folder)
+    assert [entry["name"] for entry in comparison["contenders"]] == list(CONTENDERS)
+    for entry in comparison["contenders"]:
+        assert list(entry["seeds"]) == ["0", "1"]
+        for result in entry["seeds"].values():
+            assert result["checkpoint_step"] == 24
+            assert [step for step, _ in result["loss_curve"]] == list(range(1, 25))
+            assert (result["images"]["samples"], result["step_ms"] > 0, 0 <= result["accuracy"] <= 1) == (20, True, True)
+        assert entry["summary"]["final_loss"]["n"] == entry["summary"]["frechet"]["n"] == 2
+    promoe, dense = comparison["contenders"]
+    assert (len(promoe["seeds"]["0"]["layers"]), dense["seeds"]["0"]["layers"]) == (1, None)
+    assert dense["difference_to_first"]["accuracy"]["n"] == 2
+    assert comparison["missing"] == []
+
+
+def test_compare_runs_of_a_seed_share_data_and_noise_not_those_of_two(folder) -> None:
+    """At step 1 all models put out zeros (adaLN-Zero): equal batches and noise have equal losses."""
+    first = {(entry["name"], seed): result["loss_curve"][0][1] for entry in _read(folder)["contenders"]
+             for seed, result in entry["seeds"].items()}
+    for seed in "01":
+        assert first["digits_promoe", seed] == pytest.approx(first["dense", seed], rel=1e-6)
+    assert first["dense", "0"] != pytest.approx(first["dense", "1"], rel=1e-3)
+
+
+def test_compare_page_stands_alone_with_figures_and_samples(folder) -> None:
+    page = (folder / "out" / "comparison.html").read_text()
+    assert (page.count("<svg"), page.count("<img")) == (7, 2)
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert "https://" not in page
+    assert "<script" not in page
+
+
+def test_compare_again_recomputes_nothing_then_other_settings_are_refused(folder) -> None:
+    before = _times(folder)
+    done = _compare(folder, "0,1")
+    assert done.returncode == 0, done.stderr
+    assert "runs: 4, of which 0 to do" in done.stderr
+    assert _times(folder) == before
+    done = _compare(folder, "0,1", "optimizer.lr=0.5")
+    assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
+    assert "digits_promoe: optimizer.lr is 0.001 there and 0.5 here" in done.stderr
+
+
+def test_compare_added_seed_with_a_failing_run_keeps_the_rest(folder) -> None:
+    blocker = folder / "out" / "runs" / "dense-seed2"
+    blocker.mkdir()
+    (blocker / "thesis.txt").write_text("precious")
+    before = _times(folder)
+    done = _compare(folder, "0,1,2")
+    assert done.returncode == 5, done.stderr
+    told = [line for line in done.stderr.splitlines() if "dense, seed 2: training ended with exit code 4" in line]
+    assert len(told) == 2  # when it happened, and at the end
+    assert "is not empty and holds no run of this package" in told[0]
+    assert "log: out/logs/dense-seed2.log" in told[0]
+    assert "Traceback" not in done.stderr
+    comparison = _read(folder)
+    assert [len(entry["seeds"]) for entry in comparison["contenders"]] == [3, 2]
+    assert [(run["contender"], run["seed"]) for run in comparison["missing"]] == [("dense", 2)]
+    assert "1 of 6 runs" in (folder / "out" / "comparison.html").read_text()
+    assert (blocker / "thesis.txt").read_text() == "precious"
+    assert before.items() <= _times(folder).items()
