@@ -22,23 +22,33 @@ POSITIVE = (
     "data.latent_scale", "data.heldout_fraction", "data.synthetic_samples", "optimizer.lr", "optimizer.eps",
     "train.global_batch_size", "train.micro_batch_size", "train.max_steps", "train.stop_after_steps", "train.log_every",
     "train.checkpoint_every", "train.keep_last", "train.max_nonfinite_steps", "logging.timestep_bins", "sampling.steps",
+    "routing.capacity_weight",
 )
 NOT_NEGATIVE = (
     "routing.num_shared_experts", "routing.num_unconditional_experts", "routing.rcl_weight", "routing.balance_weight",
     "diffusion.label_dropout", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup_steps",
-    "optimizer.min_lr", "optimizer.ema_decay", "train.seed", "sampling.cfg_scale",
+    "optimizer.min_lr", "optimizer.ema_decay", "train.seed", "sampling.cfg_scale", "routing.threshold_decay",
+    "routing.similarity_weight", "routing.per_layer_weight", "routing.classification_weight",
 )
 CHOICES = (
     "model.preset", "routing.method", "routing.moe_blocks", "routing.activation", "routing.rcl_scope",
     "routing.rcl_assignments", "routing.balance_level", "parallel.dispatch", "parallel.expert_backend",
     "parallel.activation_checkpointing", "diffusion.objective", "data.dataset", "optimizer.schedule", "logging.tensorboard",
+    "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
 )
-FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas")
+FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas",
+        "routing.superclass_map")
+#: What a field needs beside it to be taken at all.
+BESIDE: dict[str, dict[str, Any]] = {
+    "routing.threshold_decay": {"method": "expert_race"}, "routing.similarity_weight": {"method": "expert_race"},
+    "routing.per_layer_weight": {"method": "expert_race"},
+    "routing.classification_weight": {"method": "classification", "superclass_map": "digits"},
+}
 
 
 def build(name: str, value: Any) -> Any:
     section, _, field = name.partition(".")
-    return small_config(**{section: {field: value}})
+    return small_config(**{section: {**BESIDE.get(name, {}), field: value}})
 
 
 def raises_saying(message: str) -> Any:
@@ -76,7 +86,8 @@ def test_schema_choice_unknown_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "value", "bound"), [
     ("diffusion.label_dropout", 1.1, "less than or equal to 1"), ("data.heldout_fraction", 1, "less than 1"),
-    ("optimizer.ema_decay", 1, "less than 1"), ("train.seed", 2**63, f"less than {2**63}"),
+    ("optimizer.ema_decay", 1, "less than 1"), ("routing.threshold_decay", 1, "less than 1"),
+    ("train.seed", 2**63, f"less than {2**63}"),
 ])
 def test_schema_field_above_its_bound_is_refused(name: str, value: float, bound: str) -> None:
     with raises_saying(f"{name}={value}: input should be {bound}"):

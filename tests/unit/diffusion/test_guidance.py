@@ -34,19 +34,21 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("scale", [1.5, 4.0])
-def test_guidance_is_null_plus_scale_times_the_difference_on_all_channels(scale: float) -> None:
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_guidance_is_null_plus_scale_times_the_difference_on_its_channels(scale: float, channels: int) -> None:
     latents, timestep, labels = inputs()
-    result = guided(Recorder(), latents, timestep, labels, null_label=NULL, scale=scale)
+    result = guided(Recorder(), latents, timestep, labels, null_label=NULL, scale=scale, channels=channels)
     conditional = Recorder.answer(latents, timestep, labels)
     unconditional = Recorder.answer(latents, timestep, torch.full((3,), NULL))
     assert result.shape == (3, 4, 4, 4)
-    assert torch.equal(result, unconditional + scale * (conditional - unconditional))
+    assert torch.equal(result[:, :channels], (unconditional + scale * (conditional - unconditional))[:, :channels])
+    assert torch.equal(result[:, channels:], conditional[:, channels:])
 
 
 def test_guidance_makes_one_call_with_both_halves() -> None:
     recorder = Recorder()
     latents, timestep, labels = inputs()
-    guided(recorder, latents, timestep, labels, null_label=NULL, scale=2.0)
+    guided(recorder, latents, timestep, labels, null_label=NULL, scale=2.0, channels=2)
     ((both, timesteps, all_labels),) = recorder.calls
     assert torch.equal(both, torch.cat([latents, latents]))
     assert torch.equal(timesteps, torch.cat([timestep, timestep]))
@@ -56,7 +58,7 @@ def test_guidance_makes_one_call_with_both_halves() -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
 def test_guidance_scale_up_to_one_makes_one_conditional_pass(scale: float) -> None:
     recorder = Recorder()
-    result = guided(recorder, *inputs(), null_label=NULL, scale=scale)
+    result = guided(recorder, *inputs(), null_label=NULL, scale=scale, channels=2)
     assert [labels.tolist() for _, _, labels in recorder.calls] == [[0, 3, 9]]
     assert torch.equal(result, Recorder.answer(*inputs()))
 
@@ -64,5 +66,5 @@ def test_guidance_scale_up_to_one_makes_one_conditional_pass(scale: float) -> No
 def test_guidance_of_null_labels_changes_nothing() -> None:
     latents, timestep, _ = inputs()
     labels = torch.full((3,), NULL)
-    result = guided(Recorder(), latents, timestep, labels, null_label=NULL, scale=3.0)
+    result = guided(Recorder(), latents, timestep, labels, null_label=NULL, scale=3.0, channels=2)
     assert torch.equal(result, Recorder.answer(latents, timestep, labels))

@@ -1,4 +1,4 @@
-"""The straight path, its velocity, the loss, and draws that depend on (seed, step, slot) only."""
+"""Choosing an objective; draws that depend on (seed, step, slot) only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from promoe_ds.config.schema import DiffusionConfig
-from promoe_ds.diffusion.objective import DiffusionBatch, draw_batch, velocity_loss
+from promoe_ds.diffusion.build import build_objective
+from promoe_ds.diffusion.ddpm import Ddpm
+from promoe_ds.diffusion.objective import DiffusionBatch, draw_batch
+from promoe_ds.diffusion.rectified_flow import RectifiedFlow
 from promoe_ds.randomness import generator
 
 from ..builders import random_tensor
@@ -21,86 +24,40 @@ NULL = 10
 SHAPE = (2, 3, 3)
 
 
-def make_batch(sigma: list[float]) -> DiffusionBatch:
-    clean, noise = (random_tensor(len(sigma), *SHAPE, seed=s) for s in (0, 1))
-    return DiffusionBatch(clean, noise, torch.tensor(sigma), torch.arange(len(sigma)))
-
-
 def draw(slots: list[int] | range, *, seed: int = 0, step: int = 0, **config: Any) -> DiffusionBatch:
     """Draw for samples whose clean latents and labels are functions of the slot."""
     clean = torch.stack([random_tensor(*SHAPE, seed=slot) for slot in slots])
     labels = torch.tensor([slot % NULL for slot in slots])
-    return draw_batch(clean, labels, DiffusionConfig(**config), null_label=NULL, seed=seed, step=step, slots=slots)
+    objective = build_objective(DiffusionConfig(**config))
+    return draw_batch(clean, labels, objective, null_label=NULL, seed=seed, step=step, slots=slots)
 
 
 def parts(batch: DiffusionBatch) -> tuple[Tensor, ...]:
     return batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B, batch.labels_B
 
 
-# Path and loss.
-
-
-def test_path_ends_are_data_and_noise() -> None:
-    batch = make_batch([0.0, 1.0])
-    assert torch.equal(batch.noised_BZHW[0], batch.clean_BZHW[0])
-    assert torch.equal(batch.noised_BZHW[1], batch.noise_BZHW[1])
-
-
-def test_path_is_the_straight_line_of_each_image() -> None:
-    batch = make_batch([0.25, 0.5])
-    expected = [0.75 * batch.clean_BZHW[0] + 0.25 * batch.noise_BZHW[0], 0.5 * batch.clean_BZHW[1] + 0.5 * batch.noise_BZHW[1]]
-    assert torch.equal(batch.noised_BZHW, torch.stack(expected))
-
-
-def test_velocity_is_the_derivative_of_the_path() -> None:
-    batch = make_batch([0.25, 0.5])
-    assert torch.equal(batch.velocity_BZHW, batch.noise_BZHW - batch.clean_BZHW)
-    further = DiffusionBatch(batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B + 0.25, batch.labels_B)
-    # fp32 rounding of the two points.
-    torch.testing.assert_close((further.noised_BZHW - batch.noised_BZHW) / 0.25, batch.velocity_BZHW, rtol=0, atol=5e-6)
-
-
 def test_batch_to_moves_every_part() -> None:
-    batch = make_batch([0.5]).to(torch.device("meta"))
+    batch = draw(range(2)).to(torch.device("meta"))
     assert {part.device.type for part in parts(batch)} == {"meta"}
 
 
-def test_loss_is_the_mean_of_squares_over_all_entries() -> None:
-    batch = make_batch([0.25, 0.5])
-    prediction = random_tensor(2, *SHAPE, seed=5)
-    squares = [(p - v) ** 2 for p, v in zip(prediction.flatten().tolist(), batch.velocity_BZHW.flatten().tolist(), strict=True)]
-    assert velocity_loss(prediction, batch).item() == pytest.approx(sum(squares) / len(squares), rel=1e-6)  # fp32 sums
-
-
-def test_loss_of_the_true_velocity_is_zero() -> None:
-    batch = make_batch([0.25, 0.5])
-    assert velocity_loss(batch.velocity_BZHW, batch) == 0
-
-
-def test_loss_ignores_channels_beyond_the_latents() -> None:
-    batch = make_batch([0.25, 0.5])
-    prediction = torch.cat([random_tensor(2, *SHAPE, seed=5), torch.full((2, *SHAPE), torch.nan)], dim=1).requires_grad_()
-    loss = velocity_loss(prediction, batch)
-    assert torch.equal(loss, velocity_loss(prediction[:, :2], batch))
-    loss.backward()
-    assert not prediction.grad[:, 2:].any()
-
-
-def test_loss_of_bf16_prediction_is_formed_in_fp32() -> None:
-    batch = make_batch([0.25, 0.5])
-    prediction = random_tensor(2, *SHAPE, seed=5, dtype=torch.bfloat16)
-    loss = velocity_loss(prediction, batch)
-    assert loss.dtype == torch.float32
-    assert torch.equal(loss, velocity_loss(prediction.float(), batch))
+@pytest.mark.parametrize(("name", "kind"), [("rectified_flow", RectifiedFlow), ("ddpm", Ddpm)])
+def test_build_objective_follows_the_config(name: str, kind: type) -> None:
+    config = DiffusionConfig(objective=name)
+    objective = build_objective(config)
+    assert type(objective) is kind
+    assert objective.config is config
 
 
 # Draws.
 
 
-@given(cut=st.integers(1, 7), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6))
-def test_draws_do_not_depend_on_how_the_batch_is_cut(cut: int, seed: int, step: int) -> None:
-    whole = draw(range(8), seed=seed, step=step, label_dropout=0.5)
-    first, second = (draw(part, seed=seed, step=step, label_dropout=0.5) for part in (range(cut), range(cut, 8)))
+@given(cut=st.integers(1, 7), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6),
+       objective=st.sampled_from(["rectified_flow", "ddpm"]))
+def test_draws_do_not_depend_on_how_the_batch_is_cut(cut: int, seed: int, step: int, objective: str) -> None:
+    options = {"seed": seed, "step": step, "label_dropout": 0.5, "objective": objective}
+    whole = draw(range(8), **options)
+    first, second = (draw(part, **options) for part in (range(cut), range(cut, 8)))
     for all_, a, b in zip(parts(whole), parts(first), parts(second), strict=True):
         assert torch.equal(all_, torch.cat([a, b]))
 
@@ -139,6 +96,18 @@ def test_draws_have_the_types_that_the_network_wants() -> None:
     batch = draw(range(3))
     assert [part.dtype for part in parts(batch)] == [torch.float32, torch.float32, torch.float32, torch.int64]
     assert batch.noise_BZHW.shape == batch.clean_BZHW.shape
+
+
+def test_draws_of_ddpm_share_all_streams_but_sigma_with_the_flow() -> None:
+    flow, ddpm = (draw(range(20), label_dropout=0.5, objective=name) for name in ("rectified_flow", "ddpm"))
+    assert torch.equal(flow.noise_BZHW, ddpm.noise_BZHW) and torch.equal(flow.labels_B, ddpm.labels_B)
+    assert not torch.equal(flow.sigma_B, ddpm.sigma_B)
+
+
+def test_draws_of_ddpm_timestep_come_from_the_sigma_stream() -> None:
+    # Part of the format of a run, as above.
+    timesteps = [int(generator(3, "sigma", 7, slot).integers(1000)) for slot in range(50)]
+    assert (draw(range(50), seed=3, step=7, objective="ddpm").sigma_B.double() * 1000).round().tolist() == timesteps
 
 
 def test_noise_is_standard_normal() -> None:
