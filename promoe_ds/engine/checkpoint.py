@@ -218,14 +218,16 @@ def differing_fields(saved: dict[str, Any], config: RunConfig, *, architecture_o
     current = config.model_dump(mode="json")
     architecture = {"model": current["model"].keys(), "routing": (
         "method", "moe_blocks", "num_experts", "num_shared_experts", "num_unconditional_experts", "expert_width",
-        "shared_expert_width")}
+        "shared_expert_width", "expert_type", "shared_expert_type")}
     lines = []
     for section, fields in current.items():
         if not isinstance(fields, dict) or (architecture_only and section not in architecture):
             continue
+        defaults = type(getattr(config, section)).model_fields
         for name, value in fields.items():
             must_agree = name in architecture[section] if architecture_only else name not in FREE_FIELDS.get(section, ())
-            before = saved.get(section, {}).get(name)
+            # A field younger than the checkpoint: what was then done is the default now.
+            before = saved.get(section, {}).get(name, defaults[name].default)
             if must_agree and name != "preset" and before != value:
                 lines.append(f"{section}.{name} is {before!r} there and {value!r} here")
     return lines

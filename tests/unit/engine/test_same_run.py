@@ -1,0 +1,34 @@
+"""Which saved settings must agree with this run's before its checkpoint is taken."""
+
+from __future__ import annotations
+
+from promoe_ds.engine.checkpoint import differing_fields
+
+from ..builders import small_config
+
+
+def _saved(**sections):
+    return small_config(**sections).model_dump(mode="json")
+
+
+def test_differing_fields_equal_runs_have_none() -> None:
+    assert differing_fields(_saved(), small_config(), architecture_only=False) == []
+
+
+def test_differing_fields_names_saved_and_current_value() -> None:
+    found = differing_fields(_saved(routing={"top_k": 2}), small_config(), architecture_only=False)
+    assert found == ["routing.top_k is 2 there and 1 here"]
+    assert differing_fields(_saved(routing={"top_k": 2}), small_config(), architecture_only=True) == []
+
+
+def test_differing_fields_expert_type_is_architecture() -> None:
+    found = differing_fields(_saved(routing={"expert_type": "swiglu"}), small_config(), architecture_only=True)
+    assert found == ["routing.expert_type is 'swiglu' there and 'gelu' here"]
+
+
+def test_differing_fields_field_younger_than_the_checkpoint_stands_at_its_default() -> None:
+    saved = _saved()
+    del saved["sampling"]["solver"], saved["routing"]["threshold_decay"]
+    assert differing_fields(saved, small_config(), architecture_only=False) == []
+    changed = small_config(routing={"method": "diff_moe", "threshold_decay": 0.5, "num_unconditional_experts": 0})
+    assert "routing.threshold_decay is 0.95 there and 0.5 here" in differing_fields(saved, changed, architecture_only=False)
