@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
-from promoe_ds.config.schema import SOLVERS
+from promoe_ds.config.diffusion import SOLVERS
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import configure_logging, get_logger
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from promoe_ds.config.schema import DiffusionConfig
+from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.diffusion.ddpm import Ddpm
 from promoe_ds.diffusion.objective import Objective
 from promoe_ds.diffusion.rectified_flow import RectifiedFlow

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import DiffusionConfig
+from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, posterior_variance
 from promoe_ds.diffusion.objective import DiffusionBatch, target_error
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promoe_ds.config.schema import DiffusionConfig
+from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.randomness import generator
 
 

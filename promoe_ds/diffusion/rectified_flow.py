@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from promoe_ds.config.schema import DiffusionConfig
+from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.diffusion.objective import DiffusionBatch, target_error
 
 

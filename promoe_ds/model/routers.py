@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from promoe_ds.config.schema import RoutingConfig, RunConfig
+from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.config.schema import RunConfig
 from promoe_ds.routing import (
     BatchPoolRouter,
     ClassificationRouter,

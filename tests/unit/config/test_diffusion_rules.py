@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from promoe_ds.config.schema import SOLVERS
+from promoe_ds.config.diffusion import SOLVERS
 from promoe_ds.errors import ConfigError
 
 from ..builders import small_config

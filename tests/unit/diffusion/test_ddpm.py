@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from promoe_ds.config.schema import DiffusionConfig
+from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.diffusion.ddpm import Ddpm, gaussian_divergence, pixel_log_likelihood
 from promoe_ds.diffusion.objective import DiffusionBatch
 from promoe_ds.randomness import generator

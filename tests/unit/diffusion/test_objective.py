@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from promoe_ds.config.schema import DiffusionConfig
+from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.diffusion.build import build_objective
 from promoe_ds.diffusion.ddpm import Ddpm
 from promoe_ds.diffusion.objective import DiffusionBatch, draw_batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from promoe_ds.config.schema import DiffusionConfig
+from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.diffusion.objective import DiffusionBatch
 from promoe_ds.diffusion.rectified_flow import RectifiedFlow
 

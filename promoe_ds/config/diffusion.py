@@ -1,0 +1,56 @@
+"""The diffusion section: the training objective and what can sample it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from promoe_ds.config.section import Section
+
+#: With so many timesteps the linear schedule's last beta is 1 (0.02 * 1000 / 20).
+_MIN_DDPM_TIMESTEPS = 20
+
+#: What samples which objective; `auto` is the first.
+SOLVERS = {"rectified_flow": ("euler",), "ddpm": ("ddpm", "ddim")}
+
+
+class DiffusionConfig(Section):
+    """Rectified flow with logit-normal noise levels (Esser et al., 2024), or DDPM as trained by DiT."""
+
+    objective: Literal["rectified_flow", "ddpm"] = Field("rectified_flow", description="predicts velocity | noise and variance")
+    sigma_mean: float = Field(0.0, description="of the normal under the logistic function; rectified flow only")
+    sigma_std: float = Field(1.0, gt=0, description="rectified flow only")
+    num_train_timesteps: int = Field(1000, gt=0, description="timestep = sigma * num_train_timesteps; length of DDPM's chain")
+    shift: float = Field(1.0, gt=0, description="of the sampler's sigmas, applied once; rectified flow only")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="probability of the null label in training")
+
+    @model_validator(mode="after")
+    def _ddpm_fits(self) -> DiffusionConfig:
+        if self.objective != "ddpm":
+            return self
+        for name in ("sigma_mean", "sigma_std", "shift"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)} has no use for objective=ddpm: leave it out")
+        if self.num_train_timesteps <= _MIN_DDPM_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps={self.num_train_timesteps}: the linear schedule of objective=ddpm needs more "
+                             f"than {_MIN_DDPM_TIMESTEPS}, or its last step would keep nothing of the image")
+        return self
+
+    @property
+    def solvers(self) -> tuple[str, ...]:
+        """The samplers that fit the objective, its default first."""
+        return SOLVERS[self.objective]
+
+    def sampling_problem(self, *, solver: str | None = None, steps: int | None = None) -> str:
+        """Return why a model of this objective cannot be sampled so, or nothing.
+
+        The text starts with the field's bare name, for the caller to say whether a recipe or a command line set it.
+        """
+        if solver not in (None, "auto", *self.solvers):
+            return (f"solver={solver} cannot sample diffusion.objective={self.objective}: set it to "
+                    f"{' or '.join(self.solvers)}, or to auto")
+        if self.objective == "ddpm" and steps is not None and not 2 <= steps <= self.num_train_timesteps:
+            return (f"steps={steps}: diffusion.objective=ddpm is sampled in 2 ... diffusion.num_train_timesteps="
+                    f"{self.num_train_timesteps} steps")
+        return ""

@@ -1,0 +1,80 @@
+"""The routing section: which method serves the mixture of experts, and its settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from promoe_ds.config.section import Section
+
+RoutingMethod = Literal["dense", "token_choice", "expert_choice", "dit_moe", "ec_dit", "diff_moe", "expert_race",
+                        "classification", "kmeans"]
+
+#: Fields of RoutingConfig that only some methods read, by field; a value other than the default is refused elsewhere.
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "activation": ("token_choice", "expert_choice", "expert_race"),
+    "score_scale": ("token_choice", "expert_choice"),
+    "rcl_weight": ("token_choice", "expert_choice"),
+    "rcl_temperature": ("token_choice", "expert_choice"),
+    "rcl_scope": ("token_choice", "expert_choice"),
+    "rcl_assignments": ("token_choice",),
+    "balance_weight": ("token_choice", "dit_moe"),
+    "balance_level": ("token_choice", "dit_moe"),
+    "capacity_weight": ("diff_moe",),
+    "threshold_decay": ("diff_moe", "expert_race"),
+    "similarity_weight": ("expert_race",),
+    "per_layer_weight": ("expert_race",),
+    "classification_weight": ("classification",),
+    "superclass_map": ("classification",),
+}
+
+
+class RoutingConfig(Section):
+    """The feed-forward: dense, or a mixture of experts and the router that serves it.
+
+    Every method takes unconditional experts (step 1 of ProMoE's router) and shared experts. Where experts choose, top_k is
+    the number of experts that a token has on average.
+    """
+
+    method: RoutingMethod = Field("token_choice", description="token_choice and expert_choice are ProMoE's")
+    moe_blocks: Literal["interleave", "all"] = Field("interleave", description="odd blocks, or every block")
+    num_experts: int = Field(12, gt=0, description="E: routed experts on all ranks, unconditional ones excluded")
+    top_k: int = Field(1, gt=0, description="K: routed experts per conditional token, or their average")
+    num_shared_experts: int = Field(1, ge=0, description="N_s of Eq. 5")
+    num_unconditional_experts: int = Field(1, ge=0, description="N_u of Eq. 5; 0 routes null samples too")
+    expert_width: int | None = Field(None, gt=0, description="F; mlp_ratio * D / (1 + N_s) if left out")
+    shared_expert_width: int | None = Field(None, gt=0, description="as expert_width if left out")
+    expert_type: Literal["gelu", "swiglu"] = Field("gelu", description="GELU-tanh with biases, or SwiGLU without")
+    shared_expert_type: Literal["gelu", "swiglu"] | None = Field(None, description="as expert_type if left out")
+    activation: Literal["identity", "sigmoid", "softmax"] = Field("identity", description="A of Eq. 2")
+    score_scale: float = Field(1.0, gt=0, description="alpha of Eq. 4")
+    rcl_weight: float = Field(1.0, ge=0, description="lambda_RCL; 0 switches the loss off")
+    rcl_temperature: float = Field(0.07, gt=0, description="tau of Eq. 6")
+    rcl_scope: Literal["rank", "global"] = Field("global", description="centroids of this rank, or of all ranks")
+    rcl_assignments: Literal["all", "first"] = Field("all", description="all K choices form the centroids, or the best")
+    balance_weight: float = Field(0.0, ge=0, description="coefficient of the load-balancing loss")
+    balance_level: Literal["batch", "sample"] = "batch"
+    capacity_weight: float = Field(0.01, gt=0, description="of DiffMoE's capacity predictor's loss")
+    threshold_decay: float = Field(0.95, ge=0, lt=1, description="of running thresholds, per step")
+    similarity_weight: float = Field(1e-4, ge=0, description="of Expert Race's router similarity loss")
+    per_layer_weight: float = Field(1e-2, ge=0, description="of Expert Race's per-layer regularisation")
+    classification_weight: float = Field(1.0, ge=0, description="of the routing classification loss (Sec. 4.2)")
+    superclass_map: str | None = Field(None, description="name or path of a map from superclasses to classes")
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> RoutingConfig:
+        if self.method == "dense":
+            return self
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
+        if self.method in ("classification", "kmeans") and self.top_k > 1:
+            raise ValueError(f"top_k={self.top_k}: method={self.method} gives every token one expert (Sec. 4.3): set top_k=1")
+        for field, methods in _READ_BY.items():
+            value = getattr(self, field)
+            if self.method not in methods and value != type(self).model_fields[field].default:
+                raise ValueError(f"{field}={value} has no use for method={self.method} (it is read by {', '.join(methods)}): "
+                                 "leave it out")
+        if self.method == "classification" and self.superclass_map is None:
+            raise ValueError("method=classification needs superclass_map: a packaged map's name or the path of a YAML file")
+        return self
