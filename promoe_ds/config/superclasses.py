@@ -20,7 +20,7 @@ def read_superclasses(config: RunConfig) -> tuple[int, ...]:
     """Return the superclass (0 ... E-1) of every class, in the order of the classes.
 
     Raises: ConfigError naming what is wrong with `routing.superclass_map`: no such file, a class that is missing, doubled
-    or unknown, a number of superclasses that is not num_experts.
+    or unknown, a superclass without classes, a number of superclasses that is not num_experts.
     """
     name, classes = config.routing.superclass_map, config.model.num_classes
     assert name is not None
@@ -30,6 +30,8 @@ def read_superclasses(config: RunConfig) -> tuple[int, ...]:
                           f"{config.routing.num_experts}: one expert serves one superclass, make them equal")
     found: dict[int, int] = {}
     for expert, (title, members) in enumerate(superclasses.items()):
+        if not members:
+            raise ConfigError(f"routing.superclass_map={name}: {title} has no class, its expert would learn nothing: give it one")
         for label in members:
             if not 0 <= label < classes:
                 raise ConfigError(f"routing.superclass_map={name}: {title} holds class {label}, the model knows 0 ... "

@@ -81,20 +81,26 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
 
 def start_routers(session: Session) -> None:
     """Give routers that start from data their start, before the first step of a run: the same on any number of ranks."""
-    batch = make_batch(session, range(min(session.batches.global_batch, _STARTING_SAMPLES)))
-    objective = session.module.objective
-    seed_centroids(session.module.denoiser, batch.labels_B, objective.noised(batch), objective.timestep(batch),
+    slots = range(min(session.batches.global_batch, _STARTING_SAMPLES))
+    batch, objective = make_batch(session, slots), session.module.objective
+    # Their own labels: dropout could leave no sample for the centroids to start from.
+    labels = _take(session, slots)[1].to(session.ranks.device)
+    seed_centroids(session.module.denoiser, labels, objective.noised(batch), objective.timestep(batch),
                    session.config.train.seed)
 
 
 def make_batch(session: Session, slots: range) -> DiffusionBatch:
     """Return the samples of some slots of the current step's global batch, noise and dropout drawn."""
-    indices = sample_indices(len(session.dataset), seed=session.config.train.seed, count=len(slots),
-                             start=session.samples_seen + slots.start)
-    clean, labels = session.dataset.take(indices)
+    clean, labels = _take(session, slots)
     batch = draw_batch(clean, labels, session.module.objective, null_label=session.config.model.null_label,
                        seed=session.config.train.seed, step=session.step, slots=slots)
     return batch.to(session.ranks.device)
+
+
+def _take(session: Session, slots: range) -> tuple[torch.Tensor, torch.Tensor]:
+    indices = sample_indices(len(session.dataset), seed=session.config.train.seed, count=len(slots),
+                             start=session.samples_seen + slots.start)
+    return session.dataset.take(indices)
 
 
 def train_step(session: Session) -> StepResult:
@@ -118,13 +124,13 @@ def train_step(session: Session) -> StepResult:
             problem = session.health.verdict(session.step)
             norm = _prepare_update(session, skip=bool(problem))
         engine.step()
-    session.router_state.absorb(skip=bool(problem))
     session.step += 1
     session.samples_seen += session.batches.global_batch
     norm = engine.get_global_grad_norm() if norm is None else norm
     if not problem and not math.isfinite(norm):
         # Every gradient is finite, their norm overflows: the update was left out as well.
         problem = f"step {session.step - 1}: the norm of all gradients is not finite"
+    session.router_state.absorb(skip=bool(problem))
     return StepResult(terms=terms, grad_norm=float("nan") if problem else float(norm), lr=lr, problem=problem)
 
 

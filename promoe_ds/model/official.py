@@ -51,11 +51,11 @@ _METHOD_RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (".mlp.expert_threshold", ".moe.router.thresholds"),
         (".mlp.capacity_predictor.0.", ".moe.router.predictor.up."),
         (".mlp.capacity_predictor.2.", ".moe.router.predictor.down."),
-        (".mlp.shared_experts.fc1.", ".moe.shared.up."),
-        (".mlp.shared_experts.fc2.", ".moe.shared.down."),
-        *_BASELINE,
     ),
 }
+#: DiffMoE's shared experts are plain feed-forwards as published; gated ones are named as the other baselines'.
+_DIFF_MOE_SHARED = {"gelu": ((".mlp.shared_experts.fc1.", ".moe.shared.up."), (".mlp.shared_experts.fc2.", ".moe.shared.down.")),
+                    "swiglu": _BASELINE}
 _PROMOE_METHODS = ("token_choice", "expert_choice")
 _EXPERT = re.compile(r"^(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)$")
 _POSITIONS = "pos_embed"
@@ -138,9 +138,11 @@ def _expert_layers(config: RunConfig) -> dict[str, str]:
 
 
 def _renamed(key: str, config: RunConfig, *, reverse: bool = False) -> str:
-    if config.routing.method not in _METHOD_RENAMES:
-        raise CheckpointError(f"routing.method={config.routing.method} was never published: it has no official layout")
-    for published, ours in (*_METHOD_RENAMES[config.routing.method], *_RENAMES):
+    method = config.routing.method
+    if method not in _METHOD_RENAMES:
+        raise CheckpointError(f"routing.method={method} was never published: it has no official layout")
+    shared = _DIFF_MOE_SHARED[config.shared_expert_type] if method == "diff_moe" else ()
+    for published, ours in (*_METHOD_RENAMES[method], *shared, *_RENAMES):
         old, new = (ours, published) if reverse else (published, ours)
         if old in key and (key.startswith(old) or old.startswith(".")):
             return key.replace(old, new)

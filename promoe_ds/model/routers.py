@@ -47,7 +47,7 @@ def _dit_moe(config: RunConfig) -> Router:
 
 
 def _ec_dit(config: RunConfig) -> Router:
-    return LinearExpertChoiceRouter(config.model.hidden_size, num_experts=config.routing.num_experts, top_k=config.routing.top_k)
+    return LinearExpertChoiceRouter(config.model.hidden_size, config.routing.num_experts, config.routing.top_k)
 
 
 def _diff_moe(config: RunConfig) -> Router:

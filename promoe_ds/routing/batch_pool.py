@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.routing.assignment import RoutingPlan
-from promoe_ds.routing.expert_choice import expert_capacity
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import Router, pool_token_ids
+from promoe_ds.routing.router import GateRouter, expert_capacity, pool_token_ids
 from promoe_ds.routing.scores import at_least_fp32, linear_scores
 
 
@@ -30,7 +29,7 @@ class CapacityPredictor(nn.Module):
         return at_least_fp32(self.down(F.silu(self.up(tokens_TD.detach()))))
 
 
-class BatchPoolRouter(Router):
+class BatchPoolRouter(GateRouter):
     """Each expert takes the C = floor(T * K / E) tokens of the batch that score highest for it.
 
     In evaluation it takes as many as its predictor says, those with the highest scores: an output then depends on the
@@ -47,15 +46,10 @@ class BatchPoolRouter(Router):
             threshold_decay: of the running thresholds, per optimizer step.
         Raises: RoutingError if K > E.
         """
-        super().__init__(num_experts, top_k)
+        super().__init__(width, num_experts, top_k)
         self.capacity_weight, self.threshold_decay = capacity_weight, threshold_decay
-        self.gate_weight = nn.Parameter(torch.empty(num_experts, width))
         self.predictor = CapacityPredictor(width, num_experts)
         self.register_buffer("thresholds", torch.zeros(num_experts))
-
-    def directions_ED(self) -> Tensor:
-        """Return the gate's rows."""
-        return self.gate_weight
 
     def reset_state(self) -> None:
         """Set the thresholds to 0, where every expert takes every token."""

@@ -85,4 +85,5 @@ def euclidean_distances(tokens_D: Tensor, centroids_ED: Tensor) -> Tensor:
     """Return |token - centroid| in at least fp32, (..., E).  Gradient: reaches tokens, zero at distance 0."""
     with torch.autocast(tokens_D.device.type, enabled=False):
         tokens = at_least_fp32(tokens_D)
-        return torch.cdist(tokens.flatten(0, -2), centroids_ED.to(tokens.dtype)).view(*tokens.shape[:-1], len(centroids_ED))
+        distances = torch.cdist(tokens.reshape(-1, tokens.shape[-1]), centroids_ED.to(tokens.dtype))
+        return distances.view(*tokens.shape[:-1], len(centroids_ED))

@@ -5,17 +5,16 @@ Letters: B images, S tokens per image, D width, E routed experts, K choices per 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.losses import load_balance_loss
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import Router, choose_top_k
+from promoe_ds.routing.router import GateRouter, choose_top_k
 from promoe_ds.routing.scores import linear_scores
 
 
-class LinearGateRouter(Router):
+class LinearGateRouter(GateRouter):
     """Sends every token to the K experts of highest probability, weighted by it, kept even by a loss."""
 
     def __init__(self, width: int, *, num_experts: int, top_k: int, balance_weight: float, balance_level: str) -> None:
@@ -23,13 +22,8 @@ class LinearGateRouter(Router):
 
         Raises: RoutingError if K > E.
         """
-        super().__init__(num_experts, top_k)
+        super().__init__(width, num_experts, top_k)
         self.balance_weight, self.balance_level = balance_weight, balance_level
-        self.gate_weight = nn.Parameter(torch.empty(num_experts, width))
-
-    def directions_ED(self) -> Tensor:
-        """Return the gate's rows."""
-        return self.gate_weight
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.batch_pool import move_thresholds, observe_thresholds
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import Router, pool_token_ids
+from promoe_ds.routing.router import GateRouter, pool_token_ids
 from promoe_ds.routing.scores import activate, at_least_fp32, linear_scores
 
 
-class ExpertRaceRouter(Router):
+class ExpertRaceRouter(GateRouter):
     """The K * T highest of all T * E scores win: a token may have any number of experts, an expert any number of tokens.
 
     A two-layer network scores; a second head on its hidden layer predicts the training target from this depth on
@@ -37,16 +37,11 @@ class ExpertRaceRouter(Router):
             threshold_decay: of the running threshold, per optimizer step.
         Raises: RoutingError if K > E.
         """
-        super().__init__(num_experts, top_k)
+        super().__init__(width, num_experts, top_k)
         self.activation, self.similarity_weight, self.threshold_decay = activation, similarity_weight, threshold_decay
         self.hidden = nn.Linear(width, width)
-        self.gate_weight = nn.Parameter(torch.empty(num_experts, width))
         self.target_head = nn.Linear(width, patch_values) if patch_values else None
         self.register_buffer("threshold", torch.zeros(1))
-
-    def directions_ED(self) -> Tensor:
-        """Return the gate's rows."""
-        return self.gate_weight
 
     def reset_state(self) -> None:
         """Set the threshold to 0."""

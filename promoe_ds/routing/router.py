@@ -70,6 +70,18 @@ class Router(nn.Module):
         gate_sums_B = gates_BSK.detach().sum(dim=(1, 2)) * partition.is_routed_B
         return assignment, self._stats(counts_BE, gate_sums_B, partition)
 
+    def _plan_expert_choice(self, scores_BSE: Tensor, capacity: int,
+                            partition: Partition) -> tuple[Assignment, RoutingStats, Tensor]:
+        """Let every expert choose C tokens of each routed sample; also returns their places chosen_BEC in 0 ... S-1."""
+        num_samples, tokens_per_image, _ = scores_BSE.shape
+        gates_BEC, chosen_BEC = choose_tokens(scores_BSE, capacity)
+        sample_B = torch.arange(num_samples, device=scores_BSE.device)[:, None, None]
+        expert_E = torch.arange(self.num_experts, device=scores_BSE.device)[None, :, None]
+        token_ids_N = pool_token_ids(partition, (sample_B * tokens_per_image + chosen_BEC).flatten(), tokens_per_image)
+        assignment, stats = self._plan_pairs(token_ids_N, expert_E.expand_as(chosen_BEC).flatten(), gates_BEC.flatten(),
+                                             partition, tokens_per_image)
+        return assignment, stats, chosen_BEC
+
     def _plan_pairs(self, token_ids_N: Tensor, expert_ids_N: Tensor, gates_N: Tensor, partition: Partition,
                     tokens_per_image: int) -> tuple[Assignment, RoutingStats]:
         """Build the list and its statistics from (token, expert, gate) pairs in any order; ids of the whole batch."""
@@ -84,6 +96,27 @@ class Router(nn.Module):
     def _stats(self, counts_BE: Tensor, gate_sums_B: Tensor, partition: Partition) -> RoutingStats:
         return RoutingStats(tokens_per_expert_BE=counts_BE, gate_sums_B=gate_sums_B, is_routed_B=partition.is_routed_B,
                             prototype_similarity=mean_prototype_similarity(self.directions_ED().detach()))
+
+
+class GateRouter(Router):
+    """A router whose scores come from a linear gate without bias."""
+
+    def __init__(self, width: int, num_experts: int, top_k: int) -> None:
+        """Create the gate, uninitialised (`model.init` fills it).
+
+        Raises: RoutingError if K > E.
+        """
+        super().__init__(num_experts, top_k)
+        self.gate_weight = nn.Parameter(torch.empty(num_experts, width))
+
+    def directions_ED(self) -> Tensor:
+        """Return the gate's rows."""
+        return self.gate_weight
+
+
+def expert_capacity(num_tokens: int, num_experts: int, top_k: int) -> int:
+    """Return C = floor(T * K / E): how many of T tokens an expert takes so that a token has K experts on average."""
+    return num_tokens * top_k // num_experts
 
 
 def pool_token_ids(partition: Partition, pool_ids_N: Tensor, tokens_per_image: int) -> Tensor:
@@ -108,6 +141,11 @@ def choose_top_k(scores_BSE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         values, indices = scores_BSE.max(dim=-1, keepdim=True)
         return values, indices
     return scores_BSE.topk(top_k, dim=-1)
+
+
+def choose_tokens(scores_BSE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Return each expert's C highest scores in each sample and their tokens' places, (B, E, C) both, highest first."""
+    return scores_BSE.transpose(1, 2).topk(capacity, dim=-1)
 
 
 def _count_choices(expert_ids_BSK: Tensor, num_experts: int) -> Tensor:

@@ -19,7 +19,7 @@ from promoe_ds.routing.scores import activate, cosine_scores
 
 @dataclass(frozen=True, kw_only=True)
 class TwoStepSettings:
-    """The router's hyperparameters; fields and units as in `config.schema.RoutingConfig`."""
+    """The router's hyperparameters; fields and units as in `config.routing.RoutingConfig`."""
 
     num_experts: int
     top_k: int = 1
@@ -32,8 +32,8 @@ class TwoStepSettings:
     balance_level: str = "batch"
 
 
-class TwoStepRouter(Router):
-    """Sends every conditional token to the K experts whose prototypes are nearest by cosine."""
+class PrototypeRouter(Router):
+    """A router whose scores are cosines with learned prototypes, one an expert (step 2 of ProMoE's)."""
 
     def __init__(self, width: int, settings: TwoStepSettings) -> None:
         """Create the prototypes, uninitialised (`model.init` fills them).
@@ -47,6 +47,10 @@ class TwoStepRouter(Router):
     def directions_ED(self) -> Tensor:
         """Return the prototypes."""
         return self.prototypes
+
+
+class TwoStepRouter(PrototypeRouter):
+    """Sends every conditional token to the K experts whose prototypes are nearest by cosine."""
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config import RunConfig, config_from_dict
+from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.model import DiT, build_model, initialise
+from promoe_ds.model.routers import ROUTERS
 
 #: Two blocks, the second with four experts; 4 tokens of width 16 per image; ten classes.
 SMALL: dict[str, dict[str, Any]] = {
@@ -20,6 +22,17 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+#: Routing methods, dense apart.
+METHODS = tuple(ROUTERS)
+
+
+def of_method(method: str, **routing: Any) -> dict[str, dict[str, Any]]:
+    """Return the sections of a small run of `method`, with two choices where it takes them."""
+    top_k = 1 if method in ("classification", "kmeans") else 2
+    needed = {"superclass_map": "digits"} if method == "classification" else {}
+    return {"routing": {"method": method, "top_k": top_k, **needed, **routing}}
+
+
 def small_values(**sections: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a small valid run, with the fields of `sections` put over them."""
     names = {**SMALL, **sections}
@@ -29,6 +42,15 @@ def small_values(**sections: dict[str, Any]) -> dict[str, Any]:
 def small_config(**sections: dict[str, Any]) -> RunConfig:
     """Return a small valid run."""
     return config_from_dict(small_values(**sections), source="small")
+
+
+def packaged_config(name: str, folder: Path) -> RunConfig:
+    """Load a packaged recipe; the one that asks for a map of superclasses gets twelve even ones, written into `folder`."""
+    if name != "classification_b":
+        return load_config(name)
+    path = folder / "superclasses.yaml"
+    path.write_text("".join(f"group_{group}: {list(range(group, 1000, 12))}\n" for group in range(12)), encoding="utf-8")
+    return load_config(name, [f"routing.superclass_map={path}"])
 
 
 def randomise(module: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:

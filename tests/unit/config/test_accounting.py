@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from promoe_ds.config import RunConfig, count_parameters, list_recipes, load_con
 from promoe_ds.config.accounting import forward_flops_per_image
 from promoe_ds.model import DiT, build_model
 
-from ..builders import random_network, random_tensor, small_config
+from ..builders import METHODS, of_method, packaged_config, random_network, random_tensor, small_config
 
 #: Total and activated parameters of the published models (ProMoE, Table 2).
 PUBLISHED = {
@@ -38,6 +39,14 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "widths": {"routing": {"expert_width": 24, "shared_expert_width": 40, "num_shared_experts": 2, "top_k": 3}},
     "shapes": {"model": {"input_size": 6, "patch_size": 3, "in_channels": 3, "mlp_ratio": 2.5, "num_classes": 7}},
 }
+#: Experts of every kind: types, shared and unconditional ones.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "plain": {}, "swiglu": {"expert_type": "swiglu"},
+    "swiglu, two shared gelu": {"expert_type": "swiglu", "shared_expert_type": "gelu", "num_shared_experts": 2},
+    "two shared swiglu of their own width": {"shared_expert_type": "swiglu", "num_shared_experts": 2, "shared_expert_width": 40},
+    "swiglu, three unconditional": {"expert_type": "swiglu", "num_unconditional_experts": 3},
+    "swiglu alone": {"expert_type": "swiglu", "num_shared_experts": 0, "num_unconditional_experts": 0},
+}
 
 
 def on_meta(config: RunConfig) -> DiT:
@@ -58,8 +67,18 @@ def check_against_model(config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_parameters_of_recipe_equal_those_of_the_built_model(name: str) -> None:
-    check_against_model(load_config(name))
+def test_parameters_of_recipe_equal_those_of_the_built_model(name: str, tmp_path: Path) -> None:
+    check_against_model(packaged_config(name, tmp_path))
+
+
+@pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS.keys())
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_of_every_method_equal_those_of_the_built_model(method: str, experts: dict[str, Any]) -> None:
+    check_against_model(small_config(**of_method(method, **experts)))
+
+
+def test_parameters_of_expert_race_without_per_layer_loss_lack_its_head() -> None:
+    check_against_model(small_config(**of_method("expert_race", per_layer_weight=0.0)))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -92,6 +111,30 @@ def test_forward_flops_equal_those_counted_by_torch(setting: str) -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         network(latents, torch.full((images,), 500.0), torch.arange(images))
     assert counter.get_total_flops() == images * forward_flops_per_image(network.config)
+
+
+@pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS.keys())
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_flops_of_every_method_equal_those_counted_by_torch(method: str, experts: dict[str, Any]) -> None:
+    # Two methods take as many experts as they state in training only; losses are not counted.
+    silent = {"similarity_weight": 0.0} if method == "expert_race" else {}
+    network = random_network(**of_method(method, **experts, **silent), parallel={"expert_backend": "loop"})
+    network.train(method in ("diff_moe", "expert_race"))
+    model, images = network.config.model, 3
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        network(random_tensor(images, 1, 4, 4), torch.full((images,), 500.0), torch.arange(images))
+    counted = counter.get_total_flops()
+    if method == "kmeans":  # torch's counter knows no distances
+        counted += 2 * images * model.tokens_per_image * model.hidden_size * network.config.routing.num_experts
+    assert counted == images * forward_flops_per_image(network.config)
+
+
+def test_forward_flops_of_expert_race_include_the_head_of_the_per_layer_loss() -> None:
+    width, tokens, patch = 16, 4, 4
+    more, less = (forward_flops_per_image(small_config(**of_method("expert_race", per_layer_weight=weight)))
+                  for weight in (0.1, 0.0))
+    assert more - less == 2 * tokens * width * patch
 
 
 def test_training_flops_are_three_forward_passes() -> None:

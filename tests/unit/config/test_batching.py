@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -41,6 +42,26 @@ def test_batches_that_contradict_are_refused(train: dict[str, int], parallel: di
                                              message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         plan_batches(small_config(train=train, parallel=parallel), ranks)
+
+
+@pytest.mark.parametrize(("train", "ranks"), [({"global_batch_size": 1}, 1), ({"global_batch_size": 4}, 4),
+                                              ({"global_batch_size": 4, "micro_batch_size": 1}, 2)])
+def test_batches_of_diff_moe_with_less_than_a_token_each_are_refused(train: dict[str, int], ranks: int) -> None:
+    """The pool is one pass's on one rank: more ranks or accumulation make it smaller."""
+    config = small_config(train=train, routing={"method": "diff_moe", "num_experts": 6})
+    with pytest.raises(ConfigError, match=re.escape(
+            "routing.top_k=1 of 4 tokens per micro-batch gives each of routing.num_experts=6 experts less than one token "
+            "(method=diff_moe): raise train.micro_batch_size")):
+        plan_batches(config, ranks)
+
+
+@pytest.mark.parametrize(("routing", "train"), [
+    ({"method": "diff_moe", "num_experts": 6, "top_k": 2}, {"global_batch_size": 1}),
+    ({"method": "diff_moe", "num_experts": 6}, {"global_batch_size": 2}),
+    ({"method": "token_choice", "num_experts": 6}, {"global_batch_size": 1}),
+])
+def test_batches_with_a_token_for_every_expert_or_none_needed_are_taken(routing: dict[str, Any], train: dict[str, int]) -> None:
+    assert plan_batches(small_config(train=train, routing=routing), 1).micro_batch == train["global_batch_size"]
 
 
 @given(micro=st.integers(1, 4), ranks=st.integers(1, 5), accumulation=st.integers(1, 4))

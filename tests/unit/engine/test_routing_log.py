@@ -1,12 +1,23 @@
-"""The summary of an expert load, as routing.jsonl holds it."""
+"""The lines of routing.jsonl: counts and gates of every method by noise level, and the summary of an expert load."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
 
-from promoe_ds.engine.routing_log import load_summary
+from promoe_ds.engine.router_state import give_superclasses
+from promoe_ds.engine.routing_log import RoutingAccumulator, load_summary
+from promoe_ds.model import DiT
+from promoe_ds.routing import RoutingPlan
+
+from ..builders import METHODS, of_method, random_network, random_tensor
+from .ranks import ONE_RANK, call_together, pretend_one_rank
+
+NULL, BINS = 10, 2
+#: Noise levels and labels of a batch: the last image is all noise and belongs to the upper of two bins.
+SIGMA, LABELS = [0.1, 0.49, 0.5, 0.7, 1.0], [3, NULL, 0, NULL, 7]
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [
@@ -38,3 +49,112 @@ def test_load_summary_does_not_depend_on_the_order_of_experts() -> None:
 
 def test_load_summary_of_counts_beyond_32_bits() -> None:
     assert load_summary([2**40, 2**40]) == {"load_max_over_mean": 1.0, "load_entropy": pytest.approx(1.0), "dead_experts": 0}
+
+
+# Lines of passes.
+
+
+def make_network(method: str) -> DiT:
+    network = random_network(model={"depth": 4}, logging={"timestep_bins": BINS}, **of_method(method)).train()
+    give_superclasses(network, network.config)
+    return network
+
+
+def run(network: DiT, seed: int = 0, labels: list[int] = LABELS) -> dict[int, RoutingPlan]:
+    latents = random_tensor(len(labels), 1, 4, 4, seed=seed)
+    with torch.no_grad():
+        return network.denoise(latents, torch.tensor(SIGMA) * 1000, torch.tensor(labels)).plans
+
+
+def by_hand(passes: list[dict[int, RoutingPlan]], layer: int, bin_: int) -> tuple[list[int], int, int, float | None]:
+    """Tokens per expert, conditional and unconditional tokens and mean gate, from the plans' lists."""
+    tokens, gates, conditional, unconditional = [0] * 4, [], 0, 0
+    for plans in passes:
+        assignment = plans[layer].assignment
+        experts = torch.repeat_interleave(torch.arange(4), assignment.tokens_per_expert_E).tolist()
+        for token, expert, gate in zip(assignment.token_ids_N.tolist(), experts, assignment.gates_N.tolist(), strict=True):
+            if (SIGMA[token // 4] >= 0.5) == bool(bin_):
+                tokens[expert] += 1
+                gates.append(gate)
+        for sigma, label in zip(SIGMA, LABELS, strict=True):
+            if (sigma >= 0.5) == bool(bin_):
+                conditional += 4 * (label != NULL)
+                unconditional += 4 * (label == NULL)
+    return tokens, conditional, unconditional, sum(gates) / len(gates) if gates else None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lines_of_two_passes_equal_the_plans_own_lists(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network(method)
+    pretend_one_rank(monkeypatch)
+    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
+    passes = [run(network, seed) for seed in (0, 1)]
+    for plans in passes:
+        accumulator.add(plans, torch.tensor(SIGMA))
+    lines = accumulator.reduce(step=20, steps=10)
+    assert [(line["layer"], line["timestep_bin"]) for line in lines] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    for line in lines:
+        tokens, conditional, unconditional, gate_mean = by_hand(passes, line["layer"], line["timestep_bin"])
+        assert line["tokens_per_expert"] == tokens
+        assert (line["conditional_tokens"], line["unconditional_tokens"]) == (conditional, unconditional)
+        assert line["gate_mean"] == pytest.approx(gate_mean, rel=1e-5)
+        similarity = sum(plans[line["layer"]].stats.prototype_similarity.item() for plans in passes) / 2
+        assert line["prototype_similarity"] == pytest.approx(similarity, rel=1e-5, abs=1e-7)
+        assert (line["step"], line["steps"], line["timestep_bins"], line["layer_bytes_exchanged"]) == (20, 10, BINS, 0)
+
+
+def test_lines_gate_mean_is_per_assignment_where_tokens_have_several_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network("dit_moe")
+    pretend_one_rank(monkeypatch)
+    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
+    plans = run(network)
+    accumulator.add(plans, torch.zeros(len(LABELS)))
+    line = accumulator.reduce(step=1, steps=1)[0]
+    assert sum(line["tokens_per_expert"]) == 2 * line["conditional_tokens"]
+    assert line["gate_mean"] == pytest.approx(plans[1].assignment.gates_N.mean().item(), rel=1e-5)
+
+
+def test_lines_without_assignments_have_no_gate_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network("token_choice")
+    pretend_one_rank(monkeypatch)
+    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
+    accumulator.add(run(network, labels=[NULL] * 5), torch.tensor(SIGMA))
+    lines = accumulator.reduce(step=1, steps=1)
+    assert [line["gate_mean"] for line in lines] == [None] * 4
+    assert [line["unconditional_tokens"] for line in lines] == [8, 12] * 2
+
+
+def test_lines_start_anew_after_each_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network("expert_race")
+    pretend_one_rank(monkeypatch)
+    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
+    results = []
+    for _ in range(2):
+        accumulator.add(run(network), torch.tensor(SIGMA))
+        results.append(accumulator.reduce(step=1, steps=1))
+    assert results[0] == results[1]
+    assert accumulator.reduce(step=2, steps=0) == []
+
+
+def test_lines_of_two_ranks_are_their_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network("diff_moe")
+    accumulators = [RoutingAccumulator(network.config, network, ONE_RANK) for _ in range(2)]
+    passes = [run(network, seed) for seed in (0, 1)]
+    for accumulator, plans in zip(accumulators, passes, strict=True):
+        accumulator.add(plans, torch.tensor(SIGMA))
+    first, second = call_together(monkeypatch, accumulators, "reduce", step=1, steps=1)
+    assert first == second
+    for line in first:
+        tokens, conditional, _, gate_mean = by_hand(passes, line["layer"], line["timestep_bin"])
+        assert (line["tokens_per_expert"], line["conditional_tokens"]) == (tokens, conditional)
+        assert line["gate_mean"] == pytest.approx(gate_mean, rel=1e-5)
+        similarity = passes[0][line["layer"]].stats.prototype_similarity.item()  # the same weights everywhere
+        assert line["prototype_similarity"] == pytest.approx(similarity, rel=1e-5, abs=1e-7)
+
+
+def test_lines_of_a_dense_network_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network(routing={"method": "dense"})
+    pretend_one_rank(monkeypatch)
+    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
+    accumulator.add({}, torch.tensor(SIGMA))
+    assert accumulator.reduce(step=1, steps=1) == []

@@ -11,7 +11,7 @@ from torch import Tensor
 from promoe_ds.model import DiT, build_model, initialise
 from promoe_ds.moe import StackedExperts
 
-from ..builders import small_config
+from ..builders import METHODS, of_method, small_config
 
 ROUTED = "blocks.1.moe.routed."
 
@@ -77,6 +77,51 @@ def test_init_experts_of_a_rank_equal_the_rows_of_all() -> None:
         assert torch.equal(value, getattr(whole, name)[2:4]), name
 
 
+@pytest.mark.parametrize("expert_type", ["gelu", "swiglu"])
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+def test_init_experts_of_all_ranks_together_are_those_of_one(expert_type: str, ep_size: int) -> None:
+    whole = initialised(routing={"expert_type": expert_type}).blocks[1].moe.routed
+    parts = []
+    for rank in range(ep_size):
+        network = build_model(small_config(routing={"expert_type": expert_type}))
+        parts.append(StackedExperts(4 // ep_size, 16, 32, expert_type=expert_type, first_expert=rank * 4 // ep_size))
+        network.blocks[1].moe.routed = parts[-1]
+        initialise(network, 0)
+    for name, value in whole.named_parameters():
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), value), name
+
+
+@pytest.mark.parametrize("experts", [
+    {}, {"expert_type": "swiglu"}, {"shared_expert_type": "swiglu", "num_unconditional_experts": 2},
+], ids=["gelu", "swiglu", "shared swiglu"])
+@pytest.mark.parametrize("method", METHODS)
+def test_init_after_meta_covers_every_parameter_and_buffer(method: str, experts: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        network = build_model(small_config(**of_method(method, **experts)))
+    network.to_empty(device="cpu")
+    for value in (*network.parameters(), *network.buffers()):
+        value.data.fill_(torch.nan)  # what memory may hold
+    initialise(network, 0)
+    assert [name for name, value in (*network.named_parameters(), *network.named_buffers()) if not value.isfinite().all()] == []
+    expected = initialised(**of_method(method, **experts)).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_init_of_a_router_starts_its_weights_at_random_and_its_state_at_zero(method: str) -> None:
+    router = initialised(**of_method(method)).blocks[1].moe.router
+    assert not any(buffer.any() for buffer in router.buffers())
+    for name, parameter in router.named_parameters():
+        assert bool(parameter.any()) != name.endswith("bias"), name
+
+
+def test_init_gate_of_swiglu_experts_is_not_its_up_projection() -> None:
+    network = initialised(routing={"expert_type": "swiglu"})
+    moe = network.blocks[1].moe
+    assert not torch.equal(moe.routed.gate_weight, moe.routed.up_weight)
+    assert not torch.equal(moe.shared.gate.weight, moe.shared.up.weight)
+
+
 def test_init_more_experts_keep_the_first_ones() -> None:
     few, many = (initialised(routing={"num_experts": n}).blocks[1].moe.routed for n in (4, 6))
     assert torch.equal(few.up_weight, many.up_weight[:4])
@@ -97,10 +142,13 @@ def test_init_untrained_biases_modulation_and_output_are_zero(seed: int) -> None
 @pytest.mark.parametrize(("name", "fan_in", "fan_out"), [
     ("blocks.0.attention.qkv.weight", 64, 192), ("blocks.0.feed_forward.down.weight", 256, 64),
     ("patch_embedding.proj.weight", 4, 64), (ROUTED + "up_weight", 64, 128), (ROUTED + "down_weight", 128, 64),
-    ("blocks.1.moe.shared.up.weight", 64, 128),
+    ("blocks.1.moe.shared.up.weight", 64, 128), (ROUTED + "gate_weight", 64, 128), ("blocks.1.moe.shared.gate.weight", 64, 128),
+    ("blocks.1.moe.router.hidden.weight", 64, 64), ("blocks.1.moe.router.gate_weight", 64, 4),
 ])
 def test_init_matrices_are_xavier_uniform(name: str, fan_in: int, fan_out: int) -> None:
-    value = weights(initialised(model={"hidden_size": 64}))[name]
+    routing = {"expert_type": "swiglu"} if "gate" in name else {}
+    routing |= {"method": "expert_race"} if ".router." in name else {}
+    value = weights(initialised(model={"hidden_size": 64}, routing=routing))[name]
     bound = (6 / (fan_in + fan_out)) ** 0.5
     assert value.abs().max() <= bound
     # 256 draws at least: the largest lies near the bound, the deviation within some percent of bound / sqrt(3).

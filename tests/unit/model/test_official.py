@@ -14,7 +14,7 @@ from promoe_ds.errors import CheckpointError
 from promoe_ds.model.embeddings import sincos_positions
 from promoe_ds.model.official import from_official, to_official
 
-from ..builders import random_network, small_config
+from ..builders import of_method, random_network, random_tensor, small_config
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "moe": {},
@@ -40,6 +40,91 @@ def test_official_there_and_back_is_the_same(setting: str) -> None:
     back = from_official(to_official(state, network.config), network.config)
     assert back.keys() == state.keys()
     assert [name for name in state if not torch.equal(back[name], state[name])] == []
+
+
+PUBLISHED = ("token_choice", "expert_choice", "dit_moe", "ec_dit", "diff_moe")
+EXPERTS: dict[str, dict[str, Any]] = {
+    "plain": {}, "swiglu": {"expert_type": "swiglu"}, "shared swiglu": {"shared_expert_type": "swiglu", "num_shared_experts": 2},
+    "swiglu, shared gelu": {"expert_type": "swiglu", "shared_expert_type": "gelu"}, "no shared": {"num_shared_experts": 0},
+    "as published": {"num_shared_experts": 0, "num_unconditional_experts": 0},
+}
+
+
+@pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS.keys())
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_official_of_every_published_method_there_and_back_is_the_same(method: str, experts: dict[str, Any]) -> None:
+    network = random_network(model={"depth": 4, "qk_norm": True}, **of_method(method, **experts))
+    for name, buffer in network.named_buffers():
+        buffer.copy_(random_tensor(*buffer.shape, seed=len(name)))
+    state = network.state_dict()
+    published = to_official(state, network.config)
+    assert not any(".moe." in name for name in published)
+    back = from_official(published, network.config)
+    assert back.keys() == state.keys()
+    assert [name for name in state if not torch.equal(back[name], state[name])] == []
+
+
+def names_of_moe(method: str, **experts: Any) -> set[str]:
+    """Return the published names of a MoE feed-forward, experts but the first and last apart."""
+    names = official(**of_method(method, **experts))[0]
+    inner = (name.removeprefix("blocks.1.mlp.") for name in names if name.startswith("blocks.1.mlp."))
+    return {name for name in inner if not name.startswith(("experts.1.", "experts.2.", "experts.3."))}
+
+
+LINEAR = ("weight", "bias")
+BASELINE = {f"experts.{expert}.{layer}.{kind}" for expert in (0, 4) for layer in ("fc1", "fc2") for kind in LINEAR}
+SWIGLU = {f"shared_experts.{layer}_proj.weight" for layer in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize(("method", "shared", "expected"), [
+    ("dit_moe", "swiglu", {"gate.weight", *SWIGLU}),
+    ("ec_dit", "swiglu", {"gate_weight", *SWIGLU}),
+    ("diff_moe", "swiglu", {"gate_weight", "expert_threshold", "ema_decay", *SWIGLU,
+                            *(f"capacity_predictor.{layer}.{kind}" for layer in (0, 2) for kind in LINEAR)}),
+    ("diff_moe", "gelu", {"gate_weight", "expert_threshold", "ema_decay",
+                          *(f"shared_experts.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in LINEAR),
+                          *(f"capacity_predictor.{layer}.{kind}" for layer in (0, 2) for kind in LINEAR)}),
+])
+def test_official_names_of_the_baselines_are_the_published_ones(method: str, shared: str, expected: set[str]) -> None:
+    assert names_of_moe(method, shared_expert_type=shared) == BASELINE | expected
+
+
+def test_official_names_of_swiglu_experts() -> None:
+    expected = {f"experts.{expert}.{layer}_proj.weight" for expert in (0, 4) for layer in ("gate", "up", "down")}
+    assert names_of_moe("ec_dit", expert_type="swiglu", num_shared_experts=0) == expected | {"gate_weight"}
+    assert names_of_moe("expert_choice", expert_type="swiglu", num_shared_experts=0) == expected | {"cluster_centers"}
+
+
+@pytest.mark.parametrize("method", ["expert_race", "classification", "kmeans"])
+def test_official_of_a_method_never_published_is_refused(method: str) -> None:
+    network = random_network(**of_method(method))
+    message = f"routing.method={method} was never published: it has no official layout"
+    with raises_saying(message):
+        to_official(network.state_dict(), network.config)
+    with raises_saying(message):
+        from_official({"x_embedder.proj.bias": torch.zeros(16)}, network.config)
+
+
+def test_official_threshold_decay_is_written_and_held_against_the_config() -> None:
+    state, config = official(**of_method("diff_moe", threshold_decay=0.9))
+    assert state["blocks.1.mlp.ema_decay"].tolist() == pytest.approx([0.9])
+    other = small_config(**of_method("diff_moe"))
+    with raises_saying("blocks.1.mlp.ema_decay is 0.9, but routing.threshold_decay=0.95"):
+        from_official(state, other)
+    del state["blocks.1.mlp.ema_decay"]
+    from_official(state, config)  # it is a hyperparameter: a state without it is whole
+
+
+def test_from_official_of_another_method_names_what_has_no_place() -> None:
+    state, _ = official(**of_method("ec_dit"))
+    with raises_saying("blocks.1.mlp.gate_weight: no such parameter in this architecture"):
+        from_official(state, small_config(**of_method("token_choice")))
+
+
+def test_from_official_gelu_experts_have_no_gate() -> None:
+    state, config = official()
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.experts\.0\.gate_proj\.weight|routed\.gate_weight"):
+        from_official({**state, "blocks.1.mlp.experts.0.gate_proj.weight": torch.zeros(32, 16)}, config)
 
 
 def test_official_names_of_a_moe_block_are_the_published_ones() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -56,12 +55,7 @@ def run(layer: MoELayer, tokens_BSD: Tensor, labels: list[int]) -> tuple[Tensor,
 
 
 def feed_forward(x: list[float], up: list, up_bias: list, down: list, down_bias: list) -> list[float]:
-    hidden = [gelu_tanh(sum(w * v for w, v in zip(row, x, strict=True)) + b) for row, b in zip(up, up_bias, strict=True)]
-    return [sum(w * h for w, h in zip(row, hidden, strict=True)) + b for row, b in zip(down, down_bias, strict=True)]
-
-
-def gelu_tanh(x: float) -> float:
-    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return oracles.linear([oracles.gelu_tanh(value) for value in oracles.linear(x, up, up_bias)], down, down_bias)
 
 
 def weights(module: FeedForward) -> tuple[list, ...]:

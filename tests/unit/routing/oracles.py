@@ -35,12 +35,38 @@ def cosine(a: Vector, b: Vector) -> float:
 
 def scores(token: Vector, prototypes: Matrix, scale: float, activation: str) -> Vector:
     """Eq. 4, then Eq. 2's activation over the experts."""
-    values = [scale * cosine(token, prototype) for prototype in prototypes]
+    return activated([scale * cosine(token, prototype) for prototype in prototypes], activation)
+
+
+def activated(values: Vector, activation: str) -> Vector:
+    """Eq. 2's activation A."""
     if activation == "identity":
         return values
     if activation == "sigmoid":
-        return [1 / (1 + math.exp(-value)) for value in values]
+        return [sigmoid(value) for value in values]
     return softmax(values)
+
+
+def linear(vector: Vector, weight: Matrix, bias: Vector | None = None) -> Vector:
+    """weight @ vector + bias."""
+    products = [sum(w * x for w, x in zip(row, vector, strict=True)) for row in weight]
+    return products if bias is None else [x + b for x, b in zip(products, bias, strict=True)]
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def silu(value: float) -> float:
+    return value * sigmoid(value)
+
+
+def gelu_tanh(value: float) -> float:
+    return 0.5 * value * (1 + math.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
+
+
+def mean(vectors: Matrix) -> Vector:
+    return [sum(values) / len(vectors) for values in zip(*vectors, strict=True)]
 
 
 def softmax(values: Vector) -> Vector:

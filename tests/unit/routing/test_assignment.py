@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from promoe_ds.routing import Assignment, assign_token_choice
+from promoe_ds.routing import Assignment, assign_pairs, assign_token_choice
+from promoe_ds.routing.assignment import count_pairs
 
 from ..builders import random_tensor
 from . import oracles
@@ -75,3 +76,42 @@ def test_assignment_gradient_reaches_each_gate_once() -> None:
     assignment, gates = assign([[[2, 0], [1, 2]]], routed_ids=[0], num_experts=3)
     (assignment.gates_N * assignment.gates_N.detach()).sum().backward()
     assert torch.equal(gates.grad, gates.detach())
+
+
+# From pairs in any order.
+
+
+def pair_rows(pairs: list[tuple[int, int]], num_tokens: int, num_experts: int) -> list[tuple[int, int, float]]:
+    """Assign pairs with the gates 0.5, 1.5, ... in their order."""
+    tokens, experts = (torch.tensor([pair[i] for pair in pairs], dtype=torch.int64) for i in (0, 1))
+    gates = torch.arange(len(pairs), dtype=torch.float32) + 0.5
+    return rows(assign_pairs(tokens, experts, gates, num_tokens=num_tokens,
+                             tokens_per_expert_E=torch.bincount(experts, minlength=num_experts)))
+
+
+@given(num_tokens=st.integers(1, 8), num_experts=st.integers(1, 4), data=st.data())
+def test_pairs_in_any_order_equal_oracle(num_tokens: int, num_experts: int, data: st.DataObject) -> None:
+    every = [(token, expert) for token in range(num_tokens) for expert in range(num_experts)]
+    pairs = data.draw(st.permutations(every))[:data.draw(st.integers(0, len(every)))]
+    choices = [(*pair, place + 0.5) for place, pair in enumerate(pairs)]
+    assert pair_rows(pairs, num_tokens, num_experts) == oracles.assignment_rows(choices)
+
+
+def test_pairs_by_hand() -> None:
+    assert pair_rows([(3, 1), (0, 2), (5, 1), (4, 0)], 6, 3) == [(4, 0, 3.5), (3, 1, 0.5), (5, 1, 2.5), (0, 2, 1.5)]
+
+
+def test_pairs_gradient_reaches_each_gate_once() -> None:
+    gates = torch.tensor([2.0, 3.0, 5.0]).requires_grad_()
+    assignment = assign_pairs(torch.tensor([1, 0, 1]), torch.tensor([1, 1, 0]), gates, num_tokens=2,
+                              tokens_per_expert_E=torch.tensor([1, 2]))
+    (assignment.gates_N * torch.tensor([10.0, 20.0, 30.0])).sum().backward()
+    assert gates.grad.tolist() == [30.0, 20.0, 10.0]  # sorted: (1, 0), (0, 1), (1, 1)
+
+
+@given(samples=st.integers(1, 4), experts=st.integers(1, 4), data=st.data())
+def test_count_pairs_equals_oracle(samples: int, experts: int, data: st.DataObject) -> None:
+    pairs = data.draw(st.lists(st.tuples(st.integers(0, samples - 1), st.integers(0, experts - 1)), max_size=12))
+    ids = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    counts = count_pairs(ids[:, 0], ids[:, 1], num_samples=samples, num_experts=experts)
+    assert counts.tolist() == [[pairs.count((sample, expert)) for expert in range(experts)] for sample in range(samples)]

@@ -59,3 +59,32 @@ def test_partition_ids_can_index() -> None:
     partition = partition_samples(torch.tensor([10, 1]), NULL)
     assert partition.routed_ids.dtype == partition.unconditional_ids.dtype == torch.int64
     assert partition.is_routed_B.dtype == torch.bool
+
+
+@given(labels=st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=6), has_unconditional=st.booleans())
+def test_partition_keeps_labels_and_says_which_are_null(labels: list[int], has_unconditional: bool) -> None:
+    partition = partition_samples(torch.tensor(labels), NULL, has_unconditional_expert=has_unconditional)
+    assert partition.labels_B.tolist() == labels
+    assert partition.is_null_B.tolist() == [label == NULL for label in labels]
+
+
+@pytest.mark.parametrize(("labels", "expected"), [
+    ([3, NULL, 4], [0.0, 2.0]), ([NULL, NULL, NULL], []), ([1, 2, 3], [0.0, 1.0, 2.0]),
+])
+def test_take_routed_takes_the_routed_samples_in_order(labels: list[int], expected: list[float]) -> None:
+    values = torch.arange(3.0)[:, None, None].expand(3, 2, 5)
+    taken = partition_samples(torch.tensor(labels), NULL).take_routed(values)
+    assert taken.shape == (len(expected), 2, 5)
+    assert taken[:, 0, 0].tolist() == expected
+
+
+def test_take_routed_copies_nothing_where_all_are_routed() -> None:
+    values = torch.zeros(2, 3)
+    assert partition_samples(torch.tensor([1, 2]), NULL).take_routed(values) is values
+
+
+@given(labels=st.lists(st.sampled_from([0, NULL]), min_size=1, max_size=5), tokens=st.integers(1, 4))
+def test_unconditional_token_ids_are_the_rest(labels: list[int], tokens: int) -> None:
+    partition = partition_samples(torch.tensor(labels), NULL)
+    expected = [place * tokens + s for place, label in enumerate(labels) if label == NULL for s in range(tokens)]
+    assert partition.unconditional_token_ids(tokens).tolist() == expected

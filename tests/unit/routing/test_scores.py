@@ -1,4 +1,4 @@
-"""Step 2: cosine scores and their activation, in fp32 whatever comes in."""
+"""Step 2: cosine and linear scores and their activation, in fp32 whatever comes in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from promoe_ds.routing.scores import activate, at_least_fp32, cosine_scores
+from promoe_ds.routing.scores import activate, at_least_fp32, cosine_scores, linear_scores
 
 from ..builders import random_tensor
 from . import oracles
@@ -123,3 +123,54 @@ def test_activate_unknown_is_refused() -> None:
                                                  (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_at_least_fp32_widens_but_never_narrows(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert at_least_fp32(torch.ones(2, dtype=dtype)).dtype == expected
+
+
+# Linear scores.
+
+
+@given(tokens=st.integers(0, 6), width=st.integers(1, 5), experts=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_linear_scores_any_sizes_equal_oracle(tokens: int, width: int, experts: int, seed: int) -> None:
+    tokens_TD = random_tensor(tokens, width, seed=seed, dtype=torch.float64)
+    weight = random_tensor(experts, width, seed=seed + 1, dtype=torch.float64)
+    expected = [oracles.linear(token, weight.tolist()) for token in tokens_TD.tolist()]
+    torch.testing.assert_close(linear_scores(tokens_TD, weight), torch.tensor(expected, dtype=torch.float64).view(tokens, experts),
+                               **FLOAT64)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 3, 8), (8,)])
+def test_linear_scores_keep_leading_shape(shape: tuple[int, ...]) -> None:
+    assert linear_scores(random_tensor(*shape), random_tensor(5, 8)).shape == (*shape[:-1], 5)
+
+
+@pytest.mark.parametrize(("tokens_dtype", "weight_dtype", "expected"), [
+    (torch.bfloat16, torch.bfloat16, torch.float32), (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32), (torch.float64, torch.float32, torch.float64),
+])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_linear_scores_are_computed_in_at_least_fp32(tokens_dtype: torch.dtype, weight_dtype: torch.dtype, expected: torch.dtype,
+                                                     autocast: bool) -> None:
+    tokens, weight = random_tensor(6, 16, dtype=tokens_dtype), random_tensor(4, 16, seed=1, dtype=weight_dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        scores = linear_scores(tokens, weight)
+    assert scores.dtype == expected
+    assert torch.equal(scores, tokens.to(expected) @ weight.to(expected).T)
+
+
+def test_linear_scores_gradient_is_that_of_finite_differences() -> None:
+    tokens = random_tensor(3, 4, dtype=torch.float64).requires_grad_()
+    weight = random_tensor(2, 4, seed=1, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(linear_scores, (tokens, weight))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_activate_softmax_runs_over_the_dimension_asked_for(dim: int) -> None:
+    scores = random_tensor(2, 3, 4)
+    found = activate(scores, "softmax", dim=dim)
+    torch.testing.assert_close(found.sum(dim=dim), torch.ones_like(found.sum(dim=dim)))
+    torch.testing.assert_close(found, activate(scores.movedim(dim, -1), "softmax").movedim(-1, dim))
+
+
+@pytest.mark.parametrize("activation", ["identity", "sigmoid"])
+def test_activate_elementwise_does_not_depend_on_the_dimension(activation: str) -> None:
+    scores = random_tensor(2, 3, 4)
+    assert torch.equal(activate(scores, activation, dim=0), activate(scores, activation))

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from promoe_ds.errors import RoutingError
-from promoe_ds.routing import RoutingPlan, TwoStepRouter, partition_samples
+from promoe_ds.routing import TwoStepRouter, TwoStepSettings
 from promoe_ds.routing.scores import activate, cosine_scores
-from promoe_ds.routing.two_step import TwoStepSettings, mean_prototype_similarity
 
 from ..builders import random_tensor
 from . import oracles
+from .plans import NULL, plan_rows, route
 
-NULL = 10
 #: Sums in another order than the oracle's; the contrastive loss divides cosines by 0.07.
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
 
@@ -30,21 +29,10 @@ def make_router(width: int = 8, seed: int = 1, dtype: torch.dtype = torch.float6
     return router
 
 
-def route(router: TwoStepRouter, tokens_BSD: Tensor, labels: list[int], **kwargs: Any) -> RoutingPlan:
-    return router(tokens_BSD, partition_samples(torch.tensor(labels), NULL, **kwargs))
-
-
-def plan_rows(plan: RoutingPlan) -> list[tuple[int, int, float]]:
-    """Return the plan's list as (token, expert, gate)."""
-    counts = plan.assignment.tokens_per_expert_E
-    experts = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    return list(zip(plan.assignment.token_ids_N.tolist(), experts.tolist(), plan.assignment.gates_N.tolist(), strict=True))
-
-
-def oracle_plan(router: TwoStepRouter, tokens_BSD: Tensor, labels: list[int], *, has_unconditional_expert: bool = True):
+def oracle_plan(router: TwoStepRouter, tokens_BSD: Tensor, labels: list[int], *, unconditional: bool = True):
     """Return rows, losses, counts and gate sums of a router, by loops."""
     settings, prototypes = router.settings, router.prototypes.tolist()
-    routed, _ = oracles.partition(labels, NULL, has_unconditional_expert=has_unconditional_expert)
+    routed, _ = oracles.partition(labels, NULL, has_unconditional_expert=unconditional)
     _, tokens, _ = tokens_BSD.shape
     choices, membership, samples = [], [], []
     counts = [[0] * settings.num_experts for _ in labels]
@@ -95,7 +83,7 @@ def test_router_any_setting_equals_oracle(images: int, tokens: int, width: int, 
                          balance_level=level)
     labels = data.draw(st.lists(st.sampled_from([0, 9, NULL]), min_size=images, max_size=images))
     tokens_BSD = random_tensor(images, tokens, width, seed=seed + 1, dtype=torch.float64)
-    check_against_oracle(router, tokens_BSD, labels, has_unconditional_expert=unconditional)
+    check_against_oracle(router, tokens_BSD, labels, unconditional=unconditional)
 
 
 # Named corners.
@@ -304,20 +292,6 @@ def test_stats_hold_no_graph() -> None:
     stats = plan.stats
     assert not any(t.requires_grad for t in (stats.tokens_per_expert_BE, stats.gate_sums_B, stats.prototype_similarity))
     assert plan.assignment.gates_N.requires_grad
-
-
-@pytest.mark.parametrize("num_experts", [1, 2, 5])
-def test_prototype_similarity_equals_oracle(num_experts: int) -> None:
-    prototypes = random_tensor(num_experts, 6, dtype=torch.float64)
-    expected = torch.tensor(oracles.mean_similarity(prototypes.tolist()), dtype=torch.float64)
-    torch.testing.assert_close(mean_prototype_similarity(prototypes), expected, **FLOAT64)
-
-
-@pytest.mark.parametrize(("prototypes", "expected"), [
-    ([[1.0, 0.0], [2.0, 0.0]], 1.0), ([[1.0, 0.0], [-3.0, 0.0]], -1.0), ([[1.0, 0.0], [0.0, 1.0]], 0.0), ([[1.0, 0.0]], 0.0),
-])
-def test_prototype_similarity_by_hand(prototypes: list[list[float]], expected: float) -> None:
-    assert mean_prototype_similarity(torch.tensor(prototypes)) == expected
 
 
 def test_router_more_choices_than_experts_is_refused() -> None:

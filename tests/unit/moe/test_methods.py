@@ -1,0 +1,162 @@
+"""The layer under every routing method and expert type: its plan carried out, gradients, independence of samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from promoe_ds.model.build import build_moe_layer
+from promoe_ds.moe import MoELayer
+from promoe_ds.routing import ClassificationRouter, RoutingPlan
+
+from ..builders import random_tensor, randomise, small_config
+from ..routing.plans import METHODS, NULL, ONE_EXPERT, SUPERCLASSES, partition, plan_rows
+
+WIDTH, TOKENS, LABELS = 8, 4, [3, NULL, 0, NULL, 7]
+TYPES: dict[str, dict[str, Any]] = {
+    "gelu": {}, "swiglu": {"expert_type": "swiglu"}, "swiglu, shared gelu": {"expert_type": "swiglu", "shared_expert_type": "gelu"},
+    "gelu, two shared swiglu": {"shared_expert_type": "swiglu", "num_shared_experts": 2, "shared_expert_width": 24},
+    "swiglu alone": {"expert_type": "swiglu", "num_shared_experts": 0, "num_unconditional_experts": 0},
+    "swiglu, two unconditional": {"expert_type": "swiglu", "num_unconditional_experts": 2},
+}
+#: Methods under which a sample is never touched by its batch mates in evaluation.
+INDEPENDENT = tuple(method for method in METHODS if method != "diff_moe")
+#: Sums in another order than the loop's.
+FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_type = pytest.mark.parametrize("types", TYPES.values(), ids=TYPES.keys())
+
+
+def make_layer(method: str, backend: str = "loop", dtype: torch.dtype = torch.float64, **routing: Any) -> MoELayer:
+    routing = {"method": method, "expert_width": 16, "top_k": 1 if method in ONE_EXPERT else 2, **routing}
+    if method == "classification":
+        routing["superclass_map"] = "digits"
+    config = small_config(model={"hidden_size": WIDTH, "num_heads": 1}, routing=routing, parallel={"expert_backend": backend})
+    layer = randomise(build_moe_layer(config))
+    for name, buffer in layer.router.named_buffers():
+        buffer.copy_(random_tensor(*buffer.shape, seed=5) if name == "centroids" else torch.full_like(buffer, 0.4))
+    if isinstance(layer.router, ClassificationRouter):
+        layer.router.set_superclasses(SUPERCLASSES)
+    return layer.to(dtype)
+
+
+def run(layer: MoELayer, tokens_BSD: Tensor, labels: list[int]) -> tuple[Tensor, RoutingPlan]:
+    return layer(tokens_BSD, partition(labels, unconditional=layer.unconditional is not None))
+
+
+def loss_of(plan: RoutingPlan) -> Tensor:
+    """Sum all that training makes a loss of."""
+    predicted = [] if plan.target_patches_BSP is None else [plan.target_patches_BSP.square().sum()]
+    return sum([*plan.aux_losses.values(), *predicted], torch.zeros(()))
+
+
+def one_expert(layer: MoELayer, expert: int, x: Tensor) -> Tensor:
+    p = {name: value[expert] for name, value in layer.routed.named_parameters()}
+    if layer.routed.expert_type == "swiglu":
+        return (nn.functional.silu(x @ p["gate_weight"].T) * (x @ p["up_weight"].T)) @ p["down_weight"].T
+    return nn.functional.gelu(x @ p["up_weight"].T + p["up_bias"], approximate="tanh") @ p["down_weight"].T + p["down_bias"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@every_method
+@every_type
+def test_layer_carries_out_its_plan_token_by_token(method: str, types: dict[str, Any], training: bool) -> None:
+    """Eq. 5: shared plus gate * expert for every row of the list, and the unconditional expert for null samples."""
+    layer = make_layer(method, **types).train(training)
+    tokens = random_tensor(len(LABELS), TOKENS, WIDTH, dtype=torch.float64)
+    output, plan = run(layer, tokens, LABELS)
+    expected = torch.zeros_like(tokens) if layer.shared is None else layer.shared(tokens)
+    if layer.unconditional is not None:
+        expected = expected + torch.tensor([label == NULL for label in LABELS])[:, None, None] * layer.unconditional(tokens)
+    rows = list(expected.flatten(0, 1).unbind())
+    for token, expert, gate in plan_rows(plan):
+        rows[token] = rows[token] + gate * one_expert(layer, expert, tokens.flatten(0, 1)[token])
+    torch.testing.assert_close(output, torch.stack(rows).view_as(tokens), **FLOAT64)
+    assert plan.assignment.gates_N.numel() > 0
+
+
+@every_method
+@every_type
+def test_layer_backends_agree_in_output_and_gradients(method: str, types: dict[str, Any]) -> None:
+    results = []
+    for backend in ("loop", "grouped_mm"):
+        layer, tokens = make_layer(method, backend, torch.float32, **types), random_tensor(len(LABELS), TOKENS, WIDTH)
+        output, plan = run(layer, tokens.requires_grad_(), LABELS)
+        ((output * random_tensor(*output.shape, seed=3)).sum() + loss_of(plan)).backward()
+        results.append({"output": output.detach(), "tokens": tokens.grad, **{n: p.grad for n, p in layer.named_parameters()}})
+    # fp32, the same products added in another order; contrastive losses divide by 0.07.
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@every_method
+@pytest.mark.parametrize("labels", [LABELS, [NULL, NULL], [1]], ids=["mixed", "all unconditional", "one sample"])
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+def test_layer_every_parameter_gets_a_finite_gradient(method: str, labels: list[int], backend: str) -> None:
+    layer = make_layer(method, backend, torch.float32, expert_type="swiglu")
+    output, plan = run(layer, random_tensor(len(labels), TOKENS, WIDTH).requires_grad_(), labels)
+    (output.square().sum() + loss_of(plan)).backward()
+    assert [name for name, parameter in layer.named_parameters() if parameter.grad is None] == []
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+@every_method
+def test_layer_gradient_of_the_tokens_is_that_of_finite_differences(method: str) -> None:
+    layer = make_layer(method, expert_type="swiglu")
+    tokens = random_tensor(2, TOKENS, WIDTH, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: run(layer, t, [3, NULL])[0], (tokens,))
+
+
+@every_method
+def test_layer_bf16_keeps_the_dtype_of_the_tokens(method: str) -> None:
+    layer = make_layer(method, dtype=torch.bfloat16, expert_type="swiglu")
+    tokens = random_tensor(3, TOKENS, WIDTH, dtype=torch.bfloat16).requires_grad_()
+    output, plan = run(layer, tokens, [0, NULL, 1])
+    (output.float().square().sum() + loss_of(plan)).backward()
+    assert output.dtype == tokens.grad.dtype == torch.bfloat16
+    assert all(parameter.grad.dtype == torch.bfloat16 and parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+# Who depends on whom, in evaluation.
+
+
+@pytest.mark.parametrize("method", INDEPENDENT)
+@pytest.mark.parametrize("unconditional", [0, 1])
+def test_layer_output_of_a_sample_does_not_depend_on_its_batch_mates(method: str, unconditional: int) -> None:
+    layer = make_layer(method, num_unconditional_experts=unconditional).eval()
+    tokens = random_tensor(len(LABELS), TOKENS, WIDTH, dtype=torch.float64)
+    together, _ = run(layer, tokens, LABELS)
+    for place, label in enumerate(LABELS):
+        alone, _ = run(layer, tokens[place:place + 1], [label])
+        # Matrix products of another height may add in another order.
+        torch.testing.assert_close(together[place:place + 1], alone, **FLOAT64)
+
+
+@every_method
+def test_layer_null_samples_depend_on_no_other_and_are_no_ones_mates(method: str) -> None:
+    """Even where the pool is shared: the unconditional expert's samples are no part of it."""
+    layer = make_layer(method).eval()
+    tokens, labels = random_tensor(4, TOKENS, WIDTH, dtype=torch.float64), [1, NULL, 2, NULL]
+    together, _ = run(layer, tokens, labels)
+    for places in ([1], [3], [0, 2]):
+        apart, _ = run(layer, tokens[places], [labels[place] for place in places])
+        torch.testing.assert_close(together[places], apart, **FLOAT64)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_under_diff_moe_output_depends_on_the_batch_by_design(training: bool) -> None:
+    layer = make_layer("diff_moe").train(training)
+    tokens = random_tensor(2, TOKENS, WIDTH, dtype=torch.float64)
+    together, alone = run(layer, tokens, [0, 1])[0], run(layer, tokens[:1], [0])[0]
+    assert (together[:1] - alone).abs().max() > 1e-3
+
+
+def test_layer_under_expert_race_output_depends_on_the_batch_in_training_only() -> None:
+    layer = make_layer("expert_race")
+    tokens = random_tensor(2, TOKENS, WIDTH, dtype=torch.float64)
+    together, alone = run(layer, tokens, [0, 1])[0], run(layer, tokens[:1], [0])[0]
+    assert (together[:1] - alone).abs().max() > 1e-3

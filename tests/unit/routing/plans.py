@@ -1,0 +1,161 @@
+"""What the tests of routers share: a small router of every method, plans as rows, the comparison with an oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from promoe_ds.routing import (
+    BatchPoolRouter,
+    ClassificationRouter,
+    ExpertRaceRouter,
+    KMeansRouter,
+    LinearExpertChoiceRouter,
+    LinearGateRouter,
+    Partition,
+    PrototypeExpertChoiceRouter,
+    Router,
+    RoutingPlan,
+    TwoStepRouter,
+    TwoStepSettings,
+    partition_samples,
+)
+
+from ..builders import random_tensor, randomise
+from . import oracles
+from .oracles_methods import Batch, Expected, counts_of, gate_sums_of
+
+NULL = 10
+#: Sums in another order than the oracle's; contrastive losses divide cosines by 0.07.
+NEAR = {"rel": 1e-10, "abs": 1e-10}
+#: Superclass of each of the ten classes, for four experts and for fewer.
+SUPERCLASSES = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+
+
+def _two_step(router: Callable[..., Router]) -> Callable[..., Router]:
+    return lambda width, **settings: router(width, TwoStepSettings(**settings))
+
+
+def _without_top_k(router: Callable[..., Router]) -> Callable[..., Router]:
+    return lambda width, top_k=1, **settings: router(width, **settings)
+
+
+_BUILDERS: dict[str, tuple[Callable[..., Router], dict[str, Any]]] = {
+    "token_choice": (_two_step(TwoStepRouter), {}),
+    "expert_choice": (_two_step(PrototypeExpertChoiceRouter), {}),
+    "dit_moe": (LinearGateRouter, {"balance_weight": 0.25, "balance_level": "batch"}),
+    "ec_dit": (LinearExpertChoiceRouter, {}),
+    "diff_moe": (BatchPoolRouter, {"capacity_weight": 0.5, "threshold_decay": 0.95}),
+    "expert_race": (ExpertRaceRouter, {"activation": "identity", "similarity_weight": 0.25, "patch_values": 3,
+                                       "threshold_decay": 0.95}),
+    "classification": (_without_top_k(ClassificationRouter), {"loss_weight": 0.5}),
+    "kmeans": (_without_top_k(KMeansRouter), {}),
+}
+METHODS = tuple(_BUILDERS)
+ONE_EXPERT = ("classification", "kmeans")
+WITH_STATE = ("diff_moe", "expert_race", "kmeans")
+
+
+def make_router(method: str, width: int = 8, *, seed: int = 1, dtype: torch.dtype = torch.float64, num_experts: int = 4,
+                top_k: int = 2, **settings: Any) -> Router:
+    """Build a router with random parameters and running state, in training mode."""
+    build, defaults = _BUILDERS[method]
+    router = build(width, num_experts=num_experts, top_k=top_k, **{**defaults, **settings})
+    randomise(router, seed, std=0.6)
+    for name, buffer in router.named_buffers():
+        # Thresholds lie among the values that they are compared with, centroids among the tokens.
+        buffer.copy_(random_tensor(*buffer.shape, seed=seed + 1) if name == "centroids"
+                     else 0.3 + 0.4 * random_tensor(*buffer.shape, seed=seed + 1).sigmoid())
+    if isinstance(router, ClassificationRouter):
+        router.set_superclasses([superclass % num_experts for superclass in SUPERCLASSES])
+    return router.to(dtype).train()
+
+
+def partition(labels: list[int], *, unconditional: bool = True) -> Partition:
+    return partition_samples(torch.tensor(labels), NULL, has_unconditional_expert=unconditional)
+
+
+def route(router: Router, tokens_BSD: Tensor, labels: list[int], *, unconditional: bool = True) -> RoutingPlan:
+    return router(tokens_BSD, partition(labels, unconditional=unconditional))
+
+
+def plan_rows(plan: RoutingPlan) -> list[tuple[int, int, float]]:
+    """Return the plan's list as (token, expert, gate)."""
+    counts = plan.assignment.tokens_per_expert_E
+    experts = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return list(zip(plan.assignment.token_ids_N.tolist(), experts.tolist(), plan.assignment.gates_N.tolist(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A drawn batch and the settings that every method has."""
+
+    labels: list[int]
+    tokens: int
+    width: int
+    num_experts: int
+    top_k: int
+    unconditional: bool
+    training: bool
+    seed: int
+
+    @property
+    def tokens_BSD(self) -> Tensor:
+        return random_tensor(len(self.labels), self.tokens, self.width, seed=self.seed, dtype=torch.float64)
+
+    @property
+    def batch(self) -> Batch:
+        """The same for an oracle."""
+        routed, _ = oracles.partition(self.labels, NULL, has_unconditional_expert=self.unconditional)
+        return Batch(self.tokens_BSD.tolist(), routed, self.labels)
+
+    def router(self, method: str, **settings: Any) -> Router:
+        router = make_router(method, self.width, seed=self.seed + 7, num_experts=self.num_experts, top_k=self.top_k, **settings)
+        return router.train(self.training)
+
+    def check(self, router: Router, expected: Expected) -> RoutingPlan:
+        plan = route(router, self.tokens_BSD, self.labels, unconditional=self.unconditional)
+        check_plan(plan, expected, self.batch, router)
+        return plan
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, all_experts_in_reach: bool = False) -> Case:
+    """Draw a case; with `all_experts_in_reach`, S * K >= E."""
+    num_experts = draw(st.integers(1, 5))
+    top_k = draw(st.integers(1, num_experts))
+    least = -(-num_experts // top_k) if all_experts_in_reach else 1
+    return Case(labels=draw(st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=4)), width=draw(st.integers(2, 5)),
+                tokens=draw(st.integers(least, max(least, 5))), num_experts=num_experts, top_k=top_k,
+                unconditional=draw(st.booleans()), training=draw(st.booleans()), seed=draw(st.integers(0, 2**31)))
+
+
+def check_plan(plan: RoutingPlan, expected: Expected, batch: Batch, router: Router) -> None:
+    """Hold a whole plan against an oracle's; in evaluation, losses must be none."""
+    rows = oracles.assignment_rows(expected.rows)
+    found = plan_rows(plan)
+    assert [row[:2] for row in found] == [row[:2] for row in rows]
+    assert [row[2] for row in found] == pytest.approx([row[2] for row in rows], **NEAR)
+    counts = counts_of(rows, batch, router.num_experts)
+    assert plan.stats.tokens_per_expert_BE.tolist() == counts
+    assert plan.assignment.tokens_per_expert_E.tolist() == [sum(column) for column in zip(*counts, strict=True)]
+    assert plan.stats.gate_sums_B.tolist() == pytest.approx(gate_sums_of(rows, batch), **NEAR)
+    assert plan.stats.is_routed_B.tolist() == [place in batch.routed for place in range(len(batch.samples))]
+    similarity = oracles.mean_similarity(router.directions_ED().tolist())
+    assert plan.stats.prototype_similarity.item() == pytest.approx(similarity, **NEAR)
+    losses = {name: loss.item() for name, loss in plan.aux_losses.items()}
+    assert losses == pytest.approx(expected.losses if router.training else {}, **NEAR)
+    _check_tensor(plan.observation, expected.observation)
+    _check_tensor(plan.target_patches_BSP, expected.target)
+
+
+def _check_tensor(found: Tensor | None, expected: Any) -> None:
+    assert (found is None) == (expected is None)
+    if expected is not None:
+        torch.testing.assert_close(found.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
