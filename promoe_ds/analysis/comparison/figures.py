@@ -7,6 +7,7 @@ breaks their lines where the screen ends. `comparison` is the content of compari
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ _CSS = {_INK: "currentColor", _GRID: "var(--line)"}
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # one more than colours: pairs repeat late
-_WIDTH = 5.4
+_WIDTH, _LEGEND_ROW = 5.4, 0.19  # inches
 _RC = {"font.size": 10, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK,
        "ytick.color": _INK, "grid.color": _GRID, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
        "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
@@ -101,7 +102,7 @@ def _draw_curves(comparison: Mapping[str, Any], curves: Sequence[Sequence[Curve]
         axes.set(xlabel="optimizer step", ylabel=unit)
         _legend(figure, axes)
 
-    return _render(_plot, height=3.4)
+    return _render(_plot, height=3.0)
 
 
 def _set_logarithmic(axes: Axes) -> None:
@@ -174,7 +175,7 @@ def draw_load_per_layer(comparison: Mapping[str, Any]) -> str | None:
         axes.grid(axis="x", visible=False)
         _legend(figure, axes)
 
-    return _render(_plot, height=3.2)
+    return _render(_plot, height=2.8)
 
 
 def load_by_layer(entry: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
@@ -195,6 +196,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = 2 if max(map(len, labels)) < 32 else 1
+        # The page grows for a long legend, the axes keep their height.
+        figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * math.ceil(len(labels) / columns))
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=9, handlelength=3, markerscale=1.0)
 
 
