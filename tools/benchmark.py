@@ -20,8 +20,8 @@ from promoe_ds.cli.entry import run_entry
 
 #: Suites by name.
 SUITES: dict[str, Callable[[argparse.Namespace], BenchmarkResult]] = {
-    "moe-layer": lambda o: benchmark_moe_layer(tokens=o.tokens, rounds=o.rounds or 50, recipe=o.recipe),
-    "router": lambda o: benchmark_router(tokens=o.tokens, rounds=o.rounds or 10, recipe=o.recipe),
+    "moe-layer": lambda o: benchmark_moe_layer(tokens=o.tokens, rounds=50 if o.rounds is None else o.rounds, recipe=o.recipe),
+    "router": lambda o: benchmark_router(tokens=o.tokens, rounds=10 if o.rounds is None else o.rounds, recipe=o.recipe),
 }
 
 

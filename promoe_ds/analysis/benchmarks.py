@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.engine.step import TrainingModule
+from promoe_ds.errors import ConfigError
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.model.routers import ROUTERS, build_router
@@ -91,7 +92,9 @@ def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -
     Args:
         tokens: conditional tokens, a multiple of the recipe's tokens per image.
     """
-    config = load_config(recipe)
+    config = _mixture(recipe, tokens=tokens, rounds=rounds)
+    if not config.routing.num_shared_experts:
+        raise ConfigError(f"--recipe {recipe}: the per-expert loop of this suite wants a shared expert: use a promoe recipe")
     width, per_image = config.model.hidden_size, config.model.tokens_per_image
     images = max(1, tokens // per_image)
     torch.manual_seed(0)
@@ -123,7 +126,7 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> B
     Args:
         tokens: conditional tokens, a multiple of the recipe's tokens per image.
     """
-    config = load_config(recipe)
+    config = _mixture(recipe, tokens=tokens, rounds=rounds)
     model = config.model
     images = max(1, tokens // model.tokens_per_image)
     generator = torch.Generator().manual_seed(0)
@@ -141,6 +144,16 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> B
         contenders[f"router_losses_{name}"] = lambda router=router: _routing_passes(router, inputs, partition, layers)
     return BenchmarkResult(suite="router", baseline="training_step", rounds=rounds,
                            timings=interleave(contenders, rounds=rounds, warmup=1), settings=_settings(config, images=images))
+
+
+def _mixture(recipe: str, *, tokens: int, rounds: int) -> RunConfig:
+    for name, value in (("--tokens", tokens), ("--rounds", rounds)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}: must be at least 1")
+    config = load_config(recipe)
+    if not config.moe_block_indices:
+        raise ConfigError(f"--recipe {recipe}: has no mixture of experts to time: use e.g. promoe_s")
+    return config
 
 
 def _routers(config: RunConfig) -> dict[str, Router]:

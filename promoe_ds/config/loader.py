@@ -38,9 +38,11 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(values, override)
     config = config_from_dict(values, source=str(recipe))
-    if config.routing.method == "classification":
-        read_superclasses(config)
-    return config
+    if config.routing.method != "classification":
+        return config
+    # The run keeps what the file said: it may change or go away, the run's targets may not.
+    routing = config.routing.model_copy(update={"superclasses": read_superclasses(config)})
+    return config.model_copy(update={"routing": routing})
 
 
 def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:
@@ -94,9 +96,8 @@ def _recipe_path(recipe: str | Path) -> Path:
     if packaged.is_file():
         return packaged
     close = difflib.get_close_matches(str(recipe), list_recipes(), n=1)
-    hint = f"did you mean {close[0]}?" if close else "give the path of a .yaml file,"
-    raise ConfigError(f"--recipe {recipe}: no packaged recipe of that name; {hint} the packaged ones are "
-                      f"{', '.join(list_recipes())}")
+    hint = f"did you mean {close[0]}?" if close else f"give the path of a .yaml file, or one of {', '.join(list_recipes())}"
+    raise ConfigError(f"--recipe {recipe}: no packaged recipe of that name; {hint}")
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "per_layer_weight": ("expert_race",),
     "classification_weight": ("classification",),
     "superclass_map": ("classification",),
+    "superclasses": ("classification",),
 }
 
 
@@ -61,12 +62,12 @@ class RoutingConfig(Section):
     per_layer_weight: float = Field(1e-2, ge=0, description="of Expert Race's per-layer regularisation")
     classification_weight: float = Field(1.0, ge=0, description="of the routing classification loss (Sec. 4.2)")
     superclass_map: str | None = Field(None, description="name or path of a map from superclasses to classes")
+    superclasses: tuple[int, ...] | None = Field(None, description="of every class: what superclass_map said when the recipe was "
+                                                                   "loaded; not to be set, kept with the run")
 
     @model_validator(mode="after")
     def _choices_fit(self) -> RoutingConfig:
-        if self.method == "dense":
-            return self
-        if self.top_k > self.num_experts:
+        if self.method != "dense" and self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
         if self.method in ("classification", "kmeans") and self.top_k > 1:
             raise ValueError(f"top_k={self.top_k}: method={self.method} gives every token one expert (Sec. 4.3): set top_k=1")
@@ -75,6 +76,9 @@ class RoutingConfig(Section):
             if self.method not in methods and value != type(self).model_fields[field].default:
                 raise ValueError(f"{field}={value} has no use for method={self.method} (it is read by {', '.join(methods)}): "
                                  "leave it out")
+        for field in ("shared_expert_width", "shared_expert_type"):
+            if self.num_shared_experts == 0 and getattr(self, field) is not None:
+                raise ValueError(f"{field}={getattr(self, field)} has no use for num_shared_experts=0: leave it out")
         if self.method == "classification" and self.superclass_map is None:
             raise ValueError("method=classification needs superclass_map: a packaged map's name or the path of a YAML file")
         return self

@@ -53,7 +53,9 @@ def _read(name: str) -> dict[str, list[int]]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"routing.superclass_map={name} is no packaged map and cannot be read as a file: {reason}") from None
+        packaged_names = ", ".join(sorted(path.stem for path in _PACKAGED.glob("*.yaml")))
+        raise ConfigError(f"routing.superclass_map={name} is no packaged map ({packaged_names}) and cannot be read as a file: "
+                          f"{reason}") from None
     fits = isinstance(values, dict) and all(isinstance(m, list) and all(type(x) is int for x in m) for m in values.values())
     if not fits:
         raise ConfigError(f"routing.superclass_map={name}: expected superclass names with lists of class numbers, e.g. "

@@ -32,6 +32,9 @@ from promoe_ds.logs import get_logger
 
 _LOG = get_logger("checkpoint")
 
+#: Longer values are cut in messages.
+_LONGEST_VALUE = 60
+
 #: What a resumed run may change: nothing that would make it another run.
 FREE_FIELDS = {
     "data": {"path"},
@@ -39,7 +42,7 @@ FREE_FIELDS = {
               "micro_batch_size"},
     "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend"},
     "logging": {"tensorboard", "timestep_bins"},
-    "sampling": {"steps", "cfg_scale"},
+    "sampling": {"steps", "cfg_scale", "solver"},
 }
 
 
@@ -192,6 +195,10 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
     if differing:
         kind = "another run" if same_run else "another architecture"
         raise CheckpointError(f"{folder} belongs to {kind}: {'; '.join(differing)}")
+    before = manifest.config["train"]["micro_batch_size"]
+    if session.ranks.is_main and same_run and before != session.config.train.micro_batch_size:
+        _LOG.warning("resume: train.micro_batch_size was %s and is %s: losses and choices taken over a pass change with it "
+                     "(docs/methods.md)", before, session.config.train.micro_batch_size)
     layout = layout_of(session.config, session.deepspeed_plan, session.ranks.world_size)
     if layout != manifest.layout:
         raise CheckpointError(f"{folder} was written with another layout ({manifest.layout}) than this run's ({layout}): its "
@@ -218,7 +225,7 @@ def differing_fields(saved: dict[str, Any], config: RunConfig, *, architecture_o
     current = config.model_dump(mode="json")
     architecture = {"model": current["model"].keys(), "routing": (
         "method", "moe_blocks", "num_experts", "num_shared_experts", "num_unconditional_experts", "expert_width",
-        "shared_expert_width", "expert_type", "shared_expert_type")}
+        "shared_expert_width", "expert_type", "shared_expert_type", "per_layer_weight")}
     lines = []
     for section, fields in current.items():
         if not isinstance(fields, dict) or (architecture_only and section not in architecture):
@@ -228,6 +235,13 @@ def differing_fields(saved: dict[str, Any], config: RunConfig, *, architecture_o
             must_agree = name in architecture[section] if architecture_only else name not in FREE_FIELDS.get(section, ())
             # A field younger than the checkpoint: what was then done is the default now.
             before = saved.get(section, {}).get(name, defaults[name].default)
+            if architecture_only and name == "per_layer_weight":
+                before, value = bool(before), bool(value)  # whether there is a head, not its weight
             if must_agree and name != "preset" and before != value:
-                lines.append(f"{section}.{name} is {before!r} there and {value!r} here")
+                lines.append(f"{section}.{name} is {_shown(before)} there and {_shown(value)} here")
     return lines
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from promoe_ds.config import RunConfig, read_superclasses
+from promoe_ds.config import RunConfig
+from promoe_ds.errors import ConfigError
 from promoe_ds.model.dit import DiT
 from promoe_ds.randomness import generator
 from promoe_ds.routing import ClassificationRouter, KMeansRouter, Partition, RoutingPlan
@@ -46,7 +47,9 @@ def give_superclasses(network: DiT, config: RunConfig) -> None:
     """Give every classification router the map of the recipe; nothing to do for other methods."""
     if config.routing.method != "classification":
         return
-    superclasses = read_superclasses(config)
+    superclasses = config.routing.superclasses
+    if superclasses is None:
+        raise ConfigError("routing.superclasses is empty: load the recipe with promoe_ds.config.load_config, which reads the map")
     for layer in network.moe_layers().values():
         assert isinstance(layer.router, ClassificationRouter)
         layer.router.set_superclasses(superclasses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,10 @@ def _labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
     for name, value in (("--num", count), ("--steps", request.steps), ("--batch-size", request.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
+    if request.cfg_scale is not None and not 0 <= request.cfg_scale < math.inf:
+        raise ConfigError(f"--cfg-scale {request.cfg_scale}: must be a number from 0 on; up to 1 there is no guidance")
+    if request.seed < 0:
+        raise ConfigError(f"--seed {request.seed}: must be at least 0")
     return np.array([classes[i % len(classes)] for i in range(count)], dtype=np.int64)
 
 

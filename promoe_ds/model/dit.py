@@ -56,7 +56,7 @@ class DiT(nn.Module):
 
         Args:
             latents_BZHW: noised latents.
-            timestep_B: sigma * 1000, float.
+            timestep_B: float, as the objective gives it: sigma * num_train_timesteps, or DDPM's integer.
             labels_B: int64 in 0 ... num_classes; num_classes is the null label.
         Returns: (B, out_channels, H, W) in the latents' dtype; the first Z channels are the prediction.
         """

@@ -111,6 +111,9 @@ def rename_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str,
 
 def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
     """Translate our state dict into the published names, with the position table; the inverse of `from_official`."""
+    if config.routing.num_unconditional_experts > 1:
+        raise CheckpointError(f"routing.num_unconditional_experts={config.routing.num_unconditional_experts}: the official layout "
+                              "has room for one")
     model, layers = config.model, _expert_layers(config)
     result = {_POSITIONS: sincos_positions(model.hidden_size, model.input_size // model.patch_size)[None]}
     for name, value in state.items():

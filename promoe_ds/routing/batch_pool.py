@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
 from promoe_ds.routing.router import GateRouter, expert_capacity, pool_token_ids
-from promoe_ds.routing.scores import at_least_fp32, linear_scores
+from promoe_ds.routing.scores import linear_fp32, linear_scores
 
 
 class CapacityPredictor(nn.Module):
@@ -26,7 +26,7 @@ class CapacityPredictor(nn.Module):
 
     def forward(self, tokens_TD: Tensor) -> Tensor:
         """Return logits (T, E) in at least fp32; no gradient reaches the tokens."""
-        return at_least_fp32(self.down(F.silu(self.up(tokens_TD.detach()))))
+        return linear_fp32(F.silu(linear_fp32(tokens_TD.detach(), self.up)), self.down)
 
 
 class BatchPoolRouter(GateRouter):

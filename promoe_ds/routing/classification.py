@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
 from promoe_ds.routing.router import Router
-from promoe_ds.routing.scores import at_least_fp32, linear_scores
+from promoe_ds.routing.scores import linear_fp32
 
 
 class ClassificationRouter(Router):
@@ -45,7 +45,7 @@ class ClassificationRouter(Router):
         Raises: RuntimeError in training without `set_superclasses`.
         """
         mean_BD = tokens_BSD.mean(dim=1, dtype=torch.promote_types(tokens_BSD.dtype, torch.float32))
-        logits_BE = linear_scores(mean_BD, self.classifier.weight) + at_least_fp32(self.classifier.bias)
+        logits_BE = linear_fp32(mean_BD, self.classifier)
         gate_B, expert_B = logits_BE.softmax(dim=-1).max(dim=-1)
         shape = (*tokens_BSD.shape[:2], 1)
         assignment, stats = self._plan_token_choice(gate_B[:, None, None].expand(shape), expert_B[:, None, None].expand(shape),

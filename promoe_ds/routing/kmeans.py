@@ -85,5 +85,7 @@ def euclidean_distances(tokens_D: Tensor, centroids_ED: Tensor) -> Tensor:
     """Return |token - centroid| in at least fp32, (..., E).  Gradient: reaches tokens, zero at distance 0."""
     with torch.autocast(tokens_D.device.type, enabled=False):
         tokens = at_least_fp32(tokens_D)
-        distances = torch.cdist(tokens.reshape(-1, tokens.shape[-1]), centroids_ED.to(tokens.dtype))
+        # Never through a matrix product, as torch does above 25 rows: a token at its centroid would not be at distance 0.
+        distances = torch.cdist(tokens.reshape(-1, tokens.shape[-1]), centroids_ED.to(tokens.dtype),
+                                compute_mode="donot_use_mm_for_euclid_dist")
         return distances.view(*tokens.shape[:-1], len(centroids_ED))

@@ -77,7 +77,7 @@ def expert_choice_contrastive_loss(tokens_BSD: Tensor, chosen_BEC: Tensor, proto
         prototypes = F.normalize(at_least_fp32(prototypes_ED).to(tokens.dtype), dim=-1, eps=NORM_EPS)
         logits_BEE = prototypes @ centroids_BED.transpose(1, 2) / temperature
         total = -logits_BEE.log_softmax(dim=-1).diagonal(dim1=1, dim2=2).sum()
-        total_and_rows = reduce_sum(torch.stack([total, total.new_tensor(float(num_samples * num_experts))]))
+        total_and_rows = reduce_sum(torch.stack([total, total.new_full((), float(num_samples * num_experts))]))
         return total_and_rows[0] / total_and_rows[1].detach().clamp_min(1.0)
 
 

@@ -13,7 +13,7 @@ from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.batch_pool import move_thresholds, observe_thresholds
 from promoe_ds.routing.partition import Partition
 from promoe_ds.routing.router import GateRouter, pool_token_ids
-from promoe_ds.routing.scores import activate, at_least_fp32, linear_scores
+from promoe_ds.routing.scores import activate, linear_fp32, linear_scores
 
 
 class ExpertRaceRouter(GateRouter):
@@ -56,7 +56,7 @@ class ExpertRaceRouter(GateRouter):
         Gradient: reaches tokens and router.  Sync: none in training, one in evaluation.  Collectives: none.
         """
         tokens_per_image = tokens_BSD.shape[1]
-        hidden_BSD = F.gelu(self.hidden(tokens_BSD), approximate="tanh")
+        hidden_BSD = F.gelu(linear_fp32(tokens_BSD, self.hidden), approximate="tanh")
         logits_TE = linear_scores(partition.take_routed(hidden_BSD).flatten(0, 1), self.gate_weight)
         scores_TE = activate(logits_TE, self.activation)
         if self.training:
@@ -76,7 +76,7 @@ class ExpertRaceRouter(GateRouter):
         lowest_1 = winning_scores_N.detach()[-1:] if len(scores_TE) else scores_TE.new_zeros(1)
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats,
                            observation=observe_thresholds(lowest_1, any_chosen=len(scores_TE) > 0),
-                           target_patches_BSP=None if self.target_head is None else at_least_fp32(self.target_head(hidden_BSD)))
+                           target_patches_BSP=None if self.target_head is None else linear_fp32(hidden_BSD, self.target_head))
 
     def absorb(self, observation: Tensor) -> None:
         """Move the threshold towards the mean observed one: decay * old + (1 - decay) * mean."""

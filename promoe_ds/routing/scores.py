@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 NORM_EPS = 1e-12
 
@@ -50,6 +50,19 @@ def linear_scores(tokens_D: Tensor, gate_weight_ED: Tensor) -> Tensor:
     with torch.autocast(tokens_D.device.type, enabled=False):
         tokens = at_least_fp32(tokens_D)
         return F.linear(tokens, gate_weight_ED.to(tokens.dtype))
+
+
+def linear_fp32(tokens_D: Tensor, layer: nn.Linear) -> Tensor:
+    """Apply a router's layer in fp32 whatever its weights' type and the autocast (fp64 for fp64 tokens).
+
+    Args:
+        tokens_D: (..., in), any float dtype.
+    Returns: (..., out).
+    Gradient: reaches tokens, weight and bias.  Sync: none.  Collectives: none.
+    """
+    with torch.autocast(tokens_D.device.type, enabled=False):
+        tokens = at_least_fp32(tokens_D)
+        return F.linear(tokens, layer.weight.to(tokens.dtype), layer.bias.to(tokens.dtype))
 
 
 class _Cosine(torch.autograd.Function):

@@ -30,7 +30,7 @@ MISTAKES = [
     (("routing.method=diff_moe", "routing.num_experts=32", "train.global_batch_size=1"), "raise train.micro_batch_size"),
     (("routing.method=ec_dit", "routing.rcl_weight=2"), "rcl_weight=2.0 has no use for method=ec_dit"),
     (("routing.method=classification",), "method=classification needs superclass_map"),
-    (("routing.superclass_map=nowhere", "routing.method=classification"), "is no packaged map and cannot be read as a file"),
+    (("routing.superclass_map=nowhere", "routing.method=classification"), "is no packaged map (digits) and cannot be read"),
     (("sampling.solver=euler", "diffusion.objective=ddpm", "model.learn_sigma=true"), "set it to ddpm or ddim"),
     (("sampling.solver=ddim",), "sampling.solver=ddim cannot sample diffusion.objective=rectified_flow: set it to euler"),
 ]

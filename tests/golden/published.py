@@ -51,7 +51,7 @@ def routing_of(hyper: dict[str, Any], method: str, width: int) -> dict[str, Any]
     routing = {
         "method": method, "moe_blocks": "interleave" if blocks.startswith("odd") else "all",
         "num_experts": hyper["num_routed_experts"], "expert_width": hyper["expert_intermediate_size"],
-        "shared_expert_width": hyper["shared_expert_intermediate_size"] or None,
+        "shared_expert_width": hyper["shared_expert_intermediate_size"] if hyper["use_shared_expert"] else None,
         "top_k": hyper["top_k"] if "top_k" in hyper else hyper["expert_capacity_factor"],
         "activation": hyper["router_weight_mode"], "num_shared_experts": int(hyper["use_shared_expert"]),
         "num_unconditional_experts": int(hyper["use_unconditional_expert"]),
@@ -69,7 +69,8 @@ def _baseline(hyper: dict[str, Any], method: str, width: int) -> dict[str, Any]:
     shared = hyper.get("shared_expert_width_multiple", hyper.get("num_shared_experts", 0)) or 0
     routing: dict[str, Any] = {
         "method": method, "num_experts": hyper["num_experts"], "num_unconditional_experts": 0, "num_shared_experts": shared,
-        "shared_expert_type": "swiglu", "shared_expert_width": width, "expert_width": hyper.get("expert_intermediate_size"),
+        "shared_expert_type": "swiglu" if shared else None, "shared_expert_width": width if shared else None,
+        "expert_width": hyper.get("expert_intermediate_size"),
         "top_k": next(hyper[name] for name in ("top_k", "capacity", "capacity_or_top_k") if name in hyper)}
     if method == "dit_moe":
         routing |= {"balance_weight": hyper.get("load_balance_coefficient") or 0,

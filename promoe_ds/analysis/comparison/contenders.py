@@ -68,9 +68,9 @@ def check_numbers(request: ComparisonRequest) -> None:
     """
     least = {"steps": 1, "jobs": 1, "ranks": 1, "samples": 2, "sample_seed": 0, "tolerance": 0}
     for name, minimum in least.items():
-        if getattr(request, name) < minimum:
+        if not getattr(request, name) >= minimum:  # nan is none of both
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(request, name)}: must be at least {minimum}")
-    if not request.seeds or min(request.seeds) < 0 or len(set(request.seeds)) < len(request.seeds):
+    if not request.seeds or min(request.seeds) < 0 or max(request.seeds) >= 2**63 or len(set(request.seeds)) < len(request.seeds):
         raise ConfigError(f"--seeds {','.join(map(str, request.seeds))}: expected different integers from 0 on, e.g. 0,1,2")
 
 
@@ -123,6 +123,7 @@ def _load(name: str, recipe: str, own: tuple[str, ...], request: ComparisonReque
         config = load_config(recipe, [*overrides, "train.seed=0"])
     except ConfigError as error:
         lines = [line.strip() for line in str(error).replace("--recipe", "recipe").splitlines()]
+        lines[0] = lines[0].removeprefix(f"{name}: ")
         raise ConfigError(f"contender {name}: {lines[0]}" + (f" {'; '.join(lines[1:])}" if lines[1:] else "")) from None
     if config.train.stop_after_steps is not None:
         raise ConfigError(f"contender {name}: train.stop_after_steps={config.train.stop_after_steps} would end its training early: "

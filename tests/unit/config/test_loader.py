@@ -214,8 +214,8 @@ def test_set_mistake_is_explained(override: str, message: str) -> None:
 # Files and bases.
 
 
-def test_recipe_name_misspelt_suggests_and_lists() -> None:
-    with pytest.raises(ConfigError, match=r"--recipe promoe_bb: no packaged recipe .* did you mean promoe_.*dit_xl"):
+def test_recipe_name_misspelt_suggests_one() -> None:
+    with pytest.raises(ConfigError, match=r"--recipe promoe_bb: no packaged recipe .* did you mean promoe_[a-z]+\?$"):
         load_config("promoe_bb")
 
 

@@ -19,6 +19,7 @@ OTHER: dict[str, Any] = {
     "activation": "sigmoid", "score_scale": 2.0, "rcl_weight": 0.5, "rcl_temperature": 0.1, "rcl_scope": "rank",
     "rcl_assignments": "first", "balance_weight": 0.01, "balance_level": "sample", "capacity_weight": 0.1, "threshold_decay": 0.9,
     "similarity_weight": 0.0, "per_layer_weight": 0.0, "classification_weight": 2.0, "superclass_map": "digits",
+    "superclasses": (0, 1),
 }
 #: What each method reads, written down a second time.
 READS = {
@@ -27,7 +28,7 @@ READS = {
     "expert_choice": {"activation", "score_scale", "rcl_weight", "rcl_temperature", "rcl_scope"},
     "dit_moe": {"balance_weight", "balance_level"}, "ec_dit": set(), "diff_moe": {"capacity_weight", "threshold_decay"},
     "expert_race": {"activation", "threshold_decay", "similarity_weight", "per_layer_weight"},
-    "classification": {"classification_weight", "superclass_map"}, "kmeans": set(),
+    "classification": {"classification_weight", "superclass_map", "superclasses"}, "kmeans": set(),
 }
 
 
@@ -135,7 +136,14 @@ def test_expert_backend_auto_follows_the_routed_experts_width(width: int) -> Non
     assert config.expert_backend == ("grouped_mm" if width == 16 else "loop")
 
 
-def test_dense_leaves_an_expert_section_unread() -> None:
-    """`--set routing.method=dense` turns any recipe into its dense twin."""
-    dense = ["routing.method=dense", "routing.num_experts=12", "parallel.ep_size=1"]
-    assert load_config("digits_classification", dense).moe_block_indices == ()
+def test_dense_takes_the_numbers_of_experts_that_recipes_inherit_and_refuses_a_router_s_settings() -> None:
+    dense = ["routing.method=dense", "routing.num_experts=12", "routing.top_k=2", "parallel.ep_size=1"]
+    assert load_config("digits_promoe", dense).moe_block_indices == ()
+    with raises_saying("superclass_map=digits has no use for method=dense (it is read by classification): leave it out"):
+        load_config("digits_classification", dense)
+
+
+@pytest.mark.parametrize("setting", [{"shared_expert_width": 8}, {"shared_expert_type": "swiglu"}])
+def test_shared_settings_without_shared_experts_are_refused(setting: dict[str, Any]) -> None:
+    with raises_saying("has no use for num_shared_experts=0: leave it out"):
+        small_config(routing={"num_shared_experts": 0, **setting})

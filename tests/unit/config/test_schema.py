@@ -37,7 +37,7 @@ CHOICES = (
     "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
 )
 FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas",
-        "routing.superclass_map")
+        "routing.superclass_map", "routing.superclasses")
 #: What a field needs beside it to be taken at all.
 BESIDE: dict[str, dict[str, Any]] = {
     "routing.threshold_decay": {"method": "expert_race"}, "routing.similarity_weight": {"method": "expert_race"},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from promoe_ds.config import RunConfig, load_config, read_superclasses
+from promoe_ds.config import RunConfig, config_from_dict, load_config, read_superclasses
 from promoe_ds.errors import ConfigError
 
 from ..builders import small_config
@@ -69,21 +69,24 @@ def test_map_that_is_no_mapping_to_lists_of_numbers_is_refused(tmp_path: Path, t
 def test_map_that_is_no_yaml_is_refused_in_one_line(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "map.yaml"
     path.write_bytes(damage)
-    with pytest.raises(ConfigError, match=re.escape(f"{path} is no packaged map and cannot be read as a file: ")) as caught:
+    with pytest.raises(ConfigError, match=re.escape(f"{path} is no packaged map (digits) and cannot be read")) as caught:
         read_superclasses(config_of(path))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["no_such_map", "nowhere/map.yaml", "."])
 def test_map_that_is_no_file_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"routing.superclass_map={name} is no packaged map and cannot be read")):
+    with pytest.raises(ConfigError, match=re.escape(f"routing.superclass_map={name} is no packaged map (digits)")):
         read_superclasses(config_of(name))
 
 
 def test_map_is_checked_when_a_recipe_is_loaded(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     settings = ["routing.method=classification", f"routing.superclass_map={path}"]
-    assert load_config("digits_promoe", [*settings, "routing.num_experts=2"]).routing.num_experts == 2
+    loaded = load_config("digits_promoe", [*settings, "routing.num_experts=2"])
+    # What the file said is part of the run: editing it later changes nothing.
+    assert loaded.routing.superclasses == (0, 0, 0, 0, 0, 1, 1, 1, 1, 1)
+    assert config_from_dict(loaded.model_dump(mode="json"), source="saved") == loaded
     with pytest.raises(ConfigError, match=r"has 2 superclasses, routing\.num_experts="):
         load_config("digits_promoe", settings)
 

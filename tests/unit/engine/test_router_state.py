@@ -162,10 +162,10 @@ def test_superclasses_of_the_map_reach_every_layer() -> None:
     assert all(plan.aux_losses["classification"] > 0 for plan in run(network).values())
 
 
-def test_superclasses_of_a_map_that_is_gone_are_refused() -> None:
+def test_superclasses_never_read_from_a_map_are_refused() -> None:
     network = make_network("classification")
-    routing = network.config.routing.model_copy(update={"superclass_map": "/gone.yaml"})
-    with pytest.raises(ConfigError, match=r"routing\.superclass_map=/gone\.yaml is no packaged map"):
+    routing = network.config.routing.model_copy(update={"superclasses": None})
+    with pytest.raises(ConfigError, match=r"routing\.superclasses is empty: load the recipe with"):
         give_superclasses(network, network.config.model_copy(update={"routing": routing}))
 
 

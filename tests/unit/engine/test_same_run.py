@@ -32,3 +32,13 @@ def test_differing_fields_field_younger_than_the_checkpoint_stands_at_its_defaul
     assert differing_fields(saved, small_config(), architecture_only=False) == []
     changed = small_config(routing={"method": "diff_moe", "threshold_decay": 0.5, "num_unconditional_experts": 0})
     assert "routing.threshold_decay is 0.95 there and 0.5 here" in differing_fields(saved, changed, architecture_only=False)
+
+
+def test_differing_fields_sampler_is_free_and_a_router_s_head_is_architecture() -> None:
+    assert differing_fields(_saved(sampling={"cfg_scale": 3.0, "solver": "euler"}), small_config(), architecture_only=False) == []
+    race = {"method": "expert_race", "num_unconditional_experts": 0}
+    saved = _saved(routing={**race, "per_layer_weight": 0.0})
+    found = differing_fields(saved, small_config(routing=race), architecture_only=True)
+    assert found == ["routing.per_layer_weight is False there and True here"]
+    saved = _saved(routing={**race, "per_layer_weight": 0.1})
+    assert differing_fields(saved, small_config(routing=race), architecture_only=True) == []
