@@ -12,8 +12,6 @@ from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 RECIPES = ("digits_dit", "digits_ditmoe", "digits_ecdit", "digits_diffmoe", "digits_expertrace", "digits_promoe",
            "digits_promoe_ec", "digits_classification", "digits_kmeans", "digits_promoe_ddpm")
 MIXTURES = tuple(name for name in RECIPES if name != "digits_dit")
-#: One of each kind: test_dispatch holds every method's layer on four ranks.
-ON_FOUR_RANKS = ("digits_promoe_ec", "digits_diffmoe", "digits_kmeans")
 SHORT = ("train.max_steps=8",)
 #: Methods whose routers keep something beside parameters.
 STATES = {"digits_diffmoe": "thresholds", "digits_expertrace": "threshold", "digits_kmeans": "centroids"}
@@ -24,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int],
     """Train on 2 and 4 ranks, experts on every rank and spread over all."""
     folder = tmp_path_factory.mktemp("methods")
     found: dict[tuple[str, int, int], Path] = {}
-    for world_size, recipes in ((2, RECIPES), (4, ON_FOUR_RANKS)):
+    for world_size, recipes in ((2, RECIPES), (4, MIXTURES)):
         jobs = []
         for recipe in recipes:
             for ep_size in (1, world_size) if recipe in MIXTURES else (1,):
@@ -35,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int],
     return found
 
 
-@pytest.mark.parametrize(("recipe", "world_size"), [*((r, 2) for r in MIXTURES), *((r, 4) for r in ON_FOUR_RANKS)])
+@pytest.mark.parametrize(("recipe", "world_size"), [*((r, 2) for r in MIXTURES), *((r, 4) for r in MIXTURES)])
 def test_method_expert_parallel_equals_local(runs, recipe, world_size) -> None:
     local, spread = runs[recipe, world_size, 1], runs[recipe, world_size, world_size]
     for before, after in zip(metrics(local), metrics(spread), strict=True):
