@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from promoe_ds.config import config_from_dict
 from promoe_ds.engine.manifest import MANIFEST, find_checkpoint, find_problems, read_manifest
 from promoe_ds.engine.optimizer import EMA
-from promoe_ds.engine.reconstruct import WEIGHTS, reconstruct
+from promoe_ds.engine.reconstruct import WEIGHTS, ShardedCheckpoint
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.export import CONFIG_FILE, WEIGHTS_FILE, save_export
 
@@ -40,8 +40,9 @@ def convert_to_single(source: Path, destination: Path, *, weights: str = "ema") 
     _require_sound(folder)
     manifest = read_manifest(folder)
     config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
-    state = reconstruct(folder, manifest, EMA if weights == "ema" else WEIGHTS)
-    state = {name: value.float().contiguous() for name, value in state.items()}
+    kind, checkpoint = EMA if weights == "ema" else WEIGHTS, ShardedCheckpoint(folder, manifest)
+    state = {name: checkpoint.read(kind, name) for name in checkpoint.names(kind)}
+    checkpoint.check(kind)
     origin = {"step": manifest.step, "weights": weights, "layout": str(manifest.layout), "versions": manifest.versions}
     save_export(destination, state, config, origin)
     written = load_file(destination / WEIGHTS_FILE)

@@ -1,132 +1,301 @@
-"""Whole tensors from a sharded checkpoint: one process, no GPU, no engine.
+"""Whole tensors from a sharded checkpoint: one process, no GPU, no engine, one tensor in memory at a time.
 
-Under ZeRO 1 and 2 each rank's file holds flat fp32 slices of the parameters it owns (masters, moments, moving average)
+Under ZeRO 1 and 2 each rank's file holds flat fp32 slices of the parameters it owns (masters, moments, moving averages)
 and a map from names to slices. Dense parameters are cut over all ranks; a routed expert's over the ranks that replicate
 it. Without ZeRO the values lie whole in the model and optimizer files. Either way the result carries the rank-blind
-model's names, experts stacked in the order of their global ids.
+model's names, experts stacked in the order of their global ids. A ledger holds every read against what the files contain.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from promoe_ds.config import config_from_dict
 from promoe_ds.engine.adapter import expert_file_key
+from promoe_ds.engine.ledger import Ledger
 from promoe_ds.engine.manifest import MANIFEST, Layout, Manifest
 from promoe_ds.engine.optimizer import EMA
-from promoe_ds.engine.storage import load_trusted
+from promoe_ds.engine.storage import ALLOWED_RECORDS
+from promoe_ds.engine.torch_file import TorchFile
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.state import buffer_names
 from promoe_ds.moe.experts import EXPERT_PARAMETERS
 
-#: What can be asked for: fp32 weights, their moving average, AdamW's moments.
+#: The fp32 weights; beside them a checkpoint may hold moving averages and the moments.
 WEIGHTS = "weights"
-KINDS = (WEIGHTS, EMA, "exp_avg", "exp_avg_sq")
-_PREFIX = "denoiser."
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MODEL_STATES = "mp_rank_00_model_states.pt"
+PREFIX = "denoiser."
 
 
-def reconstruct(folder: Path, manifest: Manifest, kind: str) -> dict[str, Tensor]:
-    """Assemble every parameter's fp32 value of `kind`; weights of either kind come with the routers' running state.
+def is_weights(kind: str) -> bool:
+    """Whether a kind is a set of weights, raw or averaged, which comes with the routers' running state."""
+    return kind == WEIGHTS or kind.startswith(EMA)
 
-    Args:
-        folder: a sound checkpoint; manifest: its manifest.
-        kind: one of KINDS.
-    Returns: rank-blind name -> tensor.
-    Raises: CheckpointError naming the file or tensor that is missing or does not fit.
+
+class _Shards(Protocol):
+    """Where a layout keeps its parameters."""
+
+    shapes: dict[str, tuple[int, ...]]
+    kinds: tuple[str, ...]
+    optimizer_step: int | None
+
+    def expected(self, kind: str) -> Iterator[tuple[str, int]]: ...
+
+    def read(self, kind: str, name: str, ledger: Ledger) -> Tensor: ...
+
+    def is_padding(self, tensor: str, start: int, stop: int) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class ShardedCheckpoint:
+    """A checkpoint as training wrote it, of any ranks, expert parallelism, ZeRO stage and precision.
+
+    kinds: what it holds, of "weights", averages by name, "exp_avg", "exp_avg_sq".
+    shapes: every parameter's whole shape, by rank-blind name.
+    optimizer_step: the updates that the moments have seen; None where there are none.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
-    model_states = load_trusted(folder / "mp_rank_00_model_states.pt", mmap=True)
-    if manifest.layout.zero_stage > 0:
-        pieces = _from_zero_shards(folder, manifest.layout, model_states, kind)
-    elif kind == WEIGHTS:
-        pieces = _from_module_files(folder, manifest, model_states)
-    else:
-        pieces = _from_optimizer_files(folder, manifest.layout, model_states, kind)
-    result = {name.removeprefix(_PREFIX): value for name, value in pieces}
-    if kind in (WEIGHTS, EMA):
-        result |= _routers_state(folder, manifest, model_states)
-    if not result:
-        raise CheckpointError(f"{folder}: holds no parameter")
-    return result
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Open the files; no value is read yet.
+
+        Args:
+            folder: a sound checkpoint; manifest: its manifest.
+        Raises: CheckpointError naming the file that is missing or damaged.
+        """
+        self.folder = folder
+        self._config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
+        self._model_states = TorchFile(folder / MODEL_STATES, ALLOWED_RECORDS)
+        shards = _ZeroShards if manifest.layout.zero_stage > 0 else _WholeTensors
+        self._shards: _Shards = shards(folder, manifest.layout, self._model_states, self._config)
+        self.shapes, self.kinds = self._shards.shapes, self._shards.kinds
+        self.optimizer_step = self._shards.optimizer_step
+        self._buffers = self._find_buffers()
+        self._ledgers: dict[str, Ledger] = {}
+
+    def names(self, kind: str) -> list[str]:
+        """Return the names that `kind` has: all parameters, and for weights of any kind the routers' running state."""
+        return [*self.shapes, *(self._buffers if is_weights(kind) else ())]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a parameter's or a buffer's whole shape."""
+        return self.shapes[name] if name in self.shapes else tuple(self._buffers[name].shape)
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """Return one whole tensor, fp32, in memory of its own.
+
+        Raises: CheckpointError naming the file or tensor that is missing or does not fit.
+        """
+        if name in self._buffers:
+            return self._model_states.read(self._buffers[name]).float()
+        if kind not in self.kinds:
+            raise CheckpointError(f"{self.folder}: holds no {kind}, only {', '.join(self.kinds)}")
+        return self._shards.read(kind, name, self._ledger(kind))
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the routers' running state."""
+        return {name: self.read(WEIGHTS, name) for name in self._buffers}
+
+    def check(self, kind: str) -> int:
+        """Close the account of `kind`: every value that the files hold was read exactly once; return how many.
+
+        Raises: CheckpointError naming what was dropped or read twice.
+        """
+        return self._ledger(kind).check(self._shards.is_padding)
+
+    def close(self) -> None:
+        """Let go of the open files."""
+        self._model_states.close()
+        self._shards.close()
+
+    def _ledger(self, kind: str) -> Ledger:
+        if kind not in self._ledgers:
+            ledger = self._ledgers[kind] = Ledger(f"{self.folder}, {kind}")
+            for tensor, numel in self._shards.expected(kind):
+                ledger.expect(tensor, numel)
+        return self._ledgers[kind]
+
+    def _find_buffers(self) -> dict[str, Tensor]:
+        try:
+            return {name: self._model_states.content["module"][f"{PREFIX}{name}"] for name in buffer_names(self._config)}
+        except KeyError as error:
+            raise CheckpointError(f"{self._model_states.path}: holds no {error.args[0]}") from None
 
 
-def _from_zero_shards(folder: Path, layout: Layout, model_states: dict[str, Any], kind: str) -> Iterator[tuple[str, Tensor]]:
-    prefix = "bf16_" if layout.precision == "bf16" else ""
-    shards = [load_trusted(folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", mmap=True)["optimizer_state_dict"]
-              for rank in range(layout.world_size)]
-    for group, shapes in enumerate(model_states["param_shapes"]):
-        flats = [_flat_values(shard, group, kind, folder) for shard in shards]
-        slices = [shard["param_slice_mappings"][group] for shard in shards]
-        ep_size = layout.world_size // shards[0]["partition_count"][group]
-        for name, shape in shapes.items():
-            parts = []
-            for ep_rank in range(ep_size):
-                owners = [rank for rank in range(layout.world_size) if _ep_rank(rank, layout, ep_size) == ep_rank]
-                fragments = [flats[rank][part.start:part.start + part.numel] for rank in owners
-                             if (part := slices[rank].get(name)) is not None]
-                value = torch.cat(fragments) if fragments else torch.empty(0)
-                if value.numel() != math.prod(shape):
-                    raise CheckpointError(f"{folder}: the shards hold {value.numel()} of {math.prod(shape)} values of {name}")
-                parts.append(value.view(shape))
-            yield name, torch.cat(parts) if ep_size > 1 else parts[0]
+@dataclass(frozen=True)
+class _Slices:
+    """Where a parameter lies: for every expert-parallel rank, slices (file, start, count) in order."""
+
+    group: int
+    shape: tuple[int, ...]
+    by_ep_rank: list[list[tuple[int, int, int]]]
 
 
-def _routers_state(folder: Path, manifest: Manifest, model_states: dict[str, Any]) -> dict[str, Tensor]:
-    config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
-    try:
-        return {name: model_states["module"][f"{_PREFIX}{name}"] for name in buffer_names(config)}
-    except KeyError as error:
-        raise CheckpointError(f"{folder}: holds no {error.args[0]}") from None
+class _ZeroShards:
+    """Flat slices over ZeRO's files."""
+
+    def __init__(self, folder: Path, layout: Layout, model_states: TorchFile, config: Any) -> None:
+        prefix = "bf16_" if layout.precision == "bf16" else ""
+        self._files = [TorchFile(folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", ALLOWED_RECORDS)
+                       for rank in range(layout.world_size)]
+        self._shards = [file.content["optimizer_state_dict"] for file in self._files]
+        self._slices = dict(self._find_slices(layout, model_states.content["param_shapes"], folder))
+        self.shapes = {name: (len(where.by_ep_rank) * where.shape[0], *where.shape[1:]) if len(where.by_ep_rank) > 1
+                       else where.shape for name, where in self._slices.items()}
+        state = self._shards[0]["base_optimizer_state"]["state"].get(0, {})
+        self.kinds = (WEIGHTS, *(kind for kind in state if kind != "step"))
+        self.optimizer_step = int(self._files[0].item(state["step"])) if "step" in state else None
+
+    def expected(self, kind: str) -> Iterator[tuple[str, int]]:
+        for rank, shard in enumerate(self._shards):
+            for group in range(len(shard["single_partition_of_fp32_groups"])):
+                yield self._key(rank, group, kind), self._flat(rank, group, kind).numel()
+
+    def read(self, kind: str, name: str, ledger: Ledger) -> Tensor:
+        where = self._slices[name]
+        out = torch.empty(self.shapes[name])
+        flat, done = out.view(-1), 0
+        for slices in where.by_ep_rank:
+            for rank, start, count in slices:
+                self._files[rank].read_into(flat[done:done + count], self._flat(rank, where.group, kind), start)
+                ledger.take(self._key(rank, where.group, kind), start, start + count, name)
+                done += count
+        return out
+
+    def is_padding(self, tensor: str, start: int, stop: int) -> bool:
+        """Whether values that belong to no parameter are zero, as DeepSpeed fills up its slices."""
+        rank, group, kind = self._parse(tensor)
+        values = torch.empty(stop - start)
+        self._files[rank].read_into(values, self._flat(rank, group, kind), start)
+        return not values.any()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def _find_slices(self, layout: Layout, param_shapes: list[dict], folder: Path) -> Iterator[tuple[str, _Slices]]:
+        for group, shapes in enumerate(param_shapes):
+            maps = [shard["param_slice_mappings"][group] for shard in self._shards]
+            ep_size = layout.world_size // self._shards[0]["partition_count"][group]
+            if left := {name for one in maps for name in one} - shapes.keys():
+                raise CheckpointError(f"{folder}: {sorted(left)[0]} has values but no shape")
+            for name, shape in shapes.items():
+                by_ep_rank = []
+                for ep_rank in range(ep_size):
+                    owners = [rank for rank in range(layout.world_size) if _ep_rank(rank, layout, ep_size) == ep_rank]
+                    slices = [(rank, maps[rank][name].start, maps[rank][name].numel) for rank in owners if name in maps[rank]]
+                    if (held := sum(count for *_, count in slices)) != math.prod(shape):
+                        raise CheckpointError(f"{folder}: the shards hold {held} of {math.prod(shape)} values of {name}")
+                    by_ep_rank.append(slices)
+                yield name.removeprefix(PREFIX), _Slices(group, tuple(shape), by_ep_rank)
+
+    def _flat(self, rank: int, group: int, kind: str) -> Tensor:
+        shard = self._shards[rank]
+        if kind == WEIGHTS:
+            return shard["single_partition_of_fp32_groups"][group]
+        state = shard["base_optimizer_state"]["state"].get(group, {})
+        if kind not in state:
+            raise CheckpointError(f"{self._files[rank].path}: the optimizer state holds no {kind}")
+        return state[kind]
+
+    def _key(self, rank: int, group: int, kind: str) -> str:
+        return f"{self._files[rank].path.name}:{kind}:{group}:{rank}"
+
+    def _parse(self, key: str) -> tuple[int, int, str]:
+        _, kind, group, rank = key.split(":")
+        return int(rank), int(group), kind
 
 
-def _flat_values(shard: dict[str, Any], group: int, kind: str, folder: Path) -> Tensor:
-    if kind == WEIGHTS:
-        return shard["single_partition_of_fp32_groups"][group]
-    state = shard["base_optimizer_state"]["state"].get(group, {})
-    if kind not in state:
-        raise CheckpointError(f"{folder}: the optimizer state holds no {kind}")
-    return state[kind]
+class _WholeTensors:
+    """Without ZeRO: parameters whole in the model file, experts in files of their own or in the model file."""
+
+    def __init__(self, folder: Path, layout: Layout, model_states: TorchFile, config: Any) -> None:
+        self._is_sharded = layout.dispatch == "deepspeed"
+        self._weights: dict[str, list[tuple[TorchFile, Tensor, str]]] = {}
+        buffers = set(buffer_names(config))
+        for key, value in model_states.content["module"].items():
+            if (name := key.removeprefix(PREFIX)) not in buffers:
+                self._weights[name] = [(model_states, value, key)]
+        if self._is_sharded:
+            self._add_expert_files(folder, config)
+        self._states = self._find_states(folder, layout, model_states)
+        self.shapes = {name: (len(parts), *parts[0][1].shape) if len(parts) > 1 or self._is_expert(name)
+                       else tuple(parts[0][1].shape) for name, parts in self._weights.items()}
+        held = [set(state) for _, states in self._states for state in states.values()]
+        kinds = set.intersection(*held) if held else set()
+        first = next((state for _, states in self._states for state in states.values()), {})
+        self.kinds = (WEIGHTS, *(kind for kind in first if kind in kinds and kind != "step"))
+        self.optimizer_step = int(self._states[0][0].item(first["step"])) if "step" in first else None
+
+    def expected(self, kind: str) -> Iterator[tuple[str, int]]:
+        if kind == WEIGHTS:
+            for parts in self._weights.values():
+                yield from ((key, value.numel()) for _, value, key in parts)
+            return
+        for index, (_, states) in enumerate(self._states):
+            for name, state in states.items():
+                if index == 0 or self._is_expert(name):
+                    yield f"{index}:{name}", state[kind].numel()
+
+    def read(self, kind: str, name: str, ledger: Ledger) -> Tensor:
+        out = torch.empty(self.shapes[name])
+        if kind == WEIGHTS:
+            parts = [(file, value, key) for file, value, key in self._weights[name]]
+        else:
+            files = self._states if self._is_expert(name) else self._states[:1]
+            parts = [(file, states[name][kind], f"{index}:{name}") for index, (file, states) in enumerate(files)]
+        if (held := sum(value.numel() for _, value, _ in parts)) != out.numel():
+            raise CheckpointError(f"{parts[0][0].path}: {kind} of {name} has {held} of {out.numel()} values")
+        flat, done = out.view(-1), 0
+        for file, value, key in parts:
+            flat[done:done + value.numel()] = file.read(value).view(-1)
+            ledger.take_all(key, name)
+            done += value.numel()
+        return out
+
+    def is_padding(self, tensor: str, start: int, stop: int) -> bool:
+        return False
+
+    def close(self) -> None:
+        for file in (file for parts in self._weights.values() for file, *_ in parts):
+            file.close()
+        for file, _ in self._states:
+            file.close()
+
+    def _is_expert(self, name: str) -> bool:
+        return self._is_sharded and ".moe.routed." in name
+
+    def _add_expert_files(self, folder: Path, config: Any) -> None:
+        for layer, block in enumerate(config.moe_block_indices):
+            files = [TorchFile(folder / f"layer_{layer}_expert_{expert}_{MODEL_STATES}", ALLOWED_RECORDS)
+                     for expert in range(config.routing.num_experts)]
+            for parameter in EXPERT_PARAMETERS[config.routing.expert_type]:
+                name = f"blocks.{block}.moe.routed.{parameter}"
+                keys = [expert_file_key(f"{PREFIX}{name}", expert) for expert in range(len(files))]
+                self._weights[name] = [(file, file.content[key], key) for file, key in zip(files, keys, strict=True)]
+
+    def _find_states(self, folder: Path, layout: Layout, model_states: TorchFile) -> list[tuple[TorchFile, dict[str, dict]]]:
+        files = [model_states]
+        if self._is_sharded:
+            files = [TorchFile(folder / f"expp_rank_{rank}_mp_rank_00_optim_states.pt", ALLOWED_RECORDS)
+                     for rank in range(layout.ep_size)]
+        return [(file, dict(_named_states(file.content.get("optimizer") or {}))) for file in files]
 
 
 def _ep_rank(rank: int, layout: Layout, ep_size: int) -> int:
     return rank // (layout.world_size // ep_size) if layout.data_before_expert else rank % ep_size
 
 
-def _from_module_files(folder: Path, manifest: Manifest, model_states: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in model_states["module"].items():
-        yield name, value
-    if manifest.layout.dispatch == "local":
-        return
-    config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
-    for layer, block in enumerate(config.moe_block_indices):
-        files = [load_trusted(folder / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt", mmap=True)
-                 for expert in range(config.routing.num_experts)]
-        for parameter in EXPERT_PARAMETERS[config.routing.expert_type]:
-            name = f"{_PREFIX}blocks.{block}.moe.routed.{parameter}"
-            yield name, torch.stack([file[expert_file_key(name, expert)] for expert, file in enumerate(files)])
-
-
-def _from_optimizer_files(folder: Path, layout: Layout, model_states: dict[str, Any],
-                          kind: str) -> Iterator[tuple[str, Tensor]]:
-    if layout.dispatch == "local":
-        optimizers = [model_states["optimizer"]]
-    else:
-        optimizers = [load_trusted(folder / f"expp_rank_{rank}_mp_rank_00_optim_states.pt", mmap=True)["optimizer"]
-                      for rank in range(layout.ep_size)]
-    values = [dict(_named_states(optimizer, kind)) for optimizer in optimizers]
-    for name, value in values[0].items():
-        is_sharded = layout.dispatch != "local" and ".moe.routed." in name
-        yield name, torch.cat([rank_values[name] for rank_values in values]) if is_sharded else value
-
-
-def _named_states(optimizer: dict[str, Any], kind: str) -> Iterator[tuple[str, Tensor]]:
-    for group in optimizer["param_groups"]:
+def _named_states(optimizer: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for group in optimizer.get("param_groups", ()):
         for name, index in zip(group["param_names"], group["params"], strict=True):
-            yield name, optimizer["state"][index][kind]
+            if index in optimizer["state"]:
+                yield name.removeprefix(PREFIX), optimizer["state"][index]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from promoe_ds.engine.manifest import list_checkpoints, read_manifest
-from promoe_ds.engine.reconstruct import reconstruct
+from promoe_ds.engine.reconstruct import ShardedCheckpoint
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
@@ -64,7 +64,10 @@ def routing(run_dir: Path) -> list[dict[str, Any]]:
 def state(run_dir: Path, kind: str = "weights") -> dict[str, torch.Tensor]:
     """Reconstruct the newest checkpoint's tensors of `kind`."""
     newest = list_checkpoints(run_dir / "checkpoints")[0]
-    return reconstruct(newest, read_manifest(newest), kind)
+    checkpoint = ShardedCheckpoint(newest, read_manifest(newest))
+    values = {name: checkpoint.read(kind, name) for name in checkpoint.names(kind)}
+    checkpoint.check(kind)
+    return values
 
 
 def without_key_bias(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

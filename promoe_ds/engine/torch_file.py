@@ -1,0 +1,145 @@
+"""Files of `torch.save`, read and written range by range: no file, however large, is ever whole in memory.
+
+Torch reads a file's structure without its values (fake tensors that know where in the file their bytes lie) and writes a
+file whose values are left out, to be filled in afterwards. Both are used here with plain reads and writes, so that what is
+resident is the tensor in hand and nothing else. Nothing is executed from a file (`weights_only`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from promoe_ds.errors import CheckpointError
+
+#: A file's storages and shapes are refused beyond this, whatever its header says.
+_LARGEST_TENSOR = 1 << 42
+
+
+class TorchFile:
+    """A file of `torch.save`, opened for reading: `content` has its structure with fake tensors in place of values."""
+
+    def __init__(self, path: Path, allowed: list[type] | None = None) -> None:
+        """Read the structure.
+
+        Args:
+            path: the file.
+            allowed: plain records that the file may hold beside tensors, numbers, strings and containers.
+        Raises: CheckpointError naming the file if it is damaged, no such file, or would run code.
+        """
+        self.path = path
+        try:
+            with torch.serialization.safe_globals(allowed or []), FakeTensorMode():
+                self.content: Any = torch.load(path, map_location="cpu", weights_only=True)
+            self._file = path.open("rb")
+            self._size = path.stat().st_size
+        except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
+            first_line = next(iter(str(error).splitlines()), "")
+            raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {first_line})") from None
+
+    def read(self, fake: Tensor) -> Tensor:
+        """Return the values of one tensor of `content`, in memory of their own."""
+        if fake.is_contiguous():
+            out = torch.empty(fake.shape, dtype=fake.dtype)
+            self.read_into(out.view(-1), fake, 0)
+            return out
+        span = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True))
+        flat = torch.empty(span, dtype=fake.dtype)
+        self._read_bytes(flat, self._offset(fake))
+        return flat.as_strided(fake.shape, fake.stride()).contiguous()
+
+    def read_into(self, out_N: Tensor, fake: Tensor, start: int) -> None:
+        """Fill a flat tensor with the values [start, start + N) of a contiguous tensor of `content`.
+
+        Raises: CheckpointError if the file ends before, or the types differ.
+        """
+        if out_N.dtype != fake.dtype or start + out_N.numel() > fake.numel():
+            raise CheckpointError(f"{self.path}: holds {fake.numel()} values of {fake.dtype} where {start + out_N.numel()} of "
+                                  f"{out_N.dtype} are wanted")
+        self._read_bytes(out_N, self._offset(fake) + start * fake.element_size())
+
+    def item(self, value: Any) -> Any:
+        """Return a number that is stored as such or as a tensor of one value."""
+        return self.read(value).item() if isinstance(value, Tensor) else value
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> TorchFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _offset(self, fake: Tensor) -> int:
+        begin = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
+        if begin is None:
+            raise CheckpointError(f"{self.path}: is in torch's format of before 1.6; load it and save it again with torch.save")
+        return begin + fake.storage_offset() * fake.element_size()
+
+    def _read_bytes(self, out: Tensor, offset: int) -> None:
+        if offset + out.nbytes > self._size:
+            raise CheckpointError(f"{self.path}: ends before its tensors do ({self._size} bytes)")
+        self._file.seek(offset)
+        view = bytes_of(out)
+        done = 0
+        while done < len(view):
+            count = self._file.readinto(view[done:])
+            if not count:
+                raise CheckpointError(f"{self.path}: ends before its tensors do")
+            done += count
+
+
+class TorchFileWriter:
+    """A file of `torch.save` whose structure is written first and whose values are filled in one by one."""
+
+    def __init__(self, path: Path, content: Any) -> None:
+        """Write the structure.
+
+        Args:
+            path: the file.
+            content: nested dicts and lists; tensors in them are shapes only: `torch.empty` takes no memory until touched.
+        Raises: CheckpointError naming the file if it cannot be written.
+        """
+        self.path = path
+        try:
+            with torch.serialization.skip_data():
+                torch.save(content, path)
+            with FakeTensorMode():
+                self.content: Any = torch.load(path, weights_only=True)
+            self._file = path.open("r+b")
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: cannot be written ({error})") from None
+
+    def write(self, fake: Tensor, value: Tensor) -> None:
+        """Fill in the values of one tensor of `content`."""
+        if fake.shape != value.shape or fake.dtype != value.dtype:
+            raise CheckpointError(f"{self.path}: {tuple(value.shape)} {value.dtype} does not fit {tuple(fake.shape)} {fake.dtype}")
+        try:
+            self._file.seek(fake.untyped_storage()._checkpoint_offset)
+            self._file.write(bytes_of(value.contiguous()))
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written ({error})") from None
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a contiguous tensor's memory as bytes, without a copy."""
+    if math.prod(tensor.shape) * tensor.element_size() > _LARGEST_TENSOR:
+        raise CheckpointError(f"a tensor of shape {tuple(tensor.shape)} cannot be real")
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())

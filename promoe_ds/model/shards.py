@@ -1,0 +1,137 @@
+"""Tensors in safetensors files: one, or several of bounded size with an index, by the conventions of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from promoe_ds.errors import CheckpointError
+
+#: Larger sets of tensors are cut into files of at most this many bytes.
+MAX_SHARD_BYTES = 2 * 10**9
+
+
+class ShardReader:
+    """Reads tensors by name from `STEM.safetensors`, or from the files that `STEM.safetensors.index.json` lists."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        """Read names and shapes.
+
+        Raises: CheckpointError naming the file that is missing, damaged, or outside of the folder.
+        """
+        self._open: tuple[str, safe_open] | None = None
+        self._folder = folder
+        self._files = _read_index(folder, stem)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(self._files.values())):
+            handle = self._handle(file)
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                if self._files.setdefault(name, file) != file:
+                    raise CheckpointError(f"{folder / file}: holds {name}, which the index places in {self._files[name]}")
+                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+        self._files.pop("", None)
+        if missing := self._files.keys() - self.shapes.keys():
+            raise CheckpointError(f"{folder}: {sorted(missing)[0]} is in the index and in no file")
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, mapped from its file.
+
+        Raises: CheckpointError if there is none of that name, or it cannot be read.
+        """
+        if name not in self._files:
+            raise CheckpointError(f"{self._folder}: holds no {name}")
+        try:
+            return self._handle(self._files[name]).get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._folder / self._files[name]}: cannot be read: {error}") from None
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every name and tensor."""
+        for name in self.shapes:
+            yield name, self.read(name)
+
+    def close(self) -> None:
+        """Let go of the file that is open."""
+        self._open = None
+
+    def _handle(self, file: str) -> safe_open:
+        """Return the open file, one at a time: what is mapped counts as memory."""
+        if self._open is None or self._open[0] != file:
+            self._open = None
+            try:
+                self._open = (file, safe_open(self._folder / file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self._folder / file}: cannot be read: {error}") from None
+        return self._open[1]
+
+
+class ShardWriter:
+    """Writes tensors one by one; a file is written whenever it is full, so that one file's worth is held at most."""
+
+    def __init__(self, folder: Path, stem: str, *, max_bytes: int = MAX_SHARD_BYTES) -> None:
+        """Write into `folder`, which exists."""
+        self._folder, self._stem, self._max_bytes = folder, stem, max_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._bytes = self._total = 0
+        self._written: list[tuple[Path, list[str]]] = []
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Add a tensor.
+
+        Raises: CheckpointError naming the file if it cannot be written.
+        """
+        if self._pending and self._bytes + value.nbytes > self._max_bytes:
+            self._flush()
+        self._pending[name] = value.contiguous()
+        self._bytes += value.nbytes
+        self._total += value.nbytes
+
+    def close(self) -> None:
+        """Write the rest, give the files their names, and an index if they are several."""
+        self._flush()
+        count = len(self._written)
+        if count == 1:
+            self._written[0][0].rename(self._folder / f"{self._stem}.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, (path, names) in enumerate(self._written, start=1):
+            final = f"{self._stem}-{number:05d}-of-{count:05d}.safetensors"
+            path.rename(self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        _index_path(self._folder, self._stem).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+    def _flush(self) -> None:
+        path = self._folder / f"{self._stem}.part{len(self._written)}"
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be written: {error}") from None
+        self._written.append((path, list(self._pending)))
+        self._pending, self._bytes = {}, 0
+
+
+def _index_path(folder: Path, stem: str) -> Path:
+    return folder / f"{stem}.safetensors.index.json"
+
+
+def _read_index(folder: Path, stem: str) -> dict[str, str]:
+    """Return name -> file; for a single file the names are not known yet: one entry without a name."""
+    single, index = f"{stem}.safetensors", _index_path(folder, stem)
+    if (folder / single).is_file():
+        return {"": single}
+    try:
+        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder / single}: there is no such file, nor {index.name}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: cannot be understood ({type(error).__name__}: {error})") from None
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{index}: the file name {file!r} leaves the folder")
+    return files
