@@ -33,6 +33,7 @@ setup(
         "pillow>=10",
         "tqdm>=4.66",
         "rich>=13",
+        "xxhash>=3.4",
     ],
     extras_require=EXTRAS,
 )

@@ -1,7 +1,17 @@
 #!/usr/bin/env python
-"""Convert a sharded training checkpoint to one file for one GPU: one process, no GPU needed, no engine started.
+"""Convert checkpoints between formats: one process, no GPU needed, no engine started, one tensor in memory at a time.
 
     python tools/convert_checkpoint.py runs/digits_promoe exports/digits --to single
+    python tools/convert_checkpoint.py ckpt_step_500000.pth start --to deepspeed --recipe promoe_b
+
+SOURCE is a checkpoint folder, a run directory (its newest checkpoint), a single export, a diffusers pipeline, or a `.pth`
+file of the published code, whose architecture --recipe names. Formats:
+
+    single     a folder for one GPU: promoe_ds.load_model reads it without deepspeed
+    official   ckpt_step_N.pth as the published code writes and reads it
+    diffusers  a ProMoEPipeline's folder
+    deepspeed  a folder to --resume from, on any number of ranks: it goes on at the same step with --with-optimizer, and
+               starts a new run from the weights without
 """
 
 from __future__ import annotations
@@ -17,21 +27,46 @@ from promoe_ds.cli.entry import run_entry
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a checkpoint folder, or a run directory (its newest complete checkpoint)")
-    parser.add_argument("destination", type=Path, help="folder to write; must not hold an export yet")
-    parser.add_argument("--to", required=True, choices=["single"], help="target format")
-    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="moving average (default) or trained weights")
-    return parser.parse_args(arguments)
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("destination", type=Path, metavar="DESTINATION", help="folder to write; must not exist, or be empty")
+    parser.add_argument("--to", required=True, choices=["single", "official", "diffusers", "deepspeed"], help="target format")
+    parser.add_argument("--weights", metavar="ema|raw|NAME", help="which weights: the first moving average, the trained ones, or "
+                        "an average by its name; by default ema for single and diffusers, all as they are for the others")
+    parser.add_argument("--with-optimizer", action="store_true", help="AdamW's moments and all sets of weights as well")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights written")
+    parser.add_argument("--max-shard-size", type=float, default=2.0, metavar="GB", help="largest safetensors file (default 2)")
+    parser.add_argument("--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers")
+    parser.add_argument("--recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="change a value of --recipe")
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
+                        help="read the target back and compare every value (default)")
+    options = parser.parse_args(arguments)
+    if options.max_shard_size <= 0:
+        parser.error(f"--max-shard-size {options.max_shard_size:g}: must be above 0")
+    if options.overrides and not options.recipe:
+        parser.error("--set changes a value of --recipe: name one")
+    if options.vae and options.to != "diffusers":
+        parser.error(f"--vae belongs to --to diffusers, not to --to {options.to}")
+    return options
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from promoe_ds.engine.convert import convert_to_single
+    from promoe_ds.config import load_config
+    from promoe_ds.engine.conversion import Request, convert
 
-    report = convert_to_single(options.source, options.destination, weights=options.weights)
-    sys.stdout.write(f"{options.destination}: {report.parameters:,} parameters ({options.weights}, step {report.step}) from "
-                     f"{report.source}, checked against its manifest and read back\n")
+    config = load_config(options.recipe, options.overrides) if options.recipe else None
+    request = Request(destination=options.destination, to=options.to, weights=options.weights, dtype=options.dtype,
+                      with_optimizer=options.with_optimizer, verify=options.verify, vae=options.vae,
+                      max_shard_bytes=int(options.max_shard_size * 10**9))
+    report = convert(options.source, request, config)
+    kinds = ", ".join(kind if kind == source else f"{kind} (from {source})" for kind, source in report.kinds.items())
+    verdict = "read back and compared" if report.verified else "not read back"
+    sys.stdout.write(f"{report.destination}: {report.parameters:,} parameters, step {report.step}: {kinds}\n"
+                     f"from {report.source} ({report.source_format}): {report.values:,} values, each taken once; "
+                     f"{report.bytes:,} bytes written, {verdict}\n")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import deepspeed
-import torch
 
 from promoe_ds.config import DeepSpeedPlan, RunConfig
 from promoe_ds.engine.distributed import Ranks, from_main, gather_objects
@@ -27,6 +22,7 @@ from promoe_ds.engine.manifest import (
 )
 from promoe_ds.engine.session import Session
 from promoe_ds.engine.storage import RecordingStorage
+from promoe_ds.engine.versions import package_versions
 from promoe_ds.errors import CheckpointError
 from promoe_ds.logs import get_logger
 
@@ -101,8 +97,7 @@ def _finish(session: Session, root: Path, unfinished: Path, final: Path, records
         manifest = Manifest(
             step=session.step, samples_seen=session.samples_seen, config=session.config.model_dump(mode="json"),
             layout=layout_of(session.config, session.deepspeed_plan, session.ranks.world_size), files=records,
-            versions={"promoe_ds": version("promoe_ds"), "torch": torch.__version__, "deepspeed": deepspeed.__version__,
-                      "python": platform.python_version()})
+            versions=package_versions())
         manifest.write(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)

@@ -1,4 +1,8 @@
-"""The single export: a folder with `model.safetensors` and `config.json` that one GPU or CPU loads, without deepspeed."""
+"""The single export: a folder with `config.json` and weights that one GPU or CPU loads, without deepspeed.
+
+The weights are `model.safetensors`, or several such files with an index where they are large. An export may also keep the
+state of training (`training_state.safetensors`), which nothing but conversion reads.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from promoe_ds.config import config_from_dict
@@ -17,9 +19,11 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model.build import build_model
 from promoe_ds.model.dit import DiT
+from promoe_ds.model.shards import ShardReader, ShardWriter
 from promoe_ds.model.state import check_state
 
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_STEM = "model"
+TRAINING_STEM = "training_state"
 CONFIG_FILE = "config.json"
 
 
@@ -34,11 +38,19 @@ def save_export(folder: Path, state: Mapping[str, Tensor], config: RunConfig, or
     check_state(state, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in state.items()}, folder / WEIGHTS_FILE)
-        values = {"format": 1, "config": config.model_dump(mode="json"), "origin": dict(origin)}
-        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+        writer = ShardWriter(folder, WEIGHTS_STEM)
+        for name, value in state.items():
+            writer.write(name, value)
+        writer.close()
+        write_export_config(folder, config, origin)
+    except OSError as error:
         raise CheckpointError(f"{folder}: the export could not be written: {error}") from None
+
+
+def write_export_config(folder: Path, config: RunConfig, origin: Mapping[str, Any]) -> None:
+    """Write an export's `config.json`: the resolved config and where the weights come from."""
+    values = {"format": 1, "config": config.model_dump(mode="json"), "origin": dict(origin)}
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def read_export_config(folder: Path) -> RunConfig:
@@ -54,6 +66,11 @@ def read_export_config(folder: Path) -> RunConfig:
         raise CheckpointError(f"{folder} is no export: {path}: {error}") from None
 
 
+def read_export_origin(folder: Path) -> dict[str, Any]:
+    """Return where an export's weights come from, as `save_export` was told; call after `read_export_config`."""
+    return dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("origin", {}))
+
+
 def load_model(export_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiT:
     """Load an export in evaluation mode.
 
@@ -66,10 +83,7 @@ def load_model(export_dir: str | Path, device: str | torch.device = "cpu", dtype
     """
     folder = Path(export_dir)
     config = read_export_config(folder)
-    try:
-        state = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: cannot be read: {error}") from None
+    state = dict(ShardReader(folder, WEIGHTS_STEM).items())
     check_state(state, config)
     with torch.device("meta"):
         network = build_model(config)

@@ -58,7 +58,14 @@ _DIFF_MOE_SHARED = {"gelu": ((".mlp.shared_experts.fc1.", ".moe.shared.up."), ("
                     "swiglu": _BASELINE}
 _PROMOE_METHODS = ("token_choice", "expert_choice")
 _EXPERT = re.compile(r"^(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)$")
-_POSITIONS = "pos_embed"
+POSITIONS = "pos_embed"
+#: The order in which the published modules register what they hold.
+_TOP_ORDER = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
+_BLOCK_ORDER = ("attn", "mlp", "adaLN_modulation")
+_MLP_ORDER = ("fc1", "fc2", "cluster_centers", "gate_weight", "expert_threshold", "ema_decay", "experts", "gate",
+              "capacity_predictor", "shared_expert", "shared_experts")
+_LEAF_ORDER = ("qkv", "q_norm", "k_norm", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "proj", "linear",
+               "adaLN_modulation", "weight", "bias")
 #: DiffMoE keeps a hyperparameter, `routing.threshold_decay`, among its buffers.
 _DECAY = ".mlp.ema_decay"
 
@@ -86,7 +93,7 @@ def rename_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str,
     layers = {published: ours for ours, published in _expert_layers(config).items()}
     for key, value in state.items():
         match = _EXPERT.match(key)
-        if key == _POSITIONS:
+        if key == POSITIONS:
             _check_positions(value, config)
         elif key.endswith(_DECAY):
             _check_decay(key, value, config)
@@ -115,7 +122,7 @@ def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Ten
         raise CheckpointError(f"routing.num_unconditional_experts={config.routing.num_unconditional_experts}: the official layout "
                               "has room for one")
     model, layers = config.model, _expert_layers(config)
-    result = {_POSITIONS: sincos_positions(model.hidden_size, model.input_size // model.patch_size)[None]}
+    result = {POSITIONS: sincos_positions(model.hidden_size, model.input_size // model.patch_size)[None]}
     for name, value in state.items():
         block, _, leaf = name.partition(".moe.routed.")
         if leaf:
@@ -131,6 +138,33 @@ def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Ten
             if name.endswith(".moe.router.thresholds"):
                 result[name.replace(".moe.router.thresholds", _DECAY)] = torch.tensor([config.routing.threshold_decay])
     return result
+
+
+def published_keys(name: str, shape: tuple[int, ...], config: RunConfig) -> list[str]:
+    """Return the published keys that hold one tensor of ours: an expert each for a stack, else one (or two: DiffMoE's decay)."""
+    with torch.device("meta"):
+        return [key for key in to_official({name: torch.empty(shape)}, config) if key != POSITIONS]
+
+
+def published_order(key: str) -> tuple:
+    """Return what sorts published keys as the published modules register them, by which its optimizer numbers them."""
+    parts = key.split(".")
+    if parts[0] != "blocks":
+        return (_TOP_ORDER.index(parts[0]), _leaf_order(parts[1:]))
+    inner = parts[3] if parts[2] == "mlp" and len(parts) > 3 else ""
+    expert = int(parts[4]) if inner == "experts" else 0
+    rest = parts[5:] if inner == "experts" else parts[3:]
+    return (_TOP_ORDER.index("blocks"), int(parts[1]), _BLOCK_ORDER.index(parts[2]),
+            _MLP_ORDER.index(inner) if inner in _MLP_ORDER else 0, expert, _leaf_order(rest))
+
+
+def is_published_parameter(key: str) -> bool:
+    """Whether a published key is a parameter, which the optimizer numbers, and no buffer."""
+    return not key.endswith((_DECAY, ".mlp.expert_threshold"))
+
+
+def _leaf_order(parts: list[str]) -> tuple[int, ...]:
+    return tuple(_LEAF_ORDER.index(part) if part in _LEAF_ORDER else int(part) if part.isdigit() else 0 for part in parts)
 
 
 def _expert_layers(config: RunConfig) -> dict[str, str]:

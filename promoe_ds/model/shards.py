@@ -28,13 +28,15 @@ class ShardReader:
         self._folder = folder
         self._files = _read_index(folder, stem)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(set(self._files.values())):
+        single = self._files.pop("", None)
+        for file in [single] if single else sorted(set(self._files.values())):
             handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                if self._files.setdefault(name, file) != file:
-                    raise CheckpointError(f"{folder / file}: holds {name}, which the index places in {self._files[name]}")
+            for name in handle.keys():
+                if single:
+                    self._files[name] = single
+                elif self._files.get(name) != file:
+                    raise CheckpointError(f"{folder / file}: holds {name}, which the index does not place there")
                 self.shapes[name] = tuple(handle.get_slice(name).get_shape())
-        self._files.pop("", None)
         if missing := self._files.keys() - self.shapes.keys():
             raise CheckpointError(f"{folder}: {sorted(missing)[0]} is in the index and in no file")
 

@@ -14,10 +14,15 @@ from promoe_ds.model.build import build_model
 
 def buffer_names(config: RunConfig) -> list[str]:
     """Return the names of what a model keeps beside its parameters: the running state of its routers."""
+    return list(state_shapes(config, buffers_only=True))
+
+
+def state_shapes(config: RunConfig, *, buffers_only: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all that a model keeps, or of the running state of its routers alone."""
     with torch.device("meta"):
         network = build_model(config)
-    parameters = {name for name, _ in network.named_parameters()}
-    return [name for name in network.state_dict() if name not in parameters]
+    parameters = {name for name, _ in network.named_parameters()} if buffers_only else ()
+    return {name: tuple(value.shape) for name, value in network.state_dict().items() if name not in parameters}
 
 
 def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
@@ -25,8 +30,7 @@ def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
 
     Raises: CheckpointError naming the first tensors that are missing, left over or misshapen.
     """
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in build_model(config).state_dict().items()}
+    expected = state_shapes(config)
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} has no place in this architecture" for name in state if name not in expected]
     problems += [f"{name} has shape {tuple(state[name].shape)} instead of {shape}" for name, shape in expected.items()

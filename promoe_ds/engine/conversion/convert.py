@@ -1,0 +1,217 @@
+"""The walk from one format to another: every tensor read once, written once, and read back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+from tqdm import tqdm
+
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.engine.conversion.sources import Source, open_source
+from promoe_ds.engine.conversion.targets import Content, OfficialTarget, PipelineTarget, SingleTarget, Target, TrainingTarget
+from promoe_ds.engine.optimizer import EMA
+from promoe_ds.engine.reconstruct import MOMENTS, WEIGHTS
+from promoe_ds.engine.torch_file import bytes_of
+from promoe_ds.errors import CheckpointError
+from promoe_ds.model.shards import MAX_SHARD_BYTES
+from promoe_ds.model.state import buffer_names
+
+FORMATS = ("single", "official", "diffusers", "deepspeed")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: The published layout's place for the moving average.
+_OFFICIAL_AVERAGE = EMA
+_UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to convert, to what.
+
+    weights: "ema" (the first average), "raw", an average's name, or None: "ema" for the formats that hold one set of
+        weights, all as they are for the others.
+    """
+
+    destination: Path
+    to: str
+    weights: str | None = None
+    with_optimizer: bool = False
+    dtype: str = "fp32"
+    verify: bool = True
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    vae: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What was converted.
+
+    kinds: the target's kind -> the source's kind.
+    values: how many values were taken from the source, each once; bytes: written.
+    """
+
+    source: Path
+    source_format: str
+    destination: Path
+    step: int
+    kinds: dict[str, str]
+    parameters: int
+    values: int
+    bytes: int
+    verified: bool
+
+
+def convert(source_path: Path, request: Request, config: RunConfig | None = None) -> Conversion:
+    """Convert a checkpoint.
+
+    Args:
+        source_path: as for `open_source`; config: of a published file.
+    Raises: CheckpointError naming the file that is missing or damaged, the tensor that was dropped, doubled, left over or
+        does not fit, or that reads back differently. The destination exists only if all went well.
+    """
+    final = request.destination
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise CheckpointError(f"{final} exists already: choose another destination or remove it")
+    source = open_source(source_path, config)
+    kinds = _choose_kinds(source, request)
+    content = _describe(source, request, kinds)
+    folder = final.with_name(f"{final.name}{_UNFINISHED}")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        digests, values = _copy(source, _open_target(folder, content, request), content, kinds)
+        source.close()
+        if request.verify:
+            _verify(_written(folder, request, content), content, digests)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        _publish(folder, final)
+    except OSError as error:
+        raise CheckpointError(f"{final}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    parameters = sum(torch.Size(shape).numel() for name, shape in next(iter(content.kinds.values())).items()
+                     if name not in content.buffers)
+    return Conversion(source=source.facts.path, source_format=source.facts.format, destination=final, step=content.step,
+                      kinds=kinds, parameters=parameters, values=values, bytes=size, verified=request.verify)
+
+
+def _choose_kinds(source: Source, request: Request) -> dict[str, str]:
+    """Return the target's kinds, in order, each with the source's kind that fills it."""
+    averages = [kind for kind in source.kinds if kind.startswith(EMA)]
+    moments = [kind for kind in MOMENTS if kind in source.kinds]
+    if request.with_optimizer and not moments:
+        raise CheckpointError(f"{source.facts.path}: holds no optimizer state, only {', '.join(source.kinds)}: leave "
+                              "--with-optimizer out")
+    if request.with_optimizer and request.to == "diffusers":
+        raise CheckpointError("--with-optimizer: a diffusers pipeline holds weights only; use --to single, official or deepspeed")
+    chosen = _resolve(source, request.weights) if request.weights else None
+    extra = {kind: kind for kind in moments} if request.with_optimizer else {}
+    if request.to in ("single", "diffusers"):
+        model = chosen or _resolve(source, "ema" if averages else "raw")
+        rest = [WEIGHTS, *averages] if request.with_optimizer else []
+        return {model: model} | {kind: kind for kind in rest if kind in source.kinds and kind != model} | extra
+    if chosen and request.with_optimizer:
+        raise CheckpointError(f"--weights {request.weights} --with-optimizer: the moments belong to the raw weights; leave one out")
+    if chosen:
+        model, averages = chosen, [chosen] if request.to == "official" else []
+    else:
+        model = WEIGHTS if WEIGHTS in source.kinds else averages[0]
+    if request.to == "official":
+        return {WEIGHTS: model, _OFFICIAL_AVERAGE: averages[0] if averages else model} | extra
+    return {WEIGHTS: model} | {kind: kind for kind in averages} | extra
+
+
+def _resolve(source: Source, weights: str) -> str:
+    """Return the source's kind that a user's word names."""
+    averages = [kind for kind in source.kinds if kind.startswith(EMA)]
+    if weights == "raw" and WEIGHTS in source.kinds:
+        return WEIGHTS
+    if weights == "ema" and averages:
+        return averages[0]
+    if weights in averages:
+        return weights
+    held = [*(["raw"] if WEIGHTS in source.kinds else []), *averages]
+    raise CheckpointError(f"{source.facts.path}: holds no {weights} weights, only {', '.join(held)}")
+
+
+def _describe(source: Source, request: Request, kinds: dict[str, str]) -> Content:
+    facts = source.facts
+    if request.dtype != "fp32" and request.to == "deepspeed":
+        raise CheckpointError(f"--dtype {request.dtype}: training keeps its weights in fp32; leave it out")
+    # Without the optimizer's state nothing can go on where it was: a new run starts, from these weights.
+    starts = request.to == "deepspeed" and not request.with_optimizer
+    names = {kind: {name: source.shape(name) for name in source.names(taken)} for kind, taken in kinds.items()}
+    return Content(
+        config=facts.config, step=0 if starts else facts.step, samples_seen=0 if starts else facts.samples_seen,
+        optimizer_step=source.optimizer_step if request.with_optimizer else None, dtype=DTYPES[request.dtype], kinds=names,
+        buffers=frozenset(buffer_names(facts.config)), origin={"source": facts.format, **facts.origin})
+
+
+def _copy(source: Source, target: Target, content: Content, kinds: dict[str, str]) -> tuple[dict[tuple[str, str], str], int]:
+    """Carry every tensor over; return the digests of what was written and the number of values taken."""
+    digests, values = {}, 0
+    total = sum(torch.Size(shape).numel() * 4 for shapes in content.kinds.values() for shape in shapes.values())
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False, desc="converting") as progress:
+        for taken in dict.fromkeys(kinds.values()):
+            kept = [kind for kind, from_kind in kinds.items() if from_kind == taken]
+            for name in source.names(taken):
+                value = source.read(taken, name)
+                for kind in kept:
+                    written = value.to(content.dtype_of(kind, name)).contiguous()
+                    target.write(kind, name, written)
+                    digests[kind, name] = _digest(written)
+                    progress.update(value.numel() * 4)
+            values += source.check(taken)
+    target.close()
+    return digests, values
+
+
+def _verify(written: Source, content: Content, digests: dict[tuple[str, str], str]) -> None:
+    """Read the target back, by its format's own reader, and compare every tensor."""
+    if missing := [kind for kind in content.kinds if kind not in written.kinds]:
+        raise CheckpointError(f"{written.facts.path}: {missing[0]} does not read back")
+    for kind, shapes in content.kinds.items():
+        for name in shapes:
+            if _digest(written.read(kind, name)) != digests[kind, name]:
+                raise CheckpointError(f"{written.facts.path}: {kind} of {name} reads back differently: the disk is not to be "
+                                      "trusted")
+        written.check(kind)
+    written.close()
+
+
+def _open_target(folder: Path, content: Content, request: Request) -> Target:
+    if request.to == "single":
+        return SingleTarget(folder, content, request.max_shard_bytes)
+    if request.to == "diffusers":
+        return PipelineTarget(folder, content, request.max_shard_bytes, request.vae)
+    return OfficialTarget(folder, content) if request.to == "official" else TrainingTarget(folder, content)
+
+
+def _written(folder: Path, request: Request, content: Content) -> Source:
+    if request.to == "official":
+        return open_source(next(folder.glob("*.pth")), content.config)
+    return open_source(folder)
+
+
+def _publish(folder: Path, final: Path) -> None:
+    """Give the finished folder its name, flushed: before that, nobody sees it."""
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if final.is_dir():
+        final.rmdir()
+    folder.rename(final)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _digest(value: Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(bytes_of(value.contiguous()))

@@ -1,0 +1,155 @@
+"""Conversion of real checkpoints: round trips bit for bit, the export is the live model, nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from promoe_ds import load_model
+from promoe_ds.engine.conversion import Conversion, Request, convert
+from promoe_ds.engine.conversion.sources import open_source
+from promoe_ds.engine.manifest import list_checkpoints
+from promoe_ds.errors import CheckpointError
+from promoe_ds.model.export import read_export_config
+
+from .jobs import Job, run_jobs
+
+#: Name -> ranks, ZeRO stage, bf16, recipe, overrides.
+RUNS = {
+    "zero2_ep2": (2, 2, False, "digits_promoe", ("parallel.ep_size=2",)),
+    "zero1_bf16": (2, 1, True, "digits_promoe", ("parallel.ep_size=2",)),
+    "zero0_ep2": (2, 0, False, "digits_promoe", ("parallel.ep_size=2",)),
+    "local": (1, 0, False, "digits_promoe", ("parallel.ep_size=1",)),
+    "diffmoe": (2, 2, False, "digits_diffmoe", ("parallel.ep_size=2",)),
+    "expert_choice": (2, 2, False, "digits_promoe_ec", ()),
+    "dit": (2, 2, False, "digits_dit", ()),
+    "kmeans": (2, 2, False, "digits_kmeans", ("parallel.ep_size=2",)),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Train a few steps on several layouts, with several methods."""
+    folder = tmp_path_factory.mktemp("conversion")
+    for ranks in (1, 2):
+        jobs = [Job(run_dir=folder / name, recipe=recipe, zero_stage=stage, bf16=bf16, overrides=(*overrides, "train.max_steps=3"))
+                for name, (world, stage, bf16, recipe, overrides) in RUNS.items() if world == ranks]
+        assert run_jobs(ranks, jobs, folder) == [""] * len(jobs)
+    return {name: folder / name for name in RUNS}
+
+
+def contents(path: Path, config=None) -> dict[tuple[str, str], torch.Tensor]:
+    """Read everything that a checkpoint of any format holds."""
+    source = open_source(path, config)
+    values = {(kind, name): source.read(kind, name).clone() for kind in source.kinds for name in source.names(kind)}
+    for kind in source.kinds:
+        source.check(kind)
+    source.close()
+    return values
+
+
+def go(source: Path, destination: Path, to: str, config=None, **options) -> Conversion:
+    return convert(source, Request(destination=destination, to=to, **options), config)
+
+
+def assert_equal(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "kmeans"])
+def test_round_trip_over_official_is_bit_exact(runs, tmp_path, name) -> None:
+    go(runs[name], tmp_path / "official", "official", with_optimizer=True)
+    config = open_source(runs[name]).facts.config
+    go(tmp_path / "official" / "ckpt_step_3.pth", tmp_path / "back", "deepspeed", config, with_optimizer=True)
+    assert_equal(contents(tmp_path / "back"), contents(runs[name]))
+    facts = open_source(tmp_path / "back").facts
+    assert (facts.step, facts.samples_seen) == (3, 48)
+    assert open_source(tmp_path / "back").optimizer_step == 3
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_round_trip_over_single_with_everything_is_bit_exact(runs, tmp_path, name) -> None:
+    go(runs[name], tmp_path / "single", "single", with_optimizer=True, max_shard_bytes=50_000)
+    assert (tmp_path / "single" / "model.safetensors.index.json").is_file()
+    go(tmp_path / "single", tmp_path / "back", "deepspeed", with_optimizer=True)
+    assert_equal(contents(tmp_path / "back"), contents(runs[name]))
+
+
+def test_export_equals_official_and_live_model(runs, tmp_path) -> None:
+    go(runs["zero2_ep2"], tmp_path / "a", "single")
+    go(runs["zero2_ep2"], tmp_path / "official", "official")
+    config = read_export_config(tmp_path / "a")
+    go(tmp_path / "official" / "ckpt_step_3.pth", tmp_path / "b", "single", config)
+    a, b = load_model(tmp_path / "a"), load_model(tmp_path / "b")
+    latents, timestep = torch.randn(4, config.model.in_channels, 8, 8), torch.tensor([0.0, 20.0, 500.0, 999.0])
+    labels = torch.tensor([0, 1, config.model.null_label, 3])
+    with torch.no_grad():
+        assert torch.equal(a(latents, timestep, labels), b(latents, timestep, labels))
+
+
+def test_published_file_opens_with_plain_torch(runs, tmp_path) -> None:
+    go(runs["zero2_ep2"], tmp_path / "official", "official", with_optimizer=True)
+    content = torch.load(tmp_path / "official" / "ckpt_step_3.pth", weights_only=True)
+    assert list(content) == ["step", "model_state_dict", "ema_model_state_dict", "optimizer_state_dict"]
+    names, states = list(content["model_state_dict"]), content["optimizer_state_dict"]["state"]
+    assert names[0] == "pos_embed"
+    assert 0 not in states
+    assert len(states) == len(names) - 1
+    for index, state in states.items():
+        assert state["exp_avg"].shape == content["model_state_dict"][names[index]].shape
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(value) for value in content["model_state_dict"].values()])
+    optimizer.load_state_dict(content["optimizer_state_dict"])
+
+
+def test_weights_by_name_and_type(runs, tmp_path) -> None:
+    go(runs["zero2_ep2"], tmp_path / "raw", "single", weights="raw", dtype="bf16")
+    everything = contents(runs["zero2_ep2"])
+    for (kind, name), value in contents(tmp_path / "raw").items():
+        assert kind == "weights"
+        assert torch.equal(value, everything["weights", name].bfloat16())
+    network = load_model(tmp_path / "raw")
+    assert next(network.parameters()).dtype == torch.bfloat16
+    with pytest.raises(CheckpointError, match=r"holds no ema_0\.5 weights, only raw, ema"):
+        go(runs["zero2_ep2"], tmp_path / "x", "single", weights="ema_0.5")
+    with pytest.raises(CheckpointError, match="holds no ema weights, only raw"):
+        go(tmp_path / "raw", tmp_path / "x", "single", weights="ema")
+    with pytest.raises(CheckpointError, match="leave --with-optimizer out"):
+        go(tmp_path / "raw", tmp_path / "x", "official", with_optimizer=True)
+    with pytest.raises(CheckpointError, match="leave one out"):
+        go(runs["zero2_ep2"], tmp_path / "x", "deepspeed", weights="ema", with_optimizer=True)
+    with pytest.raises(CheckpointError, match="never published"):
+        go(runs["kmeans"], tmp_path / "x", "official")
+    assert not (tmp_path / "x").exists()
+    assert list(tmp_path.glob("*.unfinished")) == []
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_damaged_source_is_refused_by_name(runs, tmp_path, how) -> None:
+    checkpoint = Path(shutil.copytree(list_checkpoints(runs["zero2_ep2"] / "checkpoints")[0], tmp_path / "damaged"))
+    file = checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = bytearray(file.read_bytes())
+    if how == "missing":
+        file.unlink()
+    elif how == "flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[:-100])
+    with pytest.raises(CheckpointError, match=file.name):
+        go(checkpoint, tmp_path / "x", "single")
+    assert not (tmp_path / "x").exists()
+
+
+def test_new_run_starts_from_converted_weights_on_other_ranks(runs, tmp_path) -> None:
+    go(runs["zero2_ep2"], tmp_path / "start", "deepspeed")
+    assert json.loads((tmp_path / "start" / "step_0000000" / "manifest.json").read_text())["step"] == 0
+    job = Job(run_dir=tmp_path / "run", resume=str(tmp_path / "start"), overrides=("parallel.ep_size=2", "train.max_steps=2"))
+    assert run_jobs(2, [job], tmp_path) == [""]
+    assert "step 2" in (tmp_path / "run" / "train.log").read_text()
