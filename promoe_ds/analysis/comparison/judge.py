@@ -24,13 +24,13 @@ def judge_run(run_dir: Path, *, samples: int, sample_seed: int) -> dict[str, Any
     Image i starts from the noise of (sample_seed, i), whatever model draws it.
     Raises: PromoeError of the part that failed.
     """
-    from promoe_ds.engine.convert import convert_to_single
+    from promoe_ds.engine.conversion import Request, convert
     from promoe_ds.model.export import load_model
 
     export, drawn = run_dir / "export", run_dir / "samples"
     for leftover in (export, drawn):  # of an attempt that was interrupted: whoever judged before would have left a result
         shutil.rmtree(leftover, ignore_errors=True)
-    conversion = convert_to_single(run_dir, export)
+    conversion = convert(run_dir, Request(destination=export, to="single"))
     judgement: dict[str, Any] = {"checkpoint_step": conversion.step, "device": _device_name(), "images": None,
                                  "heldout_loss": None}
     model = load_model(export)
