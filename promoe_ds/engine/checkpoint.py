@@ -8,6 +8,7 @@ from typing import Any
 
 from promoe_ds.config import DeepSpeedPlan, RunConfig
 from promoe_ds.engine.distributed import Ranks, from_main, gather_objects
+from promoe_ds.engine.elastic import load_resharded
 from promoe_ds.engine.manifest import (
     MANIFEST,
     UNFINISHED,
@@ -20,6 +21,7 @@ from promoe_ds.engine.manifest import (
     read_manifest,
     step_folder,
 )
+from promoe_ds.engine.reconstruct import ShardedCheckpoint
 from promoe_ds.engine.session import Session
 from promoe_ds.engine.storage import RecordingStorage
 from promoe_ds.engine.versions import package_versions
@@ -36,7 +38,7 @@ FREE_FIELDS = {
     "data": {"path"},
     "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "max_nonfinite_steps",
               "micro_batch_size"},
-    "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend"},
+    "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch"},
     "logging": {"tensorboard", "timestep_bins"},
     "sampling": {"steps", "cfg_scale", "solver"},
 }
@@ -183,7 +185,8 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
     Args:
         same_run: whether it must be this very run's (`--resume auto`): then only FREE_FIELDS may differ. Otherwise only the
             architecture must agree.
-    Raises: CheckpointError naming the fields or the layout that do not fit.
+    Another layout (ranks, expert parallelism, ZeRO stage, precision) is resharded; the same is loaded by DeepSpeed itself.
+    Raises: CheckpointError naming the fields that do not fit.
     """
     manifest = read_manifest(folder)
     differing = differing_fields(manifest.config, session.config, architecture_only=not same_run)
@@ -195,13 +198,15 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
         _LOG.warning("resume: train.micro_batch_size was %s and is %s: losses and choices taken over a pass change with it "
                      "(docs/methods.md)", before, session.config.train.micro_batch_size)
     layout = layout_of(session.config, session.deepspeed_plan, session.ranks.world_size)
-    if layout != manifest.layout:
-        raise CheckpointError(f"{folder} was written with another layout ({manifest.layout}) than this run's ({layout}): its "
-                              "shards cannot be read as they are; launch with the layout that wrote it")
-    session.engine.checkpoint_engine = RecordingStorage()
-    loaded, _ = session.engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    if loaded is None:
-        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
+    if layout == manifest.layout:
+        session.engine.checkpoint_engine = RecordingStorage()
+        loaded, _ = session.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if loaded is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
+    else:
+        _LOG.info("resume: resharding, from %s to %s", manifest.layout, layout)
+        load_resharded(session, ShardedCheckpoint(folder, manifest))
+        session.engine.global_steps, session.engine.global_samples = manifest.step, manifest.samples_seen
     session.step, session.samples_seen = manifest.step, manifest.samples_seen
 
 

@@ -49,7 +49,7 @@ class _Shards(Protocol):
 
     def expected(self, kind: str) -> Iterator[tuple[str, int]]: ...
 
-    def read(self, kind: str, name: str, ledger: Ledger) -> Tensor: ...
+    def read_into(self, out_N: Tensor, kind: str, name: str, start: int, ledger: Ledger) -> None: ...
 
     def is_padding(self, tensor: str, start: int, stop: int) -> bool: ...
 
@@ -96,9 +96,20 @@ class ShardedCheckpoint:
         """
         if name in self._buffers:
             return self._model_states.read(self._buffers[name]).float()
+        out = torch.empty(self.shapes[name])
+        self.read_into(out.view(-1), kind, name, 0)
+        return out
+
+    def read_into(self, out_N: Tensor, kind: str, name: str, start: int) -> None:
+        """Fill a flat fp32 tensor with the values [start, start + N) of a whole parameter, reading no others.
+
+        Raises: CheckpointError naming the file or tensor that is missing or does not fit.
+        """
         if kind not in self.kinds:
             raise CheckpointError(f"{self.folder}: holds no {kind}, only {', '.join(self.kinds)}")
-        return self._shards.read(kind, name, self._ledger(kind))
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.folder}: holds no {name}")
+        self._shards.read_into(out_N, kind, name, start, self._ledger(kind))
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the routers' running state."""
@@ -159,16 +170,15 @@ class _ZeroShards:
             for group in range(len(shard["single_partition_of_fp32_groups"])):
                 yield self._key(rank, group, kind), self._flat(rank, group, kind).numel()
 
-    def read(self, kind: str, name: str, ledger: Ledger) -> Tensor:
-        where = self._slices[name]
-        out = torch.empty(self.shapes[name])
-        flat, done = out.view(-1), 0
-        for slices in where.by_ep_rank:
-            for rank, start, count in slices:
-                self._files[rank].read_into(flat[done:done + count], self._flat(rank, where.group, kind), start)
-                ledger.take(self._key(rank, where.group, kind), start, start + count, name)
-                done += count
-        return out
+    def read_into(self, out_N: Tensor, kind: str, name: str, start: int, ledger: Ledger) -> None:
+        where, position, stop = self._slices[name], 0, start + out_N.numel()
+        for rank, begin, count in (piece for slices in where.by_ep_rank for piece in slices):
+            low, high = max(start, position), min(stop, position + count)
+            if low < high:
+                offset = begin + low - position
+                self._files[rank].read_into(out_N[low - start:high - start], self._flat(rank, where.group, kind), offset)
+                ledger.take(self._key(rank, where.group, kind), offset, offset + high - low, name)
+            position += count
 
     def is_padding(self, tensor: str, start: int, stop: int) -> bool:
         """Whether values that belong to no parameter are zero, as DeepSpeed fills up its slices."""
@@ -245,21 +255,21 @@ class _WholeTensors:
                 if index == 0 or self._is_expert(name):
                     yield f"{index}:{name}", state[kind].numel()
 
-    def read(self, kind: str, name: str, ledger: Ledger) -> Tensor:
-        out = torch.empty(self.shapes[name])
+    def read_into(self, out_N: Tensor, kind: str, name: str, start: int, ledger: Ledger) -> None:
         if kind == WEIGHTS:
             parts = [(file, value, key) for file, value, key in self._weights[name]]
         else:
             files = self._states if self._is_expert(name) else self._states[:1]
             parts = [(file, states[name][kind], f"{index}:{name}") for index, (file, states) in enumerate(files)]
-        if (held := sum(value.numel() for _, value, _ in parts)) != out.numel():
-            raise CheckpointError(f"{parts[0][0].path}: {kind} of {name} has {held} of {out.numel()} values")
-        flat, done = out.view(-1), 0
+        if (held := sum(value.numel() for _, value, _ in parts)) != math.prod(self.shapes[name]):
+            raise CheckpointError(f"{parts[0][0].path}: {kind} of {name} has {held} of {math.prod(self.shapes[name])} values")
+        position, stop = 0, start + out_N.numel()
         for file, value, key in parts:
-            flat[done:done + value.numel()] = file.read(value).view(-1)
-            ledger.take_all(key, name)
-            done += value.numel()
-        return out
+            low, high = max(start, position), min(stop, position + value.numel())
+            if low < high:
+                file.read_into(out_N[low - start:high - start], value, low - position)
+                ledger.take(key, low - position, high - position, name)
+            position += value.numel()
 
     def is_padding(self, tensor: str, start: int, stop: int) -> bool:
         return False

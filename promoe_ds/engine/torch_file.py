@@ -60,6 +60,9 @@ class TorchFile:
 
         Raises: CheckpointError if the file ends before, or the types differ.
         """
+        if not fake.is_contiguous():
+            out_N.copy_(self.read(fake).view(-1)[start:start + out_N.numel()])
+            return
         if out_N.dtype != fake.dtype or start + out_N.numel() > fake.numel():
             raise CheckpointError(f"{self.path}: holds {fake.numel()} values of {fake.dtype} where {start + out_N.numel()} of "
                                   f"{out_N.dtype} are wanted")

@@ -36,6 +36,7 @@ class Job:
     bf16: bool = False
     resume: str = "auto"
     fault: dict[str, Any] | None = field(default=None)
+    resave_to: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "run_dir": str(self.run_dir), "overrides": [*TINY, *self.overrides]}

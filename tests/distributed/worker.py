@@ -13,7 +13,9 @@ import torch
 
 import promoe_ds.engine.session as session_module
 from promoe_ds.config import load_config, plan_batches, resolve_deepspeed
+from promoe_ds.data import build_dataset
 from promoe_ds.diffusion.rectified_flow import RectifiedFlow
+from promoe_ds.engine.checkpoint import load_checkpoint, save_checkpoint
 from promoe_ds.engine.distributed import Ranks, complete_environment, start_distributed, stop_distributed
 from promoe_ds.engine.loop import Run, train
 from promoe_ds.errors import PromoeError
@@ -42,10 +44,22 @@ def run_job(job: dict, ranks: Ranks) -> str:
     try:
         config = load_config(job["recipe"], job["overrides"])
         plan = resolve_deepspeed(values, config, plan_batches(config, ranks.world_size), source="job")
-        train(Run(config=config, deepspeed_plan=plan, run_dir=Path(job["run_dir"]), resume=job["resume"]), ranks)
+        run = Run(config=config, deepspeed_plan=plan, run_dir=Path(job["run_dir"]), resume=job["resume"])
+        if job["resave_to"]:
+            _resave(run, ranks, Path(job["resave_to"]))
+        else:
+            train(run, ranks)
     except PromoeError as error:
         return str(error)
     return ""
+
+
+def _resave(run: Run, ranks: Ranks, root: Path) -> None:
+    """Load a checkpoint and save it again as it is, without a step between."""
+    session = session_module.build_session(run.config, run.deepspeed_plan, plan_batches(run.config, ranks.world_size), ranks,
+                                           build_dataset(run.config))
+    load_checkpoint(session, Path(run.resume), same_run=True)
+    save_checkpoint(session, root)
 
 
 def _poisoned_losses(fault: dict, ranks: Ranks):

@@ -1,0 +1,94 @@
+"""Resuming on other ranks, expert parallelism or ZeRO stage: every rank fills what it owns from the files of any layout.
+
+Only plain copies happen, in fp32: weights, moments and moving averages are bit for bit those that were saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from promoe_ds.engine.adapter import ShardedExperts
+from promoe_ds.engine.optimizer import EMA
+from promoe_ds.engine.reconstruct import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint
+from promoe_ds.engine.session import Session
+from promoe_ds.errors import CheckpointError
+from promoe_ds.logs import get_logger
+
+_LOG = get_logger("checkpoint")
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """Values of one parameter that this rank keeps: where they lie in the whole parameter, and in this rank's tensors."""
+
+    name: str
+    start: int
+    kinds: dict[str, Tensor]
+
+
+@torch.no_grad()
+def load_resharded(session: Session, checkpoint: ShardedCheckpoint) -> None:
+    """Fill the session's weights, optimizer state, averages and routers' state from a checkpoint of any layout.
+
+    A checkpoint without moments gives a fresh optimizer state, one without averages starts them at the weights: a
+    conversion without --with-optimizer makes such ones, and the log says so. All ranks call this together.
+    Raises: CheckpointError naming the tensor that does not fit.
+    """
+    missing = [kind for kind in (*MOMENTS, EMA) if kind not in checkpoint.kinds]
+    for owned in _owned_values(session, checkpoint.optimizer_step or 0):
+        for kind, out in owned.kinds.items():
+            if kind in checkpoint.kinds:
+                checkpoint.read_into(out, kind, owned.name, owned.start)
+            elif kind == EMA:
+                checkpoint.read_into(out, WEIGHTS, owned.name, owned.start)
+            else:
+                out.zero_()
+    if session.deepspeed_plan.zero_stage > 0:
+        session.engine.optimizer.update_lp_params()
+    state = dict(session.module.denoiser.named_buffers())
+    for name, value in checkpoint.buffers().items():
+        state[name].copy_(value)
+    checkpoint.close()
+    if missing and session.ranks.is_main:
+        _LOG.warning("resume: %s holds no %s: the optimizer's moments start at zero, averages at the weights, where they are "
+                     "missing", checkpoint.folder, ", ".join(missing))
+
+
+def _owned_values(session: Session, step: int) -> Iterator[_Owned]:
+    """Yield all that this rank keeps, its optimizer state made."""
+    names = {id(parameter): name.removeprefix(PREFIX) for name, parameter in session.module.named_parameters()}
+    first = {id(parameter): module.first_expert * math.prod(parameter.shape[1:])
+             for module in session.module.modules() if isinstance(module, ShardedExperts) for parameter in module.parameters()}
+    optimizer = session.engine.optimizer
+    if session.deepspeed_plan.zero_stage == 0:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = _fresh_state(optimizer.state, parameter, step)
+                kinds = {WEIGHTS: parameter.data, **{kind: state[kind] for kind in (*MOMENTS, EMA)}}
+                yield _Owned(names[id(parameter)], first.get(id(parameter), 0),
+                             {kind: value.view(-1) for kind, value in kinds.items()})
+        return
+    for group, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        state = _fresh_state(optimizer.optimizer.state, flat, step)
+        kinds = {WEIGHTS: flat.data, **{kind: state[kind] for kind in (*MOMENTS, EMA)}}
+        for parameter in optimizer.bit16_groups[group]:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                continue  # another rank's
+            here, there = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+            if here.numel != there.numel:
+                raise CheckpointError(f"{names[id(parameter)]}: DeepSpeed maps {there.numel} values to {here.numel}")
+            yield _Owned(names[id(parameter)], first.get(id(parameter), 0) + there.start,
+                         {kind: value[here.start:here.start + here.numel] for kind, value in kinds.items()})
+
+
+def _fresh_state(states: dict, parameter: Tensor, step: int) -> dict[str, Tensor]:
+    """Make the optimizer state of one parameter or flat slice, as AdamWithEma itself would at its first update."""
+    states[parameter] = {"step": torch.tensor(float(step), device=parameter.device),
+                         **{kind: torch.zeros_like(parameter.data) for kind in (*MOMENTS, EMA)}}
+    return states[parameter]

@@ -1,0 +1,91 @@
+"""A run goes on, on other ranks, expert parallelism, ZeRO stage or precision, as if nothing had changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from promoe_ds.engine.manifest import list_checkpoints, read_manifest
+
+from .jobs import Job, metrics, routing, run_jobs, state
+
+KINDS = ("weights", "ema", "exp_avg", "exp_avg_sq")
+#: Name -> recipe and the pieces of a run: ranks, ep_size, ZeRO stage, steps (None: to the end).
+CHAINS = {
+    "fewer_and_more": ("digits_promoe", [(4, 4, 2, 3), (2, 2, 2, 4), (4, 2, 2, 3), (4, 4, 2, None)]),
+    "experts_gathered_and_spread": ("digits_promoe", [(4, 1, 2, 3), (4, 2, 1, 3), (4, 4, 0, 3), (2, 1, 2, None)]),
+    "thresholds": ("digits_diffmoe", [(2, 2, 2, 4), (2, 1, 0, 3), (2, 2, 1, None)]),
+    "centroids": ("digits_kmeans", [(2, 1, 0, 4), (2, 2, 2, None)]),
+}
+STEPS = 12
+
+
+def _job(folder: Path, recipe: str, ep_size: int, stage: int, steps: int | None, **options) -> Job:
+    stop = () if steps is None else (f"train.stop_after_steps={steps}",)
+    return Job(run_dir=folder, recipe=recipe, zero_stage=stage, **options,
+               overrides=(f"parallel.ep_size={ep_size}", f"train.max_steps={STEPS}", *stop))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run every chain piece by piece, and once whole on its first layout."""
+    folder = tmp_path_factory.mktemp("elastic")
+    for turn in range(4):
+        for ranks in (2, 4):
+            jobs = [_job(folder / name, recipe, *pieces[turn][1:]) for name, (recipe, pieces) in CHAINS.items()
+                    if turn < len(pieces) and pieces[turn][0] == ranks]
+            if turn == 0:
+                jobs += [_job(folder / f"{name}_whole", recipe, *pieces[0][1:3], None) for name, (recipe, pieces) in CHAINS.items()
+                         if pieces[0][0] == ranks]
+            assert not jobs or run_jobs(ranks, jobs, folder) == [""] * len(jobs)
+    return {path.name: path for path in folder.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_elastic_losses_equal_a_run_that_never_changed(runs, name) -> None:
+    whole, pieces = metrics(runs[f"{name}_whole"]), metrics(runs[name])
+    assert [line["step"] for line in pieces] == list(range(1, STEPS + 1))
+    # DiffMoE and k-means see a pass of one rank at a time: their choices, and so their losses, depend on the ranks' number,
+    # which their chains keep.
+    for before, after in zip(whole, pieces, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5), before["step"]
+        assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
+    seen = [read_manifest(path).samples_seen for path in list_checkpoints(runs[name] / "checkpoints")]
+    assert seen[0] == read_manifest(list_checkpoints(runs[f"{name}_whole"] / "checkpoints")[0]).samples_seen == STEPS * 16
+    assert "resharding, from" in (runs[name] / "train.log").read_text()
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_elastic_tokens_are_counted_as_ever(runs, name) -> None:
+    for before, after in zip(routing(runs[f"{name}_whole"]), routing(runs[name]), strict=True):
+        assert (after["conditional_tokens"], after["unconditional_tokens"]) == (before["conditional_tokens"],
+                                                                              before["unconditional_tokens"])
+
+
+def _root(folder: Path, name: str) -> Path:
+    return folder / name / "checkpoints"
+
+
+def test_elastic_state_is_exact_on_every_layout(runs, tmp_path) -> None:
+    """Load on another layout and save at once: every value is the same, bit for bit, whatever lies between."""
+    source = list_checkpoints(runs["fewer_and_more"] / "checkpoints")[0]
+    layouts = [(2, 1, 2, False), (2, 2, 0, False), (2, 2, 1, True), (4, 2, 2, False), (4, 4, 1, False)]
+    for ranks in (2, 4):
+        jobs = [_job(tmp_path / f"{ranks}_{ep}_{stage}", "digits_promoe", ep, stage, None, bf16=bf16, resume=str(source),
+                     resave_to=str(_root(tmp_path, f"{ranks}_{ep}_{stage}")))
+                for world, ep, stage, bf16 in layouts if world == ranks]
+        assert run_jobs(ranks, jobs, tmp_path) == [""] * len(jobs)
+    for ranks, ep, stage, _ in layouts:
+        for kind in KINDS:
+            expected, found = state(runs["fewer_and_more"], kind), state(tmp_path / f"{ranks}_{ep}_{stage}", kind)
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(found[name], value), (ranks, ep, stage, kind, name)
+
+
+def test_elastic_other_global_batch_is_refused(runs, tmp_path) -> None:
+    job = Job(run_dir=runs["centroids"], recipe="digits_kmeans",
+              overrides=("parallel.ep_size=1", f"train.max_steps={STEPS}", "train.global_batch_size=32"))
+    assert "train.global_batch_size is 16 there and 32 here" in run_jobs(2, [job], tmp_path)[0]
