@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from promoe_ds.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 UNFINISHED = ".tmp"
 _STEP = re.compile(r"^step_(\d+)$")
 _BLOCK = 1 << 22
@@ -24,10 +25,10 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and CRC-32 of one file."""
+    """Size in bytes and XXH3 checksum (64 bits, as 16 hexadecimal digits) of one file."""
 
     bytes: int
-    crc32: int
+    xxh3: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +100,20 @@ def find_problems(folder: Path, files: dict[str, FileRecord]) -> list[str]:
                 problems.append(f"{path} is missing")
             elif path.stat().st_size != record.bytes:
                 problems.append(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}")
-            elif checksum(path) != record.crc32:
+            elif checksum(path) != record.xxh3:
                 problems.append(f"{path} does not match its checksum")
         except OSError as error:
             problems.append(f"{path} cannot be read: {error}")
     return problems
 
 
-def checksum(path: Path) -> int:
-    """Return the CRC-32 of a file's content."""
-    value = 0
+def checksum(path: Path) -> str:
+    """Return the XXH3 checksum of a file's content."""
+    value = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
-    return value
+            value.update(block)
+    return value.hexdigest()
 
 
 def step_folder(step: int) -> str:

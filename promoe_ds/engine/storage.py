@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import zlib
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -49,7 +49,7 @@ class RecordingStorage(TorchCheckpointEngine):
                 torch.save(_without_enums(state_dict), writer)
                 file.flush()
                 os.fsync(file.fileno())
-            self.records[Path(path).name] = FileRecord(writer.bytes, writer.crc32)
+            self.records[Path(path).name] = FileRecord(writer.bytes, writer.checksum.hexdigest())
         except (OSError, RuntimeError) as error:
             # torch reports a failed write as an inner inconsistency of its archive; the writer knows the cause.
             self.failure = f"{path}: {(writer and writer.failure) or error}"
@@ -87,11 +87,11 @@ def _without_enums(value: Any) -> Any:
 
 
 class _ChecksumWriter(io.RawIOBase):
-    """A write-only file that keeps count and CRC-32 of what passes."""
+    """A write-only file that keeps count and checksum of what passes."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self.bytes, self.crc32 = 0, 0
+        self.bytes, self.checksum = 0, xxhash.xxh3_64()
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
@@ -99,7 +99,7 @@ class _ChecksumWriter(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
-        self.crc32 = zlib.crc32(view, self.crc32)
+        self.checksum.update(view)
         self.bytes += view.nbytes
         try:
             self._file.write(view)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.engine.conversion.pipeline_folder import MODEL_INDEX, PIPELINE_STEM, TRANSFORMER, name_of_key, read_pipeline_config
 from promoe_ds.engine.ledger import Ledger
 from promoe_ds.engine.manifest import MANIFEST, find_checkpoint, find_problems, read_manifest
 from promoe_ds.engine.optimizer import EMA
@@ -73,7 +74,7 @@ def open_source(path: Path, config: RunConfig | None = None) -> Source:
         if config is None:
             raise CheckpointError(f"{path} does not hold its architecture: name a recipe of it with --recipe")
         return OfficialSource(path, config)
-    if (path / "model_index.json").is_file():
+    if (path / MODEL_INDEX).is_file():
         return PipelineSource(path)
     if (path / CONFIG_FILE).is_file():
         return ExportSource(path)
@@ -177,13 +178,10 @@ class PipelineSource(_SafetensorsSource):
 
     def __init__(self, folder: Path) -> None:
         """Open a pipeline folder."""
-        from promoe_ds.pipeline.folder import TRANSFORMER, name_of_key, read_pipeline_config, read_pipeline_origin
-        from promoe_ds.pipeline.folder import WEIGHTS_STEM as STEM
-
-        origin = read_pipeline_origin(folder)
-        super().__init__(Facts(path=folder, format="diffusers", config=read_pipeline_config(folder), origin=origin,
-                               step=int(origin.get("step", 0)), samples_seen=int(origin.get("samples_seen", 0))), None)
-        reader = ShardReader(folder / TRANSFORMER, STEM)
+        config, origin = read_pipeline_config(folder)
+        super().__init__(Facts(path=folder, format="diffusers", config=config, origin=origin, step=int(origin.get("step", 0)),
+                               samples_seen=int(origin.get("samples_seen", 0))), None)
+        reader = ShardReader(folder / TRANSFORMER, PIPELINE_STEM)
         self._add(origin.get("kind", WEIGHTS), reader, {key: name_of_key(key) for key in reader.shapes})
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.engine.conversion.pipeline_folder import PIPELINE_STEM, TRANSFORMER, transformer_key, write_pipeline_configs
 from promoe_ds.engine.manifest import FileRecord, Layout, Manifest, checksum, step_folder
 from promoe_ds.engine.reconstruct import MODEL_STATES, MOMENTS, PREFIX, WEIGHTS, is_weights
 from promoe_ds.engine.torch_file import TorchFileWriter
@@ -88,12 +89,9 @@ class PipelineTarget:
 
     def __init__(self, folder: Path, content: Content, max_bytes: int, vae: str | None) -> None:
         """Begin a pipeline in `folder`."""
-        from promoe_ds.pipeline.folder import TRANSFORMER, transformer_key, write_pipeline_configs
-        from promoe_ds.pipeline.folder import WEIGHTS_STEM as STEM
-
         self._key = transformer_key
         (folder / TRANSFORMER).mkdir()
-        self._weights = ShardWriter(folder / TRANSFORMER, STEM, max_bytes=max_bytes)
+        self._weights = ShardWriter(folder / TRANSFORMER, PIPELINE_STEM, max_bytes=max_bytes)
         write_pipeline_configs(folder, content.config, {**content.origin, "kind": next(iter(content.kinds)), "step": content.step,
                                                         "samples_seen": content.samples_seen}, vae)
 

@@ -1,0 +1,82 @@
+"""The folder of a diffusers pipeline, but for the network's weights: which classes, which settings, which autoencoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from promoe_ds.config import config_from_dict
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.errors import CheckpointError, ConfigError
+
+MODEL_INDEX = "model_index.json"
+TRANSFORMER = "transformer"
+#: diffusers' name for a model's weights.
+PIPELINE_STEM = "diffusion_pytorch_model"
+_CLASS = ("promoe_ds", "ProMoETransformer2DModel")
+_KEY_PREFIX = "denoiser."
+
+
+def transformer_key(name: str) -> str:
+    """Return the key of one of our tensors in the transformer's files."""
+    return f"{_KEY_PREFIX}{name}"
+
+
+def name_of_key(key: str) -> str:
+    """Return our name of a key of the transformer's files."""
+    return key.removeprefix(_KEY_PREFIX)
+
+
+def write_pipeline_configs(folder: Path, config: RunConfig, origin: Mapping[str, Any], vae: str | None) -> None:
+    """Write all of a pipeline's folder but the network's weights.
+
+    Args:
+        vae: a folder or hub name of an AutoencoderKL, which is copied; without one, latents are all that can be drawn.
+    Raises: CheckpointError naming the autoencoder that cannot be loaded.
+    """
+    version = diffusers.__version__
+    index: dict[str, Any] = {"_class_name": "ProMoEPipeline", "_diffusers_version": version, TRANSFORMER: list(_CLASS),
+                             "vae": [None, None]}
+    scheduler = _scheduler(config)
+    scheduler.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    if vae is not None:
+        try:
+            AutoencoderKL.from_pretrained(vae, use_safetensors=True).save_pretrained(folder / "vae")
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"--vae {vae}: no AutoencoderKL in safetensors could be loaded from there "
+                                  f"({str(error).splitlines()[0]})") from None
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+    network = {"_class_name": _CLASS[1], "_diffusers_version": version, "run": config.model_dump(mode="json"),
+               "origin": dict(origin)}
+    (folder / TRANSFORMER / "config.json").write_text(json.dumps(network, indent=1), encoding="utf-8")
+    (folder / MODEL_INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the config and the origin of a pipeline's folder.
+
+    Raises: CheckpointError naming the file that cannot be understood.
+    """
+    path = folder / TRANSFORMER / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["_class_name"] != _CLASS[1]:
+            raise CheckpointError(f"{path}: is of a {values['_class_name']}, not of a {_CLASS[1]}")
+        return config_from_dict(values["run"], source=str(path)), dict(values.get("origin") or {})
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
+
+
+def _scheduler(config: RunConfig) -> FlowMatchEulerDiscreteScheduler | DDPMScheduler | DDIMScheduler:
+    """Return the scheduler that stands for the recipe's solver."""
+    timesteps = config.diffusion.num_train_timesteps
+    if config.resolved_solver == "euler":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=timesteps, shift=config.diffusion.shift)
+    kind = DDPMScheduler if config.resolved_solver == "ddpm" else DDIMScheduler
+    return kind(num_train_timesteps=timesteps, beta_schedule="linear", clip_sample=False)

@@ -1,0 +1,8 @@
+"""The network and its sampler as diffusers knows them."""
+
+from diffusers import ModelMixin
+
+from promoe_ds.pipeline.pipeline import ProMoEPipeline
+from promoe_ds.pipeline.transformer import ProMoETransformer2DModel
+
+__all__ = ["ModelMixin", "ProMoEPipeline", "ProMoETransformer2DModel"]
