@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from promoe_ds.config import DeepSpeedPlan, RunConfig
-from promoe_ds.engine.distributed import Ranks, from_main, gather_objects
+from promoe_ds.engine.distributed import Ranks, from_main, gather_objects, on_all_ranks
 from promoe_ds.engine.elastic import load_resharded
 from promoe_ds.engine.manifest import (
     MANIFEST,
@@ -21,7 +21,6 @@ from promoe_ds.engine.manifest import (
     read_manifest,
     step_folder,
 )
-from promoe_ds.engine.reconstruct import ShardedCheckpoint
 from promoe_ds.engine.session import Session
 from promoe_ds.engine.storage import RecordingStorage
 from promoe_ds.engine.versions import package_versions
@@ -199,15 +198,19 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
                      "(docs/methods.md)", before, session.config.train.micro_batch_size)
     layout = layout_of(session.config, session.deepspeed_plan, session.ranks.world_size)
     if layout == manifest.layout:
-        session.engine.checkpoint_engine = RecordingStorage()
-        loaded, _ = session.engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if loaded is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
+        on_all_ranks(lambda: _load_as_it_is(session, folder))
     else:
         _LOG.info("resume: resharding, from %s to %s", manifest.layout, layout)
-        load_resharded(session, ShardedCheckpoint(folder, manifest))
+        load_resharded(session, folder, manifest)
         session.engine.global_steps, session.engine.global_samples = manifest.step, manifest.samples_seen
     session.step, session.samples_seen = manifest.step, manifest.samples_seen
+
+
+def _load_as_it_is(session: Session, folder: Path) -> None:
+    session.engine.checkpoint_engine = RecordingStorage()
+    loaded, _ = session.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
 
 
 def set_later_aside(root: Path, step: int) -> None:

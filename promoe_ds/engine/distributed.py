@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -12,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import CheckpointError, ConfigError
 
 _T = TypeVar("_T")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -105,6 +106,20 @@ def from_main(value: _T) -> _T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_all_ranks(action: Callable[[], None]) -> None:
+    """Run something that may fail on one rank alone, so that it fails on all.  Collectives: one, after it.
+
+    Raises: CheckpointError with every rank's message.
+    """
+    problem = None
+    try:
+        action()
+    except CheckpointError as error:
+        problem = str(error)
+    if problems := [one for one in gather_objects(problem) if one]:
+        raise CheckpointError("; ".join(dict.fromkeys(problems)))
 
 
 def _first_host(node_list: str) -> str:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from promoe_ds.engine.adapter import ShardedExperts
+from promoe_ds.engine.distributed import on_all_ranks
+from promoe_ds.engine.manifest import Manifest
 from promoe_ds.engine.optimizer import EMA
 from promoe_ds.engine.reconstruct import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint
 from promoe_ds.engine.session import Session
@@ -32,14 +35,24 @@ class _Owned:
 
 
 @torch.no_grad()
-def load_resharded(session: Session, checkpoint: ShardedCheckpoint) -> None:
+def load_resharded(session: Session, folder: Path, manifest: Manifest) -> None:
     """Fill the session's weights, optimizer state, averages and routers' state from a checkpoint of any layout.
 
     A checkpoint without moments gives a fresh optimizer state, one without averages starts them at the weights: a
     conversion without --with-optimizer makes such ones, and the log says so. All ranks call this together.
     Raises: CheckpointError naming the tensor that does not fit.
     """
+    on_all_ranks(lambda: _fill(session, folder, manifest))
+    if session.deepspeed_plan.zero_stage > 0:
+        session.engine.optimizer.update_lp_params()
+
+
+def _fill(session: Session, folder: Path, manifest: Manifest) -> None:
+    checkpoint = ShardedCheckpoint(folder, manifest)
     missing = [kind for kind in (*MOMENTS, EMA) if kind not in checkpoint.kinds]
+    if missing and session.ranks.is_main:
+        _LOG.warning("resume: %s holds no %s: the optimizer's moments start at zero, averages at the weights, where they are "
+                     "missing", folder, ", ".join(missing))
     for owned in _owned_values(session, checkpoint.optimizer_step or 0):
         for kind, out in owned.kinds.items():
             if kind in checkpoint.kinds:
@@ -48,15 +61,10 @@ def load_resharded(session: Session, checkpoint: ShardedCheckpoint) -> None:
                 checkpoint.read_into(out, WEIGHTS, owned.name, owned.start)
             else:
                 out.zero_()
-    if session.deepspeed_plan.zero_stage > 0:
-        session.engine.optimizer.update_lp_params()
     state = dict(session.module.denoiser.named_buffers())
     for name, value in checkpoint.buffers().items():
         state[name].copy_(value)
     checkpoint.close()
-    if missing and session.ranks.is_main:
-        _LOG.warning("resume: %s holds no %s: the optimizer's moments start at zero, averages at the weights, where they are "
-                     "missing", checkpoint.folder, ", ".join(missing))
 
 
 def _owned_values(session: Session, step: int) -> Iterator[_Owned]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -44,14 +45,26 @@ class Job:
 
 def run_jobs(world_size: int, jobs: list[Job], folder: Path, *, timeout: int = 400) -> list[str]:
     """Run jobs one after the other on `world_size` processes; return each one's error message ("" for none)."""
-    source, target = folder / f"jobs_{world_size}.json", folder / f"errors_{world_size}.json"
+    target = folder / f"errors_{world_size}.json"
     target.unlink(missing_ok=True)
+    process = start_jobs(world_size, jobs, folder)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output[-3000:] + errors[-6000:]
+    return json.loads(target.read_text())
+
+
+def start_jobs(world_size: int, jobs: list[Job], folder: Path) -> subprocess.Popen:
+    """Start jobs on `world_size` processes, all in a process group of their own, and return at once."""
+    source, target = folder / f"jobs_{world_size}.json", folder / f"errors_{world_size}.json"
     source.write_text(json.dumps([job.as_json() for job in jobs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "-m",
                "tests.distributed.worker", str(source), str(target)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(target.read_text())
+    return subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
