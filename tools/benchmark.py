@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time parts of the package: python tools/benchmark.py moe-layer|router [--out FILE.json].
+"""Time parts of the package: python tools/benchmark.py moe-layer|router|checkpoint [--out FILE.json].
 
 Ratios are medians over rounds in which every contender ran once. On a shared machine the processor time of one thread is
 the figure to trust; --threads 1 is therefore the default.
@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from promoe_ds.analysis.benchmarks import BenchmarkResult, benchmark_moe_layer, benchmark_router
 from promoe_ds.cli.entry import run_entry
+from promoe_ds.config import load_config
+
+if TYPE_CHECKING:
+    from promoe_ds.analysis.checkpoint_benchmark import CheckpointBenchmark
 
 #: Suites by name.
 SUITES: dict[str, Callable[[argparse.Namespace], BenchmarkResult]] = {
@@ -27,11 +34,16 @@ SUITES: dict[str, Callable[[argparse.Namespace], BenchmarkResult]] = {
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=list(SUITES))
+    parser.add_argument("suite", choices=[*SUITES, "checkpoint"])
     parser.add_argument("--tokens", type=int, default=2048, help="conditional tokens of a pass, whole images")
     parser.add_argument("--rounds", type=int, help="50 of a layer, 10 of a training step if left out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--recipe", default="promoe_s")
+    parser.add_argument("--ranks", type=int, default=8, help="of the checkpoint")
+    parser.add_argument("--ep-size", type=int, default=4, help="of the checkpoint")
+    parser.add_argument("--with-optimizer", action="store_true", help="convert the checkpoint's moments and raw weights as well")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is made, copied and converted: five times its "
+                        "weights' bytes, twice; a temporary folder if left out")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     return parser.parse_args(arguments)
 
@@ -39,10 +51,23 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
-    result = SUITES[options.suite](options)
-    print_result(result)
+    if options.suite == "checkpoint":
+        result = benchmark_conversion(options)
+        print("\n".join(result.lines()))
+    else:
+        result = SUITES[options.suite](options)
+        print_result(result)
     if options.out is not None:
         options.out.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+
+
+def benchmark_conversion(options: argparse.Namespace) -> CheckpointBenchmark:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from promoe_ds.analysis.checkpoint_benchmark import benchmark_checkpoint
+
+    config = load_config(options.recipe, [f"parallel.ep_size={options.ep_size}"])
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        return benchmark_checkpoint(config, Path(folder), ranks=options.ranks, with_optimizer=options.with_optimizer)
 
 
 def print_result(result: BenchmarkResult) -> None:
