@@ -19,9 +19,9 @@ import torch
 
 from promoe_ds.analysis.benchmarks import machine_description
 from promoe_ds.config import RunConfig, config_from_dict
+from promoe_ds.config.optimizer import EMA
 from promoe_ds.engine.adapter import expert_file_key
 from promoe_ds.engine.manifest import FileRecord, Layout, Manifest, checksum, step_folder
-from promoe_ds.engine.optimizer import EMA
 from promoe_ds.engine.reconstruct import MODEL_STATES, MOMENTS, PREFIX
 from promoe_ds.engine.storage import fragment_address
 from promoe_ds.engine.versions import package_versions

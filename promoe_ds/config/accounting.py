@@ -115,7 +115,7 @@ def plan_memory(config: RunConfig, *, world_size: int, zero_stage: int, precisio
     size = 2 if precision == "bf16" else 4
     masters = 4 * owned if zero_stage > 0 else 0
     return MemoryPlan(weights=size * held, gradients=size * (owned if zero_stage == 2 else held),
-                      optimizer=8 * owned + masters, ema=4 * owned)
+                      optimizer=8 * owned + masters, ema=4 * owned * len(config.optimizer.averages))
 
 
 def _feed_forward(width: int, hidden: int, expert_type: str = "gelu") -> int:

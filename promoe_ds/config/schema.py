@@ -6,19 +6,18 @@ nearest valid name). Sizes that cannot work are refused here, before anything is
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from promoe_ds.config.diffusion import DiffusionConfig
+from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.config.presets import PRESETS
 from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.config.section import Section
 
 #: Grouped GEMM wants rows of a multiple of 16 bytes: eight numbers of bf16.
 _GROUPED_GEMM_MULTIPLE = 8
-
-_Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Section):
@@ -109,26 +108,6 @@ class DataConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW, its schedule, clipping and the moving average of the weights."""
-
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[_Fraction, _Fraction] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="on matrices only, never on biases or prototypes")
-    clip_norm: float = Field(0.5, ge=0, description="of the global gradient norm; 0 switches clipping off")
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    min_lr: float = Field(0.0, ge=0, description="where linear and cosine end")
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _lr_fits(self) -> OptimizerConfig:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} exceeds lr={self.lr}")
-        return self
-
-
 class TrainConfig(Section):
     """How long, how much at a time, what is written when."""
 
@@ -140,6 +119,8 @@ class TrainConfig(Section):
     log_every: int = Field(50, gt=0)
     checkpoint_every: int = Field(1000, gt=0)
     keep_last: int = Field(3, gt=0, description="complete checkpoints kept")
+    keep_every: int | None = Field(None, gt=0, description="checkpoints of multiples of this step are kept for good")
+    async_checkpoint: bool = Field(False, description="write checkpoints while training goes on, from a copy in host memory")
     seed: int = Field(0, ge=0, lt=2**63)
     max_nonfinite_steps: int = Field(3, gt=0, description="skipped in a row before the run stops")
 

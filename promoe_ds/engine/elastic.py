@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from promoe_ds.config.optimizer import EMA
 from promoe_ds.engine.adapter import ShardedExperts
 from promoe_ds.engine.distributed import on_all_ranks
 from promoe_ds.engine.manifest import Manifest
-from promoe_ds.engine.optimizer import EMA
 from promoe_ds.engine.reconstruct import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint
 from promoe_ds.engine.session import Session
 from promoe_ds.errors import CheckpointError
@@ -49,7 +49,7 @@ def load_resharded(session: Session, folder: Path, manifest: Manifest) -> None:
 
 def _fill(session: Session, folder: Path, manifest: Manifest) -> None:
     checkpoint = ShardedCheckpoint(folder, manifest)
-    missing = [kind for kind in (*MOMENTS, EMA) if kind not in checkpoint.kinds]
+    missing = [kind for kind in _state_kinds(session) if kind not in checkpoint.kinds]
     if missing and session.ranks.is_main:
         _LOG.warning("resume: %s holds no %s: the optimizer's moments start at zero, averages at the weights, where they are "
                      "missing", folder, ", ".join(missing))
@@ -57,7 +57,7 @@ def _fill(session: Session, folder: Path, manifest: Manifest) -> None:
         for kind, out in owned.kinds.items():
             if kind in checkpoint.kinds:
                 checkpoint.read_into(out, kind, owned.name, owned.start)
-            elif kind == EMA:
+            elif kind.startswith(EMA):
                 checkpoint.read_into(out, WEIGHTS, owned.name, owned.start)
             else:
                 out.zero_()
@@ -72,18 +72,16 @@ def _owned_values(session: Session, step: int) -> Iterator[_Owned]:
     names = {id(parameter): name.removeprefix(PREFIX) for name, parameter in session.module.named_parameters()}
     first = {id(parameter): module.first_expert * math.prod(parameter.shape[1:])
              for module in session.module.modules() if isinstance(module, ShardedExperts) for parameter in module.parameters()}
-    optimizer = session.engine.optimizer
+    optimizer, state_kinds = session.engine.optimizer, _state_kinds(session)
     if session.deepspeed_plan.zero_stage == 0:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                state = _fresh_state(optimizer.state, parameter, step)
-                kinds = {WEIGHTS: parameter.data, **{kind: state[kind] for kind in (*MOMENTS, EMA)}}
+                kinds = {WEIGHTS: parameter.data, **_fresh_state(optimizer.state, parameter, step, state_kinds)}
                 yield _Owned(names[id(parameter)], first.get(id(parameter), 0),
                              {kind: value.view(-1) for kind, value in kinds.items()})
         return
     for group, flat in enumerate(optimizer.single_partition_of_fp32_groups):
-        state = _fresh_state(optimizer.optimizer.state, flat, step)
-        kinds = {WEIGHTS: flat.data, **{kind: state[kind] for kind in (*MOMENTS, EMA)}}
+        kinds = {WEIGHTS: flat.data, **_fresh_state(optimizer.optimizer.state, flat, step, state_kinds)}
         for parameter in optimizer.bit16_groups[group]:
             mapping = parameter._hp_mapping
             if mapping is None:
@@ -95,8 +93,13 @@ def _owned_values(session: Session, step: int) -> Iterator[_Owned]:
                          {kind: value[here.start:here.start + here.numel] for kind, value in kinds.items()})
 
 
-def _fresh_state(states: dict, parameter: Tensor, step: int) -> dict[str, Tensor]:
-    """Make the optimizer state of one parameter or flat slice, as AdamWithEma itself would at its first update."""
-    states[parameter] = {"step": torch.tensor(float(step), device=parameter.device),
-                         **{kind: torch.zeros_like(parameter.data) for kind in (*MOMENTS, EMA)}}
-    return states[parameter]
+def _state_kinds(session: Session) -> tuple[str, ...]:
+    """Return what the optimizer keeps of every value beside the value itself."""
+    return (*MOMENTS, *session.optimizer.averages)
+
+
+def _fresh_state(states: dict, parameter: Tensor, step: int, kinds: tuple[str, ...]) -> dict[str, Tensor]:
+    """Make the optimizer state of one parameter or flat slice, as AdamWithEma would at its first update; return its `kinds`."""
+    values = {kind: torch.zeros_like(parameter.data) for kind in kinds}
+    states[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **values}
+    return values

@@ -1,4 +1,4 @@
-"""AdamW with the moving average of the weights in its state, parameter groups, learning-rate schedule."""
+"""AdamW with moving averages of the weights in its state, parameter groups, learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from promoe_ds.config.schema import OptimizerConfig
-
-EMA = "ema"
+from promoe_ds.config.optimizer import OptimizerConfig
 
 
 class AdamWithEma(torch.optim.AdamW):
-    """AdamW that keeps, for every parameter it owns, the exponential moving average of its values.
+    """AdamW that keeps, for every parameter it owns, moving averages of its values, by the names of the config's `averages`.
 
-    Under ZeRO the parameters it owns are this rank's fp32 master shards: the average is sharded like the moments, saved
+    Under ZeRO the parameters it owns are this rank's fp32 master shards: the averages are sharded like the moments, saved
     and restored with them, and nobody ever holds a second full copy.
     """
 
@@ -26,23 +24,27 @@ class AdamWithEma(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
         """Take parameter groups as `parameter_groups` returns them."""
         super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        self.ema_decay = config.ema_decay
+        self.averages = config.averages
+        #: Updates made so far; the trainer sets it after a resume.
+        self.updates = 0
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update the weights, then ema = decay * ema + (1 - decay) * weights.
+        """Update the weights, then every average = decay * average + (1 - decay) * weights.
 
-        The average starts from the weights before the first update, as published.
+        An average starts from the weights before the first update, as published; nothing of the start remains in a
+        power-function average.
         """
         if self.overflow:
             return
         owned = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        initial = {p: p.detach().clone() for p in owned if EMA not in self.state.get(p, {})}
+        initial = {(p, name): p.detach().clone() for p in owned for name in self.averages if name not in self.state.get(p, {})}
         super().step(closure)
-        for parameter, value in initial.items():
-            self.state[parameter][EMA] = value
-        if owned:
-            torch._foreach_lerp_([self.state[p][EMA] for p in owned], owned, 1.0 - self.ema_decay)
+        self.updates += 1
+        for (parameter, name), value in initial.items():
+            self.state[parameter][name] = value
+        for name, average in self.averages.items() if owned else ():
+            torch._foreach_lerp_([self.state[p][name] for p in owned], owned, 1.0 - average.decay_at(self.updates))
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config import config_from_dict
+from promoe_ds.config.optimizer import EMA
 from promoe_ds.engine.adapter import expert_file_key
 from promoe_ds.engine.ledger import Ledger
 from promoe_ds.engine.manifest import MANIFEST, Layout, Manifest
-from promoe_ds.engine.optimizer import EMA
 from promoe_ds.engine.storage import ALLOWED_RECORDS
 from promoe_ds.engine.torch_file import TorchFile
 from promoe_ds.errors import CheckpointError

@@ -36,6 +36,7 @@ class Session:
     ranks: Ranks
     dataset: LatentDataset
     engine: deepspeed.DeepSpeedEngine
+    optimizer: AdamWithEma
     health: HealthWatch
     routing: RoutingAccumulator
     router_state: RouterState
@@ -76,7 +77,8 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
     routing = RoutingAccumulator(config, network, ranks)
     give_superclasses(network, config)
     return Session(config=config, deepspeed_plan=deepspeed_plan, batches=batches, ranks=ranks, dataset=dataset, engine=engine,
-                   health=health, routing=routing, router_state=RouterState(network), expert_group=expert_group)
+                   optimizer=optimizer, health=health, routing=routing, router_state=RouterState(network),
+                   expert_group=expert_group)
 
 
 def start_routers(session: Session) -> None:
@@ -109,6 +111,7 @@ def train_step(session: Session) -> StepResult:
     lr = learning_rate(session.step, config.train.max_steps, config.optimizer)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    session.optimizer.updates = session.step
     terms: dict[str, torch.Tensor] = {}
     problem, norm = "", None
     for micro_step in range(session.batches.accumulation):

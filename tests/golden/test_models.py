@@ -100,7 +100,7 @@ def test_trajectory_equals_published(case: Case) -> None:
     side = case.sidecar
     training, tolerance = side["training"], side["tolerance"]
     network = _load(case, lr=training["lr"], betas=tuple(training["betas"]), eps=training["eps"],
-                    ema_decay=training["ema_decay"], weight_decay=training["weight_decay"])
+                    ema_decays=(training["ema_decay"],), weight_decay=training["weight_decay"])
     module = TrainingModule(network).train()
     optimizer = AdamWithEma(parameter_groups(module, network.config.optimizer), network.config.optimizer)
     inputs, expected = case.tensors("in"), case.tensors("out")

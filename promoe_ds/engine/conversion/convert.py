@@ -13,10 +13,10 @@ import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
+from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.engine.conversion.sources import Source, open_source
 from promoe_ds.engine.conversion.targets import Content, OfficialTarget, PipelineTarget, SingleTarget, Target, TrainingTarget
-from promoe_ds.engine.optimizer import EMA
 from promoe_ds.engine.reconstruct import MOMENTS, WEIGHTS
 from promoe_ds.engine.torch_file import bytes_of
 from promoe_ds.errors import CheckpointError

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config import config_from_dict
+from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.engine.conversion.pipeline_folder import MODEL_INDEX, PIPELINE_STEM, TRANSFORMER, name_of_key, read_pipeline_config
 from promoe_ds.engine.ledger import Ledger
 from promoe_ds.engine.manifest import MANIFEST, find_checkpoint, find_problems, read_manifest
-from promoe_ds.engine.optimizer import EMA
 from promoe_ds.engine.reconstruct import MOMENTS, WEIGHTS, ShardedCheckpoint, is_weights
 from promoe_ds.engine.torch_file import TorchFile
 from promoe_ds.errors import CheckpointError

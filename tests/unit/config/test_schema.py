@@ -21,13 +21,14 @@ POSITIVE = (
     "parallel.timeout_seconds", "diffusion.sigma_std", "diffusion.num_train_timesteps", "diffusion.shift",
     "data.latent_scale", "data.heldout_fraction", "data.synthetic_samples", "optimizer.lr", "optimizer.eps",
     "train.global_batch_size", "train.micro_batch_size", "train.max_steps", "train.stop_after_steps", "train.log_every",
-    "train.checkpoint_every", "train.keep_last", "train.max_nonfinite_steps", "logging.timestep_bins", "sampling.steps",
+    "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.max_nonfinite_steps", "logging.timestep_bins",
+    "sampling.steps",
     "routing.capacity_weight",
 )
 NOT_NEGATIVE = (
     "routing.num_shared_experts", "routing.num_unconditional_experts", "routing.rcl_weight", "routing.balance_weight",
     "diffusion.label_dropout", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup_steps",
-    "optimizer.min_lr", "optimizer.ema_decay", "train.seed", "sampling.cfg_scale", "routing.threshold_decay",
+    "optimizer.min_lr", "train.seed", "sampling.cfg_scale", "routing.threshold_decay",
     "routing.similarity_weight", "routing.per_layer_weight", "routing.classification_weight",
 )
 CHOICES = (
@@ -37,7 +38,8 @@ CHOICES = (
     "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
 )
 FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas",
-        "routing.superclass_map", "routing.superclasses")
+        "optimizer.ema_decays", "optimizer.ema_power_lengths", "train.async_checkpoint", "routing.superclass_map",
+        "routing.superclasses")
 #: What a field needs beside it to be taken at all.
 BESIDE: dict[str, dict[str, Any]] = {
     "routing.threshold_decay": {"method": "expert_race"}, "routing.similarity_weight": {"method": "expert_race"},
@@ -53,6 +55,16 @@ def build(name: str, value: Any) -> Any:
 
 def raises_saying(message: str) -> Any:
     return pytest.raises(ConfigError, match=re.escape(message))
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("optimizer.ema_decays", [], "at least 1 item"), ("optimizer.ema_decays", [0.9, 1.0], "less than 1"),
+    ("optimizer.ema_decays", [0.9, 0.9], "ema_decays=[0.9, 0.9] holds one average twice"),
+    ("optimizer.ema_power_lengths", [0.3], "less than 0.288"), ("optimizer.ema_power_lengths", [0.0], "greater than 0"),
+])
+def test_schema_averages_that_cannot_be_kept_are_refused(name: str, value: list, message: str) -> None:
+    with raises_saying(message):
+        build(name, value)
 
 
 def test_schema_every_field_is_under_a_rule_of_this_file() -> None:
@@ -86,7 +98,7 @@ def test_schema_choice_unknown_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "value", "bound"), [
     ("diffusion.label_dropout", 1.1, "less than or equal to 1"), ("data.heldout_fraction", 1, "less than 1"),
-    ("optimizer.ema_decay", 1, "less than 1"), ("routing.threshold_decay", 1, "less than 1"),
+    ("routing.threshold_decay", 1, "less than 1"),
     ("train.seed", 2**63, f"less than {2**63}"),
 ])
 def test_schema_field_above_its_bound_is_refused(name: str, value: float, bound: str) -> None:

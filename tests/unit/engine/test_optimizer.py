@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.config.schema import OptimizerConfig
-from promoe_ds.engine.optimizer import EMA, AdamWithEma, learning_rate, parameter_groups
+from promoe_ds.config.optimizer import EMA, OptimizerConfig, power_exponent
+from promoe_ds.engine.optimizer import AdamWithEma, learning_rate, parameter_groups
 
 from ..builders import random_network, random_tensor
 
@@ -28,7 +28,7 @@ def set_gradients(values: list[nn.Parameter], step: int) -> None:
 
 
 def make_optimizer(values: list[nn.Parameter], decay: float = 0.01, **config: Any) -> AdamWithEma:
-    settings = OptimizerConfig(**{"lr": 1e-2, "ema_decay": 0.9, "betas": (0.8, 0.95), **config})
+    settings = OptimizerConfig(**{"lr": 1e-2, "ema_decays": (0.9,), "betas": (0.8, 0.95), **config})
     return AdamWithEma([{"params": values, "weight_decay": decay}], settings)
 
 
@@ -63,11 +63,51 @@ def test_optimizer_average_equals_one_by_hand_from_the_weights_before_the_first_
 
 def test_optimizer_average_with_decay_zero_is_the_weights() -> None:
     values = parameters()
-    optimizer = make_optimizer(values, ema_decay=0.0)
+    optimizer = make_optimizer(values, ema_decays=(0.0,))
     for step in range(2):
         set_gradients(values, step)
         optimizer.step()
         assert all(torch.equal(optimizer.state[p][EMA], p) for p in values)
+
+
+def test_optimizer_several_averages_equal_those_kept_alone() -> None:
+    together, decays, lengths = parameters(), (0.9, 0.5), (0.05, 0.1)
+    optimizer = make_optimizer(together, ema_decays=decays, ema_power_lengths=lengths)
+    alone = {"ema": {"ema_decays": (0.9,)}, "ema_0.5": {"ema_decays": (0.5,)}}
+    for name, settings in alone.items():
+        values = parameters()
+        other = make_optimizer(values, **settings)
+        for step in range(STEPS):
+            set_gradients(values, step)
+            other.step()
+            if name == "ema":
+                set_gradients(together, step)
+                optimizer.step()
+        for mine, its in zip(together, values, strict=True):
+            assert torch.equal(optimizer.state[mine][name], other.state[its][EMA])
+    assert list(optimizer.averages) == ["ema", "ema_0.5", "ema_power_0.05", "ema_power_0.1"]
+
+
+def test_optimizer_power_average_is_the_weighted_mean_of_all_weights_so_far() -> None:
+    """(1 - 1/t)^(gamma + 1) unrolled: update i has the weight (i/t)^(gamma + 1) - ((i - 1)/t)^(gamma + 1)."""
+    values = parameters()
+    optimizer = make_optimizer(values, ema_power_lengths=(0.2,))
+    seen = []
+    for step in range(STEPS):
+        set_gradients(values, step)
+        optimizer.step()
+        seen.append([p.detach().double().clone() for p in values])
+    power = power_exponent(0.2) + 1
+    weights = [(i / STEPS) ** power - ((i - 1) / STEPS) ** power for i in range(1, STEPS + 1)]
+    for number, parameter in enumerate(values):
+        expected = sum(weight * each[number] for weight, each in zip(weights, seen, strict=True))
+        torch.testing.assert_close(optimizer.state[parameter]["ema_power_0.2"].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "gamma"), [(0.05, 16.97), (0.1, 6.94)])
+def test_power_exponent_equals_the_published_ones(length: float, gamma: float) -> None:
+    """EDM2, Sec. 3.1 names these two pairs."""
+    assert power_exponent(length) == pytest.approx(gamma, abs=0.005)
 
 
 def test_optimizer_average_is_memory_of_its_own() -> None:

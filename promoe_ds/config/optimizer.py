@@ -1,0 +1,93 @@
+"""The optimizer section: AdamW, its schedule, clipping, and the moving averages of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from promoe_ds.config.section import Section
+
+#: Every average's name begins so; the first one has no more to its name.
+EMA = "ema"
+#: Relative length of the flattest power function (gamma = 0): the plain mean of all weights.
+LONGEST_POWER_LENGTH = 12**-0.5
+
+_Fraction = Annotated[float, Field(ge=0, lt=1)]
+_PowerLength = Annotated[float, Field(gt=0, lt=LONGEST_POWER_LENGTH)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """How a moving average forgets: by a constant decay, or as a power function tau^exponent of the training so far."""
+
+    decay: float = 0.0
+    exponent: float | None = None
+
+    def decay_at(self, update: int) -> float:
+        """Return what is kept of the average at an update, counted from 1.
+
+        Source: for power functions EDM2 (Karras et al., 2024), Sec. 3.1: (1 - 1/t)^(gamma + 1).
+        """
+        return self.decay if self.exponent is None else (1 - 1 / update) ** (self.exponent + 1)
+
+
+class OptimizerConfig(Section):
+    """AdamW, its schedule, clipping and the moving averages of the weights."""
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[_Fraction, _Fraction] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only, never on biases or prototypes")
+    clip_norm: float = Field(0.5, ge=0, description="of the global gradient norm; 0 switches clipping off")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    min_lr: float = Field(0.0, ge=0, description="where linear and cosine end")
+    ema_decays: tuple[_Fraction, ...] = Field((0.9999,), min_length=1, description="of the moving averages of the weights, kept "
+                                              "side by side; the first is the one that samples are drawn from")
+    ema_power_lengths: tuple[_PowerLength, ...] = Field((), description="relative lengths of power-function averages, from which "
+                                                        "another length can be had after training; EDM2 keeps 0.05 and 0.1")
+
+    @model_validator(mode="after")
+    def _lr_fits(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} exceeds lr={self.lr}")
+        return self
+
+    @model_validator(mode="after")
+    def _averages_differ(self) -> OptimizerConfig:
+        for field in ("ema_decays", "ema_power_lengths"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field}={list(values)} holds one average twice: every name can stand for one only")
+        return self
+
+    @property
+    def averages(self) -> dict[str, Average]:
+        """The moving averages by name: `ema` for the first decay, `ema_<decay>` for the others, `ema_power_<length>`."""
+        first, *others = self.ema_decays
+        return {EMA: Average(decay=first), **{f"{EMA}_{decay:g}": Average(decay=decay) for decay in others},
+                **{power_average(length): Average(exponent=power_exponent(length)) for length in self.ema_power_lengths}}
+
+
+def power_average(length: float) -> str:
+    """Return the name of the power-function average of a relative length."""
+    return f"{EMA}_power_{length:g}"
+
+
+def power_exponent(length: float) -> float:
+    """Return gamma of the power function tau^gamma whose standard deviation is `length` times the training so far.
+
+    Source: EDM2 (Karras et al., 2024), Sec. 3.1: length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    Raises: ValueError unless 0 < length < 12^-0.5.
+    """
+    if not 0 < length < LONGEST_POWER_LENGTH:
+        raise ValueError(f"length={length} must lie between 0 and {LONGEST_POWER_LENGTH:.4f}")
+    low, high = 0.0, 1 / length  # at 1 / length, the square is below length^2
+    while (middle := (low + high) / 2) not in (low, high):
+        if (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > length**2:
+            low = middle
+        else:
+            high = middle
+    return middle
