@@ -1,4 +1,4 @@
-"""Saving and resuming: a checkpoint is complete or ignored, a resume exact or an error."""
+"""Resuming: from the newest complete checkpoint, exactly, or an error that says why not."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.config import DeepSpeedPlan, RunConfig
+from promoe_ds.config import RunConfig
 from promoe_ds.engine.distributed import Ranks, from_main, gather_objects, on_all_ranks
 from promoe_ds.engine.elastic import load_resharded
 from promoe_ds.engine.manifest import (
-    MANIFEST,
-    UNFINISHED,
-    Layout,
-    Manifest,
     find_checkpoint,
     find_problems,
     list_checkpoints,
@@ -21,9 +17,8 @@ from promoe_ds.engine.manifest import (
     read_manifest,
     step_folder,
 )
+from promoe_ds.engine.saving import layout_of
 from promoe_ds.engine.session import Session
-from promoe_ds.engine.storage import RecordingStorage
-from promoe_ds.engine.versions import package_versions
 from promoe_ds.errors import CheckpointError
 from promoe_ds.logs import get_logger
 
@@ -35,82 +30,12 @@ _LONGEST_VALUE = 60
 #: What a resumed run may change: nothing that would make it another run.
 FREE_FIELDS = {
     "data": {"path"},
-    "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "max_nonfinite_steps",
-              "micro_batch_size"},
+    "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "keep_every",
+              "async_checkpoint", "max_nonfinite_steps", "micro_batch_size"},
     "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch"},
     "logging": {"tensorboard", "timestep_bins"},
     "sampling": {"steps", "cfg_scale", "solver"},
 }
-
-
-def layout_of(config: RunConfig, plan: DeepSpeedPlan, world_size: int) -> Layout:
-    """Return the layout that a run's checkpoints have."""
-    return Layout(world_size=world_size, ep_size=config.parallel.ep_size, dispatch=config.parallel.resolved_dispatch,
-                  zero_stage=plan.zero_stage, precision=plan.precision,
-                  data_before_expert=bool(plan.json.get("use_data_before_expert_parallelism", False)))
-
-
-def save_checkpoint(session: Session, root: Path) -> Path:
-    """Write the session's state; all ranks call this together.
-
-    Order: shards into `step_N.tmp`, manifest, rename to `step_N`, `latest`, then old checkpoints beyond keep_last go.
-    Raises: CheckpointError on every rank if any rank could not write; what was complete before stays so.
-    """
-    final = root / step_folder(session.step)
-    unfinished = root / f"{final.name}{UNFINISHED}"
-    ranks, engine = session.ranks, session.engine
-    failure = _clear(unfinished) if ranks.is_main else None
-    storage = engine.checkpoint_engine
-    if not isinstance(storage, RecordingStorage):
-        storage = engine.checkpoint_engine = RecordingStorage()
-    if (failure := from_main(failure)) is None:
-        engine.save_checkpoint(str(root), tag=unfinished.name, save_latest=False)
-    records, failures = {}, [failure] if failure else []
-    for rank, (files, problem) in enumerate(gather_objects((storage.records, storage.failure))):
-        records.update(files)
-        failures += [f"rank {rank}: {problem}"] if problem else []
-    if not failures:
-        failure = _finish(session, root, unfinished, final, records) if ranks.is_main else None
-        failures = [failure] if (failure := from_main(failure)) else []
-    if failures:
-        if ranks.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        sound = list_checkpoints(root)
-        remains = f"the newest complete checkpoint is {sound[0]}" if sound else "there is no complete checkpoint yet"
-        raise CheckpointError(f"step {session.step}: the checkpoint could not be written: {'; '.join(failures)}. "
-                              f"Free or enlarge the disk and resume; {remains}")
-    return final
-
-
-def _clear(folder: Path) -> str | None:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    except OSError as error:
-        return f"{folder}: {error}"
-    return None
-
-
-def _finish(session: Session, root: Path, unfinished: Path, final: Path, records: dict) -> str | None:
-    """Make the written shards a checkpoint; rank 0 only. Return what went wrong."""
-    try:
-        manifest = Manifest(
-            step=session.step, samples_seen=session.samples_seen, config=session.config.model_dump(mode="json"),
-            layout=layout_of(session.config, session.deepspeed_plan, session.ranks.world_size), files=records,
-            versions=package_versions())
-        manifest.write(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        pointer = root / "latest.tmp"
-        pointer.write_text(final.name)
-        pointer.rename(root / "latest")
-        for old in list_checkpoints(root)[session.config.train.keep_last:]:
-            (old / MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look complete
-            shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        return f"rank 0: {error}"
-    return None
 
 
 def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Path | None:
@@ -207,7 +132,6 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
 
 
 def _load_as_it_is(session: Session, folder: Path) -> None:
-    session.engine.checkpoint_engine = RecordingStorage()
     loaded, _ = session.engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")

@@ -11,10 +11,11 @@ import yaml
 
 from promoe_ds.config import DeepSpeedPlan, RunConfig, config_from_dict, plan_batches
 from promoe_ds.data import build_dataset
-from promoe_ds.engine.checkpoint import choose_checkpoint, differing_fields, load_checkpoint, save_checkpoint, set_later_aside
+from promoe_ds.engine.checkpoint import choose_checkpoint, differing_fields, load_checkpoint, set_later_aside
 from promoe_ds.engine.distributed import Ranks, from_main
 from promoe_ds.engine.manifest import list_checkpoints
 from promoe_ds.engine.metrics import MetricsWriter
+from promoe_ds.engine.saving import Saver
 from promoe_ds.engine.session import Session, build_session, start_routers, train_step
 from promoe_ds.engine.step import StepResult
 from promoe_ds.errors import CheckpointError, PromoeError, TrainingError
@@ -55,12 +56,12 @@ def train(run: Run, ranks: Ranks) -> None:
               plan.zero_stage, plan.precision, batches.micro_batch, batches.accumulation, session.step)
     writer = MetricsWriter(run.run_dir, run.config, ranks, start_step=session.step)
     try:
-        _loop(session, writer, run.run_dir / "checkpoints")
+        _loop(session, writer, Saver(session, run.run_dir / "checkpoints"))
     finally:
         writer.close()
 
 
-def _loop(session: Session, writer: MetricsWriter, checkpoints: Path) -> None:
+def _loop(session: Session, writer: MetricsWriter, saver: Saver) -> None:
     settings, started, logged, skipped_in_a_row = session.config.train, session.step, session.step, 0
     last = min(settings.max_steps, started + (settings.stop_after_steps or settings.max_steps))
     if started >= settings.max_steps:
@@ -71,7 +72,9 @@ def _loop(session: Session, writer: MetricsWriter, checkpoints: Path) -> None:
         skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
         if result.skipped and session.ranks.is_main:
             _LOG.warning("skipped the update, %d in a row: %s", skipped_in_a_row, result.problem)
+        saver.poll()
         if skipped_in_a_row >= settings.max_nonfinite_steps:
+            saver.finish()
             raise TrainingError(f"{skipped_in_a_row} updates in a row were not finite (train.max_nonfinite_steps="
                                 f"{settings.max_nonfinite_steps}); {result.problem}. Lower optimizer.lr or resume from an "
                                 "earlier checkpoint")
@@ -80,9 +83,9 @@ def _loop(session: Session, writer: MetricsWriter, checkpoints: Path) -> None:
             writer.write(session.step, _reduced(result), lines)
             logged = session.step
         if session.step % settings.checkpoint_every == 0 or session.step == last:
-            path = save_checkpoint(session, checkpoints)
-            _LOG.info("step %d: saved %s", session.step, path)
+            saver.save()
             writer.restart_clock()
+    saver.finish()
     if session.step < settings.max_steps:
         _LOG.info("stopped after step %d of %d (train.stop_after_steps)", session.step, settings.max_steps)
 

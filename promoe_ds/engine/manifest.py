@@ -121,6 +121,11 @@ def step_folder(step: int) -> str:
     return f"step_{step:07d}"
 
 
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint folder, read off its name."""
+    return int(_STEP.match(folder.name)[1])
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the finished checkpoint folders under `root`, newest first, whether sound or not."""
     if not root.is_dir():

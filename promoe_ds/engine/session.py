@@ -20,6 +20,7 @@ from promoe_ds.engine.optimizer import AdamWithEma, learning_rate, parameter_gro
 from promoe_ds.engine.router_state import RouterState, give_superclasses, seed_centroids
 from promoe_ds.engine.routing_log import RoutingAccumulator
 from promoe_ds.engine.step import StepResult, TrainingModule
+from promoe_ds.engine.storage import RecordingStorage
 from promoe_ds.model import build_model, initialise
 
 #: Samples of the first batch that routers may start from.
@@ -71,6 +72,7 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
     module = TrainingModule(network).train()
     optimizer = AdamWithEma(parameter_groups(module, config.optimizer), config.optimizer)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_plan.json, dist_init_required=False)
+    engine.checkpoint_engine = RecordingStorage(background=config.train.async_checkpoint)
     # Rank 0 would copy converters that cannot read expert-parallel shards, past our storage, into every checkpoint folder.
     engine._copy_recovery_script = lambda save_path: None
     health = HealthWatch(module, ranks)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import xxhash
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
 
 from promoe_ds.engine.manifest import FileRecord
 from promoe_ds.errors import CheckpointError
@@ -28,28 +31,52 @@ class RecordingStorage(TorchCheckpointEngine):
     ever. The trainer asks all ranks afterwards.
     """
 
-    def __init__(self) -> None:
-        """Start with no record."""
+    def __init__(self, *, background: bool = False) -> None:
+        """Start with no record.
+
+        Args:
+            background: `save` copies to host memory and returns; a thread writes. `wait` before the records are read.
+        """
         super().__init__()
         self.records: dict[str, FileRecord] = {}
         self.failure: str | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self._writes: list[Future[None]] = []
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether files are still being written."""
+        return not all(write.done() for write in self._writes)
+
+    def wait(self) -> None:
+        """Return when everything handed over was written or has failed."""
+        for write in self._writes:
+            write.result()
+        self._writes.clear()
 
     def create(self, info: Any) -> None:
         """Begin a checkpoint: forget the last one's records."""
+        self.wait()
         self.records, self.failure = {}, None
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file."""
+        """Write one file, or hand a copy of it over to be written."""
+        if self._thread is None:
+            self._write(_storable(state_dict, copy=False), Path(path))
+        else:
+            self._writes.append(self._thread.submit(self._write, _storable(state_dict, copy=True), Path(path)))
+
+    def _write(self, state: Any, path: Path) -> None:
         if self.failure is not None:
             return
         writer = None
         try:
-            with Path(path).open("wb") as file:
+            with path.open("wb") as file:
                 writer = _ChecksumWriter(file)
-                torch.save(_without_enums(state_dict), writer)
+                torch.save(state, writer)
                 file.flush()
                 os.fsync(file.fileno())
-            self.records[Path(path).name] = FileRecord(writer.bytes, writer.checksum.hexdigest())
+            self.records[path.name] = FileRecord(writer.bytes, writer.checksum.hexdigest())
         except (OSError, RuntimeError) as error:
             # torch reports a failed write as an inner inconsistency of its archive; the writer knows the cause.
             self.failure = f"{path}: {(writer and writer.failure) or error}"
@@ -75,14 +102,22 @@ def load_trusted(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {first_line})") from None
 
 
-def _without_enums(value: Any) -> Any:
-    """Replace enums by their values: some Python versions pickle them as a call of getattr, which no reader should allow."""
+def _storable(value: Any, *, copy: bool) -> Any:
+    """Replace enums by their values and, with `copy`, tensors by copies in host memory.
+
+    Some Python versions pickle enums as a call of getattr, which no reader should allow.
+    """
     if isinstance(value, Enum):
         return value.value
-    if type(value) is dict:
-        return {key: _without_enums(item) for key, item in value.items()}
-    if type(value) is list:
-        return [_without_enums(item) for item in value]
+    if isinstance(value, Tensor) and copy:
+        return value.detach().to("cpu", copy=True)
+    if type(value) is dict or type(value) is OrderedDict:
+        result = type(value)((key, _storable(item, copy=copy)) for key, item in value.items())
+        if type(value) is OrderedDict:
+            vars(result).update(vars(value))  # a module's state carries its version so
+        return result
+    if type(value) in (list, tuple):
+        return type(value)(_storable(item, copy=copy) for item in value)
     return value
 
 

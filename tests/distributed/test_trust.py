@@ -22,6 +22,7 @@ from promoe_ds.engine.manifest import (
     list_unfinished,
     read_manifest,
 )
+from promoe_ds.engine.reconstruct import ShardedCheckpoint
 from promoe_ds.errors import CheckpointError
 
 from .jobs import Job, metrics, run_jobs, start_jobs
@@ -122,3 +123,55 @@ def test_pointer_to_nowhere_and_folder_without_manifest_are_passed_over(run: Pat
     log = (broken / "train.log").read_text()
     assert f"resume: skipped {newest}: no {MANIFEST}: not a complete checkpoint" in log
     assert f"resume: taking {before}" in log
+
+
+@pytest.fixture(scope="module")
+def background(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Train alike, once saving in the foreground, else in the background, slowly, and once with a disk that fails."""
+    folder = tmp_path_factory.mktemp("background")
+
+    def job(name: str, *overrides: str, **fault) -> Job:
+        settings = ("parallel.ep_size=2", "train.checkpoint_every=2", "train.max_steps=6", "train.keep_last=1",
+                    "train.keep_every=4", *overrides)
+        return Job(run_dir=folder / name, overrides=settings, fault={"kind": "write", **fault} if fault else None)
+
+    asynchronous = "train.async_checkpoint=true"
+    errors = run_jobs(2, [
+        job("foreground"), job("background", asynchronous, seconds=0.2, rank=0, fails="never"),
+        job("failing", asynchronous, seconds=0.05, rank=1, fails="step_0000004"),
+        job("stopped", asynchronous, "train.stop_after_steps=3"), job("stopped", asynchronous)], folder)
+    return folder, errors
+
+
+def test_background_save_goes_on_beside_training_and_holds_the_step_that_was_asked(background) -> None:
+    folder, errors = background
+    assert errors[:2] == ["", ""]
+    log = (folder / "background" / "train.log").read_text()
+    assert log.index("step 3/6") < log.index("step 2: saved") < log.index("step 4: saved") < log.index("step 6: saved")
+    names = [path.name for path in list_checkpoints(folder / "foreground" / "checkpoints")]
+    assert names == ["step_0000006", "step_0000004"], "the last one, and every fourth step's"
+    for name in names:
+        mine, reference = (folder / run / "checkpoints" / name for run in ("background", "foreground"))
+        records = [read_manifest(path).files for path in (mine, reference)]
+        assert records[0].keys() == records[1].keys()
+        assert find_problems(mine, records[0]) == []
+        sharded = [ShardedCheckpoint(path, read_manifest(path)) for path in (mine, reference)]
+        for kind in sharded[0].kinds:
+            for tensor in sharded[0].names(kind):
+                assert torch.equal(sharded[0].read(kind, tensor), sharded[1].read(kind, tensor)), (name, kind, tensor)
+
+
+def test_background_save_that_fails_ends_training_and_leaves_what_was_complete(background) -> None:
+    folder, errors = background
+    assert "step 4: the checkpoint could not be written: rank 1: " in errors[2]
+    assert "the disk is on fire" in errors[2]
+    assert "the newest complete checkpoint is" in errors[2]
+    assert [path.name for path in (folder / "failing" / "checkpoints").glob("step_*")] == ["step_0000002"]
+
+
+def test_background_save_is_resumed_from_like_any_other(background) -> None:
+    folder, errors = background
+    assert errors[3:] == ["", ""]
+    assert "resume: taking" in (folder / "stopped" / "train.log").read_text()
+    losses = [[line["loss"] for line in metrics(folder / name)] for name in ("stopped", "foreground")]
+    assert losses[0] == losses[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,13 +16,16 @@ import promoe_ds.engine.session as session_module
 from promoe_ds.config import load_config, plan_batches, resolve_deepspeed
 from promoe_ds.data import build_dataset
 from promoe_ds.diffusion.rectified_flow import RectifiedFlow
-from promoe_ds.engine.checkpoint import load_checkpoint, save_checkpoint
+from promoe_ds.engine.checkpoint import load_checkpoint
 from promoe_ds.engine.distributed import Ranks, complete_environment, start_distributed, stop_distributed
 from promoe_ds.engine.loop import Run, train
+from promoe_ds.engine.saving import Saver
+from promoe_ds.engine.storage import RecordingStorage
 from promoe_ds.errors import PromoeError
 
 REAL_LOSSES = RectifiedFlow.losses
 REAL_STEP = session_module.train_step
+REAL_WRITE = RecordingStorage._write
 
 
 class _NanGradient(torch.autograd.Function):
@@ -40,7 +44,9 @@ def run_job(job: dict, ranks: Ranks) -> str:
     """Run one job; return "" or the message of the error that ended it."""
     values = {"zero_optimization": {"stage": job["zero_stage"]}, "bf16": {"enabled": job["bf16"]}}
     fault = job["fault"]
-    RectifiedFlow.losses = _poisoned_losses(fault, ranks) if fault else REAL_LOSSES
+    is_write = fault is not None and fault["kind"] == "write"
+    RectifiedFlow.losses = _poisoned_losses(fault, ranks) if fault and not is_write else REAL_LOSSES
+    RecordingStorage._write = _slow_write(fault, ranks) if is_write else REAL_WRITE
     try:
         config = load_config(job["recipe"], job["overrides"])
         plan = resolve_deepspeed(values, config, plan_batches(config, ranks.world_size), source="job")
@@ -59,7 +65,7 @@ def _resave(run: Run, ranks: Ranks, root: Path) -> None:
     session = session_module.build_session(run.config, run.deepspeed_plan, plan_batches(run.config, ranks.world_size), ranks,
                                            build_dataset(run.config))
     load_checkpoint(session, Path(run.resume), same_run=True)
-    save_checkpoint(session, root)
+    Saver(session, root).save()
 
 
 def _poisoned_losses(fault: dict, ranks: Ranks):
@@ -75,6 +81,19 @@ def _poisoned_losses(fault: dict, ranks: Ranks):
         return REAL_LOSSES(self, _NanGradient.apply(prediction), batch)
 
     return losses
+
+
+def _slow_write(fault: dict, ranks: Ranks):
+    """Take a while for every file, and fail with the files of some steps on one rank."""
+
+    def write(self, state, path):
+        time.sleep(fault["seconds"])
+        if ranks.rank == fault["rank"] and path.parent.name.startswith(fault["fails"]):
+            self.failure = f"{path}: the disk is on fire"
+            return
+        REAL_WRITE(self, state, path)
+
+    return write
 
 
 def main() -> None:

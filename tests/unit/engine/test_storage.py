@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import OrderedDict
 from enum import Enum
 from pathlib import Path
 
@@ -55,6 +56,27 @@ def test_save_failure_is_remembered_not_raised(tmp_path) -> None:
     assert not (tmp_path / "b.pt").exists(), "nothing more is written after a failure"
     storage.create(None)
     assert storage.failure is None
+
+
+def test_save_in_the_background_writes_what_was_there_when_it_was_asked(tmp_path) -> None:
+    storage, value = RecordingStorage(background=True), torch.arange(1_000_000.0)
+    state = OrderedDict(w=value, part=value[10:13], nested=[{"stage": ZeroStageEnum.gradients}], size=(2, 3))
+    storage.save(state, str(tmp_path / "a.pt"))
+    value.zero_()
+    storage.wait()
+    assert not storage.is_writing
+    loaded = storage.load(str(tmp_path / "a.pt"))
+    assert torch.equal(loaded["w"], torch.arange(1_000_000.0))
+    assert loaded["part"].tolist() == [10, 11, 12]
+    assert (loaded["nested"], loaded["size"]) == ([{"stage": 2}], (2, 3))
+    assert storage.records["a.pt"].xxh3 == xxhash.xxh3_64_hexdigest((tmp_path / "a.pt").read_bytes())
+
+
+def test_save_in_the_background_failure_is_remembered(tmp_path) -> None:
+    storage = RecordingStorage(background=True)
+    storage.save({"x": 1}, str(tmp_path / "missing" / "a.pt"))
+    storage.wait()
+    assert "No such file or directory" in storage.failure
 
 
 def test_load_malicious_pickle_does_not_execute(tmp_path) -> None:
