@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -23,14 +24,16 @@ from promoe_ds.config.optimizer import EMA
 from promoe_ds.engine.adapter import expert_file_key
 from promoe_ds.engine.manifest import FileRecord, Layout, Manifest, checksum, step_folder
 from promoe_ds.engine.reconstruct import MODEL_STATES, MOMENTS, PREFIX
-from promoe_ds.engine.storage import fragment_address
+from promoe_ds.engine.storage import RecordingStorage, fragment_address
 from promoe_ds.engine.versions import package_versions
+from promoe_ds.errors import CheckpointError
 from promoe_ds.model.state import buffer_names, state_shapes
 
 _STEP = 1
 _MEGA = 10**6
 #: Resident memory allowed beside 1.5 times the largest file.
 _ALLOWANCE = 500 * _MEGA
+_SAVED_BYTES, _SAVE_ROUNDS = 512 * _MEGA, 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,8 @@ class CheckpointBenchmark:
     convert_seconds: float
     written_bytes: int
     peak_resident_bytes: int
+    save_seconds: float
+    plain_save_seconds: float
     machine: dict[str, object] = field(default_factory=machine_description)
 
     def lines(self) -> list[str]:
@@ -60,6 +65,8 @@ class CheckpointBenchmark:
             f"convert  {self.convert_seconds:8.1f} s {converted:8.0f} MB/s of the checkpoint ({converted / copied:.2f} of the "
             f"copy), {self.written_bytes / _MEGA:,.0f} MB written and read back",
             f"peak resident memory {self.peak_resident_bytes / _MEGA:,.0f} MB, allowed {allowed / _MEGA:,.0f} MB",
+            f"save of {_SAVED_BYTES / _MEGA:,.0f} MB {self.save_seconds:.2f} s, torch.save without checksum "
+            f"{self.plain_save_seconds:.2f} s ({self.save_seconds / self.plain_save_seconds:.3f} of it, medians of {_SAVE_ROUNDS})",
         ]
 
 
@@ -79,6 +86,7 @@ def benchmark_checkpoint(config: RunConfig, folder: Path, *, ranks: int, with_op
     tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
     command = [sys.executable, str(tool), str(checkpoint), str(folder / "export"), "--to", "single",
                *(["--with-optimizer"] if with_optimizer else [])]
+    saved, plain = time_saves(folder)
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     converted = time.perf_counter() - began
@@ -88,10 +96,37 @@ def benchmark_checkpoint(config: RunConfig, folder: Path, *, ranks: int, with_op
         settings={"recipe": config.name, "ranks": ranks, "ep_size": config.parallel.ep_size, "zero_stage": 2,
                   "with_optimizer": with_optimizer}, parameters=sum(torch.Size(s).numel() for s in state_shapes(config).values()),
         checkpoint_bytes=sum(sizes), largest_file_bytes=max(sizes), copy_seconds=copied, convert_seconds=converted,
-        written_bytes=written, peak_resident_bytes=peak)
+        written_bytes=written, peak_resident_bytes=peak, save_seconds=saved, plain_save_seconds=plain)
     shutil.rmtree(folder / "export")
     shutil.rmtree(folder / "made")
     return result
+
+
+def time_saves(folder: Path) -> tuple[float, float]:
+    """Return the median seconds of saving a file as training does, with its checksum, and of a plain torch.save; both flushed."""
+    state, path, seconds = {"x": torch.rand(_SAVED_BYTES // 4)}, folder / "saved.pt", ([], [])
+    for _ in range(_SAVE_ROUNDS):
+        for times, save in zip(seconds, (_save_with_checksum, _save_plainly), strict=True):
+            path.unlink(missing_ok=True)
+            began = time.perf_counter()
+            save(state, path)
+            times.append(time.perf_counter() - began)
+    path.unlink()
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def _save_with_checksum(state: dict[str, torch.Tensor], path: Path) -> None:
+    storage = RecordingStorage()
+    storage.save(state, str(path))
+    if storage.failure is not None:
+        raise CheckpointError(storage.failure)
+
+
+def _save_plainly(state: dict[str, torch.Tensor], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_checkpoint(config: RunConfig, root: Path, *, ranks: int) -> Path:

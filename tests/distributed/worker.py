@@ -24,7 +24,6 @@ from promoe_ds.engine.storage import RecordingStorage
 from promoe_ds.errors import PromoeError
 
 REAL_LOSSES = RectifiedFlow.losses
-REAL_STEP = session_module.train_step
 REAL_WRITE = RecordingStorage._write
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.engine.conversion.posthoc import PosthocSource
 from promoe_ds.engine.conversion.sources import Source, open_source
 from promoe_ds.engine.conversion.targets import Content, OfficialTarget, PipelineTarget, SingleTarget, Target, TrainingTarget
 from promoe_ds.engine.reconstruct import MOMENTS, WEIGHTS
@@ -36,6 +37,7 @@ class Request:
 
     weights: "ema" (the first average), "raw", an average's name, or None: "ema" for the formats that hold one set of
         weights, all as they are for the others.
+    ema_length: relative length of the average to take, mixed from the power-function averages that a run kept.
     """
 
     destination: Path
@@ -46,6 +48,7 @@ class Request:
     verify: bool = True
     max_shard_bytes: int = MAX_SHARD_BYTES
     vae: str | None = None
+    ema_length: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class Conversion:
     values: int
     bytes: int
     verified: bool
+    note: str
 
 
 def convert(source_path: Path, request: Request, config: RunConfig | None = None) -> Conversion:
@@ -78,7 +82,8 @@ def convert(source_path: Path, request: Request, config: RunConfig | None = None
     final = request.destination
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise CheckpointError(f"{final} exists already: choose another destination or remove it")
-    source = open_source(source_path, config)
+    source: Source = (open_source(source_path, config) if request.ema_length is None
+                      else PosthocSource(source_path, request.ema_length))
     kinds = _choose_kinds(source, request)
     content = _describe(source, request, kinds)
     folder = final.with_name(f"{final.name}{_UNFINISHED}")
@@ -97,8 +102,9 @@ def convert(source_path: Path, request: Request, config: RunConfig | None = None
         shutil.rmtree(folder, ignore_errors=True)
     parameters = sum(torch.Size(shape).numel() for name, shape in next(iter(content.kinds.values())).items()
                      if name not in content.buffers)
-    return Conversion(source=source.facts.path, source_format=source.facts.format, destination=final, step=content.step,
-                      kinds=kinds, parameters=parameters, values=values, bytes=size, verified=request.verify)
+    facts = source.facts
+    return Conversion(source=facts.path, source_format=facts.format, destination=final, step=content.step, kinds=kinds,
+                      parameters=parameters, values=values, bytes=size, verified=request.verify, note=facts.note)
 
 
 def _choose_kinds(source: Source, request: Request) -> dict[str, str]:

@@ -37,6 +37,7 @@ class Facts:
     step: int
     samples_seen: int
     origin: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 class Source(Protocol):
