@@ -35,12 +35,20 @@ def initialise(network: DiT, seed: int) -> None:
         if isinstance(module, Router):
             module.reset_state()
         for name, parameter in module.named_parameters(recurse=False):
-            _fill(parameter, f"{module_name}.{name}" if module_name else name, seed)
+            fill_parameter(parameter, f"{module_name}.{name}" if module_name else name, seed)
     network.reset_positions()
 
 
-def _fill(parameter: Tensor, name: str, seed: int) -> None:
-    if name.endswith(("q_norm.weight", "k_norm.weight")):
+@torch.no_grad()
+def fill_parameter(parameter: Tensor, name: str, seed: int) -> None:
+    """Fill one parameter with its initial value; a stack of routed experts, if whole, with that of each.
+
+    Args:
+        name: dotted, in the whole network.
+    """
+    if ".moe.routed." in name:
+        _fill_stack(parameter, name, seed, first_expert=0)
+    elif name.endswith(("q_norm.weight", "k_norm.weight")):
         parameter.fill_(1.0)
     elif name.endswith("prototypes"):
         _normal(parameter, PROTOTYPE_STD, name, seed)
@@ -53,12 +61,16 @@ def _fill(parameter: Tensor, name: str, seed: int) -> None:
 
 
 def _fill_experts(experts: StackedExperts, name: str, seed: int) -> None:
-    for local in range(experts.num_local_experts):
-        for parameter_name, parameter in experts.named_parameters():
-            if parameter_name.endswith("weight"):
-                _xavier(parameter[local], f"{name}.{parameter_name}", seed, expert=experts.first_expert + local)
-            else:
-                parameter[local].zero_()
+    for parameter_name, parameter in experts.named_parameters():
+        _fill_stack(parameter, f"{name}.{parameter_name}", seed, first_expert=experts.first_expert)
+
+
+def _fill_stack(parameter: Tensor, name: str, seed: int, *, first_expert: int) -> None:
+    for local, value in enumerate(parameter.unbind(0)):
+        if name.endswith("weight"):
+            _xavier(value, name, seed, expert=first_expert + local)
+        else:
+            value.zero_()
 
 
 def _xavier(weight: Tensor, name: str, seed: int, *, expert: int) -> None:

@@ -76,14 +76,27 @@ def convert(source_path: Path, request: Request, config: RunConfig | None = None
 
     Args:
         source_path: as for `open_source`; config: of a published file.
+    Raises: as `convert_source`.
+    """
+    refuse_existing(request.destination)
+    return convert_source(open_source(source_path, config) if request.ema_length is None
+                          else PosthocSource(source_path, request.ema_length), request)
+
+
+def refuse_existing(destination: Path) -> None:
+    """Raise CheckpointError if the destination is there and not an empty folder."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise CheckpointError(f"{destination} exists already: choose another destination or remove it")
+
+
+def convert_source(source: Source, request: Request) -> Conversion:
+    """Write what a source holds in the format that is asked for, and close it.
+
     Raises: CheckpointError naming the file that is missing or damaged, the tensor that was dropped, doubled, left over or
         does not fit, or that reads back differently. The destination exists only if all went well.
     """
     final = request.destination
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise CheckpointError(f"{final} exists already: choose another destination or remove it")
-    source: Source = (open_source(source_path, config) if request.ema_length is None
-                      else PosthocSource(source_path, request.ema_length))
+    refuse_existing(final)
     kinds = _choose_kinds(source, request)
     content = _describe(source, request, kinds)
     folder = final.with_name(f"{final.name}{_UNFINISHED}")
