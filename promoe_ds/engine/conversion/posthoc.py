@@ -81,7 +81,7 @@ class PosthocSource:
         facts = self._newest.facts
         mixed = {f"{source.facts.step}/{part}": weight for weight, source, part in self._terms}
         self.facts = replace(facts, origin={**facts.origin, "ema_length": length, "misfit": misfit, "mixed": mixed},
-                             note=f"mixed from {len(mixed)} averages, {misfit:.2%} beside the one asked for")
+                             note=f"mixed from {len(mixed)} averages, {misfit:.2%} off the one asked for")
 
     def _mix(self, length: float) -> tuple[list[tuple[float, TrainingSource, str]], float]:
         """Return the averages to mix, each with its weight, and the misfit."""
@@ -96,8 +96,8 @@ class PosthocSource:
         if misfit > LARGEST_MISFIT:
             kept = f"lengths {', '.join(f'{one:g}' for one in lengths)}, steps " + ", ".join(
                 str(source.facts.step) for source in reversed(self._sources))
-            raise CheckpointError(f"--ema-length {length:g}: the nearest mix of what was kept ({kept}) is {misfit:.0%} "
-                                  "beside it: ask for a length nearer to them, or keep more checkpoints (train.keep_every)")
+            raise CheckpointError(f"--ema-length {length:g}: the nearest mix of what was kept ({kept}) is {misfit:.0%} off "
+                                  "it: ask for a length nearer to them, or keep more checkpoints (train.keep_every)")
         return [(float(weight), source, power_average(kept)) for weight, (source, kept) in zip(weights, held, strict=True)
                 if abs(weight) > _NEGLIGIBLE], misfit
 
