@@ -81,6 +81,7 @@ class ShardWriter:
         self._pending: dict[str, Tensor] = {}
         self._bytes = self._total = 0
         self._written: list[tuple[Path, list[str]]] = []
+        self._is_closed = False
 
     def write(self, name: str, value: Tensor) -> None:
         """Add a tensor.
@@ -94,7 +95,10 @@ class ShardWriter:
         self._total += value.nbytes
 
     def close(self) -> None:
-        """Write the rest, give the files their names, and an index if they are several."""
+        """Write the rest, give the files their names, and an index if they are several.  Once; later calls do nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._flush()
         count = len(self._written)
         if count == 1:

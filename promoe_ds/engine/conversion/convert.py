@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: The published layout's place for the moving average.
 _OFFICIAL_AVERAGE = EMA
 _UNFINISHED = ".unfinished"
+#: Files are not cut smaller than this to spare memory.
+_SMALLEST_SHARD_BYTES = 200 * 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,10 @@ def convert_source(source: Source, request: Request) -> Conversion:
     """
     final = request.destination
     refuse_existing(final)
+    if source.facts.largest_file is not None:
+        # A file in the making is held in memory: no more than one of the source's.
+        largest = max(source.facts.largest_file, _SMALLEST_SHARD_BYTES)
+        request = replace(request, max_shard_bytes=min(request.max_shard_bytes, largest))
     kinds = _choose_kinds(source, request)
     content = _describe(source, request, kinds)
     folder = final.with_name(f"{final.name}{_UNFINISHED}")

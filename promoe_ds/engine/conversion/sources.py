@@ -29,7 +29,10 @@ from promoe_ds.model.state import state_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a source beside its tensors."""
+    """What is known of a source beside its tensors.
+
+    largest_file: bytes, where the source is cut into files of training's making; a reader's memory is measured by it.
+    """
 
     path: Path
     format: str
@@ -38,6 +41,7 @@ class Facts:
     samples_seen: int
     origin: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    largest_file: int | None = None
 
 
 class Source(Protocol):
@@ -95,7 +99,7 @@ class TrainingSource(ShardedCheckpoint):
         super().__init__(folder, manifest)
         self.facts = Facts(
             path=folder, format="deepspeed", config=config_from_dict(manifest.config, source=str(folder / MANIFEST)),
-            step=manifest.step, samples_seen=manifest.samples_seen,
+            step=manifest.step, samples_seen=manifest.samples_seen, largest_file=max(f.bytes for f in manifest.files.values()),
             origin={"layout": str(manifest.layout), "versions": manifest.versions})
 
 

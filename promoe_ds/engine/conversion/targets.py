@@ -74,6 +74,7 @@ class SingleTarget:
             self._weights.write(name, value)
         else:
             assert self._training is not None
+            self._weights.close()  # they came first; what it still held is memory
             self._training.write(f"{kind}/{name}", value)
 
     def close(self) -> None:
