@@ -48,8 +48,11 @@ def main(arguments: Sequence[str]) -> None:
     job = parse_arguments(arguments)
     job.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (job.run_dir / LAUNCH_FOLDER).mkdir(exist_ok=True, mode=0o700)
-    configure_logging(0, log_file=job.run_dir / LAUNCH_FOLDER / "launch.log")
+    log_file = job.run_dir / LAUNCH_FOLDER / "launch.log"
+    configure_logging(0, log_file=log_file)
     verdict = run_job(job)
+    with log_file.open("a", encoding="utf-8") as file:
+        file.write(f"ended with code {verdict.code}: {verdict.message}\n")
     if verdict.code == Preempted.exit_code:
         raise Preempted(verdict.message)
     if verdict.code != 0:

@@ -97,8 +97,8 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     try:
         listener = socket.create_server((host, port), backlog=4096, family=_family(host))
     except OSError as error:
-        raise ConfigError(f"rank 0 cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({error.strerror or error}): take an "
-                          "address of its host and a free port (deepspeed: --master_addr, --master_port)") from None
+        raise ConfigError(f"rank 0 cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({os.strerror(error.errno or 0)}): take "
+                          "an address of its host and a free port (deepspeed: --master_addr, --master_port)") from None
     address = listener.getsockname()[0]
     hosts = max(int(os.environ.get(name, "1")) for name in ("SLURM_STEP_NUM_NODES", "CROSS_SIZE"))
     if hosts > 1 and ipaddress.ip_address(address).is_loopback:

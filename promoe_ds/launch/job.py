@@ -14,7 +14,7 @@ from promoe_ds.errors import LaunchError
 from promoe_ds.launch.attempt import Attempt, run_attempt
 from promoe_ds.launch.environment import job_environment, require_plain_path
 from promoe_ds.launch.hostfile import Host
-from promoe_ds.launch.layout import Layout, choose_layout
+from promoe_ds.launch.layout import Layout, choose_layout, full_layout
 from promoe_ds.launch.lease import LAUNCH_FOLDER
 from promoe_ds.launch.network import INTERFACE_VARIABLES, choose_interface, resolve
 from promoe_ds.launch.remote import RemoteError, ask, on_all
@@ -93,11 +93,8 @@ def _hosts_for(job: Job, *, first: bool) -> tuple[Layout, dict[str, dict]]:
     if dead and (first or len(dead) == len(names)):
         raise LaunchError("; ".join(f"{name}: {problem}" for name, problem in dead.items()) +
                           ". Mend or remove these hosts (docs/multinode.md, \"Keys\")")
-    layout = choose_layout(job.recipe, job.overrides, [host for host in job.hosts if host.name not in dead])
-    if first and len(layout.hosts) < len(job.hosts):
-        idle = ", ".join(host.name for host in job.hosts[len(layout.hosts):])
-        raise LaunchError(f"the recipe cannot use all hosts ({idle} would idle): change parallel.ep_size, "
-                          "train.global_batch_size or the hostfile")
+    choose = full_layout if first else choose_layout
+    layout = choose(job.recipe, job.overrides, [host for host in job.hosts if host.name not in dead])
     for name, problem in dead.items():
         _LOG.warning("going on without %s: %s", name, problem)
     return layout, {name: answer for name, answer in answers.items() if name not in dead}

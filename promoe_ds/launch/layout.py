@@ -24,10 +24,21 @@ class Layout:
         return sum(host.slots for host in self.hosts)
 
 
-def choose_layout(recipe: str, overrides: Sequence[str], hosts: Sequence[Host]) -> Layout:
-    """Choose the most hosts, from the first on, on which the run is legal; keep its ep_size where possible, else lower it.
+def full_layout(recipe: str, overrides: Sequence[str], hosts: Sequence[Host]) -> Layout:
+    """Return the layout that the user asked for: all hosts, ep_size as it stands.
 
-    The global batch stays: ranks must divide it, ep_size the ranks and the experts.
+    Raises: ConfigError if the recipe cannot run so.
+    """
+    config = load_config(recipe, overrides)
+    plan_batches(config, sum(host.slots for host in hosts))
+    return Layout(hosts=tuple(hosts), ep_size=config.parallel.ep_size, config=config)
+
+
+def choose_layout(recipe: str, overrides: Sequence[str], hosts: Sequence[Host]) -> Layout:
+    """Choose, for a restart, the most hosts from the first on, on which the run is legal.
+
+    Its ep_size is kept where possible, else lowered. The global batch stays: ranks must divide it, ep_size the ranks and the
+    experts.
     Raises: LaunchError if no number of these hosts will do, with the reason that the largest one gave; ConfigError of a
     recipe that can never run.
     """
