@@ -1,4 +1,7 @@
-"""The exceptions that a user may meet: each message says the value, the field and the remedy."""
+"""The exceptions that a user may meet: each message says the value, the field and the remedy.
+
+Their exit codes are listed in docs/multinode.md; 1 is a defect (a traceback), 0 the end.
+"""
 
 from __future__ import annotations
 
@@ -37,3 +40,33 @@ class RoutingError(PromoeError):
     """A routing request that has no meaning, e.g. more choices than experts."""
 
     exit_code = 6
+
+
+class PeerError(PromoeError):
+    """Other ranks are gone or do not answer."""
+
+    exit_code = 7
+
+
+class StalledError(PromoeError):
+    """A phase took longer than its time-out: the watchdog ended this rank."""
+
+    exit_code = 8
+
+
+class OrphanedError(PromoeError):
+    """The launcher is gone: nobody watches this rank any more."""
+
+    exit_code = 9
+
+
+class LaunchError(PromoeError):
+    """A job that cannot be started on these hosts, or not again."""
+
+    exit_code = 10
+
+
+class Preempted(PromoeError):  # noqa: N818  # no error: the job did as it was told
+    """The job was asked to stop, finished its step, saved and ended; it can be started again."""
+
+    exit_code = 75

@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from promoe_ds.errors import PromoeError
+from promoe_ds.errors import Preempted, PromoeError
+from promoe_ds.launch.lease import leave_note
 from promoe_ds.logs import rank_from_environment
 
 _HEAD_START_SECONDS = 5.0
@@ -20,13 +21,19 @@ def run_entry(main: Callable[[Sequence[str]], None]) -> None:
     there some seconds later found something that rank 0 did not, and tells it. Any other exception keeps its traceback:
     it is a defect, not a mistake of the user.
     """
+    rank = rank_from_environment()
     try:
         main(sys.argv[1:])
+        leave_note(rank, 0, "finished")
     except PromoeError as error:
-        rank = rank_from_environment()
+        leave_note(rank, error.exit_code, str(error))
         if rank > 0:
             time.sleep(_HEAD_START_SECONDS)
-        sys.stderr.write(f"error: {error}\n" if rank == 0 else f"error: rank {rank}: {error}\n")
+        kind = "stopped" if isinstance(error, Preempted) else "error"
+        sys.stderr.write(f"{kind}: {error}\n" if rank == 0 else f"{kind}: rank {rank}: {error}\n")
         sys.stderr.flush()
         # No interpreter shutdown: ranks that wait in a collective of another library would keep this one alive.
         os._exit(error.exit_code)
+    except Exception as error:
+        leave_note(rank, 1, f"{type(error).__name__}: {error}")
+        raise

@@ -47,11 +47,13 @@ def main(arguments: Sequence[str]) -> None:
         return
 
     from promoe_ds.engine.loop import Run, train
+    from promoe_ds.engine.supervision import supervised
 
-    ranks = start_distributed(config.parallel.timeout_seconds)
     run_dir = options.run_dir or Path("runs") / config.name
-    train(Run(config=config, deepspeed_plan=plan, run_dir=run_dir, resume=options.resume), ranks)
-    stop_distributed()
+    with supervised(config.supervision, run_dir) as supervisor:
+        ranks = start_distributed(config.parallel.timeout_seconds)
+        train(Run(config=config, deepspeed_plan=plan, run_dir=run_dir, resume=options.resume), ranks, supervisor)
+        stop_distributed()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ from promoe_ds.config.deepspeed_json import DeepSpeedPlan, read_deepspeed_json, 
 from promoe_ds.config.loader import config_from_dict, list_recipes, load_config
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.config.superclasses import read_superclasses
+from promoe_ds.config.supervision import SupervisionConfig
 
 __all__ = [
-    "BatchPlan", "DeepSpeedPlan", "RunConfig", "config_from_dict", "count_parameters", "list_recipes", "load_config",
+    "BatchPlan", "DeepSpeedPlan", "RunConfig", "SupervisionConfig", "config_from_dict", "count_parameters", "list_recipes",
+    "load_config",
     "plan_batches", "plan_memory", "read_deepspeed_json", "read_superclasses", "resolve_deepspeed", "training_flops_per_image",
 ]

@@ -15,6 +15,7 @@ from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.config.presets import PRESETS
 from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.config.section import Section
+from promoe_ds.config.supervision import SupervisionConfig
 
 #: Grouped GEMM wants rows of a multiple of 16 bytes: eight numbers of bf16.
 _GROUPED_GEMM_MULTIPLE = 8
@@ -151,6 +152,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
+    supervision: SupervisionConfig = SupervisionConfig()
     logging: LoggingConfig = LoggingConfig()
     sampling: SamplingConfig = SamplingConfig()
 

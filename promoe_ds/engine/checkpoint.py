@@ -33,6 +33,7 @@ FREE_FIELDS = {
     "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "keep_every",
               "async_checkpoint", "max_nonfinite_steps", "micro_batch_size"},
     "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch"},
+    "supervision": {"setup_timeout_seconds", "step_timeout_seconds", "checkpoint_timeout_seconds", "launcher_timeout_seconds"},
     "logging": {"tensorboard", "timestep_bins"},
     "sampling": {"steps", "cfg_scale", "solver"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import socket
@@ -73,9 +74,45 @@ def start_distributed(timeout_seconds: float) -> Ranks:
     if use_cuda:
         device = torch.device("cuda", _device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False,
-                               timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    timeout, backend = timedelta(seconds=timeout_seconds), "nccl" if device.type == "cuda" else "gloo"
+    # For groups that DeepSpeed makes itself: it states none, and torch's default is half an hour.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=_open_store(rank, world_size, timeout), rank=rank, world_size=world_size,
+                                timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+
+
+def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Open the store by which ranks find each other; on rank 0 it listens on MASTER_ADDR alone, where torch's own would listen
+    on every address of the host.
+
+    Raises: ConfigError if rank 0 cannot listen there.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank > 0:
+        return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    try:
+        listener = socket.create_server((host, port), backlog=4096, family=_family(host))
+    except OSError as error:
+        raise ConfigError(f"rank 0 cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({os.strerror(error.errno or 0)}): take "
+                          "an address of its host and a free port (deepspeed: --master_addr, --master_port)") from None
+    address = listener.getsockname()[0]
+    hosts = max(int(os.environ.get(name, "1")) for name in ("SLURM_STEP_NUM_NODES", "CROSS_SIZE"))
+    if hosts > 1 and ipaddress.ip_address(address).is_loopback:
+        raise ConfigError(f"MASTER_ADDR={host} is {address} on its own host, where the other {hosts - 1} hosts cannot reach it: "
+                          "give its address in the network instead, or mend /etc/hosts")
+    return dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
+                         master_listen_fd=listener.detach())
+
+
+def _family(host: str) -> socket.AddressFamily:
+    try:
+        return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    except OSError:
+        raise ConfigError(f"MASTER_ADDR={host} is no name or address that this host knows") from None
 
 
 def _device_index(local_rank: int, visible: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,8 +26,16 @@ class HealthWatch:
         self._sums = torch.zeros(len(trainable), device=ranks.device)
         self._loss = torch.zeros((), device=ranks.device)
         self._order: list[int] = []
+        self._stop_agreed = False
+        #: Asked once a step; who wants to stop makes all ranks stop together.
+        self.wants_to_stop: Callable[[], bool] = lambda: False
         for index, (_, parameter) in enumerate(trainable):
             parameter.register_hook(lambda gradient, i=index: self._see_gradient(i, gradient))
+
+    @property
+    def stop_agreed(self) -> bool:
+        """Whether some rank wished to stop at the last verdict: the same on every rank."""
+        return self._stop_agreed
 
     def see_loss(self, loss: Tensor) -> None:
         """Take note of one micro-step's loss."""
@@ -37,10 +47,11 @@ class HealthWatch:
         Sync: one.  Collectives: one, two for a bad step.
         """
         bad = ~torch.isfinite(torch.cat([self._sums, self._loss[None]]))
-        any_bad = bad.any().float()
-        dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
+        flags = torch.stack([bad.any(), bad.new_tensor(self.wants_to_stop())]).float()
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        any_bad, self._stop_agreed = (bool(flag) for flag in flags.tolist())
         problem = ""
-        if any_bad.item():
+        if any_bad:
             # Exchanged rows carry a bad gradient to other ranks' experts: the earliest in the backward pass is the cause.
             (_, rank, text), *others = sorted(found for found in gather_objects(self._find(bad)) if found)
             spread = f", later also on rank{'s' * (len(others) > 1)} {', '.join(str(o[1]) for o in others)}" if others else ""

@@ -18,7 +18,9 @@ from promoe_ds.engine.metrics import MetricsWriter
 from promoe_ds.engine.saving import Saver
 from promoe_ds.engine.session import Session, build_session, start_routers, train_step
 from promoe_ds.engine.step import StepResult
-from promoe_ds.errors import CheckpointError, PromoeError, TrainingError
+from promoe_ds.engine.supervision import Supervisor
+from promoe_ds.errors import CheckpointError, Preempted, PromoeError, TrainingError
+from promoe_ds.launch.lease import LAUNCH_FOLDER
 from promoe_ds.logs import configure_logging, get_logger
 
 _LOG = get_logger("train")
@@ -34,11 +36,13 @@ class Run:
     resume: str
 
 
-def train(run: Run, ranks: Ranks) -> None:
+def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
     """Train to the end, or to `train.stop_after_steps`, from wherever the run stands.
 
-    Raises: PromoeError of the kind that fits, the same on every rank.
+    Raises: PromoeError of the kind that fits, the same on every rank; Preempted if the job was asked to stop.
     """
+    supervisor = supervisor or Supervisor(run.config.supervision, run.run_dir)
+    supervisor.know_peers()
     _claim_run_directory(run, ranks)
     configure_logging(ranks.rank, log_file=run.run_dir / "train.log")
     checkpoint = choose_checkpoint(run.resume, run.run_dir, ranks)
@@ -56,18 +60,22 @@ def train(run: Run, ranks: Ranks) -> None:
               plan.zero_stage, plan.precision, batches.micro_batch, batches.accumulation, session.step)
     writer = MetricsWriter(run.run_dir, run.config, ranks, start_step=session.step)
     try:
-        _loop(session, writer, Saver(session, run.run_dir / "checkpoints"))
+        _loop(session, writer, Saver(session, run.run_dir / "checkpoints"), supervisor)
     finally:
         writer.close()
 
 
-def _loop(session: Session, writer: MetricsWriter, saver: Saver) -> None:
+def _loop(session: Session, writer: MetricsWriter, saver: Saver, supervisor: Supervisor) -> None:
     settings, started, logged, skipped_in_a_row = session.config.train, session.step, session.step, 0
     last = min(settings.max_steps, started + (settings.stop_after_steps or settings.max_steps))
     if started >= settings.max_steps:
         _LOG.info("nothing to do: step %d of %d is reached", started, settings.max_steps)
+    session.health.wants_to_stop = supervisor.wants_to_stop
     while session.step < last:
+        supervisor.begin_step(session.step)
         result = train_step(session)
+        supervisor.end_step()
+        last = session.step if session.health.stop_agreed else last
         writer.tick()
         skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
         if result.skipped and session.ranks.is_main:
@@ -83,9 +91,14 @@ def _loop(session: Session, writer: MetricsWriter, saver: Saver) -> None:
             writer.write(session.step, _reduced(result), lines)
             logged = session.step
         if session.step % settings.checkpoint_every == 0 or session.step == last:
-            saver.save()
+            with supervisor.saving():
+                saver.save()
             writer.restart_clock()
-    saver.finish()
+    with supervisor.saving():
+        saver.finish()
+    if session.health.stop_agreed and session.step < settings.max_steps:
+        raise Preempted(f"asked to stop ({supervisor.stop_reason}): saved step {session.step} of {settings.max_steps} and ended; "
+                        "go on with --resume auto")
     if session.step < settings.max_steps:
         _LOG.info("stopped after step %d of %d (train.stop_after_steps)", session.step, settings.max_steps)
 
@@ -126,7 +139,7 @@ def _claim(run: Run) -> None:
         if differing:
             raise CheckpointError(f"--run-dir {run.run_dir} already holds another run: {'; '.join(differing)}. Use another "
                                   "directory")
-    elif not saved.is_file() and run.run_dir.is_dir() and any(run.run_dir.iterdir()):
+    elif not saved.is_file() and run.run_dir.is_dir() and {path.name for path in run.run_dir.iterdir()} - {LAUNCH_FOLDER}:
         raise CheckpointError(f"--run-dir {run.run_dir} is not empty and holds no run of this package: use another directory")
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (run.run_dir / "checkpoints").mkdir(exist_ok=True)

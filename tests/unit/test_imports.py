@@ -16,13 +16,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LIBRARIES: dict[str, set[str]] = {
     "errors": set(), "logs": set(), "randomness": {"numpy"}, "config": {"pydantic", "yaml"}, "routing": {"torch"},
     "moe": {"torch"}, "model": {"torch", "numpy", "safetensors"}, "diffusion": {"torch", "numpy", "diffusers"},
-    "data": {"torch", "numpy", "safetensors", "sklearn"},
+    "data": {"torch", "numpy", "safetensors", "sklearn"}, "launch": set(),
 }
 ROOMS: dict[str, set[str]] = {
     "errors": set(), "logs": set(), "randomness": set(), "config": {"errors"}, "routing": {"errors", "config"},
     "moe": {"routing", "config"}, "model": {"moe", "routing", "config", "randomness", "errors"},
     "diffusion": {"config", "randomness", "errors"}, "data": {"config", "randomness", "errors"},
-    "engine": {"errors", "logs", "randomness", "config", "routing", "moe", "model", "diffusion", "data"},
+    # Runs on the launching host, before any rank, and must not need torch there; ranks read its lease.
+    "launch": {"errors", "logs", "config"},
+    "engine": {"errors", "logs", "randomness", "config", "routing", "moe", "model", "diffusion", "data", "launch"},
 }
 ENGINES = {"deepspeed", "megatron"}
 #: Rooms free in their libraries: all but the engines' own.

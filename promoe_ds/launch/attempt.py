@@ -1,0 +1,147 @@
+"""One attempt at a job: `deepspeed --hostfile` started, watched, ended, swept up."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from promoe_ds.launch.environment import runner_environment, shell_arguments, write_environment
+from promoe_ds.launch.hostfile import Host, write_hostfile
+from promoe_ds.launch.lease import ATTEMPT_VARIABLE, Note, read_notes, renew_lease
+from promoe_ds.launch.remote import SSH_OPTIONS, RemoteError, ask, on_all
+from promoe_ds.logs import get_logger
+
+_LOG = get_logger("launch")
+_POLL_SECONDS = 0.5
+_SWEEP_SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """What is started where.
+
+    `lease_seconds`: after which ranks count the launcher as gone; `failure_seconds`, `stop_seconds`: that ranks get to end
+    after the first one failed, and after a wish to stop.
+    """
+
+    folder: Path
+    hosts: tuple[Host, ...]
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    master_address: str
+    master_port: int
+    lease_seconds: float
+    failure_seconds: float
+    stop_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How an attempt ended: the runner's code, the ranks' notes, hosts out of reach after it."""
+
+    code: int
+    notes: Sequence[Note]
+    unreachable: Mapping[str, str]
+
+
+def run_attempt(attempt: Attempt, stop_reason: Callable[[], str]) -> Outcome:
+    """Start the ranks, renew their lease until the runner has ended, make sure that no rank is left on any host.
+
+    Args:
+        stop_reason: why the job shall stop, "" as long as it shall not; ranks then finish their step, save and end.
+    """
+    attempt.folder.mkdir(parents=True, mode=0o700)
+    write_hostfile(attempt.folder / "hostfile", attempt.hosts)
+    write_environment(attempt.folder / "environment", {**attempt.environment, ATTEMPT_VARIABLE: str(attempt.folder)})
+    renew_lease(attempt.folder, 0)
+    command = _command(attempt)
+    _LOG.info("starting %s", shlex.join(command))
+    # A session of its own: a signal to our process group must not reach the runner, which would kill by command line.
+    runner = subprocess.Popen(command, env=_environment(attempt), start_new_session=True, preexec_fn=_die_with_parent)
+    try:
+        _watch(runner, attempt, stop_reason)
+    finally:
+        _kill_tree(runner.pid)
+        runner.wait()
+    unreachable = _sweep(attempt)
+    return Outcome(code=runner.returncode, notes=read_notes(attempt.folder), unreachable=unreachable)
+
+
+def _watch(runner: subprocess.Popen, attempt: Attempt, stop_reason: Callable[[], str]) -> None:
+    """Return when the runner has ended, or had long enough to end after a wish to stop or a rank's failure."""
+    count, renewed, give_up = 0, time.monotonic(), float("inf")
+    reason = ""
+    while runner.poll() is None and time.monotonic() < give_up:
+        time.sleep(_POLL_SECONDS)
+        ending, patience = "", attempt.stop_seconds
+        if not reason and (reason := stop_reason()):
+            ending = f"asked to stop ({reason})"
+        elif give_up == float("inf") and (failed := [note for note in read_notes(attempt.folder) if note.code]):
+            first, patience = failed[0], attempt.failure_seconds
+            ending = f"rank {first.rank} on {first.host} ended with code {first.code}"
+        if ending:
+            _LOG.info("%s: waiting up to %.0f s for all ranks to end", ending, patience)
+            give_up = time.monotonic() + patience
+        if ending or time.monotonic() - renewed > attempt.lease_seconds / 5:
+            count, renewed = count + 1, time.monotonic()
+            with suppress(OSError):  # ranks hold out until the lease is too old: the next renewal may succeed
+                renew_lease(attempt.folder, count, reason)
+    if runner.poll() is None:
+        _LOG.error("not all ranks ended: breaking the connections, which ends the rest")
+
+
+def _command(attempt: Attempt) -> list[str]:
+    return [str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(attempt.folder / "hostfile"), "--force_multi",
+            "--launcher", "pdsh", "--master_addr", attempt.master_address, "--master_port", str(attempt.master_port),
+            "--log_level", "warning", "--module", "promoe_ds.cli.train", *shell_arguments(attempt.arguments)]
+
+
+def _environment(attempt: Attempt) -> dict[str, str]:
+    environment = runner_environment(os.environ)
+    environment["DS_ENV_FILE"] = str(attempt.folder / "environment")
+    environment["PDSH_SSH_ARGS_APPEND"] = " ".join([environment.get("PDSH_SSH_ARGS_APPEND", ""), *SSH_OPTIONS]).strip()
+    return environment | {name: attempt.environment[name] for name in ("DS_ACCELERATOR",) if name in attempt.environment}
+
+
+def _sweep(attempt: Attempt) -> dict[str, str]:
+    """Return the hosts that could not be asked whether ranks are left, and why."""
+    request = {"folder": str(attempt.folder), "patience": attempt.lease_seconds}
+    names = [host.name for host in attempt.hosts]
+    answers = on_all(names, lambda name: ask(name, "promoe_ds.launch.sweep", request,
+                                             timeout=attempt.lease_seconds + _SWEEP_SECONDS))
+    for name, answer in answers.items():
+        if isinstance(answer, RemoteError):
+            _LOG.error("%s: %s; its ranks end by themselves within supervision.launcher_timeout_seconds", name, answer)
+        elif answer["killed"]:
+            _LOG.warning("%s: killed what was left of the job: processes %s", name, answer["killed"])
+    return {name: str(answer) for name, answer in answers.items() if isinstance(answer, RemoteError)}
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _kill_tree(root: int) -> None:
+    """Kill a process and all below it on this host: the runner, pdsh and its ssh connections."""
+    parents = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with suppress(OSError, IndexError, ValueError):
+                parents[int(path.name)] = int((path / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    doomed, below = {root}, True
+    while below:
+        below = {pid for pid, parent in parents.items() if parent in doomed} - doomed
+        doomed |= below
+    for pid in doomed:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

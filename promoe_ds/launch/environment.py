@@ -1,0 +1,98 @@
+"""What ranks find in their environment, and how values and arguments survive the shells on the way.
+
+DeepSpeed puts both, as they are, into a line that pdsh hands to a shell on each host: values with special characters between
+double quotes, arguments with spaces likewise, nothing escaped.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from promoe_ds.errors import LaunchError
+
+#: Variables of the launching shell that every rank gets; others go into .deepspeed_env.
+_PASSED_ON = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH", "MLFLOW", "MV2")
+#: DeepSpeed itself exports what begins so, unescaped: kept away from it.
+_EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "TORCH_NCCL")
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+#: Live between double quotes; the double quote itself is added where DeepSpeed does not.
+_LIVE = re.compile(r"([\\$`])")
+_FILE = ".deepspeed_env"
+
+
+def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Collect what ranks get: passed-on variables, then ~/.deepspeed_env, then ./.deepspeed_env.
+
+    Raises: LaunchError naming the variable or line that cannot be passed on.
+    """
+    values = {name: value for name, value in environ.items() if value and name.startswith(_PASSED_ON)}
+    for folder in (Path.home(), Path.cwd()):
+        values |= _read(folder / _FILE)
+    for name, value in values.items():
+        _require_plain(f"environment variable {name}", value)
+    return values
+
+
+def runner_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of DeepSpeed's runner itself: without what it would pass on unescaped."""
+    return {name: value for name, value in environ.items() if not name.startswith(_EXPORTED_BY_DEEPSPEED)}
+
+
+def write_environment(path: Path, values: Mapping[str, str]) -> None:
+    """Write the file that DeepSpeed's DS_ENV_FILE names, so that each value arrives as it is."""
+    path.write_text("".join(f"{name}={_escape(value)}\n" for name, value in sorted(values.items())), encoding="utf-8")
+
+
+def shell_arguments(arguments: Iterable[str]) -> list[str]:
+    """Return arguments such that each arrives as it is, through DeepSpeed, pdsh and the shell on the host.
+
+    Raises: LaunchError for an argument that cannot be passed on.
+    """
+    result = []
+    for argument in arguments:
+        _require_plain("argument", argument)
+        # With a space in it, DeepSpeed adds double quotes and escapes those inside.
+        result.append(_LIVE.sub(r"\\\1", argument) if " " in argument else shlex.quote(argument))
+    return result
+
+
+def require_plain_path(what: str, path: str) -> None:
+    """Refuse a path that DeepSpeed would put into a shell line unquoted.
+
+    Raises: LaunchError.
+    """
+    if shlex.quote(path) != path:
+        raise LaunchError(f"{what} {path!r} has characters that a shell would read as its own: move it to a plain path")
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise LaunchError(f"{path}: cannot be read ({error})") from None
+    values = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, separator, value = line.partition("=")
+        if not separator or not _KEY.fullmatch(name.strip()):
+            raise LaunchError(f"{path}, line {number}: {line!r} is not of the form NAME=VALUE")
+        values[name.strip()] = value.strip()
+    return values
+
+
+def _escape(value: str) -> str:
+    # DeepSpeed puts double quotes around a value with any special character, escapes included.
+    return _LIVE.sub(r"\\\1", value).replace('"', '\\"')
+
+
+def _require_plain(what: str, value: str) -> None:
+    if any(ord(character) < 32 for character in value):
+        raise LaunchError(f"{what} {value!r} holds a control character: it cannot reach the hosts")
+    if "%" in value:
+        raise LaunchError(f"{what} {value!r} holds %, which pdsh would replace: write it into the recipe or a file instead")

@@ -1,0 +1,81 @@
+"""What the launcher and its ranks tell each other, through the run directory that all hosts share.
+
+The launcher renews a lease; ranks that see no new one for too long end themselves, so that nobody trains unwatched. The lease
+also carries the wish to stop. Ranks leave notes: that they started, and how they ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+#: Names the folder of the attempt, in the environment of every rank that `promoe_ds.cli.launch` starts.
+ATTEMPT_VARIABLE = "PROMOE_LAUNCH_DIR"
+#: Folder of the launcher's files inside a run directory.
+LAUNCH_FOLDER = "launch"
+_LEASE = "lease.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """How a rank stands: `code` None while it runs, else its exit code."""
+
+    rank: int
+    host: str
+    pid: int
+    code: int | None
+    message: str
+    time: float
+
+
+def attempt_folder() -> Path | None:
+    """Return the folder of the attempt that this process belongs to, None outside `promoe_ds.cli.launch`."""
+    value = os.environ.get(ATTEMPT_VARIABLE)
+    return Path(value) if value else None
+
+
+def renew_lease(folder: Path, count: int, stop: str = "") -> None:
+    """Write the lease: a number that grows, and why the job shall stop, if it shall."""
+    _write(folder / _LEASE, {"count": count, "stop": stop})
+
+
+def read_lease(folder: Path) -> tuple[int, str] | None:
+    """Return the lease's number and its wish to stop; None while there is none or it cannot be read."""
+    try:
+        values = json.loads((folder / _LEASE).read_text(encoding="utf-8"))
+        return int(values["count"]), str(values["stop"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def leave_note(rank: int, code: int | None, message: str) -> None:
+    """Say how this rank stands; without a launcher of ours, or with a run directory out of reach, nobody is told."""
+    folder = attempt_folder()
+    if folder is None:
+        return
+    note = Note(rank=rank, host=socket.gethostname(), pid=os.getpid(), code=code, message=message, time=time.time())
+    try:
+        _write(folder / f"rank_{rank:05d}.json", asdict(note))
+    except OSError:
+        return  # the launcher will say that the rank left none
+
+
+def read_notes(folder: Path) -> list[Note]:
+    """Return the notes of all ranks, by rank."""
+    notes = []
+    for path in sorted(folder.glob("rank_*.json")):
+        try:
+            notes.append(Note(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            continue  # half a note says nothing
+    return notes
+
+
+def _write(path: Path, values: dict) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(values), encoding="utf-8")
+    temporary.replace(path)

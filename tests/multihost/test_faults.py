@@ -1,0 +1,133 @@
+"""What breaks on a cluster: each fault is survived or ends the job in time, says which host, leaves nobody behind."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from promoe_ds.engine.manifest import list_checkpoints, read_manifest
+
+from .launched import FREEZE, KILL, TERM, TIMEOUT, launch, launcher_process, ranks, wait_until
+
+pytestmark = pytest.mark.multihost
+TWO = {"host1": 1, "host2": 1}
+LONG = ("parallel.ep_size=2", "train.max_steps=100000", "train.checkpoint_every=10")
+#: What processes need to end beyond a time-out, on two busy cores.
+MARGIN = 8
+
+
+def test_rank_killed_restart_repeats_the_losses(two_hosts, tmp_path, single_host_losses) -> None:
+    job = launch(two_hosts, tmp_path, TWO, "parallel.ep_size=2", "train.max_steps=40", "train.checkpoint_every=5",
+                 options=("--max-restarts", "1"))
+    job.wait_for_step(12)
+    os.kill(ranks(two_hosts, "host2")[0], KILL)
+    wait_until(lambda: "restart 1 of 1" in job.launcher_log(), TIMEOUT + MARGIN, job.log())
+    assert job.end(90) == 0, job.log()
+    assert "host2: rank 1 (process " in job.launcher_log()
+    assert "died without a word" in job.launcher_log()
+    assert job.losses() == pytest.approx(single_host_losses["four_experts"], rel=1e-5)
+    assert "resume: taking" in job.log()
+    assert job.left() == {}
+
+
+def test_link_down_for_seconds_goes_on_for_good_ends_in_time(two_hosts, tmp_path) -> None:
+    job = launch(two_hosts, tmp_path, TWO, *LONG)
+    job.wait_for_step(5)
+    two_hosts.set_link("host2", "down")
+    time.sleep(3)
+    two_hosts.set_link("host2", "up")
+    before = job.last_step()
+    job.wait_for_step(before + 20, timeout=TIMEOUT)
+    two_hosts.set_link("host2", "down")
+    try:
+        took = wait_until(lambda: not ranks(two_hosts, "host1") and not ranks(two_hosts, "host2"), TIMEOUT + MARGIN, job.log())
+        assert took > TIMEOUT / 2, "the ranks should have held out for the time-out"
+        assert job.end(60) == 7, job.log()
+        assert "host2: does not answer any more" in job.log()
+        assert job.left() == {}
+    finally:
+        two_hosts.set_link("host2", "up")
+    newest = list_checkpoints(job.run_dir / "checkpoints")[0]
+    assert read_manifest(newest).step > job.last_step() - 11, "nothing beyond the last checkpoint may be lost"
+
+
+def test_rank_frozen_peer_dumps_its_stacks_and_all_end(two_hosts, tmp_path) -> None:
+    job = launch(two_hosts, tmp_path, TWO, *LONG, "supervision.step_timeout_seconds=5", "parallel.timeout_seconds=6",
+                 "supervision.launcher_timeout_seconds=5")
+    job.wait_for_step(3)
+    os.kill(ranks(two_hosts, "host2")[0], FREEZE)
+    wait_until(lambda: not ranks(two_hosts, "host1"), 6 + MARGIN, job.log())
+    (dump,) = (job.run_dir / "supervision").glob("stalled_rank_00000_step_*.txt")
+    text = dump.read_text()
+    assert text.startswith(f"rank 0 on host1, process {text.split('process ')[1].split(',')[0]}, step {int(dump.stem[-7:])}\n")
+    assert "train_step" in text, "the stack of the main thread"
+    assert job.end(45) != 0
+    assert f"all stacks are in {dump}" in job.log()
+    assert "host2: rank 1" in job.launcher_log()
+    assert "host2: killed what was left of the job" in job.launcher_log()
+    assert job.left() == {}
+
+
+def test_host_unreachable_at_start_is_named_at_once(three_hosts, tmp_path) -> None:
+    three_hosts.set_link("host3", "down")
+    try:
+        job = launch(three_hosts, tmp_path, {"host1": 1, "host2": 1, "host3": 1}, "parallel.ep_size=1")
+        assert job.end(TIMEOUT) == 10, job.log()
+    finally:
+        three_hosts.set_link("host3", "up")
+    assert job.log().count("error: host3: ssh failed: ") == 1
+    assert not (job.run_dir / "config.yaml").exists(), "no rank may have been started"
+    assert job.left() == {}
+
+
+def test_sigterm_to_the_launcher_saves_and_ends_with_75(two_hosts, tmp_path) -> None:
+    job = launch(two_hosts, tmp_path, {"host1": 1, "host2": 1}, *LONG[:2], "train.checkpoint_every=100000")
+    job.wait_for_step(3)
+    os.kill(launcher_process(job), TERM)
+    assert job.end(TIMEOUT) == 75, job.log()
+    assert "stopped: asked to stop (SIGTERM): saved step" in job.log()
+    newest = list_checkpoints(job.run_dir / "checkpoints")[0]
+    assert read_manifest(newest).step == job.last_step()
+    assert job.left() == {}
+
+
+def test_host_stays_dead_restart_on_fewer_repeats_the_losses(three_hosts, tmp_path, single_host_losses) -> None:
+    job = launch(three_hosts, tmp_path, {"host1": 1, "host2": 1, "host3": 1}, "parallel.ep_size=3", "routing.num_experts=6",
+                 "train.global_batch_size=12", "train.max_steps=40", "train.checkpoint_every=5", "parallel.timeout_seconds=8",
+                 options=("--max-restarts", "1", "--host-wait", "2"))
+    job.wait_for_step(12)
+    three_hosts.set_link("host3", "down")
+    try:
+        assert job.end(150) == 0, job.log()
+        assert job.left() == {}
+    finally:
+        three_hosts.set_link("host3", "up")
+    log = job.launcher_log()
+    assert "host3: does not answer any more" in log
+    assert "going on without host3" in log
+    assert "2 ranks on host1 (1), host2 (1), ep_size 2" in log
+    assert "resharding, from 3 ranks" in job.log()
+    assert job.losses() == pytest.approx(single_host_losses["six_experts"], rel=1e-5)
+
+
+@pytest.mark.parametrize("victim", ["launcher", "remote deepspeed.launcher.launch", "pdsh"])
+def test_watcher_killed_ranks_end_on_all_hosts(two_hosts, tmp_path, victim) -> None:
+    """Plain DeepSpeed leaves them training, unseen."""
+    job = launch(two_hosts, tmp_path, TWO, *LONG, "supervision.launcher_timeout_seconds=8")
+    job.wait_for_step(3)
+    if victim == "launcher":
+        os.kill(launcher_process(job), KILL)
+    elif victim == "pdsh":
+        for pid in two_hosts.processes("host1", "pdsh"):
+            os.kill(pid, KILL)
+    else:
+        for pid, command in two_hosts.processes("host2", "deepspeed.launcher.launch").items():
+            if "bash" not in command.split()[0]:
+                os.kill(pid, KILL)
+    took = wait_until(lambda: not job.left(), 8 + MARGIN, f"{job.left()} {job.log()}")
+    assert took < 8 + MARGIN
+    code = job.end(60)
+    assert code == (-9 if victim == "launcher" else code)
+    assert code != 0

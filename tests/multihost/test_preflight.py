@@ -1,0 +1,129 @@
+"""The pre-flight on real hosts: sound ones pass, each defect is one line with host, what and how to mend it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.jobs import REPOSITORY, TINY
+
+from .cluster import Cluster
+
+pytestmark = pytest.mark.multihost
+
+
+def _preflight(cluster: Cluster, folder: Path, hostfile: str, *, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    (folder / "hosts").write_text(hostfile)
+    command = [sys.executable, "-m", "promoe_ds.cli.preflight", "--hostfile", str(folder / "hosts"), *options, "--", "--recipe",
+               "digits_promoe", "--deepspeed_config", "ds_configs/zero2_fp32.json", "--run-dir", str(folder / "run"), "--set",
+               *TINY, "parallel.ep_size=1"]
+    return cluster.run("host1", *command, cwd=REPOSITORY)
+
+
+THREE = "host1 slots=1\nhost2 slots=2\nhost3 slots=1\n"
+
+
+def test_preflight_sound_hosts_pass_with_a_table_of_links(three_hosts, tmp_path) -> None:
+    done = _preflight(three_hosts, tmp_path, THREE)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "pre-flight: 3 hosts, 4 ranks, interface eth0: sound"
+    pairs = {tuple(line.split()[:2]) for line in lines[1:7]}
+    assert len(pairs) == 6
+    assert all(float(line.split()[2].replace(",", "")) > 1 for line in lines[1:7])
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+
+
+def test_preflight_slow_host_is_in_the_table_of_slow_links(three_hosts, tmp_path) -> None:
+    three_hosts.limit("host3", "20mbit")
+    try:
+        done = _preflight(three_hosts, tmp_path, THREE)
+    finally:
+        three_hosts.unlimit("host3")
+    assert done.returncode == 0, done.stderr
+    slow = done.stdout.split("slow links:\n")[1].splitlines()[1:-1]
+    assert slow
+    assert all("host3" in line.split()[:2] for line in slow)
+    # tbf lets a burst pass at full speed.
+    assert all(float(line.split()[2].replace(",", "")) < 60 for line in slow)
+
+
+def test_preflight_defects_of_several_hosts_are_all_named(three_hosts, tmp_path) -> None:
+    """One host's run directory is its own, another's clock cannot be read: its environment is not there."""
+    shared = tmp_path / "run"
+    shared.mkdir()
+    assert three_hosts.run("host2", "mount", "-t", "tmpfs", "tmpfs", str(shared)).returncode == 0
+    assert three_hosts.run("host3", "mount", "-t", "tmpfs", "tmpfs", str(REPOSITORY)).returncode == 0
+    try:
+        done = _preflight(three_hosts, tmp_path, THREE)
+    finally:
+        three_hosts.run("host2", "umount", str(shared))
+        three_hosts.run("host3", "umount", str(REPOSITORY))
+    assert done.returncode == 10, done.stdout
+    assert f"  host2: --run-dir {shared} is another folder there than here: put it on a file system that all hosts" in done.stderr
+    assert "  host3: the agent ended with code 1: " in done.stderr
+    assert "No module named" in done.stderr
+    assert "error: pre-flight: 2 problems" in done.stderr
+
+
+def test_preflight_unreachable_and_locked_hosts_are_named(three_hosts, tmp_path) -> None:
+    three_hosts.set_link("host3", "down")
+    config = three_hosts.home("host1") / ".ssh/config"
+    before = config.read_text()
+    config.write_text("Host host2\n  IdentityFile /nowhere\n  User root\n  UserKnownHostsFile "
+                      f"{three_hosts.root}/known_hosts\nHost host1 host3\n" + before.partition("\n")[2])
+    try:
+        done = _preflight(three_hosts, tmp_path, THREE)
+    finally:
+        three_hosts.set_link("host3", "up")
+        config.write_text(before)
+    assert done.returncode == 10
+    assert "  host2: ssh failed: root@host2: Permission denied (publickey).: install your key there (ssh-copy-id)" in done.stderr
+    assert "  host3: ssh failed: " in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+
+
+def test_preflight_port_gpus_and_interface_are_checked(two_hosts, tmp_path) -> None:
+    two = "host1 slots=1\nhost2 slots=1\n"
+    code = ("import socket, sys; s = socket.create_server(('10.87.2.1', 29511)); print('listening', flush=True); "
+            "sys.stdin.read()")
+    holder = two_hosts.popen("host1", sys.executable, "-c", code, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == "listening\n"
+        done = _preflight(two_hosts, tmp_path, two, options=("--master-port", "29511"))
+    finally:
+        holder.communicate()  # its input ends, and it with that
+    assert "host1: port 29511 of 10.87.2.1 cannot be used (Address already in use): end what holds it or give" in done.stderr
+    done = _preflight(two_hosts, tmp_path, two, options=("--interface", "ib0"))
+    assert "host1: has no interface ib0 with an address (it has lo 127.0.0.1, eth0 10.87.2.1): give another" in done.stderr
+    environment = two_hosts.home("host1") / ".deepspeed_env"
+    before = environment.read_text()
+    environment.write_text("OMP_NUM_THREADS=1\n")
+    try:
+        done = _preflight(two_hosts, tmp_path, two)
+    finally:
+        environment.write_text(before)
+    assert "host2: 0 GPUs, but slots=1: correct the hostfile, or put DS_ACCELERATOR=cpu into .deepspeed_env" in done.stderr
+
+
+@pytest.mark.parametrize(("hostfile", "message"), [
+    ("host1 slots=1\nhost2;touch${IFS}oops slots=1\n", "is no host name"), ("host1 slots=1\nhost1 slots=2\n", "is listed twice"),
+    ("host1 slots=0\n", "slots=0 must be a number from 1"), ("", "no host in it"), ("host1\n", "is not of the form `NAME slots=N`"),
+])
+def test_preflight_hostfile_mistake_is_one_line(two_hosts, tmp_path, hostfile, message) -> None:
+    done = _preflight(two_hosts, tmp_path, hostfile)
+    assert done.returncode == 10
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("oops*"))
+
+
+def test_hosts_are_separate(two_hosts) -> None:
+    """The fixture's own promise: names, networks and processes of their own."""
+    assert two_hosts.run("host2", "hostname").stdout == "host2\n" != f"{socket.gethostname()}\n"
+    assert "eth0" in two_hosts.run("host1", "ip", "-o", "address").stdout
+    assert len(two_hosts.run("host1", "ps", "ax").stdout.splitlines()) < 10
