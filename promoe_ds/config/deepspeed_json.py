@@ -88,7 +88,7 @@ def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchP
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(sorted(valid))}"
             raise ConfigError(f"{source}: {prefix}{key} is no setting that this trainer knows; {hint}")
     stage = _check_zero(resolved, source)
-    bf16 = bool(_section(resolved, "bf16", source).get("enabled", False))
+    bf16 = _resolve_bf16(resolved, config, source)
     if bf16 and stage == 0:
         raise ConfigError(f"{source}: bf16.enabled with zero_optimization.stage=0 leaves experts out of the gradient norm "
                           "in DeepSpeed: use stage 1 or 2, or fp32")
@@ -112,6 +112,23 @@ def _check_zero(resolved: dict[str, Any], source: str) -> int:
             raise ConfigError(f"{source}: zero_optimization.{key} is not supported: the shards of the weights and of their "
                               "moving average could not be told apart in a checkpoint; leave it out")
     return stage
+
+
+def _resolve_bf16(resolved: dict[str, Any], config: RunConfig, source: str) -> bool:
+    """Let recipe and file agree on bf16 weights, which FP8 has, too; write the answer into the file's section."""
+    section, compute = _section(resolved, "bf16", source), config.precision.compute
+    stated = section.get("enabled", "auto" if compute != "auto" else False)
+    if stated == "auto":
+        if compute == "auto":
+            raise ConfigError(f"{source}: bf16.enabled is \"auto\", but the recipe's precision.compute leaves it to this file: "
+                              "state one of them")
+        stated = compute != "fp32"
+    elif compute != "auto" and bool(stated) != (compute != "fp32"):
+        raise ConfigError(f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute} of the recipe: say "
+                          "\"auto\" there, or make them agree")
+    if stated or section:
+        resolved["bf16"] = {**section, "enabled": bool(stated)}
+    return bool(stated)
 
 
 def _fill_auto(resolved: dict[str, Any], config: RunConfig, batches: BatchPlan, source: str) -> None:

@@ -37,7 +37,9 @@ FREE_FIELDS = {
     "data": {"path"},
     "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "max_nonfinite_steps",
               "micro_batch_size"},
-    "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch"},
+    "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch", "megatron_dispatcher",
+                 "exchange_dtype", "expert_groups", "compile"},
+    "precision": {"compute", "fp8_recipe", "kernels"},
     "logging": {"tensorboard", "timestep_bins"},
     "sampling": {"steps", "cfg_scale", "solver"},
 }
@@ -45,7 +47,7 @@ FREE_FIELDS = {
 
 def layout_of(config: RunConfig, plan: DeepSpeedPlan, world_size: int) -> Layout:
     """Return the layout that a run's checkpoints have."""
-    return Layout(world_size=world_size, ep_size=config.parallel.ep_size, dispatch=config.parallel.resolved_dispatch,
+    return Layout(world_size=world_size, ep_size=config.parallel.ep_size, dispatch=config.parallel.expert_storage,
                   zero_stage=plan.zero_stage, precision=plan.precision,
                   data_before_expert=bool(plan.json.get("use_data_before_expert_parallelism", False)))
 

@@ -55,7 +55,7 @@ class RoutingAccumulator:
             self._counts_LQC[row] += in_bin_QB @ columns_BC
             self._similarity_L[row] += stats.prototype_similarity.double()
             element_size = next(layer.routed.parameters()).element_size()
-            self._bytes_L[row] += layer.dispatcher.bytes_leaving(plans[index].assignment, width, element_size)
+            self._bytes_L[row] += layer.dispatcher.bytes_exchanged(plans[index].assignment, width, element_size)
         self._passes += 1
 
     def reduce(self, *, step: int, steps: int) -> list[dict[str, Any]]:

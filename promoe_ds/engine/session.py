@@ -58,10 +58,10 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
     with torch.device("meta"):
         network = build_model(config)
     expert_group = None
-    if config.parallel.resolved_dispatch == "deepspeed":
+    if config.parallel.resolved_dispatch != "local":
         topology = bool(deepspeed_plan.json.get("use_data_before_expert_parallelism", False))
         expert_group = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds, data_before_expert=topology)
-        shard_experts(network, config.parallel.ep_size, expert_group)
+        shard_experts(network, expert_group, ranks.device)
     if config.routing.rcl_scope == "global" and ranks.world_size > 1:
         share_centroids(network)
     network.to_empty(device=ranks.device)

@@ -48,8 +48,8 @@ class ExpertPath(Protocol):
     def begin(self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment) -> PendingOutput:
         """Start; calling the result ends it. What is computed in between may overlap with the exchange."""
 
-    def bytes_leaving(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
-        """Bytes that a pass sends to other ranks, forward and backward, a scalar int64 on the device.  Sync: none."""
+    def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
+        """Bytes that this rank's rows take between ranks in a pass, forward and backward, a scalar int64.  Sync: none."""
 
 
 class Dispatcher(ABC):
@@ -77,7 +77,7 @@ class Dispatcher(ABC):
     def rows_leaving(self, assignment: Assignment) -> Tensor:
         """Rows of an assignment that live on other ranks, a scalar int64 on the device.  Sync: none."""
 
-    def bytes_leaving(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
+    def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
         """Four crossings of each row: out and back, forward and backward."""
         return CROSSINGS * width * element_size * self.rows_leaving(assignment)
 
@@ -152,7 +152,7 @@ class DeepSpeedDispatcher(Dispatcher):
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
         return sent_We.sum() - sent_We[self.rank].sum()
 
-    def bytes_leaving(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
+    def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
         """Four crossings of each row, as it looks on the wire."""
         return CROSSINGS * self.wire.row_bytes(width, element_size) * self.rows_leaving(assignment)
 
