@@ -38,6 +38,8 @@ _ZERO = {
     "use_multi_rank_bucket_allreduce",
 }
 _BF16 = {"enabled"}
+#: Of offload_optimizer; others are for NVMe, or for an optimizer of DeepSpeed's own.
+_OFFLOAD = {"device", "pin_memory"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchP
         # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: engine/clip.py clips.
         resolved["gradient_clipping"] = 0.0
     resolved["zero_allow_untested_optimizer"] = True  # AdamW with the moving average in its state
+    resolved["zero_force_ds_cpu_optimizer"] = False  # the same AdamW on the host, where its state is offloaded
     resolved.setdefault("steps_per_print", 10**9)
     return DeepSpeedPlan(json=resolved, zero_stage=stage, precision="bf16" if bf16 else "fp32")
 
@@ -107,10 +110,18 @@ def _check_zero(resolved: dict[str, Any], source: str) -> int:
     if stage not in (0, 1, 2):
         raise ConfigError(f"{source}: zero_optimization.stage={stage} is not supported: DeepSpeed refuses expert "
                           "parallelism under ZeRO 3; use 0, 1 or 2")
-    for key in ("round_robin_gradients", "offload_optimizer", "offload_param"):
+    for key in ("round_robin_gradients", "offload_param"):
         if zero.get(key):
             raise ConfigError(f"{source}: zero_optimization.{key} is not supported: the shards of the weights and of their "
                               "moving average could not be told apart in a checkpoint; leave it out")
+    offload = zero.get("offload_optimizer")
+    if offload is not None:
+        if stage == 0:
+            raise ConfigError(f"{source}: zero_optimization.offload_optimizer needs stage 1 or 2, which cut the optimizer's state "
+                              "into shards; this is stage 0")
+        if not isinstance(offload, dict) or offload.get("device") != "cpu" or offload.keys() - _OFFLOAD:
+            raise ConfigError(f"{source}: zero_optimization.offload_optimizer={json.dumps(offload)} is not supported: say "
+                              "{\"device\": \"cpu\"}, with pin_memory or without, or leave it out")
     return stage
 
 
@@ -120,8 +131,7 @@ def _resolve_bf16(resolved: dict[str, Any], config: RunConfig, source: str) -> b
     stated = section.get("enabled", "auto" if compute != "auto" else False)
     if stated == "auto":
         if compute == "auto":
-            raise ConfigError(f"{source}: bf16.enabled is \"auto\", but the recipe's precision.compute leaves it to this file: "
-                              "state one of them")
+            raise ConfigError(f"{source}: bf16.enabled is \"auto\" and so is the recipe's precision.compute: state one of them")
         stated = compute != "fp32"
     elif compute != "auto" and bool(stated) != (compute != "fp32"):
         raise ConfigError(f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute} of the recipe: say "

@@ -180,6 +180,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _precision_fits(self) -> RunConfig:
+        if self.precision.uses_transformer_engine and self.parallel.compile:
+            raise ValueError("parallel.compile=true cannot look into Transformer Engine's layers (precision.kernels): switch one "
+                             "of them off")
         if self.precision.compute != "fp8":
             return self
         widths = {"model.hidden_size": self.model.hidden_size, "the dense width (model.mlp_ratio)":

@@ -17,6 +17,7 @@ from promoe_ds.engine.clip import clip_gradients, global_grad_norm
 from promoe_ds.engine.distributed import Ranks
 from promoe_ds.engine.health import HealthWatch
 from promoe_ds.engine.optimizer import AdamWithEma, learning_rate, parameter_groups
+from promoe_ds.engine.placement import check_placement
 from promoe_ds.engine.router_state import RouterState, give_superclasses, seed_centroids
 from promoe_ds.engine.routing_log import RoutingAccumulator
 from promoe_ds.engine.step import StepResult, TrainingModule
@@ -61,12 +62,15 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
     if config.parallel.resolved_dispatch != "local":
         topology = bool(deepspeed_plan.json.get("use_data_before_expert_parallelism", False))
         expert_group = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds, data_before_expert=topology)
+        check_placement(expert_group, required=config.parallel.expert_groups == "node")
         shard_experts(network, expert_group, ranks.device)
     if config.routing.rcl_scope == "global" and ranks.world_size > 1:
         share_centroids(network)
     network.to_empty(device=ranks.device)
     initialise(network, config.train.seed)
     mark_experts(network)
+    for block in network.blocks if config.parallel.compile else ():
+        block.compile_dense()
     module = TrainingModule(network).train()
     optimizer = AdamWithEma(parameter_groups(module, config.optimizer), config.optimizer)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_plan.json, dist_init_required=False)

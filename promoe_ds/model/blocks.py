@@ -5,6 +5,7 @@ Letters: B images, S tokens per image, D width, A heads, G head width.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,6 +73,20 @@ class DiTBlock(nn.Module):
             return self._run(self._apply_dense, x_BSD, tokens_BSD, gate_BD), None
         plan = self.moe.route(tokens_BSD, partition)
         return self._run(self._apply_experts, x_BSD, tokens_BSD, gate_BD, partition, plan), plan
+
+    def compile_dense(self, backend: str = "inductor") -> None:
+        """Compile attention and the feed-forwards that every rank runs whole; routing, exchange and routed experts stay eager.
+
+        The rows of an unconditional expert change from batch to batch: its shapes are dynamic.
+        """
+        self._attend = torch.compile(self._attend, backend=backend)
+        if not self.is_moe:
+            self.feed_forward.compile(backend=backend)
+            return
+        if self.moe.shared is not None:
+            self.moe.shared.compile(backend=backend)
+        if self.moe.unconditional is not None:
+            self.moe.unconditional.compile(backend=backend, dynamic=True)
 
     def _attend(self, x_BSD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(F.silu(condition_BD)).chunk(6, dim=-1)
