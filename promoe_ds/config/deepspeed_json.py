@@ -50,6 +50,11 @@ class DeepSpeedPlan:
     zero_stage: int
     precision: Literal["fp32", "bf16"]
 
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state lies in the host's memory."""
+        return bool(self.json.get("zero_optimization", {}).get("offload_optimizer"))
+
 
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed config as strict JSON: no comments, no duplicate keys, no NaN.
