@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e '.[report,test]'`."""
+"""Packaging: `pip install -e '.[megatron,report,test]'`."""
 
 from pathlib import Path
 

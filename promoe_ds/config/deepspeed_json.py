@@ -38,6 +38,8 @@ _ZERO = {
     "use_multi_rank_bucket_allreduce",
 }
 _BF16 = {"enabled"}
+#: Of offload_optimizer; others are for NVMe, or for an optimizer of DeepSpeed's own.
+_OFFLOAD = {"device", "pin_memory"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,11 @@ class DeepSpeedPlan:
     json: dict[str, Any]
     zero_stage: int
     precision: Literal["fp32", "bf16"]
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state lies in the host's memory."""
+        return bool(self.json.get("zero_optimization", {}).get("offload_optimizer"))
 
 
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchP
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(sorted(valid))}"
             raise ConfigError(f"{source}: {prefix}{key} is no setting that this trainer knows; {hint}")
     stage = _check_zero(resolved, source)
-    bf16 = bool(_section(resolved, "bf16", source).get("enabled", False))
+    bf16 = _resolve_bf16(resolved, config, source)
     if bf16 and stage == 0:
         raise ConfigError(f"{source}: bf16.enabled with zero_optimization.stage=0 leaves experts out of the gradient norm "
                           "in DeepSpeed: use stage 1 or 2, or fp32")
@@ -97,6 +104,7 @@ def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchP
         # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: engine/clip.py clips.
         resolved["gradient_clipping"] = 0.0
     resolved["zero_allow_untested_optimizer"] = True  # AdamW with the moving average in its state
+    resolved["zero_force_ds_cpu_optimizer"] = False  # the same AdamW on the host, where its state is offloaded
     resolved.setdefault("steps_per_print", 10**9)
     return DeepSpeedPlan(json=resolved, zero_stage=stage, precision="bf16" if bf16 else "fp32")
 
@@ -107,11 +115,35 @@ def _check_zero(resolved: dict[str, Any], source: str) -> int:
     if stage not in (0, 1, 2):
         raise ConfigError(f"{source}: zero_optimization.stage={stage} is not supported: DeepSpeed refuses expert "
                           "parallelism under ZeRO 3; use 0, 1 or 2")
-    for key in ("round_robin_gradients", "offload_optimizer", "offload_param"):
+    for key in ("round_robin_gradients", "offload_param"):
         if zero.get(key):
             raise ConfigError(f"{source}: zero_optimization.{key} is not supported: the shards of the weights and of their "
                               "moving average could not be told apart in a checkpoint; leave it out")
+    offload = zero.get("offload_optimizer")
+    if offload is not None:
+        if stage == 0:
+            raise ConfigError(f"{source}: zero_optimization.offload_optimizer needs stage 1 or 2, which cut the optimizer's state "
+                              "into shards; this is stage 0")
+        if not isinstance(offload, dict) or offload.get("device") != "cpu" or offload.keys() - _OFFLOAD:
+            raise ConfigError(f"{source}: zero_optimization.offload_optimizer={json.dumps(offload)} is not supported: say "
+                              "{\"device\": \"cpu\"}, with pin_memory or without, or leave it out")
     return stage
+
+
+def _resolve_bf16(resolved: dict[str, Any], config: RunConfig, source: str) -> bool:
+    """Let recipe and file agree on bf16 weights, which FP8 has, too; write the answer into the file's section."""
+    section, compute = _section(resolved, "bf16", source), config.precision.compute
+    stated = section.get("enabled", "auto" if compute != "auto" else False)
+    if stated == "auto":
+        if compute == "auto":
+            raise ConfigError(f"{source}: bf16.enabled is \"auto\" and so is the recipe's precision.compute: state one of them")
+        stated = compute != "fp32"
+    elif compute != "auto" and bool(stated) != (compute != "fp32"):
+        raise ConfigError(f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute} of the recipe: say "
+                          "\"auto\" there, or make them agree")
+    if stated or section:
+        resolved["bf16"] = {**section, "enabled": bool(stated)}
+    return bool(stated)
 
 
 def _fill_auto(resolved: dict[str, Any], config: RunConfig, batches: BatchPlan, source: str) -> None:

@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.config.optimizer import OptimizerConfig
+from promoe_ds.config.parallel import FOREIGN_DISPATCH, TOKENS_CHOOSE, ParallelConfig
+from promoe_ds.config.precision import FP8_WIDTH_MULTIPLE, PrecisionConfig
 from promoe_ds.config.presets import PRESETS
 from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.config.section import Section
@@ -69,30 +71,6 @@ class ModelConfig(Section):
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
-class ParallelConfig(Section):
-    """How the experts lie over the ranks and what moves the tokens."""
-
-    ep_size: int = Field(1, gt=0, description="ranks that share one set of routed experts")
-    dispatch: Literal["auto", "local", "deepspeed"] = Field("auto", description="auto: deepspeed when ep_size > 1")
-    expert_backend: Literal["auto", "grouped_mm", "loop"] = Field("auto", description="auto: grouped_mm where the widths allow it")
-    activation_checkpointing: Literal["none", "full"] = "none"
-    timeout_seconds: float = Field(600.0, gt=0, description="of every collective")
-
-    @model_validator(mode="after")
-    def _dispatch_fits(self) -> ParallelConfig:
-        if self.dispatch == "local" and self.ep_size > 1:
-            raise ValueError(f"dispatch=local keeps all experts on one rank, ep_size={self.ep_size} shards them: "
-                             "use dispatch=deepspeed (or auto), or ep_size=1")
-        return self
-
-    @property
-    def resolved_dispatch(self) -> Literal["local", "deepspeed"]:
-        """The dispatcher that `auto` stands for."""
-        if self.dispatch == "auto":
-            return "deepspeed" if self.ep_size > 1 else "local"
-        return self.dispatch
-
-
 class DataConfig(Section):
     """Where samples come from."""
 
@@ -148,6 +126,7 @@ class RunConfig(Section):
     model: ModelConfig
     routing: RoutingConfig = RoutingConfig()
     parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -174,8 +153,29 @@ class RunConfig(Section):
                 raise ValueError(f"parallel.expert_backend=grouped_mm needs rows of a multiple of 16 bytes: model.hidden_size="
                                  f"{self.model.hidden_size} and the expert width {self.expert_width} must be multiples of "
                                  f"{_GROUPED_GEMM_MULTIPLE}; change them or use loop")
+            if self.parallel.dispatch in FOREIGN_DISPATCH and self.routing.method not in TOKENS_CHOOSE:
+                raise ValueError(f"parallel.dispatch={self.parallel.dispatch} asks every token for routing.top_k experts, but with "
+                                 f"routing.method={self.routing.method} experts choose: use parallel.dispatch=deepspeed, or one "
+                                 f"of the methods {', '.join(TOKENS_CHOOSE)}")
         if self.data.dataset == "digits":
             self._digits_fit()
+        return self
+
+    @model_validator(mode="after")
+    def _precision_fits(self) -> RunConfig:
+        if self.precision.uses_transformer_engine and self.parallel.compile:
+            raise ValueError("parallel.compile=true cannot look into Transformer Engine's layers (precision.kernels): switch one "
+                             "of them off")
+        if self.precision.compute != "fp8":
+            return self
+        widths = {"model.hidden_size": self.model.hidden_size, "the dense width (model.mlp_ratio)":
+                  int(self.model.mlp_ratio * self.model.hidden_size)}
+        if self.routing.method != "dense":
+            widths |= {"routing.expert_width": self.expert_width, "routing.shared_expert_width": self.shared_expert_width}
+        for name, width in widths.items():
+            if width % FP8_WIDTH_MULTIPLE:
+                raise ValueError(f"precision.compute=fp8 needs widths of a multiple of {FP8_WIDTH_MULTIPLE}, but {name} is "
+                                 f"{width}: change it, or use bf16")
         return self
 
     @model_validator(mode="after")

@@ -16,10 +16,14 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from promoe_ds.config import RunConfig
+from promoe_ds.engine.capacity_backend import CapacityPath
+from promoe_ds.engine.megatron_backend import MegatronPath
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.collectives import all_reduce_sum
-from promoe_ds.moe.dispatch import DeepSpeedDispatcher
+from promoe_ds.moe.dispatch import DeepSpeedDispatcher, ExpertPath
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, StackedExperts
+from promoe_ds.moe.wire import WIRES
 
 #: DeepSpeed writes one file an expert and wants its keys to look like this.
 _DEEPSPEED_KEY = "deepspeed_moe.experts.deepspeed_experts."
@@ -68,11 +72,22 @@ def create_expert_groups(ep_size: int, timeout_seconds: float, *, data_before_ex
     return expert_group
 
 
-def shard_experts(network: DiT, ep_size: int, group: dist.ProcessGroup) -> None:
-    """Replace every layer's routed experts (on the meta device) by this rank's share and connect the exchange."""
+def shard_experts(network: DiT, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Replace every layer's routed experts (on the meta device) by this rank's share and connect the path to the others.
+
+    Raises: ConfigError if the path needs what is not installed.
+    """
     for layer in network.moe_layers().values():
-        layer.routed = ShardedExperts(layer.routed, ep_size=ep_size, ep_rank=dist.get_rank(group))
-        layer.dispatcher = DeepSpeedDispatcher(group)
+        layer.routed = ShardedExperts(layer.routed, ep_size=dist.get_world_size(group), ep_rank=dist.get_rank(group))
+        layer.dispatcher = _expert_path(network.config, layer.routed, group, device)
+
+
+def _expert_path(config: RunConfig, experts: ShardedExperts, group: dist.ProcessGroup, device: torch.device) -> ExpertPath:
+    if config.parallel.resolved_dispatch == "deepspeed_capacity":
+        return CapacityPath(config.routing.num_experts, config.routing.top_k, config.parallel.capacity_factor, group)
+    if config.parallel.resolved_dispatch == "megatron":
+        return MegatronPath(config, experts, group, device)
+    return DeepSpeedDispatcher(group, WIRES[config.parallel.exchange_dtype])
 
 
 def share_centroids(network: DiT) -> None:

@@ -54,9 +54,8 @@ class RoutingAccumulator:
                                     (tokens * (1 - routed_B))[:, None], stats.gate_sums_B.double()[:, None]], dim=1)
             self._counts_LQC[row] += in_bin_QB @ columns_BC
             self._similarity_L[row] += stats.prototype_similarity.double()
-            # Forward: rows out and results back; the backward pass moves the same again.
-            row_bytes = 4 * width * next(layer.routed.parameters()).element_size()
-            self._bytes_L[row] += row_bytes * layer.dispatcher.rows_leaving(plans[index].assignment)
+            element_size = next(layer.routed.parameters()).element_size()
+            self._bytes_L[row] += layer.dispatcher.bytes_exchanged(plans[index].assignment, width, element_size)
         self._passes += 1
 
     def reduce(self, *, step: int, steps: int) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ _LOG = get_logger("checkpoint")
 
 def layout_of(config: RunConfig, plan: DeepSpeedPlan, world_size: int) -> Layout:
     """Return the layout that a run's checkpoints have."""
-    return Layout(world_size=world_size, ep_size=config.parallel.ep_size, dispatch=config.parallel.resolved_dispatch,
+    return Layout(world_size=world_size, ep_size=config.parallel.ep_size, dispatch=config.parallel.expert_storage,
                   zero_stage=plan.zero_stage, precision=plan.precision,
                   data_before_expert=bool(plan.json.get("use_data_before_expert_parallelism", False)))
 

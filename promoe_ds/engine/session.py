@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import deepspeed
@@ -17,11 +18,17 @@ from promoe_ds.engine.clip import clip_gradients, global_grad_norm
 from promoe_ds.engine.distributed import Ranks
 from promoe_ds.engine.health import HealthWatch
 from promoe_ds.engine.optimizer import AdamWithEma, learning_rate, parameter_groups
+from promoe_ds.engine.placement import check_placement
 from promoe_ds.engine.router_state import RouterState, give_superclasses, seed_centroids
 from promoe_ds.engine.routing_log import RoutingAccumulator
 from promoe_ds.engine.step import StepResult, TrainingModule
 from promoe_ds.engine.storage import RecordingStorage
+from promoe_ds.engine.te_layers import use_transformer_engine
+from promoe_ds.engine.te_support import require_transformer_engine
+from promoe_ds.logs import get_logger
 from promoe_ds.model import build_model, initialise
+
+_LOG = get_logger("session")
 
 #: Samples of the first batch that routers may start from.
 _STARTING_SAMPLES = 32
@@ -57,20 +64,27 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
 
     Experts are cut on the meta device, before any memory is taken; weights are a function of the seed, not of the layout.
     """
+    if config.precision.uses_transformer_engine:
+        require_transformer_engine(config.precision, ranks.device)
     with torch.device("meta"):
         network = build_model(config)
     expert_group = None
-    if config.parallel.resolved_dispatch == "deepspeed":
+    if config.parallel.resolved_dispatch != "local":
         topology = bool(deepspeed_plan.json.get("use_data_before_expert_parallelism", False))
         expert_group = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds, data_before_expert=topology)
-        shard_experts(network, config.parallel.ep_size, expert_group)
+        check_placement(expert_group, required=config.parallel.expert_groups == "node")
+        shard_experts(network, expert_group, ranks.device)
     if config.routing.rcl_scope == "global" and ranks.world_size > 1:
         share_centroids(network)
     network.to_empty(device=ranks.device)
     initialise(network, config.train.seed)
     mark_experts(network)
-    module = TrainingModule(network).train()
+    for block in network.blocks if config.parallel.compile else ():
+        block.compile_dense()
+    uses_te = config.precision.uses_transformer_engine
+    module = TrainingModule(network, use_transformer_engine(network, config, ranks.device) if uses_te else nullcontext).train()
     optimizer = AdamWithEma(parameter_groups(module, config.optimizer), config.optimizer)
+    _LOG.info("optimizer: torch's fused AdamW, its state %s", "on the host" if deepspeed_plan.offloads else "with the weights")
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_plan.json, dist_init_required=False)
     engine.checkpoint_engine = RecordingStorage(background=config.train.async_checkpoint)
     # Rank 0 would copy converters that cannot read expert-parallel shards, past our storage, into every checkpoint folder.

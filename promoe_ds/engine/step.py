@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +26,10 @@ class TrainingOutput:
 class TrainingModule(nn.Module):
     """What DeepSpeed's engine wraps: a batch in, the loss out."""
 
-    def __init__(self, denoiser: DiT) -> None:
-        """Train `denoiser`."""
+    def __init__(self, denoiser: DiT, compute_context: Callable[[], AbstractContextManager] = nullcontext) -> None:
+        """Train `denoiser`, whose passes run in a context that `compute_context` makes."""
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser, self.compute_context = denoiser, compute_context
         self.objective = build_objective(denoiser.config.diffusion)
 
     def forward(self, batch: DiffusionBatch) -> TrainingOutput:
@@ -36,7 +38,8 @@ class TrainingModule(nn.Module):
         Source: Sec. 4.3, L = Eq. 1 + lambda_RCL * Eq. 6, summed over the MoE layers; official: the auxiliary losses enter
         the gradient alone, with weight 1; differs: accumulation and scaling treat them as the rest of the loss.
         """
-        output = self.denoiser.denoise(self.objective.noised(batch), self.objective.timestep(batch), batch.labels_B)
+        with self.compute_context():
+            output = self.denoiser.denoise(self.objective.noised(batch), self.objective.timestep(batch), batch.labels_B)
         terms = self.objective.losses(output.prediction_BZHW, batch)
         for plan in output.plans.values():
             for name, value in plan.aux_losses.items():

@@ -5,12 +5,13 @@ Letters: B images, S tokens per image, D width, A heads, G head width.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from promoe_ds.moe.experts import FeedForward
 from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.recompute import Recompute, recomputed
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
 
@@ -58,13 +59,14 @@ class DiTBlock(nn.Module):
             self.moe = feed_forward
         else:
             self.feed_forward = feed_forward
-        self.recompute = False
+        self.recompute = self.recompute_hidden = False
+        self.checkpoint: Recompute = recomputed
 
     def forward(self, x_BSD: Tensor, condition_BD: Tensor, partition: Partition) -> tuple[Tensor, RoutingPlan | None]:
         """Map (B, S, D) to (B, S, D) and return the layer's routing plan, None for a dense block.
 
         With `recompute` the two halves are recomputed in the backward pass. Routing stands between them and is not: its
-        decision, losses and statistics exist once.
+        decision, losses and statistics exist once. With `recompute_hidden` a dense feed-forward is recomputed alone.
         """
         x_BSD, tokens_BSD, gate_BD = self._run(self._attend, x_BSD, condition_BD)
         if not self.is_moe:
@@ -72,13 +74,29 @@ class DiTBlock(nn.Module):
         plan = self.moe.route(tokens_BSD, partition)
         return self._run(self._apply_experts, x_BSD, tokens_BSD, gate_BD, partition, plan), plan
 
+    def compile_dense(self, backend: str = "inductor") -> None:
+        """Compile attention and the feed-forwards that every rank runs whole; routing, exchange and routed experts stay eager.
+
+        The rows of an unconditional expert change from batch to batch: its shapes are dynamic.
+        """
+        self._attend = torch.compile(self._attend, backend=backend)
+        if not self.is_moe:
+            self.feed_forward.compile(backend=backend)
+            return
+        if self.moe.shared is not None:
+            self.moe.shared.compile(backend=backend)
+        if self.moe.unconditional is not None:
+            self.moe.unconditional.compile(backend=backend, dynamic=True)
+
     def _attend(self, x_BSD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(F.silu(condition_BD)).chunk(6, dim=-1)
         x_BSD = x_BSD + gate_a[:, None] * self.attention(modulate(self.attention_norm(x_BSD), shift_a, scale_a))
         return x_BSD, modulate(self.feed_forward_norm(x_BSD), shift_f, scale_f), gate_f
 
     def _apply_dense(self, x_BSD: Tensor, tokens_BSD: Tensor, gate_BD: Tensor) -> Tensor:
-        return x_BSD + gate_BD[:, None] * self.feed_forward(tokens_BSD)
+        hidden = self.recompute_hidden and self.training
+        output_BSD = self.checkpoint(self.feed_forward, tokens_BSD) if hidden else self.feed_forward(tokens_BSD)
+        return x_BSD + gate_BD[:, None] * output_BSD
 
     def _apply_experts(self, x_BSD: Tensor, tokens_BSD: Tensor, gate_BD: Tensor, partition: Partition,
                        plan: RoutingPlan) -> Tensor:
@@ -86,7 +104,7 @@ class DiTBlock(nn.Module):
 
     def _run(self, function, *args):
         if self.recompute and self.training:
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+            return self.checkpoint(function, *args)
         return function(*args)
 
 

@@ -19,6 +19,9 @@ def build_model(config: RunConfig) -> DiT:
     network = DiT(config, blocks)
     for block in network.blocks:
         block.recompute = config.parallel.activation_checkpointing == "full"
+        block.recompute_hidden = config.parallel.activation_checkpointing == "selective"
+        if block.is_moe:
+            block.moe.recompute_hidden = block.recompute_hidden
     return network
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from promoe_ds.moe.wire import SAME, Wire
+
 
 def all_reduce_sum(group: dist.ProcessGroup | None) -> Callable[[Tensor], Tensor]:
     """Return a differentiable sum over the ranks of `group` (None: all ranks).
@@ -46,39 +48,44 @@ def exchange_counts(counts_WE: Tensor, group: dist.ProcessGroup) -> Tensor:
 class Exchange:
     """One all-to-all of rows, startable and finishable apart so that other work can run in between.
 
-    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it. `start` and `finish` are one differentiable
-    pair: the backward pass starts the reverse exchange at `finish` and ends it at `start`, and whatever was computed
-    between them in the forward pass is differentiated while the gradients travel.
+    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; wire: how a row looks on its way. `start` and
+    `finish` are one differentiable pair: the backward pass starts the reverse exchange at `finish` and ends it at `start`,
+    and whatever was computed between them in the forward pass is differentiated while the gradients travel.
     """
 
     rows_out: list[int]
     rows_in: list[int]
     group: dist.ProcessGroup
+    wire: Wire = SAME
     _work: Any = field(default=None, repr=False)
     _sent: Tensor | None = field(default=None, repr=False)
     _received: Tensor | None = field(default=None, repr=False)
+    _like: tuple[int, torch.dtype] | None = field(default=None, repr=False)
 
     def start(self, rows: Tensor) -> Tensor:
-        """Begin sending (sum(rows_out), width) rows; the result must pass through `finish` before it is read."""
+        """Begin sending (sum(rows_out), width) rows; the result is a ticket without values, for `finish`."""
         return _StartExchange.apply(rows, self)
 
-    def finish(self, pending: Tensor) -> Tensor:
-        """Wait for the rows that `start` promised: (sum(rows_in), width)."""
-        return _FinishExchange.apply(pending, self)
+    def finish(self, ticket: Tensor) -> Tensor:
+        """Wait for the rows that `start` promised: (sum(rows_in), width) in the dtype of those sent."""
+        return _FinishExchange.apply(ticket, self)
 
     def launch(self, rows: Tensor, *, reverse: bool) -> Tensor:
-        """Start moving `rows`, against the direction where `reverse`; return the buffer that they will fill."""
+        """Start moving `rows`, against the direction where `reverse`; return a ticket with as many rows as will arrive."""
         sizes_out, sizes_in = (self.rows_in, self.rows_out) if reverse else (self.rows_out, self.rows_in)
-        self._sent = rows.contiguous()  # kept alive until the transfer ends
-        self._received = rows.new_empty(sum(sizes_in), rows.shape[1])
+        self._like = rows.shape[1], rows.dtype
+        self._sent = self.wire.pack(rows, is_gradient=reverse).contiguous()  # kept alive until the transfer ends
+        self._received = self._sent.new_empty(sum(sizes_in), self._sent.shape[1])
         self._work = dist.all_to_all_single(self._received, self._sent, sizes_in, sizes_out, group=self.group, async_op=True)
-        return self._received
+        return rows.new_empty(sum(sizes_in), 0)
 
-    def wait(self) -> Tensor:
-        """End the transfer under way and return the filled buffer."""
+    def wait(self, *, reverse: bool) -> Tensor:
+        """End the transfer under way and return the rows."""
         self._work.wait()
-        received, self._work, self._sent, self._received = self._received, None, None, None
-        return received
+        width, dtype = self._like
+        rows = self.wire.unpack(self._received, width, dtype, is_gradient=reverse)
+        self._work, self._sent, self._received = None, None, None
+        return rows
 
 
 class _StartExchange(torch.autograd.Function):
@@ -88,19 +95,18 @@ class _StartExchange(torch.autograd.Function):
         return exchange.launch(rows, reverse=False)
 
     @staticmethod
-    def backward(ctx: Any, placeholder: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.wait(), None
+    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.wait(reverse=True), None
 
 
 class _FinishExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pending: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.wait()
-        return pending.view_as(pending)
+        return exchange.wait(reverse=False)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # Autograd wants a gradient of the pending buffer's shape here; the real one is under way inside the exchange.
+        # Autograd wants a gradient of the ticket's shape here; the real one is under way inside the exchange.
         ctx.exchange.launch(gradient, reverse=True)
-        return gradient, None
+        return gradient.new_empty(gradient.shape[0], 0), None

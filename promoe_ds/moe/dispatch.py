@@ -7,6 +7,7 @@ R rows received, W ranks of the expert-parallel group.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,8 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from promoe_ds.moe.collectives import Exchange, exchange_counts
+from promoe_ds.moe.wire import SAME, Wire
 from promoe_ds.routing.assignment import Assignment
 from promoe_ds.routing.scores import at_least_fp32
+
+#: A row's crossings in a training pass: out and back, forward and backward.
+CROSSINGS = 4
 
 
 @dataclass(frozen=True)
@@ -31,22 +36,53 @@ class Dispatched:
 
 #: Ends a dispatch that is under way. What is computed before calling it overlaps with the exchange.
 PendingDispatch = Callable[[], Dispatched]
+#: Routed experts: rows sorted by local expert and their counts in, rows out.
+ExpertFunction = Callable[[Tensor, Tensor], Tensor]
+#: Ends the routed experts' work: takes what their weighted rows are added to, (T, D), and returns the sum.
+PendingOutput = Callable[[Tensor], Tensor]
 
 
-class Dispatcher(Protocol):
-    """Moves rows to experts and back."""
+class ExpertPath(Protocol):
+    """The way of tokens through the routed experts and back; what a layer asks for, whoever moves the rows."""
 
+    def begin(self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment) -> PendingOutput:
+        """Start; calling the result ends it. What is computed in between may overlap with the exchange."""
+
+    def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
+        """Bytes that this rank's rows take between ranks in a pass, forward and backward, a scalar int64.  Sync: none."""
+
+
+class Dispatcher(ABC):
+    """An expert path in three steps: move rows to their experts, compute, move them back."""
+
+    def begin(self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment) -> PendingOutput:
+        """Start moving rows; the result waits for them, computes and combines."""
+        pending = self.dispatch(tokens_TD, assignment)
+
+        def finish(base_TD: Tensor) -> Tensor:
+            arrived = pending()
+            return self.combine(experts(arrived.rows_RD, arrived.tokens_per_expert_e), arrived.handle, base_TD)
+
+        return finish
+
+    @abstractmethod
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Start moving the assignment's rows; calling the result ends it."""
 
+    @abstractmethod
     def combine(self, rows_RD: Tensor, handle: object, base_TD: Tensor) -> Tensor:
         """Return base_TD plus every row, weighted by its gate, at its token. Accumulates in fp32."""
 
+    @abstractmethod
     def rows_leaving(self, assignment: Assignment) -> Tensor:
         """Rows of an assignment that live on other ranks, a scalar int64 on the device.  Sync: none."""
 
+    def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
+        """Four crossings of each row: out and back, forward and backward."""
+        return CROSSINGS * width * element_size * self.rows_leaving(assignment)
 
-class LocalDispatcher:
+
+class LocalDispatcher(Dispatcher):
     """One rank holds all experts: nothing moves."""
 
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
@@ -71,16 +107,16 @@ class _ExchangeHandle:
     order_R: Tensor | None
 
 
-class DeepSpeedDispatcher:
+class DeepSpeedDispatcher(Dispatcher):
     """Dropless, exact-size all-to-all over DeepSpeed's expert-parallel group.
 
     Rank w of the group holds the experts w*e ... (w+1)*e - 1. The exchange carries exactly the rows that live
     elsewhere, both ways: no padding, no capacity.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        """Use `group`, whose size must divide the number of experts."""
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, wire: Wire = SAME) -> None:
+        """Use `group`, whose size must divide the number of experts; rows travel as `wire` says."""
+        self.group, self.wire = group, wire
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -92,7 +128,7 @@ class DeepSpeedDispatcher:
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
         received_We = exchange_counts(sent_We, self.group)
         rows_out, rows_in = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
-        exchange = Exchange(rows_out=rows_out, rows_in=rows_in, group=self.group)
+        exchange = Exchange(rows_out=rows_out, rows_in=rows_in, group=self.group, wire=self.wire)
         pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
 
         def finish() -> Dispatched:
@@ -108,13 +144,17 @@ class DeepSpeedDispatcher:
         assert isinstance(handle, _ExchangeHandle)
         if handle.order_R is not None:
             rows_RD = torch.zeros_like(rows_RD).index_copy(0, handle.order_R, rows_RD)
-        back = Exchange(rows_out=handle.exchange.rows_in, rows_in=handle.exchange.rows_out, group=self.group)
+        back = Exchange(rows_out=handle.exchange.rows_in, rows_in=handle.exchange.rows_out, group=self.group, wire=self.wire)
         return add_weighted_rows(base_TD, back.finish(back.start(rows_RD)), handle.assignment)
 
     def rows_leaving(self, assignment: Assignment) -> Tensor:
         """All but those of this rank's own experts."""
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
         return sent_We.sum() - sent_We[self.rank].sum()
+
+    def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
+        """Four crossings of each row, as it looks on the wire."""
+        return CROSSINGS * self.wire.row_bytes(width, element_size) * self.rows_leaving(assignment)
 
 
 def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) -> Tensor:

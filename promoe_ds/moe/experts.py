@@ -5,6 +5,7 @@ Letters: D width, F hidden width, E routed experts on all ranks, e those held he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,8 +63,11 @@ class StackedExperts(nn.Module):
     """The routed experts held by one process, as stacked parameters.
 
     `first_expert` says which ones they are: local expert i is the routed expert first_expert + i. It names weights, for
-    initialisation and conversion; the computation does not use it.
+    initialisation and conversion; the computation does not use it. A `kernel`, where the engine sets one, computes instead of
+    the products here.
     """
+
+    kernel: Callable[[StackedExperts, Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, num_experts: int, width: int, hidden: int, *, expert_type: str = "gelu", backend: str = "grouped_mm",
                  first_expert: int = 0) -> None:
@@ -94,6 +98,8 @@ class StackedExperts(nn.Module):
         Gradient: reaches every parameter, zeros for an expert without rows.
         Sync: none with grouped_mm; one with loop.
         """
+        if self.kernel is not None:
+            return self.kernel(self, rows_RD, tokens_per_expert_e)
         products = BACKENDS[self.backend](tokens_per_expert_e, rows_RD.shape[0])
         function = _ExpertFeedForward if self.expert_type == "gelu" else _GatedExpertFeedForward
         return function.apply(rows_RD, *(getattr(self, name) for name in EXPERT_PARAMETERS[self.expert_type]), products)

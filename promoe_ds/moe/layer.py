@@ -5,11 +5,14 @@ Letters: B images, S tokens per image, T = B*S, D width.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.moe.dispatch import Dispatcher, LocalDispatcher
+from promoe_ds.moe.dispatch import ExpertPath, LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.moe.recompute import Recompute, recomputed
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
 from promoe_ds.routing.router import Router
@@ -28,7 +31,9 @@ class MoELayer(nn.Module):
         self.routed = routed
         self.shared = shared
         self.unconditional = unconditional
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: ExpertPath = LocalDispatcher()
+        self.recompute_hidden = False
+        self.checkpoint: Recompute = recomputed
 
     def route(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Decide where the tokens go. Call once per pass; `apply_experts` may be recomputed, this never is."""
@@ -44,12 +49,10 @@ class MoELayer(nn.Module):
         Gradient: reaches tokens, every expert and, through the gates, the router.
         """
         tokens_TD = tokens_BSD.flatten(0, 1)
-        pending = self.dispatcher.dispatch(tokens_TD, plan.assignment)
+        add_routed = self.dispatcher.begin(partial(self._run, self.routed), tokens_TD, plan.assignment)
         # Replicated experts need no exchange: they compute while the routed rows travel.
         output_TD = self._replicated(tokens_TD, partition.unconditional_token_ids(tokens_BSD.shape[1]))
-        arrived = pending()
-        rows_RD = self.routed(arrived.rows_RD, arrived.tokens_per_expert_e)
-        output_TD = self.dispatcher.combine(rows_RD, arrived.handle, output_TD)
+        output_TD = add_routed(output_TD)
         return output_TD.to(tokens_BSD.dtype).view_as(tokens_BSD)
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> tuple[Tensor, RoutingPlan]:
@@ -58,9 +61,13 @@ class MoELayer(nn.Module):
         return self.apply_experts(tokens_BSD, partition, plan), plan
 
     def _replicated(self, tokens_TD: Tensor, unconditional_token_ids: Tensor) -> Tensor:
-        output_TD = at_least_fp32(self.shared(tokens_TD) if self.shared is not None else torch.zeros_like(tokens_TD))
+        output_TD = at_least_fp32(torch.zeros_like(tokens_TD) if self.shared is None else self._run(self.shared, tokens_TD))
         if self.unconditional is None:
             return output_TD
         # Always run, on no tokens if need be: a parameter without gradient on one rank would break the reduction.
-        rows = self.unconditional(tokens_TD.index_select(0, unconditional_token_ids))
+        rows = self._run(self.unconditional, tokens_TD.index_select(0, unconditional_token_ids))
         return output_TD.index_add_(0, unconditional_token_ids, rows.to(output_TD.dtype))
+
+    def _run(self, experts: nn.Module, *args: Tensor) -> Tensor:
+        """Run experts; with `recompute_hidden` their hidden layer is recomputed in the backward pass, after the exchange."""
+        return self.checkpoint(experts, *args) if self.recompute_hidden and self.training else experts(*args)

@@ -38,6 +38,7 @@ class Job:
     resume: str = "auto"
     fault: dict[str, Any] | None = field(default=None)
     resave_to: str = ""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "run_dir": str(self.run_dir), "overrides": [*TINY, *self.overrides]}

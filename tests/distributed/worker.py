@@ -41,7 +41,7 @@ class _NanGradient(torch.autograd.Function):
 
 def run_job(job: dict, ranks: Ranks) -> str:
     """Run one job; return "" or the message of the error that ended it."""
-    values = {"zero_optimization": {"stage": job["zero_stage"]}, "bf16": {"enabled": job["bf16"]}}
+    values = {"zero_optimization": {"stage": job["zero_stage"]}, "bf16": {"enabled": job["bf16"]}, **job["deepspeed"]}
     fault = job["fault"]
     is_write = fault is not None and fault["kind"] == "write"
     RectifiedFlow.losses = _poisoned_losses(fault, ranks) if fault and not is_write else REAL_LOSSES

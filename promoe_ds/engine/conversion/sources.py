@@ -114,6 +114,7 @@ class _SafetensorsSource:
         self._shapes = state_shapes(facts.config)
         self._places: dict[str, dict[str, tuple[ShardReader, str]]] = {}
         self._ledgers: dict[str, Ledger] = {}
+        self._reading: ShardReader | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -127,6 +128,9 @@ class _SafetensorsSource:
 
     def read(self, kind: str, name: str) -> Tensor:
         reader, key = self._places[kind][name]
+        if self._reading is not None and self._reading is not reader:
+            self._reading.close()  # what it has mapped counts as memory
+        self._reading = reader
         self._ledgers[kind].take_all(key, name)
         return reader.read(key)
 
@@ -173,8 +177,10 @@ class ExportSource(_SafetensorsSource):
                          origin.get("optimizer_step"))
         reader = ShardReader(folder, WEIGHTS_STEM)
         self._add(origin.get("kind", WEIGHTS), reader, {key: key for key in reader.shapes})
-        for kind in origin.get("training_state", ()):
-            state, prefix = ShardReader(folder, TRAINING_STEM), f"{kind}/"
+        kinds = origin.get("training_state", ())
+        state = ShardReader(folder, TRAINING_STEM) if kinds else None
+        for kind in kinds:
+            prefix = f"{kind}/"
             self._add(kind, state, {key: key.removeprefix(prefix) for key in state.shapes if key.startswith(prefix)})
 
 

@@ -162,7 +162,6 @@ def test_unknown_key_is_refused_with_the_nearest_name(values: dict[str, Any], me
 @pytest.mark.parametrize(("values", "where"), [
     ({**ZERO2, "comms_logger": {"verbose": "auto"}}, "comms_logger.verbose"),
     ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
-    ({**ZERO2, "bf16": {"enabled": "auto"}}, "bf16.enabled"),
     ({**ZERO2, "steps_per_print": "auto"}, "steps_per_print"),
 ])
 def test_auto_elsewhere_is_refused(values: dict[str, Any], where: str) -> None:
@@ -178,11 +177,41 @@ def test_zero_stage_three_or_nonsense_is_refused(stage: Any) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("round_robin_gradients", True), ("offload_optimizer", {"device": "cpu"}), ("offload_param", {"device": "cpu"}),
+    ("round_robin_gradients", True), ("offload_param", {"device": "cpu"}), ("offload_optimizer", {"device": "nvme"}),
+    ("offload_optimizer", {"device": "cpu", "ratio": 0.5}), ("offload_optimizer", True),
 ])
 def test_zero_option_that_scatters_shards_is_refused(key: str, value: Any) -> None:
-    with raises_saying(f"ds.json: zero_optimization.{key} is not supported"):
+    with pytest.raises(ConfigError, match=rf"ds.json: zero_optimization.{key}.* is not supported"):
         resolve({"zero_optimization": {"stage": 2, key: value}})
+
+
+def test_zero_offloaded_optimizer_is_taken_with_shards_only() -> None:
+    section = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    plan = resolve({"zero_optimization": {"stage": 1, **section}})
+    assert plan.json["zero_force_ds_cpu_optimizer"] is False
+    with raises_saying("ds.json: zero_optimization.offload_optimizer needs stage 1 or 2"):
+        resolve({"zero_optimization": {"stage": 0, **section}})
+
+
+@pytest.mark.parametrize(("compute", "stated", "precision"), [
+    ("bf16", {}, "bf16"), ("bf16", {"enabled": "auto"}, "bf16"), ("fp8", {"enabled": True}, "bf16"), ("fp32", {}, "fp32"),
+    ("fp32", {"enabled": "auto"}, "fp32"), ("fp32", {"enabled": False}, "fp32"),
+])
+def test_precision_recipe_fills_the_file(compute: str, stated: dict[str, Any], precision: str) -> None:
+    plan = resolve({**ZERO2, "bf16": stated}, precision={"compute": compute})
+    assert plan.precision == precision
+    assert plan.json["bf16"]["enabled"] == (precision == "bf16") if plan.json.get("bf16") else precision == "fp32"
+
+
+@pytest.mark.parametrize(("compute", "enabled"), [("fp32", True), ("bf16", False), ("fp8", False)])
+def test_precision_stated_twice_and_differently_is_refused(compute: str, enabled: bool) -> None:
+    with raises_saying(f"ds.json: bf16.enabled={str(enabled).lower()} contradicts precision.compute={compute} of the recipe"):
+        resolve({**ZERO2, "bf16": {"enabled": enabled}}, precision={"compute": compute})
+
+
+def test_precision_left_open_by_both_is_refused() -> None:
+    with raises_saying('ds.json: bf16.enabled is "auto" and so is the recipe\'s precision.compute: state one of them'):
+        resolve({**ZERO2, "bf16": {"enabled": "auto"}})
 
 
 def test_zero_round_robin_switched_off_is_taken() -> None:

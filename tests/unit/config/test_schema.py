@@ -22,8 +22,7 @@ POSITIVE = (
     "data.latent_scale", "data.heldout_fraction", "data.synthetic_samples", "optimizer.lr", "optimizer.eps",
     "train.global_batch_size", "train.micro_batch_size", "train.max_steps", "train.stop_after_steps", "train.log_every",
     "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.max_nonfinite_steps", "logging.timestep_bins",
-    "sampling.steps",
-    "routing.capacity_weight",
+    "sampling.steps", "routing.capacity_weight", "parallel.capacity_factor",
 )
 NOT_NEGATIVE = (
     "routing.num_shared_experts", "routing.num_unconditional_experts", "routing.rcl_weight", "routing.balance_weight",
@@ -34,7 +33,9 @@ NOT_NEGATIVE = (
 CHOICES = (
     "model.preset", "routing.method", "routing.moe_blocks", "routing.activation", "routing.rcl_scope",
     "routing.rcl_assignments", "routing.balance_level", "parallel.dispatch", "parallel.expert_backend",
-    "parallel.activation_checkpointing", "diffusion.objective", "data.dataset", "optimizer.schedule", "logging.tensorboard",
+    "parallel.activation_checkpointing", "parallel.megatron_dispatcher", "parallel.exchange_dtype",
+    "parallel.expert_groups", "parallel.compile", "precision.compute", "precision.fp8_recipe", "precision.kernels",
+    "diffusion.objective", "data.dataset", "optimizer.schedule", "logging.tensorboard",
     "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
 )
 FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas",
@@ -226,3 +227,44 @@ def test_dispatch_auto_follows_ep_size(parallel: dict[str, Any], expected: str) 
 
 def test_dense_ignores_top_k_beyond_num_experts() -> None:
     assert small_config(routing={"method": "dense", "top_k": 9}).moe_block_indices == ()
+
+
+@pytest.mark.parametrize(("parallel", "message"), [
+    ({"capacity_factor": 2.0}, "capacity_factor=2.0 is read by dispatch=deepspeed_capacity alone, this is dispatch=local"),
+    ({"megatron_dispatcher": "flex", "ep_size": 2}, "megatron_dispatcher=flex is read by dispatch=megatron alone"),
+    ({"exchange_dtype": "bf16"}, "exchange_dtype=bf16 is read by dispatch=deepspeed alone, this is dispatch=local"),
+    ({"dispatch": "megatron", "expert_backend": "loop"}, "expert_backend=loop has no use for dispatch=megatron"),
+    ({"dispatch": "megatron", "activation_checkpointing": "selective"}, "selective cannot reach inside Megatron's layer"),
+    ({"dispatch": "megatron", "megatron_dispatcher": "flex"}, "flex needs several ranks that share experts: set ep_size above 1"),
+])
+def test_dispatch_option_of_another_is_refused(parallel: dict[str, Any], message: str) -> None:
+    with raises_saying(message):
+        small_config(parallel=parallel)
+
+
+@pytest.mark.parametrize("dispatch", ["deepspeed_capacity", "megatron"])
+@pytest.mark.parametrize("method", ["expert_choice", "ec_dit", "diff_moe", "expert_race"])
+def test_dispatch_foreign_is_refused_where_experts_choose(dispatch: str, method: str) -> None:
+    with raises_saying(f"parallel.dispatch={dispatch} asks every token for routing.top_k experts, but with routing.method={method} "
+                       "experts choose: use parallel.dispatch=deepspeed, or one of the methods token_choice"):
+        small_config(parallel={"dispatch": dispatch}, routing={"method": method})
+    small_config(parallel={"dispatch": dispatch}, routing={"method": "kmeans"})
+
+
+@pytest.mark.parametrize(("sections", "message"), [
+    ({"precision": {"fp8_recipe": "block"}}, "fp8_recipe=block has no use for compute=auto: set compute=fp8"),
+    ({"precision": {"compute": "fp8", "kernels": "torch"}}, "kernels=torch has no FP8 path (compute=fp8)"),
+    ({"precision": {"compute": "fp8"}, "routing": {"expert_width": 24}},
+     "needs widths of a multiple of 16, but routing.expert_width is 24: change it, or use bf16"),
+    ({"precision": {"compute": "fp8"}, "parallel": {"compile": True}}, "cannot look into Transformer Engine's layers"),
+])
+def test_precision_that_cannot_run_is_refused(sections: dict[str, dict[str, Any]], message: str) -> None:
+    with raises_saying(message):
+        small_config(**sections)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [
+    ({}, False), ({"compute": "bf16"}, False), ({"compute": "fp8"}, True), ({"kernels": "transformer_engine"}, True),
+])
+def test_precision_takes_transformer_engine_for_fp8_or_where_asked(precision: dict[str, str], expected: bool) -> None:
+    assert small_config(precision=precision).precision.uses_transformer_engine is expected

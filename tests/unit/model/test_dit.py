@@ -141,10 +141,11 @@ CHECKPOINTED = {"moe": {"model": {"depth": 4}, "routing": {"top_k": 2, "balance_
 
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
 @pytest.mark.parametrize("setting", CHECKPOINTED)
-def test_checkpointing_full_equals_none_to_the_last_bit(setting: str, backend: str) -> None:
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_equals_none_to_the_last_bit(setting: str, backend: str, mode: str) -> None:
     results = [training_pass(random_network(**CHECKPOINTED[setting],
-                                            parallel={"activation_checkpointing": mode, "expert_backend": backend}))
-               for mode in ("none", "full")]
+                                            parallel={"activation_checkpointing": each, "expert_backend": backend}))
+               for each in ("none", mode)]
     (loss, gradients, assigned), (loss_full, gradients_full, assigned_full) = results
     assert torch.equal(loss, loss_full)
     assert [name for name in gradients if not torch.equal(gradients[name], gradients_full[name])] == []
@@ -168,9 +169,10 @@ def test_checkpointing_flipped_prototypes_would_have_changed_the_routing() -> No
     assert not torch.equal(network.denoise(*inputs(network)).plans[1].assignment.tokens_per_expert_E, before)
 
 
-def test_checkpointing_recomputes_experts_but_routes_once() -> None:
-    network = random_network(parallel={"activation_checkpointing": "full"})
-    calls = {"router": 0, "routed": 0, "qkv": 0}
+@pytest.mark.parametrize(("mode", "attention", "exchanges"), [("full", 2, 2), ("selective", 1, 1)])
+def test_checkpointing_recomputes_experts_but_routes_once(mode: str, attention: int, exchanges: int) -> None:
+    network = random_network(parallel={"activation_checkpointing": mode})
+    calls = {"router": 0, "routed": 0, "shared": 0, "dense": 0, "qkv": 0, "dispatch": 0}
 
     def count(name: str) -> Any:
         return lambda *args: calls.__setitem__(name, calls[name] + 1)
@@ -178,9 +180,45 @@ def test_checkpointing_recomputes_experts_but_routes_once() -> None:
     moe = network.blocks[1].moe
     moe.router.register_forward_pre_hook(count("router"))
     moe.routed.register_forward_pre_hook(count("routed"))
+    moe.shared.register_forward_pre_hook(count("shared"))
+    network.blocks[0].feed_forward.register_forward_pre_hook(count("dense"))
     network.blocks[1].attention.qkv.register_forward_pre_hook(count("qkv"))
+    dispatch = moe.dispatcher.dispatch
+    moe.dispatcher.dispatch = lambda *args: (count("dispatch")(), dispatch(*args))[1]
     training_pass(network)
-    assert calls == {"router": 1, "routed": 2, "qkv": 2}
+    assert calls == {"router": 1, "routed": 2, "shared": 2, "dense": 2, "qkv": attention, "dispatch": exchanges}
+
+
+def test_checkpointing_keeps_less_the_more_it_recomputes() -> None:
+    kept = {}
+    for mode in ("none", "selective", "full"):
+        network, sizes = random_network(parallel={"activation_checkpointing": mode}), {}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+
+        def pack(tensor: Any, sizes: dict = sizes, weights: set = weights) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            network.train().denoise(*inputs(network))
+        kept[mode] = sum(sizes.values())
+    assert kept["full"] < kept["selective"] < kept["none"]
+
+
+@pytest.mark.parametrize("routing", [{}, {"num_shared_experts": 0}, {"method": "dense"}])
+def test_compiled_network_equals_eager(routing: dict[str, Any]) -> None:
+    """The graphs are captured whole and run without a compiler's rounding; weights keep their names."""
+    loss, gradients, _ = training_pass(random_network(routing=routing))
+    network = random_network(routing=routing)
+    for block in network.blocks:
+        block.compile_dense(backend="aot_eager")
+    compiled_loss, compiled_gradients, _ = training_pass(network)
+    assert compiled_gradients.keys() == gradients.keys()
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
+    for name, value in gradients.items():
+        torch.testing.assert_close(compiled_gradients[name], value, rtol=1e-4, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
 
 
 def test_checkpointing_is_off_in_evaluation() -> None:
@@ -192,7 +230,7 @@ def test_checkpointing_is_off_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize("labels", [[NULL] * 4, [1, 2, 3, 4]], ids=["all unconditional", "all conditional"])
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_network_every_parameter_gets_a_gradient(labels: list[int], mode: str) -> None:
     network = random_network(parallel={"activation_checkpointing": mode}).train()
     latents, timestep, _ = inputs(network)

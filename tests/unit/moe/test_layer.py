@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from promoe_ds.model.build import build_moe_layer
-from promoe_ds.moe import FeedForward, MoELayer
+from promoe_ds.moe import DeepSpeedDispatcher, FeedForward, MoELayer
 from promoe_ds.routing import RoutingPlan, partition_samples
 
 from ..builders import random_tensor, randomise, small_config
@@ -194,3 +194,36 @@ def test_layer_bf16_keeps_the_dtype_of_the_tokens() -> None:
     output, plan = run(layer, random_tensor(3, TOKENS, WIDTH, dtype=torch.bfloat16), [0, NULL, 1])
     assert output.dtype == torch.bfloat16
     assert plan.assignment.gates_N.dtype == torch.float32
+
+
+def test_layer_replicated_experts_run_while_rows_travel(monkeypatch) -> None:
+    """Forward and backward: the exchange is under way before the shared and unconditional experts begin, and awaited after."""
+    events: list[str] = []
+
+    class Work:
+        def wait(self) -> None:
+            events.append("wait")
+
+    def exchange(received: Tensor, sent: Tensor, *args: Any, **kwargs: Any) -> Work:
+        received.copy_(sent)
+        if kwargs.get("async_op"):
+            events.append("start")
+        return Work()
+
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", exchange)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    layer = make_layer().train()
+    layer.dispatcher = DeepSpeedDispatcher(None)
+    for name in ("shared", "unconditional", "routed"):
+        module = getattr(layer, name)
+        module.register_forward_pre_hook(lambda *args, n=name: events.append(n))
+        next(module.parameters()).register_hook(lambda *args, n=name: events.append(f"{n} backward"))
+    tokens = random_tensor(4, TOKENS, WIDTH, dtype=torch.float64).requires_grad_()
+    output, _ = run(layer, tokens, BATCHES["mixed"])
+    assert events == ["start", "shared", "unconditional", "wait", "routed", "start", "wait"]
+    events.clear()
+    output.square().sum().backward()
+    starts, waits = ([at for at, event in enumerate(events) if event == kind] for kind in ("start", "wait"))
+    assert starts[0] < waits[0] < events.index("routed backward") < starts[1] < waits[1]
+    assert all(starts[1] < events.index(f"{name} backward") < waits[1] for name in ("shared", "unconditional"))

@@ -1,0 +1,36 @@
+"""The precision section: in which numbers a run computes, and with whose kernels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from promoe_ds.config.section import Section
+
+#: FP8 matrix products want both widths to be multiples of this.
+FP8_WIDTH_MULTIPLE = 16
+Fp8Recipe = Literal["delayed", "current", "block", "mxfp8"]
+
+
+class PrecisionConfig(Section):
+    """fp32, bf16, or bf16 weights with FP8 matrix products; and whose kernels."""
+
+    compute: Literal["auto", "fp32", "bf16", "fp8"] = Field("auto", description="auto: as bf16.enabled of the DeepSpeed JSON says")
+    fp8_recipe: Literal["auto", Fp8Recipe] = Field(
+        "auto", description="how FP8 numbers are scaled; auto: mxfp8 where the device has it, else current")
+    kernels: Literal["auto", "torch", "transformer_engine"] = Field("auto", description="auto: transformer_engine for fp8")
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> PrecisionConfig:
+        if self.fp8_recipe != "auto" and self.compute != "fp8":
+            raise ValueError(f"fp8_recipe={self.fp8_recipe} has no use for compute={self.compute}: set compute=fp8, or leave it "
+                             "out")
+        if self.compute == "fp8" and self.kernels == "torch":
+            raise ValueError("kernels=torch has no FP8 path (compute=fp8): use kernels=transformer_engine, or compute=bf16")
+        return self
+
+    @property
+    def uses_transformer_engine(self) -> bool:
+        """Whether attention, feed-forwards and experts run on Transformer Engine."""
+        return self.kernels == "transformer_engine" or (self.kernels == "auto" and self.compute == "fp8")

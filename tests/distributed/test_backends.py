@@ -1,0 +1,190 @@
+"""Every expert path gives the results and gradients of one process that holds all experts, and moves what it says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from promoe_ds.config import RunConfig, config_from_dict
+from promoe_ds.engine.adapter import ShardedExperts, shard_experts
+from promoe_ds.engine.distributed import start_distributed
+from promoe_ds.model.build import build_moe_layer
+from promoe_ds.moe.collectives import all_reduce_sum
+from promoe_ds.routing import partition_samples
+
+EXPERTS, WIDTH, TOKENS, IMAGES, NULL = 4, 16, 6, 3, 10
+SCENES = ("usual", "one_expert", "all_unconditional", "idle_rank")
+#: Name -> what it adds to the parallel section, and to the routing section.
+PATHS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "deepspeed": ({"dispatch": "deepspeed"}, {}),
+    "capacity": ({"dispatch": "deepspeed_capacity"}, {}),
+    "capacity_ample": ({"dispatch": "deepspeed_capacity", "capacity_factor": 4.0}, {}),
+    "alltoall": ({"dispatch": "megatron"}, {}),
+    "allgather": ({"dispatch": "megatron", "megatron_dispatcher": "allgather"}, {}),
+    "capacity_swiglu": ({"dispatch": "deepspeed_capacity"}, {"expert_type": "swiglu"}),
+    "alltoall_swiglu": ({"dispatch": "megatron"}, {"expert_type": "swiglu"}),
+    "alltoall_no_unconditional": ({"dispatch": "megatron"}, {"num_unconditional_experts": 0}),
+}
+
+
+def _config(path: str, top_k: int, ep_size: int) -> RunConfig:
+    parallel, routing = PATHS[path]
+    return config_from_dict({
+        "name": "t", "model": {"hidden_size": WIDTH, "depth": 2, "num_heads": 2, "num_classes": NULL},
+        "routing": {"num_experts": EXPERTS, "top_k": top_k, "expert_width": 8, **routing},
+        "parallel": {"ep_size": ep_size, **parallel}, "train": {"max_steps": 1}, "data": {"dataset": "synthetic"}}, source="test")
+
+
+def _scene(name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randn(IMAGES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(100 + rank))
+    labels = torch.tensor([1, NULL, 3])
+    if name == "one_expert":
+        tokens = tokens * 0.01 + 1.0
+    if name == "all_unconditional" or (name == "idle_rank" and rank == 0):
+        labels = torch.full((IMAGES,), NULL)
+    return tokens, labels
+
+
+def _whole_layer(config: RunConfig, scene: str) -> torch.nn.Module:
+    torch.manual_seed(7)
+    layer = build_moe_layer(config)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    if scene == "one_expert":
+        torch.nn.init.ones_(layer.router.prototypes[2:3].data)
+    return layer.train()
+
+
+def _pass(layer: torch.nn.Module, config: RunConfig, tokens: torch.Tensor, labels: torch.Tensor, weight: int):
+    partition = partition_samples(labels, NULL, has_unconditional_expert=config.routing.num_unconditional_experts > 0)
+    output, plan = layer(tokens.requires_grad_(), partition)
+    ((output * torch.linspace(-1, 1, WIDTH)).sum() + weight * sum(plan.aux_losses.values())).backward()
+    return output.detach(), plan
+
+
+class _Network:
+    """A network of one layer, as the adapter sees it."""
+
+    def __init__(self, config: RunConfig, layer: torch.nn.Module) -> None:
+        self.config, self._layer = config, layer
+
+    def moe_layers(self) -> dict[int, torch.nn.Module]:
+        return {1: self._layer}
+
+
+def _watch_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Watch the collectives themselves: bytes of floating-point values that leave this rank."""
+    from megatron.core.tensor_parallel import mappings
+
+    moved: list[int] = []
+    exchange, gather, scatter = dist.all_to_all_single, mappings.dist_all_gather_func, mappings.dist_reduce_scatter_func
+
+    def exchanged(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+        world_size, here = dist.get_world_size(group), dist.get_rank(group)
+        kept = input.shape[0] // world_size if input_split_sizes is None else int(input_split_sizes[here])
+        if input.is_floating_point() or input.dtype == torch.uint8:
+            moved.append((input.shape[0] - kept) * input[:1].nbytes if input.numel() else 0)
+        return exchange(output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
+
+    def gathered(output, input, group=None):
+        if input.is_floating_point():
+            moved.append(input.nbytes * (dist.get_world_size(group) - 1))
+        return gather(output, input, group=group)
+
+    def scattered(output, input, group=None):
+        moved.append(input.nbytes - output.nbytes)
+        return scatter(output, input, group=group)
+
+    monkeypatch.setattr(dist, "all_to_all_single", exchanged)
+    monkeypatch.setattr(mappings, "dist_all_gather_func", gathered)
+    monkeypatch.setattr(mappings, "dist_reduce_scatter_func", scattered)
+    return moved
+
+
+def _run_rank(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=Path(folder, "port").read_text(), DS_ACCELERATOR="cpu")
+    ranks = start_distributed(timeout_seconds=60)
+    results, moved = {}, _watch_bytes(pytest.MonkeyPatch())
+    for path, scene, top_k in _cases(world_size):
+        config = _config(path, top_k, world_size)
+        layer = _whole_layer(config, scene)
+        full, share = layer.routed, EXPERTS // world_size
+        shard_experts(_Network(config, layer), dist.group.WORLD, ranks.device)
+        assert isinstance(layer.routed, ShardedExperts)
+        layer.routed.to_empty(device="cpu").mark_parameters()
+        for name, parameter in layer.routed.named_parameters():
+            parameter.data.copy_(getattr(full, name).data[rank * share:(rank + 1) * share])
+        layer.router.reduce_sum = all_reduce_sum(None)
+        tokens, labels = _scene(scene, rank)
+        moved.clear()
+        output, plan = _pass(layer, config, tokens, labels, 1)
+        counts_E = plan.assignment.tokens_per_expert_E
+        results[path, scene, top_k] = {
+            "output": output, "tokens": tokens.grad, "gradients": {name: p.grad for name, p in layer.named_parameters()},
+            "moved": sum(moved), "claimed": int(layer.dispatcher.bytes_exchanged(plan.assignment, WIDTH, 4)),
+            "rows_leaving": int(counts_E.sum() - counts_E[rank * share:(rank + 1) * share].sum())}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _cases(world_size: int) -> list[tuple[str, str, int]]:
+    scenes = SCENES if world_size == 2 else SCENES[::3]
+    return [(path, scene, top_k) for path in PATHS for scene in scenes for top_k in (1, 3) if top_k == 1 or scene == "usual"]
+
+
+def _free_port(folder: Path) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(probe.getsockname()[1]))
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def ranks(request, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp(f"paths{request.param}")
+    _free_port(folder)
+    mp.start_processes(_run_rank, (request.param, str(folder)), nprocs=request.param, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+def test_path_any_equals_one_process(ranks, subtests) -> None:
+    world_size, close = len(ranks), {"rtol": 1e-5, "atol": 1e-5}
+    for case in _cases(world_size):
+        path, scene, top_k = case
+        with subtests.test(f"{path}-{scene}-{top_k}"):
+            config = _config(path, top_k, world_size)
+            whole = _whole_layer(config, scene)
+            parts = [_scene(scene, rank) for rank in range(world_size)]
+            tokens = torch.cat([part[0] for part in parts])
+            output, _ = _pass(whole, config, tokens, torch.cat([part[1] for part in parts]), world_size)
+            found = [rank[case] for rank in ranks]
+            torch.testing.assert_close(torch.cat([one["output"] for one in found]), output, **close)
+            torch.testing.assert_close(torch.cat([one["tokens"] for one in found]), tokens.grad, **close)
+            for name, parameter in whole.named_parameters():
+                pieces = [one["gradients"][name] for one in found]
+                gradient = torch.cat(pieces) if name.startswith("routed.") else sum(pieces)
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_path_moves_the_bytes_it_says(ranks, subtests) -> None:
+    """deepspeed: exactly the rows whose expert lives elsewhere; Megatron's all-to-all: those and their gates."""
+    for case in _cases(len(ranks)):
+        with subtests.test("-".join(map(str, case))):
+            moved, claimed, rows = (sum(rank[case][name] for rank in ranks) for name in ("moved", "claimed", "rows_leaving"))
+            ideal = 4 * 4 * WIDTH * rows  # four crossings of WIDTH fp32 numbers
+            assert moved == claimed
+            if case[0] == "deepspeed":
+                assert moved == ideal
+            elif case[0].startswith("alltoall"):
+                assert moved == ideal + 2 * 4 * rows
+            else:
+                assert moved >= ideal

@@ -1,0 +1,121 @@
+"""A stand-in for Transformer Engine on the CPU: its documented signatures, state and demands, exact arithmetic.
+
+What it checks is how we call it: sizes in FP8, host lists of splits, the context, names. It says nothing about FP8 numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+RECIPES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
+
+
+class _State:
+    """What the library knows of a process: the recipe in force; how its layers were called."""
+
+    def __init__(self) -> None:
+        self.recipe: Any = None
+        self.rows: list[tuple[str, int]] = []
+
+    def check(self, kind: str, rows: Tensor, splits: list[int]) -> None:
+        self.rows.append((kind, rows.shape[0]))
+        assert rows.shape[0] == sum(splits)
+        assert rows.shape[0] > 0, "an empty product"
+        if self.recipe is not None:
+            multiple = 32 if self.recipe.name.startswith("MXFP8") else 16
+            assert all(split % multiple == 0 for split in splits), splits
+            assert rows.shape[1] % 16 == 0
+
+
+class _Base(nn.Module):
+    def get_extra_state(self) -> Tensor:
+        return torch.zeros(4, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        raise AssertionError("a checkpoint must not hold foreign state")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None, init_fn: Any = None, **kwargs: Any) -> None:
+        assert init_fn is not None, "the library would initialise this parameter"
+        super().register_parameter(name, param)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> _State:
+    """Make `transformer_engine` importable for one test."""
+    state = _State()
+
+    class Linear(_Base):
+        def __init__(self, in_features: int, out_features: int, *, bias: bool = True, params_dtype: torch.dtype | None = None,
+                     device: str = "cuda") -> None:
+            super().__init__()
+            assert device == "meta"
+            self.register_parameter("weight", nn.Parameter(torch.empty(out_features, in_features, device=device)), init_fn=1)
+            if bias:
+                self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device)), init_fn=1)
+            else:
+                self.bias = torch.empty(0)
+
+        def forward(self, inp: Tensor) -> Tensor:
+            state.check("linear", inp, [inp.shape[0]])
+            return F.linear(inp, self.weight, self.bias if self.bias.numel() else None)
+
+    class LayerNorm(_Base):
+        def __init__(self, normalized_shape: int, eps: float = 1e-5, device: str = "cuda") -> None:
+            super().__init__()
+            self.eps, self.shape = eps, (normalized_shape,)
+            for name in ("weight", "bias"):
+                self.register_parameter(name, nn.Parameter(torch.empty(normalized_shape, device=device)), init_fn=1)
+
+        def forward(self, inp: Tensor) -> Tensor:
+            state.rows.append(("norm", inp.shape[0]))
+            return F.layer_norm(inp, self.shape, self.weight, self.bias, self.eps)
+
+    class GroupedLinear(_Base):
+        def __init__(self, num_gemms: int, in_features: int, out_features: int, *, bias: bool = True,
+                     params_dtype: torch.dtype | None = None, device: str = "cuda") -> None:
+            super().__init__()
+            assert device == "meta"
+            self.num_gemms, self.use_bias = num_gemms, bias
+            for i in range(num_gemms):
+                weight = torch.empty(out_features, in_features, device=device)
+                self.register_parameter(f"weight{i}", nn.Parameter(weight), init_fn=1)
+                if bias:
+                    self.register_parameter(f"bias{i}", nn.Parameter(torch.empty(out_features, device=device)), init_fn=1)
+
+        def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
+            assert isinstance(m_splits, list)
+            assert len(m_splits) == self.num_gemms
+            state.check("grouped", inp, m_splits)
+            return torch.cat([F.linear(rows, getattr(self, f"weight{i}"), getattr(self, f"bias{i}") if self.use_bias else None)
+                              for i, rows in enumerate(inp.split(m_splits))])
+
+    @contextmanager
+    def autocast(enabled: bool = True, recipe: Any = None):
+        before, state.recipe = state.recipe, recipe if enabled else None
+        yield
+        state.recipe = before
+
+    def checkpoint(function: Any, *args: Any, use_reentrant: bool = True) -> Any:
+        assert not use_reentrant
+        recipe = state.recipe
+        return torch_checkpoint(function, *args, use_reentrant=False,
+                                context_fn=lambda: (autocast(recipe is not None, recipe), autocast(recipe is not None, recipe)))
+
+    package, torch_part, common = (ModuleType(name) for name in ("transformer_engine", "transformer_engine.pytorch",
+                                                                 "transformer_engine.common"))
+    recipes = ModuleType("transformer_engine.common.recipe")
+    for name in RECIPES:
+        setattr(recipes, name, lambda name=name: SimpleNamespace(name=name))
+    for value in (Linear, LayerNorm, GroupedLinear, autocast, checkpoint):
+        setattr(torch_part, value.__name__, value)
+    for module in (package, torch_part, common, recipes):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return state
