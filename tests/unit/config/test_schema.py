@@ -23,6 +23,8 @@ POSITIVE = (
     "train.global_batch_size", "train.micro_batch_size", "train.max_steps", "train.stop_after_steps", "train.log_every",
     "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.max_nonfinite_steps", "logging.timestep_bins",
     "sampling.steps", "routing.capacity_weight", "parallel.capacity_factor",
+    "supervision.setup_timeout_seconds", "supervision.step_timeout_seconds", "supervision.checkpoint_timeout_seconds",
+    "supervision.launcher_timeout_seconds",
 )
 NOT_NEGATIVE = (
     "routing.num_shared_experts", "routing.num_unconditional_experts", "routing.rcl_weight", "routing.balance_weight",
