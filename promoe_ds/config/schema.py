@@ -18,6 +18,9 @@ from promoe_ds.config.section import Section
 #: Grouped GEMM wants rows of a multiple of 16 bytes: eight numbers of bf16.
 _GROUPED_GEMM_MULTIPLE = 8
 
+#: Cells of a table of counts that is written at every log step unasked.
+_SMALL_TABLE = 1024
+
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -77,6 +80,10 @@ class ParallelConfig(Section):
     expert_backend: Literal["auto", "grouped_mm", "loop"] = Field("auto", description="auto: grouped_mm where the widths allow it")
     activation_checkpointing: Literal["none", "full"] = "none"
     timeout_seconds: float = Field(600.0, gt=0, description="of every collective")
+    expert_placement: str | None = Field(None, description="file of tools/expert_load.py: at the next resume, the order in which "
+                                                           "the experts of every layer lie over the ranks")
+    expert_order: tuple[tuple[int, ...], ...] | None = Field(None, description="of every MoE layer: what expert_placement said "
+                                                             "when it was loaded; not to be set, kept with the run")
 
     @model_validator(mode="after")
     def _dispatch_fits(self) -> ParallelConfig:
@@ -148,7 +155,13 @@ class LoggingConfig(Section):
     """What is recorded beside metrics.jsonl."""
 
     tensorboard: Literal["auto", True, False] = Field("auto", description="auto: on where it is installed")
+    wandb: bool = Field(False, description="also to Weights & Biases, under its own environment variables")
+    wandb_project: str = Field("promoe_ds", min_length=1)
     timestep_bins: int = Field(10, gt=0, description="equal bins of sigma in routing.jsonl")
+    class_counts: Literal["auto", True, False] = Field("auto", description="tokens by class and expert in routing.jsonl; auto: "
+                                                       "where the table is small")
+    position_counts: Literal["auto", True, False] = Field("auto", description="tokens by patch and expert; auto: likewise")
+    counts_every: int = Field(1, gt=0, description="log intervals that one table by class or patch covers")
 
 
 class SamplingConfig(Section):
@@ -228,6 +241,23 @@ class RunConfig(Section):
         if self.model.num_classes < 10:
             raise ValueError(f"data.dataset=digits has the labels 0..9, but model.num_classes={self.model.num_classes}: "
                              "set model.num_classes=10")
+
+    def expert_order_of(self, row: int) -> tuple[int, ...] | None:
+        """Return the first names of the experts of the row-th MoE layer, in the order in which they lie; None if unchanged."""
+        return None if self.parallel.expert_order is None else self.parallel.expert_order[row]
+
+    @property
+    def counts_classes(self) -> bool:
+        """Whether routing.jsonl gets tokens by class and expert."""
+        return self._counts(self.logging.class_counts, self.model.num_classes)
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether routing.jsonl gets tokens by patch and expert."""
+        return self._counts(self.logging.position_counts, self.model.tokens_per_image)
+
+    def _counts(self, setting: str | bool, rows: int) -> bool:
+        return rows * self.routing.num_experts <= _SMALL_TABLE if setting == "auto" else bool(setting)
 
     @property
     def expert_width(self) -> int:

@@ -21,6 +21,7 @@ from promoe_ds.engine.manifest import (
     read_manifest,
     step_folder,
 )
+from promoe_ds.engine.placement import moves_experts
 from promoe_ds.engine.session import Session
 from promoe_ds.engine.storage import RecordingStorage
 from promoe_ds.engine.versions import package_versions
@@ -37,8 +38,9 @@ FREE_FIELDS = {
     "data": {"path"},
     "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "max_nonfinite_steps",
               "micro_batch_size"},
-    "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch"},
-    "logging": {"tensorboard", "timestep_bins"},
+    "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch", "expert_placement",
+                 "expert_order"},
+    "logging": {"tensorboard", "wandb", "wandb_project", "timestep_bins", "class_counts", "position_counts", "counts_every"},
     "sampling": {"steps", "cfg_scale", "solver"},
 }
 
@@ -197,7 +199,7 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
         _LOG.warning("resume: train.micro_batch_size was %s and is %s: losses and choices taken over a pass change with it "
                      "(docs/methods.md)", before, session.config.train.micro_batch_size)
     layout = layout_of(session.config, session.deepspeed_plan, session.ranks.world_size)
-    if layout == manifest.layout:
+    if layout == manifest.layout and not moves_experts(manifest, session.config):
         on_all_ranks(lambda: _load_as_it_is(session, folder))
     else:
         _LOG.info("resume: resharding, from %s to %s", manifest.layout, layout)

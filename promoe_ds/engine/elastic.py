@@ -17,6 +17,7 @@ from promoe_ds.engine.adapter import ShardedExperts
 from promoe_ds.engine.distributed import on_all_ranks
 from promoe_ds.engine.manifest import Manifest
 from promoe_ds.engine.optimizer import EMA
+from promoe_ds.engine.placement import relabelled
 from promoe_ds.engine.reconstruct import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint
 from promoe_ds.engine.session import Session
 from promoe_ds.errors import CheckpointError
@@ -48,7 +49,7 @@ def load_resharded(session: Session, folder: Path, manifest: Manifest) -> None:
 
 
 def _fill(session: Session, folder: Path, manifest: Manifest) -> None:
-    checkpoint = ShardedCheckpoint(folder, manifest)
+    checkpoint = relabelled(ShardedCheckpoint(folder, manifest), manifest, session.module.denoiser)
     missing = [kind for kind in (*MOMENTS, EMA) if kind not in checkpoint.kinds]
     if missing and session.ranks.is_main:
         _LOG.warning("resume: %s holds no %s: the optimizer's moments start at zero, averages at the weights, where they are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from promoe_ds.engine.checkpoint import choose_checkpoint, differing_fields, loa
 from promoe_ds.engine.distributed import Ranks, from_main
 from promoe_ds.engine.manifest import list_checkpoints
 from promoe_ds.engine.metrics import MetricsWriter
+from promoe_ds.engine.placement import with_placement_of
 from promoe_ds.engine.session import Session, build_session, start_routers, train_step
 from promoe_ds.engine.step import StepResult
 from promoe_ds.errors import CheckpointError, PromoeError, TrainingError
@@ -41,6 +42,7 @@ def train(run: Run, ranks: Ranks) -> None:
     _claim_run_directory(run, ranks)
     configure_logging(ranks.rank, log_file=run.run_dir / "train.log")
     checkpoint = choose_checkpoint(run.resume, run.run_dir, ranks)
+    run = replace(run, config=with_placement_of(run.config, checkpoint))
     batches = plan_batches(run.config, ranks.world_size)
     session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config))
     if checkpoint is None:
@@ -76,7 +78,7 @@ def _loop(session: Session, writer: MetricsWriter, checkpoints: Path) -> None:
                                 f"{settings.max_nonfinite_steps}); {result.problem}. Lower optimizer.lr or resume from an "
                                 "earlier checkpoint")
         if session.step % settings.log_every == 0 or session.step == last:
-            lines = session.routing.reduce(step=session.step, steps=session.step - logged)
+            lines = session.routing.reduce(step=session.step, steps=session.step - logged, last=session.step == last)
             writer.write(session.step, _reduced(result), lines)
             logged = session.step
         if session.step % settings.checkpoint_every == 0 or session.step == last:

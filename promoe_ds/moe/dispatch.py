@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from promoe_ds.moe.collectives import Exchange, exchange_counts
+from promoe_ds.moe.collectives import Exchange, WaitClock, exchange_counts
 from promoe_ds.routing.assignment import Assignment
 from promoe_ds.routing.scores import at_least_fp32
 
@@ -34,7 +34,13 @@ PendingDispatch = Callable[[], Dispatched]
 
 
 class Dispatcher(Protocol):
-    """Moves rows to experts and back."""
+    """Moves rows to experts and back.
+
+    group: the ranks that share one set of experts, None where each has all; clock: of the waiting for exchanges, if any.
+    """
+
+    group: dist.ProcessGroup | None
+    clock: WaitClock | None
 
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Start moving the assignment's rows; calling the result ends it."""
@@ -48,6 +54,9 @@ class Dispatcher(Protocol):
 
 class LocalDispatcher:
     """One rank holds all experts: nothing moves."""
+
+    group = None
+    clock = None
 
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Gather the rows, sorted by expert.  Sync: none."""
@@ -80,7 +89,7 @@ class DeepSpeedDispatcher:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         """Use `group`, whose size must divide the number of experts."""
-        self.group = group
+        self.group, self.clock = group, WaitClock()
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -90,9 +99,10 @@ class DeepSpeedDispatcher:
         Sync: one, for the E counts sent and the E counts received.  Collectives: two (counts, rows).
         """
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
-        received_We = exchange_counts(sent_We, self.group)
+        with self.clock.waiting("counts", tokens_TD.device):
+            received_We = exchange_counts(sent_We, self.group)
         rows_out, rows_in = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
-        exchange = Exchange(rows_out=rows_out, rows_in=rows_in, group=self.group)
+        exchange = Exchange(rows_out=rows_out, rows_in=rows_in, group=self.group, name="dispatch", clock=self.clock)
         pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
 
         def finish() -> Dispatched:
@@ -108,7 +118,8 @@ class DeepSpeedDispatcher:
         assert isinstance(handle, _ExchangeHandle)
         if handle.order_R is not None:
             rows_RD = torch.zeros_like(rows_RD).index_copy(0, handle.order_R, rows_RD)
-        back = Exchange(rows_out=handle.exchange.rows_in, rows_in=handle.exchange.rows_out, group=self.group)
+        back = Exchange(rows_out=handle.exchange.rows_in, rows_in=handle.exchange.rows_out, group=self.group, name="combine",
+                        clock=self.clock)
         return add_weighted_rows(base_TD, back.finish(back.start(rows_RD)), handle.assignment)
 
     def rows_leaving(self, assignment: Assignment) -> Tensor:

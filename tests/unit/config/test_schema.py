@@ -21,7 +21,7 @@ POSITIVE = (
     "parallel.timeout_seconds", "diffusion.sigma_std", "diffusion.num_train_timesteps", "diffusion.shift",
     "data.latent_scale", "data.heldout_fraction", "data.synthetic_samples", "optimizer.lr", "optimizer.eps",
     "train.global_batch_size", "train.micro_batch_size", "train.max_steps", "train.stop_after_steps", "train.log_every",
-    "train.checkpoint_every", "train.keep_last", "train.max_nonfinite_steps", "logging.timestep_bins", "sampling.steps",
+    "train.checkpoint_every", "train.keep_last", "train.max_nonfinite_steps", "logging.timestep_bins", "logging.counts_every", "sampling.steps",
     "routing.capacity_weight",
 )
 NOT_NEGATIVE = (
@@ -34,10 +34,10 @@ CHOICES = (
     "model.preset", "routing.method", "routing.moe_blocks", "routing.activation", "routing.rcl_scope",
     "routing.rcl_assignments", "routing.balance_level", "parallel.dispatch", "parallel.expert_backend",
     "parallel.activation_checkpointing", "diffusion.objective", "data.dataset", "optimizer.schedule", "logging.tensorboard",
-    "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
+    "logging.wandb", "logging.class_counts", "logging.position_counts", "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
 )
 FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas",
-        "routing.superclass_map", "routing.superclasses")
+        "routing.superclass_map", "routing.superclasses", "logging.wandb_project", "parallel.expert_placement", "parallel.expert_order")
 #: What a field needs beside it to be taken at all.
 BESIDE: dict[str, dict[str, Any]] = {
     "routing.threshold_decay": {"method": "expert_race"}, "routing.similarity_weight": {"method": "expert_race"},
