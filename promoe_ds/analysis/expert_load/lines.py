@@ -13,8 +13,9 @@ FILE_NAME = "routing.jsonl"
 #: Versions that the readers understand; what a younger one may mean is not known.
 KNOWN_SCHEMAS = (1, 2)
 #: What every version has.
-FIELDS = ("step", "layer", "tokens_per_expert", "conditional_tokens", "unconditional_tokens", "prototype_similarity",
-          "layer_bytes_exchanged")
+FIELDS_IN_ORDER = ("step", "layer", "tokens_per_expert", "conditional_tokens", "unconditional_tokens", "prototype_similarity",
+                   "layer_bytes_exchanged")
+FIELDS = frozenset(FIELDS_IN_ORDER)
 
 
 def log_file(run_dir: Path) -> Path:
@@ -45,23 +46,26 @@ def read_routing_log(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def iterate_records(path: Path, *, refuse: Callable[[int, str], None], start: int = 0,
-                    tell: Callable[[int], None] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def iterate_records(path: Path, *, refuse: Callable[[int, str], None], start: int = 0, stop: int | None = None,
+                    tell: Callable[[int, int], None] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, record).
 
     Args:
         refuse: told the number and problem of a line that is no record, which is then left out; may raise. A last line without
             its end that cannot be read is an interruption's, or still being written, and no problem.
-        start: byte to begin at.
-        tell: given the byte after the last whole line, at the end.
+        start, stop: bytes; lines that begin in between are read.
+        tell: given, at the end, the byte after the last whole line and the number of lines.
     Raises: DataError if the file cannot be read, or has a schema that is younger than this package.
     """
     decode = json.JSONDecoder().decode
     try:
         with path.open("rb") as file:
             file.seek(start)
-            position = start
-            for number, line in enumerate(file, start=1):
+            position, number = start, 0
+            for line in file:
+                if stop is not None and position >= stop:
+                    break
+                number += 1
                 whole = line.endswith(b"\n")
                 position += len(line) if whole else 0
                 try:
@@ -74,10 +78,10 @@ def iterate_records(path: Path, *, refuse: Callable[[int, str], None], start: in
                     if "schema" in problem:
                         raise DataError(f"{path}, line {number}: {problem}")
                     refuse(number, problem)
-                elif whole or tell is None:
+                else:
                     yield number, record
             if tell is not None:
-                tell(position)
+                tell(position, number)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -85,9 +89,8 @@ def iterate_records(path: Path, *, refuse: Callable[[int, str], None], start: in
 def _problem(record: Any) -> str:
     if not isinstance(record, dict):
         return "is no JSON object"
-    for field in FIELDS:
-        if field not in record:
-            return f"{field} is missing"
+    if not FIELDS <= record.keys():
+        return f"{next(field for field in FIELDS_IN_ORDER if field not in record)} is missing"
     if (schema := record.get("schema", 1)) not in KNOWN_SCHEMAS:
         return (f"schema {schema} is not one of {', '.join(map(str, KNOWN_SCHEMAS))}: a younger promoe_ds wrote it, read it with "
                 "that version")

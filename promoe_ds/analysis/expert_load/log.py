@@ -5,20 +5,16 @@ Letters: T log intervals, L MoE layers, Q timestep bins, E routed experts, X exc
 
 from __future__ import annotations
 
-from array import array
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from promoe_ds.analysis.expert_load.lines import iterate_records, log_file
+from promoe_ds.analysis.expert_load.columns import EXCHANGES, Columns, by_first_number, read_columns
+from promoe_ds.analysis.expert_load.lines import log_file
 from promoe_ds.errors import DataError
 
-EXCHANGES = ("counts", "dispatch", "combine", "combine_backward", "dispatch_backward")
 _SHOWN_PROBLEMS = 3
-_LONGEST_SERIES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,88 +82,29 @@ class RoutingLog:
         return np.sum(inside or [series[-1][1]], axis=0)
 
 
-@dataclass
-class _Columns:
-    """What is taken from each line, as it comes."""
-
-    keys: array = field(default_factory=lambda: array("q"))  # step, steps, layer, bin, bins
-    counts: array = field(default_factory=lambda: array("q"))  # routed, null, bytes
-    tokens: array = field(default_factory=lambda: array("q"))
-    gates: array = field(default_factory=lambda: array("d"))
-    floats: array = field(default_factory=lambda: array("d"))  # gate mean, similarity
-    details: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    matrices: dict[int, list[list[float]]] = field(default_factory=dict)
-    orders: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
-    newest_order: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    tables: dict[str, dict[int, list[tuple[int, np.ndarray]]]] = field(default_factory=dict)
-    placement: tuple[int, int] = (1, 1)
-    schemas: Counter = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-    experts: int = 0
-
-    def take(self, number: int, record: dict[str, Any]) -> None:
-        tokens = record["tokens_per_expert"]
-        if self.experts and len(tokens) != self.experts:
-            self.problems.append(f"line {number} has {len(tokens)} experts, the lines before {self.experts}")
-            return
-        self.experts = len(tokens)
-        layer, bin_ = record["layer"], record.get("timestep_bin", 0)
-        gates = record.get("gate_sum_per_expert")
-        gate_mean = record.get("gate_mean")
-        self.keys.extend((record["step"], record.get("steps", 0), layer, bin_, record.get("timestep_bins", 1)))
-        self.counts.extend((record["conditional_tokens"], record["unconditional_tokens"], record["layer_bytes_exchanged"]))
-        self.tokens.extend(tokens)
-        self.gates.extend(gates if gates is not None else [np.nan] * self.experts)
-        similarity = record["prototype_similarity"]
-        self.floats.extend((np.nan if gate_mean is None else gate_mean, np.nan if similarity is None else similarity))
-        self.schemas[record.get("schema", 1)] += 1
-        if (detail := record.get("layer_detail")) is not None:
-            self._take_detail(record["step"], layer, detail)
-
-    def _take_detail(self, step: int, layer: int, detail: dict[str, Any]) -> None:
-        order = detail.get("experts")
-        if order is not None:
-            self.orders[step, layer] = tuple(order)
-        self.newest_order[layer] = tuple(order or range(self.experts))
-        self.placement = (detail["ep_size"], detail["ranks"])
-        waits = [detail["exchanges"].get(name, {}).get("seconds", 0.0) for name in EXCHANGES]
-        uneven = detail["rank_max_over_mean"]
-        values = [*detail["prototype_to_centroid"], *detail["prototype_to_other_centroids"], uneven, detail["passes"], *waits]
-        self.details[step, layer] = np.array([np.nan if value is None else value for value in values], dtype=np.float32)
-        self.matrices[layer] = detail["prototype_similarity_matrix"]
-        for name in ("tokens_per_class", "tokens_per_position"):
-            if name in detail:
-                counts = np.array(detail[name]["counts"], dtype=np.int64)
-                _append(self.tables.setdefault(name, {}).setdefault(layer, []), step, _by_first_number(counts, order))
-
-
 def load_log(run_dir: Path) -> RoutingLog:
     """Read a run's routing.jsonl.
 
     Broken lines and those of an abandoned branch are left out, which `notes` says.
     Raises: DataError if there is no such file, nothing in it, or a younger schema.
     """
-    path, columns = log_file(run_dir), _Columns()
-    broken: list[str] = []
-    for number, record in iterate_records(path, refuse=lambda number, problem: broken.append(f"line {number}: {problem}")):
-        try:
-            columns.take(number, record)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise DataError(f"{path}, line {number}: cannot be understood ({type(error).__name__}: {error})") from None
+    path = log_file(run_dir)
+    columns = read_columns(path)
+    told = [f"line {number:,}: {problem}" for number, problem in columns.broken + columns.problems]
     if not columns.experts:
-        raise DataError(f"{path} {_why_nothing(path, broken)}")
-    notes = [f"{len(broken)} broken line{'s' if len(broken) > 1 else ''} left out ({'; '.join(broken[:_SHOWN_PROBLEMS])})"] \
-        if broken else []
-    notes += columns.problems[:_SHOWN_PROBLEMS]
+        reason = f"holds no routing record: {'; '.join(told[:_SHOWN_PROBLEMS])}" if told else \
+            "is empty: the run has no MoE layer or did not reach its first log step (train.log_every)"
+        raise DataError(f"{path} {reason}")
+    notes = [f"{len(told)} line{'s' if len(told) > 1 else ''} left out ({'; '.join(told[:_SHOWN_PROBLEMS])})"] if told else []
     if not _ends_whole(path):
         notes.append("the last line is cut off: the run was interrupted, or is writing it now")
     if columns.schemas[1]:
-        notes.append(f"{columns.schemas[1]:,} of {columns.schemas.total():,} lines have schema 1: gates by expert, prototypes, waits "
-                     "and tables by class and patch were not logged then")
+        notes.append(f"{columns.schemas[1]:,} of {columns.schemas.total():,} lines have schema 1: gates by expert, prototypes, "
+                     "waits and tables by class and patch were not logged then")
     return _arrange(path, columns, notes)
 
 
-def _arrange(path: Path, columns: _Columns, notes: list[str]) -> RoutingLog:
+def _arrange(path: Path, columns: Columns, notes: list[str]) -> RoutingLog:
     keys = np.frombuffer(columns.keys, dtype=np.int64).reshape(-1, 5)
     bins = int(keys[-1, 4])
     kept = keys[:, 4] == bins
@@ -203,7 +140,7 @@ def _arrange(path: Path, columns: _Columns, notes: list[str]) -> RoutingLog:
         at = (np.searchsorted(steps, step), np.searchsorted(layers, layer))
         if at[0] < len(steps) and steps[at[0]] == step:
             for values in (tokens, gates, details[..., :experts], details[..., experts:2 * experts]):
-                values[at] = _by_first_number(values[at], order)
+                values[at] = by_first_number(values[at], order)
     orders = np.array([columns.newest_order.get(int(layer), tuple(range(experts))) for layer in layers])
     ep_size, ranks = columns.placement
     return RoutingLog(
@@ -222,48 +159,28 @@ def _newest_branch(keys: np.ndarray, notes: list[str]) -> np.ndarray:
     kept, steps = np.ones(len(keys), dtype=bool), keys[:, 0]
     for place in np.flatnonzero(np.diff(steps) < 0) + 1:
         kept[:place] &= steps[:place] < steps[place]
-        notes.append(f"the run went back from step {steps[place - 1]:,} and on from before {steps[place]:,}; what it did twice counts "
-                     "once, as it was done last")
+        notes.append(f"the run went back from step {steps[place - 1]:,} and on from before {steps[place]:,}; what it did twice "
+                     "counts once, as it was done last")
     return kept
 
 
-def _spread(columns: _Columns, steps: np.ndarray, layers: np.ndarray) -> np.ndarray:
+def _spread(columns: Columns, steps: np.ndarray, layers: np.ndarray) -> np.ndarray:
+    """Return the details (T, L, ...), NaN where a line has none; of a step done twice the later one's."""
     width = 2 * columns.experts + 2 + len(EXCHANGES)
     details = np.full((len(steps), len(layers), width), np.nan, dtype=np.float32)
-    step_place = {int(step): place for place, step in enumerate(steps)}
-    layer_place = {int(layer): place for place, layer in enumerate(layers)}
-    for (step, layer), values in columns.details.items():
-        if step in step_place and layer in layer_place:
-            details[step_place[step], layer_place[layer]] = values
+    keys = np.frombuffer(columns.detail_keys, dtype=np.int64).reshape(-1, 2)
+    known = np.isin(keys[:, 0], steps)
+    where = np.searchsorted(steps, keys[known, 0]), np.searchsorted(layers, keys[known, 1])
+    details[where] = np.frombuffer(columns.details, dtype=np.float32).reshape(-1, width)[known]
     return details
 
 
-def _matrices(columns: _Columns, layers: np.ndarray, orders: np.ndarray) -> np.ndarray:
+def _matrices(columns: Columns, layers: np.ndarray, orders: np.ndarray) -> np.ndarray:
     result = np.full((len(layers), columns.experts, columns.experts), np.nan)
     for row, layer in enumerate(layers):
         if int(layer) in columns.matrices:
             result[row][np.ix_(orders[row], orders[row])] = columns.matrices[int(layer)]
     return result
-
-
-def _by_first_number(values: np.ndarray, order: tuple[int, ...] | list[int] | None) -> np.ndarray:
-    """Return values, whose last dimension goes by place, by the experts' first numbers."""
-    if order is None:
-        return values
-    result = np.empty_like(values)
-    result[..., list(order)] = values
-    return result
-
-
-def _append(series: list[tuple[int, np.ndarray]], step: int, counts: np.ndarray) -> None:
-    """Add a table; a long series is thinned by summing neighbours, so that memory stays small."""
-    while series and series[-1][0] >= step:
-        series.pop()  # an abandoned branch's
-    series.append((step, counts))
-    if len(series) > _LONGEST_SERIES:
-        head = series[-1:] if len(series) % 2 else []
-        pairs = [(b[0], a[1] + b[1]) for a, b in zip(series[:-1:2] if head else series[::2], series[1::2], strict=False)]
-        series[:] = pairs + head
 
 
 def _ends_whole(path: Path) -> bool:
@@ -273,9 +190,3 @@ def _ends_whole(path: Path) -> bool:
             return True
         file.seek(-1, 2)
         return file.read(1) == b"\n"
-
-
-def _why_nothing(path: Path, broken: list[str]) -> str:
-    if broken:
-        return f"holds no routing record: {'; '.join(broken[:_SHOWN_PROBLEMS])}"
-    return "is empty: the run has no MoE layer or did not reach its first log step (train.log_every)"
