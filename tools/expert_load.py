@@ -76,12 +76,13 @@ def place(view: RunView, console: Console, path: Path, ep_size: int | None) -> N
     """Write the advised placement and say what it is expected to give."""
     size = ep_size or view.log.ep_size
     order = advise(view.log, view.window, size)
-    tokens = view.log.tokens_TLQE[view.window].sum(axis=2)
+    tokens = view.log.tokens_TLE[view.window]
     before, after = (unevenness(tokens, each, size).mean() for each in (view.log.order_LE, order))
     write_placement(path, view.log, order, size)
     moved = int((order != view.log.order_LE).sum())
     console.print(f"placement: {path}: {moved} of {order.size} experts move; fullest of {size} ranks over the mean {before:.3f} -> "
-                  f"{after:.3f}. Apply it at the next resume: --set parallel.expert_placement={path}", highlight=False, soft_wrap=True)
+                  f"{after:.3f}. Apply it at the next resume: --set parallel.expert_placement={path}", highlight=False,
+                  soft_wrap=True)
 
 
 if __name__ == "__main__":

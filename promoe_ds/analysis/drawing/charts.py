@@ -7,22 +7,24 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from promoe_ds.analysis.drawing.scene import Scene, diverge, fade
+from promoe_ds.analysis.drawing.scene import SERIES, Scene, diverge, fade
 
 WIDTH = 360.0
 _LEFT, _RIGHT, _TOP = 40.0, 8.0, 8.0
 _LEGEND_ROW = 15.0
 _SHOWN_CELLS = 130
+#: Numbers stand on cells: the strongest shade leaves them readable.
+_LEGIBLE = 0.78
 
 
 def line_chart(title: str, series: Sequence[tuple[str, Sequence[float], Sequence[float]]], *, note: str = "", y_from: float = 0.0,
-               y_to: float | None = None, even: float | None = None, x_name: str = "step",
+               y_to: float | None = None, even: float | None = None, also: Sequence[float] = (), x_name: str = "step",
                show: Callable[[float], str] = lambda y: f"{y:g}") -> Scene:
     """Draw lines over steps.
 
     Args:
         series: name, steps, values (NaN is a gap) of each line; the colour goes by place.
-        even: a dashed line at this value.
+        even: a dashed line at this value; also: further values that the scale has room for.
     """
     height = 176.0
     rows = _legend_rows([name for name, *_ in series])
@@ -33,7 +35,7 @@ def line_chart(title: str, series: Sequence[tuple[str, Sequence[float], Sequence
     if not finite:
         scene.text(WIDTH / 2, height / 2, "nothing logged", color="muted", anchor="middle")
         return scene
-    low, high = min(y_from, *finite), max(finite) if y_to is None else y_to
+    low, high = min(y_from, *finite, *also), max(*finite, *also, finite[0]) if y_to is None else y_to
     high = max(high, even or 0.0, low + 1e-9)
     x0, x1 = min(steps), max(max(steps), min(steps) + 1)
 
@@ -48,7 +50,8 @@ def line_chart(title: str, series: Sequence[tuple[str, Sequence[float], Sequence
         for piece in _pieces(xs, ys):
             if len(piece) == 1:
                 scene.dot(*place(*piece[0]), 2.0, color, tip=name)
-            scene.line([place(x, y) for x, y in piece], color, width=1.6, tip=name)
+            # Colours come round again after a dozen: dashes tell the second round.
+            scene.line([place(x, y) for x, y in piece], color, width=1.6, dashed=color >= len(SERIES), tip=name)
     _legend(scene, rows, height + 34)
     return scene
 
@@ -74,17 +77,17 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, str, str | int]], *, 
         bars: name, length, words after it, colour.
         mark: a dashed line at this length.
     """
-    row, top = 19.0, 6.0
+    row, top, words_width = 19.0, 6.0, 8.0 + 5.6 * max(len(words) for *_, words, _ in bars)
     scene = Scene(WIDTH, top + row * len(bars) + (16 if mark is not None else 4), title, note)
     scene.numbers = [["", "value"], *([name, value] for name, value, *_ in bars)]
     longest = max([value for _, value, *_ in bars if not math.isnan(value)] + [mark or 0.0, 1e-12])
-    scale = (WIDTH - label_width - 84) / longest
+    scale = (WIDTH - label_width - words_width - _RIGHT) / longest
     for place, (name, value, words, color) in enumerate(bars):
         y = top + row * place
         scene.text(label_width - 6, y + 12, name, anchor="end")
         if not math.isnan(value):
             scene.rect(label_width, y + 2, max(0.8, value * scale), row - 6, color, radius=2, tip=f"{name}: {words}")
-        scene.text(label_width + (0 if math.isnan(value) else value * scale) + 5, y + 12, words, color="muted", size=10)
+        scene.text(WIDTH - _RIGHT, y + 12, words, color="muted", anchor="end", size=10)
     if mark is not None:
         x, bottom = label_width + mark * scale, top + row * len(bars)
         scene.line([(x, top), (x, bottom)], "fg", dashed=True)
@@ -101,13 +104,14 @@ def cell_chart(title: str, values_RC: np.ndarray, rows: Sequence[str], columns: 
         shade: values to -1 ... 1: blue below 0, orange above.
     """
     left = 14.0 + 5.6 * max(len(name) for name in [*rows, row_name])
-    cell = min(36.0, (WIDTH - left - 4) / len(columns))
+    cell = min(68.0, (WIDTH - left - 4) / len(columns))
     high = min(20.0, max(5.0, 300.0 / len(rows)))
     top = 18.0
     scene = Scene(WIDTH, top + high * len(rows) + 8, title, note)
     scene.numbers = [[row_name, *columns], *([name, *map(_number, values)] for name, values in zip(rows, values_RC, strict=True))]
     wide = cell * len(columns)
-    scene.pixels(left, top, wide, high * len(rows), diverge(shade(values_RC)))
+    scene.rect(left, top, wide, high * len(rows), "grid", opacity=0.25)
+    scene.pixels(left, top, wide, high * len(rows), diverge(_LEGIBLE * shade(values_RC)))
     scene.text(left - 6, 11, row_name, color="muted", anchor="end", size=10)
     every = max(1, math.ceil(len(columns) * (7.0 + 5.0 * max(map(len, columns))) / max(wide, 1.0)))
     for place, name in enumerate(columns):

@@ -25,11 +25,13 @@ a:hover{text-decoration:underline}
 .stat span{font-size:13px;color:var(--muted)}.stat em{font-style:normal;font-size:13px}
 .found{list-style:none;margin:0;padding:0;display:grid;gap:8px}
 .found li{background:var(--card);border:1px solid var(--grid);border-left:4px solid var(--grid);border-radius:8px;padding:8px 14px}
-.found li.bad{border-left-color:var(--bad)}.found li.warn{border-left-color:var(--warn)}.found li.good{border-left-color:var(--good)}
+.found li.bad{border-left-color:var(--bad)}.found li.warn{border-left-color:var(--warn)}
+.found li.good{border-left-color:var(--good)}
 .found strong{display:block}.tag{font-size:12px;font-weight:600;text-transform:uppercase;letter-spacing:.04em;margin-right:8px}
 .tag.bad{color:var(--bad)}.tag.warn{color:var(--warn)}.tag.good{color:var(--good)}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%%,340px),1fr));gap:12px;align-items:start}
-.pairs{grid-template-columns:repeat(auto-fill,minmax(min(100%%,700px),1fr))}
+.facts{max-width:none}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%%,340px),1fr));gap:12px;align-items:start}
+.pairs{grid-template-columns:repeat(auto-fit,minmax(min(100%%,700px),1fr))}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%%,320px),1fr));gap:12px}
 figure{margin:0;background:var(--card);border:1px solid var(--grid);border-radius:10px;padding:10px 12px;min-width:0}
 figcaption{font-weight:600;font-size:14.5px;line-height:1.35;margin-bottom:6px}
@@ -79,7 +81,8 @@ def figures(groups: Sequence[Sequence[Scene]], labels: Sequence[str]) -> str:
 
 def stat(name: str, value: str, words: str, level: str = "") -> str:
     """Return one number with its name and a word about it."""
-    return f'<div class="stat {level}"><span>{escape(name)}</span><b>{escape(value)}</b><em class="muted">{escape(words)}</em></div>'
+    told = f"<span>{escape(name)}</span><b>{escape(value)}</b><em class=muted>{escape(words)}</em>"
+    return f'<div class="stat {level}">{told}</div>'
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:

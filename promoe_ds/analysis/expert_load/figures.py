@@ -50,27 +50,31 @@ def load_over_time(view: RunView) -> Scene:
                          groups=[(f"layer {layer}", view.log.experts) for layer in view.log.layers])
 
 
-def _per_layer(title: str, note: str, values_PL: np.ndarray, view: RunView, **options) -> Scene:
+def _per_layer(title: str, note: str, values: Callable[[RunView], np.ndarray], view: RunView, **options) -> Scene:
+    """Draw a curve a layer; runs side by side share the scale."""
+    values_PL = values(view)
     series = [(f"layer {layer}", view.steps_P.tolist(), values_PL[:, row].tolist()) for row, layer in enumerate(view.log.layers)]
-    return line_chart(title, series, note=note, **options)
+    ends = [x for peer in view.peers if peer is not view and not np.isnan(shown := values(peer)).all()
+            for x in (np.nanmin(shown), np.nanmax(shown))]
+    return line_chart(title, series, note=note, also=ends, **options)
 
 
 def max_over_mean(view: RunView) -> Scene:
     """Largest over mean load of each layer, over training."""
     return _per_layer("Largest over mean load", f"1 is even (dashed), {view.log.experts} is all on one expert.",
-                      stats.max_over_mean(view.tokens_PLE), view, y_from=1.0, even=1.0)
+                      lambda each: stats.max_over_mean(each.tokens_PLE), view, y_from=1.0, even=1.0)
 
 
 def variation(view: RunView) -> Scene:
     """Coefficient of variation of each layer, over training."""
     return _per_layer("Coefficient of variation", "Standard deviation of the loads over their mean: 0 is even.",
-                      stats.variation(view.tokens_PLE), view)
+                      lambda each: stats.variation(each.tokens_PLE), view)
 
 
 def entropy(view: RunView) -> Scene:
     """Normalised entropy of each layer, over training."""
     return _per_layer("Entropy of the load", "Over log E: 1 is even (dashed), 0 is all on one expert.",
-                      stats.entropy(view.tokens_PLE), view, y_from=0.0, y_to=1.0, even=1.0)
+                      lambda each: stats.entropy(each.tokens_PLE), view, y_from=0.5, y_to=1.0, even=1.0)
 
 
 def bins_now(view: RunView) -> Scene | None:
@@ -95,26 +99,29 @@ def conditional(view: RunView) -> Scene:
 
 def gates(view: RunView) -> Scene:
     """Mean gate of each layer over training."""
-    return _per_layer("Mean gate", "Of all assignments: the weight with which an expert's output enters. Near 0 the routed experts "
-                      "hardly count.", view.mean_over_time(view.log.gate_mean_TL), view)
+    return _per_layer("Mean gate", "Of all assignments: the weight with which an expert's output enters. Near 0 the routed "
+                      "experts hardly count.", lambda each: each.mean_over_time(each.log.gate_mean_TL), view)
 
 
 def prototypes(view: RunView) -> Scene:
     """Mean prototype similarity of each layer over training."""
     return _per_layer("Similarity of prototypes", "Mean cosine between different prototypes of a layer: low is well apart.",
-                      view.mean_over_time(view.log.similarity_TL), view, show=lambda x: f"{x:.2f}")
+                      lambda each: each.mean_over_time(each.log.similarity_TL), view, show=lambda x: f"{x:.2f}")
 
 
 def centroids(view: RunView) -> Scene | None:
     """How near prototypes are to the centroids of their own tokens, over training."""
     if np.isnan(view.log.to_centroid_TLE).all():
         return None
-    values = view.mean_over_time(view.log.to_centroid_TLE)
-    known = ~np.isnan(values)
-    mean = np.divide(np.where(known, values, 0).sum(axis=2), known.sum(axis=2), out=np.full(values.shape[:2], np.nan),
-                     where=known.any(axis=2))
+
+    def _mean(each: RunView) -> np.ndarray:
+        values = each.mean_over_time(each.log.to_centroid_TLE)
+        known = ~np.isnan(values)
+        return np.divide(np.where(known, values, 0).sum(axis=2), known.sum(axis=2), out=np.full(values.shape[:2], np.nan),
+                         where=known.any(axis=2))
+
     return _per_layer("Prototype to its own tokens", "Mean cosine with the centroid of the tokens that an expert got: what the "
-                      "contrastive loss raises.", mean, view, show=lambda x: f"{x:.2f}")
+                      "contrastive loss raises.", _mean, view, show=lambda x: f"{x:.2f}")
 
 
 def rank_load(view: RunView) -> Scene | None:
@@ -140,8 +147,8 @@ def placements(view: RunView) -> Scene:
                      "accent" if each.name == "advised" else "under"))
     present = float(np.nanmean(view.outlooks[0].uneven_L))
     return bar_chart("Other placements", bars, mark=present, mark_name=f"present {present:.2f}",
-                     note="Fullest rank over the mean, average of layers, by parallel.ep_size; summed interval by interval from the "
-                          "log, so single passes are a little less even. The time is an estimate for this batch size.")
+                     note="Fullest rank over the mean, average of layers, by parallel.ep_size; summed interval by interval from "
+                          "the log, so single passes are a little less even. The time is an estimate for this batch size.")
 
 
 def traffic(view: RunView) -> Scene | None:
@@ -166,16 +173,16 @@ def waiting(view: RunView) -> Scene | None:
     config, speed = view.facts.config, view.facts.images_per_second
     share = f" Together {per_step.sum():.1f} ms of a step of {1e3 * config.train.global_batch_size / speed:.0f} ms." \
         if config is not None and speed else ""
-    return bar_chart("Waiting for exchanges", bars, note="Milliseconds a step for which a rank's computation stood still, mean of "
-                     f"ranks; what hides behind computation takes none. Waiting for a slower rank counts, mostly in “counts”.{share}")
+    note = ("Milliseconds a step for which a rank's computation stood still, mean of ranks; what hides behind computation takes none. "
+            f"Waiting for a slower rank counts, mostly in “counts”.{share}")
+    return bar_chart("Waiting for exchanges", bars, note=note)
 
 
 #: Sections of the page and their figures.
 OVERVIEW: tuple[tuple[str, tuple[Draw, ...]], ...] = (
-    ("Load", (load_now, load_over_time, bins_now)),
+    ("Load", (load_now, load_over_time, bins_now, conditional)),
     ("Evenness over training", (max_over_mean, variation, entropy)),
-    ("Gates and conditioning", (gates, conditional)),
-    ("Prototypes", (prototypes, centroids)),
+    ("Gates and prototypes", (gates, prototypes, centroids)),
     ("Ranks, exchange, placement", (rank_load, placements, waiting, traffic)),
 )
 
@@ -223,8 +230,8 @@ def _patches_of(view: RunView, row: int, layer: int) -> Scene | None:
     side = round(len(counts) ** 0.5)
     part = np.nan_to_num(stats.shares(counts))
     images = [(name, part[:, expert].reshape(side, side)) for expert, name in enumerate(experts_of(view))]
-    return image_chart(f"Layer {layer}: load by patch", images, note="The image's patches as they lie: how much of a patch's tokens "
-                       "an expert gets, from none (clear) to all (full colour).")
+    return image_chart(f"Layer {layer}: load by patch", images, note="The image's patches as they lie: how much of a patch's "
+                       "tokens an expert gets, from none (clear) to all (full colour).")
 
 
 def _matrix_of(view: RunView, row: int, layer: int) -> Scene | None:

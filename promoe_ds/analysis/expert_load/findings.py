@@ -31,8 +31,8 @@ def find(view: RunView) -> list[Finding]:
     found = [*_lacks(view), *_unevenness(view), *_time(view), *_prototypes(view), *_noise(view)]
     order = {"bad": 0, "warn": 1}
     if not found:
-        return [Finding("good", "Nothing wrong found", "Every expert is fed, no layer is far from even, prototypes stay apart and no "
-                        "rank keeps the others waiting for long.")]
+        return [Finding("good", "Nothing wrong found", "Every expert is fed, no layer is far from even, prototypes stay apart and "
+                        "no rank keeps the others waiting for long.")]
     return sorted(found, key=lambda finding: order[finding.level])
 
 
@@ -108,5 +108,5 @@ def _noise(view: RunView) -> list[Finding]:
     row, bin_ = places[0]
     return [Finding("warn", "Even on the whole, uneven at some noise levels",
                     f"Layer {view.log.layers[row]} at sigma {bin_ / view.log.bins:.1f} to {(bin_ + 1) / view.log.bins:.1f} has "
-                    f"{by_bin_LQ[row, bin_]:.1f} times the mean on one expert ({len(places)} such places). Experts divide the noise "
-                    "levels among them; sampling visits one level at a time, so its steps are less even than training's.")]
+                    f"{by_bin_LQ[row, bin_]:.1f} times the mean on one expert ({len(places)} such places). Experts divide the "
+                    "noise levels among them; sampling visits one level at a time, so its steps are less even than training's.")]

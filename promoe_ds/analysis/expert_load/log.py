@@ -6,6 +6,7 @@ Letters: T log intervals, L MoE layers, Q timestep bins, E routed experts, X exc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,11 @@ class RoutingLog:
     ranks: int
     tables: dict[str, dict[int, list[tuple[int, np.ndarray]]]]
     notes: list[str]
+
+    @cached_property
+    def tokens_TLE(self) -> np.ndarray:
+        """Assignments of all bins."""
+        return self.tokens_TLQE.sum(axis=2)
 
     @property
     def experts(self) -> int:

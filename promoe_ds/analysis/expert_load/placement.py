@@ -81,7 +81,7 @@ def unevenness(tokens_TLE: np.ndarray, order_LE: np.ndarray, ep_size: int) -> np
 
 def outlooks(log: RoutingLog, window: slice) -> list[Outlook]:
     """Return, for every number of ranks that divides the experts, the plain order and the advised one; first the present one."""
-    tokens_TLE = log.tokens_TLQE[window].sum(axis=2)
+    tokens_TLE = log.tokens_TLE[window]
     plain = np.tile(np.arange(log.experts), (len(log.layers), 1))
     found = [Outlook(ep_size=log.ep_size, name="present", order_LE=log.order_LE,
                      uneven_L=unevenness(tokens_TLE, log.order_LE, log.ep_size))]
@@ -101,7 +101,7 @@ def advise(log: RoutingLog, window: slice, ep_size: int) -> np.ndarray:
     """
     if ep_size < 1 or log.experts % ep_size:
         raise ConfigError(f"--ep-size {ep_size} does not divide the {log.experts} experts: every rank holds equally many")
-    load_LE = log.tokens_TLQE[window].sum(axis=(0, 2)).astype(float)
+    load_LE = log.tokens_TLE[window].sum(axis=0).astype(float)
     orders = []
     for load_E, present in zip(load_LE, log.order_LE, strict=True):
         new = balance(load_E, ep_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 from collections.abc import Sequence
 from html import escape
@@ -25,6 +24,8 @@ _OPEN_LAYERS = 3
 
 def render(views: Sequence[RunView]) -> str:
     """Return the page for one run, or for several side by side."""
+    for view in views:
+        view.peers = list(views)
     title = " and ".join(view.name for view in views)
     parts = [_head(views), *(_summary(view, len(views) > 1) for view in views)]
     labels = [view.name for view in views]
@@ -48,7 +49,7 @@ def write_report(path: Path, views: Sequence[RunView]) -> int:
     try:
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}: name another place with --out") from None
     return path.stat().st_size
@@ -84,8 +85,8 @@ def export_figure(folder: Path, scene: Scene) -> None:
 def layer_rows(view: RunView) -> list[list[object]]:
     """Return the numbers of every layer in the window, under a heading."""
     log, window = view.log, view.window
-    rows: list[list[object]] = [["layer", *(f"e{expert} share" for expert in range(log.experts)), "max/mean", "CV", "entropy", "dead",
-                                 "starving", "conditional tokens", "unconditional tokens", "mean gate", "prototype cosine",
+    rows: list[list[object]] = [["layer", *(f"e{expert} share" for expert in range(log.experts)), "max/mean", "CV", "entropy",
+                                 "dead", "starving", "conditional tokens", "unconditional tokens", "mean gate", "prototype cosine",
                                  "bytes exchanged", "fullest rank / mean"]]
     tokens, uneven = view.tokens_LE, view.present_uneven()
     part, scalars = stats.shares(tokens), (stats.max_over_mean(tokens), stats.variation(tokens), stats.entropy(tokens))
@@ -103,17 +104,20 @@ def _head(views: Sequence[RunView]) -> str:
     links = " ".join(f'<a href="#{_slug(name)}">{escape(name)}</a>'
                      for name in [*(section for section, _ in OVERVIEW), "Layers", "Numbers"])
     names = " <span class=muted>and</span> ".join(escape(view.name) for view in views)
-    return f"<header><p class=muted>Expert load</p><h1>{names}</h1>{''.join(map(_facts, views))}<nav>{links}</nav></header>"
+    facts = "".join(_facts(view, len(views) > 1) for view in views)
+    return f"<header><p class=muted>Expert load</p><h1>{names}</h1>{facts}<nav>{links}</nav></header>"
 
 
-def _facts(view: RunView) -> str:
+def _facts(view: RunView, is_named: bool) -> str:
     log, config = view.log, view.facts.config
     words = [f"{int(log.steps_T[-1]):,} steps", f"{len(log.layers)} layers × {log.experts} experts"]
     if config is not None:
         words = [config.name, f"{config.routing.method}, top {config.routing.top_k}", *words]
-    words += [f"{log.ranks} rank{'s' if log.ranks > 1 else ''}, ep_size {log.ep_size}", f"“now” is the last {view.window_steps:,} steps"]
+    words += [f"{log.ranks} rank{'s' if log.ranks > 1 else ''}, ep_size {log.ep_size}",
+              f"“now” is the last {view.window_steps:,} steps"]
     notes = "".join(f"<li>{escape(note)}</li>" for note in view.notes)
-    return f'<p class="muted">{escape(view.name)}: {escape(" · ".join(words))}</p>' + (f'<ul class="notes">{notes}</ul>' if notes else "")
+    said = f'<ul class="notes">{notes}</ul>' if notes else ""
+    return f'<p class="muted facts">{escape(f"{view.name}: " if is_named else "")}{escape(" · ".join(words))}</p>{said}'
 
 
 def _summary(view: RunView, is_named: bool) -> str:
@@ -129,15 +133,16 @@ _WORDS = {"bad": "act", "warn": "watch", "good": "fine"}
 
 def _stats(view: RunView) -> list[str]:
     log = view.log
-    uneven, tokens = stats.max_over_mean(view.tokens_LE), view.tokens_LE.sum()
+    uneven = stats.max_over_mean(view.tokens_LE)
+    tokens = log.routed_TLQ[view.window].sum() + log.null_TLQ[view.window].sum()
     if np.isnan(uneven).all():
         return [html.stat("Tokens routed", "0", "none in the window", "bad")]
     worst = int(np.nanargmax(uneven))
     dead, starving = (sum(lack.is_dead is kind for lack in view.lacks) for kind in (True, False))
     level = "bad" if uneven[worst] > findings.VERY_UNEVEN else "warn" if uneven[worst] > findings.UNEVEN else "good"
     cards = [
-        html.stat("Most uneven layer", f"{uneven[worst]:.2f}×", f"of the mean, layer {log.layers[worst]}; average {np.nanmean(uneven):.2f}",
-                  level),
+        html.stat("Most uneven layer", f"{uneven[worst]:.2f}×",
+                  f"of the mean, layer {log.layers[worst]}; average {np.nanmean(uneven):.2f}", level),
         html.stat("Entropy", f"{np.nanmean(stats.entropy(view.tokens_LE)):.3f}", "mean of layers, 1 is even"),
         html.stat("Dead experts", str(dead), f"of {log.experts * len(log.layers)}; {starving} starving",
                   "bad" if dead else "warn" if starving else "good")]
@@ -150,9 +155,8 @@ def _stats(view: RunView) -> list[str]:
     if view.window_steps and log.bytes_TL.any():
         traffic = log.bytes_TL[view.window].sum() / view.window_steps
         cards.append(html.stat("Exchanged a step", f"{traffic / 1e6:,.2f} MB", "all layers and ranks, both ways"))
-    null = log.null_TLQ[view.window].sum() / max(1, log.null_TLQ[view.window].sum() + log.routed_TLQ[view.window].sum())
-    return [*cards, html.stat("Unconditional", f"{null:.1%}", "of tokens"),
-            html.stat("Tokens now", f"{tokens:,}", f"assignments in {view.window_steps:,} steps")]
+    null = log.null_TLQ[view.window].sum() / max(1, tokens)
+    return [*cards, html.stat("Unconditional", f"{null:.1%}", f"of {tokens / 1e6:,.1f} M tokens now")]
 
 
 def _layers(views: Sequence[RunView], labels: Sequence[str]) -> list[str]:

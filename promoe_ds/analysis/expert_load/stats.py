@@ -106,7 +106,7 @@ def entropy(tokens_E: np.ndarray) -> np.ndarray:
 
 def find_lacks(log: RoutingLog, window: slice) -> list[Lack]:
     """Return the dead and starving experts of the window, dead ones first."""
-    tokens_TLE = log.tokens_TLQE.sum(axis=2)
+    tokens_TLE = log.tokens_TLE
     now_LE = shares(tokens_TLE[window].sum(axis=0))
     over_time = np.nan_to_num(shares(tokens_TLE), nan=1.0)
     found = []

@@ -43,7 +43,7 @@ def load_table(loads: list[LayerLoad], title: str = "Expert load (share of route
 def loads_of(view: RunView, window: slice) -> list[LayerLoad]:
     """Return the totals of every layer over a window."""
     log = view.log
-    tokens_LE = log.tokens_TLQE[window].sum(axis=(0, 2))
+    tokens_LE = log.tokens_TLE[window].sum(axis=0)
     return [LayerLoad(layer=layer, tokens_per_expert=[int(n) for n in tokens_LE[row]],
                       conditional_tokens=int(log.routed_TLQ[window, row].sum()),
                       unconditional_tokens=int(log.null_TLQ[window, row].sum()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -16,13 +16,17 @@ from promoe_ds.analysis.expert_load.stats import Lack, RunFacts, find_lacks, rea
 _MOST_POINTS = 120
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunView:
-    """One run. Letters: T intervals, P points in time, L layers, Q bins, E experts."""
+    """One run. Letters: T intervals, P points in time, L layers, Q bins, E experts.
+
+    peers: the runs that it is shown beside, itself among them: their curves share a scale.
+    """
 
     log: RoutingLog
     facts: RunFacts
     window: slice
+    peers: list[RunView] = field(default_factory=list)
 
     @classmethod
     def open(cls, run_dir: Path, last_steps: int | None = None) -> RunView:
@@ -59,7 +63,7 @@ class RunView:
     @cached_property
     def tokens_PLE(self) -> np.ndarray:
         """Tokens over time, all bins."""
-        return self.over_time(self.log.tokens_TLQE.sum(axis=2))
+        return self.over_time(self.log.tokens_TLE)
 
     @cached_property
     def tokens_LQE(self) -> np.ndarray:
