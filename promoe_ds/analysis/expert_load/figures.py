@@ -173,8 +173,8 @@ def waiting(view: RunView) -> Scene | None:
     config, speed = view.facts.config, view.facts.images_per_second
     share = f" Together {per_step.sum():.1f} ms of a step of {1e3 * config.train.global_batch_size / speed:.0f} ms." \
         if config is not None and speed else ""
-    note = ("Milliseconds a step for which a rank's computation stood still, mean of ranks; what hides behind computation takes none. "
-            f"Waiting for a slower rank counts, mostly in “counts”.{share}")
+    note = ("Milliseconds a step for which a rank's computation stood still, mean of ranks; what hides behind computation takes "
+            f"none. Waiting for a slower rank counts, mostly in “counts”.{share}")
     return bar_chart("Waiting for exchanges", bars, note=note)
 
 
