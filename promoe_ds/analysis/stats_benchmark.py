@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
-_CLASSES = 10
+from promoe_ds.analysis.benchmarks import (
+    BenchmarkResult,
+    interleave,
+    machine_description,
+    mixture_recipe,
+    training_module,
+    training_pass,
+)
+from promoe_ds.engine.distributed import Ranks
+from promoe_ds.engine.routing_log import RoutingAccumulator
+from promoe_ds.routing.assignment import sum_tokens_by_expert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +79,74 @@ class MadeUpRun:
                 "exchanges": {name: {"bytes": 1000, "seconds": 0.01} for name in names},
                 "prototype_similarity_matrix": cosines.round(4).tolist(), "prototype_to_centroid": [0.7] * experts,
                 "prototype_to_other_centroids": [-0.06] * experts}
+
+
+def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> BenchmarkResult:
+    """Time all that is done for routing.jsonl against a training step of a recipe, without the optimizer.
+
+    Contenders: `training_step`, forward and backward pass of the whole network with what the plans carry for the log;
+    `statistics`, that share of the plans (gates by expert, sums of tokens) once more and counting the pass, tables by class and
+    patch included; `statistics_log_line`, reducing and describing an interval, which happens once in train.log_every steps.
+    Args:
+        tokens: conditional tokens of a pass, a multiple of the recipe's tokens per image.
+    """
+    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
+    with_tables = config.logging.model_copy(update={"class_counts": True, "position_counts": True})
+    config = config.model_copy(update={"logging": with_tables})
+    module, batch = training_module(config, tokens)
+    accumulator = RoutingAccumulator(config, module.denoiser, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+    plans = module(batch).plans
+    entering_TD = torch.randn(batch.labels_B.numel() * config.model.tokens_per_image, config.model.hidden_size)
+
+    def _count() -> None:
+        for plan in plans.values():
+            sum_tokens_by_expert(entering_TD, plan.assignment)
+            torch.zeros(plan.stats.gate_sums_BE.shape).scatter_add_(1, plan.stats.tokens_per_expert_BE, plan.stats.gate_sums_BE)
+        accumulator.add(plans, batch.sigma_B, batch.labels_B)
+
+    def _line() -> None:
+        accumulator.add(plans, batch.sigma_B, batch.labels_B)
+        accumulator.reduce(step=1, steps=1)
+
+    contenders = {"training_step": lambda: training_pass(module, batch), "statistics": _count, "statistics_log_line": _line}
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        timings = interleave(contenders, rounds=rounds, warmup=1)
+    finally:
+        dist.destroy_process_group()
+    return BenchmarkResult(suite="stats", baseline="training_step", rounds=rounds, timings=timings,
+                           settings={"recipe": config.name, "tokens": len(entering_TD), "classes": config.model.num_classes,
+                                     "log_every": config.train.log_every})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportBenchmark:
+    """Seconds to build the report of a long run from its log, and sizes in bytes."""
+
+    lines: int
+    log_bytes: int
+    report_bytes: int
+    seconds: float
+    settings: dict[str, object]
+    machine: dict[str, object] = field(default_factory=machine_description)
+
+    def describe(self) -> list[str]:
+        """Return what was measured, for people."""
+        return [f"report of {self.settings['steps']:,} steps × {len(self.settings['layers'])} layers × {self.settings['experts']} "
+                f"experts × {self.settings['bins']} bins: {self.lines:,} lines, {self.log_bytes / 1e6:,.0f} MB",
+                f"built in {self.seconds:.1f} s, {self.report_bytes / 1e6:.2f} MB"]
+
+
+def benchmark_report(run: MadeUpRun, folder: Path) -> ReportBenchmark:
+    """Write a long run's log into `folder` and build its report in a process of its own, as the tool does."""
+    lines = run.write(folder / "routing.jsonl")
+    code = ("from pathlib import Path\nfrom promoe_ds.analysis.expert_load.view import RunView\n"
+            "from promoe_ds.analysis.expert_load.report import write_report\n"
+            f"if __name__ == '__main__':\n    folder = Path({str(folder)!r})\n"
+            "    write_report(folder / 'expert_load.html', [RunView.open(folder)])\n")
+    script = folder / "build.py"
+    script.write_text(code, encoding="utf-8")
+    start = time.perf_counter()
+    subprocess.run([sys.executable, str(script)], check=True)
+    return ReportBenchmark(lines=lines, log_bytes=(folder / "routing.jsonl").stat().st_size, seconds=time.perf_counter() - start,
+                           report_bytes=(folder / "expert_load.html").stat().st_size, settings=asdict(run))

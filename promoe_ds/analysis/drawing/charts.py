@@ -77,7 +77,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float, str, str | int]], *, 
         bars: name, length, words after it, colour.
         mark: a dashed line at this length.
     """
-    row, top, words_width = 19.0, 6.0, 8.0 + 5.6 * max(len(words) for *_, words, _ in bars)
+    row, top, words_width = 19.0, 6.0, 8.0 + 5.2 * max(len(words) for *_, words, _ in bars)
     scene = Scene(WIDTH, top + row * len(bars) + (16 if mark is not None else 4), title, note)
     scene.numbers = [["", "value"], *([name, value] for name, value, *_ in bars)]
     longest = max([value for _, value, *_ in bars if not math.isnan(value)] + [mark or 0.0, 1e-12])
