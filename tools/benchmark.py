@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time parts of the package: python tools/benchmark.py moe-layer|router|checkpoint [--out FILE.json].
+"""Time parts of the package: python tools/benchmark.py moe-layer|router|stats|report|checkpoint [--out FILE.json].
 
 Ratios are medians over rounds in which every contender ran once. On a shared machine the processor time of one thread is
 the figure to trust; --threads 1 is therefore the default.
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from promoe_ds.analysis.benchmarks import BenchmarkResult, benchmark_moe_layer, benchmark_router
+from promoe_ds.analysis.stats_benchmark import MadeUpRun, ReportBenchmark, benchmark_report, benchmark_stats
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import load_config
 
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
 SUITES: dict[str, Callable[[argparse.Namespace], BenchmarkResult]] = {
     "moe-layer": lambda o: benchmark_moe_layer(tokens=o.tokens, rounds=50 if o.rounds is None else o.rounds, recipe=o.recipe),
     "router": lambda o: benchmark_router(tokens=o.tokens, rounds=10 if o.rounds is None else o.rounds, recipe=o.recipe),
+    "stats": lambda o: benchmark_stats(tokens=o.tokens, rounds=10 if o.rounds is None else o.rounds, recipe=o.recipe),
 }
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=[*SUITES, "checkpoint"])
+    parser.add_argument("suite", choices=[*SUITES, "report", "checkpoint"])
     parser.add_argument("--tokens", type=int, default=2048, help="conditional tokens of a pass, whole images")
     parser.add_argument("--rounds", type=int, help="50 of a layer, 10 of a training step if left out")
     parser.add_argument("--threads", type=int, default=1)
@@ -42,8 +44,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=8, help="of the checkpoint")
     parser.add_argument("--ep-size", type=int, default=4, help="of the checkpoint")
     parser.add_argument("--with-optimizer", action="store_true", help="convert the checkpoint's moments and raw weights as well")
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is made, copied and converted: five times its "
-                        "weights' bytes, twice; a temporary folder if left out")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is made, copied and converted (five times its "
+                        "weights' bytes, twice), or the report's log (1 GB); a temporary folder if left out")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     return parser.parse_args(arguments)
 
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.suite == "checkpoint":
         result = benchmark_conversion(options)
         print("\n".join(result.lines()))
+    elif options.suite == "report":
+        result = time_report(options)
+        print("\n".join(result.describe()))
     else:
         result = SUITES[options.suite](options)
         print_result(result)
@@ -68,6 +73,11 @@ def benchmark_conversion(options: argparse.Namespace) -> CheckpointBenchmark:
     config = load_config(options.recipe, [f"parallel.ep_size={options.ep_size}"])
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         return benchmark_checkpoint(config, Path(folder), ranks=options.ranks, with_optimizer=options.with_optimizer)
+
+
+def time_report(options: argparse.Namespace) -> ReportBenchmark:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        return benchmark_report(MadeUpRun(), Path(folder))
 
 
 def print_result(result: BenchmarkResult) -> None:

@@ -1,5 +1,11 @@
 #!/usr/bin/env python
-"""Summarise expert load from a run's routing.jsonl: python tools/expert_load.py RUN_DIR [--last-steps N]."""
+"""Report how a run uses its experts, from its routing.jsonl: a summary here, a page to open, files to keep.
+
+    python tools/expert_load.py RUN_DIR                       summary, and RUN_DIR/expert_load.html
+    python tools/expert_load.py RUN_DIR --compare OTHER_RUN   both side by side
+    python tools/expert_load.py RUN_DIR --follow              a view that follows training
+    python tools/expert_load.py RUN_DIR --placement FILE      write an order of experts that evens out the ranks
+"""
 
 from __future__ import annotations
 
@@ -7,41 +13,76 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
-from promoe_ds.analysis.expert_load import LayerLoad, read_routing_log, summarise_load
+from promoe_ds.analysis.expert_load.placement import advise, unevenness, write_placement
+from promoe_ds.analysis.expert_load.report import export, write_report
+from promoe_ds.analysis.expert_load.terminal import findings_text, follow, load_table, loads_of, placement_table
+from promoe_ds.analysis.expert_load.view import RunView
 from promoe_ds.cli.entry import run_entry
+from promoe_ds.errors import ConfigError
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--last-steps", type=int, help="only the last so many training steps; all if left out")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, help="directory of a run, or its routing.jsonl")
+    parser.add_argument("--compare", type=Path, metavar="RUN_DIR", help="a second run, side by side")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; RUN_DIR/expert_load.html if left out")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="also every figure as PNG and its numbers as CSV")
+    parser.add_argument("--last-steps", type=int, metavar="N", help="what counts as now, and what the table sums: the last so many "
+                        "training steps; if left out, the table sums all and the page shows the last tenth")
+    parser.add_argument("--no-html", action="store_true", help="the summary alone")
+    parser.add_argument("--placement", type=Path, metavar="FILE", help="write a placement for parallel.expert_placement")
+    parser.add_argument("--ep-size", type=int, metavar="N", help="ranks to place on; as the run has if left out")
+    parser.add_argument("--follow", action="store_true", help="show the newest log step until Ctrl-C")
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between looks with --follow")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
-    loads = summarise_load(read_routing_log(options.run_dir), last_steps=options.last_steps)
-    table = make_table(loads)
+    for name, value in (("--last-steps", options.last_steps), ("--ep-size", options.ep_size), ("--every", options.every)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} {value}: must be above 0")
+    console = Console()
+    if options.follow:
+        follow(options.run_dir, console, every=options.every)
+        return
+    views = [RunView.open(folder, options.last_steps) for folder in (options.run_dir, options.compare) if folder is not None]
+    for view in views:
+        summarise(view, console, everything=options.last_steps is None, is_named=len(views) > 1)
+    if options.placement is not None:
+        place(views[0], console, options.placement, options.ep_size)
+    if not options.no_html:
+        out = options.out or views[0].log.path.with_name("expert_load.html")
+        size = write_report(out, views)
+        console.print(f"report: {out} ({size / 1e6:.2f} MB, one file, opens offline)", highlight=False, soft_wrap=True)
+    if options.export is not None:
+        console.print(f"exported {export(options.export, views)} figures as PNG and CSV to {options.export}", soft_wrap=True)
+
+
+def summarise(view: RunView, console: Console, *, everything: bool, is_named: bool) -> None:
+    """Print a run's table, findings and placements."""
+    if is_named:
+        console.rule(view.name)
+    table = load_table(loads_of(view, slice(None) if everything else view.window))
     # Never wrapped: a narrow terminal or a pipe gets the whole line.
-    Console(width=max(Console().width, Console(width=1000).measure(table).maximum)).print(table)
+    Console(width=max(console.width, Console(width=1000).measure(table).maximum)).print(table)
+    console.print(findings_text(view), soft_wrap=True)
+    console.print(placement_table(view))
 
 
-def make_table(loads: list[LayerLoad]) -> Table:
-    """Return one row a layer: each expert's share, evenness, split by condition, prototypes, traffic."""
-    table = Table(title="Expert load (share of routed tokens; max/mean 1.00 = even)", title_justify="left", box=SIMPLE)
-    experts = [f"e{expert}" for expert in range(len(loads[0].tokens_per_expert))]
-    for name in ("layer", *experts, "max/mean", "CV", "dead", "conditional", "null", "prototype cos", "exchanged"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for load in loads:
-        table.add_row(str(load.layer), *(f"{share:.1%}" for share in load.shares), f"{load.max_over_mean:.2f}",
-                      f"{load.coefficient_of_variation:.2f}", str(load.tokens_per_expert.count(0)),
-                      f"{load.conditional_tokens:,}", f"{load.unconditional_tokens:,}", f"{load.prototype_similarity:+.2f}",
-                      f"{load.bytes_exchanged / 1e6:,.1f} MB")
-    return table
+def place(view: RunView, console: Console, path: Path, ep_size: int | None) -> None:
+    """Write the advised placement and say what it is expected to give."""
+    size = ep_size or view.log.ep_size
+    order = advise(view.log, view.window, size)
+    tokens = view.log.tokens_TLE[view.window]
+    before, after = (unevenness(tokens, each, size).mean() for each in (view.log.order_LE, order))
+    write_placement(path, view.log, order, size)
+    moved = int((order != view.log.order_LE).sum())
+    console.print(f"placement: {path}: {moved} of {order.size} experts move; fullest of {size} ranks over the mean {before:.3f} -> "
+                  f"{after:.3f}. Apply it at the next resume: --set parallel.expert_placement={path}", highlight=False,
+                  soft_wrap=True)
 
 
 if __name__ == "__main__":

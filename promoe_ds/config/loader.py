@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from promoe_ds.config.placement import read_placement
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.config.superclasses import read_superclasses
 from promoe_ds.errors import ConfigError
@@ -38,11 +39,14 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(values, override)
     config = config_from_dict(values, source=str(recipe))
-    if config.routing.method != "classification":
-        return config
-    # The run keeps what the file said: it may change or go away, the run's targets may not.
-    routing = config.routing.model_copy(update={"superclasses": read_superclasses(config)})
-    return config.model_copy(update={"routing": routing})
+    # The run keeps what the files said: they may change or go away, the run's targets and its experts' order may not.
+    if config.routing.method == "classification":
+        routing = config.routing.model_copy(update={"superclasses": read_superclasses(config)})
+        config = config.model_copy(update={"routing": routing})
+    if config.parallel.expert_placement is not None:
+        parallel = config.parallel.model_copy(update={"expert_order": read_placement(config)})
+        config = config.model_copy(update={"parallel": parallel})
+    return config
 
 
 def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:

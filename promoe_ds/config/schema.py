@@ -22,6 +22,9 @@ from promoe_ds.config.supervision import SupervisionConfig
 #: Grouped GEMM wants rows of a multiple of 16 bytes: eight numbers of bf16.
 _GROUPED_GEMM_MULTIPLE = 8
 
+#: Cells of a table of counts that is written at every log step unasked.
+_SMALL_TABLE = 1024
+
 
 class ModelConfig(Section):
     """The diffusion transformer's sizes (Peebles & Xie, 2023; ProMoE Table 2)."""
@@ -108,7 +111,13 @@ class LoggingConfig(Section):
     """What is recorded beside metrics.jsonl."""
 
     tensorboard: Literal["auto", True, False] = Field("auto", description="auto: on where it is installed")
+    wandb: bool = Field(False, description="also to Weights & Biases, under its own environment variables")
+    wandb_project: str = Field("promoe_ds", min_length=1)
     timestep_bins: int = Field(10, gt=0, description="equal bins of sigma in routing.jsonl")
+    class_counts: Literal["auto", True, False] = Field("auto", description="tokens by class and expert in routing.jsonl; auto: "
+                                                       "where the table is small")
+    position_counts: Literal["auto", True, False] = Field("auto", description="tokens by patch and expert; auto: likewise")
+    counts_every: int = Field(1, gt=0, description="log intervals that one table by class or patch covers")
 
 
 class SamplingConfig(Section):
@@ -211,6 +220,23 @@ class RunConfig(Section):
         if self.model.num_classes < 10:
             raise ValueError(f"data.dataset=digits has the labels 0..9, but model.num_classes={self.model.num_classes}: "
                              "set model.num_classes=10")
+
+    def expert_order_of(self, row: int) -> tuple[int, ...] | None:
+        """Return the first names of the experts of the row-th MoE layer, in the order in which they lie; None if unchanged."""
+        return None if self.parallel.expert_order is None else self.parallel.expert_order[row]
+
+    @property
+    def counts_classes(self) -> bool:
+        """Whether routing.jsonl gets tokens by class and expert."""
+        return self._counts(self.logging.class_counts, self.model.num_classes)
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether routing.jsonl gets tokens by patch and expert."""
+        return self._counts(self.logging.position_counts, self.model.tokens_per_image)
+
+    def _counts(self, setting: str | bool, rows: int) -> bool:
+        return rows * self.routing.num_experts <= _SMALL_TABLE if setting == "auto" else bool(setting)
 
     @property
     def expert_width(self) -> int:

@@ -97,10 +97,12 @@ class SlotExperts(nn.Module):
 class CapacityPath:
     """Takes tokens through DeepSpeed's own `MOELayer`. Its exchange is synchronous: nothing overlaps with it."""
 
+    clock = None
+
     def __init__(self, num_experts: int, top_k: int, capacity_factor: float | None, group: dist.ProcessGroup) -> None:
         """Build the layer over DeepSpeed's expert-parallel group."""
         self.gate, self.experts = PlanGate(num_experts, top_k, capacity_factor, group), SlotExperts()
-        self.world_size = dist.get_world_size(group)
+        self.group, self.world_size = group, dist.get_world_size(group)
         self.layer = MOELayer(self.gate, self.experts, f"ep_size_{self.world_size}", self.world_size,
                               num_experts // self.world_size)
         self.layer._set_ep_group(group)

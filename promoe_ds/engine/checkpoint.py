@@ -9,6 +9,7 @@ from typing import Any
 from promoe_ds.config import RunConfig
 from promoe_ds.engine.distributed import Ranks, from_main, gather_objects, on_all_ranks
 from promoe_ds.engine.elastic import load_resharded
+from promoe_ds.engine.expert_order import moves_experts
 from promoe_ds.engine.manifest import (
     find_checkpoint,
     find_problems,
@@ -33,10 +34,10 @@ FREE_FIELDS = {
     "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "keep_every",
               "async_checkpoint", "max_nonfinite_steps", "micro_batch_size"},
     "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch", "megatron_dispatcher",
-                 "exchange_dtype", "expert_groups", "compile"},
+                 "exchange_dtype", "expert_groups", "compile", "expert_placement", "expert_order"},
     "precision": {"compute", "fp8_recipe", "kernels"},
     "supervision": {"setup_timeout_seconds", "step_timeout_seconds", "checkpoint_timeout_seconds", "launcher_timeout_seconds"},
-    "logging": {"tensorboard", "timestep_bins"},
+    "logging": {"tensorboard", "wandb", "wandb_project", "timestep_bins", "class_counts", "position_counts", "counts_every"},
     "sampling": {"steps", "cfg_scale", "solver"},
 }
 
@@ -125,7 +126,7 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
         _LOG.warning("resume: train.micro_batch_size was %s and is %s: losses and choices taken over a pass change with it "
                      "(docs/methods.md)", before, session.config.train.micro_batch_size)
     layout = layout_of(session.config, session.deepspeed_plan, session.ranks.world_size)
-    if layout == manifest.layout:
+    if layout == manifest.layout and not moves_experts(manifest, session.config):
         on_all_ranks(lambda: _load_as_it_is(session, folder))
     else:
         _LOG.info("resume: resharding, from %s to %s", manifest.layout, layout)

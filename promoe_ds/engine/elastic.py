@@ -16,6 +16,7 @@ from torch import Tensor
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.engine.adapter import ShardedExperts
 from promoe_ds.engine.distributed import on_all_ranks
+from promoe_ds.engine.expert_order import relabelled
 from promoe_ds.engine.manifest import Manifest
 from promoe_ds.engine.reconstruct import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint
 from promoe_ds.engine.session import Session
@@ -48,7 +49,7 @@ def load_resharded(session: Session, folder: Path, manifest: Manifest) -> None:
 
 
 def _fill(session: Session, folder: Path, manifest: Manifest) -> None:
-    checkpoint = ShardedCheckpoint(folder, manifest)
+    checkpoint = relabelled(ShardedCheckpoint(folder, manifest), manifest, session.module.denoiser)
     missing = [kind for kind in _state_kinds(session) if kind not in checkpoint.kinds]
     if missing and session.ranks.is_main:
         _LOG.warning("resume: %s holds no %s: the optimizer's moments start at zero, averages at the weights, where they are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from promoe_ds.config import DeepSpeedPlan, RunConfig, config_from_dict, plan_ba
 from promoe_ds.data import build_dataset
 from promoe_ds.engine.checkpoint import choose_checkpoint, differing_fields, load_checkpoint, set_later_aside
 from promoe_ds.engine.distributed import Ranks, from_main
+from promoe_ds.engine.expert_order import with_placement_of
 from promoe_ds.engine.manifest import list_checkpoints
 from promoe_ds.engine.metrics import MetricsWriter
 from promoe_ds.engine.saving import Saver
@@ -46,6 +47,7 @@ def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
     _claim_run_directory(run, ranks)
     configure_logging(ranks.rank, log_file=run.run_dir / "train.log")
     checkpoint = choose_checkpoint(run.resume, run.run_dir, ranks)
+    run = replace(run, config=with_placement_of(run.config, checkpoint))
     batches = plan_batches(run.config, ranks.world_size)
     session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config))
     if checkpoint is None:
@@ -87,7 +89,7 @@ def _loop(session: Session, writer: MetricsWriter, saver: Saver, supervisor: Sup
                                 f"{settings.max_nonfinite_steps}); {result.problem}. Lower optimizer.lr or resume from an "
                                 "earlier checkpoint")
         if session.step % settings.log_every == 0 or session.step == last:
-            lines = session.routing.reduce(step=session.step, steps=session.step - logged)
+            lines = session.routing.reduce(step=session.step, steps=session.step - logged, last=session.step == last)
             writer.write(session.step, _reduced(result), lines)
             logged = session.step
         if session.step % settings.checkpoint_every == 0 or session.step == last:

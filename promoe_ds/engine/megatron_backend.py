@@ -58,12 +58,14 @@ class PlannedRouter(nn.Module):
 class MegatronPath:
     """Takes tokens through a Megatron-core layer. Its own collectives are synchronous: nothing of ours overlaps with them."""
 
+    clock = None
+
     def __init__(self, config: RunConfig, experts: StackedExperts, group: dist.ProcessGroup, device: torch.device) -> None:
         """Build the layer around `experts`, this rank's.
 
         Raises: ConfigError naming what is not installed.
         """
-        self.owner = experts
+        self.owner, self.group = experts, group
         self.num_experts, self.top_k = config.routing.num_experts, config.routing.top_k
         self.kind, self.world_size = config.parallel.megatron_dispatcher, dist.get_world_size(group)
         self.layer, self.is_grouped = _build_layer(config, experts, group, device)

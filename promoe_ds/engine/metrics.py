@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl, routing.jsonl, TensorBoard, the progress line. Rank 0 writes."""
+"""What a run records: metrics.jsonl, routing.jsonl, trackers, the progress line. Rank 0 writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from promoe_ds.config import RunConfig, training_flops_per_image
 from promoe_ds.engine.distributed import Ranks
-from promoe_ds.errors import ConfigError, TrainingError
+from promoe_ds.engine.trackers import Tracker, flatten, open_trackers
+from promoe_ds.errors import TrainingError
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("metrics")
@@ -28,18 +29,19 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, config: RunConfig, ranks: Ranks, *, start_step: int) -> None:
         """Open the files; lines of steps after `start_step`, left by an interrupted process, are dropped.
 
-        Raises: ConfigError if TensorBoard is asked for and missing.
+        Raises: ConfigError if a tracker is asked for and missing.
         """
         self._config, self._ranks, self._run_dir = config, ranks, run_dir
         self._flops = training_flops_per_image(config)
         self._peak = _peak_flops(ranks.device)
         self.restart_clock()
-        self._board = self._progress = None
+        self._trackers: list[Tracker] = []
+        self._progress = None
         if not ranks.is_main:
             return
         for name in ("metrics.jsonl", "routing.jsonl"):
             drop_lines_after(run_dir / name, start_step)
-        self._board = _open_tensorboard(config, run_dir, start_step)
+        self._trackers = open_trackers(config, run_dir, start_step)
         self._progress = tqdm(total=config.train.max_steps, initial=start_step, unit="step", disable=None, leave=False)
 
     def tick(self) -> None:
@@ -68,8 +70,10 @@ class MetricsWriter:
             append_lines(self._run_dir / "routing.jsonl", routing_lines)
         except OSError as error:
             raise TrainingError(f"step {step}: the metrics could not be written: {error}. Free the disk and resume") from None
-        if self._board is not None:
-            self._write_board(step, line, routing_lines)
+        if self._trackers:
+            values = flatten(line, routing_lines)
+            for tracker in self._trackers:
+                tracker.write(step, *values)
         terms = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items() if name.startswith("loss"))
         with tqdm.external_write_mode():
             _LOG.info("step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s", step, self._config.train.max_steps, terms,
@@ -81,19 +85,10 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close."""
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._progress is not None:
             self._progress.close()
-
-    def _write_board(self, step: int, line: dict[str, Any], routing_lines: list[dict[str, Any]]) -> None:
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(f"train/{name}", value, step)
-        for entry in routing_lines:
-            if entry["load_max_over_mean"] is not None:
-                self._board.add_scalar(f"load_max_over_mean/layer_{entry['layer']}/bin_{entry['timestep_bin']}",
-                                       entry["load_max_over_mean"], step)
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -134,16 +129,3 @@ def _peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def _open_tensorboard(config: RunConfig, run_dir: Path, start_step: int):
-    if config.logging.tensorboard is False:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        if config.logging.tensorboard is True:
-            raise ConfigError("logging.tensorboard=true needs tensorboard: pip install 'promoe_ds[tracking]'") from None
-        _LOG.info("logging.tensorboard=auto: tensorboard is not installed, off")
-        return None
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)

@@ -50,9 +50,11 @@ def give_superclasses(network: DiT, config: RunConfig) -> None:
     superclasses = config.routing.superclasses
     if superclasses is None:
         raise ConfigError("routing.superclasses is empty: load the recipe with promoe_ds.config.load_config, which reads the map")
-    for layer in network.moe_layers().values():
+    for row, layer in enumerate(network.moe_layers().values()):
         assert isinstance(layer.router, ClassificationRouter)
-        layer.router.set_superclasses(superclasses)
+        order = config.expert_order_of(row) or range(config.routing.num_experts)
+        place_of = {expert: place for place, expert in enumerate(order)}
+        layer.router.set_superclasses([place_of[superclass] for superclass in superclasses])
 
 
 @torch.no_grad()

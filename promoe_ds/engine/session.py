@@ -135,7 +135,7 @@ def train_step(session: Session) -> StepResult:
         output = engine(batch)
         session.health.see_loss(output.loss)
         engine.backward(output.loss)
-        session.routing.add(output.plans, batch.sigma_B)
+        session.routing.add(output.plans, batch.sigma_B, batch.labels_B)
         session.router_state.add(output.plans)
         for name, value in output.terms.items():
             terms[name] = terms.get(name, 0.0) + value.detach() / session.batches.accumulation

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +39,47 @@ class _AllReduceSum(torch.autograd.Function):
         return total, None
 
 
+#: What a layer waits for in a training pass, in order. The last two move the gradients.
+EXCHANGES = ("counts", "dispatch", "combine", "combine_backward", "dispatch_backward")
+
+
+class WaitClock:
+    """Sums up the time for which a rank's computation stood still for its exchanges, by name.
+
+    Transfers that hide behind computation take none. On a GPU it is the time that the compute stream waits, measured by
+    events which are read when the sums are taken, so that nothing is synchronised before.
+    """
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self._seconds = dict.fromkeys(EXCHANGES, 0.0)
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def waiting(self, name: str, device: torch.device) -> Iterator[None]:
+        """Count what is done inside as waiting for `name`."""
+        if device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - start
+            return
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        yield
+        events[1].record()
+        self._events.append((name, *events))
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds by name and start anew.  Sync: one, on a GPU."""
+        if self._events:
+            torch.cuda.synchronize()
+        for name, start, end in self._events:
+            self._seconds[name] += start.elapsed_time(end) / 1e3
+        seconds, self._seconds = self._seconds, dict.fromkeys(EXCHANGES, 0.0)
+        self._events.clear()
+        return seconds
+
+
 def exchange_counts(counts_WE: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Exchange row counts, equal sizes: row w of the input goes to rank w of the group."""
     received = torch.empty_like(counts_WE)
@@ -48,15 +91,19 @@ def exchange_counts(counts_WE: Tensor, group: dist.ProcessGroup) -> Tensor:
 class Exchange:
     """One all-to-all of rows, startable and finishable apart so that other work can run in between.
 
-    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; wire: how a row looks on its way. `start` and
-    `finish` are one differentiable pair: the backward pass starts the reverse exchange at `finish` and ends it at `start`,
-    and whatever was computed between them in the forward pass is differentiated while the gradients travel.
+    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; wire: how a row looks on its way. `clock` counts the
+    waiting for it under `name`, and under `name`_backward for that of the gradients. `start` and `finish` are one
+    differentiable pair: the backward pass starts the reverse exchange at `finish` and ends it at `start`, and whatever was
+    computed between them in the forward pass is differentiated while the gradients travel.
     """
 
     rows_out: list[int]
     rows_in: list[int]
     group: dist.ProcessGroup
+    name: str
+    clock: WaitClock
     wire: Wire = SAME
+    _name: str = field(default="", repr=False)
     _work: Any = field(default=None, repr=False)
     _sent: Tensor | None = field(default=None, repr=False)
     _received: Tensor | None = field(default=None, repr=False)
@@ -73,6 +120,7 @@ class Exchange:
     def launch(self, rows: Tensor, *, reverse: bool) -> Tensor:
         """Start moving `rows`, against the direction where `reverse`; return a ticket with as many rows as will arrive."""
         sizes_out, sizes_in = (self.rows_in, self.rows_out) if reverse else (self.rows_out, self.rows_in)
+        self._name = f"{self.name}_backward" if reverse else self.name
         self._like = rows.shape[1], rows.dtype
         self._sent = self.wire.pack(rows, is_gradient=reverse).contiguous()  # kept alive until the transfer ends
         self._received = self._sent.new_empty(sum(sizes_in), self._sent.shape[1])
@@ -81,7 +129,8 @@ class Exchange:
 
     def wait(self, *, reverse: bool) -> Tensor:
         """End the transfer under way and return the rows."""
-        self._work.wait()
+        with self.clock.waiting(self._name, self._received.device):
+            self._work.wait()
         width, dtype = self._like
         rows = self.wire.unpack(self._received, width, dtype, is_gradient=reverse)
         self._work, self._sent, self._received = None, None, None

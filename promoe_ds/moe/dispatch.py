@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from promoe_ds.moe.collectives import Exchange, exchange_counts
+from promoe_ds.moe.collectives import Exchange, WaitClock, exchange_counts
 from promoe_ds.moe.wire import SAME, Wire
 from promoe_ds.routing.assignment import Assignment
 from promoe_ds.routing.scores import at_least_fp32
@@ -43,7 +43,13 @@ PendingOutput = Callable[[Tensor], Tensor]
 
 
 class ExpertPath(Protocol):
-    """The way of tokens through the routed experts and back; what a layer asks for, whoever moves the rows."""
+    """The way of tokens through the routed experts and back; what a layer asks for, whoever moves the rows.
+
+    group: the ranks that share one set of experts, None where each has all; clock: of the waiting for exchanges, if any.
+    """
+
+    group: dist.ProcessGroup | None
+    clock: WaitClock | None
 
     def begin(self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment) -> PendingOutput:
         """Start; calling the result ends it. What is computed in between may overlap with the exchange."""
@@ -85,6 +91,9 @@ class Dispatcher(ABC):
 class LocalDispatcher(Dispatcher):
     """One rank holds all experts: nothing moves."""
 
+    group = None
+    clock = None
+
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Gather the rows, sorted by expert.  Sync: none."""
         rows = tokens_TD.index_select(0, assignment.token_ids_N)
@@ -116,7 +125,7 @@ class DeepSpeedDispatcher(Dispatcher):
 
     def __init__(self, group: dist.ProcessGroup, wire: Wire = SAME) -> None:
         """Use `group`, whose size must divide the number of experts; rows travel as `wire` says."""
-        self.group, self.wire = group, wire
+        self.group, self.wire, self.clock = group, wire, WaitClock()
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -126,9 +135,10 @@ class DeepSpeedDispatcher(Dispatcher):
         Sync: one, for the E counts sent and the E counts received.  Collectives: two (counts, rows).
         """
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
-        received_We = exchange_counts(sent_We, self.group)
+        with self.clock.waiting("counts", tokens_TD.device):
+            received_We = exchange_counts(sent_We, self.group)
         rows_out, rows_in = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
-        exchange = Exchange(rows_out=rows_out, rows_in=rows_in, group=self.group, wire=self.wire)
+        exchange = Exchange(rows_out=rows_out, rows_in=rows_in, group=self.group, name="dispatch", clock=self.clock, wire=self.wire)
         pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
 
         def finish() -> Dispatched:
@@ -144,7 +154,8 @@ class DeepSpeedDispatcher(Dispatcher):
         assert isinstance(handle, _ExchangeHandle)
         if handle.order_R is not None:
             rows_RD = torch.zeros_like(rows_RD).index_copy(0, handle.order_R, rows_RD)
-        back = Exchange(rows_out=handle.exchange.rows_in, rows_in=handle.exchange.rows_out, group=self.group, wire=self.wire)
+        back = Exchange(rows_out=handle.exchange.rows_in, rows_in=handle.exchange.rows_out, group=self.group, name="combine",
+                        clock=self.clock, wire=self.wire)
         return add_weighted_rows(base_TD, back.finish(back.start(rows_RD)), handle.assignment)
 
     def rows_leaving(self, assignment: Assignment) -> Tensor:

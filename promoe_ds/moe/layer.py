@@ -5,6 +5,7 @@ Letters: B images, S tokens per image, T = B*S, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from promoe_ds.moe.dispatch import ExpertPath, LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.recompute import Recompute, recomputed
-from promoe_ds.routing.assignment import RoutingPlan
+from promoe_ds.routing.assignment import RoutingPlan, sum_tokens_by_expert
 from promoe_ds.routing.partition import Partition
 from promoe_ds.routing.router import Router
 from promoe_ds.routing.scores import at_least_fp32
@@ -37,7 +38,11 @@ class MoELayer(nn.Module):
 
     def route(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Decide where the tokens go. Call once per pass; `apply_experts` may be recomputed, this never is."""
-        return self.router(tokens_BSD, partition)
+        plan = self.router(tokens_BSD, partition)
+        if not self.training:
+            return plan
+        sums_ED = sum_tokens_by_expert(tokens_BSD.detach().flatten(0, 1), plan.assignment)
+        return replace(plan, stats=replace(plan.stats, token_sums_ED=sums_ED))
 
     def apply_experts(self, tokens_BSD: Tensor, partition: Partition, plan: RoutingPlan) -> Tensor:
         """Compute Eq. 5 for a plan already made.

@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from promoe_ds.routing.scores import at_least_fp32
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,22 @@ class RoutingStats:
     """What a routing decision leaves for the log; small tensors on the device, never synchronised here.
 
     tokens_per_expert_BE: int64, assignments of each sample to each expert.
-    gate_sums_B: sum of the gates of each sample's assignments.
+    gate_sums_BE: sum of the gates of each sample's assignments to each expert.
     is_routed_B: whether the sample was routed (False: unconditional expert).
     prototype_similarity: scalar, mean cosine between the experts' directions (`Router.directions_ED`).
+    token_sums_ED: sum of each expert's tokens as they enter the layer, fp32; in training only.
     """
 
     tokens_per_expert_BE: Tensor
-    gate_sums_B: Tensor
+    gate_sums_BE: Tensor
     is_routed_B: Tensor
     prototype_similarity: Tensor
+    token_sums_ED: Tensor | None = None
+
+    @property
+    def gate_sums_B(self) -> Tensor:
+        """Sum of the gates of each sample's assignments."""
+        return self.gate_sums_BE.sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,32 @@ def assign_pairs(token_ids_N: Tensor, expert_ids_N: Tensor, gates_N: Tensor, *, 
     """
     order = torch.argsort(expert_ids_N * num_tokens + token_ids_N)
     return Assignment(token_ids_N=token_ids_N[order], gates_N=gates_N[order], tokens_per_expert_E=tokens_per_expert_E)
+
+
+def expert_of_rows(assignment: Assignment) -> Tensor:
+    """Return the expert of every row of the list, int64 (N,).  Sync: none."""
+    counts_E = assignment.tokens_per_expert_E
+    experts_E = torch.arange(counts_E.numel(), device=counts_E.device)
+    return torch.repeat_interleave(experts_E, counts_E, output_size=assignment.token_ids_N.numel())
+
+
+@torch.no_grad()
+def sum_tokens_by_expert(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
+    """Return the sum of every expert's tokens, (E, D) in at least fp32; their mean is Eq. 6's centroid.  Sync: none."""
+    tokens, counts_E = at_least_fp32(tokens_TD), assignment.tokens_per_expert_E
+    if tokens.is_cuda:
+        return sum_by_product(tokens, assignment)
+    # Experts are bags of rows; on a processor this is several times faster than a product, on a GPU far slower.
+    return F.embedding_bag(assignment.token_ids_N, tokens, counts_E.cumsum(0) - counts_E, mode="sum")
+
+
+def sum_by_product(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
+    """Return the same sum as a product with the membership matrix (E, T), without autocast."""
+    num_tokens, counts_E = len(tokens_TD), assignment.tokens_per_expert_E
+    with torch.autocast(tokens_TD.device.type, enabled=False):
+        membership = tokens_TD.new_zeros(counts_E.numel() * num_tokens)
+        membership[expert_of_rows(assignment) * num_tokens + assignment.token_ids_N] = 1.0
+        return membership.view(-1, num_tokens) @ tokens_TD
 
 
 def count_pairs(sample_ids_N: Tensor, expert_ids_N: Tensor, *, num_samples: int, num_experts: int) -> Tensor:

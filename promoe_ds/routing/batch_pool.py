@@ -37,6 +37,7 @@ class BatchPoolRouter(GateRouter):
     """
 
     thresholds: Tensor
+    per_expert = ("gate_weight", "thresholds", "predictor.down.weight", "predictor.down.bias")
 
     def __init__(self, width: int, *, num_experts: int, top_k: int, capacity_weight: float, threshold_decay: float) -> None:
         """Create gate and predictor, uninitialised.

@@ -20,6 +20,8 @@ from promoe_ds.routing.scores import linear_fp32
 class ClassificationRouter(Router):
     """Sends all tokens of a sample to the expert of the superclass that their mean is classified as."""
 
+    per_expert = ("classifier.weight", "classifier.bias")
+
     def __init__(self, width: int, *, num_experts: int, loss_weight: float) -> None:
         """Create the classifier, uninitialised; `set_superclasses` gives it its labels, which only training needs."""
         super().__init__(num_experts, top_k=1)

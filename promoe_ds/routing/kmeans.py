@@ -21,6 +21,7 @@ class KMeansRouter(Router):
     """Sends every token to the expert of its nearest centroid. Nothing is learned by gradient."""
 
     centroids: Tensor
+    per_expert = ("centroids",)
 
     def __init__(self, width: int, *, num_experts: int) -> None:
         """Create the centroids at 0; `seed` starts them."""

@@ -6,6 +6,7 @@ Letters: B images, S tokens per image, D width, E routed experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,10 @@ class Router(nn.Module):
     A subclass implements `forward` and `directions_ED`; one with running state (thresholds, centroids) keeps it in
     buffers, reports observations in its plans and implements `absorb` and `reset_state`. Buffers stay in fp32 when the
     module is cast to half precision: a running average of 0.95 would stand still in bf16.
+    per_expert: names of the parameters and buffers whose first dimension counts the experts.
     """
+
+    per_expert: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         """Take E and K.
@@ -67,8 +71,9 @@ class Router(nn.Module):
         counts_BE = _count_choices(expert_ids_BSK, self.num_experts) * partition.is_routed_B[:, None]
         assignment = assign_token_choice(partition.take_routed(gates_BSK), partition.take_routed(expert_ids_BSK),
                                          partition.routed_ids, counts_BE.sum(dim=0))
-        gate_sums_B = gates_BSK.detach().sum(dim=(1, 2)) * partition.is_routed_B
-        return assignment, self._stats(counts_BE, gate_sums_B, partition)
+        gate_sums_BE = gates_BSK.new_zeros(counts_BE.shape)
+        gate_sums_BE.scatter_add_(1, expert_ids_BSK.flatten(1), gates_BSK.detach().flatten(1))
+        return assignment, self._stats(counts_BE, gate_sums_BE * partition.is_routed_B[:, None], partition)
 
     def _plan_expert_choice(self, scores_BSE: Tensor, capacity: int,
                             partition: Partition) -> tuple[Assignment, RoutingStats, Tensor]:
@@ -90,16 +95,19 @@ class Router(nn.Module):
         counts_BE = count_pairs(sample_ids_N, expert_ids_N, num_samples=num_samples, num_experts=self.num_experts)
         assignment = assign_pairs(token_ids_N, expert_ids_N, gates_N, num_tokens=num_samples * tokens_per_image,
                                   tokens_per_expert_E=counts_BE.sum(dim=0))
-        gate_sums_B = gates_N.new_zeros(num_samples).index_add_(0, sample_ids_N, gates_N.detach())
-        return assignment, self._stats(counts_BE, gate_sums_B, partition)
+        gate_sums_BE = gates_N.new_zeros(counts_BE.numel())
+        gate_sums_BE.index_add_(0, sample_ids_N * self.num_experts + expert_ids_N, gates_N.detach())
+        return assignment, self._stats(counts_BE, gate_sums_BE.view_as(counts_BE), partition)
 
-    def _stats(self, counts_BE: Tensor, gate_sums_B: Tensor, partition: Partition) -> RoutingStats:
-        return RoutingStats(tokens_per_expert_BE=counts_BE, gate_sums_B=gate_sums_B, is_routed_B=partition.is_routed_B,
+    def _stats(self, counts_BE: Tensor, gate_sums_BE: Tensor, partition: Partition) -> RoutingStats:
+        return RoutingStats(tokens_per_expert_BE=counts_BE, gate_sums_BE=gate_sums_BE, is_routed_B=partition.is_routed_B,
                             prototype_similarity=mean_prototype_similarity(self.directions_ED().detach()))
 
 
 class GateRouter(Router):
     """A router whose scores come from a linear gate without bias."""
+
+    per_expert = ("gate_weight",)
 
     def __init__(self, width: int, num_experts: int, top_k: int) -> None:
         """Create the gate, uninitialised (`model.init` fills it).
@@ -124,6 +132,12 @@ def pool_token_ids(partition: Partition, pool_ids_N: Tensor, tokens_per_image: i
     if partition.all_routed:
         return pool_ids_N
     return partition.routed_ids[pool_ids_N // tokens_per_image] * tokens_per_image + pool_ids_N % tokens_per_image
+
+
+def similarity_matrix(first_ED: Tensor, second_ED: Tensor) -> Tensor:
+    """Return the cosine of every vector of the first with every one of the second, in at least fp32; 0 with a zero vector."""
+    first, second = (F.normalize(at_least_fp32(vectors), dim=-1, eps=NORM_EPS) for vectors in (first_ED, second_ED))
+    return first @ second.to(first.dtype).T
 
 
 def mean_prototype_similarity(prototypes_ED: Tensor) -> Tensor:

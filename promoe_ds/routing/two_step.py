@@ -35,6 +35,8 @@ class TwoStepSettings:
 class PrototypeRouter(Router):
     """A router whose scores are cosines with learned prototypes, one an expert (step 2 of ProMoE's)."""
 
+    per_expert = ("prototypes",)
+
     def __init__(self, width: int, settings: TwoStepSettings) -> None:
         """Create the prototypes, uninitialised (`model.init` fills them).
 

@@ -22,7 +22,7 @@ POSITIVE = (
     "data.latent_scale", "data.heldout_fraction", "data.synthetic_samples", "optimizer.lr", "optimizer.eps",
     "train.global_batch_size", "train.micro_batch_size", "train.max_steps", "train.stop_after_steps", "train.log_every",
     "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.max_nonfinite_steps", "logging.timestep_bins",
-    "sampling.steps", "routing.capacity_weight", "parallel.capacity_factor",
+    "logging.counts_every", "sampling.steps", "routing.capacity_weight", "parallel.capacity_factor",
     "supervision.setup_timeout_seconds", "supervision.step_timeout_seconds", "supervision.checkpoint_timeout_seconds",
     "supervision.launcher_timeout_seconds",
 )
@@ -37,12 +37,13 @@ CHOICES = (
     "routing.rcl_assignments", "routing.balance_level", "parallel.dispatch", "parallel.expert_backend",
     "parallel.activation_checkpointing", "parallel.megatron_dispatcher", "parallel.exchange_dtype",
     "parallel.expert_groups", "parallel.compile", "precision.compute", "precision.fp8_recipe", "precision.kernels",
-    "diffusion.objective", "data.dataset", "optimizer.schedule", "logging.tensorboard",
+    "diffusion.objective", "data.dataset", "optimizer.schedule", "logging.tensorboard", "logging.wandb",
+    "logging.class_counts", "logging.position_counts",
     "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
 )
 FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas",
         "optimizer.ema_decays", "optimizer.ema_power_lengths", "train.async_checkpoint", "routing.superclass_map",
-        "routing.superclasses")
+        "routing.superclasses", "logging.wandb_project", "parallel.expert_placement", "parallel.expert_order")
 #: What a field needs beside it to be taken at all.
 BESIDE: dict[str, dict[str, Any]] = {
     "routing.threshold_decay": {"method": "expert_race"}, "routing.similarity_weight": {"method": "expert_race"},

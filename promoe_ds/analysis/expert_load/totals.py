@@ -1,17 +1,10 @@
-"""Expert load from routing.jsonl: per layer, summed over the log steps asked for."""
+"""Expert load per layer, summed over the log steps asked for."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from promoe_ds.errors import DataError
-
-_FIELDS = ("step", "layer", "tokens_per_expert", "conditional_tokens", "unconditional_tokens", "prototype_similarity",
-           "layer_bytes_exchanged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,30 +38,14 @@ class LayerLoad:
             return math.nan
         return math.sqrt(sum((n - mean) ** 2 for n in self.tokens_per_expert) / len(self.tokens_per_expert)) / mean
 
-
-def read_routing_log(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's routing.jsonl; a last line cut off by an interruption is left out.
-
-    Raises: DataError naming the file, and the line that is no routing record.
-    """
-    path = run_dir / "routing.jsonl"
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{run_dir}: no routing statistics there ({error})") from None
-    records = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            record = json.loads(text)
-            if missing := [field for field in _FIELDS if field not in record]:
-                raise DataError(f"{path}, line {number}: {missing[0]} is missing")
-            records.append(record)
-        except ValueError:
-            if number < len(texts):
-                raise DataError(f"{path}, line {number}: not JSON") from None
-    if not records:
-        raise DataError(f"{path} is empty: the run has no MoE layer or did not reach its first log step")
-    return records
+    @property
+    def entropy(self) -> float:
+        """Entropy of the shares over log E: 1 is even, 0 is all on one; NaN without tokens."""
+        used = [share for share in self.shares if share > 0]
+        if not used:
+            return math.nan
+        experts = len(self.tokens_per_expert)
+        return -sum(share * math.log(share) for share in used) / math.log(experts) if experts > 1 else 1.0
 
 
 def summarise_load(records: list[dict[str, Any]], *, last_steps: int | None = None) -> list[LayerLoad]:

@@ -1,0 +1,112 @@
+"""What a reader should know first: each pathology with its number, place and remedy (docs/profiling.md has the reasons)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from promoe_ds.analysis.expert_load import stats
+from promoe_ds.analysis.expert_load.view import RunView
+
+#: Beyond these, something is to be done.
+UNEVEN, VERY_UNEVEN = 1.5, 2.5
+TIME_LOST, MUCH_TIME_LOST = 0.05, 0.15
+ALIKE_PROTOTYPES = 0.5
+_UNEVEN_BIN = 3.0
+_MOST_NAMED = 6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence with a remedy; level is bad, warn or good."""
+
+    level: str
+    title: str
+    text: str
+
+
+def find(view: RunView) -> list[Finding]:
+    """Return what is to be said of a run, the worst first; one good word where nothing is wrong."""
+    found = [*_lacks(view), *_unevenness(view), *_time(view), *_prototypes(view), *_noise(view)]
+    order = {"bad": 0, "warn": 1}
+    if not found:
+        return [Finding("good", "Nothing wrong found", "Every expert is fed, no layer is far from even, prototypes stay apart and "
+                        "no rank keeps the others waiting for long.")]
+    return sorted(found, key=lambda finding: order[finding.level])
+
+
+def _lacks(view: RunView) -> list[Finding]:
+    found = []
+    for is_dead, level, word in ((True, "bad", "dead"), (False, "warn", "starving")):
+        lacks = [lack for lack in view.lacks if lack.is_dead == is_dead]
+        if not lacks:
+            continue
+        places = [f"layer {lack.layer} expert {lack.expert} ({_since(lack)})" for lack in lacks[:_MOST_NAMED]]
+        more = f" and {len(lacks) - _MOST_NAMED} more" if len(lacks) > _MOST_NAMED else ""
+        what = "got no token" if is_dead else f"got less than {stats.STARVING_SHARE:.0%} of an even share"
+        found.append(Finding(level, f"{len(lacks)} {word} expert{'s' if len(lacks) > 1 else ''}",
+                             f"{', '.join(places)}{more} {what} in the last {view.window_steps:,} steps. Raise routing.rcl_weight, "
+                             "or give a balance loss (routing.balance_weight) where the method takes one; an expert dead since the "
+                             "start has a prototype far from all tokens: start anew with another train.seed or fewer experts."))
+    return found
+
+
+def _since(lack: stats.Lack) -> str:
+    verb = "dead" if lack.is_dead else "starving"
+    return f"{verb} since step {lack.since:,}" if lack.since else f"{verb} from the start"
+
+
+def _unevenness(view: RunView) -> list[Finding]:
+    uneven_L = stats.max_over_mean(view.tokens_LE)
+    worst = int(np.nanargmax(np.nan_to_num(uneven_L, nan=-1.0)))
+    if not uneven_L[worst] > UNEVEN:
+        return []
+    experts = [int(e) for e in np.argsort(-view.tokens_LE[worst])[:2]]
+    level = "bad" if uneven_L[worst] > VERY_UNEVEN else "warn"
+    return [Finding(level, f"Layer {view.log.layers[worst]} is uneven: {uneven_L[worst]:.2f} times the mean",
+                    f"Its expert {experts[0]} is the fullest, expert {experts[1]} next; {int((uneven_L > UNEVEN).sum())} of "
+                    f"{len(uneven_L)} layers are above {UNEVEN}. Uneven use is what routing by meaning looks like up to a point: "
+                    "act where it costs time (see placement) or grows, by a balance loss or a higher routing.rcl_weight.")]
+
+
+def _time(view: RunView) -> list[Finding]:
+    lost = view.time_lost(view.present_uneven())
+    if lost is None or view.log.ep_size == 1 or lost < TIME_LOST:
+        return []
+    same = [each for each in view.outlooks[1:] if each.ep_size == view.log.ep_size]
+    best = min((view.time_lost(each.uneven_L) or 0.0 for each in same), default=lost)
+    advice = f"the advised placement is estimated to lose {best:.1%}: write it with --placement FILE and resume with " \
+             "parallel.expert_placement=FILE" if best < 0.8 * lost else "no placement on as many ranks does much better"
+    return [Finding("bad" if lost > MUCH_TIME_LOST else "warn", f"About {lost:.0%} of a step is lost to imbalance",
+                    f"Ranks wait for the one whose experts have most rows; {advice}.")]
+
+
+def _prototypes(view: RunView) -> list[Finding]:
+    log, found = view.log, []
+    newest = log.similarity_TL[-1]
+    alike = [layer for layer, value in zip(log.layers, newest, strict=True) if value > ALIKE_PROTOTYPES]
+    if alike:
+        found.append(Finding("warn", f"Prototypes look alike in layer {', '.join(map(str, alike[:_MOST_NAMED]))}",
+                             f"Their mean cosine is above {ALIKE_PROTOTYPES}: experts compete for the same tokens. Raise "
+                             "routing.rcl_weight or lower routing.rcl_temperature."))
+    own, others = log.to_centroid_TLE[-1], log.to_others_TLE[-1]
+    lost = [f"layer {log.layers[row]} expert {expert}" for row, expert in np.argwhere(own < others)]
+    if lost:
+        more = f" and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
+        found.append(Finding("warn", "Prototypes away from their own tokens",
+                             f"{', '.join(lost[:_MOST_NAMED])}{more}: nearer to the other experts' centroids than to their own. "
+                             "Right after the start this is normal; later it says that the contrastive loss is too weak."))
+    return found
+
+
+def _noise(view: RunView) -> list[Finding]:
+    by_bin_LQ, whole_L = stats.max_over_mean(view.tokens_LQE), stats.max_over_mean(view.tokens_LE)
+    places = [(row, bin_) for row, bin_ in np.argwhere(np.nan_to_num(by_bin_LQ) > _UNEVEN_BIN) if whole_L[row] <= UNEVEN]
+    if not places:
+        return []
+    row, bin_ = places[0]
+    return [Finding("warn", "Even on the whole, uneven at some noise levels",
+                    f"Layer {view.log.layers[row]} at sigma {bin_ / view.log.bins:.1f} to {(bin_ + 1) / view.log.bins:.1f} has "
+                    f"{by_bin_LQ[row, bin_]:.1f} times the mean on one expert ({len(places)} such places). Experts divide the "
+                    "noise levels among them; sampling visits one level at a time, so its steps are less even than training's.")]

@@ -1,0 +1,139 @@
+"""What the arrays of a log say: evenness, dead and starving experts, time lost. Formulas in docs/routing_stats.md.
+
+Letters: T log intervals, L MoE layers, Q timestep bins, E routed experts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from promoe_ds.analysis.expert_load.log import RoutingLog
+from promoe_ds.config import RunConfig, config_from_dict, training_flops_per_image
+from promoe_ds.config.accounting import count_parameters
+from promoe_ds.errors import PromoeError
+
+#: An expert starves below this part of an even share.
+STARVING_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run's other files say; None where they are missing.
+
+    images_per_second: median over the window's log steps.
+    """
+
+    name: str
+    config: RunConfig | None
+    images_per_second: float | None
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lack:
+    """An expert without tokens, or with hardly any, in the window.
+
+    since: the step after which it has had none (or stayed below STARVING_SHARE); 0 if always.
+    """
+
+    layer: int
+    expert: int
+    is_dead: bool
+    share: float
+    since: int
+
+
+def read_facts(log: RoutingLog, window: slice) -> RunFacts:
+    """Read config.yaml and metrics.jsonl beside a log; what is missing or unreadable is noted."""
+    folder, notes = log.path.parent, []
+    config = None
+    try:
+        config = config_from_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), source="config.yaml")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, PromoeError) as error:
+        reason = "is missing" if isinstance(error, OSError) else "cannot be understood"
+        notes.append(f"config.yaml {reason}: sizes, and what depends on them (time lost to imbalance), are left out")
+    if config is not None and (list(config.moe_block_indices) != log.layers or config.routing.num_experts != log.experts):
+        config = None
+        notes.append("config.yaml describes other layers or experts than the log: it is not used")
+    return RunFacts(name=folder.resolve().name, config=config, images_per_second=_speed(folder / "metrics.jsonl", log, window),
+                    notes=notes)
+
+
+def _speed(path: Path, log: RoutingLog, window: slice) -> float | None:
+    first, speeds = int(log.steps_T[window][0]), []
+    if not path.is_file():
+        return None
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+            if values["step"] >= first and values.get("images_per_second"):
+                speeds.append(float(values["images_per_second"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # a broken line of another file: the speed is a median
+    return float(np.median(speeds)) if speeds else None
+
+
+def shares(tokens_E: np.ndarray) -> np.ndarray:
+    """Return loads over their sum, along the last dimension; NaN without tokens."""
+    total = tokens_E.sum(axis=-1, keepdims=True)
+    return np.divide(tokens_E, total, out=np.full(tokens_E.shape, np.nan), where=total > 0)
+
+
+def max_over_mean(tokens_E: np.ndarray) -> np.ndarray:
+    """Return the largest load over the mean one: 1 is even, E is all on one expert; NaN without tokens."""
+    return shares(tokens_E).max(axis=-1) * tokens_E.shape[-1]
+
+
+def variation(tokens_E: np.ndarray) -> np.ndarray:
+    """Return the loads' standard deviation over their mean; NaN without tokens."""
+    return shares(tokens_E).std(axis=-1) * tokens_E.shape[-1]
+
+
+def entropy(tokens_E: np.ndarray) -> np.ndarray:
+    """Return the entropy of the shares over log E: 1 is even, 0 is all on one; NaN without tokens."""
+    experts = tokens_E.shape[-1]
+    part = shares(tokens_E)
+    if experts == 1:
+        return part[..., 0]
+    logs = np.log(part, out=np.zeros_like(part), where=part > 0)
+    return -(part * logs).sum(axis=-1) / np.log(experts)
+
+
+def find_lacks(log: RoutingLog, window: slice) -> list[Lack]:
+    """Return the dead and starving experts of the window, dead ones first."""
+    tokens_TLE = log.tokens_TLE
+    now_LE = shares(tokens_TLE[window].sum(axis=0))
+    over_time = np.nan_to_num(shares(tokens_TLE), nan=1.0)
+    found = []
+    for row, layer in enumerate(log.layers):
+        for expert in range(log.experts):
+            share = float(now_LE[row, expert])
+            if share * log.experts < STARVING_SHARE:
+                is_dead = share == 0
+                fed = over_time[:, row, expert] > (0 if is_dead else STARVING_SHARE / log.experts)
+                last = np.flatnonzero(fed)
+                found.append(Lack(layer=layer, expert=expert, is_dead=is_dead, share=share,
+                                  since=int(log.steps_T[last[-1]]) if len(last) else 0))
+    return sorted(found, key=lambda lack: (not lack.is_dead, lack.layer, lack.expert))
+
+
+def share_of_time_lost(config: RunConfig, log: RoutingLog, uneven_L: np.ndarray, window: slice) -> float | None:
+    """Return the estimated share of a step for which ranks wait because the fullest one has more rows than the mean.
+
+    With x = (operations of the rows above the mean on the fullest rank, all layers) / (operations of a rank's share of the
+    batch), x / (1 + x) of the time is lost, at equal speed per operation. None without tokens or with no exchange.
+    """
+    steps = int(log.covered_T[window].sum())
+    if not steps or np.isnan(uneven_L).all():
+        return None
+    per_row = 6.0 * count_parameters(config).routed_per_expert
+    rows_L = log.tokens_TLQE[window].sum(axis=(0, 2, 3)) / steps
+    # Operations over all ranks, had they all the fullest one's rows, above what they really do.
+    extra = float(np.nansum(rows_L * (uneven_L - 1.0)) * per_row)
+    x = extra / (training_flops_per_image(config) * config.train.global_batch_size)
+    return x / (1.0 + x)

@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Analyse what a model's experts specialise in, from an export and a batch of its data.
+
+    python tools/analyze_experts.py EXPORT_DIR      EXPORT_DIR/experts.html and EXPORT_DIR/experts.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from promoe_ds.analysis.expert_load.report import export_figure
+from promoe_ds.analysis.specialisation.collect import draw_images
+from promoe_ds.analysis.specialisation.report import Settings, analyse, layer_figures, overview_figures, write
+from promoe_ds.cli.entry import run_entry
+from promoe_ds.data import build_dataset
+from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.model.export import load_model
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("export_dir", type=Path, help="folder of tools/convert_checkpoint.py --to single")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; its numbers go beside it as .json")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="also every figure as PNG and its numbers as CSV")
+    parser.add_argument("--images", type=int, default=64, help="images of the batch")
+    parser.add_argument("--data-path", metavar="DIR", help="folder of latents, if not where training had it")
+    parser.add_argument("--sigmas", type=float, nargs="+", default=list(defaults.sigmas), help="noise levels")
+    parser.add_argument("--tokens", type=int, default=defaults.tokens, help="tokens of a level for t-SNE and k-means")
+    parser.add_argument("--singular-vectors", type=int, default=defaults.singular_vectors, metavar="K")
+    parser.add_argument("--rounds", type=int, default=defaults.rounds, help="shufflings that say what chance is")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse_arguments(arguments)
+    for name, value, least in (("--images", options.images, 2), ("--tokens", options.tokens, 10), ("--rounds", options.rounds, 1)):
+        if value < least:
+            raise ConfigError(f"{name} {value}: must be at least {least}")
+    if bad := [sigma for sigma in options.sigmas if not 0 <= sigma <= 1]:
+        raise ConfigError(f"--sigmas {bad[0]}: must be from 0 (data) to 1 (noise)")
+    network = load_model(options.export_dir, device=options.device)
+    config = network.config
+    if options.data_path is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": options.data_path})})
+    batch = draw_images(build_dataset(config), options.images, options.seed)
+    settings = Settings(sigmas=tuple(options.sigmas), tokens=options.tokens, singular_vectors=options.singular_vectors,
+                        rounds=options.rounds, seed=options.seed)
+    analysis = analyse(network, batch, settings, name=options.export_dir.resolve().name)
+    for layer in analysis.layers:
+        told = ", ".join(f"{kind} {each.score:+.3f} (p {each.p_value:.3f})" for kind, each in layer.information.items())
+        print(f"layer {layer.layer}: what the expert tells beyond chance: {told}")
+    out = options.out or options.export_dir / "experts.html"
+    write(analysis, out)
+    print(f"report: {out} (one file, opens offline); numbers: {out.with_suffix('.json')}")
+    if options.export is not None:
+        export(analysis, options.export)
+
+
+def export(analysis, folder: Path) -> None:
+    scenes = [*overview_figures(analysis), *(scene for layer in analysis.layers for scene in layer_figures(analysis, layer))]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for scene in scenes:
+            export_figure(folder, scene)
+    except OSError as error:
+        raise DataError(f"--export {folder} cannot be written: {error.strerror}") from None
+    print(f"exported {len(scenes)} figures as PNG and CSV to {folder}")
+
+
+if __name__ == "__main__":
+    run_entry(main)
