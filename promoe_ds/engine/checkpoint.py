@@ -34,12 +34,13 @@ _LONGEST_VALUE = 60
 
 #: What a resumed run may change: nothing that would make it another run.
 FREE_FIELDS = {
-    "data": {"path"},
+    "data": {"path", "vae", "workers", "max_corrupt"},
     "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "max_nonfinite_steps",
               "micro_batch_size"},
     "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch"},
     "logging": {"tensorboard", "timestep_bins"},
     "sampling": {"steps", "cfg_scale", "solver"},
+    "evaluation": {"every", "reference", "extractor", "samples", "batch_size", "steps", "cfg_scale", "seed"},
 }
 
 

@@ -42,7 +42,7 @@ def train(run: Run, ranks: Ranks) -> None:
     configure_logging(ranks.rank, log_file=run.run_dir / "train.log")
     checkpoint = choose_checkpoint(run.resume, run.run_dir, ranks)
     batches = plan_batches(run.config, ranks.world_size)
-    session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config))
+    session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config, ranks.device))
     if checkpoint is None:
         start_routers(session)
     else:

@@ -160,6 +160,6 @@ def test_convert_and_sample_refusals_name_the_file(tmp_path) -> None:
     check_refused(run(*sample, "--model", "export", "--classes", "1,12", cwd=tmp_path), "knows the classes 0 ... 9", 2)
     check_refused(run(*sample, "--model", "export", "--num", "0", cwd=tmp_path), "--num 0: must be at least 1", 2)
     check_refused(run(*sample, "--model", "export", "--solver", "ddim", cwd=tmp_path),
-                  "--solver=ddim cannot sample diffusion.objective=rectified_flow: set it to euler, or to auto", 2)
+                  "--solver=ddim cannot sample diffusion.objective=rectified_flow: set it to euler, heun, unipc or dpmpp", 2)
     (tmp_path / "export/model.safetensors").write_bytes(b"garbage")
     check_refused(run(*sample, "--model", "export", cwd=tmp_path), "export/model.safetensors: cannot be read", 4)

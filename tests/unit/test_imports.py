@@ -16,12 +16,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LIBRARIES: dict[str, set[str]] = {
     "errors": set(), "logs": set(), "randomness": {"numpy"}, "config": {"pydantic", "yaml"}, "routing": {"torch"},
     "moe": {"torch"}, "model": {"torch", "numpy", "safetensors"}, "diffusion": {"torch", "numpy", "diffusers"},
-    "data": {"torch", "numpy", "safetensors", "sklearn"},
+    # Images are decoded by Pillow and encoded by diffusers' autoencoder; records carry xxhash checksums.
+    "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash"},
 }
 ROOMS: dict[str, set[str]] = {
     "errors": set(), "logs": set(), "randomness": set(), "config": {"errors"}, "routing": {"errors", "config"},
     "moe": {"routing", "config"}, "model": {"moe", "routing", "config", "randomness", "errors"},
-    "diffusion": {"config", "randomness", "errors"}, "data": {"config", "randomness", "errors"},
+    "diffusion": {"config", "randomness", "errors"}, "data": {"config", "randomness", "errors", "logs"},
     "engine": {"errors", "logs", "randomness", "config", "routing", "moe", "model", "diffusion", "data"},
 }
 ENGINES = {"deepspeed", "megatron"}

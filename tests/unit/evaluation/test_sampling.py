@@ -57,7 +57,8 @@ def test_sampling_plan_keeps_the_recipes_solver(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("diffusion", "request_", "message"), [
-    (FLOW, {"solver": "ddpm"}, "--solver=ddpm cannot sample diffusion.objective=rectified_flow: set it to euler, or to auto"),
+    (FLOW, {"solver": "ddpm"},
+     "--solver=ddpm cannot sample diffusion.objective=rectified_flow: set it to euler, heun, unipc or dpmpp, or to auto"),
     (DDPM, {"solver": "euler"}, "--solver=euler cannot sample diffusion.objective=ddpm: set it to ddpm or ddim, or to auto"),
     (DDPM, {"steps": 1001}, "--steps=1001: diffusion.objective=ddpm is sampled in 2 ... diffusion.num_train_timesteps=1000 steps"),
     (DDPM, {"steps": 0}, "--steps 0: must be at least 1"),
