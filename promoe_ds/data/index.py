@@ -108,11 +108,12 @@ def check_index(index: LatentIndex, folder: Path, config: RunConfig) -> None:
         raise DataError(f"{path}: {len(index.classes)} classes, but model.num_classes={model.num_classes}")
     if index.vae is None:
         return
-    if abs(index.vae.scaling_factor - data.latent_scale) > _TOLERANCE:
+    if index.vae.scaling_factor is not None and abs(index.vae.scaling_factor - data.latent_scale) > _TOLERANCE:
         raise DataError(f"{path}: {index.vae.name} scales its latents by {index.vae.scaling_factor}, but data.latent_scale="
                         f"{data.latent_scale}")
     if data.vae is not None and not _is_meant(index.vae, data.vae):
-        raise DataError(f"{path}: the latents were encoded by {index.vae.name} ({index.vae.fingerprint}), the recipe wants "
+        weights = index.vae.fingerprint or "weights unknown"
+        raise DataError(f"{path}: the latents were encoded by {index.vae.name} ({weights}), the recipe wants "
                         f"data.vae={data.vae}: encode them anew, or set data.vae to the one that they come from")
 
 

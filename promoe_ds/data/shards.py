@@ -69,6 +69,11 @@ class Shard:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record."""
+        return self._bytes[0].shape[1]
+
     def copy_record(self, row: int, flip: bool, out: np.ndarray) -> None:
         """Copy the bytes of a record into `out`.
 

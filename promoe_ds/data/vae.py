@@ -21,14 +21,15 @@ from promoe_ds.errors import DataError
 class VaeIdentity:
     """Which autoencoder latents belong to.
 
-    `fingerprint` is the checksum of its weights; `name` what the user calls it; `downsampling` pixels per latent pixel.
+    `fingerprint` is the checksum of its weights; `name` what the user calls it; `downsampling` pixels per latent pixel. Of
+    another trainer's cache only the name is known.
     """
 
     name: str
-    fingerprint: str
-    scaling_factor: float
-    downsampling: int
     latent_channels: int
+    fingerprint: str | None = None
+    scaling_factor: float | None = None
+    downsampling: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -52,7 +53,7 @@ class Vae:
         Raises: DataError if there is no AutoencoderKL.
         """
         try:
-            network = AutoencoderKL.from_pretrained(source, use_safetensors=True)
+            network = AutoencoderKL.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DataError(f"{source}: no AutoencoderKL in safetensors could be loaded from there "
                             f"({str(error).splitlines()[0]})") from None
@@ -60,7 +61,8 @@ class Vae:
         self.identity = VaeIdentity(
             name=name or source, fingerprint=_fingerprint(network), scaling_factor=float(config.scaling_factor),
             downsampling=2 ** (len(config.block_out_channels) - 1), latent_channels=int(config.latent_channels))
-        self._network = network.requires_grad_(False).eval().to(device=device, dtype=dtype)
+        # torch's own cast: diffusers' warns of an empty list of modules.
+        self._network = torch.nn.Module.to(network.requires_grad_(False).eval(), device=device, dtype=dtype)
         self._device, self._dtype = device, dtype
 
     @torch.no_grad()
