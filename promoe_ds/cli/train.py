@@ -50,7 +50,12 @@ def main(arguments: Sequence[str]) -> None:
 
     ranks = start_distributed(config.parallel.timeout_seconds)
     run_dir = options.run_dir or Path("runs") / config.name
-    train(Run(config=config, deepspeed_plan=plan, run_dir=run_dir, resume=options.resume), ranks)
+    evaluate = None
+    if config.evaluation.every:
+        from promoe_ds.evaluation.online import OnlineEvaluation
+
+        evaluate = OnlineEvaluation(config, ranks)
+    train(Run(config=config, deepspeed_plan=plan, run_dir=run_dir, resume=options.resume, evaluate=evaluate), ranks)
     stop_distributed()
 
 

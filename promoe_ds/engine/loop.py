@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class Run:
     deepspeed_plan: DeepSpeedPlan
     run_dir: Path
     resume: str
+    #: Judges the averaged weights every `evaluation.every` steps; its figures join that step's log line.
+    evaluate: Callable[[Session], dict[str, float]] | None = None
 
 
 def train(run: Run, ranks: Ranks) -> None:
@@ -55,12 +58,13 @@ def train(run: Run, ranks: Ranks) -> None:
               plan.zero_stage, plan.precision, batches.micro_batch, batches.accumulation, session.step)
     writer = MetricsWriter(run.run_dir, run.config, ranks, start_step=session.step)
     try:
-        _loop(session, writer, run.run_dir / "checkpoints")
+        _loop(session, writer, run.run_dir / "checkpoints", run.evaluate)
     finally:
         writer.close()
 
 
-def _loop(session: Session, writer: MetricsWriter, checkpoints: Path) -> None:
+def _loop(session: Session, writer: MetricsWriter, checkpoints: Path,
+          evaluate: Callable[[Session], dict[str, float]] | None = None) -> None:
     settings, started, logged, skipped_in_a_row = session.config.train, session.step, session.step, 0
     last = min(settings.max_steps, started + (settings.stop_after_steps or settings.max_steps))
     if started >= settings.max_steps:
@@ -77,7 +81,10 @@ def _loop(session: Session, writer: MetricsWriter, checkpoints: Path) -> None:
                                 "earlier checkpoint")
         if session.step % settings.log_every == 0 or session.step == last:
             lines = session.routing.reduce(step=session.step, steps=session.step - logged)
-            writer.write(session.step, _reduced(result), lines)
+            images_per_second, figures = writer.images_per_second(), {}
+            if evaluate is not None and session.step % session.config.evaluation.every == 0:
+                figures = evaluate(session)
+            writer.write(session.step, {**_reduced(result), **figures}, lines, images_per_second)
             logged = session.step
         if session.step % settings.checkpoint_every == 0 or session.step == last:
             path = save_checkpoint(session, checkpoints)
