@@ -2,8 +2,9 @@
 
 Noise is a function of (seed, i) by itself. The arithmetic is not: a matrix product of another number of rows may round its
 last digit otherwise, and an expert's rows come from whatever images share the batch. Drawing is therefore *exact* where every
-pass of the network holds one image (two rows under guidance), on one thread, and experts compute the rows of each rank apart:
-then every product has the shape that it would have alone. On CPUs that costs large models nothing and is the default; on GPUs
+pass of the network holds one image (two rows under guidance), on one thread, weights start at whole cache lines (products
+round by the alignment, too, and what is mapped from a file lies anywhere), and experts compute the rows of each rank apart:
+then every product is what it would be alone. On CPUs that costs large models nothing and is the default; on GPUs
 it costs much, and images then agree to the rounding of the arithmetic.
 Letters: B images of a pass, Z latent channels, H, W latent size.
 """
@@ -58,6 +59,14 @@ def threads_of(*, exact: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def align_weights(network: nn.Module) -> nn.Module:
+    """Copy weights to memory that torch allocates, at whole cache lines; return the network."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.clone()
+    return network
 
 
 def units(indices: Sequence[int], *, size: int, num: int) -> list[range]:

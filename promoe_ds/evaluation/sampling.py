@@ -18,7 +18,7 @@ from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.engine.team import Team, alone
 from promoe_ds.engine.versions import versions_of
 from promoe_ds.errors import CheckpointError, ConfigError
-from promoe_ds.evaluation.drawing import Drawer, is_exact, threads_of, units
+from promoe_ds.evaluation.drawing import Drawer, align_weights, is_exact, threads_of, units
 from promoe_ds.evaluation.images import make_grid, save_png, to_uint8
 from promoe_ds.evaluation.sharded_model import load_sharded_model
 from promoe_ds.evaluation.store import SampleStore
@@ -73,6 +73,8 @@ def draw_samples(request: SampleRequest, team: Team | None = None) -> list[Path]
     settings = team.on_main(lambda: _settings(request, plan, exact, vae))
     network = load_model(request.model, device=team.device, dtype=DTYPES[request.dtype]) if request.ep_size == 1 else (
         load_sharded_model(request.model, team, ep_size=request.ep_size, dtype=DTYPES[request.dtype], exact=exact))
+    if exact:
+        align_weights(network)
     todo = team.on_main(lambda: (store.claim({**settings, "num": len(labels)}), store.missing())[1])
     job = _Job(request, store, Drawer(network, config, plan, seed=request.seed, device=team.device), vae)
     with threads_of(exact=exact):
