@@ -7,10 +7,11 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "megatron": ["megatron-core>=0.16,<0.17"],
     "te": ["transformer-engine[pytorch]>=2.0"],
-    "eval": ["scipy>=1.10", "torch-fidelity>=0.4"],
+    "eval": ["torch-fidelity>=0.4"],
     "report": ["matplotlib>=3.8", "scikit-learn>=1.4", "jinja2>=3.1"],
     "tracking": ["tensorboard>=2.15", "wandb>=0.16"],
-    "test": ["pytest>=9", "pytest-timeout>=2.3", "hypothesis>=6.100", "scikit-learn>=1.4", "tensorboard>=2.15", "ruff>=0.6"],
+    "test": ["pytest>=9", "pytest-timeout>=2.3", "hypothesis>=6.100", "scikit-learn>=1.4", "tensorboard>=2.15", "ruff>=0.6",
+             "scipy>=1.10", "prdc>=0.2"],
 }
 
 setup(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 #: Named streams; the number is part of the format of a run and never changes.
-STREAMS = {"data": 1, "noise": 2, "sigma": 3, "label_drop": 4, "init": 5, "sample": 6, "synthetic": 7}
+STREAMS = {"data": 1, "noise": 2, "sigma": 3, "label_drop": 4, "init": 5, "sample": 6, "synthetic": 7, "augment": 8}
 
 _MASK64 = (1 << 64) - 1
 

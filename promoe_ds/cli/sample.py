@@ -1,16 +1,18 @@
-"""Sample from an export: `python -m promoe_ds.cli.sample --model EXPORT_DIR --out DIR`. Needs no deepspeed."""
+"""Sample from an export: `python -m promoe_ds.cli.sample --model EXPORT_DIR --out DIR`, also under torchrun or deepspeed.
+
+Needs no deepspeed. The same command goes on after an interruption.
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config.diffusion import SOLVERS
 from promoe_ds.errors import ConfigError
-from promoe_ds.logs import configure_logging, get_logger
+from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -19,13 +21,24 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="export folder (tools/convert_checkpoint.py --to single)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--classes", help="comma-separated labels; all classes if left out")
-    parser.add_argument("--num", type=int, help="samples in all, spread evenly over the classes; 10 a class if left out")
+    parser.add_argument("--labels", choices=["balanced", "random"], default="balanced",
+                        help="the classes in turn, or drawn for each image")
+    # Launchers take --num for an abbreviation of their own options; the long name passes.
+    parser.add_argument("--num", "--num-samples", type=int,
+                        help="samples in all; 10 a class if left out; under torchrun and deepspeed write --num-samples")
     parser.add_argument("--steps", type=int, help="solver steps; the recipe's default if left out")
     parser.add_argument("--cfg-scale", type=float, help="guidance scale; the recipe's default if left out")
     parser.add_argument("--solver", choices=["auto", *(name for names in SOLVERS.values() for name in names)],
                         help="must fit the model's objective; the recipe's default if left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="images a process draws at once, where not --exact")
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction,
+                        help="one image a pass, on one thread: every bit depends on seed, index and label alone; default on the "
+                        "CPU, but for methods that route over the batch")
+    parser.add_argument("--vae", metavar="DIR_OR_ID", help="AutoencoderKL that decodes latents into images")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network's weights")
+    parser.add_argument("--ep-size", type=int, default=1, help="processes that share a set of experts: for models that fit no "
+                        "device")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--grid", action="store_true", help="also write grid.png, one row a class")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -35,18 +48,20 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Arguments to request to files."""
     options = parse_arguments(arguments)
-    configure_logging(0)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: sampling runs in one process for now; start it with python -m")
+    configure_logging(rank_from_environment())
+    fields = ("model", "out", "labels", "num", "steps", "cfg_scale", "solver", "seed", "batch_size", "device", "dtype", "vae",
+              "exact", "ep_size", "grid")
+    classes = _parse_classes(options.classes)
 
-    from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
+    from promoe_ds.engine.distributed import stop_distributed
+    from promoe_ds.engine.team import join_team
+    from promoe_ds.evaluation.sampling import SampleRequest, check_device, draw_samples
 
-    request = SampleRequest(
-        model=options.model, out=options.out, classes=_parse_classes(options.classes), num=options.num, steps=options.steps,
-        cfg_scale=options.cfg_scale, solver=options.solver, seed=options.seed, batch_size=options.batch_size,
-        device=options.device, grid=options.grid)
-    for path in draw_samples(request):
+    check_device(options.device)
+    request = SampleRequest(classes=classes, **{name: getattr(options, name) for name in fields})
+    for path in draw_samples(request, join_team(options.device)):
         get_logger("sample").info("wrote %s", path)
+    stop_distributed()
 
 
 def _parse_classes(text: str | None) -> tuple[int, ...] | None:

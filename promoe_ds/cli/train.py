@@ -52,7 +52,12 @@ def main(arguments: Sequence[str]) -> None:
     run_dir = options.run_dir or Path("runs") / config.name
     with supervised(config.supervision, run_dir) as supervisor:
         ranks = start_distributed(config.parallel.timeout_seconds)
-        train(Run(config=config, deepspeed_plan=plan, run_dir=run_dir, resume=options.resume), ranks, supervisor)
+        evaluate = None
+        if config.evaluation.every:
+            from promoe_ds.evaluation.online import OnlineEvaluation
+
+            evaluate = OnlineEvaluation(config, ranks)
+        train(Run(config=config, deepspeed_plan=plan, run_dir=run_dir, resume=options.resume, evaluate=evaluate), ranks, supervisor)
         stop_distributed()
 
 

@@ -12,7 +12,7 @@ from promoe_ds.config.section import Section
 _MIN_DDPM_TIMESTEPS = 20
 
 #: What samples which objective; `auto` is the first.
-SOLVERS = {"rectified_flow": ("euler",), "ddpm": ("ddpm", "ddim")}
+SOLVERS = {"rectified_flow": ("euler", "heun", "unipc", "dpmpp"), "ddpm": ("ddpm", "ddim")}
 
 
 class DiffusionConfig(Section):
@@ -48,8 +48,9 @@ class DiffusionConfig(Section):
         The text starts with the field's bare name, for the caller to say whether a recipe or a command line set it.
         """
         if solver not in (None, "auto", *self.solvers):
+            *others, last = self.solvers
             return (f"solver={solver} cannot sample diffusion.objective={self.objective}: set it to "
-                    f"{' or '.join(self.solvers)}, or to auto")
+                    f"{', '.join(others)} or {last}, or to auto")
         if self.objective == "ddpm" and steps is not None and not 2 <= steps <= self.num_train_timesteps:
             return (f"steps={steps}: diffusion.objective=ddpm is sampled in 2 ... diffusion.num_train_timesteps="
                     f"{self.num_train_timesteps} steps")

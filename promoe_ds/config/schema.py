@@ -10,7 +10,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from promoe_ds.config.data import DataConfig
 from promoe_ds.config.diffusion import DiffusionConfig
+from promoe_ds.config.evaluation import EvaluationConfig
 from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.config.parallel import FOREIGN_DISPATCH, TOKENS_CHOOSE, ParallelConfig
 from promoe_ds.config.precision import FP8_WIDTH_MULTIPLE, PrecisionConfig
@@ -74,22 +76,6 @@ class ModelConfig(Section):
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
-class DataConfig(Section):
-    """Where samples come from."""
-
-    dataset: Literal["digits", "latents", "synthetic"] = "digits"
-    path: str | None = Field(None, description="folder of a `latents` dataset")
-    latent_scale: float = Field(1.0, gt=0, description="latents are multiplied by it")
-    heldout_fraction: float = Field(0.2, gt=0, lt=1, description="of digits, never trained on")
-    synthetic_samples: int = Field(4096, gt=0)
-
-    @model_validator(mode="after")
-    def _path_fits(self) -> DataConfig:
-        if self.dataset != "latents" and self.path is not None:
-            raise ValueError(f"path={self.path!r} has no use for dataset={self.dataset}: leave it out")
-        return self
-
-
 class TrainConfig(Section):
     """How long, how much at a time, what is written when."""
 
@@ -125,7 +111,8 @@ class SamplingConfig(Section):
 
     steps: int = Field(250, gt=0)
     cfg_scale: float = Field(1.5, ge=0)
-    solver: Literal["auto", "euler", "ddpm", "ddim"] = Field("auto", description="auto: euler, or ddpm for objective=ddpm")
+    solver: Literal["auto", "euler", "heun", "unipc", "dpmpp", "ddpm", "ddim"] = Field(
+        "auto", description="auto: euler, or ddpm for objective=ddpm")
 
 
 class RunConfig(Section):
@@ -142,6 +129,7 @@ class RunConfig(Section):
     train: TrainConfig
     supervision: SupervisionConfig = SupervisionConfig()
     logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
@@ -168,6 +156,9 @@ class RunConfig(Section):
                                  f"of the methods {', '.join(TOKENS_CHOOSE)}")
         if self.data.dataset == "digits":
             self._digits_fit()
+        if self.evaluation.every % self.train.log_every:
+            raise ValueError(f"evaluation.every={self.evaluation.every} must be a multiple of train.log_every="
+                             f"{self.train.log_every}: its figures are part of a log line")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.digits import load_digits_split
-from promoe_ds.data.latents import PackedLatents
+from promoe_ds.data.encoded import EncodedImages
+from promoe_ds.data.latents import NPZ_SUFFIX, NpzLatents, PackedLatents
+from promoe_ds.errors import DataError
 from promoe_ds.randomness import generator
 
 
@@ -19,8 +22,12 @@ class LatentDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return fp32 latents (n, Z, H, W), scaled as the network wants them, and int64 labels (n,)."""
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """Return fp32 latents (n, Z, H, W), scaled as the network wants them, and int64 labels (n,).
+
+        `positions` in the training stream (see `order`) decide what is drawn anew each time, if anything is; without them
+        nothing is drawn.
+        """
 
 
 class ArrayDataset:
@@ -33,7 +40,7 @@ class ArrayDataset:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def take(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Return copies of the chosen images and labels."""
         return torch.from_numpy(self._images[indices]), torch.from_numpy(self._labels[indices])
 
@@ -48,7 +55,7 @@ class SyntheticLatents:
     def __len__(self) -> int:
         return self._count
 
-    def take(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
         """Return the latents and labels of these indices, always the same."""
         model, latents, labels = self._model, [], []
         for index in indices:
@@ -58,14 +65,27 @@ class SyntheticLatents:
         return torch.from_numpy(np.stack(latents)), torch.tensor(labels, dtype=torch.int64)
 
 
-def build_dataset(config: RunConfig) -> LatentDataset:
+def build_dataset(config: RunConfig, device: torch.device | None = None) -> LatentDataset:
     """Open the data set of a recipe.
 
+    Args:
+        device: where an autoencoder runs, if images are encoded on the fly; the CPU if left out.
     Raises: DataError if it is missing or does not fit the model.
     """
-    if config.data.dataset == "digits":
-        digits = load_digits_split(config.data.heldout_fraction, heldout=False)
-        return ArrayDataset(digits.images * np.float32(config.data.latent_scale), digits.labels)
-    if config.data.dataset == "latents":
+    data = config.data
+    if data.dataset == "digits":
+        digits = load_digits_split(data.heldout_fraction, heldout=False)
+        return ArrayDataset(digits.images * np.float32(data.latent_scale), digits.labels)
+    if data.dataset == "synthetic":
+        return SyntheticLatents(config)
+    if data.path is None:
+        wanted = "the folder of *.safetensors shards" if data.dataset == "latents" else "a tree of images, one folder a class"
+        raise DataError(f"data.path is not set: data.dataset={data.dataset} needs {wanted} (--set data.path=DIR)")
+    if data.dataset == "images":
+        return EncodedImages(config, device or torch.device("cpu"))
+    folder = Path(data.path)
+    if next(folder.glob("*.safetensors"), None) is not None:
         return PackedLatents(config)
-    return SyntheticLatents(config)
+    if next(folder.rglob(f"*{NPZ_SUFFIX}"), None) is not None:
+        return NpzLatents(config)
+    raise DataError(f"data.path={folder}: no *.safetensors shard there, and no {NPZ_SUFFIX} file below it")

@@ -1,7 +1,8 @@
-"""Latents on disk: packed safetensors shards, read memory-mapped.
+"""Latents on disk: packed shards, read memory-mapped, or one npz file an image as other trainers cache them.
 
-Layout of the folder: `*.safetensors`, taken in the order of their names, each with `latents` (n, Z, H, W), any float
-dtype, unscaled, and `labels` (n,), int64.
+A folder of packed shards holds `*.safetensors`, taken in the order of their names (see `shards`), and `index.json` if this
+package wrote it (see `index`). Values are unscaled, of any float dtype.
+Letters: B samples, C channels on disk, Z latent channels, H, W latent size.
 """
 
 from __future__ import annotations
@@ -10,66 +11,198 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.augment import draw_flips, draw_latents
+from promoe_ds.data.images import TreeReader, scan_tree
+from promoe_ds.data.index import INDEX, UNFINISHED, check_index, read_index
+from promoe_ds.data.shards import Shard
 from promoe_ds.errors import DataError
+
+#: Names of a record and its mirrored twin in the npz files of the published code and of DiffMoE; both are moments.
+NPZ_NAMES = (("latent", "latent_flip"), ("moments", "moments_flip"))
+NPZ_SUFFIX = ".npz"
 
 
 class PackedLatents:
     """A folder of shards as one indexable set."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Open every shard's header and check it against the recipe.
+        """Open every shard's header and check it, and the index, against the recipe.
 
         Raises: DataError naming the folder, the shard or the label that does not fit.
         """
-        path = config.data.path
-        if path is None:
-            raise DataError("data.path is not set: data.dataset=latents needs the folder of *.safetensors shards "
-                            "(--set data.path=DIR)")
-        self._files = sorted(Path(path).glob("*.safetensors"))
-        if not self._files:
-            raise DataError(f"data.path={path}: no *.safetensors shard there")
-        self._scale = config.data.latent_scale
-        shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
-        self._shards, labels = [], []
-        for file in self._files:
-            shard, shard_labels = _open_shard(file, shape, config.model.num_classes)
-            self._shards.append(shard)
-            labels.append(shard_labels)
-        self._labels = torch.cat(labels)
+        folder = Path(config.data.path)
+        index = read_index(folder)
+        if index is not None:
+            check_index(index, folder, config)
+            files = [folder / shard.file for shard in index.shards]
+            for file, shard in zip(files, index.shards, strict=True):
+                _check_size(file, shard.bytes)
+        elif (folder / UNFINISHED).is_file():
+            raise DataError(f"{folder}: these latents are not complete, there is {UNFINISHED} and no {INDEX}: run "
+                            "tools/encode_latents.py again with the same arguments, it goes on where it stopped")
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        self._shards = [Shard(file) for file in files]
+        for position, shard in enumerate(self._shards):
+            _check_shard(shard, config)
+            if (shard.kind, shard.dtype, shard.flipped) != (self.kind, self.dtype, self.flipped):
+                first = self._shards[0]
+                raise DataError(f"{shard.path}: holds {_described(shard)}, {first.path.name} {_described(first)}")
+            if index is not None and len(shard) != index.shards[position].count:
+                raise DataError(f"{shard.path}: {len(shard)} records, {INDEX} says {index.shards[position].count}")
+        self._flip = wants_flip(config, self.flipped, str(folder))
+        self._scale, self._seed = config.data.latent_scale, config.train.seed
+        self._labels = torch.cat([shard.labels.long() for shard in self._shards])
         if not len(self._labels):
-            raise DataError(f"data.path={path}: the shards hold no sample")
-        self._ends = np.cumsum([len(part) for part in labels])
+            raise DataError(f"data.path={folder}: the shards hold no sample")
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+
+    @property
+    def kind(self) -> str:
+        """`latents` or `moments`."""
+        return self._shards[0].kind
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the records on disk."""
+        return self._shards[0].dtype
+
+    @property
+    def flipped(self) -> bool:
+        """Whether every record has a mirrored twin."""
+        return self._shards[0].flipped
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def take(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return scaled fp32 latents (n, Z, H, W) and labels (n,)."""
-        rows = []
-        for index in indices:
-            shard = int(np.searchsorted(self._ends, index, side="right"))
-            local = int(index - (self._ends[shard - 1] if shard else 0))
-            rows.append(self._shards[shard].get_slice("latents")[local:local + 1])
-        return torch.cat(rows).float() * self._scale, self._labels[torch.from_numpy(np.asarray(indices))]
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """Return scaled fp32 latents (B, Z, H, W) and labels (B,); mirrored and drawn from their posteriors by position.
+
+        Raises: DataError naming a record that is damaged or not finite.
+        """
+        indices = np.asarray(indices)
+        flips = draw_flips(self._seed, positions, len(indices), flip=self._flip)
+        records = self._records(indices, flips)
+        if not torch.isfinite(records).all():
+            bad = int((~torch.isfinite(records)).flatten(1).any(dim=1).nonzero()[0])
+            shard, row = self._locate(int(indices[bad]))
+            raise DataError(f"{shard.path}: record {row} ({shard.name(row)}) is not finite: encode this shard anew")
+        latents = draw_latents(records, self._seed, positions) if self.kind == "moments" else records
+        return latents.mul_(self._scale), self._labels[torch.from_numpy(indices)]
+
+    def _records(self, indices: np.ndarray, flips: np.ndarray) -> Tensor:
+        """Return what is on disk, (B, C, H, W) fp32."""
+        first = self._shards[0]
+        raw = torch.empty((len(indices), *first.shape[1:]), dtype=self.dtype)
+        rows = raw.view(len(indices), -1).view(torch.uint8).numpy()
+        places = np.searchsorted(self._ends, indices, side="right")
+        starts = np.concatenate([[0], self._ends])[places]
+        for out, shard, local, flip in zip(rows, places.tolist(), (indices - starts).tolist(), flips.tolist(), strict=True):
+            self._shards[shard].copy_record(local, flip, out)
+        return raw.float()
+
+    def _locate(self, index: int) -> tuple[Shard, int]:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return self._shards[shard], index - int(self._ends[shard - 1] if shard else 0)
 
 
-def _open_shard(file: Path, shape: tuple[int, int, int], num_classes: int):
+class NpzLatents:
+    """A tree of class folders with one npz file an image: `latent`, `latent_flip` or `moments`, `moments_flip`.
+
+    Both name posteriors' moments (2 Z, H, W), unscaled. Slow: for anything but a trial, pack them once with
+    `tools/encode_latents.py --from-npz`. The files do not say which autoencoder they come from.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        """List the tree.
+
+        Raises: DataError if there is none, or it has more classes than the recipe.
+        """
+        self._tree = scan_tree(Path(config.data.path), (NPZ_SUFFIX,))
+        if len(self._tree.classes) > config.model.num_classes:
+            raise DataError(f"{self._tree.root}: {len(self._tree.classes)} classes, but model.num_classes="
+                            f"{config.model.num_classes}")
+        self._shape = (2 * config.model.in_channels, config.model.input_size, config.model.input_size)
+        self._scale, self._seed = config.data.latent_scale, config.train.seed
+        self._flip = config.data.flip is not False
+        self._reader = TreeReader(self._tree, lambda path: read_npz_moments(path, self._shape), config.data.workers)
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """Return scaled fp32 latents (B, Z, H, W) and labels (B,); mirrored and drawn from their posteriors by position.
+
+        Raises: DataError naming the file that cannot be read or does not fit.
+        """
+        records = self._reader.try_all([int(index) for index in indices])
+        for record in records:
+            if isinstance(record, DataError):
+                raise record
+        flips = draw_flips(self._seed, positions, len(records), flip=self._flip)
+        moments = torch.from_numpy(np.stack([pair[int(flip)] for pair, flip in zip(records, flips, strict=True)]))
+        labels = torch.from_numpy(self._tree.labels[np.asarray(indices)])
+        return draw_latents(moments, self._seed, positions).mul_(self._scale), labels
+
+
+def read_npz_moments(path: Path, shape: tuple[int, int, int] | None = None) -> np.ndarray:
+    """Return a file's moments and those of the mirrored image, (2, 2 Z, H, W) fp32.
+
+    Raises: DataError naming a file that is damaged, of another kind or, where `shape` is given, of another shape.
+    """
     try:
-        shard = safe_open(file, framework="pt")
-        found = tuple(shard.get_slice("latents").get_shape())
-        labels = shard.get_tensor("labels")
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: not a readable latent shard ({error})") from None
-    if found[1:] != shape or labels.shape != (found[0],):
-        raise DataError(f"{file}: latents {found} and labels {tuple(labels.shape)} do not fit the recipe's (n, "
+        with np.load(path, allow_pickle=False) as data:
+            names = next(((plain, flip) for plain, flip in NPZ_NAMES if plain in data and flip in data), None)
+            if names is None:
+                raise DataError(f"{path}: holds {', '.join(data.files) or 'nothing'}, expected "
+                                f"{' or '.join(' and '.join(pair) for pair in NPZ_NAMES)}")
+            pair = [np.asarray(data[name], dtype=np.float32) for name in names]
+    except DataError:
+        raise
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds
+        raise DataError(f"{path}: not a readable latent file ({type(error).__name__}: {error})") from None
+    # Some caches kept the batch dimension of one.
+    pair = [value[0] if value.ndim == 4 and len(value) == 1 else value for value in pair]
+    if pair[0].ndim != 3 or pair[0].shape != pair[1].shape or (shape is not None and pair[0].shape != shape):
+        raise DataError(f"{path}: moments {pair[0].shape} and {pair[1].shape} do not fit the recipe's {shape}")
+    moments = np.stack(pair)
+    if not np.isfinite(moments).all():
+        raise DataError(f"{path}: not finite: encode this image anew")
+    return moments
+
+
+def wants_flip(config: RunConfig, possible: bool, where: str) -> bool:
+    """Resolve `data.flip`.
+
+    Raises: DataError if mirrored samples are asked for and there are none.
+    """
+    if config.data.flip is True and not possible:
+        raise DataError(f"{where}: holds no mirrored latents, but data.flip=true: encode them with both, or leave data.flip out")
+    return possible and config.data.flip is not False
+
+
+def _check_size(file: Path, size: int) -> None:
+    if not file.is_file():
+        raise DataError(f"{file}: missing, {INDEX} lists it")
+    if file.stat().st_size != size:
+        raise DataError(f"{file}: {file.stat().st_size} bytes, {INDEX} says {size}: copy or encode this shard anew")
+
+
+def _check_shard(shard: Shard, config: RunConfig) -> None:
+    size, labels = config.model.input_size, shard.labels
+    shape = (config.model.in_channels * (2 if shard.kind == "moments" else 1), size, size)
+    if shard.shape[1:] != shape or labels.shape != shard.shape[:1]:
+        raise DataError(f"{shard.path}: {shard.kind} {shard.shape} and labels {tuple(labels.shape)} do not fit the recipe's (n, "
                         f"{', '.join(map(str, shape))}) and (n,)")
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise DataError(f"{file}: labels are {labels.dtype}, expected integers")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise DataError(f"{file}: labels reach from {int(labels.min())} to {int(labels.max())}, but "
-                        f"model.num_classes={num_classes}")
-    return shard, labels.long()
+        raise DataError(f"{shard.path}: labels are {labels.dtype}, expected integers")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < config.model.num_classes:
+        raise DataError(f"{shard.path}: labels reach from {int(labels.min())} to {int(labels.max())}, but "
+                        f"model.num_classes={config.model.num_classes}")
+
+
+def _described(shard: Shard) -> str:
+    return f"{shard.kind} as {str(shard.dtype).removeprefix('torch.')}, {'with' if shard.flipped else 'without'} mirrored twins"

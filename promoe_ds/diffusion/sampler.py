@@ -7,16 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from promoe_ds.diffusion.guidance import Denoiser, guided
 from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, respaced_timesteps
 from promoe_ds.randomness import generator
+
+#: How far below noise level 1 the multistep solvers start.
+_BELOW_ONE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,15 @@ def sigma_schedule(steps: int) -> np.ndarray:
     return np.linspace(1.0, 0.0, steps + 1)[:-1]
 
 
+def shifted_sigmas(steps: int, shift: float) -> np.ndarray:
+    """Return the noise levels of `steps` steps under a shift, applied once.
+
+    Source: Esser et al. (2024), Eq. 23.
+    """
+    sigmas = sigma_schedule(steps)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
 def initial_noise(shape: Sequence[int], *, seed: int, indices: Sequence[int]) -> Tensor:
     """Return fp32 noise (len(indices), *shape) in which image i is a function of (seed, i) alone."""
     draws = [generator(seed, "sample", 0, index).standard_normal(tuple(shape), dtype=np.float32) for index in indices]
@@ -64,19 +84,23 @@ def sample_latents(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, pla
     """Integrate from noise to data.
 
     Source: official samplers of ProMoE (euler) and DiT (ddpm, ddim with eta 0, no clipping); differs: the flow's shift is
-    applied once (by the scheduler), not twice.
+    applied once (by the scheduler), not twice. heun: Karras et al. (2022), Algorithm 1, on the same noise levels; it asks the
+    network twice a step but for the last. unipc (Zhao et al., 2023, B(h) of second order) and dpmpp (DPM-Solver++ 2M, Lu et
+    al., 2022) are diffusers' on the same noise levels; their first step starts just below 1, where log(1 - sigma) ends.
     Args:
-        denoiser: predicts velocity (euler) or noise (ddim) in its first Z channels; ddpm: 2 Z channels, noise and variance.
+        denoiser: predicts velocity (flow) or noise (ddim) in its first Z channels; ddpm: 2 Z channels, noise and variance.
         noise_BZHW: fp32 start.
         labels_B: int64.
         generators: one an image, see `image_generators`; only ddpm draws from them.
     Returns: latents (B, Z, H, W), fp32.
     Raises: ValueError for an unknown solver, or ddpm without a generator for each image.
     """
-    if plan.solver not in _INTEGRATORS:
-        raise ValueError(f"solver {plan.solver!r} is none of {', '.join(_INTEGRATORS)}")
-    integrator = _INTEGRATORS[plan.solver](plan, noise_BZHW, generators)
+    if plan.solver not in (*_INTEGRATORS, "heun"):
+        raise ValueError(f"solver {plan.solver!r} is none of {', '.join(_INTEGRATORS)}, heun")
     channels = noise_BZHW.shape[1]
+    if plan.solver == "heun":
+        return _sample_heun(denoiser, noise_BZHW, labels_B, plan)
+    integrator = _INTEGRATORS[plan.solver](plan, noise_BZHW, generators)
     latents = noise_BZHW
     for step, timestep in zip(integrator.scheduler.timesteps, integrator.timesteps, strict=True):
         prediction = guided(denoiser, latents, timestep.expand(len(latents)), labels_B, null_label=plan.null_label,
@@ -90,6 +114,49 @@ def _euler(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Ge
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=plan.num_train_timesteps, shift=plan.shift)
     scheduler.set_timesteps(sigmas=sigma_schedule(plan.steps).tolist(), device=noise_BZHW.device)
     return _Integrator(scheduler=scheduler, timesteps=scheduler.timesteps)
+
+
+def _sample_heun(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, plan: SamplingPlan) -> Tensor:
+    """Integrate by Heun's method; the last step, to noise level 0, is Euler's.
+
+    diffusers' own Heun scheduler ends one step above 0 and shifts twice, see `shifted_sigmas`.
+    """
+    channels = noise_BZHW.shape[1]
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        timestep = torch.tensor(sigma * plan.num_train_timesteps, dtype=torch.float32, device=latents.device)
+        prediction = guided(denoiser, latents, timestep.expand(len(latents)), labels_B, null_label=plan.null_label,
+                            scale=plan.cfg_scale, channels=channels)
+        return prediction[:, :channels].float()
+
+    latents, sigmas = noise_BZHW, [*shifted_sigmas(plan.steps, plan.shift).tolist(), 0.0]
+    for here, there in pairwise(sigmas):
+        first = velocity(latents, here)
+        predicted = latents + (there - here) * first
+        latents = predicted if there == 0 else latents + (there - here) * (first + velocity(predicted, there)) / 2
+    return latents
+
+
+def _multistep(kind: type[UniPCMultistepScheduler] | type[DPMSolverMultistepScheduler], plan: SamplingPlan,
+               device: torch.device) -> _Integrator:
+    """Return diffusers' solver on our noise levels: its own end early, and are rounded to whole timesteps for the network."""
+    scheduler = kind(num_train_timesteps=plan.num_train_timesteps, prediction_type="flow_prediction", use_flow_sigmas=True,
+                     solver_order=2, final_sigmas_type="zero")
+    scheduler.set_timesteps(plan.steps, device=device)
+    sigmas = shifted_sigmas(plan.steps, plan.shift)
+    sigmas[0] = min(sigmas[0], 1.0 - _BELOW_ONE)
+    scheduler.sigmas = torch.from_numpy(np.concatenate([sigmas, [0.0]])).float()
+    scheduler.set_begin_index(0)  # the steps are counted: rounded timesteps may occur twice
+    timesteps = torch.from_numpy(shifted_sigmas(plan.steps, plan.shift) * plan.num_train_timesteps).float()
+    return _Integrator(scheduler=scheduler, timesteps=timesteps.to(device))
+
+
+def _unipc(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
+    return _multistep(UniPCMultistepScheduler, plan, noise_BZHW.device)
+
+
+def _dpmpp(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
+    return _multistep(DPMSolverMultistepScheduler, plan, noise_BZHW.device)
 
 
 def _ddpm(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
@@ -121,4 +188,4 @@ def _respaced(kind: type[DDPMScheduler] | type[DDIMScheduler], plan: SamplingPla
     return scheduler, torch.from_numpy(timesteps[::-1].copy()).float()
 
 
-_INTEGRATORS = {"euler": _euler, "ddpm": _ddpm, "ddim": _ddim}
+_INTEGRATORS = {"euler": _euler, "unipc": _unipc, "dpmpp": _dpmpp, "ddpm": _ddpm, "ddim": _ddim}

@@ -30,7 +30,7 @@ _LONGEST_VALUE = 60
 
 #: What a resumed run may change: nothing that would make it another run.
 FREE_FIELDS = {
-    "data": {"path"},
+    "data": {"path", "vae", "workers", "max_corrupt"},
     "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "keep_every",
               "async_checkpoint", "max_nonfinite_steps", "micro_batch_size"},
     "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch", "megatron_dispatcher",
@@ -39,6 +39,7 @@ FREE_FIELDS = {
     "supervision": {"setup_timeout_seconds", "step_timeout_seconds", "checkpoint_timeout_seconds", "launcher_timeout_seconds"},
     "logging": {"tensorboard", "wandb", "wandb_project", "timestep_bins", "class_counts", "position_counts", "counts_every"},
     "sampling": {"steps", "cfg_scale", "solver"},
+    "evaluation": {"every", "reference", "extractor", "samples", "batch_size", "steps", "cfg_scale", "seed"},
 }
 
 

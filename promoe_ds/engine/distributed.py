@@ -62,18 +62,14 @@ def start_distributed(timeout_seconds: float) -> Ranks:
 
     Call after `complete_environment`.
     """
-    use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    if not use_cuda:
+    device = local_device()
+    if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
     # DeepSpeed's shared-memory all-reduce for CPUs is compiled at first use, for a minute; gloo serves.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device("cpu")
-    if use_cuda:
-        device = torch.device("cuda", _device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
-        torch.cuda.set_device(device)
     timeout, backend = timedelta(seconds=timeout_seconds), "nccl" if device.type == "cuda" else "gloo"
     # For groups that DeepSpeed makes itself: it states none, and torch's default is half an hour.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
@@ -113,6 +109,18 @@ def _family(host: str) -> socket.AddressFamily:
         return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
     except OSError:
         raise ConfigError(f"MASTER_ADDR={host} is no name or address that this host knows") from None
+
+
+def local_device() -> torch.device:
+    """Return this process's device, set as torch's current one: its GPU, or the CPU where DS_ACCELERATOR=cpu asks for it.
+
+    Call after `complete_environment`.
+    """
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
+        return torch.device("cpu")
+    device = torch.device("cuda", _device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _device_index(local_rank: int, visible: int) -> int:

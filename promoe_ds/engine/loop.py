@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from promoe_ds.logs import configure_logging, get_logger
 
 _LOG = get_logger("train")
 
+#: Returns figures of a step's averaged weights by name.
+Evaluate = Callable[[Session], dict[str, float]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -35,6 +39,8 @@ class Run:
     deepspeed_plan: DeepSpeedPlan
     run_dir: Path
     resume: str
+    #: Judges the averaged weights every `evaluation.every` steps; its figures join that step's log line.
+    evaluate: Evaluate | None = None
 
 
 def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
@@ -49,7 +55,7 @@ def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
     checkpoint = choose_checkpoint(run.resume, run.run_dir, ranks)
     run = replace(run, config=with_placement_of(run.config, checkpoint))
     batches = plan_batches(run.config, ranks.world_size)
-    session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config))
+    session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config, ranks.device))
     if checkpoint is None:
         start_routers(session)
     else:
@@ -62,12 +68,12 @@ def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
               plan.zero_stage, plan.precision, batches.micro_batch, batches.accumulation, session.step)
     writer = MetricsWriter(run.run_dir, run.config, ranks, start_step=session.step)
     try:
-        _loop(session, writer, Saver(session, run.run_dir / "checkpoints"), supervisor)
+        _loop(session, writer, Saver(session, run.run_dir / "checkpoints"), supervisor, run.evaluate)
     finally:
         writer.close()
 
 
-def _loop(session: Session, writer: MetricsWriter, saver: Saver, supervisor: Supervisor) -> None:
+def _loop(session: Session, writer: MetricsWriter, saver: Saver, supervisor: Supervisor, evaluate: Evaluate | None) -> None:
     settings, started, logged, skipped_in_a_row = session.config.train, session.step, session.step, 0
     last = min(settings.max_steps, started + (settings.stop_after_steps or settings.max_steps))
     if started >= settings.max_steps:
@@ -90,7 +96,11 @@ def _loop(session: Session, writer: MetricsWriter, saver: Saver, supervisor: Sup
                                 "earlier checkpoint")
         if session.step % settings.log_every == 0 or session.step == last:
             lines = session.routing.reduce(step=session.step, steps=session.step - logged, last=session.step == last)
-            writer.write(session.step, _reduced(result), lines)
+            images_per_second, figures = writer.images_per_second(), {}
+            if evaluate is not None and session.step % session.config.evaluation.every == 0:
+                with supervisor.saving():
+                    figures = evaluate(session)
+            writer.write(session.step, {**_reduced(result), **figures}, lines, images_per_second)
             logged = session.step
         if session.step % settings.checkpoint_every == 0 or session.step == last:
             with supervisor.saving():

@@ -50,15 +50,19 @@ class MetricsWriter:
         if self._progress is not None:
             self._progress.update()
 
-    def write(self, step: int, scalars: dict[str, float], routing_lines: list[dict[str, Any]]) -> None:
+    def images_per_second(self) -> float:
+        """Return the speed since the clock was restarted, which is not that of an evaluation."""
+        return self._images / (time.perf_counter() - self._since)
+
+    def write(self, step: int, scalars: dict[str, float], routing_lines: list[dict[str, Any]], images_per_second: float) -> None:
         """Record a log step.
 
         Args:
             step: steps finished.
-            scalars: loss, its terms, lr, grad_norm.
+            scalars: loss, its terms, lr, grad_norm, and what an evaluation found.
             routing_lines: of `RoutingAccumulator.reduce`.
+            images_per_second: of training.
         """
-        images_per_second = self._images / (time.perf_counter() - self._since)
         self.restart_clock()
         if not self._ranks.is_main:
             return
@@ -74,7 +78,8 @@ class MetricsWriter:
             values = flatten(line, routing_lines)
             for tracker in self._trackers:
                 tracker.write(step, *values)
-        terms = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items() if name.startswith("loss"))
+        terms = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()
+                          if name.startswith("loss") or name == "frechet_distance")
         with tqdm.external_write_mode():
             _LOG.info("step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s", step, self._config.train.max_steps, terms,
                       scalars["grad_norm"], scalars["lr"], images_per_second)

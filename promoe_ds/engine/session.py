@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -116,9 +117,9 @@ def make_batch(session: Session, slots: range) -> DiffusionBatch:
 
 
 def _take(session: Session, slots: range) -> tuple[torch.Tensor, torch.Tensor]:
-    indices = sample_indices(len(session.dataset), seed=session.config.train.seed, count=len(slots),
-                             start=session.samples_seen + slots.start)
-    return session.dataset.take(indices)
+    start = session.samples_seen + slots.start
+    indices = sample_indices(len(session.dataset), seed=session.config.train.seed, count=len(slots), start=start)
+    return session.dataset.take(indices, np.arange(start, start + len(slots)))
 
 
 def train_step(session: Session) -> StepResult:

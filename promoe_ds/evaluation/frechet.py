@@ -22,12 +22,18 @@ def fit_gaussian(features_Nd: np.ndarray) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Return |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)); 0 for equal Gaussians.
+    """Return |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0; 0 for equal Gaussians.
 
-    The trace of the root is that of the symmetric (A^(1/2) B A^(1/2))^(1/2), so singular covariances need no offset.
+    Source: Heusel et al. (2017), Eq. 6; ADM: a matrix root of A B. Differs: the trace of that root is the sum of the singular
+    values of A^(1/2) B^(1/2), exact where the root of a product is not: for covariances of fewer images than features, which
+    are singular. No offset is ever added.
     """
-    values, vectors = np.linalg.eigh(a.covariance)
-    root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root_a @ b.covariance @ root_a).clip(min=0)
+    cross = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
     difference = a.mean - b.mean
-    return float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross).sum())
+    distance = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+    return max(0.0, float(distance))
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T

@@ -25,7 +25,7 @@ def image_name(index: int, label: int) -> str:
 
 def save_png(path: Path, image_HWC: np.ndarray) -> None:
     """Write one uint8 image, grey for a single channel."""
-    Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC).save(path)
+    Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC).save(path, format="PNG")
 
 
 def make_grid(images_NHWC: np.ndarray, labels: np.ndarray, *, columns: int, zoom: int, gap: int = 2) -> np.ndarray:

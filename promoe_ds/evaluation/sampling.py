@@ -1,33 +1,48 @@
-"""Drawing labelled samples from an export: image i depends on (seed, i) and its label only."""
+"""Drawing labelled samples from an export, on one process or many; a job that was stopped goes on where it was."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+import xxhash
 from tqdm import tqdm
 
 from promoe_ds.config import RunConfig
-from promoe_ds.diffusion.sampler import SamplingPlan, image_generators, initial_noise, sample_latents
+from promoe_ds.data.vae import Vae
+from promoe_ds.diffusion.sampler import SamplingPlan
+from promoe_ds.engine.team import Team, alone
+from promoe_ds.engine.versions import versions_of
 from promoe_ds.errors import CheckpointError, ConfigError
-from promoe_ds.evaluation.images import image_name, make_grid, save_png, to_uint8
-from promoe_ds.model.export import load_model
+from promoe_ds.evaluation.drawing import Drawer, align_weights, is_exact, threads_of, units
+from promoe_ds.evaluation.images import make_grid, save_png, to_uint8
+from promoe_ds.evaluation.sharded_model import load_sharded_model
+from promoe_ds.evaluation.store import SampleStore
+from promoe_ds.logs import get_logger
+from promoe_ds.model.export import load_model, read_export_config, read_export_origin
+from promoe_ds.randomness import generator
 
+_LOG = get_logger("sample")
+
+LABEL_RULES = ("balanced", "random")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GRID_COLUMNS = 20
 _GRID_IMAGE_SIZE = 40
+_CHUNK_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """What to draw; None takes the recipe's default."""
+    """What to draw; None takes the recipe's default, or what fits the device."""
 
     model: Path
     out: Path
     classes: tuple[int, ...] | None = None
+    labels: str = "balanced"
     num: int | None = None
     steps: int | None = None
     cfg_scale: float | None = None
@@ -35,33 +50,81 @@ class SampleRequest:
     seed: int = 0
     batch_size: int = 64
     device: str | None = None
+    dtype: str = "fp32"
+    vae: str | None = None
+    exact: bool | None = None
+    ep_size: int = 1
     grid: bool = False
 
 
-def draw_samples(request: SampleRequest) -> list[Path]:
-    """Draw and write samples; return what was written.
+def draw_samples(request: SampleRequest, team: Team | None = None) -> list[Path]:
+    """Draw and write samples; all ranks call this together. Return what rank 0 wrote.
 
-    Pixel-space models (one or three channels) give PNG files and `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus
-    `labels`); latent-space models give `latents.safetensors`, unscaled, to be decoded by their autoencoder.
+    Models of pixels (one or three channels), and of latents with an autoencoder to decode them, give PNG files and
+    `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus `labels`); others give `latents.safetensors`, unscaled.
     Raises: ConfigError for labels, numbers or an output folder that cannot be; CheckpointError for the export.
     """
-    device = _device(request.device)
-    model = load_model(request.model, device=device)
-    labels = _labels(request, model.config)
-    plan = _plan(request, model.config)
-    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
-        raise ConfigError(f"--out {request.out} is no empty folder: choose another one")
-    latents = _draw(request, model, labels, plan, device)
-    if not torch.isfinite(latents).all():
-        raise CheckpointError(f"{request.model}: the samples are not finite: the weights are no trained model's")
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-        return _write(request, model.config, latents.cpu(), labels)
-    except OSError as error:
-        raise ConfigError(f"--out {request.out}: {error}") from None
+    team = team or alone(check_device(request.device))
+    config = read_export_config(request.model)
+    labels, plan = choose_labels(request, config), make_plan(request, config)
+    exact = is_exact(request.exact, config, team.device)
+    vae = _load_vae(request, config, team)
+    store = SampleStore(request.out, labels, as_images=vae is not None or config.model.in_channels in (1, 3))
+    settings = team.on_main(lambda: _settings(request, plan, exact, vae))
+    network = load_model(request.model, device=team.device, dtype=DTYPES[request.dtype]) if request.ep_size == 1 else (
+        load_sharded_model(request.model, team, ep_size=request.ep_size, dtype=DTYPES[request.dtype], exact=exact))
+    if exact:
+        align_weights(network)
+    todo = team.on_main(lambda: (store.claim({**settings, "num": len(labels)}), store.missing())[1])
+    job = _Job(request, store, Drawer(network, config, plan, seed=request.seed, device=team.device), vae)
+    with threads_of(exact=exact):
+        _run(job, units(todo, size=1 if exact else request.batch_size, num=len(labels)), team, lockstep=request.ep_size > 1)
+    team.barrier()
+    return team.on_main(lambda: _finish(request, store))
 
 
-def _device(name: str | None) -> str:
+@dataclass(frozen=True)
+class _Job:
+    request: SampleRequest
+    store: SampleStore
+    drawer: Drawer
+    vae: Vae | None
+
+    def draw(self, indices: range) -> np.ndarray:
+        """Return images (B, H, W, C) uint8, or latents (B, Z, H, W), of one pass.
+
+        Raises: CheckpointError if they are not finite.
+        """
+        latents = self.drawer.draw(indices, self.store.labels[indices.start:indices.stop])
+        values = latents if self.vae is None else self.vae.decode(latents)
+        if not torch.isfinite(values).all():
+            raise CheckpointError(f"{self.request.model}: the samples are not finite: the weights are no trained model's")
+        return to_uint8(values.cpu().numpy()) if self.store.as_images else values.cpu().numpy()
+
+
+def _run(job: _Job, passes: list[range], team: Team, *, lockstep: bool) -> None:
+    """Make this rank's share of the passes; under expert parallelism all ranks make equally many, some for nothing."""
+    own = passes[team.rank::team.world_size]
+    rounds = -(-len(passes) // team.world_size) if lockstep else len(own)
+    total = sum(len(indices) for indices in passes)
+    with tqdm(total=total, unit="image", disable=None if team.is_main else True) as progress:
+        for number in range(rounds):
+            spare = number >= len(own)
+            indices = passes[-1] if spare else own[number]
+            values = job.draw(indices)
+            if spare:
+                continue
+            for index, value in zip(indices, values, strict=True):
+                job.store.write(index, value)
+            # The other ranks are about as far: the rate shown is the job's.
+            progress.update(min(len(indices) * team.world_size, total - progress.n))
+
+
+def check_device(name: str | None) -> str:
+    """Return the device of that name; a GPU where there is one, else the CPU, for None.
+
+    Raises: ConfigError if there is no such device.
+    """
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -71,23 +134,33 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
+def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
+    """Return the label of every image, a function of its index: in turn, or drawn from (seed, index)."""
     classes = request.classes or tuple(range(config.model.num_classes))
     wrong = [label for label in classes if not 0 <= label < config.model.num_classes]
     if wrong:
         raise ConfigError(f"--classes {wrong[0]}: this model knows the classes 0 ... {config.model.num_classes - 1}")
     count = 10 * len(classes) if request.num is None else request.num
-    for name, value in (("--num", count), ("--steps", request.steps), ("--batch-size", request.batch_size)):
+    for name, value in (("--num", count), ("--steps", request.steps), ("--batch-size", request.batch_size),
+                        ("--ep-size", request.ep_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
     if request.cfg_scale is not None and not 0 <= request.cfg_scale < math.inf:
         raise ConfigError(f"--cfg-scale {request.cfg_scale}: must be a number from 0 on; up to 1 there is no guidance")
     if request.seed < 0:
         raise ConfigError(f"--seed {request.seed}: must be at least 0")
-    return np.array([classes[i % len(classes)] for i in range(count)], dtype=np.int64)
+    if request.labels == "random":
+        places = [int(generator(request.seed, "sample", 2, index).integers(len(classes))) for index in range(count)]
+    else:
+        places = [index % len(classes) for index in range(count)]
+    return np.array(classes, dtype=np.int64)[places]
 
 
-def _plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
+def make_plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
+    """Return how to sample: the request's wishes over the recipe's defaults.
+
+    Raises: ConfigError if they do not fit the objective.
+    """
     problem = config.diffusion.sampling_problem(solver=request.solver, steps=request.steps)
     if problem:
         raise ConfigError(f"--{problem}")
@@ -98,33 +171,56 @@ def _plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
         shift=config.diffusion.shift, solver=config.resolved_solver, num_train_timesteps=config.diffusion.num_train_timesteps)
 
 
-def _draw(request: SampleRequest, model: torch.nn.Module, labels: np.ndarray, plan: SamplingPlan, device: str) -> torch.Tensor:
-    config: RunConfig = model.config
-    shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
-    parts = []
-    with tqdm(total=len(labels), unit="image", disable=None) as progress:
-        for start in range(0, len(labels), request.batch_size):
-            indices = range(start, min(start + request.batch_size, len(labels)))
-            noise = initial_noise(shape, seed=request.seed, indices=indices).to(device)
-            generators = image_generators(seed=request.seed, indices=indices)
-            chosen = torch.from_numpy(labels[start:indices.stop]).to(device)
-            parts.append(sample_latents(model, noise, chosen, plan, generators))
-            progress.update(len(indices))
-    return torch.cat(parts) / config.data.latent_scale
+def _load_vae(request: SampleRequest, config: RunConfig, team: Team) -> Vae | None:
+    if request.vae is None:
+        return None
+    if config.model.in_channels in (1, 3) and config.data.dataset not in ("latents", "images"):
+        raise ConfigError(f"--vae {request.vae}: this is a model of pixels, leave it out")
+    vae = Vae(request.vae, device=team.device)
+    identity = vae.identity
+    scale = config.data.latent_scale
+    if identity.latent_channels != config.model.in_channels or abs(identity.scaling_factor - scale) > 1e-6:
+        raise ConfigError(f"--vae {request.vae}: has {identity.latent_channels} latent channels scaled by "
+                          f"{identity.scaling_factor}, this model was trained on {config.model.in_channels} scaled by {scale}")
+    if config.data.vae is not None and not identity.is_called(config.data.vae):
+        _LOG.warning("decoding with %s (%s); the model was trained on latents of %s", identity.name, identity.fingerprint,
+                     config.data.vae)
+    return vae
 
 
-def _write(request: SampleRequest, config: RunConfig, latents: torch.Tensor, labels: np.ndarray) -> list[Path]:
-    if config.model.in_channels not in (1, 3):
-        path = request.out / "latents.safetensors"
-        save_file({"latents": latents, "labels": torch.from_numpy(labels)}, path)
-        return [path]
-    images = to_uint8(latents.numpy())
-    for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        save_png(request.out / image_name(index, label), image)
-    written = [request.out / image_name(0, int(labels[0])), request.out / "samples.npz"]
-    np.savez(written[1], arr_0=images, labels=labels)
+def _settings(request: SampleRequest, plan: SamplingPlan, exact: bool, vae: Vae | None) -> dict[str, Any]:
+    """Return all that decides what the images are, and where they come from."""
+    return {
+        "model": str(request.model), "origin": read_export_origin(request.model), "weights": _checksum(request.model),
+        "seed": request.seed, "labels": request.labels, "classes": request.classes, "solver": plan.solver, "steps": plan.steps,
+        "cfg_scale": plan.cfg_scale, "shift": plan.shift, "dtype": request.dtype, "exact": exact,
+        "batch_size": None if exact else request.batch_size, "vae": None if vae is None else vae.identity.fingerprint,
+        "uint8": "clamp(127.5 * x + 128, 0, 255), truncated", "versions": versions_of("diffusers", "numpy")}
+
+
+def _checksum(export: Path) -> str:
+    """Return the checksum of an export's weights: reads them once."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(export.glob("model*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return f"xxh3_128:{digest.hexdigest()}"
+
+
+def _finish(request: SampleRequest, store: SampleStore) -> list[Path]:
+    written = [store.assemble()]
+    if not store.as_images:
+        return written
+    written.insert(0, store.folder / f"img*.png ({len(store.labels)} files)")
     if request.grid:
-        written.append(request.out / "grid.png")
-        zoom = max(1, _GRID_IMAGE_SIZE // config.model.input_size)
-        save_png(written[-1], make_grid(images, labels, columns=min(_GRID_COLUMNS, len(labels)), zoom=zoom))
-    return [written[0].parent / f"img*.png ({len(images)} files)", *written[1:]]
+        chosen = _first_of_each_class(store.labels)
+        images = np.stack([store.read(index) for index in chosen])
+        written.append(store.folder / "grid.png")
+        zoom = max(1, _GRID_IMAGE_SIZE // images.shape[1])
+        save_png(written[-1], make_grid(images, store.labels[chosen], columns=min(_GRID_COLUMNS, len(store.labels)), zoom=zoom))
+    return written
+
+
+def _first_of_each_class(labels: np.ndarray) -> list[int]:
+    return sorted(index for label in np.unique(labels) for index in np.flatnonzero(labels == label)[:_GRID_COLUMNS].tolist())

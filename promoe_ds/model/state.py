@@ -30,10 +30,15 @@ def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
 
     Raises: CheckpointError naming the first tensors that are missing, left over or misshapen.
     """
+    check_shapes({name: tuple(value.shape) for name, value in state.items()}, config)
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: RunConfig) -> None:
+    """Hold names and shapes, without their tensors, against the model that `config` describes; raises as `check_state`."""
     expected = state_shapes(config)
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} has no place in this architecture" for name in state if name not in expected]
-    problems += [f"{name} has shape {tuple(state[name].shape)} instead of {shape}" for name, shape in expected.items()
-                 if name in state and tuple(state[name].shape) != shape]
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
+    problems += [f"{name} has no place in this architecture" for name in shapes if name not in expected]
+    problems += [f"{name} has shape {shapes[name]} instead of {shape}" for name, shape in expected.items()
+                 if name in shapes and shapes[name] != shape]
     if problems:
         raise CheckpointError("; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""))

@@ -134,6 +134,10 @@ class DeepSpeedDispatcher(Dispatcher):
 
         Sync: one, for the E counts sent and the E counts received.  Collectives: two (counts, rows).
         """
+        return self.start(tokens_TD, assignment)
+
+    def start(self, tokens_TD: Tensor, assignment: Assignment, *, sort: bool = True) -> PendingDispatch:
+        """As `dispatch`; without `sort` the rows stay in the order of the ranks that sent them, the counts (W * e,) alike."""
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
         with self.clock.waiting("counts", tokens_TD.device):
             received_We = exchange_counts(sent_We, self.group)
@@ -142,10 +146,11 @@ class DeepSpeedDispatcher(Dispatcher):
         pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
 
         def finish() -> Dispatched:
-            order_R = _by_local_expert(received_We, sum(rows_in))
+            order_R = _by_local_expert(received_We, sum(rows_in)) if sort else None
             rows = exchange.finish(pending)
             rows = rows if order_R is None else rows.index_select(0, order_R)
-            return Dispatched(rows, received_We.sum(dim=0), _ExchangeHandle(assignment, exchange, order_R))
+            counts = received_We.sum(dim=0) if sort else received_We.flatten()
+            return Dispatched(rows, counts, _ExchangeHandle(assignment, exchange, order_R))
 
         return finish
 

@@ -88,6 +88,12 @@ class StackedExperts(nn.Module):
         for name, shape in expert_shapes(expert_type, width, hidden).items():
             self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
 
+    def keep(self, first: int, count: int) -> None:
+        """Keep the experts first ... first + count - 1 only, uninitialised: another process holds the others."""
+        self.first_expert, self.num_local_experts = self.first_expert + first, count
+        for name, parameter in list(self.named_parameters()):
+            self.register_parameter(name, nn.Parameter(parameter.new_empty(count, *parameter.shape[1:])))
+
     def forward(self, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
         """Run each expert on its rows.
 

@@ -149,7 +149,7 @@ def test_save_disk_full_previous_checkpoint_stays_valid(tmp_path) -> None:
 def test_convert_and_sample_refusals_name_the_file(tmp_path) -> None:
     assert train("train.max_steps=2", cwd=tmp_path).returncode == 0
     convert = (sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"))
-    check_refused(run(*convert, "nowhere", "e", "--to", "single", cwd=tmp_path), "nowhere: neither a complete checkpoint", 4)
+    check_refused(run(*convert, "nowhere", "e", "--to", "single", cwd=tmp_path), "nowhere: there is no such file or folder", 4)
     assert run(*convert, "run", "export", "--to", "single", cwd=tmp_path).returncode == 0
     check_refused(run(*convert, "run", "export", "--to", "single", cwd=tmp_path), "export already holds an export", 4)
     shard = tmp_path / "run/checkpoints/step_0000002/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -160,6 +160,6 @@ def test_convert_and_sample_refusals_name_the_file(tmp_path) -> None:
     check_refused(run(*sample, "--model", "export", "--classes", "1,12", cwd=tmp_path), "knows the classes 0 ... 9", 2)
     check_refused(run(*sample, "--model", "export", "--num", "0", cwd=tmp_path), "--num 0: must be at least 1", 2)
     check_refused(run(*sample, "--model", "export", "--solver", "ddim", cwd=tmp_path),
-                  "--solver=ddim cannot sample diffusion.objective=rectified_flow: set it to euler, or to auto", 2)
+                  "--solver=ddim cannot sample diffusion.objective=rectified_flow: set it to euler, heun, unipc or dpmpp", 2)
     (tmp_path / "export/model.safetensors").write_bytes(b"garbage")
     check_refused(run(*sample, "--model", "export", cwd=tmp_path), "export/model.safetensors: cannot be read", 4)

@@ -16,12 +16,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LIBRARIES: dict[str, set[str]] = {
     "errors": set(), "logs": set(), "randomness": {"numpy"}, "config": {"pydantic", "yaml"}, "routing": {"torch"},
     "moe": {"torch"}, "model": {"torch", "numpy", "safetensors"}, "diffusion": {"torch", "numpy", "diffusers"},
-    "data": {"torch", "numpy", "safetensors", "sklearn"}, "launch": set(),
+    # Images are decoded by Pillow and encoded by diffusers' autoencoder; records carry xxhash checksums.
+    "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash"}, "launch": set(),
 }
 ROOMS: dict[str, set[str]] = {
     "errors": set(), "logs": set(), "randomness": set(), "config": {"errors"}, "routing": {"errors", "config"},
     "moe": {"routing", "config"}, "model": {"moe", "routing", "config", "randomness", "errors"},
-    "diffusion": {"config", "randomness", "errors"}, "data": {"config", "randomness", "errors"},
+    "diffusion": {"config", "randomness", "errors"}, "data": {"config", "randomness", "errors", "logs"},
     # Runs on the launching host, before any rank, and must not need torch there; ranks read its lease.
     "launch": {"errors", "logs", "config"},
     "engine": {"errors", "logs", "randomness", "config", "routing", "moe", "model", "diffusion", "data", "launch"},

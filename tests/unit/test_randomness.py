@@ -89,7 +89,8 @@ def test_generator_values_are_part_of_the_format_of_a_run(arguments: tuple, expe
 
 
 def test_streams_numbers_never_change() -> None:
-    assert STREAMS == {"data": 1, "noise": 2, "sigma": 3, "label_drop": 4, "init": 5, "sample": 6, "synthetic": 7}
+    assert STREAMS == {"data": 1, "noise": 2, "sigma": 3, "label_drop": 4, "init": 5, "sample": 6, "synthetic": 7,
+                       "augment": 8}
 
 
 def test_generator_unknown_stream_is_refused() -> None:

@@ -74,9 +74,9 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def _scheduler(config: RunConfig) -> FlowMatchEulerDiscreteScheduler | DDPMScheduler | DDIMScheduler:
-    """Return the scheduler that stands for the recipe's solver."""
+    """Return the scheduler that stands for the recipe's solver, Euler's for every solver of a flow."""
     timesteps = config.diffusion.num_train_timesteps
-    if config.resolved_solver == "euler":
+    if config.diffusion.objective == "rectified_flow":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=timesteps, shift=config.diffusion.shift)
     kind = DDPMScheduler if config.resolved_solver == "ddpm" else DDIMScheduler
     return kind(num_train_timesteps=timesteps, beta_schedule="linear", clip_sample=False)

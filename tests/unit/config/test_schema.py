@@ -24,13 +24,14 @@ POSITIVE = (
     "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.max_nonfinite_steps", "logging.timestep_bins",
     "logging.counts_every", "sampling.steps", "routing.capacity_weight", "parallel.capacity_factor",
     "supervision.setup_timeout_seconds", "supervision.step_timeout_seconds", "supervision.checkpoint_timeout_seconds",
-    "supervision.launcher_timeout_seconds",
+    "supervision.launcher_timeout_seconds", "data.workers", "evaluation.samples", "evaluation.batch_size", "evaluation.steps",
 )
 NOT_NEGATIVE = (
     "routing.num_shared_experts", "routing.num_unconditional_experts", "routing.rcl_weight", "routing.balance_weight",
     "diffusion.label_dropout", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup_steps",
     "optimizer.min_lr", "train.seed", "sampling.cfg_scale", "routing.threshold_decay",
     "routing.similarity_weight", "routing.per_layer_weight", "routing.classification_weight",
+    "data.max_corrupt", "evaluation.every", "evaluation.cfg_scale", "evaluation.seed",
 )
 CHOICES = (
     "model.preset", "routing.method", "routing.moe_blocks", "routing.activation", "routing.rcl_scope",
@@ -38,12 +39,13 @@ CHOICES = (
     "parallel.activation_checkpointing", "parallel.megatron_dispatcher", "parallel.exchange_dtype",
     "parallel.expert_groups", "parallel.compile", "precision.compute", "precision.fp8_recipe", "precision.kernels",
     "diffusion.objective", "data.dataset", "optimizer.schedule", "logging.tensorboard", "logging.wandb",
-    "logging.class_counts", "logging.position_counts",
+    "logging.class_counts", "logging.position_counts", "data.vae_dtype", "data.flip",
     "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
 )
 FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas",
         "optimizer.ema_decays", "optimizer.ema_power_lengths", "train.async_checkpoint", "routing.superclass_map",
-        "routing.superclasses", "logging.wandb_project", "parallel.expert_placement", "parallel.expert_order")
+        "routing.superclasses", "logging.wandb_project", "parallel.expert_placement", "parallel.expert_order",
+        "data.vae", "evaluation.reference", "evaluation.extractor")
 #: What a field needs beside it to be taken at all.
 BESIDE: dict[str, dict[str, Any]] = {
     "routing.threshold_decay": {"method": "expert_race"}, "routing.similarity_weight": {"method": "expert_race"},
@@ -142,6 +144,12 @@ def test_schema_run_name_no_file_name_is_refused(name: str) -> None:
      "parallel: dispatch=local keeps all experts on one rank, ep_size=2 shards them: use dispatch=deepspeed (or auto), or "
      "ep_size=1"),
     ({"data": {"dataset": "synthetic", "path": "/x"}}, "data: path='/x' has no use for dataset=synthetic: leave it out"),
+    ({"data": {"dataset": "digits", "flip": True}}, "data: flip=true has no use for dataset=digits: leave it out"),
+    ({"data": {"dataset": "images"}}, "data: dataset=images encodes on the fly: set vae to the folder or hub id of an "),
+    ({"evaluation": {"every": 50}}, "evaluation: every=50 needs a reference: the path of an npz or of a folder of images"),
+    ({"evaluation": {"samples": 1}}, "evaluation: samples=1: a covariance needs at least 2"),
+    ({"evaluation": {"every": 5, "reference": "r.npz"}, "train": {"log_every": 2}},
+     "evaluation.every=5 must be a multiple of train.log_every=2: its figures are part of a log line"),
     ({"data": {"dataset": "digits", "path": "/x"}}, "data: path='/x' has no use for dataset=digits: leave it out"),
     ({"optimizer": {"lr": 1e-4, "min_lr": 1e-3}}, "optimizer: min_lr=0.001 exceeds lr=0.0001"),
     ({"parallel": {"ep_size": 3}}, "parallel.ep_size=3 does not divide routing.num_experts=4: every rank holds equally many"),

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from promoe_ds.errors import ConfigError
-from promoe_ds.evaluation import sampling
-from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
+from promoe_ds.evaluation import drawing
+from promoe_ds.evaluation.drawing import Drawer, is_exact, units
+from promoe_ds.evaluation.sampling import SampleRequest, choose_labels, draw_samples
 from promoe_ds.model.export import save_export
 
-from ..builders import random_network
+from ..builders import of_method, random_network, small_config
+from ..data.made import save_vae
 
 FLOW = {"objective": "rectified_flow"}
 DDPM = {"objective": "ddpm"}
@@ -41,7 +47,7 @@ def draw(export: Path, **request: Any) -> Tensor:
 ])
 def test_sampling_plan_is_the_recipes_unless_asked_otherwise(tmp_path, monkeypatch, diffusion, request_, expected) -> None:
     plans = []
-    monkeypatch.setattr(sampling, "sample_latents", lambda model, noise, labels, plan, generators: plans.append(plan) or noise)
+    monkeypatch.setattr(drawing, "sample_latents", lambda model, noise, labels, plan, generators: plans.append(plan) or noise)
     export = make_export(tmp_path, diffusion=diffusion, sampling={"steps": 7, "cfg_scale": 2.0})
     draw(export, num=1, **request_)
     assert [(plan.solver, plan.steps, plan.cfg_scale) for plan in plans] == [expected]
@@ -49,7 +55,7 @@ def test_sampling_plan_is_the_recipes_unless_asked_otherwise(tmp_path, monkeypat
 
 def test_sampling_plan_keeps_the_recipes_solver(tmp_path, monkeypatch) -> None:
     plans = []
-    monkeypatch.setattr(sampling, "sample_latents", lambda model, noise, labels, plan, generators: plans.append(plan) or noise)
+    monkeypatch.setattr(drawing, "sample_latents", lambda model, noise, labels, plan, generators: plans.append(plan) or noise)
     export = make_export(tmp_path, diffusion=DDPM, sampling={"steps": 7, "solver": "ddim"})
     draw(export, num=1)
     draw(export, num=1, solver="auto")
@@ -57,7 +63,8 @@ def test_sampling_plan_keeps_the_recipes_solver(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("diffusion", "request_", "message"), [
-    (FLOW, {"solver": "ddpm"}, "--solver=ddpm cannot sample diffusion.objective=rectified_flow: set it to euler, or to auto"),
+    (FLOW, {"solver": "ddpm"},
+     "--solver=ddpm cannot sample diffusion.objective=rectified_flow: set it to euler, heun, unipc or dpmpp, or to auto"),
     (DDPM, {"solver": "euler"}, "--solver=euler cannot sample diffusion.objective=ddpm: set it to ddpm or ddim, or to auto"),
     (DDPM, {"steps": 1001}, "--steps=1001: diffusion.objective=ddpm is sampled in 2 ... diffusion.num_train_timesteps=1000 steps"),
     (DDPM, {"steps": 0}, "--steps 0: must be at least 1"),
@@ -69,10 +76,122 @@ def test_sampling_that_does_not_fit_the_export_is_refused(tmp_path, diffusion, r
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(("diffusion", "solver"), [(FLOW, "euler"), (DDPM, "ddpm"), (DDPM, "ddim")])
-def test_samples_do_not_depend_on_the_batch_size(tmp_path, diffusion, solver) -> None:
+@pytest.mark.parametrize(("diffusion", "solver"), [(FLOW, "euler"), (FLOW, "heun"), (FLOW, "unipc"), (FLOW, "dpmpp"),
+                                                   (DDPM, "ddpm"), (DDPM, "ddim")])
+def test_samples_do_not_depend_on_the_batch_size_to_the_bit(tmp_path, diffusion, solver) -> None:
     export = make_export(tmp_path, diffusion=diffusion)
     whole, cut = (draw(export, num=7, steps=6, solver=solver, batch_size=size) for size in (7, 3))
     assert len({sample.numpy().tobytes() for sample in whole}) == 7
-    # Products of other shapes may round their last fp32 digit otherwise.
-    torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-4)
+    assert torch.equal(cut, whole)
+
+
+def test_samples_in_batches_agree_to_the_rounding(tmp_path) -> None:
+    export = make_export(tmp_path)
+    exact, batched = draw(export, num=7, steps=6), draw(export, num=7, steps=6, exact=False, batch_size=3)
+    torch.testing.assert_close(batched, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "asked", "expected"), [("token_choice", None, True), ("token_choice", False, False),
+                                                           ("diff_moe", None, False), ("diff_moe", True, True)])
+def test_exact_is_the_default_but_for_methods_that_pool(method, asked, expected) -> None:
+    config = small_config(**of_method(method))
+    assert is_exact(asked, config, torch.device("cpu")) is expected
+    assert is_exact(None, config, torch.device("cuda")) is False
+
+
+def test_passes_are_aligned_blocks_whoever_asks() -> None:
+    assert units([0, 1, 2, 3, 4, 5, 6], size=3, num=7) == [range(0, 3), range(3, 6), range(6, 7)]
+    assert units([4, 6], size=3, num=7) == [range(3, 6), range(6, 7)]
+
+
+# Labels.
+
+
+def test_labels_in_turn_or_drawn_depend_on_the_index_only() -> None:
+    config = small_config()
+
+    def labels(**values: Any) -> list[int]:
+        return choose_labels(SampleRequest(model=Path("m"), out=Path("o"), **values), config).tolist()
+
+    assert labels(num=12) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert labels(classes=(7, 3), num=5) == [7, 3, 7, 3, 7]
+    drawn = labels(labels="random", num=400)
+    assert labels(labels="random", num=50) == drawn[:50] and labels(labels="random", num=50, seed=1) != drawn[:50]
+    assert set(drawn) == set(range(10)) and min(drawn.count(label) for label in range(10)) > 15
+    assert set(labels(labels="random", classes=(2, 5), num=40)) == {2, 5}
+
+
+# Going on.
+
+
+def make_pixel_export(folder: Path) -> Path:
+    network = random_network()
+    save_export(folder / "export", network.state_dict(), network.config, origin={"step": 5})
+    return folder / "export"
+
+
+def pixel_request(export: Path, **values: Any) -> SampleRequest:
+    return replace(SampleRequest(model=export, out=export.parent / "out", num=9, steps=3), **values)
+
+
+def test_sampling_stopped_goes_on_and_draws_only_what_is_missing(tmp_path, monkeypatch) -> None:
+    request = pixel_request(make_pixel_export(tmp_path))
+    draw_samples(replace(request, out=tmp_path / "whole"))
+    real, drawn = Drawer.draw, []
+
+    def draw_four(self, indices, labels):
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        drawn.extend(indices)
+        return real(self, indices, labels)
+
+    monkeypatch.setattr(Drawer, "draw", draw_four)
+    with pytest.raises(KeyboardInterrupt):
+        draw_samples(request)
+    assert not (request.out / "samples.npz").exists() and len(list(request.out.glob("*.png"))) == 4
+    drawn.clear()
+    monkeypatch.setattr(Drawer, "draw", lambda self, indices, labels: drawn.extend(indices) or real(self, indices, labels))
+    draw_samples(replace(request, batch_size=2))
+    assert drawn == [4, 5, 6, 7, 8]
+    assert (request.out / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
+    draw_samples(replace(request, num=11))  # more of them
+    assert drawn == [4, 5, 6, 7, 8, 9, 10]
+
+
+def test_sampling_records_what_decides_the_images(tmp_path) -> None:
+    request = pixel_request(make_pixel_export(tmp_path), classes=(3, 1), grid=True)
+    written = draw_samples(request)
+    settings = json.loads((request.out / "samples.json").read_text())
+    assert settings["origin"] == {"step": 5} and settings["weights"].startswith("xxh3_128:") and settings["num"] == 9
+    assert (settings["seed"], settings["steps"], settings["classes"], settings["exact"]) == (0, 3, [3, 1], True)
+    assert [path.name for path in written] == ["img*.png (9 files)", "samples.npz", "grid.png"]
+    with np.load(request.out / "samples.npz") as data:
+        assert data["arr_0"].shape == (9, 4, 4, 1) and data["arr_0"].dtype == np.uint8
+        assert data["labels"].tolist() == [3, 1, 3, 1, 3, 1, 3, 1, 3]
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"seed": 1}, "holds samples drawn otherwise: seed was 0 and is 1. Choose another folder"),
+    ({"steps": 4, "cfg_scale": 3.0}, "holds samples drawn otherwise: steps was 3 and is 4; cfg_scale was 1.5 and is 3.0"),
+    ({"num": 3}, "holds 9 samples, 3 are asked for: choose another folder"),
+])
+def test_sampling_into_other_samples_is_refused(tmp_path, values, message) -> None:
+    request = pixel_request(make_pixel_export(tmp_path))
+    draw_samples(request)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        draw_samples(replace(request, **values))
+
+
+def test_sampling_into_a_folder_of_something_else_is_refused(tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("")
+    with pytest.raises(ConfigError, match="out is no empty folder, and no job can go on there"):
+        draw_samples(pixel_request(make_pixel_export(tmp_path)))
+
+
+def test_sampling_with_an_autoencoder_that_does_not_fit_is_refused(tmp_path) -> None:
+    vae = str(save_vae(tmp_path / "vae"))
+    with pytest.raises(ConfigError, match="this is a model of pixels, leave it out"):
+        draw_samples(pixel_request(make_pixel_export(tmp_path), vae=vae))
+    with pytest.raises(ConfigError, match=r"has 1 latent channels scaled by 0\.5, this model was trained on 4 scaled by 1\.0"):
+        draw(make_export(tmp_path), num=1, vae=vae)

@@ -1,0 +1,59 @@
+"""Judge samples: `python -m promoe_ds.cli.evaluate --samples DIR_OR_NPZ --reference NPZ_OR_DIR --out metrics.json`.
+
+Also under torchrun or deepspeed. Needs no deepspeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from promoe_ds.cli.entry import run_entry
+from promoe_ds.errors import ConfigError
+from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="promoe_ds.cli.evaluate", description="FID, sFID, IS, precision and recall of samples.")
+    parser.add_argument("--samples", type=Path, required=True, help="folder of samples, or npz with arr_0 (N, H, W, C) uint8")
+    parser.add_argument("--reference", type=Path, help="npz with mu, sigma, mu_s, sigma_s and arr_0 as ADM's, or folder of images")
+    parser.add_argument("--metrics", default="fid,sfid,is,precision,recall", help="comma-separated")
+    parser.add_argument("--extractor", default="inception", help="inception, inception:WEIGHTS, pixels, FILE.pt (TorchScript), or "
+                        "FILE.py:NAME (a module)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a process looks at at once")
+    parser.add_argument("--out", type=Path, default=Path("metrics.json"), help="JSON with the figures and what they depend on")
+    parser.add_argument("--save-reference", type=Path, metavar="NPZ", help="also write the reference's statistics")
+    parser.add_argument("--device", help="this process's GPU where there is one, else cpu")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Arguments to request to metrics.json."""
+    options = parse_arguments(arguments)
+    configure_logging(rank_from_environment())
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size {options.batch_size}: must be at least 1")
+
+    from promoe_ds.engine.distributed import stop_distributed
+    from promoe_ds.engine.team import join_team
+    from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate, write_metrics
+    from promoe_ds.evaluation.sampling import check_device
+
+    check_device(options.device)
+    team = join_team(options.device)
+    request = EvaluateRequest(samples=options.samples, reference=options.reference, metrics=tuple(options.metrics.split(",")),
+                              extractor=options.extractor, batch_size=options.batch_size, save_reference=options.save_reference)
+    figures = evaluate(request, team)
+    if team.is_main:
+        write_metrics(options.out, figures)
+        sys.stdout.write("".join(f"{name:10}{value:12.6f}\n" for name, value in figures["metrics"].items()))
+        get_logger("evaluate").info("wrote %s", options.out)
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    run_entry(main)

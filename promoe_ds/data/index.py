@@ -1,0 +1,128 @@
+"""The index of a folder of packed latents: `index.json`.
+
+It says what is there and what it belongs to: records and checksum of each shard, classes, the autoencoder, the resolution,
+and which images were skipped. The format is documented in docs/imagenet.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.vae import Vae, VaeIdentity
+from promoe_ds.errors import DataError
+
+INDEX = "index.json"
+#: What an encoding under way keeps beside its shards; the index, written last, replaces it.
+UNFINISHED = "encoding.json"
+FORMAT = "promoe_ds.latents/1"
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """One shard: `checksum` is the xxh3_64 of the whole file, in hexadecimal."""
+
+    file: str
+    count: int
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentIndex:
+    """What `index.json` says."""
+
+    kind: str
+    shape: tuple[int, int, int]
+    dtype: str
+    flipped: bool
+    image_size: int | None
+    vae: VaeIdentity | None
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    shards: tuple[ShardRecord, ...]
+    skipped: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Records in all."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def latent_channels(self) -> int:
+        """Z: half the moments' channels."""
+        return self.shape[0] // 2 if self.kind == "moments" else self.shape[0]
+
+    def write(self, folder: Path) -> None:
+        """Write `index.json`, in one move."""
+        values = {"format": FORMAT, "count": self.count, **asdict(self)}
+        temporary = folder / f"{INDEX}.tmp"
+        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        temporary.replace(folder / INDEX)
+
+
+def read_index(folder: Path) -> LatentIndex | None:
+    """Return a folder's index, None where there is none.
+
+    Raises: DataError naming the file that cannot be understood.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        count, vae = values.pop("count"), values.pop("vae")
+        index = LatentIndex(**{**values, "shape": tuple(values["shape"]), "vae": None if vae is None else VaeIdentity(**vae),
+                               "classes": tuple(values["classes"]), "class_counts": tuple(values["class_counts"]),
+                               "skipped": tuple(values["skipped"]),
+                               "shards": tuple(ShardRecord(**shard) for shard in values["shards"])})
+        if index.count != count:
+            raise ValueError(f"count is {count}, its shards hold {index.count}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
+    for shard in index.shards:
+        if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
+            raise DataError(f"{path}: the file name {shard.file!r} leaves the folder")
+    return index
+
+
+def check_index(index: LatentIndex, folder: Path, config: RunConfig) -> None:
+    """Hold what the latents belong to against the recipe.
+
+    Raises: DataError naming both sides: another resolution, scale, number of classes, or autoencoder.
+    """
+    model, data, path = config.model, config.data, folder / INDEX
+    found, wanted = (index.latent_channels, *index.shape[1:]), (model.in_channels, model.input_size, model.input_size)
+    if found != wanted:
+        size = f", from images of {index.image_size} pixels" if index.image_size else ""
+        raise DataError(f"{path}: latents are {_shape(found)}{size}, the recipe's model.in_channels and model.input_size say "
+                        f"{_shape(wanted)}: encode at that size, or change the recipe")
+    if len(index.classes) > model.num_classes:
+        raise DataError(f"{path}: {len(index.classes)} classes, but model.num_classes={model.num_classes}")
+    if index.vae is None:
+        return
+    if index.vae.scaling_factor is not None and abs(index.vae.scaling_factor - data.latent_scale) > _TOLERANCE:
+        raise DataError(f"{path}: {index.vae.name} scales its latents by {index.vae.scaling_factor}, but data.latent_scale="
+                        f"{data.latent_scale}")
+    if data.vae is not None and not _is_meant(index.vae, data.vae):
+        weights = index.vae.fingerprint or "weights unknown"
+        raise DataError(f"{path}: the latents were encoded by {index.vae.name} ({weights}), the recipe wants "
+                        f"data.vae={data.vae}: encode them anew, or set data.vae to the one that they come from")
+
+
+def _is_meant(identity: VaeIdentity, wanted: str) -> bool:
+    if identity.is_called(wanted):
+        return True
+    # A copy in a folder of another name is the same autoencoder if its weights are.
+    return Path(wanted).is_dir() and Vae(wanted).identity.fingerprint == identity.fingerprint
+
+
+def _shape(shape: tuple[Any, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,124 @@
+"""One shard of packed latents: a safetensors file, mapped, each record under its own checksum.
+
+Tensors: `latents` or `moments` (n, C, H, W) and, where there are mirrored twins, `latents_flip` or `moments_flip`; `labels`
+(n,); written by this package also `checksums` (n, 1 or 2), the xxh3_64 of each record's bytes as int64, and `names`, the
+records' sources, joined by line feeds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from promoe_ds.data.index import ShardRecord
+from promoe_ds.errors import DataError
+
+KINDS = ("latents", "moments")
+_FLIP = "_flip"
+_CHUNK_BYTES = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardContent:
+    """What goes into a shard: records (n, C, H, W), their mirrored twins if any, labels (n,), names of their sources."""
+
+    kind: str
+    records: Tensor
+    flipped: Tensor | None
+    labels: Tensor
+    names: list[str]
+
+
+class Shard:
+    """An open shard; records stay on disk until they are taken."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file.
+
+        Raises: DataError naming a file that is no shard.
+        """
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = set(file.keys())
+                self.kind = next((kind for kind in KINDS if kind in keys), KINDS[0])
+                variants = [file.get_tensor(self.kind)]
+                if self.kind + _FLIP in keys:
+                    variants.append(file.get_tensor(self.kind + _FLIP))
+                self.labels = file.get_tensor("labels")
+                checksums = file.get_tensor("checksums") if "checksums" in keys else None
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path}: not a readable latent shard ({error})") from None
+        self.dtype, self.shape = variants[0].dtype, tuple(variants[0].shape)
+        self.flipped = len(variants) > 1
+        if self.flipped and (variants[1].shape, variants[1].dtype) != (variants[0].shape, variants[0].dtype):
+            raise DataError(f"{path}: {self.kind}{_FLIP} {tuple(variants[1].shape)} does not fit {self.kind} {self.shape}")
+        # As bytes: numpy knows no bfloat16, and copies rows several times faster than torch.
+        self._bytes = [_as_bytes(variant) for variant in variants]
+        self._checksums = None if checksums is None else checksums.numpy().view(np.uint64)
+        if self._checksums is not None and self._checksums.shape != (self.shape[0], len(variants)):
+            raise DataError(f"{path}: checksums {self._checksums.shape} do not fit {self.shape[0]} records of {len(variants)}")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record."""
+        return self._bytes[0].shape[1]
+
+    def copy_record(self, row: int, flip: bool, out: np.ndarray) -> None:
+        """Copy the bytes of a record into `out`.
+
+        Raises: DataError naming a record that is not what was written.
+        """
+        record = self._bytes[int(flip)][row]
+        if self._checksums is not None and xxhash.xxh3_64_intdigest(record) != self._checksums[row, int(flip)]:
+            raise DataError(f"{self.path}: record {row} ({self.name(row)}){', mirrored,' if flip else ''} is damaged: its checksum "
+                            "does not match; encode this shard anew")
+        out[:] = record
+
+    def name(self, row: int) -> str:
+        """Return the source of a record, as far as the shard knows."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor("names").numpy().tobytes().decode().split("\n")[row]
+        except (SafetensorError, OSError, UnicodeDecodeError, IndexError):
+            return "of unknown source"
+
+
+def write_shard(path: Path, content: ShardContent) -> ShardRecord:
+    """Write a shard, in one move, and return its entry in the index."""
+    variants = [content.records.contiguous(), *([content.flipped.contiguous()] if content.flipped is not None else [])]
+    digests = np.array([[xxhash.xxh3_64_intdigest(row) for row in _as_bytes(variant)] for variant in variants], dtype=np.uint64)
+    tensors = {content.kind: variants[0], "labels": content.labels,
+               "checksums": torch.from_numpy(digests.reshape(len(variants), -1).T.copy().view(np.int64)),
+               "names": torch.frombuffer(bytearray("\n".join(content.names).encode() or b"\n"), dtype=torch.uint8)}
+    if len(variants) > 1:
+        tensors[content.kind + _FLIP] = variants[1]
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    record = describe_shard(temporary, len(content.labels), name=path.name)
+    temporary.replace(path)
+    return record
+
+
+def describe_shard(path: Path, count: int, *, name: str) -> ShardRecord:
+    """Return a shard's entry in the index: reads the whole file."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return ShardRecord(file=name, count=count, bytes=path.stat().st_size, checksum=digest.hexdigest())
+
+
+def _as_bytes(tensor: Tensor) -> np.ndarray:
+    """Return (n, bytes of a record) uint8, a view."""
+    return tensor.reshape(len(tensor), -1).view(torch.uint8).numpy() if tensor.numel() else np.empty((len(tensor), 0), np.uint8)

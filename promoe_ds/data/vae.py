@@ -1,0 +1,85 @@
+"""The autoencoder between images and latents: diffusers' AutoencoderKL, frozen.
+
+Letters: B images, Z latent channels, H, W size, C colour channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from promoe_ds.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeIdentity:
+    """Which autoencoder latents belong to.
+
+    `fingerprint` is the checksum of its weights; `name` what the user calls it; `downsampling` pixels per latent pixel. Of
+    another trainer's cache only the name is known.
+    """
+
+    name: str
+    latent_channels: int
+    fingerprint: str | None = None
+    scaling_factor: float | None = None
+    downsampling: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    def is_called(self, wanted: str) -> bool:
+        """Whether `wanted` is its name or fingerprint."""
+        return wanted in (self.name, self.fingerprint)
+
+
+class Vae:
+    """A frozen autoencoder on a device."""
+
+    def __init__(self, source: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+                 name: str | None = None) -> None:
+        """Load it.
+
+        Args:
+            source: a folder or hub id with weights in safetensors.
+            name: what to call it; `source` if left out.
+        Raises: DataError if there is no AutoencoderKL.
+        """
+        try:
+            network = AutoencoderKL.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise DataError(f"{source}: no AutoencoderKL in safetensors could be loaded from there "
+                            f"({str(error).splitlines()[0]})") from None
+        config = network.config
+        self.identity = VaeIdentity(
+            name=name or source, fingerprint=_fingerprint(network), scaling_factor=float(config.scaling_factor),
+            downsampling=2 ** (len(config.block_out_channels) - 1), latent_channels=int(config.latent_channels))
+        # torch's own cast: diffusers' warns of an empty list of modules.
+        self._network = torch.nn.Module.to(network.requires_grad_(False).eval(), device=device, dtype=dtype)
+        self._device, self._dtype = device, dtype
+
+    @torch.no_grad()
+    def encode(self, images_BHWC: np.ndarray) -> Tensor:
+        """Return the posteriors' moments (B, 2 Z, H, W) of uint8 images, fp32, on the device: means, then log variances."""
+        pixels = torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        return self._network.encode(pixels.to(self._dtype)).latent_dist.parameters.float()
+
+    @torch.no_grad()
+    def decode(self, latents_BZHW: Tensor) -> Tensor:
+        """Return images (B, C, H, W), about -1 ... 1, fp32, of unscaled latents."""
+        return self._network.decode(latents_BZHW.to(self._device, self._dtype)).sample.float()
+
+
+def _fingerprint(network: AutoencoderKL) -> str:
+    digest = xxhash.xxh3_128()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy())
+    return f"xxh3_128:{digest.hexdigest()}"

@@ -1,0 +1,85 @@
+"""Many processes at one task without a training engine: sampling, encoding, judging. Needs no deepspeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from promoe_ds.engine.distributed import Ranks, complete_environment, from_main, gather_objects, local_device
+from promoe_ds.errors import PromoeError
+
+_T = TypeVar("_T")
+
+
+class Team:
+    """The processes of a job, or this one alone; every collective is a no-op then."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        """Stand for the ranks of a process group that exists, if there are several."""
+        self.rank, self.world_size, self.device = ranks.rank, ranks.world_size, ranks.device
+        self.is_main = ranks.is_main
+
+    def gather(self, value: _T) -> list[_T]:
+        """Return every rank's small picklable value, by rank."""
+        return [value] if self.world_size == 1 else gather_objects(value)
+
+    def from_main(self, value: _T) -> _T:
+        """Return rank 0's value on every rank."""
+        return value if self.world_size == 1 else from_main(value)
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum of the ranks' float64 arrays of one shape."""
+        if self.world_size == 1:
+            return values
+        # Training on GPUs has nccl alone, which moves what lies there.
+        device = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
+        total = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(device)
+        dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def on_main(self, action: Callable[[], _T]) -> _T:
+        """Run something on rank 0 and return its result on every rank.
+
+        Raises: the PromoeError that it raised there, on every rank.
+        """
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = action()
+            except PromoeError as error:
+                outcome = error
+        outcome = self.from_main(outcome)
+        if isinstance(outcome, PromoeError):
+            raise outcome
+        return outcome
+
+
+def alone(device: torch.device | str = "cpu") -> Team:
+    """Return the team of this process."""
+    return Team(Ranks(rank=0, world_size=1, device=torch.device(device)))
+
+
+def join_team(device: str | None = None, *, timeout_seconds: float = 1800.0) -> Team:
+    """Join the job that the launcher started: gloo for what lies in memory, nccl for what lies on GPUs.
+
+    Args:
+        device: of this process; its own GPU where there are any, else the CPU, if left out.
+        timeout_seconds: of every collective; ranks differ in how long they take between two.
+    Raises: ConfigError if the launcher's variables do not fit.
+    """
+    world_size = complete_environment()
+    own = local_device() if device is None else torch.device(device)
+    if world_size == 1:
+        return alone(own)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    return Team(Ranks(rank=dist.get_rank(), world_size=world_size, device=own))

@@ -1,0 +1,79 @@
+"""Judging the averaged weights while they are trained: the Fréchet distance of samples, every `evaluation.every` steps."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from promoe_ds.config import RunConfig
+from promoe_ds.data.vae import Vae
+from promoe_ds.diffusion.sampler import SamplingPlan
+from promoe_ds.engine.distributed import Ranks
+from promoe_ds.engine.ema_swap import averaged_network
+from promoe_ds.engine.session import Session
+from promoe_ds.engine.team import Team
+from promoe_ds.errors import ConfigError
+from promoe_ds.evaluation.drawing import Drawer
+from promoe_ds.evaluation.features import load_extractor
+from promoe_ds.evaluation.frechet import frechet_distance
+from promoe_ds.evaluation.images import to_uint8
+from promoe_ds.evaluation.metrics import read_reference
+from promoe_ds.evaluation.statistics import RunningGaussian
+
+
+class OnlineEvaluation:
+    """Draws the same noise and labels each time, in batches, and holds them against the reference."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        """Load extractor, reference and autoencoder, before anything is trained; all ranks call this together.
+
+        Raises: ConfigError or DataError for what cannot be loaded or does not fit the model.
+        """
+        self._config, self._team = config, Team(ranks)
+        settings, model = config.evaluation, config.model
+        problem = config.diffusion.sampling_problem(steps=settings.steps)
+        if problem:
+            raise ConfigError(f"evaluation.{problem}")
+        self._extractor = load_extractor(settings.extractor, ranks.device)
+        # Models of latents need an autoencoder; digits are pixels.
+        self._vae = None
+        if config.data.dataset in ("latents", "images") or model.in_channels not in (1, 3):
+            if config.data.vae is None:
+                raise ConfigError("evaluation.every: latents must be decoded to be judged: set data.vae to the folder or hub id of "
+                                  "their autoencoder")
+            self._vae = Vae(config.data.vae, device=ranks.device)
+        size = model.input_size * (1 if self._vae is None else self._vae.identity.downsampling)
+        self._reference = read_reference(Path(settings.reference), self._extractor, self._team, size=size,
+                                         batch_size=settings.batch_size, keep=False)
+        self._plan = SamplingPlan(
+            steps=settings.steps or config.sampling.steps, cfg_scale=settings.cfg_scale, null_label=model.null_label,
+            shift=config.diffusion.shift, solver=config.resolved_solver, num_train_timesteps=config.diffusion.num_train_timesteps)
+
+    def __call__(self, session: Session) -> dict[str, float]:
+        """Return the figures for this step's log line; all ranks call this together.
+
+        Every rank makes equally many passes, as experts that lie on several need, the last ones possibly for nothing.
+        """
+        started, settings, team = time.perf_counter(), self._config.evaluation, self._team
+        passes = -(-settings.samples // (settings.batch_size * team.world_size))
+        running = None
+        with averaged_network(session) as network, torch.no_grad():
+            drawer = Drawer(network, self._config, self._plan, seed=settings.seed, device=team.device)
+            for number in range(passes):
+                first = (number * team.world_size + team.rank) * settings.batch_size
+                count = max(0, min(settings.batch_size, settings.samples - first))
+                indices = range(first, first + max(count, 1))
+                labels = np.array([index % self._config.model.num_classes for index in indices], dtype=np.int64)
+                features = self._extractor(self._images(drawer.draw(indices, labels))).pool
+                running = running or RunningGaussian(features.shape[1])
+                running.add(features[:count])
+        distance = frechet_distance(running.gaussian(team), self._reference.pool)
+        return {"frechet_distance": distance, "evaluation_seconds": time.perf_counter() - started}
+
+    def _images(self, latents: torch.Tensor) -> np.ndarray:
+        values = latents if self._vae is None else self._vae.decode(latents)
+        # What is not finite becomes black: a diverged model has a bad figure, not a stopped run.
+        return to_uint8(torch.nan_to_num(values, nan=-1.0, posinf=1.0, neginf=-1.0).cpu().numpy())

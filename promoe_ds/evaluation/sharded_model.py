@@ -1,0 +1,88 @@
+"""An export on many ranks, each with its share of the routed experts: models that no single device holds. Needs no deepspeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from promoe_ds.engine.team import Team
+from promoe_ds.errors import ConfigError
+from promoe_ds.model import DiT, build_model
+from promoe_ds.model.export import WEIGHTS_STEM, read_export_config
+from promoe_ds.model.shards import ShardReader
+from promoe_ds.model.state import check_shapes
+from promoe_ds.moe.dispatch import DeepSpeedDispatcher, PendingDispatch
+from promoe_ds.moe.experts import EXPERT_PARAMETERS, StackedExperts
+from promoe_ds.routing.assignment import Assignment
+
+
+class RankwiseDispatcher(DeepSpeedDispatcher):
+    """The exact-size exchange, without sorting what arrives: rows stay grouped by the rank that sent them."""
+
+    def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
+        """Send every row to its expert's rank; `tokens_per_expert_e` is (W * e,), expert by expert of rank after rank."""
+        return self.start(tokens_TD, assignment, sort=False)
+
+
+class RankwiseExperts(nn.Module):
+    """Experts that compute the rows of each sending rank apart: the products have the shapes that they have on one rank."""
+
+    def __init__(self, experts: StackedExperts) -> None:
+        """Wrap this rank's experts."""
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, rows_RD: Tensor, counts_We: Tensor) -> Tensor:
+        """Run each expert on its rows, (R, D).  Sync: one."""
+        counts = counts_We.view(-1, self.experts.num_local_experts)
+        parts = rows_RD.split(counts.sum(dim=1).tolist())
+        return torch.cat([self.experts(part, own) for part, own in zip(parts, counts, strict=True)])
+
+
+def load_sharded_model(export: Path, team: Team, *, ep_size: int, dtype: torch.dtype | None = None, exact: bool = True) -> DiT:
+    """Load an export with this rank's experts only; all ranks call this together.
+
+    Consecutive ranks share a set of experts. They exchange rows in every pass: all must make equally many passes.
+    Args:
+        ep_size: ranks that share a set.
+        exact: whether experts compute the rows of each rank apart, see `drawing`.
+    Raises: ConfigError if ep_size does not fit; CheckpointError naming what is missing in the export.
+    """
+    config = read_export_config(export)
+    if config.routing.method == "dense" or config.routing.num_experts % ep_size or team.world_size % ep_size:
+        raise ConfigError(f"--ep-size {ep_size} must divide the model's {config.routing.num_experts} routed experts and the "
+                          f"{team.world_size} processes (dense models have no experts)")
+    group = _expert_group(team, ep_size)
+    reader = ShardReader(export, WEIGHTS_STEM)
+    check_shapes(reader.shapes, config)
+    with torch.device("meta"):
+        network = build_model(config)
+    state = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, StackedExperts):
+            share = layer.num_local_experts // ep_size
+            first = share * dist.get_rank(group)
+            state |= {f"{name}.{parameter}": reader.read(f"{name}.{parameter}")[first:first + share].clone()
+                      for parameter in EXPERT_PARAMETERS[layer.expert_type]}
+            layer.keep(first, share)
+    state |= {name: reader.read(name) for name in reader.shapes if name not in state}
+    network.load_state_dict(state, assign=True)
+    network.positions = torch.empty(network.positions.shape)
+    network.reset_positions()
+    for layer in network.moe_layers().values():
+        layer.dispatcher = RankwiseDispatcher(group) if exact else DeepSpeedDispatcher(group)
+        layer.routed = RankwiseExperts(layer.routed) if exact else layer.routed
+    return network.requires_grad_(False).eval().to(device=team.device, dtype=dtype)
+
+
+def _expert_group(team: Team, ep_size: int) -> dist.ProcessGroup:
+    own = None
+    for first in range(0, team.world_size, ep_size):
+        ranks = range(first, first + ep_size)
+        group = dist.new_group(list(ranks))
+        own = group if team.rank in ranks else own
+    assert own is not None
+    return own

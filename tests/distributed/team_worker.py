@@ -1,0 +1,46 @@
+"""One rank of a team without a training engine: draws, encodes and judges as listed in a file. Started through torchrun."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from promoe_ds.engine.distributed import stop_distributed
+from promoe_ds.engine.encode import EncodeRequest, encode
+from promoe_ds.engine.team import Team, join_team
+from promoe_ds.errors import PromoeError
+from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate, write_metrics
+from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
+
+
+def run_task(kind: str, values: dict, team: Team) -> str:
+    """Run one task; return "" or the message of the error that ended it."""
+    values = {name: Path(value) if name in ("model", "out", "samples", "reference", "source") else value
+              for name, value in values.items()}
+    try:
+        if kind == "sample":
+            draw_samples(SampleRequest(**values), team)
+        elif kind == "encode":
+            encode(EncodeRequest(**values), team)
+        else:
+            out = values.pop("out")
+            figures = evaluate(EvaluateRequest(**values), team)
+            if team.is_main:
+                write_metrics(out, figures)
+    except PromoeError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    team = join_team("cpu")
+    messages = [run_task(kind, values, team) for kind, values in json.loads(Path(sys.argv[1]).read_text())]
+    gathered = team.gather(messages)
+    if team.is_main:
+        Path(sys.argv[2]).write_text(json.dumps(gathered))
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    main()

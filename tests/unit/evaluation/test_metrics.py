@@ -1,0 +1,297 @@
+"""FID, sFID, Inception Score, precision and recall against independent implementations, and through the whole evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+from prdc import compute_prdc
+from torch import nn
+
+from promoe_ds.engine.team import alone
+from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.evaluation.features import load_extractor
+from promoe_ds.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
+from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate, save_statistics
+from promoe_ds.evaluation.precision_recall import precision_recall
+from promoe_ds.evaluation.sources import npz_array
+from promoe_ds.evaluation.statistics import InceptionScore, RunningGaussian
+
+TEAM = alone()
+
+
+def features(count: int, dimension: int, seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return random.standard_normal((count, dimension)) @ random.standard_normal((dimension, dimension)) + random.random(dimension)
+
+
+def scipy_frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """ADM's formula with scipy's matrix root, from the features."""
+    means, covariances = [x.mean(axis=0) for x in (a, b)], [np.cov(x, rowvar=False) for x in (a, b)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    return float(((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root))
+
+
+@pytest.mark.parametrize(("counts", "dimension"), [((101, 57), 13), ((257, 263), 31), ((999, 1001), 7)])
+def test_frechet_distance_equals_scipys(counts: tuple[int, int], dimension: int) -> None:
+    a, b = features(counts[0], dimension, 0), features(counts[1], dimension, 1)
+    assert frechet_distance(fit_gaussian(a), fit_gaussian(b)) == pytest.approx(scipy_frechet(a, b), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [5, 40, 400])
+def test_frechet_distance_of_a_set_to_itself_is_zero(count: int) -> None:
+    # Five and forty images of 101 features: singular covariances, where a matrix root of the product is not exact.
+    own = fit_gaussian(features(count, 101, 2))
+    assert frechet_distance(own, own) == pytest.approx(0.0, abs=1e-9 * np.trace(own.covariance))
+
+
+def test_frechet_distance_of_singular_gaussians_equals_the_closed_form() -> None:
+    # Diagonal covariances commute: the distance is that of the deviations.
+    a, b = np.array([4.0, 0.0, 1.0]), np.array([9.0, 2.0, 0.0])
+    distance = frechet_distance(Gaussian(np.zeros(3), np.diag(a)), Gaussian(np.array([1.0, 0.0, 2.0]), np.diag(b)))
+    assert distance == pytest.approx(5.0 + ((a**0.5 - b**0.5) ** 2).sum(), rel=1e-12)
+
+
+def test_running_gaussian_in_uneven_batches_equals_numpys_far_from_zero() -> None:
+    values = features(203, 11, 3) + 1e6
+    running = RunningGaussian(11)
+    for part in np.split(values, [1, 2, 2, 60, 199]):
+        running.add(part)
+    found = running.gaussian(TEAM)
+    np.testing.assert_allclose(found.mean, values.mean(axis=0), rtol=1e-12)
+    # 1e6 away, sums of squares in fp64 would keep four digits.
+    np.testing.assert_allclose(found.covariance, np.cov(values - 1e6, rowvar=False), rtol=1e-7, atol=1e-7)
+
+
+def scipy_inception_score(probabilities: np.ndarray, split: int) -> float:
+    scores = []
+    for start in range(0, len(probabilities), split):
+        part = probabilities[start:start + split]
+        scores.append(np.exp(scipy.special.rel_entr(part, part.mean(axis=0, keepdims=True)).sum(axis=1).mean()))
+    return float(np.mean(scores))
+
+
+@pytest.mark.parametrize("count", [17, 40, 41])
+def test_inception_score_over_splits_equals_scipys(count: int, monkeypatch) -> None:
+    monkeypatch.setattr(InceptionScore, "SPLIT", 20)
+    probabilities = scipy.special.softmax(features(count, 9, 4), axis=1)
+    probabilities[3] = np.eye(9)[2]  # a network that is certain: 0 log 0
+    score = InceptionScore(count, 9)
+    for start in range(0, count, 7):
+        score.add(start, probabilities[start:start + 7])
+    assert score.score(TEAM) == pytest.approx(scipy_inception_score(probabilities, 20), rel=1e-6)
+
+
+@pytest.mark.parametrize(("counts", "dimension", "neighbours"), [((101, 57), 13, 3), ((33, 77), 5, 1), ((64, 65), 9, 2)])
+def test_precision_recall_equal_prdcs(counts: tuple[int, int], dimension: int, neighbours: int, monkeypatch) -> None:
+    monkeypatch.setattr("promoe_ds.evaluation.precision_recall._BLOCK_VALUES", 700)  # several blocks
+    reference, samples = features(counts[0], dimension, 5), features(counts[1], dimension, 5) * 0.8 + 0.5
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = compute_prdc(reference, samples, nearest_k=neighbours)
+    found = precision_recall(reference, samples, TEAM, neighbours=neighbours)
+    assert found == pytest.approx((expected["precision"], expected["recall"]), abs=1e-6)
+    assert 0 < found[0] < 1 and 0 < found[1] < 1
+
+
+def test_precision_recall_of_a_set_to_itself_are_one_and_far_away_zero() -> None:
+    values = features(50, 4, 6)
+    assert precision_recall(values, values, TEAM) == (1.0, 1.0)
+    assert precision_recall(values, values + 1e3, TEAM) == (0.0, 0.0)
+
+
+# The whole evaluation, with a small network in place of Inception.
+
+
+class TinyNetwork(nn.Module):
+    """Pooled features, a map of nine channels, and logits, of images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 9, 3, stride=2), nn.Linear(9, 4)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        maps = torch.relu(self.conv(images.float() / 255))
+        pool = maps.mean(dim=(2, 3))
+        return pool, maps, self.head(pool) * 20
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    torch.jit.script(TinyNetwork()).save(str(folder / "tiny.pt"))
+    (folder / "tiny.py").write_text("from tests.unit.evaluation.test_metrics import TinyNetwork\nnothing = 3\n")
+    random = np.random.default_rng(0)
+    np.savez(folder / "samples.npz", arr_0=random.integers(0, 200, (61, 12, 12, 3), dtype=np.uint8))
+    np.savez(folder / "reference.npz", arr_0=random.integers(30, 256, (47, 12, 12, 3), dtype=np.uint8))
+    return folder
+
+
+def request(files: Path, **values: Any) -> EvaluateRequest:
+    return replace(EvaluateRequest(samples=files / "samples.npz", reference=files / "reference.npz",
+                                   extractor=str(files / "tiny.pt"), batch_size=16), **values)
+
+
+def test_evaluation_figures_equal_their_definitions(files: Path) -> None:
+    report = evaluate(request(files), TEAM)
+    network, outputs = TinyNetwork(), []
+    for name in ("samples", "reference"):
+        images = torch.from_numpy(np.load(files / f"{name}.npz")["arr_0"]).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            pool, maps, logits = network(images)
+        outputs.append((pool.numpy().astype(np.float64), maps.permute(0, 2, 3, 1)[..., :7].flatten(1).numpy().astype(np.float64),
+                        logits.double().softmax(dim=1).numpy()))
+    (pool, spatial, probabilities), (reference_pool, reference_spatial, _) = outputs
+    with contextlib.redirect_stdout(io.StringIO()):
+        manifold = compute_prdc(reference_pool, pool, nearest_k=3)
+    assert report["metrics"]["fid"] == pytest.approx(scipy_frechet(pool, reference_pool), rel=1e-4)  # fp32 features
+    # 175 features of 61 images: singular, hence the norm of the product of roots instead of scipy's root.
+    assert report["metrics"]["sfid"] == pytest.approx(
+        frechet_distance(fit_gaussian(spatial), fit_gaussian(reference_spatial)), rel=1e-4)
+    assert report["metrics"]["is"] == pytest.approx(scipy_inception_score(probabilities, 5000), rel=1e-4)
+    assert report["metrics"]["precision"] == pytest.approx(manifold["precision"])
+    assert report["metrics"]["recall"] == pytest.approx(manifold["recall"])
+    assert (report["samples"]["count"], report["reference"]["images"]) == (61, 47)
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_evaluation_against_itself_is_perfect(files: Path) -> None:
+    metrics = evaluate(request(files, reference=files / "samples.npz"), TEAM)["metrics"]
+    assert metrics["fid"] == pytest.approx(0.0, abs=1e-9) and metrics["sfid"] == pytest.approx(0.0, abs=1e-9)
+    assert metrics["precision"] == metrics["recall"] == 1.0
+
+
+def test_evaluation_of_a_folder_a_compressed_and_a_stored_npz_agree(files: Path, tmp_path: Path) -> None:
+    images = np.load(files / "samples.npz")["arr_0"]
+    np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
+    (tmp_path / "png").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "png" / f"img{index:06d}_class0.png")
+    expected = evaluate(request(files), TEAM)["metrics"]
+    for path in ("compressed.npz", "png"):
+        assert evaluate(request(files, samples=tmp_path / path), TEAM)["metrics"] == expected
+    assert isinstance(npz_array(files / "samples.npz", "arr_0"), np.memmap)
+
+
+def test_evaluation_takes_stated_statistics_as_adm_does(files: Path, tmp_path: Path) -> None:
+    whole = evaluate(request(files, save_reference=tmp_path / "stated.npz"), TEAM)["metrics"]
+    stated = evaluate(request(files, reference=tmp_path / "stated.npz", metrics=("fid", "sfid")), TEAM)
+    assert stated["metrics"] == {"fid": whole["fid"], "sfid": whole["sfid"]}
+    assert stated["reference"]["statistics"] == "as stated"
+    arrays = dict(np.load(tmp_path / "stated.npz"))
+    np.savez(tmp_path / "both.npz", **{**arrays, "mu": arrays["mu"] + 1.0, "arr_0": np.load(files / "reference.npz")["arr_0"]})
+    both = evaluate(request(files, reference=tmp_path / "both.npz"), TEAM)["metrics"]
+    assert both["fid"] > whole["fid"] + 1 and both["precision"] == whole["precision"]
+
+
+def test_evaluation_crops_reference_images_of_another_size(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "n01").mkdir()
+    for index in range(5):
+        Image.fromarray(np.full((40, 30, 3), 10 * index, dtype=np.uint8)).save(tmp_path / "n01" / f"{index}.jpg")
+    report = evaluate(request(files, reference=tmp_path, metrics=("fid",)), TEAM)
+    assert report["reference"]["images"] == 5 and report["metrics"]["fid"] > 0
+
+
+def test_extractors_of_every_kind_give_features(files: Path) -> None:
+    images = np.load(files / "samples.npz")["arr_0"][:3]
+    script, python = (load_extractor(name, "cpu")(images) for name in (str(files / "tiny.pt"), f"{files / 'tiny.py'}:TinyNetwork"))
+    np.testing.assert_array_equal(script.pool, python.pool)
+    assert script.spatial.shape == (3, 7 * 5 * 5)
+    pixels = load_extractor("pixels", "cpu")(images)
+    assert pixels.pool.shape == (3, 432) and pixels.spatial is None and pixels.pool.max() <= 1
+    grey = load_extractor(str(files / "tiny.pt"), "cpu")(images[..., :1])
+    assert grey.pool.shape == (3, 9)
+
+
+def test_inception_extractor_where_torchvision_is_missing_says_what_to_do(monkeypatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
+    with pytest.raises(ConfigError, match="torch-fidelity cannot be imported"):
+        load_extractor("inception", "cpu")
+
+
+def test_inception_extractor_reads_the_spatial_features_of_mixed_6d(monkeypatch) -> None:
+    """A stand-in with torch-fidelity's interface: which outputs are asked for, and which branch is read."""
+    import sys
+    from types import ModuleType
+
+    class Block(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.branch1x1, self.value = nn.Conv2d(3, 192, 1), value
+            nn.init.constant_(self.branch1x1.weight, 0.0)
+            nn.init.constant_(self.branch1x1.bias, value)
+
+    class FeatureExtractorInceptionV3(nn.Module):
+        def __init__(self, name, features_list, feature_extractor_weights_path=None):
+            super().__init__()
+            assert features_list == ["2048", "logits_unbiased"] and feature_extractor_weights_path == "w.pth"
+            self.Mixed_6d, self.Mixed_6e = Block(1.0), Block(2.0)
+
+        def forward(self, images):
+            assert images.dtype == torch.uint8
+            for block in (self.Mixed_6d, self.Mixed_6e):
+                block.branch1x1(torch.zeros(len(images), 3, 17, 17))
+            return torch.zeros(len(images), 2048), torch.zeros(len(images), 1008)
+
+    module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = FeatureExtractorInceptionV3
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+    monkeypatch.setattr("promoe_ds.evaluation.features._checksum", lambda path: "")
+    found = load_extractor("inception:w.pth", "cpu")(np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    assert found.pool.shape == (2, 2048) and found.spatial.shape == (2, 2023) and (found.spatial == 1.0).all()
+    assert found.probabilities.shape == (2, 1008)
+
+
+# What does not fit.
+
+
+@pytest.mark.parametrize(("values", "kind", "message"), [
+    ({"metrics": ("fid", "kid")}, ConfigError, "--metrics fid,kid: choose from fid,sfid,is,precision,recall"),
+    ({"reference": None}, ConfigError, "--reference is needed for all metrics but is"),
+    ({"reference": Path("nowhere")}, DataError, "nowhere: no such file or folder"),
+    ({"samples": Path("nowhere.npz")}, DataError, r"nowhere\.npz: not a readable npz"),
+    ({"extractor": "nothing.pt"}, ConfigError, r"extractor nothing\.pt: no such file, and neither inception nor pixels"),
+    ({"extractor": "pixels", "metrics": ("sfid",)}, ConfigError, "--metrics sfid: extractor pixels returns no spatial features"),
+    ({"extractor": "pixels", "metrics": ("is",)}, ConfigError, "--metrics is: extractor pixels returns no logits"),
+])
+def test_evaluation_that_cannot_be_is_refused(files: Path, values: dict, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        evaluate(request(files, **values), TEAM)
+
+
+def test_evaluation_of_files_that_do_not_fit_names_them(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tiny\.py:nothing: nothing there is no class or function"):
+        load_extractor(f"{files / 'tiny.py'}:nothing", "cpu")
+    with pytest.raises(ConfigError, match=r"samples\.npz: no TorchScript archive"):
+        load_extractor(str(files / "samples.npz"), "cpu")
+    save_statistics(tmp_path / "other.npz", fit_gaussian(features(9, 4, 0)), None)
+    with pytest.raises(DataError, match=r"other\.npz: mu has 4 features, the extractor 9: they are another network's"):
+        evaluate(request(files, reference=tmp_path / "other.npz", metrics=("fid",)), TEAM)
+    with pytest.raises(ConfigError, match=r"other\.npz holds no images \(arr_0\)"):
+        evaluate(request(files, reference=tmp_path / "other.npz", metrics=("precision",)), TEAM)
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((3, 4, 4, 3)))
+    with pytest.raises(DataError, match=r"floats\.npz: float64 \(3, 4, 4, 3\), expected uint8 images"):
+        evaluate(request(files, samples=tmp_path / "floats.npz"), TEAM)
+    np.savez(tmp_path / "objects.npz", arr_0=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(DataError, match=r"objects\.npz: not a readable npz \(it holds Python objects\)"):
+        evaluate(request(files, samples=tmp_path / "objects.npz"), TEAM)
+
+
+def test_evaluation_of_samples_not_all_drawn_is_refused(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text(json.dumps({"num": 3}))
+    Image.new("RGB", (12, 12)).save(tmp_path / "img000000_class0.png")
+    with pytest.raises(DataError, match="1 of 3 samples are there: run the sampling again"):
+        evaluate(request(files, samples=tmp_path), TEAM)
