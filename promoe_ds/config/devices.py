@@ -49,6 +49,11 @@ def find_device(name: str) -> Device:
     return DEVICES[_known("--gpu", name.lower(), DEVICES)]
 
 
+def bf16_peak(product_name: str) -> float | None:
+    """Return the dense bf16 FLOP/s of a device by the name that its driver gives, None if the table lacks it."""
+    return next((device.flops["bf16"] for name, device in DEVICES.items() if name in product_name.lower()), None)
+
+
 def find_network(name: str) -> float:
     """Return a network's bytes/s for one device.
 

@@ -18,7 +18,8 @@ class GradientStaging:
 
     def __init__(self, network: nn.Module, layout: Layout, trace: ShapeTrace, *, kept: int) -> None:
         """Replay for gradients of which `kept` bytes stay with the rank."""
-        self._layout, self._trace, self._kept = layout, trace, kept
+        self._layout, self._trace = layout, trace
+        self._kept_elements, self._has_kept = kept // layout.number_bytes, False
         self._dtype = next(network.parameters()).dtype
         parameters = [p for p in network.parameters() if p.requires_grad]
         self._total = sum(p.numel() for p in parameters)
@@ -46,19 +47,21 @@ class GradientStaging:
             parameter.grad = None
 
     def finish(self) -> None:
-        """Reduce what is left, as the end of a backward pass does; the buckets are given back."""
+        """Reduce what is left, as the end of a backward pass does."""
         if self._layout.zero_stage == 2:
             self._reduce()
-            self._buffers = self._buffers[-1:]  # the kept gradients
+            self._buffers = []
         for parameter in self._waiting:
             parameter.grad = None
 
     def _reduce(self) -> None:
         if not self._filled:
             return
-        if self._kept:
-            self._buffers.append(self._make(self._kept // self._layout.number_bytes, "gradients"))
-            self._kept = 0
+        if self._layout.touched_only:
+            self._buffers.append(self._make(self._kept_elements * self._filled // self._total, "gradients"))
+        elif not self._has_kept:
+            self._buffers.append(self._make(self._kept_elements, "gradients"))
+            self._has_kept = True
         self._make(min(self._filled, self._layout.bucket + max((p.numel() for p in self._waiting), default=0)), "buckets")
         for parameter in self._waiting:
             parameter.grad = None

@@ -40,12 +40,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Sent:
-    """One collective of this rank: its name, the bytes for each member of its group, the members."""
+    """One collective of this rank: its name, the bytes for each member of its group, the members.
+
+    rows: whether its parts have sizes of their own, as rows of tokens do; floating: whether it carries fractions, not counts.
+    """
 
     name: str
     bytes_by_member: tuple[int, ...]
     members: tuple[int, ...]
     rows: bool
+    floating: bool
 
 
 class ShapeTrace(TorchDispatchMode):
@@ -76,6 +80,8 @@ class ShapeTrace(TorchDispatchMode):
             self.live[old] -= size
             self.live[label] += size
             self._storages[key] = (label, size)
+            if self.live.total() == self._peak_bytes:
+                self.peak = self.live.copy()
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -155,13 +161,15 @@ def sent_by(func: Any, args: tuple) -> Sent:
     """Read what a collective operation of torch sends from its arguments."""
     name = func._overloadpacket.__name__
     if name != "alltoall_base_":
-        size = sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor))
-        return Sent(name, (size,), (), rows=False)
+        tensors = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
+        return Sent(name, (sum(t.numel() * t.element_size() for t in tensors),), (), rows=False,
+                    floating=any(t.is_floating_point() for t in tensors))
     _, tensor, group, _, sizes = args[:5]
     members = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
     row = math.prod(tensor.shape[1:]) * tensor.element_size()
     counts = sizes or [tensor.shape[0] // len(members)] * len(members)
-    return Sent(name, tuple(count * row for count in counts), members, rows=bool(sizes))
+    return Sent(name, tuple(count * row for count in counts), members, rows=bool(sizes),
+                floating=tensor.is_floating_point())
 
 
 def _key(tensor: Tensor) -> int:
