@@ -1,7 +1,6 @@
 """Predicted time of a step: a roofline over the traced operations, links beside it.
 
-A prediction rests on `Efficiency`: shares of the makers' peaks that were assumed, not measured, for the devices of the
-table. `Efficiency` of a machine at hand can be measured (`analysis.benchmarks.machine_rates`).
+A prediction rests on `Efficiency`: shares of the makers' peaks that were assumed, not measured.
 """
 
 from __future__ import annotations
