@@ -33,7 +33,7 @@ DEVICES: dict[str, Device] = {device.name: device for device in (
     _device("a100", gigabytes=80, bf16=312, fp32=19.5, terabytes_per_second=2.039, link=300),
     _device("h100", gigabytes=80, bf16=989, fp32=67, terabytes_per_second=3.35, link=450),
     _device("h200", gigabytes=141, bf16=989, fp32=67, terabytes_per_second=4.8, link=450),
-    _device("b200", gigabytes=180, bf16=2250, fp32=75, terabytes_per_second=7.7, link=900),
+    _device("b200", gigabytes=180, bf16=2250, fp32=80, terabytes_per_second=8.0, link=900),
 )}
 
 #: Bytes/s that one device sends to other nodes, by the name that `--network` takes: one network card a device.
