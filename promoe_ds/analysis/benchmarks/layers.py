@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.analysis.benchmarks.contenders import library_layers
+from promoe_ds.analysis.benchmarks.contenders import library_layers, single_process
 from promoe_ds.analysis.benchmarks.timing import BenchmarkResult, interleave
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.diffusion import DiffusionBatch
@@ -36,9 +36,10 @@ def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -
     """
     config = mixture(recipe, tokens=tokens, rounds=rounds)
     images = max(1, tokens // config.model.tokens_per_image)
-    contenders, missing = layer_contenders(config, images, torch.device("cpu"), torch.float32)
-    return BenchmarkResult(suite="moe-layer", baseline="dense", rounds=rounds, timings=interleave(contenders, rounds=rounds),
-                           not_available=missing,
+    with single_process() as device:
+        contenders, missing = layer_contenders(config, images, device, torch.float32)
+        timings = interleave(contenders, rounds=rounds)
+    return BenchmarkResult(suite="moe-layer", baseline="dense", rounds=rounds, timings=timings, not_available=missing,
                            settings=_settings(config, tokens=images * config.model.tokens_per_image,
                                               active_width=_active_width(config)))
 

@@ -11,6 +11,9 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -41,10 +44,20 @@ class BenchmarkResult:
 
 
 def machine_description() -> dict[str, object]:
-    """Return processor, threads and versions."""
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "python": platform.python_version(),
+    """Return processor, threads, device and versions."""
+    versions = {package: metadata.version(package) for package in ("deepspeed", "megatron-core", "transformer-engine")
+                if find_spec(package.replace("-core", "").replace("-", "_"))}
+    return {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "python": platform.python_version(), **versions,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def _processor() -> str:
+    """Return the processor's name, from Linux's table where there is one."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def interleave(contenders: dict[str, Callable[[], None]], *, rounds: int, warmup: int = 2) -> dict[str, Timing]:
