@@ -20,6 +20,10 @@ from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT, build_model
 from promoe_ds.moe import DeepSpeedDispatcher, StackedExperts
 
+#: Settings whose memory and traffic shapes of plain tensors do not show, where a config has them: what can be planned instead.
+_PLANNED = (("precision", "compute", ("auto", "fp32", "bf16")), ("parallel", "exchange_dtype", ("same",)),
+            ("parallel", "compile", (False,)))
+
 
 @dataclass(frozen=True)
 class PassShapes:
@@ -50,12 +54,9 @@ def trace_pass(config: RunConfig, layout: Layout, expert_group: dist.ProcessGrou
         expert_group: rank 0's, if it exists already.
     Raises: ConfigError for a dispatcher or precision that shapes alone cannot follow.
     """
-    dispatch = config.parallel.resolved_dispatch
-    if dispatch not in ("local", "deepspeed"):
-        raise ConfigError(f"parallel.dispatch={dispatch}: only local and deepspeed can be planned; plan with deepspeed, which "
-                          "sends the same rows")
+    _check_can_be_planned(config)
     group = None
-    if dispatch == "deepspeed":
+    if config.parallel.resolved_dispatch == "deepspeed":
         group = expert_group or dist.new_group(list(range(config.parallel.ep_size)))
     model, routing = config.model, config.routing
     rows = layout.micro_batch * model.tokens_per_image * (routing.top_k if config.moe_block_indices else 0)
@@ -75,6 +76,18 @@ def trace_pass(config: RunConfig, layout: Layout, expert_group: dist.ProcessGrou
     leaving = len(config.moe_block_indices) * (rows - -(-rows // ep_size))
     return PassShapes(peak=dict(trace.peak), states=states, work=dict(trace.work), sent=trace.sent, rows_leaving=leaving,
                       parameters=parameters)
+
+
+def _check_can_be_planned(config: RunConfig) -> None:
+    dispatch, values = config.parallel.resolved_dispatch, config.model_dump(mode="json")
+    if dispatch not in ("local", "deepspeed"):
+        raise ConfigError(f"parallel.dispatch={dispatch}: only local and deepspeed can be planned; plan with deepspeed, which "
+                          "sends the same rows")
+    for section, field, planned in _PLANNED:
+        value = values.get(section, {}).get(field, planned[0])
+        if value not in planned:
+            raise ConfigError(f"{section}.{field}={value} cannot be planned, only {' or '.join(map(str, planned))}: its kernels "
+                              f"say nothing of their memory beforehand; plan with {planned[0]}")
 
 
 def _local_network(config: RunConfig, layout: Layout, group: dist.ProcessGroup | None) -> DiT:

@@ -192,18 +192,25 @@ def test_search_estimate_of_a_deep_network_is_that_of_its_full_trace() -> None:
 
 
 def searchable() -> RunConfig:
-    return config(train={"global_batch_size": 256})
+    return config(model={"hidden_size": 32, "depth": 2}, train={"global_batch_size": 128})
 
 
 def test_search_takes_the_largest_micro_batch_that_fits() -> None:
     with fake_world(4):
         roomy, _ = best_layout(searchable(), layout(), cluster())
-        tight, tried = best_layout(searchable(), layout(), cluster(memory=0.4 * roomy.memory.total))
-    assert roomy.layout.micro_batch == 64
+        tight, tried = best_layout(searchable(), layout(), cluster(memory=0.6 * roomy.memory.total))
+    assert roomy.layout.micro_batch == 32
     assert tight.fits
     assert tight.memory.total < roomy.memory.total
-    assert tight.layout.micro_batch * tight.layout.accumulation == 64
+    assert tight.layout.micro_batch * tight.layout.accumulation == 32
     assert [choice.seconds for choice in tried] == sorted(choice.seconds for choice in tried)
+
+
+def test_plan_of_what_shapes_cannot_follow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = config().model_dump(mode="json") | {"precision": {"compute": "fp8"}}
+    monkeypatch.setattr(RunConfig, "model_dump", lambda self, **options: values)
+    with fake_world(4), pytest.raises(ConfigError, match=r"precision.compute=fp8 cannot be planned, only auto or fp32 or bf16"):
+        trace_pass(config(), layout())
 
 
 def test_search_where_nothing_fits_names_the_smallest_need() -> None:
