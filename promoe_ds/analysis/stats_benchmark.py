@@ -13,14 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from promoe_ds.analysis.benchmarks import (
-    BenchmarkResult,
-    interleave,
-    machine_description,
-    mixture_recipe,
-    training_module,
-    training_pass,
-)
+from promoe_ds.analysis.benchmarks import BenchmarkResult, interleave, machine_description
+from promoe_ds.analysis.benchmarks.layers import mixture, training_module, training_pass
 from promoe_ds.engine.distributed import Ranks
 from promoe_ds.engine.routing_log import RoutingAccumulator
 from promoe_ds.routing.assignment import sum_tokens_by_expert
@@ -90,7 +84,7 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Be
     Args:
         tokens: conditional tokens of a pass, a multiple of the recipe's tokens per image.
     """
-    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
+    config = mixture(recipe, tokens=tokens, rounds=rounds)
     with_tables = config.logging.model_copy(update={"class_counts": True, "position_counts": True})
     config = config.model_copy(update={"logging": with_tables})
     module, batch = training_module(config, tokens)
@@ -130,7 +124,7 @@ class ReportBenchmark:
     settings: dict[str, object]
     machine: dict[str, object] = field(default_factory=machine_description)
 
-    def describe(self) -> list[str]:
+    def lines(self) -> list[str]:
         """Return what was measured, for people."""
         return [f"report of {self.settings['steps']:,} steps × {len(self.settings['layers'])} layers × {self.settings['experts']} "
                 f"experts × {self.settings['bins']} bins: {self.lines:,} lines, {self.log_bytes / 1e6:,.0f} MB",

@@ -12,15 +12,13 @@ import torch
 from tqdm import tqdm
 
 from promoe_ds.config import RunConfig, training_flops_per_image
+from promoe_ds.config.devices import bf16_peak
 from promoe_ds.engine.distributed import Ranks
 from promoe_ds.engine.trackers import Tracker, flatten, open_trackers
 from promoe_ds.errors import TrainingError
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("metrics")
-
-#: Dense bf16 peak of one device in FLOP/s, by a part of its name; MFU is stated only where this is known.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 class MetricsWriter:
@@ -130,7 +128,4 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 
 def _peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return bf16_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -1,0 +1,120 @@
+"""How far fast kernels and low precisions are from float64, of one layer and of a whole network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from promoe_ds.analysis.benchmarks.contenders import library_layers
+from promoe_ds.analysis.benchmarks.layers import initialised
+from promoe_ds.analysis.benchmarks.step import for_timing, session_of
+from promoe_ds.config import RunConfig, config_from_dict
+from promoe_ds.errors import ConfigError
+from promoe_ds.model import build_model
+from promoe_ds.model.build import build_moe_layer
+from promoe_ds.moe.experts import BACKENDS
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.routing import Partition, partition_samples
+from promoe_ds.routing.assignment import RoutingPlan
+
+#: Precisions that a run may have; those that this version does not know are reported as missing.
+PRECISIONS = ("fp32", "bf16", "fp8")
+_IMAGES = 4
+
+
+def with_precision(config: RunConfig, precision: str) -> RunConfig:
+    """Return a config that computes in `precision`.
+
+    Raises: ConfigError if this version has no FP8, or the recipe does not fit it.
+    """
+    if precision != "fp8":
+        return config
+    values = config.model_dump(mode="json")
+    if "precision" not in values:
+        raise ConfigError("precision.compute=fp8: this version computes in fp32 and bf16 alone")
+    values["precision"] |= {"compute": "fp8"}
+    return config_from_dict(values, source=f"{config.name} in fp8")
+
+
+def layer_parity(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, str]]:
+    """Compare one layer by every backend with the loop in float64, on the same routing decision.
+
+    Returns: the largest error of outputs, input gradients and expert gradients over their largest value, by backend; and why
+    other backends are missing.
+    """
+    layers: dict[str, MoELayer] = {}
+    for backend in BACKENDS:
+        layers[backend] = initialised(build_moe_layer(config)).to(device, dtype)
+        layers[backend].routed.backend = backend
+    libraries, missing = library_layers(config, device, dtype)
+    torch.manual_seed(0)
+    tokens = torch.randn(_IMAGES, config.model.tokens_per_image, config.model.hidden_size, device=device, dtype=dtype)
+    labels = torch.arange(_IMAGES, device=device)
+    labels[-1] = config.model.null_label
+    partition = partition_samples(labels, config.model.null_label)
+    errors = {}
+    for name, layer in (layers | libraries).items():
+        with torch.no_grad():
+            plan = layer.route(tokens, partition)
+        found = _results(layer, tokens, partition, plan)
+        reference = initialised(build_moe_layer(config)).to(device).double()
+        _copy_weights(layer, reference)
+        reference.routed.backend = "loop"
+        errors[f"layer, {name}"] = _largest_error(found, _results(reference, tokens.double(), partition, plan))
+    return errors, missing
+
+
+def network_parity(config: RunConfig, precision: str, device: torch.device) -> float:
+    """Compare the trainer's network in `precision` with the same weights in float64: relative error of the prediction.
+
+    Near ties between prototypes may fall differently: they are part of the error.
+    """
+    session = session_of(for_timing(config, micro_batch=_IMAGES), bf16=precision != "fp32")
+    network = session.module.denoiser
+    with torch.no_grad():
+        for index, parameter in enumerate(network.parameters()):  # an untrained network predicts zero
+            generator = torch.Generator().manual_seed(index)
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    reference = build_model(_plain(config))
+    reference.load_state_dict({name: value.double() for name, value in network.state_dict().items()})
+    reference.reset_positions()
+    reference = reference.to(device).double().eval()
+    model = config.model
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(_IMAGES, model.in_channels, model.input_size, model.input_size, generator=generator).to(device)
+    timestep, labels = torch.linspace(100, 900, _IMAGES, device=device), torch.arange(_IMAGES, device=device)
+    with torch.no_grad():
+        found = network.eval()(latents, timestep, labels).double()
+        expected = reference(latents.double(), timestep.double(), labels)
+    return float((found - expected).norm() / expected.norm())
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """Return a config for float64: one expert after the other, torch's own layers."""
+    values = config.model_dump(mode="json")
+    values["parallel"] |= {"expert_backend": "loop"}
+    if "precision" in values:
+        values["precision"] |= {"compute": "auto"}
+    return config_from_dict(values, source=config.name)
+
+
+def _results(layer: MoELayer, tokens: Tensor, partition: Partition, plan: RoutingPlan) -> list[Tensor]:
+    """Return output, gradient of the tokens and of the routed experts."""
+    layer.zero_grad(set_to_none=True)
+    tokens = tokens.detach().requires_grad_()
+    output = layer.apply_experts(tokens, partition, plan)
+    generator = torch.Generator().manual_seed(1)
+    output.backward(torch.randn(output.shape, generator=generator).to(output))
+    experts = [parameter.grad for _, parameter in sorted(layer.routed.named_parameters())]
+    return [output.detach(), tokens.grad, *experts]
+
+
+def _copy_weights(source: MoELayer, target: MoELayer) -> None:
+    values = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            parameter.copy_(values[name])
+
+
+def _largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    return max(float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(found, expected, strict=True))

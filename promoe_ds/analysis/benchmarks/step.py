@@ -1,0 +1,80 @@
+"""Time of a real optimizer step: a recipe beside the dense network of the same activated size, by the trainer's own step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from promoe_ds.analysis.benchmarks.contenders import LIBRARIES, single_process, with_dispatch
+from promoe_ds.analysis.benchmarks.layers import mixture
+from promoe_ds.analysis.benchmarks.timing import BenchmarkResult, interleave
+from promoe_ds.config import RunConfig, config_from_dict, count_parameters, plan_batches, resolve_deepspeed
+from promoe_ds.errors import PromoeError
+
+#: Passes of a step: gradients are accumulated as recipes do on few devices.
+PASSES = 4
+
+
+def benchmark_step(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> BenchmarkResult:
+    """Time whole steps (data, noise, passes, clipping, ZeRO 2, AdamW, moving average, statistics) on this process's device.
+
+    Contenders: `dense`, the recipe without experts; `moe`; and the recipe over the libraries' layers, where there are any.
+    Args:
+        tokens: of one pass, whole images; a step has four passes.
+    """
+    config = mixture(recipe, tokens=tokens, rounds=rounds)
+    micro = max(1, tokens // config.model.tokens_per_image)
+    config = for_timing(config, micro_batch=micro, passes=PASSES)
+    dense = without_experts(config)
+    with single_process() as device:
+        bf16 = device.type == "cuda"
+        sessions = {"dense": session_of(dense, bf16=bf16), "moe": session_of(config, bf16=bf16)}
+        missing: dict[str, str] = {}
+        for dispatch in LIBRARIES:
+            try:
+                sessions[dispatch] = session_of(with_dispatch(config, dispatch), bf16=bf16)
+            except (PromoeError, ImportError) as error:
+                missing[dispatch] = str(error)
+        timings = interleave({name: step_call(session) for name, session in sessions.items()}, rounds=rounds, warmup=1)
+    counts = {name: count_parameters(c) for name, c in (("dense", dense), ("moe", config))}
+    return BenchmarkResult(
+        suite="step", baseline="dense", rounds=rounds, timings=timings, not_available=missing,
+        settings={"recipe": config.name, "images": micro * PASSES, "micro_batch": micro, "zero_stage": 2,
+                  "precision": "bf16" if bf16 else "fp32",
+                  "activated_parameters": {name: count.activated for name, count in counts.items()},
+                  "total_parameters": {name: count.total for name, count in counts.items()}})
+
+
+def for_timing(config: RunConfig, *, micro_batch: int, passes: int = 1) -> RunConfig:
+    """Return a config for one process on synthetic samples, with steps of `passes` passes."""
+    values = config.model_dump(mode="json")
+    values["data"] |= {"dataset": "synthetic", "path": None, "synthetic_samples": micro_batch * passes}
+    values["train"] |= {"global_batch_size": micro_batch * passes, "micro_batch_size": micro_batch}
+    values["parallel"] |= {"ep_size": 1}
+    return config_from_dict(values, source=config.name)
+
+
+def without_experts(config: RunConfig) -> RunConfig:
+    """Return the dense network of a recipe's size: that of the same activated parameters, but for prototypes and biases."""
+    values = config.model_dump(mode="json")
+    values["routing"] = {"method": "dense"}
+    values["parallel"] |= {"dispatch": "auto", "expert_backend": "auto"}
+    return config_from_dict(values | {"name": f"{config.name}_dense"}, source=config.name)
+
+
+def session_of(config: RunConfig, *, bf16: bool) -> Any:
+    """Build the trainer's session of a config for this process, which is a group of its own."""
+    from promoe_ds.data import build_dataset
+    from promoe_ds.engine.distributed import current_ranks
+    from promoe_ds.engine.session import build_session
+
+    batches = plan_batches(config, 1)
+    values = {"zero_optimization": {"stage": 2, "overlap_comm": bf16}, "bf16": {"enabled": bf16}}
+    plan = resolve_deepspeed(values, config, batches, source="benchmark")
+    return build_session(config, plan, batches, current_ranks(), build_dataset(config))
+
+
+def step_call(session: Any) -> Any:
+    """Return what runs one optimizer step."""
+    from promoe_ds.engine.session import train_step
+
+    return lambda: train_step(session)

@@ -1,0 +1,70 @@
+"""Devices and networks by name: what their makers state. Sources: docs/planning.md."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from promoe_ds.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One accelerator.
+
+    memory: bytes; flops: dense FLOP/s by precision; memory_bandwidth: bytes/s; link_bandwidth: bytes/s that one device sends
+    to the others of its node.
+    """
+
+    name: str
+    memory: float
+    flops: dict[str, float]
+    memory_bandwidth: float
+    link_bandwidth: float
+
+
+def _device(name: str, *, gigabytes: float, bf16: float, fp32: float, terabytes_per_second: float, link: float) -> Device:
+    return Device(name=name, memory=gigabytes * 1e9, flops={"bf16": bf16 * 1e12, "fp32": fp32 * 1e12},
+                  memory_bandwidth=terabytes_per_second * 1e12, link_bandwidth=link * 1e9)
+
+
+#: By the name that `--gpu` takes. fp32 is the rate without TF32, which the trainer does not switch on.
+DEVICES: dict[str, Device] = {device.name: device for device in (
+    _device("a100", gigabytes=80, bf16=312, fp32=19.5, terabytes_per_second=2.039, link=300),
+    _device("h100", gigabytes=80, bf16=989, fp32=67, terabytes_per_second=3.35, link=450),
+    _device("h200", gigabytes=141, bf16=989, fp32=67, terabytes_per_second=4.8, link=450),
+    _device("b200", gigabytes=180, bf16=2250, fp32=80, terabytes_per_second=8.0, link=900),
+)}
+
+#: Bytes/s that one device sends to other nodes, by the name that `--network` takes: one network card a device.
+NETWORKS: dict[str, float] = {"ib-ndr400": 50e9, "ib-hdr200": 25e9, "roce-400": 50e9, "ethernet-100": 12.5e9,
+                              "ethernet-25": 3.125e9}
+
+
+def find_device(name: str) -> Device:
+    """Return a device of the table.
+
+    Raises: ConfigError with the nearest name.
+    """
+    return DEVICES[_known("--gpu", name.lower(), DEVICES)]
+
+
+def bf16_peak(product_name: str) -> float | None:
+    """Return the dense bf16 FLOP/s of a device by the name that its driver gives, None if the table lacks it."""
+    return next((device.flops["bf16"] for name, device in DEVICES.items() if name in product_name.lower()), None)
+
+
+def find_network(name: str) -> float:
+    """Return a network's bytes/s for one device.
+
+    Raises: ConfigError with the nearest name.
+    """
+    return NETWORKS[_known("--network", name.lower(), NETWORKS)]
+
+
+def _known(option: str, name: str, table: dict) -> str:
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"{option} {name}: not in the table; {hint}known are {', '.join(table)}")
+    return name

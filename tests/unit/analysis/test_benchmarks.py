@@ -1,0 +1,94 @@
+"""The benchmark suites, small: what they need a GPU or minutes for runs here in seconds on a CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from promoe_ds.analysis.benchmarks import BenchmarkResult, interleave
+from promoe_ds.analysis.benchmarks.contenders import LIBRARIES, single_process
+from promoe_ds.analysis.benchmarks.gpu import GpuReport, report
+from promoe_ds.analysis.benchmarks.step import without_experts
+from promoe_ds.config import RunConfig, count_parameters, load_config
+
+from ..builders import small_config
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def small() -> RunConfig:
+    return small_config(model={"hidden_size": 32}, diffusion={})
+
+
+@pytest.fixture(scope="module")
+def self_test() -> GpuReport:
+    with single_process() as device:
+        return report(device, steps={}, layer_recipe=small(), parity_recipe=small(), layer_images=2, training_steps=6)
+
+
+def test_gpu_self_test_on_a_cpu_finds_every_backend_near_float64(self_test: GpuReport) -> None:
+    assert {"layer, grouped_mm", "layer, loop", "network, fp32", "network, bf16"} <= self_test.parity.keys()
+    assert self_test.parity["network, fp32"] < 1e-4
+    assert all(0 < error < 0.05 for error in self_test.parity.values())
+
+
+def test_gpu_self_test_on_a_cpu_trains_alike_in_every_precision(self_test: GpuReport) -> None:
+    assert self_test.losses["bf16"] == pytest.approx(self_test.losses["fp32"], rel=0.05)
+
+
+def test_gpu_self_test_on_a_cpu_reports_kernels_and_contenders(self_test: GpuReport) -> None:
+    assert sum(self_test.kernels.values()) > 0
+    assert {"dense", "moe", "per_expert_loop"} <= self_test.layer.keys()
+    text = "\n".join(self_test.lines())
+    for name in LIBRARIES:
+        assert (name in self_test.layer) != (name in self_test.not_available)
+        assert name in text
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), *arguments], capture_output=True, text=True,
+                          check=False, timeout=200)
+
+
+def test_gpu_suite_without_a_device_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    done = run_tool("gpu")
+    assert done.returncode == 2
+    assert "needs a CUDA device" in done.stderr
+
+
+@pytest.mark.parametrize("suite", ["moe-layer", "step", "dispatch"])
+def test_suite_from_the_command_line_names_contenders_and_what_is_missing(tmp_path: Path, suite: str) -> None:
+    recipe, out = tmp_path / "tiny.yaml", tmp_path / "result.json"
+    recipe.write_text("base: promoe_b\nmodel: {preset: null, hidden_size: 32, depth: 2, num_heads: 2, input_size: 8}\n")
+    done = run_tool(suite, "--tokens", "32", "--rounds", "2", "--recipe", str(recipe), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert result["timings"][result["baseline"]]["cpu_ratio"] == 1.0
+    assert set(result["timings"]) | set(result["not_available"]) >= {*LIBRARIES, result["baseline"]}
+    assert all(name in done.stdout for name in LIBRARIES)
+    if suite == "step":
+        counts, width, prototypes_and_bias = result["settings"]["activated_parameters"], 32, 13
+        assert counts["moe"] - counts["dense"] == width * prototypes_and_bias
+    if suite == "dispatch":
+        sent = result["settings"]["bytes_sent"]
+        assert sent["deepspeed"] == sent["exchange_limit"] == sent["ideal"] > 0
+
+
+def test_dense_twin_of_promoe_s_is_dit_s() -> None:
+    assert count_parameters(without_experts(load_config("promoe_s"))) == count_parameters(load_config("dit_s"))
+
+
+def test_interleave_takes_ratios_round_by_round() -> None:
+    timings = interleave({"a": lambda: None, "b": lambda: sum(range(20000))}, rounds=5)
+    assert timings["a"].wall_ratio == timings["a"].cpu_ratio == 1.0
+    assert timings["b"].wall_ratio > 1.0
+    assert math.isfinite(timings["b"].cpu_ms)
+    assert json.dumps(BenchmarkResult(suite="s", baseline="a", rounds=5, timings={}, settings={}).machine)

@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""Plan a run before it starts: python tools/plan.py --recipe NAME --nodes N --gpus-per-node G [--gpu h100].
+
+Prints parameters, memory of a rank, bytes sent over each link and a predicted step time, of the recipe as it stands and of
+the fastest layout that fits. Nothing is trained and no device is needed: shapes go through the real layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from promoe_ds.cli.entry import run_entry
+from promoe_ds.config import load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
+from promoe_ds.config.devices import DEVICES, NETWORKS, find_device, find_network
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpu", default="h100", help=", ".join(DEVICES))
+    parser.add_argument("--network", default="ib-ndr400", help=", ".join(NETWORKS))
+    parser.add_argument("--deepspeed_config", type=Path, default=Path(__file__).parents[1] / "ds_configs" / "zero2_bf16.json")
+    parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--no-search", action="store_true", help="plan the recipe as it stands and no other layout")
+    parser.add_argument("--out", type=Path, help="also write the plans as JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse_arguments(arguments)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from promoe_ds.analysis.plan import Cluster, best_layout, fake_world, layout_of, plan_step
+    from promoe_ds.analysis.plan.report import choice_lines, plan_lines
+
+    config = load_config(options.recipe, options.overrides)
+    cluster = Cluster(nodes=options.nodes, gpus_per_node=options.gpus_per_node, device=find_device(options.gpu),
+                      network_bandwidth=find_network(options.network))
+    batches = plan_batches(config, cluster.ranks)
+    deepspeed = resolve_deepspeed(read_deepspeed_json(options.deepspeed_config), config, batches,
+                                  source=str(options.deepspeed_config))
+    layout = layout_of(batches, deepspeed)
+    with fake_world(cluster.ranks):
+        stands = plan_step(config, layout, cluster)
+        print("\n".join(["As the recipe stands", "", *plan_lines(stands)]))
+        result = {"recipe": stands.as_json()}
+        if not options.no_search:
+            best, choices = best_layout(config, layout, cluster)
+            print("\n".join(["", "", "The fastest that fits", "", *plan_lines(best), "", *choice_lines(choices)]))
+            result |= {"best": best.as_json(), "tried": [vars(choice) for choice in choices]}
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_entry(main)
