@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from promoe_ds.engine.distributed import start_distributed
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import partition_samples
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core: pip install '.[megatron]'")
 
 EXPERTS, WIDTH, TOKENS, IMAGES, NULL = 4, 16, 6, 3, 10
 SCENES = ("usual", "one_expert", "all_unconditional", "idle_rank")
