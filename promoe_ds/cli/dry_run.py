@@ -27,6 +27,7 @@ def describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None
                   "ranks": batches.world_size},
         "model_state_gb_per_rank": {kind: round(getattr(memory, kind) / _GIGABYTE, 3)
                                     for kind in ("weights", "gradients", "optimizer", "ema", "total")},
+        "optimizer_and_ema_lie_in": "host memory" if plan.offloads else "device memory",
     }
     sys.stdout.write("# recipe\n" + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     sys.stdout.write("# deepspeed\n" + json.dumps(plan.json, indent=2) + "\n")

@@ -114,7 +114,9 @@ class CapacityPath:
         """
         def finish(base_TD: Tensor) -> Tensor:
             self.gate.assignment, self.experts.function = assignment, experts
-            return base_TD + self.layer(tokens_TD, None).to(base_TD.dtype)
+            output_TD = self.layer(tokens_TD, None)
+            self.gate.assignment = self.experts.function = None  # they hold the pass's graph
+            return base_TD + output_TD.to(base_TD.dtype)
 
         return finish
 

@@ -77,27 +77,32 @@ class MegatronPath:
         Sync: Megatron's.  Collectives: Megatron's.
         """
         def finish(base_TD: Tensor) -> Tensor:
-            choices = token_choices(assignment, self.top_k)
-            if self.kind == "allgather":
-                # Gathering needs as many tokens from every rank: those without rows go along.
-                token_ids, local_N = torch.arange(tokens_TD.shape[0], device=tokens_TD.device), assignment.token_ids_N
-            else:
-                token_ids, places = choices.token_ids_S, torch.arange(choices.token_ids_S.numel(), device=tokens_TD.device)
-                local_N = torch.empty_like(assignment.token_ids_N)
-                local_N[choices.rows_SK] = places[:, None]
-            self.tokens_sent = token_ids.numel()
-            # DeepEP finds the choices as the largest gates, which may be negative.
-            absent = torch.finfo(torch.float32).min if self.kind == "flex" else 0.0
-            gates_SE = assignment.gates_N.new_full((token_ids.numel(), self.num_experts), absent)
-            gates_SE = gates_SE.index_put((local_N, choices.expert_N), assignment.gates_N)
-            map_SE = torch.zeros_like(gates_SE, dtype=torch.bool).index_put((local_N, choices.expert_N), torch.ones_like(
-                local_N, dtype=torch.bool))
+            token_ids_S, gates_SE, map_SE = self._by_token(assignment, tokens_TD.shape[0])
+            self.tokens_sent = token_ids_S.numel()
             self.layer.router.decision = gates_SE, map_SE
-            inputs = tokens_TD.index_select(0, token_ids)[:, None]
-            output_S1D, _ = functional_call(self.layer, dict(self._weights()), (inputs,))
-            return base_TD.index_add_(0, token_ids, output_S1D[:, 0].to(base_TD.dtype))
+            inputs_S1D = tokens_TD.index_select(0, token_ids_S)[:, None]
+            output_S1D, _ = functional_call(self.layer, dict(self._weights()), (inputs_S1D,))
+            self.layer.router.decision = None  # holds the pass's graph
+            return base_TD.index_add_(0, token_ids_S, output_S1D[:, 0].to(base_TD.dtype))
 
         return finish
+
+    def _by_token(self, assignment: Assignment, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tokens that Megatron gets, their gates and which experts they visit, (S, E) both."""
+        choices, device = token_choices(assignment, self.top_k), assignment.token_ids_N.device
+        if self.kind == "allgather":
+            # Gathering needs as many tokens from every rank: those without rows go along.
+            token_ids_S, places_N = torch.arange(num_tokens, device=device), assignment.token_ids_N
+        else:
+            token_ids_S, places_N = choices.token_ids_S, torch.empty_like(assignment.token_ids_N)
+            places_N[choices.rows_SK] = torch.arange(token_ids_S.numel(), device=device)[:, None]
+        # DeepEP finds the choices as the largest gates, which may be negative.
+        absent = torch.finfo(torch.float32).min if self.kind == "flex" else 0.0
+        gates_SE = assignment.gates_N.new_full((token_ids_S.numel(), self.num_experts), absent)
+        visited = places_N, choices.expert_N
+        map_SE = torch.zeros_like(gates_SE, dtype=torch.bool)
+        map_SE[visited] = True
+        return token_ids_S, gates_SE.index_put(visited, assignment.gates_N), map_SE
 
     def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
         """What leaves in the pass that ran last; `flex` is counted as `alltoall`."""
@@ -149,9 +154,7 @@ def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.Process
         raise ConfigError("parallel.megatron_dispatcher=flex is DeepEP's, which runs on CUDA devices alone: use alltoall or "
                           "allgather")
     is_grouped = device.type == "cuda" and has_transformer_engine()
-    if experts.first_expert == 0:
-        _LOG.info("dispatcher %s, experts by %s", config.parallel.megatron_dispatcher,
-                  "Transformer Engine's grouped GEMM" if is_grouped else "a loop over Megatron's linear layers")
+    _log_choice(config.parallel.megatron_dispatcher, is_grouped)
     on_cpu = device.type == "cpu"
     try:
         with cpu_construction() if on_cpu else nullcontext(), torch.device("meta"):
@@ -159,13 +162,21 @@ def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.Process
                                   MoESubmodules(router=PlannedRouter, experts=_expert_spec(is_grouped)),
                                   pg_collection=_process_groups(group))
     except ImportError as error:
-        raise ConfigError(f"parallel.megatron_dispatcher={config.parallel.megatron_dispatcher}: {error} Or use alltoall") from None
+        raise ConfigError(f"parallel.dispatch=megatron, parallel.megatron_dispatcher={config.parallel.megatron_dispatcher}: Megatron "
+                          f"misses a library ({error}): install it, or use parallel.dispatch=deepspeed") from None
     if on_cpu:
         prepare_dispatcher(layer)
     for module in layer.modules():
         if isinstance(module, RowParallelLinear):
             module.explicit_expert_comm = True  # no tensor parallelism: its result needs no reduction
     return layer.train(), is_grouped
+
+
+@cache
+def _log_choice(dispatcher: str, is_grouped: bool) -> None:
+    """Say once what was chosen for every layer."""
+    _LOG.info("dispatcher %s, experts by %s", dispatcher,
+              "Transformer Engine's grouped GEMM" if is_grouped else "a loop over Megatron's linear layers")
 
 
 def _transformer_config(config: RunConfig, device: torch.device, *, is_grouped: bool) -> TransformerConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from promoe_ds.engine.conversion import Request, convert
 from promoe_ds.engine.manifest import list_checkpoints
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core: pip install '.[megatron]'")
 
 STEPS = 8
 CAPACITY, MEGATRON, GATHER = (("parallel.dispatch=deepspeed_capacity",), ("parallel.dispatch=megatron",),
@@ -117,3 +120,23 @@ def test_run_path_converts_to_one_file(runs, tmp_path, name) -> None:
     convert(list_checkpoints(runs[name] / "checkpoints")[0], Request(destination=tmp_path / "export", to="single", weights="raw"))
     found, expected = load_model(tmp_path / "export").state_dict(), state(runs[name])
     assert all(torch.equal(found[parameter], value) for parameter, value in expected.items())
+
+
+def test_run_path_in_bf16_stays_near_the_default_one(tmp_path) -> None:
+    folders = {name: tmp_path / name for name in ("plain", "megatron", "capacity", "wire_fp8", "offload")}
+    jobs = [Job(run_dir=folder, overrides=("parallel.ep_size=2", "train.max_steps=4", "precision.compute=bf16", *RUNS[name][2]),
+                deepspeed={"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2, **RUNS[name][3]}})
+            for name, folder in folders.items()]
+    assert run_jobs(2, jobs, tmp_path) == [""] * len(jobs)
+    plain, *others = ([line["loss"] for line in metrics(folder)] for folder in folders.values())
+    for losses in others:
+        assert losses == pytest.approx(plain, rel=2e-2)
+
+
+def test_run_megatron_flex_without_device_is_refused(tmp_path) -> None:
+    job = Job(run_dir=tmp_path / "run", overrides=("parallel.ep_size=2", *MEGATRON, "parallel.megatron_dispatcher=flex"))
+    eight = Job(run_dir=tmp_path / "fp8", overrides=("precision.compute=fp8",), deepspeed={"bf16": {"enabled": True}})
+    flex, fp8 = run_jobs(2, [job, eight], tmp_path)
+    assert flex == "parallel.megatron_dispatcher=flex is DeepEP's, which runs on CUDA devices alone: use alltoall or allgather"
+    assert fp8.startswith("precision.compute=fp8, precision.kernels=auto: Transformer Engine runs on CUDA devices alone, this "
+                          "process runs on the cpu")

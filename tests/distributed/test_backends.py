@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch.multiprocessing as mp
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.engine.adapter import ShardedExperts, shard_experts
 from promoe_ds.engine.distributed import start_distributed
-from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import partition_samples
 
-EXPERTS, WIDTH, TOKENS, IMAGES, NULL = 4, 16, 6, 3, 10
-SCENES = ("usual", "one_expert", "all_unconditional", "idle_rank")
+from .scenes import EXPERTS, NULL, SCENES, WIDTH, scene, whole_layer
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core: pip install '.[megatron]'")
+
 #: Name -> what it adds to the parallel section, and to the routing section.
 PATHS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "deepspeed": ({"dispatch": "deepspeed"}, {}),
@@ -39,26 +41,6 @@ def _config(path: str, top_k: int, ep_size: int) -> RunConfig:
         "name": "t", "model": {"hidden_size": WIDTH, "depth": 2, "num_heads": 2, "num_classes": NULL},
         "routing": {"num_experts": EXPERTS, "top_k": top_k, "expert_width": 8, **routing},
         "parallel": {"ep_size": ep_size, **parallel}, "train": {"max_steps": 1}, "data": {"dataset": "synthetic"}}, source="test")
-
-
-def _scene(name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randn(IMAGES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(100 + rank))
-    labels = torch.tensor([1, NULL, 3])
-    if name == "one_expert":
-        tokens = tokens * 0.01 + 1.0
-    if name == "all_unconditional" or (name == "idle_rank" and rank == 0):
-        labels = torch.full((IMAGES,), NULL)
-    return tokens, labels
-
-
-def _whole_layer(config: RunConfig, scene: str) -> torch.nn.Module:
-    torch.manual_seed(7)
-    layer = build_moe_layer(config)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    if scene == "one_expert":
-        torch.nn.init.ones_(layer.router.prototypes[2:3].data)
-    return layer.train()
 
 
 def _pass(layer: torch.nn.Module, config: RunConfig, tokens: torch.Tensor, labels: torch.Tensor, weight: int):
@@ -113,21 +95,21 @@ def _run_rank(rank: int, world_size: int, folder: str) -> None:
                       MASTER_PORT=Path(folder, "port").read_text(), DS_ACCELERATOR="cpu")
     ranks = start_distributed(timeout_seconds=60)
     results, moved = {}, _watch_bytes(pytest.MonkeyPatch())
-    for path, scene, top_k in _cases(world_size):
+    for path, name, top_k in _cases(world_size):
         config = _config(path, top_k, world_size)
-        layer = _whole_layer(config, scene)
+        layer = whole_layer(config, name)
         full, share = layer.routed, EXPERTS // world_size
         shard_experts(_Network(config, layer), dist.group.WORLD, ranks.device)
         assert isinstance(layer.routed, ShardedExperts)
         layer.routed.to_empty(device="cpu").mark_parameters()
-        for name, parameter in layer.routed.named_parameters():
-            parameter.data.copy_(getattr(full, name).data[rank * share:(rank + 1) * share])
+        for weight, parameter in layer.routed.named_parameters():
+            parameter.data.copy_(getattr(full, weight).data[rank * share:(rank + 1) * share])
         layer.router.reduce_sum = all_reduce_sum(None)
-        tokens, labels = _scene(scene, rank)
+        tokens, labels = scene(name, rank)
         moved.clear()
         output, plan = _pass(layer, config, tokens, labels, 1)
         counts_E = plan.assignment.tokens_per_expert_E
-        results[path, scene, top_k] = {
+        results[path, name, top_k] = {
             "output": output, "tokens": tokens.grad, "gradients": {name: p.grad for name, p in layer.named_parameters()},
             "moved": sum(moved), "claimed": int(layer.dispatcher.bytes_exchanged(plan.assignment, WIDTH, 4)),
             "rows_leaving": int(counts_E.sum() - counts_E[rank * share:(rank + 1) * share].sum())}
@@ -136,8 +118,8 @@ def _run_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 def _cases(world_size: int) -> list[tuple[str, str, int]]:
-    scenes = SCENES if world_size == 2 else SCENES[::3]
-    return [(path, scene, top_k) for path in PATHS for scene in scenes for top_k in (1, 3) if top_k == 1 or scene == "usual"]
+    names = SCENES if world_size == 2 else SCENES[::3]
+    return [(path, name, top_k) for path in PATHS for name in names for top_k in (1, 3) if top_k == 1 or name == "usual"]
 
 
 def _free_port(folder: Path) -> None:
@@ -159,20 +141,20 @@ def ranks(request, tmp_path_factory) -> list[dict]:
 def test_path_any_equals_one_process(ranks, subtests) -> None:
     world_size, close = len(ranks), {"rtol": 1e-5, "atol": 1e-5}
     for case in _cases(world_size):
-        path, scene, top_k = case
-        with subtests.test(f"{path}-{scene}-{top_k}"):
+        path, name, top_k = case
+        with subtests.test(f"{path}-{name}-{top_k}"):
             config = _config(path, top_k, world_size)
-            whole = _whole_layer(config, scene)
-            parts = [_scene(scene, rank) for rank in range(world_size)]
+            whole = whole_layer(config, name)
+            parts = [scene(name, rank) for rank in range(world_size)]
             tokens = torch.cat([part[0] for part in parts])
             output, _ = _pass(whole, config, tokens, torch.cat([part[1] for part in parts]), world_size)
             found = [rank[case] for rank in ranks]
             torch.testing.assert_close(torch.cat([one["output"] for one in found]), output, **close)
             torch.testing.assert_close(torch.cat([one["tokens"] for one in found]), tokens.grad, **close)
-            for name, parameter in whole.named_parameters():
-                pieces = [one["gradients"][name] for one in found]
-                gradient = torch.cat(pieces) if name.startswith("routed.") else sum(pieces)
-                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+            for weight, parameter in whole.named_parameters():
+                pieces = [one["gradients"][weight] for one in found]
+                gradient = torch.cat(pieces) if weight.startswith("routed.") else sum(pieces)
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda t, n=weight: f"{n}: {t}")
 
 
 def test_path_moves_the_bytes_it_says(ranks, subtests) -> None:

@@ -18,9 +18,7 @@ from promoe_ds.moe import DeepSpeedDispatcher, StackedExperts
 from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import ClassificationRouter, KMeansRouter, partition_samples
 
-EXPERTS, WIDTH, TOKENS, IMAGES = 4, 16, 6, 3
-#: name -> what the prototypes or labels are bent to
-SCENES = ("usual", "one_expert", "all_unconditional", "idle_rank")
+from .scenes import EXPERTS, SCENES, WIDTH, scene, whole_layer
 
 
 def _config(top_k: int) -> RunConfig:
@@ -28,27 +26,6 @@ def _config(top_k: int) -> RunConfig:
         "name": "t", "model": {"hidden_size": WIDTH, "depth": 2, "num_heads": 2, "num_classes": 10},
         "routing": {"num_experts": EXPERTS, "top_k": top_k, "expert_width": 8}, "train": {"max_steps": 1},
         "data": {"dataset": "synthetic"}}, source="test")
-
-
-def _scene(name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 + rank)
-    tokens = torch.randn(IMAGES, TOKENS, WIDTH, generator=generator)
-    labels = torch.tensor([1, 10, 3])
-    if name == "one_expert":
-        tokens = tokens * 0.01 + 1.0
-    if name == "all_unconditional" or (name == "idle_rank" and rank == 0):
-        labels = torch.full((IMAGES,), 10)
-    return tokens, labels
-
-
-def _layer(config: RunConfig, scene: str) -> torch.nn.Module:
-    torch.manual_seed(7)
-    layer = build_moe_layer(config)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    if scene == "one_expert":
-        torch.nn.init.ones_(layer.router.prototypes[2:3].data)
-    return layer.train()
 
 
 def _count_rows_moved(rank: int) -> list[int]:
@@ -64,10 +41,10 @@ def _count_rows_moved(rank: int) -> list[int]:
     return moved
 
 
-def _reference(world_size: int, scene: str, top_k: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+def _reference(world_size: int, name: str, top_k: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """One process, all samples: gradients of the sum of the ranks' objectives, outputs and token gradients."""
-    layer = _layer(_config(top_k), scene)
-    parts = [_scene(scene, rank) for rank in range(world_size)]
+    layer = whole_layer(_config(top_k), name)
+    parts = [scene(name, rank) for rank in range(world_size)]
     tokens = torch.cat([part[0] for part in parts]).requires_grad_()
     output, plan = layer(tokens, partition_samples(torch.cat([part[1] for part in parts]), 10))
     # Every rank adds the same global auxiliary loss to its own objective.
@@ -76,19 +53,19 @@ def _reference(world_size: int, scene: str, top_k: int) -> tuple[dict[str, torch
     return {name: p.grad for name, p in layer.named_parameters()}, output.detach(), tokens.grad
 
 
-def _run_rank(rank: int, world_size: int, folder: str, scene: str, top_k: int) -> None:
+def _run_rank(rank: int, world_size: int, folder: str, name: str, top_k: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
                             timeout=timedelta(seconds=60))
-    layer, share = _layer(_config(top_k), scene), EXPERTS // world_size
+    layer, share = whole_layer(_config(top_k), name), EXPERTS // world_size
     full = layer.routed
     local = StackedExperts(share, WIDTH, 8, first_expert=rank * share)
-    for name, parameter in local.named_parameters():
-        parameter.data.copy_(getattr(full, name).data[rank * share:(rank + 1) * share])
+    for weight, parameter in local.named_parameters():
+        parameter.data.copy_(getattr(full, weight).data[rank * share:(rank + 1) * share])
     layer.routed, layer.dispatcher = local, DeepSpeedDispatcher(dist.group.WORLD)
     layer.router.reduce_sum = all_reduce_sum(None)
-    tokens, labels = _scene(scene, rank)
+    tokens, labels = scene(name, rank)
     moved = _count_rows_moved(rank)
     output, plan = layer(tokens.requires_grad_(), partition_samples(labels, 10))
     ((output * torch.linspace(-1, 1, WIDTH)).sum() + sum(plan.aux_losses.values())).backward()
@@ -100,13 +77,13 @@ def _run_rank(rank: int, world_size: int, folder: str, scene: str, top_k: int) -
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("name", SCENES)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_dispatch_several_ranks_equals_local(tmp_path: Path, world_size: int, scene: str, top_k: int) -> None:
-    if world_size == 4 and top_k == 3 and scene != "usual":
+def test_dispatch_several_ranks_equals_local(tmp_path: Path, world_size: int, name: str, top_k: int) -> None:
+    if world_size == 4 and top_k == 3 and name != "usual":
         pytest.skip("covered with two ranks")
-    mp.start_processes(_run_rank, (world_size, str(tmp_path), scene, top_k), nprocs=world_size, start_method="fork")
-    gradients, output, token_gradients = _reference(world_size, scene, top_k)
+    mp.start_processes(_run_rank, (world_size, str(tmp_path), name, top_k), nprocs=world_size, start_method="fork")
+    gradients, output, token_gradients = _reference(world_size, name, top_k)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
     # Out and back, forward and backward: exactly the rows whose expert lives elsewhere, each time.
     assert [len(r["moved"]) for r in ranks] == [4] * world_size
@@ -145,7 +122,7 @@ def _method_layer(method: str) -> torch.nn.Module:
 
 
 def _method_pass(layer: torch.nn.Module, rank: int, *, train: bool) -> dict[str, torch.Tensor]:
-    tokens, labels = _scene("usual", rank)
+    tokens, labels = scene("usual", rank)
     partition = partition_samples(labels, 10, has_unconditional_expert=layer.unconditional is not None)
     layer.train(train)
     output, plan = layer(tokens.requires_grad_(), partition)
