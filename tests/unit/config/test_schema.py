@@ -21,8 +21,8 @@ POSITIVE = (
     "parallel.timeout_seconds", "diffusion.sigma_std", "diffusion.num_train_timesteps", "diffusion.shift",
     "data.latent_scale", "data.heldout_fraction", "data.synthetic_samples", "optimizer.lr", "optimizer.eps",
     "train.global_batch_size", "train.micro_batch_size", "train.max_steps", "train.stop_after_steps", "train.log_every",
-    "train.checkpoint_every", "train.keep_last", "train.max_nonfinite_steps", "logging.timestep_bins", "logging.counts_every", "sampling.steps",
-    "routing.capacity_weight",
+    "train.checkpoint_every", "train.keep_last", "train.max_nonfinite_steps", "logging.timestep_bins", "sampling.steps",
+    "routing.capacity_weight", "logging.counts_every",
 )
 NOT_NEGATIVE = (
     "routing.num_shared_experts", "routing.num_unconditional_experts", "routing.rcl_weight", "routing.balance_weight",
@@ -34,10 +34,12 @@ CHOICES = (
     "model.preset", "routing.method", "routing.moe_blocks", "routing.activation", "routing.rcl_scope",
     "routing.rcl_assignments", "routing.balance_level", "parallel.dispatch", "parallel.expert_backend",
     "parallel.activation_checkpointing", "diffusion.objective", "data.dataset", "optimizer.schedule", "logging.tensorboard",
-    "logging.wandb", "logging.class_counts", "logging.position_counts", "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
+    "sampling.solver", "routing.expert_type", "routing.shared_expert_type", "logging.wandb",
+    "logging.class_counts", "logging.position_counts",
 )
 FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas",
-        "routing.superclass_map", "routing.superclasses", "logging.wandb_project", "parallel.expert_placement", "parallel.expert_order")
+        "routing.superclass_map", "routing.superclasses", "logging.wandb_project", "parallel.expert_placement",
+        "parallel.expert_order")
 #: What a field needs beside it to be taken at all.
 BESIDE: dict[str, dict[str, Any]] = {
     "routing.threshold_decay": {"method": "expert_race"}, "routing.similarity_weight": {"method": "expert_race"},
