@@ -27,7 +27,8 @@ def best_of_all(load_E: np.ndarray, ep_size: int) -> float:
         if not left:
             return 0.0
         first, others = min(left), sorted(left - {min(left)})
-        return min(max(load_E[[first, *rest]].sum(), _least(left - {first, *rest})) for rest in itertools.combinations(others, size - 1))
+        return min(max(load_E[[first, *rest]].sum(), _least(left - {first, *rest}))
+                   for rest in itertools.combinations(others, size - 1))
 
     return _least(frozenset(range(len(load_E))))
 
