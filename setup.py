@@ -10,8 +10,8 @@ EXTRAS = {
     "eval": ["torch-fidelity>=0.4"],
     "report": ["matplotlib>=3.8", "scikit-learn>=1.4", "jinja2>=3.1"],
     "tracking": ["tensorboard>=2.15", "wandb>=0.16"],
-    "test": ["pytest>=9", "pytest-timeout>=2.3", "hypothesis>=6.100", "scikit-learn>=1.4", "tensorboard>=2.15", "ruff>=0.6",
-             "scipy>=1.10", "prdc>=0.2"],
+    "test": ["pytest>=9", "pytest-timeout>=2.3", "hypothesis>=6.100", "scikit-learn>=1.4", "tensorboard>=2.15",
+             "jsonschema>=4.18", "scipy>=1.10", "prdc>=0.2", "ruff>=0.6"],
 }
 
 setup(
@@ -22,7 +22,8 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["promoe_ds", "promoe_ds.*"]),
-    package_data={"promoe_ds": ["recipes/*.yaml", "recipes/superclasses/*.yaml", "analysis/comparison/*.j2"]},
+    package_data={"promoe_ds": ["recipes/*.yaml", "recipes/superclasses/*.yaml", "analysis/comparison/*.j2",
+                                "analysis/schemas/*.json"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19,<0.20",

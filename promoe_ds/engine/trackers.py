@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import ConfigError
@@ -111,9 +112,7 @@ class _Wandb:
 
 def _identity(run_dir: Path) -> str:
     """Return a name that a resumed run has again and no other run on this machine does."""
-    import xxhash
-
-    return xxhash.xxh64_hexdigest(str(run_dir.resolve()))
+    return xxhash.xxh64_hexdigest(str(run_dir.resolve()).encode())
 
 
 def _open_tensorboard(config: RunConfig, run_dir: Path, start_step: int) -> _TensorBoard | None:

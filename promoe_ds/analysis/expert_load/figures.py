@@ -137,9 +137,11 @@ def rank_load(view: RunView) -> Scene | None:
                       row_name="layer", column_name="rank", note=f"Rows that a rank's experts compute, over an even share.{tail}")
 
 
-def placements(view: RunView) -> Scene:
+def placements(view: RunView) -> Scene | None:
     """What other numbers of ranks and placements would give."""
     bars = []
+    if not view.tokens_LE.any():
+        return None
     for each in view.outlooks[1:]:
         lost = view.time_lost(each.uneven_L)
         words = f"{np.nanmean(each.uneven_L):.2f}" + ("" if lost is None else f", {lost:.1%} of time")

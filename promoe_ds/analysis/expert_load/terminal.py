@@ -70,7 +70,7 @@ def placement_table(view: RunView) -> Table:
                   title_justify="left", box=SIMPLE)
     for name in ("ep_size", "placement", "max/mean", "worst layer", "time lost"):
         table.add_column(name, justify="right", no_wrap=True)
-    for each in view.outlooks:
+    for each in view.outlooks if view.tokens_LE.any() else ():
         lost = view.time_lost(each.uneven_L)
         table.add_row(str(each.ep_size), each.name, f"{np.nanmean(each.uneven_L):.3f}", f"{np.nanmax(each.uneven_L):.3f}",
                       "–" if lost is None else f"{lost:.1%}")

@@ -107,9 +107,10 @@ def overview_figures(analysis: Analysis) -> list[Scene]:
     similar = [(f"layer {layer.layer}", float(_off_diagonal(layer.similarity_EE).mean()),
                 f"{_off_diagonal(layer.similarity_EE).mean():.3f}", "under") for layer in analysis.layers]
     sigmas = list(analysis.settings.sigmas)
-    ratio_notes = {"k-means clusters": "Clusters of k-means (10), as in the paper's Fig. 1(a): tokens that form clusters of "
-                   "themselves are far above 1.", "experts": "Tokens grouped by their expert: high where each expert's tokens are "
-                   "a group of their own."}
+    ratio_notes = {
+        "k-means clusters": "Clusters of k-means (10), as in the paper's Fig. 1(a): far above 1 where tokens form clusters.",
+        "experts": "Tokens grouped by their expert: high where each expert's tokens are a group of their own.",
+        "classes": "Tokens grouped by the class of their image: low where patches of a class differ more than classes do."}
     return [
         cell_chart("What the choice of expert tells", scores, rows, kinds, show=lambda x: f"{x:.3f}",
                    shade=lambda x: np.clip(x / 0.5, -1, 1), row_name="layer", column_name="attribute",
@@ -162,8 +163,8 @@ def token_maps(analysis: Analysis, layer: LayerAnalysis) -> Scene:
             if column:
                 experts_S = layer.seen.experts_MBS[column - 1, row]
                 scene.pixels(x, y, side, side, _tint(experts_S.reshape(grid, grid)))
-                scene.numbers += [[row, int(analysis.batch.labels_B[row]), analysis.settings.sigmas[column - 1], place, int(expert)]
-                                  for place, expert in enumerate(experts_S)]
+                head = [row, int(analysis.batch.labels_B[row]), analysis.settings.sigmas[column - 1]]
+                scene.numbers += [[*head, place, int(expert)] for place, expert in enumerate(experts_S)]
     y = 18 + shown * (side + 6) + 8
     for expert in range(min(analysis.experts, len(SERIES))):
         scene.rect(6 + 29 * expert, y - 7, 8, 8, expert, radius=2)
@@ -203,9 +204,11 @@ def render(analysis: Analysis) -> str:
             f"· seed {settings.seed}</p></header>")
     best = {kind: max(analysis.layers, key=lambda layer, kind=kind: layer.information[kind].score)
             for kind in analysis.layers[0].information}
-    cards = [html.stat(f"Expert and {kind}", f"{layer.information[kind].score:.3f}",
-                       f"beyond chance, at most (layer {layer.layer})", "good" if layer.information[kind].share > layer.information[kind].chance_high else "")
-             for kind, layer in best.items()]
+    cards = []
+    for kind, layer in best.items():
+        found = layer.information[kind]
+        cards.append(html.stat(f"Expert and {kind}", f"{found.score:.3f}", f"beyond chance, at most (layer {layer.layer})",
+                               "good" if found.share > found.chance_high else ""))
     overlap = np.mean([_off_diagonal(layer.similarity_EE).mean() for layer in analysis.layers])
     cards.append(html.stat("Overlap of subspaces", f"{overlap:.3f}", f"chance {settings.singular_vectors / analysis.width:.3f}"))
     parts = [head, f'<div class="cards">{"".join(cards)}</div>', "<h2>All layers</h2>",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
+import promoe_ds.analysis
 from promoe_ds.engine.router_state import give_superclasses
 from promoe_ds.engine.routing_log import RoutingAccumulator, load_summary
 from promoe_ds.model import DiT
 from promoe_ds.routing import RoutingPlan
+from promoe_ds.routing.assignment import sum_by_product, sum_tokens_by_expert
 
 from ..builders import METHODS, of_method, random_network, random_tensor
 from .ranks import ONE_RANK, call_together, pretend_one_rank
@@ -158,3 +163,108 @@ def test_lines_of_a_dense_network_are_none(monkeypatch: pytest.MonkeyPatch) -> N
     accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
     accumulator.add({}, torch.tensor(SIGMA))
     assert accumulator.reduce(step=1, steps=1) == []
+
+
+# Schema 2: gates by expert, centroids, tables, ranks.
+
+SCHEMA = json.loads((Path(promoe_ds.analysis.__file__).parent / "schemas" / "routing.schema.json").read_text())
+
+
+def accumulate(network: DiT, passes: int = 2) -> tuple[RoutingAccumulator, list[dict[int, RoutingPlan]]]:
+    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
+    plans = [run(network, seed) for seed in range(passes)]
+    for each in plans:
+        accumulator.add(each, torch.tensor(SIGMA), torch.tensor(LABELS))
+    return accumulator, plans
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lines_of_every_method_keep_to_the_schema(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_one_rank(monkeypatch)
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    for line in json.loads(json.dumps(accumulate(make_network(method))[0].reduce(step=20, steps=10))):
+        validator.validate(line)
+        with pytest.raises(jsonschema.ValidationError):
+            validator.validate({**line, "surprise": 1})
+        with pytest.raises(jsonschema.ValidationError):
+            validator.validate({name: value for name, value in line.items() if name != "tokens_per_expert"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lines_gates_and_tables_equal_the_plans_own_lists(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network(method)
+    pretend_one_rank(monkeypatch)
+    accumulator, passes = accumulate(network)
+    lines = accumulator.reduce(step=20, steps=10)
+    for layer in (1, 3):
+        here = [line for line in lines if line["layer"] == layer]
+        gates, by_class, by_patch = [0.0] * 4, torch.zeros(NULL + 1, 4), torch.zeros(4, 4)
+        for plans in passes:
+            assignment = plans[layer].assignment
+            experts = torch.repeat_interleave(torch.arange(4), assignment.tokens_per_expert_E).tolist()
+            for token, expert, gate in zip(assignment.token_ids_N.tolist(), experts, assignment.gates_N.tolist(), strict=True):
+                gates[expert] += gate
+                by_class[LABELS[token // 4], expert] += 1
+                by_patch[token % 4, expert] += 1
+        found = [sum(column) for column in zip(*(line["gate_sum_per_expert"] for line in here), strict=True)]
+        assert found == pytest.approx(gates, rel=1e-4, abs=1e-5)
+        detail = here[0]["layer_detail"]
+        assert detail["tokens_per_class"] == {"steps": 10, "counts": by_class.long().tolist()}
+        assert detail["tokens_per_position"] == {"steps": 10, "counts": by_patch.long().tolist()}
+        assert by_class.sum() == sum(sum(line["tokens_per_expert"]) for line in here)
+        assert "layer_detail" not in here[1]
+
+
+def test_lines_tables_cover_several_intervals_and_what_is_left_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network(model={"depth": 4}, logging={"counts_every": 2}, **of_method("token_choice")).train()
+    pretend_one_rank(monkeypatch)
+    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
+    found = []
+    for interval in range(4):
+        accumulator.add(run(network), torch.tensor(SIGMA), torch.tensor(LABELS))
+        lines = accumulator.reduce(step=10 * (interval + 1), steps=10, last=interval == 2)
+        found.append(lines[0]["layer_detail"].get("tokens_per_class"))
+    once = torch.tensor(found[2]["counts"])
+    assert [None if table is None else table["steps"] for table in found] == [None, 20, 10, None]
+    assert (torch.tensor(found[1]["counts"]) == 2 * once).all() and once.sum() == 3 * 4 * 2
+
+
+def test_lines_prototypes_are_held_against_the_centroids_of_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network("token_choice")
+    pretend_one_rank(monkeypatch)
+    entered: list[torch.Tensor] = []
+    router = network.moe_layers()[1].router
+    router.register_forward_pre_hook(lambda _, given: entered.append(given[0].flatten(0, 1)))
+    accumulator, passes = accumulate(network)
+    detail = accumulator.reduce(step=1, steps=1)[0]["layer_detail"]
+    sums = torch.zeros(4, 16)
+    for plans, tokens in zip(passes, entered, strict=True):
+        assignment = plans[1].assignment
+        for row, expert in zip(assignment.token_ids_N.tolist(), torch.repeat_interleave(torch.arange(4),
+                               assignment.tokens_per_expert_E).tolist(), strict=True):
+            sums[expert] += tokens[row]
+    cosines = torch.nn.functional.cosine_similarity(router.prototypes[:, None], sums[None], dim=-1)
+    is_fed = sums.any(dim=1).tolist()
+    assert not all(is_fed)  # an expert without tokens has no centroid, and counts in no mean
+    for expert in range(4):
+        others = [cosines[expert, other].item() for other in range(4) if other != expert and is_fed[other]]
+        own = detail["prototype_to_centroid"][expert]
+        assert own == pytest.approx(cosines[expert, expert].item(), abs=1e-4) if is_fed[expert] else own is None
+        assert detail["prototype_to_other_centroids"][expert] == pytest.approx(sum(others) / len(others), abs=1e-4)
+    own = torch.nn.functional.cosine_similarity(router.prototypes[:, None], router.prototypes[None], dim=-1)
+    torch.testing.assert_close(torch.tensor(detail["prototype_similarity_matrix"]), own.detach(), atol=1e-4, rtol=0)
+
+
+def test_sums_of_tokens_are_the_same_either_way_and_where_nothing_is_routed() -> None:
+    network = make_network("dit_moe")
+    tokens = random_tensor(20, 16)
+    for labels in (LABELS, [NULL] * 5):
+        assignment = run(network, labels=labels)[1].assignment
+        sums = sum_tokens_by_expert(tokens, assignment)
+        torch.testing.assert_close(sums, sum_by_product(tokens, assignment), rtol=1e-5, atol=1e-5)
+
+
+def test_plans_carry_sums_of_tokens_in_training_only() -> None:
+    network = make_network("token_choice")
+    assert run(network)[1].stats.token_sums_ED.shape == (4, 16)
+    assert run(network.eval())[1].stats.token_sums_ED is None

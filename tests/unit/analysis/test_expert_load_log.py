@@ -1,0 +1,127 @@
+"""Logs as arrays: sums, branches, damage, old and young versions, moved experts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from promoe_ds.analysis.expert_load import columns, load_log
+from promoe_ds.errors import DataError
+
+from .routing_logs import detail, interval, line, old, write
+
+
+def test_log_holds_every_count_where_it_belongs(tmp_path) -> None:
+    log = load_log(write(tmp_path, [*interval(5), *interval(10)]))
+    assert (log.layers, log.steps_T.tolist(), log.covered_T.tolist(), log.bins, log.experts) == ([1, 3], [5, 10], [5, 5], 2, 4)
+    for t, step in enumerate((5, 10)):
+        for row, layer in enumerate((1, 3)):
+            for bin_ in (0, 1):
+                assert log.tokens_TLQE[t, row, bin_].tolist() == [step, layer, bin_ + 1, 4]
+    assert log.gates_TLE[0, 0].tolist() == [0.5 * n for n in (10, 2, 3, 8)]
+    assert log.null_TLQ.tolist() == [[[3, 3], [3, 3]]] * 2
+    assert log.bytes_TL.tolist() == [[500, 500], [1000, 1000]]  # stated on every bin's line, counted once
+    assert log.wait_TLX[0, 0].tolist() == [0.25] * 5
+    assert (log.ep_size, log.ranks, log.notes) == (2, 2, [])
+    np.testing.assert_allclose(log.to_centroid_TLE[0, 0], [0, 0.1, 0.2, 0.3], rtol=1e-6)
+
+
+def test_log_does_not_depend_on_the_number_of_readers(tmp_path, monkeypatch) -> None:
+    lines = [each for step in range(5, 200, 5) for each in interval(step)]
+    lines[40]["layer_detail"]["tokens_per_class"] = {"steps": 5, "counts": [[1, 2, 3, 4]]}
+    folder = write(tmp_path, [*lines[:30], "{broken", *lines[30:]])
+    one = load_log(folder)
+    monkeypatch.setattr(columns, "_BYTES_A_WORKER", 1 << 12)
+    monkeypatch.setattr(columns.os, "cpu_count", lambda: 3)
+    three = load_log(folder)
+    assert three.notes == one.notes == ["1 line left out (line 31: not JSON)"]
+    for name in ("steps_T", "tokens_TLQE", "gates_TLE", "wait_TLX", "matrix_LEE", "order_LE"):
+        np.testing.assert_array_equal(getattr(three, name), getattr(one, name))
+    assert three.tables["tokens_per_class"][1][0][1].tolist() == [[1, 2, 3, 4]]
+
+
+def test_log_last_line_cut_off_is_left_out_and_said(tmp_path) -> None:
+    log = load_log(write(tmp_path, [*interval(5), json.dumps(interval(10)[0])[:50]], end=""))
+    assert log.steps_T.tolist() == [5]
+    assert log.notes == ["the last line is cut off: the run was interrupted, or is writing it now"]
+
+
+def test_log_that_goes_back_counts_a_step_once_as_it_was_done_last(tmp_path) -> None:
+    first = [each for step in (5, 10, 15) for each in interval(step)]
+    log = load_log(write(tmp_path, [*first, *interval(10, tokens=[7, 7, 7, 7]), *interval(20, tokens=[1, 1, 1, 1], steps=10)]))
+    assert log.steps_T.tolist() == [5, 10, 20]
+    assert log.tokens_TLQE[1, 0, 0].tolist() == [7] * 4
+    assert log.covered_T.sum() == 20
+    assert log.notes == ["the run went back from step 15 and on from before 10; what it did twice counts once, as it was done last"]
+
+
+def test_log_after_an_interruption_says_which_steps_are_not_covered(tmp_path) -> None:
+    log = load_log(write(tmp_path, [*interval(5), *interval(10, steps=2)]))
+    assert log.notes == ["3 of 10 steps are not covered: they ended in an interruption or before this log began"]
+
+
+def test_log_of_schema_1_is_read_and_its_gaps_are_said(tmp_path) -> None:
+    log = load_log(write(tmp_path, [*map(old, interval(5)), *interval(10)]))
+    assert log.tokens_TLQE[:, 0, 0].tolist() == [[5, 1, 1, 4], [10, 1, 1, 4]]
+    assert np.isnan(log.gates_TLE[0]).all() and not np.isnan(log.gates_TLE[1]).any()
+    assert "4 of 8 lines have schema 1" in log.notes[0]
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ([], "is empty: the run has no MoE layer or did not reach its first log step"),
+    (["nonsense"], "holds no routing record: line 1: not JSON"),
+    (["[1, 2]"], "line 1: is no JSON object"),
+    (['{"step": 3}'], "line 1: layer is missing"),
+    ([{**line(5, 1, 0, [1, 2]), "schema": 9}], "schema 9 is not one of 1, 2: a younger promoe_ds wrote it"),
+    ([{**line(5, 1, 0, [1, 2]), "step": "five"}], "line 1: cannot be understood"),
+    ([{**line(5, 1, 0, [1, 2]), "layer_detail": {"ep_size": 2}}], "line 1: cannot be understood"),
+])
+def test_log_without_a_record_is_refused_with_a_reason(tmp_path, lines, message) -> None:
+    with pytest.raises(DataError, match=message):
+        load_log(write(tmp_path, lines))
+
+
+@pytest.mark.parametrize("name", ["nowhere", ""])
+def test_log_that_is_not_there_names_the_folder(tmp_path, name) -> None:
+    with pytest.raises(DataError, match="no routing statistics there"):
+        load_log(tmp_path / name)
+
+
+def test_log_lines_of_another_number_of_experts_are_left_out_and_said(tmp_path) -> None:
+    log = load_log(write(tmp_path, [*interval(5), line(10, 1, 0, [1, 2])]))
+    assert log.steps_T.tolist() == [5]
+    assert log.notes == ["1 line left out (line 5: has 2 experts, lines before it 4: left out)"]
+
+
+def test_log_of_moved_experts_keeps_their_first_numbers(tmp_path) -> None:
+    order = [2, 0, 3, 1]
+    moved = [{**each, "layer_detail": detail(experts=order, tokens_per_class={"steps": 5, "counts": [[20, 0, 30, 10]]})}
+             if each["timestep_bin"] == 0 else each for each in interval(10, tokens=[20, 0, 30, 10])]
+    for each in moved:
+        if "layer_detail" in each:
+            each["layer_detail"]["prototype_similarity_matrix"][0][1] = 0.7
+    log = load_log(write(tmp_path, [*interval(5), *moved]))
+    assert log.tokens_TLQE[1, 0, 0].tolist() == [0, 10, 20, 30]
+    assert log.order_LE.tolist() == [order, order]
+    np.testing.assert_allclose(log.to_centroid_TLE[1, 0], [0.1, 0.3, 0.0, 0.2], rtol=1e-6)
+    assert log.matrix_LEE[0][2, 0] == 0.7
+    assert log.table("tokens_per_class", 1, log.window()).tolist() == [[0, 10, 20, 30]]
+
+
+def test_log_window_is_the_last_tenth_or_as_asked(tmp_path) -> None:
+    log = load_log(write(tmp_path, [each for step in range(5, 205, 5) for each in interval(step)]))
+    assert log.steps_T[log.window()].tolist() == [185, 190, 195, 200]
+    assert log.steps_T[log.window(7)].tolist() == [195, 200]
+    assert log.steps_T[log.window(1)].tolist() == [200]
+
+
+def test_log_many_tables_are_thinned_and_lose_no_count(tmp_path) -> None:
+    lines = [each for step in range(5, 1005, 5) for each in interval(step, layers=(1,))]
+    for each in lines:
+        if "layer_detail" in each:
+            each["layer_detail"]["tokens_per_class"] = {"steps": 5, "counts": [[1, 2, 3, 4]]}
+    log = load_log(write(tmp_path, lines))
+    assert len(log.tables["tokens_per_class"][1]) <= 64
+    assert log.table("tokens_per_class", 1, slice(0, None)).tolist() == [[200, 400, 600, 800]]

@@ -1,0 +1,112 @@
+"""Measures of specialisation against values known by hand and against chance; the page of a small model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from promoe_ds.analysis.specialisation import inter_intra_ratio, mutual_information, observe, subspace_similarity
+from promoe_ds.analysis.specialisation.collect import best_expert, draw_images
+from promoe_ds.analysis.specialisation.measures import specialisation
+from promoe_ds.analysis.specialisation.report import Settings, analyse, layer_figures, numbers, write
+from promoe_ds.data import build_dataset
+from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.routing import Assignment
+
+from ..builders import METHODS, of_method, random_network
+
+
+def test_subspaces_equal_apart_and_by_chance() -> None:
+    weights = torch.zeros(3, 6, 4)
+    weights[0, :2, :2] = weights[1, :2, :2] = torch.eye(2)  # the same plane
+    weights[2, 2:4, :2] = torch.eye(2)
+    np.testing.assert_allclose(subspace_similarity(weights, 2), [[1, 1, 0], [1, 1, 0], [0, 0, 1]], atol=1e-12)
+    random = subspace_similarity(torch.randn(12, 200, 40, generator=torch.Generator().manual_seed(0)), 10)
+    assert random[~np.eye(12, dtype=bool)].mean() == pytest.approx(10 / 200, rel=0.15)
+    with pytest.raises(ConfigError, match="--singular-vectors 5: an expert's matrix has 1 to 4"):
+        subspace_similarity(weights, 5)
+
+
+def test_inter_intra_ratio_by_hand() -> None:
+    tokens = np.array([[0.0, 1], [0, -1], [10, 1], [10, -1]])
+    assert inter_intra_ratio(tokens, np.array([3, 3, 7, 7])) == pytest.approx(10.0)
+    assert np.isnan(inter_intra_ratio(tokens, np.zeros(4, int)))
+
+
+def test_mutual_information_by_hand() -> None:
+    experts = np.array([0, 0, 1, 1, 2, 2, 3, 3])
+    assert mutual_information(experts, experts) == pytest.approx(1.0)
+    assert mutual_information(experts, experts // 2) == pytest.approx(0.5)
+    assert mutual_information(experts, np.array([0, 1] * 4)) == pytest.approx(0.0, abs=1e-12)
+    assert mutual_information(np.zeros(8, int), experts) == 0.0
+
+
+@pytest.mark.parametrize("cause", ["class", "noise level", "position", "nothing"])
+def test_specialisation_finds_the_cause_and_nothing_else(cause: str) -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 40)
+    experts = random.integers(0, 4, (4, 40, 16))
+    follows = {"class": np.broadcast_to(labels[None, :, None], experts.shape),
+               "noise level": np.broadcast_to(np.arange(4)[:, None, None], experts.shape),
+               "position": np.broadcast_to(np.arange(16) % 4, experts.shape), "nothing": experts}[cause]
+    experts = np.where(random.random(experts.shape) < 0.5, follows, experts)
+    found = specialisation(experts, labels, rounds=40, seed=1)
+    for kind, each in found.items():
+        if kind == cause:
+            assert each.score > 0.1 and each.p_value == pytest.approx(1 / 41)
+        else:
+            assert abs(each.score) < 0.02 and each.share < 0.05
+
+
+def test_best_expert_is_the_one_of_the_largest_gate() -> None:
+    assignment = Assignment(token_ids_N=torch.tensor([0, 2, 0, 2, 3]), gates_N=torch.tensor([0.2, 0.9, 0.5, 0.1, -0.3]),
+                            tokens_per_expert_E=torch.tensor([2, 0, 2, 1]))
+    assert best_expert(assignment, 5).tolist() == [2, -1, 0, 3, -1]
+    nothing = Assignment(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(4, dtype=torch.int64))
+    assert best_expert(nothing, 2).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_observe_sees_every_token_of_every_method(method: str) -> None:
+    network = random_network(model={"depth": 4}, **of_method(method)).eval()
+    batch = draw_images(build_dataset(network.config), 20, seed=0)
+    seen = observe(network, batch, [0.2, 0.8], kept=11, seed=0)
+    assert sorted(seen) == [1, 3]
+    for each in seen.values():
+        assert each.experts_MBS.shape == (2, 20, 4)
+        assert each.tokens_MnD.shape == (2, 11, 16)
+        assert each.experts_MBS.max() < 4 and (each.experts_MBS >= 0).any()
+    if method == "token_choice":  # the nearest prototype, computed anew
+        router, each = network.moe_layers()[1].router, seen[1]
+        cosines = torch.nn.functional.normalize(torch.from_numpy(each.tokens_MnD[1]), dim=-1) @ torch.nn.functional.normalize(
+            router.prototypes, dim=-1).T
+        assert each.experts_MBS[1].ravel()[each.places_n].tolist() == cosines.argmax(dim=-1).tolist()
+
+
+def test_analysis_of_a_small_model_writes_a_page_and_its_numbers(tmp_path) -> None:
+    network = random_network(model={"depth": 4}, routing={"num_experts": 4}).eval()
+    batch = draw_images(build_dataset(network.config), 12, seed=0)
+    analysis = analyse(network, batch, Settings(sigmas=(0.2, 0.8), tokens=40, singular_vectors=2, rounds=5), name="small")
+    write(analysis, tmp_path / "page.html")
+    values = json.loads((tmp_path / "page.json").read_text())
+    assert values == json.loads(json.dumps(numbers(analysis)))
+    assert [layer["layer"] for layer in values["layers"]] == [1, 3]
+    text = (tmp_path / "page.html").read_text()
+    for layer in analysis.layers:
+        for scene in layer_figures(analysis, layer):
+            assert f'aria-label="{scene.title}"' in text
+            scene.png(tmp_path / "figure.png")
+    with pytest.raises(DataError, match="name another place with --out"):
+        write(analysis, tmp_path / "nowhere" / "page.html")
+
+
+def test_analysis_of_a_dense_model_or_too_few_images_is_refused() -> None:
+    network = random_network(routing={"method": "dense"})
+    batch = draw_images(build_dataset(network.config), 2, seed=0)
+    with pytest.raises(ConfigError, match="small is dense: it has no experts"):
+        analyse(network, batch, Settings(), name="small")
+    with pytest.raises(DataError, match="--images 99999: the data set has 4096"):
+        draw_images(build_dataset(network.config), 99999, seed=0)
