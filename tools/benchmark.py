@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time parts of the package: python tools/benchmark.py moe-layer|router|checkpoint [--out FILE.json].
+"""Time parts of the package: python tools/benchmark.py moe-layer|router|checkpoint|data [--out FILE.json].
 
 Ratios are medians over rounds in which every contender ran once. On a shared machine the processor time of one thread is
 the figure to trust; --threads 1 is therefore the default.
@@ -24,6 +24,7 @@ from promoe_ds.config import load_config
 
 if TYPE_CHECKING:
     from promoe_ds.analysis.checkpoint_benchmark import CheckpointBenchmark
+    from promoe_ds.analysis.data_benchmark import DataBenchmark
 
 #: Suites by name.
 SUITES: dict[str, Callable[[argparse.Namespace], BenchmarkResult]] = {
@@ -34,16 +35,16 @@ SUITES: dict[str, Callable[[argparse.Namespace], BenchmarkResult]] = {
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=[*SUITES, "checkpoint"])
+    parser.add_argument("suite", choices=[*SUITES, "checkpoint", "data"])
     parser.add_argument("--tokens", type=int, default=2048, help="conditional tokens of a pass, whole images")
-    parser.add_argument("--rounds", type=int, help="50 of a layer, 10 of a training step if left out")
+    parser.add_argument("--rounds", type=int, help="50 of a layer, 10 of a training step, 7 of data if left out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--recipe", default="promoe_s")
     parser.add_argument("--ranks", type=int, default=8, help="of the checkpoint")
     parser.add_argument("--ep-size", type=int, default=4, help="of the checkpoint")
     parser.add_argument("--with-optimizer", action="store_true", help="convert the checkpoint's moments and raw weights as well")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is made, copied and converted: five times its "
-                        "weights' bytes, twice; a temporary folder if left out")
+                        "weights' bytes, twice; where data are made: 2 GB; a temporary folder if left out")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     return parser.parse_args(arguments)
 
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(options.threads)
     if options.suite == "checkpoint":
         result = benchmark_conversion(options)
+        print("\n".join(result.lines()))
+    elif options.suite == "data":
+        result = benchmark_loaders(options)
         print("\n".join(result.lines()))
     else:
         result = SUITES[options.suite](options)
@@ -68,6 +72,13 @@ def benchmark_conversion(options: argparse.Namespace) -> CheckpointBenchmark:
     config = load_config(options.recipe, [f"parallel.ep_size={options.ep_size}"])
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         return benchmark_checkpoint(config, Path(folder), ranks=options.ranks, with_optimizer=options.with_optimizer)
+
+
+def benchmark_loaders(options: argparse.Namespace) -> DataBenchmark:
+    from promoe_ds.analysis.data_benchmark import benchmark_data
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        return benchmark_data(Path(folder), rounds=7 if options.rounds is None else options.rounds)
 
 
 def print_result(result: BenchmarkResult) -> None:
