@@ -29,6 +29,7 @@ from promoe_ds.config import load_config
 
 if TYPE_CHECKING:
     from promoe_ds.analysis.checkpoint_benchmark import CheckpointBenchmark
+    from promoe_ds.analysis.data_benchmark import DataBenchmark
 
 #: Suites by name.
 SUITES: dict[str, Callable[[argparse.Namespace], BenchmarkResult]] = {
@@ -45,6 +46,7 @@ REPORTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "memory": lambda o: benchmark_memory(recipe=o.recipe, ranks=4 if o.ranks is None else o.ranks),
     "checkpoint": lambda o: benchmark_conversion(o),
     "report": lambda o: time_report(o),
+    "data": lambda o: benchmark_loaders(o),
     "gpu": lambda o: benchmark_gpu(),
 }
 
@@ -53,14 +55,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=[*SUITES, *REPORTS])
     parser.add_argument("--tokens", type=int, default=2048, help="conditional tokens of a pass, whole images")
-    parser.add_argument("--rounds", type=int, help="50 of a layer, 10 of a training step if left out")
+    parser.add_argument("--rounds", type=int, help="50 of a layer, 10 of a training step, 7 of data if left out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--recipe", default="promoe_s")
     parser.add_argument("--ranks", type=int, help="2 of the exchange, 4 of memory, 8 of the checkpoint if left out")
     parser.add_argument("--ep-size", type=int, default=4, help="of the checkpoint")
     parser.add_argument("--with-optimizer", action="store_true", help="convert the checkpoint's moments and raw weights as well")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is made, copied and converted (five times its "
-                        "weights' bytes, twice), or the report's log (1 GB); a temporary folder if left out")
+                        "weights' bytes, twice), the report's log (1 GB) or data (2 GB); a temporary folder if left out")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     return parser.parse_args(arguments)
 
@@ -91,6 +93,13 @@ def benchmark_conversion(options: argparse.Namespace) -> CheckpointBenchmark:
 def time_report(options: argparse.Namespace) -> ReportBenchmark:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         return benchmark_report(MadeUpRun(), Path(folder))
+
+
+def benchmark_loaders(options: argparse.Namespace) -> DataBenchmark:
+    from promoe_ds.analysis.data_benchmark import benchmark_data
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        return benchmark_data(Path(folder), rounds=7 if options.rounds is None else options.rounds)
 
 
 def print_result(result: BenchmarkResult) -> None:

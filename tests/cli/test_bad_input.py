@@ -151,7 +151,7 @@ def test_convert_and_sample_refusals_name_the_file(tmp_path) -> None:
     convert = (sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"))
     check_refused(run(*convert, "nowhere", "e", "--to", "single", cwd=tmp_path), "nowhere: there is no such file or folder", 4)
     assert run(*convert, "run", "export", "--to", "single", cwd=tmp_path).returncode == 0
-    check_refused(run(*convert, "run", "export", "--to", "single", cwd=tmp_path), "export already holds an export", 4)
+    check_refused(run(*convert, "run", "export", "--to", "single", cwd=tmp_path), "export exists already", 4)
     shard = tmp_path / "run/checkpoints/step_0000002/zero_pp_rank_0_mp_rank_00_optim_states.pt"
     shard.write_bytes(shard.read_bytes()[:1000])
     check_refused(run(*convert, "run", "e", "--to", "single", cwd=tmp_path), f"{shard.relative_to(tmp_path)} has 1000 bytes", 4)
