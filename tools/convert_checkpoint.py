@@ -17,6 +17,7 @@ file of the published code, whose architecture --recipe names. Formats:
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -39,13 +40,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-shard-size", type=float, default=2.0, metavar="GB", help="largest safetensors file (default 2)")
     parser.add_argument("--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers")
     parser.add_argument("--recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="change a value of --recipe")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
                         help="read the target back and compare every value (default)")
     options = parser.parse_args(arguments)
-    if options.max_shard_size <= 0:
-        parser.error(f"--max-shard-size {options.max_shard_size:g}: must be above 0")
+    if not 0 < options.max_shard_size < math.inf:
+        parser.error(f"--max-shard-size {options.max_shard_size:g}: must be a number above 0")
     if options.overrides and not options.recipe:
         parser.error("--set changes a value of --recipe: name one")
     if options.ema_length is not None and options.weights:

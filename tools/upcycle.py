@@ -9,6 +9,7 @@ prototypes start at the k-means centroids of real tokens. docs/checkpoints.md sa
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -34,8 +35,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.images < 1:
         parser.error(f"--images {options.images}: must be at least 1")
-    if options.noise < 0:
-        parser.error(f"--noise {options.noise:g}: must not be negative")
+    if not 0 <= options.noise < math.inf:
+        parser.error(f"--noise {options.noise:g}: must be a number, not negative")
     return options
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from promoe_ds.config import RunConfig
 from promoe_ds.engine.distributed import Ranks, from_main, gather_objects, on_all_ranks
-from promoe_ds.engine.elastic import load_resharded
+from promoe_ds.engine.elastic import load_resharded, saved_averages
 from promoe_ds.engine.expert_order import moves_experts
 from promoe_ds.engine.manifest import (
     find_checkpoint,
@@ -16,7 +16,7 @@ from promoe_ds.engine.manifest import (
     list_checkpoints,
     list_unfinished,
     read_manifest,
-    step_folder,
+    step_of,
 )
 from promoe_ds.engine.saving import layout_of
 from promoe_ds.engine.session import Session
@@ -122,18 +122,22 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
     if differing:
         kind = "another run" if same_run else "another architecture"
         raise CheckpointError(f"{folder} belongs to {kind}: {'; '.join(differing)}")
-    before = manifest.config["train"]["micro_batch_size"]
-    if session.ranks.is_main and same_run and before != session.config.train.micro_batch_size:
-        _LOG.warning("resume: train.micro_batch_size was %s and is %s: losses and choices taken over a pass change with it "
-                     "(docs/methods.md)", before, session.config.train.micro_batch_size)
+    train = manifest.config["train"]
+    before = train["micro_batch_size"] or train["global_batch_size"] // manifest.layout.world_size
+    if session.ranks.is_main and before != session.batches.micro_batch:
+        _LOG.warning("resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
+                     "(docs/methods.md)", before, session.batches.micro_batch)
     layout = layout_of(session.config, session.deepspeed_plan, session.ranks.world_size)
-    if layout == manifest.layout and not moves_experts(manifest, session.config):
+    same_averages = saved_averages(manifest) == list(session.optimizer.averages)
+    if layout == manifest.layout and same_averages and not moves_experts(manifest, session.config):
         on_all_ranks(lambda: _load_as_it_is(session, folder))
     else:
         _LOG.info("resume: resharding, from %s to %s", manifest.layout, layout)
         load_resharded(session, folder, manifest)
         session.engine.global_steps, session.engine.global_samples = manifest.step, manifest.samples_seen
     session.step, session.samples_seen = manifest.step, manifest.samples_seen
+    kept = {name: step for name, step in manifest.averages_since.items() if name in session.optimizer.averages}
+    session.optimizer.averages_since |= kept
 
 
 def _load_as_it_is(session: Session, folder: Path) -> None:
@@ -145,7 +149,7 @@ def _load_as_it_is(session: Session, folder: Path) -> None:
 def set_later_aside(root: Path, step: int) -> None:
     """Rename a run's checkpoints of steps after `step`: the run goes on from there, they are another branch's. Rank 0 only."""
     for folder in list_checkpoints(root):
-        if folder.name > step_folder(step):
+        if step_of(folder) > step:
             aside = folder.with_name(f"{folder.name}.abandoned")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
@@ -166,12 +170,16 @@ def differing_fields(saved: dict[str, Any], config: RunConfig, *, architecture_o
         for name, value in fields.items():
             must_agree = name in architecture[section] if architecture_only else name not in FREE_FIELDS.get(section, ())
             # A field younger than the checkpoint: what was then done is the default now.
-            before = saved.get(section, {}).get(name, defaults[name].default)
+            before = saved.get(section, {}).get(name, _as_json(defaults[name].default))
             if architecture_only and name == "per_layer_weight":
                 before, value = bool(before), bool(value)  # whether there is a head, not its weight
             if must_agree and name != "preset" and before != value:
                 lines.append(f"{section}.{name} is {_shown(before)} there and {_shown(value)} here")
     return lines
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from promoe_ds.config.optimizer import EMA
+from promoe_ds.config.optimizer import EMA, OptimizerConfig
 from promoe_ds.engine.adapter import ShardedExperts
 from promoe_ds.engine.distributed import on_all_ranks
 from promoe_ds.engine.expert_order import relabelled
@@ -51,6 +51,10 @@ def load_resharded(session: Session, folder: Path, manifest: Manifest) -> None:
 def _fill(session: Session, folder: Path, manifest: Manifest) -> None:
     checkpoint = relabelled(ShardedCheckpoint(folder, manifest), manifest, session.module.denoiser)
     missing = [kind for kind in _state_kinds(session) if kind not in checkpoint.kinds]
+    session.optimizer.averages_since = {kind: manifest.step for kind in missing if kind.startswith(EMA)}
+    if session.ranks.is_main and (dropped := [kind for kind in saved_averages(manifest) if kind not in _state_kinds(session)]):
+        _LOG.warning("resume: the averages %s are given up: optimizer.ema_decays and ema_power_lengths no longer name them",
+                     ", ".join(dropped))
     if missing and session.ranks.is_main:
         _LOG.warning("resume: %s holds no %s: the optimizer's moments start at zero, averages at the weights, where they are "
                      "missing", folder, ", ".join(missing))
@@ -92,6 +96,11 @@ def _owned_values(session: Session, step: int) -> Iterator[_Owned]:
                 raise CheckpointError(f"{names[id(parameter)]}: DeepSpeed maps {there.numel} values to {here.numel}")
             yield _Owned(names[id(parameter)], first.get(id(parameter), 0) + there.start,
                          {kind: value[here.start:here.start + here.numel] for kind, value in kinds.items()})
+
+
+def saved_averages(manifest: Manifest) -> list[str]:
+    """Return the names of the averages that the run which wrote a checkpoint kept."""
+    return list(OptimizerConfig.model_validate(manifest.config["optimizer"]).averages)
 
 
 def _state_kinds(session: Session) -> tuple[str, ...]:

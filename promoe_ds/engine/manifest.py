@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The whole of manifest.json."""
+    """The whole of manifest.json.
+
+    averages_since: the step at which a moving average began, of those that began later than training.
+    """
 
     step: int
     samples_seen: int
@@ -57,6 +60,7 @@ class Manifest:
     config: dict[str, Any]
     files: dict[str, FileRecord]
     versions: dict[str, str]
+    averages_since: dict[str, int] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write to `folder`, flushed to the disk."""
@@ -78,8 +82,11 @@ def read_manifest(folder: Path) -> Manifest:
         if values["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {values['format']} is not {FORMAT}; use the version that wrote it")
         files = {_safe_name(name, path): FileRecord(**record) for name, record in values["files"].items()}
+        if not files:
+            raise CheckpointError(f"{path}: lists no file")
         return Manifest(step=int(values["step"]), samples_seen=int(values["samples_seen"]), files=files,
-                        layout=Layout(**values["layout"]), config=dict(values["config"]), versions=dict(values["versions"]))
+                        layout=_read_layout(values["layout"]), config=dict(values["config"]), versions=dict(values["versions"]),
+                        averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()})
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -150,6 +157,14 @@ def find_checkpoint(path: Path) -> Path:
 def list_unfinished(root: Path) -> list[Path]:
     """Return the leftovers of saves that never ended."""
     return sorted(root.glob(f"step_*{UNFINISHED}")) if root.is_dir() else []
+
+
+def _read_layout(values: dict[str, Any]) -> Layout:
+    layout = Layout(**values)
+    for one in fields(Layout):
+        if type(getattr(layout, one.name)).__name__ != one.type:
+            raise TypeError(f"layout.{one.name}={getattr(layout, one.name)!r} is no {one.type}")
+    return layout
 
 
 def _safe_name(name: str, manifest: Path) -> str:

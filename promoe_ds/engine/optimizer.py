@@ -25,15 +25,16 @@ class AdamWithEma(torch.optim.AdamW):
         """Take parameter groups as `parameter_groups` returns them."""
         super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         self.averages = config.averages
-        #: Updates made so far; the trainer sets it after a resume.
+        #: Updates made so far, and for averages that began later, after which one; the trainer sets both after a resume.
         self.updates = 0
+        self.averages_since: dict[str, int] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update the weights, then every average = decay * average + (1 - decay) * weights.
 
-        An average starts from the weights before the first update, as published; nothing of the start remains in a
-        power-function average.
+        An average with a constant decay starts from the weights before the first update, as published, a power-function
+        average from those after it.
         """
         if self.overflow:
             return
@@ -42,9 +43,10 @@ class AdamWithEma(torch.optim.AdamW):
         super().step(closure)
         self.updates += 1
         for (parameter, name), value in initial.items():
-            self.state[parameter][name] = value
+            self.state[parameter][name] = value if self.averages[name].exponent is None else parameter.detach().clone()
         for name, average in self.averages.items() if owned else ():
-            torch._foreach_lerp_([self.state[p][name] for p in owned], owned, 1.0 - average.decay_at(self.updates))
+            decay = average.decay_at(self.updates - self.averages_since.get(name, 0))
+            torch._foreach_lerp_([self.state[p][name] for p in owned], owned, 1.0 - decay)
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ model's names, experts stacked in the order of their global ids. A ledger holds 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,9 +73,10 @@ class ShardedCheckpoint:
         """
         self.folder = folder
         self._config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
-        self._model_states = TorchFile(folder / MODEL_STATES, ALLOWED_RECORDS)
+        self._manifest = manifest
+        self._model_states = self._open(MODEL_STATES)
         shards = _ZeroShards if manifest.layout.zero_stage > 0 else _WholeTensors
-        self._shards: _Shards = shards(folder, manifest.layout, self._model_states, self._config)
+        self._shards: _Shards = shards(self._open, manifest.layout, self._model_states, self._config)
         self.shapes, self.kinds = self._shards.shapes, self._shards.kinds
         self.optimizer_step = self._shards.optimizer_step
         self._buffers = self._find_buffers()
@@ -127,6 +128,11 @@ class ShardedCheckpoint:
         self._model_states.close()
         self._shards.close()
 
+    def _open(self, name: str) -> TorchFile:
+        if name not in self._manifest.files:
+            raise CheckpointError(f"{self.folder / MANIFEST}: does not list {name}, which its layout needs")
+        return TorchFile(self.folder / name, ALLOWED_RECORDS)
+
     def _ledger(self, kind: str) -> Ledger:
         if kind not in self._ledgers:
             ledger = self._ledgers[kind] = Ledger(f"{self.folder}, {kind}")
@@ -153,12 +159,11 @@ class _Slices:
 class _ZeroShards:
     """Flat slices over ZeRO's files."""
 
-    def __init__(self, folder: Path, layout: Layout, model_states: TorchFile, config: Any) -> None:
+    def __init__(self, open_file: Callable[[str], TorchFile], layout: Layout, model_states: TorchFile, config: Any) -> None:
         prefix = "bf16_" if layout.precision == "bf16" else ""
-        self._files = [TorchFile(folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", ALLOWED_RECORDS)
-                       for rank in range(layout.world_size)]
+        self._files = [open_file(f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(layout.world_size)]
         self._shards = [file.content["optimizer_state_dict"] for file in self._files]
-        self._slices = dict(self._find_slices(layout, model_states.content["param_shapes"], folder))
+        self._slices = dict(self._find_slices(layout, model_states.content["param_shapes"], model_states.path.parent))
         self.shapes = {name: (len(where.by_ep_rank) * where.shape[0], *where.shape[1:]) if len(where.by_ep_rank) > 1
                        else where.shape for name, where in self._slices.items()}
         state = self._shards[0]["base_optimizer_state"]["state"].get(0, {})
@@ -227,7 +232,7 @@ class _ZeroShards:
 class _WholeTensors:
     """Without ZeRO: parameters whole in the model file, experts in files of their own or in the model file."""
 
-    def __init__(self, folder: Path, layout: Layout, model_states: TorchFile, config: Any) -> None:
+    def __init__(self, open_file: Callable[[str], TorchFile], layout: Layout, model_states: TorchFile, config: Any) -> None:
         self._is_sharded = layout.dispatch == "deepspeed"
         self._weights: dict[str, list[tuple[TorchFile, Tensor, str]]] = {}
         buffers = set(buffer_names(config))
@@ -235,8 +240,8 @@ class _WholeTensors:
             if (name := key.removeprefix(PREFIX)) not in buffers:
                 self._weights[name] = [(model_states, value, key)]
         if self._is_sharded:
-            self._add_expert_files(folder, config)
-        self._states = self._find_states(folder, layout, model_states)
+            self._add_expert_files(open_file, config)
+        self._states = self._find_states(open_file, layout, model_states)
         self.shapes = {name: (len(parts), *parts[0][1].shape) if len(parts) > 1 or self._is_expert(name)
                        else tuple(parts[0][1].shape) for name, parts in self._weights.items()}
         held = [set(state) for _, states in self._states for state in states.values()]
@@ -283,20 +288,19 @@ class _WholeTensors:
     def _is_expert(self, name: str) -> bool:
         return self._is_sharded and ".moe.routed." in name
 
-    def _add_expert_files(self, folder: Path, config: Any) -> None:
+    def _add_expert_files(self, open_file: Callable[[str], TorchFile], config: Any) -> None:
         for layer, block in enumerate(config.moe_block_indices):
-            files = [TorchFile(folder / f"layer_{layer}_expert_{expert}_{MODEL_STATES}", ALLOWED_RECORDS)
-                     for expert in range(config.routing.num_experts)]
+            files = [open_file(f"layer_{layer}_expert_{expert}_{MODEL_STATES}") for expert in range(config.routing.num_experts)]
             for parameter in EXPERT_PARAMETERS[config.routing.expert_type]:
                 name = f"blocks.{block}.moe.routed.{parameter}"
                 keys = [expert_file_key(f"{PREFIX}{name}", expert) for expert in range(len(files))]
                 self._weights[name] = [(file, file.content[key], key) for file, key in zip(files, keys, strict=True)]
 
-    def _find_states(self, folder: Path, layout: Layout, model_states: TorchFile) -> list[tuple[TorchFile, dict[str, dict]]]:
+    def _find_states(self, open_file: Callable[[str], TorchFile], layout: Layout,
+                     model_states: TorchFile) -> list[tuple[TorchFile, dict[str, dict]]]:
         files = [model_states]
         if self._is_sharded:
-            files = [TorchFile(folder / f"expp_rank_{rank}_mp_rank_00_optim_states.pt", ALLOWED_RECORDS)
-                     for rank in range(layout.ep_size)]
+            files = [open_file(f"expp_rank_{rank}_mp_rank_00_optim_states.pt") for rank in range(layout.ep_size)]
         return [(file, dict(_named_states(file.content.get("optimizer") or {}))) for file in files]
 
 

@@ -136,7 +136,7 @@ def _finish(session: Session, root: Path, pending: _Pending, records: dict[str, 
         manifest = Manifest(
             step=pending.step, samples_seen=pending.samples_seen, config=session.config.model_dump(mode="json"),
             layout=layout_of(session.config, session.deepspeed_plan, session.ranks.world_size), files=records,
-            versions=package_versions())
+            versions=package_versions(), averages_since=dict(session.optimizer.averages_since))
         manifest.write(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)

@@ -67,8 +67,14 @@ def read_export_config(folder: Path) -> RunConfig:
 
 
 def read_export_origin(folder: Path) -> dict[str, Any]:
-    """Return where an export's weights come from, as `save_export` was told; call after `read_export_config`."""
-    return dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("origin", {}))
+    """Return where an export's weights come from, as `save_export` was told; call after `read_export_config`.
+
+    Raises: CheckpointError if that cannot be understood.
+    """
+    origin = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("origin", {})
+    if not isinstance(origin, dict):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: origin={origin!r} is no object")
+    return origin
 
 
 def load_model(export_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiT:

@@ -140,10 +140,14 @@ def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Ten
     return result
 
 
-def published_keys(name: str, shape: tuple[int, ...], config: RunConfig) -> list[str]:
-    """Return the published keys that hold one tensor of ours: an expert each for a stack, else one (or two: DiffMoE's decay)."""
+def published_shapes(name: str, shape: tuple[int, ...], config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Return the published keys that hold one tensor of ours, and their shapes.
+
+    One key, an expert each for a stack, or two: DiffMoE's decay.
+    """
     with torch.device("meta"):
-        return [key for key in to_official({name: torch.empty(shape)}, config) if key != POSITIONS]
+        pieces = to_official({name: torch.empty(shape)}, config)
+    return {key: tuple(value.shape) for key, value in pieces.items() if key != POSITIONS}
 
 
 def published_order(key: str) -> tuple:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from promoe_ds import load_model
 from promoe_ds.engine.conversion import Conversion, Request, convert
-from promoe_ds.engine.conversion.sources import open_source
+from promoe_ds.engine.conversion.convert import open_source
 from promoe_ds.engine.manifest import list_checkpoints
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.export import read_export_config
@@ -160,6 +161,62 @@ def test_weights_by_name_and_type(runs, tmp_path) -> None:
         go(runs["kmeans"], tmp_path / "x", "official")
     assert not (tmp_path / "x").exists()
     assert list(tmp_path.glob("*.unfinished")) == []
+
+
+def test_foreign_architecture_of_a_published_file_is_refused_even_unverified(runs, tmp_path) -> None:
+    go(runs["zero2_ep2"], tmp_path / "official", "official", with_optimizer=True)
+    file = tmp_path / "official" / "ckpt_step_3.pth"
+    wider = open_source(runs["zero2_ep2"]).facts.config
+    wider = wider.model_copy(update={"routing": wider.routing.model_copy(update={"expert_width": 96})})
+    with pytest.raises(CheckpointError, match=r"weights: .* has shape \(64, 32\) instead of \(96, 32\)"):
+        go(file, tmp_path / "x", "single", wider, verify=False)
+    content = torch.load(file, weights_only=True)
+    for change, message in (({"step": "three"}, "is not laid out as"), ({"model_state_dict": [1]}, "is not laid out as"),
+                            ({"optimizer_state_dict": {"state": {1: {}}}}, "holds the state of 1 parameters")):
+        torch.save({**content, **change}, tmp_path / "broken.pth")
+        with pytest.raises(CheckpointError, match=rf"broken\.pth.*{message}"):
+            go(tmp_path / "broken.pth", tmp_path / "x", "single", open_source(runs["zero2_ep2"]).facts.config)
+
+
+def test_left_over_and_missing_state_of_an_export_is_named(runs, tmp_path) -> None:
+    go(runs["zero2_ep2"], tmp_path / "single", "single", with_optimizer=True)
+    path = tmp_path / "single" / "config.json"
+    values = json.loads(path.read_text())
+    values["origin"]["training_state"].remove("exp_avg_sq")
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"exp_avg_sq/.* belongs to none of"):
+        go(tmp_path / "single", tmp_path / "x", "deepspeed", with_optimizer=True)
+
+
+def test_value_beyond_fp16_is_named(runs, tmp_path) -> None:
+    go(runs["zero2_ep2"], tmp_path / "single", "single")
+    file = tmp_path / "single" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["final_layer.linear.bias"][0] = 1e6
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"ema of final_layer\.linear\.bias reaches 1e\+06, beyond fp16"):
+        go(tmp_path / "single", tmp_path / "x", "single", dtype="fp16")
+
+
+def test_file_that_the_manifest_does_not_list_is_not_read(runs, tmp_path) -> None:
+    checkpoint = Path(shutil.copytree(list_checkpoints(runs["zero2_ep2"] / "checkpoints")[0], tmp_path / "c"))
+    path = checkpoint / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["files"]["zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="does not list zero_pp_rank_1"):
+        go(checkpoint, tmp_path / "x", "single")
+
+
+def test_running_state_of_an_average_that_differs_is_named(runs, tmp_path) -> None:
+    go(runs["diffmoe"], tmp_path / "official", "official")
+    file, config = tmp_path / "official" / "ckpt_step_3.pth", open_source(runs["diffmoe"]).facts.config
+    content = torch.load(file, weights_only=True)
+    name = next(key for key in content["ema_model_state_dict"] if key.endswith("expert_threshold"))
+    content["ema_model_state_dict"][name] = content["ema_model_state_dict"][name] + 1
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="a deepspeed checkpoint holds one: take one set of weights"):
+        go(tmp_path / "other.pth", tmp_path / "x", "deepspeed", config)
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])

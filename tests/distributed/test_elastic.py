@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from promoe_ds.engine.conversion import Request, convert
 from promoe_ds.engine.manifest import list_checkpoints, read_manifest
+from promoe_ds.errors import CheckpointError
 
-from .jobs import Job, metrics, routing, run_jobs, state
+from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 
-KINDS = ("weights", "ema", "exp_avg", "exp_avg_sq")
+AVERAGES = ("optimizer.ema_decays=[0.9,0.5]", "optimizer.ema_power_lengths=[0.1]")
+KINDS = ("weights", "ema", "ema_0.5", "ema_power_0.1", "exp_avg", "exp_avg_sq")
 #: Name -> recipe and the pieces of a run: ranks, ep_size, ZeRO stage, steps (None: to the end).
 CHAINS = {
     "fewer_and_more": ("digits_promoe", [(4, 4, 2, 3), (2, 2, 2, 4), (4, 2, 2, 3), (4, 4, 2, None)]),
@@ -25,7 +28,7 @@ STEPS = 12
 def _job(folder: Path, recipe: str, ep_size: int, stage: int, steps: int | None, **options) -> Job:
     stop = () if steps is None else (f"train.stop_after_steps={steps}",)
     return Job(run_dir=folder, recipe=recipe, zero_stage=stage, **options,
-               overrides=(f"parallel.ep_size={ep_size}", f"train.max_steps={STEPS}", *stop))
+               overrides=(f"parallel.ep_size={ep_size}", f"train.max_steps={STEPS}", *AVERAGES, *stop))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,15 @@ def test_elastic_losses_equal_a_run_that_never_changed(runs, name) -> None:
 
 
 @pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("kind", ["weights", *(kind for kind in KINDS if kind.startswith("ema"))])
+def test_elastic_averages_equal_those_of_a_run_that_never_changed(runs, name, kind) -> None:
+    expected, found = (without_key_bias(state(runs[run], kind)) for run in (f"{name}_whole", name))
+    for tensor, value in expected.items():
+        # Other layouts add gradients in another order.
+        torch.testing.assert_close(found[tensor], value, rtol=1e-4, atol=2e-5, msg=lambda m, t=tensor: f"{t}: {m}")
+
+
+@pytest.mark.parametrize("name", CHAINS)
 def test_elastic_tokens_are_counted_as_ever(runs, name) -> None:
     for before, after in zip(routing(runs[f"{name}_whole"]), routing(runs[name]), strict=True):
         assert (after["conditional_tokens"], after["unconditional_tokens"]) == (before["conditional_tokens"],
@@ -87,5 +99,24 @@ def test_elastic_state_is_exact_on_every_layout(runs, tmp_path) -> None:
 
 def test_elastic_other_global_batch_is_refused(runs, tmp_path) -> None:
     job = Job(run_dir=runs["centroids"], recipe="digits_kmeans",
-              overrides=("parallel.ep_size=1", f"train.max_steps={STEPS}", "train.global_batch_size=32"))
+              overrides=("parallel.ep_size=1", f"train.max_steps={STEPS}", *AVERAGES, "train.global_batch_size=32"))
     assert "train.global_batch_size is 16 there and 32 here" in run_jobs(2, [job], tmp_path)[0]
+
+
+def test_branch_keeps_the_averages_that_it_names_and_no_others(runs, tmp_path) -> None:
+    """On the same layout as well: an average that is no longer kept does not linger, a new power average knows its beginning."""
+    source = list_checkpoints(runs["centroids"] / "checkpoints")[0]
+    job = Job(run_dir=tmp_path / "branch", recipe="digits_kmeans", resume=str(source), overrides=(
+        "parallel.ep_size=2", f"train.max_steps={STEPS + 4}", "train.checkpoint_every=2", "optimizer.ema_decays=[0.9]",
+        "optimizer.ema_power_lengths=[0.05,0.1]"))
+    assert run_jobs(2, [job], tmp_path) == [""]
+    manifest = read_manifest(list_checkpoints(_root(tmp_path, "branch"))[0])
+    assert manifest.averages_since == {"ema_power_0.05": STEPS}
+    log = (tmp_path / "branch" / "train.log").read_text()
+    assert "the averages ema_0.5 are given up" in log
+    assert "holds no ema_power_0.05" in log
+    with pytest.raises(CheckpointError, match=r"holds no ema_0\.5"):
+        state(tmp_path / "branch", "ema_0.5")
+    request = Request(destination=tmp_path / "mixed", to="single", ema_length=0.07)
+    with pytest.raises(CheckpointError, match=r"averages that began at different steps \(0, 12\)"):
+        convert(tmp_path / "branch", request)

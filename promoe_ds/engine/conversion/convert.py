@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.engine.conversion.official_source import OfficialSource
 from promoe_ds.engine.conversion.posthoc import PosthocSource
-from promoe_ds.engine.conversion.sources import Source, open_source
+from promoe_ds.engine.conversion.sources import Source, open_folder
 from promoe_ds.engine.conversion.targets import Content, OfficialTarget, PipelineTarget, SingleTarget, Target, TrainingTarget
 from promoe_ds.engine.reconstruct import MOMENTS, WEIGHTS
 from promoe_ds.engine.torch_file import bytes_of
@@ -85,6 +86,23 @@ def convert(source_path: Path, request: Request, config: RunConfig | None = None
                           else PosthocSource(source_path, request.ema_length), request)
 
 
+def open_source(path: Path, config: RunConfig | None = None, *, flag: str = "--recipe") -> Source:
+    """Recognise a checkpoint's format and open it.
+
+    Args:
+        path: a published `.pth` file, or a folder as `open_folder` takes it.
+        config: the architecture of a published file, which holds none; flag: how a user names it.
+    Raises: CheckpointError if it is none of them, not sound, or the config is missing or has no use.
+    """
+    if path.is_file():
+        if config is None:
+            raise CheckpointError(f"{path} does not hold its architecture: name a recipe of it with {flag}")
+        return OfficialSource(path, config)
+    if config is not None:
+        raise CheckpointError(f"{flag}: {path} is a folder, which holds its own architecture: leave it out")
+    return open_folder(path)
+
+
 def refuse_existing(destination: Path) -> None:
     """Raise CheckpointError if the destination is there and not an empty folder."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -97,7 +115,7 @@ def convert_source(source: Source, request: Request) -> Conversion:
     Raises: CheckpointError naming the file that is missing or damaged, the tensor that was dropped, doubled, left over or
         does not fit, or that reads back differently. The destination exists only if all went well.
     """
-    final = request.destination
+    final = request.destination.absolute()
     refuse_existing(final)
     if source.facts.largest_file is not None:
         # A file in the making is held in memory: no more than one of the source's.
@@ -130,8 +148,8 @@ def _choose_kinds(source: Source, request: Request) -> dict[str, str]:
     """Return the target's kinds, in order, each with the source's kind that fills it."""
     averages = [kind for kind in source.kinds if kind.startswith(EMA)]
     moments = [kind for kind in MOMENTS if kind in source.kinds]
-    if request.with_optimizer and not moments:
-        raise CheckpointError(f"{source.facts.path}: holds no optimizer state, only {', '.join(source.kinds)}: leave "
+    if request.with_optimizer and len(moments) < len(MOMENTS):
+        raise CheckpointError(f"{source.facts.path}: holds no whole optimizer state, only {', '.join(source.kinds)}: leave "
                               "--with-optimizer out")
     if request.with_optimizer and request.to == "diffusers":
         raise CheckpointError("--with-optimizer: a diffusers pipeline holds weights only; use --to single, official or deepspeed")
@@ -175,6 +193,7 @@ def _describe(source: Source, request: Request, kinds: dict[str, str]) -> Conten
     return Content(
         config=facts.config, step=0 if starts else facts.step, samples_seen=0 if starts else facts.samples_seen,
         optimizer_step=source.optimizer_step if request.with_optimizer else None, dtype=DTYPES[request.dtype], kinds=names,
+        averages_since={} if starts else facts.averages_since,
         buffers=frozenset(buffer_names(facts.config)), origin={"source": facts.format, **facts.origin})
 
 
@@ -189,6 +208,9 @@ def _copy(source: Source, target: Target, content: Content, kinds: dict[str, str
                 value = source.read(taken, name)
                 for kind in kept:
                     written = value.to(content.dtype_of(kind, name)).contiguous()
+                    if written.dtype == torch.float16 and written.isinf().any() and not value.isinf().any():
+                        raise CheckpointError(f"{source.facts.path}: {taken} of {name} reaches {value.abs().max():g}, beyond fp16: "
+                                              "use --dtype bf16 or fp32")
                     target.write(kind, name, written)
                     digests[kind, name] = _digest(written)
                     progress.update(value.numel() * 4)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from promoe_ds.config.optimizer import LONGEST_POWER_LENGTH, power_average, power_exponent
 from promoe_ds.engine.conversion.sources import TrainingSource
-from promoe_ds.engine.manifest import find_checkpoint, list_checkpoints
+from promoe_ds.engine.manifest import find_checkpoint, list_checkpoints, step_of
 from promoe_ds.errors import CheckpointError
 
 #: A mix whose profile misses the one asked for by more than this is another average.
@@ -73,7 +73,7 @@ class PosthocSource:
         if not 0 < length < LONGEST_POWER_LENGTH:
             raise CheckpointError(f"--ema-length {length:g}: must lie between 0 and {LONGEST_POWER_LENGTH:.3f}")
         last = find_checkpoint(path)
-        self._sources = [TrainingSource(folder) for folder in list_checkpoints(last.parent) if folder.name <= last.name]
+        self._sources = [TrainingSource(folder) for folder in list_checkpoints(last.parent) if step_of(folder) <= step_of(last)]
         self._newest = self._sources[0]
         self._terms, misfit = self._mix(length)
         self._kind = power_average(length)
@@ -89,10 +89,16 @@ class PosthocSource:
         if not lengths:
             raise CheckpointError(f"{self._newest.facts.path}: holds no power-function averages (optimizer.ema_power_lengths is "
                                   "empty): a length can be chosen only of a run that kept them")
-        held = [(source, kept) for source in self._sources for kept in lengths]
+        begins = {source.facts.averages_since.get(power_average(kept), 0) for source in self._sources for kept in lengths
+                  if power_average(kept) in source.kinds}
+        if len(begins) != 1 or len({source.facts.config.parallel.expert_order for source in self._sources}) > 1:
+            raise CheckpointError(f"{self._newest.facts.path.parent}: averages that began at different "
+                                  f"steps ({', '.join(map(str, sorted(begins)))}), or experts moved in between, cannot be mixed")
+        held = [(source, kept) for source in self._sources for kept in lengths if power_average(kept) in source.kinds]
+        (begin,) = begins
         weights, misfit = mixing_weights(
-            [Profile(step=source.facts.step, exponent=power_exponent(kept)) for source, kept in held],
-            Profile(step=self._newest.facts.step, exponent=power_exponent(length)))
+            [Profile(step=source.facts.step - begin, exponent=power_exponent(kept)) for source, kept in held],
+            Profile(step=self._newest.facts.step - begin, exponent=power_exponent(length)))
         if misfit > LARGEST_MISFIT:
             kept = f"lengths {', '.join(f'{one:g}' for one in lengths)}, steps " + ", ".join(
                 str(source.facts.step) for source in reversed(self._sources))

@@ -16,6 +16,7 @@ from promoe_ds.engine.manifest import FileRecord, Layout, Manifest, checksum, st
 from promoe_ds.engine.reconstruct import MODEL_STATES, MOMENTS, PREFIX, WEIGHTS, is_weights
 from promoe_ds.engine.torch_file import TorchFileWriter
 from promoe_ds.engine.versions import package_versions
+from promoe_ds.errors import CheckpointError
 from promoe_ds.model.export import TRAINING_STEM, WEIGHTS_STEM, write_export_config
 from promoe_ds.model.official import POSITIONS, is_published_parameter, published_order, to_official
 from promoe_ds.model.shards import ShardWriter
@@ -36,6 +37,7 @@ class Content:
     kinds: dict[str, dict[str, tuple[int, ...]]]
     buffers: frozenset[str]
     origin: dict[str, Any]
+    averages_since: dict[str, int]
 
     def dtype_of(self, kind: str, name: str) -> torch.dtype:
         """Return the type that a tensor is written in: the moments and the routers' running state stay fp32."""
@@ -66,7 +68,8 @@ class SingleTarget:
         self._weights = ShardWriter(folder, WEIGHTS_STEM, max_bytes=max_bytes)
         self._training = ShardWriter(folder, TRAINING_STEM, max_bytes=max_bytes) if training else None
         self._origin = {**content.origin, "kind": self._model, "training_state": training, "step": content.step,
-                        "samples_seen": content.samples_seen, "optimizer_step": content.optimizer_step}
+                        "samples_seen": content.samples_seen, "optimizer_step": content.optimizer_step,
+                        "averages_since": content.averages_since}
 
     def write(self, kind: str, name: str, value: Tensor) -> None:
         """Write one tensor."""
@@ -169,6 +172,7 @@ class TrainingTarget:
     def __init__(self, folder: Path, content: Content) -> None:
         """Write the file's structure."""
         self._root, self._content = folder, content
+        self._running_state: dict[str, Tensor] = {}
         self._folder = folder / step_folder(content.step)
         self._folder.mkdir()
         self._states = [kind for kind in content.kinds if kind != WEIGHTS]
@@ -188,7 +192,15 @@ class TrainingTarget:
                 self._writer.write(state["step"], torch.tensor(float(content.optimizer_step or 0)))
 
     def write(self, kind: str, name: str, value: Tensor) -> None:
-        """Write one tensor; the routers' running state belongs to the weights alone."""
+        """Write one tensor; the routers' running state belongs to the weights alone.
+
+        Raises: CheckpointError if an average comes with another running state: the layout has room for one.
+        """
+        if name in self._content.buffers:
+            known = self._running_state.setdefault(name, value)
+            if not torch.equal(known, value):
+                raise CheckpointError(f"{name} of {kind} differs from that of the weights, and a deepspeed checkpoint holds one: "
+                                      "take one set of weights with --weights")
         if kind == WEIGHTS:
             self._writer.write(self._writer.content["module"][f"{PREFIX}{name}"], value)
         elif name in self._index:
@@ -201,6 +213,7 @@ class TrainingTarget:
         layout = Layout(world_size=1, ep_size=1, dispatch="converted", zero_stage=0, precision="fp32")
         Manifest(step=self._content.step, samples_seen=self._content.samples_seen, layout=layout,
                  config=self._content.config.model_dump(mode="json"), versions=package_versions(),
+                 averages_since=self._content.averages_since,
                  files={MODEL_STATES: FileRecord(path.stat().st_size, checksum(path))}).write(self._folder)
         (self._root / "latest").write_text(self._folder.name)
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data import build_dataset, sample_indices
 from promoe_ds.diffusion import DiffusionBatch, build_objective, draw_batch
-from promoe_ds.engine.conversion.convert import Conversion, Request, convert_source, refuse_existing
-from promoe_ds.engine.conversion.sources import Facts, Source, open_source
+from promoe_ds.engine.conversion.convert import Conversion, Request, convert_source, open_source, refuse_existing
+from promoe_ds.engine.conversion.sources import Facts, Source
 from promoe_ds.engine.reconstruct import WEIGHTS
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model.build import build_model
@@ -84,7 +84,7 @@ def upcycle(source_path: Path, config: RunConfig, request: UpcycleRequest,
     Raises: CheckpointError, ConfigError or DataError naming what does not fit.
     """
     refuse_existing(request.destination)
-    source = open_source(source_path, source_config)
+    source = open_source(source_path, source_config, flag="--source-recipe")
     _check_fit(source.facts, config)
     kind = _weights_kind(source, request.weights)
     dense, batch = None, None
@@ -121,7 +121,8 @@ class _UpcycledSource:
         self._feed_forward: tuple[int, dict[str, Tensor]] = (-1, {})
         origin = {**dense.facts.origin, "upcycled_from": str(dense.facts.path), "source_kind": kind,
                   "gate_scales": {str(index): start.gate_scale for index, start in starts.items()}}
-        self.facts = replace(dense.facts, config=config, origin=origin, note=_describe(config, self._deal, starts.values()))
+        self.facts = replace(dense.facts, config=config, origin=origin, averages_since={},
+                             note=_describe(config, self._deal, starts.values()))
 
     def names(self, kind: str) -> list[str]:
         return list(self._shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_writer_filled_in_afterwards_equals_torch_save(tmp_path: Path) -> None:
     writer.write(writer.content["a"], VALUES["a"])
     writer.write(writer.content["b"][0], torch.empty(0))
     writer.close()
+    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
     for mmap in (False, True):
         found = torch.load(tmp_path / "x.pt", weights_only=True, mmap=mmap)
         assert torch.equal(found["a"], VALUES["a"])

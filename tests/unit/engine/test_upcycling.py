@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from promoe_ds.engine.conversion import UpcycleRequest, upcycle
-from promoe_ds.engine.conversion.sources import open_source
+from promoe_ds.engine.conversion.convert import open_source
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model.export import save_export
 
