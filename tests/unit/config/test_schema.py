@@ -22,7 +22,8 @@ POSITIVE = (
     "data.latent_scale", "data.heldout_fraction", "data.synthetic_samples", "optimizer.lr", "optimizer.eps",
     "train.global_batch_size", "train.micro_batch_size", "train.max_steps", "train.stop_after_steps", "train.log_every",
     "train.checkpoint_every", "train.keep_last", "train.max_nonfinite_steps", "logging.timestep_bins", "sampling.steps",
-    "routing.capacity_weight",
+    "routing.capacity_weight", "supervision.setup_timeout_seconds", "supervision.step_timeout_seconds",
+    "supervision.checkpoint_timeout_seconds", "supervision.launcher_timeout_seconds",
 )
 NOT_NEGATIVE = (
     "routing.num_shared_experts", "routing.num_unconditional_experts", "routing.rcl_weight", "routing.balance_weight",
