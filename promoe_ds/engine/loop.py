@@ -22,7 +22,7 @@ from promoe_ds.engine.session import Session, build_session, start_routers, trai
 from promoe_ds.engine.step import StepResult
 from promoe_ds.engine.supervision import Supervisor
 from promoe_ds.errors import CheckpointError, Preempted, PromoeError, TrainingError
-from promoe_ds.launch.lease import LAUNCH_FOLDER
+from promoe_ds.launch.lease import DUMP_FOLDER, LAUNCH_FOLDER
 from promoe_ds.logs import configure_logging, get_logger
 
 _LOG = get_logger("train")
@@ -151,7 +151,7 @@ def _claim(run: Run) -> None:
         if differing:
             raise CheckpointError(f"--run-dir {run.run_dir} already holds another run: {'; '.join(differing)}. Use another "
                                   "directory")
-    elif not saved.is_file() and run.run_dir.is_dir() and {path.name for path in run.run_dir.iterdir()} - {LAUNCH_FOLDER}:
+    elif not saved.is_file() and run.run_dir.is_dir() and {p.name for p in run.run_dir.iterdir()} - {LAUNCH_FOLDER, DUMP_FOLDER}:
         raise CheckpointError(f"--run-dir {run.run_dir} is not empty and holds no run of this package: use another directory")
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (run.run_dir / "checkpoints").mkdir(exist_ok=True)

@@ -18,12 +18,15 @@ from promoe_ds.launch.environment import runner_environment, shell_arguments, wr
 from promoe_ds.launch.hostfile import Host, write_hostfile
 from promoe_ds.launch.lease import ATTEMPT_VARIABLE, Note, read_notes, renew_lease
 from promoe_ds.launch.remote import SSH_OPTIONS, RemoteError, ask, on_all
+from promoe_ds.launch.sweep import processes_with
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("launch")
 _POLL_SECONDS = 0.5
 _SWEEP_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
+#: Tells DeepSpeed's runner which file holds the ranks' environment; its child processes inherit it.
+_ENVIRONMENT_VARIABLE, _ENVIRONMENT = "DS_ENV_FILE", "environment"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ def run_attempt(attempt: Attempt, stop_reason: Callable[[], str]) -> Outcome:
     """
     attempt.folder.mkdir(parents=True, mode=0o700)
     write_hostfile(attempt.folder / "hostfile", attempt.hosts)
-    write_environment(attempt.folder / "environment", {**attempt.environment, ATTEMPT_VARIABLE: str(attempt.folder)})
+    write_environment(attempt.folder / _ENVIRONMENT, {**attempt.environment, ATTEMPT_VARIABLE: str(attempt.folder)})
     renew_lease(attempt.folder, 0)
     command = _command(attempt)
     _LOG.info("starting %s", shlex.join(command))
@@ -71,7 +74,7 @@ def run_attempt(attempt: Attempt, stop_reason: Callable[[], str]) -> Outcome:
     try:
         _watch(runner, attempt, stop_reason)
     finally:
-        _kill_tree(runner.pid)
+        _break_connections(attempt)
         runner.wait()
     unreachable = _sweep(attempt)
     return Outcome(code=runner.returncode, notes=read_notes(attempt.folder), unreachable=unreachable)
@@ -83,16 +86,16 @@ def _watch(runner: subprocess.Popen, attempt: Attempt, stop_reason: Callable[[],
     reason = ""
     while runner.poll() is None and time.monotonic() < give_up:
         time.sleep(_POLL_SECONDS)
-        ending, patience = "", attempt.stop_seconds
+        ending, patience, due = "", attempt.stop_seconds, time.monotonic() - renewed > attempt.lease_seconds / 10
         if not reason and (reason := stop_reason()):
             ending = f"asked to stop ({reason})"
-        elif give_up == float("inf") and (failed := [note for note in read_notes(attempt.folder) if note.code]):
+        elif due and give_up == float("inf") and (failed := [note for note in read_notes(attempt.folder) if note.code]):
             first, patience = failed[0], attempt.failure_seconds
             ending = f"rank {first.rank} on {first.host} ended with code {first.code}"
         if ending:
             _LOG.info("%s: waiting up to %.0f s for all ranks to end", ending, patience)
             give_up = time.monotonic() + patience
-        if ending or time.monotonic() - renewed > attempt.lease_seconds / 5:
+        if ending or due:
             count, renewed = count + 1, time.monotonic()
             with suppress(OSError):  # ranks hold out until the lease is too old: the next renewal may succeed
                 renew_lease(attempt.folder, count, reason)
@@ -108,7 +111,7 @@ def _command(attempt: Attempt) -> list[str]:
 
 def _environment(attempt: Attempt) -> dict[str, str]:
     environment = runner_environment(os.environ)
-    environment["DS_ENV_FILE"] = str(attempt.folder / "environment")
+    environment[_ENVIRONMENT_VARIABLE] = str(attempt.folder / _ENVIRONMENT)
     environment["PDSH_SSH_ARGS_APPEND"] = " ".join([environment.get("PDSH_SSH_ARGS_APPEND", ""), *SSH_OPTIONS]).strip()
     return environment | {name: attempt.environment[name] for name in ("DS_ACCELERATOR",) if name in attempt.environment}
 
@@ -131,17 +134,8 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _kill_tree(root: int) -> None:
-    """Kill a process and all below it on this host: the runner, pdsh and its ssh connections."""
-    parents = {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            with suppress(OSError, IndexError, ValueError):
-                parents[int(path.name)] = int((path / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-    doomed, below = {root}, True
-    while below:
-        below = {pid for pid, parent in parents.items() if parent in doomed} - doomed
-        doomed |= below
-    for pid in doomed:
+def _break_connections(attempt: Attempt) -> None:
+    """Kill what this attempt runs on this host: the runner, pdsh, its ssh connections; a killed runner leaves them behind."""
+    for pid in processes_with(_ENVIRONMENT_VARIABLE, str(attempt.folder / _ENVIRONMENT)):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -49,7 +49,8 @@ class StopWish:
         """Take over the signals."""
         self._reason = ""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, self._take)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._take)
 
     def __call__(self) -> str:
         """Return the signal's name, "" before one came."""

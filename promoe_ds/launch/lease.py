@@ -17,6 +17,8 @@ from pathlib import Path
 ATTEMPT_VARIABLE = "PROMOE_LAUNCH_DIR"
 #: Folder of the launcher's files inside a run directory.
 LAUNCH_FOLDER = "launch"
+#: Folder of the stack dumps there. Both may be there before the run is.
+DUMP_FOLDER = "supervision"
 _LEASE = "lease.json"
 
 

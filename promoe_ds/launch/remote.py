@@ -43,6 +43,8 @@ def ask(host: str, module: str, request: dict[str, Any], *, timeout: float) -> d
                               timeout=timeout)
     except subprocess.TimeoutExpired:
         raise RemoteError(f"no answer within {timeout:g} s") from None
+    except FileNotFoundError:
+        raise RemoteError("ssh failed: this host has no ssh client, install the package openssh-client") from None
     if done.returncode == 255:
         raise RemoteError(f"ssh failed: {last_line(done.stderr) or 'connection lost'}")
     if done.returncode != 0:

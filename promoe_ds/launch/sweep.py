@@ -16,10 +16,9 @@ from pathlib import Path
 from promoe_ds.launch.lease import ATTEMPT_VARIABLE
 
 
-def processes_of(folder: str) -> list[int]:
-    """Return the processes of this user that belong to an attempt, this one left out."""
-    wanted = f"{ATTEMPT_VARIABLE}={folder}".encode()
-    found = []
+def processes_with(variable: str, value: str) -> list[int]:
+    """Return the processes of this user that were started with a variable of that value, this one left out."""
+    wanted, found = f"{variable}={value}".encode(), []
     for path in Path("/proc").iterdir():
         if path.name.isdigit() and int(path.name) != os.getpid():
             with suppress(OSError):  # gone meanwhile, or another user's
@@ -31,7 +30,7 @@ def processes_of(folder: str) -> list[int]:
 def sweep(folder: str, patience: float) -> list[int]:
     """Wait up to `patience` seconds for an attempt's processes to end; kill and return what is left then."""
     deadline = time.monotonic() + patience
-    while (left := processes_of(folder)) and time.monotonic() < deadline:
+    while (left := processes_with(ATTEMPT_VARIABLE, folder)) and time.monotonic() < deadline:
         time.sleep(0.2)
     for pid in left:
         with suppress(ProcessLookupError):

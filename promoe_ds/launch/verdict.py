@@ -30,18 +30,22 @@ def judge(attempt: Attempt, outcome: Outcome) -> Verdict:
     final = [note for note in notes if note.code not in (None, 0, Preempted.exit_code, *_WORTH_A_RESTART)]
     if final:
         note = min(final, key=lambda note: note.time)
-        return Verdict(note.code, f"rank {note.rank} on {note.host}: {note.message}", restart=False)
+        return Verdict(note.code, _said(note), restart=False)
     silent = _silent(notes, expected, outcome)
     if not silent and all(note.code in (0, Preempted.exit_code) for note in notes):
-        return Verdict(Preempted.exit_code, f"{notes[0].message}", restart=False)
+        return Verdict(Preempted.exit_code, notes[0].message, restart=False)
     spoken = sorted((note for note in notes if note.code in _WORTH_A_RESTART), key=lambda note: note.time)
     parts = [*silent, *(f"{host}: does not answer any more ({why})" for host, why in outcome.unreachable.items())]
     # A rank's own defect or stall is the cause; that others lost it only follows.
     causes = [note for note in spoken if note.code != PeerError.exit_code] or spoken[:1]
-    parts += [note.message if note.host in note.message else f"rank {note.rank} on {note.host}: {note.message}"
-              for note in causes[:1]]
+    parts += [_said(note) for note in causes[:1]]
     code = PeerError.exit_code if silent or outcome.unreachable else (causes[0].code if causes else LaunchError.exit_code)
     return Verdict(code, "; ".join(parts) or f"the launcher ended with code {outcome.code} and no rank said why", restart=True)
+
+
+def _said(note: Note) -> str:
+    place = f"rank {note.rank} on {note.host}: "
+    return place + note.message.removeprefix(place)
 
 
 def _expected_ranks(attempt: Attempt) -> list[str]:

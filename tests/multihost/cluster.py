@@ -14,11 +14,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _COMMANDS = ("unshare", "nsenter", "ip", "tc", "ssh", "ssh-keygen", "pdsh")
 _SSHD = "/usr/sbin/sshd"
+_DELAY = Path(__file__).with_name("delay.py")
 _NAMESPACES = ("--net", "--pid", "--mount", "--uts", "--ipc")
 _START_SECONDS = 20.0
 
@@ -152,6 +154,21 @@ class Cluster:
         """Take the limits off again."""
         self._in_switch(f"tc qdisc del dev {_port(name)} root")
         self._checked(self._enter(name), "tc qdisc del dev eth0 root")
+
+    @contextmanager
+    def delayed(self, name: str, seconds: float) -> Iterator[None]:
+        """Make a host's cable so long that each frame takes `seconds` more, in either direction."""
+        port = _port(name)
+        self._in_switch(f"ip link add far type veth peer name near && ip link set far up && ip link set {port} nomaster && "
+                        "ip link set near master br0 up")
+        enter = ["nsenter", "--target", str(self._pids["switch"]), "--net"]
+        relay = subprocess.Popen([*enter, sys.executable, str(_DELAY), port, "far", str(seconds)], preexec_fn=_die_with_parent)
+        try:
+            yield
+        finally:
+            relay.kill()
+            relay.wait()
+            self._in_switch(f"ip link del far && ip link set {port} master br0")
 
     def _start_host(self, name: str) -> None:
         folder, address = self.root / name, self.addresses[name]

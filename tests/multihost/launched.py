@@ -70,15 +70,19 @@ class Launched:
         return found
 
 
-def launch(cluster: Cluster, folder: Path, slots: dict[str, int], *overrides: str, options: tuple[str, ...] = ()) -> Launched:
-    """Start a job on host1 for the given hosts and slots, and return at once."""
+def launch(cluster: Cluster, folder: Path, slots: dict[str, int], *overrides: str, options: tuple[str, ...] = (),
+           script: bool = False) -> Launched:
+    """Start a job on host1 for the given hosts and slots, by multinode.sh if asked, and return at once."""
     folder.mkdir(exist_ok=True)
     (folder / "hosts").write_text("".join(f"{name} slots={count}\n" for name, count in slots.items()))
-    command = [sys.executable, "-m", "promoe_ds.cli.launch", "--hostfile", str(folder / "hosts"), *options, "--", "--recipe",
-               "digits_promoe", "--deepspeed_config", "ds_configs/zero2_fp32.json", "--run-dir", str(folder / "run"), "--set",
-               *TINY, *TIMEOUTS, *overrides]
+    training = ["--set", *TINY, *TIMEOUTS, *overrides]
+    hosts, recipe, config, run_dir = str(folder / "hosts"), "digits_promoe", "ds_configs/zero2_fp32.json", str(folder / "run")
+    command = [sys.executable, "-m", "promoe_ds.cli.launch", "--hostfile", hosts, *options, "--", "--recipe", recipe,
+               "--deepspeed_config", config, "--run-dir", run_dir, *training]
+    if script:
+        command = ["bash", "launch_scripts/multinode.sh", hosts, recipe, config, run_dir, *options, "--", *training]
     with (folder / "output").open("w") as output:
-        process = cluster.popen("host1", *command, cwd=REPOSITORY, stdout=output, stderr=output)
+        process = cluster.popen("host1", *command, cwd=REPOSITORY, env={"VIRTUAL_ENV": sys.prefix}, stdout=output, stderr=output)
     return Launched(cluster, folder / "run", process)
 
 

@@ -83,8 +83,9 @@ def test_host_unreachable_at_start_is_named_at_once(three_hosts, tmp_path) -> No
 
 
 def test_sigterm_to_the_launcher_saves_and_ends_with_75(two_hosts, tmp_path) -> None:
-    job = launch(two_hosts, tmp_path, {"host1": 1, "host2": 1}, *LONG[:2], "train.checkpoint_every=100000")
+    job = launch(two_hosts, tmp_path, TWO, *LONG[:2], "train.checkpoint_every=100000", script=True)
     job.wait_for_step(3)
+    assert "pre-flight: 2 hosts, 2 ranks, interface eth0: sound" in job.log()
     os.kill(launcher_process(job), TERM)
     assert job.end(TIMEOUT) == 75, job.log()
     assert "stopped: asked to stop (SIGTERM): saved step" in job.log()

@@ -74,7 +74,7 @@ def _measure(cluster: Cluster, job: Launched, steps: int) -> tuple[float, float]
     return (ended - started) / (last - step), (sent_later - sent) / (last - step)
 
 
-def test_step_time_under_a_limited_link_is_what_its_bytes_ask_for(two_hosts, tmp_path, record_property) -> None:
+def test_step_time_of_limited_and_delayed_links_is_what_bytes_and_exchanges_ask_for(two_hosts, tmp_path, record_property) -> None:
     job = launch(two_hosts, tmp_path, {"host1": 1, "host2": 1}, "parallel.ep_size=2", "train.max_steps=100000")
     job.wait_for_step(5)
     free, sent = _measure(two_hosts, job, 25)
@@ -90,6 +90,13 @@ def test_step_time_under_a_limited_link_is_what_its_bytes_ask_for(two_hosts, tmp
             assert limited < free + 3 * wire + 0.1, lines
     finally:
         two_hosts.unlimit("host2")
+    for milliseconds in (1, 5):
+        with two_hosts.delayed("host2", milliseconds / 1e3):
+            late, sent = _measure(two_hosts, job, 12)
+        more = (late - free) / (milliseconds / 1e3)
+        lines.append(f"{milliseconds} ms more each way: {late * 1e3:.0f} ms a step, {more:.0f} times the delay more")
+    # Rows go out and come back, forward and backward, in two layers, one after the other; few more exchanges wait for nothing.
+    assert 8 < more < 80, lines
     record_property("step_times", "; ".join(lines))
     (job.run_dir.parent / "step_times").write_text("\n".join(lines) + "\n")
     os.kill(launcher_process(job), TERM)

@@ -13,7 +13,7 @@ from promoe_ds.config import SupervisionConfig
 from promoe_ds.engine.supervision.peers import gather_addresses, peer_problem
 from promoe_ds.engine.supervision.watchdog import Watchdog
 from promoe_ds.errors import PeerError
-from promoe_ds.launch.lease import leave_note
+from promoe_ds.launch.lease import DUMP_FOLDER, leave_note
 from promoe_ds.logs import get_logger, rank_from_environment
 
 _LOG = get_logger("supervision")
@@ -26,7 +26,7 @@ class Supervisor:
     def __init__(self, settings: SupervisionConfig, run_dir: Path) -> None:
         """Watch nothing yet: a loop outside `supervised` runs with no watch over it."""
         self._settings, self._stop_reason, self._watchdog = settings, "", None
-        self._dump_folder, self._rank = run_dir / "supervision", rank_from_environment()
+        self._dump_folder, self._rank = run_dir / DUMP_FOLDER, rank_from_environment()
         self._addresses: dict[str, str] = {}
         self.step, self._first_step_done = 0, False
 

@@ -80,7 +80,8 @@ class Watchdog:
         message = (f"{self._here()} took longer than {self._seconds:g} s (supervision.{self._phase.replace('set-up', 'setup')}"
                    "_timeout_seconds)")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._folder.mkdir(exist_ok=True, mode=0o700)
             path = self._folder / f"stalled_rank_{self._rank:05d}_step_{self._step:07d}.txt"
             with path.open("w", encoding="utf-8") as file:
                 file.write(f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}, {self._phase} {self._step}\n")

@@ -1,0 +1,54 @@
+"""single_node.sh: the deepspeed launcher on this host, and a stop that saves; the scripts are sound shell."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from promoe_ds.engine.manifest import list_checkpoints, read_manifest
+
+from .commands import REPOSITORY, TINY, ZERO2
+
+SCRIPTS = sorted((REPOSITORY / "launch_scripts").glob("*.s*"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_sound_shell(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["single_node.sh", "multinode.sh", "slurm.sbatch"])
+def test_script_without_arguments_tells_its_usage(name: str) -> None:
+    done = subprocess.run(["bash", str(REPOSITORY / "launch_scripts" / name)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "RECIPE DEEPSPEED_CONFIG RUN_DIR" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_single_node_sigterm_saves_and_ends_with_75(tmp_path) -> None:
+    """Plain `deepspeed`, told to stop, leaves its ranks behind."""
+    environment = {**os.environ, "PROMOE_RANKS": "2", "MASTER_PORT": "29631", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                   "VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with (tmp_path / "output").open("w") as output:
+        command = ["bash", str(REPOSITORY / "launch_scripts/single_node.sh"), "digits_promoe", ZERO2, str(tmp_path / "run"),
+                   "--set", *TINY, "train.max_steps=100000", "train.checkpoint_every=100000"]
+        script = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        lines, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 90
+        while not (lines.is_file() and lines.stat().st_size) and script.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(40) == 75, (tmp_path / "output").read_text()
+        saved = read_manifest(list_checkpoints(tmp_path / "run/checkpoints")[0])
+        assert saved.step == len(lines.read_text().splitlines())
+        assert "stopped: asked to stop" in (tmp_path / "output").read_text()
+    finally:
+        if script.poll() is None:
+            os.killpg(script.pid, signal.SIGKILL)

@@ -1,0 +1,82 @@
+"""Values and arguments survive DeepSpeed's quoting and a shell, whatever is in them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from promoe_ds.errors import LaunchError
+from promoe_ds.launch.environment import (
+    job_environment,
+    require_plain_path,
+    runner_environment,
+    shell_arguments,
+    write_environment,
+)
+
+#: No %, which is refused, and nothing that a C string or a line cannot hold.
+TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=0x24F, exclude_characters="%", exclude_categories=["Cc", "Cs"]))
+
+
+def _as_deepspeed_does(argument: str) -> str:
+    """What its pdsh runner does to an argument."""
+    return '"{}"'.format(argument.replace('"', '\\"')) if " " in argument else argument
+
+
+def _export(line: str) -> str:
+    """What its runner makes of a line of the environment file."""
+    name, value = line.split("=", maxsplit=1)
+    value = value.strip()
+    quoted = f'"{value}"' if re.search(r"[^\w@%+=:,./-]", value) else value
+    return f"export {name.strip()}={quoted}; "
+
+
+def _shell(script: str) -> str:
+    return subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout.decode()
+
+
+@given(st.lists(TEXT, min_size=1, max_size=4))
+def test_arguments_arrive_as_they_are(arguments) -> None:
+    line = " ".join(_as_deepspeed_does(argument) for argument in shell_arguments(arguments))
+    assert _shell(f"printf '%s\\n' {line}").split("\n")[:-1] == arguments
+
+
+@given(TEXT.map(str.strip))
+def test_environment_values_arrive_as_they_are(tmp_path_factory, value) -> None:
+    path = tmp_path_factory.mktemp("environment") / "file"
+    write_environment(path, {"NAME": value})
+    assert _shell(f"{_export(path.read_text())} printf %s \"$NAME\"") == value
+
+
+@pytest.mark.parametrize("value", ["100%", "a\nb", "a\x00b"])
+def test_argument_that_cannot_arrive_is_refused(value) -> None:
+    with pytest.raises(LaunchError):
+        shell_arguments([value])
+
+
+def test_environment_files_override_the_shell_and_each_other(tmp_path, monkeypatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (home / ".deepspeed_env").write_text("# ours\n\nNCCL_DEBUG=INFO\nA=home\nB=x=y\n")
+    (here / ".deepspeed_env").write_text("A=here\n")
+    assert job_environment({"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth1", "SECRET": "x", "PYTHONPATH": ""}) == {
+        "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth1", "A": "here", "B": "x=y"}
+    (here / ".deepspeed_env").write_text("A=here\nexport B\n")
+    with pytest.raises(LaunchError, match="line 2: 'export B' is not of the form NAME=VALUE"):
+        job_environment({})
+
+
+def test_runner_environment_hides_what_deepspeed_would_export_unescaped() -> None:
+    assert runner_environment({"PYTHONPATH": "$(id)", "UCX_TLS": "x", "PATH": "/bin", "NCCL_DEBUG": "a;b"}) == {"PATH": "/bin"}
+
+
+def test_path_with_metacharacters_is_refused() -> None:
+    require_plain_path("the folder", "/data/run_1-a.b")
+    with pytest.raises(LaunchError, match="the folder '/data/a b'"):
+        require_plain_path("the folder", "/data/a b")
