@@ -160,8 +160,8 @@ def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.Process
                                   MoESubmodules(router=PlannedRouter, experts=_expert_spec(is_grouped)),
                                   pg_collection=_process_groups(group))
     except ImportError as error:
-        raise ConfigError(f"parallel.dispatch=megatron, parallel.megatron_dispatcher={config.parallel.megatron_dispatcher}: Megatron "
-                          f"misses a library ({error}): install it, or use parallel.dispatch=deepspeed") from None
+        raise ConfigError(f"parallel.dispatch=megatron, parallel.megatron_dispatcher={config.parallel.megatron_dispatcher}: "
+                          f"Megatron misses a library ({error}): install it, or use parallel.dispatch=deepspeed") from None
     if on_cpu:
         prepare_dispatcher(layer)
     for module in layer.modules():
