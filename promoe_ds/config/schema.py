@@ -204,6 +204,13 @@ class RunConfig(Section):
             return "grouped_mm" if self._grouped_gemm_fits else "loop"
         return self.parallel.expert_backend
 
+    @property
+    def experts_by(self) -> str:
+        """Who computes routed experts: Megatron, Transformer Engine, or our own backend."""
+        if self.parallel.resolved_dispatch == "megatron":
+            return "megatron"
+        return "transformer_engine" if self.precision.uses_transformer_engine else self.expert_backend
+
     def _digits_fit(self) -> None:
         if (self.model.input_size, self.model.in_channels) != (8, 1):
             raise ValueError(f"data.dataset=digits has 8x8 images of one channel, but model.input_size="

@@ -64,7 +64,7 @@ def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
             set_later_aside(run.run_dir / "checkpoints", session.step)
     parallel, plan = run.config.parallel, run.deepspeed_plan
     _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d, accumulation %d, from step %d",
-              run.config.name, ranks.world_size, parallel.ep_size, parallel.resolved_dispatch, run.config.expert_backend,
+              run.config.name, ranks.world_size, parallel.ep_size, parallel.resolved_dispatch, run.config.experts_by,
               plan.zero_stage, plan.precision, batches.micro_batch, batches.accumulation, session.step)
     writer = MetricsWriter(run.run_dir, run.config, ranks, start_step=session.step)
     try:

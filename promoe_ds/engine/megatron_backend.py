@@ -157,7 +157,8 @@ def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.Process
     _log_choice(config.parallel.megatron_dispatcher, is_grouped)
     on_cpu = device.type == "cpu"
     try:
-        with cpu_construction() if on_cpu else nullcontext(), torch.device("meta"):
+        with cpu_construction() if on_cpu else nullcontext(), torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of settings that we leave at their defaults
             layer = MegatronLayer(_transformer_config(config, device, is_grouped=is_grouped),
                                   MoESubmodules(router=PlannedRouter, experts=_expert_spec(is_grouped)),
                                   pg_collection=_process_groups(group))

@@ -279,3 +279,11 @@ def test_precision_that_cannot_run_is_refused(sections: dict[str, dict[str, Any]
 ])
 def test_precision_takes_transformer_engine_for_fp8_or_where_asked(precision: dict[str, str], expected: bool) -> None:
     assert small_config(precision=precision).precision.uses_transformer_engine is expected
+
+
+@pytest.mark.parametrize(("sections", "expected"), [
+    ({}, "grouped_mm"), ({"parallel": {"expert_backend": "loop"}}, "loop"), ({"parallel": {"dispatch": "megatron"}}, "megatron"),
+    ({"precision": {"compute": "fp8"}}, "transformer_engine"),
+])
+def test_experts_are_computed_by_who_was_chosen(sections: dict[str, dict[str, Any]], expected: str) -> None:
+    assert small_config(**sections).experts_by == expected
