@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from promoe_ds.analysis.benchmarks.contenders import LIBRARIES, single_process, with_dispatch
 from promoe_ds.analysis.benchmarks.layers import mixture
@@ -71,6 +76,20 @@ def session_of(config: RunConfig, *, bf16: bool) -> Any:
     values = {"zero_optimization": {"stage": 2, "overlap_comm": bf16}, "bf16": {"enabled": bf16}}
     plan = resolve_deepspeed(values, config, batches, source="benchmark")
     return build_session(config, plan, batches, current_ranks(), build_dataset(config))
+
+
+@contextmanager
+def open_session(config: RunConfig, *, bf16: bool) -> Iterator[Any]:
+    """Give a session for a while; its engine, which hooks tie to the process, is taken apart afterwards."""
+    session = session_of(config, bf16=bf16)
+    try:
+        yield session
+    finally:
+        session.engine.destroy()
+        del session
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def step_call(session: Any) -> Any:
