@@ -13,7 +13,7 @@ import torch
 from promoe_ds.analysis.benchmarks.contenders import single_process
 from promoe_ds.analysis.benchmarks.layers import layer_contenders
 from promoe_ds.analysis.benchmarks.parity import PRECISIONS, layer_parity, network_parity, with_precision
-from promoe_ds.analysis.benchmarks.step import for_timing, session_of, step_call, without_experts
+from promoe_ds.analysis.benchmarks.step import for_timing, open_session, step_call, without_experts
 from promoe_ds.analysis.benchmarks.timing import Timing, interleave, machine_description
 from promoe_ds.config import RunConfig, load_config, training_flops_per_image
 from promoe_ds.config.devices import bf16_peak
@@ -111,8 +111,8 @@ def report(device: torch.device, *, steps: dict[str, int], layer_recipe: str | R
 
 def mean_loss(config: RunConfig, precision: str, *, steps: int) -> float:
     """Train `steps` steps on the same synthetic samples and return the mean loss of the last third."""
-    session = session_of(for_timing(config, micro_batch=8), bf16=precision != "fp32")
-    losses = [float(step_call(session)().terms["diffusion"]) for _ in range(steps)]
+    with open_session(for_timing(config, micro_batch=8), bf16=precision != "fp32") as session:
+        losses = [float(step_call(session)().terms["diffusion"]) for _ in range(steps)]
     return sum(losses[-(steps // 3 or 1):]) / (steps // 3 or 1)
 
 
@@ -125,15 +125,14 @@ def step_speed(config: RunConfig, images: int, device: torch.device, *, rounds: 
             if images == 1:
                 raise
             images //= 2
-            torch.cuda.empty_cache()
 
 
 def _step_speed(config: RunConfig, images: int, device: torch.device, rounds: int) -> StepSpeed:
     cuda = device.type == "cuda"
-    session = session_of(for_timing(config, micro_batch=images), bf16=cuda)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    timing = interleave({"step": step_call(session)}, rounds=rounds, warmup=3)["step"]
+    with open_session(for_timing(config, micro_batch=images), bf16=cuda) as session:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        timing = interleave({"step": step_call(session)}, rounds=rounds, warmup=3)["step"]
     peak = bf16_peak(torch.cuda.get_device_name(device)) if cuda else None
     rate = images * training_flops_per_image(config) / (timing.wall_ms / 1e3)
     return StepSpeed(images=images, milliseconds=timing.wall_ms, mfu=rate / peak if peak else None,
@@ -143,13 +142,13 @@ def _step_speed(config: RunConfig, images: int, device: torch.device, rounds: in
 def kernel_times(config: RunConfig, images: int, device: torch.device) -> dict[str, float]:
     """Profile one step and return the milliseconds of the kernels that take longest."""
     cuda = device.type == "cuda"
-    run = step_call(session_of(for_timing(config, micro_batch=images), bf16=cuda))
-    run()
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
-        run()
-        if cuda:
-            torch.cuda.synchronize(device)
+    with open_session(for_timing(config, micro_batch=images), bf16=cuda) as session:
+        step_call(session)()
+        with torch.profiler.profile(activities=[activity]) as profile:
+            step_call(session)()
+            if cuda:
+                torch.cuda.synchronize(device)
     field_ = "self_device_time_total" if cuda else "self_cpu_time_total"
     microseconds = {event.key: getattr(event, field_) for event in profile.key_averages()}
     return {key: microseconds[key] / 1e3 for key in sorted(microseconds, key=microseconds.get, reverse=True)[:_TOP_KERNELS]}

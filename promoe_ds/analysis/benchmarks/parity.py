@@ -7,10 +7,10 @@ from torch import Tensor
 
 from promoe_ds.analysis.benchmarks.contenders import library_layers
 from promoe_ds.analysis.benchmarks.layers import initialised
-from promoe_ds.analysis.benchmarks.step import for_timing, session_of
+from promoe_ds.analysis.benchmarks.step import for_timing, open_session
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.errors import ConfigError
-from promoe_ds.model import build_model
+from promoe_ds.model import DiT, build_model
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe.experts import BACKENDS
 from promoe_ds.moe.layer import MoELayer
@@ -69,8 +69,11 @@ def network_parity(config: RunConfig, precision: str, device: torch.device) -> f
 
     Near ties between prototypes may fall differently: they are part of the error.
     """
-    session = session_of(for_timing(config, micro_batch=_IMAGES), bf16=precision != "fp32")
-    network = session.module.denoiser
+    with open_session(for_timing(config, micro_batch=_IMAGES), bf16=precision != "fp32") as session:
+        return _distance_to_float64(session.module.denoiser, config, device)
+
+
+def _distance_to_float64(network: DiT, config: RunConfig, device: torch.device) -> float:
     with torch.no_grad():
         for index, parameter in enumerate(network.parameters()):  # an untrained network predicts zero
             generator = torch.Generator().manual_seed(index)

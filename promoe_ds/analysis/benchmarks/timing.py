@@ -5,6 +5,7 @@ Interleaving lets a machine's drift hit all contenders alike; the ratio to the b
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import statistics
@@ -41,6 +42,15 @@ class BenchmarkResult:
     settings: dict[str, object]
     not_available: dict[str, str] = field(default_factory=dict)
     machine: dict[str, object] = field(default_factory=lambda: machine_description())
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving it back to the system and having new pages cleared; elsewhere nothing."""
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, -1)  # never
+        mallopt(mmap_max, 0)
 
 
 def machine_description() -> dict[str, object]:

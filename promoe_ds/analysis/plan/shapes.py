@@ -15,10 +15,12 @@ from promoe_ds.analysis.plan.trace import Sent, ShapeTrace, Work
 from promoe_ds.config import RunConfig
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.engine.adapter import share_centroids
+from promoe_ds.engine.router_state import give_superclasses
 from promoe_ds.engine.step import TrainingModule
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT, build_model
 from promoe_ds.moe import DeepSpeedDispatcher, StackedExperts
+from promoe_ds.routing.assignment import RoutingPlan
 
 #: Settings whose memory and traffic shapes of plain tensors do not show, where a config has them: what can be planned instead.
 _PLANNED = (("precision", "compute", ("auto", "fp32", "bf16")), ("parallel", "exchange_dtype", ("same",)),
@@ -58,14 +60,15 @@ def trace_pass(config: RunConfig, layout: Layout, expert_group: dist.ProcessGrou
     group = None
     if config.parallel.resolved_dispatch == "deepspeed":
         group = expert_group or dist.new_group(list(range(config.parallel.ep_size)))
-    model, routing = config.model, config.routing
-    rows = layout.micro_batch * model.tokens_per_image * (routing.top_k if config.moe_block_indices else 0)
+    rows: list[int] = []
     with FakeTensorMode():
         module = TrainingModule(_local_network(config, layout, group)).train()
         states = rank_states(config, module, layout)
         batch = _batch(config, layout.micro_batch)
         known = [*module.parameters(), *module.buffers(), *vars(batch).values()]
-        trace = ShapeTrace(null_samples=0, rows=rows, known=known)
+        trace = ShapeTrace(null_samples=0, known=known)
+        for layer in module.denoiser.moe_layers().values():
+            layer.router.register_forward_hook(lambda router, inputs, plan: _expect_rows(trace, rows, plan))
         staging = GradientStaging(module, layout, trace, kept=states.gradients)
         with trace:
             output = module(batch)
@@ -73,9 +76,15 @@ def trace_pass(config: RunConfig, layout: Layout, expert_group: dist.ProcessGrou
             staging.finish()
         parameters = sum(p.numel() for p in module.parameters())
     ep_size = config.parallel.ep_size if group is not None else 1
-    leaving = len(config.moe_block_indices) * (rows - -(-rows // ep_size))
+    leaving = sum(count - -(-count // ep_size) for count in rows)
     return PassShapes(peak=dict(trace.peak), states=states, work=dict(trace.work), sent=trace.sent, rows_leaving=leaving,
                       parameters=parameters)
+
+
+def _expect_rows(trace: ShapeTrace, rows: list[int], plan: RoutingPlan) -> None:
+    """Let the trace answer with as many rows as a layer's assignment lists, which is up to its method."""
+    trace.rows = plan.assignment.token_ids_N.numel()
+    rows.append(trace.rows)
 
 
 def _check_can_be_planned(config: RunConfig) -> None:
@@ -108,6 +117,7 @@ def _connected(network: DiT, config: RunConfig, layout: Layout, group: dist.Proc
         layer.dispatcher = DeepSpeedDispatcher(group)
         for parameter in layer.routed.parameters():
             parameter.allreduce, parameter.group_name = False, f"ep_size_{config.parallel.ep_size}"
+    give_superclasses(network, config)
     if config.routing.rcl_scope == "global" and layout.world_size > 1:
         share_centroids(network)
     return network

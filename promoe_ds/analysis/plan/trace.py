@@ -59,10 +59,10 @@ class ShapeTrace(TorchDispatchMode):
     (`exchange`) says otherwise.
     """
 
-    def __init__(self, *, null_samples: int, rows: int, known: Iterable[Tensor]) -> None:
-        """Answer host reads with `null_samples`, and with `rows` spread evenly; `known` tensors are not counted."""
+    def __init__(self, *, null_samples: int, known: Iterable[Tensor]) -> None:
+        """Answer host reads with `null_samples`, and with `rows`, to be set, spread evenly; `known` tensors are not counted."""
         super().__init__()
-        self.null_samples, self.rows = null_samples, rows
+        self.null_samples, self.rows = null_samples, 0
         self.work: dict[str, Work] = defaultdict(Work)
         self.sent: list[Sent] = []
         self.live: Counter[str] = Counter()

@@ -23,7 +23,7 @@ from promoe_ds.config import RunConfig, count_parameters, load_config, training_
 from promoe_ds.config.devices import DEVICES, bf16_peak, find_device, find_network
 from promoe_ds.errors import ConfigError
 
-from ..builders import small_config
+from ..builders import METHODS, of_method, small_config
 
 REPOSITORY = Path(__file__).parents[3]
 H100 = DEVICES["h100"]
@@ -45,8 +45,8 @@ def config(**sections: dict) -> RunConfig:
 # What a trace counts.
 
 
-def traced(function, *inputs: Tensor, rows: int = 0) -> ShapeTrace:
-    trace = ShapeTrace(null_samples=0, rows=rows, known=inputs)
+def traced(function, *inputs: Tensor) -> ShapeTrace:
+    trace = ShapeTrace(null_samples=0, known=inputs)
     with trace:
         function(*inputs)
     return trace
@@ -96,6 +96,14 @@ def test_pass_sends_rows_once_a_crossing_and_again_where_recomputed(checkpointin
     rows = 4 * run.model.tokens_per_image * top_k
     assert shapes.rows_leaving == 2 * rows // 2  # two layers, half of the rows
     assert shapes.exchange_bytes == crossings * 32 * 4 * shapes.rows_leaving
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pass_of_every_method_sends_the_rows_that_it_lists(method: str) -> None:
+    run = small_config(**{**of_method(method), "parallel": {"ep_size": 2}})
+    with fake_world(2):
+        shapes = trace_pass(run, layout(world_size=2))
+    assert shapes.exchange_bytes == 4 * run.model.hidden_size * 4 * shapes.rows_leaving > 0
 
 
 def test_pass_work_is_the_accounted_one() -> None:
