@@ -28,6 +28,8 @@ SERIES = ("#3f80db", "#e5720f", "#2fa062", "#cc4778", "#8d63d2", "#b58d0c", "#1a
 #: Hues of pixel maps.
 HUES = {"over": (226, 104, 30), "under": (56, 124, 220), "accent": (18, 150, 132)}
 _FONT_SIZE = 11
+#: Pillow's own font, which every installation has, lacks these.
+_PNG_LETTERS = str.maketrans({"×": "x", "σ": "sigma", "–": "-", "“": '"', "”": '"'})
 _PNG_ZOOM = 3
 
 
@@ -142,7 +144,7 @@ class Scene:
     def _png_text(layer, draw, colors, zoom, top, x, y, words, color, anchor, size, bold) -> None:
         font = ImageFont.load_default(size * zoom)
         place = {"start": "ls", "middle": "ms", "end": "rs"}[anchor]
-        draw.text((x * zoom, (y + top) * zoom), words, fill=_rgba(color, colors), font=font, anchor=place,
+        draw.text((x * zoom, (y + top) * zoom), words.translate(_PNG_LETTERS), fill=_rgba(color, colors), font=font, anchor=place,
                   stroke_width=1 if bold else 0)
 
     @staticmethod
