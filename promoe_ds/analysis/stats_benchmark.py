@@ -92,7 +92,8 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Be
     """
     config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     with_tables = config.logging.model_copy(update={"class_counts": True, "position_counts": True})
-    config = config.model_copy(update={"logging": with_tables})
+    one_rank = config.parallel.model_copy(update={"ep_size": 1, "dispatch": "local"})
+    config = config.model_copy(update={"logging": with_tables, "parallel": one_rank})
     module, batch = training_module(config, tokens)
     accumulator = RoutingAccumulator(config, module.denoiser, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
     plans = module(batch).plans
