@@ -119,8 +119,7 @@ class Follower:
             return Text("waiting for the first log step", style="dim")
         history = [{load.layer: load for load in summarise_load(records)} for _, records in self._by_step]
         newest = list(history[-1].values())
-        high = max(2.0, len(newest[0].tokens_per_expert) / 2)
-        curves = [_spark([each[load.layer].max_over_mean for each in history if load.layer in each], 1.0, high) for load in newest]
+        curves = [_spark([each[load.layer].max_over_mean for each in history if load.layer in each]) for load in newest]
         return load_table(newest, f"step {self._by_step[-1][0]:,}: load since the log step before",
                           (f"max/mean, {len(history)} log steps", curves))
 
@@ -151,6 +150,8 @@ def _style(uneven: float) -> str:
     return _STYLES["bad"] if uneven > VERY_UNEVEN else _STYLES["warn"] if uneven > UNEVEN else ""
 
 
-def _spark(values: list[float], low: float, high: float) -> str:
-    places = [0 if np.isnan(v) else 1 + int(min(1.0, max(0.0, (v - low) / (high - low))) * (len(_BARS) - 2)) for v in values]
+def _spark(values: list[float]) -> str:
+    """Draw a small curve from 1 (even) to the largest value, 2 at least."""
+    high = max([2.0, *(v for v in values if not np.isnan(v))])
+    places = [0 if np.isnan(v) else 1 + int((v - 1) / (high - 1) * (len(_BARS) - 2)) for v in values]
     return "".join(_BARS[place] for place in places)
