@@ -36,10 +36,10 @@ def test_load_prints_a_summary_and_writes_a_page_and_files(folder) -> None:
     done = expert_load("run", "--export", "figures", cwd=folder)
     assert done.returncode == 0, done.stderr
     for words in ("Expert load (share of routed tokens", "max/mean", "Placements", "report: run/expert_load.html",
-                  "exported 20 figures"):
+                  "exported 18 figures"):
         assert words in done.stdout
     assert (folder / "run" / "expert_load.html").read_text().startswith("<!doctype html>")
-    assert len(list((folder / "figures").glob("*.png"))) == 20
+    assert len(list((folder / "figures").glob("*.png"))) == 18
     both = expert_load("run", "--compare", "other", "--out", "both.html", cwd=folder)
     assert "report: both.html" in both.stdout
     assert "<h1>run <span class=muted>and</span> other</h1>" in (folder / "both.html").read_text()

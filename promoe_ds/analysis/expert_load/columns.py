@@ -71,7 +71,7 @@ class Columns:
         self.placement = (detail["ep_size"], detail["ranks"])
         waits = [detail["exchanges"].get(name, {}).get("seconds", 0.0) for name in EXCHANGES]
         uneven = detail["rank_max_over_mean"]
-        values = [*detail["prototype_to_centroid"], *detail["prototype_to_other_centroids"], uneven, detail["passes"], *waits]
+        values = [*detail["prototype_to_centroid"], *detail["prototype_to_other_centroids"], uneven, *waits]
         self.detail_keys.extend((step, layer))
         self.details.extend(np.nan if value is None else value for value in values)
         self.matrices[layer] = detail["prototype_similarity_matrix"]

@@ -193,7 +193,7 @@ def layer_figures(view: RunView, layer: int) -> list[Scene]:
     """Return the figures of one layer."""
     row, log = view.log.layers.index(layer), view.log
     parts = [_lines_of(view, row, layer), _bins_of(view, row, layer), _classes_of(view, row, layer), _patches_of(view, row, layer),
-             _matrix_of(view, row, layer)]
+             _gates_of(view, row, layer), _matrix_of(view, row, layer)]
     if not np.isnan(log.to_centroid_TLE[-1, row]).all():
         parts.append(_centroids_of(view, row, layer))
     return [part for part in parts if part is not None]
@@ -234,6 +234,17 @@ def _patches_of(view: RunView, row: int, layer: int) -> Scene | None:
     images = [(name, part[:, expert].reshape(side, side)) for expert, name in enumerate(experts_of(view))]
     return image_chart(f"Layer {layer}: load by patch", images, note="The image's patches as they lie: how much of a patch's "
                        "tokens an expert gets, from none (clear) to all (full colour).")
+
+
+def _gates_of(view: RunView, row: int, layer: int) -> Scene | None:
+    sums, tokens = view.log.gates_TLE[view.window, row].sum(axis=0), view.tokens_LE[row]
+    if np.isnan(sums).all():
+        return None
+    means = np.divide(sums, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
+    bars = [(name, max(0.0, float(x)) if not np.isnan(x) else float("nan"), "no tokens" if np.isnan(x) else f"{x:+.3f}", expert)
+            for expert, (name, x) in enumerate(zip(experts_of(view), means, strict=True))]
+    return bar_chart(f"Layer {layer}: mean gate", bars, label_width=40.0,
+                     note="The weight with which each expert's output enters, mean of its tokens.")
 
 
 def _matrix_of(view: RunView, row: int, layer: int) -> Scene | None:
