@@ -82,12 +82,13 @@ def test_load_mistake_is_told_in_one_message(folder, arguments, code, message) -
 def test_load_follow_shows_new_steps_until_interrupted(folder, tmp_path) -> None:
     lines = (folder / "run" / "routing.jsonl").read_text().splitlines(keepends=True)
     log = tmp_path / "routing.jsonl"
-    log.write_text("".join(lines[:10]) + lines[10][:40])  # a line that is being written
     output = tmp_path / "output"
     with output.open("w") as file:
         process = subprocess.Popen([sys.executable, LOAD, str(tmp_path), "--follow", "--every", "0.2"], stdout=file,
                                    stderr=subprocess.STDOUT, env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "160"})
     try:
+        wait_for(output, "waiting for the first log step")
+        log.write_text("".join(lines[:10]) + lines[10][:40])  # a line that is being written
         wait_for(output, "step 1: load")
         with log.open("a") as file:
             file.write(lines[10][40:] + "".join(lines[11:20]))

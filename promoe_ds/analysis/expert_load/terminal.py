@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from promoe_ds.analysis.expert_load.findings import UNEVEN, VERY_UNEVEN, find
-from promoe_ds.analysis.expert_load.lines import iterate_records, log_file
+from promoe_ds.analysis.expert_load.lines import FILE_NAME, iterate_records, log_file
 from promoe_ds.analysis.expert_load.totals import LayerLoad, summarise_load
 from promoe_ds.analysis.expert_load.view import RunView
 
@@ -89,15 +89,17 @@ class Follower:
     """Reads what a growing log got since the last look; keeps the newest log steps."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Follow a run.
+        """Follow a run, which may not have reached its first log step yet.
 
-        Raises: DataError if there is no log.
+        Raises: DataError if there is no such run.
         """
-        self._path, self._position = log_file(run_dir), 0
+        self._path, self._position = run_dir / FILE_NAME if run_dir.is_dir() else log_file(run_dir), 0
         self._by_step: deque[tuple[int, list[dict[str, Any]]]] = deque(maxlen=_SPARKS)
 
     def look(self) -> bool:
         """Read new lines; return whether there were any."""
+        if not self._path.is_file():
+            return False
         if self._path.stat().st_size < self._position:  # rewritten by a resume
             self._position = 0
             self._by_step.clear()
