@@ -228,7 +228,8 @@ def _classes_of(view: RunView, row: int, layer: int) -> Scene | None:
     if not counts[-1].any():
         counts, names = counts[:-1], names[:-1]
     return cell_chart(f"Layer {layer}: load by class", relative(counts),
-                      _cells(names, experts_of(view), "class", "expert", "{:.1f}"), note=f"Tokens of a class over an even share. {_RELATIVE}")
+                      _cells(names, experts_of(view), "class", "expert", "{:.1f}"),
+                      note=f"Tokens of a class over an even share. {_RELATIVE}")
 
 
 def _patches_of(view: RunView, row: int, layer: int) -> Scene | None:
