@@ -184,7 +184,7 @@ def _matrices(columns: Columns, layers: np.ndarray, orders: np.ndarray) -> np.nd
     result = np.full((len(layers), columns.experts, columns.experts), np.nan)
     for row, layer in enumerate(layers):
         if int(layer) in columns.matrices:
-            result[row][np.ix_(orders[row], orders[row])] = columns.matrices[int(layer)]
+            result[row][np.ix_(orders[row], orders[row])] = np.array(columns.matrices[int(layer)], dtype=float)
     return result
 
 
