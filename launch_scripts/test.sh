@@ -5,13 +5,21 @@ set -euo pipefail
 promoe_environment
 cd "$promoe_root"
 
-# Tests on several hosts make them out of namespaces, which needs root and three packages. Without them they are skipped, and
-# pytest says why. Where systemd runs, nothing is installed: it would start an ssh server for good.
-if ! { command -v pdsh && command -v ip && command -v /usr/sbin/sshd; } > /dev/null && [ "$(id -u)" -eq 0 ] \
-    && command -v apt-get > /dev/null && [ ! -d /run/systemd/system ]; then
-    echo "installing pdsh, openssh-server and iproute2 for the tests on several hosts"
-    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends pdsh openssh-server \
-        iproute2) > /dev/null 2>&1 || echo "they could not be installed: the tests on several hosts will be skipped"
+# install WHAT_FOR PACKAGES...: where root, and where no systemd would start their servers for good. The tests that need what
+# is missing are skipped, and pytest says why.
+install() {
+    [ "$(id -u)" -eq 0 ] && command -v apt-get > /dev/null && [ ! -d /run/systemd/system ] || return 0
+    local purpose="$1"
+    shift
+    echo "installing $* for the tests $purpose"
+    (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@") > /dev/null 2>&1 \
+        || echo "they could not be installed: the tests $purpose will be skipped"
+}
+if ! { command -v pdsh && command -v ip && command -v /usr/sbin/sshd; } > /dev/null; then
+    install "on several hosts" pdsh openssh-server iproute2
+fi
+if ! command -v chromium > /dev/null; then
+    install "of reports in a browser" chromium
 fi
 ruff check .
 exec python -m pytest "$@"

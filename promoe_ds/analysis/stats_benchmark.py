@@ -86,16 +86,20 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Be
     """
     config = mixture(recipe, tokens=tokens, rounds=rounds)
     with_tables = config.logging.model_copy(update={"class_counts": True, "position_counts": True})
-    config = config.model_copy(update={"logging": with_tables})
+    one_rank = config.parallel.model_copy(update={"ep_size": 1, "dispatch": "local"})
+    config = config.model_copy(update={"logging": with_tables, "parallel": one_rank})
     module, batch = training_module(config, tokens)
     accumulator = RoutingAccumulator(config, module.denoiser, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
     plans = module(batch).plans
+    ids_BN = torch.randint(config.routing.num_experts, (batch.labels_B.numel(),
+                                                        config.model.tokens_per_image * config.routing.top_k))
+    gates_BN = torch.rand(ids_BN.shape)
     entering_TD = torch.randn(batch.labels_B.numel() * config.model.tokens_per_image, config.model.hidden_size)
 
     def _count() -> None:
         for plan in plans.values():
             sum_tokens_by_expert(entering_TD, plan.assignment)
-            torch.zeros(plan.stats.gate_sums_BE.shape).scatter_add_(1, plan.stats.tokens_per_expert_BE, plan.stats.gate_sums_BE)
+            torch.zeros(plan.stats.gate_sums_BE.shape).scatter_add_(1, ids_BN, gates_BN)
         accumulator.add(plans, batch.sigma_B, batch.labels_B)
 
     def _line() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -116,8 +117,12 @@ def drop_lines_after(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and (v != v or v in (float("inf"), -float("inf"))) else v for k, v in line.items()}
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _memory(device: torch.device) -> dict[str, float]:

@@ -35,6 +35,10 @@ class RoutingAccumulator:
         """Prepare counters for the network's MoE layers."""
         self._config, self._ranks = config, ranks
         self._layers = network.moe_layers()
+        # A backend that moves the rows by itself has no group or clock of ours.
+        dispatchers = [layer.dispatcher for layer in self._layers.values()]
+        self._clocks = [getattr(dispatcher, "clock", None) for dispatcher in dispatchers]
+        self._group = getattr(dispatchers[0], "group", None) if dispatchers else None
         self._bins = config.logging.timestep_bins
         self._tables = _Tables(config, len(self._layers), ranks.device)
         experts, layers = config.routing.num_experts, len(self._layers)
@@ -74,7 +78,7 @@ class RoutingAccumulator:
             element_size = next(layer.routed.parameters()).element_size()
             self._bytes_L[row] += layer.dispatcher.bytes_exchanged(plan.assignment, width, element_size)
             self._tables.add(row, plan, labels_B)
-        if self._config.parallel.ep_size > 1:
+        if self._group is not None:
             self._sent_PLW.append(torch.stack([_sent(plans[index], self._config.parallel.ep_size) for index in self._layers]))
         self._passes += 1
 
@@ -87,7 +91,7 @@ class RoutingAccumulator:
         """
         if not self._layers or not self._passes:
             return []
-        waited = [layer.dispatcher.clock.take() if layer.dispatcher.clock else {} for layer in self._layers.values()]
+        waited = [clock.take() if clock is not None else {} for clock in self._clocks]
         seconds_LX = torch.tensor([[by_name.get(name, 0.0) for name in EXCHANGES] for by_name in waited], dtype=torch.float64)
         parts = [self._counts_LQC, self._similarity_L / self._passes, self._bytes_L, self._token_sums_LED,
                  seconds_LX.to(self._ranks.device), self._received(), *self._tables.due(steps, last=last)]
@@ -123,9 +127,8 @@ class RoutingAccumulator:
         if not self._sent_PLW:
             return torch.zeros(0, dtype=torch.float64, device=self._ranks.device)
         sent_PLW = torch.stack(self._sent_PLW).double()
-        group = next(iter(self._layers.values())).dispatcher.group
         received_PLW = sent_PLW.new_zeros(*sent_PLW.shape[:2], self._ranks.world_size)
-        received_PLW[:, :, dist.get_process_group_ranks(group)] = sent_PLW
+        received_PLW[:, :, dist.get_process_group_ranks(self._group)] = sent_PLW
         return received_PLW
 
     def _describe_placement(self, row: int, tokens_E: Tensor, received_PLW: Tensor) -> dict[str, Any]:

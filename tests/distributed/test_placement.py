@@ -106,6 +106,15 @@ def test_placement_statistics_stay_with_the_experts(folder, recipe) -> None:
     np.testing.assert_allclose(moved.matrix_LEE, whole.matrix_LEE, atol=0.02)
 
 
+def test_exchanges_are_timed_and_their_bytes_add_up(folder) -> None:
+    for line in routing(folder / "digits_promoe")[::10]:
+        detail = line["layer_detail"]
+        seconds = {name: each["seconds"] for name, each in detail["exchanges"].items()}
+        assert all(0 < each < 60 for each in seconds.values()), seconds
+        assert sum(each["bytes"] for name, each in detail["exchanges"].items() if name != "counts") == line["layer_bytes_exchanged"]
+        assert detail["rank_max_over_mean"] >= 1
+
+
 def test_placement_is_kept_with_the_checkpoints(folder) -> None:
     checkpoints = list_checkpoints(folder / "digits_promoe_moved" / "checkpoints")
     kept = {path.name: read_manifest(path).config["parallel"]["expert_order"] for path in checkpoints}

@@ -92,10 +92,8 @@ def _load_figures(run_dir: Path, config: RunConfig) -> Result:
 
 def describe_layer(load: LayerLoad) -> dict[str, Any]:
     """Return a layer's evenness over the tokens of all the steps that `load` sums."""
-    used = [share for share in load.shares if share > 0]
-    experts = len(load.tokens_per_expert)
-    entropy = (-sum(share * math.log(share) for share in used) / math.log(experts) if experts > 1 else 1.0) if used else None
-    return {"layer": load.layer, "max_over_mean": load.max_over_mean if used else None, "entropy": entropy,
+    used = any(load.tokens_per_expert)
+    return {"layer": load.layer, "max_over_mean": load.max_over_mean if used else None, "entropy": load.entropy if used else None,
             "dead_experts": load.tokens_per_expert.count(0), "shares": load.shares}
 
 

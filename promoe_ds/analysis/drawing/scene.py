@@ -10,11 +10,9 @@ import base64
 import io
 from dataclasses import dataclass, field
 from html import escape
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 #: Colours of light and dark pages by name.
 THEMES: dict[str, dict[str, str]] = {
@@ -27,8 +25,97 @@ SERIES = ("#3f80db", "#e5720f", "#2fa062", "#cc4778", "#8d63d2", "#b58d0c", "#1a
           "#8a8f98")
 #: Hues of pixel maps.
 HUES = {"over": (226, 104, 30), "under": (56, 124, 220), "accent": (18, 150, 132)}
-_FONT_SIZE = 11
-_PNG_ZOOM = 3
+FONT_SIZE = 11.0
+
+Color = str | int
+Box = tuple[float, float, float, float]
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Rect:
+    """A filled rectangle: x, y, width, height."""
+
+    box: Box
+    color: Color
+    opacity: float
+    tip: str
+    radius: float
+
+    def svg(self) -> str:
+        """Return it as an SVG element."""
+        rounded = f' rx="{_n(self.radius)}"' if self.radius else ""
+        return f'<rect {_place(self.box)} {_fill(self.color)}{_faded(self.opacity)}{rounded}{_tip(self.tip, "rect")}'
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line through points."""
+
+    points: list[Point]
+    color: Color
+    width: float
+    dashed: bool
+    tip: str
+
+    def svg(self) -> str:
+        """Return it as an SVG element."""
+        stroke = f'stroke="{SERIES[self.color % len(SERIES)]}"' if isinstance(self.color, int) else f'class="s-{self.color}"'
+        dash = ' stroke-dasharray="3 3"' if self.dashed else ""
+        path = " ".join(f"{_n(x)},{_n(y)}" for x, y in self.points)
+        return (f'<polyline points="{path}" fill="none" {stroke} stroke-width="{_n(self.width)}" stroke-linejoin="round"{dash}'
+                f'{_tip(self.tip, "polyline")}')
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A filled circle."""
+
+    center: Point
+    radius: float
+    color: Color
+    opacity: float
+    tip: str
+
+    def svg(self) -> str:
+        """Return it as an SVG element."""
+        place = f'cx="{_n(self.center[0])}" cy="{_n(self.center[1])}" r="{_n(self.radius)}"'
+        return f'<circle {place} {_fill(self.color)}{_faded(self.opacity)}{_tip(self.tip, "circle")}'
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words whose base line begins, is centred or ends at a point."""
+
+    at: Point
+    words: str
+    color: str
+    anchor: str
+    size: float
+
+    def svg(self) -> str:
+        """Return it as an SVG element."""
+        anchor = "" if self.anchor == "start" else f' text-anchor="{self.anchor}"'
+        place = f'x="{_n(self.at[0])}" y="{_n(self.at[1])}" font-size="{_n(self.size)}"'
+        return f"<text {place} {_fill(self.color)}{anchor}>{escape(self.words)}</text>"
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A map of pixels (rows, columns, 4), uint8, stretched without smoothing."""
+
+    box: Box
+    rgba: np.ndarray
+
+    def svg(self) -> str:
+        """Return it as an SVG element."""
+        buffer = io.BytesIO()
+        Image.fromarray(self.rgba, "RGBA").save(buffer, "PNG", optimize=True)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return f'<image {_place(self.box)} preserveAspectRatio="none" class="px" href="data:image/png;base64,{data}"/>'
+
+
+Shape = Rect | Line | Dot | Text | Pixels
 
 
 @dataclass
@@ -43,113 +130,33 @@ class Scene:
     title: str
     note: str = ""
     numbers: list[list[object]] = field(default_factory=list)
-    _items: list[tuple] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
 
-    def rect(self, x: float, y: float, width: float, height: float, color: str | int, *, opacity: float = 1.0, tip: str = "",
-             radius: float = 0.0) -> None:
+    def rect(self, box: Box, color: Color, *, opacity: float = 1.0, tip: str = "", radius: float = 0.0) -> None:
         """Add a filled rectangle; `tip` shows under the pointer."""
-        self._items.append(("rect", x, y, width, height, color, opacity, tip, radius))
+        self.shapes.append(Rect(box, color, opacity, tip, radius))
 
-    def line(self, points: list[tuple[float, float]], color: str | int, *, width: float = 1.0, dashed: bool = False,
-             tip: str = "") -> None:
+    def line(self, points: list[Point], color: Color, *, width: float = 1.0, dashed: bool = False, tip: str = "") -> None:
         """Add a line through points."""
-        self._items.append(("line", points, color, width, dashed, tip))
+        self.shapes.append(Line(points, color, width, dashed, tip))
 
-    def dot(self, x: float, y: float, radius: float, color: str | int, *, opacity: float = 1.0, tip: str = "") -> None:
+    def dot(self, center: Point, radius: float, color: Color, *, opacity: float = 1.0, tip: str = "") -> None:
         """Add a filled circle."""
-        self._items.append(("dot", x, y, radius, color, opacity, tip))
+        self.shapes.append(Dot(center, radius, color, opacity, tip))
 
-    def text(self, x: float, y: float, words: str, *, color: str = "fg", anchor: str = "start", size: float = _FONT_SIZE,
-             bold: bool = False) -> None:
-        """Add words whose base line stands at y; anchor is start, middle or end."""
-        self._items.append(("text", x, y, words, color, anchor, size, bold))
+    def text(self, at: Point, words: str, *, color: str = "fg", anchor: str = "start", size: float = FONT_SIZE) -> None:
+        """Add words; anchor is start, middle or end."""
+        self.shapes.append(Text(at, words, color, anchor, size))
 
-    def pixels(self, x: float, y: float, width: float, height: float, rgba: np.ndarray) -> None:
-        """Add a map of pixels (rows, columns, 4), uint8, stretched without smoothing."""
-        self._items.append(("pixels", x, y, width, height, rgba))
+    def pixels(self, box: Box, rgba: np.ndarray) -> None:
+        """Add a map of pixels (rows, columns, 4), uint8."""
+        self.shapes.append(Pixels(box, rgba))
 
     def svg(self) -> str:
         """Return the figure as an SVG element without a title of its own."""
-        body = "".join(getattr(self, f"_svg_{kind}")(*rest) for kind, *rest in self._items)
+        body = "".join(shape.svg() for shape in self.shapes)
         return (f'<svg viewBox="0 0 {_n(self.width)} {_n(self.height)}" role="img" aria-label="{escape(self.title, quote=True)}" '
                 f'style="max-width:{_n(1.45 * self.width)}px">{body}</svg>')
-
-    def png(self, path: Path, theme: str = "light") -> None:
-        """Write the figure with its title as PNG."""
-        colors, zoom, top = THEMES[theme], _PNG_ZOOM, 24
-        image = Image.new("RGBA", (round(self.width * zoom), round((self.height + top) * zoom)), colors["card"])
-        shifted = [("text", 6.0, 15.0 - top, self.title, "fg", "start", 12.0, True), *self._items]
-        for kind, *rest in shifted:
-            layer = Image.new("RGBA", image.size, (0, 0, 0, 0)) if kind in ("rect", "dot") else image
-            getattr(self, f"_png_{kind}")(layer, ImageDraw.Draw(layer), colors, zoom, top, *rest)
-            if layer is not image:
-                image.alpha_composite(layer)
-        image.convert("RGB").save(path, optimize=True)
-
-    @staticmethod
-    def _svg_rect(x, y, width, height, color, opacity, tip, radius) -> str:
-        fade = "" if opacity >= 1 else f' fill-opacity="{opacity:.2f}"'
-        rounded = f' rx="{_n(radius)}"' if radius else ""
-        place = f'x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}"'
-        return f'<rect {place} {_fill(color)}{fade}{rounded}{_tip(tip, "rect")}'
-
-    @staticmethod
-    def _svg_line(points, color, width, dashed, tip) -> str:
-        stroke = f'stroke="{SERIES[color % len(SERIES)]}"' if isinstance(color, int) else f'class="s-{color}"'
-        dash = ' stroke-dasharray="3 3"' if dashed else ""
-        path = " ".join(f"{_n(x)},{_n(y)}" for x, y in points)
-        return f'<polyline points="{path}" fill="none" {stroke} stroke-width="{_n(width)}" stroke-linejoin="round"{dash}' \
-               f'{_tip(tip, "polyline")}'
-
-    @staticmethod
-    def _svg_dot(x, y, radius, color, opacity, tip) -> str:
-        fade = "" if opacity >= 1 else f' fill-opacity="{opacity:.2f}"'
-        return f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{_n(radius)}" {_fill(color)}{fade}{_tip(tip, "circle")}'
-
-    @staticmethod
-    def _svg_text(x, y, words, color, anchor, size, bold) -> str:
-        place = "" if anchor == "start" else f' text-anchor="{anchor}"'
-        heavy = ' font-weight="600"' if bold else ""
-        return f'<text x="{_n(x)}" y="{_n(y)}" font-size="{_n(size)}" {_fill(color)}{place}{heavy}>{escape(words)}</text>'
-
-    @staticmethod
-    def _svg_pixels(x, y, width, height, rgba) -> str:
-        buffer = io.BytesIO()
-        Image.fromarray(rgba, "RGBA").save(buffer, "PNG", optimize=True)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        return f'<image x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" preserveAspectRatio="none" ' \
-               f'class="px" href="data:image/png;base64,{data}"/>'
-
-    @staticmethod
-    def _png_rect(layer, draw, colors, zoom, top, x, y, width, height, color, opacity, tip, radius) -> None:
-        box = [x * zoom, (y + top) * zoom, (x + width) * zoom, (y + height + top) * zoom]
-        draw.rounded_rectangle(box, radius * zoom, fill=_rgba(color, colors, opacity))
-
-    @staticmethod
-    def _png_line(layer, draw, colors, zoom, top, points, color, width, dashed, tip) -> None:
-        path = [(x * zoom, (y + top) * zoom) for x, y in points]
-        for start, end in _dashes(path, 9.0) if dashed else ():
-            draw.line([start, end], fill=_rgba(color, colors), width=round(width * zoom))
-        if not dashed:
-            draw.line(path, fill=_rgba(color, colors), width=max(1, round(width * zoom)), joint="curve")
-
-    @staticmethod
-    def _png_dot(layer, draw, colors, zoom, top, x, y, radius, color, opacity, tip) -> None:
-        draw.ellipse([(x - radius) * zoom, (y - radius + top) * zoom, (x + radius) * zoom, (y + radius + top) * zoom],
-                     fill=_rgba(color, colors, opacity))
-
-    @staticmethod
-    def _png_text(layer, draw, colors, zoom, top, x, y, words, color, anchor, size, bold) -> None:
-        font = ImageFont.load_default(size * zoom)
-        place = {"start": "ls", "middle": "ms", "end": "rs"}[anchor]
-        draw.text((x * zoom, (y + top) * zoom), words, fill=_rgba(color, colors), font=font, anchor=place,
-                  stroke_width=1 if bold else 0)
-
-    @staticmethod
-    def _png_pixels(layer, draw, colors, zoom, top, x, y, width, height, rgba) -> None:
-        size = (max(1, round(width * zoom)), max(1, round(height * zoom)))
-        scaled = Image.fromarray(rgba, "RGBA").resize(size, Image.Resampling.NEAREST)
-        layer.alpha_composite(scaled, (round(x * zoom), round((y + top) * zoom)))
 
 
 def fade(values: np.ndarray, hue: str) -> np.ndarray:
@@ -168,24 +175,18 @@ def _n(value: float) -> str:
     return f"{value:.1f}".rstrip("0").rstrip(".")
 
 
-def _fill(color: str | int) -> str:
+def _place(box: Box) -> str:
+    x, y, width, height = map(_n, box)
+    return f'x="{x}" y="{y}" width="{width}" height="{height}"'
+
+
+def _fill(color: Color) -> str:
     return f'fill="{SERIES[color % len(SERIES)]}"' if isinstance(color, int) else f'class="f-{color}"'
+
+
+def _faded(opacity: float) -> str:
+    return "" if opacity >= 1 else f' fill-opacity="{opacity:.2f}"'
 
 
 def _tip(words: str, element: str) -> str:
     return f"><title>{escape(words)}</title></{element}>" if words else "/>"
-
-
-def _rgba(color: str | int, colors: dict[str, str], opacity: float = 1.0) -> tuple[int, int, int, int]:
-    text = SERIES[color % len(SERIES)] if isinstance(color, int) else colors[color]
-    return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16), round(255 * opacity)
-
-
-def _dashes(path: list[tuple[float, float]], length: float) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    pieces = []
-    for (x0, y0), (x1, y1) in pairwise(path):
-        distance = max(1e-9, float(np.hypot(x1 - x0, y1 - y0)))
-        for start in np.arange(0, distance, 2 * length):
-            a, b = start / distance, min(1.0, (start + length) / distance)
-            pieces.append(((x0 + a * (x1 - x0), y0 + a * (y1 - y0)), (x0 + b * (x1 - x0), y0 + b * (y1 - y0))))
-    return pieces

@@ -56,7 +56,9 @@ class Columns:
         self.keys.extend((record["step"], record.get("steps", 0), layer, bin_, record.get("timestep_bins", 1)))
         self.counts.extend((record["conditional_tokens"], record["unconditional_tokens"], record["layer_bytes_exchanged"]))
         self.tokens.extend(tokens)
-        self.gates.extend(gates if gates is not None else [np.nan] * self.experts)
+        if gates is None or None in gates:  # an older schema, or gates that were not finite
+            gates = [np.nan if gate is None else gate for gate in gates or [None] * self.experts]
+        self.gates.extend(gates)
         similarity = record["prototype_similarity"]
         self.floats.extend((np.nan if gate_mean is None else gate_mean, np.nan if similarity is None else similarity))
         self.schemas[record.get("schema", 1)] += 1
@@ -71,7 +73,7 @@ class Columns:
         self.placement = (detail["ep_size"], detail["ranks"])
         waits = [detail["exchanges"].get(name, {}).get("seconds", 0.0) for name in EXCHANGES]
         uneven = detail["rank_max_over_mean"]
-        values = [*detail["prototype_to_centroid"], *detail["prototype_to_other_centroids"], uneven, detail["passes"], *waits]
+        values = [*detail["prototype_to_centroid"], *detail["prototype_to_other_centroids"], uneven, *waits]
         self.detail_keys.extend((step, layer))
         self.details.extend(np.nan if value is None else value for value in values)
         self.matrices[layer] = detail["prototype_similarity_matrix"]

@@ -7,7 +7,16 @@ from collections.abc import Callable
 import numpy as np
 
 from promoe_ds.analysis.drawing import Scene
-from promoe_ds.analysis.drawing.charts import bar_chart, cell_chart, image_chart, line_chart, map_over_time, short
+from promoe_ds.analysis.drawing.charts import (
+    Axes,
+    Cells,
+    bar_chart,
+    cell_chart,
+    image_chart,
+    line_chart,
+    map_over_time,
+    short,
+)
 from promoe_ds.analysis.expert_load import stats
 from promoe_ds.analysis.expert_load.columns import EXCHANGES
 from promoe_ds.analysis.expert_load.view import RunView
@@ -37,8 +46,7 @@ def experts_of(view: RunView) -> list[str]:
 def load_now(view: RunView) -> Scene:
     """Layer by expert, in the window."""
     return cell_chart(f"Load of each expert, last {view.window_steps:,} steps", relative(view.tokens_LE),
-                      [str(layer) for layer in view.log.layers], experts_of(view), note=f"Tokens over an even share. {_RELATIVE}",
-                      show=lambda x: f"{x:.2f}", shade=shade_relative, row_name="layer", column_name="expert")
+                      _cells(_layers(view), experts_of(view), "layer", "expert"), note=f"Tokens over an even share. {_RELATIVE}")
 
 
 def load_over_time(view: RunView) -> Scene:
@@ -56,7 +64,7 @@ def _per_layer(title: str, note: str, values: Callable[[RunView], np.ndarray], v
     series = [(f"layer {layer}", view.steps_P.tolist(), values_PL[:, row].tolist()) for row, layer in enumerate(view.log.layers)]
     ends = [x for peer in view.peers if peer is not view and not np.isnan(shown := values(peer)).all()
             for x in (np.nanmin(shown), np.nanmax(shown))]
-    return line_chart(title, series, note=note, also=ends, **options)
+    return line_chart(title, series, Axes(also=ends, **options), note=note)
 
 
 def max_over_mean(view: RunView) -> Scene:
@@ -82,9 +90,8 @@ def bins_now(view: RunView) -> Scene | None:
     if view.log.bins == 1:
         return None
     return cell_chart("Largest over mean load by noise level", stats.max_over_mean(view.tokens_LQE),
-                      [str(layer) for layer in view.log.layers], _bins(view), row_name="layer", column_name="sigma from",
-                      note="Columns: sigma, from data (0) to noise (1). Orange: one expert has much of that noise level.",
-                      show=lambda x: f"{x:.2f}", shade=shade_relative)
+                      _cells(_layers(view), _bins(view), "layer", "sigma from"),
+                      note="Columns: sigma, from data (0) to noise (1). Orange: one expert has much of that noise level.")
 
 
 def conditional(view: RunView) -> Scene:
@@ -92,9 +99,9 @@ def conditional(view: RunView) -> Scene:
     routed, null = (view.over_time(values[:, 0].sum(axis=-1)) for values in (view.log.routed_TLQ, view.log.null_TLQ))
     part = np.divide(null, routed + null, out=np.full(len(routed), np.nan), where=routed + null > 0)
     return line_chart("Unconditional tokens", [("share of all tokens", view.steps_P.tolist(), part.tolist())],
+                      Axes(show="{:.0%}".format, y_to=max(0.2, float(np.nanmax(part, initial=0)))),
                       note="Tokens of samples under the null label, which go to the unconditional expert: near "
-                           "diffusion.label_dropout; 0 where null samples are routed.",
-                      show=lambda x: f"{x:.0%}", y_to=max(0.2, float(np.nanmax(part, initial=0))))
+                           "diffusion.label_dropout; 0 where null samples are routed.")
 
 
 def gates(view: RunView) -> Scene:
@@ -106,7 +113,7 @@ def gates(view: RunView) -> Scene:
 def prototypes(view: RunView) -> Scene:
     """Mean prototype similarity of each layer over training."""
     return _per_layer("Similarity of prototypes", "Mean cosine between different prototypes of a layer: low is well apart.",
-                      lambda each: each.mean_over_time(each.log.similarity_TL), view, show=lambda x: f"{x:.2f}")
+                      lambda each: each.mean_over_time(each.log.similarity_TL), view, show="{:.2f}".format)
 
 
 def centroids(view: RunView) -> Scene | None:
@@ -121,7 +128,7 @@ def centroids(view: RunView) -> Scene | None:
                          where=known.any(axis=2))
 
     return _per_layer("Prototype to its own tokens", "Mean cosine with the centroid of the tokens that an expert got: what the "
-                      "contrastive loss raises.", _mean, view, show=lambda x: f"{x:.2f}")
+                      "contrastive loss raises.", _mean, view, show="{:.2f}".format)
 
 
 def rank_load(view: RunView) -> Scene | None:
@@ -132,9 +139,9 @@ def rank_load(view: RunView) -> Scene | None:
     placed = np.take_along_axis(view.tokens_LE, log.order_LE, axis=1).reshape(len(log.layers), log.ep_size, -1).sum(axis=2)
     measured = view.measured_uneven()
     tail = "" if np.isnan(measured).all() else f" Pass by pass the fullest rank has {np.nanmean(measured):.2f} times the mean."
-    return cell_chart("Load of each rank", relative(placed), [str(layer) for layer in log.layers],
-                      [f"r{rank}" for rank in range(log.ep_size)], show=lambda x: f"{x:.2f}", shade=shade_relative,
-                      row_name="layer", column_name="rank", note=f"Rows that a rank's experts compute, over an even share.{tail}")
+    return cell_chart("Load of each rank", relative(placed),
+                      _cells(_layers(view), [f"r{rank}" for rank in range(log.ep_size)], "layer", "rank"),
+                      note=f"Rows that a rank's experts compute, over an even share.{tail}")
 
 
 def placements(view: RunView) -> Scene | None:
@@ -193,7 +200,7 @@ def layer_figures(view: RunView, layer: int) -> list[Scene]:
     """Return the figures of one layer."""
     row, log = view.log.layers.index(layer), view.log
     parts = [_lines_of(view, row, layer), _bins_of(view, row, layer), _classes_of(view, row, layer), _patches_of(view, row, layer),
-             _matrix_of(view, row, layer)]
+             _gates_of(view, row, layer), _matrix_of(view, row, layer)]
     if not np.isnan(log.to_centroid_TLE[-1, row]).all():
         parts.append(_centroids_of(view, row, layer))
     return [part for part in parts if part is not None]
@@ -202,15 +209,15 @@ def layer_figures(view: RunView, layer: int) -> list[Scene]:
 def _lines_of(view: RunView, row: int, layer: int) -> Scene:
     values = relative(view.tokens_PLE[:, row])
     series = [(name, view.steps_P.tolist(), values[:, expert].tolist()) for expert, name in enumerate(experts_of(view))]
-    return line_chart(f"Layer {layer}: experts over training", series, even=1.0, note="Tokens over an even share (dashed).")
+    return line_chart(f"Layer {layer}: experts over training", series, Axes(even=1.0), note="Tokens over an even share (dashed).")
 
 
 def _bins_of(view: RunView, row: int, layer: int) -> Scene | None:
     if view.log.bins == 1:
         return None
-    return cell_chart(f"Layer {layer}: load by noise level", relative(view.tokens_LQE[row]).T, experts_of(view), _bins(view),
-                      note="Tokens over an even share of that noise level; columns: sigma, from data to noise.",
-                      show=lambda x: f"{x:.1f}", shade=shade_relative, row_name="expert", column_name="sigma from")
+    return cell_chart(f"Layer {layer}: load by noise level", relative(view.tokens_LQE[row]).T,
+                      _cells(experts_of(view), _bins(view), "expert", "sigma from", "{:.1f}"),
+                      note="Tokens over an even share of that noise level; columns: sigma, from data to noise.")
 
 
 def _classes_of(view: RunView, row: int, layer: int) -> Scene | None:
@@ -220,9 +227,9 @@ def _classes_of(view: RunView, row: int, layer: int) -> Scene | None:
     names = [*map(str, range(len(counts) - 1)), "null"]
     if not counts[-1].any():
         counts, names = counts[:-1], names[:-1]
-    return cell_chart(f"Layer {layer}: load by class", relative(counts), names, experts_of(view), row_name="class",
-                      column_name="expert", note=f"Tokens of a class over an even share. {_RELATIVE}", show=lambda x: f"{x:.1f}",
-                      shade=shade_relative)
+    return cell_chart(f"Layer {layer}: load by class", relative(counts),
+                      _cells(names, experts_of(view), "class", "expert", "{:.1f}"),
+                      note=f"Tokens of a class over an even share. {_RELATIVE}")
 
 
 def _patches_of(view: RunView, row: int, layer: int) -> Scene | None:
@@ -236,13 +243,24 @@ def _patches_of(view: RunView, row: int, layer: int) -> Scene | None:
                        "tokens an expert gets, from none (clear) to all (full colour).")
 
 
+def _gates_of(view: RunView, row: int, layer: int) -> Scene | None:
+    sums, tokens = view.log.gates_TLE[view.window, row].sum(axis=0), view.tokens_LE[row]
+    if np.isnan(sums).all():
+        return None
+    means = np.divide(sums, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
+    bars = [(name, max(0.0, float(x)) if not np.isnan(x) else float("nan"), "no tokens" if np.isnan(x) else f"{x:+.3f}", expert)
+            for expert, (name, x) in enumerate(zip(experts_of(view), means, strict=True))]
+    return bar_chart(f"Layer {layer}: mean gate", bars, label_width=40.0,
+                     note="The weight with which each expert's output enters, mean of its tokens.")
+
+
 def _matrix_of(view: RunView, row: int, layer: int) -> Scene | None:
     if np.isnan(view.log.matrix_LEE[row]).all():
         return None
     names = experts_of(view)
-    return cell_chart(f"Layer {layer}: similarity of prototypes", view.log.matrix_LEE[row], names, names, show=lambda x: f"{x:.2f}",
-                      shade=lambda x: x, note="Cosines at the newest log step: orange alike, blue opposed, clear at right angles.",
-                      row_name="", column_name="and")
+    return cell_chart(f"Layer {layer}: similarity of prototypes", view.log.matrix_LEE[row],
+                      Cells(rows=names, columns=names, show="{:.2f}".format, shade=lambda x: x, column_name="and"),
+                      note="Cosines at the newest log step: orange alike, blue opposed, clear at right angles.")
 
 
 def _centroids_of(view: RunView, row: int, layer: int) -> Scene:
@@ -252,6 +270,14 @@ def _centroids_of(view: RunView, row: int, layer: int) -> Scene:
             for expert, (name, x, y) in enumerate(zip(experts_of(view), own, others, strict=True))]
     return bar_chart(f"Layer {layer}: prototypes and tokens", bars, label_width=40.0,
                      note="Cosine of each prototype with the centroid of its own tokens, and the mean with the other experts'.")
+
+
+def _cells(rows: list[str], columns: list[str], row_name: str, column_name: str, form: str = "{:.2f}") -> Cells:
+    return Cells(rows=rows, columns=columns, row_name=row_name, column_name=column_name, show=form.format, shade=shade_relative)
+
+
+def _layers(view: RunView) -> list[str]:
+    return [str(layer) for layer in view.log.layers]
 
 
 def _bins(view: RunView) -> list[str]:

@@ -48,7 +48,6 @@ class RoutingLog:
     to_others_TLE: np.ndarray
     rank_uneven_TL: np.ndarray
     wait_TLX: np.ndarray
-    passes_T: np.ndarray
     matrix_LEE: np.ndarray
     order_LE: np.ndarray
     ep_size: int
@@ -155,7 +154,7 @@ def _arrange(path: Path, columns: Columns, notes: list[str]) -> RoutingLog:
         gate_mean_TL=np.divide(means.sum(axis=2), totals, out=np.full(totals.shape, np.nan), where=totals > 0),
         similarity_TL=_fill(floats[:, 1], np.nan)[:, :, 0], bytes_TL=_fill(counts[:, 2], 0)[:, :, 0],
         to_centroid_TLE=details[..., :experts], to_others_TLE=details[..., experts:2 * experts],
-        rank_uneven_TL=details[..., 2 * experts], passes_T=details[:, 0, 2 * experts + 1], wait_TLX=details[..., 2 * experts + 2:],
+        rank_uneven_TL=details[..., 2 * experts], wait_TLX=details[..., 2 * experts + 1:],
         matrix_LEE=_matrices(columns, layers, orders), order_LE=orders, ep_size=ep_size, ranks=ranks, tables=columns.tables,
         notes=notes)
 
@@ -172,7 +171,7 @@ def _newest_branch(keys: np.ndarray, notes: list[str]) -> np.ndarray:
 
 def _spread(columns: Columns, steps: np.ndarray, layers: np.ndarray) -> np.ndarray:
     """Return the details (T, L, ...), NaN where a line has none; of a step done twice the later one's."""
-    width = 2 * columns.experts + 2 + len(EXCHANGES)
+    width = 2 * columns.experts + 1 + len(EXCHANGES)
     details = np.full((len(steps), len(layers), width), np.nan, dtype=np.float32)
     keys = np.frombuffer(columns.detail_keys, dtype=np.int64).reshape(-1, 2)
     known = np.isin(keys[:, 0], steps)
@@ -185,7 +184,7 @@ def _matrices(columns: Columns, layers: np.ndarray, orders: np.ndarray) -> np.nd
     result = np.full((len(layers), columns.experts, columns.experts), np.nan)
     for row, layer in enumerate(layers):
         if int(layer) in columns.matrices:
-            result[row][np.ix_(orders[row], orders[row])] = columns.matrices[int(layer)]
+            result[row][np.ix_(orders[row], orders[row])] = np.array(columns.matrices[int(layer)], dtype=float)
     return result
 
 

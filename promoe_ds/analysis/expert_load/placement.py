@@ -15,6 +15,9 @@ from promoe_ds.analysis.expert_load.log import RoutingLog
 from promoe_ds.config.placement import FORMAT
 from promoe_ds.errors import ConfigError, DataError
 
+#: Less than this part of a load is no progress: sums in another order must not look like it for ever.
+_PROGRESS = 1e-9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
@@ -32,8 +35,8 @@ class Outlook:
 def balance(load_E: np.ndarray, ep_size: int) -> list[int]:
     """Return an order of experts over ranks, equally many on each, in which the fullest rank is as empty as can be found.
 
-    Greedy (the heaviest expert to the emptiest rank that has room), then exchanges of two experts of different ranks while one
-    lowers the largest load or, that being equal, the sum of squares.
+    Greedy (the heaviest expert to the emptiest rank that has room), then exchanges of an expert of the fullest rank for one of
+    another while that leaves both below what the fullest one had.
     """
     experts = len(load_E)
     room = [experts // ep_size] * ep_size
@@ -48,27 +51,22 @@ def balance(load_E: np.ndarray, ep_size: int) -> list[int]:
 
 
 def _improve(load_E: np.ndarray, ranks: list[list[int]]) -> bool:
-    """Make the best exchange of two experts, in place; return whether there was one."""
-    loads = [float(sum(load_E[e] for e in rank)) for rank in ranks]
-    best, found = _worth(loads), None
-    for a in range(len(ranks)):
-        for b in range(a + 1, len(ranks)):
-            for i, first in enumerate(ranks[a]):
-                for j, second in enumerate(ranks[b]):
-                    moved = float(load_E[second] - load_E[first])
-                    worth = _worth([load + moved * ((r == a) - (r == b)) for r, load in enumerate(loads)])
-                    if worth < best:
-                        best, found = worth, (a, i, b, j)
-    if found is None:
+    """Make the best exchange between the fullest rank and another, in place; return whether there was one."""
+    loads_W = np.array([load_E[rank].sum() for rank in ranks])
+    fullest = int(loads_W.argmax())
+    theirs = [(rank, place) for rank, members in enumerate(ranks) if rank != fullest for place in range(len(members))]
+    if not theirs:
         return False
-    a, i, b, j = found
-    ranks[a][i], ranks[b][j] = ranks[b][j], ranks[a][i]
+    their_load = np.array([load_E[ranks[rank][place]] for rank, place in theirs])
+    gain = load_E[ranks[fullest]][:, None] - their_load[None]
+    # The larger of the two ranks' loads after exchanging (own, their) experts.
+    after = np.maximum(loads_W[fullest] - gain, loads_W[[rank for rank, _ in theirs]][None] + gain)
+    own, other = np.unravel_index(after.argmin(), after.shape)
+    if not after[own, other] < loads_W[fullest] * (1 - _PROGRESS):
+        return False
+    rank, place = theirs[other]
+    ranks[fullest][own], ranks[rank][place] = ranks[rank][place], ranks[fullest][own]
     return True
-
-
-def _worth(loads: list[float]) -> tuple[float, float]:
-    # Rounded: sums in another order must not look like progress for ever.
-    return round(max(loads), 6), round(sum(load * load for load in loads), 3)
 
 
 def unevenness(tokens_TLE: np.ndarray, order_LE: np.ndarray, ep_size: int) -> np.ndarray:

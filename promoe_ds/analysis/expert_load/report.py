@@ -13,6 +13,7 @@ import numpy as np
 
 from promoe_ds.analysis.drawing import Scene
 from promoe_ds.analysis.drawing import page as html
+from promoe_ds.analysis.drawing.png import write_png
 from promoe_ds.analysis.expert_load import findings, stats
 from promoe_ds.analysis.expert_load.figures import OVERVIEW, layer_figures
 from promoe_ds.analysis.expert_load.view import RunView
@@ -78,7 +79,7 @@ def export(folder: Path, views: Sequence[RunView]) -> int:
 def export_figure(folder: Path, scene: Scene) -> None:
     """Write a figure as PNG and CSV under a name made of its title."""
     name = _slug(re.sub(r", last [\d,]+ steps", "", scene.title))
-    scene.png(folder / f"{name}.png")
+    write_png(scene, folder / f"{name}.png")
     _write_csv(folder / f"{name}.csv", scene.numbers)
 
 

@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from promoe_ds.analysis.expert_load.findings import find
-from promoe_ds.analysis.expert_load.lines import iterate_records, log_file
+from promoe_ds.analysis.expert_load.findings import UNEVEN, VERY_UNEVEN, find
+from promoe_ds.analysis.expert_load.lines import FILE_NAME, iterate_records, log_file
 from promoe_ds.analysis.expert_load.totals import LayerLoad, summarise_load
 from promoe_ds.analysis.expert_load.view import RunView
 
@@ -26,17 +26,25 @@ _BARS = " ▁▂▃▄▅▆▇█"
 _SPARKS = 24
 
 
-def load_table(loads: list[LayerLoad], title: str = "Expert load (share of routed tokens; max/mean 1.00 = even)") -> Table:
-    """Return one row a layer: each expert's share, evenness, split by condition, prototypes, traffic."""
+def load_table(loads: list[LayerLoad], title: str = "Expert load (share of routed tokens; max/mean 1.00 = even)",
+               curves: tuple[str, list[str]] | None = None) -> Table:
+    """Return one row a layer: each expert's share, evenness, split by condition, prototypes, traffic.
+
+    Args:
+        curves: heading and cells of a last column, which also lets rows be coloured by how uneven they are.
+    """
     table = Table(title=title, title_justify="left", box=SIMPLE)
     experts = [f"e{expert}" for expert in range(len(loads[0].tokens_per_expert))]
     for name in ("layer", *experts, "max/mean", "CV", "entropy", "dead", "conditional", "null", "prototype cos", "exchanged"):
         table.add_column(name, justify="right", no_wrap=True)
-    for load in loads:
+    if curves is not None:
+        table.add_column(curves[0], no_wrap=True)
+    for row, load in enumerate(loads):
         table.add_row(str(load.layer), *(f"{share:.1%}" for share in load.shares), f"{load.max_over_mean:.2f}",
                       f"{load.coefficient_of_variation:.2f}", f"{load.entropy:.3f}", str(load.tokens_per_expert.count(0)),
                       f"{load.conditional_tokens:,}", f"{load.unconditional_tokens:,}", f"{load.prototype_similarity:+.2f}",
-                      f"{load.bytes_exchanged / 1e6:,.1f} MB")
+                      f"{load.bytes_exchanged / 1e6:,.1f} MB", *([] if curves is None else [curves[1][row]]),
+                      style="" if curves is None else _style(load.max_over_mean))
     return table
 
 
@@ -81,15 +89,17 @@ class Follower:
     """Reads what a growing log got since the last look; keeps the newest log steps."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Follow a run.
+        """Follow a run, which may not have reached its first log step yet.
 
-        Raises: DataError if there is no log.
+        Raises: DataError if there is no such run.
         """
-        self._path, self._position = log_file(run_dir), 0
+        self._path, self._position = run_dir / FILE_NAME if run_dir.is_dir() else log_file(run_dir), 0
         self._by_step: deque[tuple[int, list[dict[str, Any]]]] = deque(maxlen=_SPARKS)
 
     def look(self) -> bool:
         """Read new lines; return whether there were any."""
+        if not self._path.is_file():
+            return False
         if self._path.stat().st_size < self._position:  # rewritten by a resume
             self._position = 0
             self._by_step.clear()
@@ -111,14 +121,9 @@ class Follower:
             return Text("waiting for the first log step", style="dim")
         history = [{load.layer: load for load in summarise_load(records)} for _, records in self._by_step]
         newest = list(history[-1].values())
-        table = load_table(newest, f"step {self._by_step[-1][0]:,}: load since the log step before")
-        table.add_column(f"max/mean, {len(history)} log steps", no_wrap=True)
-        experts = len(newest[0].tokens_per_expert)
-        for row, load in enumerate(newest):
-            values = [each[load.layer].max_over_mean for each in history if load.layer in each]
-            table.columns[-1]._cells.append(Text(_spark(values, 1.0, max(2.0, experts / 2)), style=_style(values[-1])))
-            table.rows[row].style = _style(load.max_over_mean)
-        return table
+        curves = [_spark([each[load.layer].max_over_mean for each in history if load.layer in each]) for load in newest]
+        return load_table(newest, f"step {self._by_step[-1][0]:,}: load since the log step before",
+                          (f"max/mean, {len(history)} log steps", curves))
 
 
 def follow(run_dir: Path, console: Console, *, every: float, is_over: Callable[[], bool] = lambda: False) -> None:
@@ -144,9 +149,11 @@ def _screen(follower: Follower) -> Group:
 
 
 def _style(uneven: float) -> str:
-    return _STYLES["bad"] if uneven > 2.5 else _STYLES["warn"] if uneven > 1.5 else ""
+    return _STYLES["bad"] if uneven > VERY_UNEVEN else _STYLES["warn"] if uneven > UNEVEN else ""
 
 
-def _spark(values: list[float], low: float, high: float) -> str:
-    places = [0 if np.isnan(v) else 1 + int(min(1.0, max(0.0, (v - low) / (high - low))) * (len(_BARS) - 2)) for v in values]
+def _spark(values: list[float]) -> str:
+    """Draw a small curve from 1 (even) to the largest value, 2 at least."""
+    high = max([2.0, *(v for v in values if not np.isnan(v))])
+    places = [0 if np.isnan(v) else 1 + int((v - 1) / (high - 1) * (len(_BARS) - 2)) for v in values]
     return "".join(_BARS[place] for place in places)

@@ -16,7 +16,7 @@ import torch
 
 from promoe_ds.analysis.drawing import SERIES, Scene
 from promoe_ds.analysis.drawing import page as html
-from promoe_ds.analysis.drawing.charts import WIDTH, bar_chart, cell_chart, line_chart, scatter_chart
+from promoe_ds.analysis.drawing.charts import WIDTH, Axes, Cells, bar_chart, cell_chart, line_chart, scatter_chart
 from promoe_ds.analysis.specialisation.collect import Batch, Observations, observe
 from promoe_ds.analysis.specialisation.measures import Information, inter_intra_ratio, specialisation, subspace_similarity
 from promoe_ds.errors import ConfigError, DataError
@@ -112,15 +112,17 @@ def overview_figures(analysis: Analysis) -> list[Scene]:
         "experts": "Tokens grouped by their expert: high where each expert's tokens are a group of their own.",
         "classes": "Tokens grouped by the class of their image: low where patches of a class differ more than classes do."}
     return [
-        cell_chart("What the choice of expert tells", scores, rows, kinds, show=lambda x: f"{x:.3f}",
-                   shade=lambda x: np.clip(x / 0.5, -1, 1), row_name="layer", column_name="attribute",
+        cell_chart("What the choice of expert tells", scores,
+                   Cells(rows=rows, columns=kinds, show="{:.3f}".format, shade=lambda x: np.clip(x / 0.5, -1, 1), row_name="layer",
+                         column_name="attribute"),
                    note="Mutual information with the class, the noise level and the patch's place, over the entropy of the expert, "
                         "minus that of shuffled data: 0 is chance, 1 is all."),
         bar_chart("Overlap of experts' subspaces", similar, mark=chance, mark_name=f"chance {chance:.3f}",
                   note=f"Mean over pairs of experts: |UᵢᵀUⱼ|²/k of the top {analysis.settings.singular_vectors} left singular "
                        "vectors of the down projections. Lower is more diverse (Fig. 1(b))."),
         *(line_chart(f"Inter/intra distance of {kind}", [(f"layer {layer.layer}", sigmas, layer.ratios[kind])
-                                                         for layer in analysis.layers], x_name="sigma", note=note, even=1.0)
+                                                         for layer in analysis.layers],
+                      Axes(x_name="sigma", even=1.0), note=note)
           for kind, note in ratio_notes.items())]
 
 
@@ -139,8 +141,9 @@ def layer_figures(analysis: Analysis, layer: LayerAnalysis) -> list[Scene]:
         bar_chart(f"Layer {layer.layer}: mutual information", bars, label_width=66.0,
                   note=f"Over the entropy of the expert; chance by {analysis.settings.rounds} shufflings: images, levels within an "
                        "image, places within an image and level."),
-        cell_chart(f"Layer {layer.layer}: overlap of subspaces", layer.similarity_EE, names, names, show=lambda x: f"{x:.2f}",
-                   shade=lambda x: x, note="Expert by expert; 1 on the diagonal.", column_name="and")]
+        cell_chart(f"Layer {layer.layer}: overlap of subspaces", layer.similarity_EE,
+                   Cells(rows=names, columns=names, show="{:.2f}".format, shade=lambda x: x, column_name="and"),
+                   note="Expert by expert; 1 on the diagonal.")]
 
 
 def token_maps(analysis: Analysis, layer: LayerAnalysis) -> Scene:
@@ -154,21 +157,21 @@ def token_maps(analysis: Analysis, layer: LayerAnalysis) -> Scene:
     scene.numbers = [["image", "class", "sigma", "patch", "expert"]]
     grid = round(tokens**0.5)
     for column, name in enumerate(["image", *(f"σ {sigma:g}" for sigma in analysis.settings.sigmas)]):
-        scene.text(6 + column * (side + 6) + side / 2, 12, name, color="muted", anchor="middle", size=10)
+        scene.text((6 + column * (side + 6) + side / 2, 12), name, color="muted", anchor="middle", size=10)
     for row in range(shown):
         y, image = 18 + row * (side + 6), _gray(analysis.batch.clean_BZHW[row].numpy())
         for column in range(columns):
             x = 6 + column * (side + 6)
-            scene.pixels(x, y, side, side, image)
+            scene.pixels((x, y, side, side), image)
             if column:
                 experts_S = layer.seen.experts_MBS[column - 1, row]
-                scene.pixels(x, y, side, side, _tint(experts_S.reshape(grid, grid)))
+                scene.pixels((x, y, side, side), _tint(experts_S.reshape(grid, grid)))
                 head = [row, int(analysis.batch.labels_B[row]), analysis.settings.sigmas[column - 1]]
                 scene.numbers += [[*head, place, int(expert)] for place, expert in enumerate(experts_S)]
     y = 18 + shown * (side + 6) + 8
     for expert in range(min(analysis.experts, len(SERIES))):
-        scene.rect(6 + 29 * expert, y - 7, 8, 8, expert, radius=2)
-        scene.text(17 + 29 * expert, y, f"e{expert}", color="muted", size=9.5)
+        scene.rect((6 + 29 * expert, y - 7, 8, 8), expert, radius=2)
+        scene.text((17 + 29 * expert, y), f"e{expert}", color="muted", size=9.5)
     return scene
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from promoe_ds.analysis.expert_load import columns, load_log
+from promoe_ds.engine.metrics import append_lines
 from promoe_ds.errors import DataError
 
 from .routing_logs import detail, interval, line, old, write
@@ -125,3 +126,22 @@ def test_log_many_tables_are_thinned_and_lose_no_count(tmp_path) -> None:
     log = load_log(write(tmp_path, lines))
     assert len(log.tables["tokens_per_class"][1]) <= 64
     assert log.table("tokens_per_class", 1, slice(0, None)).tolist() == [[200, 400, 600, 800]]
+
+
+def test_log_of_values_that_were_not_finite_has_gaps_there(tmp_path) -> None:
+    lines = interval(5)
+    lines[0]["gate_sum_per_expert"][2] = None
+    lines[0]["layer_detail"]["prototype_similarity_matrix"][0][1] = None
+    lines[0]["layer_detail"]["prototype_to_centroid"][3] = None
+    append_lines(tmp_path / "routing.jsonl", [{**lines[0], "gate_mean": float("nan")}, *lines[1:]])
+    log = load_log(tmp_path)
+    assert np.isnan(log.gates_TLE[0, 0]).tolist() == [False, False, True, False]
+    assert np.isnan(log.matrix_LEE[0, 0, 1]) and np.isnan(log.to_centroid_TLE[0, 0, 3])
+    assert log.tokens_TLQE[0, 0, 0].tolist() == [5, 1, 1, 4]
+
+
+def test_lines_are_written_as_strict_json_whatever_their_values(tmp_path) -> None:
+    values = {"loss": float("nan"), "layer_detail": {"cosines": [[1.0, float("inf")], [float("-inf"), 0.5]]}}
+    append_lines(tmp_path / "x.jsonl", [values])
+    text = (tmp_path / "x.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"loss": None, "layer_detail": {"cosines": [[1.0, None], [None, 0.5]]}}

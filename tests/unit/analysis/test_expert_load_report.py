@@ -17,11 +17,12 @@ from PIL import Image
 from promoe_ds.analysis.expert_load import findings, stats
 from promoe_ds.analysis.expert_load.figures import OVERVIEW, layer_figures
 from promoe_ds.analysis.expert_load.report import export, layer_rows, render, write_report
+from promoe_ds.analysis.expert_load.terminal import findings_text
 from promoe_ds.analysis.expert_load.view import RunView
 from promoe_ds.config import count_parameters, load_config, training_flops_per_image
 from promoe_ds.errors import DataError
 
-from .routing_logs import interval, write
+from .routing_logs import interval, old, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -139,6 +140,15 @@ def test_page_of_a_run_without_its_other_files_says_what_is_left_out(tmp_path) -
     assert "none in the window" in text
 
 
+def test_page_of_an_old_log_shows_what_was_logged_then(tmp_path) -> None:
+    view = RunView.open(write(tmp_path / "old", [old(each) for step in (5, 10) for each in interval(step)]))
+    labels = _Page(text := render([view])).labels
+    assert "8 of 8 lines have schema 1" in text
+    assert "Load over training" in labels and "Layer 3: load by noise level" in labels
+    assert not any("mean gate" in label or "Prototype to its own" in label or "Waiting" in label for label in labels)
+    findings_text(view)
+
+
 def test_page_that_cannot_be_written_says_so(views, tmp_path) -> None:
     with pytest.raises(DataError, match="name another place with --out"):
         write_report(tmp_path / "nowhere" / "x.html", views)
@@ -147,7 +157,7 @@ def test_page_that_cannot_be_written_says_so(views, tmp_path) -> None:
 def test_export_writes_every_figure_as_png_and_csv(views, tmp_path) -> None:
     count = export(tmp_path / "out", views[:1])
     images = sorted((tmp_path / "out").glob("*.png"))
-    assert count == len(images) == 14 + 2 * 6
+    assert count == len(images) == 14 + 2 * 7
     for path in images:
         assert Image.open(path).convert("L").getextrema() != (255, 255)
         rows = list(csv.reader(path.with_suffix(".csv").open()))
@@ -171,7 +181,7 @@ def test_page_in_a_browser_is_whole_without_errors(views, tmp_path, width, schem
     dom = subprocess.run([CHROMIUM, *flags, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in dom.stderr
     wide, window, figures, flat, unnamed = map(int, re.search(r'data-probe="([\d,]+)"', dom.stdout)[1].split(","))
-    assert (window, figures, flat, unnamed) == (width, 2 * (14 + 2 * 6), 0, 0)
+    assert (window, figures, flat, unnamed) == (width, 2 * (14 + 2 * 7), 0, 0)
     assert wide <= width
     subprocess.run([CHROMIUM, *flags, f"--screenshot={shot}", frame.as_uri()], capture_output=True, timeout=120, check=True)
     image = Image.open(shot).convert("RGB").crop((0, 0, width, 2400))

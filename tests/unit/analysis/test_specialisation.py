@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from promoe_ds.analysis.drawing.png import write_png
 from promoe_ds.analysis.specialisation import inter_intra_ratio, mutual_information, observe, subspace_similarity
 from promoe_ds.analysis.specialisation.collect import best_expert, draw_images
 from promoe_ds.analysis.specialisation.measures import specialisation
@@ -98,7 +99,7 @@ def test_analysis_of_a_small_model_writes_a_page_and_its_numbers(tmp_path) -> No
     for layer in analysis.layers:
         for scene in layer_figures(analysis, layer):
             assert f'aria-label="{scene.title}"' in text
-            scene.png(tmp_path / "figure.png")
+            write_png(scene, tmp_path / "figure.png")
     with pytest.raises(DataError, match="name another place with --out"):
         write(analysis, tmp_path / "nowhere" / "page.html")
 

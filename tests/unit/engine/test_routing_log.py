@@ -9,8 +9,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+import torch.distributed as dist
 
 import promoe_ds.analysis
+from promoe_ds.engine.distributed import Ranks
 from promoe_ds.engine.router_state import give_superclasses
 from promoe_ds.engine.routing_log import RoutingAccumulator, load_summary
 from promoe_ds.model import DiT
@@ -268,3 +270,26 @@ def test_plans_carry_sums_of_tokens_in_training_only() -> None:
     network = make_network("token_choice")
     assert run(network)[1].stats.token_sums_ED.shape == (4, 16)
     assert run(network.eval())[1].stats.token_sums_ED is None
+
+
+def test_lines_say_what_each_rank_computed_and_how_uneven_passes_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network(model={"depth": 4}, parallel={"ep_size": 2}, **of_method("token_choice")).train()
+    for layer in network.moe_layers().values():
+        layer.dispatcher.group = "both"
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: {"both": [0, 1]}[group])
+    accumulators = [RoutingAccumulator(network.config, network, Ranks(rank=rank, world_size=2, device=torch.device("cpu")))
+                    for rank in (0, 1)]
+    passes = [[run(network, 10 * rank + seed) for seed in range(3)] for rank in (0, 1)]
+    for accumulator, plans_of_rank in zip(accumulators, passes, strict=True):
+        for plans in plans_of_rank:
+            accumulator.add(plans, torch.tensor(SIGMA))
+    lines, _ = call_together(monkeypatch, accumulators, "reduce", step=3, steps=3)
+    for layer, line in ((1, lines[0]), (3, lines[10])):
+        computed = [torch.stack([plans_of_rank[seed][layer].assignment.tokens_per_expert_E for plans_of_rank in passes])
+                    .sum(dim=0).view(2, 2).sum(dim=1) for seed in range(3)]
+        detail = line["layer_detail"]
+        assert detail["tokens_per_ep_rank"] == torch.stack(computed).sum(dim=0).tolist()
+        fullest, mean = sum(rows.max().item() for rows in computed), sum(rows.sum().item() / 2 for rows in computed)
+        assert detail["rank_max_over_mean"] == pytest.approx(fullest / mean)
+        assert (detail["passes"], detail["ranks"], detail["ep_size"]) == (3, 2, 2)
+        assert detail["exchanges"]["counts"]["bytes"] == 3 * 2 * 8 * 4 // 2  # passes, ranks, int64, experts; half stay

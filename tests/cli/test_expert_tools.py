@@ -1,0 +1,123 @@
+"""The tools that look at experts, as a user runs them, mistakes included."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .commands import REPOSITORY, run, train
+
+TOOLS = ("expert_load", "analyze_experts", "convert_checkpoint")
+LOAD, ANALYZE, CONVERT = (str(REPOSITORY / "tools" / f"{name}.py") for name in TOOLS)
+
+
+def expert_load(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, LOAD, *arguments, cwd=cwd, env={"COLUMNS": "100"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train four steps, stop after two in a second run."""
+    folder = tmp_path_factory.mktemp("experts")
+    for name, overrides in (("run", ()), ("other", ("train.stop_after_steps=2",))):
+        done = train(*overrides, cwd=folder, run_dir=name)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_load_prints_a_summary_and_writes_a_page_and_files(folder) -> None:
+    done = expert_load("run", "--export", "figures", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for words in ("Expert load (share of routed tokens", "max/mean", "Placements", "report: run/expert_load.html",
+                  "exported 18 figures"):
+        assert words in done.stdout
+    assert (folder / "run" / "expert_load.html").read_text().startswith("<!doctype html>")
+    assert len(list((folder / "figures").glob("*.png"))) == 18
+    both = expert_load("run", "--compare", "other", "--out", "both.html", cwd=folder)
+    assert "report: both.html" in both.stdout
+    assert "<h1>run <span class=muted>and</span> other</h1>" in (folder / "both.html").read_text()
+
+
+def test_load_placement_is_written_and_applied_at_the_next_resume(folder) -> None:
+    done = expert_load("other", "--no-html", "--placement", "placement.json", "--ep-size", "2", cwd=folder)
+    assert "Apply it at the next resume: --set parallel.expert_placement=placement.json" in done.stdout
+    assert not (folder / "other" / "expert_load.html").exists()
+    values = json.loads((folder / "placement.json").read_text())
+    assert (values["ep_size"], values["from_step"], sorted(values["layers"]["1"])) == (2, 2, [0, 1, 2, 3])
+    values["layers"]["1"] = [3, 1, 0, 2]
+    (folder / "placement.json").write_text(json.dumps(values))
+    resumed = train("parallel.expert_placement=placement.json", cwd=folder, run_dir="other")
+    assert resumed.returncode == 0, resumed.stderr
+    losses = [[json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+              for name in ("run", "other")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    last = json.loads((folder / "other" / "routing.jsonl").read_text().splitlines()[-10])
+    assert last["layer_detail"]["experts"] == [3, 1, 0, 2]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (("nowhere",), 3, "nowhere: no routing statistics there (there is no such folder)"),
+    (("run", "--compare", "."), 3, ".: no routing statistics there (the folder holds no routing.jsonl)"),
+    (("run", "--out", "no/such/page.html"), 3, "no/such/page.html cannot be written: No such file or directory"),
+    (("run", "--placement", "p.json", "--ep-size", "3"), 2, "--ep-size 3 does not divide the 4 experts"),
+    (("run", "--last-steps", "0"), 2, "--last-steps 0: must be above 0"),
+    (("empty",), 3, "routing.jsonl is empty: the run has no MoE layer or did not reach its first log step"),
+    (("nowhere", "--follow"), 3, "nowhere: no routing statistics there"),
+])
+def test_load_mistake_is_told_in_one_message(folder, arguments, code, message) -> None:
+    (folder / "empty").mkdir(exist_ok=True)
+    (folder / "empty" / "routing.jsonl").touch()
+    done = expert_load(*arguments, cwd=folder)
+    assert done.returncode == code
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_load_follow_shows_new_steps_until_interrupted(folder, tmp_path) -> None:
+    lines = (folder / "run" / "routing.jsonl").read_text().splitlines(keepends=True)
+    log = tmp_path / "routing.jsonl"
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen([sys.executable, LOAD, str(tmp_path), "--follow", "--every", "0.2"], stdout=file,
+                                   stderr=subprocess.STDOUT, env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "160"})
+    try:
+        wait_for(output, "waiting for the first log step")
+        log.write_text("".join(lines[:10]) + lines[10][:40])  # a line that is being written
+        wait_for(output, "step 1: load")
+        with log.open("a") as file:
+            file.write(lines[10][40:] + "".join(lines[11:20]))
+        wait_for(output, "step 2: load")
+        log.write_text("".join(lines[:10]))  # a resume dropped what came after its checkpoint
+        wait_for(output, "step 1: load", after=output.read_text().rfind("step 2: load"))
+    finally:
+        process.send_signal(signal.SIGINT)
+        code = process.wait(timeout=20)
+    assert code == 0
+    assert "stopped following" in output.read_text() and "Traceback" not in output.read_text()
+
+
+def wait_for(output: Path, words: str, *, after: int = 0, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while words not in output.read_text()[after:]:
+        assert time.monotonic() < end, output.read_text()[-2000:]
+        time.sleep(0.1)
+
+
+def test_analyze_writes_a_page_and_refuses_what_cannot_be(folder) -> None:
+    assert run(sys.executable, CONVERT, "run", "export", "--to", "single", cwd=folder).returncode == 0
+    few = ("--images", "6", "--tokens", "30", "--rounds", "3", "--sigmas", "0.2", "0.8", "--singular-vectors", "4")
+    done = run(sys.executable, ANALYZE, "export", *few, "--export", "analysis", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "report: export/experts.html" in done.stdout and "layer 1: what the expert tells beyond chance" in done.stdout
+    assert len(list((folder / "analysis").glob("*.png"))) == 5 + 4
+    for more, message in ((("--sigmas", "1.5"), "--sigmas 1.5: must be from 0 (data) to 1 (noise)"),
+                          (("--images", "1"), "--images 1: must be at least 2"),
+                          (("--singular-vectors", "99"), "--singular-vectors 99: an expert's matrix has 1 to 32")):
+        refused = run(sys.executable, ANALYZE, "export", *few, *more, cwd=folder)
+        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
