@@ -17,6 +17,7 @@ from torch import Tensor
 from promoe_ds.data import LatentDataset, build_dataset
 from promoe_ds.data.images import read_image, scan_tree
 from promoe_ds.data.index import read_index
+from promoe_ds.data.shards import ShardContent, write_shard
 from promoe_ds.engine.encode import EncodeRequest, encode, verify
 from promoe_ds.engine.team import alone
 from promoe_ds.errors import ConfigError, DataError
@@ -241,6 +242,15 @@ def test_latents_not_finite_without_checksums_names_the_record(tmp_path: Path) -
     save_file({"latents": latents, "labels": torch.zeros(3, dtype=torch.int64)}, tmp_path / "a.safetensors")
     with pytest.raises(DataError, match=r"a\.safetensors: record 1 \(of unknown source\) is not finite"):
         open_set(tmp_path).take(np.array([0, 1]))
+
+
+def test_shard_of_a_latent_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    records = torch.full((2, 2, 4, 4), 1e5)
+    records[0] = 0
+    content = ShardContent(kind="moments", records=records.half(), flipped=None, labels=torch.zeros(2, dtype=torch.int64),
+                           names=["a/0.png", "a/1.png"])
+    with pytest.raises(DataError, match=r"a/1\.png: its latent is not finite as float16: store or compute in a wider type"):
+        write_shard(tmp_path / "x.safetensors", content)
 
 
 # Caches of other trainers.
