@@ -201,7 +201,7 @@ def _settings(request: SampleRequest, plan: SamplingPlan, exact: bool, vae: Vae 
 def _checksum(export: Path) -> str:
     """Return the checksum of the checksums of an export's weights: reads them once."""
     parts = [checksum(path) for path in sorted(export.glob(f"{WEIGHTS_STEM}*.safetensors"))]
-    return f"xxh3_64:{xxhash.xxh3_64(''.join(parts)).hexdigest()}"
+    return f"xxh3_64:{xxhash.xxh3_64(''.join(parts).encode()).hexdigest()}"
 
 
 def _finish(request: SampleRequest, store: SampleStore) -> list[Path]:
