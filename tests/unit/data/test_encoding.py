@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from promoe_ds.data import LatentDataset, build_dataset
+from promoe_ds.data import LatentDataset, build_dataset, sample_indices
 from promoe_ds.data.images import read_image, scan_tree
 from promoe_ds.data.index import read_index
 from promoe_ds.data.shards import ShardContent, write_shard
@@ -91,6 +91,24 @@ def test_samples_depend_on_index_and_position_not_on_their_batch(made: Path, sou
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
     assert source == "images" or torch.equal(torch.cat(parts), whole)
     assert not torch.equal(whole[0], whole[2])
+
+
+def test_training_stream_is_the_same_for_any_ranks_and_goes_on_in_the_middle_of_an_epoch(made: Path) -> None:
+    dataset, batch, steps = open_set(made / "latents"), 8, 6  # three epochs and a fifth
+
+    def global_batch(step: int, world_size: int) -> Tensor:
+        share, parts = batch // world_size, []
+        for rank in range(world_size):
+            start = step * batch + rank * share
+            indices = sample_indices(len(dataset), seed=5, start=start, count=share)
+            parts.append(dataset.take(indices, np.arange(start, start + share))[0])
+        return torch.cat(parts)
+
+    alone_ = [global_batch(step, 1) for step in range(steps)]
+    assert all(torch.equal(global_batch(step, ranks), alone_[step]) for ranks in (2, 4) for step in range(steps))
+    reopened = open_set(made / "latents")  # a resumed run knows its position, nothing else
+    indices = sample_indices(15, seed=5, start=3 * batch, count=batch)
+    assert torch.equal(reopened.take(indices, np.arange(3 * batch, 4 * batch))[0], alone_[3])
 
 
 def test_encoded_on_the_fly_equals_packed(made: Path) -> None:
