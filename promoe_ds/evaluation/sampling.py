@@ -214,7 +214,8 @@ def _finish(request: SampleRequest, store: SampleStore) -> list[Path]:
         images = np.stack([store.read(index) for index in chosen])
         written.append(store.folder / "grid.png")
         zoom = max(1, _GRID_IMAGE_SIZE // images.shape[1])
-        save_png(written[-1], make_grid(images, store.labels[chosen], columns=min(_GRID_COLUMNS, len(store.labels)), zoom=zoom))
+        columns = int(np.bincount(store.labels[chosen]).max())
+        save_png(written[-1], make_grid(images, store.labels[chosen], columns=columns, zoom=zoom))
     return written
 
 
