@@ -5,9 +5,9 @@ set -euo pipefail
 promoe_environment
 cd "$promoe_root"
 
-# install WHAT_FOR PACKAGES...: where root, and where no systemd would start their servers for good. The tests that need what
+# install_packages WHAT_FOR PACKAGES...: where root, and where no systemd would start their servers for good. The tests that need what
 # is missing are skipped, and pytest says why.
-install() {
+install_packages() {
     [ "$(id -u)" -eq 0 ] && command -v apt-get > /dev/null && [ ! -d /run/systemd/system ] || return 0
     local purpose="$1"
     shift
@@ -16,10 +16,10 @@ install() {
         || echo "they could not be installed: the tests $purpose will be skipped"
 }
 if ! { command -v pdsh && command -v ip && command -v /usr/sbin/sshd; } > /dev/null; then
-    install "on several hosts" pdsh openssh-server iproute2
+    install_packages "on several hosts" pdsh openssh-server iproute2
 fi
 if ! command -v chromium > /dev/null; then
-    install "of reports in a browser" chromium
+    install_packages "of reports in a browser" chromium
 fi
 ruff check .
 exec python -m pytest "$@"

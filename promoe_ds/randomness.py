@@ -10,9 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 #: Named streams; the number is part of the format of a run and never changes.
-STREAMS = {"data": 1, "noise": 2, "sigma": 3, "label_drop": 4, "init": 5, "sample": 6, "synthetic": 7, "augment": 8}
+STREAMS = {"data": 1, "noise": 2, "sigma": 3, "label_drop": 4, "init": 5, "sample": 6, "synthetic": 7,
+           "flip": 8, "posterior": 9}
 
 _MASK64 = (1 << 64) - 1
+#: 2**64 over the golden ratio: multiples of it fill the numbers evenly.
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def generator(seed: int, stream: str, *indices: int) -> np.random.Generator:
@@ -31,3 +34,21 @@ def generator(seed: int, stream: str, *indices: int) -> np.random.Generator:
     counter = np.array([0, low & _MASK64, high & _MASK64, 0], dtype=np.uint64)
     key = np.array([seed & _MASK64, STREAMS[stream]], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def hashes(seed: int, stream: str, indices: np.ndarray) -> np.ndarray:
+    """Return one uint64 for each index: where that will do, thousands of times cheaper than a generator each.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea & Flood, 2014), over (seed, stream) and then the index.
+    Args:
+        seed, stream: as for `generator`; indices: (n,) non-negative integers.
+    Raises: KeyError for an unknown stream.
+    """
+    key = _mixed(np.array([(seed + STREAMS[stream] * _GOLDEN) & _MASK64], dtype=np.uint64))
+    return _mixed(key + np.asarray(indices).astype(np.uint64) * np.uint64(_GOLDEN))
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

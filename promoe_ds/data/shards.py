@@ -70,6 +70,11 @@ class Shard:
         return self.shape[0]
 
     @property
+    def checked(self) -> bool:
+        """Whether its records have checksums."""
+        return self._checksums is not None
+
+    @property
     def record_bytes(self) -> int:
         """Bytes of one record."""
         return self._bytes[0].shape[1]
@@ -95,8 +100,16 @@ class Shard:
 
 
 def write_shard(path: Path, content: ShardContent) -> ShardRecord:
-    """Write a shard, in one move, and return its entry in the index."""
+    """Write a shard, in one move, and return its entry in the index.
+
+    Raises: DataError naming a record that is not finite.
+    """
     variants = [content.records.contiguous(), *([content.flipped.contiguous()] if content.flipped is not None else [])]
+    for variant in variants:
+        if not torch.isfinite(variant).all():
+            bad = int((~torch.isfinite(variant)).flatten(1).any(dim=1).nonzero()[0])
+            dtype = str(variant.dtype).removeprefix("torch.")
+            raise DataError(f"{content.names[bad]}: its latent is not finite as {dtype}: store or compute in a wider type")
     digests = np.array([[xxhash.xxh3_64_intdigest(row) for row in _as_bytes(variant)] for variant in variants], dtype=np.uint64)
     tensors = {content.kind: variants[0], "labels": content.labels,
                "checksums": torch.from_numpy(digests.reshape(len(variants), -1).T.copy().view(np.int64)),

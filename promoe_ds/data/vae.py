@@ -6,6 +6,7 @@ Letters: B images, Z latent channels, H, W size, C colour channels.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,8 @@ class Vae:
             name: what to call it; `source` if left out.
         Raises: DataError if there is no AutoencoderKL.
         """
+        if not Path(source).is_dir() and source.count("/") != 1:
+            raise DataError(f"{source}: no such folder, and no hub id (owner/name) of an AutoencoderKL")
         try:
             network = AutoencoderKL.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

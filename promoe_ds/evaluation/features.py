@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor, nn
 
+from promoe_ds.engine.manifest import checksum
 from promoe_ds.engine.versions import versions_of
 from promoe_ds.errors import ConfigError
 
@@ -168,4 +168,4 @@ def _inception_identity(weights: str) -> dict[str, Any]:
 
 
 def _checksum(path: Path) -> str:
-    return f"xxh3_64:{xxhash.xxh3_64(path.read_bytes()).hexdigest()}"
+    return f"xxh3_64:{checksum(path)}"

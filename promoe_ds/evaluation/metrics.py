@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from tqdm import tqdm
 
+from promoe_ds.engine.manifest import checksum
 from promoe_ds.engine.team import Team
 from promoe_ds.engine.versions import versions_of
 from promoe_ds.errors import ConfigError, DataError
@@ -25,7 +25,6 @@ from promoe_ds.evaluation.sources import FolderImages, NpzImages, npz_array, ope
 from promoe_ds.evaluation.statistics import InceptionScore, RunningGaussian
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
-_CHUNK_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +172,7 @@ def read_reference(path: Path, extractor: Extractor, team: Team, *, size: int, b
         raise DataError(f"{path}: holds neither mu and sigma nor images (arr_0)")
     description: dict[str, Any] = {"path": str(path), "statistics": "computed from its images" if stated is None else "as stated"}
     if not path.is_dir():
-        description["checksum"] = team.on_main(lambda: _file_checksum(path))
+        description["checksum"] = team.on_main(lambda: f"xxh3_64:{checksum(path)}")
     found = None
     if stated is None or (keep and has_images):
         images = FolderImages(path, size) if path.is_dir() else NpzImages(path)
@@ -221,11 +220,3 @@ def _distance(a: Gaussian, b: Gaussian, path: Path | None, name: str) -> float:
     if a.mean.shape != b.mean.shape:
         raise DataError(f"{path}: {name} has {len(b.mean)} features, the extractor {len(a.mean)}: they are another network's")
     return frechet_distance(a, b)
-
-
-def _file_checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return f"xxh3_128:{digest.hexdigest()}"

@@ -15,7 +15,7 @@ from promoe_ds.engine.distributed import Ranks
 from promoe_ds.engine.ema_swap import averaged_network
 from promoe_ds.engine.session import Session
 from promoe_ds.engine.team import Team
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.drawing import Drawer
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance
@@ -48,6 +48,11 @@ class OnlineEvaluation:
         size = model.input_size * (1 if self._vae is None else self._vae.identity.downsampling)
         self._reference = read_reference(Path(settings.reference), self._extractor, self._team, size=size,
                                          batch_size=settings.batch_size, keep=False)
+        blank = np.zeros((1, size, size, model.in_channels if self._vae is None else 3), dtype=np.uint8)
+        found, wanted = self._extractor(blank).pool.shape[1], len(self._reference.pool.mean)
+        if found != wanted:
+            raise DataError(f"evaluation.reference={settings.reference}: mu has {wanted} features, evaluation.extractor="
+                            f"{settings.extractor} {found}: they are another network's")
         self._plan = SamplingPlan(
             steps=settings.steps or config.sampling.steps, cfg_scale=settings.cfg_scale, null_label=model.null_label,
             shift=config.diffusion.shift, solver=config.resolved_solver, num_train_timesteps=config.diffusion.num_train_timesteps)

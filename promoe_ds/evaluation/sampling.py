@@ -15,6 +15,7 @@ from tqdm import tqdm
 from promoe_ds.config import RunConfig
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion.sampler import SamplingPlan
+from promoe_ds.engine.manifest import checksum
 from promoe_ds.engine.team import Team, alone
 from promoe_ds.engine.versions import versions_of
 from promoe_ds.errors import CheckpointError, ConfigError
@@ -23,7 +24,7 @@ from promoe_ds.evaluation.images import make_grid, save_png, to_uint8
 from promoe_ds.evaluation.sharded_model import load_sharded_model
 from promoe_ds.evaluation.store import SampleStore
 from promoe_ds.logs import get_logger
-from promoe_ds.model.export import load_model, read_export_config, read_export_origin
+from promoe_ds.model.export import WEIGHTS_STEM, load_model, read_export_config, read_export_origin
 from promoe_ds.randomness import generator
 
 _LOG = get_logger("sample")
@@ -32,7 +33,6 @@ LABEL_RULES = ("balanced", "random")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GRID_COLUMNS = 20
 _GRID_IMAGE_SIZE = 40
-_CHUNK_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +199,9 @@ def _settings(request: SampleRequest, plan: SamplingPlan, exact: bool, vae: Vae 
 
 
 def _checksum(export: Path) -> str:
-    """Return the checksum of an export's weights: reads them once."""
-    digest = xxhash.xxh3_128()
-    for path in sorted(export.glob("model*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    return f"xxh3_128:{digest.hexdigest()}"
+    """Return the checksum of the checksums of an export's weights: reads them once."""
+    parts = [checksum(path) for path in sorted(export.glob(f"{WEIGHTS_STEM}*.safetensors"))]
+    return f"xxh3_64:{xxhash.xxh3_64(''.join(parts).encode()).hexdigest()}"
 
 
 def _finish(request: SampleRequest, store: SampleStore) -> list[Path]:
@@ -218,7 +214,8 @@ def _finish(request: SampleRequest, store: SampleStore) -> list[Path]:
         images = np.stack([store.read(index) for index in chosen])
         written.append(store.folder / "grid.png")
         zoom = max(1, _GRID_IMAGE_SIZE // images.shape[1])
-        save_png(written[-1], make_grid(images, store.labels[chosen], columns=min(_GRID_COLUMNS, len(store.labels)), zoom=zoom))
+        columns = int(np.bincount(store.labels[chosen]).max())
+        save_png(written[-1], make_grid(images, store.labels[chosen], columns=columns, zoom=zoom))
     return written
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from promoe_ds.randomness import STREAMS, generator
+from promoe_ds.randomness import STREAMS, generator, hashes
 
 WORDS = 2**64
 
@@ -90,7 +90,7 @@ def test_generator_values_are_part_of_the_format_of_a_run(arguments: tuple, expe
 
 def test_streams_numbers_never_change() -> None:
     assert STREAMS == {"data": 1, "noise": 2, "sigma": 3, "label_drop": 4, "init": 5, "sample": 6, "synthetic": 7,
-                       "augment": 8}
+                       "flip": 8, "posterior": 9}
 
 
 def test_generator_unknown_stream_is_refused() -> None:
@@ -106,3 +106,20 @@ def test_generator_three_indices_are_refused() -> None:
 def test_randomness_import_brings_no_torch() -> None:
     code = "import sys, promoe_ds.randomness; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_hashes_are_even_in_every_bit_and_free_of_repeats() -> None:
+    found = hashes(3, "flip", np.arange(100_000))
+    assert len(np.unique(found)) == 100_000
+    bits = (found[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    # Five standard deviations of 100,000 coins, on each of 64.
+    assert np.abs(bits.mean(axis=0) - 0.5).max() < 5 * 0.5 / 100_000**0.5
+    pairs = (bits[:-1] == bits[1:]).mean(axis=0)
+    assert np.abs(pairs - 0.5).max() < 5 * 0.5 / 100_000**0.5
+
+
+def test_hashes_depend_on_seed_stream_and_index_alone() -> None:
+    whole = hashes(3, "flip", np.arange(20))
+    assert np.array_equal(hashes(3, "flip", np.array([7, 2])), whole[[7, 2]])
+    for other in (hashes(4, "flip", np.arange(20)), hashes(3, "posterior", np.arange(20))):
+        assert not np.isin(other, whole).any()

@@ -14,9 +14,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from promoe_ds.data import LatentDataset, build_dataset
+from promoe_ds.data import LatentDataset, build_dataset, sample_indices
 from promoe_ds.data.images import read_image, scan_tree
 from promoe_ds.data.index import read_index
+from promoe_ds.data.shards import ShardContent, write_shard
 from promoe_ds.engine.encode import EncodeRequest, encode, verify
 from promoe_ds.engine.team import alone
 from promoe_ds.errors import ConfigError, DataError
@@ -90,6 +91,24 @@ def test_samples_depend_on_index_and_position_not_on_their_batch(made: Path, sou
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
     assert source == "images" or torch.equal(torch.cat(parts), whole)
     assert not torch.equal(whole[0], whole[2])
+
+
+def test_training_stream_is_the_same_for_any_ranks_and_goes_on_in_the_middle_of_an_epoch(made: Path) -> None:
+    dataset, batch, steps = open_set(made / "latents"), 8, 6  # three epochs and a fifth
+
+    def global_batch(step: int, world_size: int) -> Tensor:
+        share, parts = batch // world_size, []
+        for rank in range(world_size):
+            start = step * batch + rank * share
+            indices = sample_indices(len(dataset), seed=5, start=start, count=share)
+            parts.append(dataset.take(indices, np.arange(start, start + share))[0])
+        return torch.cat(parts)
+
+    alone_ = [global_batch(step, 1) for step in range(steps)]
+    assert all(torch.equal(global_batch(step, ranks), alone_[step]) for ranks in (2, 4) for step in range(steps))
+    reopened = open_set(made / "latents")  # a resumed run knows its position, nothing else
+    indices = sample_indices(15, seed=5, start=3 * batch, count=batch)
+    assert torch.equal(reopened.take(indices, np.arange(3 * batch, 4 * batch))[0], alone_[3])
 
 
 def test_encoded_on_the_fly_equals_packed(made: Path) -> None:
@@ -241,6 +260,15 @@ def test_latents_not_finite_without_checksums_names_the_record(tmp_path: Path) -
     save_file({"latents": latents, "labels": torch.zeros(3, dtype=torch.int64)}, tmp_path / "a.safetensors")
     with pytest.raises(DataError, match=r"a\.safetensors: record 1 \(of unknown source\) is not finite"):
         open_set(tmp_path).take(np.array([0, 1]))
+
+
+def test_shard_of_a_latent_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    records = torch.full((2, 2, 4, 4), 1e5)
+    records[0] = 0
+    content = ShardContent(kind="moments", records=records.half(), flipped=None, labels=torch.zeros(2, dtype=torch.int64),
+                           names=["a/0.png", "a/1.png"])
+    with pytest.raises(DataError, match=r"a/1\.png: its latent is not finite as float16: store or compute in a wider type"):
+        write_shard(tmp_path / "x.safetensors", content)
 
 
 # Caches of other trainers.

@@ -162,7 +162,7 @@ def test_sampling_records_what_decides_the_images(tmp_path) -> None:
     request = pixel_request(make_pixel_export(tmp_path), classes=(3, 1), grid=True)
     written = draw_samples(request)
     settings = json.loads((request.out / "samples.json").read_text())
-    assert settings["origin"] == {"step": 5} and settings["weights"].startswith("xxh3_128:") and settings["num"] == 9
+    assert settings["origin"] == {"step": 5} and settings["weights"].startswith("xxh3_64:") and settings["num"] == 9
     assert (settings["seed"], settings["steps"], settings["classes"], settings["exact"]) == (0, 3, [3, 1], True)
     assert [path.name for path in written] == ["img*.png (9 files)", "samples.npz", "grid.png"]
     with np.load(request.out / "samples.npz") as data:
