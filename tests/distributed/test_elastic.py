@@ -65,8 +65,9 @@ def test_elastic_losses_equal_a_run_that_never_changed(runs, name) -> None:
 def test_elastic_averages_equal_those_of_a_run_that_never_changed(runs, name, kind) -> None:
     expected, found = (without_key_bias(state(runs[run], kind)) for run in (f"{name}_whole", name))
     for tensor, value in expected.items():
-        # Other layouts add gradients in another order.
-        torch.testing.assert_close(found[tensor], value, rtol=1e-4, atol=2e-5, msg=lambda m, t=tensor: f"{t}: {m}")
+        # Other layouts add gradients in another order, and where one is nearly zero Adam makes a tenth of a step (1e-3) of it. An
+        # average that lost its past would be off by several steps.
+        torch.testing.assert_close(found[tensor], value, rtol=1e-4, atol=1e-4, msg=lambda m, t=tensor: f"{t}: {m}")
 
 
 @pytest.mark.parametrize("name", CHAINS)
