@@ -12,7 +12,7 @@ from pathlib import Path
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.engine.supervision.peers import gather_addresses, peer_problem
 from promoe_ds.engine.supervision.watchdog import Watchdog
-from promoe_ds.errors import PeerError
+from promoe_ds.errors import PeerError, Preempted
 from promoe_ds.launch.lease import DUMP_FOLDER, leave_note
 from promoe_ds.logs import get_logger, rank_from_environment
 
@@ -105,6 +105,9 @@ def supervised(settings: SupervisionConfig, run_dir: Path) -> Iterator[Superviso
     supervisor.start()
     try:
         yield supervisor
+    except Preempted:
+        handlers.clear()  # a signal that comes late, when another rank's has already stopped the job, must not change the exit code
+        raise
     except RuntimeError as error:
         if (explained := supervisor.explain(error)) is None:
             raise

@@ -90,6 +90,16 @@ def test_signal_is_a_wish_to_stop_not_an_end(tmp_path, number) -> None:
     assert (rank.returncode, output) == (0, f"{number.name}\n")
 
 
+def test_signal_after_the_agreed_stop_keeps_the_exit_code(tmp_path) -> None:
+    """Another rank's signal came first: this one is about to end when its own arrives."""
+    rank = _rank(tmp_path, "from promoe_ds.errors import Preempted; raise Preempted('saved')")
+    assert rank.stdout.readline() == "ready\n"
+    time.sleep(0.5)  # it waits now, so that rank 0 may speak first
+    rank.send_signal(signal.SIGTERM)
+    _, errors = rank.communicate(timeout=30)
+    assert (rank.returncode, errors) == (75, "stopped: rank 3: saved\n")
+
+
 def test_rank_whose_deepspeed_launcher_is_killed_ends_with_9(tmp_path) -> None:
     """A stand-in for DeepSpeed's launcher, known by its name on the command line, starts the rank and is killed."""
     attempt, launch = tmp_path / "attempt", tmp_path / "deepspeed.launcher.launch"
