@@ -34,7 +34,7 @@ def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -
     Args:
         tokens: conditional tokens, a multiple of the recipe's tokens per image.
     """
-    config = mixture(recipe, tokens=tokens, rounds=rounds)
+    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     images = max(1, tokens // config.model.tokens_per_image)
     with single_process() as device:
         contenders, missing = layer_contenders(config, images, device, torch.float32)
@@ -80,7 +80,21 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> B
     Args:
         tokens: conditional tokens, a multiple of the recipe's tokens per image.
     """
-    config = mixture(recipe, tokens=tokens, rounds=rounds)
+    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
+    module, batch = training_module(config, tokens)
+    model, images = config.model, batch.labels_B.numel()
+    inputs = torch.randn(images, model.tokens_per_image, model.hidden_size, generator=torch.Generator().manual_seed(1))
+    partition = partition_samples(batch.labels_B, model.null_label)
+    contenders: dict[str, Callable[[], None]] = {"training_step": lambda: training_pass(module, batch)}
+    layers = len(config.moe_block_indices)
+    for name, router in _routers(config).items():
+        contenders[f"router_losses_{name}"] = lambda router=router: _routing_passes(router, inputs, partition, layers)
+    return BenchmarkResult(suite="router", baseline="training_step", rounds=rounds,
+                           timings=interleave(contenders, rounds=rounds, warmup=1), settings=_settings(config, images=images))
+
+
+def training_module(config: RunConfig, tokens: int) -> tuple[TrainingModule, DiffusionBatch]:
+    """Return a network to train, on the CPU, and a batch of so many conditional tokens."""
     model = config.model
     images = max(1, tokens // model.tokens_per_image)
     generator = torch.Generator().manual_seed(0)
@@ -89,22 +103,11 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> B
                            torch.rand(images, generator=generator), torch.arange(images) % model.num_classes)
     network = build_model(config)
     initialise(network, 0)
-    module = TrainingModule(network).train()
-    inputs = torch.randn(images, model.tokens_per_image, model.hidden_size, generator=generator)
-    partition = partition_samples(batch.labels_B, model.null_label)
-    contenders: dict[str, Callable[[], None]] = {"training_step": lambda: _training_pass(module, batch)}
-    layers = len(config.moe_block_indices)
-    for name, router in _routers(config).items():
-        contenders[f"router_losses_{name}"] = lambda router=router: _routing_passes(router, inputs, partition, layers)
-    return BenchmarkResult(suite="router", baseline="training_step", rounds=rounds,
-                           timings=interleave(contenders, rounds=rounds, warmup=1), settings=_settings(config, images=images))
+    return TrainingModule(network).train(), batch
 
 
-def mixture(recipe: str, *, tokens: int, rounds: int) -> RunConfig:
-    """Load a recipe that has experts, for a suite with these options.
-
-    Raises: ConfigError for options or a recipe that cannot be timed.
-    """
+def mixture_recipe(recipe: str, *, tokens: int, rounds: int) -> RunConfig:
+    """Load a recipe that has experts; refuse numbers that cannot be."""
     for name, value in (("--tokens", tokens), ("--rounds", rounds)):
         if value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
@@ -129,7 +132,8 @@ def _routers(config: RunConfig) -> dict[str, Router]:
     return routers
 
 
-def _training_pass(module: TrainingModule, batch: DiffusionBatch) -> None:
+def training_pass(module: TrainingModule, batch: DiffusionBatch) -> None:
+    """Run a forward and a backward pass."""
     module.zero_grad(set_to_none=True)
     module(batch).loss.backward()
 
