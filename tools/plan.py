@@ -16,6 +16,7 @@ from pathlib import Path
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
 from promoe_ds.config.devices import DEVICES, NETWORKS, find_device, find_network
+from promoe_ds.errors import ConfigError
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -34,6 +35,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
+    if options.out is not None and not options.out.parent.is_dir():
+        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}: make it first")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from promoe_ds.analysis.plan import Cluster, best_layout, fake_world, layout_of, plan_step
     from promoe_ds.analysis.plan.report import choice_lines, plan_lines

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from promoe_ds.analysis.benchmarks import BenchmarkResult, interleave, machine_description
-from promoe_ds.analysis.benchmarks.layers import mixture, training_module, training_pass
+from promoe_ds.analysis.benchmarks.layers import mixture_recipe, training_module, training_pass
 from promoe_ds.engine.distributed import Ranks
 from promoe_ds.engine.routing_log import RoutingAccumulator
 from promoe_ds.routing.assignment import sum_tokens_by_expert
@@ -84,7 +84,7 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Be
     Args:
         tokens: conditional tokens of a pass, a multiple of the recipe's tokens per image.
     """
-    config = mixture(recipe, tokens=tokens, rounds=rounds)
+    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     with_tables = config.logging.model_copy(update={"class_counts": True, "position_counts": True})
     one_rank = config.parallel.model_copy(update={"ep_size": 1, "dispatch": "local"})
     config = config.model_copy(update={"logging": with_tables, "parallel": one_rank})

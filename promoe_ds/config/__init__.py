@@ -1,6 +1,6 @@
 """What a run is: recipe, DeepSpeed JSON, sizes. Imports no torch."""
 
-from promoe_ds.config.accounting import ParameterCount, count_parameters, plan_memory, training_flops_per_image
+from promoe_ds.config.accounting import count_parameters, plan_memory, training_flops_per_image
 from promoe_ds.config.batching import BatchPlan, plan_batches
 from promoe_ds.config.deepspeed_json import DeepSpeedPlan, read_deepspeed_json, resolve_deepspeed
 from promoe_ds.config.loader import config_from_dict, list_recipes, load_config
@@ -9,7 +9,7 @@ from promoe_ds.config.superclasses import read_superclasses
 from promoe_ds.config.supervision import SupervisionConfig
 
 __all__ = [
-    "BatchPlan", "DeepSpeedPlan", "ParameterCount", "RunConfig", "SupervisionConfig", "config_from_dict", "count_parameters",
-    "list_recipes", "load_config", "plan_batches", "plan_memory", "read_deepspeed_json", "read_superclasses",
-    "resolve_deepspeed", "training_flops_per_image",
+    "BatchPlan", "DeepSpeedPlan", "RunConfig", "SupervisionConfig", "config_from_dict", "count_parameters", "list_recipes",
+    "load_config", "plan_batches", "plan_memory", "read_deepspeed_json", "read_superclasses", "resolve_deepspeed",
+    "training_flops_per_image",
 ]

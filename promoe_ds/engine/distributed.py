@@ -123,12 +123,6 @@ def local_device() -> torch.device:
     return device
 
 
-def current_ranks() -> Ranks:
-    """Return where this process stands, after `start_distributed`."""
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
-
-
 def _device_index(local_rank: int, visible: int) -> int:
     """Return the device of a local rank; a launcher that shows each process one device calls it 0."""
     if local_rank < visible:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from promoe_ds.analysis.benchmarks.contenders import library_layers
-from promoe_ds.analysis.benchmarks.layers import initialised, layer_pass, mixture
+from promoe_ds.analysis.benchmarks.layers import initialised, layer_pass, mixture_recipe
 from promoe_ds.analysis.benchmarks.timing import BenchmarkResult, Timing, interleave
 from promoe_ds.analysis.plan.trace import CollectiveWatch
 from promoe_ds.config import RunConfig, config_from_dict
@@ -38,7 +38,7 @@ def benchmark_dispatch(*, tokens: int, rounds: int, recipe: str = "promoe_s", ra
     Args:
         tokens: of one rank, whole images.
     """
-    config = mixture(recipe, tokens=tokens, rounds=rounds)
+    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     values = config.model_dump(mode="json")
     values["parallel"] |= {"ep_size": ranks, "dispatch": "deepspeed"}
     config = config_from_dict(values, source=recipe)

@@ -34,7 +34,7 @@ def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -
     Args:
         tokens: conditional tokens, a multiple of the recipe's tokens per image.
     """
-    config = mixture(recipe, tokens=tokens, rounds=rounds)
+    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     images = max(1, tokens // config.model.tokens_per_image)
     with single_process() as device:
         contenders, missing = layer_contenders(config, images, device, torch.float32)
@@ -80,7 +80,7 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> B
     Args:
         tokens: conditional tokens, a multiple of the recipe's tokens per image.
     """
-    config = mixture(recipe, tokens=tokens, rounds=rounds)
+    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     module, batch = training_module(config, tokens)
     model, images = config.model, batch.labels_B.numel()
     inputs = torch.randn(images, model.tokens_per_image, model.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -106,11 +106,8 @@ def training_module(config: RunConfig, tokens: int) -> tuple[TrainingModule, Dif
     return TrainingModule(network).train(), batch
 
 
-def mixture(recipe: str, *, tokens: int, rounds: int) -> RunConfig:
-    """Load a recipe that has experts, for a suite with these options.
-
-    Raises: ConfigError for options or a recipe that cannot be timed.
-    """
+def mixture_recipe(recipe: str, *, tokens: int, rounds: int) -> RunConfig:
+    """Load a recipe that has experts; refuse numbers that cannot be."""
     for name, value in (("--tokens", tokens), ("--rounds", rounds)):
         if value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from promoe_ds.analysis.benchmarks.contenders import LIBRARIES, single_process, with_dispatch
-from promoe_ds.analysis.benchmarks.layers import mixture
+from promoe_ds.analysis.benchmarks.layers import mixture_recipe
 from promoe_ds.analysis.benchmarks.timing import BenchmarkResult, interleave, keep_freed_memory
 from promoe_ds.config import RunConfig, config_from_dict, count_parameters, plan_batches, resolve_deepspeed
 from promoe_ds.errors import PromoeError
@@ -24,7 +25,7 @@ def benchmark_step(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Ben
     Args:
         tokens: of a step, which is one pass; whole images.
     """
-    config = mixture(recipe, tokens=tokens, rounds=rounds)
+    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     micro = max(1, tokens // config.model.tokens_per_image)
     config = for_timing(config, micro_batch=micro)
     dense = without_experts(config)
@@ -69,13 +70,14 @@ def without_experts(config: RunConfig) -> RunConfig:
 def session_of(config: RunConfig, *, bf16: bool) -> Any:
     """Build the trainer's session of a config for this process, which is a group of its own."""
     from promoe_ds.data import build_dataset
-    from promoe_ds.engine.distributed import current_ranks
+    from promoe_ds.engine.distributed import Ranks
     from promoe_ds.engine.session import build_session
 
     batches = plan_batches(config, 1)
     values = {"zero_optimization": {"stage": 2, "overlap_comm": bf16}, "bf16": {"enabled": bf16}}
     plan = resolve_deepspeed(values, config, batches, source="benchmark")
-    return build_session(config, plan, batches, current_ranks(), build_dataset(config))
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return build_session(config, plan, batches, Ranks(rank=0, world_size=1, device=device), build_dataset(config))
 
 
 @contextmanager

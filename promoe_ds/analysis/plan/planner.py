@@ -11,7 +11,8 @@ from promoe_ds.analysis.plan.cluster import Cluster, Layout
 from promoe_ds.analysis.plan.shapes import PassShapes, trace_pass
 from promoe_ds.analysis.plan.speed import Efficiency, StepTime, step_time
 from promoe_ds.analysis.plan.traffic import Link, step_traffic
-from promoe_ds.config import ParameterCount, RunConfig, count_parameters, training_flops_per_image
+from promoe_ds.config import RunConfig, count_parameters, training_flops_per_image
+from promoe_ds.config.accounting import ParameterCount
 
 #: Share of a device's memory that the allocator, the CUDA context and nccl are left with.
 RESERVE = 0.08

@@ -104,8 +104,7 @@ class ShapeTrace(TorchDispatchMode):
     def _expect_reads(self, entries: tuple[Tensor, ...]) -> None:
         """Prepare answers for the entries of a list of counts: the rows, evenly."""
         share, more = divmod(self.rows, len(entries))
-        for index, entry in enumerate(entries):
-            self._answers[id(entry)] = share + (index < more)
+        self._answers = {id(entry): share + (index < more) for index, entry in enumerate(entries)}
 
     def _see_storage(self, result: Any) -> None:
         for tensor in tree_leaves(result):
