@@ -40,6 +40,7 @@ def read_placement(config: RunConfig) -> tuple[tuple[int, ...], ...]:
         raise ConfigError(f"{where}: layer {unknown[0]} {problem}: it was written for another architecture; this run has experts "
                           f"in the layers {', '.join(map(str, blocks))}")
     for layer, order in layers.items():
-        if not isinstance(order, list) or sorted(map(str, order)) != sorted(map(str, range(experts))):
+        fits = isinstance(order, list) and all(type(expert) is int for expert in order)
+        if not fits or sorted(order) != list(range(experts)):
             raise ConfigError(f"{where}: layer {layer} has {order}, expected each of the experts 0 ... {experts - 1} once")
     return tuple(tuple(layers[str(block)]) for block in blocks)

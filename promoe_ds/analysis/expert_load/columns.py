@@ -16,6 +16,7 @@ import numpy as np
 from promoe_ds.analysis.expert_load.lines import iterate_records
 from promoe_ds.errors import DataError
 
+#: As in moe.collectives, whose torch would take longer to import than a log to read.
 EXCHANGES = ("counts", "dispatch", "combine", "combine_backward", "dispatch_backward")
 _LONGEST_SERIES = 64
 _MOST_WORKERS, _BYTES_A_WORKER = 8, 1 << 26

@@ -28,6 +28,10 @@ class Finding:
 
 def find(view: RunView) -> list[Finding]:
     """Return what is to be said of a run, the worst first; one good word where nothing is wrong."""
+    if not view.tokens_LE.any():
+        text = (f"All samples of the last {view.window_steps:,} steps were unconditional: look at the labels and at "
+                "diffusion.label_dropout, or take a longer window with --last-steps.")
+        return [Finding("bad", "No token was routed", text)]
     found = [*_lacks(view), *_unevenness(view), *_time(view), *_prototypes(view), *_noise(view)]
     order = {"bad": 0, "warn": 1}
     if not found:

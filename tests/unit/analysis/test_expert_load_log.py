@@ -10,8 +10,13 @@ import pytest
 from promoe_ds.analysis.expert_load import columns, load_log
 from promoe_ds.engine.metrics import append_lines
 from promoe_ds.errors import DataError
+from promoe_ds.moe.collectives import EXCHANGES
 
 from .routing_logs import detail, interval, line, old, write
+
+
+def test_exchanges_are_those_that_are_timed() -> None:
+    assert columns.EXCHANGES == EXCHANGES
 
 
 def test_log_holds_every_count_where_it_belongs(tmp_path) -> None:

@@ -93,6 +93,8 @@ def test_advice_for_ranks_that_do_not_divide_the_experts_is_refused(tmp_path) ->
     ('{"format": 1, "layers": {"1": [0, 1, 2, 3]}}', "layer 3 is not in it"),
     ('{"format": 1, "layers": {"1": [0, 1, 2, 3], "3": [0, 1, 2, 3], "9": [0]}}', "layer 9 has no experts in this run"),
     ('{"format": 1, "layers": {"1": [0, 1, 2, 3], "3": [0, 1, 1, 3]}}', "expected each of the experts 0 ... 3 once"),
+    ('{"format": 1, "layers": {"1": [0, 1, 2, 3], "3": ["0", "1", "2", "3"]}}', "expected each of the experts 0 ... 3 once"),
+    ('{"format": 1, "layers": {"1": [0, 1, 2, 3], "3": {"0": 1}}}', "expected each of the experts 0 ... 3 once"),
 ])
 def test_placement_file_that_does_not_fit_is_refused(tmp_path, text, message) -> None:
     path = tmp_path / "placement.json"

@@ -137,7 +137,7 @@ def test_page_of_a_run_without_its_other_files_says_what_is_left_out(tmp_path) -
     folder = write(tmp_path / "bare", [*interval(5), *interval(10, tokens=[0, 0, 0, 0])])
     text = render([RunView.open(folder, last_steps=5)])
     assert "config.yaml is missing" in text
-    assert "none in the window" in text
+    assert "none in the window" in text and "No token was routed" in text
 
 
 def test_page_of_an_old_log_shows_what_was_logged_then(tmp_path) -> None:
