@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from promoe_ds.engine.distributed import Ranks, complete_environment, from_main, gather_objects, local_device
-from promoe_ds.errors import PromoeError
+from promoe_ds.errors import ConfigError, PromoeError
 
 _T = TypeVar("_T")
 
@@ -73,12 +73,17 @@ def join_team(device: str | None = None, *, timeout_seconds: float = 1800.0) -> 
     """Join the job that the launcher started: gloo for what lies in memory, nccl for what lies on GPUs.
 
     Args:
-        device: of this process; its own GPU where there are any, else the CPU, if left out.
+        device: of this process; if left out, or just "cuda", its own GPU where there are any, else the CPU.
         timeout_seconds: of every collective; ranks differ in how long they take between two.
     Raises: ConfigError if the launcher's variables do not fit.
     """
     world_size = complete_environment()
-    own = local_device() if device is None else torch.device(device)
+    if device in (None, "cuda"):
+        own = local_device()
+        if device == "cuda" and own.type == "cpu":
+            raise ConfigError("--device cuda: DS_ACCELERATOR is set to something else: unset it")
+    else:
+        own = torch.device(device)
     if world_size == 1:
         return alone(own)
     dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))

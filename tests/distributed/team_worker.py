@@ -12,15 +12,19 @@ from promoe_ds.engine.team import Team, join_team
 from promoe_ds.errors import PromoeError
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate, write_metrics
 from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
+from promoe_ds.evaluation.sharded_model import load_sharded_model
 
 
 def run_task(kind: str, values: dict, team: Team) -> str:
-    """Run one task; return "" or the message of the error that ended it."""
+    """Run one task; return "", the message of the error that ended it, or the experts' parameters that are held here."""
     values = {name: Path(value) if name in ("model", "out", "samples", "reference", "source") else value
               for name, value in values.items()}
     try:
         if kind == "sample":
             draw_samples(SampleRequest(**values), team)
+        elif kind == "share":
+            network = load_sharded_model(values["model"], team, ep_size=values["ep_size"])
+            return str(sum(p.numel() for layer in network.moe_layers().values() for p in layer.routed.parameters()))
         elif kind == "encode":
             encode(EncodeRequest(**values), team)
         else:

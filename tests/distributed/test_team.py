@@ -17,7 +17,7 @@ from promoe_ds.engine.team import alone
 from promoe_ds.evaluation.drawing import threads_of
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
 from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
-from promoe_ds.model.export import save_export
+from promoe_ds.model.export import load_model, save_export
 
 from ..unit.builders import random_network, randomise
 from ..unit.data.made import SCALE, save_images, save_vae
@@ -78,8 +78,12 @@ def drawn(tmp_path_factory) -> Path:
         tasks.append(("evaluate", {"samples": folder / "samples.npz", "reference": folder / "reference.npz", "batch_size": 5,
                                    "extractor": str(folder / "tiny.pt"), "out": folder / f"metrics_{world_size}.json"}))
         tasks.append(("sample", {"model": folder / "pixels", "out": folder / f"bad_{world_size}", **COMMON, "ep_size": 3}))
+        tasks.insert(0, ("share", {"model": folder / "token_choice", "ep_size": world_size}))
         messages = run_team(world_size, tasks, folder)
-        assert {message for rank in messages for message in rank[:-1]} == {""}
+        layers = load_model(folder / "token_choice").moe_layers().values()
+        routed = sum(parameter.numel() for layer in layers for parameter in layer.routed.parameters())
+        assert {rank[0] for rank in messages} == {str(routed // world_size)}  # this rank's experts only
+        assert {message for rank in messages for message in rank[1:-1]} == {""}
         assert all("--ep-size 3 must divide the model's 4 routed experts" in rank[-1] for rank in messages)
     return folder
 

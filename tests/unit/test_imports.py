@@ -164,6 +164,7 @@ def test_export_and_sampling_import_no_training_engine() -> None:
     code = ("import sys\nfor name in ('deepspeed', 'megatron', 'transformer_engine'): sys.modules[name] = None\n"
             "import promoe_ds; promoe_ds.load_model\n"
             "import promoe_ds.evaluation.sampling, promoe_ds.data, promoe_ds.cli.sample\n"
+            "import promoe_ds.evaluation.metrics, promoe_ds.engine.encode, promoe_ds.cli.evaluate\n"
             "promoe_ds.ProMoEPipeline, promoe_ds.ProMoETransformer2DModel")
     subprocess.run([sys.executable, "-c", code], check=True)
 
