@@ -22,14 +22,14 @@ from promoe_ds.analysis.benchmarks import BenchmarkResult, benchmark_moe_layer, 
 from promoe_ds.analysis.benchmarks.dispatch import benchmark_dispatch
 from promoe_ds.analysis.benchmarks.gpu import benchmark_gpu
 from promoe_ds.analysis.benchmarks.memory import benchmark_memory
+from promoe_ds.analysis.benchmarks.stats import MadeUpRun, ReportBenchmark, benchmark_report, benchmark_stats
 from promoe_ds.analysis.benchmarks.step import benchmark_step
-from promoe_ds.analysis.stats_benchmark import MadeUpRun, ReportBenchmark, benchmark_report, benchmark_stats
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import load_config
 
 if TYPE_CHECKING:
-    from promoe_ds.analysis.checkpoint_benchmark import CheckpointBenchmark
-    from promoe_ds.analysis.data_benchmark import DataBenchmark
+    from promoe_ds.analysis.benchmarks.checkpoint import CheckpointBenchmark
+    from promoe_ds.analysis.benchmarks.data import DataBenchmark
 
 #: Suites by name.
 SUITES: dict[str, Callable[[argparse.Namespace], BenchmarkResult]] = {
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def benchmark_conversion(options: argparse.Namespace) -> CheckpointBenchmark:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from promoe_ds.analysis.checkpoint_benchmark import benchmark_checkpoint
+    from promoe_ds.analysis.benchmarks.checkpoint import benchmark_checkpoint
 
     config = load_config(options.recipe, [f"parallel.ep_size={options.ep_size}"])
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -96,7 +96,7 @@ def time_report(options: argparse.Namespace) -> ReportBenchmark:
 
 
 def benchmark_loaders(options: argparse.Namespace) -> DataBenchmark:
-    from promoe_ds.analysis.data_benchmark import benchmark_data
+    from promoe_ds.analysis.benchmarks.data import benchmark_data
 
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         return benchmark_data(Path(folder), rounds=7 if options.rounds is None else options.rounds)
