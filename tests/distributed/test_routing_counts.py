@@ -54,7 +54,8 @@ def test_counts_of_the_first_step_are_equal_expert_by_expert(lines, name) -> Non
     for here, there in zip(*details, strict=True):
         assert here["tokens_per_class"] == there["tokens_per_class"]
         assert here["tokens_per_position"] == there["tokens_per_position"]
-        assert here["prototype_to_centroid"] == pytest.approx(there["prototype_to_centroid"], abs=1e-3)
+        if name != "accumulated":  # the contrastive loss is one pass's: cut another way, it moves the prototypes another way
+            assert here["prototype_to_centroid"] == pytest.approx(there["prototype_to_centroid"], abs=1e-3)
 
 
 def test_bytes_do_not_count_recomputation(lines) -> None:
