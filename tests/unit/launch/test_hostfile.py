@@ -25,7 +25,7 @@ def test_hostfile_missing_is_an_error_not_a_single_host(tmp_path) -> None:
                                   "a*", "a'b", 'a"b', "a\\b", "^hosts", "%n", "~root", "a>b", "{a,b}", "ü", "a-", ".a"])
 def test_hostfile_name_with_metacharacters_is_refused(tmp_path, name) -> None:
     (tmp_path / "hosts").write_text(f"good slots=1\n{name} slots=1\n")
-    with pytest.raises(LaunchError, match="line 2: .*is no host name"):
+    with pytest.raises(LaunchError, match=r"line 2: .*is no host name"):
         read_hostfile(tmp_path / "hosts")
 
 

@@ -24,7 +24,7 @@ def _hosts(*slots: int) -> list[Host]:
 def test_layout_most_hosts_and_largest_legal_ep_size(slots, batch, ep, experts, expected) -> None:
     overrides = (f"train.global_batch_size={batch}", f"parallel.ep_size={ep}", f"routing.num_experts={experts}")
     if expected is None:
-        with pytest.raises(ConfigError, match="does not divide routing.num_experts=12"):
+        with pytest.raises(ConfigError, match=r"does not divide routing.num_experts=12"):
             choose_layout("digits_promoe", overrides, _hosts(*slots))
         return
     layout = choose_layout("digits_promoe", overrides, _hosts(*slots))
@@ -33,11 +33,11 @@ def test_layout_most_hosts_and_largest_legal_ep_size(slots, batch, ep, experts, 
 
 
 def test_layout_none_legal_says_why() -> None:
-    with pytest.raises(LaunchError, match="no legal layout on h0: 7 ranks: train.global_batch_size=16 cannot be cut"):
+    with pytest.raises(LaunchError, match=r"no legal layout on h0: 7 ranks: train.global_batch_size=16 cannot be cut"):
         choose_layout("digits_promoe", ("train.global_batch_size=16",), _hosts(7))
 
 
 def test_layout_of_the_first_start_changes_nothing_silently() -> None:
     assert full_layout("digits_promoe", ("parallel.ep_size=2",), _hosts(2, 2)).ep_size == 2
-    with pytest.raises(ConfigError, match="parallel.ep_size=4 does not divide the number of ranks, 2"):
+    with pytest.raises(ConfigError, match=r"parallel.ep_size=4 does not divide the number of ranks, 2"):
         full_layout("digits_promoe", ("parallel.ep_size=4",), _hosts(1, 1))
