@@ -22,6 +22,8 @@ from promoe_ds.errors import CheckpointError
 
 #: Plain records that DeepSpeed stores beside tensors; nothing else is let in from a file.
 ALLOWED_RECORDS = [fragment_address, LossScaler]
+#: Smaller blocks are not worth a thread.
+_LARGE_BLOCK = 1 << 20
 
 
 class RecordingStorage(TorchCheckpointEngine):
@@ -71,8 +73,8 @@ class RecordingStorage(TorchCheckpointEngine):
             return
         writer = None
         try:
-            with path.open("wb") as file:
-                writer = _ChecksumWriter(file)
+            with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="checksum") as helper:
+                writer = _ChecksumWriter(file, helper)
                 torch.save(state, writer)
                 file.flush()
                 os.fsync(file.fileno())
@@ -122,10 +124,10 @@ def _storable(value: Any, *, copy: bool) -> Any:
 
 
 class _ChecksumWriter(io.RawIOBase):
-    """A write-only file that keeps count and checksum of what passes."""
+    """A write-only file that keeps count and checksum of what passes; large blocks are summed up while they are written."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self, file: Any, helper: ThreadPoolExecutor) -> None:
+        self._file, self._helper = file, helper
         self.bytes, self.checksum = 0, xxhash.xxh3_64()
         self.failure: OSError | None = None
 
@@ -134,11 +136,16 @@ class _ChecksumWriter(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
-        self.checksum.update(view)
         self.bytes += view.nbytes
+        summing = self._helper.submit(self.checksum.update, view) if view.nbytes > _LARGE_BLOCK else None
         try:
+            if summing is None:
+                self.checksum.update(view)
             self._file.write(view)
         except OSError as error:
             self.failure = error
             raise
+        finally:
+            if summing is not None:
+                summing.result()  # the block is the caller's again when we return
         return view.nbytes

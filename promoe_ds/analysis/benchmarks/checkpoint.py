@@ -83,7 +83,7 @@ def benchmark_checkpoint(config: RunConfig, folder: Path, *, ranks: int, with_op
     _sync(folder / "copy")
     copied = time.perf_counter() - began
     shutil.rmtree(folder / "copy")
-    tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+    tool = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
     command = [sys.executable, str(tool), str(checkpoint), str(folder / "export"), "--to", "single",
                *(["--with-optimizer"] if with_optimizer else [])]
     saved, plain = time_saves(folder)
