@@ -98,7 +98,7 @@ def _loop(session: Session, writer: MetricsWriter, saver: Saver, supervisor: Sup
             lines = session.routing.reduce(step=session.step, steps=session.step - logged, last=session.step == last)
             images_per_second, figures = writer.images_per_second(), {}
             if evaluate is not None and session.step % session.config.evaluation.every == 0:
-                with supervisor.saving():
+                with supervisor.evaluating():
                     figures = evaluate(session)
             writer.write(session.step, {**_reduced(result), **figures}, lines, images_per_second)
             logged = session.step

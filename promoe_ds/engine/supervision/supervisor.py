@@ -54,11 +54,18 @@ class Supervisor:
             self._watchdog.expect("step", self.step, self._settings.step_timeout_seconds)
         self._first_step_done = True
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self) -> contextlib.AbstractContextManager[None]:
         """The time in which a checkpoint is saved."""
+        return self._phase("checkpoint", self._settings.checkpoint_timeout_seconds)
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """The time in which samples are drawn and judged."""
+        return self._phase("evaluation", self._settings.evaluation_timeout_seconds)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, seconds: float) -> Iterator[None]:
         if self._watchdog is not None:
-            self._watchdog.expect("checkpoint", self.step, self._settings.checkpoint_timeout_seconds)
+            self._watchdog.expect(name, self.step, seconds)
         yield
         if self._watchdog is not None:
             self._watchdog.expect("step", self.step, self._settings.step_timeout_seconds)

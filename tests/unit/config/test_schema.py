@@ -24,7 +24,8 @@ POSITIVE = (
     "train.checkpoint_every", "train.keep_last", "train.keep_every", "train.max_nonfinite_steps", "logging.timestep_bins",
     "logging.counts_every", "sampling.steps", "routing.capacity_weight", "parallel.capacity_factor",
     "supervision.setup_timeout_seconds", "supervision.step_timeout_seconds", "supervision.checkpoint_timeout_seconds",
-    "supervision.launcher_timeout_seconds", "data.workers", "evaluation.samples", "evaluation.batch_size", "evaluation.steps",
+    "supervision.launcher_timeout_seconds", "supervision.evaluation_timeout_seconds",
+    "data.workers", "evaluation.samples", "evaluation.batch_size", "evaluation.steps",
 )
 NOT_NEGATIVE = (
     "routing.num_shared_experts", "routing.num_unconditional_experts", "routing.rcl_weight", "routing.balance_weight",
