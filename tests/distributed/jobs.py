@@ -76,6 +76,18 @@ def routing(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "routing.jsonl").read_text().splitlines()]
 
 
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out how long ranks waited for exchanges, and the tables over several intervals, which end where a process ends."""
+    kept = []
+    for line in lines:
+        detail = dict(line.pop("layer_detail", {}))
+        for table in ("tokens_per_class", "tokens_per_position"):
+            detail.pop(table, None)
+        exchanges = {name: one["bytes"] for name, one in detail.pop("exchanges", {}).items()}
+        kept.append({**line, "detail": detail, "exchanges": exchanges})
+    return kept
+
+
 def state(run_dir: Path, kind: str = "weights") -> dict[str, torch.Tensor]:
     """Reconstruct the newest checkpoint's tensors of `kind`."""
     newest = list_checkpoints(run_dir / "checkpoints")[0]

@@ -11,7 +11,7 @@ import torch
 
 from promoe_ds.engine.manifest import MANIFEST
 
-from .jobs import Job, metrics, routing, run_jobs, state
+from .jobs import Job, metrics, routing, run_jobs, state, without_times
 
 #: Two ranks share the experts; accumulation and activation checkpointing are on, as they may be in earnest.
 TWO_RANKS = ("parallel.ep_size=2", "train.micro_batch_size=4", "parallel.activation_checkpointing=full", "train.max_steps=12")
@@ -44,16 +44,7 @@ def test_resume_twice_equals_uninterrupted_bit_for_bit(runs, name) -> None:
     timing = {"images_per_second", "tflops", "mfu", "memory_gb"}
     for before, after in zip(metrics(whole), metrics(pieces), strict=True):
         assert {k: v for k, v in before.items() if k not in timing} == {k: v for k, v in after.items() if k not in timing}
-    assert [_without_times(line) for line in routing(whole)] == [_without_times(line) for line in routing(pieces)]
-
-
-def _without_times(line: dict) -> dict:
-    """Leave out how long a rank waited for exchanges, and the tables over several intervals, which end where a process ends."""
-    if (detail := line.get("layer_detail")) is None:
-        return line
-    exchanges = {name: one["bytes"] for name, one in detail["exchanges"].items()}
-    kept = {name: value for name, value in detail.items() if name not in ("class_counts", "position_counts")}
-    return {**line, "layer_detail": {**kept, "exchanges": exchanges}}
+    assert without_times(routing(whole)) == without_times(routing(pieces))
 
 
 def test_state_bf16_masters_and_average_stay_fp32(runs) -> None:

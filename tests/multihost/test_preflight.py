@@ -53,16 +53,16 @@ def test_preflight_slow_host_is_in_the_table_of_slow_links(three_hosts, tmp_path
 
 
 def test_preflight_defects_of_several_hosts_are_all_named(three_hosts, tmp_path) -> None:
-    """One host's run directory is its own, another's clock cannot be read: its environment is not there."""
+    """One host's run directory is its own, another has no package."""
     shared = tmp_path / "run"
     shared.mkdir()
     assert three_hosts.run("host2", "mount", "-t", "tmpfs", "tmpfs", str(shared)).returncode == 0
-    assert three_hosts.run("host3", "mount", "-t", "tmpfs", "tmpfs", str(REPOSITORY)).returncode == 0
+    assert three_hosts.run("host3", "mount", "-t", "tmpfs", "tmpfs", str(REPOSITORY / "promoe_ds")).returncode == 0
     try:
         done = _preflight(three_hosts, tmp_path, THREE)
     finally:
         three_hosts.run("host2", "umount", str(shared))
-        three_hosts.run("host3", "umount", str(REPOSITORY))
+        three_hosts.run("host3", "umount", str(REPOSITORY / "promoe_ds"))
     assert done.returncode == 10, done.stdout
     assert f"  host2: --run-dir {shared} is another folder there than here: put it on a file system that all hosts" in done.stderr
     assert "  host3: the agent ended with code 1: " in done.stderr

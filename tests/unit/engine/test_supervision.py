@@ -17,7 +17,7 @@ from torch import nn
 from promoe_ds.engine.health import HealthWatch
 from promoe_ds.engine.supervision.peers import peer_problem
 from promoe_ds.launch.lease import read_lease, read_notes, renew_lease
-from promoe_ds.launch.sweep import sweep
+from promoe_ds.launch.sweep import processes_with, sweep
 
 from .ranks import ONE_RANK
 
@@ -126,6 +126,9 @@ def test_sweep_kills_what_is_left_of_its_attempt_and_nothing_else(tmp_path) -> N
     mine, other = (subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], "PROMOE_LAUNCH_DIR": str(tmp_path / name)})
                    for name in ("attempt_001", "attempt_0010"))
     try:
+        deadline = time.monotonic() + 10
+        while processes_with("PROMOE_LAUNCH_DIR", str(tmp_path / "attempt_001")) != [mine.pid]:
+            assert time.monotonic() < deadline  # a process has its environment a moment after it has begun
         assert sweep(str(tmp_path / "attempt_001"), patience=0.1) == [mine.pid]
         assert mine.wait(10) == -9
         assert other.poll() is None
