@@ -121,7 +121,7 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Be
 class ReportBenchmark:
     """Seconds to build the report of a long run from its log, and sizes in bytes."""
 
-    lines: int
+    log_lines: int
     log_bytes: int
     report_bytes: int
     seconds: float
@@ -131,13 +131,14 @@ class ReportBenchmark:
     def lines(self) -> list[str]:
         """Return what was measured, for people."""
         return [f"report of {self.settings['steps']:,} steps × {len(self.settings['layers'])} layers × {self.settings['experts']} "
-                f"experts × {self.settings['bins']} bins: {self.lines:,} lines, {self.log_bytes / 1e6:,.0f} MB",
+                f"experts × {self.settings['bins']} bins: {self.log_lines:,} lines, {self.log_bytes / 1e6:,.0f} MB",
                 f"built in {self.seconds:.1f} s, {self.report_bytes / 1e6:.2f} MB"]
 
 
 def benchmark_report(run: MadeUpRun, folder: Path) -> ReportBenchmark:
     """Write a long run's log into `folder` and build its report in a process of its own, as the tool does."""
-    lines = run.write(folder / "routing.jsonl")
+    log = folder / "routing.jsonl"
+    log_lines = run.write(log)
     code = ("from pathlib import Path\nfrom promoe_ds.analysis.expert_load.view import RunView\n"
             "from promoe_ds.analysis.expert_load.report import write_report\n"
             f"if __name__ == '__main__':\n    folder = Path({str(folder)!r})\n"
@@ -146,5 +147,5 @@ def benchmark_report(run: MadeUpRun, folder: Path) -> ReportBenchmark:
     script.write_text(code, encoding="utf-8")
     start = time.perf_counter()
     subprocess.run([sys.executable, str(script)], check=True)
-    return ReportBenchmark(lines=lines, log_bytes=(folder / "routing.jsonl").stat().st_size, seconds=time.perf_counter() - start,
+    return ReportBenchmark(log_lines=log_lines, log_bytes=log.stat().st_size, seconds=time.perf_counter() - start,
                            report_bytes=(folder / "expert_load.html").stat().st_size, settings=asdict(run))

@@ -14,6 +14,7 @@ import torch
 from promoe_ds.analysis.benchmarks import BenchmarkResult, interleave
 from promoe_ds.analysis.benchmarks.contenders import LIBRARIES, single_process
 from promoe_ds.analysis.benchmarks.gpu import GpuReport, report
+from promoe_ds.analysis.benchmarks.stats import MadeUpRun, benchmark_report
 from promoe_ds.analysis.benchmarks.step import without_experts
 from promoe_ds.config import RunConfig, count_parameters, load_config
 
@@ -92,3 +93,10 @@ def test_interleave_takes_ratios_round_by_round() -> None:
     assert timings["b"].wall_ratio > 1.0
     assert math.isfinite(timings["b"].cpu_ms)
     assert json.dumps(BenchmarkResult(suite="s", baseline="a", rounds=5, timings={}, settings={}).machine)
+
+
+def test_report_of_a_made_up_run_is_measured_and_told(tmp_path: Path) -> None:
+    result = benchmark_report(MadeUpRun(steps=500, layers=(1, 3), experts=4, bins=2), tmp_path)
+    assert result.log_lines == 10 * 2 * 2
+    assert result.report_bytes == (tmp_path / "expert_load.html").stat().st_size
+    assert "500 steps × 2 layers × 4 experts × 2 bins: 40 lines" in result.lines()[0]
