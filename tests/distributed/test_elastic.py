@@ -98,6 +98,13 @@ def test_elastic_state_is_exact_on_every_layout(runs, tmp_path) -> None:
                 assert torch.equal(found[name], value), (ranks, ep, stage, kind, name)
 
 
+def test_elastic_changed_micro_batch_is_told(runs) -> None:
+    log = (runs["fewer_and_more"] / "train.log").read_text()
+    assert "the micro-batch was 4 and is 8: losses and choices taken over a pass change with it" in log
+    assert "the micro-batch was 8 and is 4" in log
+    assert "the micro-batch was" not in (runs["fewer_and_more_whole"] / "train.log").read_text()
+
+
 def test_elastic_other_global_batch_is_refused(runs, tmp_path) -> None:
     job = Job(run_dir=runs["centroids"], recipe="digits_kmeans",
               overrides=("parallel.ep_size=1", f"train.max_steps={STEPS}", *AVERAGES, "train.global_batch_size=32"))
