@@ -91,14 +91,14 @@ class RecordingStorage(TorchCheckpointEngine):
         return load_trusted(Path(path), map_location=map_location)
 
 
-def load_trusted(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
+def load_trusted(path: Path, *, map_location: Any = "cpu") -> Any:
     """Read a file that `RecordingStorage` wrote, executing nothing from it.
 
     Raises: CheckpointError naming the file.
     """
     try:
         with torch.serialization.safe_globals(ALLOWED_RECORDS):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
         first_line = next(iter(str(error).splitlines()), "")
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {first_line})") from None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from promoe_ds.engine.team import Team
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT, build_model
-from promoe_ds.model.export import WEIGHTS_STEM, read_export_config
+from promoe_ds.model.export import WEIGHTS_STEM, fill_network, read_export_config
 from promoe_ds.model.shards import ShardReader
 from promoe_ds.model.state import check_shapes
 from promoe_ds.moe.dispatch import DeepSpeedDispatcher, PendingDispatch
@@ -69,13 +69,11 @@ def load_sharded_model(export: Path, team: Team, *, ep_size: int, dtype: torch.d
                       for parameter in EXPERT_PARAMETERS[layer.expert_type]}
             layer.keep(first, share)
     state |= {name: reader.read(name) for name in reader.shapes if name not in state}
-    network.load_state_dict(state, assign=True)
-    network.positions = torch.empty(network.positions.shape)
-    network.reset_positions()
+    fill_network(network, state)
     for layer in network.moe_layers().values():
         layer.dispatcher = RankwiseDispatcher(group) if exact else DeepSpeedDispatcher(group)
         layer.routed = RankwiseExperts(layer.routed) if exact else layer.routed
-    return network.requires_grad_(False).eval().to(device=team.device, dtype=dtype)
+    return network.eval().to(device=team.device, dtype=dtype)
 
 
 def _expert_group(team: Team, ep_size: int) -> dist.ProcessGroup:

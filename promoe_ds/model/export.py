@@ -93,7 +93,12 @@ def load_model(export_dir: str | Path, device: str | torch.device = "cpu", dtype
     check_state(state, config)
     with torch.device("meta"):
         network = build_model(config)
+    return fill_network(network, state).to(device=device, dtype=dtype)
+
+
+def fill_network(network: DiT, state: Mapping[str, Tensor]) -> DiT:
+    """Give a network that was built on the meta device its tensors, which become its own; return it in evaluation mode."""
     network.load_state_dict(state, assign=True)
     network.positions = torch.empty(network.positions.shape)
     network.reset_positions()
-    return network.requires_grad_(False).eval().to(device=device, dtype=dtype)
+    return network.requires_grad_(False).eval()

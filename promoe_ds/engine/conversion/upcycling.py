@@ -25,6 +25,7 @@ from promoe_ds.engine.reconstruct import WEIGHTS
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model.build import build_model
 from promoe_ds.model.dit import DiT
+from promoe_ds.model.export import fill_network
 from promoe_ds.model.init import fill_parameter
 from promoe_ds.model.routers import build_router
 from promoe_ds.model.state import state_shapes
@@ -104,10 +105,7 @@ def load_network(source: Source, kind: str) -> DiT:
     """Build the network of a source, whole, in evaluation mode."""
     with torch.device("meta"):
         network = build_model(source.facts.config)
-    network.load_state_dict({name: source.read(kind, name).float() for name in source.names(kind)}, assign=True)
-    network.positions = torch.empty(network.positions.shape)
-    network.reset_positions()
-    return network.requires_grad_(False).eval()
+    return fill_network(network, {name: source.read(kind, name).float() for name in source.names(kind)})
 
 
 class _UpcycledSource:
