@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
-#: A host that does not answer is given up after about 15 s, a broken connection too.
-SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+#: A host that does not answer is given up after two attempts, about 20 s, and a broken connection after about 15 s. The second
+#: attempt is for a host that has just come back: the kernel may still fail a first one by what it found out before ("No route").
+SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ConnectionAttempts=2", "-o", "ServerAliveInterval=5",
+               "-o", "ServerAliveCountMax=3")
 _MOST_AT_ONCE = 64
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from promoe_ds.launch.remote import ssh_command
 from tests.distributed.jobs import REPOSITORY, TINY
 
 from .cluster import Cluster
@@ -120,6 +122,20 @@ def test_preflight_hostfile_mistake_is_one_line(two_hosts, tmp_path, hostfile, m
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("oops*"))
+
+
+def test_host_just_back_is_reached(two_hosts) -> None:
+    """The kernel looks for a silent neighbour for 3 s and fails whatever waits then, even if the cable is back by that time."""
+    two_hosts.set_link("host2", "down")
+    two_hosts.run("host1", "ip", "neighbour", "flush", "all")
+    probe = two_hosts.popen("host1", "ssh", "-o", "BatchMode=yes", "host2", "true", cwd=Path("/"), stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(2.5)
+    finally:
+        two_hosts.set_link("host2", "up")
+    done = two_hosts.run("host1", *ssh_command("host2", ["true"]))
+    assert probe.wait(20) == 255, "the probe should have failed, or there was nothing to survive"
+    assert done.returncode == 0, done.stderr
 
 
 def test_hosts_are_separate(two_hosts) -> None:
