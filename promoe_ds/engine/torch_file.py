@@ -7,7 +7,6 @@ resident is the tensor in hand and nothing else. Nothing is executed from a file
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 import zipfile
@@ -21,9 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from promoe_ds.errors import CheckpointError
+from promoe_ds.model.shards import bytes_of
 
-#: A file's storages and shapes are refused beyond this, whatever its header says.
-_LARGEST_TENSOR = 1 << 42
 _BLOCK = 1 << 22
 #: Offsets and sizes of a zip archive's structures (APPNOTE 4.3.7, 4.3.9, 4.3.12).
 _LOCAL_HEADER, _CRC_IN_HEADER = 30, 14
@@ -53,15 +51,29 @@ class TorchFile:
             raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {first_line})") from None
 
     def read(self, fake: Tensor) -> Tensor:
-        """Return the values of one tensor of `content`, in memory of their own."""
-        if fake.is_contiguous():
-            out = torch.empty(fake.shape, dtype=fake.dtype)
-            self.read_into(out.view(-1), fake, 0)
-            return out
-        span = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True))
+        """Return the values of one tensor of `content`, in memory of their own.
+
+        Raises: CheckpointError if the file ends before, whatever size its header claims.
+        """
+        span = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True)) if fake.numel() else 0
+        self._check_extent(self._offset(fake), span * fake.element_size())
         flat = torch.empty(span, dtype=fake.dtype)
         self._read_bytes(flat, self._offset(fake))
         return flat.as_strided(fake.shape, fake.stride()).contiguous()
+
+    def check_records(self) -> None:
+        """Hold every record of the archive against the CRC-32 that the archive has of it.
+
+        Raises: CheckpointError naming the file and its first damaged record.
+        """
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                damaged = archive.testzip()
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error})") from None
+        if damaged is not None:
+            raise CheckpointError(f"{self.path}: its record {damaged} does not match its CRC-32: the file is damaged, or was "
+                                  "written without (torch.serialization.set_crc32_options); if so, load it and save it again")
 
     def read_into(self, out_N: Tensor, fake: Tensor, start: int) -> None:
         """Fill a flat tensor with the values [start, start + N) of a contiguous tensor of `content`.
@@ -96,9 +108,12 @@ class TorchFile:
             raise CheckpointError(f"{self.path}: is in torch's format of before 1.6; load it and save it again with torch.save")
         return begin + fake.storage_offset() * fake.element_size()
 
-    def _read_bytes(self, out: Tensor, offset: int) -> None:
-        if offset + out.nbytes > self._size:
+    def _check_extent(self, offset: int, length: int) -> None:
+        if offset + length > self._size:
             raise CheckpointError(f"{self.path}: ends before its tensors do ({self._size} bytes)")
+
+    def _read_bytes(self, out: Tensor, offset: int) -> None:
+        self._check_extent(offset, out.nbytes)
         self._file.seek(offset)
         view = bytes_of(out)
         done = 0
@@ -176,12 +191,3 @@ def _write_checksums(file: BinaryIO, path: Path) -> None:
             file.write(value)
         file.seek(position + _LENGTHS_IN_DIRECTORY)
         position += _DIRECTORY_ENTRY + sum(struct.unpack("<HHH", file.read(6)))
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return a contiguous tensor's memory as bytes, without a copy."""
-    if math.prod(tensor.shape) * tensor.element_size() > _LARGEST_TENSOR:
-        raise CheckpointError(f"a tensor of shape {tuple(tensor.shape)} cannot be real")
-    if tensor.numel() == 0:
-        return memoryview(bytearray())
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())

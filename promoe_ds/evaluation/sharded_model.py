@@ -65,7 +65,7 @@ def load_sharded_model(export: Path, team: Team, *, ep_size: int, dtype: torch.d
         if isinstance(layer, StackedExperts):
             share = layer.num_local_experts // ep_size
             first = share * dist.get_rank(group)
-            state |= {f"{name}.{parameter}": reader.read(f"{name}.{parameter}")[first:first + share].clone()
+            state |= {f"{name}.{parameter}": reader.read_rows(f"{name}.{parameter}", first, share)
                       for parameter in EXPERT_PARAMETERS[layer.expert_type]}
             layer.keep(first, share)
     state |= {name: reader.read(name) for name in reader.shapes if name not in state}

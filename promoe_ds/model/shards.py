@@ -1,11 +1,17 @@
-"""Tensors in safetensors files: one, or several of bounded size with an index, by the conventions of the Hugging Face hub."""
+"""Tensors in safetensors files: one, or several of bounded size with an index, by the conventions of the Hugging Face hub.
+
+A file's metadata also holds the XXH3 of each tensor's bytes, which other readers pass over.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,6 +20,7 @@ from promoe_ds.errors import CheckpointError
 
 #: Larger sets of tensors are cut into files of at most this many bytes.
 MAX_SHARD_BYTES = 2 * 10**9
+_CHECKSUMS = "xxh3_64"
 
 
 class ShardReader:
@@ -25,6 +32,7 @@ class ShardReader:
         Raises: CheckpointError naming the file that is missing, damaged, or outside of the folder.
         """
         self._open: tuple[str, safe_open] | None = None
+        self._checksums: dict[str, str] = {}
         self._folder = folder
         self._files = _read_index(folder, stem)
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -37,20 +45,28 @@ class ShardReader:
                 elif self._files.get(name) != file:
                     raise CheckpointError(f"{folder / file}: holds {name}, which the index does not place there")
                 self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+            self._checksums |= self._read_checksums(file)
         if missing := self._files.keys() - self.shapes.keys():
             raise CheckpointError(f"{folder}: {sorted(missing)[0]} is in the index and in no file")
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, mapped from its file.
+        """Return one tensor, mapped from its file, after holding it against its checksum where the file has one.
 
-        Raises: CheckpointError if there is none of that name, or it cannot be read.
+        Raises: CheckpointError if there is none of that name, it cannot be read, or it is damaged.
         """
-        if name not in self._files:
-            raise CheckpointError(f"{self._folder}: holds no {name}")
-        try:
-            return self._handle(self._files[name]).get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self._folder / self._files[name]}: cannot be read: {error}") from None
+        with self._reading(name) as handle:
+            value = handle.get_tensor(name)
+        if self._checksums.get(name, digest := _digest(value)) != digest:
+            raise CheckpointError(f"{self._folder / self._files[name]}: {name} does not match its checksum")
+        return value
+
+    def read_rows(self, name: str, first: int, count: int) -> Tensor:
+        """Return entries [first, first + count) of a tensor's first axis, in memory of their own; no checksum covers them.
+
+        Raises: CheckpointError if there is no tensor of that name, or it cannot be read.
+        """
+        with self._reading(name) as handle:
+            return handle.get_slice(name)[first:first + count].clone()
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every name and tensor."""
@@ -60,6 +76,23 @@ class ShardReader:
     def close(self) -> None:
         """Let go of the file that is open."""
         self._open = None
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[safe_open]:
+        if name not in self._files:
+            raise CheckpointError(f"{self._folder}: holds no {name}")
+        try:
+            yield self._handle(self._files[name])
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._folder / self._files[name]}: cannot be read: {error}") from None
+
+    def _read_checksums(self, file: str) -> dict[str, str]:
+        """Return name -> checksum of a file's tensors; none where another program wrote it."""
+        text = (self._handle(file).metadata() or {}).get(_CHECKSUMS, "{}")
+        try:
+            return dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self._folder / file}: {_CHECKSUMS} cannot be understood ({error})") from None
 
     def _handle(self, file: str) -> safe_open:
         """Return the open file, one at a time: what is mapped counts as memory."""
@@ -114,12 +147,22 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._folder / f"{self._stem}.part{len(self._written)}"
+        checksums = json.dumps({name: _digest(value) for name, value in self._pending.items()})
         try:
-            save_file(self._pending, path, metadata={"format": "pt"})
+            save_file(self._pending, path, metadata={"format": "pt", _CHECKSUMS: checksums})
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be written: {error}") from None
         self._written.append((path, list(self._pending)))
         self._pending, self._bytes = {}, 0
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a contiguous tensor's memory as bytes, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def _digest(value: Tensor) -> str:
+    return xxhash.xxh3_64_hexdigest(bytes_of(value))
 
 
 def _index_path(folder: Path, stem: str) -> Path:

@@ -236,6 +236,19 @@ def test_damaged_source_is_refused_by_name(runs, tmp_path, how) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("to", ["single", "official", "diffusers"])
+def test_damaged_export_is_refused_by_name(runs, tmp_path, to) -> None:
+    config = open_source(runs["zero2_ep2"]).facts.config if to == "official" else None
+    go(runs["zero2_ep2"], tmp_path / "export", to)
+    file = max((path for path in (tmp_path / "export").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{file.name}.* does not match its (checksum|CRC-32)"):
+        go(file if to == "official" else tmp_path / "export", tmp_path / "x", "deepspeed", config)
+    assert not (tmp_path / "x").exists()
+
+
 def test_new_run_starts_from_converted_weights_on_other_ranks(runs, tmp_path) -> None:
     go(runs["zero2_ep2"], tmp_path / "start", "deepspeed")
     assert json.loads((tmp_path / "start" / "step_0000000" / "manifest.json").read_text())["step"] == 0

@@ -15,8 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: Rooms with a closed list: libraries beside the standard one, and rooms beside their own.
 LIBRARIES: dict[str, set[str]] = {
     "errors": set(), "logs": set(), "randomness": {"numpy"}, "config": {"pydantic", "yaml"}, "routing": {"torch"},
-    "moe": {"torch"}, "model": {"torch", "numpy", "safetensors"}, "diffusion": {"torch", "numpy", "diffusers"},
-    # Images are decoded by Pillow and encoded by diffusers' autoencoder; records carry xxhash checksums.
+    "moe": {"torch"}, "model": {"torch", "numpy", "safetensors", "xxhash"}, "diffusion": {"torch", "numpy", "diffusers"},
+    # Images are decoded by Pillow and encoded by diffusers' autoencoder. Tensors and records carry xxhash checksums.
     "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash"}, "launch": set(),
 }
 ROOMS: dict[str, set[str]] = {

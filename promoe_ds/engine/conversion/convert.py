@@ -20,9 +20,8 @@ from promoe_ds.engine.conversion.posthoc import PosthocSource
 from promoe_ds.engine.conversion.sources import Source, open_folder
 from promoe_ds.engine.conversion.targets import Content, OfficialTarget, PipelineTarget, SingleTarget, Target, TrainingTarget
 from promoe_ds.engine.reconstruct import MOMENTS, WEIGHTS
-from promoe_ds.engine.torch_file import bytes_of
 from promoe_ds.errors import CheckpointError
-from promoe_ds.model.shards import MAX_SHARD_BYTES
+from promoe_ds.model.shards import MAX_SHARD_BYTES, bytes_of
 from promoe_ds.model.state import buffer_names
 
 FORMATS = ("single", "official", "diffusers", "deepspeed")

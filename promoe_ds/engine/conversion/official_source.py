@@ -30,6 +30,7 @@ class OfficialSource:
     def __init__(self, path: Path, config: RunConfig) -> None:
         """Open a published file of the architecture `config`."""
         self._file, self._config = TorchFile(path), config
+        self._file.check_records()
         self._shapes = state_shapes(config)
         self._keys = {name: published_shapes(name, shape, config) for name, shape in self._shapes.items()}
         self._buffers = state_shapes(config, buffers_only=True).keys()

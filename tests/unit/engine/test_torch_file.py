@@ -66,6 +66,17 @@ def test_file_truncated_is_refused_by_name(tmp_path: Path, cut: int) -> None:
         TorchFile(tmp_path / "x.pt")
 
 
+def test_file_flipped_bit_is_named(tmp_path: Path) -> None:
+    torch.save(VALUES, tmp_path / "x.pt")
+    with TorchFile(tmp_path / "x.pt") as file:
+        file.check_records()
+    content, wanted = bytearray((tmp_path / "x.pt").read_bytes()), VALUES["a"].numpy().tobytes()
+    content[content.index(wanted) + 17] ^= 1
+    (tmp_path / "x.pt").write_bytes(bytes(content))
+    with TorchFile(tmp_path / "x.pt") as file, pytest.raises(CheckpointError, match=r"x\.pt: its record x/data/0 does not match"):
+        file.check_records()
+
+
 def test_malicious_published_file_is_refused_and_does_nothing(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     torch.save({"step": 1, "model_state_dict": {"x": Malicious(trace)}}, tmp_path / "evil.pth")
