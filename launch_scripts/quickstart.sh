@@ -3,6 +3,10 @@
 # convert, sample, judge: ./launch_scripts/quickstart.sh [OUTPUT_DIR]
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
+    sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 if [ $# -gt 0 ]; then
     if [ -e "$1" ] && [ -n "$(ls -A "$1")" ]; then
         echo "error: $1 is not empty: name another folder" >&2

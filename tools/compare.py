@@ -36,7 +36,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the experiment: report and runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; 1 where one GPU serves them all")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
-    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/zero2_fp32.json"))
+    parser.add_argument("--deepspeed_config", type=Path, default=Path(__file__).parents[1] / "ds_configs" / "zero2_fp32.json")
     parser.add_argument("--samples", type=int, default=500, help="drawn from every run of a digits recipe")
     parser.add_argument("--sample-seed", type=int, default=0, help="of the initial noise, equal for all")
     parser.add_argument("--tolerance", type=float, default=0.05, help="how far activated parameters may be apart, 0.05 = 5%%")

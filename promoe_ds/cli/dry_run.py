@@ -10,7 +10,7 @@ import yaml
 from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig, count_parameters, plan_memory, training_flops_per_image
 from promoe_ds.logs import rank_from_environment
 
-_GIGABYTE = 2**30
+_GIGABYTE = 1e9
 
 
 def describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None:
@@ -31,4 +31,5 @@ def describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None
     }
     sys.stdout.write("# recipe\n" + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     sys.stdout.write("# deepspeed\n" + json.dumps(plan.json, indent=2) + "\n")
-    sys.stdout.write("# sizes (without activations)\n" + yaml.safe_dump(sizes, sort_keys=False))
+    sys.stdout.write("# sizes (GB are 10^9 bytes, without activations: tools/plan.py counts those)\n"
+                     + yaml.safe_dump(sizes, sort_keys=False))

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
-from promoe_ds.config import load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
+from promoe_ds.config import field_lines, load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
 from promoe_ds.logs import configure_logging, rank_from_environment
+
+
+class _ShowFields(argparse.Action):
+    """As --help: prints and exits, whatever else is missing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str,
+                 option: str | None = None) -> None:
+        sys.stdout.write(field_lines(values))
+        parser.exit()
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -21,6 +31,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--resume", default="auto", help="auto (newest complete checkpoint of this run), none, or a path")
     parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE",
                         help="override the recipe, e.g. train.max_steps=100")
+    parser.add_argument("--fields", action=_ShowFields, nargs="?", const="", metavar="SECTION",
+                        help="print what --set takes, with defaults and meaning (docs/recipes.md), and exit")
     parser.add_argument("--dry-run", action="store_true",
                         help="print config, sizes and memory plan, and exit; without a launcher for the fewest ranks possible")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

@@ -15,7 +15,8 @@ _ON_DISK = ("latents", "images")
 class DataConfig(Section):
     """Where samples come from."""
 
-    dataset: Literal["digits", "latents", "images", "synthetic"] = "digits"
+    dataset: Literal["digits", "latents", "images", "synthetic"] = Field("digits", description="scikit-learn's digits; encoded "
+                                                                         "latents; images, encoded on the fly; or noise, to time")
     path: str | None = Field(None, description="folder of `latents`, or of a tree of `images`")
     latent_scale: float = Field(1.0, gt=0, description="latents are multiplied by it")
     vae: str | None = Field(None, description="AutoencoderKL: folder, hub id or fingerprint; what latents must come from, and what "
@@ -26,7 +27,7 @@ class DataConfig(Section):
     workers: int = Field(8, gt=0, description="threads a rank that read images or single latent files")
     max_corrupt: int = Field(0, ge=0, description="unreadable images a rank replaces by the next one before it stops")
     heldout_fraction: float = Field(0.2, gt=0, lt=1, description="of digits, never trained on")
-    synthetic_samples: int = Field(4096, gt=0)
+    synthetic_samples: int = Field(4096, gt=0, description="length of the data set `synthetic`")
 
     @model_validator(mode="after")
     def _fields_fit(self) -> DataConfig:

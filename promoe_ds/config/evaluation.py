@@ -16,8 +16,8 @@ class EvaluationConfig(Section):
     samples: int = Field(5000, gt=0, description="drawn each time, always the same noise and labels")
     batch_size: int = Field(64, gt=0, description="images a rank draws at once")
     steps: int | None = Field(None, gt=0, description="of the solver; sampling.steps if left out")
-    cfg_scale: float = Field(1.0, ge=0)
-    seed: int = Field(0, ge=0, lt=2**63)
+    cfg_scale: float = Field(1.0, ge=0, description="of classifier-free guidance; 1 is none")
+    seed: int = Field(0, ge=0, lt=2**63, description="of noise and labels")
 
     @model_validator(mode="after")
     def _fields_fit(self) -> EvaluationConfig:

@@ -152,7 +152,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _unknown(where: str, name: str) -> str:
     nearest = nearest_name(name)
-    return f"{where}: no such field" + (f"; did you mean {nearest}?" if nearest else "")
+    hint = f"did you mean {nearest}?" if nearest else "`python -m promoe_ds.cli.train --fields` lists all"
+    return f"{where}: no such field; {hint}"
 
 
 def _describe(problem: Mapping[str, Any]) -> str:

@@ -36,13 +36,13 @@ class Average:
 class OptimizerConfig(Section):
     """AdamW, its schedule, clipping and the moving averages of the weights."""
 
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[_Fraction, _Fraction] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    lr: float = Field(1e-4, gt=0, description="learning rate after the warm-up")
+    betas: tuple[_Fraction, _Fraction] = Field((0.9, 0.999), description="of AdamW")
+    eps: float = Field(1e-8, gt=0, description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only, never on biases or prototypes")
     clip_norm: float = Field(0.5, ge=0, description="of the global gradient norm; 0 switches clipping off")
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate grows to lr, linearly")
     min_lr: float = Field(0.0, ge=0, description="where linear and cosine end")
     ema_decays: tuple[_Fraction, ...] = Field((0.9999,), min_length=1, description="of the moving averages of the weights, kept "
                                               "side by side; the first is the one that samples are drawn from")

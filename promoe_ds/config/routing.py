@@ -55,7 +55,7 @@ class RoutingConfig(Section):
     rcl_scope: Literal["rank", "global"] = Field("global", description="centroids of this rank, or of all ranks")
     rcl_assignments: Literal["all", "first"] = Field("all", description="all K choices form the centroids, or the best")
     balance_weight: float = Field(0.0, ge=0, description="coefficient of the load-balancing loss")
-    balance_level: Literal["batch", "sample"] = "batch"
+    balance_level: Literal["batch", "sample"] = Field("batch", description="what the loss asks to be even: a pass, or each image")
     capacity_weight: float = Field(0.01, gt=0, description="of DiffMoE's capacity predictor's loss")
     threshold_decay: float = Field(0.95, ge=0, lt=1, description="of running thresholds, per step")
     similarity_weight: float = Field(1e-4, ge=0, description="of Expert Race's router similarity loss")

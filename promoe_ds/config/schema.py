@@ -33,13 +33,13 @@ class ModelConfig(Section):
 
     preset: Literal["s", "b", "l", "xl"] | None = Field(None, description="fills the sizes left out")
     input_size: int = Field(32, gt=0, description="height and width of a latent, in latent pixels")
-    patch_size: int = Field(2, gt=0)
-    in_channels: int = Field(4, gt=0)
+    patch_size: int = Field(2, gt=0, description="side of a patch, which is one token")
+    in_channels: int = Field(4, gt=0, description="of a latent")
     hidden_size: int = Field(gt=0, description="width D")
-    depth: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
+    depth: int = Field(gt=0, description="blocks")
+    num_heads: int = Field(gt=0, description="of attention; divides D")
     mlp_ratio: float = Field(4.0, gt=0, description="width of a dense feed-forward over D")
-    qk_norm: bool = False
+    qk_norm: bool = Field(False, description="normalise queries and keys of every head")
     learn_sigma: bool = Field(True, description="twice the channels out; the first half is the prediction")
     num_classes: int = Field(1000, gt=0, description="the null label is num_classes")
 
@@ -81,15 +81,15 @@ class TrainConfig(Section):
 
     global_batch_size: int = Field(256, gt=0, description="samples per optimizer step, over all ranks")
     micro_batch_size: int | None = Field(None, gt=0, description="per rank and pass; global / ranks if left out")
-    max_steps: int = Field(gt=0)
+    max_steps: int = Field(gt=0, description="optimizer steps; the schedule ends there")
     stop_after_steps: int | None = Field(None, gt=0, description="end this process after so many steps, as an "
                                                                  "interruption would; the schedule is unchanged")
-    log_every: int = Field(50, gt=0)
-    checkpoint_every: int = Field(1000, gt=0)
+    log_every: int = Field(50, gt=0, description="steps between lines of metrics.jsonl and routing.jsonl")
+    checkpoint_every: int = Field(1000, gt=0, description="steps; the last one is saved as well")
     keep_last: int = Field(3, gt=0, description="complete checkpoints kept")
     keep_every: int | None = Field(None, gt=0, description="checkpoints of multiples of this step are kept for good")
     async_checkpoint: bool = Field(False, description="write checkpoints while training goes on, from a copy in host memory")
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, order of the data, noise and label dropout")
     max_nonfinite_steps: int = Field(3, gt=0, description="skipped in a row before the run stops")
 
 
@@ -98,7 +98,7 @@ class LoggingConfig(Section):
 
     tensorboard: Literal["auto", True, False] = Field("auto", description="auto: on where it is installed")
     wandb: bool = Field(False, description="also to Weights & Biases, under its own environment variables")
-    wandb_project: str = Field("promoe_ds", min_length=1)
+    wandb_project: str = Field("promoe_ds", min_length=1, description="where wandb puts the run")
     timestep_bins: int = Field(10, gt=0, description="equal bins of sigma in routing.jsonl")
     class_counts: Literal["auto", True, False] = Field("auto", description="tokens by class and expert in routing.jsonl; auto: "
                                                        "where the table is small")
@@ -109,8 +109,8 @@ class LoggingConfig(Section):
 class SamplingConfig(Section):
     """Defaults of `promoe_ds.cli.sample` for models of this recipe."""
 
-    steps: int = Field(250, gt=0)
-    cfg_scale: float = Field(1.5, ge=0)
+    steps: int = Field(250, gt=0, description="of the solver")
+    cfg_scale: float = Field(1.5, ge=0, description="of classifier-free guidance; 1 is none")
     solver: Literal["auto", "euler", "heun", "unipc", "dpmpp", "ddpm", "ddim"] = Field(
         "auto", description="auto: euler, or ddpm for objective=ddpm")
 
@@ -118,7 +118,8 @@ class SamplingConfig(Section):
 class RunConfig(Section):
     """One run, whole. Saved in the run directory and inside every checkpoint and export."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+                      description="of the run; in a recipe, the file's name if left out")
     model: ModelConfig
     routing: RoutingConfig = RoutingConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -92,8 +92,8 @@ def _loop(session: Session, writer: MetricsWriter, saver: Saver, supervisor: Sup
         if skipped_in_a_row >= settings.max_nonfinite_steps:
             saver.finish()
             raise TrainingError(f"{skipped_in_a_row} updates in a row were not finite (train.max_nonfinite_steps="
-                                f"{settings.max_nonfinite_steps}); {result.problem}. Lower optimizer.lr or resume from an "
-                                "earlier checkpoint")
+                                f"{settings.max_nonfinite_steps}); {result.problem}. Branch from a checkpoint before it, "
+                                "with a lower optimizer.lr: --resume CHECKPOINT --run-dir NEW")
         if session.step % settings.log_every == 0 or session.step == last:
             lines = session.routing.reduce(step=session.step, steps=session.step - logged, last=session.step == last)
             images_per_second, figures = writer.images_per_second(), {}
@@ -149,8 +149,8 @@ def _claim(run: Run) -> None:
         before = _read_saved(saved)
         differing = differing_fields(before.model_dump(mode="json"), run.config, architecture_only=False)
         if differing:
-            raise CheckpointError(f"--run-dir {run.run_dir} already holds another run: {'; '.join(differing)}. Use another "
-                                  "directory")
+            raise CheckpointError(f"--run-dir {run.run_dir} already holds another run: {'; '.join(differing)}. To go on from it "
+                                  f"with other settings, branch: --resume {run.run_dir} --run-dir NEW")
     elif not saved.is_file() and run.run_dir.is_dir() and {p.name for p in run.run_dir.iterdir()} - {LAUNCH_FOLDER, DUMP_FOLDER}:
         raise CheckpointError(f"--run-dir {run.run_dir} is not empty and holds no run of this package: use another directory")
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -126,9 +126,9 @@ def _finite(value: Any) -> Any:
 
 
 def _memory(device: torch.device) -> dict[str, float]:
-    gigabytes = {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    gigabytes = {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
     if device.type == "cuda":
-        gigabytes["device_memory_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
+        gigabytes["device_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return gigabytes
 
 

@@ -63,7 +63,10 @@ def read_export_config(folder: Path) -> RunConfig:
         values = json.loads(path.read_text(encoding="utf-8"))["config"]
         return config_from_dict(values, source=str(path))
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder} is no export: {path}: {error}") from None
+        hint = ""
+        if (folder / "checkpoints").is_dir():
+            hint = f". It is a run: convert it first, tools/convert_checkpoint.py {folder} EXPORT --to single"
+        raise CheckpointError(f"{folder} is no export: {path}: {error}{hint}") from None
 
 
 def read_export_origin(folder: Path) -> dict[str, Any]:
@@ -84,7 +87,8 @@ def load_model(export_dir: str | Path, device: str | torch.device = "cpu", dtype
         export_dir: folder written by `tools/convert_checkpoint.py --to single`.
         device: where the module goes.
         dtype: of the weights; as stored (fp32) if left out.
-    Returns: the network; `module(latents_BZHW, timestep_B, labels_B)` returns (B, out_channels, H, W).
+    Returns: the network; `module(latents_BZHW, timestep_B, labels_B)` returns (B, out_channels, H, W). Timesteps run from 0
+        (data) to `diffusion.num_train_timesteps` (noise; 1000): sigma times that number. Labels are classes, `num_classes` is none.
     Raises: CheckpointError naming what is missing or does not fit.
     """
     folder = Path(export_dir)

@@ -24,7 +24,6 @@ from promoe_ds.errors import CheckpointError
 from promoe_ds.model.shards import MAX_SHARD_BYTES, bytes_of
 from promoe_ds.model.state import buffer_names
 
-FORMATS = ("single", "official", "diffusers", "deepspeed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: The published layout's place for the moving average.
 _OFFICIAL_AVERAGE = EMA

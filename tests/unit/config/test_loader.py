@@ -79,8 +79,8 @@ def test_loader_unknown_key_names_path_and_nearest(section: str, field: str, nea
         config_from_dict(values, source="recipe")
 
 
-def test_loader_unknown_section_nothing_like_any_is_named_without_a_guess() -> None:
-    with pytest.raises(ConfigError, match=r"^recipe: zzzz: no such field$"):
+def test_loader_unknown_section_nothing_like_any_is_named_with_where_all_are_listed() -> None:
+    with pytest.raises(ConfigError, match=r"^recipe: zzzz: no such field; `python -m promoe_ds.cli.train --fields` lists all$"):
         config_from_dict({**small_values(), "zzzz": {"qqqq": 1}}, source="recipe")
 
 
