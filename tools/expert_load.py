@@ -10,17 +10,23 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
+from promoe_ds.analysis.expert_load.live import follow
 from promoe_ds.analysis.expert_load.placement import advise, unevenness, write_placement
 from promoe_ds.analysis.expert_load.report import export, write_report
-from promoe_ds.analysis.expert_load.terminal import findings_text, follow, load_table, loads_of, placement_table
-from promoe_ds.analysis.expert_load.view import RunView
+from promoe_ds.analysis.expert_load.terminal import dead_of, findings_text, load_table, loads_of, placement_table
+from promoe_ds.analysis.expert_load.view import RunView, open_views
 from promoe_ds.cli.entry import run_entry
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, DataError
+
+#: What --follow has nothing to do with.
+_OF_A_REPORT = ("compare", "out", "export", "last_steps", "no_html", "placement", "ep_size")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -35,20 +41,18 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--placement", type=Path, metavar="FILE", help="write a placement for parallel.expert_placement")
     parser.add_argument("--ep-size", type=int, metavar="N", help="ranks to place on; as the run has if left out")
     parser.add_argument("--follow", action="store_true", help="show the newest log step until Ctrl-C")
-    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between looks with --follow")
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="between looks with --follow; 2 if left out")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
-    for name, value in (("--last-steps", options.last_steps), ("--ep-size", options.ep_size), ("--every", options.every)):
-        if value is not None and value <= 0:
-            raise ConfigError(f"{name} {value}: must be above 0")
+    check(options)
     console = Console()
     if options.follow:
-        follow(options.run_dir, console, every=options.every)
+        follow(options.run_dir, console, every=2.0 if options.every is None else options.every)
         return
-    views = [RunView.open(folder, options.last_steps) for folder in (options.run_dir, options.compare) if folder is not None]
+    views = open_views([folder for folder in (options.run_dir, options.compare) if folder is not None], options.last_steps)
     for view in views:
         summarise(view, console, everything=options.last_steps is None, is_named=len(views) > 1)
     if options.placement is not None:
@@ -61,11 +65,29 @@ def main(arguments: Sequence[str]) -> None:
         console.print(f"exported {export(options.export, views)} figures as PNG and CSV to {options.export}", soft_wrap=True)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be and flags that would have no effect.
+
+    Raises: ConfigError naming the flag.
+    """
+    for name, value in (("--last-steps", options.last_steps), ("--ep-size", options.ep_size), ("--every", options.every)):
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} {value}: must be above 0, and finite")
+    given = [name for name in _OF_A_REPORT if getattr(options, name)]
+    if options.follow and given:
+        raise ConfigError(f"--{given[0].replace('_', '-')} is of the report and has no effect with --follow: leave one of them out")
+    for name, other in (("every", "follow"), ("ep_size", "placement")):
+        if getattr(options, name) is not None and not getattr(options, other):
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect without --{other}: add that, or leave it out")
+    if options.no_html and options.out is not None:
+        raise ConfigError("--out has no effect with --no-html: leave one of them out")
+
+
 def summarise(view: RunView, console: Console, *, everything: bool, is_named: bool) -> None:
     """Print a run's table, findings and placements."""
     if is_named:
         console.rule(view.name)
-    table = load_table(loads_of(view, slice(None) if everything else view.window))
+    table = load_table(loads_of(view, slice(None) if everything else view.window), dead_of(view))
     # Never wrapped: a narrow terminal or a pipe gets the whole line.
     Console(width=max(console.width, Console(width=1000).measure(table).maximum)).print(table)
     console.print(findings_text(view), soft_wrap=True)
@@ -73,15 +95,23 @@ def summarise(view: RunView, console: Console, *, everything: bool, is_named: bo
 
 
 def place(view: RunView, console: Console, path: Path, ep_size: int | None) -> None:
-    """Write the advised placement and say what it is expected to give."""
+    """Write the advised placement and say what it is expected to give.
+
+    Raises: DataError if the window has no tokens to judge by.
+    """
     size = ep_size or view.log.ep_size
+    if not view.tokens_LE.any():
+        raise DataError(f"--placement {path}: no token was routed in the last {view.window_steps:,} steps, so there is nothing to "
+                        "judge by: take a longer window with --last-steps")
     order = advise(view.log, view.window, size)
     tokens = view.log.tokens_TLE[view.window]
-    before, after = (unevenness(tokens, each, size).mean() for each in (view.log.order_LE, order))
+    before, after = (np.nanmean(unevenness(tokens, each, size)) for each in (view.log.order_LE, order))
     write_placement(path, view.log, order, size)
     moved = int((order != view.log.order_LE).sum())
-    console.print(f"placement: {path}: {moved} of {order.size} experts move; fullest of {size} ranks over the mean {before:.3f} -> "
-                  f"{after:.3f}. Apply it at the next resume: --set parallel.expert_placement={path}", highlight=False,
+    what = f"{moved} of {order.size} experts move" if moved else "no expert moves, nothing better was found"
+    change = f"{before:.3f} -> {after:.3f}" if moved else f"{before:.3f}"
+    apply = f" Apply it at the next resume: --set parallel.expert_placement={path}" if moved or size != view.log.ep_size else ""
+    console.print(f"placement: {path}: {what}; fullest of {size} ranks over the mean {change}.{apply}", highlight=False,
                   soft_wrap=True)
 
 

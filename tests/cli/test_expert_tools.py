@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 
@@ -70,22 +76,39 @@ def test_load_placement_is_written_and_applied_at_the_next_resume(folder) -> Non
     (("run", "--last-steps", "0"), 2, "--last-steps 0: must be above 0"),
     (("empty",), 3, "routing.jsonl is empty: the run has no MoE layer or did not reach its first log step"),
     (("nowhere", "--follow"), 3, "nowhere: no routing statistics there"),
+    (("run", "--follow", "--every", "nan"), 2, "--every nan: must be above 0, and finite"),
+    (("run", "--follow", "--export", "x"), 2, "--export is of the report and has no effect with --follow"),
+    (("run", "--follow", "--last-steps", "5"), 2, "--last-steps is of the report"),
+    (("run", "--ep-size", "2"), 2, "--ep-size has no effect without --placement: add that, or leave it out"),
+    (("run", "--every", "2"), 2, "--every has no effect without --follow"),
+    (("run", "--no-html", "--out", "x.html"), 2, "--out has no effect with --no-html"),
+    (("null", "--placement", "p.json"), 3, "--placement p.json: no token was routed in the last 1 steps"),
 ])
 def test_load_mistake_is_told_in_one_message(folder, arguments, code, message) -> None:
     (folder / "empty").mkdir(exist_ok=True)
     (folder / "empty" / "routing.jsonl").touch()
+    (folder / "null").mkdir(exist_ok=True)
+    lines = [json.loads(line) for line in (folder / "run" / "routing.jsonl").read_text().splitlines()]
+    (folder / "null" / "routing.jsonl").write_text("".join(
+        json.dumps({**line, "tokens_per_expert": [0, 0, 0, 0], "conditional_tokens": 0}) + "\n" for line in lines))
     done = expert_load(*arguments, cwd=folder)
     assert done.returncode == code
     assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (folder / "p.json").exists() and not (folder / "x").exists()
 
 
 def test_load_follow_shows_new_steps_until_interrupted(folder, tmp_path) -> None:
+    """In a terminal of 80 columns and 24 rows."""
     lines = (folder / "run" / "routing.jsonl").read_text().splitlines(keepends=True)
     log = tmp_path / "routing.jsonl"
     output = tmp_path / "output"
-    with output.open("w") as file:
-        process = subprocess.Popen([sys.executable, LOAD, str(tmp_path), "--follow", "--every", "0.2"], stdout=file,
-                                   stderr=subprocess.STDOUT, env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "160"})
+    terminal, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen([sys.executable, LOAD, str(tmp_path), "--follow", "--every", "0.2"], stdin=inside, stdout=inside,
+                               stderr=inside, env={**environment, "TERM": "xterm-256color"})
+    os.close(inside)
+    threading.Thread(target=copy, args=(terminal, output), daemon=True).start()
     try:
         wait_for(output, "waiting for the first log step")
         log.write_text("".join(lines[:10]) + lines[10][:40])  # a line that is being written
@@ -99,13 +122,26 @@ def test_load_follow_shows_new_steps_until_interrupted(folder, tmp_path) -> None
         process.send_signal(signal.SIGINT)
         code = process.wait(timeout=20)
     assert code == 0
-    assert "stopped following" in output.read_text() and "Traceback" not in output.read_text()
+    wait_for(output, "stopped following")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.read_text()).replace("\r", "")
+    assert "Traceback" not in text and max(map(len, text.splitlines())) <= 80
+    assert re.search(r"layer experts max/mean dead .*so far *\n +1 [▁▂▃▄▅▆▇█×]{4} +\d\.\d\d +\d ", text)
+
+
+def copy(terminal: int, output: Path) -> None:
+    """Write what a terminal shows into a file, until its process ends."""
+    with output.open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(os.read(terminal, 1 << 16))
+            except OSError:
+                return
 
 
 def wait_for(output: Path, words: str, *, after: int = 0, seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
-    while words not in output.read_text()[after:]:
-        assert time.monotonic() < end, output.read_text()[-2000:]
+    while not output.exists() or words not in output.read_text(errors="replace")[after:]:
+        assert time.monotonic() < end, output.read_text(errors="replace")[-2000:]
         time.sleep(0.1)
 
 

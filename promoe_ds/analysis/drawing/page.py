@@ -67,15 +67,26 @@ def figure(scene: Scene, label: str = "") -> str:
     return f"<figure><figcaption>{name}{escape(scene.title)}{note}</figcaption>{scene.svg()}</figure>"
 
 
-def figures(groups: Sequence[Sequence[Scene]], labels: Sequence[str]) -> str:
+def missing(title: str, label: str) -> str:
+    """Return the card of a figure that another run has and this one has not."""
+    return (f'<figure class="missing"><figcaption><i>{escape(label)}</i>{escape(title)}<small>Not in this run: its log holds '
+            "nothing of the kind.</small></figcaption></figure>")
+
+
+def figures(groups: Sequence[Sequence[Scene | None]], labels: Sequence[str]) -> str:
     """Return figures in a grid; those of several runs side by side.
 
     Args:
-        groups: each the same figure of every run; labels: the runs' names.
+        groups: each the same figure of every run, None where a run has none; labels: the runs' names.
     """
+    groups = [group for group in groups if any(group)]
     if len(labels) < 2:
-        return f'<div class="grid">{"".join(figure(scene) for group in groups for scene in group)}</div>'
-    pairs = ("".join(figure(scene, label) for scene, label in zip(group, labels, strict=False)) for group in groups)
+        return f'<div class="grid">{"".join(figure(scene) for group in groups for scene in group if scene)}</div>'
+    pairs = []
+    for group in groups:
+        title = next(scene.title for scene in group if scene)
+        pairs.append("".join(figure(scene, label) if scene else missing(title, label)
+                             for scene, label in zip(group, labels, strict=True)))
     return f'<div class="grid pairs">{"".join(f"<div class=pair>{pair}</div>" for pair in pairs)}</div>'
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from promoe_ds.analysis.drawing.scene import SERIES, THEMES, Color, Dot, Line, Pixels, Point, Rect, Scene, Shape, Text
+from promoe_ds.analysis.drawing.scene import DASHES, THEMES, Color, Dot, Line, Pixels, Point, Rect, Scene, Shape, Text, fixed_color
 
 _ZOOM = 3
 #: Room above the figure for its title.
 _TOP = 24.0
-_DASH = 3.0 * _ZOOM
 #: Pillow's own font, which every installation has, lacks these.
 _LETTERS = str.maketrans({"×": "x", "σ": "sigma", "–": "-", "“": '"', "”": '"'})
 
@@ -69,8 +68,8 @@ def _paint_filled(image: Image.Image, shape: Rect | Dot, colors: dict[str, str])
 def _paint_line(draw: ImageDraw.ImageDraw, line: Line, color: tuple[int, ...]) -> None:
     path = [_at(point) for point in line.points]
     width = max(1, round(line.width * _ZOOM))
-    if line.dashed:
-        for start, end in _dashes(path):
+    if line.dash:
+        for start, end in _dashes(path, [length * _ZOOM for length in DASHES[line.dash]]):
             draw.line([start, end], fill=color, width=width)
     else:
         draw.line(path, fill=color, width=width, joint="curve")
@@ -81,15 +80,23 @@ def _at(point: Point) -> Point:
 
 
 def _rgba(color: Color, colors: dict[str, str], opacity: float = 1.0) -> tuple[int, int, int, int]:
-    text = SERIES[color % len(SERIES)] if isinstance(color, int) else colors[color]
+    text = fixed_color(color) or colors[color]
     return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16), round(255 * opacity)
 
 
-def _dashes(path: list[Point]) -> list[tuple[Point, Point]]:
-    pieces = []
+def _dashes(path: list[Point], lengths: list[float]) -> list[tuple[Point, Point]]:
+    """Cut a path into the pieces to draw: lengths drawn and left out take turns, on from one segment to the next."""
+    pieces, turn, left = [], 0, lengths[0]
     for (x0, y0), (x1, y1) in pairwise(path):
-        distance = max(1e-9, float(np.hypot(x1 - x0, y1 - y0)))
-        for start in np.arange(0, distance, 2 * _DASH):
-            a, b = start / distance, min(1.0, (start + _DASH) / distance)
-            pieces.append(((x0 + a * (x1 - x0), y0 + a * (y1 - y0)), (x0 + b * (x1 - x0), y0 + b * (y1 - y0))))
+        distance, done = float(np.hypot(x1 - x0, y1 - y0)), 0.0
+        while done < distance:
+            end = min(distance, done + left)
+            if turn % 2 == 0:
+                a, b = done / distance, end / distance
+                pieces.append(((x0 + a * (x1 - x0), y0 + a * (y1 - y0)), (x0 + b * (x1 - x0), y0 + b * (y1 - y0))))
+            left -= end - done
+            done = end
+            if left <= 1e-9:
+                turn = (turn + 1) % len(lengths)
+                left = lengths[turn]
     return pieces

@@ -1,12 +1,14 @@
 """A figure: rectangles, lines, dots, words and pixel maps in a plane, without any library.
 
-Colours go by name ("fg", "muted", "grid", "over", "under", "accent", "good", "warn", "bad", or a number of a series), so that
-one figure serves light and dark. Pixel maps carry a hue and an opacity: the background shines through in either.
+Colours go by name ("fg", "muted", "grid", "over", "under", "accent", "good", "warn", "bad"), by a number of a series, or are
+written out ("#rrggbb", readable on both), so that one figure serves light and dark. Pixel maps carry a hue and an opacity: the
+background shines through in either.
 """
 
 from __future__ import annotations
 
 import base64
+import colorsys
 import io
 from dataclasses import dataclass, field
 from html import escape
@@ -23,6 +25,10 @@ THEMES: dict[str, dict[str, str]] = {
 #: Colours of series, readable on both themes.
 SERIES = ("#3f80db", "#e5720f", "#2fa062", "#cc4778", "#8d63d2", "#b58d0c", "#1aa3b8", "#d9594c", "#7a9a2e", "#a8623a", "#6573d6",
           "#8a8f98")
+#: Colours through which a ramp goes, from the first of a sequence to the last.
+_RAMP = ("#3f80db", "#1aa3b8", "#2fa062", "#b58d0c", "#e5720f", "#cc3b50")
+#: Lengths drawn and left out of each kind of line; the first is solid.
+DASHES: tuple[tuple[float, ...], ...] = ((), (3.0, 3.0), (1.2, 2.4), (7.0, 2.4, 1.2, 2.4))
 #: Hues of pixel maps.
 HUES = {"over": (226, 104, 30), "under": (56, 124, 220), "accent": (18, 150, 132)}
 FONT_SIZE = 11.0
@@ -50,18 +56,18 @@ class Rect:
 
 @dataclass(frozen=True)
 class Line:
-    """A line through points."""
+    """A line through points; dash is a place in DASHES."""
 
     points: list[Point]
     color: Color
     width: float
-    dashed: bool
+    dash: int
     tip: str
 
     def svg(self) -> str:
         """Return it as an SVG element."""
-        stroke = f'stroke="{SERIES[self.color % len(SERIES)]}"' if isinstance(self.color, int) else f'class="s-{self.color}"'
-        dash = ' stroke-dasharray="3 3"' if self.dashed else ""
+        stroke = f'stroke="{fixed}"' if (fixed := fixed_color(self.color)) else f'class="s-{self.color}"'
+        dash = f' stroke-dasharray="{" ".join(map(_n, DASHES[self.dash]))}"' if self.dash else ""
         path = " ".join(f"{_n(x)},{_n(y)}" for x, y in self.points)
         return (f'<polyline points="{path}" fill="none" {stroke} stroke-width="{_n(self.width)}" stroke-linejoin="round"{dash}'
                 f'{_tip(self.tip, "polyline")}')
@@ -136,9 +142,9 @@ class Scene:
         """Add a filled rectangle; `tip` shows under the pointer."""
         self.shapes.append(Rect(box, color, opacity, tip, radius))
 
-    def line(self, points: list[Point], color: Color, *, width: float = 1.0, dashed: bool = False, tip: str = "") -> None:
+    def line(self, points: list[Point], color: Color, *, width: float = 1.0, dash: int = 0, tip: str = "") -> None:
         """Add a line through points."""
-        self.shapes.append(Line(points, color, width, dashed, tip))
+        self.shapes.append(Line(points, color, width, dash, tip))
 
     def dot(self, center: Point, radius: float, color: Color, *, opacity: float = 1.0, tip: str = "") -> None:
         """Add a filled circle."""
@@ -159,6 +165,29 @@ class Scene:
                 f'style="max-width:{_n(1.45 * self.width)}px">{body}</svg>')
 
 
+def fixed_color(color: Color) -> str:
+    """Return the "#rrggbb" of a colour that is the same in light and dark; "" for one that goes by a name."""
+    if isinstance(color, int):
+        return SERIES[color % len(SERIES)]
+    return color if color.startswith("#") else ""
+
+
+def palette(count: int) -> list[str]:
+    """Return so many colours without an order, no two alike."""
+    if count <= len(SERIES):
+        return list(SERIES[:count])
+    # Around the circle of hues, neighbours apart in lightness.
+    tints = [colorsys.hls_to_rgb(place / count, (0.40, 0.60, 0.50)[place % 3], 0.62) for place in range(count)]
+    return [_hex(tuple(255 * part for part in tint)) for tint in tints]
+
+
+def ramp(count: int) -> list[str]:
+    """Return so many colours for what has an order."""
+    anchors = np.array([[int(color[at:at + 2], 16) for at in (1, 3, 5)] for color in _RAMP])
+    places = np.linspace(0, len(anchors) - 1, count)
+    return [_hex(tint) for tint in np.stack([np.interp(places, range(len(anchors)), part) for part in anchors.T], axis=1)]
+
+
 def fade(values: np.ndarray, hue: str) -> np.ndarray:
     """Return pixels of a hue whose opacity is the values', clipped to 0 ... 1; NaN is clear."""
     alpha = np.nan_to_num(np.clip(values, 0, 1)) * 255
@@ -171,6 +200,10 @@ def diverge(values: np.ndarray) -> np.ndarray:
     return np.where(over, fade(values, "over"), fade(-values, "under")).astype(np.uint8)
 
 
+def _hex(rgb: tuple[float, ...] | np.ndarray) -> str:
+    return "#" + "".join(f"{round(part):02x}" for part in rgb)
+
+
 def _n(value: float) -> str:
     return f"{value:.1f}".rstrip("0").rstrip(".")
 
@@ -181,7 +214,7 @@ def _place(box: Box) -> str:
 
 
 def _fill(color: Color) -> str:
-    return f'fill="{SERIES[color % len(SERIES)]}"' if isinstance(color, int) else f'class="f-{color}"'
+    return f'fill="{fixed}"' if (fixed := fixed_color(color)) else f'class="f-{color}"'
 
 
 def _faded(opacity: float) -> str:

@@ -10,11 +10,13 @@ from promoe_ds.analysis.drawing import Scene
 from promoe_ds.analysis.drawing.charts import (
     Axes,
     Cells,
+    Rows,
     bar_chart,
     cell_chart,
     image_chart,
     line_chart,
     map_over_time,
+    number,
     short,
 )
 from promoe_ds.analysis.expert_load import stats
@@ -24,6 +26,9 @@ from promoe_ds.analysis.expert_load.view import RunView
 Draw = Callable[[RunView], Scene | None]
 #: Loads of this many times the mean, or of its inverse, get the full colour.
 _FULL_COLOUR = 3.0
+_LOAD_ENDS, _COSINE_ENDS = (f"1/{_FULL_COLOUR:g} or less", f"{_FULL_COLOUR:g} or more"), ("-1", "1")
+#: Lines of more experts than these cannot be told apart: they are drawn as rows.
+_MOST_LINES = 24
 _RELATIVE = "1 is an even share; blue has less, orange more."
 
 
@@ -52,10 +57,11 @@ def load_now(view: RunView) -> Scene:
 def load_over_time(view: RunView) -> Scene:
     """All experts of all layers over training."""
     values = relative(view.tokens_PLE)
-    rows = [f"layer {layer} e{expert}" for layer in view.log.layers for expert in range(view.log.experts)]
-    return map_over_time("Load over training", shade_relative(values).reshape(len(values), -1).T, rows, view.steps_P.tolist(),
-                         note=f"A row an expert, e0 on top; layers named. {_RELATIVE} A row that turns deep blue has died.",
-                         groups=[(f"layer {layer}", view.log.experts) for layer in view.log.layers])
+    names = [f"layer {layer} e{expert}" for layer in view.log.layers for expert in range(view.log.experts)]
+    rows = Rows(names=names, shade=shade_relative, groups=[(f"layer {layer}", view.log.experts) for layer in view.log.layers],
+                ends=_LOAD_ENDS)
+    return map_over_time("Load over training", values.reshape(len(values), -1).T, rows, view.steps_P.tolist(),
+                         note=f"A row an expert, e0 on top; layers named. {_RELATIVE} A row that turns deep blue has died.")
 
 
 def _per_layer(title: str, note: str, values: Callable[[RunView], np.ndarray], view: RunView, **options) -> Scene:
@@ -64,7 +70,7 @@ def _per_layer(title: str, note: str, values: Callable[[RunView], np.ndarray], v
     series = [(f"layer {layer}", view.steps_P.tolist(), values_PL[:, row].tolist()) for row, layer in enumerate(view.log.layers)]
     ends = [x for peer in view.peers if peer is not view and not np.isnan(shown := values(peer)).all()
             for x in (np.nanmin(shown), np.nanmax(shown))]
-    return line_chart(title, series, Axes(also=ends, **options), note=note)
+    return line_chart(title, series, Axes(also=ends, is_ordered=True, **options), note=note)
 
 
 def max_over_mean(view: RunView) -> Scene:
@@ -96,10 +102,10 @@ def bins_now(view: RunView) -> Scene | None:
 
 def conditional(view: RunView) -> Scene:
     """Routed and unconditional tokens over training."""
-    routed, null = (view.over_time(values[:, 0].sum(axis=-1)) for values in (view.log.routed_TLQ, view.log.null_TLQ))
+    routed, null = (view.over_time(values[:, 0]) for values in (view.log.routed_TL, view.log.null_TL))
     part = np.divide(null, routed + null, out=np.full(len(routed), np.nan), where=routed + null > 0)
     return line_chart("Unconditional tokens", [("share of all tokens", view.steps_P.tolist(), part.tolist())],
-                      Axes(show="{:.0%}".format, y_to=max(0.2, float(np.nanmax(part, initial=0)))),
+                      Axes(percent=True, y_to=max(0.2, float(np.nanmax(part, initial=0)))),
                       note="Tokens of samples under the null label, which go to the unconditional expert: near "
                            "diffusion.label_dropout; 0 where null samples are routed.")
 
@@ -113,7 +119,7 @@ def gates(view: RunView) -> Scene:
 def prototypes(view: RunView) -> Scene:
     """Mean prototype similarity of each layer over training."""
     return _per_layer("Similarity of prototypes", "Mean cosine between different prototypes of a layer: low is well apart.",
-                      lambda each: each.mean_over_time(each.log.similarity_TL), view, show="{:.2f}".format)
+                      lambda each: each.mean_over_time(each.log.similarity_TL), view)
 
 
 def centroids(view: RunView) -> Scene | None:
@@ -128,7 +134,7 @@ def centroids(view: RunView) -> Scene | None:
                          where=known.any(axis=2))
 
     return _per_layer("Prototype to its own tokens", "Mean cosine with the centroid of the tokens that an expert got: what the "
-                      "contrastive loss raises.", _mean, view, show="{:.2f}".format)
+                      "contrastive loss raises.", _mean, view)
 
 
 def rank_load(view: RunView) -> Scene | None:
@@ -146,18 +152,23 @@ def rank_load(view: RunView) -> Scene | None:
 
 def placements(view: RunView) -> Scene | None:
     """What other numbers of ranks and placements would give."""
-    bars = []
     if not view.tokens_LE.any():
         return None
+    bars, rows = [], []
     for each in view.outlooks[1:]:
-        lost = view.time_lost(each.uneven_L)
-        words = f"{np.nanmean(each.uneven_L):.2f}" + ("" if lost is None else f", {lost:.1%} of time")
-        bars.append((f"{each.ep_size} × {each.name.removesuffix(' order')}", float(np.nanmean(each.uneven_L)), words,
+        lost, mean = view.time_lost(each.uneven_L), float(np.nanmean(each.uneven_L))
+        words = f"{mean:.2f}" + ("" if lost is None else f", {lost:.1%} of time")
+        bars.append((f"{each.ep_size} × {each.name.removesuffix(' order')}", mean, words,
                      "accent" if each.name == "advised" else "under"))
-    present = float(np.nanmean(view.outlooks[0].uneven_L))
-    return bar_chart("Other placements", bars, mark=present, mark_name=f"present {present:.2f}",
-                     note="Fullest rank over the mean, average of layers, by parallel.ep_size; summed interval by interval from "
-                          "the log, so single passes are a little less even. The time is an estimate for this batch size.")
+        rows.append([each.ep_size, each.name, number(mean), number(np.nanmax(each.uneven_L)), "" if lost is None else number(lost)])
+    present, measured = float(np.nanmean(view.present.uneven_L)), view.measured_uneven()
+    passes = "" if np.isnan(measured).all() else f": {np.nanmean(measured):.2f} at present"
+    scene = bar_chart("Other placements", bars, mark=present, mark_name=f"present {present:.2f}",
+                      note="Fullest rank over the mean, average of layers, by parallel.ep_size; summed interval by interval from "
+                           f"the log. Single passes are less even{passes}. The time is an estimate for this batch size.")
+    scene.numbers = [["ep_size", "placement", "max/mean", "worst layer", "time lost"],
+                     [view.log.ep_size, "present", number(present), number(np.nanmax(view.present.uneven_L)), ""], *rows]
+    return scene
 
 
 def traffic(view: RunView) -> Scene | None:
@@ -178,7 +189,9 @@ def waiting(view: RunView) -> Scene | None:
     per_step = 1e3 * np.nansum(values, axis=(0, 1)) / view.window_steps
     words = {"counts": "counts", "dispatch": "rows out", "combine": "results back", "combine_backward": "their gradients",
              "dispatch_backward": "rows' gradients"}
-    bars = [(words[name], float(x), f"{x:.2f} ms", "over") for name, x in zip(EXCHANGES, per_step, strict=True)]
+    measured = ~np.isnan(values).all(axis=(0, 1))
+    bars = [(words[name], float(x), f"{x:.2f} ms", "over") for name, x, known in zip(EXCHANGES, per_step, measured, strict=True)
+            if known]
     config, speed = view.facts.config, view.facts.images_per_second
     share = f" Together {per_step.sum():.1f} ms of a step of {1e3 * config.train.global_batch_size / speed:.0f} ms." \
         if config is not None and speed else ""
@@ -201,15 +214,18 @@ def layer_figures(view: RunView, layer: int) -> list[Scene]:
     row, log = view.log.layers.index(layer), view.log
     parts = [_lines_of(view, row, layer), _bins_of(view, row, layer), _classes_of(view, row, layer), _patches_of(view, row, layer),
              _gates_of(view, row, layer), _matrix_of(view, row, layer)]
-    if not np.isnan(log.to_centroid_TLE[-1, row]).all():
+    if not np.isnan(log.to_centroid_TLE[view.window, row]).all():
         parts.append(_centroids_of(view, row, layer))
     return [part for part in parts if part is not None]
 
 
 def _lines_of(view: RunView, row: int, layer: int) -> Scene:
-    values = relative(view.tokens_PLE[:, row])
-    series = [(name, view.steps_P.tolist(), values[:, expert].tolist()) for expert, name in enumerate(experts_of(view))]
-    return line_chart(f"Layer {layer}: experts over training", series, Axes(even=1.0), note="Tokens over an even share (dashed).")
+    values, names, title = relative(view.tokens_PLE[:, row]), experts_of(view), f"Layer {layer}: experts over training"
+    if len(names) > _MOST_LINES:
+        return map_over_time(title, values.T, Rows(names=names, shade=shade_relative, ends=_LOAD_ENDS), view.steps_P.tolist(),
+                             note=f"Tokens over an even share. {_RELATIVE}")
+    series = [(name, view.steps_P.tolist(), values[:, expert].tolist()) for expert, name in enumerate(names)]
+    return line_chart(title, series, Axes(even=1.0), note="Tokens over an even share (dashed).")
 
 
 def _bins_of(view: RunView, row: int, layer: int) -> Scene | None:
@@ -237,7 +253,7 @@ def _patches_of(view: RunView, row: int, layer: int) -> Scene | None:
     if counts is None:
         return None
     side = round(len(counts) ** 0.5)
-    part = np.nan_to_num(stats.shares(counts))
+    part = stats.shares(counts)
     images = [(name, part[:, expert].reshape(side, side)) for expert, name in enumerate(experts_of(view))]
     return image_chart(f"Layer {layer}: load by patch", images, note="The image's patches as they lie: how much of a patch's "
                        "tokens an expert gets, from none (clear) to all (full colour).")
@@ -248,7 +264,7 @@ def _gates_of(view: RunView, row: int, layer: int) -> Scene | None:
     if np.isnan(sums).all():
         return None
     means = np.divide(sums, tokens, out=np.full(len(tokens), np.nan), where=tokens > 0)
-    bars = [(name, max(0.0, float(x)) if not np.isnan(x) else float("nan"), "no tokens" if np.isnan(x) else f"{x:+.3f}", expert)
+    bars = [(name, float(x), "no tokens" if np.isnan(x) else f"{x:+.3f}", expert)
             for expert, (name, x) in enumerate(zip(experts_of(view), means, strict=True))]
     return bar_chart(f"Layer {layer}: mean gate", bars, label_width=40.0,
                      note="The weight with which each expert's output enters, mean of its tokens.")
@@ -259,21 +275,26 @@ def _matrix_of(view: RunView, row: int, layer: int) -> Scene | None:
         return None
     names = experts_of(view)
     return cell_chart(f"Layer {layer}: similarity of prototypes", view.log.matrix_LEE[row],
-                      Cells(rows=names, columns=names, show="{:.2f}".format, shade=lambda x: x, column_name="and"),
-                      note="Cosines at the newest log step: orange alike, blue opposed, clear at right angles.")
+                      Cells(rows=names, columns=names, show="{:.2f}".format, shade=lambda x: x, column_name="and",
+                            ends=_COSINE_ENDS),
+                      note="Newest cosines in the log: orange alike, blue opposed, clear at right angles.")
 
 
 def _centroids_of(view: RunView, row: int, layer: int) -> Scene:
-    own, others = (view.mean_over_time(values)[-1, row] for values in (view.log.to_centroid_TLE, view.log.to_others_TLE))
-    bars = [(name, max(0.0, float(x)) if not np.isnan(x) else float("nan"),
-             "no tokens" if np.isnan(x) else f"{x:+.2f} (others {y:+.2f})", expert)
-            for expert, (name, x, y) in enumerate(zip(experts_of(view), own, others, strict=True))]
-    return bar_chart(f"Layer {layer}: prototypes and tokens", bars, label_width=40.0,
-                     note="Cosine of each prototype with the centroid of its own tokens, and the mean with the other experts'.")
+    own, others = (view.newest(values)[row] for values in (view.log.to_centroid_TLE, view.log.to_others_TLE))
+    names = experts_of(view)
+    bars = [(name, float(x), "no tokens" if np.isnan(x) else f"{x:+.2f} (others {y:+.2f})", expert)
+            for expert, (name, x, y) in enumerate(zip(names, own, others, strict=True))]
+    scene = bar_chart(f"Layer {layer}: prototypes and tokens", bars, label_width=40.0,
+                      note="Cosine of each prototype with the centroid of its own tokens, and the mean with the other experts'.")
+    scene.numbers = [["expert", "own tokens", "others' tokens"],
+                     *([name, number(x), number(y)] for name, x, y in zip(names, own, others, strict=True))]
+    return scene
 
 
 def _cells(rows: list[str], columns: list[str], row_name: str, column_name: str, form: str = "{:.2f}") -> Cells:
-    return Cells(rows=rows, columns=columns, row_name=row_name, column_name=column_name, show=form.format, shade=shade_relative)
+    return Cells(rows=rows, columns=columns, row_name=row_name, column_name=column_name, show=form.format, shade=shade_relative,
+                 ends=_LOAD_ENDS)
 
 
 def _layers(view: RunView) -> list[str]:

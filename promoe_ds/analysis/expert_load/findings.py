@@ -14,6 +14,8 @@ UNEVEN, VERY_UNEVEN = 1.5, 2.5
 TIME_LOST, MUCH_TIME_LOST = 0.05, 0.15
 ALIKE_PROTOTYPES = 0.5
 _UNEVEN_BIN = 3.0
+#: Part of a step that another placement has to gain.
+_WORTH_A_RESUME = 0.01
 _MOST_NAMED = 6
 
 
@@ -48,9 +50,10 @@ def _lacks(view: RunView) -> list[Finding]:
             continue
         places = [f"layer {lack.layer} expert {lack.expert} ({_since(lack)})" for lack in lacks[:_MOST_NAMED]]
         more = f" and {len(lacks) - _MOST_NAMED} more" if len(lacks) > _MOST_NAMED else ""
-        what = "got no token" if is_dead else f"got less than {stats.STARVING_SHARE:.0%} of an even share"
+        what = "no token any more" if is_dead else \
+            f"less than {stats.STARVING_SHARE:.0%} of an even share in the last {view.window_steps:,} steps"
         found.append(Finding(level, f"{len(lacks)} {word} expert{'s' if len(lacks) > 1 else ''}",
-                             f"{', '.join(places)}{more} {what} in the last {view.window_steps:,} steps. Raise routing.rcl_weight, "
+                             f"{', '.join(places)}{more}: {what}. Raise routing.rcl_weight, "
                              "or give a balance loss (routing.balance_weight) where the method takes one; an expert dead since the "
                              "start has a prototype far from all tokens: start anew with another train.seed or fewer experts."))
     return found
@@ -58,7 +61,9 @@ def _lacks(view: RunView) -> list[Finding]:
 
 def _since(lack: stats.Lack) -> str:
     verb = "dead" if lack.is_dead else "starving"
-    return f"{verb} since step {lack.since:,}" if lack.since else f"{verb} from the start"
+    if lack.is_always:
+        return f"{verb} since step {lack.since:,} or before" if lack.since else f"{verb} from the start"
+    return f"{verb} since step {lack.since:,}"
 
 
 def _unevenness(view: RunView) -> list[Finding]:
@@ -78,23 +83,28 @@ def _time(view: RunView) -> list[Finding]:
     lost = view.time_lost(view.present_uneven())
     if lost is None or view.log.ep_size == 1 or lost < TIME_LOST:
         return []
-    same = [each for each in view.outlooks[1:] if each.ep_size == view.log.ep_size]
-    best = min((view.time_lost(each.uneven_L) or 0.0 for each in same), default=lost)
-    advice = f"the advised placement is estimated to lose {best:.1%}: write it with --placement FILE and resume with " \
-             "parallel.expert_placement=FILE" if best < 0.8 * lost else "no placement on as many ranks does much better"
+    advised = view.time_lost(view.advised_uneven())
+    if lost - advised >= _WORTH_A_RESUME:
+        advice = f"the advised placement is estimated to bring that to {advised:.1%}: write it with --placement FILE and resume " \
+                 "with parallel.expert_placement=FILE"
+    else:
+        standing = view.time_lost(view.present.uneven_L)
+        advice = (f"no other order of the experts on as many ranks was found that gains {_WORTH_A_RESUME:.0%} of a step. Summed "
+                  f"over log intervals {standing:.1%} remains, of experts heavier than others; what is measured beyond that comes "
+                  "and goes from pass to pass. A smaller parallel.ep_size or a larger micro-batch helps")
     return [Finding("bad" if lost > MUCH_TIME_LOST else "warn", f"About {lost:.0%} of a step is lost to imbalance",
                     f"Ranks wait for the one whose experts have most rows; {advice}.")]
 
 
 def _prototypes(view: RunView) -> list[Finding]:
     log, found = view.log, []
-    newest = log.similarity_TL[-1]
+    newest = view.newest(log.similarity_TL)
     alike = [layer for layer, value in zip(log.layers, newest, strict=True) if value > ALIKE_PROTOTYPES]
     if alike:
         found.append(Finding("warn", f"Prototypes look alike in layer {', '.join(map(str, alike[:_MOST_NAMED]))}",
                              f"Their mean cosine is above {ALIKE_PROTOTYPES}: experts compete for the same tokens. Raise "
                              "routing.rcl_weight or lower routing.rcl_temperature."))
-    own, others = log.to_centroid_TLE[-1], log.to_others_TLE[-1]
+    own, others = view.newest(log.to_centroid_TLE), view.newest(log.to_others_TLE)
     lost = [f"layer {log.layers[row]} expert {expert}" for row, expert in np.argwhere(own < others)]
     if lost:
         more = f" and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""

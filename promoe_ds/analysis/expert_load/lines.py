@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from promoe_ds.analysis.expert_load.valid import problem_of, unknown_schema
 from promoe_ds.errors import DataError
 
 FILE_NAME = "routing.jsonl"
-#: Versions that the readers understand; what a younger one may mean is not known.
-KNOWN_SCHEMAS = (1, 2)
-#: What every version has.
-FIELDS_IN_ORDER = ("step", "layer", "tokens_per_expert", "conditional_tokens", "unconditional_tokens", "prototype_similarity",
-                   "layer_bytes_exchanged")
-FIELDS = frozenset(FIELDS_IN_ORDER)
+
+
+class UnknownSchemaError(DataError):
+    """A line that a younger package wrote: nothing can be said of the file."""
+
+    def __init__(self, path: Path, number: int, problem: str) -> None:
+        """Name the file and the line."""
+        super().__init__(f"{path}, line {number:,}: {problem}")
+        self.number, self.problem = number, problem
 
 
 def log_file(run_dir: Path) -> Path:
@@ -48,14 +52,14 @@ def read_routing_log(run_dir: Path) -> list[dict[str, Any]]:
 
 def iterate_records(path: Path, *, refuse: Callable[[int, str], None], start: int = 0, stop: int | None = None,
                     tell: Callable[[int, int], None] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, record).
+    """Yield (line number, record) of what can be a record.
 
     Args:
         refuse: told the number and problem of a line that is no record, which is then left out; may raise. A last line without
             its end that cannot be read is an interruption's, or still being written, and no problem.
         start, stop: bytes; lines that begin in between are read.
         tell: given, at the end, the byte after the last whole line and the number of lines.
-    Raises: DataError if the file cannot be read, or has a schema that is younger than this package.
+    Raises: DataError if the file cannot be read; UnknownSchemaError, whose line counts from `start`, if a younger package wrote it.
     """
     decode = json.JSONDecoder().decode
     try:
@@ -74,9 +78,9 @@ def iterate_records(path: Path, *, refuse: Callable[[int, str], None], start: in
                     if whole and line.strip():
                         refuse(number, "not JSON")
                     continue
-                if problem := _problem(record):
-                    if "schema" in problem:
-                        raise DataError(f"{path}, line {number}: {problem}")
+                if problem := unknown_schema(record):
+                    raise UnknownSchemaError(path, number, problem)
+                if problem := problem_of(record):
                     refuse(number, problem)
                 else:
                     yield number, record
@@ -84,14 +88,3 @@ def iterate_records(path: Path, *, refuse: Callable[[int, str], None], start: in
                 tell(position, number)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _problem(record: Any) -> str:
-    if not isinstance(record, dict):
-        return "is no JSON object"
-    if not FIELDS <= record.keys():
-        return f"{next(field for field in FIELDS_IN_ORDER if field not in record)} is missing"
-    if (schema := record.get("schema", 1)) not in KNOWN_SCHEMAS:
-        return (f"schema {schema} is not one of {', '.join(map(str, KNOWN_SCHEMAS))}: a younger promoe_ds wrote it, read it with "
-                "that version")
-    return ""

@@ -6,7 +6,6 @@ import csv
 import re
 from collections.abc import Sequence
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +20,18 @@ from promoe_ds.errors import DataError
 
 #: Layers whose figures are open at first.
 _OPEN_LAYERS = 3
+#: Of a count in a table of the log, about.
+_BYTES_A_COUNT = 5
 
 
 def render(views: Sequence[RunView]) -> str:
     """Return the page for one run, or for several side by side."""
-    for view in views:
-        view.peers = list(views)
     title = " and ".join(view.name for view in views)
     parts = [_head(views), *(_summary(view, len(views) > 1) for view in views)]
     labels = [view.name for view in views]
     for section, draws in OVERVIEW:
-        groups = [[scene for view in views if (scene := draw(view)) is not None] for draw in draws]
-        if groups := [group for group in groups if group]:
+        groups = [[draw(view) for view in views] for draw in draws]
+        if any(scene for group in groups for scene in group):
             parts.append(f'<h2 id="{_slug(section)}">{escape(section)}</h2>' + html.figures(groups, labels))
     parts += ['<h2 id="layers">Layer by layer</h2>', *_layers(views, labels), '<h2 id="numbers">Numbers</h2>',
               *(_table(view, len(views) > 1) for view in views),
@@ -64,7 +63,7 @@ def export(folder: Path, views: Sequence[RunView]) -> int:
     count = 0
     try:
         for view in views:
-            target = folder if len(views) == 1 else folder / view.name
+            target = folder if len(views) == 1 else folder / view.name.replace("/", "_")
             target.mkdir(parents=True, exist_ok=True)
             scenes = [scene for _, draws in OVERVIEW for draw in draws if (scene := draw(view)) is not None]
             for scene in [*scenes, *(scene for layer in view.log.layers for scene in layer_figures(view, layer))]:
@@ -91,13 +90,13 @@ def layer_rows(view: RunView) -> list[list[object]]:
                                  "bytes exchanged", "fullest rank / mean"]]
     tokens, uneven = view.tokens_LE, view.present_uneven()
     part, scalars = stats.shares(tokens), (stats.max_over_mean(tokens), stats.variation(tokens), stats.entropy(tokens))
-    gates = view.mean_over_time(log.gate_mean_TL)[-1]
+    gates, similarity = view.mean_over_time(log.gate_mean_TL)[-1], view.newest(log.similarity_TL)
     for row, layer in enumerate(log.layers):
         lacks = [lack for lack in view.lacks if lack.layer == layer]
         rows.append([layer, *(_round(x) for x in part[row]), *(_round(values[row]) for values in scalars),
                      sum(lack.is_dead for lack in lacks), sum(not lack.is_dead for lack in lacks),
-                     int(log.routed_TLQ[window, row].sum()), int(log.null_TLQ[window, row].sum()), _round(gates[row]),
-                     _round(log.similarity_TL[-1, row]), int(log.bytes_TL[window, row].sum()), _round(uneven[row])])
+                     int(log.routed_TL[window, row].sum()), int(log.null_TL[window, row].sum()), _round(gates[row]),
+                     _round(similarity[row]), int(log.bytes_TL[window, row].sum()), _round(uneven[row])])
     return rows
 
 
@@ -135,7 +134,7 @@ _WORDS = {"bad": "act", "warn": "watch", "good": "fine"}
 def _stats(view: RunView) -> list[str]:
     log = view.log
     uneven = stats.max_over_mean(view.tokens_LE)
-    tokens = log.routed_TLQ[view.window].sum() + log.null_TLQ[view.window].sum()
+    tokens = log.routed_TL[view.window].sum() + log.null_TL[view.window].sum()
     if np.isnan(uneven).all():
         return [html.stat("Tokens routed", "0", "none in the window", "bad")]
     worst = int(np.nanargmax(uneven))
@@ -156,7 +155,7 @@ def _stats(view: RunView) -> list[str]:
     if view.window_steps and log.bytes_TL.any():
         traffic = log.bytes_TL[view.window].sum() / view.window_steps
         cards.append(html.stat("Exchanged a step", f"{traffic / 1e6:,.2f} MB", "all layers and ranks, both ways"))
-    null = log.null_TLQ[view.window].sum() / max(1, tokens)
+    null = log.null_TL[view.window].sum() / max(1, tokens)
     return [*cards, html.stat("Unconditional", f"{null:.1%}", f"of {tokens / 1e6:,.1f} M tokens now")]
 
 
@@ -165,14 +164,32 @@ def _layers(views: Sequence[RunView], labels: Sequence[str]) -> list[str]:
     uneven = {layer: [float(stats.max_over_mean(view.tokens_LE)[view.log.layers.index(layer)]) for view in views
                       if layer in view.log.layers] for layer in layers}
     worst = sorted(layers, key=lambda layer: -max(np.nan_to_num(uneven[layer])))[:_OPEN_LAYERS]
-    blocks = []
+    blocks = [_unlogged_tables(view, len(views) > 1) for view in views]
     for layer in layers:
-        scenes = [layer_figures(view, layer) for view in views if layer in view.log.layers]
-        groups = [[scene for scene in group if scene is not None] for group in zip_longest(*scenes)]
+        by_title = [{scene.title: scene for scene in layer_figures(view, layer)} if layer in view.log.layers else {}
+                    for view in views]
+        titles = dict.fromkeys(title for scenes in by_title for title in scenes)
+        groups = [[scenes.get(title) for scenes in by_title] for title in titles]
         words = "largest over mean " + ", ".join(f"{value:.2f}" for value in uneven[layer])
         blocks.append(f'<details{" open" if layer in worst else ""}><summary>Layer {layer}<span>{words}</span></summary>'
                       f"{html.figures(groups, labels)}</details>")
     return blocks
+
+
+def _unlogged_tables(view: RunView, is_named: bool) -> str:
+    """Say which tables the run does not log, how to get them and what they take."""
+    log, config = view.log, view.facts.config
+    words = []
+    for name, what, setting in (("tokens_per_class", "class", "class_counts"), ("tokens_per_position", "patch", "position_counts")):
+        if name not in log.tables:
+            rows = 0 if config is None else config.model.num_classes if what == "class" else config.model.tokens_per_image
+            size = f", about {rows * log.experts * _BYTES_A_COUNT / 1e3:.2g} kB a layer and table" if rows else ""
+            words.append(f"load by {what} (logging.{setting}=true{size})")
+    if not words:
+        return ""
+    head = f"{view.name}: not" if is_named else "Not"
+    return (f'<p class="muted">{escape(head)} logged: {escape(" and ".join(words))}. Large tables must be asked for; '
+            "logging.counts_every sets how many log intervals share one.</p>")
 
 
 def _table(view: RunView, is_named: bool) -> str:

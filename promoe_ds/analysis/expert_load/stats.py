@@ -19,6 +19,8 @@ from promoe_ds.errors import PromoeError
 
 #: An expert starves below this part of an even share.
 STARVING_SHARE = 0.1
+#: It is dead without a token in the whole window, or in so many of the newest intervals that span such a part of the steps.
+_DEAD_INTERVALS, _DEAD_SPAN = 3, 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,9 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Lack:
-    """An expert without tokens, or with hardly any, in the window.
+    """An expert without tokens, or with hardly any.
 
-    since: the step after which it has had none (or stayed below STARVING_SHARE); 0 if always.
+    since: the step after which it has had none (or stayed below STARVING_SHARE); where the log begins if is_always.
     """
 
     layer: int
@@ -46,6 +48,7 @@ class Lack:
     is_dead: bool
     share: float
     since: int
+    is_always: bool
 
 
 def read_facts(log: RoutingLog, window: slice) -> RunFacts:
@@ -105,21 +108,33 @@ def entropy(tokens_E: np.ndarray) -> np.ndarray:
 
 
 def find_lacks(log: RoutingLog, window: slice) -> list[Lack]:
-    """Return the dead and starving experts of the window, dead ones first."""
-    tokens_TLE = log.tokens_TLE
-    now_LE = shares(tokens_TLE[window].sum(axis=0))
-    over_time = np.nan_to_num(shares(tokens_TLE), nan=1.0)
+    """Return the dead and starving experts, dead ones first: of the window, and those that died within it."""
     found = []
     for row, layer in enumerate(log.layers):
+        held_T = log.tokens_TLE[:, row].any(axis=1)
+        if not held_T[window].any():
+            continue
+        # What an interval without tokens says of its experts is nothing.
+        steps_t, tokens_tE = log.steps_T[held_T], log.tokens_TLE[held_T, row]
+        part_tE, now_E = shares(tokens_tE), shares(log.tokens_TLE[window, row].sum(axis=0))
         for expert in range(log.experts):
-            share = float(now_LE[row, expert])
-            if share * log.experts < STARVING_SHARE:
-                is_dead = share == 0
-                fed = over_time[:, row, expert] > (0 if is_dead else STARVING_SHARE / log.experts)
-                last = np.flatnonzero(fed)
-                found.append(Lack(layer=layer, expert=expert, is_dead=is_dead, share=share,
-                                  since=int(log.steps_T[last[-1]]) if len(last) else 0))
+            since, intervals = _last(tokens_tE[:, expert] > 0, steps_t, log)
+            is_dead = now_E[expert] == 0 or (intervals >= _DEAD_INTERVALS and steps_t[-1] - since >= _DEAD_SPAN * steps_t[-1])
+            if not is_dead and now_E[expert] * log.experts >= STARVING_SHARE:
+                continue
+            if not is_dead:
+                since, intervals = _last(part_tE[:, expert] * log.experts >= STARVING_SHARE, steps_t, log)
+            found.append(Lack(layer=layer, expert=expert, is_dead=bool(is_dead), share=float(now_E[expert]), since=since,
+                              is_always=intervals == len(steps_t)))
     return sorted(found, key=lambda lack: (not lack.is_dead, lack.layer, lack.expert))
+
+
+def _last(was_T: np.ndarray, steps_T: np.ndarray, log: RoutingLog) -> tuple[int, int]:
+    """Return the step at which something was last so (where the log begins if never), and how many intervals came after."""
+    places = np.flatnonzero(was_T)
+    if not len(places):
+        return int(log.steps_T[0] - log.covered_T[0]), len(was_T)
+    return int(steps_T[places[-1]]), len(was_T) - 1 - int(places[-1])
 
 
 def share_of_time_lost(config: RunConfig, log: RoutingLog, uneven_L: np.ndarray, window: slice) -> float | None:
@@ -132,7 +147,7 @@ def share_of_time_lost(config: RunConfig, log: RoutingLog, uneven_L: np.ndarray,
     if not steps or np.isnan(uneven_L).all():
         return None
     per_row = 6.0 * count_parameters(config).routed_per_expert
-    rows_L = log.tokens_TLQE[window].sum(axis=(0, 2, 3)) / steps
+    rows_L = log.tokens_TLE[window].sum(axis=(0, 2)) / steps
     # Operations over all ranks, had they all the fullest one's rows, above what they really do.
     extra = float(np.nansum(rows_L * (uneven_L - 1.0)) * per_row)
     x = extra / (training_flops_per_image(config) * config.train.global_batch_size)

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoad:
-    """One layer's load over a range of steps."""
+    """One layer's load over a range of steps; prototype_similarity is the newest one, NaN where it was not finite."""
 
     layer: int
     tokens_per_expert: list[int]
@@ -63,10 +63,11 @@ def summarise_load(records: list[dict[str, Any]], *, last_steps: int | None = No
 
 def _sum_layer(layer: int, records: list[dict[str, Any]]) -> LayerLoad:
     by_step = {record["step"]: record for record in records}
+    similarity = by_step[max(by_step)]["prototype_similarity"]
     return LayerLoad(
         layer=layer, tokens_per_expert=[sum(column) for column in zip(*(r["tokens_per_expert"] for r in records), strict=True)],
         conditional_tokens=sum(r["conditional_tokens"] for r in records),
         unconditional_tokens=sum(r["unconditional_tokens"] for r in records),
-        prototype_similarity=by_step[max(by_step)]["prototype_similarity"],
+        prototype_similarity=math.nan if similarity is None else similarity,
         # Stated for the layer on the line of every bin: count it once a step.
         bytes_exchanged=sum(r["layer_bytes_exchanged"] for r in by_step.values()))

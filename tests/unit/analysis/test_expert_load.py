@@ -13,8 +13,9 @@ from promoe_ds.errors import DataError
 
 
 def _line(step: int, layer: int, bin_: int, tokens: list[int], traffic: int = 0) -> dict:
-    return {"step": step, "layer": layer, "timestep_bin": bin_, "tokens_per_expert": tokens, "conditional_tokens": sum(tokens),
-            "unconditional_tokens": 1, "prototype_similarity": step / 100, "layer_bytes_exchanged": traffic}
+    return {"step": step, "layer": layer, "timestep_bin": bin_, "timestep_bins": 2, "tokens_per_expert": tokens,
+            "conditional_tokens": sum(tokens), "unconditional_tokens": 1,
+            "prototype_similarity": step / 100, "layer_bytes_exchanged": traffic}
 
 
 LINES = [_line(10, 1, 0, [3, 1], 50), _line(10, 1, 1, [0, 4], 50), _line(20, 1, 0, [8, 0], 70), _line(20, 3, 0, [0, 0])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -27,25 +28,52 @@ def test_log_holds_every_count_where_it_belongs(tmp_path) -> None:
             for bin_ in (0, 1):
                 assert log.tokens_TLQE[t, row, bin_].tolist() == [step, layer, bin_ + 1, 4]
     assert log.gates_TLE[0, 0].tolist() == [0.5 * n for n in (10, 2, 3, 8)]
-    assert log.null_TLQ.tolist() == [[[3, 3], [3, 3]]] * 2
+    assert log.tokens_TLE[1].tolist() == [[20, 2, 3, 8], [20, 6, 3, 8]]
+    assert log.null_TL.tolist() == [[6, 6]] * 2
     assert log.bytes_TL.tolist() == [[500, 500], [1000, 1000]]  # stated on every bin's line, counted once
     assert log.wait_TLX[0, 0].tolist() == [0.25] * 5
     assert (log.ep_size, log.ranks, log.notes) == (2, 2, [])
     np.testing.assert_allclose(log.to_centroid_TLE[0, 0], [0, 0.1, 0.2, 0.3], rtol=1e-6)
 
 
-def test_log_does_not_depend_on_the_number_of_readers(tmp_path, monkeypatch) -> None:
-    lines = [each for step in range(5, 200, 5) for each in interval(step)]
-    lines[40]["layer_detail"]["tokens_per_class"] = {"steps": 5, "counts": [[1, 2, 3, 4]]}
-    folder = write(tmp_path, [*lines[:30], "{broken", *lines[30:]])
+@pytest.fixture
+def many_readers(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let the rest of a test read with three processes."""
+    def _set() -> None:
+        monkeypatch.setattr(columns, "_BYTES_A_WORKER", 1 << 12)
+        monkeypatch.setattr(columns.os, "cpu_count", lambda: 3)
+
+    return _set
+
+
+def test_log_does_not_depend_on_the_number_of_readers(tmp_path, many_readers) -> None:
+    """Whatever is wrong with a line, and wherever: even the first line of a stretch, or another run's tail."""
+    lines = [each for step in range(5, 500, 5) for each in interval(step)]
+    for each in lines[::4]:
+        each["layer_detail"]["tokens_per_class"] = {"steps": 5, "counts": [[1, 2, 3, each["step"]]]}
+    odd = [line(500, 1, bin_, [1, 2]) for bin_ in (0, 1)]
+    folder = write(tmp_path, [*lines[:30], "{broken", *lines[30:200], {**lines[200], "tokens_per_expert": None}, *odd, *lines[201:],
+                              *odd])
     one = load_log(folder)
-    monkeypatch.setattr(columns, "_BYTES_A_WORKER", 1 << 12)
-    monkeypatch.setattr(columns.os, "cpu_count", lambda: 3)
+    many_readers()
     three = load_log(folder)
-    assert three.notes == one.notes == ["1 line left out (line 31: not JSON)"]
+    assert three.notes == one.notes
+    assert one.notes[0].startswith("6 lines left out (line 31: not JSON; line 202: tokens_per_expert=None is no list of counts; "
+                                   "line 203: has 2 experts, the lines before it 4; …)")
+    for (step, table), (same_step, same_table) in zip(one.tables["tokens_per_class"][1], three.tables["tokens_per_class"][1],
+                                                      strict=True):
+        assert step == same_step and table.tolist() == same_table.tolist()
     for name in ("steps_T", "tokens_TLQE", "gates_TLE", "wait_TLX", "matrix_LEE", "order_LE"):
         np.testing.assert_array_equal(getattr(three, name), getattr(one, name))
-    assert three.tables["tokens_per_class"][1][0][1].tolist() == [[1, 2, 3, 4]]
+
+
+def test_log_of_a_younger_schema_names_the_line_whoever_reads_it(tmp_path, many_readers) -> None:
+    lines = [each for step in range(5, 500, 5) for each in interval(step)]
+    folder = write(tmp_path, [*lines[:300], {**lines[300], "schema": 3}, *lines[301:]])
+    for _ in range(2):
+        with pytest.raises(DataError, match="line 301: schema 3 is not one of 1, 2: a younger promoe_ds wrote it"):
+            load_log(folder)
+        many_readers()
 
 
 def test_log_last_line_cut_off_is_left_out_and_said(tmp_path) -> None:
@@ -60,12 +88,35 @@ def test_log_that_goes_back_counts_a_step_once_as_it_was_done_last(tmp_path) -> 
     assert log.steps_T.tolist() == [5, 10, 20]
     assert log.tokens_TLQE[1, 0, 0].tolist() == [7] * 4
     assert log.covered_T.sum() == 20
-    assert log.notes == ["the run went back from step 15 and on from before 10; what it did twice counts once, as it was done last"]
+    assert log.notes == ["the run went back from step 15 to 5; what it did twice counts once, as it was done last"]
 
 
 def test_log_after_an_interruption_says_which_steps_are_not_covered(tmp_path) -> None:
     log = load_log(write(tmp_path, [*interval(5), *interval(10, steps=2)]))
     assert log.notes == ["3 of 10 steps are not covered: they ended in an interruption or before this log began"]
+
+
+def test_log_whose_intervals_overlap_counts_what_was_repeated_once(tmp_path) -> None:
+    """A resume with a longer train.log_every: its first interval begins before the last ones that the log holds."""
+    before = [each for step in (10, 20, 30, 40) for each in interval(step, steps=10, tokens=[1, 1, 1, 1])]
+    log = load_log(write(tmp_path / "whole", [*before, *interval(100, steps=80, tokens=[9, 9, 9, 9])]))
+    assert (log.steps_T.tolist(), log.covered_T.sum()) == ([10, 20, 100], 100)
+    assert log.notes == ["the run went back from step 40 to 20; what it did twice counts once, as it was done last"]
+    log = load_log(write(tmp_path / "within", [*before, *interval(100, steps=65)]))
+    assert log.steps_T.tolist() == [10, 20, 30, 40, 100]
+    assert log.notes == ["5 of 100 steps count twice: a resume began within a log interval"]
+
+
+def test_log_with_other_noise_levels_keeps_all_but_the_figures_by_level(tmp_path) -> None:
+    """logging.timestep_bins may change at a resume: only what goes by level begins anew."""
+    lines = [each for step in (5, 10) for each in interval(step)]
+    lines += [line(15, layer, bin_, [3, 1, 1, 1], bins=3) for layer in (1, 3) for bin_ in (0, 1, 2)]
+    log = load_log(write(tmp_path, lines))
+    assert (log.steps_T.tolist(), log.covered_T.sum(), log.bins) == ([5, 10, 15], 15, 3)
+    assert log.tokens_TLE[:, 0].tolist() == [[10, 2, 3, 8], [20, 2, 3, 8], [9, 3, 3, 3]]
+    assert log.tokens_TLQE[:2].sum() == 0 and log.tokens_TLQE[2, 1].tolist() == [[3, 1, 1, 1]] * 3
+    assert log.notes == ["noise levels were cut into 3 bins from step 15 on and otherwise before: figures by noise level begin "
+                         "there"]
 
 
 def test_log_of_schema_1_is_read_and_its_gaps_are_said(tmp_path) -> None:
@@ -81,8 +132,8 @@ def test_log_of_schema_1_is_read_and_its_gaps_are_said(tmp_path) -> None:
     (["[1, 2]"], "line 1: is no JSON object"),
     (['{"step": 3}'], "line 1: layer is missing"),
     ([{**line(5, 1, 0, [1, 2]), "schema": 9}], "schema 9 is not one of 1, 2: a younger promoe_ds wrote it"),
-    ([{**line(5, 1, 0, [1, 2]), "step": "five"}], "line 1: cannot be understood"),
-    ([{**line(5, 1, 0, [1, 2]), "layer_detail": {"ep_size": 2}}], "line 1: cannot be understood"),
+    ([{**line(5, 1, 0, [1, 2]), "step": "five"}], "line 1: step='five' is no whole number from 1 on"),
+    ([{**line(5, 1, 0, [1, 2]), "layer_detail": {"ep_size": 2}}], "line 1: layer_detail.ranks is missing"),
 ])
 def test_log_without_a_record_is_refused_with_a_reason(tmp_path, lines, message) -> None:
     with pytest.raises(DataError, match=message):
@@ -98,7 +149,7 @@ def test_log_that_is_not_there_names_the_folder(tmp_path, name) -> None:
 def test_log_lines_of_another_number_of_experts_are_left_out_and_said(tmp_path) -> None:
     log = load_log(write(tmp_path, [*interval(5), line(10, 1, 0, [1, 2])]))
     assert log.steps_T.tolist() == [5]
-    assert log.notes == ["1 line left out (line 5: has 2 experts, lines before it 4: left out)"]
+    assert log.notes == ["1 line left out (line 5: has 2 experts, the lines before it 4)"]
 
 
 def test_log_of_moved_experts_keeps_their_first_numbers(tmp_path) -> None:
