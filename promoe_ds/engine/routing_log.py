@@ -82,6 +82,12 @@ class RoutingAccumulator:
             self._sent_PLw.append(torch.stack([_sent(plans[index], self._config.parallel.ep_size) for index in self._layers]))
         self._passes += 1
 
+    def forget_waits(self) -> None:
+        """Leave out what ranks have waited for since the last reduction: passes that train nothing wait, too."""
+        for clock in self._clocks:
+            if clock is not None:
+                clock.take()
+
     def reduce(self, *, step: int, steps: int, last: bool = False) -> list[dict[str, Any]]:
         """Sum over ranks, return the lines of routing.jsonl on rank 0, none elsewhere, and start anew.
 
@@ -160,6 +166,8 @@ class RoutingAccumulator:
 
     def _describe_exchanges(self, row: int, layer_bytes: int, seconds_X: Tensor,
                             rank_passes: int) -> dict[str, dict[str, float | None]]:
+        if self._group is not None and self._clocks[row] is None:  # of a backend that moves the rows by itself
+            return {name: {"bytes": None, "seconds": None} for name in EXCHANGES}
         ep_size = self._config.parallel.ep_size
         counts_bytes = rank_passes * _COUNT_BYTES * self._config.routing.num_experts * (ep_size - 1) // ep_size
         sizes = {name: layer_bytes // (len(EXCHANGES) - 1) for name in EXCHANGES} | {"counts": counts_bytes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import jsonschema
@@ -16,6 +17,7 @@ from promoe_ds.engine.distributed import Ranks
 from promoe_ds.engine.metrics import append_lines
 from promoe_ds.engine.router_state import give_superclasses
 from promoe_ds.engine.routing_log import RoutingAccumulator, load_summary
+from promoe_ds.engine.trackers import flatten
 from promoe_ds.model import DiT
 from promoe_ds.moe.collectives import WaitClock
 from promoe_ds.routing import RoutingPlan
@@ -308,6 +310,30 @@ def test_lines_say_what_each_rank_computed_and_how_uneven_passes_were(monkeypatc
         assert detail["rank_max_over_mean"] == pytest.approx(fullest / (of_ep_rank.sum().item() / 4))
         assert (detail["passes"], detail["ranks"], detail["ep_size"]) == (3, 4, 2)
         assert detail["exchanges"]["counts"]["bytes"] == 3 * 4 * 8 * 4 // 2  # passes, ranks, int64, experts; half stay
+
+
+def test_lines_of_another_backend_leave_open_what_nobody_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, accumulators = sharded(2, None)
+    accumulators[0].add(run(network), torch.tensor(SIGMA))
+    accumulators[1].add(run(network, 1), torch.tensor(SIGMA))
+    lines, _ = call_together(monkeypatch, accumulators, "reduce", step=1, steps=1, groups={"from_0": (0, 1)})
+    assert all(each == {"bytes": None, "seconds": None} for each in lines[0]["layer_detail"]["exchanges"].values())
+    jsonschema.Draft202012Validator(SCHEMA).validate(lines[0])
+    assert "exchange_wait_seconds/layer_1" not in flatten({"step": 1}, lines)[0]
+
+
+def test_lines_count_no_waits_of_passes_that_train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_one_rank(monkeypatch)
+    network, clock = make_network("token_choice"), WaitClock()
+    network.moe_layers()[3].dispatcher.clock = clock
+    accumulator, _ = accumulate(network, passes=1)
+    with clock.waiting("combine", torch.device("cpu")):
+        time.sleep(0.02)
+    accumulator.forget_waits()
+    with clock.waiting("counts", torch.device("cpu")):
+        time.sleep(0.002)
+    exchanges = accumulator.reduce(step=1, steps=1)[2]["layer_detail"]["exchanges"]
+    assert exchanges["counts"]["seconds"] > 0.001 and exchanges["combine"]["seconds"] == 0
 
 
 def test_lines_large_matrix_comes_by_the_step_wherever_a_run_was_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
