@@ -7,15 +7,25 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.analysis.expert_load.report import export_figure
 from promoe_ds.analysis.specialisation.collect import draw_images
-from promoe_ds.analysis.specialisation.report import Settings, analyse, layer_figures, overview_figures, write
+from promoe_ds.analysis.specialisation.report import (
+    Analysis,
+    Settings,
+    analyse,
+    check_place,
+    layer_figures,
+    overview_figures,
+    write,
+)
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.data import build_dataset
 from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.evaluation.sampling import check_device
 from promoe_ds.model.export import load_model
 
 
@@ -38,14 +48,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
-    for name, value, least in (("--images", options.images, 2), ("--tokens", options.tokens, 10), ("--rounds", options.rounds, 1)):
-        if value < least:
-            raise ConfigError(f"{name} {value}: must be at least {least}")
-    if bad := [sigma for sigma in options.sigmas if not 0 <= sigma <= 1]:
-        raise ConfigError(f"--sigmas {bad[0]}: must be from 0 (data) to 1 (noise)")
+    out = options.out or options.export_dir / "experts.html"
+    check(options)
     network = load_model(options.export_dir, device=options.device)
+    check_place(out)
+    if options.export is not None:
+        prepare(options.export)
     config = network.config
     if options.data_path is not None:
+        if config.data.dataset not in ("latents", "images"):
+            raise ConfigError(f"--data-path {options.data_path}: the model's data, {config.data.dataset}, lies in no folder: leave "
+                              "it out")
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": options.data_path})})
     batch = draw_images(build_dataset(config), options.images, options.seed)
     settings = Settings(sigmas=tuple(options.sigmas), tokens=options.tokens, singular_vectors=options.singular_vectors,
@@ -54,22 +67,43 @@ def main(arguments: Sequence[str]) -> None:
     for layer in analysis.layers:
         told = ", ".join(f"{kind} {each.score:+.3f} (p {each.p_value:.3f})" for kind, each in layer.information.items())
         print(f"layer {layer.layer}: what the expert tells beyond chance: {told}")
-    out = options.out or options.export_dir / "experts.html"
     write(analysis, out)
     print(f"report: {out} (one file, opens offline); numbers: {out.with_suffix('.json')}")
     if options.export is not None:
         export(analysis, options.export)
 
 
-def export(analysis, folder: Path) -> None:
-    scenes = [*overview_figures(analysis), *(scene for layer in analysis.layers for scene in layer_figures(analysis, layer))]
+def check(options: argparse.Namespace) -> None:
+    for name, value, least in (("--images", options.images, 2), ("--tokens", options.tokens, 20), ("--rounds", options.rounds, 1)):
+        if value < least:
+            raise ConfigError(f"{name} {value}: must be at least {least}")
+    if not 0 <= options.seed < 2**32:
+        raise ConfigError(f"--seed {options.seed}: must be from 0 to {2**32 - 1}")
+    if bad := [sigma for sigma in options.sigmas if not 0 <= sigma <= 1]:
+        raise ConfigError(f"--sigmas {bad[0]}: must be from 0 (data) to 1 (noise)")
+    check_device(options.device)
+
+
+def prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise cannot_export(folder, error) from None
+
+
+def export(analysis: Analysis, folder: Path) -> None:
+    scenes = [*overview_figures(analysis), *(scene for layer in analysis.layers for scene in layer_figures(analysis, layer))]
+    try:
         for scene in scenes:
             export_figure(folder, scene)
     except OSError as error:
-        raise DataError(f"--export {folder} cannot be written: {error.strerror}") from None
+        raise cannot_export(folder, error) from None
     print(f"exported {len(scenes)} figures as PNG and CSV to {folder}")
+
+
+def cannot_export(folder: Path, error: OSError) -> DataError:
+    return DataError(f"--export {folder} cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from promoe_ds.config.supervision import SupervisionConfig
 #: Grouped GEMM wants rows of a multiple of 16 bytes: eight numbers of bf16.
 _GROUPED_GEMM_MULTIPLE = 8
 
-#: Cells of a table of counts that is written at every log step unasked.
-_SMALL_TABLE = 1024
+#: Cells of a table that is written at every log step unasked; and in how many a larger one is.
+_SMALL_TABLE, _LARGE_TABLE_EVERY = 1024, 20
 
 
 class ModelConfig(Section):
@@ -103,7 +103,8 @@ class LoggingConfig(Section):
     class_counts: Literal["auto", True, False] = Field("auto", description="tokens by class and expert in routing.jsonl; auto: "
                                                        "where the table is small")
     position_counts: Literal["auto", True, False] = Field("auto", description="tokens by patch and expert; auto: likewise")
-    counts_every: int = Field(1, gt=0, description="log intervals that one table by class or patch covers")
+    counts_every: int | None = Field(None, gt=0, description="log intervals that one table by class or patch covers, and from one "
+                                     "E x E matrix to the next; left out: 1 for up to 1,024 cells, else 20")
 
 
 class SamplingConfig(Section):
@@ -233,6 +234,10 @@ class RunConfig(Section):
     def counts_positions(self) -> bool:
         """Whether routing.jsonl gets tokens by patch and expert."""
         return self._counts(self.logging.position_counts, self.model.tokens_per_image)
+
+    def counts_every(self, cells: int) -> int:
+        """Log intervals from one table of so many cells to the next in routing.jsonl."""
+        return self.logging.counts_every or (1 if cells <= _SMALL_TABLE else _LARGE_TABLE_EVERY)
 
     def _counts(self, setting: str | bool, rows: int) -> bool:
         return rows * self.routing.num_experts <= _SMALL_TABLE if setting == "auto" else bool(setting)

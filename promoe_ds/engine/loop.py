@@ -58,6 +58,7 @@ def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
     session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config, ranks.device))
     if checkpoint is None:
         start_routers(session)
+        session.routing.forget_waits()
     else:
         load_checkpoint(session, checkpoint, same_run=run.resume == "auto")
         if ranks.is_main and run.resume != "auto":
@@ -100,6 +101,7 @@ def _loop(session: Session, writer: MetricsWriter, saver: Saver, supervisor: Sup
             if evaluate is not None and session.step % session.config.evaluation.every == 0:
                 with supervisor.evaluating():
                     figures = evaluate(session)
+                session.routing.forget_waits()
             writer.write(session.step, {**_reduced(result), **figures}, lines, images_per_second)
             logged = session.step
         if session.step % settings.checkpoint_every == 0 or session.step == last:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -20,6 +22,8 @@ from promoe_ds.errors import TrainingError
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("metrics")
+
+_BLOCK_BYTES = 1 << 20
 
 
 class MetricsWriter:
@@ -102,19 +106,42 @@ def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step` and a broken last one, replacing the file in one move."""
+    """Cut off the lines of steps after `step`, and broken ones among them.
+
+    Steps only grow in a log, so it is read from its end, back to the newest line that stays: a resume takes no longer and no
+    more memory however long the run has been.
+    """
     if not path.is_file():
         return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text + "\n")
-        except (ValueError, KeyError, TypeError):
-            _LOG.warning("%s: dropped a broken line", path)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    with path.open("r+b") as file:
+        kept, end = 0, b""
+        for start, line in _lines_from_end(file):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept, end = start + len(line), b"" if line.endswith(b"\n") else b"\n"
+                    break
+            except (ValueError, KeyError, TypeError):
+                _LOG.warning("%s: dropped a broken line at byte %d", path, start)
+        file.truncate(kept)
+        file.seek(kept)
+        file.write(end)
+
+
+def _lines_from_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield each line's first byte and the line with its end, from the last to the first."""
+    start, block = file.seek(0, os.SEEK_END), b""
+    while start:
+        size = min(start, max(_BLOCK_BYTES, len(block)))
+        start -= size
+        file.seek(start)
+        block = file.read(size) + block
+        stop = len(block)
+        while begin := block.rfind(b"\n", 0, stop - 1) + 1:
+            yield start + begin, block[begin:stop]
+            stop = begin
+        block = block[:stop]
+    if block:
+        yield 0, block
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Routing statistics: accumulated on the device, reduced once per log interval, written as routing.jsonl.
 
 The format is documented in docs/routing_stats.md. Letters: B images, S tokens per image, D width, E routed experts,
-L MoE layers, Q timestep bins, N rows of an assignment, P passes, W ranks.
+L MoE layers, Q timestep bins, N rows of an assignment, P passes, w ranks of an expert-parallel group, X exchanges.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RoutingAccumulator:
         self._counts_LQC = zeros(layers, self._bins, 2 * experts + 2)
         self._similarity_L, self._bytes_L = zeros(layers), zeros(layers)
         self._token_sums_LED = zeros(layers, experts, config.model.hidden_size)
-        self._sent_PLW: list[Tensor] = []
+        self._sent_PLw: list[Tensor] = []
         self._passes = 0
 
     def add(self, plans: dict[int, RoutingPlan], sigma_B: Tensor, labels_B: Tensor | None = None) -> None:
@@ -79,11 +79,19 @@ class RoutingAccumulator:
             self._bytes_L[row] += layer.dispatcher.bytes_exchanged(plan.assignment, width, element_size)
             self._tables.add(row, plan, labels_B)
         if self._group is not None:
-            self._sent_PLW.append(torch.stack([_sent(plans[index], self._config.parallel.ep_size) for index in self._layers]))
+            self._sent_PLw.append(torch.stack([_sent(plans[index], self._config.parallel.ep_size) for index in self._layers]))
         self._passes += 1
 
+    def forget_waits(self) -> None:
+        """Leave out what ranks have waited for since the last reduction: passes that train nothing wait, too."""
+        for clock in self._clocks:
+            if clock is not None:
+                clock.take()
+
     def reduce(self, *, step: int, steps: int, last: bool = False) -> list[dict[str, Any]]:
-        """Sum over ranks, return the lines of routing.jsonl and start anew.  Collectives: one.
+        """Sum over ranks, return the lines of routing.jsonl on rank 0, none elsewhere, and start anew.
+
+        Collectives: one; two more where experts are sharded.
 
         Args:
             step: steps finished; steps: how many of them were counted.
@@ -91,18 +99,19 @@ class RoutingAccumulator:
         """
         if not self._layers or not self._passes:
             return []
-        waited = [clock.take() if clock is not None else {} for clock in self._clocks]
-        seconds_LX = torch.tensor([[by_name.get(name, 0.0) for name in EXCHANGES] for by_name in waited], dtype=torch.float64)
-        parts = [self._counts_LQC, self._similarity_L / self._passes, self._bytes_L, self._token_sums_LED,
-                 seconds_LX.to(self._ranks.device), self._received(), *self._tables.due(steps, last=last)]
+        parts = [self._counts_LQC, self._similarity_L / self._passes, self._bytes_L, self._token_sums_LED, self._waits(),
+                 *self._tables.due(steps, last=last)]
         flat = torch.cat([part.flatten().double() for part in parts])
         dist.all_reduce(flat)
-        pieces = flat.split([part.numel() for part in parts])
-        counts, similarity, traffic, sums, seconds, received, *tables = (
-            piece.view_as(part).cpu() for piece, part in zip(pieces, parts, strict=True))
-        world_size, passes = dist.get_world_size(), self._passes
+        fullest_L, passes = self._fullest_rank(), self._passes
         self._start_anew()
-        filled, lines = self._tables.describe(tables), []
+        steps_of_tables = self._tables.start_anew()
+        if not self._ranks.is_main:
+            return []
+        pieces = flat.split([part.numel() for part in parts])
+        counts, similarity, traffic, sums, seconds, *tables = (
+            piece.view_as(part).cpu() for piece, part in zip(pieces, parts, strict=True))
+        world_size, lines = dist.get_world_size(), []
         for row, (index, layer) in enumerate(self._layers.items()):
             head = {"schema": SCHEMA_VERSION, "step": step, "steps": steps, "layer": index}
             tail = {"prototype_similarity": similarity[row].item() / world_size, "layer_bytes_exchanged": int(traffic[row])}
@@ -111,39 +120,54 @@ class RoutingAccumulator:
                               **_describe(counts[row, bin_]), **tail})
             tokens_E = counts[row, :, :self._config.routing.num_experts].sum(dim=0)
             lines[-self._bins]["layer_detail"] = {
-                "passes": passes, **self._describe_placement(row, tokens_E, received),
-                "exchanges": self._describe_exchanges(int(traffic[row]), seconds[row] / world_size, passes * world_size),
-                **_describe_prototypes(layer, sums[row], tokens_E), **filled[row]}
+                "passes": passes, **self._describe_placement(row, tokens_E, fullest_L),
+                "exchanges": self._describe_exchanges(row, int(traffic[row]), seconds[row] / world_size, passes * world_size),
+                **_describe_prototypes(layer, sums[row], tokens_E, with_matrix=self._matrix_is_due(step)),
+                **self._tables.describe(row, tables, steps_of_tables)}
         return lines
 
     def _start_anew(self) -> None:
         for tensor in (self._counts_LQC, self._similarity_L, self._bytes_L, self._token_sums_LED):
             tensor.zero_()
-        self._sent_PLW.clear()
+        self._sent_PLw.clear()
         self._passes = 0
 
-    def _received(self) -> Tensor:
-        """Return the rows that this rank sent to each rank (P, L, W): summed over the ranks, what each computed in each pass."""
-        if not self._sent_PLW:
-            return torch.zeros(0, dtype=torch.float64, device=self._ranks.device)
-        sent_PLW = torch.stack(self._sent_PLW).double()
-        received_PLW = sent_PLW.new_zeros(*sent_PLW.shape[:2], self._ranks.world_size)
-        received_PLW[:, :, dist.get_process_group_ranks(self._group)] = sent_PLW
-        return received_PLW
+    def _waits(self) -> Tensor:
+        """Return the seconds that this rank has waited, (L, X); zeros where nobody measures them."""
+        waits = [dict.fromkeys(EXCHANGES, 0.0) if clock is None else clock.take() for clock in self._clocks]
+        return torch.tensor([[by_name[name] for name in EXCHANGES] for by_name in waits], dtype=torch.float64,
+                            device=self._ranks.device)
 
-    def _describe_placement(self, row: int, tokens_E: Tensor, received_PLW: Tensor) -> dict[str, Any]:
-        ep_size = self._config.parallel.ep_size
+    def _fullest_rank(self) -> Tensor | None:
+        """Return the rows of the fullest of all ranks, summed pass by pass (L,); None where every rank has all experts.
+
+        Collectives: two, whose size does not grow with the number of ranks.
+        """
+        if not self._sent_PLw:
+            return None
+        computed_PLw = torch.stack(self._sent_PLw)
+        dist.all_reduce(computed_PLw, group=self._group)
+        fullest_PL = computed_PLw.amax(dim=2)
+        dist.all_reduce(fullest_PL, op=dist.ReduceOp.MAX)
+        return fullest_PL.sum(dim=0)
+
+    def _matrix_is_due(self, step: int) -> bool:
+        """Say whether a step's lines carry E x E cosines: by the step alone, so that a resumed run writes the same lines."""
+        train, every = self._config.train, self._config.counts_every(self._config.routing.num_experts**2)
+        return step // train.log_every % every == 0 or step == train.max_steps
+
+    def _describe_placement(self, row: int, tokens_E: Tensor, fullest_L: Tensor | None) -> dict[str, Any]:
+        ep_size, ranks, total = self._config.parallel.ep_size, self._ranks.world_size, int(tokens_E.sum())
         by_ep_rank = [int(n) for n in tokens_E.view(ep_size, -1).sum(dim=1).tolist()]
-        uneven = None
-        if received_PLW.numel():
-            rows_PW = received_PLW[:, row]
-            mean = rows_PW.mean(dim=1).sum().item()
-            uneven = rows_PW.amax(dim=1).sum().item() / mean if mean else None
+        uneven = fullest_L[row].item() * ranks / total if fullest_L is not None and total else None
         order = self._config.expert_order_of(row)
-        return {"ranks": self._ranks.world_size, "ep_size": ep_size, "tokens_per_ep_rank": by_ep_rank,
+        return {"ranks": ranks, "ep_size": ep_size, "tokens_per_ep_rank": by_ep_rank,
                 "rank_max_over_mean": uneven, **({"experts": list(order)} if order else {})}
 
-    def _describe_exchanges(self, layer_bytes: int, seconds_X: Tensor, rank_passes: int) -> dict[str, dict[str, float]]:
+    def _describe_exchanges(self, row: int, layer_bytes: int, seconds_X: Tensor,
+                            rank_passes: int) -> dict[str, dict[str, float | None]]:
+        if self._group is not None and self._clocks[row] is None:  # of a backend that moves the rows by itself
+            return {name: {"bytes": None, "seconds": None} for name in EXCHANGES}
         ep_size = self._config.parallel.ep_size
         counts_bytes = rank_passes * _COUNT_BYTES * self._config.routing.num_experts * (ep_size - 1) // ep_size
         sizes = {name: layer_bytes // (len(EXCHANGES) - 1) for name in EXCHANGES} | {"counts": counts_bytes}
@@ -155,13 +179,14 @@ class _Tables:
     """Optional counts by class (the last row is the null label) and by patch: (L, classes + 1, E) and (L, S, E)."""
 
     def __init__(self, config: RunConfig, layers: int, device: torch.device) -> None:
-        self._every, self._experts, self._patches = config.logging.counts_every, config.routing.num_experts, \
-            config.model.tokens_per_image
+        self._experts, self._patches = config.routing.num_experts, config.model.tokens_per_image
         rows = {"tokens_per_class": config.counts_classes * (config.model.num_classes + 1),
                 "tokens_per_position": config.counts_positions * self._patches}
         self._counts = {name: torch.zeros(layers, size, self._experts, dtype=torch.float64, device=device)
                         for name, size in rows.items() if size}
-        self._layers, self._intervals, self._steps, self._is_due = layers, 0, 0, False
+        self._every = config.counts_every(self._experts * max(config.counts_classes * config.model.num_classes,
+                                                              config.counts_positions * self._patches))
+        self._intervals, self._steps, self._is_due = 0, 0, False
 
     def add(self, row: int, plan: RoutingPlan, labels_B: Tensor | None) -> None:
         if "tokens_per_class" in self._counts and labels_B is not None:
@@ -177,15 +202,23 @@ class _Tables:
         self._is_due = last or self._intervals >= self._every
         return list(self._counts.values()) if self._is_due else []
 
-    def describe(self, reduced: list[Tensor]) -> list[dict[str, Any]]:
-        """Return each layer's tables, those given, and start them anew."""
+    def start_anew(self) -> int:
+        """Forget what was due; return the steps that it covered."""
         if not self._is_due:
-            return [{}] * self._layers
+            return 0
         steps, self._intervals, self._steps = self._steps, 0, 0
         for table in self._counts.values():
             table.zero_()
-        return [{name: {"steps": steps, "counts": table[row].long().tolist()}
-                 for name, table in zip(self._counts, reduced, strict=True)} for row in range(self._layers)]
+        return steps
+
+    def describe(self, row: int, reduced: list[Tensor], steps: int) -> dict[str, Any]:
+        """Return one layer's tables.
+
+        Args:
+            reduced: those of all layers that were due, summed over the ranks; steps: how many they cover.
+        """
+        names = self._counts if reduced else ()
+        return {name: {"steps": steps, "counts": table[row].long().tolist()} for name, table in zip(names, reduced, strict=True)}
 
 
 def _sent(plan: RoutingPlan, ep_size: int) -> Tensor:
@@ -203,20 +236,21 @@ def _describe(columns: Tensor) -> dict[str, Any]:
             "load_cv": _significant(statistics.pstdev(tokens) * experts / sum(tokens)) if any(tokens) else None}
 
 
-def _describe_prototypes(layer: MoELayer, sums_ED: Tensor, tokens_E: Tensor) -> dict[str, Any]:
+def _describe_prototypes(layer: MoELayer, sums_ED: Tensor, tokens_E: Tensor, *, with_matrix: bool) -> dict[str, Any]:
     """Describe the prototypes as they are now, and how near each is to the centroid of its tokens and to the others'."""
-    directions_ED = layer.router.directions_ED().detach().double().cpu()
+    directions_ED, is_used_E = layer.router.directions_ED().detach().double().cpu(), tokens_E > 0
     to_centroid_EE = similarity_matrix(directions_ED, sums_ED)
-    own, others = to_centroid_EE.diagonal(), []
-    for expert in range(len(tokens_E)):
-        used = [to_centroid_EE[expert, other].item() for other in range(len(tokens_E)) if other != expert and tokens_E[other] > 0]
-        others.append(round(statistics.fmean(used), _COSINE_DECIMALS) if used else None)
-    return {
-        "prototype_similarity_matrix": [[round(x, _COSINE_DECIMALS) for x in row]
-                                        for row in similarity_matrix(directions_ED, directions_ED).tolist()],
-        "prototype_to_centroid": [round(x.item(), _COSINE_DECIMALS) if n > 0 else None
-                                  for x, n in zip(own, tokens_E, strict=True)],
-        "prototype_to_other_centroids": others}
+    is_other_EE = is_used_E & ~torch.eye(len(tokens_E), dtype=torch.bool)
+    others_E = is_other_EE.sum(dim=1)
+    matrix = {"prototype_similarity_matrix": _cosines(similarity_matrix(directions_ED, directions_ED))} if with_matrix else {}
+    return {**matrix, "prototype_to_centroid": _cosines(to_centroid_EE.diagonal(), is_used_E),
+            "prototype_to_other_centroids": _cosines(to_centroid_EE.where(is_other_EE, 0.0).sum(dim=1) / others_E, others_E > 0)}
+
+
+def _cosines(values: Tensor, is_known: Tensor | None = None) -> list[Any]:
+    """Return cosines as they stand in the log; None for one that is not known."""
+    rounded = values.round(decimals=_COSINE_DECIMALS).tolist()
+    return rounded if is_known is None else [x if known else None for x, known in zip(rounded, is_known.tolist(), strict=True)]
 
 
 def _significant(value: float) -> float:

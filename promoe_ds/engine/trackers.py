@@ -58,7 +58,8 @@ def flatten(line: dict[str, Any], routing_lines: list[dict[str, Any]]) -> tuple[
             scalars |= {f"prototype_to_centroid/{layer}": sum(own) / len(own)} if own else {}
             if detail["ep_size"] > 1:
                 scalars[f"exchange_bytes/{layer}"] = entry["layer_bytes_exchanged"]
-                scalars[f"exchange_wait_seconds/{layer}"] = sum(each["seconds"] for each in detail["exchanges"].values())
+                waits = [each["seconds"] for each in detail["exchanges"].values()]
+                scalars |= {} if None in waits else {f"exchange_wait_seconds/{layer}": sum(waits)}
                 scalars |= {} if detail["rank_max_over_mean"] is None else {f"rank_load/{layer}": detail["rank_max_over_mean"]}
     for name, tokens in histograms.items():
         layer, mean = name.rpartition("/")[2], sum(tokens) / len(tokens)

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import signal
 import struct
 import subprocess
@@ -17,6 +18,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from promoe_ds.errors import PromoeError
 
 from .commands import REPOSITORY, run, train
 
@@ -152,8 +155,19 @@ def test_analyze_writes_a_page_and_refuses_what_cannot_be(folder) -> None:
     assert done.returncode == 0, done.stderr
     assert "report: export/experts.html" in done.stdout and "layer 1: what the expert tells beyond chance" in done.stdout
     assert len(list((folder / "analysis").glob("*.png"))) == 5 + 4
-    for more, message in ((("--sigmas", "1.5"), "--sigmas 1.5: must be from 0 (data) to 1 (noise)"),
+    refused = run(sys.executable, ANALYZE, "export", *few, "--singular-vectors", "99", cwd=folder)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "--singular-vectors 99: an expert's matrix has 1 to 32" in refused.stderr
+    main = runpy.run_path(ANALYZE)["main"]
+    export = str(folder / "export")
+    for more, message in ((("--sigmas", "1.5"), r"--sigmas 1.5: must be from 0 \(data\) to 1 \(noise\)"),
                           (("--images", "1"), "--images 1: must be at least 2"),
-                          (("--singular-vectors", "99"), "--singular-vectors 99: an expert's matrix has 1 to 32")):
-        refused = run(sys.executable, ANALYZE, "export", *few, *more, cwd=folder)
-        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+                          (("--tokens", "19"), "--tokens 19: must be at least 20"),
+                          (("--seed", "-1"), "--seed -1: must be from 0 to 4294967295"),
+                          (("--device", "gpu"), "--device gpu: .*device"),
+                          (("--out", f"{export}/y.json"), "y.json: the numbers get this name, the page needs another"),
+                          (("--out", f"{export}/no/y.html"), "y.html cannot be written: No such file or directory"),
+                          (("--export", f"{export}/config.json"), "config.json cannot be written: File exists"),
+                          (("--data-path", "latents"), "--data-path latents: the model's data, digits, lies in no folder")):
+        with pytest.raises(PromoeError, match=message):
+            main([export, *few, *more])

@@ -85,7 +85,7 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Be
         tokens: conditional tokens of a pass, a multiple of the recipe's tokens per image.
     """
     config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
-    with_tables = config.logging.model_copy(update={"class_counts": True, "position_counts": True})
+    with_tables = config.logging.model_copy(update={"class_counts": True, "position_counts": True, "counts_every": 1})
     one_rank = config.parallel.model_copy(update={"ep_size": 1, "dispatch": "local"})
     config = config.model_copy(update={"logging": with_tables, "parallel": one_rank})
     module, batch = training_module(config, tokens)

@@ -62,35 +62,40 @@ def observe(network: DiT, batch: Batch, sigmas: list[float], *, kept: int, seed:
         network: in evaluation mode; kept: tokens to keep of each level and layer.
     Returns: by layer.
     """
-    tokens_per_image = network.config.model.tokens_per_image
-    total = len(batch.labels_B) * tokens_per_image
-    places = np.sort(np.random.default_rng(seed).permutation(total)[:kept])
-    seen: dict[int, list[Tensor]] = {}
-    hooks = [layer.router.register_forward_pre_hook(lambda _, given, index=index: seen.setdefault(index, []).append(given[0]))
-             for index, layer in network.moe_layers().items()]
+    tokens_per_image, images = network.config.model.tokens_per_image, len(batch.labels_B)
+    places_n = np.sort(np.random.default_rng(seed).permutation(images * tokens_per_image)[:kept])
     experts: dict[int, list[np.ndarray]] = {index: [] for index in network.moe_layers()}
     tokens: dict[int, list[np.ndarray]] = {index: [] for index in network.moe_layers()}
+    for sigma in sigmas:
+        parts = [_route(network, batch, sigma, slice(start, start + _IMAGES_A_PASS), places_n)
+                 for start in range(0, images, _IMAGES_A_PASS)]
+        for index in experts:
+            experts[index].append(np.concatenate([chosen[index] for chosen, _ in parts]).reshape(-1, tokens_per_image))
+            tokens[index].append(np.concatenate([entering[index] for _, entering in parts]))
+    return {index: Observations(np.stack(experts[index]), np.stack(tokens[index]), places_n) for index in experts}
+
+
+def _route(network: DiT, batch: Batch, sigma: float, part: slice,
+           places_n: np.ndarray) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Route some images; return, by layer, each token's best expert and the tokens of the places that lie in them."""
+    device, labels_B, entering = network.positions.device, batch.labels_B[part], {}
+    one = DiffusionBatch(batch.clean_BZHW[part], batch.noise_BZHW[part], torch.full((len(labels_B),), sigma), labels_B).to(device)
+    rows_n = places_n - part.start * network.config.model.tokens_per_image
+    num_tokens = len(labels_B) * network.config.model.tokens_per_image
+    rows_n = torch.from_numpy(rows_n[(rows_n >= 0) & (rows_n < num_tokens)]).to(device)
+
+    def keep(index: int, tokens_BSD: Tensor) -> None:
+        entering[index] = tokens_BSD.flatten(0, 1)[rows_n].float().cpu().numpy()
+
+    hooks = [layer.router.register_forward_pre_hook(lambda _, given, index=index: keep(index, given[0]))
+             for index, layer in network.moe_layers().items()]
+    objective = build_objective(network.config.diffusion)
     try:
-        for sigma in sigmas:
-            plans_of_parts = [_plans(network, batch, sigma, start) for start in range(0, len(batch.labels_B), _IMAGES_A_PASS)]
-            for index in experts:
-                chosen = [best_expert(plans[index].assignment, count * tokens_per_image) for plans, count in plans_of_parts]
-                experts[index].append(np.concatenate(chosen).reshape(-1, tokens_per_image))
-                tokens[index].append(torch.cat(seen[index]).flatten(0, 1)[torch.from_numpy(places)].float().cpu().numpy())
-            seen.clear()
+        plans = network.denoise(objective.noised(one), objective.timestep(one), one.labels_B).plans
     finally:
         for hook in hooks:
             hook.remove()
-    return {index: Observations(np.stack(experts[index]), np.stack(tokens[index]), places) for index in experts}
-
-
-def _plans(network: DiT, batch: Batch, sigma: float, start: int):
-    part = slice(start, start + _IMAGES_A_PASS)
-    device = network.positions.device
-    labels_B = batch.labels_B[part]
-    one = DiffusionBatch(batch.clean_BZHW[part], batch.noise_BZHW[part], torch.full((len(labels_B),), sigma), labels_B).to(device)
-    objective = build_objective(network.config.diffusion)
-    return network.denoise(objective.noised(one), objective.timestep(one), one.labels_B).plans, len(labels_B)
+    return {index: best_expert(plan.assignment, num_tokens) for index, plan in plans.items()}, entering
 
 
 def best_expert(assignment: Assignment, num_tokens: int) -> np.ndarray:

@@ -25,14 +25,30 @@ def subspace_similarity(down_weight_EDF: Tensor, k: int) -> np.ndarray:
     largest = min(down_weight_EDF.shape[1:])
     if not 1 <= k <= largest:
         raise ConfigError(f"--singular-vectors {k}: an expert's matrix has 1 to {largest}")
-    left_EDk = torch.linalg.svd(down_weight_EDF.double(), full_matrices=False).U[:, :, :k]
-    overlap = torch.einsum("idk,jdl->ijkl", left_EDk, left_EDk).square().sum(dim=(2, 3)) / k
-    return overlap.numpy()
+    # Some devices have no double precision.
+    device = down_weight_EDF.device if down_weight_EDF.is_cuda else "cpu"
+    bases_EDk = torch.stack([_written_subspace(weight_DF.to(device, torch.float64), k) for weight_DF in down_weight_EDF])
+    overlap_EE = torch.stack([(basis_Dk.T @ bases_EDk).square().sum(dim=(1, 2)) for basis_Dk in bases_EDk]) / k
+    return overlap_EE.cpu().numpy()
+
+
+def _written_subspace(weight_DF: Tensor, k: int) -> Tensor:
+    """Return an orthonormal basis (D, k) of the span of the top-k left singular vectors.
+
+    They are the eigenvectors of W Wᵀ; where W is narrow, W takes those of the smaller WᵀW there. Either is several times
+    faster than all singular vectors.
+    """
+    width, hidden = weight_DF.shape
+    if width <= hidden:
+        return torch.linalg.eigh(weight_DF @ weight_DF.T).eigenvectors[:, -k:]
+    right_Fk = torch.linalg.eigh(weight_DF.T @ weight_DF).eigenvectors[:, -k:]
+    return torch.linalg.qr(weight_DF @ right_Fk).Q
 
 
 def inter_intra_ratio(tokens_ND: np.ndarray, groups_N: np.ndarray) -> float:
-    """Return the mean distance between groups' centroids over the mean distance of a token from its own; NaN below two groups.
+    """Return the mean distance between groups' centroids over the mean distance of a token from its own.
 
+    NaN below two groups, and where all tokens lie on their centroids.
     Source: Fig. 1(a), where the groups are clusters of k-means: large is compact and apart, below 1 is diffuse.
     """
     names = np.unique(groups_N)
@@ -42,7 +58,7 @@ def inter_intra_ratio(tokens_ND: np.ndarray, groups_N: np.ndarray) -> float:
     intra = np.linalg.norm(tokens_ND - centroids[np.searchsorted(names, groups_N)], axis=1).mean()
     distances = np.linalg.norm(centroids[:, None] - centroids[None], axis=-1)
     inter = distances[np.triu_indices(len(names), 1)].mean()
-    return float(inter / intra) if intra > 0 else float("inf")
+    return float(inter / intra) if intra > 0 else float("nan")
 
 
 @dataclass(frozen=True)

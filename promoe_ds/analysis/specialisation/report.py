@@ -6,15 +6,15 @@ Letters: M noise levels, B images, S tokens per image, D width, E routed experts
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from promoe_ds.analysis.drawing import SERIES, Scene
+from promoe_ds.analysis.drawing import Scene, palette
 from promoe_ds.analysis.drawing import page as html
 from promoe_ds.analysis.drawing.charts import WIDTH, Axes, Cells, bar_chart, cell_chart, line_chart, scatter_chart
 from promoe_ds.analysis.specialisation.collect import Batch, Observations, observe
@@ -72,13 +72,14 @@ def analyse(network: DiT, batch: Batch, settings: Settings, *, name: str) -> Ana
     """
     if not network.moe_layers():
         raise ConfigError(f"{name} is dense: it has no experts to analyse")
+    similarity = {index: subspace_similarity(layer.routed.down_weight.detach(), settings.singular_vectors)
+                  for index, layer in network.moe_layers().items()}
     seen = observe(network, batch, list(settings.sigmas), kept=settings.tokens, seed=settings.seed)
-    layers = [_analyse_layer(index, layer.routed.down_weight.detach().cpu(), seen[index], batch, settings)
-              for index, layer in network.moe_layers().items()]
+    layers = [_analyse_layer(index, similarity_EE, seen[index], batch, settings) for index, similarity_EE in similarity.items()]
     return Analysis(name, settings, batch, network.config.routing.num_experts, network.config.model.hidden_size, layers)
 
 
-def _analyse_layer(index: int, down_weight: torch.Tensor, seen: Observations, batch: Batch, settings: Settings) -> LayerAnalysis:
+def _analyse_layer(index: int, similarity_EE: np.ndarray, seen: Observations, batch: Batch, settings: Settings) -> LayerAnalysis:
     try:
         from sklearn.cluster import KMeans
         from sklearn.manifold import TSNE
@@ -94,7 +95,7 @@ def _analyse_layer(index: int, down_weight: torch.Tensor, seen: Observations, ba
     middle = seen.tokens_MnD[len(settings.sigmas) // 2]
     perplexity = min(30.0, (len(middle) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=settings.seed).fit_transform(middle)
-    return LayerAnalysis(index, seen, subspace_similarity(down_weight, settings.singular_vectors), ratios,
+    return LayerAnalysis(index, seen, similarity_EE, ratios,
                          specialisation(seen.experts_MBS, batch.labels_B.numpy(), rounds=settings.rounds, seed=settings.seed), tsne)
 
 
@@ -122,7 +123,7 @@ def overview_figures(analysis: Analysis) -> list[Scene]:
                        "vectors of the down projections. Lower is more diverse (Fig. 1(b))."),
         *(line_chart(f"Inter/intra distance of {kind}", [(f"layer {layer.layer}", sigmas, layer.ratios[kind])
                                                          for layer in analysis.layers],
-                      Axes(x_name="sigma", even=1.0), note=note)
+                      Axes(x_name="sigma", even=1.0, is_ordered=True), note=note)
           for kind, note in ratio_notes.items())]
 
 
@@ -152,7 +153,10 @@ def token_maps(analysis: Analysis, layer: LayerAnalysis) -> Scene:
     shown = min(_SHOWN_IMAGES, images)
     columns = levels + 1
     side = (WIDTH - 6.0 * (columns + 1)) / columns
-    scene = Scene(WIDTH, 18 + shown * (side + 6) + 18, f"Layer {layer.layer}: experts over images",
+    colors, bottom = palette(analysis.experts), 18 + shown * (side + 6)
+    apart = 29.0 if analysis.experts <= 12 else 35.0
+    in_a_row = int((WIDTH - 6) / apart)
+    scene = Scene(WIDTH, bottom + 4 + 14 * -(-analysis.experts // in_a_row), f"Layer {layer.layer}: experts over images",
                   "Left the image, then each patch's expert by noise level, drawn over it.")
     scene.numbers = [["image", "class", "sigma", "patch", "expert"]]
     grid = round(tokens**0.5)
@@ -165,13 +169,13 @@ def token_maps(analysis: Analysis, layer: LayerAnalysis) -> Scene:
             scene.pixels((x, y, side, side), image)
             if column:
                 experts_S = layer.seen.experts_MBS[column - 1, row]
-                scene.pixels((x, y, side, side), _tint(experts_S.reshape(grid, grid)))
+                scene.pixels((x, y, side, side), _tint(experts_S.reshape(grid, grid), colors))
                 head = [row, int(analysis.batch.labels_B[row]), analysis.settings.sigmas[column - 1]]
                 scene.numbers += [[*head, place, int(expert)] for place, expert in enumerate(experts_S)]
-    y = 18 + shown * (side + 6) + 8
-    for expert in range(min(analysis.experts, len(SERIES))):
-        scene.rect((6 + 29 * expert, y - 7, 8, 8), expert, radius=2)
-        scene.text((17 + 29 * expert, y), f"e{expert}", color="muted", size=9.5)
+    for expert, color in enumerate(colors):
+        x, y = 6 + apart * (expert % in_a_row), bottom + 8 + 14 * (expert // in_a_row)
+        scene.rect((x, y - 7, 8, 8), color, radius=2)
+        scene.text((x + 11, y), f"e{expert}", color="muted", size=9.5)
     return scene
 
 
@@ -183,9 +187,10 @@ def _gray(image_ZHW: np.ndarray) -> np.ndarray:
     return np.dstack([levels] * 3 + [np.full_like(levels, 255)])
 
 
-def _tint(experts_HW: np.ndarray) -> np.ndarray:
-    colors = np.array([[int(color[at:at + 2], 16) for at in (1, 3, 5)] + [165] for color in SERIES] + [[0, 0, 0, 0]], np.uint8)
-    return colors[np.where(experts_HW < 0, len(SERIES), experts_HW % len(SERIES))]
+def _tint(experts_HW: np.ndarray, colors: Sequence[str]) -> np.ndarray:
+    """Colour each patch by its expert; one without (-1) stays clear, by the last row."""
+    rgba = np.array([[int(color[at:at + 2], 16) for at in (1, 3, 5)] + [165] for color in colors] + [[0, 0, 0, 0]], np.uint8)
+    return rgba[experts_HW]
 
 
 def numbers(analysis: Analysis) -> dict[str, Any]:
@@ -193,7 +198,8 @@ def numbers(analysis: Analysis) -> dict[str, Any]:
     return {"format": 1, "model": analysis.name, "settings": asdict(analysis.settings), "images": len(analysis.batch.labels_B),
             "subspace_chance": analysis.settings.singular_vectors / analysis.width,
             "layers": [{"layer": layer.layer, "subspace_similarity": layer.similarity_EE.round(5).tolist(),
-                        "inter_intra_ratio": layer.ratios,
+                        "inter_intra_ratio": {kind: [None if np.isnan(ratio) else ratio for ratio in ratios]
+                                              for kind, ratios in layer.ratios.items()},
                         "information": {kind: {**asdict(each), "score": each.score} for kind, each in layer.information.items()}}
                        for layer in analysis.layers]}
 
@@ -223,6 +229,23 @@ def render(analysis: Analysis) -> str:
     return html.page(f"Specialisation of {analysis.name}", "\n".join(parts))
 
 
+def check_place(out: Path) -> None:
+    """Find out, before a long analysis, whether its page can be written.
+
+    Raises: ConfigError if the numbers beside it would have its name; DataError if it or they cannot be written.
+    """
+    if out.suffix == ".json":
+        raise ConfigError(f"--out {out}: the numbers get this name, the page needs another: {out.with_suffix('.html')}")
+    try:
+        for path in [out] if out.is_dir() else [out, out.with_suffix(".json")]:
+            is_new = not path.exists()
+            path.open("ab").close()
+            if is_new:
+                path.unlink()
+    except OSError as error:
+        raise _cannot_write(out, error) from None
+
+
 def write(analysis: Analysis, out: Path) -> None:
     """Write the page and, beside it, the numbers as JSON.
 
@@ -230,9 +253,13 @@ def write(analysis: Analysis, out: Path) -> None:
     """
     try:
         out.write_text(render(analysis), encoding="utf-8")
-        out.with_suffix(".json").write_text(json.dumps(numbers(analysis), indent=1), encoding="utf-8")
+        out.with_suffix(".json").write_text(json.dumps(numbers(analysis), indent=1, allow_nan=False), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror}: name another place with --out") from None
+        raise _cannot_write(out, error) from None
+
+
+def _cannot_write(out: Path, error: OSError) -> DataError:
+    return DataError(f"{out} cannot be written: {error.strerror}: name another place with --out")
 
 
 def _off_diagonal(matrix_EE: np.ndarray) -> np.ndarray:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from promoe_ds.analysis.drawing.png import write_png
-from promoe_ds.analysis.specialisation import inter_intra_ratio, mutual_information, observe, subspace_similarity
+from promoe_ds.analysis.drawing.scene import Pixels, Rect, Text
+from promoe_ds.analysis.specialisation import collect, inter_intra_ratio, mutual_information, observe, subspace_similarity
 from promoe_ds.analysis.specialisation.collect import best_expert, draw_images
 from promoe_ds.analysis.specialisation.measures import specialisation
-from promoe_ds.analysis.specialisation.report import Settings, analyse, layer_figures, numbers, write
+from promoe_ds.analysis.specialisation.report import Settings, analyse, check_place, layer_figures, numbers, token_maps, write
 from promoe_ds.data import build_dataset
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.routing import Assignment
@@ -31,10 +34,20 @@ def test_subspaces_equal_apart_and_by_chance() -> None:
         subspace_similarity(weights, 5)
 
 
+@pytest.mark.parametrize("shape", [(3, 20, 12), (3, 12, 20), (3, 9, 9)])
+def test_subspaces_are_those_of_the_singular_vectors(shape: tuple[int, int, int]) -> None:
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for k in (1, 4, min(shape[1:])):
+        left = torch.linalg.svd(weights.double(), full_matrices=False).U[:, :, :k]
+        expected = [[(a.T @ b).square().sum().item() / k for b in left] for a in left]
+        np.testing.assert_allclose(subspace_similarity(weights, k), expected, atol=1e-9)
+
+
 def test_inter_intra_ratio_by_hand() -> None:
     tokens = np.array([[0.0, 1], [0, -1], [10, 1], [10, -1]])
     assert inter_intra_ratio(tokens, np.array([3, 3, 7, 7])) == pytest.approx(10.0)
     assert np.isnan(inter_intra_ratio(tokens, np.zeros(4, int)))
+    assert np.isnan(inter_intra_ratio(tokens, np.arange(4)))  # a group each: nothing lies apart from its centroid
 
 
 def test_mutual_information_by_hand() -> None:
@@ -87,6 +100,18 @@ def test_observe_sees_every_token_of_every_method(method: str) -> None:
         assert each.experts_MBS[1].ravel()[each.places_n].tolist() == cosines.argmax(dim=-1).tolist()
 
 
+def test_observe_keeps_no_more_tokens_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network().eval()
+    batch, entered = draw_images(build_dataset(network.config), 40, seed=0), []
+    network.moe_layers()[1].router.register_forward_pre_hook(lambda _, given: entered.append(weakref.ref(given[0])))
+    most = []
+    monkeypatch.setattr(collect, "best_expert", lambda *given, real=best_expert: most.append(
+        sum(tokens() is not None for tokens in entered)) or real(*given))
+    seen = observe(network, batch, [0.2, 0.8], kept=11, seed=0)
+    assert len(entered) == 6 and max(most) <= 1  # passes of 16 images; those before are gone
+    assert seen[1].tokens_MnD.shape == (2, 11, 16)
+
+
 def test_analysis_of_a_small_model_writes_a_page_and_its_numbers(tmp_path) -> None:
     network = random_network(model={"depth": 4}, routing={"num_experts": 4}).eval()
     batch = draw_images(build_dataset(network.config), 12, seed=0)
@@ -102,6 +127,48 @@ def test_analysis_of_a_small_model_writes_a_page_and_its_numbers(tmp_path) -> No
             write_png(scene, tmp_path / "figure.png")
     with pytest.raises(DataError, match="name another place with --out"):
         write(analysis, tmp_path / "nowhere" / "page.html")
+
+
+def test_analysis_of_few_tokens_leaves_gaps_and_strict_json(tmp_path) -> None:
+    network = random_network().eval()
+    batch = draw_images(build_dataset(network.config), 2, seed=0)
+    analysis = analyse(network, batch, Settings(sigmas=(0.2, 0.8), tokens=40, singular_vectors=2, rounds=2), name="small")
+    write(analysis, tmp_path / "page.html")
+    values = json.loads((tmp_path / "page.json").read_text(), parse_constant=pytest.fail)
+    assert values["layers"][0]["inter_intra_ratio"]["k-means clusters"] == [None, None]  # as many clusters as tokens
+
+
+def test_analysis_of_many_experts_tells_all_of_them_apart() -> None:
+    network = random_network(routing={"num_experts": 40}).eval()
+    batch = draw_images(build_dataset(network.config), 12, seed=0)
+    analysis = analyse(network, batch, Settings(sigmas=(0.5,), tokens=40, singular_vectors=2, rounds=1), name="many")
+    scene = token_maps(analysis, analysis.layers[0])
+    legend = [shape.color for shape in scene.shapes if isinstance(shape, Rect)]
+    assert len(set(legend)) == 40
+    assert [shape.words for shape in scene.shapes if isinstance(shape, Text)][-40:] == [f"e{expert}" for expert in range(40)]
+    assert all(0 <= x <= scene.width and 0 <= y <= scene.height for x, y in (shape.at for shape in scene.shapes
+                                                                               if isinstance(shape, Text)))
+    maps = [shape.rgba for shape in scene.shapes if isinstance(shape, Pixels)]
+    experts = analysis.layers[0].seen.experts_MBS[0, :4].reshape(4, 2, 2)
+    for (row, y, x), expert in np.ndenumerate(experts):
+        assert "#" + "".join(f"{part:02x}" for part in maps[3 * row + 2][y, x, :3]) == legend[expert]
+
+
+@pytest.mark.parametrize("name", ["nowhere/page.html", ".", "taken/page.html"])
+def test_place_that_cannot_be_written_is_told_beforehand(name: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    with pytest.raises(DataError, match=r"cannot be written: .*: name another place with --out"):
+        check_place(Path(name))
+
+
+def test_place_of_the_page_is_not_that_of_its_numbers_and_stays_empty(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"y.json: the numbers get this name, the page needs another: .*y.html"):
+        check_place(tmp_path / "y.json")
+    (tmp_path / "page.html").write_text("before")
+    check_place(tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "before"
 
 
 def test_analysis_of_a_dense_model_or_too_few_images_is_refused() -> None:

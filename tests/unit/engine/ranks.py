@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -24,16 +25,30 @@ def pretend_one_rank(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
-def call_together(monkeypatch: pytest.MonkeyPatch, objects: Sequence[Any], method: str, **kwargs: Any) -> list[Any]:
-    """Call a method that sums over the ranks once, on each rank's object; return the results.
+def call_together(monkeypatch: pytest.MonkeyPatch, objects: Sequence[Any], method: str, *,
+                  groups: Mapping[str, Sequence[int]] | None = None, **kwargs: Any) -> list[Any]:
+    """Call a method on each rank's object, each in a thread, where they meet in their sums and maxima; return the results.
 
-    What each rank gives is found out on copies first.
+    Args:
+        groups: the ranks of each smaller group that the objects know, by what stands for it there.
     """
-    given: list[Tensor] = []
-    monkeypatch.setattr(dist, "get_world_size", lambda group=None: len(objects))
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **unused: given.append(tensor.clone()))
-    for each in objects:
-        getattr(copy.deepcopy(each), method)(**kwargs)
-    assert len(given) == len(objects)  # one collective each
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **unused: tensor.copy_(torch.stack(given).sum(dim=0)))
-    return [getattr(each, method)(**kwargs) for each in objects]
+    members: dict[str | None, Sequence[int]] = {None: range(len(objects)), **(groups or {})}
+    barriers = {group: threading.Barrier(len(ranks)) for group, ranks in members.items()}
+    given: dict[int, Tensor] = {}
+    own = threading.local()
+
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: str | None = None) -> None:
+        given[own.rank] = tensor.clone()
+        barriers[group].wait(timeout=10)
+        of_ranks = torch.stack([given[rank] for rank in members[group]])
+        barriers[group].wait(timeout=10)
+        tensor.copy_(of_ranks.amax(dim=0) if op == dist.ReduceOp.MAX else of_ranks.sum(dim=0))
+
+    def call(rank: int) -> Any:
+        own.rank = rank
+        return getattr(objects[rank], method)(**kwargs)
+
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: len(members[group]))
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with ThreadPoolExecutor(len(objects)) as threads:
+        return list(threads.map(call, range(len(objects))))

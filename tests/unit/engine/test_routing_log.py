@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-import torch.distributed as dist
 
 import promoe_ds.analysis
+from promoe_ds.analysis.expert_load import load_log
 from promoe_ds.engine.distributed import Ranks
+from promoe_ds.engine.metrics import append_lines
 from promoe_ds.engine.router_state import give_superclasses
 from promoe_ds.engine.routing_log import RoutingAccumulator, load_summary
+from promoe_ds.engine.trackers import flatten
 from promoe_ds.model import DiT
+from promoe_ds.moe.collectives import WaitClock
 from promoe_ds.routing import RoutingPlan
 from promoe_ds.routing.assignment import sum_by_product, sum_tokens_by_expert
 
@@ -59,6 +63,10 @@ def test_load_summary_of_counts_beyond_32_bits() -> None:
 
 
 # Lines of passes.
+
+
+def one_of(ranks: int, rank: int) -> Ranks:
+    return Ranks(rank=rank, world_size=ranks, device=torch.device("cpu"))
 
 
 def make_network(method: str) -> DiT:
@@ -145,12 +153,12 @@ def test_lines_start_anew_after_each_reduction(monkeypatch: pytest.MonkeyPatch) 
 
 def test_lines_of_two_ranks_are_their_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     network = make_network("diff_moe")
-    accumulators = [RoutingAccumulator(network.config, network, ONE_RANK) for _ in range(2)]
+    accumulators = [RoutingAccumulator(network.config, network, one_of(2, rank)) for rank in (0, 1)]
     passes = [run(network, seed) for seed in (0, 1)]
     for accumulator, plans in zip(accumulators, passes, strict=True):
         accumulator.add(plans, torch.tensor(SIGMA))
     first, second = call_together(monkeypatch, accumulators, "reduce", step=1, steps=1)
-    assert first == second
+    assert len(first) == 2 * BINS and second == []  # rank 0 alone describes and writes
     for line in first:
         tokens, conditional, _, gate_mean = by_hand(passes, line["layer"], line["timestep_bin"])
         assert (line["tokens_per_expert"], line["conditional_tokens"]) == (tokens, conditional)
@@ -272,24 +280,89 @@ def test_plans_carry_sums_of_tokens_in_training_only() -> None:
     assert run(network.eval())[1].stats.token_sums_ED is None
 
 
-def test_lines_say_what_each_rank_computed_and_how_uneven_passes_were(monkeypatch: pytest.MonkeyPatch) -> None:
+def sharded(ranks: int, clock: WaitClock | None) -> tuple[DiT, list[RoutingAccumulator]]:
+    """Return a network as two of the ranks share its experts, and each rank's accumulator; a group is named by its first rank."""
     network = random_network(model={"depth": 4}, parallel={"ep_size": 2}, **of_method("token_choice")).train()
-    for layer in network.moe_layers().values():
-        layer.dispatcher.group = "both"
-    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: {"both": [0, 1]}[group])
-    accumulators = [RoutingAccumulator(network.config, network, Ranks(rank=rank, world_size=2, device=torch.device("cpu")))
-                    for rank in (0, 1)]
-    passes = [[run(network, 10 * rank + seed) for seed in range(3)] for rank in (0, 1)]
+    accumulators = []
+    for rank in range(ranks):
+        for layer in network.moe_layers().values():
+            layer.dispatcher.group, layer.dispatcher.clock = f"from_{rank // 2 * 2}", clock
+        accumulators.append(RoutingAccumulator(network.config, network, one_of(ranks, rank)))
+    return network, accumulators
+
+
+def test_lines_say_what_each_rank_computed_and_how_uneven_passes_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, accumulators = sharded(4, WaitClock())
+    passes = [[run(network, 10 * rank + seed) for seed in range(3)] for rank in range(4)]
     for accumulator, plans_of_rank in zip(accumulators, passes, strict=True):
         for plans in plans_of_rank:
             accumulator.add(plans, torch.tensor(SIGMA))
-    lines, _ = call_together(monkeypatch, accumulators, "reduce", step=3, steps=3)
+    lines, *_ = call_together(monkeypatch, accumulators, "reduce", step=3, steps=3, groups={"from_0": (0, 1), "from_2": (2, 3)})
     for layer, line in ((1, lines[0]), (3, lines[10])):
-        computed = [torch.stack([plans_of_rank[seed][layer].assignment.tokens_per_expert_E for plans_of_rank in passes])
-                    .sum(dim=0).view(2, 2).sum(dim=1) for seed in range(3)]
+        fullest, of_ep_rank = 0, torch.zeros(2, dtype=torch.int64)
+        for seed in range(3):
+            sent = [plans_of_rank[seed][layer].assignment.tokens_per_expert_E.view(2, 2).sum(dim=1) for plans_of_rank in passes]
+            computed = [sent[0] + sent[1], sent[2] + sent[3]]
+            fullest += torch.cat(computed).max().item()
+            of_ep_rank += sum(computed)
         detail = line["layer_detail"]
-        assert detail["tokens_per_ep_rank"] == torch.stack(computed).sum(dim=0).tolist()
-        fullest, mean = sum(rows.max().item() for rows in computed), sum(rows.sum().item() / 2 for rows in computed)
-        assert detail["rank_max_over_mean"] == pytest.approx(fullest / mean)
-        assert (detail["passes"], detail["ranks"], detail["ep_size"]) == (3, 2, 2)
-        assert detail["exchanges"]["counts"]["bytes"] == 3 * 2 * 8 * 4 // 2  # passes, ranks, int64, experts; half stay
+        assert detail["tokens_per_ep_rank"] == of_ep_rank.tolist()
+        assert detail["rank_max_over_mean"] == pytest.approx(fullest / (of_ep_rank.sum().item() / 4))
+        assert (detail["passes"], detail["ranks"], detail["ep_size"]) == (3, 4, 2)
+        assert detail["exchanges"]["counts"]["bytes"] == 3 * 4 * 8 * 4 // 2  # passes, ranks, int64, experts; half stay
+
+
+def test_lines_of_another_backend_leave_open_what_nobody_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, accumulators = sharded(2, None)
+    accumulators[0].add(run(network), torch.tensor(SIGMA))
+    accumulators[1].add(run(network, 1), torch.tensor(SIGMA))
+    lines, _ = call_together(monkeypatch, accumulators, "reduce", step=1, steps=1, groups={"from_0": (0, 1)})
+    assert all(each == {"bytes": None, "seconds": None} for each in lines[0]["layer_detail"]["exchanges"].values())
+    jsonschema.Draft202012Validator(SCHEMA).validate(lines[0])
+    assert "exchange_wait_seconds/layer_1" not in flatten({"step": 1}, lines)[0]
+
+
+def test_lines_count_no_waits_of_passes_that_train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_one_rank(monkeypatch)
+    network, clock = make_network("token_choice"), WaitClock()
+    network.moe_layers()[3].dispatcher.clock = clock
+    accumulator, _ = accumulate(network, passes=1)
+    with clock.waiting("combine", torch.device("cpu")):
+        time.sleep(0.02)
+    accumulator.forget_waits()
+    with clock.waiting("counts", torch.device("cpu")):
+        time.sleep(0.002)
+    exchanges = accumulator.reduce(step=1, steps=1)[2]["layer_detail"]["exchanges"]
+    assert exchanges["counts"]["seconds"] > 0.001 and exchanges["combine"]["seconds"] == 0
+
+
+def test_lines_large_matrix_comes_by_the_step_wherever_a_run_was_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_one_rank(monkeypatch)
+    network = random_network(routing={"num_experts": 33}, train={"max_steps": 130, "log_every": 3}).train()
+
+    def steps_with_matrix(start: int, stop: int) -> list[int]:
+        accumulator, found = RoutingAccumulator(network.config, network, ONE_RANK), []
+        for step in range(start + 3, stop + 1, 3):
+            accumulator.add(run(network), torch.tensor(SIGMA), torch.tensor(LABELS))
+            line = accumulator.reduce(step=step, steps=3, last=step == stop)[0]
+            jsonschema.Draft202012Validator(SCHEMA).validate(line)
+            found += [step] if "prototype_similarity_matrix" in line["layer_detail"] else []
+        return found
+
+    assert steps_with_matrix(0, 126) == [60, 120]
+    assert steps_with_matrix(0, 27) + steps_with_matrix(27, 126) == [60, 120]
+    accumulator, _ = accumulate(network, passes=1)
+    assert len(accumulator.reduce(step=130, steps=1)[0]["layer_detail"]["prototype_similarity_matrix"]) == 33  # the run's last
+
+
+def test_lines_without_a_matrix_are_read_with_the_newest_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend_one_rank(monkeypatch)
+    network = random_network(model={"depth": 4}, logging={"counts_every": 2}, train={"log_every": 5}).train()
+    accumulator, lines = RoutingAccumulator(network.config, network, ONE_RANK), []
+    for step in (5, 10, 15):
+        accumulator.add(run(network), torch.tensor(SIGMA), torch.tensor(LABELS))
+        lines.append(accumulator.reduce(step=step, steps=5))
+        append_lines(tmp_path / "routing.jsonl", lines[-1])
+    written = [[line["layer_detail"].get("prototype_similarity_matrix") for line in each[::10]] for each in lines]
+    assert written[0] == written[2] == [None, None]
+    assert load_log(tmp_path).matrix_LEE.tolist() == written[1]
