@@ -35,6 +35,16 @@ MODEL_STATES = "mp_rank_00_model_states.pt"
 PREFIX = "denoiser."
 
 
+def check_progress(content: dict[str, Any], folder: Path, manifest: Manifest) -> None:
+    """Hold DeepSpeed's own count of steps and samples, where a file has it, against the manifest's.
+
+    Raises: CheckpointError naming both.
+    """
+    for key, told in (("global_steps", manifest.step), ("global_samples", manifest.samples_seen)):
+        if (held := content.get(key, told)) != told:
+            raise CheckpointError(f"{folder}: {MANIFEST} says {told} where {MODEL_STATES} has {key}={held}: one of them is damaged")
+
+
 def is_weights(kind: str) -> bool:
     """Whether a kind is a set of weights, raw or averaged, which comes with the routers' running state."""
     return kind == WEIGHTS or kind.startswith(EMA)
@@ -75,6 +85,7 @@ class ShardedCheckpoint:
         self._config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
         self._manifest = manifest
         self._model_states = self._open(MODEL_STATES)
+        check_progress(self._model_states.content, folder, manifest)
         shards = _ZeroShards if manifest.layout.zero_stage > 0 else _WholeTensors
         self._shards: _Shards = shards(self._open, manifest.layout, self._model_states, self._config)
         self.shapes, self.kinds = self._shards.shapes, self._shards.kinds
