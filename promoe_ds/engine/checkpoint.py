@@ -55,15 +55,8 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
     if differing:
         kind = "another run" if same_run else "another architecture or objective"
         raise CheckpointError(f"{folder} belongs to {kind}: {'; '.join(differing)}")
-    scale, before = session.config.data.latent_scale, manifest.config["data"]["latent_scale"]
-    if session.ranks.is_main and before != scale:
-        _LOG.warning("resume: data.latent_scale was %g and is %g: unless the latents are of another autoencoder, the network sees "
-                     "them at a scale that it was not trained on", before, scale)
-    train = manifest.config["train"]
-    before = train["micro_batch_size"] or train["global_batch_size"] // manifest.layout.world_size
-    if session.ranks.is_main and before != session.batches.micro_batch:
-        _LOG.warning("resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
-                     "(docs/methods.md)", before, session.batches.micro_batch)
+    if session.ranks.is_main:
+        _tell_changes(session, manifest, same_run=same_run)
     layout = layout_of(session.config, session.deepspeed_plan, session.ranks.world_size)
     same_optimizer = _beside_schedule(OptimizerConfig.model_validate(manifest.config["optimizer"])) == _beside_schedule(
         session.config.optimizer)
@@ -76,6 +69,22 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
         load_resharded(session, folder, manifest)
         session.engine.global_steps, session.engine.global_samples = manifest.step, manifest.samples_seen
     session.step, session.samples_seen = manifest.step, manifest.samples_seen
+
+
+def _tell_changes(session: Session, manifest: Manifest, *, same_run: bool) -> None:
+    """Say what may change at a resume, and does not pass without a trace."""
+    train = manifest.config["train"]
+    before = train["micro_batch_size"] or train["global_batch_size"] // manifest.layout.world_size
+    if before != session.batches.micro_batch:
+        _LOG.warning("resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
+                     "(docs/methods.md)", before, session.batches.micro_batch)
+    scale, before = session.config.data.latent_scale, manifest.config["data"]["latent_scale"]
+    if before != scale:
+        _LOG.warning("resume: data.latent_scale was %g and is %g: unless the latents are of another autoencoder, the network sees "
+                     "them at a scale that it was not trained on", before, scale)
+    if same_run and manifest.dataset_size not in (None, len(session.dataset)):
+        _LOG.warning("resume: the data set had %d samples and has %d: their order is another from here on, some come again or "
+                     "never in this epoch", manifest.dataset_size, len(session.dataset))
 
 
 def _beside_schedule(config: OptimizerConfig) -> OptimizerConfig:

@@ -53,6 +53,7 @@ class Manifest:
     """The whole of manifest.json.
 
     averages_since: the step at which a moving average began, of those that began later than training.
+    dataset_size: samples of the data set, on which their order depends; None where it is not known.
     """
 
     step: int
@@ -62,6 +63,7 @@ class Manifest:
     files: dict[str, FileRecord]
     versions: dict[str, str]
     averages_since: dict[str, int] = field(default_factory=dict)
+    dataset_size: int | None = None
 
     def write(self, folder: Path) -> None:
         """Write to `folder`, flushed to the disk, with a checksum of the manifest itself."""
@@ -93,7 +95,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(f"{path}: lists no file")
         return Manifest(step=_count(values, "step"), samples_seen=_count(values, "samples_seen"), files=files,
                         layout=_read_layout(values["layout"]), config=dict(values["config"]), versions=dict(values["versions"]),
-                        averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()})
+                        averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()},
+                        dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

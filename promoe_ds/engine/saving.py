@@ -139,7 +139,8 @@ def _finish(session: Session, root: Path, pending: _Pending, records: dict[str, 
         manifest = Manifest(
             step=pending.step, samples_seen=pending.samples_seen, config=session.config.model_dump(mode="json"),
             layout=layout_of(session.config, session.deepspeed_plan, session.ranks.world_size), files=records,
-            versions=package_versions(), averages_since=dict(session.optimizer.averages_since))
+            versions=package_versions(), averages_since=dict(session.optimizer.averages_since),
+            dataset_size=len(session.dataset))
         manifest.write(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)

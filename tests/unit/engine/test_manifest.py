@@ -158,19 +158,20 @@ def test_manifest_count_that_is_none_is_not_understood(tmp_path: Path, name: str
         read_manifest(tmp_path)
 
 
-def test_manifest_every_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_manifest_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
     """In a digit of the step above all: no file of the checkpoint would have told."""
     manifest = save(tmp_path)
     content = (tmp_path / MANIFEST).read_bytes()
+    found = 0
     for position in range(len(content)):
-        for bit in range(8):
-            flipped = bytearray(content)
-            flipped[position] ^= 1 << bit
-            (tmp_path / MANIFEST).write_bytes(flipped)
-            try:
-                assert read_manifest(tmp_path) == manifest, (position, bit)  # white space, or the checksum's own name
-            except CheckpointError:
-                continue
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 3  # digits become digits
+        (tmp_path / MANIFEST).write_bytes(flipped)
+        try:
+            assert read_manifest(tmp_path) == manifest, position  # the checksum's own name
+        except CheckpointError as error:
+            found += "does not match its own checksum" in str(error)
+    assert found > 100
 
 
 def test_manifest_of_another_step_than_its_folder_is_refused(tmp_path: Path) -> None:

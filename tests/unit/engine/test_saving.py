@@ -15,7 +15,7 @@ from ..builders import small_config
 
 def finish(root: Path, step: int, records: dict[str, FileRecord], **train: int) -> str | None:
     """Complete a save of one rank whose files are written."""
-    session = SimpleNamespace(config=small_config(train=train), ranks=SimpleNamespace(world_size=2),
+    session = SimpleNamespace(config=small_config(train=train), ranks=SimpleNamespace(world_size=2), dataset=range(7),
                               optimizer=SimpleNamespace(averages_since={}),
                               deepspeed_plan=SimpleNamespace(zero_stage=2, precision="fp32", json={}))
     return _finish(session, root, _Pending(storage=None, step=step, samples_seen=step, failure=None), records)
@@ -45,6 +45,7 @@ def test_save_keeps_itself_when_later_folders_lie_about(tmp_path: Path) -> None:
     assert finish(tmp_path, 3, write(tmp_path, 3), keep_last=2) is None
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_0000009", "step_0000003", "step_0000002"]
     assert (tmp_path / "latest").read_text() == "step_0000003"
-    assert read_manifest(tmp_path / "step_0000003").step == 3
+    manifest = read_manifest(tmp_path / "step_0000003")
+    assert (manifest.step, manifest.dataset_size) == (3, 7)
     assert finish(tmp_path, 4, write(tmp_path, 4), keep_last=1, keep_every=2) is None
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_0000009", "step_0000004", "step_0000002"]
