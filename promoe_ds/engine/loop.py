@@ -17,7 +17,7 @@ from promoe_ds.engine.distributed import Ranks, from_main
 from promoe_ds.engine.expert_order import with_placement_of
 from promoe_ds.engine.manifest import list_checkpoints
 from promoe_ds.engine.metrics import MetricsWriter
-from promoe_ds.engine.resume import choose_checkpoint, set_later_aside
+from promoe_ds.engine.resume import choose_checkpoint
 from promoe_ds.engine.saving import Saver
 from promoe_ds.engine.session import Session, build_session, start_routers, train_step
 from promoe_ds.engine.step import StepResult
@@ -61,7 +61,6 @@ def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
         start_routers(session)
     else:
         load_checkpoint(session, choice.folder, same_run=choice.same_run)
-        set_later_aside(run.run_dir / "checkpoints", session.step, ranks)
     parallel, plan = run.config.parallel, run.deepspeed_plan
     _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d, accumulation %d, from step %d",
               run.config.name, ranks.world_size, parallel.ep_size, parallel.resolved_dispatch, run.config.experts_by,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 from promoe_ds.engine.distributed import Ranks, from_main, gather_objects, on_main
@@ -52,6 +53,7 @@ class _Start:
 def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Choice:
     """Resolve `--resume`; all ranks call this together.
 
+    Checkpoints of the run's own that are later than the one it goes on from are renamed: damaged, or another branch's.
     Args:
         request: "none", "auto" (newest sound one of this run) or the path of a checkpoint or of a run directory.
     Raises: CheckpointError if a path has no sound checkpoint, or one that this run does not stem from; or if the run must not
@@ -71,27 +73,13 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Choice:
                   "take another --run-dir", request)
         return _go_on(reached, root, ranks, start)
     folder = _choose_named(Path(request), ranks)
-    if own and on_main(ranks, lambda: folder.resolve().parent != root.resolve()):
+    if on_main(ranks, lambda: folder.resolve().parent == root.resolve()):
+        on_main(ranks, lambda: _set_later_aside(root, read_manifest(folder).step))
+    elif own:
         raise CheckpointError(f"--resume {request}: {run_dir} already holds checkpoints of its own, up to {own[0].name}, and was "
                               "not started from there: go on by --resume auto, or take another --run-dir")
     on_main(ranks, lambda: _write_start(run_dir, _Start(named=named, step=read_manifest(folder).step)))
     return Choice(folder=folder, same_run=False)
-
-
-def set_later_aside(root: Path, step: int, ranks: Ranks) -> None:
-    """Rename a run's checkpoints of steps after `step`: the run goes on from there, and they are damaged or another branch's.
-
-    All ranks call this together.  Raises: CheckpointError if that fails.
-    """
-    def rename() -> None:
-        for folder in list_checkpoints(root):
-            if step_of(folder) > step:
-                names = (f"{folder.name}{_ABANDONED}{number}" for number in ("", *(f"_{n}" for n in range(2, 10**6))))
-                aside = next(path for path in map(folder.with_name, names) if not path.exists())
-                folder.rename(aside)
-                _LOG.warning("resume: the run goes on from step %d; %s is set aside as %s", step, folder, aside.name)
-
-    on_main(ranks, rename)
 
 
 def _go_on(candidates: list[Path], root: Path, ranks: Ranks, start: _Start | None) -> Choice:
@@ -105,7 +93,18 @@ def _go_on(candidates: list[Path], root: Path, ranks: Ranks, start: _Start | Non
         raise CheckpointError(f"--resume auto: this run was started from {start.named} and has no checkpoint of its own under "
                               f"{root}: name that again (--resume {start.named}), or start anew in another --run-dir")
     _LOG.info("resume: %s", f"taking {chosen}" if chosen else f"no checkpoint under {root}, starting from step 0")
+    if chosen is not None:
+        on_main(ranks, lambda: _set_later_aside(root, step_of(chosen)))
     return Choice(folder=chosen)
+
+
+def _set_later_aside(root: Path, step: int) -> None:
+    for folder in list_checkpoints(root):
+        if step_of(folder) > step:
+            names = (folder.with_name(f"{folder.name}{_ABANDONED}{f'_{number}' * (number > 1)}") for number in count(1))
+            aside = next(path for path in names if not path.exists())
+            folder.rename(aside)
+            _LOG.warning("resume: the run goes on from step %d; %s is set aside as %s", step, folder, aside.name)
 
 
 def _choose_named(path: Path, ranks: Ranks) -> Path:

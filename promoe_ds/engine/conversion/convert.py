@@ -220,7 +220,7 @@ def _copy(source: Source, target: Target, content: Content, kinds: dict[str, str
             kept = [kind for kind, from_kind in kinds.items() if from_kind == taken]
             for name in source.names(taken):
                 value = source.read(taken, name)
-                if content.optimizer_step is not None and value.dtype != torch.float32 and name not in content.buffers:
+                if MOMENTS[0] in content.kinds and value.dtype != torch.float32 and name not in content.buffers:
                     raise CheckpointError(f"{source.facts.path}: {taken} of {name} is of type {value.dtype}: no run goes on "
                                           "exactly from rounded weights: leave --with-optimizer out")
                 for kind in kept:

@@ -215,7 +215,8 @@ def _check_origin(path: Path, origin: dict[str, Any]) -> None:
         "step": is_count, "samples_seen": is_count, "kind": is_kind,
         "optimizer_step": lambda value: value is None or is_count(value),
         "averages_since": lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
-        "training_state": lambda value: isinstance(value, list) and all(is_kind(kind) or kind in MOMENTS for kind in value),
+        "training_state": lambda value: isinstance(value, list) and all(is_kind(kind) or kind in MOMENTS for kind in value)
+        and origin.get("kind", WEIGHTS) not in value,
     }
     for name, holds in rules.items():
         if name in origin and not holds(origin[name]):

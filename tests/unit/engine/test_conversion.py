@@ -87,6 +87,7 @@ def test_optimizer_state_beside_rounded_weights_is_refused(checkpoint, tmp_path)
 
 @pytest.mark.parametrize(("name", "value"), [
     ("step", "abc"), ("step", None), ("step", -1), ("samples_seen", 1.5), ("kind", "../../x"), ("kind", ["a"]),
+    ("training_state", ["ema"]),
     ("averages_since", [1]), ("averages_since", {"ema": "x"}), ("training_state", 3), ("training_state", [["a"]]),
     ("optimizer_step", "x"),
 ])

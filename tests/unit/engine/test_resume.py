@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from promoe_ds.engine.manifest import MANIFEST, FileRecord, Layout, Manifest, checksum, list_checkpoints, step_folder
-from promoe_ds.engine.resume import Choice, choose_checkpoint, set_later_aside
+from promoe_ds.engine.resume import Choice, choose_checkpoint
 from promoe_ds.errors import CheckpointError
 
 from .ranks import ONE_RANK
@@ -50,7 +50,6 @@ def test_resume_auto_damaged_newest_is_set_aside_and_never_overwritten(tmp_path:
             save(tmp_path, 2)
         choice = choose("auto", tmp_path)
         assert choice == Choice(folder=tmp_path / "checkpoints" / step_folder(2), same_run=True)
-        set_later_aside(tmp_path / "checkpoints", 2, ONE_RANK)
     assert names(tmp_path) == ["step_0000002", "step_0000004.abandoned", "step_0000004.abandoned_2"]
 
 
@@ -70,11 +69,10 @@ def test_resume_path_named_again_goes_on_with_what_the_run_reached(tmp_path: Pat
 def test_resume_own_older_checkpoint_named_again_goes_on_from_there(tmp_path: Path) -> None:
     older, newer = save(tmp_path, 3), save(tmp_path, 8)
     assert choose(older, tmp_path) == Choice(folder=older, same_run=False)
-    set_later_aside(tmp_path / "checkpoints", 3, ONE_RANK)
+    assert not newer.exists()
     assert choose(older, tmp_path).folder == older
     reached = save(tmp_path, 5)
     assert choose(older, tmp_path) == Choice(folder=reached, same_run=True)
-    assert not newer.exists()
 
 
 def test_resume_auto_of_a_run_started_from_a_path_never_starts_at_random(tmp_path: Path) -> None:
