@@ -26,6 +26,14 @@ def test_differing_fields_expert_type_is_architecture() -> None:
     assert found == ["routing.expert_type is 'swiglu' there and 'gelu' here"]
 
 
+def test_differing_fields_objective_belongs_to_what_weights_are() -> None:
+    """A network of velocities predicts no noise, whatever its shapes; the sampler's shift and the noise levels may change."""
+    saved = _saved(diffusion={"objective": "ddpm", "num_train_timesteps": 500})
+    found = differing_fields(saved, small_config(diffusion={"shift": 2.0}), architecture_only=True)
+    assert found == ["diffusion.objective is 'ddpm' there and 'rectified_flow' here",
+                     "diffusion.num_train_timesteps is 500 there and 1000 here"]
+
+
 def test_differing_fields_field_younger_than_the_checkpoint_stands_at_its_default() -> None:
     saved = _saved()
     del saved["sampling"]["solver"], saved["routing"]["threshold_decay"]
