@@ -33,7 +33,7 @@ class Average:
         return self.decay if self.exponent is None else (1 - 1 / update) ** (self.exponent + 1)
 
     def __str__(self) -> str:
-        return f"decay {self.decay:g}" if self.exponent is None else f"gamma {self.exponent:.4g}"
+        return f"decay {self.decay}" if self.exponent is None else f"gamma {self.exponent:.4g}"
 
 
 class OptimizerConfig(Section):
