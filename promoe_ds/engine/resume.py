@@ -78,6 +78,7 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Choice:
     elif own:
         raise CheckpointError(f"--resume {request}: {run_dir} already holds checkpoints of its own, up to {own[0].name}, and was "
                               "not started from there: go on by --resume auto, or take another --run-dir")
+    _LOG.info("resume: taking %s", folder)
     on_main(ranks, lambda: _write_start(run_dir, _Start(named=named, step=read_manifest(folder).step)))
     return Choice(folder=folder, same_run=False)
 
@@ -113,7 +114,6 @@ def _choose_named(path: Path, ranks: Ranks) -> Path:
     if chosen is None:
         raise CheckpointError(f"--resume {path}: {'; '.join(problems)}")
     _tell_skipped(problems, ranks)
-    _LOG.info("resume: taking %s", chosen)
     return chosen
 
 
