@@ -32,6 +32,9 @@ class Average:
         """
         return self.decay if self.exponent is None else (1 - 1 / update) ** (self.exponent + 1)
 
+    def __str__(self) -> str:
+        return f"decay {self.decay}" if self.exponent is None else f"gamma {self.exponent:.4g}"
+
 
 class OptimizerConfig(Section):
     """AdamW, its schedule, clipping and the moving averages of the weights."""
@@ -61,6 +64,9 @@ class OptimizerConfig(Section):
             values = getattr(self, field)
             if len(set(values)) < len(values):
                 raise ValueError(f"{field}={list(values)} holds one average twice: every name can stand for one only")
+        if len(self.averages) < len(self.ema_decays) + len(self.ema_power_lengths):
+            raise ValueError(f"ema_decays={list(self.ema_decays)}, ema_power_lengths={list(self.ema_power_lengths)}: the names "
+                             f"{', '.join(self.averages)} keep six digits, and two are the same: take values that differ in these")
         return self
 
     @property

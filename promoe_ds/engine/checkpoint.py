@@ -1,23 +1,17 @@
-"""Resuming: from the newest complete checkpoint, exactly, or an error that says why not."""
+"""Loading a checkpoint into a session, exactly, or an error that says what does not fit."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from promoe_ds.config import RunConfig
-from promoe_ds.engine.distributed import Ranks, from_main, gather_objects, on_all_ranks
-from promoe_ds.engine.elastic import load_resharded, saved_averages
+from promoe_ds.config.optimizer import OptimizerConfig
+from promoe_ds.engine.distributed import on_all_ranks
+from promoe_ds.engine.elastic import load_resharded
 from promoe_ds.engine.expert_order import moves_experts
-from promoe_ds.engine.manifest import (
-    find_checkpoint,
-    find_problems,
-    list_checkpoints,
-    list_unfinished,
-    read_manifest,
-    step_of,
-)
+from promoe_ds.engine.manifest import Manifest, read_manifest
+from promoe_ds.engine.reconstruct import check_progress
 from promoe_ds.engine.saving import layout_of
 from promoe_ds.engine.session import Session
 from promoe_ds.errors import CheckpointError
@@ -25,6 +19,8 @@ from promoe_ds.logs import get_logger
 
 _LOG = get_logger("checkpoint")
 
+#: Settings of the optimizer that are read at every step.
+_SCHEDULE = ("lr", "schedule", "warmup_steps", "min_lr")
 #: Longer values are cut in messages.
 _LONGEST_VALUE = 60
 
@@ -44,117 +40,63 @@ FREE_FIELDS = {
 }
 
 
-def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Path | None:
-    """Resolve `--resume`: return the checkpoint to load, None to start from step 0; all ranks call this together.
-
-    Args:
-        request: "none", "auto" (newest complete one of this run) or the path of a checkpoint or of a run directory.
-    Raises: CheckpointError if an explicit path has no sound checkpoint, or if this run has checkpoints of which none is
-        sound: nobody wants a fresh start then.
-    """
-    if request == "none":
-        return None
-    if request != "auto":
-        return _choose_explicit(Path(request), ranks)
-    root = run_dir / "checkpoints"
-    skipped = [f"{path} (the save never ended)" for path in from_main(list_unfinished(root))]
-    candidates = from_main(list_checkpoints(root))
-    chosen, problems = _newest_sound(candidates, ranks)
-    skipped += problems
-    for line in skipped if ranks.is_main else ():
-        _LOG.warning("resume: skipped %s", line)
-    if chosen is None and candidates:
-        raise CheckpointError(f"--resume auto: none of the checkpoints under {root} is sound: {'; '.join(problems)}. Restore "
-                              "one, name another with --resume DIR, or start anew in another --run-dir")
-    _LOG.info("resume: %s", f"taking {chosen}" if chosen else f"no checkpoint under {root}, starting from step 0")
-    return chosen
-
-
-def _choose_explicit(path: Path, ranks: Ranks) -> Path:
-    found = from_main(_try_find(path))
-    if isinstance(found, str):
-        raise CheckpointError(f"--resume {found}")
-    if problems := _problems(found, ranks):
-        raise CheckpointError(f"--resume {path}: {'; '.join(problems)}")
-    _LOG.info("resume: taking %s", found)
-    return found
-
-
-def _try_find(path: Path) -> Path | str:
-    try:
-        return find_checkpoint(path)
-    except CheckpointError as error:
-        return str(error)
-
-
-def _newest_sound(candidates: list[Path], ranks: Ranks) -> tuple[Path | None, list[str]]:
-    skipped: list[str] = []
-    for candidate in candidates:
-        problems = _problems(candidate, ranks)
-        if not problems:
-            return candidate, skipped
-        skipped.append("; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else ""))
-    return None, skipped
-
-
-def _problems(folder: Path, ranks: Ranks) -> list[str]:
-    """Verify a checkpoint, each rank a share of its files; return the same list on all ranks."""
-    try:
-        files = read_manifest(folder).files
-        mine = dict(sorted(files.items())[ranks.rank::ranks.world_size])
-        problems = find_problems(folder, mine)
-    except CheckpointError as error:
-        problems = [str(error)]
-    gathered = [line for lines in gather_objects(problems) for line in lines]
-    return list(dict.fromkeys(gathered))
-
-
 def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
     """Load a sound checkpoint into the session; all ranks call this together.
 
     Args:
         same_run: whether it must be this very run's (`--resume auto`): then only FREE_FIELDS may differ. Otherwise only the
-            architecture must agree.
-    Another layout (ranks, expert parallelism, ZeRO stage, precision) is resharded; the same is loaded by DeepSpeed itself.
+            architecture and the objective must agree.
+    Another layout (ranks, expert parallelism, ZeRO stage, precision) is resharded, and so are other settings of the optimizer,
+    since DeepSpeed puts the saved ones back; the same is loaded by DeepSpeed itself.
     Raises: CheckpointError naming the fields that do not fit.
     """
     manifest = read_manifest(folder)
     differing = differing_fields(manifest.config, session.config, architecture_only=not same_run)
     if differing:
-        kind = "another run" if same_run else "another architecture"
+        kind = "another run" if same_run else "another architecture or objective"
         raise CheckpointError(f"{folder} belongs to {kind}: {'; '.join(differing)}")
-    train = manifest.config["train"]
-    before = train["micro_batch_size"] or train["global_batch_size"] // manifest.layout.world_size
-    if session.ranks.is_main and before != session.batches.micro_batch:
-        _LOG.warning("resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
-                     "(docs/methods.md)", before, session.batches.micro_batch)
+    if session.ranks.is_main:
+        _tell_changes(session, manifest, same_run=same_run)
     layout = layout_of(session.config, session.deepspeed_plan, session.ranks.world_size)
-    same_averages = saved_averages(manifest) == list(session.optimizer.averages)
-    if layout == manifest.layout and same_averages and not moves_experts(manifest, session.config):
-        on_all_ranks(lambda: _load_as_it_is(session, folder))
+    same_optimizer = _beside_schedule(OptimizerConfig.model_validate(manifest.config["optimizer"])) == _beside_schedule(
+        session.config.optimizer)
+    if layout == manifest.layout and same_optimizer and not moves_experts(manifest, session.config):
+        on_all_ranks(lambda: _load_as_it_is(session, folder, manifest))
+        session.optimizer.averages_since = dict(manifest.averages_since)
     else:
-        _LOG.info("resume: resharding, from %s to %s", manifest.layout, layout)
+        _LOG.info("resume: resharding, from %s to %s%s", manifest.layout, layout,
+                  "" if same_optimizer else ", with other settings of the optimizer")
         load_resharded(session, folder, manifest)
         session.engine.global_steps, session.engine.global_samples = manifest.step, manifest.samples_seen
     session.step, session.samples_seen = manifest.step, manifest.samples_seen
-    kept = {name: step for name, step in manifest.averages_since.items() if name in session.optimizer.averages}
-    session.optimizer.averages_since |= kept
 
 
-def _load_as_it_is(session: Session, folder: Path) -> None:
+def _tell_changes(session: Session, manifest: Manifest, *, same_run: bool) -> None:
+    """Say what may change at a resume, and does not pass without a trace."""
+    train = manifest.config["train"]
+    before = train["micro_batch_size"] or train["global_batch_size"] // manifest.layout.world_size
+    if before != session.batches.micro_batch:
+        _LOG.warning("resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
+                     "(docs/methods.md)", before, session.batches.micro_batch)
+    scale, before = session.config.data.latent_scale, manifest.config["data"]["latent_scale"]
+    if before != scale:
+        _LOG.warning("resume: data.latent_scale was %g and is %g: unless the latents are of another autoencoder, the network sees "
+                     "them at a scale that it was not trained on", before, scale)
+    if same_run and manifest.dataset_size not in (None, len(session.dataset)):
+        _LOG.warning("resume: the data set had %d samples and has %d: their order is another from here on, some come again or "
+                     "never in this epoch", manifest.dataset_size, len(session.dataset))
+
+
+def _beside_schedule(config: OptimizerConfig) -> OptimizerConfig:
+    """Return the optimizer's settings without those that every step sets anew: DeepSpeed brings back the others as saved."""
+    return config.model_copy(update={name: OptimizerConfig.model_fields[name].default for name in _SCHEDULE})
+
+
+def _load_as_it_is(session: Session, folder: Path, manifest: Manifest) -> None:
     loaded, _ = session.engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
-
-
-def set_later_aside(root: Path, step: int) -> None:
-    """Rename a run's checkpoints of steps after `step`: the run goes on from there, they are another branch's. Rank 0 only."""
-    for folder in list_checkpoints(root):
-        if step_of(folder) > step:
-            aside = folder.with_name(f"{folder.name}.abandoned")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            _LOG.warning("resume: the run goes on from step %d; %s is set aside as %s", step, folder, aside.name)
+    check_progress({"global_steps": session.engine.global_steps, "global_samples": session.engine.global_samples}, folder, manifest)
 
 
 def differing_fields(saved: dict[str, Any], config: RunConfig, *, architecture_only: bool) -> list[str]:
@@ -162,7 +104,9 @@ def differing_fields(saved: dict[str, Any], config: RunConfig, *, architecture_o
     current = config.model_dump(mode="json")
     architecture = {"model": current["model"].keys(), "routing": (
         "method", "moe_blocks", "num_experts", "num_shared_experts", "num_unconditional_experts", "expert_width",
-        "shared_expert_width", "expert_type", "shared_expert_type", "per_layer_weight")}
+        "shared_expert_width", "expert_type", "shared_expert_type", "per_layer_weight"),
+        # What the network is asked and what it answers.
+        "diffusion": ("objective", "num_train_timesteps")}
     lines = []
     for section, fields in current.items():
         if not isinstance(fields, dict) or (architecture_only and section not in architecture):

@@ -153,6 +153,23 @@ def from_main(value: _T) -> _T:
     return box[0]
 
 
+def on_main(ranks: Ranks, action: Callable[[], _T], *, flag: str = "") -> _T:
+    """Run something on rank 0 alone; return its small picklable value on every rank.  Collectives: one.
+
+    Raises: CheckpointError on every rank if it fails there, its message after `flag`.
+    """
+    value: _T | CheckpointError | None = None
+    if ranks.is_main:
+        try:
+            value = action()
+        except (CheckpointError, OSError) as error:
+            value = CheckpointError(f"{flag}{error}")
+    value = from_main(value)
+    if isinstance(value, CheckpointError):
+        raise value
+    return value
+
+
 def on_all_ranks(action: Callable[[], None]) -> None:
     """Run something that may fail on one rank alone, so that it fails on all.  Collectives: one, after it.
 

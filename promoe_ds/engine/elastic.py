@@ -40,7 +40,8 @@ def load_resharded(session: Session, folder: Path, manifest: Manifest) -> None:
     """Fill the session's weights, optimizer state, averages and routers' state from a checkpoint of any layout.
 
     A checkpoint without moments gives a fresh optimizer state, one without averages starts them at the weights: a
-    conversion without --with-optimizer makes such ones, and the log says so. All ranks call this together.
+    conversion without --with-optimizer makes such ones, and the log says so. Averages are known by how they forget, whatever
+    their names: another order of `optimizer.ema_decays` is no other average. All ranks call this together.
     Raises: CheckpointError naming the tensor that does not fit.
     """
     on_all_ranks(lambda: _fill(session, folder, manifest))
@@ -50,18 +51,17 @@ def load_resharded(session: Session, folder: Path, manifest: Manifest) -> None:
 
 def _fill(session: Session, folder: Path, manifest: Manifest) -> None:
     checkpoint = relabelled(ShardedCheckpoint(folder, manifest), manifest, session.module.denoiser)
-    missing = [kind for kind in _state_kinds(session) if kind not in checkpoint.kinds]
-    session.optimizer.averages_since = {kind: manifest.step for kind in missing if kind.startswith(EMA)}
-    if session.ranks.is_main and (dropped := [kind for kind in saved_averages(manifest) if kind not in _state_kinds(session)]):
-        _LOG.warning("resume: the averages %s are given up: optimizer.ema_decays and ema_power_lengths no longer name them",
-                     ", ".join(dropped))
-    if missing and session.ranks.is_main:
-        _LOG.warning("resume: %s holds no %s: the optimizer's moments start at zero, averages at the weights, where they are "
-                     "missing", folder, ", ".join(missing))
+    kept = kept_averages(manifest, session.config.optimizer)
+    sources = {kind: kept.get(kind) if kind.startswith(EMA) else kind for kind in _state_kinds(session)}
+    missing = [kind for kind, source in sources.items() if source not in checkpoint.kinds]
+    session.optimizer.averages_since = {kind: manifest.step for kind in missing if kind.startswith(EMA)} | {
+        kind: manifest.averages_since[source] for kind, source in sources.items() if source in manifest.averages_since}
+    if session.ranks.is_main:
+        _tell(session, folder, manifest, missing)
     for owned in _owned_values(session, checkpoint.optimizer_step or 0):
         for kind, out in owned.kinds.items():
-            if kind in checkpoint.kinds:
-                checkpoint.read_into(out, kind, owned.name, owned.start)
+            if kind == WEIGHTS or kind not in missing:
+                checkpoint.read_into(out, sources.get(kind, kind), owned.name, owned.start)
             elif kind.startswith(EMA):
                 checkpoint.read_into(out, WEIGHTS, owned.name, owned.start)
             else:
@@ -70,6 +70,19 @@ def _fill(session: Session, folder: Path, manifest: Manifest) -> None:
     for name, value in checkpoint.buffers().items():
         state[name].copy_(value)
     checkpoint.close()
+
+
+def _tell(session: Session, folder: Path, manifest: Manifest, missing: list[str]) -> None:
+    """Say which averages are left behind, and which state begins anew."""
+    before = OptimizerConfig.model_validate(manifest.config["optimizer"]).averages
+    kept = kept_averages(manifest, session.config.optimizer).values()
+    if dropped := [f"{name} ({average})" for name, average in before.items() if name not in kept]:
+        _LOG.warning("resume: the averages %s are given up: optimizer.ema_decays and ema_power_lengths no longer name them",
+                     ", ".join(dropped))
+    if missing:
+        named = [f"{kind} ({session.optimizer.averages[kind]})" if kind.startswith(EMA) else kind for kind in missing]
+        _LOG.warning("resume: %s holds no %s: the optimizer's moments start at zero, averages at the weights, where they are "
+                     "missing", folder, ", ".join(named))
 
 
 def _owned_values(session: Session, step: int) -> Iterator[_Owned]:
@@ -98,9 +111,10 @@ def _owned_values(session: Session, step: int) -> Iterator[_Owned]:
                          {kind: value[here.start:here.start + here.numel] for kind, value in kinds.items()})
 
 
-def saved_averages(manifest: Manifest) -> list[str]:
-    """Return the names of the averages that the run which wrote a checkpoint kept."""
-    return list(OptimizerConfig.model_validate(manifest.config["optimizer"]).averages)
+def kept_averages(manifest: Manifest, config: OptimizerConfig) -> dict[str, str]:
+    """Return the averages that a run goes on with: their names -> the names that they have in a checkpoint."""
+    saved = {average: name for name, average in OptimizerConfig.model_validate(manifest.config["optimizer"]).averages.items()}
+    return {name: saved[average] for name, average in config.averages.items() if average in saved}
 
 
 def _state_kinds(session: Session) -> tuple[str, ...]:

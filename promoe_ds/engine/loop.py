@@ -12,11 +12,12 @@ import yaml
 
 from promoe_ds.config import DeepSpeedPlan, RunConfig, config_from_dict, plan_batches
 from promoe_ds.data import build_dataset
-from promoe_ds.engine.checkpoint import choose_checkpoint, differing_fields, load_checkpoint, set_later_aside
+from promoe_ds.engine.checkpoint import differing_fields, load_checkpoint
 from promoe_ds.engine.distributed import Ranks, from_main
 from promoe_ds.engine.expert_order import with_placement_of
 from promoe_ds.engine.manifest import list_checkpoints
 from promoe_ds.engine.metrics import MetricsWriter
+from promoe_ds.engine.resume import choose_checkpoint
 from promoe_ds.engine.saving import Saver
 from promoe_ds.engine.session import Session, build_session, start_routers, train_step
 from promoe_ds.engine.step import StepResult
@@ -52,17 +53,15 @@ def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
     supervisor.know_peers()
     _claim_run_directory(run, ranks)
     configure_logging(ranks.rank, log_file=run.run_dir / "train.log")
-    checkpoint = choose_checkpoint(run.resume, run.run_dir, ranks)
-    run = replace(run, config=with_placement_of(run.config, checkpoint))
+    choice = choose_checkpoint(run.resume, run.run_dir, ranks)
+    run = replace(run, config=with_placement_of(run.config, choice.folder))
     batches = plan_batches(run.config, ranks.world_size)
     session = build_session(run.config, run.deepspeed_plan, batches, ranks, build_dataset(run.config, ranks.device))
-    if checkpoint is None:
+    if choice.folder is None:
         start_routers(session)
         session.routing.forget_waits()
     else:
-        load_checkpoint(session, checkpoint, same_run=run.resume == "auto")
-        if ranks.is_main and run.resume != "auto":
-            set_later_aside(run.run_dir / "checkpoints", session.step)
+        load_checkpoint(session, choice.folder, same_run=choice.same_run)
     parallel, plan = run.config.parallel, run.deepspeed_plan
     _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d, accumulation %d, from step %d",
               run.config.name, ranks.world_size, parallel.ep_size, parallel.resolved_dispatch, run.config.experts_by,

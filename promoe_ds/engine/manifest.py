@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ from typing import Any
 import xxhash
 
 from promoe_ds.errors import CheckpointError
+from promoe_ds.launch.lease import CHECKPOINT_NAME
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 UNFINISHED = ".tmp"
-_STEP = re.compile(r"^step_(\d+)$")
+#: Younger than the format: a manifest without it is taken as it is.
+_OWN_CHECKSUM = "xxh3"
 _BLOCK = 1 << 22
 
 
@@ -52,6 +53,7 @@ class Manifest:
     """The whole of manifest.json.
 
     averages_since: the step at which a moving average began, of those that began later than training.
+    dataset_size: samples of the data set, on which their order depends; None where it is not known.
     """
 
     step: int
@@ -61,10 +63,12 @@ class Manifest:
     files: dict[str, FileRecord]
     versions: dict[str, str]
     averages_since: dict[str, int] = field(default_factory=dict)
+    dataset_size: int | None = None
 
     def write(self, folder: Path) -> None:
-        """Write to `folder`, flushed to the disk."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        """Write to `folder`, flushed to the disk, with a checksum of the manifest itself."""
+        values = json.loads(json.dumps({"format": FORMAT, **asdict(self)}))  # as a reader will have them
+        text = json.dumps({**values, _OWN_CHECKSUM: _checksum_of(values)}, indent=1)
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -74,19 +78,25 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
-    Raises: CheckpointError if there is none or it cannot be understood.
+    Raises: CheckpointError if there is none, it cannot be understood, is damaged, or of another step than its folder.
     """
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {values['format']} is not {FORMAT}; use the version that wrote it")
+        if values.pop(_OWN_CHECKSUM, own := _checksum_of(values)) != own:
+            raise CheckpointError(f"{path} does not match its own checksum")
+        named = CHECKPOINT_NAME.match(folder.resolve().name)
+        if named and int(named[1]) != values["step"]:
+            raise CheckpointError(f"{path}: says step {values['step']!r}, its folder's name another")
         files = {_safe_name(name, path): FileRecord(**record) for name, record in values["files"].items()}
         if not files:
             raise CheckpointError(f"{path}: lists no file")
-        return Manifest(step=int(values["step"]), samples_seen=int(values["samples_seen"]), files=files,
+        return Manifest(step=_count(values, "step"), samples_seen=_count(values, "samples_seen"), files=files,
                         layout=_read_layout(values["layout"]), config=dict(values["config"]), versions=dict(values["versions"]),
-                        averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()})
+                        averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()},
+                        dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -130,14 +140,14 @@ def step_folder(step: int) -> str:
 
 def step_of(folder: Path) -> int:
     """Return the step of a checkpoint folder, read off its name."""
-    return int(_STEP.match(folder.name)[1])
+    return int(CHECKPOINT_NAME.match(folder.name)[1])
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the finished checkpoint folders under `root`, newest first, whether sound or not."""
     if not root.is_dir():
         return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _STEP.match(path.name)) and path.is_dir()]
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := CHECKPOINT_NAME.match(path.name)) and path.is_dir()]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -146,17 +156,37 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises: CheckpointError if there is none. Whether it is sound is another question.
     """
+    return named_checkpoints(path)[0]
+
+
+def named_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints that a user's path names: itself alone, or all of a run directory, newest first.
+
+    Raises: CheckpointError if there is none. Whether they are sound is another question.
+    """
     if (path / MANIFEST).is_file():
-        return path
+        return [path]
     candidates = list_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if not candidates:
         raise CheckpointError(f"{path}: neither a complete checkpoint (no {MANIFEST}) nor a run directory with one")
-    return candidates[0]
+    return candidates
 
 
 def list_unfinished(root: Path) -> list[Path]:
     """Return the leftovers of saves that never ended."""
     return sorted(root.glob(f"step_*{UNFINISHED}")) if root.is_dir() else []
+
+
+def _checksum_of(values: dict[str, Any]) -> str:
+    """Return the XXH3 of a manifest's fields, whatever the white space between them and their order."""
+    content = {name: value for name, value in values.items() if name != _OWN_CHECKSUM}
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _count(values: dict[str, Any], name: str) -> int:
+    if type(values[name]) is not int or values[name] < 0:
+        raise ValueError(f"{name}={values[name]!r} is no number of 0 or more")
+    return values[name]
 
 
 def _read_layout(values: dict[str, Any]) -> Layout:

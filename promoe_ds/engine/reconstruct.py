@@ -25,7 +25,7 @@ from promoe_ds.engine.manifest import MANIFEST, Layout, Manifest
 from promoe_ds.engine.storage import ALLOWED_RECORDS
 from promoe_ds.engine.torch_file import TorchFile
 from promoe_ds.errors import CheckpointError
-from promoe_ds.model.state import buffer_names
+from promoe_ds.model.state import buffer_names, check_shapes
 from promoe_ds.moe.experts import EXPERT_PARAMETERS
 
 #: The fp32 weights; beside them a checkpoint may hold moving averages and the moments.
@@ -33,6 +33,16 @@ WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MODEL_STATES = "mp_rank_00_model_states.pt"
 PREFIX = "denoiser."
+
+
+def check_progress(content: dict[str, Any], folder: Path, manifest: Manifest) -> None:
+    """Hold DeepSpeed's own count of steps and samples, where a file has it, against the manifest's.
+
+    Raises: CheckpointError naming both.
+    """
+    for key, told in (("global_steps", manifest.step), ("global_samples", manifest.samples_seen)):
+        if (held := content.get(key, told)) != told:
+            raise CheckpointError(f"{folder}: {MANIFEST} says {told} where {MODEL_STATES} has {key}={held}: one of them is damaged")
 
 
 def is_weights(kind: str) -> bool:
@@ -69,18 +79,30 @@ class ShardedCheckpoint:
 
         Args:
             folder: a sound checkpoint; manifest: its manifest.
-        Raises: CheckpointError naming the file that is missing or damaged.
+        Raises: CheckpointError naming the file that is missing or damaged, or what does not fit the manifest.
         """
         self.folder = folder
         self._config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
         self._manifest = manifest
+        self._ledgers: dict[str, Ledger] = {}
         self._model_states = self._open(MODEL_STATES)
         shards = _ZeroShards if manifest.layout.zero_stage > 0 else _WholeTensors
-        self._shards: _Shards = shards(self._open, manifest.layout, self._model_states, self._config)
-        self.shapes, self.kinds = self._shards.shapes, self._shards.kinds
-        self.optimizer_step = self._shards.optimizer_step
-        self._buffers = self._find_buffers()
-        self._ledgers: dict[str, Ledger] = {}
+        try:
+            check_progress(self._model_states.content, folder, manifest)
+            self._shards: _Shards = shards(self._open, manifest.layout, self._model_states, self._config)
+            self.shapes, self.kinds = self._shards.shapes, self._shards.kinds
+            self.optimizer_step = self._shards.optimizer_step
+            self._buffers = self._find_buffers()
+            for kind in self.kinds:
+                self._ledger(kind)
+            shapes = self.shapes | {name: tuple(value.shape) for name, value in self._buffers.items()}
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{folder}: its files are not what {MANIFEST} says of them, {manifest.layout} "
+                                  f"({type(error).__name__}: {error})") from None
+        try:
+            check_shapes(shapes, self._config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: its files do not fit the config in {MANIFEST}: {error}") from None
 
     def names(self, kind: str) -> list[str]:
         """Return the names that `kind` has: all parameters, and for weights of any kind the routers' running state."""
@@ -265,6 +287,8 @@ class _WholeTensors:
             parts = [(file, value, key) for file, value, key in self._weights[name]]
         else:
             files = self._states if self._is_expert(name) else self._states[:1]
+            if lacking := [file.path for file, states in files if name not in states]:
+                raise CheckpointError(f"{lacking[0]}: holds no {kind} of {name}")
             parts = [(file, states[name][kind], f"{index}:{name}") for index, (file, states) in enumerate(files)]
         if (held := sum(value.numel() for _, value, _ in parts)) != math.prod(self.shapes[name]):
             raise CheckpointError(f"{parts[0][0].path}: {kind} of {name} has {held} of {math.prod(self.shapes[name])} values")

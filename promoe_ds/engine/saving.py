@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from promoe_ds.config import DeepSpeedPlan, RunConfig
+from promoe_ds.config.schema import TrainConfig
 from promoe_ds.engine.distributed import from_main, gather_objects
 from promoe_ds.engine.manifest import MANIFEST, UNFINISHED, FileRecord, Layout, Manifest, list_checkpoints, step_folder, step_of
 from promoe_ds.engine.session import Session
@@ -115,7 +116,7 @@ def _complete(session: Session, root: Path, pending: _Pending) -> Path:
         sound = list_checkpoints(root)
         remains = f"the newest complete checkpoint is {sound[0]}" if sound else "there is no complete checkpoint yet"
         raise CheckpointError(f"step {pending.step}: the checkpoint could not be written: {'; '.join(failures)}. "
-                              f"Free or enlarge the disk and resume; {remains}")
+                              f"Free or enlarge the disk, or take a --run-dir that all hosts share, and resume; {remains}")
     return final
 
 
@@ -131,22 +132,42 @@ def _clear(folder: Path) -> str | None:
 
 def _finish(session: Session, root: Path, pending: _Pending, records: dict[str, FileRecord]) -> str | None:
     """Make the written shards a checkpoint; rank 0 only. Return what went wrong."""
-    unfinished, final, train = root / f"{pending.folder}{UNFINISHED}", root / pending.folder, session.config.train
+    unfinished, final = root / f"{pending.folder}{UNFINISHED}", root / pending.folder
     try:
+        if problem := _find_unseen(unfinished, records):
+            return f"rank 0: {problem}"
         manifest = Manifest(
             step=pending.step, samples_seen=pending.samples_seen, config=session.config.model_dump(mode="json"),
             layout=layout_of(session.config, session.deepspeed_plan, session.ranks.world_size), files=records,
-            versions=package_versions(), averages_since=dict(session.optimizer.averages_since))
+            versions=package_versions(), averages_since=dict(session.optimizer.averages_since),
+            dataset_size=len(session.dataset))
         manifest.write(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         pointer = root / "latest.tmp"
         pointer.write_text(final.name)
         pointer.rename(root / "latest")
-        for old in list_checkpoints(root)[train.keep_last:]:
-            if not train.keep_every or step_of(old) % train.keep_every:
-                (old / MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look complete
-                shutil.rmtree(old, ignore_errors=True)
+        _prune(root, pending.step, session.config.train)
     except OSError as error:
         return f"rank 0: {error}"
     return None
+
+
+def _find_unseen(folder: Path, records: dict[str, FileRecord]) -> str | None:
+    """Say which file is not there as the rank that wrote it has it: on another host's disk, it is no part of this checkpoint."""
+    for name, record in sorted(records.items()):
+        path = folder / name
+        if not path.is_file():
+            return f"{path} was written by another rank and is not there"
+        if path.stat().st_size != record.bytes:
+            return f"{path} has {path.stat().st_size} bytes, the rank that wrote it says {record.bytes}"
+    return None
+
+
+def _prune(root: Path, newest: int, train: TrainConfig) -> None:
+    """Delete what is beyond `train.keep_last` of the checkpoints up to step `newest`, which was just written and stays."""
+    written = [folder for folder in list_checkpoints(root) if step_of(folder) <= newest]
+    for old in written[train.keep_last:]:
+        if not train.keep_every or step_of(old) % train.keep_every:
+            (old / MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look complete
+            shutil.rmtree(old, ignore_errors=True)

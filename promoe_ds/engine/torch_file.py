@@ -7,7 +7,9 @@ resident is the tensor in hand and nothing else. Nothing is executed from a file
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import struct
 import zipfile
 import zlib
@@ -20,8 +22,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from promoe_ds.errors import CheckpointError
+from promoe_ds.logs import get_logger
 from promoe_ds.model.shards import bytes_of
 
+_LOG = get_logger("checkpoint")
 _BLOCK = 1 << 22
 #: Offsets and sizes of a zip archive's structures (APPNOTE 4.3.7, 4.3.9, 4.3.12).
 _LOCAL_HEADER, _CRC_IN_HEADER = 30, 14
@@ -41,12 +45,13 @@ class TorchFile:
         Raises: CheckpointError naming the file if it is damaged, no such file, or would run code.
         """
         self.path = path
+        self._file = _open(path)
         try:
-            with torch.serialization.safe_globals(allowed or []), FakeTensorMode():
-                self.content: Any = torch.load(path, map_location="cpu", weights_only=True)
-            self._file = path.open("rb")
             self._size = path.stat().st_size
+            with torch.serialization.safe_globals(allowed or []), FakeTensorMode():
+                self.content: Any = torch.load(self._file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
+            self.close()
             first_line = next(iter(str(error).splitlines()), "")
             raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {first_line})") from None
 
@@ -122,6 +127,26 @@ class TorchFile:
             if not count:
                 raise CheckpointError(f"{self.path}: ends before its tensors do")
             done += count
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file for reading; where this process may hold no more open, let it hold as many as its host allows.
+
+    Checkpoints of many ranks are read side by side: more files than the usual 1,024.
+    Raises: CheckpointError naming the limit.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == hard:
+            raise CheckpointError(f"{path}: cannot be opened beside all others: this process may hold {hard} files open: raise "
+                                  "the hard limit (ulimit -Hn)") from None
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _LOG.info("%d open files are not enough: raised the limit to the host's, %d", soft, hard)
+    return path.open("rb")
 
 
 class TorchFileWriter:

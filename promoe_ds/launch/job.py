@@ -15,7 +15,7 @@ from promoe_ds.launch.attempt import Attempt, run_attempt
 from promoe_ds.launch.environment import job_environment, require_plain_path
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.layout import Layout, choose_layout, full_layout
-from promoe_ds.launch.lease import LAUNCH_FOLDER
+from promoe_ds.launch.lease import CHECKPOINT_NAME, LAUNCH_FOLDER
 from promoe_ds.launch.network import INTERFACE_VARIABLES, choose_interface, resolve
 from promoe_ds.launch.remote import RemoteError, ask, on_all
 from promoe_ds.launch.verdict import Verdict, judge
@@ -112,7 +112,7 @@ def _prepare(job: Job, layout: Layout, facts: dict[str, dict], environment: dict
     arguments = list(job.arguments)
     if layout.ep_size != load_config(job.recipe, job.overrides).parallel.ep_size:
         arguments += ["--set", f"parallel.ep_size={layout.ep_size}"]
-    if again and list((job.run_dir / "checkpoints").glob("step_*")):
+    if again and any(CHECKPOINT_NAME.match(path.name) for path in (job.run_dir / "checkpoints").glob("*")):
         arguments += ["--resume", "auto"]  # the last one counts: what the user named was for the first start
     wait = max(settings.step_timeout_seconds, layout.config.parallel.timeout_seconds)
     shown = ", ".join(f"{host.name} ({host.slots})" for host in layout.hosts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ ATTEMPT_VARIABLE = "PROMOE_LAUNCH_DIR"
 LAUNCH_FOLDER = "launch"
 #: Folder of the stack dumps there. Both may be there before the run is.
 DUMP_FOLDER = "supervision"
+#: Name of a finished checkpoint's folder; one that is being written, or was set aside, has more to its name.
+CHECKPOINT_NAME = re.compile(r"^step_(\d+)$")
 _LEASE = "lease.json"
 
 

@@ -36,6 +36,8 @@ class ShardReader:
         self._folder = folder
         self._files = _read_index(folder, stem)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        #: As safetensors calls them: F32, BF16, ...
+        self.dtypes: dict[str, str] = {}
         single = self._files.pop("", None)
         for file in [single] if single else sorted(set(self._files.values())):
             handle = self._handle(file)
@@ -45,6 +47,7 @@ class ShardReader:
                 elif self._files.get(name) != file:
                     raise CheckpointError(f"{folder / file}: holds {name}, which the index does not place there")
                 self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+                self.dtypes[name] = handle.get_slice(name).get_dtype()
             self._checksums |= self._read_checksums(file)
         if missing := self._files.keys() - self.shapes.keys():
             raise CheckpointError(f"{folder}: {sorted(missing)[0]} is in the index and in no file")

@@ -66,10 +66,11 @@ class ProMoEPipeline(DiffusionPipeline):
             raise ConfigError(f"class_labels={list(class_labels)}: this model knows the classes 0 ... "
                               f"{config.model.num_classes - 1}")
         shape, indices = (config.model.in_channels, config.model.input_size, config.model.input_size), range(len(class_labels))
-        noise = initial_noise(shape, seed=seed, indices=indices).to(self.device)
-        latents = sample_latents(self._denoise, noise, torch.tensor(list(class_labels), device=self.device),
+        noise = initial_noise(shape, seed=seed, indices=indices).to(self._execution_device)
+        latents = sample_latents(self._denoise, noise, torch.tensor(list(class_labels), device=noise.device),
                                  self._plan(num_inference_steps, guidance_scale), image_generators(seed=seed, indices=indices))
         images = latents if output_type == "latent" else self._images(latents, output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _denoise(self, latents_BZHW: Tensor, timestep_B: Tensor, labels_B: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from promoe_ds.engine.conversion import Request, convert
 from promoe_ds.engine.manifest import list_checkpoints, read_manifest
+from promoe_ds.engine.storage import load_trusted
 from promoe_ds.errors import CheckpointError
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
@@ -111,20 +112,47 @@ def test_elastic_other_global_batch_is_refused(runs, tmp_path) -> None:
     assert "train.global_batch_size is 16 there and 32 here" in run_jobs(2, [job], tmp_path)[0]
 
 
-def test_branch_keeps_the_averages_that_it_names_and_no_others(runs, tmp_path) -> None:
-    """On the same layout as well: an average that is no longer kept does not linger, a new power average knows its beginning."""
-    source = list_checkpoints(runs["centroids"] / "checkpoints")[0]
-    job = Job(run_dir=tmp_path / "branch", recipe="digits_kmeans", resume=str(source), overrides=(
+@pytest.fixture(scope="module")
+def branches(runs, tmp_path_factory) -> Path:
+    """Begin two branches on the layout of their source: one trains with other averages, one only loads, and saves at once."""
+    folder, source = tmp_path_factory.mktemp("branches"), list_checkpoints(runs["centroids"] / "checkpoints")[0]
+    job = Job(run_dir=folder / "trained", recipe="digits_kmeans", resume=str(source), overrides=(
         "parallel.ep_size=2", f"train.max_steps={STEPS + 4}", "train.checkpoint_every=2", "optimizer.ema_decays=[0.9]",
         "optimizer.ema_power_lengths=[0.05,0.1]"))
-    assert run_jobs(2, [job], tmp_path) == [""]
-    manifest = read_manifest(list_checkpoints(_root(tmp_path, "branch"))[0])
+    loaded = Job(run_dir=folder / "loaded", recipe="digits_kmeans", resume=str(source), resave_to=str(_root(folder, "loaded")),
+                 overrides=("parallel.ep_size=2", "optimizer.ema_decays=[0.5,0.7,0.9]", "optimizer.betas=[0.5,0.6]",
+                            "optimizer.eps=1e-3", "optimizer.weight_decay=0.01", "optimizer.clip_norm=0.25"))
+    assert run_jobs(2, [job, loaded], folder) == ["", ""]
+    return folder
+
+
+def test_branch_takes_new_settings_of_the_optimizer_on_the_same_layout(branches) -> None:
+    """DeepSpeed puts back what was saved of them, and refuses where weight decay makes other groups."""
+    shard = load_trusted(list_checkpoints(_root(branches, "loaded"))[0] / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    groups = shard["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+    assert {(tuple(group["betas"]), group["eps"]) for group in groups} == {((0.5, 0.6), 1e-3)}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
+    assert shard["optimizer_state_dict"]["clip_grad"] == 0.25
+
+
+def test_branch_finds_its_averages_by_what_they_are(runs, branches) -> None:
+    """Named in another order, each goes on with its own past; one that was not kept starts at the weights."""
+    sources = {"ema": "ema_0.5", "ema_0.9": "ema", "ema_0.7": "weights", "exp_avg": "exp_avg", "weights": "weights"}
+    for kind, source in sources.items():
+        found, expected = state(branches / "loaded", kind), state(runs["centroids"], source)
+        assert all(torch.equal(found[name], value) for name, value in expected.items() if name in found), kind
+    assert read_manifest(list_checkpoints(_root(branches, "loaded"))[0]).averages_since == {"ema_0.7": STEPS}
+
+
+def test_branch_keeps_the_averages_that_it_names_and_no_others(branches, tmp_path) -> None:
+    """On the same layout as well: an average that is no longer kept does not linger, a new power average knows its beginning."""
+    manifest = read_manifest(list_checkpoints(_root(branches, "trained"))[0])
     assert manifest.averages_since == {"ema_power_0.05": STEPS}
-    log = (tmp_path / "branch" / "train.log").read_text()
-    assert "the averages ema_0.5 are given up" in log
+    log = (branches / "trained" / "train.log").read_text()
+    assert "the averages ema_0.5 (decay 0.5) are given up" in log
     assert "holds no ema_power_0.05" in log
     with pytest.raises(CheckpointError, match=r"holds no ema_0\.5"):
-        state(tmp_path / "branch", "ema_0.5")
+        state(branches / "trained", "ema_0.5")
     request = Request(destination=tmp_path / "mixed", to="single", ema_length=0.07)
     with pytest.raises(CheckpointError, match=r"averages that began at different steps \(0, 12\)"):
-        convert(tmp_path / "branch", request)
+        convert(branches / "trained", request)

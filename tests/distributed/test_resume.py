@@ -106,7 +106,8 @@ def test_resume_refusals_name_the_cause(resumable, tmp_path) -> None:
         "zero_pp_rank_1_mp_rank_00_optim_states.pt has": job("a", str(broken)),
         "neither a complete checkpoint": job("b", str(bare)),
         "nowhere: neither": job("c", "nowhere"),
-        "another architecture: model.hidden_size is 32 there and 48 here": job("d", str(sound), "model.hidden_size=48"),
+        "another architecture or objective: model.hidden_size is 32 there and 48 here":
+            job("d", str(sound), "model.hidden_size=48"),
         "already holds another run: optimizer.lr is 0.001 there and 0.002 here":
             job("f", "auto", "optimizer.lr=0.002", run_dir=resumable),
         "--resume none would overwrite it": job("g", "none", run_dir=resumable),

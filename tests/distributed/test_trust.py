@@ -64,7 +64,8 @@ def test_kill_at_random_points_of_saving_loses_nothing_that_was_complete(tmp_pat
     chance = random.Random(0)
     for attempt in range(3):
         run_dir = tmp_path / f"run{attempt}"
-        _kill_while_saving(Job(run_dir=run_dir, overrides=(*OVERRIDES, "train.max_steps=500")), tmp_path, chance.uniform(0.0, 0.6))
+        job = Job(run_dir=run_dir, overrides=(*OVERRIDES, "train.max_steps=500", f"train.async_checkpoint={attempt == 1}"))
+        _kill_while_saving(job, tmp_path, chance.uniform(0.0, 0.6))
         root = run_dir / "checkpoints"
         complete, unfinished = list_checkpoints(root), list_unfinished(root)
         for folder in complete:

@@ -63,7 +63,7 @@ def _resave(run: Run, ranks: Ranks, root: Path) -> None:
     """Load a checkpoint and save it again as it is, without a step between."""
     session = session_module.build_session(run.config, run.deepspeed_plan, plan_batches(run.config, ranks.world_size), ranks,
                                            build_dataset(run.config))
-    load_checkpoint(session, Path(run.resume), same_run=True)
+    load_checkpoint(session, Path(run.resume), same_run=False)
     Saver(session, root).save()
 
 

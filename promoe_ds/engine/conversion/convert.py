@@ -102,8 +102,11 @@ def open_source(path: Path, config: RunConfig | None = None, *, flag: str = "--r
 
 
 def refuse_existing(destination: Path) -> None:
-    """Raise CheckpointError if the destination is there and not an empty folder."""
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    """Raise CheckpointError if the destination is there and not an empty folder, but for what a conversion left that was killed."""
+    if destination.is_symlink() and not destination.exists():
+        raise CheckpointError(f"{destination} is a link to {destination.readlink()}, which is not there: make that folder, or "
+                              "choose another destination")
+    if destination.exists() and (not destination.is_dir() or any(path.name != _UNFINISHED for path in destination.iterdir())):
         raise CheckpointError(f"{destination} exists already: choose another destination or remove it")
 
 
@@ -121,7 +124,8 @@ def convert_source(source: Source, request: Request) -> Conversion:
         request = replace(request, max_shard_bytes=min(request.max_shard_bytes, largest))
     kinds = _choose_kinds(source, request)
     content = _describe(source, request, kinds)
-    folder = final.with_name(f"{final.name}{_UNFINISHED}")
+    # An empty folder may be a mount or a link, which cannot be replaced: then what is written lies inside from the beginning.
+    folder = final / _UNFINISHED if final.is_dir() else final.with_name(f"{final.name}{_UNFINISHED}")
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -139,7 +143,15 @@ def convert_source(source: Source, request: Request) -> Conversion:
                      if name not in content.buffers)
     facts = source.facts
     return Conversion(source=facts.path, source_format=facts.format, destination=final, step=content.step, kinds=kinds,
-                      parameters=parameters, values=values, bytes=size, verified=request.verify, note=facts.note)
+                      parameters=parameters, values=values, bytes=size, verified=request.verify,
+                      note="; ".join(filter(None, (facts.note, _solver_note(request, facts.config)))))
+
+
+def _solver_note(request: Request, config: RunConfig) -> str:
+    """Say where a pipeline draws otherwise than `promoe_ds.cli.sample`: diffusers' scheduler of a flow stands for Euler's steps."""
+    if request.to != "diffusers" or config.resolved_solver in ("euler", "ddpm", "ddim"):
+        return ""
+    return f"the recipe samples with {config.resolved_solver}, the pipeline with euler"
 
 
 def _choose_kinds(source: Source, request: Request) -> dict[str, str]:
@@ -185,6 +197,9 @@ def _describe(source: Source, request: Request, kinds: dict[str, str]) -> Conten
     facts = source.facts
     if request.dtype != "fp32" and request.to == "deepspeed":
         raise CheckpointError(f"--dtype {request.dtype}: training keeps its weights in fp32; leave it out")
+    if request.dtype != "fp32" and request.with_optimizer:
+        raise CheckpointError(f"--dtype {request.dtype} --with-optimizer: no run goes on exactly from rounded weights: leave one "
+                              "out")
     # Without the optimizer's state nothing can go on where it was: a new run starts, from these weights.
     starts = request.to == "deepspeed" and not request.with_optimizer
     names = {kind: {name: source.shape(name) for name in source.names(taken)} for kind, taken in kinds.items()}
@@ -204,6 +219,9 @@ def _copy(source: Source, target: Target, content: Content, kinds: dict[str, str
             kept = [kind for kind, from_kind in kinds.items() if from_kind == taken]
             for name in source.names(taken):
                 value = source.read(taken, name)
+                if MOMENTS[0] in content.kinds and value.dtype != torch.float32 and name not in content.buffers:
+                    raise CheckpointError(f"{source.facts.path}: {taken} of {name} is of type {value.dtype}: no run goes on "
+                                          "exactly from rounded weights: leave --with-optimizer out")
                 for kind in kept:
                     written = value.to(content.dtype_of(kind, name)).contiguous()
                     if written.dtype == torch.float16 and written.isinf().any() and not value.isinf().any():
@@ -245,13 +263,15 @@ def _written(folder: Path, request: Request, content: Content) -> Source:
 
 
 def _publish(folder: Path, final: Path) -> None:
-    """Give the finished folder its name, flushed: before that, nobody sees it."""
+    """Give the finished folder its name, or move its files up into `final`, flushed: before that, nobody sees them."""
     for path in _files(folder):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    if final.is_dir():
-        final.rmdir()
-    folder.rename(final)
+    if folder.parent != final:
+        folder.rename(final)
+        return
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):  # last: by these a format is recognised
+        path.rename(final / path.name)
 
 
 def _files(folder: Path) -> Iterator[Path]:

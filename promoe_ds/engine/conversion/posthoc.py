@@ -73,8 +73,10 @@ class PosthocSource:
         if not 0 < length < LONGEST_POWER_LENGTH:
             raise CheckpointError(f"--ema-length {length:g}: must lie between 0 and {LONGEST_POWER_LENGTH:.3f}")
         last = find_checkpoint(path)
-        self._sources = [TrainingSource(folder) for folder in list_checkpoints(last.parent) if step_of(folder) <= step_of(last)]
-        self._newest = self._sources[0]
+        last = last if last.name.strip(".") else last.resolve()  # `.` and `..` name no neighbours
+        self._newest = TrainingSource(last)
+        before = [folder for folder in list_checkpoints(last.parent) if step_of(folder) < self._newest.facts.step]
+        self._sources = [self._newest, *map(TrainingSource, before)]
         self._terms, misfit = self._mix(length)
         self._kind = power_average(length)
         self.kinds, self.optimizer_step = (self._kind,), None

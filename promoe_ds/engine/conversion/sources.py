@@ -17,11 +17,14 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.engine.conversion.pipeline_folder import MODEL_INDEX, PIPELINE_STEM, TRANSFORMER, name_of_key, read_pipeline_config
 from promoe_ds.engine.ledger import Ledger
 from promoe_ds.engine.manifest import MANIFEST, find_checkpoint, find_problems, read_manifest
-from promoe_ds.engine.reconstruct import WEIGHTS, ShardedCheckpoint, is_weights
+from promoe_ds.engine.reconstruct import MOMENTS, WEIGHTS, ShardedCheckpoint, is_weights
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.export import CONFIG_FILE, TRAINING_STEM, WEIGHTS_STEM, read_export_config, read_export_origin
 from promoe_ds.model.shards import ShardReader
 from promoe_ds.model.state import state_shapes
+
+#: safetensors' names of the types that our weights may have.
+_HELD_BY_FP32 = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,7 @@ class _SafetensorsSource:
 
         Args:
             keys: key -> name.
-        Raises: CheckpointError naming what is missing, left over or misshapen.
+        Raises: CheckpointError naming what is missing, left over, misshapen, or of a type that fp32 does not hold.
         """
         buffers = () if is_weights(kind) else state_shapes(self.facts.config, buffers_only=True)
         expected = {name: shape for name, shape in self._shapes.items() if name not in buffers}
@@ -149,6 +152,8 @@ class _SafetensorsSource:
         problems += [f"{key} has no place in this architecture" for key, name in keys.items() if name not in expected]
         problems += [f"{key} has shape {reader.shapes[key]} instead of {expected[name]}" for key, name in keys.items()
                      if name in expected and reader.shapes[key] != expected[name]]
+        problems += [f"{key} is of type {reader.dtypes[key]}, which fp32 does not hold" for key in keys
+                     if reader.dtypes[key] not in _HELD_BY_FP32]
         if problems:
             raise CheckpointError(f"{self.facts.path}: {kind}: {'; '.join(problems[:5])}"
                                   f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}")
@@ -165,10 +170,11 @@ class ExportSource(_SafetensorsSource):
     def __init__(self, folder: Path) -> None:
         """Open an export."""
         config, origin = read_export_config(folder), read_export_origin(folder)
-        step = int(origin.get("step", 0))
+        _check_origin(folder / CONFIG_FILE, origin)
+        step = origin.get("step", 0)
         super().__init__(Facts(path=folder, format="single", config=config, step=step,
-                               samples_seen=int(origin.get("samples_seen", step * config.train.global_batch_size)), origin=origin,
-                               averages_since=dict(origin.get("averages_since", {}))),
+                               samples_seen=origin.get("samples_seen", step * config.train.global_batch_size), origin=origin,
+                               averages_since=origin.get("averages_since", {})),
                          origin.get("optimizer_step"))
         reader = ShardReader(folder, WEIGHTS_STEM)
         self._add(origin.get("kind", WEIGHTS), reader, {key: key for key in reader.shapes})
@@ -190,7 +196,28 @@ class PipelineSource(_SafetensorsSource):
     def __init__(self, folder: Path) -> None:
         """Open a pipeline folder."""
         config, origin = read_pipeline_config(folder)
-        super().__init__(Facts(path=folder, format="diffusers", config=config, origin=origin, step=int(origin.get("step", 0)),
-                               samples_seen=int(origin.get("samples_seen", 0))), None)
+        _check_origin(folder / TRANSFORMER / CONFIG_FILE, origin)
+        super().__init__(Facts(path=folder, format="diffusers", config=config, origin=origin, step=origin.get("step", 0),
+                               samples_seen=origin.get("samples_seen", 0)), None)
         reader = ShardReader(folder / TRANSFORMER, PIPELINE_STEM)
         self._add(origin.get("kind", WEIGHTS), reader, {key: name_of_key(key) for key in reader.shapes})
+
+
+def _check_origin(path: Path, origin: dict[str, Any]) -> None:
+    """Raise CheckpointError naming what a config says of its weights' origin and cannot be."""
+    def is_count(value: object) -> bool:
+        return type(value) is int and value >= 0
+
+    def is_kind(value: object) -> bool:
+        return isinstance(value, str) and is_weights(value)
+
+    rules = {
+        "step": is_count, "samples_seen": is_count, "kind": is_kind,
+        "optimizer_step": lambda value: value is None or is_count(value),
+        "averages_since": lambda value: isinstance(value, dict) and all(map(is_count, value.values())),
+        "training_state": lambda value: isinstance(value, list) and all(is_kind(kind) or kind in MOMENTS for kind in value)
+        and origin.get("kind", WEIGHTS) not in value,
+    }
+    for name, holds in rules.items():
+        if name in origin and not holds(origin[name]):
+            raise CheckpointError(f"{path}: origin.{name}={origin[name]!r} cannot be understood")

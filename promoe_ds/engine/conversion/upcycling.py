@@ -120,7 +120,7 @@ class _UpcycledSource:
         origin = {**dense.facts.origin, "upcycled_from": str(dense.facts.path), "source_kind": kind,
                   "gate_scales": {str(index): start.gate_scale for index, start in starts.items()}}
         self.facts = replace(dense.facts, config=config, origin=origin, averages_since={},
-                             note=_describe(config, self._deal, starts.values()))
+                             note=_describe(config, self._deal, starts.values(), noise))
 
     def names(self, kind: str) -> list[str]:
         return list(self._shapes)
@@ -229,9 +229,10 @@ def _initial_router(config: RunConfig, index: int) -> Router:
     return router
 
 
-def _describe(config: RunConfig, deal: Deal, starts: Iterable[_RouterStart]) -> str:
+def _describe(config: RunConfig, deal: Deal, starts: Iterable[_RouterStart], noise: float) -> str:
     """Say what is preserved."""
     routed = ("exactly" if deal.rest_units == 0 else
+              f"in part only: --noise {noise:g} was added" if noise else
               "on average over the gates" if deal.routed_is_exact and any(start.gate_scale != 1 for start in starts) else
               "in part only: " + ("gates differ from 1" if deal.routed_is_exact else f"an expert holds {config.expert_width} of "
                                   f"{deal.rest_units} hidden units" if deal.routed else "SwiGLU experts start silent"))

@@ -67,6 +67,7 @@ def raises_saying(message: str) -> Any:
 @pytest.mark.parametrize(("name", "value", "message"), [
     ("optimizer.ema_decays", [], "at least 1 item"), ("optimizer.ema_decays", [0.9, 1.0], "less than 1"),
     ("optimizer.ema_decays", [0.9, 0.9], "ema_decays=[0.9, 0.9] holds one average twice"),
+    ("optimizer.ema_decays", [0.9999, 0.9999999, 0.99999991], "the names ema, ema_1 keep six digits, and two are the same"),
     ("optimizer.ema_power_lengths", [0.3], "less than 0.288"), ("optimizer.ema_power_lengths", [0.0], "greater than 0"),
 ])
 def test_schema_averages_that_cannot_be_kept_are_refused(name: str, value: list, message: str) -> None:

@@ -43,9 +43,9 @@ def save(folder: Path) -> Manifest:
 
 
 def change(folder: Path, **values: Any) -> None:
-    """Overwrite fields of a manifest; a value of None removes the field."""
+    """Overwrite fields of a manifest as versions wrote it that kept no checksum of it; a value of None removes the field."""
     path = folder / MANIFEST
-    stored = {**json.loads(path.read_text()), **values}
+    stored = {**json.loads(path.read_text()), "xxh3": None, **values}
     path.write_text(json.dumps({key: value for key, value in stored.items() if value is not None}))
 
 
@@ -147,6 +147,41 @@ def test_manifest_field_of_another_type_is_not_understood(tmp_path: Path, field:
     change(tmp_path, **{field: value})
     with pytest.raises(CheckpointError, match="cannot be understood"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["step", "samples_seen"])
+@pytest.mark.parametrize("value", [-3, 2.5, True, "12"])
+def test_manifest_count_that_is_none_is_not_understood(tmp_path: Path, name: str, value: Any) -> None:
+    save(tmp_path)
+    change(tmp_path, **{name: value})
+    with pytest.raises(CheckpointError, match=f"cannot be understood .*{name}={value!r} is no number of 0 or more"):
+        read_manifest(tmp_path)
+
+
+def test_manifest_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
+    """In a digit of the step above all: no file of the checkpoint would have told."""
+    manifest = save(tmp_path)
+    content = (tmp_path / MANIFEST).read_bytes()
+    found = 0
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 3  # digits become digits
+        (tmp_path / MANIFEST).write_bytes(flipped)
+        try:
+            assert read_manifest(tmp_path) == manifest, position  # the checksum's own name
+        except CheckpointError as error:
+            found += "does not match its own checksum" in str(error)
+    assert found > 100
+
+
+def test_manifest_of_another_step_than_its_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / step_folder(6)
+    folder.mkdir()
+    save(folder)
+    change(folder)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: says step 12, its folder's name another"):
+        read_manifest(folder)
+    assert read_manifest(folder.rename(tmp_path / "best")).step == 12
 
 
 @pytest.mark.parametrize("value", [1, 3, "2"])

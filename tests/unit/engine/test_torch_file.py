@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import zipfile
 from pathlib import Path
 
@@ -84,3 +85,22 @@ def test_malicious_published_file_is_refused_and_does_nothing(tmp_path: Path) ->
         convert(tmp_path / "evil.pth", Request(destination=tmp_path / "out", to="single"), small_config())
     assert not trace.exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_more_files_than_the_soft_limit_are_opened_and_the_hard_one_is_named(tmp_path: Path, monkeypatch) -> None:
+    torch.save(VALUES, tmp_path / "x.pt")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(list(Path("/proc/self/fd").iterdir())) + 4
+    files = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+        files += [TorchFile(tmp_path / "x.pt") for _ in range(20)]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (few, few))
+        with pytest.raises(CheckpointError, match=rf"x\.pt: cannot be opened beside all others: this process may hold {few} files"):
+            TorchFile(tmp_path / "x.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for file in files:
+            file.close()

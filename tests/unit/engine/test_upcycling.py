@@ -49,6 +49,8 @@ def test_upcycle_scaled_prototypes_at_tokens_are_nearer_than_random_ones(dense: 
     report, unmeasured = upcycle(dense, config, UpcycleRequest(destination=tmp_path / "random", to="single", prototypes="random"))
     assert unmeasured is None
     assert "in part only: gates differ from 1" in report.note
+    report, _ = upcycle(dense, config, UpcycleRequest(destination=tmp_path / "noised", to="single", noise=1.0))
+    assert "for conditional tokens: in part only: --noise 1 was added" in report.note
     from promoe_ds import load_model
 
     old, scaled, unscaled = (load_model(tmp_path / name) for name in ("dense", "kmeans", "random"))

@@ -1,0 +1,28 @@
+"""A conversion's memory does not grow with the model: the bound that docs/checkpoints.md states, measured on a real process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from promoe_ds.analysis.benchmarks.checkpoint import write_checkpoint
+from promoe_ds.config import load_config
+
+from .commands import REPOSITORY
+
+
+def test_conversion_of_everything_keeps_to_the_memory_bound(tmp_path: Path) -> None:
+    """Take 1.2 GB of eight ranks: half of it in memory would be too much."""
+    checkpoint = write_checkpoint(load_config("promoe_s", ["parallel.ep_size=4"]), tmp_path, ranks=8)
+    sizes = [path.stat().st_size for path in checkpoint.iterdir()]
+    allowed = 1.5 * max(sizes) + 500 * 10**6
+    assert sum(sizes) > 1.5 * allowed
+    command = [sys.executable, "tools/convert_checkpoint.py", str(checkpoint), str(tmp_path / "single"), "--to", "single",
+               "--with-optimizer"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss * 1024 <= allowed
