@@ -40,13 +40,21 @@ def use_transformer_engine(network: DiT, config: RunConfig,
     for block in network.blocks:
         _replace_in_block(te, block, ALIGNMENT[recipe])
         if is_fp8:
-            # Recomputation must see the scales of the first pass.
-            block.checkpoint = partial(te.checkpoint, use_reentrant=False)
+            block.checkpoint = partial(_recomputed_in_fp8, te)
             if block.is_moe:
                 block.moe.checkpoint = block.checkpoint
     _LOG.info("matrix products of blocks by Transformer Engine %s%s", getattr(te, "__version__", ""),
               f", FP8 with {recipe} scaling" if is_fp8 else "")
     return fp8_context(te, make_recipe(recipe)) if is_fp8 else nullcontext
+
+
+def _recomputed_in_fp8(te: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Return function(*args), recomputed in the backward pass with the recipe and the scales of the first pass.
+
+    Transformer Engine looks for its own layers among a module's children and, finding none, recomputes outside FP8: those of
+    the routed experts lie in `GroupedKernel`, where it does not look. A plain function it always recomputes itself.
+    """
+    return te.checkpoint(lambda *values: function(*values), *args, use_reentrant=False)
 
 
 def _replace_in_block(te: Any, block: DiTBlock, multiple: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -69,8 +70,13 @@ def test_transformer_engine_recomputation_sees_the_recipe(monkeypatch, mode) -> 
     contexts = [te_layers.use_transformer_engine(each, each.config, CUDA) for each in (kept, changed)]
     expected = training_pass(kept, contexts[0], [1, 10, 3])
     calls = len(state.rows)
+    products = Counter(state.products)
     found = training_pass(changed, contexts[1], [1, 10, 3])
     assert len(state.rows) - calls > calls
+    recomputed = {"grouped"} if mode == "selective" else {"grouped", "linear"}
+    again = Counter(state.products) - products
+    assert {recipe for _, recipe in again} == {"Float8CurrentScaling"}
+    assert all(again[kind, "Float8CurrentScaling"] >= 2 * products[kind, "Float8CurrentScaling"] for kind in recomputed)
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
 
