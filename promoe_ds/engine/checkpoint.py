@@ -115,7 +115,7 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
     Args:
         same_run: whether it must be this very run's (`--resume auto`): then only FREE_FIELDS may differ. Otherwise only the
             architecture must agree.
-    Another layout (ranks, expert parallelism, ZeRO stage, precision) is resharded; the same is loaded by DeepSpeed itself.
+    Another layout (ranks, expert parallelism, ZeRO stage, precision, order) is resharded; the same is loaded by DeepSpeed itself.
     Raises: CheckpointError naming the fields that do not fit.
     """
     manifest = read_manifest(folder)
@@ -128,7 +128,7 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
     if session.ranks.is_main and before != session.batches.micro_batch:
         _LOG.warning("resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
                      "(docs/methods.md)", before, session.batches.micro_batch)
-    layout = layout_of(session.config, session.deepspeed_plan, session.ranks.world_size)
+    layout = layout_of(session)
     same_averages = saved_averages(manifest) == list(session.optimizer.averages)
     if layout == manifest.layout and same_averages and not moves_experts(manifest, session.config):
         on_all_ranks(lambda: _load_as_it_is(session, folder))

@@ -47,7 +47,7 @@ class States:
 def rank_states(config: RunConfig, network: nn.Module, layout: Layout) -> States:
     """Compute the states of the rank that holds most."""
     ep_size, size = config.parallel.ep_size, layout.number_bytes
-    groups = parameter_groups(network, config.optimizer)
+    groups = parameter_groups(network, config.optimizer, layout.precision)
     if layout.zero_stage == 0:
         held = sum(p.numel() for group in groups for p in group["params"])
         return States(weights=size * held, gradients=size * held, optimizer=8 * held, ema=4 * held, update=0)
