@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from promoe_ds.analysis.benchmarks.contenders import single_process
+from promoe_ds.analysis.benchmarks.contenders import single_process, with_precision
 from promoe_ds.analysis.benchmarks.layers import layer_contenders
-from promoe_ds.analysis.benchmarks.parity import PRECISIONS, layer_parity, network_parity, with_precision
+from promoe_ds.analysis.benchmarks.parity import PRECISIONS, layer_parity, network_parity
 from promoe_ds.analysis.benchmarks.step import for_timing, open_session, step_call, without_experts
 from promoe_ds.analysis.benchmarks.timing import Timing, interleave, machine_description
 from promoe_ds.config import RunConfig, load_config, training_flops_per_image

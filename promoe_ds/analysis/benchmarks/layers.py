@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.analysis.benchmarks.contenders import library_layers, single_process
+from promoe_ds.analysis.benchmarks.contenders import fp8_layer, library_layers, single_process
 from promoe_ds.analysis.benchmarks.timing import BenchmarkResult, interleave
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.engine.step import TrainingModule
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, PromoeError
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.model.routers import ROUTERS, build_router
@@ -60,8 +61,18 @@ def layer_contenders(config: RunConfig, images: int, device: torch.device,
     layers = {name: initialised(build_moe_layer(config)).to(device, dtype)
               for name in ("moe", "moe_loop_backend", "per_expert_loop")}
     layers["moe_loop_backend"].routed.backend = "loop"
+    context: Callable[[], AbstractContextManager] = nullcontext
+    if dtype == torch.bfloat16:  # what FP8 weights are
+        try:
+            layers["moe_fp8"], context = fp8_layer(config, device, dtype)
+            initialised(layers["moe_fp8"])
+        except (PromoeError, ImportError) as error:
+            missing["moe_fp8"] = str(error)
     for name, layer in (layers | libraries).items():
-        call = (_loop_call if name == "per_expert_loop" else _layer_call)(layer, partition)
+        if name == "per_expert_loop":
+            call = _loop_call(layer, partition)
+        else:
+            call = _layer_call(layer, partition, context if name == "moe_fp8" else nullcontext)
         contenders[name] = lambda layer=layer, call=call: _pass(layer, call, inputs, direction)
     return contenders, missing
 
@@ -163,9 +174,11 @@ def _pass(module: nn.Module, call: Callable[[Tensor], tuple[Tensor, list[Tensor]
     torch.autograd.backward([output, *losses], [direction, *(None for _ in losses)])
 
 
-def _layer_call(layer: MoELayer, partition: Partition) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
+def _layer_call(layer: MoELayer, partition: Partition,
+                context: Callable[[], AbstractContextManager] = nullcontext) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
     def _call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        output, plan = layer(tokens, partition)
+        with context():
+            output, plan = layer(tokens, partition)
         return output, list(plan.aux_losses.values())
 
     return _call

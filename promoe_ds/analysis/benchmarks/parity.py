@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
-from promoe_ds.analysis.benchmarks.contenders import library_layers
+from promoe_ds.analysis.benchmarks.contenders import fp8_layer, library_layers
 from promoe_ds.analysis.benchmarks.layers import initialised
 from promoe_ds.analysis.benchmarks.step import for_timing, open_session
 from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.errors import ConfigError
-from promoe_ds.model import DiT, build_model
+from promoe_ds.engine.step import TrainingModule
+from promoe_ds.errors import PromoeError, TrainingError
+from promoe_ds.model import build_model
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe.experts import BACKENDS
 from promoe_ds.moe.layer import MoELayer
@@ -22,20 +26,6 @@ PRECISIONS = ("fp32", "bf16", "fp8")
 _IMAGES = 4
 
 
-def with_precision(config: RunConfig, precision: str) -> RunConfig:
-    """Return a config that computes in `precision`.
-
-    Raises: ConfigError if this version has no FP8, or the recipe does not fit it.
-    """
-    if precision != "fp8":
-        return config
-    values = config.model_dump(mode="json")
-    if "precision" not in values:
-        raise ConfigError("precision.compute=fp8: this version computes in fp32 and bf16 alone")
-    values["precision"] |= {"compute": "fp8"}
-    return config_from_dict(values, source=f"{config.name} in fp8")
-
-
 def layer_parity(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, str]]:
     """Compare one layer by every backend with the loop in float64, on the same routing decision.
 
@@ -43,10 +33,16 @@ def layer_parity(config: RunConfig, device: torch.device, dtype: torch.dtype) ->
     other backends are missing.
     """
     layers: dict[str, MoELayer] = {}
+    contexts: dict[str, Callable[[], AbstractContextManager]] = {}
     for backend in BACKENDS:
         layers[backend] = initialised(build_moe_layer(config)).to(device, dtype)
         layers[backend].routed.backend = backend
     libraries, missing = library_layers(config, device, dtype)
+    try:
+        layers["fp8"], contexts["fp8"] = fp8_layer(config, device, dtype)
+        initialised(layers["fp8"])
+    except (PromoeError, ImportError) as error:
+        missing["layer, fp8"] = str(error)
     torch.manual_seed(0)
     tokens = torch.randn(_IMAGES, config.model.tokens_per_image, config.model.hidden_size, device=device, dtype=dtype)
     labels = torch.arange(_IMAGES, device=device)
@@ -56,7 +52,7 @@ def layer_parity(config: RunConfig, device: torch.device, dtype: torch.dtype) ->
     for name, layer in (layers | libraries).items():
         with torch.no_grad():
             plan = layer.route(tokens, partition)
-        found = _results(layer, tokens, partition, plan)
+        found = _results(layer, tokens, partition, plan, contexts.get(name, nullcontext))
         reference = initialised(build_moe_layer(config)).to(device).double()
         _copy_weights(layer, reference)
         reference.routed.backend = "loop"
@@ -68,12 +64,15 @@ def network_parity(config: RunConfig, precision: str, device: torch.device) -> f
     """Compare the trainer's network in `precision` with the same weights in float64: relative error of the prediction.
 
     Near ties between prototypes may fall differently: they are part of the error.
+    Raises: TrainingError if FP8 was asked for and the prediction is the one without it.
     """
     with open_session(for_timing(config, micro_batch=_IMAGES), bf16=precision != "fp32") as session:
-        return _distance_to_float64(session.module.denoiser, config, device)
+        return distance_to_float64(session.module, device)
 
 
-def _distance_to_float64(network: DiT, config: RunConfig, device: torch.device) -> float:
+def distance_to_float64(module: TrainingModule, device: torch.device) -> float:
+    """Fill a network with numbers, run it as training runs it, and return how far it is from float64; as `network_parity`."""
+    network, config = module.denoiser, module.denoiser.config
     with torch.no_grad():
         for index, parameter in enumerate(network.parameters()):  # an untrained network predicts zero
             generator = torch.Generator().manual_seed(index)
@@ -86,8 +85,13 @@ def _distance_to_float64(network: DiT, config: RunConfig, device: torch.device) 
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(_IMAGES, model.in_channels, model.input_size, model.input_size, generator=generator).to(device)
     timestep, labels = torch.linspace(100, 900, _IMAGES, device=device), torch.arange(_IMAGES, device=device)
+    network.eval()
     with torch.no_grad():
-        found = network.eval()(latents, timestep, labels).double()
+        with module.compute_context():
+            found = network(latents, timestep, labels).double()
+        if config.precision.compute == "fp8" and torch.equal(found, network(latents, timestep, labels).double()):
+            raise TrainingError(f"{config.name}: with FP8 the network predicts, bit for bit, what it predicts without: its layers "
+                                "did not compute in FP8, and no error of FP8 was measured")
         expected = reference(latents.double(), timestep.double(), labels)
     return float((found - expected).norm() / expected.norm())
 
@@ -96,16 +100,17 @@ def _plain(config: RunConfig) -> RunConfig:
     """Return a config for float64: one expert after the other, torch's own layers."""
     values = config.model_dump(mode="json")
     values["parallel"] |= {"expert_backend": "loop"}
-    if "precision" in values:
-        values["precision"] |= {"compute": "auto"}
+    values["precision"] |= {"compute": "auto", "fp8_recipe": "auto", "kernels": "torch"}
     return config_from_dict(values, source=config.name)
 
 
-def _results(layer: MoELayer, tokens: Tensor, partition: Partition, plan: RoutingPlan) -> list[Tensor]:
+def _results(layer: MoELayer, tokens: Tensor, partition: Partition, plan: RoutingPlan,
+             context: Callable[[], AbstractContextManager] = nullcontext) -> list[Tensor]:
     """Return output, gradient of the tokens and of the routed experts."""
     layer.zero_grad(set_to_none=True)
     tokens = tokens.detach().requires_grad_()
-    output = layer.apply_experts(tokens, partition, plan)
+    with context():
+        output = layer.apply_experts(tokens, partition, plan)
     generator = torch.Generator().manual_seed(1)
     output.backward(torch.randn(output.shape, generator=generator).to(output))
     experts = [parameter.grad for _, parameter in sorted(layer.routed.named_parameters())]

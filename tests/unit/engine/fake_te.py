@@ -20,14 +20,18 @@ RECIPES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP
 
 
 class _State:
-    """What the library knows of a process: the recipe in force; how its layers were called, under which recipe."""
+    """What the library knows of a process: the recipe in force; how its layers were called, under which recipe.
+
+    rounds: whether inputs of products under a recipe are rounded to FP8; without, arithmetic is exact.
+    """
 
     def __init__(self) -> None:
         self.recipe: Any = None
         self.rows: list[tuple[str, int]] = []
         self.products: list[tuple[str, str | None]] = []
+        self.rounds = False
 
-    def check(self, kind: str, rows: Tensor, splits: list[int]) -> None:
+    def check(self, kind: str, rows: Tensor, splits: list[int]) -> Tensor:
         self.rows.append((kind, rows.shape[0]))
         self.products.append((kind, None if self.recipe is None else self.recipe.name))
         assert rows.shape[0] == sum(splits)
@@ -36,6 +40,7 @@ class _State:
             multiple = 32 if self.recipe.name.startswith("MXFP8") else 16
             assert all(split % multiple == 0 for split in splits), splits
             assert rows.shape[1] % 16 == 0
+        return rows.to(torch.float8_e4m3fn).to(rows.dtype) if self.rounds and self.recipe is not None else rows
 
 
 class _Base(nn.Module):
@@ -66,7 +71,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> _State:
                 self.bias = torch.empty(0)
 
         def forward(self, inp: Tensor) -> Tensor:
-            state.check("linear", inp, [inp.shape[0]])
+            inp = state.check("linear", inp, [inp.shape[0]])
             return F.linear(inp, self.weight, self.bias if self.bias.numel() else None)
 
     class LayerNorm(_Base):
@@ -95,7 +100,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> _State:
         def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
             assert isinstance(m_splits, list)
             assert len(m_splits) == self.num_gemms
-            state.check("grouped", inp, m_splits)
+            inp = state.check("grouped", inp, m_splits)
             return torch.cat([F.linear(rows, getattr(self, f"weight{i}"), getattr(self, f"bias{i}") if self.use_bias else None)
                               for i, rows in enumerate(inp.split(m_splits))])
 
