@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from promoe_ds.config import RunConfig
-from promoe_ds.engine.te_support import ALIGNMENT, fp8_context, make_recipe, require_transformer_engine, resolved_recipe
+from promoe_ds.config.precision import fp8_multiple
+from promoe_ds.engine.te_support import (
+    fp8_context,
+    make_recipe,
+    require_transformer_engine,
+    resolved_recipe,
+    transformer_engine_version,
+)
 from promoe_ds.logs import get_logger
 from promoe_ds.model.blocks import DiTBlock
 from promoe_ds.model.dit import DiT
@@ -36,14 +43,14 @@ def use_transformer_engine(network: DiT, config: RunConfig,
     """
     te = require_transformer_engine(config.precision, device)
     is_fp8 = config.precision.compute == "fp8"
-    recipe = resolved_recipe(config.precision, device) if is_fp8 else "current"
+    recipe = resolved_recipe(config) if is_fp8 else "current"
     for block in network.blocks:
-        _replace_in_block(te, block, ALIGNMENT[recipe])
+        _replace_in_block(te, block, fp8_multiple(recipe))
         if is_fp8:
             block.checkpoint = partial(_recomputed_in_fp8, te)
             if block.is_moe:
                 block.moe.checkpoint = block.checkpoint
-    _LOG.info("matrix products of blocks by Transformer Engine %s%s", getattr(te, "__version__", ""),
+    _LOG.info("matrix products of blocks by Transformer Engine %s%s", transformer_engine_version(),
               f", FP8 with {recipe} scaling" if is_fp8 else "")
     return fp8_context(te, make_recipe(recipe)) if is_fp8 else nullcontext
 

@@ -39,7 +39,7 @@ class _State:
         if self.recipe is not None:
             multiple = 32 if self.recipe.name.startswith("MXFP8") else 16
             assert all(split % multiple == 0 for split in splits), splits
-            assert rows.shape[1] % 16 == 0
+            assert rows.shape[1] % multiple == 0
         return rows.to(torch.float8_e4m3fn).to(rows.dtype) if self.rounds and self.recipe is not None else rows
 
 
@@ -55,8 +55,9 @@ class _Base(nn.Module):
         super().register_parameter(name, param)
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> _State:
-    """Make `transformer_engine` importable for one test."""
+def install(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (9, 0), cuda: float = 12.9,
+            version: str = "2.20.2") -> _State:
+    """Make `transformer_engine` importable for one test, on a device of this compute capability."""
     state = _State()
 
     class Linear(_Base):
@@ -118,6 +119,15 @@ def install(monkeypatch: pytest.MonkeyPatch) -> _State:
         return torch_checkpoint(function, *args, use_reentrant=False,
                                 context_fn=lambda: (autocast(recipe is not None, recipe), autocast(recipe is not None, recipe)))
 
+    def answer(can: bool, reason: str) -> Any:
+        return lambda return_reason=False: (can, "" if can else reason) if return_reason else can
+
+    questions = {
+        "is_fp8_available": answer(capability >= (8, 9), "Device compute capability 8.9 or higher required for FP8 execution."),
+        "is_fp8_block_scaling_available": answer(capability >= (9, 0) and cuda >= 12.9, "FP8 block scaled GEMM requires compute "
+                                                 "capability 9.0 or higher and CUDA >= 12.9."),
+        "is_mxfp8_available": answer((10, 0) <= capability < (12, 0), "MXFP8 is for compute capability 10.")}
+
     package, torch_part, common = (ModuleType(name) for name in ("transformer_engine", "transformer_engine.pytorch",
                                                                  "transformer_engine.common"))
     recipes = ModuleType("transformer_engine.common.recipe")
@@ -125,6 +135,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> _State:
         setattr(recipes, name, lambda name=name: SimpleNamespace(name=name))
     for value in (Linear, LayerNorm, GroupedLinear, autocast, checkpoint):
         setattr(torch_part, value.__name__, value)
+    for name, question in questions.items():
+        setattr(torch_part, name, question)
+    package.__version__ = version
     for module in (package, torch_part, common, recipes):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return state
