@@ -47,7 +47,7 @@ REPORTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "checkpoint": lambda o: benchmark_conversion(o),
     "report": lambda o: time_report(o),
     "data": lambda o: benchmark_loaders(o),
-    "gpu": lambda o: benchmark_gpu(),
+    "gpu": lambda o: benchmark_gpu(tell=lambda line: print(line, flush=True)),
 }
 
 

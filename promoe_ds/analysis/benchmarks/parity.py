@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from promoe_ds.analysis.benchmarks.contenders import fp8_layer, library_layers
 from promoe_ds.analysis.benchmarks.layers import initialised
-from promoe_ds.analysis.benchmarks.step import for_timing, open_session
+from promoe_ds.analysis.benchmarks.step import for_timing, in_session
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.engine.step import TrainingModule
 from promoe_ds.errors import PromoeError, TrainingError
@@ -26,38 +27,43 @@ PRECISIONS = ("fp32", "bf16", "fp8")
 _IMAGES = 4
 
 
-def layer_parity(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, str]]:
-    """Compare one layer by every backend with the loop in float64, on the same routing decision.
+def layer_comparisons(config: RunConfig, device: torch.device,
+                      dtype: torch.dtype) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
+    """Return what compares one layer by each backend with the loop in float64, on the same routing decision.
 
-    Returns: the largest error of outputs, input gradients and expert gradients over their largest value, by backend; and why
-    other backends are missing.
+    Returns: by backend, what returns the largest error of outputs, input gradients and expert gradients over their largest
+    value; and why other backends are missing.
     """
-    layers: dict[str, MoELayer] = {}
-    contexts: dict[str, Callable[[], AbstractContextManager]] = {}
+    layers: dict[str, tuple[MoELayer, Callable[[], AbstractContextManager]]] = {}
     for backend in BACKENDS:
-        layers[backend] = initialised(build_moe_layer(config)).to(device, dtype)
-        layers[backend].routed.backend = backend
+        layers[backend] = initialised(build_moe_layer(config)).to(device, dtype), nullcontext
+        layers[backend][0].routed.backend = backend
     libraries, missing = library_layers(config, device, dtype)
+    layers |= {name: (layer, nullcontext) for name, layer in libraries.items()}
     try:
-        layers["fp8"], contexts["fp8"] = fp8_layer(config, device, dtype)
-        initialised(layers["fp8"])
+        layer, context = fp8_layer(config, device, dtype)
+        layers["fp8"] = initialised(layer), context
     except (PromoeError, ImportError) as error:
         missing["layer, fp8"] = str(error)
+    return {f"layer, {name}": partial(_compare_layer, config, layer, context, device)
+            for name, (layer, context) in layers.items()}, missing
+
+
+def _compare_layer(config: RunConfig, layer: MoELayer, context: Callable[[], AbstractContextManager],
+                   device: torch.device) -> float:
+    dtype = next(layer.parameters()).dtype
     torch.manual_seed(0)
     tokens = torch.randn(_IMAGES, config.model.tokens_per_image, config.model.hidden_size, device=device, dtype=dtype)
     labels = torch.arange(_IMAGES, device=device)
     labels[-1] = config.model.null_label
     partition = partition_samples(labels, config.model.null_label)
-    errors = {}
-    for name, layer in (layers | libraries).items():
-        with torch.no_grad():
-            plan = layer.route(tokens, partition)
-        found = _results(layer, tokens, partition, plan, contexts.get(name, nullcontext))
-        reference = initialised(build_moe_layer(config)).to(device).double()
-        _copy_weights(layer, reference)
-        reference.routed.backend = "loop"
-        errors[f"layer, {name}"] = _largest_error(found, _results(reference, tokens.double(), partition, plan))
-    return errors, missing
+    with torch.no_grad():
+        plan = layer.route(tokens, partition)
+    found = _results(layer, tokens, partition, plan, context)
+    reference = initialised(build_moe_layer(config)).to(device).double()
+    _copy_weights(layer, reference)
+    reference.routed.backend = "loop"
+    return _largest_error(found, _results(reference, tokens.double(), partition, plan))
 
 
 def network_parity(config: RunConfig, precision: str, device: torch.device) -> float:
@@ -66,8 +72,8 @@ def network_parity(config: RunConfig, precision: str, device: torch.device) -> f
     Near ties between prototypes may fall differently: they are part of the error.
     Raises: TrainingError if FP8 was asked for and the prediction is the one without it.
     """
-    with open_session(for_timing(config, micro_batch=_IMAGES), bf16=precision != "fp32") as session:
-        return distance_to_float64(session.module, device)
+    return in_session(for_timing(config, micro_batch=_IMAGES), lambda session: distance_to_float64(session.module, device),
+                      bf16=precision != "fp32")
 
 
 def distance_to_float64(module: TrainingModule, device: torch.device) -> float:

@@ -6,17 +6,20 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from promoe_ds.analysis.benchmarks import BenchmarkResult, interleave
+from promoe_ds.analysis.benchmarks import BenchmarkResult, gpu, interleave
 from promoe_ds.analysis.benchmarks.contenders import LIBRARIES, single_process
 from promoe_ds.analysis.benchmarks.gpu import GpuReport, report
 from promoe_ds.analysis.benchmarks.stats import MadeUpRun, benchmark_report
-from promoe_ds.analysis.benchmarks.step import without_experts
+from promoe_ds.analysis.benchmarks.step import for_timing, in_session, step_call, without_experts
 from promoe_ds.config import RunConfig, count_parameters, load_config
+from promoe_ds.errors import ConfigError
 
 from ..builders import small_config
 
@@ -50,6 +53,59 @@ def test_gpu_self_test_on_a_cpu_reports_kernels_and_contenders(self_test: GpuRep
     for name in LIBRARIES:
         assert (name in self_test.layer) != (name in self_test.not_available)
         assert name in text
+
+
+def test_gpu_self_test_goes_on_after_parts_that_fail_and_tells_what_it_found(monkeypatch) -> None:
+    """Each failing part is one of another kind: out of memory down to one image, an error of a kernel, a missing library."""
+    def out_of_memory(*args: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch more")
+
+    def kernel(*args: object) -> float:
+        raise RuntimeError("no kernel image")
+
+    def absent(*args: object, steps: int) -> float:
+        raise ConfigError("not for this device")
+
+    images, told = [], []
+    monkeypatch.setattr(gpu, "_step_speed", lambda config, n, *args: (images.append(n), out_of_memory()))
+    monkeypatch.setattr(gpu, "network_parity", kernel)
+    monkeypatch.setattr(gpu, "mean_loss", absent)
+    monkeypatch.setattr(gpu, "kernel_times", lambda config, n, device: {"gemm": float(n)})
+    monkeypatch.setattr(gpu, "_config", lambda recipe: small())
+    monkeypatch.setattr(gpu, "layer_comparisons", lambda *args: ({"layer, loop": lambda: 0.5}, {"megatron": "is missing"}))
+    monkeypatch.setattr(gpu, "layer_contenders", lambda *args: ({"dense": lambda: None, "moe": kernel}, {}))
+    found = report(torch.device("cpu"), steps={"tiny": 4}, layer_recipe="", parity_recipe="", layer_images=2, training_steps=6,
+                   tell=told.append)
+    assert images == [4, 2, 1] * 3
+    assert found.failed == {**{f"network, {name}": "RuntimeError: no kernel image" for name in gpu.PRECISIONS},
+                            **{f"tiny{kind}": "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+                               for kind in (", bf16", ", fp8", " without experts, bf16")},
+                            "layer, moe": "RuntimeError: no kernel image"}
+    assert found.not_available == {"megatron": "is missing", **{f"training, {n}": "not for this device" for n in gpu.PRECISIONS}}
+    assert (found.parity, found.kernels, list(found.layer)) == ({"layer, loop": 0.5}, {"gemm": 2.0}, ["dense"])
+    assert all(any(reason in line for line in told) for reason in {**found.failed, **found.not_available}.values())
+    assert found.lines()[3] in told
+
+
+def test_session_is_gone_before_the_next_one_is_built() -> None:
+    seen: list[weakref.ref] = []
+    alive: list[bool] = []
+
+    def body(session: Any) -> None:
+        alive.extend(each() is not None for each in seen)
+        seen.append(weakref.ref(session.module))
+        step_call(session)()
+        if len(seen) == 2:
+            raise MemoryError("as if memory had run out")
+
+    with single_process():
+        for attempt in range(3):
+            try:
+                in_session(for_timing(small(), micro_batch=2), body, bf16=False)
+            except MemoryError:
+                assert attempt == 1
+    assert (len(seen), alive) == (3, [False] * 3)
+    assert seen[-1]() is None
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from promoe_ds.analysis.benchmarks.contenders import single_process
-from promoe_ds.analysis.benchmarks.step import for_timing, open_session
+from promoe_ds.analysis.benchmarks.step import for_timing, session_of
 from promoe_ds.config import RunConfig
 from promoe_ds.engine import optimizer
 from promoe_ds.engine.checkpoint import load_checkpoint
@@ -30,6 +31,13 @@ def _alone() -> Iterator[None]:
 def config_of(method: str, **routing: int) -> RunConfig:
     sections = of_method(method, moe_blocks="all", num_unconditional_experts=0, **routing)
     return for_timing(small_config(**sections, model={"depth": 3}, diffusion={}), micro_batch=4)
+
+
+@contextmanager
+def open_session(config: RunConfig, *, bf16: bool) -> Iterator[Session]:
+    session = session_of(config, bf16=bf16)
+    yield session
+    session.engine.destroy()
 
 
 def off_16_bytes(session: Session) -> list[str]:
