@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+import torch.distributed as dist
 
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.errors import PromoeError
@@ -48,12 +49,12 @@ def library_layers(config: RunConfig, device: torch.device, dtype: torch.dtype) 
 
 
 def with_dispatch(config: RunConfig, dispatch: str) -> RunConfig:
-    """Return a config whose rows are moved by `dispatch`.
+    """Return a config whose rows are moved by `dispatch`, between all processes of this group.
 
     Raises: ConfigError if this version knows no such dispatcher, or the recipe does not fit it.
     """
     values = config.model_dump(mode="json")
-    values["parallel"] |= {"dispatch": dispatch, "expert_backend": "auto"}
+    values["parallel"] |= {"dispatch": dispatch, "expert_backend": "auto", "ep_size": dist.get_world_size()}
     return config_from_dict(values, source=f"contender {dispatch}")
 
 

@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from promoe_ds.analysis.benchmarks import BenchmarkResult, gpu, interleave
-from promoe_ds.analysis.benchmarks.contenders import LIBRARIES, single_process
+from promoe_ds.analysis.benchmarks.contenders import LIBRARIES, library_layers, single_process
 from promoe_ds.analysis.benchmarks.gpu import GpuReport, report
+from promoe_ds.analysis.benchmarks.layers import _layer_call, _loop_call, initialised
 from promoe_ds.analysis.benchmarks.stats import MadeUpRun, benchmark_report
 from promoe_ds.analysis.benchmarks.step import for_timing, in_session, step_call, without_experts
 from promoe_ds.config import RunConfig, count_parameters, load_config
 from promoe_ds.errors import ConfigError
+from promoe_ds.model.build import build_moe_layer
+from promoe_ds.routing import partition_samples
 
 from ..builders import small_config
 
@@ -119,6 +122,27 @@ def test_gpu_suite_without_a_device_says_so() -> None:
     done = run_tool("gpu")
     assert done.returncode == 2
     assert "needs a CUDA device" in done.stderr
+
+
+@pytest.mark.parametrize("routing", [{"top_k": 2}, {"expert_type": "swiglu"}, {"top_k": 3, "expert_type": "swiglu"}],
+                         ids=["two choices", "swiglu", "both"])
+def test_per_expert_loop_computes_what_the_layer_computes(routing: dict[str, Any]) -> None:
+    config = small_config(model={"hidden_size": 32}, routing=routing)
+    torch.manual_seed(0)
+    layer = initialised(build_moe_layer(config))
+    tokens = torch.randn(3, config.model.tokens_per_image, 32)
+    partition = partition_samples(torch.zeros(3, dtype=torch.int64), config.model.null_label)
+    found, expected = (call(layer, partition)(tokens)[0] for call in (_loop_call, _layer_call))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_libraries_layers_of_a_recipe_over_several_ranks_are_built_for_this_process() -> None:
+    config = load_config("digits_promoe")
+    assert config.parallel.ep_size > 1
+    with single_process() as device:
+        layers, missing = library_layers(config, device, torch.float32)
+    assert set(layers) | set(missing) == set(LIBRARIES)
+    assert layers["deepspeed_capacity"].routed.num_local_experts == config.routing.num_experts
 
 
 @pytest.mark.parametrize("suite", ["moe-layer", "step", "dispatch"])
