@@ -39,4 +39,5 @@ def choice_lines(choices: list[Choice], *, limit: int = 8) -> list[str]:
     """Return the table of the layouts tried, fastest first."""
     lines = [f"{'ep':>4}{'micro-batch':>13}{'checkpointing':>15}{'GB a rank':>11}{'ms a step':>11}   (estimates, fastest first)"]
     return lines + [f"{choice.ep_size:>4}{choice.micro_batch:>13}{choice.activation_checkpointing:>15}"
-                    f"{choice.bytes / _GIGA:>11.1f}{1e3 * choice.seconds:>11.1f}" for choice in choices[:limit]]
+                    f"{choice.bytes / _GIGA:>11.1f}{1e3 * choice.seconds:>11.1f}{'' if choice.fits else '   does not fit'}"
+                    for choice in choices[:limit]]

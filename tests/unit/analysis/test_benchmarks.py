@@ -15,6 +15,7 @@ import torch
 
 from promoe_ds.analysis.benchmarks import BenchmarkResult, gpu, interleave
 from promoe_ds.analysis.benchmarks.contenders import LIBRARIES, library_layers, single_process
+from promoe_ds.analysis.benchmarks.dispatch import _check_ranks, benchmark_dispatch
 from promoe_ds.analysis.benchmarks.gpu import GpuReport, report
 from promoe_ds.analysis.benchmarks.layers import _layer_call, _loop_call, initialised
 from promoe_ds.analysis.benchmarks.stats import MadeUpRun, benchmark_report
@@ -122,6 +123,23 @@ def test_gpu_suite_without_a_device_says_so() -> None:
     done = run_tool("gpu")
     assert done.returncode == 2
     assert "needs a CUDA device" in done.stderr
+
+
+@pytest.mark.parametrize("option", [("--out", "{}/result.json"), ("--folder", "{}")], ids=["out", "folder"])
+def test_folder_that_is_not_there_is_named_before_anything_runs(tmp_path: Path, option: tuple[str, str]) -> None:
+    name, path = option[0], option[1].format(tmp_path / "none")
+    done = run_tool("report", name, path)
+    assert done.returncode == 2
+    assert f"error: {name} {path}: there is no folder {tmp_path / 'none'}: make it first" in done.stderr
+
+
+def test_exchange_of_more_ranks_than_devices_is_refused(monkeypatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="--ranks 2: every rank takes a CUDA device of its own and this machine shows 1: use at"):
+        benchmark_dispatch(tokens=32, rounds=2)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    _check_ranks(2)
 
 
 @pytest.mark.parametrize("routing", [{"top_k": 2}, {"expert_type": "swiglu"}, {"top_k": 3, "expert_type": "swiglu"}],

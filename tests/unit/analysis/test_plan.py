@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.analysis.plan import Cluster, Layout, best_layout, fake_world, layout_of, plan_step
-from promoe_ds.analysis.plan.report import plan_lines
+from promoe_ds.analysis.plan.planner import RESERVE
+from promoe_ds.analysis.plan.report import choice_lines, plan_lines
 from promoe_ds.analysis.plan.search import _estimate
 from promoe_ds.analysis.plan.shapes import trace_pass
 from promoe_ds.analysis.plan.speed import Efficiency
@@ -261,6 +262,9 @@ def test_search_takes_the_largest_micro_batch_that_fits() -> None:
     assert tight.memory.total < roomy.memory.total
     assert tight.layout.micro_batch * tight.layout.accumulation == 32
     assert [choice.seconds for choice in tried] == sorted(choice.seconds for choice in tried)
+    assert {choice.fits for choice in tried} == {True, False}
+    marked = [line.endswith("does not fit") for line in choice_lines(tried, limit=len(tried))[1:]]
+    assert marked == [choice.bytes > (1 - RESERVE) * tight.cluster.device.memory for choice in tried]
 
 
 def test_plan_of_what_shapes_cannot_follow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +289,8 @@ def test_devices_unknown_name_is_refused_with_the_nearest() -> None:
         find_network("infiniband")
     assert find_device("H200").memory > H100.memory
     assert bf16_peak("NVIDIA H100 80GB HBM3") == H100.flops["bf16"]
+    assert bf16_peak("NVIDIA H100 PCIe") == DEVICES["h100-pcie"].flops["bf16"] < H100.flops["bf16"]
+    assert bf16_peak("NVIDIA H200 NVL") == DEVICES["h200-nvl"].flops["bf16"] < bf16_peak("NVIDIA H200")
     assert bf16_peak("Tesla T4") is None
 
 
