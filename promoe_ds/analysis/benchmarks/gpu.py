@@ -31,7 +31,7 @@ _GIGA = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class StepSpeed:
-    """One recipe's training step on this device."""
+    """One recipe's training step on this device; mfu: of the device's bf16 peak, in FP8 as well."""
 
     images: int
     milliseconds: float
