@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 import weakref
@@ -127,10 +128,11 @@ def test_gpu_suite_without_a_device_says_so() -> None:
 
 @pytest.mark.parametrize("option", [("--out", "{}/result.json"), ("--folder", "{}")], ids=["out", "folder"])
 def test_folder_that_is_not_there_is_named_before_anything_runs(tmp_path: Path, option: tuple[str, str]) -> None:
+    main = runpy.run_path(str(REPOSITORY / "tools" / "benchmark.py"))["main"]
     name, path = option[0], option[1].format(tmp_path / "none")
-    done = run_tool("report", name, path)
-    assert done.returncode == 2
-    assert f"error: {name} {path}: there is no folder {tmp_path / 'none'}: make it first" in done.stderr
+    with pytest.raises(ConfigError) as error:
+        main(["report", name, path])
+    assert str(error.value) == f"{name} {path}: there is no folder {tmp_path / 'none'}: make it first"
 
 
 def test_exchange_of_more_ranks_than_devices_is_refused(monkeypatch) -> None:
