@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "megatron": ["megatron-core>=0.16,<0.17"],
-    "te": ["transformer-engine[pytorch]>=2.0"],
+    "te": ["transformer-engine[pytorch]>=2.3"],
     "eval": ["torch-fidelity>=0.4"],
     "report": ["matplotlib>=3.8", "scikit-learn>=1.4", "jinja2>=3.1"],
     "tracking": ["tensorboard>=2.15", "wandb>=0.16"],

@@ -26,6 +26,7 @@ from promoe_ds.analysis.benchmarks.stats import MadeUpRun, ReportBenchmark, benc
 from promoe_ds.analysis.benchmarks.step import benchmark_step
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import load_config
+from promoe_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from promoe_ds.analysis.benchmarks.checkpoint import CheckpointBenchmark
@@ -47,7 +48,7 @@ REPORTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "checkpoint": lambda o: benchmark_conversion(o),
     "report": lambda o: time_report(o),
     "data": lambda o: benchmark_loaders(o),
-    "gpu": lambda o: benchmark_gpu(),
+    "gpu": lambda o: benchmark_gpu(tell=lambda line: print(line, flush=True)),
 }
 
 
@@ -69,6 +70,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
+    for option, path, folder in (("--out", options.out, options.out and options.out.parent),
+                                 ("--folder", options.folder, options.folder)):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"{option} {path}: there is no folder {folder}: make it first")
     torch.set_num_threads(options.threads)
     if options.suite in REPORTS:
         result = REPORTS[options.suite](options)

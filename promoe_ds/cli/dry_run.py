@@ -18,7 +18,8 @@ def describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None
     if rank_from_environment() != 0:
         return
     count = count_parameters(config)
-    memory = plan_memory(config, world_size=batches.world_size, zero_stage=plan.zero_stage, precision=plan.precision)
+    memory = plan_memory(config, world_size=batches.world_size, zero_stage=plan.zero_stage, precision=plan.precision,
+                         offload=plan.offloads)
     sizes = {
         "parameters": {"total": count.total, "activated": count.activated, "trainable": count.trainable,
                        "routed_experts": count.routed},
@@ -26,7 +27,7 @@ def describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None
         "batch": {"global": batches.global_batch, "micro": batches.micro_batch, "accumulation": batches.accumulation,
                   "ranks": batches.world_size},
         "model_state_gb_per_rank": {kind: round(getattr(memory, kind) / _GIGABYTE, 3)
-                                    for kind in ("weights", "gradients", "optimizer", "ema", "total")},
+                                    for kind in ("weights", "gradients", "optimizer", "ema", "total", "device", "host")},
         "optimizer_and_ema_lie_in": "host memory" if plan.offloads else "device memory",
     }
     sys.stdout.write("# recipe\n" + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

@@ -88,12 +88,23 @@ def training_flops_per_image(config: RunConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes per rank that training holds for good, without activations."""
+    """Bytes per rank that training holds for good, without activations; offloaded: optimizer and ema lie on the host."""
 
     weights: int
     gradients: int
     optimizer: int
     ema: int
+    offloaded: bool = False
+
+    @property
+    def host(self) -> int:
+        """What lies in the host's memory."""
+        return self.optimizer + self.ema if self.offloaded else 0
+
+    @property
+    def device(self) -> int:
+        """What lies on the device."""
+        return self.total - self.host
 
     @property
     def total(self) -> int:
@@ -101,7 +112,7 @@ class MemoryPlan:
         return self.weights + self.gradients + self.optimizer + self.ema
 
 
-def plan_memory(config: RunConfig, *, world_size: int, zero_stage: int, precision: str) -> MemoryPlan:
+def plan_memory(config: RunConfig, *, world_size: int, zero_stage: int, precision: str, offload: bool = False) -> MemoryPlan:
     """Compute the model-state bytes of one rank under ZeRO and expert parallelism.
 
     fp32: the master weights are the weights' own copy under ZeRO 1 and 2, none under ZeRO 0.
@@ -115,7 +126,7 @@ def plan_memory(config: RunConfig, *, world_size: int, zero_stage: int, precisio
     size = 2 if precision == "bf16" else 4
     masters = 4 * owned if zero_stage > 0 else 0
     return MemoryPlan(weights=size * held, gradients=size * (owned if zero_stage == 2 else held),
-                      optimizer=8 * owned + masters, ema=4 * owned * len(config.optimizer.averages))
+                      optimizer=8 * owned + masters, ema=4 * owned * len(config.optimizer.averages), offloaded=offload)
 
 
 def _feed_forward(width: int, hidden: int, expert_type: str = "gelu") -> int:

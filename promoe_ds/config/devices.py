@@ -32,7 +32,10 @@ def _device(name: str, *, gigabytes: float, bf16: float, fp32: float, terabytes_
 DEVICES: dict[str, Device] = {device.name: device for device in (
     _device("a100", gigabytes=80, bf16=312, fp32=19.5, terabytes_per_second=2.039, link=300),
     _device("h100", gigabytes=80, bf16=989, fp32=67, terabytes_per_second=3.35, link=450),
+    _device("h100-pcie", gigabytes=80, bf16=756, fp32=51, terabytes_per_second=2.0, link=300),
+    _device("h100-nvl", gigabytes=94, bf16=835, fp32=60, terabytes_per_second=3.9, link=300),
     _device("h200", gigabytes=141, bf16=989, fp32=67, terabytes_per_second=4.8, link=450),
+    _device("h200-nvl", gigabytes=141, bf16=835, fp32=60, terabytes_per_second=4.8, link=450),
     _device("b200", gigabytes=180, bf16=2250, fp32=80, terabytes_per_second=8.0, link=900),
 )}
 
@@ -50,8 +53,12 @@ def find_device(name: str) -> Device:
 
 
 def bf16_peak(product_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a device by the name that its driver gives, None if the table lacks it."""
-    return next((device.flops["bf16"] for name, device in DEVICES.items() if name in product_name.lower()), None)
+    """Return the dense bf16 FLOP/s of a device by the name that its driver gives, None if the table lacks it.
+
+    "NVIDIA H100 PCIe" is an h100-pcie, "NVIDIA H100 80GB HBM3" an h100: of the names whose parts all occur, the longest.
+    """
+    found = [name for name in DEVICES if all(part in product_name.lower() for part in name.split("-"))]
+    return DEVICES[max(found, key=len)].flops["bf16"] if found else None
 
 
 def find_network(name: str) -> float:

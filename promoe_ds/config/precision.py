@@ -8,9 +8,12 @@ from pydantic import Field, model_validator
 
 from promoe_ds.config.section import Section
 
-#: FP8 matrix products want both widths to be multiples of this.
-FP8_WIDTH_MULTIPLE = 16
 Fp8Recipe = Literal["delayed", "current", "block", "mxfp8"]
+
+
+def fp8_multiple(recipe: str) -> int:
+    """Return what rows and widths of a recipe's matrix products must be multiples of: MXFP8 scales blocks of 32 numbers."""
+    return 32 if recipe == "mxfp8" else 16
 
 
 class PrecisionConfig(Section):

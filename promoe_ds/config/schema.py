@@ -15,7 +15,7 @@ from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.config.evaluation import EvaluationConfig
 from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.config.parallel import FOREIGN_DISPATCH, TOKENS_CHOOSE, ParallelConfig
-from promoe_ds.config.precision import FP8_WIDTH_MULTIPLE, PrecisionConfig
+from promoe_ds.config.precision import PrecisionConfig, fp8_multiple
 from promoe_ds.config.presets import PRESETS
 from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.config.section import Section
@@ -170,15 +170,19 @@ class RunConfig(Section):
                              "of them off")
         if self.precision.compute != "fp8":
             return self
+        multiple, misfit = fp8_multiple(self.precision.fp8_recipe), self.fp8_misfit(fp8_multiple(self.precision.fp8_recipe))
+        if misfit is not None:
+            asked = f"fp8_recipe={self.precision.fp8_recipe}" if multiple > fp8_multiple("auto") else "compute=fp8"
+            raise ValueError(f"precision.{asked} needs widths of a multiple of {multiple}, but {misfit}: change it, or use bf16")
+        return self
+
+    def fp8_misfit(self, multiple: int) -> str | None:
+        """Return which width is no multiple, as «name is width»; None if all are."""
         widths = {"model.hidden_size": self.model.hidden_size, "the dense width (model.mlp_ratio)":
                   int(self.model.mlp_ratio * self.model.hidden_size)}
         if self.routing.method != "dense":
             widths |= {"routing.expert_width": self.expert_width, "routing.shared_expert_width": self.shared_expert_width}
-        for name, width in widths.items():
-            if width % FP8_WIDTH_MULTIPLE:
-                raise ValueError(f"precision.compute=fp8 needs widths of a multiple of {FP8_WIDTH_MULTIPLE}, but {name} is "
-                                 f"{width}: change it, or use bf16")
-        return self
+        return next((f"{name} is {width}" for name, width in widths.items() if width % multiple), None)
 
     @model_validator(mode="after")
     def _objective_fits(self) -> RunConfig:

@@ -72,6 +72,14 @@ def create_expert_groups(ep_size: int, timeout_seconds: float, *, data_before_ex
     return expert_group
 
 
+def forget_expert_groups() -> None:
+    """Forget the groups that DeepSpeed keeps by name: they ended with the process group that they were part of."""
+    groups._WORLD_GROUP = None
+    for kept in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS, groups._EXPERT_DATA_PARALLEL_GROUP,
+                 groups._EXPERT_DATA_PARALLEL_GROUP_RANKS):
+        kept.clear()
+
+
 def shard_experts(network: DiT, group: dist.ProcessGroup, device: torch.device) -> None:
     """Replace every layer's routed experts (on the meta device) by this rank's share and connect the path to the others.
 

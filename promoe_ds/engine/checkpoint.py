@@ -46,8 +46,8 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
     Args:
         same_run: whether it must be this very run's (`--resume auto`): then only FREE_FIELDS may differ. Otherwise only the
             architecture and the objective must agree.
-    Another layout (ranks, expert parallelism, ZeRO stage, precision) is resharded, and so are other settings of the optimizer,
-    since DeepSpeed puts the saved ones back; the same is loaded by DeepSpeed itself.
+    Another layout (ranks, expert parallelism, ZeRO stage, precision, order) is resharded, and so are other settings of the
+    optimizer, since DeepSpeed puts the saved ones back; the same is loaded by DeepSpeed itself.
     Raises: CheckpointError naming the fields that do not fit.
     """
     manifest = read_manifest(folder)
@@ -57,7 +57,7 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
         raise CheckpointError(f"{folder} belongs to {kind}: {'; '.join(differing)}")
     if session.ranks.is_main:
         _tell_changes(session, manifest, same_run=same_run)
-    layout = layout_of(session.config, session.deepspeed_plan, session.ranks.world_size)
+    layout = layout_of(session)
     same_optimizer = _beside_schedule(OptimizerConfig.model_validate(manifest.config["optimizer"])) == _beside_schedule(
         session.config.optimizer)
     if layout == manifest.layout and same_optimizer and not moves_experts(manifest, session.config):

@@ -34,7 +34,11 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What the shards of a checkpoint depend on."""
+    """What the shards of a checkpoint depend on.
+
+    aligned: parameters lie in another order than the network's own, those of odd sizes last (`engine.optimizer`); of checkpoints
+    that do not say it, false.
+    """
 
     world_size: int
     ep_size: int
@@ -42,10 +46,11 @@ class Layout:
     zero_stage: int
     precision: str
     data_before_expert: bool = False
+    aligned: bool = False
 
     def __str__(self) -> str:
         return (f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, parallel.dispatch={self.dispatch}, "
-                f"ZeRO {self.zero_stage}, {self.precision}")
+                f"ZeRO {self.zero_stage}, {self.precision}{', aligned' if self.aligned else ''}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from promoe_ds.config import RunConfig
 from promoe_ds.engine.foreign import token_choices
-from promoe_ds.engine.te_support import has_transformer_engine, megatron_fp8
+from promoe_ds.engine.te_support import BROKEN_INSTALLATION, find_transformer_engine, megatron_fp8
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
 from promoe_ds.moe.dispatch import CROSSINGS, ExpertFunction, PendingOutput
@@ -135,9 +135,11 @@ def require_megatron() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of optional libraries that we do not use
             import megatron.core.transformer.moe.moe_layer  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"parallel.dispatch=megatron needs megatron-core, which cannot be imported ({error}): pip install "
-                          "'promoe_ds[megatron]', or use parallel.dispatch=deepspeed") from None
+    except BROKEN_INSTALLATION as error:  # it imports Transformer Engine, where that is installed
+        remedy = ("pip install 'promoe_ds[megatron]'" if isinstance(error, ImportError)
+                  else "mend or remove Transformer Engine, which it imports")
+        raise ConfigError(f"parallel.dispatch=megatron needs megatron-core, which cannot be imported ({type(error).__name__}: "
+                          f"{error}): {remedy}, or use parallel.dispatch=deepspeed") from None
 
 
 def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.ProcessGroup,
@@ -153,18 +155,18 @@ def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.Process
     if config.parallel.megatron_dispatcher == "flex" and device.type != "cuda":
         raise ConfigError("parallel.megatron_dispatcher=flex is DeepEP's, which runs on CUDA devices alone: use alltoall or "
                           "allgather")
-    is_grouped = device.type == "cuda" and has_transformer_engine()
-    _log_choice(config.parallel.megatron_dispatcher, is_grouped)
-    on_cpu = device.type == "cpu"
+    library, problem = find_transformer_engine() if device.type == "cuda" else (None, "")
+    is_grouped, on_cpu = library is not None, device.type == "cpu"
+    _log_choice(config.parallel.megatron_dispatcher, is_grouped, problem)
     try:
         with cpu_construction() if on_cpu else nullcontext(), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that we leave at their defaults
             layer = MegatronLayer(_transformer_config(config, device, is_grouped=is_grouped),
                                   MoESubmodules(router=PlannedRouter, experts=_expert_spec(is_grouped)),
                                   pg_collection=_process_groups(group))
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # Megatron's config checks for libraries, too, with ValueError
         raise ConfigError(f"parallel.dispatch=megatron, parallel.megatron_dispatcher={config.parallel.megatron_dispatcher}: "
-                          f"Megatron misses a library ({error}): install it, or use parallel.dispatch=deepspeed") from None
+                          f"Megatron refuses or misses a library ({error}): mend it, or use parallel.dispatch=deepspeed") from None
     if on_cpu:
         prepare_dispatcher(layer)
     for module in layer.modules():
@@ -174,10 +176,12 @@ def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.Process
 
 
 @cache
-def _log_choice(dispatcher: str, is_grouped: bool) -> None:
-    """Say once what was chosen for every layer."""
+def _log_choice(dispatcher: str, is_grouped: bool, problem: str) -> None:
+    """Say once what was chosen for every layer, and what is the matter with Transformer Engine where there could be one."""
     _LOG.info("dispatcher %s, experts by %s", dispatcher,
               "Transformer Engine's grouped GEMM" if is_grouped else "a loop over Megatron's linear layers")
+    if problem:
+        _LOG.warning("no grouped GEMM without Transformer Engine: %s; pip install --upgrade 'promoe_ds[te]'", problem)
 
 
 def _transformer_config(config: RunConfig, device: torch.device, *, is_grouped: bool) -> TransformerConfig:
@@ -195,7 +199,7 @@ def _transformer_config(config: RunConfig, device: torch.device, *, is_grouped: 
         activation_func=F.silu if is_gated else partial(F.gelu, approximate="tanh"), bias_activation_fusion=False,
         gradient_accumulation_fusion=False, perform_initialization=False, use_cpu_initialization=not is_grouped,
         init_model_with_meta_device=is_grouped, disable_parameter_transpose_cache=True,  # our weights change under its hands
-        **megatron_fp8(config.precision, device))
+        **megatron_fp8(config))
 
 
 def _expert_spec(is_grouped: bool) -> Any:

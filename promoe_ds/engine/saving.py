@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from promoe_ds.config import DeepSpeedPlan, RunConfig
 from promoe_ds.config.schema import TrainConfig
 from promoe_ds.engine.distributed import from_main, gather_objects
 from promoe_ds.engine.manifest import MANIFEST, UNFINISHED, FileRecord, Layout, Manifest, list_checkpoints, step_folder, step_of
+from promoe_ds.engine.optimizer import is_reordered
 from promoe_ds.engine.session import Session
 from promoe_ds.engine.storage import RecordingStorage
 from promoe_ds.engine.versions import package_versions
@@ -22,11 +22,13 @@ from promoe_ds.logs import get_logger
 _LOG = get_logger("checkpoint")
 
 
-def layout_of(config: RunConfig, plan: DeepSpeedPlan, world_size: int) -> Layout:
+def layout_of(session: Session) -> Layout:
     """Return the layout that a run's checkpoints have."""
-    return Layout(world_size=world_size, ep_size=config.parallel.ep_size, dispatch=config.parallel.expert_storage,
+    config, plan = session.config, session.deepspeed_plan
+    return Layout(world_size=session.ranks.world_size, ep_size=config.parallel.ep_size, dispatch=config.parallel.expert_storage,
                   zero_stage=plan.zero_stage, precision=plan.precision,
-                  data_before_expert=bool(plan.json.get("use_data_before_expert_parallelism", False)))
+                  data_before_expert=bool(plan.json.get("use_data_before_expert_parallelism", False)),
+                  aligned=is_reordered(session.module, config.optimizer, plan.precision))
 
 
 class Saver:
@@ -138,9 +140,8 @@ def _finish(session: Session, root: Path, pending: _Pending, records: dict[str, 
             return f"rank 0: {problem}"
         manifest = Manifest(
             step=pending.step, samples_seen=pending.samples_seen, config=session.config.model_dump(mode="json"),
-            layout=layout_of(session.config, session.deepspeed_plan, session.ranks.world_size), files=records,
-            versions=package_versions(), averages_since=dict(session.optimizer.averages_since),
-            dataset_size=len(session.dataset))
+            layout=layout_of(session), files=records, versions=package_versions(),
+            averages_since=dict(session.optimizer.averages_since), dataset_size=len(session.dataset))
         manifest.write(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)

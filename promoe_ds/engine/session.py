@@ -84,7 +84,7 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
         block.compile_dense()
     uses_te = config.precision.uses_transformer_engine
     module = TrainingModule(network, use_transformer_engine(network, config, ranks.device) if uses_te else nullcontext).train()
-    optimizer = AdamWithEma(parameter_groups(module, config.optimizer), config.optimizer)
+    optimizer = AdamWithEma(parameter_groups(module, config.optimizer, deepspeed_plan.precision), config.optimizer)
     _LOG.info("optimizer: torch's fused AdamW, its state %s", "on the host" if deepspeed_plan.offloads else "with the weights")
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_plan.json, dist_init_required=False)
     engine.checkpoint_engine = RecordingStorage(background=config.train.async_checkpoint)

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from promoe_ds.config import RunConfig
-from promoe_ds.engine.te_support import ALIGNMENT, fp8_context, make_recipe, require_transformer_engine, resolved_recipe
+from promoe_ds.config.precision import fp8_multiple
+from promoe_ds.engine.te_support import (
+    fp8_context,
+    make_recipe,
+    require_transformer_engine,
+    resolved_recipe,
+    transformer_engine_version,
+)
 from promoe_ds.logs import get_logger
 from promoe_ds.model.blocks import DiTBlock
 from promoe_ds.model.dit import DiT
@@ -36,17 +43,25 @@ def use_transformer_engine(network: DiT, config: RunConfig,
     """
     te = require_transformer_engine(config.precision, device)
     is_fp8 = config.precision.compute == "fp8"
-    recipe = resolved_recipe(config.precision, device) if is_fp8 else "current"
+    recipe = resolved_recipe(config) if is_fp8 else "current"
     for block in network.blocks:
-        _replace_in_block(te, block, ALIGNMENT[recipe])
+        _replace_in_block(te, block, fp8_multiple(recipe))
         if is_fp8:
-            # Recomputation must see the scales of the first pass.
-            block.checkpoint = partial(te.checkpoint, use_reentrant=False)
+            block.checkpoint = partial(_recomputed_in_fp8, te)
             if block.is_moe:
                 block.moe.checkpoint = block.checkpoint
-    _LOG.info("matrix products of blocks by Transformer Engine %s%s", getattr(te, "__version__", ""),
+    _LOG.info("matrix products of blocks by Transformer Engine %s%s", transformer_engine_version(),
               f", FP8 with {recipe} scaling" if is_fp8 else "")
     return fp8_context(te, make_recipe(recipe)) if is_fp8 else nullcontext
+
+
+def _recomputed_in_fp8(te: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """Return function(*args), recomputed in the backward pass with the recipe and the scales of the first pass.
+
+    Transformer Engine looks for its own layers among a module's children and, finding none, recomputes outside FP8: those of
+    the routed experts lie in `GroupedKernel`, where it does not look. A plain function it always recomputes itself.
+    """
+    return te.checkpoint(lambda *values: function(*values), *args, use_reentrant=False)
 
 
 def _replace_in_block(te: Any, block: DiTBlock, multiple: int) -> None:

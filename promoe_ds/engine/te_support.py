@@ -1,73 +1,98 @@
-"""What Transformer Engine can do here: whether it is installed, which FP8 recipe the device has, what it wants of sizes."""
+"""What Transformer Engine can do here: whether it is installed and recent enough, and which FP8 recipe the device has."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from promoe_ds.config.precision import PrecisionConfig
+from promoe_ds.config import RunConfig
+from promoe_ds.config.precision import PrecisionConfig, fp8_multiple
 from promoe_ds.errors import ConfigError
 
-#: Compute capability from which a recipe runs: FP8 at all (Ada, Hopper), blocks (Hopper), MXFP8 (Blackwell).
-_NEEDS = {"delayed": (8, 9), "current": (8, 9), "block": (9, 0), "mxfp8": (10, 0)}
-#: Rows of every FP8 matrix product are a multiple of this.
-ALIGNMENT = {"delayed": 16, "current": 16, "block": 16, "mxfp8": 32}
+#: Before it grouped products had neither current scaling nor MXFP8, and `te.checkpoint` refused methods.
+LEAST_VERSION = (2, 3)
+#: What an installation that is broken or half there raises at its import, missing shared objects among it.
+BROKEN_INSTALLATION = (ImportError, OSError, RuntimeError, AssertionError)
+_TORCH_PART = "transformer_engine.pytorch"
+#: Recipes by the library's question whether device and CUDA have them.
+_QUESTIONS = {"delayed": "is_fp8_available", "current": "is_fp8_available", "block": "is_fp8_block_scaling_available",
+              "mxfp8": "is_mxfp8_available"}
 _CLASSES = {"delayed": "DelayedScaling", "current": "Float8CurrentScaling", "block": "Float8BlockScaling",
             "mxfp8": "MXFP8BlockScaling"}
 #: Megatron-core's names of the recipes.
 _MEGATRON_NAMES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise", "mxfp8": "mxfp8"}
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's torch part can be imported."""
+def find_transformer_engine() -> tuple[ModuleType | None, str]:
+    """Return the module `transformer_engine.pytorch`, or None and the reason why it cannot be used."""
     try:
-        importlib.import_module("transformer_engine.pytorch")
-    except ImportError:
-        return False
-    return True
+        module = importlib.import_module(_TORCH_PART)
+    except BROKEN_INSTALLATION as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        return None, f"it cannot be imported ({type(error).__name__}: {first_line})"
+    version = transformer_engine_version()
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < LEAST_VERSION:
+        return None, f"version {version} is installed, {_dotted(LEAST_VERSION)} is the first with grouped products of every recipe"
+    return module, ""
 
 
-def require_transformer_engine(precision: PrecisionConfig, device: torch.device) -> Any:
+def transformer_engine_version() -> str:
+    """Return the version of the installed Transformer Engine."""
+    return importlib.import_module("transformer_engine").__version__
+
+
+def require_transformer_engine(precision: PrecisionConfig, device: torch.device) -> ModuleType:
     """Return the module `transformer_engine.pytorch`.
 
-    Raises: ConfigError naming what is missing: a CUDA device or the library.
+    Raises: ConfigError naming what is missing: a CUDA device or the library, or what is wrong with it.
     """
     wanted = f"precision.compute={precision.compute}, precision.kernels={precision.kernels}"
     otherwise = "or set precision.compute=bf16 and precision.kernels=torch"
     if device.type != "cuda":
         raise ConfigError(f"{wanted}: Transformer Engine runs on CUDA devices alone, this process runs on the {device.type}: use a "
                           f"GPU, {otherwise}")
-    try:
-        return importlib.import_module("transformer_engine.pytorch")
-    except ImportError as error:
-        raise ConfigError(f"{wanted} needs Transformer Engine, which cannot be imported ({error}): pip install "
-                          f"'promoe_ds[te]', {otherwise}") from None
+    module, problem = find_transformer_engine()
+    if module is None:
+        raise ConfigError(f"{wanted} needs Transformer Engine, but {problem}: pip install --upgrade 'promoe_ds[te]' on this "
+                          f"machine, {otherwise}")
+    return module
 
 
-def choose_recipe(requested: str, capability: tuple[int, int]) -> str:
-    """Return the FP8 recipe that `precision.fp8_recipe` stands for on a device of this compute capability.
+def resolved_recipe(config: RunConfig) -> str:
+    """Return the FP8 recipe that `precision.fp8_recipe` stands for on this process's device, as the library judges it.
 
-    auto: MXFP8 where there is hardware for it, else current scaling, which has no history that a resumed run would miss.
-    Raises: ConfigError if the device cannot run it.
+    auto: MXFP8 where device and widths have it, else current scaling, which has no history that a resumed run would miss.
+    Raises: ConfigError with the library's reason if the device, its CUDA or the config cannot have it.
     """
+    requested = config.precision.fp8_recipe
     chosen = requested
     if requested == "auto":
-        chosen = "mxfp8" if capability >= _NEEDS["mxfp8"] else "current"
-    if capability < _NEEDS[chosen]:
-        possible = [name for name, needed in _NEEDS.items() if capability >= needed]
+        fits = config.fp8_misfit(fp8_multiple("mxfp8")) is None
+        chosen = "mxfp8" if fits and _problem("mxfp8") is None else "current"
+    problem = _problem(chosen)
+    if problem is not None:
+        possible = [name for name in _QUESTIONS if _problem(name) is None]
         remedy = f"use {' or '.join(possible)}" if possible else "use precision.compute=bf16"
-        raise ConfigError(f"precision.fp8_recipe={requested} needs compute capability {_dotted(_NEEDS[chosen])}, this device has "
-                          f"{_dotted(capability)}: {remedy}")
+        raise ConfigError(f"precision.fp8_recipe={requested}: Transformer Engine {transformer_engine_version()} cannot run "
+                          f"{chosen} scaling here: {problem.rstrip('.')}: {remedy}")
     return chosen
 
 
-def resolved_recipe(precision: PrecisionConfig, device: torch.device) -> str:
-    """Return the recipe for a CUDA device, as `choose_recipe` does."""
-    return choose_recipe(precision.fp8_recipe, torch.cuda.get_device_capability(device))
+def _problem(recipe: str) -> str | None:
+    """Return why the library cannot run a recipe on this process's device; None if it can."""
+    ask = getattr(importlib.import_module(_TORCH_PART), _QUESTIONS[recipe], None)
+    if ask is None:  # older versions keep the questions elsewhere
+        manager = importlib.import_module(f"{_TORCH_PART}.fp8").FP8GlobalStateManager
+        can, reason = getattr(manager, _QUESTIONS[recipe])()
+    else:
+        can, reason = ask(return_reason=True)
+    return None if can else reason
 
 
 def make_recipe(name: str) -> Any:
@@ -90,12 +115,12 @@ def fp8_context(te: Any, recipe: Any) -> Callable[[], AbstractContextManager]:
     return lambda: te.fp8_autocast(enabled=True, fp8_recipe=recipe)
 
 
-def megatron_fp8(precision: PrecisionConfig, device: torch.device) -> dict[str, str]:
+def megatron_fp8(config: RunConfig) -> dict[str, str]:
     """Return the settings of Megatron's config that make its grouped experts pad for FP8; none otherwise."""
-    if precision.compute != "fp8":
+    if config.precision.compute != "fp8":
         return {}
-    return {"fp8": "hybrid", "fp8_recipe": _MEGATRON_NAMES[resolved_recipe(precision, device)]}
+    return {"fp8": "hybrid", "fp8_recipe": _MEGATRON_NAMES[resolved_recipe(config)]}
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -23,6 +23,10 @@ def _needs_large_device() -> None:
         pytest.skip(f"the claim is about one H100 or larger, this is {torch.cuda.get_device_name()}")
 
 
+def test_self_test_no_part_fails(found: GpuReport) -> None:
+    assert found.failed == {}
+
+
 def test_self_test_of_every_backend_is_near_float64(found: GpuReport) -> None:
     for name, error in found.parity.items():
         tolerance = next(value for part, value in TOLERANCES.items() if part in name)
@@ -45,8 +49,8 @@ def test_step_of_promoe_xl_uses_the_device(found: GpuReport) -> None:
 
 def test_step_in_fp8_is_faster(found: GpuReport) -> None:
     _needs_large_device()
-    if "fp8" in found.not_available:
-        pytest.skip(found.not_available["fp8"])
+    if "promoe_xl, fp8" in found.not_available:
+        pytest.skip(found.not_available["promoe_xl, fp8"])
     fp8, bf16 = (found.steps[f"promoe_xl, {precision}"] for precision in ("fp8", "bf16"))
     assert fp8.images == bf16.images
     assert bf16.milliseconds >= 1.15 * fp8.milliseconds

@@ -19,7 +19,7 @@ from promoe_ds.analysis.benchmarks.layers import initialised, layer_pass, mixtur
 from promoe_ds.analysis.benchmarks.timing import BenchmarkResult, Timing, interleave
 from promoe_ds.analysis.plan.trace import CollectiveWatch
 from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.errors import TrainingError
+from promoe_ds.errors import ConfigError, TrainingError
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe import DeepSpeedDispatcher, MoELayer, StackedExperts
 from promoe_ds.routing import partition_samples
@@ -37,7 +37,9 @@ def benchmark_dispatch(*, tokens: int, rounds: int, recipe: str = "promoe_s", ra
     sent to one another, and `ideal`: rows whose expert lives elsewhere, four times.
     Args:
         tokens: of one rank, whole images.
+    Raises: ConfigError for more ranks than devices, where there are any and DS_ACCELERATOR=cpu does not ask for CPUs.
     """
+    _check_ranks(ranks)
     config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     values = config.model_dump(mode="json")
     values["parallel"] |= {"ep_size": ranks, "dispatch": "deepspeed"}
@@ -55,6 +57,15 @@ def benchmark_dispatch(*, tokens: int, rounds: int, recipe: str = "promoe_s", ra
         result = json.loads(target.read_text(encoding="utf-8"))
     timings = {name: Timing(**timing) for name, timing in result.pop("timings").items()}
     return BenchmarkResult(suite="dispatch", timings=timings, **result)
+
+
+def _check_ranks(ranks: int) -> None:
+    if ranks < 1:
+        raise ConfigError(f"--ranks {ranks}: must be at least 1")
+    devices = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
+    if 0 < devices < ranks:
+        raise ConfigError(f"--ranks {ranks}: every rank takes a CUDA device of its own and this machine shows {devices}: use at "
+                          f"most {devices}, or set DS_ACCELERATOR=cpu to time the exchange between CPU processes")
 
 
 def exchange_layer(config: RunConfig, group: dist.ProcessGroup) -> MoELayer:

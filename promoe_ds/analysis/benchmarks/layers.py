@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.analysis.benchmarks.contenders import library_layers, single_process
+from promoe_ds.analysis.benchmarks.contenders import fp8_layer, library_layers, single_process
 from promoe_ds.analysis.benchmarks.timing import BenchmarkResult, interleave
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.engine.step import TrainingModule
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, PromoeError
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.model.routers import ROUTERS, build_router
-from promoe_ds.moe.experts import FeedForward
+from promoe_ds.moe.experts import EXPERT_PARAMETERS, FeedForward
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing import ClassificationRouter, Partition, Router, partition_samples
 
@@ -60,8 +61,18 @@ def layer_contenders(config: RunConfig, images: int, device: torch.device,
     layers = {name: initialised(build_moe_layer(config)).to(device, dtype)
               for name in ("moe", "moe_loop_backend", "per_expert_loop")}
     layers["moe_loop_backend"].routed.backend = "loop"
+    context: Callable[[], AbstractContextManager] = nullcontext
+    if dtype == torch.bfloat16:  # what FP8 weights are
+        try:
+            layers["moe_fp8"], context = fp8_layer(config, device, dtype)
+            initialised(layers["moe_fp8"])
+        except (PromoeError, ImportError) as error:
+            missing["moe_fp8"] = str(error)
     for name, layer in (layers | libraries).items():
-        call = (_loop_call if name == "per_expert_loop" else _layer_call)(layer, partition)
+        if name == "per_expert_loop":
+            call = _loop_call(layer, partition)
+        else:
+            call = _layer_call(layer, partition, context if name == "moe_fp8" else nullcontext)
         contenders[name] = lambda layer=layer, call=call: _pass(layer, call, inputs, direction)
     return contenders, missing
 
@@ -163,31 +174,42 @@ def _pass(module: nn.Module, call: Callable[[Tensor], tuple[Tensor, list[Tensor]
     torch.autograd.backward([output, *losses], [direction, *(None for _ in losses)])
 
 
-def _layer_call(layer: MoELayer, partition: Partition) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
+def _layer_call(layer: MoELayer, partition: Partition,
+                context: Callable[[], AbstractContextManager] = nullcontext) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
     def _call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        output, plan = layer(tokens, partition)
+        with context():
+            output, plan = layer(tokens, partition)
         return output, list(plan.aux_losses.values())
 
     return _call
 
 
 def _loop_call(layer: MoELayer, partition: Partition) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
+    """Return a pass that looks up and computes the tokens of one expert after the other; for any K and expert type."""
     def _call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         plan = layer.route(tokens, partition)
-        flat, routed, assignment = tokens.flatten(0, 1), layer.routed, plan.assignment
-        every = torch.arange(routed.num_local_experts, device=flat.device)
-        experts = torch.repeat_interleave(every, assignment.tokens_per_expert_E)
-        chosen = torch.empty_like(experts).index_copy_(0, assignment.token_ids_N, experts)
-        gates = torch.empty_like(assignment.gates_N).index_copy(0, assignment.token_ids_N, assignment.gates_N)
+        flat, assignment = tokens.flatten(0, 1), plan.assignment
+        every = torch.arange(layer.routed.num_local_experts, device=flat.device)
+        expert_N = torch.repeat_interleave(every, assignment.tokens_per_expert_E)
         output = layer.shared(flat)
-        for expert in range(routed.num_local_experts):
-            ids = torch.where(chosen == expert)[0]
-            hidden = F.gelu(F.linear(flat[ids], routed.up_weight[expert], routed.up_bias[expert]), approximate="tanh")
-            result = F.linear(hidden, routed.down_weight[expert], routed.down_bias[expert])
-            output = output.index_add(0, ids, (result * gates[ids, None]).to(output.dtype))
+        weights = zip(*(getattr(layer.routed, name).unbind(0) for name in EXPERT_PARAMETERS[layer.routed.expert_type]), strict=True)
+        for expert, values in enumerate(weights):
+            rows = torch.where(expert_N == expert)[0]
+            ids = assignment.token_ids_N[rows]
+            result = _one_expert(layer.routed.expert_type, flat[ids], values)
+            output = output.index_add(0, ids, (result * assignment.gates_N[rows, None]).to(output.dtype))
         return output.view_as(tokens), list(plan.aux_losses.values())
 
     return _call
+
+
+def _one_expert(expert_type: str, x: Tensor, values: tuple[Tensor, ...]) -> Tensor:
+    """Compute one expert with its parameters in the order of EXPERT_PARAMETERS."""
+    if expert_type == "gelu":
+        up, up_bias, down, down_bias = values
+        return F.linear(F.gelu(F.linear(x, up, up_bias), approximate="tanh"), down, down_bias)
+    gate, up, down = values
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def initialised(module: nn.Module) -> nn.Module:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from promoe_ds.analysis.benchmarks.contenders import library_layers
+from promoe_ds.analysis.benchmarks.contenders import fp8_layer, library_layers
 from promoe_ds.analysis.benchmarks.layers import initialised
-from promoe_ds.analysis.benchmarks.step import for_timing, open_session
+from promoe_ds.analysis.benchmarks.step import for_timing, in_session
 from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.errors import ConfigError
-from promoe_ds.model import DiT, build_model
+from promoe_ds.engine.step import TrainingModule
+from promoe_ds.errors import PromoeError, TrainingError
+from promoe_ds.model import build_model
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe.experts import BACKENDS
 from promoe_ds.moe.layer import MoELayer
@@ -22,58 +27,58 @@ PRECISIONS = ("fp32", "bf16", "fp8")
 _IMAGES = 4
 
 
-def with_precision(config: RunConfig, precision: str) -> RunConfig:
-    """Return a config that computes in `precision`.
+def layer_comparisons(config: RunConfig, device: torch.device,
+                      dtype: torch.dtype) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
+    """Return what compares one layer by each backend with the loop in float64, on the same routing decision.
 
-    Raises: ConfigError if this version has no FP8, or the recipe does not fit it.
+    Returns: by backend, what returns the largest error of outputs, input gradients and expert gradients over their largest
+    value; and why other backends are missing.
     """
-    if precision != "fp8":
-        return config
-    values = config.model_dump(mode="json")
-    if "precision" not in values:
-        raise ConfigError("precision.compute=fp8: this version computes in fp32 and bf16 alone")
-    values["precision"] |= {"compute": "fp8"}
-    return config_from_dict(values, source=f"{config.name} in fp8")
-
-
-def layer_parity(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, str]]:
-    """Compare one layer by every backend with the loop in float64, on the same routing decision.
-
-    Returns: the largest error of outputs, input gradients and expert gradients over their largest value, by backend; and why
-    other backends are missing.
-    """
-    layers: dict[str, MoELayer] = {}
+    layers: dict[str, tuple[MoELayer, Callable[[], AbstractContextManager]]] = {}
     for backend in BACKENDS:
-        layers[backend] = initialised(build_moe_layer(config)).to(device, dtype)
-        layers[backend].routed.backend = backend
+        layers[backend] = initialised(build_moe_layer(config)).to(device, dtype), nullcontext
+        layers[backend][0].routed.backend = backend
     libraries, missing = library_layers(config, device, dtype)
+    layers |= {name: (layer, nullcontext) for name, layer in libraries.items()}
+    try:
+        layer, context = fp8_layer(config, device, dtype)
+        layers["fp8"] = initialised(layer), context
+    except (PromoeError, ImportError) as error:
+        missing["layer, fp8"] = str(error)
+    return {f"layer, {name}": partial(_compare_layer, config, layer, context, device)
+            for name, (layer, context) in layers.items()}, missing
+
+
+def _compare_layer(config: RunConfig, layer: MoELayer, context: Callable[[], AbstractContextManager],
+                   device: torch.device) -> float:
+    dtype = next(layer.parameters()).dtype
     torch.manual_seed(0)
     tokens = torch.randn(_IMAGES, config.model.tokens_per_image, config.model.hidden_size, device=device, dtype=dtype)
     labels = torch.arange(_IMAGES, device=device)
     labels[-1] = config.model.null_label
     partition = partition_samples(labels, config.model.null_label)
-    errors = {}
-    for name, layer in (layers | libraries).items():
-        with torch.no_grad():
-            plan = layer.route(tokens, partition)
-        found = _results(layer, tokens, partition, plan)
-        reference = initialised(build_moe_layer(config)).to(device).double()
-        _copy_weights(layer, reference)
-        reference.routed.backend = "loop"
-        errors[f"layer, {name}"] = _largest_error(found, _results(reference, tokens.double(), partition, plan))
-    return errors, missing
+    with torch.no_grad():
+        plan = layer.route(tokens, partition)
+    found = _results(layer, tokens, partition, plan, context)
+    reference = initialised(build_moe_layer(config)).to(device).double()
+    _copy_weights(layer, reference)
+    reference.routed.backend = "loop"
+    return _largest_error(found, _results(reference, tokens.double(), partition, plan))
 
 
 def network_parity(config: RunConfig, precision: str, device: torch.device) -> float:
     """Compare the trainer's network in `precision` with the same weights in float64: relative error of the prediction.
 
     Near ties between prototypes may fall differently: they are part of the error.
+    Raises: TrainingError if FP8 was asked for and the prediction is the one without it.
     """
-    with open_session(for_timing(config, micro_batch=_IMAGES), bf16=precision != "fp32") as session:
-        return _distance_to_float64(session.module.denoiser, config, device)
+    return in_session(for_timing(config, micro_batch=_IMAGES), lambda session: distance_to_float64(session.module, device),
+                      bf16=precision != "fp32")
 
 
-def _distance_to_float64(network: DiT, config: RunConfig, device: torch.device) -> float:
+def distance_to_float64(module: TrainingModule, device: torch.device) -> float:
+    """Fill a network with numbers, run it as training runs it, and return how far it is from float64; as `network_parity`."""
+    network, config = module.denoiser, module.denoiser.config
     with torch.no_grad():
         for index, parameter in enumerate(network.parameters()):  # an untrained network predicts zero
             generator = torch.Generator().manual_seed(index)
@@ -86,8 +91,13 @@ def _distance_to_float64(network: DiT, config: RunConfig, device: torch.device) 
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(_IMAGES, model.in_channels, model.input_size, model.input_size, generator=generator).to(device)
     timestep, labels = torch.linspace(100, 900, _IMAGES, device=device), torch.arange(_IMAGES, device=device)
+    network.eval()
     with torch.no_grad():
-        found = network.eval()(latents, timestep, labels).double()
+        with module.compute_context():
+            found = network(latents, timestep, labels).double()
+        if config.precision.compute == "fp8" and torch.equal(found, network(latents, timestep, labels).double()):
+            raise TrainingError(f"{config.name}: with FP8 the network predicts, bit for bit, what it predicts without: its layers "
+                                "did not compute in FP8, and no error of FP8 was measured")
         expected = reference(latents.double(), timestep.double(), labels)
     return float((found - expected).norm() / expected.norm())
 
@@ -96,16 +106,17 @@ def _plain(config: RunConfig) -> RunConfig:
     """Return a config for float64: one expert after the other, torch's own layers."""
     values = config.model_dump(mode="json")
     values["parallel"] |= {"expert_backend": "loop"}
-    if "precision" in values:
-        values["precision"] |= {"compute": "auto"}
+    values["precision"] |= {"compute": "auto", "fp8_recipe": "auto", "kernels": "torch"}
     return config_from_dict(values, source=config.name)
 
 
-def _results(layer: MoELayer, tokens: Tensor, partition: Partition, plan: RoutingPlan) -> list[Tensor]:
+def _results(layer: MoELayer, tokens: Tensor, partition: Partition, plan: RoutingPlan,
+             context: Callable[[], AbstractContextManager] = nullcontext) -> list[Tensor]:
     """Return output, gradient of the tokens and of the routed experts."""
     layer.zero_grad(set_to_none=True)
     tokens = tokens.detach().requires_grad_()
-    output = layer.apply_experts(tokens, partition, plan)
+    with context():
+        output = layer.apply_experts(tokens, partition, plan)
     generator = torch.Generator().manual_seed(1)
     output.backward(torch.randn(output.shape, generator=generator).to(output))
     experts = [parameter.grad for _, parameter in sorted(layer.routed.named_parameters())]

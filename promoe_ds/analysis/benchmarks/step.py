@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,8 @@ from promoe_ds.analysis.benchmarks.layers import mixture_recipe
 from promoe_ds.analysis.benchmarks.timing import BenchmarkResult, interleave, keep_freed_memory
 from promoe_ds.config import RunConfig, config_from_dict, count_parameters, plan_batches, resolve_deepspeed
 from promoe_ds.errors import PromoeError
+
+_T = TypeVar("_T")
 
 
 def benchmark_step(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> BenchmarkResult:
@@ -80,18 +81,32 @@ def session_of(config: RunConfig, *, bf16: bool) -> Any:
     return build_session(config, plan, batches, Ranks(rank=0, world_size=1, device=device), build_dataset(config))
 
 
-@contextmanager
-def open_session(config: RunConfig, *, bf16: bool) -> Iterator[Any]:
-    """Give a session for a while; its engine, which hooks tie to the process, is taken apart afterwards."""
+def in_session(config: RunConfig, body: Callable[[Any], _T], *, bf16: bool) -> _T:
+    """Return body(session) for a session of its own, of which nothing is left in memory afterwards.
+
+    A session is full of references to itself and can be collected only when no frame holds it any more: neither the body's nor,
+    after an error, those that the error keeps until it has been dealt with. So collection comes after, and again before the next.
+    """
+    free_memory()
+    try:
+        return _run_in_session(config, body, bf16)
+    finally:
+        free_memory()
+
+
+def _run_in_session(config: RunConfig, body: Callable[[Any], _T], bf16: bool) -> _T:
     session = session_of(config, bf16=bf16)
     try:
-        yield session
+        return body(session)
     finally:
-        session.engine.destroy()
-        del session
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        session.engine.destroy()  # its hooks tie it to the process
+
+
+def free_memory() -> None:
+    """Collect what nobody holds any more, and give the device's cached blocks back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def step_call(session: Any) -> Any:

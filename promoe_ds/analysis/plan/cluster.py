@@ -46,6 +46,8 @@ class Layout:
 
     bucket: elements of a gradient bucket (`zero_optimization.reduce_bucket_size`); overlap: `overlap_comm`, two buckets.
     touched_only: count of a bucket only what is written: what a CPU, which maps pages at their first use, really holds.
+    offload: masters, moments and averages lie in the host's memory, and the update runs there (`offload_optimizer`);
+    data_before_expert: ranks that share experts are spread (`use_data_before_expert_parallelism`), not neighbours.
     """
 
     world_size: int
@@ -56,11 +58,18 @@ class Layout:
     bucket: int = DEFAULT_BUCKET
     overlap: bool = True
     touched_only: bool = False
+    offload: bool = False
+    data_before_expert: bool = False
 
     @property
     def number_bytes(self) -> int:
         """Bytes of a weight, a gradient and an activation."""
         return 2 if self.precision == "bf16" else 4
+
+    def expert_ranks(self, ep_size: int) -> list[int]:
+        """Return the ranks that share rank 0's experts."""
+        stride = self.world_size // ep_size if self.data_before_expert else 1
+        return [stride * index for index in range(ep_size)]
 
 
 def layout_of(batches: BatchPlan, deepspeed: DeepSpeedPlan, *, touched_only: bool = False) -> Layout:
@@ -68,7 +77,9 @@ def layout_of(batches: BatchPlan, deepspeed: DeepSpeedPlan, *, touched_only: boo
     zero = deepspeed.json.get("zero_optimization", {})
     return Layout(world_size=batches.world_size, micro_batch=batches.micro_batch, accumulation=batches.accumulation,
                   zero_stage=deepspeed.zero_stage, precision=deepspeed.precision, touched_only=touched_only,
-                  bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)), overlap=bool(zero.get("overlap_comm", False)))
+                  bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)), overlap=bool(zero.get("overlap_comm", False)),
+                  offload=deepspeed.offloads,
+                  data_before_expert=bool(deepspeed.json.get("use_data_before_expert_parallelism", False)))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ RESERVE = 0.08
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one rank at its fullest moment, by kind; `phase` says when that is."""
+    """Bytes of one rank at its fullest moment, by kind; `phase` says when that is. `host` lies in the host's memory."""
 
     weights: int
     gradients: int
@@ -30,11 +30,12 @@ class Memory:
     exchange: int
     buckets: int
     phase: str
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All kinds."""
-        return sum(value for value in asdict(self).values() if isinstance(value, int))
+        """All kinds on the device."""
+        return sum(value for value in asdict(self).values() if isinstance(value, int)) - self.host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ def _memory(shapes: PassShapes, layout: Layout) -> Memory:
     Later passes of an accumulation, and the update, find the gradients of earlier ones; the traced pass holds its own.
     """
     states, peak = shapes.states, shapes.peak
-    kept = {"weights": states.weights, "optimizer": states.optimizer, "ema": states.ema}
+    kept = {"weights": states.weights, "optimizer": states.optimizer, "ema": states.ema, "host": states.host}
     gradients = peak.get("gradients", 0)
     if layout.accumulation > 1:
         gradients = max(gradients, states.gradients)

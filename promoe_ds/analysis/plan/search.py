@@ -18,13 +18,14 @@ _FULL_PLANS = 4
 
 @dataclass(frozen=True)
 class Choice:
-    """One layout tried: estimated bytes of a rank and seconds of a step."""
+    """One layout tried: estimated bytes of a rank and seconds of a step, and whether the memory suffices."""
 
     ep_size: int
     micro_batch: int
     activation_checkpointing: str
     bytes: float
     seconds: float
+    fits: bool
 
 
 def best_layout(config: RunConfig, layout: Layout, cluster: Cluster) -> tuple[StepPlan, list[Choice]]:
@@ -43,7 +44,7 @@ def best_layout(config: RunConfig, layout: Layout, cluster: Cluster) -> tuple[St
             tried += _largest_that_fit(config, layout, cluster, ep_size, mode)
     capacity = (1 - RESERVE) * cluster.device.memory
     ranked = sorted(tried, key=lambda choice: choice.seconds)
-    for choice in [choice for choice in ranked if choice.bytes <= capacity][:_FULL_PLANS]:
+    for choice in [choice for choice in ranked if choice.fits][:_FULL_PLANS]:
         chosen, placed = _with(config, layout, choice.ep_size, choice.micro_batch, choice.activation_checkpointing)
         plan = plan_step(chosen, placed, cluster)
         if plan.fits:
@@ -62,8 +63,8 @@ def _largest_that_fit(config: RunConfig, layout: Layout, cluster: Cluster, ep_si
     for micro in [n for n in range(share, 0, -1) if share % n == 0]:
         chosen, placed = _with(config, layout, ep_size, micro, mode)
         needed, seconds = _estimate(chosen, placed, cluster)
-        tried.append(Choice(ep_size, micro, mode, needed, seconds))
-        if needed <= (1 - RESERVE) * cluster.device.memory:
+        tried.append(Choice(ep_size, micro, mode, needed, seconds, fits=needed <= (1 - RESERVE) * cluster.device.memory))
+        if tried[-1].fits:
             break
     return tried
 

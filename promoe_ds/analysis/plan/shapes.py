@@ -59,7 +59,7 @@ def trace_pass(config: RunConfig, layout: Layout, expert_group: dist.ProcessGrou
     _check_can_be_planned(config)
     group = None
     if config.parallel.resolved_dispatch == "deepspeed":
-        group = expert_group or dist.new_group(list(range(config.parallel.ep_size)))
+        group = expert_group or dist.new_group(layout.expert_ranks(config.parallel.ep_size))
     rows: list[int] = []
     with FakeTensorMode():
         module = TrainingModule(_local_network(config, layout, group)).train()

@@ -15,12 +15,17 @@ from promoe_ds.config import RunConfig
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Reached shares of peak: matrix products, attention, memory bandwidth, links."""
+    """Reached shares of peak: matrix products, attention, memory bandwidth, links.
+
+    For an offloaded update, bytes/s of a rank: host_memory, its share of the host's; host_link, between device and host.
+    """
 
     matrix: float = 0.7
     attention: float = 0.5
     memory: float = 0.8
     link: float = 0.8
+    host_memory: float = 25e9
+    host_link: float = 25e9
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ def step_time(config: RunConfig, layout: Layout, cluster: Cluster, shapes: PassS
     states = shapes.states
     # Gradients, masters, both moments and the average are read, all but the gradients written; and the weights.
     update = (2 * states.optimizer + 2 * states.ema + 2 * states.gradients) / bandwidth
+    if layout.offload:  # gradients go down, weights come back
+        update = 2 * states.host / efficiency.host_memory + (states.gradients + states.weights) / efficiency.host_link
     return StepTime(matrix=seconds.get("matrix", 0.0), attention=seconds.get("attention", 0.0), other=seconds.get("other", 0.0),
                     update=update, exchange=links["exchange"] - hidden + links["centroids"], gradients=gradients,
                     weights=links["weights"])

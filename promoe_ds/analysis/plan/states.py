@@ -34,7 +34,8 @@ class Partition:
 class States:
     """Bytes of one rank.
 
-    gradients: kept from the backward pass to the update; update: what the update adds at its peak.
+    gradients: kept from the backward pass to the update; update: what the update adds at its peak; host: of the optimizer, the
+    averages and the update's fp32 gradients, what lies in the host's memory instead.
     """
 
     weights: int
@@ -42,23 +43,28 @@ class States:
     optimizer: int
     ema: int
     update: int
+    host: int = 0
 
 
 def rank_states(config: RunConfig, network: nn.Module, layout: Layout) -> States:
     """Compute the states of the rank that holds most."""
     ep_size, size = config.parallel.ep_size, layout.number_bytes
-    groups = parameter_groups(network, config.optimizer)
+    averages = len(config.optimizer.averages)
+    groups = parameter_groups(network, config.optimizer, layout.precision)
     if layout.zero_stage == 0:
         held = sum(p.numel() for group in groups for p in group["params"])
-        return States(weights=size * held, gradients=size * held, optimizer=8 * held, ema=4 * held, update=0)
+        return States(weights=size * held, gradients=size * held, optimizer=8 * held, ema=4 * averages * held, update=0)
     parts = [_cut([p.numel() for p in group["params"]], layout.world_size // (ep_size if group.get("moe") else 1))
              for group in groups]
     padded, owned = sum(part.padded for part in parts), sum(part.owned for part in parts)
     copied = sum(part.copied for part in parts)
     held = copied if layout.zero_stage == 2 else padded + copied
     # The update flattens one group's gradients after the other, and casts bf16 ones to fp32.
+    optimizer, ema = 12 * owned, 4 * averages * owned
+    if layout.offload:
+        return States(weights=size * padded, gradients=size * held, optimizer=0, ema=0, update=0, host=optimizer + ema + 4 * owned)
     update = max(part.owned for part in parts) * (4 if size == 4 else 6)
-    return States(weights=size * padded, gradients=size * held, optimizer=12 * owned, ema=4 * owned, update=update)
+    return States(weights=size * padded, gradients=size * held, optimizer=optimizer, ema=ema, update=update)
 
 
 def _cut(sizes: list[int], ranks: int) -> Partition:

@@ -26,7 +26,8 @@ def step_traffic(config: RunConfig, layout: Layout, cluster: Cluster, shapes: Pa
     ep_size = config.parallel.ep_size
     count = count_parameters(config)
     dense, routed = (layout.number_bytes * n for n in (count.dense + count.unconditional, count.routed // ep_size))
-    reduced = _sum(_ring(dense, layout.world_size, 1, cluster), _ring(routed, layout.world_size // ep_size, ep_size, cluster))
+    stride = 1 if layout.data_before_expert else ep_size
+    reduced = _sum(_ring(dense, layout.world_size, 1, cluster), _ring(routed, layout.world_size // ep_size, stride, cluster))
     # ZeRO 2 reduces after every pass; without ZeRO an all-reduce is two rings and there is no gathering of weights.
     gradients = _times(reduced, layout.accumulation if layout.zero_stage == 2 else 1)
     centroids = sum(one.bytes_by_member[0] for one in shapes.sent if one.name == "allreduce_")

@@ -12,14 +12,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.analysis.plan import Cluster, Layout, best_layout, fake_world, plan_step
+from promoe_ds.analysis.plan import Cluster, Layout, best_layout, fake_world, layout_of, plan_step
+from promoe_ds.analysis.plan.planner import RESERVE
+from promoe_ds.analysis.plan.report import choice_lines, plan_lines
 from promoe_ds.analysis.plan.search import _estimate
 from promoe_ds.analysis.plan.shapes import trace_pass
 from promoe_ds.analysis.plan.speed import Efficiency
 from promoe_ds.analysis.plan.states import _cut, rank_states
 from promoe_ds.analysis.plan.trace import ShapeTrace
 from promoe_ds.analysis.plan.traffic import Link, _ring
-from promoe_ds.config import RunConfig, count_parameters, load_config, training_flops_per_image
+from promoe_ds.config import (
+    RunConfig,
+    count_parameters,
+    load_config,
+    plan_batches,
+    plan_memory,
+    resolve_deepspeed,
+    training_flops_per_image,
+)
 from promoe_ds.config.devices import DEVICES, bf16_peak, find_device, find_network
 from promoe_ds.errors import ConfigError
 
@@ -148,6 +158,46 @@ def test_states_of_one_rank_hold_everything(stage: int) -> None:
     assert states.optimizer == (12 if stage else 8) * 110
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("sections", [{}, {"ema_decays": [0.999, 0.9999], "ema_power_lengths": [0.05]}])
+def test_plan_and_dry_run_agree_on_states(stage: int, sections: dict) -> None:
+    run = config(optimizer=sections)
+    dry = plan_memory(run, world_size=4, zero_stage=stage, precision="fp32")
+    with fake_world(4):
+        memory = plan_step(run, layout(zero_stage=stage), cluster()).memory
+    assert len(run.optimizer.averages) == (3 if sections else 1)
+    for kind in ("weights", "optimizer", "ema"):
+        assert getattr(memory, kind) == pytest.approx(getattr(dry, kind), rel=1e-3), kind  # but for DeepSpeed's alignment
+
+
+def test_plan_of_an_offloaded_optimizer_holds_it_on_the_host() -> None:
+    run = config()
+    values = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    batches = plan_batches(run, 4)
+    deepspeed = resolve_deepspeed(values, run, batches, source="test")
+    offloaded = layout_of(batches, deepspeed)
+    with fake_world(4):
+        here, there = (plan_step(run, one, cluster()) for one in (replace(offloaded, offload=False), offloaded))
+    assert (there.memory.optimizer, there.memory.ema) == (0, 0)
+    owned = here.memory.ema // 4
+    assert there.memory.host == here.memory.optimizer + here.memory.ema + 4 * owned
+    assert here.memory.total - there.memory.total >= here.memory.optimizer + here.memory.ema
+    assert there.time.update > here.time.update
+    assert any("in host memory" in line for line in plan_lines(there)) and not any("host" in line for line in plan_lines(here))
+    dry = plan_memory(run, world_size=4, zero_stage=2, precision="fp32", offload=deepspeed.offloads)
+    assert (dry.host, dry.device) == (dry.optimizer + dry.ema, dry.weights + dry.gradients)
+
+
+def test_plan_of_spread_expert_groups_exchanges_between_nodes() -> None:
+    run = config(parallel={"ep_size": 2})
+    spread = layout(data_before_expert=True)
+    with fake_world(4):
+        near, far = (plan_step(run, one, cluster(nodes=2, gpus_per_node=2)).traffic for one in (layout(), spread))
+    assert near["exchange"].between_nodes == 0 < near["exchange"].inside_node
+    assert far["exchange"] == Link(0, near["exchange"].inside_node)
+    assert far["gradients"].between_nodes < near["gradients"].between_nodes
+
+
 def test_plan_parameters_of_a_rank_are_its_share() -> None:
     run = config()
     count = count_parameters(run)
@@ -212,6 +262,9 @@ def test_search_takes_the_largest_micro_batch_that_fits() -> None:
     assert tight.memory.total < roomy.memory.total
     assert tight.layout.micro_batch * tight.layout.accumulation == 32
     assert [choice.seconds for choice in tried] == sorted(choice.seconds for choice in tried)
+    assert {choice.fits for choice in tried} == {True, False}
+    marked = [line.endswith("does not fit") for line in choice_lines(tried, limit=len(tried))[1:]]
+    assert marked == [choice.bytes > (1 - RESERVE) * tight.cluster.device.memory for choice in tried]
 
 
 def test_plan_of_what_shapes_cannot_follow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +289,8 @@ def test_devices_unknown_name_is_refused_with_the_nearest() -> None:
         find_network("infiniband")
     assert find_device("H200").memory > H100.memory
     assert bf16_peak("NVIDIA H100 80GB HBM3") == H100.flops["bf16"]
+    assert bf16_peak("NVIDIA H100 PCIe") == DEVICES["h100-pcie"].flops["bf16"] < H100.flops["bf16"]
+    assert bf16_peak("NVIDIA H200 NVL") == DEVICES["h200-nvl"].flops["bf16"] < bf16_peak("NVIDIA H200")
     assert bf16_peak("Tesla T4") is None
 
 

@@ -268,7 +268,9 @@ def test_dispatch_foreign_is_refused_where_experts_choose(dispatch: str, method:
     ({"precision": {"fp8_recipe": "block"}}, "fp8_recipe=block has no use for compute=auto: set compute=fp8"),
     ({"precision": {"compute": "fp8", "kernels": "torch"}}, "kernels=torch has no FP8 path (compute=fp8)"),
     ({"precision": {"compute": "fp8"}, "routing": {"expert_width": 24}},
-     "needs widths of a multiple of 16, but routing.expert_width is 24: change it, or use bf16"),
+     "precision.compute=fp8 needs widths of a multiple of 16, but routing.expert_width is 24: change it, or use bf16"),
+    ({"precision": {"compute": "fp8", "fp8_recipe": "mxfp8"}, "model": {"hidden_size": 32}, "routing": {"expert_width": 48}},
+     "precision.fp8_recipe=mxfp8 needs widths of a multiple of 32, but routing.expert_width is 48: change it, or use bf16"),
     ({"precision": {"compute": "fp8"}, "parallel": {"compile": True}}, "cannot look into Transformer Engine's layers"),
 ])
 def test_precision_that_cannot_run_is_refused(sections: dict[str, dict[str, Any]], message: str) -> None:

@@ -20,20 +20,27 @@ RECIPES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP
 
 
 class _State:
-    """What the library knows of a process: the recipe in force; how its layers were called."""
+    """What the library knows of a process: the recipe in force; how its layers were called, under which recipe.
+
+    rounds: whether inputs of products under a recipe are rounded to FP8; without, arithmetic is exact.
+    """
 
     def __init__(self) -> None:
         self.recipe: Any = None
         self.rows: list[tuple[str, int]] = []
+        self.products: list[tuple[str, str | None]] = []
+        self.rounds = False
 
-    def check(self, kind: str, rows: Tensor, splits: list[int]) -> None:
+    def check(self, kind: str, rows: Tensor, splits: list[int]) -> Tensor:
         self.rows.append((kind, rows.shape[0]))
+        self.products.append((kind, None if self.recipe is None else self.recipe.name))
         assert rows.shape[0] == sum(splits)
         assert rows.shape[0] > 0, "an empty product"
         if self.recipe is not None:
             multiple = 32 if self.recipe.name.startswith("MXFP8") else 16
             assert all(split % multiple == 0 for split in splits), splits
-            assert rows.shape[1] % 16 == 0
+            assert rows.shape[1] % multiple == 0
+        return rows.to(torch.float8_e4m3fn).to(rows.dtype) if self.rounds and self.recipe is not None else rows
 
 
 class _Base(nn.Module):
@@ -48,8 +55,9 @@ class _Base(nn.Module):
         super().register_parameter(name, param)
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> _State:
-    """Make `transformer_engine` importable for one test."""
+def install(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (9, 0), cuda: float = 12.9,
+            version: str = "2.20.2") -> _State:
+    """Make `transformer_engine` importable for one test, on a device of this compute capability."""
     state = _State()
 
     class Linear(_Base):
@@ -64,7 +72,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> _State:
                 self.bias = torch.empty(0)
 
         def forward(self, inp: Tensor) -> Tensor:
-            state.check("linear", inp, [inp.shape[0]])
+            inp = state.check("linear", inp, [inp.shape[0]])
             return F.linear(inp, self.weight, self.bias if self.bias.numel() else None)
 
     class LayerNorm(_Base):
@@ -93,7 +101,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> _State:
         def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
             assert isinstance(m_splits, list)
             assert len(m_splits) == self.num_gemms
-            state.check("grouped", inp, m_splits)
+            inp = state.check("grouped", inp, m_splits)
             return torch.cat([F.linear(rows, getattr(self, f"weight{i}"), getattr(self, f"bias{i}") if self.use_bias else None)
                               for i, rows in enumerate(inp.split(m_splits))])
 
@@ -105,9 +113,20 @@ def install(monkeypatch: pytest.MonkeyPatch) -> _State:
 
     def checkpoint(function: Any, *args: Any, use_reentrant: bool = True) -> Any:
         assert not use_reentrant
+        if isinstance(function, nn.Module) and not any(isinstance(module, _Base) for module in function.modules()):
+            return torch_checkpoint(function, *args, use_reentrant=False)  # as the library does: the recipe is gone by then
         recipe = state.recipe
         return torch_checkpoint(function, *args, use_reentrant=False,
                                 context_fn=lambda: (autocast(recipe is not None, recipe), autocast(recipe is not None, recipe)))
+
+    def answer(can: bool, reason: str) -> Any:
+        return lambda return_reason=False: (can, "" if can else reason) if return_reason else can
+
+    questions = {
+        "is_fp8_available": answer(capability >= (8, 9), "Device compute capability 8.9 or higher required for FP8 execution."),
+        "is_fp8_block_scaling_available": answer(capability >= (9, 0) and cuda >= 12.9, "FP8 block scaled GEMM requires compute "
+                                                 "capability 9.0 or higher and CUDA >= 12.9."),
+        "is_mxfp8_available": answer((10, 0) <= capability < (12, 0), "MXFP8 is for compute capability 10.")}
 
     package, torch_part, common = (ModuleType(name) for name in ("transformer_engine", "transformer_engine.pytorch",
                                                                  "transformer_engine.common"))
@@ -116,6 +135,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> _State:
         setattr(recipes, name, lambda name=name: SimpleNamespace(name=name))
     for value in (Linear, LayerNorm, GroupedLinear, autocast, checkpoint):
         setattr(torch_part, value.__name__, value)
+    for name, question in questions.items():
+        setattr(torch_part, name, question)
+    package.__version__ = version
     for module in (package, torch_part, common, recipes):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return state

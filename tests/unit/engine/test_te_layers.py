@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Any
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from promoe_ds.config.precision import PrecisionConfig
+from promoe_ds.config import RunConfig
+from promoe_ds.config.precision import Fp8Recipe, PrecisionConfig
 from promoe_ds.engine import te_layers, te_support
 from promoe_ds.engine.step import TrainingModule
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT
 
-from ..builders import random_network, random_tensor
+from ..builders import random_network, random_tensor, small_config
 from .fake_te import install
 
 CUDA = torch.device("cuda")
@@ -42,8 +46,7 @@ def training_pass(net: DiT, context: Any, labels: list[int]) -> tuple[torch.Tens
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("compute", "capability"), [("bf16", (9, 0)), ("fp8", (9, 0)), ("fp8", (10, 0))])
 def test_transformer_engine_layers_give_torchs_results(monkeypatch, compute, capability, kind, labels) -> None:
-    state = install(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    state = install(monkeypatch, capability=capability)
     precision, routing = {"compute": compute, "kernels": "transformer_engine"}, KINDS[kind]
     plain, changed = (network(precision, routing=routing) for _ in range(2))
     before = dict(changed.named_parameters())
@@ -64,20 +67,23 @@ def test_transformer_engine_layers_give_torchs_results(monkeypatch, compute, cap
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_transformer_engine_recomputation_sees_the_recipe(monkeypatch, mode) -> None:
     state = install(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     kept, changed = (network({"compute": "fp8"}, parallel={"activation_checkpointing": each}) for each in ("none", mode))
     contexts = [te_layers.use_transformer_engine(each, each.config, CUDA) for each in (kept, changed)]
     expected = training_pass(kept, contexts[0], [1, 10, 3])
     calls = len(state.rows)
+    products = Counter(state.products)
     found = training_pass(changed, contexts[1], [1, 10, 3])
     assert len(state.rows) - calls > calls
+    recomputed = {"grouped"} if mode == "selective" else {"grouped", "linear"}
+    again = Counter(state.products) - products
+    assert {recipe for _, recipe in again} == {"Float8CurrentScaling"}
+    assert all(again[kind, "Float8CurrentScaling"] >= 2 * products[kind, "Float8CurrentScaling"] for kind in recomputed)
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
 
 
 def test_transformer_engine_leaves_high_precision_parts_alone(monkeypatch) -> None:
     install(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     net = network({"compute": "fp8"})
     te_layers.use_transformer_engine(net, net.config, CUDA)
     kept = {name for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -104,29 +110,55 @@ def test_training_module_runs_in_its_context() -> None:
     assert entered == [1, -1]
 
 
+def fp8_config(recipe: str = "auto", **sections: Any) -> RunConfig:
+    return small_config(**{**SECTIONS, "precision": {"compute": "fp8", "fp8_recipe": recipe}, **sections})
+
+
 @pytest.mark.parametrize(("requested", "capability", "expected"), [
-    ("auto", (8, 9), "current"), ("auto", (9, 0), "current"), ("auto", (10, 0), "mxfp8"), ("auto", (12, 0), "mxfp8"),
+    ("auto", (8, 9), "current"), ("auto", (9, 0), "current"), ("auto", (10, 0), "mxfp8"), ("auto", (12, 0), "current"),
     ("delayed", (8, 9), "delayed"), ("block", (9, 0), "block"), ("mxfp8", (10, 0), "mxfp8"),
 ])
-def test_recipe_choice_follows_the_device(requested, capability, expected) -> None:
-    assert te_support.choose_recipe(requested, capability) == expected
+def test_recipe_choice_follows_the_library(monkeypatch, requested, capability, expected) -> None:
+    install(monkeypatch, capability=capability)
+    assert te_support.resolved_recipe(fp8_config(requested)) == expected
 
 
-@pytest.mark.parametrize(("requested", "capability", "message"), [
-    ("auto", (8, 0), "precision.fp8_recipe=auto needs compute capability 8.9, this device has 8.0: use precision.compute=bf16"),
-    ("mxfp8", (9, 0), "precision.fp8_recipe=mxfp8 needs compute capability 10.0, this device has 9.0: use delayed or current or "
-                      "block"),
-    ("block", (8, 9), "precision.fp8_recipe=block needs compute capability 9.0, this device has 8.9: use delayed or current"),
+def test_recipe_choice_asks_older_versions_where_they_answer(monkeypatch) -> None:
+    install(monkeypatch)
+    part = sys.modules["transformer_engine.pytorch"]
+    questions = SimpleNamespace(is_fp8_available=lambda: (True, ""), is_fp8_block_scaling_available=lambda: (False, "No."))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.fp8", SimpleNamespace(FP8GlobalStateManager=questions))
+    for name in ("is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available"):
+        monkeypatch.delattr(part, name)
+    questions.is_mxfp8_available = lambda: (False, "")
+    assert te_support.resolved_recipe(fp8_config("delayed")) == "delayed"
+    with pytest.raises(ConfigError, match="cannot run block scaling here: No: use delayed or current"):
+        te_support.resolved_recipe(fp8_config("block"))
+
+
+def test_recipe_choice_takes_no_mxfp8_for_widths_that_it_has_not(monkeypatch) -> None:
+    install(monkeypatch, capability=(10, 0))
+    assert te_support.resolved_recipe(fp8_config(routing={"expert_width": 48})) == "current"
+
+
+@pytest.mark.parametrize(("requested", "capability", "cuda", "message"), [
+    ("auto", (8, 0), 12.9, "precision.fp8_recipe=auto: Transformer Engine 2.20.2 cannot run current scaling here: Device compute "
+     "capability 8.9 or higher required for FP8 execution: use precision.compute=bf16"),
+    ("mxfp8", (12, 0), 12.9, "precision.fp8_recipe=mxfp8: Transformer Engine 2.20.2 cannot run mxfp8 scaling here: MXFP8 is for "
+     "compute capability 10: use delayed or current or block"),
+    ("block", (9, 0), 12.6, "precision.fp8_recipe=block: Transformer Engine 2.20.2 cannot run block scaling here: FP8 block scaled "
+     "GEMM requires compute capability 9.0 or higher and CUDA >= 12.9: use delayed or current"),
 ])
-def test_recipe_the_device_lacks_is_refused(requested, capability, message) -> None:
+def test_recipe_that_the_library_lacks_here_is_refused(monkeypatch, requested, capability, cuda, message) -> None:
+    install(monkeypatch, capability=capability, cuda=cuda)
     with pytest.raises(ConfigError) as error:
-        te_support.choose_recipe(requested, capability)
+        te_support.resolved_recipe(fp8_config(requested))
     assert str(error.value) == message
 
 
 def test_recipe_objects_are_the_librarys(monkeypatch) -> None:
     install(monkeypatch)
-    assert [te_support.make_recipe(name).name for name in te_support.ALIGNMENT] == [
+    assert [te_support.make_recipe(name).name for name in get_args(Fp8Recipe)] == [
         "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"]
     monkeypatch.delattr(sys.modules["transformer_engine.common.recipe"], "Float8BlockScaling")
     with pytest.raises(ConfigError, match="fp8_recipe=block: the installed Transformer Engine has no Float8BlockScaling"):
@@ -139,12 +171,30 @@ def test_transformer_engine_without_device_or_library_is_refused(monkeypatch) ->
                                           r"devices alone, this process runs on the cpu: use a GPU, or set"):
         te_support.require_transformer_engine(precision, torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
-    with pytest.raises(ConfigError, match=r"needs Transformer Engine, which cannot be imported .*'promoe_ds\[te\]', or"):
+    with pytest.raises(ConfigError, match=r"needs Transformer Engine, but it cannot be imported \(ModuleNotFoundError: .*"
+                                          r"'promoe_ds\[te\]' on this machine, or"):
         te_support.require_transformer_engine(precision, CUDA)
-    assert not te_support.has_transformer_engine()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no shared object"), OSError("undefined symbol"), RuntimeError("no driver"),
+                                   AssertionError("a newer torch")])
+def test_transformer_engine_half_installed_is_named(monkeypatch, error) -> None:
+    def refuse(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(te_support.importlib, "import_module", refuse)
+    with pytest.raises(ConfigError, match=rf"but it cannot be imported \({type(error).__name__}: {error}\): pip install"):
+        te_support.require_transformer_engine(PrecisionConfig(compute="fp8"), CUDA)
+
+
+@pytest.mark.parametrize("version", ["2.1.0", "1.13.0", "2.2.0+abc"])
+def test_transformer_engine_too_old_is_refused(monkeypatch, version) -> None:
+    install(monkeypatch, version=version)
+    with pytest.raises(ConfigError, match=rf"but version {re.escape(version)} is installed, 2.3 is the first with grouped"):
+        te_support.require_transformer_engine(PrecisionConfig(compute="fp8"), CUDA)
 
 
 def test_megatron_gets_the_recipes_name(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert te_support.megatron_fp8(PrecisionConfig(compute="bf16"), CUDA) == {}
-    assert te_support.megatron_fp8(PrecisionConfig(compute="fp8"), CUDA) == {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+    install(monkeypatch)
+    assert te_support.megatron_fp8(small_config(precision={"compute": "bf16"})) == {}
+    assert te_support.megatron_fp8(fp8_config()) == {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
