@@ -13,7 +13,7 @@ from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.augment import draw_flips, draw_latents
-from promoe_ds.data.images import CorruptFiles, TreeReader, read_image, scan_tree
+from promoe_ds.data.images import CorruptFiles, TreeReader, check_classes, read_image, scan_tree
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import DataError
 
@@ -29,9 +29,7 @@ class EncodedImages:
         Raises: DataError if either is missing or does not fit the recipe.
         """
         self._tree = scan_tree(Path(config.data.path))
-        if len(self._tree.classes) > config.model.num_classes:
-            raise DataError(f"{self._tree.root}: {len(self._tree.classes)} classes, but model.num_classes="
-                            f"{config.model.num_classes}")
+        check_classes(self._tree.root, len(self._tree.classes), config.model.num_classes)
         self._vae = Vae(config.data.vae, device=device, dtype=_DTYPES[config.data.vae_dtype])
         identity = self._vae.identity
         if identity.latent_channels != config.model.in_channels:

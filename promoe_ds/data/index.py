@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.images import check_classes
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.errors import DataError
 
@@ -104,8 +105,7 @@ def check_index(index: LatentIndex, folder: Path, config: RunConfig) -> None:
         size = f", from images of {index.image_size} pixels" if index.image_size else ""
         raise DataError(f"{path}: latents are {_shape(found)}{size}, the recipe's model.in_channels and model.input_size say "
                         f"{_shape(wanted)}: encode at that size, or change the recipe")
-    if len(index.classes) > model.num_classes:
-        raise DataError(f"{path}: {len(index.classes)} classes, but model.num_classes={model.num_classes}")
+    check_classes(path, len(index.classes), model.num_classes)
     if index.vae is None:
         return
     if index.vae.scaling_factor is not None and abs(index.vae.scaling_factor - data.latent_scale) > _TOLERANCE:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.augment import draw_flips, draw_latents
-from promoe_ds.data.images import TreeReader, scan_tree
+from promoe_ds.data.images import TreeReader, check_classes, scan_tree
 from promoe_ds.data.index import INDEX, UNFINISHED, check_index, read_index
 from promoe_ds.data.shards import Shard
 from promoe_ds.errors import DataError
@@ -123,9 +123,7 @@ class NpzLatents:
         Raises: DataError if there is none, or it has more classes than the recipe.
         """
         self._tree = scan_tree(Path(config.data.path), (NPZ_SUFFIX,))
-        if len(self._tree.classes) > config.model.num_classes:
-            raise DataError(f"{self._tree.root}: {len(self._tree.classes)} classes, but model.num_classes="
-                            f"{config.model.num_classes}")
+        check_classes(self._tree.root, len(self._tree.classes), config.model.num_classes)
         self._shape = (2 * config.model.in_channels, config.model.input_size, config.model.input_size)
         self._scale, self._seed = config.data.latent_scale, config.train.seed
         self._flip = config.data.flip is not False
