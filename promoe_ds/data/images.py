@@ -53,9 +53,9 @@ def scan_tree(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, *, split: st
     root = _root_of_split(path, split)
     names = [os.path.relpath(os.path.join(folder, file), root)  # noqa: PTH118 (Path costs minutes for millions of files)
              for folder, _, files in os.walk(root, followlinks=True) for file in files if file.lower().endswith(tuple(suffixes))]
+    names = sorted(name for name in names if os.sep not in name or not name.startswith("."))
     if not names:
         raise DataError(f"{root}: no {', '.join(suffixes)} file below it")
-    names = sorted(name for name in names if os.sep not in name or not name.startswith("."))
     homeless = [name for name in names if os.sep not in name]
     if homeless:
         raise DataError(f"{root}: {homeless[0]} lies beside the class folders: move it into the folder of its class")
