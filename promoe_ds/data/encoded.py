@@ -50,7 +50,7 @@ class EncodedImages:
         """Return scaled fp32 latents (B, Z, H, W), on the CPU, and labels (B,); mirrored and drawn by position.
 
         An image that cannot be read is named, counted, and replaced by the next one of the tree that can.
-        Raises: DataError when `data.max_corrupt` is passed.
+        Raises: DataError when `data.max_corrupt` is passed, or none of all images can be read.
         """
         chosen, images = self._read(np.asarray(indices))
         flips = draw_flips(self._seed, positions, len(images), flip=self._flip)
@@ -62,8 +62,11 @@ class EncodedImages:
         chosen = indices.copy()
         images = self._reader.try_all(chosen.tolist())
         for place, image in enumerate(images):
+            tries = 0
             while isinstance(image, DataError):
                 self._corrupt.add(self._tree.names[chosen[place]], str(image))
+                if (tries := tries + 1) == len(self._tree):
+                    raise DataError(f"{self._tree.root}: none of its {len(self._tree)} images could be read")
                 chosen[place] = (chosen[place] + 1) % len(self._tree)
                 image = self._reader.try_all([int(chosen[place])])[0]
             images[place] = image
