@@ -41,9 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     from promoe_ds.engine.distributed import stop_distributed
     from promoe_ds.engine.team import join_team
     from promoe_ds.evaluation.metrics import EvaluateRequest, check_target, evaluate, write_metrics
-    from promoe_ds.evaluation.sampling import check_device
 
-    check_device(options.device)
     team = join_team(options.device)
     team.on_main(lambda: check_target(options.out, "--out"))
     request = EvaluateRequest(samples=options.samples, reference=options.reference, metrics=tuple(options.metrics.split(",")),

@@ -18,6 +18,9 @@ from torch import Tensor
 from promoe_ds.data.precision import without_tf32
 from promoe_ds.errors import DataError
 
+#: Images of a pass of the decoder: one alone has enough work for a GPU, and hundreds of megabytes of activations.
+DECODED_AT_ONCE = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class VaeIdentity:
@@ -82,8 +85,9 @@ class Vae:
     @torch.no_grad()
     @without_tf32()
     def decode(self, latents_BZHW: Tensor) -> Tensor:
-        """Return images (B, C, H, W), about -1 ... 1, fp32, of unscaled latents."""
-        return self._network.decode(latents_BZHW.to(self._device, self._dtype)).sample.float()
+        """Return images (B, C, H, W), about -1 ... 1, fp32, of unscaled latents; a few at a time, whatever B is."""
+        parts = latents_BZHW.to(self._device, self._dtype).split(DECODED_AT_ONCE)
+        return torch.cat([self._network.decode(part).sample.float() for part in parts])
 
 
 def fingerprint_of(network: torch.nn.Module) -> str:

@@ -18,6 +18,22 @@ _T = TypeVar("_T")
 _PATIENCE = timedelta(days=30)
 
 
+def check_device(name: str | None) -> str:
+    """Return the device of that name; a GPU where there is one, else the CPU, for None.
+
+    Raises: ConfigError if there is no such device, or it cannot compute.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if torch.device(name).type == "meta":
+        raise ConfigError(f"--device {name}: computes nothing: name cpu, or cuda for this process's GPU")
+    return name
+
+
 class Team:
     """The processes of a job, or this one alone; every collective is a no-op then."""
 
@@ -85,8 +101,10 @@ def join_team(device: str | None = None, *, timeout_seconds: float = 1800.0) -> 
     Args:
         device: of this process; if left out, or just "cuda", its own GPU where there are any, else the CPU.
         timeout_seconds: of every collective but barriers, which wait for as long as a rank's share of the work takes.
-    Raises: ConfigError if the launcher's variables do not fit.
+    Raises: ConfigError if the launcher's variables do not fit, or there is no such device.
     """
+    if device is not None:
+        check_device(device)
     world_size = complete_environment()
     if device in (None, "cuda"):
         own = local_device()

@@ -19,7 +19,7 @@ from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.drawing import Drawer
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance
-from promoe_ds.evaluation.images import to_uint8
+from promoe_ds.evaluation.images import draws_pixels, to_uint8
 from promoe_ds.evaluation.reference import check_fits, open_reference, read_reference
 from promoe_ds.evaluation.statistics import RunningGaussian
 
@@ -38,9 +38,8 @@ class OnlineEvaluation:
         if problem:
             raise ConfigError(f"evaluation.{problem}")
         self._extractor = load_extractor(settings.extractor, ranks.device)
-        # Models of latents need an autoencoder; digits are pixels.
         self._vae = None
-        if config.data.dataset in ("latents", "images") or model.in_channels not in (1, 3):
+        if not draws_pixels(config):
             if config.data.vae is None:
                 raise ConfigError("evaluation.every: latents must be decoded to be judged: set data.vae to the folder or hub id of "
                                   "their autoencoder")
