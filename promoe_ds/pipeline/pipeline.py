@@ -61,6 +61,8 @@ class ProMoEPipeline(DiffusionPipeline):
             raise ConfigError(f"output_type={output_type!r}: latents of {config.model.in_channels} channels need a vae: "
                               "ProMoEPipeline.from_pretrained(folder, vae=AutoencoderKL.from_pretrained(...)), or take "
                               "output_type=\"latent\"")
+        if output_type != "latent" and self.vae is not None and (shift := self.vae.config.get("shift_factor")):
+            raise ConfigError(f"vae: shifts its latents by shift_factor={shift}, this package only scales them: take one without")
         wrong = [label for label in class_labels if not 0 <= label < config.model.num_classes]
         if wrong or not len(class_labels):
             raise ConfigError(f"class_labels={list(class_labels)}: this model knows the classes 0 ... "
