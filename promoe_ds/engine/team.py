@@ -25,6 +25,8 @@ def check_device(name: str | None) -> str:
     """
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        return name  # which of them is not known yet: nothing is taken of the first one's memory
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

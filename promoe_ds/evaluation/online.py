@@ -16,7 +16,7 @@ from promoe_ds.engine.ema_swap import averaged_network
 from promoe_ds.engine.session import Session
 from promoe_ds.engine.team import Team
 from promoe_ds.errors import ConfigError
-from promoe_ds.evaluation.drawing import Drawer
+from promoe_ds.evaluation.drawing import Drawer, even_passes
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance
 from promoe_ds.evaluation.images import draws_pixels, to_uint8
@@ -59,9 +59,7 @@ class OnlineEvaluation:
         Every rank makes equally many passes, as experts that lie on several need, the last ones possibly for nothing.
         """
         started, settings, team = time.perf_counter(), self._config.evaluation, self._team
-        share = -(-settings.samples // team.world_size)
-        passes = -(-share // settings.batch_size)
-        size = -(-share // passes)  # of a pass: no larger than the share needs
+        passes, size = even_passes(settings.samples, batch_size=settings.batch_size, world_size=team.world_size)
         running = None
         with averaged_network(session) as network, torch.no_grad():
             drawer = Drawer(network, self._config, self._plan, seed=settings.seed, device=team.device)

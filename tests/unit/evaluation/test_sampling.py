@@ -18,7 +18,7 @@ from torch import Tensor
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation import drawing
-from promoe_ds.evaluation.drawing import Drawer, is_exact, units
+from promoe_ds.evaluation.drawing import Drawer, even_passes, is_exact, units
 from promoe_ds.evaluation.sampling import SampleRequest, choose_labels, draw_samples
 from promoe_ds.evaluation.store import SampleStore
 from promoe_ds.model.export import save_export
@@ -105,6 +105,14 @@ def test_exact_is_the_default_but_for_methods_that_pool(method, asked, expected)
 def test_passes_are_aligned_blocks_whoever_asks() -> None:
     assert units([0, 1, 2, 3, 4, 5, 6], size=3, num=7) == [range(0, 3), range(3, 6), range(6, 7)]
     assert units([4, 6], size=3, num=7) == [range(3, 6), range(6, 7)]
+
+
+@pytest.mark.parametrize(("samples", "batch_size", "world_size", "expected"),
+                         [(5000, 64, 1, (79, 64)), (5000, 64, 64, (2, 40)), (50, 16, 2, (2, 13)), (3, 64, 8, (1, 1))])
+def test_even_passes_draw_few_more_than_are_asked_for(samples: int, batch_size: int, world_size: int, expected: tuple) -> None:
+    passes, size = even_passes(samples, batch_size=batch_size, world_size=world_size)
+    assert (passes, size) == expected
+    assert size <= batch_size and samples <= passes * size * world_size < samples + passes * world_size + world_size
 
 
 # Labels.
