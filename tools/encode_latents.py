@@ -45,8 +45,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--out is needed")
     if options.images is not None and options.vae is None:
         parser.error("--images needs --vae")
+    if options.from_npz is not None and options.vae_name is None:
+        parser.error("--from-npz needs --vae-name: the files do not say which autoencoder they come from")
     if options.from_npz is not None and (options.vae is not None or not options.flip):
-        parser.error("--from-npz encodes nothing: leave --vae and --no-flip out, and name the autoencoder with --vae-name")
+        parser.error("--from-npz encodes nothing: leave --vae and --no-flip out")
     for name in ("image_size", "batch_size", "shard_size", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Plan a run before it starts: python tools/plan.py --recipe NAME --nodes N --gpus-per-node G [--gpu h100].
+"""Plan a run before it starts: python tools/plan.py --recipe NAME --nodes N --gpus-per-node G [--gpu h100] [--pipeline].
 
 Prints parameters, memory of a rank, bytes sent over each link and a predicted step time, of the recipe as it stands and of
-the fastest layout that fits. Nothing is trained and no device is needed: shapes go through the real layers.
+the fastest layout that fits; with --pipeline disk, time and memory of every step from ImageNet's archives to the figures of
+docs/imagenet.md. Nothing is trained and no device is needed: shapes go through the real layers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
@@ -29,6 +32,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--deepspeed_config", type=Path, default=Path(__file__).parents[1] / "ds_configs" / "zero2_bf16.json")
     parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--no-search", action="store_true", help="plan the recipe as it stands and no other layout")
+    parser.add_argument("--pipeline", action="store_true", help="plan docs/imagenet.md instead: latents, training, 50,000 samples, "
+                        "figures")
     parser.add_argument("--out", type=Path, help="also write the plans as JSON")
     return parser.parse_args(arguments)
 
@@ -38,6 +43,27 @@ def main(arguments: Sequence[str]) -> None:
     if options.out is not None and not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}: make it first")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if options.pipeline:
+        result = plan_pipeline_of(options)
+    else:
+        result = plan_layouts(options)
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
+    from promoe_ds.analysis.pipeline_plan import Assumptions, pipeline_lines, plan_pipeline
+
+    config = load_config(options.recipe, options.overrides)
+    if config.data.dataset != "latents":
+        raise ConfigError(f"--recipe {options.recipe}: data.dataset={config.data.dataset}, the pipeline trains on latents")
+    assumptions = Assumptions(device=find_device(options.gpu))
+    steps = plan_pipeline(config, gpus=options.nodes * options.gpus_per_node, assumptions=assumptions)
+    print("\n".join(pipeline_lines(steps)))
+    return {"pipeline": [asdict(step) for step in steps], "assumptions": asdict(assumptions)}
+
+
+def plan_layouts(options: argparse.Namespace) -> dict[str, Any]:
     from promoe_ds.analysis.plan import Cluster, best_layout, fake_world, layout_of, plan_step
     from promoe_ds.analysis.plan.report import choice_lines, plan_lines
 
@@ -56,8 +82,7 @@ def main(arguments: Sequence[str]) -> None:
             best, choices = best_layout(config, layout, cluster)
             print("\n".join(["", "", "The fastest that fits", "", *plan_lines(best), "", *choice_lines(choices)]))
             result |= {"best": best.as_json(), "tried": [vars(choice) for choice in choices]}
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
 
 
 if __name__ == "__main__":

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 
 from promoe_ds.config import RunConfig, count_parameters, plan_memory, training_flops_per_image
 from promoe_ds.config.accounting import forward_flops_per_image
+from promoe_ds.config.devices import DEVICES, Device
+from promoe_ds.data.vae import DECODED_AT_ONCE
 
 #: Published sizes of ILSVRC 2012: images and bytes of the two archives.
 TRAIN_IMAGES, VAL_IMAGES = 1_281_167, 50_000
 TRAIN_BYTES, VAL_BYTES = 147_897_477_120, 6_744_924_160
 #: Floating-point operations of Stable Diffusion's AutoencoderKL for one image of 256 pixels, by torch's counter.
 ENCODER_FLOPS, DECODER_FLOPS = 272.722e9, 622.187e9
+#: Bytes alive at its fullest moment for one such image, fp32, no gradient: counted on tensors without memory.
+ENCODER_BYTES, DECODER_BYTES = 167.8e6, 205.5e6
+_VAE_WEIGHTS = 4 * 83_653_863
 #: Of Inception v3 for one image of 299 pixels: 5.7e9 multiply-adds (Szegedy et al., 2016).
 INCEPTION_FLOPS = 11.4e9
 INCEPTION_FEATURES, SPATIAL_FEATURES = 2048, 2023
@@ -28,19 +33,28 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 class Assumptions:
     """How fast the machines are taken to be."""
 
-    peak_flops: float = 989e12  # one H100, dense bf16
+    device: Device = DEVICES["h100"]
     training_share: float = 0.25  # of the peak, of training; 0.20 follows from the published 285 images/s of DiT-XL/2
     inference_share: float = 0.25  # of the peak, of sampling
-    convolution_share: float = 0.10  # of the peak, of autoencoder and Inception, which compute in fp32 or TF32
-    fp64_flops: float = 30e12  # of matrix products, reached
+    convolution_share: float = 0.5  # of the fp32 peak, of autoencoder and Inception: TF32 is off
+    fp64_flops: float = 30e12  # of matrix products, reached by an H100
     images_per_core: float = 200.0  # JPEG files of ImageNet a processor core decodes and crops in a second
     cores_per_gpu: int = 8
     disk_bytes_per_second: float = 500e6  # of one process
+    encode_batch: int = 32  # images, as tools/encode_latents.py has it
+
+    @property
+    def convolution_flops(self) -> float:
+        """FLOP/s of fp32 convolutions."""
+        return self.device.flops["fp32"] * self.convolution_share
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineStep:
-    """One step: bytes left on disk, seconds, bytes on each GPU and in each process's memory (weights and buffers alone)."""
+    """One step: bytes left on disk, seconds, bytes on each GPU and in each process's memory.
+
+    Memory is weights, buffers and the autoencoder's activations; not the other networks', nor frameworks.
+    """
 
     name: str
     disk: float
@@ -64,6 +78,21 @@ def plan_pipeline(config: RunConfig, *, gpus: int, samples: int = 50_000, cfg_sc
             _sample(config, gpus, samples, cfg_scale, rates), _evaluate(config, gpus, samples, rates)]
 
 
+def pipeline_lines(steps: list[PipelineStep]) -> list[str]:
+    """Return the plan as a table."""
+    rows = [(step.name, f"{step.disk / 1e9:,.1f} GB", _spoken(step.seconds), f"{step.device / 1e9:,.1f} GB",
+             f"{step.host / 1e9:,.1f} GB") for step in steps]
+    return [f"{name:10}{disk:>12}{seconds:>10}{device:>14}{host:>14}" for name, disk, seconds, device, host in
+            [("step", "disk", "time", "GPU memory", "host memory"), *rows]]
+
+
+def _spoken(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def _unpack(rates: Assumptions) -> PipelineStep:
     size = TRAIN_BYTES + VAL_BYTES
     return PipelineStep(name="unpack", disk=2 * size, seconds=2 * size / rates.disk_bytes_per_second, device=0, host=0)
@@ -73,14 +102,15 @@ def _encode(config: RunConfig, gpus: int, dtype: str, rates: Assumptions) -> Pip
     model = config.model
     record = 2 * 2 * model.in_channels * model.input_size**2 * _BYTES[dtype]  # plain and mirrored, mean and variance
     decoding = TRAIN_IMAGES / (rates.images_per_core * rates.cores_per_gpu * gpus)
-    encoding = 2 * TRAIN_IMAGES * ENCODER_FLOPS * _pixel_ratio(config) / (gpus * rates.peak_flops * rates.convolution_share)
-    return PipelineStep(name="encode", disk=TRAIN_IMAGES * record, seconds=decoding + encoding, device=4 * 83_653_863,
+    encoding = 2 * TRAIN_IMAGES * ENCODER_FLOPS * _pixel_ratio(config) / (gpus * rates.convolution_flops)
+    return PipelineStep(name="encode", disk=TRAIN_IMAGES * record, seconds=decoding + encoding,
+                        device=_VAE_WEIGHTS + rates.encode_batch * ENCODER_BYTES * _pixel_ratio(config),
                         host=2 * 4096 * record)
 
 
 def _train(config: RunConfig, gpus: int, rates: Assumptions) -> PipelineStep:
     images = config.train.max_steps * config.train.global_batch_size
-    seconds = images * training_flops_per_image(config) / (gpus * rates.peak_flops * rates.training_share)
+    seconds = images * training_flops_per_image(config) / (gpus * rates.device.flops["bf16"] * rates.training_share)
     memory = plan_memory(config, world_size=gpus, zero_stage=2, precision="bf16")
     # bf16 weights; fp32 masters, two moments and the average.
     checkpoint = (2 + 16) * count_parameters(config).trainable
@@ -94,17 +124,18 @@ def _convert(config: RunConfig, rates: Assumptions) -> PipelineStep:
 
 def _sample(config: RunConfig, gpus: int, samples: int, cfg_scale: float, rates: Assumptions) -> PipelineStep:
     passes = config.sampling.steps * (2 if cfg_scale > 1 else 1)
-    drawing = samples * passes * forward_flops_per_image(config) / (gpus * rates.peak_flops * rates.inference_share)
-    decoding = samples * DECODER_FLOPS * _pixel_ratio(config) / (gpus * rates.peak_flops * rates.convolution_share)
+    drawing = samples * passes * forward_flops_per_image(config) / (gpus * rates.device.flops["bf16"] * rates.inference_share)
+    decoding = samples * DECODER_FLOPS * _pixel_ratio(config) / (gpus * rates.convolution_flops)
     pixels = samples * 3 * _side(config) ** 2
     # The npz, and PNG files that noise-free images keep below the size of their pixels.
     return PipelineStep(name="sample", disk=2 * pixels, seconds=drawing + decoding + pixels / rates.disk_bytes_per_second,
-                        device=4 * (count_parameters(config).total + 83_653_863), host=pixels / samples)
+                        device=4 * count_parameters(config).total + _VAE_WEIGHTS
+                        + DECODED_AT_ONCE * DECODER_BYTES * _pixel_ratio(config), host=pixels / samples)
 
 
 def _evaluate(config: RunConfig, gpus: int, samples: int, rates: Assumptions) -> PipelineStep:
     images = samples + REFERENCE_IMAGES
-    features = images * INCEPTION_FLOPS / (gpus * rates.peak_flops * rates.convolution_share)
+    features = images * INCEPTION_FLOPS / (gpus * rates.convolution_flops)
     pairs = samples**2 + REFERENCE_IMAGES**2 + 2 * samples * REFERENCE_IMAGES
     distances = 2 * INCEPTION_FEATURES * pairs / (gpus * rates.fp64_flops)
     roots = 2 * 60 * INCEPTION_FEATURES**3 / 50e9  # two matrix roots and singular values each, on one processor

@@ -40,17 +40,18 @@ def main(arguments: Sequence[str]) -> None:
 
     from promoe_ds.engine.distributed import stop_distributed
     from promoe_ds.engine.team import join_team
-    from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate, write_metrics
-    from promoe_ds.evaluation.sampling import check_device
+    from promoe_ds.evaluation.metrics import EvaluateRequest, check_target, evaluate, write_metrics
 
-    check_device(options.device)
     team = join_team(options.device)
+    team.on_main(lambda: check_target(options.out, "--out"))
     request = EvaluateRequest(samples=options.samples, reference=options.reference, metrics=tuple(options.metrics.split(",")),
                               extractor=options.extractor, batch_size=options.batch_size, save_reference=options.save_reference)
     figures = evaluate(request, team)
     if team.is_main:
-        write_metrics(options.out, figures)
+        # Told before they are written: a disk that is full by now does not take them along.
         sys.stdout.write("".join(f"{name:10}{value:12.6f}\n" for name, value in figures["metrics"].items()))
+        sys.stdout.flush()
+        write_metrics(options.out, figures)
         get_logger("evaluate").info("wrote %s", options.out)
     stop_distributed()
 

@@ -55,9 +55,8 @@ def main(arguments: Sequence[str]) -> None:
 
     from promoe_ds.engine.distributed import stop_distributed
     from promoe_ds.engine.team import join_team
-    from promoe_ds.evaluation.sampling import SampleRequest, check_device, draw_samples
+    from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
 
-    check_device(options.device)
     request = SampleRequest(classes=classes, **{name: getattr(options, name) for name in fields})
     for path in draw_samples(request, join_team(options.device)):
         get_logger("sample").info("wrote %s", path)

@@ -25,7 +25,8 @@ class DataConfig(Section):
     flip: Literal["auto", True, False] = Field("auto", description="mirror half of the samples; auto: images, and latents with a "
                                                                    "mirrored twin")
     workers: int = Field(8, gt=0, description="threads a rank that read images or single latent files")
-    max_corrupt: int = Field(0, ge=0, description="unreadable images a rank replaces by the next one before it stops")
+    max_corrupt: int = Field(0, ge=0, description="unreadable images a rank replaces by the next one before it stops; counted anew "
+                                                       "by each rank and after each start")
     heldout_fraction: float = Field(0.2, gt=0, lt=1, description="of digits, never trained on")
     synthetic_samples: int = Field(4096, gt=0, description="length of the data set `synthetic`")
 

@@ -31,7 +31,8 @@ def draw_latents(moments_BCHW: Tensor, seed: int, positions: np.ndarray | None) 
     """Draw latents from posteriors: mean + exp(log variance / 2) * normal noise; the means where `positions` is None.
 
     Source: Kingma & Welling (2014); published code: the same, noise by the process. Here it is a function of (seed, position),
-    drawn by torch: a third of numpy's time, which would be most of a loader's.
+    drawn by torch: a third of numpy's time, which would be most of a loader's. torch takes the low 32 bits of a seed, so a noise
+    comes again, for another sample, about every four billion draws.
     Args:
         moments_BCHW: fp32, C = 2 Z: means, then logarithms of the variances.
     Returns: (B, Z, H, W), fp32.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.augment import draw_flips, draw_latents
-from promoe_ds.data.images import CorruptFiles, TreeReader, read_image, scan_tree
+from promoe_ds.data.images import CorruptFiles, TreeReader, check_classes, read_image, scan_tree
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import DataError
 
@@ -29,9 +29,7 @@ class EncodedImages:
         Raises: DataError if either is missing or does not fit the recipe.
         """
         self._tree = scan_tree(Path(config.data.path))
-        if len(self._tree.classes) > config.model.num_classes:
-            raise DataError(f"{self._tree.root}: {len(self._tree.classes)} classes, but model.num_classes="
-                            f"{config.model.num_classes}")
+        check_classes(self._tree.root, len(self._tree.classes), config.model.num_classes)
         self._vae = Vae(config.data.vae, device=device, dtype=_DTYPES[config.data.vae_dtype])
         identity = self._vae.identity
         if identity.latent_channels != config.model.in_channels:
@@ -52,7 +50,7 @@ class EncodedImages:
         """Return scaled fp32 latents (B, Z, H, W), on the CPU, and labels (B,); mirrored and drawn by position.
 
         An image that cannot be read is named, counted, and replaced by the next one of the tree that can.
-        Raises: DataError when `data.max_corrupt` is passed.
+        Raises: DataError when `data.max_corrupt` is passed, or none of all images can be read.
         """
         chosen, images = self._read(np.asarray(indices))
         flips = draw_flips(self._seed, positions, len(images), flip=self._flip)
@@ -64,8 +62,11 @@ class EncodedImages:
         chosen = indices.copy()
         images = self._reader.try_all(chosen.tolist())
         for place, image in enumerate(images):
+            tries = 0
             while isinstance(image, DataError):
                 self._corrupt.add(self._tree.names[chosen[place]], str(image))
+                if (tries := tries + 1) == len(self._tree):
+                    raise DataError(f"{self._tree.root}: none of its {len(self._tree)} images could be read")
                 chosen[place] = (chosen[place] + 1) % len(self._tree)
                 image = self._reader.try_all([int(chosen[place])])[0]
             images[place] = image

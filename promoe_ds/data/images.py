@@ -15,15 +15,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from promoe_ds.errors import DataError
-from promoe_ds.logs import get_logger
+from promoe_ds.logs import get_logger, rank_from_environment
 
 _LOG = get_logger("data")
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
-#: Folders that may stand above the classes.
+#: Folders that may stand above the classes; the first two are taken for it wherever they stand.
 _SPLITS = {"train", "val", "test"}
+_SURE_SPLITS = {"train", "val"}
 #: What Pillow raises for files that are no images, are cut off, or are made to exhaust the memory.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,24 @@ def scan_tree(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, *, split: st
     Args:
         path: the tree, or the folder that holds it as one of train, val and test.
         split: which of them, then.
-    Raises: DataError if there is no such tree, or a file of that kind lies beside the class folders.
+    Returns: the tree; its classes are the folders of the first level, but for hidden ones, from which nothing is taken.
+    Raises: DataError if there is no such tree, a file of that kind lies beside the class folders, or a class has none: left out,
+        it would give all classes after it another label.
     """
     root = _root_of_split(path, split)
     names = [os.path.relpath(os.path.join(folder, file), root)  # noqa: PTH118 (Path costs minutes for millions of files)
              for folder, _, files in os.walk(root, followlinks=True) for file in files if file.lower().endswith(tuple(suffixes))]
+    names = sorted(name for name in names if os.sep not in name or not name.startswith("."))
     if not names:
         raise DataError(f"{root}: no {', '.join(suffixes)} file below it")
-    names.sort()
     homeless = [name for name in names if os.sep not in name]
     if homeless:
         raise DataError(f"{root}: {homeless[0]} lies beside the class folders: move it into the folder of its class")
     folders = [name.partition(os.sep)[0] for name in names]
-    classes = sorted(set(folders))
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if empty := sorted(set(classes) - set(folders)):
+        raise DataError(f"{root}: {len(empty)} of {len(classes)} class folders hold no {', '.join(suffixes)} file, {empty[0]} is "
+                        "the first. A class's label is its place among the sorted folders: fill them, or remove what is no class")
     label_of = {name: label for label, name in enumerate(classes)}
     return Tree(root, names, np.array([label_of[folder] for folder in folders], dtype=np.int64), tuple(classes))
 
@@ -66,11 +72,26 @@ def _root_of_split(path: Path, split: str) -> Path:
     if not path.is_dir():
         raise DataError(f"{path}: no such folder")
     folders = {entry.name for entry in path.iterdir() if entry.is_dir()}
-    if not folders or not folders <= _SPLITS:
+    if not folders & _SURE_SPLITS and not (folders and folders <= _SPLITS):
         return path
+    if others := sorted(name for name in folders - _SPLITS if not name.startswith(".")):
+        known = sorted(folders & _SPLITS)[0]
+        raise DataError(f"{path}: holds {known} beside {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}: splits or "
+                        f"classes? Name {path / known} itself, or rename {known} if it is a class")
     if split not in folders:
         raise DataError(f"{path}: holds {', '.join(sorted(folders))} but no {split}")
     return path / split
+
+
+def check_classes(where: Path, count: int, num_classes: int) -> None:
+    """Hold a data set's classes against the recipe's.
+
+    Raises: DataError for more of them; fewer are told, once, by rank 0.
+    """
+    if count > num_classes:
+        raise DataError(f"{where}: {count} classes, but model.num_classes={num_classes}")
+    if count < num_classes and rank_from_environment() == 0:
+        _LOG.warning("%s: %d classes of model.num_classes=%d: the labels from %d on never occur", where, count, num_classes, count)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -97,7 +118,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return center_crop(image, size)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: not a readable image ({type(error).__name__}: {str(error).splitlines()[0]})") from None
 
 

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.images import check_classes
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.errors import DataError
+from promoe_ds.logs import get_logger, rank_from_environment
+
+_LOG = get_logger("data")
 
 INDEX = "index.json"
 #: What an encoding under way keeps beside its shards; the index, written last, replaces it.
@@ -34,7 +38,11 @@ class ShardRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentIndex:
-    """What `index.json` says."""
+    """What `index.json` says.
+
+    `encoding` is what else two calls that fill one folder must share: number and checksum of the source's file names, images a
+    shard, type of the autoencoder's computation.
+    """
 
     kind: str
     shape: tuple[int, int, int]
@@ -46,6 +54,7 @@ class LatentIndex:
     class_counts: tuple[int, ...]
     shards: tuple[ShardRecord, ...]
     skipped: tuple[str, ...] = ()
+    encoding: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -104,9 +113,11 @@ def check_index(index: LatentIndex, folder: Path, config: RunConfig) -> None:
         size = f", from images of {index.image_size} pixels" if index.image_size else ""
         raise DataError(f"{path}: latents are {_shape(found)}{size}, the recipe's model.in_channels and model.input_size say "
                         f"{_shape(wanted)}: encode at that size, or change the recipe")
-    if len(index.classes) > model.num_classes:
-        raise DataError(f"{path}: {len(index.classes)} classes, but model.num_classes={model.num_classes}")
+    check_classes(path, len(index.classes), model.num_classes)
     if index.vae is None:
+        if data.vae is not None:
+            raise DataError(f"{path}: does not say which autoencoder the latents come from, the recipe wants data.vae={data.vae}: "
+                            "pack them anew with --vae-name")
         return
     if index.vae.scaling_factor is not None and abs(index.vae.scaling_factor - data.latent_scale) > _TOLERANCE:
         raise DataError(f"{path}: {index.vae.name} scales its latents by {index.vae.scaling_factor}, but data.latent_scale="
@@ -115,6 +126,13 @@ def check_index(index: LatentIndex, folder: Path, config: RunConfig) -> None:
         weights = index.vae.fingerprint or "weights unknown"
         raise DataError(f"{path}: the latents were encoded by {index.vae.name} ({weights}), the recipe wants "
                         f"data.vae={data.vae}: encode them anew, or set data.vae to the one that they come from")
+
+
+def trust_vae(where: Path, config: RunConfig) -> None:
+    """Tell, once, by rank 0, that latents without an index cannot show that they come from the recipe's autoencoder."""
+    if config.data.vae is not None and rank_from_environment() == 0:
+        _LOG.warning("%s: nothing there says which autoencoder the latents come from; that it is data.vae=%s is taken on trust",
+                     where, config.data.vae)
 
 
 def _is_meant(identity: VaeIdentity, wanted: str) -> bool:

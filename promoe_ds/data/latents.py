@@ -15,8 +15,8 @@ from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.augment import draw_flips, draw_latents
-from promoe_ds.data.images import TreeReader, scan_tree
-from promoe_ds.data.index import INDEX, UNFINISHED, check_index, read_index
+from promoe_ds.data.images import TreeReader, check_classes, scan_tree
+from promoe_ds.data.index import INDEX, UNFINISHED, check_index, read_index, trust_vae
 from promoe_ds.data.shards import Shard
 from promoe_ds.errors import DataError
 
@@ -44,6 +44,7 @@ class PackedLatents:
             raise DataError(f"{folder}: these latents are not complete, there is {UNFINISHED} and no {INDEX}: run "
                             "tools/encode_latents.py again with the same arguments, it goes on where it stopped")
         else:
+            trust_vae(folder, config)
             files = sorted(folder.glob("*.safetensors"))
         self._shards = [Shard(file) for file in files]
         for position, shard in enumerate(self._shards):
@@ -123,9 +124,8 @@ class NpzLatents:
         Raises: DataError if there is none, or it has more classes than the recipe.
         """
         self._tree = scan_tree(Path(config.data.path), (NPZ_SUFFIX,))
-        if len(self._tree.classes) > config.model.num_classes:
-            raise DataError(f"{self._tree.root}: {len(self._tree.classes)} classes, but model.num_classes="
-                            f"{config.model.num_classes}")
+        check_classes(self._tree.root, len(self._tree.classes), config.model.num_classes)
+        trust_vae(self._tree.root, config)
         self._shape = (2 * config.model.in_channels, config.model.input_size, config.model.input_size)
         self._scale, self._seed = config.data.latent_scale, config.train.seed
         self._flip = config.data.flip is not False
@@ -168,7 +168,10 @@ def read_npz_moments(path: Path, shape: tuple[int, int, int] | None = None) -> n
     # Some caches kept the batch dimension of one.
     pair = [value[0] if value.ndim == 4 and len(value) == 1 else value for value in pair]
     if pair[0].ndim != 3 or pair[0].shape != pair[1].shape or (shape is not None and pair[0].shape != shape):
-        raise DataError(f"{path}: moments {pair[0].shape} and {pair[1].shape} do not fit the recipe's {shape}")
+        wanted = " x ".join(map(str, shape)) if shape else "two alike of three dimensions"
+        raise DataError(f"{path}: moments {pair[0].shape} and {pair[1].shape} do not fit, expected {wanted}")
+    if len(pair[0]) % 2:
+        raise DataError(f"{path}: moments {pair[0].shape} are no means and variances: their channels cannot be halved")
     moments = np.stack(pair)
     if not np.isfinite(moments).all():
         raise DataError(f"{path}: not finite: encode this image anew")

@@ -15,7 +15,11 @@ import xxhash
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from promoe_ds.data.precision import without_tf32
 from promoe_ds.errors import DataError
+
+#: Images of a pass of the decoder: one alone has enough work for a GPU, and hundreds of megabytes of activations.
+DECODED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ class Vae:
         Args:
             source: a folder or hub id with weights in safetensors.
             name: what to call it; `source` if left out.
-        Raises: DataError if there is no AutoencoderKL.
+        Raises: DataError if there is no AutoencoderKL, or one that shifts its latents.
         """
         if not Path(source).is_dir() and source.count("/") != 1:
             raise DataError(f"{source}: no such folder, and no hub id (owner/name) of an AutoencoderKL")
@@ -61,28 +65,35 @@ class Vae:
             raise DataError(f"{source}: no AutoencoderKL in safetensors could be loaded from there "
                             f"({str(error).splitlines()[0]})") from None
         config = network.config
+        if shift := config.get("shift_factor"):
+            raise DataError(f"{source}: shifts its latents by shift_factor={shift}, this package only scales them "
+                            "(data.latent_scale): take an autoencoder without a shift")
         self.identity = VaeIdentity(
-            name=name or source, fingerprint=_fingerprint(network), scaling_factor=float(config.scaling_factor),
+            name=name or source, fingerprint=fingerprint_of(network), scaling_factor=float(config.scaling_factor),
             downsampling=2 ** (len(config.block_out_channels) - 1), latent_channels=int(config.latent_channels))
         # torch's own cast: diffusers' warns of an empty list of modules.
         self._network = torch.nn.Module.to(network.requires_grad_(False).eval(), device=device, dtype=dtype)
         self._device, self._dtype = device, dtype
 
     @torch.no_grad()
+    @without_tf32()
     def encode(self, images_BHWC: np.ndarray) -> Tensor:
         """Return the posteriors' moments (B, 2 Z, H, W) of uint8 images, fp32, on the device: means, then log variances."""
         pixels = torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         return self._network.encode(pixels.to(self._dtype)).latent_dist.parameters.float()
 
     @torch.no_grad()
+    @without_tf32()
     def decode(self, latents_BZHW: Tensor) -> Tensor:
-        """Return images (B, C, H, W), about -1 ... 1, fp32, of unscaled latents."""
-        return self._network.decode(latents_BZHW.to(self._device, self._dtype)).sample.float()
+        """Return images (B, C, H, W), about -1 ... 1, fp32, of unscaled latents; a few at a time, whatever B is."""
+        parts = latents_BZHW.to(self._device, self._dtype).split(DECODED_AT_ONCE)
+        return torch.cat([self._network.decode(part).sample.float() for part in parts])
 
 
-def _fingerprint(network: AutoencoderKL) -> str:
+def fingerprint_of(network: torch.nn.Module) -> str:
+    """Return the checksum of a network's weights and buffers: names, shapes, types and values."""
     digest = xxhash.xxh3_128()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return f"xxh3_128:{digest.hexdigest()}"

@@ -1,7 +1,7 @@
 """From a tree of images to packed latents, on many ranks, resumable: whole shards are the unit of work.
 
-Rank r encodes the shards r, r + W, ... A shard is complete once its entry (`shard-N.json`) lies beside it; the index, made of
-all entries, is written last and replaces them.
+The shards that are missing are dealt out to the ranks. A shard is complete once its entry (`shard-N.json`) lies beside it; the
+index, made of all entries, is written last and replaces them.
 """
 
 from __future__ import annotations
@@ -56,24 +56,39 @@ class EncodeRequest:
 def encode(request: EncodeRequest, team: Team) -> LatentIndex:
     """Encode a tree; all ranks call this together. Return the index.
 
-    Raises: DataError for images that cannot be read, beyond `max_corrupt` of a rank or of all together; ConfigError if the
-    output folder holds something else.
+    Raises: DataError for images that cannot be read, beyond `max_corrupt` of a rank or of all together; ConfigError for a request
+        that cannot be, or an output folder that holds something else.
     """
     tree = scan_tree(request.source, (NPZ_SUFFIX,), split=request.split) if request.from_npz else scan_tree(
         request.source, split=request.split)
     # Read into the memory of every rank at once: rank 0 alone fetches a hub id from the network first.
     vae = None if request.from_npz else _load(request, team)
-    settings = _settings(request, tree, vae.identity if vae else _named_only(request, tree))
-    if (done := team.on_main(lambda: _claim(request, settings, len(tree)))) is not None:
+    shape = _cached_shape(request, tree) if vae is None else _encoded_shape(request, vae.identity)
+    # Of cached moments no more is known than the name that the user gives, and their channels.
+    identity = vae.identity if vae else VaeIdentity(name=request.vae_name, latent_channels=shape[0] // 2)
+    settings = _settings(request, tree, identity)
+    if (done := team.on_main(lambda: _claim(request, settings))) is not None:
         return done
-    work = _Worker(request, tree, vae, team)
-    numbers = range(-(-len(tree) // request.shard_size))
-    with tqdm(total=len(tree), unit="image", disable=None if team.is_main else True) as progress:
-        for number in numbers[team.rank::team.world_size]:
-            count = work.encode_shard(number)
-            progress.update(min(count * team.world_size, len(tree) - progress.n))
+    work = _Worker(request, tree, vae, shape)
+    shards = -(-len(tree) // request.shard_size)
+    todo = team.on_main(lambda: missing_shards(request.out, shards))
+    total = sum(len(work.files_of(number)) for number in todo)
+    with tqdm(total=total, unit="image", disable=None if team.is_main else True) as progress:
+        for number in todo[team.rank::team.world_size]:
+            work.encode_shard(number)
+            progress.update(min(len(work.files_of(number)) * team.world_size, total - progress.n))
     team.barrier()
-    return team.on_main(lambda: _finish(request, settings, tree, len(numbers)))
+    return team.on_main(lambda: _finish(request, settings, tree, shards))
+
+
+def missing_shards(out: Path, shards: int) -> list[int]:
+    """Return the numbers of the shards that are not complete: each is written in one move, and then its entry."""
+    def is_complete(path: Path) -> bool:
+        entry = path.with_suffix(".json")
+        return entry.is_file() and path.is_file() and (
+            json.loads(entry.read_text(encoding="utf-8"))["record"]["bytes"] == path.stat().st_size)
+
+    return [number for number in range(shards) if not is_complete(out / _shard_name(number))]
 
 
 def _load(request: EncodeRequest, team: Team) -> Vae:
@@ -85,40 +100,62 @@ def _load(request: EncodeRequest, team: Team) -> Vae:
     return first or load()
 
 
-def _named_only(request: EncodeRequest, tree: Tree) -> VaeIdentity | None:
-    """Return what can be said of the autoencoder of cached moments: the name that the user gives, and their channels."""
+def _encoded_shape(request: EncodeRequest, identity: VaeIdentity) -> tuple[int, int, int]:
+    """Return the shape of an image's moments, (2 Z, H, W).
+
+    Raises: ConfigError for a size that the autoencoder would cut.
+    """
+    if request.image_size % identity.downsampling:
+        raise ConfigError(f"--image-size {request.image_size}: must be a multiple of the {identity.downsampling} pixels that "
+                          f"{identity.name} makes one latent of")
+    side = request.image_size // identity.downsampling
+    return 2 * identity.latent_channels, side, side
+
+
+def _cached_shape(request: EncodeRequest, tree: Tree) -> tuple[int, int, int]:
+    """Return the shape of the first cached moments that can be read, (2 Z, H, W): all others must have it.
+
+    Raises: ConfigError if their autoencoder is not named; DataError if there are more unreadable ones than allowed.
+    """
     if request.vae_name is None:
-        return None
-    channels = read_npz_moments(tree.root / tree.names[0]).shape[1] // 2
-    return VaeIdentity(name=request.vae_name, latent_channels=channels)
+        raise ConfigError("--from-npz: the files do not say which autoencoder they come from: name it with --vae-name, as recipes "
+                          "do in data.vae")
+    corrupt = CorruptFiles(request.max_corrupt, "--max-corrupt")
+    for name in tree.names:
+        try:
+            return read_npz_moments(tree.root / name).shape[1:]
+        except DataError as error:
+            corrupt.add(name, str(error))
+    raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
 
 
-def _settings(request: EncodeRequest, tree: Tree, identity: VaeIdentity | None) -> dict[str, Any]:
+def _settings(request: EncodeRequest, tree: Tree, identity: VaeIdentity) -> dict[str, Any]:
     """Return what must agree between the calls that fill one folder."""
     listing = xxhash.xxh3_64("\n".join(tree.names).encode()).hexdigest()
     return {"files": len(tree), "listing": listing, "image_size": None if request.from_npz else request.image_size,
-            "flipped": request.flip, "dtype": request.dtype, "shard_size": request.shard_size,
-            "vae": None if identity is None else identity.as_json()}
+            "flipped": request.flip, "dtype": request.dtype, "vae_dtype": None if request.from_npz else request.vae_dtype,
+            "shard_size": request.shard_size, "vae": identity.as_json()}
 
 
-def _claim(request: EncodeRequest, settings: dict[str, Any], count: int) -> LatentIndex | None:
+def _differing(before: dict[str, Any], settings: dict[str, Any]) -> str:
+    return "; ".join(f"{name} was {before.get(name)!r} and is {value!r}" for name, value in settings.items()
+                     if before.get(name) != value)
+
+
+def _claim(request: EncodeRequest, settings: dict[str, Any]) -> LatentIndex | None:
     """Take the output folder, or recognise what is in it; return the index if nothing is left to do."""
     out, path = request.out, request.out / UNFINISHED
     try:
         if (index := read_index(out)) is not None:
-            same = (index.dtype, index.flipped, index.image_size, index.vae and index.vae.as_json()) == tuple(
-                settings[name] for name in ("dtype", "flipped", "image_size", "vae"))
-            if not same or index.count + len(index.skipped) != count:
-                raise ConfigError(f"--out {out} already holds other latents, see its {INDEX}: choose another folder")
+            if differing := _differing({**asdict(index), **index.encoding}, settings):
+                raise ConfigError(f"--out {out} already holds other latents: {differing}. Choose another folder")
             _LOG.info("%s: complete already", out)
             return index
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
-            differing = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in settings.items()
-                         if before.get(name) != value]
-            if differing:
-                raise ConfigError(f"--out {out} holds an encoding begun otherwise: {'; '.join(differing)}. Choose another folder, "
-                                  "or use the same arguments and files")
+            if differing := _differing(before, settings):
+                raise ConfigError(f"--out {out} holds an encoding begun otherwise: {differing}. Choose another folder, or use the "
+                                  "same arguments and files")
             _LOG.info("%s: going on with the encoding found there", out)
             return None
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -133,19 +170,24 @@ def _claim(request: EncodeRequest, settings: dict[str, Any], count: int) -> Late
 class _Worker:
     """Encodes shards of one rank."""
 
-    def __init__(self, request: EncodeRequest, tree: Tree, vae: Vae | None, team: Team) -> None:
-        self._request, self._tree, self._vae = request, tree, vae
-        read = read_npz_moments if vae is None else lambda path: read_image(path, request.image_size)
+    def __init__(self, request: EncodeRequest, tree: Tree, vae: Vae | None, shape: tuple[int, int, int]) -> None:
+        self._request, self._tree, self._vae, self._shape = request, tree, vae, shape
+
+        def read(path: Path) -> np.ndarray:
+            return read_npz_moments(path, shape) if vae is None else read_image(path, request.image_size)
+
         self._reader = TreeReader(tree, read, request.workers)
         self._corrupt = CorruptFiles(request.max_corrupt, "--max-corrupt")
 
-    def encode_shard(self, number: int) -> int:
-        """Encode one shard, unless it is there already; return how many files it stands for."""
-        path = self._request.out / _shard_name(number)
-        indices = range(number * self._request.shard_size, min((number + 1) * self._request.shard_size, len(self._tree)))
-        if _is_complete(path):
-            return len(indices)
-        kept, moments, twins, skipped = [], [], [], []
+    def files_of(self, number: int) -> range:
+        """Return the indices of a shard's files."""
+        return range(number * self._request.shard_size, min((number + 1) * self._request.shard_size, len(self._tree)))
+
+    def encode_shard(self, number: int) -> None:
+        """Encode one shard; it is empty if none of its files can be read."""
+        path, indices = self._request.out / _shard_name(number), self.files_of(number)
+        empty = torch.empty(0, *self._shape, dtype=DTYPES[self._request.dtype])
+        kept, moments, twins, skipped = [], [empty], [empty], []
         for start in range(indices.start, indices.stop, self._request.batch_size):
             batch = range(start, min(start + self._request.batch_size, indices.stop))
             good = []
@@ -160,17 +202,13 @@ class _Worker:
                 plain, mirrored = self._moments(np.stack(good))
                 moments.append(plain)
                 twins += [mirrored] if self._request.flip else []
-        if not kept:
-            raise DataError(f"{self._tree.root}: none of the {len(indices)} files from {self._tree.names[indices.start]} on could "
-                            "be read")
-        content = ShardContent(kind=_KIND, records=torch.cat(moments), flipped=torch.cat(twins) if twins else None,
+        content = ShardContent(kind=_KIND, records=torch.cat(moments), flipped=torch.cat(twins) if self._request.flip else None,
                                labels=torch.from_numpy(self._tree.labels[kept]), names=[self._tree.names[i] for i in kept])
         try:
             record = write_shard(path, content)
             _write_json(path.with_suffix(".json"), {"record": asdict(record), "skipped": skipped})
         except OSError as error:
             raise DataError(f"{path}: could not be written: {error}. Free the disk and run the same command again") from None
-        return len(indices)
 
     def _moments(self, values: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return moments of images, or as they were cached, and those of the mirrored images, as stored."""
@@ -192,12 +230,15 @@ def _finish(request: EncodeRequest, settings: dict[str, Any], tree: Tree, shards
                         f"{', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}. Mend them and encode into a new folder, or "
                         "run again with a higher limit: nothing is encoded twice")
     records = tuple(ShardRecord(**entry["record"]) for entry in entries)
+    if not sum(record.count for record in records):
+        raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
     opened = [Shard(request.out / record.file) for record in records]
     counts = np.bincount(torch.cat([shard.labels for shard in opened]).numpy(), minlength=len(tree.classes))
-    identity = None if settings["vae"] is None else VaeIdentity(**settings["vae"])
     index = LatentIndex(
         kind=_KIND, shape=opened[0].shape[1:], dtype=request.dtype, flipped=request.flip, image_size=settings["image_size"],
-        vae=identity, classes=tree.classes, class_counts=tuple(counts.tolist()), shards=records, skipped=tuple(skipped),
+        vae=VaeIdentity(**settings["vae"]), classes=tree.classes, class_counts=tuple(counts.tolist()), shards=records,
+        skipped=tuple(skipped),
+        encoding={name: settings[name] for name in ("files", "listing", "shard_size", "vae_dtype")},
         versions=versions_of("diffusers", "numpy", "pillow", "safetensors"))
     index.write(request.out)
     for leftover in (request.out / UNFINISHED, *(request.out.glob("shard-*.json"))):
@@ -239,13 +280,6 @@ def _problems(folder: Path, record: ShardRecord) -> Iterator[str]:
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether a shard and its entry are there and fit; both are written in one move, the entry last."""
-    entry = path.with_suffix(".json")
-    return entry.is_file() and path.is_file() and (
-        json.loads(entry.read_text(encoding="utf-8"))["record"]["bytes"] == path.stat().st_size)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

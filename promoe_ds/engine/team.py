@@ -14,6 +14,26 @@ from promoe_ds.engine.distributed import Ranks, complete_environment, from_main,
 from promoe_ds.errors import ConfigError, PromoeError
 
 _T = TypeVar("_T")
+#: Of barriers after work of one's own: a rank's share may take hours longer than another's.
+_PATIENCE = timedelta(days=30)
+
+
+def check_device(name: str | None) -> str:
+    """Return the device of that name; a GPU where there is one, else the CPU, for None.
+
+    Raises: ConfigError if there is no such device, or it cannot compute.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        return name  # which of them is not known yet: nothing is taken of the first one's memory
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if torch.device(name).type == "meta":
+        raise ConfigError(f"--device {name}: computes nothing: name cpu, or cuda for this process's GPU")
+    return name
 
 
 class Team:
@@ -23,6 +43,7 @@ class Team:
         """Stand for the ranks of a process group that exists, if there are several."""
         self.rank, self.world_size, self.device = ranks.rank, ranks.world_size, ranks.device
         self.is_main = ranks.is_main
+        self._waiting: dist.ProcessGroup | None = None
 
     def gather(self, value: _T) -> list[_T]:
         """Return every rank's small picklable value, by rank."""
@@ -33,9 +54,16 @@ class Team:
         return value if self.world_size == 1 else from_main(value)
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all, however much longer the others work than this one."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self._waiting)
+
+    def wait_patiently(self) -> None:
+        """Let barriers outlast the time-out of other collectives; all ranks call this together.
+
+        A rank that dies ends them all the same: its connections break, and the launcher ends the others.
+        """
+        self._waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Return the sum of the ranks' float64 arrays of one shape."""
@@ -74,9 +102,11 @@ def join_team(device: str | None = None, *, timeout_seconds: float = 1800.0) -> 
 
     Args:
         device: of this process; if left out, or just "cuda", its own GPU where there are any, else the CPU.
-        timeout_seconds: of every collective; ranks differ in how long they take between two.
-    Raises: ConfigError if the launcher's variables do not fit.
+        timeout_seconds: of every collective but barriers, which wait for as long as a rank's share of the work takes.
+    Raises: ConfigError if the launcher's variables do not fit, or there is no such device.
     """
+    if device is not None:
+        check_device(device)
     world_size = complete_environment()
     if device in (None, "cuda"):
         own = local_device()
@@ -87,4 +117,6 @@ def join_team(device: str | None = None, *, timeout_seconds: float = 1800.0) -> 
     if world_size == 1:
         return alone(own)
     dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
-    return Team(Ranks(rank=dist.get_rank(), world_size=world_size, device=own))
+    team = Team(Ranks(rank=dist.get_rank(), world_size=world_size, device=own))
+    team.wait_patiently()
+    return team

@@ -14,6 +14,11 @@ def package_versions() -> dict[str, str]:
             "python": platform.python_version()}
 
 
+def device_name(device: torch.device) -> str:
+    """Return what computes: `cpu`, or a GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def versions_of(*packages: str) -> dict[str, str]:
     """Return the versions of those packages that are installed, of this one, torch and Python; none is imported."""
     found = {"promoe_ds": version("promoe_ds"), "torch": torch.__version__, "python": platform.python_version()}

@@ -69,6 +69,13 @@ def align_weights(network: nn.Module) -> nn.Module:
     return network
 
 
+def even_passes(samples: int, *, batch_size: int, world_size: int) -> tuple[int, int]:
+    """Return how many passes each rank makes for its share of some samples, and of how many images: as few as will do."""
+    share = -(-samples // world_size)
+    passes = -(-share // batch_size)
+    return passes, -(-share // passes)
+
+
 def units(indices: Sequence[int], *, size: int, num: int) -> list[range]:
     """Return the passes that draw `indices`: aligned blocks of `size` of 0 ... num - 1, whoever draws them."""
     return [range(first, min(first + size, num)) for first in sorted({index // size * size for index in indices})]

@@ -6,6 +6,7 @@ Letters: N images, d pooled features, s spatial features, c classes, H, W size, 
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.data.precision import without_tf32
+from promoe_ds.data.vae import fingerprint_of
 from promoe_ds.engine.manifest import checksum
 from promoe_ds.engine.versions import versions_of
 from promoe_ds.errors import ConfigError
@@ -32,6 +35,11 @@ class Features:
     spatial: np.ndarray | None
     probabilities: np.ndarray | None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of them are."""
+        return all(values is None or np.isfinite(values).all() for values in (self.pool, self.spatial, self.probabilities))
+
 
 class Extractor:
     """A network that turns uint8 images into features."""
@@ -42,32 +50,46 @@ class Extractor:
         Args:
             network: takes uint8 (N, C, H, W) of any size; returns pooled features (N, d), or a tuple or dictionary of `pool`,
                 `spatial` (N, C', H', W') and `logits` (N, c), each but the first possibly None.
-            identity: what makes its figures comparable.
+            identity: what makes its figures comparable; the checksum of the weights is added.
             colour: whether it wants three channels: grey images are repeated.
         """
-        self.identity, self._device, self._colour = identity, device, colour
+        self.identity = {**identity, "weights": fingerprint_of(network)}
+        self._device, self._colour = device, colour
         self._network = network.eval().to(device)
 
     @torch.no_grad()
     def __call__(self, images_NHWC: np.ndarray) -> Features:
         """Return the features of uint8 images.
 
-        Raises: ConfigError if the network returns something else.
+        Raises: ConfigError if the network fails, or returns something else.
         """
         images = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).to(self._device)
         if self._colour and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        outputs = self._network(images)
+        try:
+            with without_tf32():
+                outputs = self._network(images)
+        except Exception as error:  # a network of the user's own may raise anything
+            raise ConfigError(f"extractor {self.identity['name']}: failed on uint8 images {tuple(images.shape)}: "
+                              f"{_told(error)}") from error
         if isinstance(outputs, Tensor):
             outputs = (outputs,)
         if isinstance(outputs, dict):
             outputs = tuple(outputs.get(name) for name in _OUTPUTS)
         pool, spatial, logits = (*outputs, None, None)[:3]
-        if not isinstance(pool, Tensor) or len(pool) != len(images):
-            raise ConfigError(f"extractor {self.identity['name']}: returned {type(pool).__name__} for {len(images)} images, "
-                              "expected a tensor of as many rows, or pool, spatial and logits")
+        for value in (pool, spatial, logits):
+            if value is not None and not (isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(images)):
+                found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ConfigError(f"extractor {self.identity['name']}: returned {found} for {len(images)} images, expected a "
+                                  "tensor of as many rows, or pool, spatial and logits")
+        if pool is None:
+            raise ConfigError(f"extractor {self.identity['name']}: returned no pooled features (pool)")
         return Features(_rows(pool), None if spatial is None else _rows(_adm_spatial(spatial)),
                         None if logits is None else logits.double().softmax(dim=1).cpu().numpy())
+
+    def probe(self, size: int, channels: int) -> Features:
+        """Return the features of one blank image: what this network has, and of which sizes."""
+        return self(np.zeros((1, size, size, channels), dtype=np.uint8))
 
 
 def load_extractor(source: str, device: torch.device | str) -> Extractor:
@@ -152,9 +174,12 @@ def _from_python(path: Path, name: str) -> nn.Module:
         raise ConfigError(f"extractor {path}:{name}: no such file")
     spec = importlib.util.spec_from_file_location("promoe_ds_extractor", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    factory = getattr(module, name, None)
-    network = factory() if callable(factory) else None
+    try:
+        spec.loader.exec_module(module)
+        factory = getattr(module, name, None)
+        network = factory() if callable(factory) else None
+    except Exception as error:  # the user's own code
+        raise ConfigError(f"extractor {path}:{name}: {_told(error)}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"extractor {path}:{name}: {name} there is no class or function that returns a torch.nn.Module")
     return network
@@ -165,6 +190,13 @@ def _inception_identity(weights: str) -> dict[str, Any]:
                 "features": "2048, Mixed_6d.branch1x1[:, :7], logits_unbiased",
                 "resize": "TensorFlow 1 bilinear to 299, in the network", **versions_of("torch-fidelity")}
     return {**identity, "checksum": _checksum(Path(weights))} if weights else identity
+
+
+def _told(error: Exception) -> str:
+    """Return an error of a user's code as one line, with the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''} ({frames[-1].filename}, line {frames[-1].lineno})"
 
 
 def _checksum(path: Path) -> str:

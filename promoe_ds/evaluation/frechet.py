@@ -22,16 +22,19 @@ def fit_gaussian(features_Nd: np.ndarray) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Return |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0; 0 for equal Gaussians.
+    """Return |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0; 0 for equal Gaussians, NaN if one is not finite.
 
     Source: Heusel et al. (2017), Eq. 6; ADM: a matrix root of A B. Differs: the trace of that root is the sum of the singular
     values of A^(1/2) B^(1/2), exact where the root of a product is not: for covariances of fewer images than features, which
     are singular. No offset is ever added.
     """
+    if not all(np.isfinite(values).all() for one in (a, b) for values in (one.mean, one.covariance)):
+        return float("nan")
     cross = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
     difference = a.mean - b.mean
     distance = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
-    return max(0.0, float(distance))
+    # Rounding may leave it below 0; NaN stays NaN, where Python's max would make it 0.
+    return float(np.maximum(distance, 0.0))
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

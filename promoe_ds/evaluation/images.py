@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from promoe_ds.config import RunConfig
 from promoe_ds.errors import DataError
+
+
+def draws_pixels(config: RunConfig) -> bool:
+    """Whether a model draws images as they are: of one or three channels, and not trained on latents, which may have as many."""
+    return config.model.in_channels in (1, 3) and config.data.dataset not in ("latents", "images")
 
 
 def to_uint8(images_NCHW: np.ndarray) -> np.ndarray:

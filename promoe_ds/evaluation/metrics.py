@@ -1,30 +1,34 @@
-"""FID, sFID, Inception Score, precision and recall with ADM's protocol, on one process or many.
-
-Letters: N images, d features.
-"""
+"""FID, sFID, Inception Score, precision and recall with ADM's protocol, on one process or many."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from promoe_ds.engine.manifest import checksum
+from promoe_ds.data.precision import TF32
 from promoe_ds.engine.team import Team
-from promoe_ds.engine.versions import versions_of
+from promoe_ds.engine.versions import device_name, versions_of
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.evaluation.features import Extractor, Features, load_extractor
+from promoe_ds.evaluation.features import Extractor, load_extractor
 from promoe_ds.evaluation.frechet import Gaussian, frechet_distance
 from promoe_ds.evaluation.precision_recall import NEIGHBOURS, precision_recall
-from promoe_ds.evaluation.sources import FolderImages, NpzImages, npz_array, open_samples
-from promoe_ds.evaluation.statistics import InceptionScore, RunningGaussian
+from promoe_ds.evaluation.reference import (
+    OpenReference,
+    Reference,
+    check_fits,
+    open_reference,
+    read_reference,
+    save_statistics,
+)
+from promoe_ds.evaluation.sources import FolderImages, NpzImages, open_samples
+from promoe_ds.evaluation.statistics import InceptionScore
+from promoe_ds.evaluation.summary import Summary, summarise
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
+_MANIFOLD = {"precision", "recall"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,159 +43,51 @@ class EvaluateRequest:
     save_reference: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What is kept of a set of images: Gaussians of its features, its score, the features themselves where asked for."""
-
-    pool: Gaussian
-    spatial: Gaussian | None
-    score: float | None
-    features_Nd: np.ndarray | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """What samples are held against."""
-
-    pool: Gaussian
-    spatial: Gaussian | None
-    features_Nd: np.ndarray | None
-    description: dict[str, Any]
-
-
 def evaluate(request: EvaluateRequest, team: Team) -> dict[str, Any]:
     """Judge samples; all ranks call this together. Return the figures and all that makes them comparable.
 
+    Whatever can be wrong with the request is found before the first batch.
     Raises: ConfigError for metrics that the extractor or the reference cannot give; DataError for files.
     """
-    wrong = [name for name in request.metrics if name not in METRICS]
-    if wrong or not request.metrics:
-        raise ConfigError(f"--metrics {','.join(request.metrics)}: choose from {','.join(METRICS)}")
-    if request.reference is None and set(request.metrics) != {"is"}:
-        raise ConfigError("--reference is needed for all metrics but is")
+    _check_request(request, team)
     samples, settings = open_samples(request.samples)
+    opened = None if request.reference is None else open_reference(request.reference, size=samples.height,
+                                                                   channels=samples.channels)
     extractor = load_extractor(request.extractor, team.device)
-    wants_manifold = bool({"precision", "recall"} & set(request.metrics))
+    _check_possible(request, samples, opened, extractor)
+    wants_manifold = bool(_MANIFOLD & set(request.metrics))
     found = summarise(samples, extractor, team, batch_size=request.batch_size, keep=wants_manifold,
                       want_score="is" in request.metrics)
-    if "sfid" in request.metrics and found.spatial is None:
-        raise ConfigError(f"--metrics sfid: extractor {request.extractor} returns no spatial features")
     figures, reference = {}, None
-    if request.reference is not None:
-        reference = read_reference(request.reference, extractor, team, size=samples.height, batch_size=request.batch_size,
-                                   keep=wants_manifold)
+    if opened is not None:
+        reference = read_reference(opened, extractor, team, batch_size=request.batch_size, keep=wants_manifold)
         figures = _compare(found, reference, request, team)
     if "is" in request.metrics:
         figures["is"] = found.score
-    if request.save_reference is not None and reference is not None and team.is_main:
+    if request.save_reference is not None and team.is_main:
         save_statistics(request.save_reference, reference.pool, reference.spatial)
     return {
         "metrics": {name: figures[name] for name in METRICS if name in figures},
-        "samples": {"path": str(request.samples), "count": len(samples), "size": samples.height, "settings": settings},
+        "samples": {"path": str(request.samples), "count": len(samples), "size": samples.height, "pixels": found.checksum,
+                    "settings": settings},
         "reference": None if reference is None else reference.description, "extractor": extractor.identity,
         "protocol": {"statistics": "float64, unbiased covariance", "inception_score_split": InceptionScore.SPLIT,
-                     "neighbours": NEIGHBOURS, "distances": "float64", "processes": team.world_size},
+                     "neighbours": NEIGHBOURS, "distances": "float64", "processes": team.world_size,
+                     "batch_size": request.batch_size, "device": device_name(team.device), "tf32": TF32},
         "versions": versions_of("numpy", "scipy", "torch-fidelity", "pillow")}
 
 
-def _compare(found: Summary, reference: Reference, request: EvaluateRequest, team: Team) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    if "fid" in request.metrics:
-        figures["fid"] = _distance(found.pool, reference.pool, request.reference, "mu")
-    if "sfid" in request.metrics:
-        if reference.spatial is None:
-            raise ConfigError(f"--metrics sfid: {request.reference} holds neither mu_s and sigma_s nor images")
-        figures["sfid"] = _distance(found.spatial, reference.spatial, request.reference, "mu_s")
-    if found.features_Nd is not None:
-        if reference.features_Nd is None:
-            raise ConfigError(f"--metrics precision, recall: {request.reference} holds no images (arr_0)")
-        try:
-            precision, recall = precision_recall(reference.features_Nd, found.features_Nd, team)
-        except ValueError as error:
-            raise ConfigError(f"--metrics precision, recall: {error}") from None
-        figures |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in request.metrics}
-    return figures
+def check_target(path: Path, flag: str) -> None:
+    """See whether a file can be written.
 
-
-def summarise(images: NpzImages | FolderImages, extractor: Extractor, team: Team, *, batch_size: int, keep: bool = False,
-              want_score: bool = False) -> Summary:
-    """Extract features batch by batch, each rank a share of the batches, and summarise them; all call this together.
-
-    Args:
-        keep: return all features, on every rank, too: N x d x 8 bytes of memory.
-        want_score: compute the Inception Score.
-    Raises: ConfigError if the extractor gives no logits for it; DataError for fewer than two images.
+    Raises: ConfigError if not.
     """
-    if len(images) < 2:
-        raise DataError(f"{images.path}: {len(images)} image, a covariance needs at least 2")
-    pool = spatial = score = kept = None
-    for rows, features in _features_of(images, extractor, team, batch_size):
-        if pool is None:
-            pool = RunningGaussian(features.pool.shape[1])
-            spatial = None if features.spatial is None else RunningGaussian(features.spatial.shape[1])
-            if want_score and features.probabilities is None:
-                raise ConfigError(f"--metrics is: extractor {extractor.identity['name']} returns no logits")
-            score = InceptionScore(len(images), features.probabilities.shape[1]) if want_score else None
-            kept = np.zeros((len(images), features.pool.shape[1])) if keep else None
-        pool.add(features.pool[:len(rows)])
-        if spatial is not None:
-            spatial.add(features.spatial[:len(rows)])
-        if score is not None:
-            score.add(rows.start, features.probabilities[:len(rows)])
-        if kept is not None:
-            kept[rows.start:rows.stop] = features.pool[:len(rows)]
-    return Summary(pool=pool.gaussian(team), spatial=None if spatial is None else spatial.gaussian(team),
-                   score=None if score is None else score.score(team), features_Nd=None if kept is None else team.sum(kept))
-
-
-def _features_of(images: NpzImages | FolderImages, extractor: Extractor, team: Team,
-                 batch_size: int) -> Iterator[tuple[range, Features]]:
-    """Yield this rank's batches; at least one, possibly with no rows that count, so that all know the sizes."""
-    batches = [range(first, min(first + batch_size, len(images))) for first in range(0, len(images), batch_size)]
-    own = batches[team.rank::team.world_size]
-    if not own:
-        yield range(0), extractor(images.read(range(1)))
-    with tqdm(total=len(images), unit="image", disable=None if team.is_main else True) as progress:
-        for rows in own:
-            yield rows, extractor(images.read(rows))
-            progress.update(min(len(rows) * team.world_size, len(images) - progress.n))
-
-
-def read_reference(path: Path, extractor: Extractor, team: Team, *, size: int, batch_size: int, keep: bool) -> Reference:
-    """Read a reference: the statistics it states, as ADM does, or those of its images; and the images' features if `keep`.
-
-    Args:
-        size: of the samples; images of a folder are cropped to it.
-    Raises: DataError if it holds neither, or statistics of another extractor.
-    """
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
-    stated = None if path.is_dir() else _stated(path)
-    has_images = path.is_dir() or npz_array(path, "arr_0") is not None
-    if stated is None and not has_images:
-        raise DataError(f"{path}: holds neither mu and sigma nor images (arr_0)")
-    description: dict[str, Any] = {"path": str(path), "statistics": "computed from its images" if stated is None else "as stated"}
-    if not path.is_dir():
-        description["checksum"] = team.on_main(lambda: f"xxh3_64:{checksum(path)}")
-    found = None
-    if stated is None or (keep and has_images):
-        images = FolderImages(path, size) if path.is_dir() else NpzImages(path)
-        description["images"] = len(images)
-        found = summarise(images, extractor, team, batch_size=batch_size, keep=keep)
-    pool, spatial = stated or (found.pool, found.spatial)
-    return Reference(pool=pool, spatial=spatial, features_Nd=None if found is None else found.features_Nd, description=description)
-
-
-def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None) -> None:
-    """Write statistics as a reference: `mu`, `sigma`, and `mu_s`, `sigma_s` where there are any."""
-    arrays = {"mu": pool.mean, "sigma": pool.covariance}
-    if spatial is not None:
-        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
-    try:
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
-    except OSError as error:
-        raise ConfigError(f"--save-reference {path}: {error}") from None
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}: make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{flag} {path}: must not be written: choose another place")
 
 
 def write_metrics(path: Path, figures: dict[str, Any]) -> None:
@@ -202,21 +98,56 @@ def write_metrics(path: Path, figures: dict[str, Any]) -> None:
         raise ConfigError(f"--out {path}: {error}") from None
 
 
-def _stated(path: Path) -> tuple[Gaussian, Gaussian | None] | None:
-    pairs = []
-    for mean_name, covariance_name in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        mean, covariance = npz_array(path, mean_name), npz_array(path, covariance_name)
-        if mean is None or covariance is None:
-            pairs.append(None)
-            continue
-        mean, covariance = np.array(mean, dtype=np.float64), np.array(covariance, dtype=np.float64)
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise DataError(f"{path}: {mean_name} {mean.shape} and {covariance_name} {covariance.shape} do not fit each other")
-        pairs.append(Gaussian(mean, covariance))
-    return None if pairs[0] is None else (pairs[0], pairs[1])
+def _check_request(request: EvaluateRequest, team: Team) -> None:
+    wrong = [name for name in request.metrics if name not in METRICS]
+    if wrong or not request.metrics:
+        raise ConfigError(f"--metrics {','.join(request.metrics)}: choose from {','.join(METRICS)}")
+    if request.reference is None and set(request.metrics) != {"is"}:
+        raise ConfigError("--reference is needed for all metrics but is")
+    if request.save_reference is not None:
+        if request.reference is None:
+            raise ConfigError(f"--save-reference {request.save_reference}: there is no --reference whose statistics to save")
+        team.on_main(lambda: check_target(request.save_reference, "--save-reference"))
 
 
-def _distance(a: Gaussian, b: Gaussian, path: Path | None, name: str) -> float:
-    if a.mean.shape != b.mean.shape:
-        raise DataError(f"{path}: {name} has {len(b.mean)} features, the extractor {len(a.mean)}: they are another network's")
-    return frechet_distance(a, b)
+def _check_possible(request: EvaluateRequest, samples: NpzImages | FolderImages, opened: OpenReference | None,
+                    extractor: Extractor) -> None:
+    """Hold the metrics against what the extractor returns for a blank image, and against what the reference holds."""
+    probe = extractor.probe(samples.height, samples.channels)
+    if "sfid" in request.metrics and probe.spatial is None:
+        raise ConfigError(f"--metrics sfid: extractor {request.extractor} returns no spatial features")
+    if "is" in request.metrics and probe.probabilities is None:
+        raise ConfigError(f"--metrics is: extractor {request.extractor} returns no logits")
+    if opened is None:
+        return
+    check_fits(opened, probe.pool.shape[1], request.extractor)
+    if "sfid" in request.metrics and opened.pool is not None:
+        if opened.spatial is None:
+            raise ConfigError(f"--metrics sfid: {opened.path} states mu and sigma, but neither mu_s nor sigma_s")
+        if len(opened.spatial.mean) != probe.spatial.shape[1]:
+            raise DataError(f"{opened.path}: mu_s has {len(opened.spatial.mean)} features, the extractor {request.extractor} "
+                            f"{probe.spatial.shape[1]} for images of {samples.height} pixels: they are another network's")
+    if _MANIFOLD & set(request.metrics):
+        if opened.images is None:
+            raise ConfigError(f"--metrics precision, recall: {opened.path} holds no images (arr_0)")
+        if (smallest := min(len(samples), len(opened.images))) <= NEIGHBOURS:
+            raise ConfigError(f"--metrics precision, recall: need more than {NEIGHBOURS} images on both sides, got {smallest}")
+
+
+def _compare(found: Summary, reference: Reference, request: EvaluateRequest, team: Team) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    if "fid" in request.metrics:
+        figures["fid"] = _distance(found.pool, reference.pool, "fid")
+    if "sfid" in request.metrics:
+        figures["sfid"] = _distance(found.spatial, reference.spatial, "sfid")
+    if _MANIFOLD & set(request.metrics):
+        precision, recall = precision_recall(reference.features_Nd, found.features_Nd, team)
+        figures |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in request.metrics}
+    return figures
+
+
+def _distance(samples: Gaussian, reference: Gaussian, name: str) -> float:
+    distance = frechet_distance(samples, reference)
+    if distance != distance:  # NaN
+        raise DataError(f"--metrics {name}: the statistics are too large for a finite distance: scale the extractor's features")
+    return distance

@@ -15,12 +15,12 @@ from promoe_ds.engine.distributed import Ranks
 from promoe_ds.engine.ema_swap import averaged_network
 from promoe_ds.engine.session import Session
 from promoe_ds.engine.team import Team
-from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.evaluation.drawing import Drawer
+from promoe_ds.errors import ConfigError
+from promoe_ds.evaluation.drawing import Drawer, even_passes
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance
-from promoe_ds.evaluation.images import to_uint8
-from promoe_ds.evaluation.metrics import read_reference
+from promoe_ds.evaluation.images import draws_pixels, to_uint8
+from promoe_ds.evaluation.reference import check_fits, open_reference, read_reference
 from promoe_ds.evaluation.statistics import RunningGaussian
 
 
@@ -38,38 +38,34 @@ class OnlineEvaluation:
         if problem:
             raise ConfigError(f"evaluation.{problem}")
         self._extractor = load_extractor(settings.extractor, ranks.device)
-        # Models of latents need an autoencoder; digits are pixels.
         self._vae = None
-        if config.data.dataset in ("latents", "images") or model.in_channels not in (1, 3):
+        if not draws_pixels(config):
             if config.data.vae is None:
                 raise ConfigError("evaluation.every: latents must be decoded to be judged: set data.vae to the folder or hub id of "
                                   "their autoencoder")
             self._vae = Vae(config.data.vae, device=ranks.device)
         size = model.input_size * (1 if self._vae is None else self._vae.identity.downsampling)
-        self._reference = read_reference(Path(settings.reference), self._extractor, self._team, size=size,
-                                         batch_size=settings.batch_size, keep=False)
-        blank = np.zeros((1, size, size, model.in_channels if self._vae is None else 3), dtype=np.uint8)
-        found, wanted = self._extractor(blank).pool.shape[1], len(self._reference.pool.mean)
-        if found != wanted:
-            raise DataError(f"evaluation.reference={settings.reference}: mu has {wanted} features, evaluation.extractor="
-                            f"{settings.extractor} {found}: they are another network's")
+        channels = model.in_channels if self._vae is None else 3
+        opened = open_reference(Path(settings.reference), size=size, channels=channels)
+        check_fits(opened, self._extractor.probe(size, channels).pool.shape[1], settings.extractor)
+        self._reference = read_reference(opened, self._extractor, self._team, batch_size=settings.batch_size, keep=False)
         self._plan = SamplingPlan(
             steps=settings.steps or config.sampling.steps, cfg_scale=settings.cfg_scale, null_label=model.null_label,
             shift=config.diffusion.shift, solver=config.resolved_solver, num_train_timesteps=config.diffusion.num_train_timesteps)
 
     def __call__(self, session: Session) -> dict[str, float]:
-        """Return the figures for this step's log line; all ranks call this together.
+        """Return the figures for this step's log line, NaN where the samples have none; all ranks call this together.
 
         Every rank makes equally many passes, as experts that lie on several need, the last ones possibly for nothing.
         """
         started, settings, team = time.perf_counter(), self._config.evaluation, self._team
-        passes = -(-settings.samples // (settings.batch_size * team.world_size))
+        passes, size = even_passes(settings.samples, batch_size=settings.batch_size, world_size=team.world_size)
         running = None
         with averaged_network(session) as network, torch.no_grad():
             drawer = Drawer(network, self._config, self._plan, seed=settings.seed, device=team.device)
             for number in range(passes):
-                first = (number * team.world_size + team.rank) * settings.batch_size
-                count = max(0, min(settings.batch_size, settings.samples - first))
+                first = (number * team.world_size + team.rank) * size
+                count = max(0, min(size, settings.samples - first))
                 indices = range(first, first + max(count, 1))
                 labels = np.array([index % self._config.model.num_classes for index in indices], dtype=np.int64)
                 features = self._extractor(self._images(drawer.draw(indices, labels))).pool
@@ -80,5 +76,5 @@ class OnlineEvaluation:
 
     def _images(self, latents: torch.Tensor) -> np.ndarray:
         values = latents if self._vae is None else self._vae.decode(latents)
-        # What is not finite becomes black: a diverged model has a bad figure, not a stopped run.
+        # What is not finite becomes black: a diverged model has a bad figure, or none (NaN), but no stopped run.
         return to_uint8(torch.nan_to_num(values, nan=-1.0, posinf=1.0, neginf=-1.0).cpu().numpy())

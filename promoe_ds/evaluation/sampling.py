@@ -16,11 +16,11 @@ from promoe_ds.config import RunConfig
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.engine.manifest import checksum
-from promoe_ds.engine.team import Team, alone
-from promoe_ds.engine.versions import versions_of
+from promoe_ds.engine.team import Team, alone, check_device
+from promoe_ds.engine.versions import device_name, versions_of
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.evaluation.drawing import Drawer, align_weights, is_exact, threads_of, units
-from promoe_ds.evaluation.images import make_grid, save_png, to_uint8
+from promoe_ds.evaluation.images import draws_pixels, make_grid, save_png, to_uint8
 from promoe_ds.evaluation.sharded_model import load_sharded_model
 from promoe_ds.evaluation.store import SampleStore
 from promoe_ds.logs import get_logger
@@ -69,18 +69,24 @@ def draw_samples(request: SampleRequest, team: Team | None = None) -> list[Path]
     labels, plan = choose_labels(request, config), make_plan(request, config)
     exact = is_exact(request.exact, config, team.device)
     vae = _load_vae(request, config, team)
-    store = SampleStore(request.out, labels, as_images=vae is not None or config.model.in_channels in (1, 3))
+    store = SampleStore(request.out, labels, shape=_shape(config, vae), as_images=vae is not None or draws_pixels(config))
     settings = team.on_main(lambda: _settings(request, plan, exact, vae))
+    environment = {"device": device_name(team.device), "versions": versions_of("diffusers", "numpy")}
     network = load_model(request.model, device=team.device, dtype=DTYPES[request.dtype]) if request.ep_size == 1 else (
         load_sharded_model(request.model, team, ep_size=request.ep_size, dtype=DTYPES[request.dtype], exact=exact))
     if exact:
         align_weights(network)
-    todo = team.on_main(lambda: (store.claim({**settings, "num": len(labels)}), store.missing())[1])
+    todo = team.on_main(lambda: (store.claim({**settings, "num": len(labels)}, environment), store.missing())[1])
     job = _Job(request, store, Drawer(network, config, plan, seed=request.seed, device=team.device), vae)
-    with threads_of(exact=exact):
-        _run(job, units(todo, size=1 if exact else request.batch_size, num=len(labels)), team, lockstep=request.ep_size > 1)
-    team.barrier()
-    return team.on_main(lambda: _finish(request, store))
+    # Twice: files that a broken disk or a crash has damaged are found where all are put together, and drawn anew.
+    for _ in range(2):
+        with threads_of(exact=exact):
+            _run(job, units(todo, size=1 if exact else request.batch_size, num=len(labels)), team, lockstep=request.ep_size > 1)
+        team.barrier()
+        if not (todo := team.on_main(store.assemble)):
+            return team.on_main(lambda: _finish(request, store))
+    raise ConfigError(f"--out {request.out}: {len(todo)} samples, the first of them {todo[0]}, cannot be read back after they were "
+                      "written twice: check the disk")
 
 
 @dataclass(frozen=True)
@@ -120,20 +126,6 @@ def _run(job: _Job, passes: list[range], team: Team, *, lockstep: bool) -> None:
             progress.update(min(len(indices) * team.world_size, total - progress.n))
 
 
-def check_device(name: str | None) -> str:
-    """Return the device of that name; a GPU where there is one, else the CPU, for None.
-
-    Raises: ConfigError if there is no such device.
-    """
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return name
-
-
 def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
     """Return the label of every image, a function of its index: in turn, or drawn from (seed, index)."""
     classes = request.classes or tuple(range(config.model.num_classes))
@@ -147,8 +139,8 @@ def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
             raise ConfigError(f"{name} {value}: must be at least 1")
     if request.cfg_scale is not None and not 0 <= request.cfg_scale < math.inf:
         raise ConfigError(f"--cfg-scale {request.cfg_scale}: must be a number from 0 on; up to 1 there is no guidance")
-    if request.seed < 0:
-        raise ConfigError(f"--seed {request.seed}: must be at least 0")
+    if not 0 <= request.seed < 2**63:
+        raise ConfigError(f"--seed {request.seed}: must be at least 0 and below 2**63")
     if request.labels == "random":
         places = [int(generator(request.seed, "sample", 2, index).integers(len(classes))) for index in range(count)]
     else:
@@ -174,7 +166,7 @@ def make_plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
 def _load_vae(request: SampleRequest, config: RunConfig, team: Team) -> Vae | None:
     if request.vae is None:
         return None
-    if config.model.in_channels in (1, 3) and config.data.dataset not in ("latents", "images"):
+    if draws_pixels(config):
         raise ConfigError(f"--vae {request.vae}: this is a model of pixels, leave it out")
     vae = Vae(request.vae, device=team.device)
     identity = vae.identity
@@ -188,14 +180,22 @@ def _load_vae(request: SampleRequest, config: RunConfig, team: Team) -> Vae | No
     return vae
 
 
+def _shape(config: RunConfig, vae: Vae | None) -> tuple[int, int, int]:
+    """Return the shape of one file's content: an image's (H, W, C), or a latent's (Z, H, W)."""
+    side = config.model.input_size
+    if vae is not None:
+        return side * vae.identity.downsampling, side * vae.identity.downsampling, 3
+    return (side, side, config.model.in_channels) if draws_pixels(config) else (config.model.in_channels, side, side)
+
+
 def _settings(request: SampleRequest, plan: SamplingPlan, exact: bool, vae: Vae | None) -> dict[str, Any]:
-    """Return all that decides what the images are, and where they come from."""
+    """Return all that decides what the images are, but for the software and the machine, and where they come from."""
     return {
         "model": str(request.model), "origin": read_export_origin(request.model), "weights": _checksum(request.model),
         "seed": request.seed, "labels": request.labels, "classes": request.classes, "solver": plan.solver, "steps": plan.steps,
         "cfg_scale": plan.cfg_scale, "shift": plan.shift, "dtype": request.dtype, "exact": exact,
         "batch_size": None if exact else request.batch_size, "vae": None if vae is None else vae.identity.fingerprint,
-        "uint8": "clamp(127.5 * x + 128, 0, 255), truncated", "versions": versions_of("diffusers", "numpy")}
+        "uint8": "clamp(127.5 * x + 128, 0, 255), truncated"}
 
 
 def _checksum(export: Path) -> str:
@@ -205,7 +205,7 @@ def _checksum(export: Path) -> str:
 
 
 def _finish(request: SampleRequest, store: SampleStore) -> list[Path]:
-    written = [store.assemble()]
+    written = [store.file]
     if not store.as_images:
         return written
     written.insert(0, store.folder / f"img*.png ({len(store.labels)} files)")

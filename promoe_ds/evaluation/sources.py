@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from promoe_ds.data.images import IMAGE_SUFFIXES, center_crop
+from promoe_ds.data.images import IMAGE_SUFFIXES, UNREADABLE, center_crop
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.store import NPZ_FILE, SETTINGS_FILE
 
@@ -43,19 +43,28 @@ class NpzImages:
         """H."""
         return self._images.shape[1]
 
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self._images.shape[3]
+
     def read(self, rows: range) -> np.ndarray:
         """Return images (n, H, W, C) uint8."""
         return np.array(self._images[rows.start:rows.stop])
 
 
 class FolderImages:
-    """Image files at any depth, in the order of their names; those of another size are cropped as ADM does."""
+    """Image files at any depth, in the order of their names; those of another size are cropped as ADM does.
 
-    def __init__(self, path: Path, size: int | None = None) -> None:
+    Where colour is wanted, grey files count as colour; where grey is wanted, files in colour are refused.
+    """
+
+    def __init__(self, path: Path, size: int | None = None, channels: int | None = None) -> None:
         """List the folder.
 
         Args:
             size: pixels a side of what is read; that of the first file if left out, which all must share then.
+            channels: 1 or 3; those of the first file if left out.
         Raises: DataError if it holds no image, or samples of a job that did not end.
         """
         self.path = path
@@ -63,7 +72,9 @@ class FolderImages:
         if not self._files:
             raise DataError(f"{path}: no image below it")
         self._crop = size is not None
-        self.height = size or self._open(self._files[0]).height
+        first = self._open(self._files[0])
+        self.height = size or first.height
+        self.channels = channels or (1 if first.mode == "L" else 3)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -71,22 +82,21 @@ class FolderImages:
     def read(self, rows: range) -> np.ndarray:
         """Return images (n, H, W, C) uint8.
 
-        Raises: DataError naming a file that cannot be read or is of another size.
+        Raises: DataError naming a file that cannot be read, is of another size, or in colour where grey is wanted.
         """
-        images = [self._read(self._files[row]) for row in rows]
-        shapes = {image.shape for image in images}
-        if len(shapes) > 1:
-            raise DataError(f"{self.path}: files {rows.start} ... {rows.stop - 1} have the sizes {sorted(shapes)}, expected one")
-        return np.stack(images)
+        return np.stack([self._read(self._files[row]) for row in rows])
 
     def _read(self, file: Path) -> np.ndarray:
         image = self._open(file)
-        if image.size != (self.height, self.height):
-            if not self._crop:
-                raise DataError(f"{file}: {image.width} x {image.height} pixels, expected {self.height} a side as the first file")
-            return center_crop(image, self.height)
-        pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-        return pixels[:, :, None] if pixels.ndim == 2 else pixels
+        if self.channels == 1 and image.mode != "L":
+            raise DataError(f"{file}: is {image.mode}, expected grey (L) as the first file or the samples")
+        if image.size == (self.height, self.height):
+            pixels = np.asarray(image.convert("RGB"))
+        elif self._crop:
+            pixels = center_crop(image, self.height)
+        else:
+            raise DataError(f"{file}: {image.width} x {image.height} pixels, expected {self.height} a side as the first file")
+        return pixels[:, :, :self.channels]
 
     @staticmethod
     def _open(file: Path) -> Image.Image:
@@ -94,7 +104,7 @@ class FolderImages:
             image = Image.open(file)
             image.load()
             return image
-        except (OSError, ValueError, SyntaxError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{file}: not a readable image ({error})") from None
 
 
@@ -150,6 +160,9 @@ def _settings_beside(path: Path) -> dict[str, Any] | None:
     if not file.is_file() or (path.is_file() and path.name != NPZ_FILE):
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise DataError(f"{file}: is no record of a sampling job: remove it, or draw the samples anew")
+    return settings

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from promoe_ds.diffusion.sampler import SamplingPlan, image_generators, initial_noise, sample_latents
 from promoe_ds.errors import ConfigError
-from promoe_ds.evaluation.images import to_uint8
+from promoe_ds.evaluation.images import draws_pixels, to_uint8
 from promoe_ds.pipeline.transformer import ProMoETransformer2DModel
 
 #: Which solver of the package a scheduler stands for.
@@ -57,10 +57,12 @@ class ProMoEPipeline(DiffusionPipeline):
         config = self.transformer.run_config
         if output_type not in _OUTPUT_TYPES:
             raise ConfigError(f"output_type={output_type!r} is none of {', '.join(_OUTPUT_TYPES)}")
-        if output_type != "latent" and self.vae is None and config.model.in_channels not in (1, 3):
+        if output_type != "latent" and self.vae is None and not draws_pixels(config):
             raise ConfigError(f"output_type={output_type!r}: latents of {config.model.in_channels} channels need a vae: "
                               "ProMoEPipeline.from_pretrained(folder, vae=AutoencoderKL.from_pretrained(...)), or take "
                               "output_type=\"latent\"")
+        if output_type != "latent" and self.vae is not None and (shift := self.vae.config.get("shift_factor")):
+            raise ConfigError(f"vae: shifts its latents by shift_factor={shift}, this package only scales them: take one without")
         wrong = [label for label in class_labels if not 0 <= label < config.model.num_classes]
         if wrong or not len(class_labels):
             raise ConfigError(f"class_labels={list(class_labels)}: this model knows the classes 0 ... "

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from promoe_ds.analysis.pipeline_plan import TRAIN_IMAGES, Assumptions, plan_pipeline
-from promoe_ds.config import load_config
+from promoe_ds.analysis.pipeline_plan import DECODER_BYTES, ENCODER_BYTES, TRAIN_IMAGES, Assumptions, plan_pipeline
+from promoe_ds.config import count_parameters, load_config
+from promoe_ds.config.devices import find_device
 from promoe_ds.data.shards import ShardContent, write_shard
+from promoe_ds.data.vae import DECODED_AT_ONCE
 
 CONFIG = load_config("promoe_b")
 
@@ -29,6 +34,26 @@ def test_encode_disk_is_that_of_a_written_shard(tmp_path: Path, dtype: str) -> N
 
 def test_npz_of_50k_samples_is_half_of_the_sampling_disk() -> None:
     assert steps()["sample"].disk / 2 == 50_000 * 256 * 256 * 3
+
+
+def test_decoder_and_encoder_memory_is_that_of_the_images_of_a_pass() -> None:
+    plan, double = steps(), steps(assumptions=Assumptions(encode_batch=64))
+    assert double["encode"].device - plan["encode"].device == pytest.approx(32 * ENCODER_BYTES)
+    weights = 4 * (count_parameters(CONFIG).total + 83_653_863)
+    assert plan["sample"].device - weights == pytest.approx(DECODED_AT_ONCE * DECODER_BYTES)
+
+
+def test_tool_plans_the_pipeline_and_writes_it(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).parents[3] / "tools" / "plan.py"), "--recipe", "promoe_b", "--pipeline", "--gpu",
+               "a100", "--out", str(tmp_path / "plan.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    names = ["unpack", "encode", "train", "convert", "sample", "evaluate"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["step", *names]
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [step["name"] for step in plan["pipeline"]] == names
+    expected = steps(assumptions=Assumptions(device=find_device("a100")))["sample"]
+    assert plan["pipeline"][4]["seconds"] == pytest.approx(expected.seconds) and plan["assumptions"]["device"]["name"] == "a100"
 
 
 def test_times_follow_gpus_guidance_and_assumptions() -> None:

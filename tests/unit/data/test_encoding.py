@@ -18,7 +18,8 @@ from promoe_ds.data import LatentDataset, build_dataset, sample_indices
 from promoe_ds.data.images import read_image, scan_tree
 from promoe_ds.data.index import read_index
 from promoe_ds.data.shards import ShardContent, write_shard
-from promoe_ds.engine.encode import EncodeRequest, encode, verify
+from promoe_ds.data.vae import Vae
+from promoe_ds.engine.encode import EncodeRequest, encode, missing_shards, verify
 from promoe_ds.engine.team import alone
 from promoe_ds.errors import ConfigError, DataError
 
@@ -158,8 +159,14 @@ def test_encode_interrupted_goes_on_and_ends_the_same(made: Path, tmp_path: Path
 
 
 def test_encode_into_a_folder_begun_otherwise_is_refused(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"already holds other latents, see its index\.json"):
-        encode(request(made, "latents", dtype="float16"), alone())
+    others = save_images(tmp_path / "others", classes=("n01", "n02", "n04"))
+    for values, message in (({"dtype": "float16"}, "dtype was 'float32' and is 'float16'"), ({"shard_size": 5}, "shard_size was 4"),
+                            ({"vae_dtype": "bfloat16"}, "vae_dtype was 'float32' and is 'bfloat16'"),
+                            ({"source": others}, r"listing was '\w+' and is '\w+'")):
+        with pytest.raises(ConfigError, match=f"latents already holds other latents: {message}.*Choose another folder"):
+            encode(request(made, "latents", **values), alone())
+    tmp_path /= "out"
+    tmp_path.mkdir()
     (tmp_path / "encoding.json").write_text(json.dumps({"files": 15}))
     with pytest.raises(ConfigError, match=r"holds an encoding begun otherwise: listing was None and is"):
         encode(request(made, tmp_path), alone())
@@ -178,6 +185,52 @@ def test_encode_skips_corrupt_images_by_name_up_to_the_limit(tmp_path: Path) -> 
     assert index.skipped == ("n02/n02_2.png",) and index.count == 14 and index.class_counts == (5, 4, 5)
     assert read_index(tmp_path / "one") == index
     assert len(open_set(tmp_path / "one")) == 14
+
+
+def test_encode_shard_of_corrupt_images_alone_is_empty(tmp_path: Path) -> None:
+    save_vae(tmp_path / "vae")
+    images = save_images(tmp_path / "images")
+    for number in (0, 2, 4):
+        (images / "n03" / f"n03_{number}.png").write_bytes(b"broken")
+    index = encode(request(tmp_path, "out", max_corrupt=3, shard_size=12), alone())
+    assert [shard.count for shard in index.shards] == [12, 0] and len(index.skipped) == 3
+    assert len(open_set(tmp_path / "out").take(np.arange(12), np.arange(12))[0]) == 12
+    assert verify(tmp_path / "out", alone()) == index
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(DataError, match="none of its 15 files could be read"):
+        encode(request(tmp_path, "none", max_corrupt=15), alone())
+
+
+def test_encode_deals_out_the_missing_shards_only(made: Path, tmp_path: Path, monkeypatch) -> None:
+    out = copy_of(made / "latents", tmp_path / "out")
+    index = json.loads((out / "index.json").read_text())
+    for number, shard in enumerate(index["shards"]):
+        (out / f"shard-0000{number}.json").write_text(json.dumps({"record": shard, "skipped": []}))
+    assert missing_shards(out, 4) == []
+    (out / "shard-00001.json").unlink()
+    (out / "shard-00003.safetensors").write_bytes(b"cut")
+    assert missing_shards(out, 4) == [1, 3]
+
+
+def test_encode_at_a_size_that_the_autoencoder_would_cut_is_refused(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--image-size 9: must be a multiple of the 2 pixels that tiny makes one latent of"):
+        encode(request(made, tmp_path / "out", image_size=9), alone())
+
+
+def test_autoencoder_that_shifts_its_latents_is_refused(tmp_path: Path) -> None:
+    config = save_vae(tmp_path / "vae") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "shift_factor": 0.1159}))
+    with pytest.raises(DataError, match=r"shifts its latents by shift_factor=0\.1159, this package only scales them"):
+        Vae(str(tmp_path / "vae"))
+
+
+def test_images_on_the_fly_of_which_none_can_be_read_is_an_error(tmp_path: Path) -> None:
+    vae, images = str(save_vae(tmp_path / "vae")), save_images(tmp_path / "images")
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(DataError, match="none of its 15 images could be read"):
+        open_set(images, "images", vae=vae, max_corrupt=100).take(np.array([3]))
 
 
 def test_images_on_the_fly_replace_a_corrupt_one_by_the_next(tmp_path: Path) -> None:
@@ -204,6 +257,20 @@ def test_latents_of_another_recipe_are_refused(made: Path, data: dict, model: di
     config = small_config(data={"dataset": "latents", "path": str(made / "latents"), "latent_scale": SCALE, **data}, model=model)
     with pytest.raises(DataError, match=message):
         build_dataset(config)
+
+
+def test_latents_of_an_unknown_vae_are_refused_or_told(made: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = copy_of(made / "latents", tmp_path / "copy")
+    values = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**values, "vae": None}))
+    with pytest.raises(DataError, match=r"does not say which autoencoder .*data\.vae=tiny: pack them anew with --vae-name"):
+        open_set(folder, vae="tiny")
+    told: list[str] = []
+    monkeypatch.setattr("promoe_ds.data.index._LOG.warning", lambda message, *values: told.append(message % values))
+    (folder / "index.json").unlink()  # plain shards, as others write them, cannot say it
+    assert len(open_set(folder, vae="tiny")) == 15
+    assert told == [f"{folder}: nothing there says which autoencoder the latents come from; that it is data.vae=tiny is taken on "
+                    "trust"]
 
 
 def test_latents_of_the_recipes_vae_are_taken_by_name_fingerprint_or_copy(made: Path, tmp_path: Path) -> None:
@@ -292,11 +359,23 @@ def test_npz_caches_are_read_and_packed_alike(made: Path, tmp_path: Path, names:
         open_set(tmp_path / "packed", vae="other")
 
 
+def test_npz_cache_of_several_shapes_names_the_file_that_differs(tmp_path: Path) -> None:
+    for name, size in (("a/0", 4), ("a/1", 4), ("b/2", 6)):
+        path = tmp_path / "npz" / f"{name}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, latent=np.zeros((2, size, size)), latent_flip=np.zeros((2, size, size)))
+    packing = EncodeRequest(source=tmp_path / "npz", from_npz=True, vae_name="tiny", out=tmp_path / "packed", shard_size=2)
+    with pytest.raises(DataError, match=r"b/2\.npz: moments \(2, 6, 6\) .* do not fit, expected 2 x 4 x 4"):
+        encode(packing, alone())
+    with pytest.raises(ConfigError, match="--from-npz: the files do not say which autoencoder they come from: name it with --vae"):
+        encode(replace(packing, vae_name=None), alone())
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ({"other": np.zeros(1)}, "holds other, expected latent and latent_flip or moments and moments_flip"),
     ({"latent": np.zeros((2, 4, 4))}, "holds latent, expected"),
     ({"latent": np.zeros((2, 4, 4)), "latent_flip": np.zeros((2, 4, 5))}, "do not fit"),
-    ({"latent": np.zeros((8, 4, 4)), "latent_flip": np.zeros((8, 4, 4))}, r"do not fit the recipe's \(2, 4, 4\)"),
+    ({"latent": np.zeros((8, 4, 4)), "latent_flip": np.zeros((8, 4, 4))}, r"do not fit, expected 2 x 4 x 4"),
     ({"latent": np.full((2, 4, 4), np.nan), "latent_flip": np.zeros((2, 4, 4))}, "not finite"),
     (None, "not a readable latent file"),
 ])

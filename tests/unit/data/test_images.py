@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from promoe_ds.data.images import CorruptFiles, center_crop, read_image, scan_tree
+from promoe_ds.data.images import CorruptFiles, center_crop, check_classes, read_image, scan_tree
 from promoe_ds.errors import DataError
 
 from .made import save_images
@@ -51,6 +51,36 @@ def test_tree_above_train_and_val_gives_the_split(tmp_path: Path) -> None:
     assert len(scan_tree(tmp_path)) == 9 and len(scan_tree(tmp_path, split="val")) == 3
     with pytest.raises(DataError, match="holds train, val but no test"):
         scan_tree(tmp_path, split="test")
+
+
+def test_tree_of_a_split_beside_other_folders_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "val", "devkit"):
+        save_images(tmp_path / split, per_class=1)
+    with pytest.raises(DataError, match=r"holds train beside devkit: splits or classes\? Name .*/train itself"):
+        scan_tree(tmp_path)
+    assert scan_tree(tmp_path / "train").classes == ("n01", "n02", "n03")
+    (tmp_path / "devkit").rename(tmp_path / ".devkit")
+    assert scan_tree(tmp_path).classes == ("n01", "n02", "n03")
+
+
+def test_tree_with_a_class_without_images_is_refused(tmp_path: Path) -> None:
+    images = save_images(tmp_path / "images", per_class=1)
+    (images / "n02" / "n02_0.png").rename(images / "n02" / "n02_0.txt")
+    with pytest.raises(DataError, match=r"1 of 3 class folders hold no \.jpeg, .* file, n02 is the first"):
+        scan_tree(images)
+    (images / "n02").rename(images / ".n02")
+    assert scan_tree(images).classes == ("n01", "n03")
+
+
+def test_classes_fewer_than_the_recipes_are_told_by_rank_0_and_more_refused(monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("promoe_ds.data.images._LOG.warning", lambda message, *values: told.append(message % values))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        check_classes(Path("tree"), 3, 10)
+    assert told == ["tree: 3 classes of model.num_classes=10: the labels from 3 on never occur"]
+    with pytest.raises(DataError, match=r"tree: 11 classes, but model\.num_classes=10"):
+        check_classes(Path("tree"), 11, 10)
 
 
 def test_tree_without_images_or_without_classes_is_refused(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from promoe_ds.engine.team import alone
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
-from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate, save_statistics
+from promoe_ds.evaluation.metrics import EvaluateRequest, check_target, evaluate
 from promoe_ds.evaluation.precision_recall import precision_recall
-from promoe_ds.evaluation.sources import npz_array
+from promoe_ds.evaluation.reference import save_statistics
+from promoe_ds.evaluation.sources import FolderImages, npz_array
 from promoe_ds.evaluation.statistics import InceptionScore, RunningGaussian
 
 TEAM = alone()
@@ -59,6 +60,17 @@ def test_frechet_distance_of_singular_gaussians_equals_the_closed_form() -> None
     a, b = np.array([4.0, 0.0, 1.0]), np.array([9.0, 2.0, 0.0])
     distance = frechet_distance(Gaussian(np.zeros(3), np.diag(a)), Gaussian(np.array([1.0, 0.0, 2.0]), np.diag(b)))
     assert distance == pytest.approx(5.0 + ((a**0.5 - b**0.5) ** 2).sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_frechet_distance_of_what_is_not_finite_is_no_figure(broken: float) -> None:
+    own = fit_gaussian(features(40, 5, 2))
+    bad = Gaussian(own.mean.copy(), own.covariance.copy())
+    bad.covariance[2, 2] = broken
+    assert np.isnan(frechet_distance(own, bad)) and np.isnan(frechet_distance(bad, own))
+    running = RunningGaussian(5)  # as the evaluation while training sums a diverged model's features up
+    running.add(np.full((3, 5), broken))
+    assert np.isnan(frechet_distance(running.gaussian(TEAM), own))
 
 
 def test_running_gaussian_in_uneven_batches_equals_numpys_far_from_zero() -> None:
@@ -182,6 +194,22 @@ def test_evaluation_of_a_folder_a_compressed_and_a_stored_npz_agree(files: Path,
     assert isinstance(npz_array(files / "samples.npz", "arr_0"), np.memmap)
 
 
+def test_evaluation_states_what_makes_figures_comparable(files: Path, tmp_path: Path) -> None:
+    images = np.load(files / "samples.npz")["arr_0"]
+    (tmp_path / "png").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "png" / f"img{index:06d}_class0.png")
+    npz, folder = (evaluate(request(files, samples=path, reference=tmp_path / "png", batch_size=size), TEAM)
+                   for path, size in ((files / "samples.npz", 16), (tmp_path / "png", 7)))
+    assert npz["samples"]["pixels"] == folder["samples"]["pixels"] == npz["reference"]["pixels"]
+    images[60, 3, 3, 0] ^= 1
+    np.savez(tmp_path / "other.npz", arr_0=images)
+    assert evaluate(request(files, samples=tmp_path / "other.npz"), TEAM)["samples"]["pixels"] != npz["samples"]["pixels"]
+    protocol = npz["protocol"]
+    assert (protocol["device"], protocol["batch_size"], protocol["tf32"]) == ("cpu", 16, False)
+    assert npz["extractor"]["weights"].startswith("xxh3_128:")
+
+
 def test_evaluation_takes_stated_statistics_as_adm_does(files: Path, tmp_path: Path) -> None:
     whole = evaluate(request(files, save_reference=tmp_path / "stated.npz"), TEAM)["metrics"]
     stated = evaluate(request(files, reference=tmp_path / "stated.npz", metrics=("fid", "sfid")), TEAM)
@@ -201,60 +229,6 @@ def test_evaluation_crops_reference_images_of_another_size(files: Path, tmp_path
     assert report["reference"]["images"] == 5 and report["metrics"]["fid"] > 0
 
 
-def test_extractors_of_every_kind_give_features(files: Path) -> None:
-    images = np.load(files / "samples.npz")["arr_0"][:3]
-    script, python = (load_extractor(name, "cpu")(images) for name in (str(files / "tiny.pt"), f"{files / 'tiny.py'}:TinyNetwork"))
-    np.testing.assert_array_equal(script.pool, python.pool)
-    assert script.spatial.shape == (3, 7 * 5 * 5)
-    pixels = load_extractor("pixels", "cpu")(images)
-    assert pixels.pool.shape == (3, 432) and pixels.spatial is None and pixels.pool.max() <= 1
-    grey = load_extractor(str(files / "tiny.pt"), "cpu")(images[..., :1])
-    assert grey.pool.shape == (3, 9)
-
-
-def test_inception_extractor_where_torchvision_is_missing_says_what_to_do(monkeypatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
-    with pytest.raises(ConfigError, match="torch-fidelity cannot be imported"):
-        load_extractor("inception", "cpu")
-
-
-def test_inception_extractor_reads_the_spatial_features_of_mixed_6d(monkeypatch) -> None:
-    """A stand-in with torch-fidelity's interface: which outputs are asked for, and which branch is read."""
-    import sys
-    from types import ModuleType
-
-    class Block(nn.Module):
-        def __init__(self, value: float) -> None:
-            super().__init__()
-            self.branch1x1, self.value = nn.Conv2d(3, 192, 1), value
-            nn.init.constant_(self.branch1x1.weight, 0.0)
-            nn.init.constant_(self.branch1x1.bias, value)
-
-    class FeatureExtractorInceptionV3(nn.Module):
-        def __init__(self, name, features_list, feature_extractor_weights_path=None):
-            super().__init__()
-            assert features_list == ["2048", "logits_unbiased"] and feature_extractor_weights_path == "w.pth"
-            self.Mixed_6d, self.Mixed_6e = Block(1.0), Block(2.0)
-
-        def forward(self, images):
-            assert images.dtype == torch.uint8
-            for block in (self.Mixed_6d, self.Mixed_6e):
-                block.branch1x1(torch.zeros(len(images), 3, 17, 17))
-            return torch.zeros(len(images), 2048), torch.zeros(len(images), 1008)
-
-    module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
-    module.FeatureExtractorInceptionV3 = FeatureExtractorInceptionV3
-    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
-    monkeypatch.setattr("promoe_ds.evaluation.features._checksum", lambda path: "")
-    found = load_extractor("inception:w.pth", "cpu")(np.zeros((2, 8, 8, 3), dtype=np.uint8))
-    assert found.pool.shape == (2, 2048) and found.spatial.shape == (2, 2023) and (found.spatial == 1.0).all()
-    assert found.probabilities.shape == (2, 1008)
-
-
 # What does not fit.
 
 
@@ -272,16 +246,68 @@ def test_evaluation_that_cannot_be_is_refused(files: Path, values: dict, kind: t
         evaluate(request(files, **values), TEAM)
 
 
+@pytest.mark.parametrize(("values", "kind", "message"), [
+    ({"reference": "stated.npz"}, ConfigError, r"--metrics sfid: .*stated\.npz states mu and sigma, but neither mu_s nor sigma_s"),
+    ({"reference": "stated.npz", "metrics": ("precision",)}, ConfigError, r"stated\.npz holds no images \(arr_0\)"),
+    ({"reference": "nan.npz"}, DataError, r"nan\.npz: mu \(float64\) is not all finite numbers: make the reference anew"),
+    ({"reference": "text.npz"}, DataError, r"text\.npz: mu \(<U1\) is not all finite numbers"),
+    ({"reference": "few.npz"}, ConfigError, "--metrics precision, recall: need more than 3 images on both sides, got 3"),
+    ({"extractor": "pixels", "metrics": ("sfid",)}, ConfigError, "extractor pixels returns no spatial features"),
+    ({"save_reference": "nowhere/x.npz"}, ConfigError, r"--save-reference .*x\.npz: there is no folder .*nowhere: make it first"),
+    ({"save_reference": "."}, ConfigError, "is a folder: name a file in it"),
+    ({"save_reference": "x.npz", "reference": None, "metrics": ("is",)}, ConfigError, "there is no --reference whose statistics"),
+])
+def test_evaluation_finds_mistakes_before_the_first_batch(files: Path, tmp_path: Path, monkeypatch, values: dict,
+                                                          kind: type[Exception], message: str) -> None:
+    one = fit_gaussian(features(20, 9, 0))
+    save_statistics(tmp_path / "stated.npz", one, None)
+    save_statistics(tmp_path / "nan.npz", Gaussian(one.mean * np.nan, one.covariance), None)
+    np.savez(tmp_path / "text.npz", mu=np.array(["a"] * 9), sigma=one.covariance)
+    np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 12, 12, 3), dtype=np.uint8))
+    monkeypatch.setattr("promoe_ds.evaluation.metrics.summarise", lambda *args, **kwargs: pytest.fail("a batch was computed"))
+    paths = {name: tmp_path / value if name in ("reference", "save_reference") and value else value
+             for name, value in values.items()}
+    with pytest.raises(kind, match=message):
+        evaluate(request(files, **paths), TEAM)
+
+
+def test_target_that_cannot_be_written_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--out .*metrics\.json: there is no folder"):
+        check_target(tmp_path / "nowhere" / "metrics.json", "--out")
+    check_target(tmp_path / "metrics.json", "--out")
+
+
+def test_features_that_are_not_finite_name_their_images(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("import torch\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
+                                     "        return (x.flatten(1).float() - 199).sqrt()[:, :4]\n")
+    with pytest.raises(DataError, match=r"samples\.npz: extractor .* not finite for the images 0 \.\.\. 15: no figure"):
+        evaluate(request(files, extractor=f"{tmp_path / 'net.py'}:Net", metrics=("fid",)), TEAM)
+
+
+def test_folder_with_grey_and_coloured_files_gives_the_samples_channels(tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 7).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), (7, 7, 9)).save(tmp_path / "b.png")
+    assert FolderImages(tmp_path, 8, 3).read(range(2))[:, 0, 0].tolist() == [[7, 7, 7], [7, 7, 9]]
+    with pytest.raises(DataError, match=r"b\.png: is RGB, expected grey \(L\)"):
+        FolderImages(tmp_path).read(range(2))
+    assert FolderImages(tmp_path, 4, 1).read(range(1)).shape == (1, 4, 4, 1)
+
+
+def test_image_made_to_exhaust_the_memory_is_named(tmp_path: Path, monkeypatch) -> None:
+    Image.new("L", (64, 64)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"bomb\.png: not a readable image"):
+        FolderImages(tmp_path, 8, 3)
+
+
 def test_evaluation_of_files_that_do_not_fit_names_them(files: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tiny\.py:nothing: nothing there is no class or function"):
         load_extractor(f"{files / 'tiny.py'}:nothing", "cpu")
     with pytest.raises(ConfigError, match=r"samples\.npz: no TorchScript archive"):
         load_extractor(str(files / "samples.npz"), "cpu")
     save_statistics(tmp_path / "other.npz", fit_gaussian(features(9, 4, 0)), None)
-    with pytest.raises(DataError, match=r"other\.npz: mu has 4 features, the extractor 9: they are another network's"):
+    with pytest.raises(DataError, match=r"other\.npz: mu has 4 features, the extractor .*tiny\.pt 9: they are another network's"):
         evaluate(request(files, reference=tmp_path / "other.npz", metrics=("fid",)), TEAM)
-    with pytest.raises(ConfigError, match=r"other\.npz holds no images \(arr_0\)"):
-        evaluate(request(files, reference=tmp_path / "other.npz", metrics=("precision",)), TEAM)
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((3, 4, 4, 3)))
     with pytest.raises(DataError, match=r"floats\.npz: float64 \(3, 4, 4, 3\), expected uint8 images"):
         evaluate(request(files, samples=tmp_path / "floats.npz"), TEAM)

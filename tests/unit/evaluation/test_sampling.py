@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from promoe_ds.errors import ConfigError
+from promoe_ds.data.vae import Vae
+from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation import drawing
-from promoe_ds.evaluation.drawing import Drawer, is_exact, units
+from promoe_ds.evaluation.drawing import Drawer, even_passes, is_exact, units
 from promoe_ds.evaluation.sampling import SampleRequest, choose_labels, draw_samples
+from promoe_ds.evaluation.store import SampleStore
 from promoe_ds.model.export import save_export
 
 from ..builders import of_method, random_network, small_config
@@ -104,6 +107,14 @@ def test_passes_are_aligned_blocks_whoever_asks() -> None:
     assert units([4, 6], size=3, num=7) == [range(3, 6), range(6, 7)]
 
 
+@pytest.mark.parametrize(("samples", "batch_size", "world_size", "expected"),
+                         [(5000, 64, 1, (79, 64)), (5000, 64, 64, (2, 40)), (50, 16, 2, (2, 13)), (3, 64, 8, (1, 1))])
+def test_even_passes_draw_few_more_than_are_asked_for(samples: int, batch_size: int, world_size: int, expected: tuple) -> None:
+    passes, size = even_passes(samples, batch_size=batch_size, world_size=world_size)
+    assert (passes, size) == expected
+    assert size <= batch_size and samples <= passes * size * world_size < samples + passes * world_size + world_size
+
+
 # Labels.
 
 
@@ -158,6 +169,71 @@ def test_sampling_stopped_goes_on_and_draws_only_what_is_missing(tmp_path, monke
     assert drawn == [4, 5, 6, 7, 8, 9, 10]
 
 
+def test_sampling_draws_damaged_files_anew(tmp_path, monkeypatch) -> None:
+    request = pixel_request(make_pixel_export(tmp_path))
+    draw_samples(request)
+    whole = (request.out / "samples.npz").read_bytes()
+    damages = {2: lambda file: file.write_bytes(b""), 5: lambda file: file.write_bytes(file.read_bytes()[:40]),
+               7: lambda file: Image.new("L", (5, 5)).save(file)}
+    for index, damage in damages.items():
+        damage(next(request.out.glob(f"img00000{index}_*.png")))
+    real, drawn = Drawer.draw, []
+    monkeypatch.setattr(Drawer, "draw", lambda self, indices, labels: drawn.extend(indices) or real(self, indices, labels))
+    draw_samples(request)
+    assert drawn == [2, 5, 7] and (request.out / "samples.npz").read_bytes() == whole
+    monkeypatch.setattr(SampleStore, "read", lambda self, index: (_ for _ in ()).throw(DataError("unreadable")))
+    with pytest.raises(ConfigError, match="9 samples, the first of them 0, cannot be read back after they were written twice"):
+        draw_samples(request)
+
+
+def test_sampling_latents_whose_part_is_damaged_draws_it_anew(tmp_path, monkeypatch) -> None:
+    request = SampleRequest(model=make_export(tmp_path), out=tmp_path / "out", num=3, steps=3)
+    draw_samples(replace(request, out=tmp_path / "whole"))
+    real = SampleStore.assemble
+
+    def assemble_damaged(self):
+        monkeypatch.setattr(SampleStore, "assemble", real)
+        (self.folder / "parts" / "img000001_class1.npy").write_bytes(b"cut")
+        return self.assemble()
+
+    monkeypatch.setattr(SampleStore, "assemble", assemble_damaged)
+    draw_samples(request)
+    assert (request.out / "latents.safetensors").read_bytes() == (tmp_path / "whole" / "latents.safetensors").read_bytes()
+
+
+def test_sampling_notes_every_software_and_machine_that_took_part(tmp_path, monkeypatch) -> None:
+    request = pixel_request(make_pixel_export(tmp_path))
+    draw_samples(replace(request, num=3))
+    draw_samples(replace(request, num=5))
+    monkeypatch.setattr("promoe_ds.evaluation.sampling.versions_of", lambda *packages: {"torch": "9.9"})
+    draw_samples(request)
+    found = json.loads((request.out / "samples.json").read_text())["environments"]
+    assert [environment["device"] for environment in found] == ["cpu", "cpu"] and found[1]["versions"] == {"torch": "9.9"}
+
+
+def test_sampling_where_the_record_of_the_job_is_none_is_refused(tmp_path) -> None:
+    request = pixel_request(make_pixel_export(tmp_path))
+    request.out.mkdir()
+    (request.out / "samples.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"samples\.json is no record of a sampling job: choose another folder"):
+        draw_samples(request)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_of_latents_are_no_images_however_few_their_channels(tmp_path, channels: int) -> None:
+    network = random_network(model={"in_channels": channels}, data={"dataset": "latents", "latent_scale": 0.5})
+    save_export(tmp_path / "export", network.state_dict(), network.config, origin={})
+    written = draw_samples(SampleRequest(model=tmp_path / "export", out=tmp_path / "out", num=2, steps=2))
+    assert [path.name for path in written] == ["latents.safetensors"] and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_decoder_takes_a_few_images_at_a_time(tmp_path, monkeypatch) -> None:
+    vae, sizes = Vae(str(save_vae(tmp_path / "vae"))), []
+    vae._network.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    images = vae.decode(torch.zeros(19, 1, 4, 4))
+    assert sizes == [8, 8, 3] and images.shape == (19, 3, 8, 8)
+
+
 def test_sampling_records_what_decides_the_images(tmp_path) -> None:
     request = pixel_request(make_pixel_export(tmp_path), classes=(3, 1), grid=True)
     written = draw_samples(request)
@@ -180,6 +256,16 @@ def test_sampling_into_other_samples_is_refused(tmp_path, values, message) -> No
     draw_samples(request)
     with pytest.raises(ConfigError, match=re.escape(message)):
         draw_samples(replace(request, **values))
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"seed": 99999999999999999999999}, r"--seed 9{23}: must be at least 0 and below 2\*\*63"),
+    ({"device": "meta"}, "--device meta: computes nothing: name cpu, or cuda for this process's GPU"),
+    ({"device": "nothing"}, "--device nothing: Expected one of cpu"),
+])
+def test_sampling_with_a_seed_or_device_that_cannot_be_is_refused(tmp_path, values, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        draw_samples(pixel_request(make_pixel_export(tmp_path), **values))
 
 
 def test_sampling_into_a_folder_of_something_else_is_refused(tmp_path) -> None:

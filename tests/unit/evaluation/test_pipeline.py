@@ -1,0 +1,37 @@
+"""The diffusers pipeline: what it refuses to make images of."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+from promoe_ds import ProMoEPipeline, ProMoETransformer2DModel
+from promoe_ds.errors import ConfigError
+
+from ..builders import small_config
+
+
+def make_pipeline(vae: AutoencoderKL | None = None, **sections: Any) -> ProMoEPipeline:
+    transformer = ProMoETransformer2DModel(run=small_config(**sections).model_dump(mode="json"))
+    for parameter in transformer.parameters():
+        torch.nn.init.zeros_(parameter)
+    return ProMoEPipeline(transformer, FlowMatchEulerDiscreteScheduler(), vae)
+
+
+def test_pipeline_of_latents_of_one_channel_needs_a_vae_for_images() -> None:
+    latents = make_pipeline(data={"dataset": "latents", "latent_scale": 0.5})
+    with pytest.raises(ConfigError, match="output_type='np': latents of 1 channels need a vae"):
+        latents([0], num_inference_steps=2, output_type="np")
+    assert latents([0], num_inference_steps=2, output_type="latent").images.shape == (1, 1, 4, 4)
+    assert make_pipeline()([0], num_inference_steps=2, output_type="np").images.shape == (1, 4, 4, 1)
+
+
+def test_pipeline_with_a_vae_that_shifts_its_latents_is_refused() -> None:
+    vae = AutoencoderKL(latent_channels=1, block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1159)
+    pipeline = make_pipeline(vae, data={"dataset": "latents", "latent_scale": 0.5})
+    with pytest.raises(ConfigError, match=re.escape("vae: shifts its latents by shift_factor=0.1159")):
+        pipeline([0], num_inference_steps=2)
