@@ -72,7 +72,7 @@ def run_job(job: Job) -> Verdict:
     for number in range(job.max_restarts + 1):
         layout, facts = _hosts_for(job, first=number == 0)
         attempt = _prepare(job, layout, facts, environment, folder, again=number > 0)
-        verdict = judge(attempt, run_attempt(attempt, stop))
+        verdict = judge(layout.hosts, run_attempt(attempt, stop))
         left = job.max_restarts - number
         if verdict.code == 0 or stop() or not verdict.restart or not left:
             return verdict
