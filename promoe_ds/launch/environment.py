@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -66,6 +67,24 @@ def require_plain_path(what: str, path: str) -> None:
     """
     if shlex.quote(path) != path:
         raise LaunchError(f"{what} {path!r} has characters that a shell would read as its own: move it to a plain path")
+
+
+def require_launchable(run_dir: Path) -> None:
+    """Refuse a place from which DeepSpeed cannot start ranks on other hosts.
+
+    Raises: LaunchError naming the path.
+    """
+    require_plain_path("the folder", str(Path.cwd()))
+    require_plain_path("--run-dir", str(run_dir.absolute()))
+    require_plain_path("the Python interpreter", sys.executable)
+    if not deepspeed_command().exists():
+        raise LaunchError(f"{deepspeed_command()} does not exist: install deepspeed into the environment of {sys.executable}, or "
+                          "use the one where it is")
+
+
+def deepspeed_command() -> Path:
+    """Return the launcher of DeepSpeed that belongs to this interpreter."""
+    return Path(sys.executable).parent / "deepspeed"
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -15,12 +15,12 @@ from typing import Any
 
 from promoe_ds.config import RunConfig, count_parameters
 from promoe_ds.errors import LaunchError
-from promoe_ds.launch.environment import job_environment, require_plain_path
+from promoe_ds.launch.environment import job_environment, require_launchable
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.job import Job
 from promoe_ds.launch.layout import full_layout
 from promoe_ds.launch.lease import LAUNCH_FOLDER
-from promoe_ds.launch.network import choose_interface, resolve
+from promoe_ds.launch.network import choose_interface, reached_by
 from promoe_ds.launch.preflight.agent import code_hash, config_hash, installed_versions
 from promoe_ds.launch.preflight.client import Agent
 from promoe_ds.launch.preflight.links import Link, measure_links
@@ -85,7 +85,7 @@ def run_preflight(job: Job, deepspeed_config: str) -> Report:
     for command, package in (("pdsh", "pdsh"), ("ssh", "openssh-client")):
         if shutil.which(command) is None:
             raise LaunchError(f"this host has no {command}, by which ranks are started: install the package {package}")
-    require_plain_path("the folder", str(Path.cwd()))
+    require_launchable(job.run_dir)
     environment = job_environment(os.environ)
     layout = full_layout(job.recipe, job.overrides, job.hosts)
     report = Report(ranks=layout.ranks)
@@ -234,7 +234,7 @@ def _gpus(ground: _Ground, report: Report) -> list[Finding]:
 def _network(ground: _Ground, report: Report, described: Mapping[str, dict[str, Any]]) -> None:
     interfaces = {host: answer["interfaces"] for host, answer in described.items()}
     try:
-        report.interface = choose_interface(ground.job.interface, ground.environment, interfaces, resolve(list(described)))
+        report.interface = choose_interface(ground.job.interface, ground.environment, interfaces, reached_by(described))
     except LaunchError as error:
         host, _, what = str(error).partition(": ")
         report.findings.append(Finding(host, what, "see docs/multinode.md, \"Interfaces\""))
