@@ -69,8 +69,8 @@ def _silent(outcome: Outcome, expected: Sequence[str], spared: set[str]) -> list
         spared: hosts whose ranks are not asked for one.
     """
     away = spared | set(outcome.unreachable)
-    lines = [f"{expected[note.rank]}: rank {note.rank} (process {note.pid}) died without a word, as by a kill, for lack of memory or "
-             "at a time-out of nccl: see its output above"
+    lines = [f"{expected[note.rank]}: rank {note.rank} (process {note.pid}) died without a word, as by a kill, for lack of memory "
+             "or at a time-out of nccl: see its output above"
              for note in outcome.notes if note.code is None and expected[note.rank] not in away]
     started = {note.rank for note in outcome.notes}
     missing = [rank for rank in range(len(expected)) if rank not in started]
