@@ -25,8 +25,9 @@ class Beginning:
         """
         self._stop_reason = ""
         if lost_deepspeed():
-            raise OrphanedError(f"rank {rank_from_environment()} on {socket.gethostname()}: its launcher ended before it had begun, "
-                                "nobody watches this rank. Go on with --resume auto")
+            here = f"rank {rank_from_environment()} on {socket.gethostname()}"
+            raise OrphanedError(f"{here}: its launcher ended before it had begun: nobody watches this rank. "
+                                "Go on with --resume auto")
         self.chain = launcher_chain()
         faulthandler.enable(file=sys.__stderr__)  # nccl's time-outs abort the process: its stacks shall be seen
         if threading.current_thread() is threading.main_thread():

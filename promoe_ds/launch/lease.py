@@ -36,6 +36,17 @@ class Note:
     time: float
 
 
+def make_launch_folder(run_dir: Path) -> Path:
+    """Make a run directory and the launcher's folder inside it, both for the user alone.
+
+    Raises: OSError.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = run_dir / LAUNCH_FOLDER
+    folder.mkdir(exist_ok=True, mode=0o700)
+    return folder
+
+
 def attempt_folder() -> Path | None:
     """Return the folder of the attempt that this process belongs to, None outside `promoe_ds.cli.launch`."""
     value = os.environ.get(ATTEMPT_VARIABLE)

@@ -19,7 +19,7 @@ from promoe_ds.launch.environment import job_environment, require_launchable
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.job import Job
 from promoe_ds.launch.layout import full_layout
-from promoe_ds.launch.lease import LAUNCH_FOLDER
+from promoe_ds.launch.lease import LAUNCH_FOLDER, make_launch_folder
 from promoe_ds.launch.network import choose_interface, reached_by
 from promoe_ds.launch.preflight.agent import code_hash, config_hash, installed_versions
 from promoe_ds.launch.preflight.client import Agent
@@ -184,10 +184,12 @@ def _same_machine(described: Mapping[str, dict[str, Any]]) -> list[Finding]:
 
 
 def _run_directory(ground: _Ground, report: Report) -> list[Finding]:
-    ground.job.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    ground.folder.parent.mkdir(exist_ok=True, mode=0o700)
-    ground.folder.mkdir(exist_ok=True, mode=0o700)
-    (ground.folder / "token").write_text(ground.token)
+    try:
+        make_launch_folder(ground.job.run_dir)
+        ground.folder.mkdir(exist_ok=True, mode=0o700)
+        (ground.folder / "token").write_text(ground.token)
+    except OSError as error:
+        return [Finding("this host", f"--run-dir cannot be written: {error}", "mend its rights, or take another directory")]
     need, findings = _bytes_needed(ground), []
     for host, answer in _ask_all(ground.agents, lambda agent: agent.ask("run_directory", folder=str(ground.folder), name=agent.host,
                                                                         token=ground.token)).items():
@@ -252,7 +254,10 @@ def _master_port(ground: _Ground, addresses: Mapping[str, str]) -> list[Finding]
     if first.name not in addresses:
         return []
     port = ground.job.master_port
-    problem = ground.agents[first.name].ask("port", address=addresses[first.name], port=port)["problem"]
+    try:
+        problem = ground.agents[first.name].ask("port", address=addresses[first.name], port=port)["problem"]
+    except RemoteError as error:
+        return [_unreached(first.name, error)]
     return [Finding(first.name, f"port {port} of {addresses[first.name]} cannot be used ({problem})",
                     "end what holds it or give another with --master-port")] if problem else []
 
