@@ -35,7 +35,7 @@ def run_entry(main: Callable[[Sequence[str]], None]) -> None:
         # No interpreter shutdown: ranks that wait in a collective of another library would keep this one alive.
         os._exit(error.exit_code)
     except SystemExit as ending:  # of the command line's parser, which has said why
-        leave_note(rank, ending.code if isinstance(ending.code, int) else 1, "its command line: see the output")
+        leave_note(rank, ending.code if isinstance(ending.code, int) else int(ending.code is not None), "see the output")
         raise
     except Exception as error:
         leave_note(rank, 1, f"{type(error).__name__}: {error}")

@@ -10,6 +10,7 @@ from promoe_ds.cli.entry import run_entry
 from promoe_ds.cli.train import parse_arguments as parse_train_arguments
 from promoe_ds.config import plan_batches, read_deepspeed_json, resolve_deepspeed
 from promoe_ds.errors import ConfigError, LaunchError, Preempted, PromoeError
+from promoe_ds.launch.claim import TakenError
 from promoe_ds.launch.hostfile import read_hostfile
 from promoe_ds.launch.job import Job, run_job
 from promoe_ds.launch.layout import full_layout
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str]) -> None:
         raise LaunchError(f"--run-dir {job.run_dir}: {error}: mend its rights, or take another directory") from None
     try:
         verdict = run_job(job)
+    except TakenError:
+        raise  # the log is the other launcher's
     except PromoeError as error:
         _note_end(log_file, error.exit_code, str(error))
         raise

@@ -25,13 +25,17 @@ _MODULE = "promoe_ds.cli.launch"
 _RENEWALS = 10
 
 
+class TakenError(LaunchError):
+    """Another launcher holds the run directory."""
+
+
 @contextmanager
 def claimed(folder: Path, period: float) -> Iterator[bool]:
     """Hold a launch folder; whether a launcher that is gone had held it is what it gives.
 
     Args:
         period: seconds without a renewal after which a launcher on another host counts as gone.
-    Raises: LaunchError if another launcher holds it.
+    Raises: TakenError if another launcher holds it.
     """
     path, token = folder / _FILE, secrets.token_hex(8)
     before = _read(path)
@@ -102,9 +106,9 @@ def _process_space() -> str:
     return str(Path("/proc/self/ns/pid").readlink())
 
 
-def _taken(path: Path, holder: dict) -> LaunchError:
-    return LaunchError(f"--run-dir {path.parent.parent}: process {holder.get('pid', '?')} on {holder.get('host', 'another host')} "
-                       f"launches it already: wait for its end, stop it (SIGTERM), or take another directory ({path} says so)")
+def _taken(path: Path, holder: dict) -> TakenError:
+    return TakenError(f"--run-dir {path.parent.parent}: process {holder.get('pid', '?')} on {holder.get('host', 'another host')} "
+                    f"launches it already: wait for its end, stop it (SIGTERM), or take another directory ({path} says so)")
 
 
 def _runs(pid: object) -> bool:

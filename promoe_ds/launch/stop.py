@@ -26,5 +26,5 @@ class StopWish:
 
     def _take(self, number: int, frame: object) -> None:
         # Batch systems send several signals on their own, and a save is under way by then: only Ctrl-C means it twice.
-        self._hurry = bool(self._reason) and number == signal.SIGINT
+        self._hurry = self._hurry or (bool(self._reason) and number == signal.SIGINT)
         self._reason = self._reason or signal.Signals(number).name

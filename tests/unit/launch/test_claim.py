@@ -11,8 +11,7 @@ import threading
 
 import pytest
 
-from promoe_ds.errors import LaunchError
-from promoe_ds.launch.claim import claimed
+from promoe_ds.launch.claim import TakenError, claimed
 
 
 def _left_by_another_host(folder, **changes) -> None:
@@ -33,7 +32,7 @@ def test_claim_of_a_running_launcher_is_refused_with_its_process(tmp_path) -> No
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "promoe_ds.cli.launch"], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(LaunchError, match=f"process {other.pid} on {socket.gethostname()} launches it already"), \
+        with pytest.raises(TakenError, match=f"process {other.pid} on {socket.gethostname()} launches it already"), \
                 claimed(tmp_path, 60):
             pass
     finally:
@@ -48,7 +47,7 @@ def test_claim_renewed_from_another_host_is_refused_and_an_old_one_taken(tmp_pat
     _left_by_another_host(tmp_path)
     renewal = threading.Timer(0.2, _left_by_another_host, [tmp_path], {"count": 1})
     renewal.start()
-    with pytest.raises(LaunchError, match="process 1 on elsewhere launches it already"), claimed(tmp_path, 5):
+    with pytest.raises(TakenError, match="process 1 on elsewhere launches it already"), claimed(tmp_path, 5):
         pass
     renewal.join()
     with claimed(tmp_path, 0.4) as left_behind:

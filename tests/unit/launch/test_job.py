@@ -101,7 +101,7 @@ def test_ssh_of_ranks_outlasts_their_exchanges_and_that_of_questions_does_not(tm
 
 
 def test_stop_wish_second_interrupt_hurries_and_other_signals_do_not(stop) -> None:
-    for number, hurry in ((signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGTERM, False), (signal.SIGINT, True)):
+    for number, hurry in ((signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGINT, True), (signal.SIGTERM, True)):
         os.kill(os.getpid(), number)
         assert (stop(), stop.hurry) == ("SIGTERM", hurry)
 
