@@ -59,7 +59,8 @@ def main(arguments: Sequence[str]) -> None:
         make_launch_folder(job.run_dir)
         configure_logging(0, log_file=log_file)
     except OSError as error:
-        raise LaunchError(f"--run-dir {job.run_dir}: {error}: mend its rights, or take another directory") from None
+        raise LaunchError(f"--run-dir {job.run_dir} cannot be made or written: {error.strerror}: mend its rights, or take another "
+                          "directory") from None
     try:
         verdict = run_job(job)
     except TakenError:

@@ -189,7 +189,8 @@ def _run_directory(ground: _Ground, report: Report) -> list[Finding]:
         ground.folder.mkdir(exist_ok=True, mode=0o700)
         (ground.folder / "token").write_text(ground.token)
     except OSError as error:
-        return [Finding("this host", f"--run-dir cannot be written: {error}", "mend its rights, or take another directory")]
+        return [Finding("this host", f"--run-dir {ground.job.run_dir} cannot be made or written: {error.strerror}",
+                        "mend its rights, or take another directory")]
     need, findings = _bytes_needed(ground), []
     for host, answer in _ask_all(ground.agents, lambda agent: agent.ask("run_directory", folder=str(ground.folder), name=agent.host,
                                                                         token=ground.token)).items():

@@ -40,7 +40,7 @@ def test_deepspeed_json_that_ranks_would_refuse_is_refused_before_the_launch(tmp
 
 def test_run_directory_that_is_a_file_is_one_message(tmp_path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(LaunchError, match=r"--run-dir .*/run: .*File exists.*take another directory"):
+    with pytest.raises(LaunchError, match=r"--run-dir .*/run cannot be made or written: File exists: .*take another directory"):
         launch.main(_arguments(tmp_path))
 
 
