@@ -74,7 +74,8 @@ def test_rank_frozen_peer_dumps_its_stacks_and_all_end(two_hosts, tmp_path) -> N
 def test_host_unreachable_at_start_is_named_at_once(three_hosts, tmp_path) -> None:
     three_hosts.set_link("host3", "down")
     try:
-        job = launch(three_hosts, tmp_path, {"host1": 1, "host2": 1, "host3": 1}, "parallel.ep_size=1")
+        job = launch(three_hosts, tmp_path, {"host1": 1, "host2": 1, "host3": 1}, "parallel.ep_size=1",
+                     "train.global_batch_size=12")
         # ssh tries twice, for 10 s each where the kernel does not know better (launch/remote.py); then the launcher says so.
         assert job.end(2 * 10 + MARGIN) == 10, job.log()
     finally:
