@@ -34,8 +34,8 @@ _ENVIRONMENT_VARIABLE, _ENVIRONMENT = "DS_ENV_FILE", "environment"
 class Attempt:
     """What is started where.
 
-    `lease_seconds`: after which ranks count the launcher as gone; `failure_seconds`, `stop_seconds`: that ranks get to end
-    after the first one failed, and after a wish to stop.
+    `lease_seconds`: after which ranks count the launcher as gone; `link_seconds`: that a link may be down; `failure_seconds`,
+    `stop_seconds`: that ranks get to end after the first one failed, and after a wish to stop.
     """
 
     folder: Path
@@ -45,6 +45,7 @@ class Attempt:
     master_address: str
     master_port: int
     lease_seconds: float
+    link_seconds: float
     failure_seconds: float
     stop_seconds: float
 
@@ -112,8 +113,9 @@ def _command(attempt: Attempt) -> list[str]:
 def _environment(attempt: Attempt) -> dict[str, str]:
     environment = runner_environment(os.environ)
     environment[_ENVIRONMENT_VARIABLE] = str(attempt.folder / _ENVIRONMENT)
-    # A link that comes back before the ranks have given it up must not have cost the connection that they hang from.
-    options = ssh_options(attempt.failure_seconds)
+    # A link that comes back before the ranks have given it up must not have cost the connection that they hang from; one that does
+    # not must not keep the runner much longer than them.
+    options = ssh_options(attempt.link_seconds)
     environment["PDSH_SSH_ARGS_APPEND"] = " ".join([environment.get("PDSH_SSH_ARGS_APPEND", ""), *options]).strip()
     return environment | {name: attempt.environment[name] for name in ("DS_ACCELERATOR",) if name in attempt.environment}
 

@@ -120,7 +120,8 @@ def _prepare(job: Job, layout: Layout, facts: dict[str, dict], environment: dict
     _LOG.info("%d ranks on %s, ep_size %d, over %s", layout.ranks, shown, layout.ep_size, interface)
     return Attempt(folder=folder / f"attempt_{_next_number(folder):03d}", hosts=layout.hosts, arguments=tuple(arguments),
                    environment=environment, master_address=interfaces[names[0]][interface], master_port=job.master_port,
-                   lease_seconds=settings.launcher_timeout_seconds, failure_seconds=wait + _MARGIN_SECONDS,
+                   lease_seconds=settings.launcher_timeout_seconds,
+                   link_seconds=layout.config.parallel.timeout_seconds + _MARGIN_SECONDS, failure_seconds=wait + _MARGIN_SECONDS,
                    stop_seconds=stage + wait + settings.checkpoint_timeout_seconds + _MARGIN_SECONDS)
 
 

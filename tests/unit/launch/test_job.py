@@ -21,7 +21,7 @@ from promoe_ds.launch.stop import StopWish
 
 HOSTS = (Host("host1", 1), Host("host2", 1))
 ATTEMPT = Attempt(folder=Path(), hosts=HOSTS, arguments=(), environment={}, master_address="", master_port=0, lease_seconds=60,
-                  failure_seconds=60, stop_seconds=60)
+                  link_seconds=60, failure_seconds=60, stop_seconds=60)
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ def test_job_patience_covers_set_up_evaluation_and_save(tmp_path, monkeypatch, s
     for name, more in (("without", ()), ("with", ("evaluation.every=50", "evaluation.reference=x"))):
         (tmp_path / name).mkdir()
         run_job(_job(tmp_path / name, *common, *more, restarts=0))
+    assert 6 < started[0].link_seconds < 6 + 15, "as long as an exchange lasts, and hardly longer"
     without, with_evaluation = started[0].stop_seconds, started[-1].stop_seconds
     assert without >= 100 + 7 + 20
     assert with_evaluation - without == 2900
@@ -92,7 +93,7 @@ def test_job_patience_covers_set_up_evaluation_and_save(tmp_path, monkeypatch, s
 
 def test_ssh_of_ranks_outlasts_their_exchanges_and_that_of_questions_does_not(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 2222")
-    attempt = replace(ATTEMPT, folder=tmp_path, failure_seconds=911)
+    attempt = replace(ATTEMPT, folder=tmp_path, link_seconds=911)
     given = attempts._environment(attempt)["PDSH_SSH_ARGS_APPEND"]
     assert given.startswith("-p 2222 -o BatchMode=yes")
     assert given.endswith("-o ServerAliveInterval=5 -o ServerAliveCountMax=183"), "5 s * 183 > 911 s"
