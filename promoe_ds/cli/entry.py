@@ -34,6 +34,9 @@ def run_entry(main: Callable[[Sequence[str]], None]) -> None:
         sys.stderr.flush()
         # No interpreter shutdown: ranks that wait in a collective of another library would keep this one alive.
         os._exit(error.exit_code)
+    except SystemExit as ending:  # of the command line's parser, which has said why
+        leave_note(rank, ending.code if isinstance(ending.code, int) else int(ending.code is not None), "see the output")
+        raise
     except Exception as error:
         leave_note(rank, 1, f"{type(error).__name__}: {error}")
         raise

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import field_lines, load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
+from promoe_ds.launch.beginning import Beginning
 from promoe_ds.logs import configure_logging, rank_from_environment
 
 
@@ -42,6 +43,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Arguments to config to engine."""
     options = parse_arguments(arguments)
+    beginning = None if options.dry_run else Beginning()  # before the imports that take their time
     configure_logging(rank_from_environment())
     config = load_config(options.recipe, options.overrides)
     values = read_deepspeed_json(options.deepspeed_config)
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     world_size = config.parallel.ep_size if options.dry_run and "WORLD_SIZE" not in os.environ else complete_environment()
     batches = plan_batches(config, world_size)
     plan = resolve_deepspeed(values, config, batches, source=options.deepspeed_config)
-    if options.dry_run:
+    if beginning is None:
         from promoe_ds.cli.dry_run import describe
 
         describe(config, plan, batches)
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     from promoe_ds.engine.supervision import supervised
 
     run_dir = options.run_dir or Path("runs") / config.name
-    with supervised(config.supervision, run_dir) as supervisor:
+    with supervised(config.supervision, run_dir, beginning) as supervisor:
         ranks = start_distributed(config.parallel.timeout_seconds)
         evaluate = None
         if config.evaluation.every:

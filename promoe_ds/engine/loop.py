@@ -97,7 +97,7 @@ def _loop(session: Session, writer: MetricsWriter, saver: Saver, supervisor: Sup
         if session.step % settings.log_every == 0 or session.step == last:
             lines = session.routing.reduce(step=session.step, steps=session.step - logged, last=session.step == last)
             images_per_second, figures = writer.images_per_second(), {}
-            if evaluate is not None and session.step % session.config.evaluation.every == 0:
+            if evaluate is not None and session.step % session.config.evaluation.every == 0 and _has_time_for_it(session):
                 with supervisor.evaluating():
                     figures = evaluate(session)
                 session.routing.forget_waits()
@@ -114,6 +114,13 @@ def _loop(session: Session, writer: MetricsWriter, saver: Saver, supervisor: Sup
                         "go on with --resume auto")
     if session.step < settings.max_steps:
         _LOG.info("stopped after step %d of %d (train.stop_after_steps)", session.step, settings.max_steps)
+
+
+def _has_time_for_it(session: Session) -> bool:
+    """Whether to begin an evaluation: a job that was asked to stop has minutes, which belong to its checkpoint."""
+    if session.health.stop_agreed and session.ranks.is_main:
+        _LOG.warning("asked to stop: step %d goes without its evaluation", session.step)
+    return not session.health.stop_agreed
 
 
 def _reduced(result: StepResult) -> dict[str, float]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from promoe_ds.errors import LaunchError
 
 #: Variables of the launching shell that every rank gets; others go into .deepspeed_env.
-_PASSED_ON = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH", "MLFLOW", "MV2")
+_PASSED_ON = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH", "MV2")
 #: DeepSpeed itself exports what begins so, unescaped: kept away from it.
 _EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "TORCH_NCCL")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -43,7 +44,8 @@ def runner_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def write_environment(path: Path, values: Mapping[str, str]) -> None:
     """Write the file that DeepSpeed's DS_ENV_FILE names, so that each value arrives as it is."""
-    path.write_text("".join(f"{name}={_escape(value)}\n" for name, value in sorted(values.items())), encoding="utf-8")
+    path.write_text("".join(f"{name}={_escape(value).replace('%', '%%')}\n" for name, value in sorted(values.items())),
+                    encoding="utf-8")
 
 
 def shell_arguments(arguments: Iterable[str]) -> list[str]:
@@ -55,7 +57,8 @@ def shell_arguments(arguments: Iterable[str]) -> list[str]:
     for argument in arguments:
         _require_plain("argument", argument)
         # With a space in it, DeepSpeed adds double quotes and escapes those inside.
-        result.append(_LIVE.sub(r"\\\1", argument) if " " in argument else shlex.quote(argument))
+        quoted = _LIVE.sub(r"\\\1", argument) if " " in argument else shlex.quote(argument)
+        result.append(quoted.replace("%", "%%"))  # pdsh makes one of two, and replaces %h, %u, %n
     return result
 
 
@@ -66,6 +69,24 @@ def require_plain_path(what: str, path: str) -> None:
     """
     if shlex.quote(path) != path:
         raise LaunchError(f"{what} {path!r} has characters that a shell would read as its own: move it to a plain path")
+
+
+def require_launchable(run_dir: Path) -> None:
+    """Refuse a place from which DeepSpeed cannot start ranks on other hosts.
+
+    Raises: LaunchError naming the path.
+    """
+    require_plain_path("the folder", str(Path.cwd()))
+    require_plain_path("--run-dir", str(run_dir.absolute()))
+    require_plain_path("the Python interpreter", sys.executable)
+    if not deepspeed_command().exists():
+        raise LaunchError(f"{deepspeed_command()} does not exist: install deepspeed into the environment of {sys.executable}, or "
+                          "use the one where it is")
+
+
+def deepspeed_command() -> Path:
+    """Return the launcher of DeepSpeed that belongs to this interpreter."""
+    return Path(sys.executable).parent / "deepspeed"
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -94,5 +115,3 @@ def _escape(value: str) -> str:
 def _require_plain(what: str, value: str) -> None:
     if any(ord(character) < 32 for character in value):
         raise LaunchError(f"{what} {value!r} holds a control character: it cannot reach the hosts")
-    if "%" in value:
-        raise LaunchError(f"{what} {value!r} holds %, which pdsh would replace: write it into the recipe or a file instead")

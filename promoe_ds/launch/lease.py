@@ -16,6 +16,8 @@ from pathlib import Path
 
 #: Names the folder of the attempt, in the environment of every rank that `promoe_ds.cli.launch` starts.
 ATTEMPT_VARIABLE = "PROMOE_LAUNCH_DIR"
+#: Names the folder of notes where nobody renews a lease, as under Slurm.
+NOTES_VARIABLE = "PROMOE_NOTES_DIR"
 #: Folder of the launcher's files inside a run directory.
 LAUNCH_FOLDER = "launch"
 #: Folder of the stack dumps there. Both may be there before the run is.
@@ -35,6 +37,17 @@ class Note:
     code: int | None
     message: str
     time: float
+
+
+def make_launch_folder(run_dir: Path) -> Path:
+    """Make a run directory and the launcher's folder inside it, both for the user alone.
+
+    Raises: OSError.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = run_dir / LAUNCH_FOLDER
+    folder.mkdir(exist_ok=True, mode=0o700)
+    return folder
 
 
 def attempt_folder() -> Path | None:
@@ -58,8 +71,8 @@ def read_lease(folder: Path) -> tuple[int, str] | None:
 
 
 def leave_note(rank: int, code: int | None, message: str) -> None:
-    """Say how this rank stands; without a launcher of ours, or with a run directory out of reach, nobody is told."""
-    folder = attempt_folder()
+    """Say how this rank stands; where nobody gave it a folder for that, or the folder is out of reach, nobody is told."""
+    folder = attempt_folder() or (Path(os.environ[NOTES_VARIABLE]) if os.environ.get(NOTES_VARIABLE) else None)
     if folder is None:
         return
     note = Note(rank=rank, host=socket.gethostname(), pid=os.getpid(), code=code, message=message, time=time.time())

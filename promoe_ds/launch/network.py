@@ -69,5 +69,22 @@ def resolve(names: Sequence[str]) -> dict[str, str]:
     return addresses
 
 
+def reached_by(facts: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str, str]:
+    """Return the address that each host's name stands for: here, or where that is none of its own, on any other host.
+
+    (Debian writes 127.0.1.1 for a host's own name into its /etc/hosts.)
+
+    Args:
+        facts: for every host, its `interfaces` and the `addresses` that it knows of all.
+    """
+    here, addresses = resolve(list(facts)), {}
+    for name, known in facts.items():
+        told = [source[name] for source in (here, *(answer["addresses"] for answer in facts.values())) if name in source]
+        own = set(known["interfaces"].values())
+        if told:
+            addresses[name] = next((address for address in told if address in own), told[0])
+    return addresses
+
+
 def _listed(interfaces: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {address}" for name, address in interfaces.items()) or "none"

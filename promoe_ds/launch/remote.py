@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
-#: A host that does not answer is given up after two attempts, about 20 s, and a broken connection after about 15 s. The second
-#: attempt is for a host that has just come back: the kernel may still fail a first one by what it found out before ("No route").
-SSH_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ConnectionAttempts=2", "-o", "ServerAliveInterval=5",
-               "-o", "ServerAliveCountMax=3")
+#: A host that does not answer is given up after two attempts, about 20 s. The second is for a host that has just come back: the
+#: kernel may still fail a first one by what it found out before ("No route").
+_CONNECT_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ConnectionAttempts=2")
+_ALIVE_SECONDS, _QUESTION_SECONDS = 5, 15.0
 _MOST_AT_ONCE = 64
 
 
@@ -23,9 +24,19 @@ class RemoteError(Exception):
     """A command that could not be run on a host, or failed there: one line."""
 
 
+def ssh_options(patience: float) -> list[str]:
+    """Return ssh's options: no question, and how long it holds on to a connection over which nothing comes any more.
+
+    Args:
+        patience: at least so many seconds.
+    """
+    return [*_CONNECT_OPTIONS, "-o", f"ServerAliveInterval={_ALIVE_SECONDS}", "-o",
+            f"ServerAliveCountMax={math.ceil(patience / _ALIVE_SECONDS)}"]
+
+
 def ssh_command(host: str, arguments: Sequence[str]) -> list[str]:
     """Return the command that runs `arguments` on `host`, each quoted for the shell there."""
-    return ["ssh", *SSH_OPTIONS, host, shlex.join(arguments)]
+    return ["ssh", *ssh_options(_QUESTION_SECONDS), host, shlex.join(arguments)]
 
 
 def python_module(module: str, *arguments: str) -> list[str]:

@@ -28,6 +28,7 @@ class Launched:
 
     cluster: Cluster
     run_dir: Path
+    output: Path
     process: subprocess.Popen
 
     def wait_for_step(self, step: int, timeout: float = 90.0) -> None:
@@ -50,7 +51,7 @@ class Launched:
 
     def log(self) -> str:
         """Return what the launcher wrote, its ranks' output included."""
-        return (self.run_dir.parent / "output").read_text()
+        return self.output.read_text()
 
     def launcher_log(self) -> str:
         """Return launch.log."""
@@ -71,19 +72,20 @@ class Launched:
 
 
 def launch(cluster: Cluster, folder: Path, slots: dict[str, int], *overrides: str, options: tuple[str, ...] = (),
-           script: bool = False) -> Launched:
+           script: bool = False, run_dir: Path | None = None) -> Launched:
     """Start a job on host1 for the given hosts and slots, by multinode.sh if asked, and return at once."""
     folder.mkdir(exist_ok=True)
     (folder / "hosts").write_text("".join(f"{name} slots={count}\n" for name, count in slots.items()))
     training = ["--set", *TINY, *TIMEOUTS, *overrides]
-    hosts, recipe, config, run_dir = str(folder / "hosts"), "digits_promoe", "ds_configs/zero2_fp32.json", str(folder / "run")
+    run_dir = run_dir or folder / "run"
+    hosts, recipe, config = str(folder / "hosts"), "digits_promoe", "ds_configs/zero2_fp32.json"
     command = [sys.executable, "-m", "promoe_ds.cli.launch", "--hostfile", hosts, *options, "--", "--recipe", recipe,
-               "--deepspeed_config", config, "--run-dir", run_dir, *training]
+               "--deepspeed_config", config, "--run-dir", str(run_dir), *training]
     if script:
-        command = ["bash", "launch_scripts/multinode.sh", hosts, recipe, config, run_dir, *options, "--", *training]
+        command = ["bash", "launch_scripts/multinode.sh", hosts, recipe, config, str(run_dir), *options, "--", *training]
     with (folder / "output").open("w") as output:
         process = cluster.popen("host1", *command, cwd=REPOSITORY, env={"VIRTUAL_ENV": sys.prefix}, stdout=output, stderr=output)
-    return Launched(cluster, folder / "run", process)
+    return Launched(cluster, run_dir, folder / "output", process)
 
 
 def launcher_process(job: Launched) -> int:

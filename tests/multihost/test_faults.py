@@ -64,7 +64,7 @@ def test_rank_frozen_peer_dumps_its_stacks_and_all_end(two_hosts, tmp_path) -> N
     text = dump.read_text()
     assert text.startswith(f"rank 0 on host1, process {text.split('process ')[1].split(',')[0]}, step {int(dump.stem[-7:])}\n")
     assert "train_step" in text, "the stack of the main thread"
-    assert job.end(45) != 0
+    assert job.end(45) == 7, "the frozen rank, which cannot speak, is the cause of the other's stall"
     assert f"all stacks are in {dump}" in job.log()
     assert "host2: rank 1" in job.launcher_log()
     assert "host2: killed what was left of the job" in job.launcher_log()
@@ -74,8 +74,10 @@ def test_rank_frozen_peer_dumps_its_stacks_and_all_end(two_hosts, tmp_path) -> N
 def test_host_unreachable_at_start_is_named_at_once(three_hosts, tmp_path) -> None:
     three_hosts.set_link("host3", "down")
     try:
-        job = launch(three_hosts, tmp_path, {"host1": 1, "host2": 1, "host3": 1}, "parallel.ep_size=1")
-        assert job.end(TIMEOUT) == 10, job.log()
+        job = launch(three_hosts, tmp_path, {"host1": 1, "host2": 1, "host3": 1}, "parallel.ep_size=1",
+                     "train.global_batch_size=12")
+        # ssh tries twice, for 10 s each where the kernel does not know better (launch/remote.py); then the launcher says so.
+        assert job.end(2 * 10 + 2 * MARGIN) == 10, job.log()
     finally:
         three_hosts.set_link("host3", "up")
     assert job.log().count("error: host3: ssh failed: ") == 1
@@ -86,6 +88,10 @@ def test_host_unreachable_at_start_is_named_at_once(three_hosts, tmp_path) -> No
 def test_sigterm_to_the_launcher_saves_and_ends_with_75(two_hosts, tmp_path) -> None:
     job = launch(two_hosts, tmp_path, TWO, *LONG[:2], "train.checkpoint_every=100000", script=True)
     job.wait_for_step(3)
+    second = launch(two_hosts, tmp_path / "second", TWO, *LONG[:2], run_dir=job.run_dir, options=("--master-port", "29555"))
+    assert second.end(TIMEOUT) == 10, second.log()
+    assert re.search(r"error: --run-dir .*: process \d+ on host1 launches it already", second.log())
+    assert "ended with" not in job.launcher_log(), "the log is the first one's"
     assert "pre-flight: 2 hosts, 2 ranks, interface eth0: sound" in job.log()
     os.kill(launcher_process(job), TERM)
     assert job.end(TIMEOUT) == 75, job.log()
@@ -130,8 +136,10 @@ def test_watcher_killed_ranks_end_on_all_hosts(two_hosts, tmp_path, victim) -> N
         for pid, command in two_hosts.processes("host2", "deepspeed.launcher.launch").items():
             if "bash" not in command.split()[0]:
                 os.kill(pid, KILL)
-    took = wait_until(lambda: not job.left(), 8 + MARGIN, f"{job.left()} {job.log()}")
-    assert took < 8 + MARGIN
+    wait_until(lambda: not job.left(), 8 + MARGIN, f"{job.left()} {job.log()}")
     code = job.end(60)
-    assert code == (-9 if victim == "launcher" else code)
-    assert code != 0
+    if victim == "launcher":
+        assert code == -9
+    else:  # by which sign a rank learnt of it first: its launcher's process, or the other host's ranks
+        assert code in (7, 9), job.log()
+        assert f"ended with code {code}: " in job.launcher_log()

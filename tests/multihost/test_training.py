@@ -14,7 +14,7 @@ from .launched import TERM, Launched, launch, launcher_process, ranks, wait_unti
 pytestmark = pytest.mark.multihost
 
 #: Alive in any shell that sees it unquoted.
-NASTY = r"""a  "b" 'c' $HOME `touch oops` $(touch oops) \ ; & | > oops *"""
+NASTY = r"""a  "b" 'c' $HOME `touch oops` $(touch oops) \ ; & | > oops * 50% %h %n %%"""
 
 
 def _listening(pid: int) -> set[str]:

@@ -13,11 +13,11 @@ from promoe_ds.config import SupervisionConfig
 from promoe_ds.engine.supervision.peers import gather_addresses, peer_problem
 from promoe_ds.engine.supervision.watchdog import Watchdog
 from promoe_ds.errors import PeerError, Preempted
+from promoe_ds.launch.beginning import STOP_SIGNALS, Beginning
 from promoe_ds.launch.lease import DUMP_FOLDER, leave_note
 from promoe_ds.logs import get_logger, rank_from_environment
 
 _LOG = get_logger("supervision")
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Supervisor:
@@ -30,9 +30,9 @@ class Supervisor:
         self._addresses: dict[str, str] = {}
         self.step, self._first_step_done = 0, False
 
-    def start(self) -> None:
-        """Begin to watch; set-up lasts until the first step is done."""
-        self._watchdog = Watchdog(self._rank, self._dump_folder, self._settings.launcher_timeout_seconds, self.ask_to_stop)
+    def start(self, chain: tuple[int, ...]) -> None:
+        """Begin to watch, also over the launcher's processes; set-up lasts until the first step is done."""
+        self._watchdog = Watchdog(self._rank, self._dump_folder, self._settings.launcher_timeout_seconds, self.ask_to_stop, chain)
         self._watchdog.expect("set-up", 0, self._settings.setup_timeout_seconds)
         self._watchdog.start()
         leave_note(self._rank, None, "started")
@@ -99,17 +99,21 @@ class Supervisor:
 
 
 @contextlib.contextmanager
-def supervised(settings: SupervisionConfig, run_dir: Path) -> Iterator[Supervisor]:
+def supervised(settings: SupervisionConfig, run_dir: Path, beginning: Beginning) -> Iterator[Supervisor]:
     """Watch over this process: time-outs, launcher, SIGTERM and SIGUSR1 (finish the step, save, end).
 
+    Args:
+        beginning: what was seen of launcher and signals so far.
     Raises: PeerError in place of what a library says about a broken exchange.
     """
     supervisor = Supervisor(settings, run_dir)
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             handlers[number] = signal.signal(number, lambda received, _: supervisor.ask_to_stop(signal.Signals(received).name))
-    supervisor.start()
+    if beginning.stop_reason:
+        supervisor.ask_to_stop(beginning.stop_reason)
+    supervisor.start(beginning.chain)
     try:
         yield supervisor
     except Preempted:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from promoe_ds.engine.supervision.orphans import broken_link, launcher_chain
 from promoe_ds.errors import OrphanedError, PromoeError, StalledError
 from promoe_ds.launch.lease import attempt_folder, leave_note, read_lease
+from promoe_ds.launch.orphans import broken_link
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("watchdog")
@@ -25,17 +25,19 @@ _LAST_RESORT_SECONDS = 30.0
 class Watchdog:
     """Watches the deadline of the present phase, the launcher's processes and its lease."""
 
-    def __init__(self, rank: int, dump_folder: Path, launcher_timeout: float, on_stop: Callable[[str], None]) -> None:
+    def __init__(self, rank: int, dump_folder: Path, launcher_timeout: float, on_stop: Callable[[str], None],
+                 chain: tuple[int, ...]) -> None:
         """Prepare; `start` begins to watch.
 
         Args:
             dump_folder: where stack dumps go; made when needed.
             launcher_timeout: seconds without a new lease after which the launcher counts as gone.
             on_stop: called once with the reason when the lease asks to stop.
+            chain: process ids above this one whose end orphans it.
         """
         self._rank, self._folder, self._launcher_timeout, self._on_stop = rank, dump_folder, launcher_timeout, on_stop
         self._phase, self._step, self._seconds, self._deadline = "set-up", 0, float("inf"), float("inf")
-        self._chain = launcher_chain()
+        self._chain = chain
         self._closed = threading.Event()
 
     def start(self) -> None:

@@ -1,4 +1,5 @@
-"""Runs on every host during the pre-flight, over one ssh connection: a JSON request a line, a JSON answer a line.
+"""Runs on every host during the pre-flight, over one ssh connection: a JSON request a line, a JSON answer a line with
+the request's number.
 
 It ends with its standard input, so none is left behind. For the network probe it listens on the one address it is told, for
 one connection, which must begin with the token it was given.
@@ -176,7 +177,7 @@ def main() -> None:
             answer = actions[request["do"]](request)
         except Exception as error:  # the launcher reports it, with the host's name
             answer = {"failed": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps({**answer, "id": request["id"]}) + "\n")
         answers.flush()
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from promoe_ds.config import RunConfig, count_parameters
 from promoe_ds.errors import LaunchError
-from promoe_ds.launch.environment import job_environment, require_plain_path
+from promoe_ds.launch.environment import job_environment, require_launchable
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.job import Job
 from promoe_ds.launch.layout import full_layout
-from promoe_ds.launch.lease import LAUNCH_FOLDER
-from promoe_ds.launch.network import choose_interface, resolve
+from promoe_ds.launch.lease import LAUNCH_FOLDER, make_launch_folder
+from promoe_ds.launch.network import choose_interface, reached_by
 from promoe_ds.launch.preflight.agent import code_hash, config_hash, installed_versions
 from promoe_ds.launch.preflight.client import Agent
 from promoe_ds.launch.preflight.links import Link, measure_links
@@ -85,7 +85,7 @@ def run_preflight(job: Job, deepspeed_config: str) -> Report:
     for command, package in (("pdsh", "pdsh"), ("ssh", "openssh-client")):
         if shutil.which(command) is None:
             raise LaunchError(f"this host has no {command}, by which ranks are started: install the package {package}")
-    require_plain_path("the folder", str(Path.cwd()))
+    require_launchable(job.run_dir)
     environment = job_environment(os.environ)
     layout = full_layout(job.recipe, job.overrides, job.hosts)
     report = Report(ranks=layout.ranks)
@@ -184,10 +184,13 @@ def _same_machine(described: Mapping[str, dict[str, Any]]) -> list[Finding]:
 
 
 def _run_directory(ground: _Ground, report: Report) -> list[Finding]:
-    ground.job.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    ground.folder.parent.mkdir(exist_ok=True, mode=0o700)
-    ground.folder.mkdir(exist_ok=True, mode=0o700)
-    (ground.folder / "token").write_text(ground.token)
+    try:
+        make_launch_folder(ground.job.run_dir)
+        ground.folder.mkdir(exist_ok=True, mode=0o700)
+        (ground.folder / "token").write_text(ground.token)
+    except OSError as error:
+        return [Finding("this host", f"--run-dir {ground.job.run_dir} cannot be made or written: {error.strerror}",
+                        "mend its rights, or take another directory")]
     need, findings = _bytes_needed(ground), []
     for host, answer in _ask_all(ground.agents, lambda agent: agent.ask("run_directory", folder=str(ground.folder), name=agent.host,
                                                                         token=ground.token)).items():
@@ -234,7 +237,7 @@ def _gpus(ground: _Ground, report: Report) -> list[Finding]:
 def _network(ground: _Ground, report: Report, described: Mapping[str, dict[str, Any]]) -> None:
     interfaces = {host: answer["interfaces"] for host, answer in described.items()}
     try:
-        report.interface = choose_interface(ground.job.interface, ground.environment, interfaces, resolve(list(described)))
+        report.interface = choose_interface(ground.job.interface, ground.environment, interfaces, reached_by(described))
     except LaunchError as error:
         host, _, what = str(error).partition(": ")
         report.findings.append(Finding(host, what, "see docs/multinode.md, \"Interfaces\""))
@@ -252,7 +255,10 @@ def _master_port(ground: _Ground, addresses: Mapping[str, str]) -> list[Finding]
     if first.name not in addresses:
         return []
     port = ground.job.master_port
-    problem = ground.agents[first.name].ask("port", address=addresses[first.name], port=port)["problem"]
+    try:
+        problem = ground.agents[first.name].ask("port", address=addresses[first.name], port=port)["problem"]
+    except RemoteError as error:
+        return [_unreached(first.name, error)]
     return [Finding(first.name, f"port {port} of {addresses[first.name]} cannot be used ({problem})",
                     "end what holds it or give another with --master-port")] if problem else []
 

@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from promoe_ds.config import SupervisionConfig
 from promoe_ds.engine.health import HealthWatch
+from promoe_ds.engine.supervision import supervised
 from promoe_ds.engine.supervision.peers import peer_problem
+from promoe_ds.launch.beginning import STOP_SIGNALS, Beginning
 from promoe_ds.launch.lease import read_lease, read_notes, renew_lease
 from promoe_ds.launch.sweep import processes_with, sweep
 
@@ -29,9 +32,11 @@ from pathlib import Path
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.engine.supervision import supervised
 from promoe_ds.cli.entry import run_entry
+from promoe_ds.launch.beginning import Beginning
 def main(arguments):
+    beginning = Beginning()
     settings = SupervisionConfig(step_timeout_seconds=1.5, launcher_timeout_seconds=2, setup_timeout_seconds=60)
-    with supervised(settings, Path(sys.argv[1])) as supervisor:
+    with supervised(settings, Path(sys.argv[1]), beginning) as supervisor:
         supervisor.begin_step(0); supervisor.end_step(); supervisor.begin_step(7)
         print("ready", flush=True)
         {body}
@@ -88,6 +93,18 @@ def test_signal_is_a_wish_to_stop_not_an_end(tmp_path, number) -> None:
     rank.send_signal(number)
     output, _ = rank.communicate(timeout=30)
     assert (rank.returncode, output) == (0, f"{number.name}\n")
+
+
+def test_signal_during_the_imports_is_handed_over(tmp_path) -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        beginning = Beginning()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with supervised(SupervisionConfig(), tmp_path, beginning) as supervisor:
+            assert (supervisor.wants_to_stop(), supervisor.stop_reason) == (True, "SIGUSR1")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_signal_after_the_agreed_stop_keeps_the_exit_code(tmp_path) -> None:

@@ -18,8 +18,8 @@ from promoe_ds.launch.environment import (
     write_environment,
 )
 
-#: No %, which is refused, and nothing that a C string or a line cannot hold.
-TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=0x24F, exclude_characters="%", exclude_categories=["Cc", "Cs"]))
+#: Nothing that a C string or a line cannot hold.
+TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=0x24F, exclude_categories=["Cc", "Cs"]) | st.just("%"))
 
 
 def _as_deepspeed_does(argument: str) -> str:
@@ -36,7 +36,9 @@ def _export(line: str) -> str:
 
 
 def _shell(script: str) -> str:
-    return subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout.decode()
+    """What pdsh, which makes one % of two, and the shell on a host do to a line."""
+    assert not re.search("%[^%]", script.replace("%%", "").removeprefix("printf '%s").replace(" printf %s ", "")), "pdsh would act"
+    return subprocess.run(["bash", "-c", script.replace("%%", "%")], capture_output=True, check=True).stdout.decode()
 
 
 @given(st.lists(TEXT, min_size=1, max_size=4))
@@ -52,7 +54,7 @@ def test_environment_values_arrive_as_they_are(tmp_path_factory, value) -> None:
     assert _shell(f"{_export(path.read_text())} printf %s \"$NAME\"") == value
 
 
-@pytest.mark.parametrize("value", ["100%", "a\nb", "a\x00b"])
+@pytest.mark.parametrize("value", ["a\nb", "a\x00b"])
 def test_argument_that_cannot_arrive_is_refused(value) -> None:
     with pytest.raises(LaunchError):
         shell_arguments([value])
@@ -65,7 +67,7 @@ def test_environment_files_override_the_shell_and_each_other(tmp_path, monkeypat
     monkeypatch.chdir(here)
     (home / ".deepspeed_env").write_text("# ours\n\nNCCL_DEBUG=INFO\nA=home\nB=x=y\n")
     (here / ".deepspeed_env").write_text("A=here\n")
-    assert job_environment({"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth1", "SECRET": "x", "PYTHONPATH": ""}) == {
+    assert job_environment({"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth1", "MLFLOW_PASSWORD": "x", "PYTHONPATH": ""}) == {
         "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth1", "A": "here", "B": "x=y"}
     (here / ".deepspeed_env").write_text("A=here\nexport B\n")
     with pytest.raises(LaunchError, match="line 2: 'export B' is not of the form NAME=VALUE"):

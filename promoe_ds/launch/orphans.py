@@ -21,7 +21,7 @@ def launcher_chain() -> tuple[int, ...]:
     """
     parent = os.getppid()
     command = _command(parent)
-    if not any(name in part for part in command for name in _LAUNCHERS):
+    if not _is_launcher(command):
         return ()
     chain = [parent]
     if any("deepspeed.launcher.launch" in part for part in command):
@@ -30,6 +30,18 @@ def launcher_chain() -> tuple[int, ...]:
         if _is_shell_with_command(_command(above)):
             chain.append(_parent(above))
     return tuple(chain)
+
+
+def lost_deepspeed() -> bool:
+    """Whether DeepSpeed's launcher started this process, by its variables, and no process above it is one any more."""
+    if not {"CROSS_RANK", "CROSS_SIZE", "LOCAL_RANK", "RANK"} <= os.environ.keys():
+        return False
+    pid = os.getppid()
+    while pid > 0:
+        if _is_launcher(_command(pid)):
+            return False
+        pid = _parent(pid)
+    return True
 
 
 def broken_link(chain: tuple[int, ...]) -> str:
@@ -49,6 +61,10 @@ def _parent(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
     except (OSError, IndexError, ValueError):
         return 0
+
+
+def _is_launcher(command: list[str]) -> bool:
+    return any(name in part for part in command for name in _LAUNCHERS)
 
 
 def _command(pid: int) -> list[str]:

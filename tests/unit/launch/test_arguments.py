@@ -1,0 +1,65 @@
+"""What the launcher and the pre-flight refuse before they look at any host: one message, no traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from promoe_ds.cli import launch
+from promoe_ds.errors import ConfigError, LaunchError, PromoeError
+from promoe_ds.launch import environment
+from promoe_ds.launch.environment import require_launchable
+
+REPOSITORY = Path(__file__).parents[3]
+CONFIG = REPOSITORY / "ds_configs/zero2_fp32.json"
+
+
+def _arguments(folder: Path, *options: str, config: Path = CONFIG, run_dir: str = "run") -> list[str]:
+    (folder / "hosts").write_text("host1 slots=1\n")
+    return ["--hostfile", str(folder / "hosts"), *options, "--", "--recipe", "digits_promoe", "--deepspeed_config", str(config),
+            "--run-dir", str(folder / run_dir), "--set", "parallel.ep_size=1"]
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "-1"])
+def test_master_port_out_of_range_is_refused(tmp_path, port) -> None:
+    with pytest.raises(LaunchError, match=f"--master-port {port}: must be from 1 to 65535"):
+        launch.parse_arguments(_arguments(tmp_path, "--master-port", port))
+
+
+def test_deepspeed_json_that_ranks_would_refuse_is_refused_before_the_launch(tmp_path) -> None:
+    values = json.loads(CONFIG.read_text())
+    values["zero_optimization"]["stage"] = 3
+    (tmp_path / "z3.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"z3\.json.*stage"):
+        launch.parse_arguments(_arguments(tmp_path, config=tmp_path / "z3.json"))
+    assert launch.parse_arguments(_arguments(tmp_path)).run_dir == tmp_path / "run"
+
+
+def test_run_directory_that_is_a_file_is_one_message(tmp_path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(LaunchError, match=r"--run-dir .*/run cannot be made or written: File exists: .*take another directory"):
+        launch.main(_arguments(tmp_path))
+
+
+def test_error_of_a_job_is_the_last_line_of_its_log(tmp_path, monkeypatch) -> None:
+    def run_job(job: object) -> None:
+        raise LaunchError("no legal layout")
+
+    monkeypatch.setattr(launch, "run_job", run_job)
+    with pytest.raises(PromoeError):
+        launch.main(_arguments(tmp_path))
+    assert (tmp_path / "run/launch/launch.log").read_text().splitlines()[-1] == "ended with code 10: no legal layout"
+
+
+def test_interpreter_that_a_shell_would_split_or_without_deepspeed_is_refused(tmp_path, monkeypatch) -> None:
+    require_launchable(tmp_path)
+    monkeypatch.setattr(environment.sys, "executable", "/opt/my env/bin/python")
+    with pytest.raises(LaunchError, match="the Python interpreter '/opt/my env/bin/python' has characters"):
+        require_launchable(tmp_path)
+    monkeypatch.setattr(environment.sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(LaunchError, match=f"{tmp_path}/deepspeed does not exist: install deepspeed"):
+        require_launchable(tmp_path)
+    assert sys.executable == str(tmp_path / "python"), "the module's own name for it"

@@ -1,0 +1,97 @@
+"""The launching scripts with stand-ins for deepspeed and Slurm: signals, exit codes, which job goes back into the queue."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[3]
+#: A step that leaves notes `RANK:CODE` and ends with a code. One rank on each of two nodes.
+_SRUN = """#!/bin/bash
+for note in $NOTES; do
+    rank="${note%:*}" code="${note#*:}"
+    printf '{"rank": %s, "host": "h", "pid": 1, "code": %s, "message": "said %s", "time": %s}' "$rank" "$code" "$code" "$rank" \\
+        > "$PROMOE_NOTES_DIR/rank_0000$rank.json"
+done
+exit "$CODE"
+"""
+_SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then printf 'host1\\nhost2\\n'; else echo "$@" > requeued; fi
+"""
+
+
+def _command(folder: Path, name: str, text: str) -> None:
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "bin" / name).write_text(text)
+    (folder / "bin" / name).chmod(0o755)
+
+
+def _environment(folder: Path, **more: str) -> dict[str, str]:
+    return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **more}
+
+
+@pytest.mark.parametrize(("code", "notes", "restarts", "ends", "requeued"), [
+    (0, "0:0 1:0", 3, 0, False), (75, "0:75 1:75", 0, 75, True),
+    (247, "0:7 1:null", 3, 7, True), (250, "0:null 1:null", 3, 7, True), (1, "0:1 1:7", 3, 1, True), (7, "", 3, 7, True),
+    (7, "0:7 1:3", 3, 3, False), (2, "0:2 1:null", 3, 2, False), (247, "0:7 1:null", 1, 7, False),
+], ids=["end", "stopped", "killed", "aborted", "defect", "never started", "data before lost peers", "setting", "limit"])
+def test_slurm_script_requeues_what_another_start_may_mend(tmp_path, code, notes, restarts, ends, requeued) -> None:
+    _command(tmp_path, "srun", _SRUN)
+    _command(tmp_path, "scontrol", _SCONTROL)
+    (tmp_path / "launch_scripts").symlink_to(REPOSITORY / "launch_scripts")
+    environment = _environment(tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="7", SLURM_JOB_NODELIST="host[1-2]",
+                               SLURM_RESTART_COUNT="1", PROMOE_RANKS="1", PROMOE_MAX_RESTARTS=str(restarts), CODE=str(code),
+                               NOTES=notes)
+    done = subprocess.run(["bash", "launch_scripts/slurm.sbatch", "r", "c", "run"], cwd=tmp_path, env=environment, timeout=30,
+                          capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "requeued").exists()) == (ends, requeued), done.stdout + done.stderr
+    assert done.stderr == ""
+
+
+def _run_ranks(folder: Path, rank: str) -> subprocess.Popen:
+    """Start run_ranks with a stand-in for DeepSpeed's levels: runner, launcher, a rank that runs `rank`. A signal's end is -15."""
+    (folder / "rank").write_text(rank)
+    (folder / "launcher").write_text(f"sleep 0.5; bash {folder}/rank promoe_ds.cli.train --local_rank=0; code=$?\n"
+                                     "exit $((code == 143 ? 241 : code))\n")
+    _command(folder, "deepspeed", f"#!/bin/bash\nbash {folder}/launcher; exit $?\n")
+    script = "set -euo pipefail; . launch_scripts/ranks.sh; run_ranks"
+    return subprocess.Popen(["bash", "-c", script], cwd=REPOSITORY, env=_environment(folder))
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_run_ranks_stop_reaches_ranks_that_were_not_there_yet(tmp_path) -> None:
+    runner = _run_ranks(tmp_path, f"trap 'kill $!; touch {tmp_path}/saved; exit 75' TERM; sleep 30 & wait")
+    time.sleep(0.2)
+    runner.send_signal(signal.SIGTERM)
+    assert runner.wait(10) == 75
+    assert (tmp_path / "saved").exists()
+
+
+def test_run_ranks_killed_by_the_wish_before_it_could_be_heard_counts_as_stopped(tmp_path) -> None:
+    asked = _run_ranks(tmp_path, f"touch {tmp_path}/begun; sleep 0.3; exit 241")
+    _wait_for(tmp_path / "begun")
+    asked.send_signal(signal.SIGUSR1)
+    assert asked.wait(10) == 75
+    (tmp_path / "unasked").mkdir()
+    assert _run_ranks(tmp_path / "unasked", "exit 241").wait(10) == 241
+
+
+def test_run_ranks_end_while_a_signal_is_handled_keeps_its_code(tmp_path) -> None:
+    script = ". launch_scripts/ranks.sh; bash -c 'sleep 0.4; exit 75' & trap 'touch \"$trapped\"; sleep 0.8' TERM; wait_for $!"
+    environment = _environment(tmp_path, trapped=str(tmp_path / "trapped"))
+    waiting = subprocess.Popen(["bash", "-c", script], cwd=REPOSITORY, env=environment)
+    time.sleep(0.2)
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.wait(10) == 75
+    assert (tmp_path / "trapped").exists()
