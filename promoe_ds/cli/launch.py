@@ -18,13 +18,13 @@ from promoe_ds.launch.lease import LAUNCH_FOLDER, make_launch_folder
 from promoe_ds.logs import configure_logging
 
 
-def parse_arguments(arguments: Sequence[str]) -> Job:
-    """Parse the command line; what follows `--` belongs to promoe_ds.cli.train.
+def parse_arguments(arguments: Sequence[str], *, prog: str = "promoe_ds.cli.launch",
+                    purpose: str = "Train on several hosts: deepspeed --hostfile, watched and, if asked, restarted.") -> Job:
+    """Parse the command line for a command called `prog`; what follows `--` belongs to promoe_ds.cli.train.
 
     Raises: ConfigError or LaunchError for what cannot be a job, what every rank would refuse included.
     """
-    parser = argparse.ArgumentParser(prog="promoe_ds.cli.launch", description="Train on several hosts: deepspeed --hostfile, "
-                                     "watched and, if asked, restarted.")
+    parser = argparse.ArgumentParser(prog=prog, description=purpose)
     parser.add_argument("--hostfile", type=Path, required=True, help="one `NAME slots=N` a line")
     parser.add_argument("--max-restarts", type=int, default=0, help="restart so often, on fewer hosts if some stay dead")
     parser.add_argument("--host-wait", type=float, default=30.0, metavar="SECONDS", help="how long a restart waits for a dead host")

@@ -20,7 +20,8 @@ from promoe_ds.logs import configure_logging
 def main(arguments: Sequence[str]) -> None:
     """Arguments to checks to a report on standard output; findings are the error."""
     configure_logging(0)
-    job = parse_arguments(arguments)
+    job = parse_arguments(arguments, prog="promoe_ds.cli.preflight",
+                          purpose="Check every host before a launch; takes that command's arguments.")
     report = run_preflight(job, parse_train_arguments(job.arguments).deepspeed_config)
     if report.links:
         slow = slow_links(report.links)

@@ -31,7 +31,7 @@ def read_hostfile(path: Path) -> list[Host]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise LaunchError(f"--hostfile {path}: no such file. Name an existing one; to train on this host alone, use "
+        raise LaunchError(f"--hostfile {path.absolute()}: no such file. Name an existing one; to train on this host alone, use "
                           "launch_scripts/single_node.sh") from None
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(f"--hostfile {path}: cannot be read ({error})") from None

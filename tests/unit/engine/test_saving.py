@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from promoe_ds.engine.manifest import UNFINISHED, FileRecord, checksum, list_checkpoints, read_manifest, step_folder
 from promoe_ds.engine.saving import _finish, _Pending
@@ -16,7 +17,7 @@ from ..builders import small_config
 def finish(root: Path, step: int, records: dict[str, FileRecord], **train: int) -> str | None:
     """Complete a save of one rank whose files are written."""
     session = SimpleNamespace(config=small_config(train=train), ranks=SimpleNamespace(world_size=2), dataset=range(7),
-                              optimizer=SimpleNamespace(averages_since={}),
+                              optimizer=SimpleNamespace(averages_since={}), module=torch.nn.Linear(2, 2),
                               deepspeed_plan=SimpleNamespace(zero_stage=2, precision="fp32", json={}))
     return _finish(session, root, _Pending(storage=None, step=step, samples_seen=step, failure=None), records)
 
