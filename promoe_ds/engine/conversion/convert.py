@@ -29,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OFFICIAL_AVERAGE = EMA
 _UNFINISHED = ".unfinished"
 #: Files are not cut smaller than this to spare memory.
-_SMALLEST_SHARD_BYTES = 200 * 10**6
+_SMALLEST_SHARD_BYTES = 32 * 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,8 @@ def convert_source(source: Source, request: Request) -> Conversion:
     final = request.destination.absolute()
     refuse_existing(final)
     if source.facts.largest_file is not None:
-        # A file in the making is held in memory: no more than one of the source's.
-        largest = max(source.facts.largest_file, _SMALLEST_SHARD_BYTES)
+        # A file in the making is held in memory, twice while safetensors writes it: no more than one of the source's in all.
+        largest = max(source.facts.largest_file // 2, _SMALLEST_SHARD_BYTES)
         request = replace(request, max_shard_bytes=min(request.max_shard_bytes, largest))
     kinds = _choose_kinds(source, request)
     content = _describe(source, request, kinds)
