@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from promoe_ds.config.schema import TrainConfig
 from promoe_ds.engine.distributed import from_main, gather_objects
-from promoe_ds.engine.manifest import MANIFEST, UNFINISHED, FileRecord, Layout, Manifest, list_checkpoints, step_folder, step_of
+from promoe_ds.engine.manifest import UNFINISHED, FileRecord, Layout, Manifest, list_checkpoints, step_folder, step_of
 from promoe_ds.engine.optimizer import is_reordered
 from promoe_ds.engine.session import Session
 from promoe_ds.engine.storage import RecordingStorage
@@ -20,6 +20,8 @@ from promoe_ds.errors import CheckpointError
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("checkpoint")
+#: Ends the name of a checkpoint that is being deleted.
+_DELETED = ".deleted"
 
 
 def layout_of(session: Session) -> Layout:
@@ -167,8 +169,12 @@ def _find_unseen(folder: Path, records: dict[str, FileRecord]) -> str | None:
 
 def _prune(root: Path, newest: int, train: TrainConfig) -> None:
     """Delete what is beyond `train.keep_last` of the checkpoints up to step `newest`, which was just written and stays."""
+    for left in root.glob(f"*{_DELETED}"):
+        shutil.rmtree(left, ignore_errors=True)
     written = [folder for folder in list_checkpoints(root) if step_of(folder) <= newest]
     for old in written[train.keep_last:]:
         if not train.keep_every or step_of(old) % train.keep_every:
-            (old / MANIFEST).unlink(missing_ok=True)  # first: half a deletion must not look complete
-            shutil.rmtree(old, ignore_errors=True)
+            gone = old.with_name(f"{old.name}{_DELETED}")  # first: half a deletion must not look like a checkpoint
+            if not gone.exists():
+                old.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)

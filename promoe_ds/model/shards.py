@@ -26,9 +26,11 @@ _CHECKSUMS = "xxh3_64"
 class ShardReader:
     """Reads tensors by name from `STEM.safetensors`, or from the files that `STEM.safetensors.index.json` lists."""
 
-    def __init__(self, folder: Path, stem: str) -> None:
+    def __init__(self, folder: Path, stem: str, *, check: bool = True) -> None:
         """Read names and shapes.
 
+        Args:
+            check: whether `read` holds tensors against their checksums.
         Raises: CheckpointError naming the file that is missing, damaged, or outside of the folder.
         """
         self._open: tuple[str, safe_open] | None = None
@@ -48,7 +50,7 @@ class ShardReader:
                     raise CheckpointError(f"{folder / file}: holds {name}, which the index does not place there")
                 self.shapes[name] = tuple(handle.get_slice(name).get_shape())
                 self.dtypes[name] = handle.get_slice(name).get_dtype()
-            self._checksums |= self._read_checksums(file)
+            self._checksums |= self._read_checksums(file) if check else {}
         if missing := self._files.keys() - self.shapes.keys():
             raise CheckpointError(f"{folder}: {sorted(missing)[0]} is in the index and in no file")
 
@@ -59,7 +61,7 @@ class ShardReader:
         """
         with self._reading(name) as handle:
             value = handle.get_tensor(name)
-        if self._checksums.get(name, digest := _digest(value)) != digest:
+        if name in self._checksums and self._checksums[name] != digest(value):
             raise CheckpointError(f"{self._folder / self._files[name]}: {name} does not match its checksum")
         return value
 
@@ -115,20 +117,23 @@ class ShardWriter:
         """Write into `folder`, which exists."""
         self._folder, self._stem, self._max_bytes = folder, stem, max_bytes
         self._pending: dict[str, Tensor] = {}
+        self._checksums: dict[str, str] = {}
         self._bytes = self._total = 0
         self._written: list[tuple[Path, list[str]]] = []
         self._is_closed = False
 
-    def write(self, name: str, value: Tensor) -> None:
-        """Add a tensor.
+    def write(self, name: str, value: Tensor) -> str:
+        """Add a tensor; return the checksum of its bytes.
 
         Raises: CheckpointError naming the file if it cannot be written.
         """
         if self._pending and self._bytes + value.nbytes > self._max_bytes:
             self._flush()
         self._pending[name] = value.contiguous()
+        self._checksums[name] = digest(self._pending[name])
         self._bytes += value.nbytes
         self._total += value.nbytes
+        return self._checksums[name]
 
     def close(self) -> None:
         """Write the rest, give the files their names, and an index if they are several.  Once; later calls do nothing."""
@@ -150,13 +155,12 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._folder / f"{self._stem}.part{len(self._written)}"
-        checksums = json.dumps({name: _digest(value) for name, value in self._pending.items()})
         try:
-            save_file(self._pending, path, metadata={"format": "pt", _CHECKSUMS: checksums})
+            save_file(self._pending, path, metadata={"format": "pt", _CHECKSUMS: json.dumps(self._checksums)})
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be written: {error}") from None
         self._written.append((path, list(self._pending)))
-        self._pending, self._bytes = {}, 0
+        self._pending, self._checksums, self._bytes = {}, {}, 0
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -164,7 +168,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
 
 
-def _digest(value: Tensor) -> str:
+def digest(value: Tensor) -> str:
+    """Return the XXH3 of a tensor's bytes, in hexadecimal."""
     return xxhash.xxh3_64_hexdigest(bytes_of(value))
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import xxhash
-from torch import Tensor
 from tqdm import tqdm
 
 from promoe_ds.config.optimizer import EMA
@@ -21,7 +19,7 @@ from promoe_ds.engine.conversion.sources import Source, open_folder
 from promoe_ds.engine.conversion.targets import Content, OfficialTarget, PipelineTarget, SingleTarget, Target, TrainingTarget
 from promoe_ds.engine.reconstruct import MOMENTS, WEIGHTS
 from promoe_ds.errors import CheckpointError
-from promoe_ds.model.shards import MAX_SHARD_BYTES, bytes_of
+from promoe_ds.model.shards import MAX_SHARD_BYTES, digest
 from promoe_ds.model.state import buffer_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -227,8 +225,7 @@ def _copy(source: Source, target: Target, content: Content, kinds: dict[str, str
                     if written.dtype == torch.float16 and written.isinf().any() and not value.isinf().any():
                         raise CheckpointError(f"{source.facts.path}: {taken} of {name} reaches {value.abs().max():g}, beyond fp16: "
                                               "use --dtype bf16 or fp32")
-                    target.write(kind, name, written)
-                    digests[kind, name] = _digest(written)
+                    digests[kind, name] = target.write(kind, name, written)
                     progress.update(value.numel() * 4)
             values += source.check(taken)
     target.close()
@@ -241,7 +238,7 @@ def _verify(written: Source, content: Content, digests: dict[tuple[str, str], st
         raise CheckpointError(f"{written.facts.path}: {missing[0]} does not read back")
     for kind, shapes in content.kinds.items():
         for name in shapes:
-            if _digest(written.read(kind, name)) != digests[kind, name]:
+            if digest(written.read(kind, name)) != digests[kind, name]:
                 raise CheckpointError(f"{written.facts.path}: {kind} of {name} reads back differently: the disk is not to be "
                                       "trusted")
         written.check(kind)
@@ -259,7 +256,7 @@ def _open_target(folder: Path, content: Content, request: Request) -> Target:
 def _written(folder: Path, request: Request, content: Content) -> Source:
     if request.to == "official":
         return open_source(next(folder.glob("*.pth")), content.config)
-    return open_source(folder)
+    return open_folder(folder, check=False)  # all tensors are about to be compared
 
 
 def _publish(folder: Path, final: Path) -> None:
@@ -276,7 +273,3 @@ def _publish(folder: Path, final: Path) -> None:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
-
-
-def _digest(value: Tensor) -> str:
-    return xxhash.xxh3_128_hexdigest(bytes_of(value.contiguous()))

@@ -69,17 +69,18 @@ class Source(Protocol):
         """Let go of open files."""
 
 
-def open_folder(path: Path) -> Source:
+def open_folder(path: Path, *, check: bool = True) -> Source:
     """Recognise a folder's format and open it.
 
     Args:
         path: an export or pipeline folder, a checkpoint folder, or a run directory (its newest).
+        check: whether tensors of exports and pipelines are held against their checksums as they are read.
     Raises: CheckpointError if it is none of them, or not sound.
     """
     if (path / MODEL_INDEX).is_file():
-        return PipelineSource(path)
+        return PipelineSource(path, check=check)
     if (path / CONFIG_FILE).is_file():
-        return ExportSource(path)
+        return ExportSource(path, check=check)
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such file or folder")
     return TrainingSource(find_checkpoint(path))
@@ -167,7 +168,7 @@ class _SafetensorsSource:
 class ExportSource(_SafetensorsSource):
     """A single export, with the state of training where that was kept."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, check: bool = True) -> None:
         """Open an export."""
         config, origin = read_export_config(folder), read_export_origin(folder)
         _check_origin(folder / CONFIG_FILE, origin)
@@ -176,12 +177,12 @@ class ExportSource(_SafetensorsSource):
                                samples_seen=origin.get("samples_seen", step * config.train.global_batch_size), origin=origin,
                                averages_since=origin.get("averages_since", {})),
                          origin.get("optimizer_step"))
-        reader = ShardReader(folder, WEIGHTS_STEM)
+        reader = ShardReader(folder, WEIGHTS_STEM, check=check)
         self._add(origin.get("kind", WEIGHTS), reader, {key: key for key in reader.shapes})
         kinds = origin.get("training_state", ())
         if not kinds:
             return
-        state = ShardReader(folder, TRAINING_STEM)
+        state = ShardReader(folder, TRAINING_STEM, check=check)
         if foreign := [key for key in state.shapes if key.split("/")[0] not in kinds]:
             raise CheckpointError(f"{folder}: {TRAINING_STEM}: {foreign[0]} belongs to none of {', '.join(kinds)}, which "
                                   f"{CONFIG_FILE} names")
@@ -193,13 +194,13 @@ class ExportSource(_SafetensorsSource):
 class PipelineSource(_SafetensorsSource):
     """A diffusers pipeline's folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, check: bool = True) -> None:
         """Open a pipeline folder."""
         config, origin = read_pipeline_config(folder)
         _check_origin(folder / TRANSFORMER / CONFIG_FILE, origin)
         super().__init__(Facts(path=folder, format="diffusers", config=config, origin=origin, step=origin.get("step", 0),
                                samples_seen=origin.get("samples_seen", 0)), None)
-        reader = ShardReader(folder / TRANSFORMER, PIPELINE_STEM)
+        reader = ShardReader(folder / TRANSFORMER, PIPELINE_STEM, check=check)
         self._add(origin.get("kind", WEIGHTS), reader, {key: name_of_key(key) for key in reader.shapes})
 
 

@@ -19,7 +19,7 @@ from promoe_ds.engine.versions import package_versions
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.export import TRAINING_STEM, WEIGHTS_STEM, write_export_config
 from promoe_ds.model.official import POSITIONS, is_published_parameter, published_order, to_official
-from promoe_ds.model.shards import ShardWriter
+from promoe_ds.model.shards import ShardWriter, digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ class Content:
 class Target(Protocol):
     """A checkpoint in the making."""
 
-    def write(self, kind: str, name: str, value: Tensor) -> None:
-        """Write one tensor."""
+    def write(self, kind: str, name: str, value: Tensor) -> str:
+        """Write one tensor; return `digest` of it."""
 
     def close(self) -> None:
         """Write what is left, flushed to the disk."""
@@ -71,14 +71,13 @@ class SingleTarget:
                         "samples_seen": content.samples_seen, "optimizer_step": content.optimizer_step,
                         "averages_since": content.averages_since}
 
-    def write(self, kind: str, name: str, value: Tensor) -> None:
-        """Write one tensor."""
+    def write(self, kind: str, name: str, value: Tensor) -> str:
+        """Write one tensor; return `digest` of it."""
         if kind == self._model:
-            self._weights.write(name, value)
-        else:
-            assert self._training is not None
-            self._weights.close()  # they came first; what it still held is memory
-            self._training.write(f"{kind}/{name}", value)
+            return self._weights.write(name, value)
+        assert self._training is not None
+        self._weights.close()  # they came first; what it still held is memory
+        return self._training.write(f"{kind}/{name}", value)
 
     def close(self) -> None:
         """Write the files that are not full yet, and the config last."""
@@ -99,9 +98,9 @@ class PipelineTarget:
         write_pipeline_configs(folder, content.config, {**content.origin, "kind": next(iter(content.kinds)), "step": content.step,
                                                         "samples_seen": content.samples_seen}, vae)
 
-    def write(self, kind: str, name: str, value: Tensor) -> None:
-        """Write one tensor."""
-        self._weights.write(self._key(name), value)
+    def write(self, kind: str, name: str, value: Tensor) -> str:
+        """Write one tensor; return `digest` of it."""
+        return self._weights.write(self._key(name), value)
 
     def close(self) -> None:
         """Write the files that are not full yet."""
@@ -136,10 +135,11 @@ class OfficialTarget:
             self._places[kind] = {key: states[index][kind] for index, key in enumerate(order) if index in states}
         self._fill_in_constants(content, sections, written)
 
-    def write(self, kind: str, name: str, value: Tensor) -> None:
-        """Write one tensor: an expert stack goes to as many places as it has experts."""
+    def write(self, kind: str, name: str, value: Tensor) -> str:
+        """Write one tensor, an expert stack to as many places as it has experts; return `digest` of it."""
         for key, piece in self._published(name, value).items():
             self._writer.write(self._places[kind][key], piece)
+        return digest(value)
 
     def close(self) -> None:
         """Flush to the disk."""
@@ -191,8 +191,8 @@ class TrainingTarget:
             if "step" in state:
                 self._writer.write(state["step"], torch.tensor(float(content.optimizer_step or 0)))
 
-    def write(self, kind: str, name: str, value: Tensor) -> None:
-        """Write one tensor; the routers' running state belongs to the weights alone.
+    def write(self, kind: str, name: str, value: Tensor) -> str:
+        """Write one tensor; return `digest` of it. The routers' running state belongs to the weights alone.
 
         Raises: CheckpointError if an average comes with another running state: the layout has room for one.
         """
@@ -205,6 +205,7 @@ class TrainingTarget:
             self._writer.write(self._writer.content["module"][f"{PREFIX}{name}"], value)
         elif name in self._index:
             self._writer.write(self._writer.content["optimizer"]["state"][self._index[name]][kind], value)
+        return digest(value)
 
     def close(self) -> None:
         """Flush, then write the manifest and the pointer to it."""
