@@ -283,6 +283,7 @@ class _WholeTensors:
                     yield f"{index}:{name}", state[kind].numel()
 
     def read_into(self, out_N: Tensor, kind: str, name: str, start: int, ledger: Ledger) -> None:
+        """Fill a flat tensor with values [start, start + N) of a parameter, booking what was taken from which file."""
         if kind == WEIGHTS:
             parts = [(file, value, key) for file, value, key in self._weights[name]]
         else:

@@ -55,11 +55,8 @@ class _Base(nn.Module):
         super().register_parameter(name, param)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (9, 0), cuda: float = 12.9,
-            version: str = "2.20.2") -> _State:
-    """Make `transformer_engine` importable for one test, on a device of this compute capability."""
-    state = _State()
-
+def _make_layers(state: _State) -> tuple[type, ...]:
+    """Return the library's layers, which note what they are given in `state`."""
     class Linear(_Base):
         def __init__(self, in_features: int, out_features: int, *, bias: bool = True, params_dtype: torch.dtype | None = None,
                      device: str = "cuda") -> None:
@@ -105,6 +102,11 @@ def install(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (9
             return torch.cat([F.linear(rows, getattr(self, f"weight{i}"), getattr(self, f"bias{i}") if self.use_bias else None)
                               for i, rows in enumerate(inp.split(m_splits))])
 
+    return Linear, LayerNorm, GroupedLinear
+
+
+def _make_contexts(state: _State) -> tuple[Any, ...]:
+    """Return the library's `autocast` and `checkpoint`."""
     @contextmanager
     def autocast(enabled: bool = True, recipe: Any = None):
         before, state.recipe = state.recipe, recipe if enabled else None
@@ -119,23 +121,33 @@ def install(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (9
         return torch_checkpoint(function, *args, use_reentrant=False,
                                 context_fn=lambda: (autocast(recipe is not None, recipe), autocast(recipe is not None, recipe)))
 
+    return autocast, checkpoint
+
+
+def _make_questions(capability: tuple[int, int], cuda: float) -> dict[str, Any]:
+    """Return what the library answers about a device."""
     def answer(can: bool, reason: str) -> Any:
         return lambda return_reason=False: (can, "" if can else reason) if return_reason else can
 
-    questions = {
+    return {
         "is_fp8_available": answer(capability >= (8, 9), "Device compute capability 8.9 or higher required for FP8 execution."),
         "is_fp8_block_scaling_available": answer(capability >= (9, 0) and cuda >= 12.9, "FP8 block scaled GEMM requires compute "
                                                  "capability 9.0 or higher and CUDA >= 12.9."),
         "is_mxfp8_available": answer((10, 0) <= capability < (12, 0), "MXFP8 is for compute capability 10.")}
 
+
+def install(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (9, 0), cuda: float = 12.9,
+            version: str = "2.20.2") -> _State:
+    """Make `transformer_engine` importable for one test, on a device of this compute capability."""
+    state = _State()
     package, torch_part, common = (ModuleType(name) for name in ("transformer_engine", "transformer_engine.pytorch",
                                                                  "transformer_engine.common"))
     recipes = ModuleType("transformer_engine.common.recipe")
     for name in RECIPES:
         setattr(recipes, name, lambda name=name: SimpleNamespace(name=name))
-    for value in (Linear, LayerNorm, GroupedLinear, autocast, checkpoint):
+    for value in (*_make_layers(state), *_make_contexts(state)):
         setattr(torch_part, value.__name__, value)
-    for name, question in questions.items():
+    for name, question in _make_questions(capability, cuda).items():
         setattr(torch_part, name, question)
     package.__version__ = version
     for module in (package, torch_part, common, recipes):
