@@ -87,7 +87,8 @@ def summarise(view: RunView, console: Console, *, everything: bool, is_named: bo
     """Print a run's table, findings and placements."""
     if is_named:
         console.rule(view.name)
-    table = load_table(loads_of(view, slice(None) if everything else view.window), dead_of(view))
+    table = load_table(loads_of(view, slice(None) if everything else view.window), dead_of(view),
+                       covered="all steps" if everything else f"last {view.window_steps:,} steps")
     # Never wrapped: a narrow terminal or a pipe gets the whole line.
     Console(width=max(console.width, Console(width=1000).measure(table).maximum)).print(table)
     console.print(findings_text(view), soft_wrap=True)

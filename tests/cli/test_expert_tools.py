@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_load_prints_a_summary_and_writes_a_page_and_files(folder) -> None:
     done = expert_load("run", "--export", "figures", cwd=folder)
     assert done.returncode == 0, done.stderr
-    for words in ("Expert load (share of routed tokens", "max/mean", "Placements", "report: run/expert_load.html",
+    for words in ("Expert load, all steps (share of routed tokens", "max/mean", "Placements", "report: run/expert_load.html",
                   "exported 18 figures"):
         assert words in done.stdout
     assert (folder / "run" / "expert_load.html").read_text().startswith("<!doctype html>")

@@ -17,13 +17,14 @@ STYLES = {"bad": "bold red", "warn": "yellow", "good": "green"}
 WORDS = {"bad": "act", "warn": "watch", "good": "fine"}
 
 
-def load_table(loads: list[LayerLoad], dead: list[int]) -> Table:
+def load_table(loads: list[LayerLoad], dead: list[int], *, covered: str) -> Table:
     """Return one row a layer: each expert's share, evenness, split by condition, prototypes, traffic.
 
     Args:
         dead: each layer's dead experts.
+        covered: which steps are summed, in words.
     """
-    table = Table(title="Expert load (share of routed tokens; max/mean 1.00 = even)", title_justify="left", box=SIMPLE)
+    table = Table(title=f"Expert load, {covered} (share of routed tokens; max/mean 1.00 = even)", title_justify="left", box=SIMPLE)
     experts = [f"e{expert}" for expert in range(len(loads[0].tokens_per_expert))]
     for name in ("layer", *experts, "max/mean", "CV", "entropy", "dead", "conditional", "null", "prototype cos", "exchanged"):
         table.add_column(name, justify="right", no_wrap=True)
