@@ -59,8 +59,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from promoe_ds.checkpoint.conversion import Request, convert
     from promoe_ds.config import load_config
-    from promoe_ds.engine.conversion import Request, convert
 
     config = load_config(options.recipe, options.overrides) if options.recipe else None
     request = Request(destination=options.destination, to=options.to, weights=options.weights, dtype=options.dtype,

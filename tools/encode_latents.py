@@ -58,9 +58,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     configure_logging(rank_from_environment())
-    from promoe_ds.engine.distributed import stop_distributed
-    from promoe_ds.engine.encode import EncodeRequest, encode, verify
-    from promoe_ds.engine.team import join_team
+    from promoe_ds.data.encode import EncodeRequest, encode, verify
+    from promoe_ds.distributed.context import stop_distributed
+    from promoe_ds.distributed.team import join_team
 
     team, log = join_team(options.device), get_logger("encode")
     if options.verify is not None:

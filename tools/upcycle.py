@@ -43,8 +43,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from promoe_ds.checkpoint.conversion import UpcycleRequest, upcycle
     from promoe_ds.config import load_config
-    from promoe_ds.engine.conversion import UpcycleRequest, upcycle
 
     request = UpcycleRequest(destination=options.destination, to=options.to, weights=options.weights, images=options.images,
                              prototypes=options.prototypes, noise=options.noise)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from promoe_ds.errors import Preempted, PromoeError
-from promoe_ds.launch.lease import leave_note
+from promoe_ds.launch.heartbeat import leave_note
 from promoe_ds.logs import rank_from_environment
 
 _HEAD_START_SECONDS = 5.0

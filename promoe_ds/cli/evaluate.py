@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}: must be at least 1")
 
-    from promoe_ds.engine.distributed import stop_distributed
-    from promoe_ds.engine.team import join_team
+    from promoe_ds.distributed.context import stop_distributed
+    from promoe_ds.distributed.team import join_team
     from promoe_ds.evaluation.metrics import EvaluateRequest, check_target, evaluate, write_metrics
 
     team = join_team(options.device)

@@ -53,9 +53,9 @@ def main(arguments: Sequence[str]) -> None:
               "exact", "ep_size", "grid")
     classes = _parse_classes(options.classes)
 
-    from promoe_ds.engine.distributed import stop_distributed
-    from promoe_ds.engine.team import join_team
-    from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
+    from promoe_ds.distributed.context import stop_distributed
+    from promoe_ds.distributed.team import join_team
+    from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 
     request = SampleRequest(classes=classes, **{name: getattr(options, name) for name in fields})
     for path in draw_samples(request, join_team(options.device)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import field_lines, load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
-from promoe_ds.launch.beginning import Beginning
+from promoe_ds.launch.early_signals import Beginning
 from promoe_ds.logs import configure_logging, rank_from_environment
 
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     config = load_config(options.recipe, options.overrides)
     values = read_deepspeed_json(options.deepspeed_config)
 
-    from promoe_ds.engine.distributed import complete_environment, start_distributed, stop_distributed
+    from promoe_ds.distributed.context import complete_environment, start_distributed, stop_distributed
 
     # A dry run needs no launcher: it assumes the fewest ranks that the recipe runs on.
     world_size = config.parallel.ep_size if options.dry_run and "WORLD_SIZE" not in os.environ else complete_environment()
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str]) -> None:
         describe(config, plan, batches)
         return
 
-    from promoe_ds.engine.loop import Run, train
-    from promoe_ds.engine.supervision import supervised
+    from promoe_ds.train.loop import Run, train
+    from promoe_ds.train.supervisor import supervised
 
     run_dir = options.run_dir or Path("runs") / config.name
     with supervised(config.supervision, run_dir, beginning) as supervisor:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.data.precision import without_tf32
 from promoe_ds.data.vae import fingerprint_of
-from promoe_ds.engine.manifest import checksum
-from promoe_ds.engine.versions import versions_of
 from promoe_ds.errors import ConfigError
+from promoe_ds.versions import versions_of
 
 #: ADM takes the first seven channels of a 17 x 17 map: 2,023 numbers.
 SPATIAL_CHANNELS = 7

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from promoe_ds.data.precision import TF32
-from promoe_ds.engine.team import Team
-from promoe_ds.engine.versions import device_name, versions_of
+from promoe_ds.distributed.team import Team
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor, load_extractor
 from promoe_ds.evaluation.frechet import Gaussian, frechet_distance
@@ -26,6 +25,7 @@ from promoe_ds.evaluation.reference import (
 from promoe_ds.evaluation.sources import FolderImages, NpzImages, open_samples
 from promoe_ds.evaluation.statistics import InceptionScore
 from promoe_ds.evaluation.summary import Summary, summarise
+from promoe_ds.versions import device_name, versions_of
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
 _MANIFOLD = {"precision", "recall"}

@@ -11,17 +11,17 @@ import torch
 from promoe_ds.config import RunConfig
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion.sampler import SamplingPlan
-from promoe_ds.engine.distributed import Ranks
-from promoe_ds.engine.ema_swap import averaged_network
-from promoe_ds.engine.session import Session
-from promoe_ds.engine.team import Team
+from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.team import Team
 from promoe_ds.errors import ConfigError
-from promoe_ds.evaluation.drawing import Drawer, even_passes
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance
 from promoe_ds.evaluation.images import draws_pixels, to_uint8
 from promoe_ds.evaluation.reference import check_fits, open_reference, read_reference
+from promoe_ds.evaluation.sampling import Drawer, even_passes
 from promoe_ds.evaluation.statistics import RunningGaussian
+from promoe_ds.train.ema import averaged_network
+from promoe_ds.train.trainer import Session
 
 
 class OnlineEvaluation:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promoe_ds.engine.team import Team
+from promoe_ds.distributed.team import Team
 
 #: Of ADM and of the paper.
 NEIGHBOURS = 3

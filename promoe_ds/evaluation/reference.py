@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from promoe_ds.engine.manifest import checksum
-from promoe_ds.engine.team import Team
+from promoe_ds.checkpoint.manifest import checksum
+from promoe_ds.distributed.team import Team
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor
 from promoe_ds.evaluation.frechet import Gaussian

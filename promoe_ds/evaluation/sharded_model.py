@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from promoe_ds.engine.team import Team
+from promoe_ds.distributed.team import Team
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT, build_model
 from promoe_ds.model.export import WEIGHTS_STEM, fill_network, read_export_config

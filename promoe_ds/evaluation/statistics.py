@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from promoe_ds.engine.team import Team
+from promoe_ds.distributed.team import Team
 from promoe_ds.evaluation.frechet import Gaussian
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from promoe_ds.engine.team import Team
+from promoe_ds.distributed.team import Team
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.features import Extractor, Features
 from promoe_ds.evaluation.frechet import Gaussian

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from promoe_ds.launch.environment import deepspeed_command, runner_environment, shell_arguments, write_environment
+from promoe_ds.launch.heartbeat import ATTEMPT_VARIABLE, Note, read_notes, renew_lease
 from promoe_ds.launch.hostfile import Host, write_hostfile
-from promoe_ds.launch.lease import ATTEMPT_VARIABLE, Note, read_notes, renew_lease
+from promoe_ds.launch.leftovers import processes_with
 from promoe_ds.launch.remote import RemoteError, ask, on_all, ssh_options
-from promoe_ds.launch.stop import StopWish
-from promoe_ds.launch.sweep import processes_with
+from promoe_ds.launch.shutdown import StopWish
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("launch")
@@ -126,7 +126,7 @@ def sweep_hosts(folder: Path, names: Sequence[str], patience: float) -> dict[str
     Returns: the hosts that could not be asked, and why.
     """
     request = {"folder": str(folder), "patience": patience}
-    answers = on_all(names, lambda name: ask(name, "promoe_ds.launch.sweep", request, timeout=patience + _SWEEP_SECONDS))
+    answers = on_all(names, lambda name: ask(name, "promoe_ds.launch.leftovers", request, timeout=patience + _SWEEP_SECONDS))
     for name, answer in answers.items():
         if isinstance(answer, RemoteError):
             _LOG.error("%s: %s; its ranks end by themselves within supervision.launcher_timeout_seconds", name, answer)

@@ -11,15 +11,15 @@ from pathlib import Path
 from promoe_ds.config import load_config
 from promoe_ds.errors import LaunchError, Preempted
 from promoe_ds.launch.attempt import Attempt, run_attempt, sweep_hosts
-from promoe_ds.launch.claim import claimed
+from promoe_ds.launch.diagnosis import Verdict, judge
 from promoe_ds.launch.environment import job_environment, require_launchable
+from promoe_ds.launch.heartbeat import CHECKPOINT_NAME, LAUNCH_FOLDER
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.layout import Layout, choose_layout, full_layout
-from promoe_ds.launch.lease import CHECKPOINT_NAME, LAUNCH_FOLDER
 from promoe_ds.launch.network import INTERFACE_VARIABLES, choose_interface, reached_by
 from promoe_ds.launch.remote import RemoteError, ask, on_all
-from promoe_ds.launch.stop import StopWish
-from promoe_ds.launch.verdict import Verdict, judge
+from promoe_ds.launch.run_lock import claimed
+from promoe_ds.launch.shutdown import StopWish
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("launch")
@@ -83,7 +83,7 @@ def _hosts_for(job: Job, stop: StopWish, *, first: bool) -> tuple[Layout, dict[s
     names = [host.name for host in job.hosts]
     deadline = time.monotonic() + (0.0 if first else job.host_wait)
     while True:
-        answers = on_all(names, lambda name: ask(name, "promoe_ds.launch.facts", {"names": names}, timeout=_ANSWER_SECONDS))
+        answers = on_all(names, lambda name: ask(name, "promoe_ds.launch.host_info", {"names": names}, timeout=_ANSWER_SECONDS))
         dead = {name: answer for name, answer in answers.items() if isinstance(answer, RemoteError)}
         if stop():
             return None

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.launch.attempt import Outcome
+from promoe_ds.launch.diagnosis import judge
+from promoe_ds.launch.heartbeat import read_notes
 from promoe_ds.launch.hostfile import read_hostfile
-from promoe_ds.launch.lease import read_notes
-from promoe_ds.launch.verdict import judge
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from promoe_ds.moe.wire import SAME, Wire
+from promoe_ds.moe.comm_dtype import SAME, Wire
 
 
 def all_reduce_sum(group: dist.ProcessGroup | None) -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from promoe_ds.moe.collectives import Exchange, WaitClock, exchange_counts
-from promoe_ds.moe.wire import SAME, Wire
+from promoe_ds.moe.comm_dtype import SAME, Wire
 from promoe_ds.routing.assignment import Assignment
 from promoe_ds.routing.scores import at_least_fp32
 

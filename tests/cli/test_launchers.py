@@ -123,7 +123,7 @@ def test_sample_same_seed_any_batch_size_equal_images(plain, folder) -> None:
 def test_export_output_equals_live_model(plain, folder) -> None:
     """The raw export computes what the weights inside the checkpoint's module file compute."""
     import promoe_ds
-    from promoe_ds.engine.storage import load_trusted
+    from promoe_ds.checkpoint.engine import load_trusted
 
     run(sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), str(plain), "export_live", "--to", "single",
         "--weights", "raw", cwd=folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from promoe_ds.engine.manifest import list_checkpoints, read_manifest
+from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
 
 from .commands import REPOSITORY, TINY, ZERO2
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from promoe_ds.engine.manifest import list_checkpoints, read_manifest
-from promoe_ds.engine.reconstruct import ShardedCheckpoint
+from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
+from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}

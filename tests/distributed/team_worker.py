@@ -6,12 +6,12 @@ import json
 import sys
 from pathlib import Path
 
-from promoe_ds.engine.distributed import stop_distributed
-from promoe_ds.engine.encode import EncodeRequest, encode
-from promoe_ds.engine.team import Team, join_team
+from promoe_ds.data.encode import EncodeRequest, encode
+from promoe_ds.distributed.context import stop_distributed
+from promoe_ds.distributed.team import Team, join_team
 from promoe_ds.errors import PromoeError
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate, write_metrics
-from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
+from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 from promoe_ds.evaluation.sharded_model import load_sharded_model
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from promoe_ds import load_model
-from promoe_ds.engine.conversion import Request, convert
-from promoe_ds.engine.manifest import list_checkpoints
+from promoe_ds.checkpoint.conversion import Request, convert
+from promoe_ds.checkpoint.manifest import list_checkpoints
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from promoe_ds.backends.expert_parallel import ShardedExperts, shard_experts
 from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.engine.adapter import ShardedExperts, shard_experts
-from promoe_ds.engine.distributed import start_distributed
+from promoe_ds.distributed.context import start_distributed
 from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import partition_samples
 

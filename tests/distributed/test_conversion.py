@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from promoe_ds import load_model
-from promoe_ds.engine.conversion import Conversion, Request, convert
-from promoe_ds.engine.conversion.convert import open_source
-from promoe_ds.engine.manifest import list_checkpoints
+from promoe_ds.checkpoint.conversion import Conversion, Request, convert
+from promoe_ds.checkpoint.conversion.convert import open_source
+from promoe_ds.checkpoint.manifest import list_checkpoints
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.export import read_export_config
 
@@ -107,7 +107,7 @@ def test_round_trip_over_diffusers_is_bit_exact_and_draws_the_same(runs, tmp_pat
     code = ("import sys; sys.modules['deepspeed'] = None\n"
             "import numpy as np, torch\n"
             "from promoe_ds import ProMoEPipeline, load_model\n"
-            "from promoe_ds.evaluation.sampling import SampleRequest, draw_samples\n"
+            "from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples\n"
             "from pathlib import Path\n"
             "pipeline = ProMoEPipeline.from_pretrained('pipeline')\n"
             "x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([10.0, 500.0, 990.0]), torch.tensor([1, 10, 3])\n"

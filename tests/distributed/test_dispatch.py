@@ -12,11 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.engine.clip import global_grad_norm
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe import DeepSpeedDispatcher, StackedExperts
 from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import ClassificationRouter, KMeansRouter, partition_samples
+from promoe_ds.train.clipping import global_grad_norm
 
 from .scenes import EXPERTS, SCENES, WIDTH, scene, whole_layer
 

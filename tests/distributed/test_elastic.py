@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from promoe_ds.engine.conversion import Request, convert
-from promoe_ds.engine.manifest import list_checkpoints, read_manifest
-from promoe_ds.engine.storage import load_trusted
+from promoe_ds.checkpoint.conversion import Request, convert
+from promoe_ds.checkpoint.engine import load_trusted
+from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
 from promoe_ds.errors import CheckpointError
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias

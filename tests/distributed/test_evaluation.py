@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from promoe_ds.data.digits import load_digits_split
-from promoe_ds.engine.team import alone
+from promoe_ds.distributed.team import alone
 from promoe_ds.evaluation.images import to_uint8
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
-from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
+from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 
 from .jobs import ENVIRONMENT, REPOSITORY, TINY, metrics
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from promoe_ds.engine.adapter import create_expert_groups
-from promoe_ds.engine.distributed import start_distributed
+from promoe_ds.backends.expert_parallel import create_expert_groups
+from promoe_ds.distributed.context import start_distributed
 
 TIMEOUT = 4.0
 

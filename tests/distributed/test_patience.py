@@ -10,8 +10,8 @@ from .jobs import ENVIRONMENT, REPOSITORY
 _RANK = """
 import time
 import numpy as np
-from promoe_ds.engine.distributed import stop_distributed
-from promoe_ds.engine.team import join_team
+from promoe_ds.distributed.context import stop_distributed
+from promoe_ds.distributed.team import join_team
 team = join_team("cpu", timeout_seconds=2)
 time.sleep(4 * team.rank)
 team.barrier()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from promoe_ds.analysis.expert_load import load_log
-from promoe_ds.engine.manifest import list_checkpoints, read_manifest
+from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 

@@ -45,7 +45,7 @@ from promoe_ds.config.devices import find_device
 import deepspeed, torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from deepspeed.utils import groups
-from promoe_ds.engine.adapter import create_expert_groups
+from promoe_ds.backends.expert_parallel import create_expert_groups
 
 world, found = int(sys.argv[1]), {}
 cluster = Cluster(nodes=world // 8, gpus_per_node=8, device=find_device("h100"), network_bandwidth=50e9)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from promoe_ds.engine.manifest import MANIFEST
+from promoe_ds.checkpoint.manifest import MANIFEST
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_times
 

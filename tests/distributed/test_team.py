@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from promoe_ds.engine.encode import EncodeRequest, encode
-from promoe_ds.engine.team import alone
-from promoe_ds.evaluation.drawing import threads_of
+from promoe_ds.data.encode import EncodeRequest, encode
+from promoe_ds.distributed.team import alone
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
-from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
+from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
+from promoe_ds.evaluation.sampling import threads_of
 from promoe_ds.model.export import load_model, save_export
 
 from ..unit.builders import random_network, randomise

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from promoe_ds.engine.conversion import Request, convert
-from promoe_ds.engine.manifest import (
+from promoe_ds.checkpoint.conversion import Request, convert
+from promoe_ds.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
     checksum,
@@ -22,7 +22,7 @@ from promoe_ds.engine.manifest import (
     list_unfinished,
     read_manifest,
 )
-from promoe_ds.engine.reconstruct import ShardedCheckpoint
+from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from promoe_ds.errors import CheckpointError
 
 from .jobs import Job, metrics, run_jobs, start_jobs

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-import promoe_ds.engine.session as session_module
+import promoe_ds.train.trainer as session_module
+from promoe_ds.checkpoint.engine import RecordingStorage
+from promoe_ds.checkpoint.load import load_checkpoint
+from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config import load_config, plan_batches, resolve_deepspeed
 from promoe_ds.data import build_dataset
 from promoe_ds.diffusion.rectified_flow import RectifiedFlow
-from promoe_ds.engine.checkpoint import load_checkpoint
-from promoe_ds.engine.distributed import Ranks, complete_environment, start_distributed, stop_distributed
-from promoe_ds.engine.loop import Run, train
-from promoe_ds.engine.saving import Saver
-from promoe_ds.engine.storage import RecordingStorage
+from promoe_ds.distributed.context import Ranks, complete_environment, start_distributed, stop_distributed
 from promoe_ds.errors import PromoeError
+from promoe_ds.train.loop import Run, train
 
 REAL_LOSSES = RectifiedFlow.losses
 REAL_WRITE = RecordingStorage._write

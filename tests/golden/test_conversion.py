@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from promoe_ds import load_model
-from promoe_ds.engine.conversion import Request, convert
+from promoe_ds.checkpoint.conversion import Request, convert
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.official import published_order
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from promoe_ds.backends.te_layers import use_transformer_engine
+from promoe_ds.backends.te_support import find_transformer_engine
 from promoe_ds.config import RunConfig, config_from_dict, load_config
-from promoe_ds.engine.te_layers import use_transformer_engine
-from promoe_ds.engine.te_support import find_transformer_engine
 from promoe_ds.model import build_model, initialise
-from promoe_ds.moe.wire import WIRES
+from promoe_ds.moe.comm_dtype import WIRES
 from tests.cli.commands import REPOSITORY, run, train_arguments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

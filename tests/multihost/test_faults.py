@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from promoe_ds.engine.manifest import list_checkpoints, read_manifest
+from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
 
 from .launched import FREEZE, KILL, TERM, TIMEOUT, launch, launcher_process, ranks, wait_until
 

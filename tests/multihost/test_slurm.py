@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from promoe_ds.engine.manifest import list_checkpoints, read_manifest
+from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
 from tests.distributed.jobs import REPOSITORY, TINY
 
 from .cluster import Cluster

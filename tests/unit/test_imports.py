@@ -128,9 +128,9 @@ def test_imports_every_closed_room_exists() -> None:
     ("diffusion/sampler.py", "from promoe_ds.model import DiT"),
     ("diffusion/sampler.py", "from promoe_ds import model"),
     ("data/order.py", "import pandas"),
-    ("engine/loop.py", "from promoe_ds.evaluation import images"),
-    ("engine/loop.py", "from promoe_ds.cli.train import main"),
-    ("engine/loop.py", "import tools.convert_checkpoint"),
+    ("train/loop.py", "from promoe_ds.evaluation import images"),
+    ("train/loop.py", "from promoe_ds.cli.train import main"),
+    ("train/loop.py", "import tools.convert_checkpoint"),
     ("evaluation/images.py", "from deepspeed.moe import layer"),
     ("evaluation/images.py", "from promoe_ds.cli import train"),
     ("cli/train.py", "import deepspeed"),
@@ -144,9 +144,9 @@ def test_imports_check_finds_a_violation(path: str, source: str) -> None:
 @pytest.mark.parametrize(("path", "source"), [
     ("moe/dispatch.py", "import torch.distributed as dist"),
     ("moe/layer.py", "from .experts import FeedForward\nfrom promoe_ds.routing import Partition\nimport torch.nn"),
-    ("engine/adapter.py", "import deepspeed, megatron.core, torch.distributed\nfrom promoe_ds.data import order"),
+    ("backends/expert_parallel.py", "import deepspeed, megatron.core, torch.distributed\nfrom promoe_ds.data import order"),
     ("evaluation/x.py", "import scipy\nfrom promoe_ds.engine import convert"),
-    ("cli/train.py", "from promoe_ds.cli.entry import run_entry\nfrom promoe_ds.engine.loop import train"),
+    ("cli/train.py", "from promoe_ds.cli.entry import run_entry\nfrom promoe_ds.train.loop import train"),
 ])
 def test_imports_check_passes_what_is_allowed(path: str, source: str) -> None:
     assert violations(source, path) == []
@@ -163,8 +163,8 @@ def test_export_and_sampling_import_no_training_engine() -> None:
     # An export loads and samples where deepspeed, megatron and transformer-engine are not installed.
     code = ("import sys\nfor name in ('deepspeed', 'megatron', 'transformer_engine'): sys.modules[name] = None\n"
             "import promoe_ds; promoe_ds.load_model\n"
-            "import promoe_ds.evaluation.sampling, promoe_ds.data, promoe_ds.cli.sample\n"
-            "import promoe_ds.evaluation.metrics, promoe_ds.engine.encode, promoe_ds.cli.evaluate\n"
+            "import promoe_ds.evaluation.sample_job, promoe_ds.data, promoe_ds.cli.sample\n"
+            "import promoe_ds.evaluation.metrics, promoe_ds.data.encode, promoe_ds.cli.evaluate\n"
             "promoe_ds.ProMoEPipeline, promoe_ds.ProMoETransformer2DModel")
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from promoe_ds.analysis.benchmarks import machine_description
+from promoe_ds.backends.expert_parallel import expert_file_key
+from promoe_ds.checkpoint.engine import RecordingStorage, fragment_address
+from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum, step_folder
+from promoe_ds.checkpoint.zero_reader import MODEL_STATES, MOMENTS, PREFIX
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.config.optimizer import EMA
-from promoe_ds.engine.adapter import expert_file_key
-from promoe_ds.engine.manifest import FileRecord, Layout, Manifest, checksum, step_folder
-from promoe_ds.engine.reconstruct import MODEL_STATES, MOMENTS, PREFIX
-from promoe_ds.engine.storage import RecordingStorage, fragment_address
-from promoe_ds.engine.versions import package_versions
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.state import buffer_names, state_shapes
+from promoe_ds.versions import package_versions
 
 _STEP = 1
 _MEGA = 10**6

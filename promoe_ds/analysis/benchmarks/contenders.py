@@ -21,8 +21,8 @@ LIBRARIES = ("deepspeed_capacity", "megatron")
 @contextmanager
 def single_process(timeout_seconds: float = 300.0) -> Iterator[torch.device]:
     """Be a process group of one, as the engines want it; gives the device. May be entered again after it was left."""
-    from promoe_ds.engine.adapter import forget_expert_groups
-    from promoe_ds.engine.distributed import complete_environment, start_distributed, stop_distributed
+    from promoe_ds.backends.expert_parallel import forget_expert_groups
+    from promoe_ds.distributed.context import complete_environment, start_distributed, stop_distributed
 
     before = dict(os.environ)
     complete_environment()
@@ -75,7 +75,7 @@ def fp8_layer(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tu
 
     Raises: ConfigError naming what the recipe, the device or the installation lacks.
     """
-    from promoe_ds.engine.te_layers import use_transformer_engine
+    from promoe_ds.backends.te_layers import use_transformer_engine
 
     network = _two_blocks(with_precision(config, "fp8")).to_empty(device=device)
     initialise(network, 0)
@@ -85,7 +85,7 @@ def fp8_layer(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tu
 
 def layer_of(config: RunConfig, device: torch.device, dtype: torch.dtype) -> MoELayer:
     """Build one MoE layer whose experts the engine places: a block of a network of two, on the groups of this process."""
-    from promoe_ds.engine.adapter import create_expert_groups, mark_experts, shard_experts
+    from promoe_ds.backends.expert_parallel import create_expert_groups, mark_experts, shard_experts
 
     network = _two_blocks(config)
     config = network.config

@@ -145,7 +145,7 @@ def _together(call: Callable[[], None]) -> Callable[[], None]:
 
 
 def _main() -> None:
-    from promoe_ds.engine.distributed import complete_environment, start_distributed, stop_distributed
+    from promoe_ds.distributed.context import complete_environment, start_distributed, stop_distributed
 
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     complete_environment()

@@ -13,7 +13,6 @@ from promoe_ds.analysis.benchmarks.contenders import fp8_layer, library_layers, 
 from promoe_ds.analysis.benchmarks.timing import BenchmarkResult, interleave
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.diffusion import DiffusionBatch
-from promoe_ds.engine.step import TrainingModule
 from promoe_ds.errors import ConfigError, PromoeError
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.build import build_moe_layer
@@ -21,6 +20,7 @@ from promoe_ds.model.routers import ROUTERS, build_router
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, FeedForward
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing import ClassificationRouter, Partition, Router, partition_samples
+from promoe_ds.train.step import TrainingModule
 
 _INIT_STD = 0.02
 

@@ -13,7 +13,6 @@ from promoe_ds.analysis.benchmarks.contenders import fp8_layer, library_layers
 from promoe_ds.analysis.benchmarks.layers import initialised
 from promoe_ds.analysis.benchmarks.step import for_timing, in_session
 from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.engine.step import TrainingModule
 from promoe_ds.errors import PromoeError, TrainingError
 from promoe_ds.model import build_model
 from promoe_ds.model.build import build_moe_layer
@@ -21,6 +20,7 @@ from promoe_ds.moe.experts import BACKENDS
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing import Partition, partition_samples
 from promoe_ds.routing.assignment import RoutingPlan
+from promoe_ds.train.step import TrainingModule
 
 #: Precisions that a run may have; those that this version does not know are reported as missing.
 PRECISIONS = ("fp32", "bf16", "fp8")

@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from promoe_ds.analysis.benchmarks import BenchmarkResult, interleave, machine_description
 from promoe_ds.analysis.benchmarks.layers import mixture_recipe, training_module, training_pass
-from promoe_ds.engine.distributed import Ranks
-from promoe_ds.engine.routing_log import RoutingAccumulator
+from promoe_ds.distributed.context import Ranks
 from promoe_ds.routing.assignment import sum_tokens_by_expert
+from promoe_ds.train.routing_log import RoutingAccumulator
 
 
 @dataclass(frozen=True, kw_only=True)

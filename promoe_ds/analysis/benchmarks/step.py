@@ -71,8 +71,8 @@ def without_experts(config: RunConfig) -> RunConfig:
 def session_of(config: RunConfig, *, bf16: bool) -> Any:
     """Build the trainer's session of a config for this process, which is a group of its own."""
     from promoe_ds.data import build_dataset
-    from promoe_ds.engine.distributed import Ranks
-    from promoe_ds.engine.session import build_session
+    from promoe_ds.distributed.context import Ranks
+    from promoe_ds.train.trainer import build_session
 
     batches = plan_batches(config, 1)
     values = {"zero_optimization": {"stage": 2, "overlap_comm": bf16}, "bf16": {"enabled": bf16}}
@@ -111,6 +111,6 @@ def free_memory() -> None:
 
 def step_call(session: Any) -> Any:
     """Return what runs one optimizer step."""
-    from promoe_ds.engine.session import train_step
+    from promoe_ds.train.trainer import train_step
 
     return lambda: train_step(session)

@@ -24,7 +24,7 @@ def judge_run(run_dir: Path, *, samples: int, sample_seed: int) -> dict[str, Any
     Image i starts from the noise of (sample_seed, i), whatever model draws it.
     Raises: PromoeError of the part that failed.
     """
-    from promoe_ds.engine.conversion import Request, convert
+    from promoe_ds.checkpoint.conversion import Request, convert
     from promoe_ds.model.export import load_model
 
     export, drawn = run_dir / "export", run_dir / "samples"
@@ -36,7 +36,7 @@ def judge_run(run_dir: Path, *, samples: int, sample_seed: int) -> dict[str, Any
     model = load_model(export)
     if model.config.data.dataset in JUDGED_DATASETS:
         from promoe_ds.evaluation.digits import heldout_loss, judge_samples
-        from promoe_ds.evaluation.sampling import SampleRequest, draw_samples
+        from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 
         # In batches: several times faster for networks as small as these, and the last digit decides nothing here.
         draw_samples(SampleRequest(model=export, out=drawn, num=samples, seed=sample_seed, exact=False))

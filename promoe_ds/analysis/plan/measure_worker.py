@@ -19,10 +19,10 @@ from promoe_ds.analysis.plan.trace import CollectiveWatch
 from promoe_ds.config import RunConfig, config_from_dict, plan_batches, resolve_deepspeed
 from promoe_ds.data import LatentDataset, build_dataset
 from promoe_ds.diffusion import draw_batch
-from promoe_ds.engine.distributed import Ranks, complete_environment, start_distributed, stop_distributed
-from promoe_ds.engine.session import build_session, train_step
-from promoe_ds.engine.step import TrainingModule
+from promoe_ds.distributed.context import Ranks, complete_environment, start_distributed, stop_distributed
 from promoe_ds.model import build_model, initialise
+from promoe_ds.train.step import TrainingModule
+from promoe_ds.train.trainer import build_session, train_step
 
 _STEPS = 2
 _Step = Callable[[], Any]

@@ -12,15 +12,15 @@ from promoe_ds.analysis.plan.cluster import Layout
 from promoe_ds.analysis.plan.staging import GradientStaging
 from promoe_ds.analysis.plan.states import States, rank_states
 from promoe_ds.analysis.plan.trace import Sent, ShapeTrace, Work
+from promoe_ds.backends.expert_parallel import share_centroids
 from promoe_ds.config import RunConfig
 from promoe_ds.diffusion import DiffusionBatch
-from promoe_ds.engine.adapter import share_centroids
-from promoe_ds.engine.router_state import give_superclasses
-from promoe_ds.engine.step import TrainingModule
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT, build_model
 from promoe_ds.moe import DeepSpeedDispatcher, StackedExperts
 from promoe_ds.routing.assignment import RoutingPlan
+from promoe_ds.train.router_state import give_superclasses
+from promoe_ds.train.step import TrainingModule
 
 #: Settings whose memory and traffic shapes of plain tensors do not show, where a config has them: what can be planned instead.
 _PLANNED = (("precision", "compute", ("auto", "fp32", "bf16")), ("parallel", "exchange_dtype", ("same",)),

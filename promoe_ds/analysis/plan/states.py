@@ -11,7 +11,7 @@ from torch import nn
 
 from promoe_ds.analysis.plan.cluster import Layout
 from promoe_ds.config import RunConfig
-from promoe_ds.engine.optimizer import parameter_groups
+from promoe_ds.train.optimizer import parameter_groups
 
 #: DeepSpeed aligns flat buffers to this many elements a rank.
 _ALIGNMENT = 2

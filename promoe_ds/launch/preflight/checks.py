@@ -16,10 +16,10 @@ from typing import Any
 from promoe_ds.config import RunConfig, count_parameters
 from promoe_ds.errors import LaunchError
 from promoe_ds.launch.environment import job_environment, require_launchable
+from promoe_ds.launch.heartbeat import LAUNCH_FOLDER, make_launch_folder
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.job import Job
 from promoe_ds.launch.layout import full_layout
-from promoe_ds.launch.lease import LAUNCH_FOLDER, make_launch_folder
 from promoe_ds.launch.network import choose_interface, reached_by
 from promoe_ds.launch.preflight.agent import code_hash, config_hash, installed_versions
 from promoe_ds.launch.preflight.client import Agent

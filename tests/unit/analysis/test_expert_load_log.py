@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from promoe_ds.analysis.expert_load import columns, load_log
-from promoe_ds.engine.metrics import append_lines
 from promoe_ds.errors import DataError
 from promoe_ds.moe.collectives import EXCHANGES
+from promoe_ds.train.metrics import append_lines
 
 from .routing_logs import detail, interval, line, old, write
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from promoe_ds.analysis.benchmarks import parity
-from promoe_ds.engine.step import TrainingModule
-from promoe_ds.engine.te_layers import use_transformer_engine
+from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.errors import TrainingError
+from promoe_ds.train.step import TrainingModule
 
 from ..builders import random_network, small_config
 from ..engine import fake_te
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> fake_te._State:
     """Be a machine with Transformer Engine: its device is said to be one of CUDA, and is the CPU."""
-    monkeypatch.setattr("promoe_ds.engine.te_layers.require_transformer_engine", lambda precision, device: importlib.import_module(
+    monkeypatch.setattr("promoe_ds.backends.te_layers.require_transformer_engine", lambda precision, device: importlib.import_module(
         "transformer_engine.pytorch"))
     return fake_te.install(monkeypatch)
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from promoe_ds.data import LatentDataset, build_dataset, sample_indices
+from promoe_ds.data.encode import EncodeRequest, encode, missing_shards, verify
 from promoe_ds.data.images import read_image, scan_tree
 from promoe_ds.data.index import read_index
 from promoe_ds.data.shards import ShardContent, write_shard
 from promoe_ds.data.vae import Vae
-from promoe_ds.engine.encode import EncodeRequest, encode, missing_shards, verify
-from promoe_ds.engine.team import alone
+from promoe_ds.distributed.team import alone
 from promoe_ds.errors import ConfigError, DataError
 
 from ..builders import small_config
@@ -133,7 +133,7 @@ def test_flip_false_takes_the_image_as_it_is(made: Path) -> None:
 
 
 def test_encode_interrupted_goes_on_and_ends_the_same(made: Path, tmp_path: Path, monkeypatch) -> None:
-    from promoe_ds.engine import encode as module
+    from promoe_ds.data import encode as module
 
     real, written = module.write_shard, []
 

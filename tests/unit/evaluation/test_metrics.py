@@ -17,7 +17,7 @@ from PIL import Image
 from prdc import compute_prdc
 from torch import nn
 
-from promoe_ds.engine.team import alone
+from promoe_ds.distributed.team import alone
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance

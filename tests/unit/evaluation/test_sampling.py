@@ -17,9 +17,9 @@ from torch import Tensor
 
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.evaluation import drawing
-from promoe_ds.evaluation.drawing import Drawer, even_passes, is_exact, units
-from promoe_ds.evaluation.sampling import SampleRequest, choose_labels, draw_samples
+from promoe_ds.evaluation import sampling as drawing
+from promoe_ds.evaluation.sample_job import SampleRequest, choose_labels, draw_samples
+from promoe_ds.evaluation.sampling import Drawer, even_passes, is_exact, units
 from promoe_ds.evaluation.store import SampleStore
 from promoe_ds.model.export import save_export
 
@@ -205,7 +205,7 @@ def test_sampling_notes_every_software_and_machine_that_took_part(tmp_path, monk
     request = pixel_request(make_pixel_export(tmp_path))
     draw_samples(replace(request, num=3))
     draw_samples(replace(request, num=5))
-    monkeypatch.setattr("promoe_ds.evaluation.sampling.versions_of", lambda *packages: {"torch": "9.9"})
+    monkeypatch.setattr("promoe_ds.evaluation.sample_job.versions_of", lambda *packages: {"torch": "9.9"})
     draw_samples(request)
     found = json.loads((request.out / "samples.json").read_text())["environments"]
     assert [environment["device"] for environment in found] == ["cpu", "cpu"] and found[1]["versions"] == {"torch": "9.9"}

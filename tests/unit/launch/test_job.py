@@ -22,7 +22,7 @@ from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.job import Job, _prepare, run_job
 from promoe_ds.launch.layout import Layout
 from promoe_ds.launch.remote import RemoteError, ssh_command, ssh_options
-from promoe_ds.launch.stop import StopWish
+from promoe_ds.launch.shutdown import StopWish
 
 HOSTS = (Host("host1", 1), Host("host2", 1))
 ATTEMPT = Attempt(folder=Path(), hosts=HOSTS, arguments=(), environment={}, master_address="", master_port=0, lease_seconds=60,

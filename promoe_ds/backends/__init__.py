@@ -1,0 +1,1 @@
+"""DeepSpeed, Megatron-core and Transformer Engine: everything that touches an external engine."""

@@ -1,0 +1,222 @@
+"""What can be converted to: every format behind one writer, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from promoe_ds.checkpoint.conversion.pipeline_folder import PIPELINE_STEM, TRANSFORMER, transformer_key, write_pipeline_configs
+from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum, step_folder
+from promoe_ds.checkpoint.torch_file import TorchFileWriter
+from promoe_ds.checkpoint.zero_reader import MODEL_STATES, MOMENTS, PREFIX, WEIGHTS, is_weights
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.errors import CheckpointError
+from promoe_ds.model.export import TRAINING_STEM, WEIGHTS_STEM, write_export_config
+from promoe_ds.model.official import POSITIONS, is_published_parameter, published_order, to_official
+from promoe_ds.model.shards import ShardWriter, digest
+from promoe_ds.versions import package_versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What a target will hold.
+
+    kinds: kind -> name -> shape, in the order of writing; the first kind is the model's weights.
+    """
+
+    config: RunConfig
+    step: int
+    samples_seen: int
+    optimizer_step: int | None
+    dtype: torch.dtype
+    kinds: dict[str, dict[str, tuple[int, ...]]]
+    buffers: frozenset[str]
+    origin: dict[str, Any]
+    averages_since: dict[str, int]
+
+    def dtype_of(self, kind: str, name: str) -> torch.dtype:
+        """Return the type that a tensor is written in: the moments and the routers' running state stay fp32."""
+        return self.dtype if is_weights(kind) and name not in self.buffers else torch.float32
+
+    def empty(self, kind: str, name: str) -> Tensor:
+        """Return a tensor of the right shape and type that takes no memory until touched."""
+        return torch.empty(self.kinds[kind][name], dtype=self.dtype_of(kind, name))
+
+
+class Target(Protocol):
+    """A checkpoint in the making."""
+
+    def write(self, kind: str, name: str, value: Tensor) -> str:
+        """Write one tensor; return `digest` of it."""
+
+    def close(self) -> None:
+        """Write what is left, flushed to the disk."""
+
+
+class SingleTarget:
+    """A single export."""
+
+    def __init__(self, folder: Path, content: Content, max_bytes: int) -> None:
+        """Begin an export in `folder`."""
+        self._folder, self._content = folder, content
+        self._model, *training = content.kinds
+        self._weights = ShardWriter(folder, WEIGHTS_STEM, max_bytes=max_bytes)
+        self._training = ShardWriter(folder, TRAINING_STEM, max_bytes=max_bytes) if training else None
+        self._origin = {**content.origin, "kind": self._model, "training_state": training, "step": content.step,
+                        "samples_seen": content.samples_seen, "optimizer_step": content.optimizer_step,
+                        "averages_since": content.averages_since}
+
+    def write(self, kind: str, name: str, value: Tensor) -> str:
+        """Write one tensor; return `digest` of it."""
+        if kind == self._model:
+            return self._weights.write(name, value)
+        assert self._training is not None
+        self._weights.close()  # they came first; what it still held is memory
+        return self._training.write(f"{kind}/{name}", value)
+
+    def close(self) -> None:
+        """Write the files that are not full yet, and the config last."""
+        self._weights.close()
+        if self._training is not None:
+            self._training.close()
+        write_export_config(self._folder, self._content.config, self._origin)
+
+
+class PipelineTarget:
+    """A diffusers pipeline's folder."""
+
+    def __init__(self, folder: Path, content: Content, max_bytes: int, vae: str | None) -> None:
+        """Begin a pipeline in `folder`."""
+        self._key = transformer_key
+        (folder / TRANSFORMER).mkdir()
+        self._weights = ShardWriter(folder / TRANSFORMER, PIPELINE_STEM, max_bytes=max_bytes)
+        write_pipeline_configs(folder, content.config, {**content.origin, "kind": next(iter(content.kinds)), "step": content.step,
+                                                        "samples_seen": content.samples_seen}, vae)
+
+    def write(self, kind: str, name: str, value: Tensor) -> str:
+        """Write one tensor; return `digest` of it."""
+        return self._weights.write(self._key(name), value)
+
+    def close(self) -> None:
+        """Write the files that are not full yet."""
+        self._weights.close()
+
+
+class OfficialTarget:
+    """A file as the published code writes it, `ckpt_step_N.pth`."""
+
+    def __init__(self, folder: Path, content: Content) -> None:
+        """Write the file's structure."""
+        self._config = content.config
+        raw, average, *_ = content.kinds
+        sections = {raw: "model_state_dict", average: "ema_model_state_dict"}
+        skeleton: dict[str, Any] = {"step": content.step}
+        self._positions = to_official({}, content.config)[POSITIONS]
+        for kind, section in sections.items():
+            keys = [key for name in content.kinds[kind] for key in self._published(name, content.empty(kind, name))]
+            pieces = {key: value for name in content.kinds[kind]
+                      for key, value in self._published(name, content.empty(kind, name)).items()}
+            skeleton[section] = {POSITIONS: torch.empty_like(self._positions),
+                                 **{key: torch.empty(pieces[key].shape, dtype=pieces[key].dtype)
+                                    for key in sorted(keys, key=published_order)}}
+        order = [key for key in skeleton["model_state_dict"] if is_published_parameter(key)]
+        if MOMENTS[0] in content.kinds:
+            skeleton["optimizer_state_dict"] = self._optimizer(content, skeleton["model_state_dict"], order)
+        self._writer = TorchFileWriter(folder / f"ckpt_step_{content.step}.pth", skeleton)
+        written = self._writer.content
+        self._places = {kind: written[section] for kind, section in sections.items()}
+        for kind in MOMENTS if MOMENTS[0] in content.kinds else ():
+            states = written["optimizer_state_dict"]["state"]
+            self._places[kind] = {key: states[index][kind] for index, key in enumerate(order) if index in states}
+        self._fill_in_constants(content, sections, written)
+
+    def write(self, kind: str, name: str, value: Tensor) -> str:
+        """Write one tensor, an expert stack to as many places as it has experts; return `digest` of it."""
+        for key, piece in self._published(name, value).items():
+            self._writer.write(self._places[kind][key], piece)
+        return digest(value)
+
+    def close(self) -> None:
+        """Flush to the disk."""
+        self._writer.close()
+
+    def _published(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        pieces = to_official({name: value}, self._config)
+        del pieces[POSITIONS]
+        return pieces
+
+    def _optimizer(self, content: Content, model: dict[str, Tensor], order: list[str]) -> dict[str, Any]:
+        settings = content.config.optimizer
+        group = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay,
+                 "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False,
+                 "fused": True, "decoupled_weight_decay": True, "params": list(range(len(order)))}
+        state = {index: {"step": torch.empty(()), **{kind: torch.empty(model[key].shape) for kind in MOMENTS}}
+                 for index, key in enumerate(order) if key != POSITIONS}
+        return {"state": state, "param_groups": [group]}
+
+    def _fill_in_constants(self, content: Content, sections: dict[str, str], written: dict[str, Any]) -> None:
+        for section in sections.values():
+            self._writer.write(written[section][POSITIONS], self._positions)
+        for state in written.get("optimizer_state_dict", {"state": {}})["state"].values():
+            self._writer.write(state["step"], torch.tensor(float(content.optimizer_step or 0)))
+
+
+class TrainingTarget:
+    """A checkpoint that training goes on or starts from, on any ranks: whole tensors in one file, and a manifest."""
+
+    def __init__(self, folder: Path, content: Content) -> None:
+        """Write the file's structure."""
+        self._root, self._content = folder, content
+        self._running_state: dict[str, Tensor] = {}
+        self._folder = folder / step_folder(content.step)
+        self._folder.mkdir()
+        self._states = [kind for kind in content.kinds if kind != WEIGHTS]
+        parameters = [name for name in content.kinds[WEIGHTS] if name not in content.buffers]
+        skeleton: dict[str, Any] = {"module": {f"{PREFIX}{name}": content.empty(WEIGHTS, name) for name in content.kinds[WEIGHTS]}}
+        if self._states:
+            step = {} if content.optimizer_step is None else {"step": torch.empty(())}
+            skeleton["optimizer"] = {
+                "param_groups": [{"params": list(range(len(parameters))),
+                                  "param_names": [f"{PREFIX}{name}" for name in parameters]}],
+                "state": {index: {**step, **{kind: content.empty(kind, name) for kind in self._states}}
+                          for index, name in enumerate(parameters)}}
+        self._writer = TorchFileWriter(self._folder / MODEL_STATES, skeleton)
+        self._index = {name: index for index, name in enumerate(parameters)}
+        for state in self._optimizer_states():
+            if "step" in state:
+                self._writer.write(state["step"], torch.tensor(float(content.optimizer_step or 0)))
+
+    def write(self, kind: str, name: str, value: Tensor) -> str:
+        """Write one tensor; return `digest` of it. The routers' running state belongs to the weights alone.
+
+        Raises: CheckpointError if an average comes with another running state: the layout has room for one.
+        """
+        if name in self._content.buffers:
+            known = self._running_state.setdefault(name, value)
+            if not torch.equal(known, value):
+                raise CheckpointError(f"{name} of {kind} differs from that of the weights, and a deepspeed checkpoint holds one: "
+                                      "take one set of weights with --weights")
+        if kind == WEIGHTS:
+            self._writer.write(self._writer.content["module"][f"{PREFIX}{name}"], value)
+        elif name in self._index:
+            self._writer.write(self._writer.content["optimizer"]["state"][self._index[name]][kind], value)
+        return digest(value)
+
+    def close(self) -> None:
+        """Flush, then write the manifest and the pointer to it."""
+        self._writer.close()
+        path = self._folder / MODEL_STATES
+        layout = Layout(world_size=1, ep_size=1, dispatch="converted", zero_stage=0, precision="fp32")
+        Manifest(step=self._content.step, samples_seen=self._content.samples_seen, layout=layout,
+                 config=self._content.config.model_dump(mode="json"), versions=package_versions(),
+                 averages_since=self._content.averages_since,
+                 files={MODEL_STATES: FileRecord(path.stat().st_size, checksum(path))}).write(self._folder)
+        (self._root / "latest").write_text(self._folder.name)
+
+    def _optimizer_states(self) -> Iterator[dict[str, Tensor]]:
+        yield from self._writer.content.get("optimizer", {"state": {}})["state"].values()

@@ -1,0 +1,261 @@
+"""A dense model becomes a mixture of experts: the dense feed-forwards dealt out, routers started at real tokens.
+
+How the feed-forward is dealt out is `model/upcycle.py`'s. Here the dense model sees a batch of images; at every block that gets
+experts, its tokens start the prototypes (k-means) and tell the mean gate that a conditional token will get, against which the
+routed experts' outputs are scaled. So the layer's output is the dense one exactly for null samples, and on average for the
+others, as far as the widths allow.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from promoe_ds.checkpoint.conversion.convert import Conversion, Request, convert_source, open_source, refuse_existing
+from promoe_ds.checkpoint.conversion.sources import Facts, Source
+from promoe_ds.checkpoint.zero_reader import WEIGHTS
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.data import build_dataset, sample_indices
+from promoe_ds.diffusion import DiffusionBatch, build_objective, draw_batch
+from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.model.build import build_model
+from promoe_ds.model.dit import DiT
+from promoe_ds.model.export import fill_network
+from promoe_ds.model.init import fill_parameter
+from promoe_ds.model.routers import build_router
+from promoe_ds.model.state import state_shapes
+from promoe_ds.model.upcycle import DENSE_PARAMETERS, Deal, deal_units, upcycled_parameter
+from promoe_ds.randomness import generator
+from promoe_ds.routing import ClassificationRouter, KMeansRouter, Router
+from promoe_ds.routing.clustering import cluster_tokens
+from promoe_ds.routing.partition import Partition, partition_samples
+
+#: Below this mean gate, outputs are not scaled against it: prototypes that are nowhere near the tokens say nothing.
+_SMALLEST_GATE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcycleRequest:
+    """What to make of a dense checkpoint.
+
+    to: "deepspeed" (a start for training) or "single"; weights: "ema" or "raw", the source's default if None.
+    prototypes: "kmeans" of the tokens of `images` training images, or "random" (the recipe's initial ones, unscaled outputs).
+    noise: added to routed experts' incoming weights, relative to their spread.
+    """
+
+    destination: Path
+    to: str = "deepspeed"
+    weights: str | None = None
+    prototypes: str = "kmeans"
+    images: int = 64
+    noise: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How near the new model's predictions are to the dense one's: root mean square differences, relative to the dense output.
+
+    None where the batch held no such sample.
+    """
+
+    null: float | None
+    conditional: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RouterStart:
+    """One layer's router: its tensors by leaf name, and what its experts' outputs are multiplied by."""
+
+    state: dict[str, Tensor]
+    gate_scale: float
+
+
+def upcycle(source_path: Path, config: RunConfig, request: UpcycleRequest,
+            source_config: RunConfig | None = None) -> tuple[Conversion, Agreement | None]:
+    """Write a MoE checkpoint from a dense one.
+
+    Args:
+        source_path, source_config: as for `open_source`; config: the MoE recipe.
+    Returns: what was written, and how the two models agree on the batch (None with prototypes="random").
+    Raises: CheckpointError, ConfigError or DataError naming what does not fit.
+    """
+    refuse_existing(request.destination)
+    source = open_source(source_path, source_config, flag="--source-recipe")
+    _check_fit(source.facts, config)
+    kind = _weights_kind(source, request.weights)
+    dense, batch = None, None
+    if request.prototypes == "kmeans":
+        dense, batch = load_network(source, kind), _training_batch(config, request.images)
+        source.close()
+        source = open_source(source_path, source_config)  # a source is read once
+    starts = _start_routers(config, dense, batch)
+    upcycled = _UpcycledSource(source, kind, config, starts, request.noise)
+    report = convert_source(upcycled, Request(destination=request.destination, to=request.to, weights="raw"))
+    if dense is None or batch is None:
+        return report, None
+    return report, _compare(dense, load_network(open_source(request.destination), WEIGHTS), batch)
+
+
+def load_network(source: Source, kind: str) -> DiT:
+    """Build the network of a source, whole, in evaluation mode."""
+    with torch.device("meta"):
+        network = build_model(source.facts.config)
+    return fill_network(network, {name: source.read(kind, name).float() for name in source.names(kind)})
+
+
+class _UpcycledSource:
+    """A dense source seen through a MoE recipe."""
+
+    kinds, optimizer_step = (WEIGHTS,), None
+
+    def __init__(self, dense: Source, kind: str, config: RunConfig, starts: dict[int, _RouterStart], noise: float) -> None:
+        self._dense, self._kind, self._config, self._starts, self._noise = dense, kind, config, starts, noise
+        self._deal, self._shapes = deal_units(config), state_shapes(config)
+        self._feed_forward: tuple[int, dict[str, Tensor]] = (-1, {})
+        origin = {**dense.facts.origin, "upcycled_from": str(dense.facts.path), "source_kind": kind,
+                  "gate_scales": {str(index): start.gate_scale for index, start in starts.items()}}
+        self.facts = replace(dense.facts, config=config, origin=origin, averages_since={},
+                             note=_describe(config, self._deal, starts.values(), noise))
+
+    def names(self, kind: str) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, kind: str, name: str) -> Tensor:
+        if ".moe." not in name:
+            return self._dense.read(self._kind, name).float()
+        block = int(name.split(".")[1])
+        if ".moe.router." in name:
+            return self._starts[block].state[name.split(".moe.router.")[1]]
+        if self._feed_forward[0] != block:
+            values = {ours: self._dense.read(self._kind, f"blocks.{block}.feed_forward.{theirs}").float()
+                      for ours, theirs in DENSE_PARAMETERS.items()}
+            self._feed_forward = (block, values)
+        return upcycled_parameter(name, self._shapes[name], self._feed_forward[1], self._deal, noise=self._noise,
+                                  gate_scale=self._starts[block].gate_scale, seed=self._config.train.seed)
+
+    def check(self, kind: str) -> int:
+        return self._dense.check(self._kind)
+
+    def close(self) -> None:
+        self._dense.close()
+
+
+def _check_fit(facts: Facts, config: RunConfig) -> None:
+    if facts.config.routing.method != "dense":
+        raise CheckpointError(f"{facts.path}: is no dense model (routing.method={facts.config.routing.method}): only a dense "
+                              "feed-forward can be dealt out to experts")
+    if config.routing.method == "dense":
+        raise ConfigError(f"--recipe {config.name}: routing.method=dense has no experts: name a recipe that has")
+    pairs = [(f"model.{name}", getattr(facts.config.model, name), value) for name, value in config.model if name != "preset"]
+    pairs.append(("diffusion.objective", facts.config.diffusion.objective, config.diffusion.objective))
+    if wrong := [f"{name} is {there} there and {here} in the recipe" for name, there, here in pairs if there != here]:
+        raise CheckpointError(f"{facts.path}: does not fit {config.name}: {'; '.join(wrong)}")
+
+
+def _weights_kind(source: Source, weights: str | None) -> str:
+    averages = [kind for kind in source.kinds if kind != WEIGHTS and not kind.startswith("exp_")]
+    wanted = {"raw": WEIGHTS, "ema": averages[0] if averages else None, None: averages[0] if averages else WEIGHTS}.get(weights)
+    if wanted not in source.kinds:
+        raise CheckpointError(f"{source.facts.path}: holds no {weights} weights, only {', '.join(source.kinds)}")
+    return wanted
+
+
+def _training_batch(config: RunConfig, images: int) -> DiffusionBatch:
+    """Take the recipe's first training images, noised and with labels dropped as in training."""
+    dataset, seed = build_dataset(config), config.train.seed
+    clean, labels = dataset.take(sample_indices(len(dataset), seed=seed, start=0, count=images))
+    return draw_batch(clean, labels, build_objective(config.diffusion), null_label=config.model.null_label, seed=seed, step=0,
+                      slots=range(images))
+
+
+def _start_routers(config: RunConfig, dense: DiT | None, batch: DiffusionBatch | None) -> dict[int, _RouterStart]:
+    """Make every layer's router, at the tokens that the dense model has there, if it is given."""
+    if dense is None or batch is None:
+        if config.routing.method == "kmeans":
+            raise ConfigError("--prototypes random: routing.method=kmeans has no random start: use --prototypes kmeans")
+        return {index: _RouterStart(state=_initial_router(config, index).state_dict(), gate_scale=1.0)
+                for index in config.moe_block_indices}
+    partition = partition_samples(batch.labels_B, config.model.null_label,
+                                  has_unconditional_expert=config.routing.num_unconditional_experts > 0)
+    starts: dict[int, _RouterStart] = {}
+
+    def hook(index: int):
+        def start(module: nn.Module, arguments: tuple[Tensor]) -> None:
+            starts[index] = _start_router(config, index, arguments[0], partition)
+
+        return start
+
+    handles = [dense.blocks[index].feed_forward.register_forward_pre_hook(hook(index)) for index in config.moe_block_indices]
+    _predict(dense, batch)
+    for handle in handles:
+        handle.remove()
+    return starts
+
+
+def _start_router(config: RunConfig, index: int, tokens_BSD: Tensor, partition: Partition) -> _RouterStart:
+    router = _initial_router(config, index)
+    directions = "centroids" if isinstance(router, KMeansRouter) else "prototypes"
+    pool_TD, state = partition.take_routed(tokens_BSD).flatten(0, 1), router.state_dict()
+    if directions in state:
+        if len(pool_TD) < config.routing.num_experts:
+            raise ConfigError(f"--images: the batch has {len(pool_TD)} conditional tokens for routing.num_experts="
+                              f"{config.routing.num_experts}: take more images")
+        uniforms = generator(config.train.seed, "init", zlib.crc32(b"upcycle"), index).random(config.routing.num_experts)
+        centroids_ED = cluster_tokens(pool_TD, torch.from_numpy(uniforms), spherical=directions == "prototypes")
+        if directions == "prototypes":  # the length that prototypes have at first: it sets how fast they turn
+            centroids_ED *= state[directions].norm(dim=-1).mean()
+        state[directions].copy_(centroids_ED)  # the router's own: state_dict shares memory
+    with torch.no_grad():
+        plan = router.train()(tokens_BSD, partition)
+    mean_gate = (plan.assignment.gates_N.sum() / max(1, len(pool_TD))).item()
+    return _RouterStart(state=state, gate_scale=1 / mean_gate if mean_gate > _SMALLEST_GATE else 1.0)
+
+
+def _initial_router(config: RunConfig, index: int) -> Router:
+    router = build_router(config)
+    router.reset_state()
+    for name, parameter in router.named_parameters():
+        fill_parameter(parameter, f"blocks.{index}.moe.router.{name}", config.train.seed)
+    if isinstance(router, ClassificationRouter) and config.routing.superclasses is not None:
+        router.set_superclasses(config.routing.superclasses)
+    return router
+
+
+def _describe(config: RunConfig, deal: Deal, starts: Iterable[_RouterStart], noise: float) -> str:
+    """Say what is preserved."""
+    routed = ("exactly" if deal.rest_units == 0 else
+              f"in part only: --noise {noise:g} was added" if noise else
+              "on average over the gates" if deal.routed_is_exact and any(start.gate_scale != 1 for start in starts) else
+              "in part only: " + ("gates differ from 1" if deal.routed_is_exact else f"an expert holds {config.expert_width} of "
+                                  f"{deal.rest_units} hidden units" if deal.routed else "SwiGLU experts start silent"))
+    null = ("routed like the others" if not config.routing.num_unconditional_experts else
+            "exactly" if deal.unconditional_is_exact else "in part only")
+    return (f"{deal.shared_units} hidden units to the shared experts, {deal.rest_units} to each of the others; the dense function "
+            f"is kept for null samples: {null}; for conditional tokens: {routed}")
+
+
+@torch.no_grad()
+def _predict(network: DiT, batch: DiffusionBatch) -> Tensor:
+    objective = build_objective(network.config.diffusion)
+    return network(objective.noised(batch), objective.timestep(batch), batch.labels_B)
+
+
+def _compare(dense: DiT, upcycled: DiT, batch: DiffusionBatch) -> Agreement:
+    expected, found = _predict(dense, batch), _predict(upcycled, batch)
+    is_null = batch.labels_B == dense.config.model.null_label
+
+    def difference(chosen: Tensor) -> float | None:
+        if not chosen.any():
+            return None
+        norm = expected[chosen].norm().item()
+        return (found[chosen] - expected[chosen]).norm().item() / norm if norm else 0.0
+
+    return Agreement(null=difference(is_null), conditional=difference(~is_null))

@@ -1,0 +1,104 @@
+"""Moving experts to other ranks at a resume: they are relabelled in everything that a checkpoint holds, results unchanged.
+
+The experts of a layer lie in order over the ranks of an expert-parallel group, so another placement is another order. The
+router's tensors follow it, so that a token finds the same expert under its new number. The order in force is kept with the
+run (`parallel.expert_order`), in the first numbers of the experts, and stands in routing.jsonl.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from promoe_ds.checkpoint.manifest import Manifest, read_manifest
+from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
+from promoe_ds.config import RunConfig
+from promoe_ds.errors import ConfigError
+from promoe_ds.logs import get_logger
+from promoe_ds.model.dit import DiT
+from promoe_ds.moe.experts import EXPERT_PARAMETERS
+
+_LOG = get_logger("checkpoint")
+Order = tuple[tuple[int, ...], ...]
+
+
+def with_placement_of(config: RunConfig, checkpoint: Path | None) -> RunConfig:
+    """Return the config with the order that experts will have: the one asked for, else the checkpoint's.
+
+    Raises: ConfigError if a placement is asked for and there is no checkpoint whose experts could be moved.
+    """
+    if config.parallel.expert_placement is not None:
+        if checkpoint is None:
+            raise ConfigError(f"parallel.expert_placement={config.parallel.expert_placement} moves trained experts, but this run "
+                              "starts at step 0: leave it out, or --resume from a checkpoint")
+        return config
+    order = None if checkpoint is None else _saved_order(read_manifest(checkpoint))
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"expert_order": order})})
+
+
+def moves_experts(manifest: Manifest, config: RunConfig) -> bool:
+    """Return whether experts lie in another order than when the checkpoint was written."""
+    saved, wanted = _saved_order(manifest), config.parallel.expert_order
+    plain = tuple(tuple(range(config.routing.num_experts)) for _ in config.moe_block_indices)
+    return (saved or plain) != (wanted or plain)
+
+
+class RelabelledCheckpoint:
+    """A checkpoint whose experts are read in another order; of all kinds of tensors alike."""
+
+    def __init__(self, checkpoint: ShardedCheckpoint, sources: dict[str, list[int]]) -> None:
+        """Read from `checkpoint`.
+
+        Args:
+            sources: name of a tensor of experts -> where each place's expert lies in the checkpoint.
+        """
+        self._checkpoint, self._sources = checkpoint, sources
+        self.kinds, self.optimizer_step = checkpoint.kinds, checkpoint.optimizer_step
+
+    def read_into(self, out_N: Tensor, kind: str, name: str, start: int) -> None:
+        """Fill a flat tensor with the values [start, start + N) of a whole parameter in its new order."""
+        if name not in self._sources:
+            self._checkpoint.read_into(out_N, kind, name, start)
+            return
+        per_expert, stop = math.prod(self._checkpoint.shape(name)[1:]), start + out_N.numel()
+        for place in range(start // per_expert, -(-stop // per_expert)):
+            low, high = max(start, place * per_expert), min(stop, (place + 1) * per_expert)
+            if low < high:
+                shift = (self._sources[name][place] - place) * per_expert
+                self._checkpoint.read_into(out_N[low - start:high - start], kind, name, low + shift)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the routers' running state."""
+        return {name: value[torch.tensor(self._sources[name])] if name in self._sources else value
+                for name, value in self._checkpoint.buffers().items()}
+
+    def close(self) -> None:
+        """Let go of the open files."""
+        self._checkpoint.close()
+
+
+def relabelled(checkpoint: ShardedCheckpoint, manifest: Manifest, network: DiT) -> ShardedCheckpoint | RelabelledCheckpoint:
+    """Return the checkpoint with its experts in the order of the network's config."""
+    config = network.config
+    if not moves_experts(manifest, config):
+        return checkpoint
+    saved, sources = _saved_order(manifest), {}
+    for row, (block, layer) in enumerate(network.moe_layers().items()):
+        before = saved[row] if saved else tuple(range(config.routing.num_experts))
+        wanted = config.expert_order_of(row) or range(config.routing.num_experts)
+        place_of = {expert: place for place, expert in enumerate(before)}
+        moved = [place_of[expert] for expert in wanted]
+        names = [f"routed.{name}" for name in EXPERT_PARAMETERS[config.routing.expert_type]]
+        names += [f"router.{name}" for name in layer.router.per_expert]
+        sources |= {f"blocks.{block}.moe.{name}": moved for name in names}
+    _LOG.info("resume: experts move to the places of parallel.expert_placement=%s", config.parallel.expert_placement)
+    return RelabelledCheckpoint(checkpoint, sources)
+
+
+def _saved_order(manifest: Manifest) -> Order | None:
+    order: Any = manifest.config.get("parallel", {}).get("expert_order")
+    return None if order is None else tuple(tuple(layer) for layer in order)

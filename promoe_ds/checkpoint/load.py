@@ -1,0 +1,132 @@
+"""Loading a checkpoint into a session, exactly, or an error that says what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from promoe_ds.checkpoint.expert_order import moves_experts
+from promoe_ds.checkpoint.manifest import Manifest, read_manifest
+from promoe_ds.checkpoint.resharding import load_resharded
+from promoe_ds.checkpoint.save import layout_of
+from promoe_ds.checkpoint.zero_reader import check_progress
+from promoe_ds.config import RunConfig
+from promoe_ds.config.optimizer import OptimizerConfig
+from promoe_ds.distributed.context import on_all_ranks
+from promoe_ds.errors import CheckpointError
+from promoe_ds.logs import get_logger
+from promoe_ds.train.trainer import Session
+
+_LOG = get_logger("checkpoint")
+
+#: Settings of the optimizer that are read at every step.
+_SCHEDULE = ("lr", "schedule", "warmup_steps", "min_lr")
+#: Longer values are cut in messages.
+_LONGEST_VALUE = 60
+
+#: What a resumed run may change: nothing that would make it another run.
+FREE_FIELDS = {
+    "data": {"path", "vae", "workers", "max_corrupt"},
+    "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "keep_every",
+              "async_checkpoint", "max_nonfinite_steps", "micro_batch_size"},
+    "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch", "megatron_dispatcher",
+                 "exchange_dtype", "expert_groups", "compile", "expert_placement", "expert_order"},
+    "precision": {"compute", "fp8_recipe", "kernels"},
+    "supervision": {"setup_timeout_seconds", "step_timeout_seconds", "checkpoint_timeout_seconds", "evaluation_timeout_seconds",
+                    "launcher_timeout_seconds"},
+    "logging": {"tensorboard", "wandb", "wandb_project", "timestep_bins", "class_counts", "position_counts", "counts_every"},
+    "sampling": {"steps", "cfg_scale", "solver"},
+    "evaluation": {"every", "reference", "extractor", "samples", "batch_size", "steps", "cfg_scale", "seed"},
+}
+
+
+def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
+    """Load a sound checkpoint into the session; all ranks call this together.
+
+    Args:
+        same_run: whether it must be this very run's (`--resume auto`): then only FREE_FIELDS may differ. Otherwise only the
+            architecture and the objective must agree.
+    Another layout (ranks, expert parallelism, ZeRO stage, precision, order) is resharded, and so are other settings of the
+    optimizer, since DeepSpeed puts the saved ones back; the same is loaded by DeepSpeed itself.
+    Raises: CheckpointError naming the fields that do not fit.
+    """
+    manifest = read_manifest(folder)
+    differing = differing_fields(manifest.config, session.config, architecture_only=not same_run)
+    if differing:
+        kind = "another run" if same_run else "another architecture or objective"
+        raise CheckpointError(f"{folder} belongs to {kind}: {'; '.join(differing)}")
+    if session.ranks.is_main:
+        _tell_changes(session, manifest, same_run=same_run)
+    layout = layout_of(session)
+    same_optimizer = _beside_schedule(OptimizerConfig.model_validate(manifest.config["optimizer"])) == _beside_schedule(
+        session.config.optimizer)
+    if layout == manifest.layout and same_optimizer and not moves_experts(manifest, session.config):
+        on_all_ranks(lambda: _load_as_it_is(session, folder, manifest))
+        session.optimizer.averages_since = dict(manifest.averages_since)
+    else:
+        _LOG.info("resume: resharding, from %s to %s%s", manifest.layout, layout,
+                  "" if same_optimizer else ", with other settings of the optimizer")
+        load_resharded(session, folder, manifest)
+        session.engine.global_steps, session.engine.global_samples = manifest.step, manifest.samples_seen
+    session.step, session.samples_seen = manifest.step, manifest.samples_seen
+
+
+def _tell_changes(session: Session, manifest: Manifest, *, same_run: bool) -> None:
+    """Say what may change at a resume, and does not pass without a trace."""
+    train = manifest.config["train"]
+    before = train["micro_batch_size"] or train["global_batch_size"] // manifest.layout.world_size
+    if before != session.batches.micro_batch:
+        _LOG.warning("resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
+                     "(docs/methods.md)", before, session.batches.micro_batch)
+    scale, before = session.config.data.latent_scale, manifest.config["data"]["latent_scale"]
+    if before != scale:
+        _LOG.warning("resume: data.latent_scale was %g and is %g: unless the latents are of another autoencoder, the network sees "
+                     "them at a scale that it was not trained on", before, scale)
+    if same_run and manifest.dataset_size not in (None, len(session.dataset)):
+        _LOG.warning("resume: the data set had %d samples and has %d: their order is another from here on, some come again or "
+                     "never in this epoch", manifest.dataset_size, len(session.dataset))
+
+
+def _beside_schedule(config: OptimizerConfig) -> OptimizerConfig:
+    """Return the optimizer's settings without those that every step sets anew: DeepSpeed brings back the others as saved."""
+    return config.model_copy(update={name: OptimizerConfig.model_fields[name].default for name in _SCHEDULE})
+
+
+def _load_as_it_is(session: Session, folder: Path, manifest: Manifest) -> None:
+    loaded, _ = session.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
+    check_progress({"global_steps": session.engine.global_steps, "global_samples": session.engine.global_samples}, folder, manifest)
+
+
+def differing_fields(saved: dict[str, Any], config: RunConfig, *, architecture_only: bool) -> list[str]:
+    """Return `field=saved here=current` for every field that must agree and does not."""
+    current = config.model_dump(mode="json")
+    architecture = {"model": current["model"].keys(), "routing": (
+        "method", "moe_blocks", "num_experts", "num_shared_experts", "num_unconditional_experts", "expert_width",
+        "shared_expert_width", "expert_type", "shared_expert_type", "per_layer_weight"),
+        # What the network is asked and what it answers.
+        "diffusion": ("objective", "num_train_timesteps")}
+    lines = []
+    for section, fields in current.items():
+        if not isinstance(fields, dict) or (architecture_only and section not in architecture):
+            continue
+        defaults = type(getattr(config, section)).model_fields
+        for name, value in fields.items():
+            must_agree = name in architecture[section] if architecture_only else name not in FREE_FIELDS.get(section, ())
+            # A field younger than the checkpoint: what was then done is the default now.
+            before = saved.get(section, {}).get(name, _as_json(defaults[name].default))
+            if architecture_only and name == "per_layer_weight":
+                before, value = bool(before), bool(value)  # whether there is a head, not its weight
+            if must_agree and name != "preset" and before != value:
+                lines.append(f"{section}.{name} is {_shown(before)} there and {_shown(value)} here")
+    return lines
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."

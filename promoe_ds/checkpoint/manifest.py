@@ -1,0 +1,208 @@
+"""A checkpoint is complete or ignored: the manifest, written last, lists every file with size and checksum.
+
+No torch here: whether a checkpoint can be trusted is decided before any of its tensors is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from promoe_ds.errors import CheckpointError
+from promoe_ds.launch.heartbeat import CHECKPOINT_NAME
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+UNFINISHED = ".tmp"
+#: Younger than the format: a manifest without it is taken as it is.
+_OWN_CHECKSUM = "xxh3"
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and XXH3 checksum (64 bits, as 16 hexadecimal digits) of one file."""
+
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the shards of a checkpoint depend on.
+
+    aligned: parameters lie in another order than the network's own, those of odd sizes last (`engine.optimizer`); of checkpoints
+    that do not say it, false.
+    """
+
+    world_size: int
+    ep_size: int
+    dispatch: str
+    zero_stage: int
+    precision: str
+    data_before_expert: bool = False
+    aligned: bool = False
+
+    def __str__(self) -> str:
+        return (f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, parallel.dispatch={self.dispatch}, "
+                f"ZeRO {self.zero_stage}, {self.precision}{', aligned' if self.aligned else ''}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The whole of manifest.json.
+
+    averages_since: the step at which a moving average began, of those that began later than training.
+    dataset_size: samples of the data set, on which their order depends; None where it is not known.
+    """
+
+    step: int
+    samples_seen: int
+    layout: Layout
+    config: dict[str, Any]
+    files: dict[str, FileRecord]
+    versions: dict[str, str]
+    averages_since: dict[str, int] = field(default_factory=dict)
+    dataset_size: int | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write to `folder`, flushed to the disk, with a checksum of the manifest itself."""
+        values = json.loads(json.dumps({"format": FORMAT, **asdict(self)}))  # as a reader will have them
+        text = json.dumps({**values, _OWN_CHECKSUM: _checksum_of(values)}, indent=1)
+        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises: CheckpointError if there is none, it cannot be understood, is damaged, or of another step than its folder.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {values['format']} is not {FORMAT}; use the version that wrote it")
+        if values.pop(_OWN_CHECKSUM, own := _checksum_of(values)) != own:
+            raise CheckpointError(f"{path} does not match its own checksum")
+        named = CHECKPOINT_NAME.match(folder.resolve().name)
+        if named and int(named[1]) != values["step"]:
+            raise CheckpointError(f"{path}: says step {values['step']!r}, its folder's name another")
+        files = {_safe_name(name, path): FileRecord(**record) for name, record in values["files"].items()}
+        if not files:
+            raise CheckpointError(f"{path}: lists no file")
+        return Manifest(step=_count(values, "step"), samples_seen=_count(values, "samples_seen"), files=files,
+                        layout=_read_layout(values["layout"]), config=dict(values["config"]), versions=dict(values["versions"]),
+                        averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()},
+                        dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
+
+
+def find_problems(folder: Path, files: dict[str, FileRecord]) -> list[str]:
+    """Hold files against their records; return a line for each that differs or cannot be read.
+
+    Args:
+        files: the whole manifest's or a share of it.
+    """
+    problems = []
+    for name, record in files.items():
+        path = folder / name
+        try:
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+            elif path.stat().st_size != record.bytes:
+                problems.append(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}")
+            elif checksum(path) != record.xxh3:
+                problems.append(f"{path} does not match its checksum")
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error}")
+    return problems
+
+
+def checksum(path: Path) -> str:
+    """Return the XXH3 checksum of a file's content."""
+    value = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value.update(block)
+    return value.hexdigest()
+
+
+def step_folder(step: int) -> str:
+    """Return the name of a step's checkpoint folder."""
+    return f"step_{step:07d}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint folder, read off its name."""
+    return int(CHECKPOINT_NAME.match(folder.name)[1])
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return the finished checkpoint folders under `root`, newest first, whether sound or not."""
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := CHECKPOINT_NAME.match(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a user's path names: itself, or the newest one of a run directory.
+
+    Raises: CheckpointError if there is none. Whether it is sound is another question.
+    """
+    return named_checkpoints(path)[0]
+
+
+def named_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints that a user's path names: itself alone, or all of a run directory, newest first.
+
+    Raises: CheckpointError if there is none. Whether they are sound is another question.
+    """
+    if (path / MANIFEST).is_file():
+        return [path]
+    candidates = list_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if not candidates:
+        raise CheckpointError(f"{path}: neither a complete checkpoint (no {MANIFEST}) nor a run directory with one")
+    return candidates
+
+
+def list_unfinished(root: Path) -> list[Path]:
+    """Return the leftovers of saves that never ended."""
+    return sorted(root.glob(f"step_*{UNFINISHED}")) if root.is_dir() else []
+
+
+def _checksum_of(values: dict[str, Any]) -> str:
+    """Return the XXH3 of a manifest's fields, whatever the white space between them and their order."""
+    content = {name: value for name, value in values.items() if name != _OWN_CHECKSUM}
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _count(values: dict[str, Any], name: str) -> int:
+    if type(values[name]) is not int or values[name] < 0:
+        raise ValueError(f"{name}={values[name]!r} is no number of 0 or more")
+    return values[name]
+
+
+def _read_layout(values: dict[str, Any]) -> Layout:
+    layout = Layout(**values)
+    for one in fields(Layout):
+        if type(getattr(layout, one.name)).__name__ != one.type:
+            raise TypeError(f"layout.{one.name}={getattr(layout, one.name)!r} is no {one.type}")
+    return layout
+
+
+def _safe_name(name: str, manifest: Path) -> str:
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(f"{manifest}: the file name {name!r} leaves the checkpoint's folder")
+    return name

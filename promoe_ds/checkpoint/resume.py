@@ -1,0 +1,163 @@
+"""Which checkpoint a run goes on from: its own newest sound one, the one that was named, or none; an error where that is in doubt.
+
+A run that was started from a named checkpoint remembers it (`start.json`): the same command given again, by hand or by a
+scheduler that repeats it, goes on with what the run has reached, and `auto` never falls back to step 0.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+
+from promoe_ds.checkpoint.manifest import (
+    find_problems,
+    list_checkpoints,
+    list_unfinished,
+    named_checkpoints,
+    read_manifest,
+    step_of,
+)
+from promoe_ds.distributed.context import Ranks, from_main, gather_objects, on_main
+from promoe_ds.errors import CheckpointError
+from promoe_ds.logs import get_logger
+
+_LOG = get_logger("checkpoint")
+_START = "start.json"
+_ABANDONED = ".abandoned"
+#: More problems of one checkpoint are counted, not listed.
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Where a run goes on.
+
+    folder: the checkpoint, None for step 0.
+    same_run: whether the run has come by it itself; else it starts a branch.
+    """
+
+    folder: Path | None = None
+    same_run: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """The checkpoint that a run was started from: its path as it was named, absolute, and its step."""
+
+    named: str
+    step: int
+
+
+def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Choice:
+    """Resolve `--resume`; all ranks call this together.
+
+    Checkpoints of the run's own that are later than the one it goes on from are renamed: damaged, or another branch's.
+    Args:
+        request: "none", "auto" (newest sound one of this run) or the path of a checkpoint or of a run directory.
+    Raises: CheckpointError if a path has no sound checkpoint, or one that this run does not stem from; or if the run must not
+        start from step 0, because it has checkpoints of which none is sound, or was started from one by path.
+    """
+    root = run_dir / "checkpoints"
+    if request == "none":
+        on_main(ranks, lambda: (run_dir / _START).unlink(missing_ok=True))
+        return Choice()
+    own, start = on_main(ranks, lambda: (list_checkpoints(root), _read_start(run_dir)))
+    if request == "auto":
+        return _go_on(own, root, ranks, start)
+    named = on_main(ranks, lambda: str(Path(request).resolve()))
+    reached = [folder for folder in own if start is not None and step_of(folder) >= start.step]
+    if start is not None and start.named == named and reached:
+        _LOG.info("resume: this run was started from %s before and goes on with its own checkpoints; to start from there anew, "
+                  "take another --run-dir", request)
+        return _go_on(reached, root, ranks, start)
+    folder = _choose_named(Path(request), ranks)
+    if on_main(ranks, lambda: folder.resolve().parent == root.resolve()):
+        on_main(ranks, lambda: _set_later_aside(root, read_manifest(folder).step))
+    elif own:
+        raise CheckpointError(f"--resume {request}: {run_dir} already holds checkpoints of its own, up to {own[0].name}, and was "
+                              "not started from there: go on by --resume auto, or take another --run-dir")
+    _LOG.info("resume: taking %s", folder)
+    on_main(ranks, lambda: _write_start(run_dir, _Start(named=named, step=read_manifest(folder).step)))
+    return Choice(folder=folder, same_run=False)
+
+
+def _go_on(candidates: list[Path], root: Path, ranks: Ranks, start: _Start | None) -> Choice:
+    skipped = [f"{path} (the save never ended)" for path in from_main(list_unfinished(root))]
+    chosen, problems = _newest_sound(candidates, ranks)
+    _tell_skipped([*skipped, *problems], ranks)
+    if chosen is None and candidates:
+        raise CheckpointError(f"--resume auto: none of the checkpoints under {root} is sound: {'; '.join(problems)}. Restore "
+                              "one, name another with --resume DIR, or start anew in another --run-dir")
+    if chosen is None and start is not None:
+        raise CheckpointError(f"--resume auto: this run was started from {start.named} and has no checkpoint of its own under "
+                              f"{root}: name that again (--resume {start.named}), or start anew in another --run-dir")
+    _LOG.info("resume: %s", f"taking {chosen}" if chosen else f"no checkpoint under {root}, starting from step 0")
+    if chosen is not None:
+        on_main(ranks, lambda: _set_later_aside(root, step_of(chosen)))
+    return Choice(folder=chosen)
+
+
+def _set_later_aside(root: Path, step: int) -> None:
+    for folder in list_checkpoints(root):
+        if step_of(folder) > step:
+            names = (folder.with_name(f"{folder.name}{_ABANDONED}{f'_{number}' * (number > 1)}") for number in count(1))
+            aside = next(path for path in names if not path.exists())
+            folder.rename(aside)
+            _LOG.warning("resume: the run goes on from step %d; %s is set aside as %s", step, folder, aside.name)
+
+
+def _choose_named(path: Path, ranks: Ranks) -> Path:
+    candidates = on_main(ranks, lambda: named_checkpoints(path), flag="--resume ")
+    chosen, problems = _newest_sound(candidates, ranks)
+    if chosen is None:
+        raise CheckpointError(f"--resume {path}: {'; '.join(problems)}")
+    _tell_skipped(problems, ranks)
+    return chosen
+
+
+def _tell_skipped(lines: list[str], ranks: Ranks) -> None:
+    for line in lines if ranks.is_main else ():
+        _LOG.warning("resume: skipped %s", line)
+
+
+def _newest_sound(candidates: list[Path], ranks: Ranks) -> tuple[Path | None, list[str]]:
+    skipped: list[str] = []
+    for candidate in candidates:
+        problems = _problems(candidate, ranks)
+        if not problems:
+            return candidate, skipped
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        skipped.append("; ".join(problems[:_SHOWN]) + more)
+    return None, skipped
+
+
+def _problems(folder: Path, ranks: Ranks) -> list[str]:
+    """Verify a checkpoint, each rank a share of its files; return the same list on all ranks."""
+    try:
+        files = read_manifest(folder).files
+        mine = dict(sorted(files.items())[ranks.rank::ranks.world_size])
+        problems = find_problems(folder, mine)
+    except CheckpointError as error:
+        problems = [str(error)]
+    gathered = [line for lines in gather_objects(problems) for line in lines]
+    return list(dict.fromkeys(gathered))
+
+
+def _read_start(run_dir: Path) -> _Start | None:
+    path = run_dir / _START
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return _Start(named=str(values["named"]), step=int(values["step"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error}); it says which checkpoint the run "
+                              "was started from: remove it to go on by --resume auto") from None
+
+
+def _write_start(run_dir: Path, start: _Start) -> None:
+    temporary = run_dir / f"{_START}.tmp"
+    temporary.write_text(json.dumps(asdict(start), indent=1), encoding="utf-8")
+    temporary.replace(run_dir / _START)

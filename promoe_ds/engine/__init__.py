@@ -1,1 +1,0 @@
-"""Running it: the one room that imports deepspeed."""

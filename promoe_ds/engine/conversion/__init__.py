@@ -1,6 +1,0 @@
-"""Checkpoints from any format into any other: readers, writers, and the walk between them."""
-
-from promoe_ds.engine.conversion.convert import Conversion, Request, convert
-from promoe_ds.engine.conversion.upcycling import Agreement, UpcycleRequest, upcycle
-
-__all__ = ["Agreement", "Conversion", "Request", "UpcycleRequest", "convert", "upcycle"]

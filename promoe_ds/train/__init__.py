@@ -1,0 +1,1 @@
+"""The trainer: step, loop, optimizer, averages, health, metrics, routing log."""

@@ -1,0 +1,163 @@
+"""What a run records: metrics.jsonl, routing.jsonl, trackers, the progress line. Rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from tqdm import tqdm
+
+from promoe_ds.config import RunConfig, training_flops_per_image
+from promoe_ds.config.devices import bf16_peak
+from promoe_ds.distributed.context import Ranks
+from promoe_ds.errors import TrainingError
+from promoe_ds.logs import get_logger
+from promoe_ds.train.trackers import Tracker, flatten, open_trackers
+
+_LOG = get_logger("metrics")
+
+_BLOCK_BYTES = 1 << 20
+
+
+class MetricsWriter:
+    """Writes one line per log step, on rank 0; on the other ranks it does nothing."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, ranks: Ranks, *, start_step: int) -> None:
+        """Open the files; lines of steps after `start_step`, left by an interrupted process, are dropped.
+
+        Raises: ConfigError if a tracker is asked for and missing.
+        """
+        self._config, self._ranks, self._run_dir = config, ranks, run_dir
+        self._flops = training_flops_per_image(config)
+        self._peak = _peak_flops(ranks.device)
+        self.restart_clock()
+        self._trackers: list[Tracker] = []
+        self._progress = None
+        if not ranks.is_main:
+            return
+        for name in ("metrics.jsonl", "routing.jsonl"):
+            drop_lines_after(run_dir / name, start_step)
+        self._trackers = open_trackers(config, run_dir, start_step)
+        self._progress = tqdm(total=config.train.max_steps, initial=start_step, unit="step", disable=None, leave=False)
+
+    def tick(self) -> None:
+        """Count one finished step."""
+        self._images += self._config.train.global_batch_size
+        if self._progress is not None:
+            self._progress.update()
+
+    def images_per_second(self) -> float:
+        """Return the speed since the clock was restarted, which is not that of an evaluation."""
+        return self._images / (time.perf_counter() - self._since)
+
+    def write(self, step: int, scalars: dict[str, float], routing_lines: list[dict[str, Any]], images_per_second: float) -> None:
+        """Record a log step.
+
+        Args:
+            step: steps finished.
+            scalars: loss, its terms, lr, grad_norm, and what an evaluation found.
+            routing_lines: of `RoutingAccumulator.reduce`.
+            images_per_second: of training.
+        """
+        self.restart_clock()
+        if not self._ranks.is_main:
+            return
+        flops = images_per_second * self._flops
+        line = {"step": step, **scalars, "images_per_second": images_per_second, "tflops": flops / 1e12,
+                "mfu": flops / (self._peak * self._ranks.world_size) if self._peak else None, **_memory(self._ranks.device)}
+        try:
+            append_lines(self._run_dir / "metrics.jsonl", [line])
+            append_lines(self._run_dir / "routing.jsonl", routing_lines)
+        except OSError as error:
+            raise TrainingError(f"step {step}: the metrics could not be written: {error}. Free the disk and resume") from None
+        if self._trackers:
+            values = flatten(line, routing_lines)
+            for tracker in self._trackers:
+                tracker.write(step, *values)
+        terms = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()
+                          if name.startswith("loss") or name == "frechet_distance")
+        with tqdm.external_write_mode():
+            _LOG.info("step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s", step, self._config.train.max_steps, terms,
+                      scalars["grad_norm"], scalars["lr"], images_per_second)
+
+    def restart_clock(self) -> None:
+        """Measure speed from here: after a log line, and after a checkpoint, whose time is no training time."""
+        self._since, self._images = time.perf_counter(), 0
+
+    def close(self) -> None:
+        """Flush and close."""
+        for tracker in self._trackers:
+            tracker.close()
+        if self._progress is not None:
+            self._progress.close()
+
+
+def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Append objects to a JSON-lines file; NaN and infinities become null."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(_finite(line)) + "\n" for line in lines)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Cut off the lines of steps after `step`, and broken ones among them.
+
+    Steps only grow in a log, so it is read from its end, back to the newest line that stays: a resume takes no longer and no
+    more memory however long the run has been.
+    """
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        kept, end = 0, b""
+        for start, line in _lines_from_end(file):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept, end = start + len(line), b"" if line.endswith(b"\n") else b"\n"
+                    break
+            except (ValueError, KeyError, TypeError):
+                _LOG.warning("%s: dropped a broken line at byte %d", path, start)
+        file.truncate(kept)
+        file.seek(kept)
+        file.write(end)
+
+
+def _lines_from_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield each line's first byte and the line with its end, from the last to the first."""
+    start, block = file.seek(0, os.SEEK_END), b""
+    while start:
+        size = min(start, max(_BLOCK_BYTES, len(block)))
+        start -= size
+        file.seek(start)
+        block = file.read(size) + block
+        stop = len(block)
+        while begin := block.rfind(b"\n", 0, stop - 1) + 1:
+            yield start + begin, block[begin:stop]
+            stop = begin
+        block = block[:stop]
+    if block:
+        yield 0, block
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    gigabytes = {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    if device.type == "cuda":
+        gigabytes["device_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return gigabytes
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    return bf16_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

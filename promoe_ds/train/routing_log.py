@@ -1,0 +1,269 @@
+"""Routing statistics: accumulated on the device, reduced once per log interval, written as routing.jsonl.
+
+The format is documented in docs/routing_stats.md. Letters: B images, S tokens per image, D width, E routed experts,
+L MoE layers, Q timestep bins, N rows of an assignment, P passes, w ranks of an expert-parallel group, X exchanges.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from promoe_ds.config import RunConfig
+from promoe_ds.distributed.context import Ranks
+from promoe_ds.model.dit import DiT
+from promoe_ds.moe.collectives import EXCHANGES
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.routing.assignment import RoutingPlan, expert_of_rows
+from promoe_ds.routing.router import similarity_matrix
+
+SCHEMA_VERSION = 2
+#: Decimals of a cosine in the log.
+_COSINE_DECIMALS = 4
+_COUNT_BYTES = 8
+
+
+class RoutingAccumulator:
+    """Counts of one log interval. Fed with plans, which exist once per pass whatever is recomputed."""
+
+    def __init__(self, config: RunConfig, network: DiT, ranks: Ranks) -> None:
+        """Prepare counters for the network's MoE layers."""
+        self._config, self._ranks = config, ranks
+        self._layers = network.moe_layers()
+        # A backend that moves the rows by itself has no group or clock of ours.
+        dispatchers = [layer.dispatcher for layer in self._layers.values()]
+        self._clocks = [getattr(dispatcher, "clock", None) for dispatcher in dispatchers]
+        self._group = getattr(dispatchers[0], "group", None) if dispatchers else None
+        self._bins = config.logging.timestep_bins
+        self._tables = _Tables(config, len(self._layers), ranks.device)
+        experts, layers = config.routing.num_experts, len(self._layers)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=ranks.device)
+
+        # Columns: tokens and sums of gates of each expert, routed tokens, unconditional tokens. Doubles count to 2**53.
+        self._counts_LQC = zeros(layers, self._bins, 2 * experts + 2)
+        self._similarity_L, self._bytes_L = zeros(layers), zeros(layers)
+        self._token_sums_LED = zeros(layers, experts, config.model.hidden_size)
+        self._sent_PLw: list[Tensor] = []
+        self._passes = 0
+
+    def add(self, plans: dict[int, RoutingPlan], sigma_B: Tensor, labels_B: Tensor | None = None) -> None:
+        """Count one pass.  Sync: none.
+
+        Args:
+            plans: by block index, as the model returned them.
+            sigma_B: noise levels; bin q holds q / Q <= sigma < (q + 1) / Q, the last one also 1.
+            labels_B: classes after dropout, for the table by class.
+        """
+        if not self._layers:
+            return
+        bin_B = (sigma_B * self._bins).long().clamp_(0, self._bins - 1)
+        in_bin_QB = torch.nn.functional.one_hot(bin_B, self._bins).T.double()
+        tokens, width = self._config.model.tokens_per_image, self._config.model.hidden_size
+        for row, (index, layer) in enumerate(self._layers.items()):
+            plan, stats = plans[index], plans[index].stats
+            routed_B1 = stats.is_routed_B.double()[:, None]
+            columns_BC = torch.cat([stats.tokens_per_expert_BE.double(), stats.gate_sums_BE.double(), tokens * routed_B1,
+                                    tokens * (1 - routed_B1)], dim=1)
+            self._counts_LQC[row] += in_bin_QB @ columns_BC
+            self._similarity_L[row] += stats.prototype_similarity.double()
+            if stats.token_sums_ED is not None:
+                self._token_sums_LED[row] += stats.token_sums_ED
+            element_size = next(layer.routed.parameters()).element_size()
+            self._bytes_L[row] += layer.dispatcher.bytes_exchanged(plan.assignment, width, element_size)
+            self._tables.add(row, plan, labels_B)
+        if self._group is not None:
+            self._sent_PLw.append(torch.stack([_sent(plans[index], self._config.parallel.ep_size) for index in self._layers]))
+        self._passes += 1
+
+    def forget_waits(self) -> None:
+        """Leave out what ranks have waited for since the last reduction: passes that train nothing wait, too."""
+        for clock in self._clocks:
+            if clock is not None:
+                clock.take()
+
+    def reduce(self, *, step: int, steps: int, last: bool = False) -> list[dict[str, Any]]:
+        """Sum over ranks, return the lines of routing.jsonl on rank 0, none elsewhere, and start anew.
+
+        Collectives: one; two more where experts are sharded.
+
+        Args:
+            step: steps finished; steps: how many of them were counted.
+            last: whether the process ends here, so that tables which cover several intervals are due.
+        """
+        if not self._layers or not self._passes:
+            return []
+        parts = [self._counts_LQC, self._similarity_L / self._passes, self._bytes_L, self._token_sums_LED, self._waits(),
+                 *self._tables.due(steps, last=last)]
+        flat = torch.cat([part.flatten().double() for part in parts])
+        dist.all_reduce(flat)
+        fullest_L, passes = self._fullest_rank(), self._passes
+        self._start_anew()
+        steps_of_tables = self._tables.start_anew()
+        if not self._ranks.is_main:
+            return []
+        pieces = flat.split([part.numel() for part in parts])
+        counts, similarity, traffic, sums, seconds, *tables = (
+            piece.view_as(part).cpu() for piece, part in zip(pieces, parts, strict=True))
+        world_size, lines = dist.get_world_size(), []
+        for row, (index, layer) in enumerate(self._layers.items()):
+            head = {"schema": SCHEMA_VERSION, "step": step, "steps": steps, "layer": index}
+            tail = {"prototype_similarity": similarity[row].item() / world_size, "layer_bytes_exchanged": int(traffic[row])}
+            for bin_ in range(self._bins):
+                lines.append({**head, "timestep_bin": bin_, "timestep_bins": self._bins,
+                              **_describe(counts[row, bin_]), **tail})
+            tokens_E = counts[row, :, :self._config.routing.num_experts].sum(dim=0)
+            lines[-self._bins]["layer_detail"] = {
+                "passes": passes, **self._describe_placement(row, tokens_E, fullest_L),
+                "exchanges": self._describe_exchanges(row, int(traffic[row]), seconds[row] / world_size, passes * world_size),
+                **_describe_prototypes(layer, sums[row], tokens_E, with_matrix=self._matrix_is_due(step)),
+                **self._tables.describe(row, tables, steps_of_tables)}
+        return lines
+
+    def _start_anew(self) -> None:
+        for tensor in (self._counts_LQC, self._similarity_L, self._bytes_L, self._token_sums_LED):
+            tensor.zero_()
+        self._sent_PLw.clear()
+        self._passes = 0
+
+    def _waits(self) -> Tensor:
+        """Return the seconds that this rank has waited, (L, X); zeros where nobody measures them."""
+        waits = [dict.fromkeys(EXCHANGES, 0.0) if clock is None else clock.take() for clock in self._clocks]
+        return torch.tensor([[by_name[name] for name in EXCHANGES] for by_name in waits], dtype=torch.float64,
+                            device=self._ranks.device)
+
+    def _fullest_rank(self) -> Tensor | None:
+        """Return the rows of the fullest of all ranks, summed pass by pass (L,); None where every rank has all experts.
+
+        Collectives: two, whose size does not grow with the number of ranks.
+        """
+        if not self._sent_PLw:
+            return None
+        computed_PLw = torch.stack(self._sent_PLw)
+        dist.all_reduce(computed_PLw, group=self._group)
+        fullest_PL = computed_PLw.amax(dim=2)
+        dist.all_reduce(fullest_PL, op=dist.ReduceOp.MAX)
+        return fullest_PL.sum(dim=0)
+
+    def _matrix_is_due(self, step: int) -> bool:
+        """Say whether a step's lines carry E x E cosines: by the step alone, so that a resumed run writes the same lines."""
+        train, every = self._config.train, self._config.counts_every(self._config.routing.num_experts**2)
+        return step // train.log_every % every == 0 or step == train.max_steps
+
+    def _describe_placement(self, row: int, tokens_E: Tensor, fullest_L: Tensor | None) -> dict[str, Any]:
+        ep_size, ranks, total = self._config.parallel.ep_size, self._ranks.world_size, int(tokens_E.sum())
+        by_ep_rank = [int(n) for n in tokens_E.view(ep_size, -1).sum(dim=1).tolist()]
+        uneven = fullest_L[row].item() * ranks / total if fullest_L is not None and total else None
+        order = self._config.expert_order_of(row)
+        return {"ranks": ranks, "ep_size": ep_size, "tokens_per_ep_rank": by_ep_rank,
+                "rank_max_over_mean": uneven, **({"experts": list(order)} if order else {})}
+
+    def _describe_exchanges(self, row: int, layer_bytes: int, seconds_X: Tensor,
+                            rank_passes: int) -> dict[str, dict[str, float | None]]:
+        if self._group is not None and self._clocks[row] is None:  # of a backend that moves the rows by itself
+            return {name: {"bytes": None, "seconds": None} for name in EXCHANGES}
+        ep_size = self._config.parallel.ep_size
+        counts_bytes = rank_passes * _COUNT_BYTES * self._config.routing.num_experts * (ep_size - 1) // ep_size
+        sizes = {name: layer_bytes // (len(EXCHANGES) - 1) for name in EXCHANGES} | {"counts": counts_bytes}
+        return {name: {"bytes": sizes[name], "seconds": _significant(seconds)}
+                for name, seconds in zip(EXCHANGES, seconds_X.tolist(), strict=True)}
+
+
+class _Tables:
+    """Optional counts by class (the last row is the null label) and by patch: (L, classes + 1, E) and (L, S, E)."""
+
+    def __init__(self, config: RunConfig, layers: int, device: torch.device) -> None:
+        self._experts, self._patches = config.routing.num_experts, config.model.tokens_per_image
+        rows = {"tokens_per_class": config.counts_classes * (config.model.num_classes + 1),
+                "tokens_per_position": config.counts_positions * self._patches}
+        self._counts = {name: torch.zeros(layers, size, self._experts, dtype=torch.float64, device=device)
+                        for name, size in rows.items() if size}
+        self._every = config.counts_every(self._experts * max(config.counts_classes * config.model.num_classes,
+                                                              config.counts_positions * self._patches))
+        self._intervals, self._steps, self._is_due = 0, 0, False
+
+    def add(self, row: int, plan: RoutingPlan, labels_B: Tensor | None) -> None:
+        if "tokens_per_class" in self._counts and labels_B is not None:
+            self._counts["tokens_per_class"][row].index_add_(0, labels_B, plan.stats.tokens_per_expert_BE.double())
+        if "tokens_per_position" in self._counts:
+            cells_N = plan.assignment.token_ids_N % self._patches * self._experts + expert_of_rows(plan.assignment)
+            table = self._counts["tokens_per_position"][row].view(-1)
+            table.scatter_add_(0, cells_N, torch.ones_like(cells_N, dtype=table.dtype))
+
+    def due(self, steps: int, *, last: bool) -> list[Tensor]:
+        """End a log interval; return the tables that are to be reduced now, if any."""
+        self._intervals, self._steps = self._intervals + 1, self._steps + steps
+        self._is_due = last or self._intervals >= self._every
+        return list(self._counts.values()) if self._is_due else []
+
+    def start_anew(self) -> int:
+        """Forget what was due; return the steps that it covered."""
+        if not self._is_due:
+            return 0
+        steps, self._intervals, self._steps = self._steps, 0, 0
+        for table in self._counts.values():
+            table.zero_()
+        return steps
+
+    def describe(self, row: int, reduced: list[Tensor], steps: int) -> dict[str, Any]:
+        """Return one layer's tables.
+
+        Args:
+            reduced: those of all layers that were due, summed over the ranks; steps: how many they cover.
+        """
+        names = self._counts if reduced else ()
+        return {name: {"steps": steps, "counts": table[row].long().tolist()} for name, table in zip(names, reduced, strict=True)}
+
+
+def _sent(plan: RoutingPlan, ep_size: int) -> Tensor:
+    return plan.assignment.tokens_per_expert_E.view(ep_size, -1).sum(dim=1)
+
+
+def _describe(columns: Tensor) -> dict[str, Any]:
+    experts = (len(columns) - 2) // 2
+    tokens = [int(x) for x in columns[:experts].tolist()]
+    gates = columns[experts:-2].tolist()
+    routed, unconditional = columns[-2:].tolist()
+    return {"tokens_per_expert": tokens, "gate_sum_per_expert": [_significant(x) for x in gates],
+            "conditional_tokens": int(routed), "unconditional_tokens": int(unconditional),
+            "gate_mean": sum(gates) / sum(tokens) if any(tokens) else None, **load_summary(tokens),
+            "load_cv": _significant(statistics.pstdev(tokens) * experts / sum(tokens)) if any(tokens) else None}
+
+
+def _describe_prototypes(layer: MoELayer, sums_ED: Tensor, tokens_E: Tensor, *, with_matrix: bool) -> dict[str, Any]:
+    """Describe the prototypes as they are now, and how near each is to the centroid of its tokens and to the others'."""
+    directions_ED, is_used_E = layer.router.directions_ED().detach().double().cpu(), tokens_E > 0
+    to_centroid_EE = similarity_matrix(directions_ED, sums_ED)
+    is_other_EE = is_used_E & ~torch.eye(len(tokens_E), dtype=torch.bool)
+    others_E = is_other_EE.sum(dim=1)
+    matrix = {"prototype_similarity_matrix": _cosines(similarity_matrix(directions_ED, directions_ED))} if with_matrix else {}
+    return {**matrix, "prototype_to_centroid": _cosines(to_centroid_EE.diagonal(), is_used_E),
+            "prototype_to_other_centroids": _cosines(to_centroid_EE.where(is_other_EE, 0.0).sum(dim=1) / others_E, others_E > 0)}
+
+
+def _cosines(values: Tensor, is_known: Tensor | None = None) -> list[Any]:
+    """Return cosines as they stand in the log; None for one that is not known."""
+    rounded = values.round(decimals=_COSINE_DECIMALS).tolist()
+    return rounded if is_known is None else [x if known else None for x, known in zip(rounded, is_known.tolist(), strict=True)]
+
+
+def _significant(value: float) -> float:
+    """Round to six digits: more would only make the file longer."""
+    return float(f"{value:.6g}")
+
+
+def load_summary(tokens_per_expert: list[int]) -> dict[str, Any]:
+    """Return the load's max/mean, normalised entropy (1 = even) and number of experts without tokens; None without tokens."""
+    total, experts = sum(tokens_per_expert), len(tokens_per_expert)
+    if not total:
+        return {"load_max_over_mean": None, "load_entropy": None, "dead_experts": None}
+    shares = [n / total for n in tokens_per_expert if n]
+    entropy = -sum(p * math.log(p) for p in shares) / math.log(experts) if experts > 1 else 1.0
+    return {"load_max_over_mean": max(tokens_per_expert) * experts / total, "load_entropy": entropy,
+            "dead_experts": tokens_per_expert.count(0)}

@@ -1,0 +1,97 @@
+"""Where weights lie in ZeRO's buffers: in bf16 at multiples of 16 bytes, and checkpoints of the former order still load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from promoe_ds.analysis.benchmarks.contenders import single_process
+from promoe_ds.analysis.benchmarks.step import for_timing, session_of
+from promoe_ds.checkpoint.load import load_checkpoint
+from promoe_ds.checkpoint.manifest import read_manifest
+from promoe_ds.checkpoint.save import Saver
+from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
+from promoe_ds.config import RunConfig
+from promoe_ds.train import optimizer
+from promoe_ds.train.trainer import Session, train_step
+
+from ..builders import of_method, small_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone() -> Iterator[None]:
+    with single_process():
+        yield
+
+
+def config_of(method: str, **routing: int) -> RunConfig:
+    sections = of_method(method, moe_blocks="all", num_unconditional_experts=0, **routing)
+    return for_timing(small_config(**sections, model={"depth": 3}, diffusion={}), micro_batch=4)
+
+
+@contextmanager
+def open_session(config: RunConfig, *, bf16: bool) -> Iterator[Session]:
+    session = session_of(config, bf16=bf16)
+    yield session
+    session.engine.destroy()
+
+
+def off_16_bytes(session: Session) -> list[str]:
+    return [name for name, p in session.module.named_parameters() if p.numel() % 8 == 0 and p.data_ptr() % 16]
+
+
+def contents(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    checkpoint = ShardedCheckpoint(folder, read_manifest(folder))
+    values = {(kind, name): checkpoint.read(kind, name) for kind in checkpoint.kinds for name in checkpoint.names(kind)}
+    checkpoint.close()
+    return values
+
+
+@pytest.mark.parametrize(("method", "routing"), [("diff_moe", {}), ("diff_moe", {"num_experts": 12}), ("expert_race", {}),
+                                                 ("classification", {})])
+def test_weights_in_bf16_begin_at_16_bytes_whatever_the_routers_biases(method, routing) -> None:
+    with open_session(config_of(method, **routing), bf16=True) as session:
+        assert optimizer.is_reordered(session.module, session.config.optimizer, "bf16")
+        assert off_16_bytes(session) == []
+        train_step(session)
+        assert off_16_bytes(session) == []
+
+
+def test_order_of_weights_without_odd_sizes_and_in_fp32_is_the_networks() -> None:
+    with open_session(config_of("token_choice"), bf16=True) as session:
+        assert not optimizer.is_reordered(session.module, session.config.optimizer, "bf16")
+    with open_session(config_of("diff_moe"), bf16=False) as session:
+        assert not optimizer.is_reordered(session.module, session.config.optimizer, "fp32")
+
+
+def test_resume_from_a_checkpoint_of_the_former_order_is_exact(tmp_path, monkeypatch) -> None:
+    config = config_of("diff_moe", num_experts=12)
+    with monkeypatch.context() as before:
+        before.setattr(optimizer, "_ALIGNED", 1)
+        with open_session(config, bf16=True) as session:
+            assert off_16_bytes(session)
+            train_step(session)
+            Saver(session, tmp_path / "former").save()
+            expected = train_step(session)
+    former = tmp_path / "former" / "step_0000001"
+    assert not read_manifest(former).layout.aligned
+    with open_session(config, bf16=True) as session:
+        load_checkpoint(session, former, same_run=True)
+        Saver(session, tmp_path / "now").save()
+        found = train_step(session)
+    now = tmp_path / "now" / "step_0000001"
+    assert read_manifest(now).layout.aligned
+    there, here = contents(former), contents(now)
+    assert {kind for kind, _ in there} > {"weights", "exp_avg", "exp_avg_sq"}
+    assert there.keys() == here.keys()
+    assert all(torch.equal(here[key], value) for key, value in there.items())
+    assert {name: float(value) for name, value in found.terms.items()} == {
+        name: float(value) for name, value in expected.terms.items()}
+    with open_session(config, bf16=True) as session:  # its own order is loaded by DeepSpeed itself
+        load_checkpoint(session, now, same_run=True)
+        again = train_step(session)
+    assert float(again.grad_norm) == float(found.grad_norm)

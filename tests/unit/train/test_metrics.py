@@ -1,0 +1,60 @@
+"""What a resume leaves of the logs: read from their end, whatever an interruption left there."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+import promoe_ds.train.metrics as metrics
+from promoe_ds.train.metrics import append_lines, drop_lines_after
+
+
+def line(step: int, size: int = 0) -> bytes:
+    return json.dumps({"step": step, "padding": "é" * size}, ensure_ascii=False).encode() + b"\n"
+
+
+WHOLE = b"".join(line(step) for step in (1, 1, 2, 2, 3, 3))
+
+
+@pytest.mark.parametrize(("content", "step", "expected"), [
+    (WHOLE, 2, line(1) * 2 + line(2) * 2),
+    (WHOLE, 3, WHOLE),
+    (WHOLE, 9, WHOLE),
+    (WHOLE, 0, b""),
+    (b"", 5, b""),
+    (WHOLE + b'{"step": 4, "los', 3, WHOLE),
+    (WHOLE[:-1], 3, WHOLE),  # whole but for its end
+    (WHOLE + b"\xff\x00\n" + line(4), 3, WHOLE),
+    (WHOLE + line(4) + b"\x00" * 5000, 4, WHOLE + line(4)),
+    (WHOLE + b'[4]\n{"loss": 1}\n{"step": null}\n\n' + line(5), 3, WHOLE),
+    (b"\xff\n" + WHOLE, 2, b"\xff\n" + line(1) * 2 + line(2) * 2),  # what a run has left behind long ago is not looked at
+    (line(1, 100) + line(2, 999) + line(3, 40), 2, line(1, 100) + line(2, 999)),
+], ids=["later", "newest", "none", "all", "empty", "cut", "endless", "bytes", "zeros", "objects", "old", "long"])
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+def test_drop_lines_leaves_those_up_to_the_step(content, step, expected, block, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(metrics, "_BLOCK_BYTES", block)
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(content)
+    drop_lines_after(path, step)
+    assert path.read_bytes() == expected
+    append_lines(path, [{"step": 10}])
+    assert path.read_bytes() == expected + b'{"step": 10}\n'
+
+
+def test_drop_lines_tells_of_broken_ones_and_reads_no_further_than_needed(tmp_path: Path, monkeypatch, caplog) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(WHOLE * 1000 + b"\xff\n" + line(4))
+    seen = []
+    monkeypatch.setattr(metrics.json, "loads", lambda text, loads=json.loads: seen.append(text) or loads(text))
+    with caplog.at_level(logging.WARNING):
+        drop_lines_after(path, 3)
+    assert len(seen) == 3
+    assert f"log.jsonl: dropped a broken line at byte {len(WHOLE) * 1000}" in caplog.text
+
+
+def test_drop_lines_without_a_file_makes_none(tmp_path: Path) -> None:
+    drop_lines_after(tmp_path / "log.jsonl", 3)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,185 @@
+"""A rank's watch over itself, in real processes: what it ends by, with which code and words."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from promoe_ds.config import SupervisionConfig
+from promoe_ds.distributed.peers import peer_problem
+from promoe_ds.launch.early_signals import STOP_SIGNALS, Beginning
+from promoe_ds.launch.heartbeat import read_lease, read_notes, renew_lease
+from promoe_ds.launch.leftovers import processes_with, sweep
+from promoe_ds.train.health import HealthWatch
+from promoe_ds.train.supervisor import supervised
+
+from .ranks import ONE_RANK
+
+REPOSITORY = Path(__file__).parents[3]
+#: A rank that is set up, makes one step and then does what `body` says.
+RANK = """
+import os, sys, time, threading
+from pathlib import Path
+from promoe_ds.config import SupervisionConfig
+from promoe_ds.train.supervisor import supervised
+from promoe_ds.cli.entry import run_entry
+from promoe_ds.launch.early_signals import Beginning
+def main(arguments):
+    beginning = Beginning()
+    settings = SupervisionConfig(step_timeout_seconds=1.5, launcher_timeout_seconds=2, setup_timeout_seconds=60)
+    with supervised(settings, Path(sys.argv[1]), beginning) as supervisor:
+        supervisor.begin_step(0); supervisor.end_step(); supervisor.begin_step(7)
+        print("ready", flush=True)
+        {body}
+run_entry(main)
+"""
+
+
+def _rank(folder: Path, body: str, **environment: str) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RANK": "3", "LOCAL_RANK": "0", **environment}
+    return subprocess.Popen([sys.executable, "-c", RANK.format(body=body), str(folder)], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def test_watchdog_stalled_step_dumps_stacks_and_ends_with_8(tmp_path) -> None:
+    rank = _rank(tmp_path, "lock = threading.Lock(); lock.acquire(); lock.acquire()")
+    _, errors = rank.communicate(timeout=30)
+    assert rank.returncode == 8
+    (dump,) = (tmp_path / "supervision").iterdir()
+    assert dump.name == "stalled_rank_00003_step_0000007.txt"
+    assert dump.read_text().startswith(f"rank 3 on {os.uname().nodename}, process {rank.pid}, step 7\n")
+    assert "in main" in dump.read_text()
+    assert f"step 7 took longer than 1.5 s (supervision.step_timeout_seconds): all stacks are in {dump}" in errors
+
+
+def test_watchdog_lease_not_renewed_ends_with_9_and_leaves_a_note(tmp_path) -> None:
+    attempt = tmp_path / "attempt"
+    attempt.mkdir()
+    renew_lease(attempt, 1)
+    rank = _rank(tmp_path, "time.sleep(1); supervisor.begin_step(8); time.sleep(1); supervisor.begin_step(9); time.sleep(20)",
+                 PROMOE_LAUNCH_DIR=str(attempt))
+    _, errors = rank.communicate(timeout=30)
+    assert rank.returncode == 9, errors
+    assert "no sign of life from the launcher for 2 s" in errors
+    (note,) = read_notes(attempt)
+    assert (note.rank, note.code, note.pid) == (3, 9, rank.pid)
+
+
+def test_lease_wish_to_stop_reaches_the_rank(tmp_path) -> None:
+    renew_lease(tmp_path, 5, "SIGTERM")
+    assert read_lease(tmp_path) == (5, "SIGTERM")
+    rank = _rank(tmp_path, "time.sleep(1); print(supervisor.wants_to_stop(), supervisor.stop_reason)",
+                 PROMOE_LAUNCH_DIR=str(tmp_path))
+    output, errors = rank.communicate(timeout=30)
+    assert output.splitlines()[-1] == "True SIGTERM", errors
+    assert [note.code for note in read_notes(tmp_path)] == [0]
+    (tmp_path / "lease.json").write_text("{half")
+    assert read_lease(tmp_path) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_is_a_wish_to_stop_not_an_end(tmp_path, number) -> None:
+    rank = _rank(tmp_path, "time.sleep(0.8); print(supervisor.stop_reason)")
+    assert rank.stdout.readline() == "ready\n"
+    rank.send_signal(number)
+    output, _ = rank.communicate(timeout=30)
+    assert (rank.returncode, output) == (0, f"{number.name}\n")
+
+
+def test_signal_during_the_imports_is_handed_over(tmp_path) -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        beginning = Beginning()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with supervised(SupervisionConfig(), tmp_path, beginning) as supervisor:
+            assert (supervisor.wants_to_stop(), supervisor.stop_reason) == (True, "SIGUSR1")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_signal_after_the_agreed_stop_keeps_the_exit_code(tmp_path) -> None:
+    """Another rank's signal came first: this one is about to end when its own arrives."""
+    rank = _rank(tmp_path, "from promoe_ds.errors import Preempted; raise Preempted('saved')")
+    assert rank.stdout.readline() == "ready\n"
+    time.sleep(0.5)  # it waits now, so that rank 0 may speak first
+    rank.send_signal(signal.SIGTERM)
+    _, errors = rank.communicate(timeout=30)
+    assert (rank.returncode, errors) == (75, "stopped: rank 3: saved\n")
+
+
+def test_rank_whose_deepspeed_launcher_is_killed_ends_with_9(tmp_path) -> None:
+    """A stand-in for DeepSpeed's launcher, known by its name on the command line, starts the rank and is killed."""
+    attempt, launch = tmp_path / "attempt", tmp_path / "deepspeed.launcher.launch"
+    attempt.mkdir()
+    launch.write_text("import subprocess, sys\nsubprocess.run(sys.argv[1:])\n")
+    body = "[(supervisor.begin_step(n), time.sleep(0.5)) for n in range(100)]"
+    command = [sys.executable, str(launch), sys.executable, "-c", RANK.format(body=body), str(tmp_path)]
+    code = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RANK": "0", "LOCAL_RANK": "1", "PROMOE_LAUNCH_DIR": str(attempt)}
+    starter = subprocess.Popen([sys.executable, "-c", code, *command], env=env, text=True, stdout=subprocess.PIPE)
+    assert starter.stdout.readline() == "ready\n"
+    launcher = int(Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text())
+    os.kill(launcher, signal.SIGKILL)
+    deadline = time.monotonic() + 15
+    while not [note for note in read_notes(attempt) if note.code is not None] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (note,) = read_notes(attempt)
+    starter.wait(10)
+    assert note.code == 9
+    assert f"launcher process {launcher} is gone" in note.message
+
+
+def test_sweep_kills_what_is_left_of_its_attempt_and_nothing_else(tmp_path) -> None:
+    mine, other = (subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], "PROMOE_LAUNCH_DIR": str(tmp_path / name)})
+                   for name in ("attempt_001", "attempt_0010"))
+    try:
+        deadline = time.monotonic() + 10
+        while processes_with("PROMOE_LAUNCH_DIR", str(tmp_path / "attempt_001")) != [mine.pid]:
+            assert time.monotonic() < deadline  # a process has its environment a moment after it has begun
+        assert sweep(str(tmp_path / "attempt_001"), patience=0.1) == [mine.pid]
+        assert mine.wait(10) == -9
+        assert other.poll() is None
+    finally:
+        mine.kill()
+        other.kill()
+        other.wait()
+
+
+def test_peer_problem_names_the_rank_at_the_address() -> None:
+    places = {"10.0.0.1": "rank 0 on a", "10.0.0.2": "ranks 1, 2 on b"}
+    closed = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:21503")
+    assert peer_problem(closed, places).startswith("lost ranks 1, 2 on b (")
+    late = RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation to complete")
+    assert peer_problem(late, places).startswith("an exchange with other ranks broke or took too long (")
+    assert peer_problem(dist.DistBackendError("NCCL error"), places)
+    assert peer_problem(RuntimeError("shape '[2]' is invalid"), places) == ""
+    assert peer_problem(ValueError("Connection closed by peer"), places) == ""
+
+
+def test_health_a_wish_to_stop_is_agreed_with_the_verdict(monkeypatch) -> None:
+    reduced = []
+
+    def all_reduce(tensor, **options):
+        reduced.append(tensor.clone())
+        tensor[1] = 1  # another rank wishes to stop
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    watch = HealthWatch(nn.Linear(2, 1), ONE_RANK)
+    assert not watch.stop_agreed
+    watch.wants_to_stop = lambda: False
+    assert watch.verdict(3) == ""
+    assert watch.stop_agreed
+    assert len(reduced) == 1, "no collective of its own"
+    watch.wants_to_stop = lambda: True
+    watch.verdict(4)
+    assert torch.equal(reduced[1], torch.tensor([0.0, 1.0]))
