@@ -12,7 +12,7 @@ from promoe_ds.checkpoint.manifest import MANIFEST, FileRecord, Layout, Manifest
 from promoe_ds.checkpoint.resume import Choice, choose_checkpoint
 from promoe_ds.errors import CheckpointError
 
-from .ranks import ONE_RANK
+from tests.unit.ranks import ONE_RANK
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from promoe_ds.train.step import StepResult
 from promoe_ds.train.supervisor import Supervisor
 
 from ..builders import random_network, random_tensor
-from .ranks import ONE_RANK, pretend_one_rank
+from tests.unit.ranks import ONE_RANK, pretend_one_rank
 
 
 def test_loop_leaves_an_evaluations_waits_out_of_the_next_interval(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from promoe_ds.train.routing_log import RoutingAccumulator, load_summary
 from promoe_ds.train.trackers import flatten
 
 from ..builders import METHODS, of_method, random_network, random_tensor
-from .ranks import ONE_RANK, call_together, pretend_one_rank
+from tests.unit.ranks import ONE_RANK, call_together, pretend_one_rank
 
 NULL, BINS = 10, 2
 #: Noise levels and labels of a batch: the last image is all noise and belongs to the upper of two bins.

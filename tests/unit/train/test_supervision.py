@@ -22,7 +22,7 @@ from promoe_ds.launch.leftovers import processes_with, sweep
 from promoe_ds.train.health import HealthWatch
 from promoe_ds.train.supervisor import supervised
 
-from .ranks import ONE_RANK
+from tests.unit.ranks import ONE_RANK
 
 REPOSITORY = Path(__file__).parents[3]
 #: A rank that is set up, makes one step and then does what `body` says.
