@@ -7,15 +7,14 @@ unconditional experts stay outside, as ordinary data-parallel parameters under t
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from promoe_ds.backends.deepspeed_private import expert_group_name
 from promoe_ds.backends.megatron import MegatronPath
 from promoe_ds.backends.stock_deepspeed import CapacityPath
 from promoe_ds.config import RunConfig
@@ -39,7 +38,7 @@ class ShardedExperts(StackedExperts, MoE):
         self.expert_type, self.backend = full.expert_type, full.backend
         self.ep_size, self.num_experts, self.num_local_experts = ep_size, num_experts, num_experts // ep_size
         self.first_expert = ep_rank * self.num_local_experts
-        self.expert_group_name = f"ep_size_{ep_size}"
+        self.expert_group_name = expert_group_name(ep_size)
         self.enable_expert_tensor_parallelism = False
         for name in EXPERT_PARAMETERS[self.expert_type]:
             shape = (self.num_local_experts, *getattr(full, name).shape[1:])
@@ -56,28 +55,7 @@ class ShardedExperts(StackedExperts, MoE):
             parameter.group_name = self.expert_group_name
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Nothing to do: `create_expert_groups` has made the groups that DeepSpeed looks up by name."""
-
-
-def create_expert_groups(ep_size: int, timeout_seconds: float, *, data_before_expert: bool = False) -> dist.ProcessGroup:
-    """Make DeepSpeed's expert-parallel and expert-data-parallel groups; return this rank's expert-parallel one.
-
-    DeepSpeed gives groups that it makes torch's default time-out of half an hour; they get ours here.
-    """
-    groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
-    name = f"ep_size_{ep_size}"
-    expert_group = groups._get_expert_parallel_group(name)
-    for group in (expert_group, groups._get_expert_data_parallel_group(name)):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
-    return expert_group
-
-
-def forget_expert_groups() -> None:
-    """Forget the groups that DeepSpeed keeps by name: they ended with the process group that they were part of."""
-    groups._WORLD_GROUP = None
-    for kept in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS, groups._EXPERT_DATA_PARALLEL_GROUP,
-                 groups._EXPERT_DATA_PARALLEL_GROUP_RANKS):
-        kept.clear()
+        """Nothing to do: `make_expert_groups` has made the groups that DeepSpeed looks up by name."""
 
 
 def shard_experts(network: DiT, group: dist.ProcessGroup, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a session, exactly, or an error that says what does not fit."""
+"""Loading a checkpoint into a trainer, exactly, or an error that says what does not fit."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from promoe_ds.checkpoint.expert_order import moves_experts
 from promoe_ds.checkpoint.manifest import Manifest, read_manifest
 from promoe_ds.checkpoint.resharding import load_resharded
 from promoe_ds.checkpoint.save import layout_of
+from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.checkpoint.zero_reader import check_progress
 from promoe_ds.config import RunConfig
 from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.distributed.context import on_all_ranks
 from promoe_ds.errors import CheckpointError
 from promoe_ds.logs import get_logger
-from promoe_ds.train.trainer import Session
 
 _LOG = get_logger("checkpoint")
 
@@ -40,8 +40,8 @@ FREE_FIELDS = {
 }
 
 
-def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
-    """Load a sound checkpoint into the session; all ranks call this together.
+def load_checkpoint(trainer: TrainingState, folder: Path, *, same_run: bool) -> None:
+    """Load a sound checkpoint into the trainer; all ranks call this together.
 
     Args:
         same_run: whether it must be this very run's (`--resume auto`): then only FREE_FIELDS may differ. Otherwise only the
@@ -51,40 +51,40 @@ def load_checkpoint(session: Session, folder: Path, *, same_run: bool) -> None:
     Raises: CheckpointError naming the fields that do not fit.
     """
     manifest = read_manifest(folder)
-    differing = differing_fields(manifest.config, session.config, architecture_only=not same_run)
+    differing = differing_fields(manifest.config, trainer.config, architecture_only=not same_run)
     if differing:
         kind = "another run" if same_run else "another architecture or objective"
         raise CheckpointError(f"{folder} belongs to {kind}: {'; '.join(differing)}")
-    if session.ranks.is_main:
-        _tell_changes(session, manifest, same_run=same_run)
-    layout = layout_of(session)
+    if trainer.context.is_main:
+        _tell_changes(trainer, manifest, same_run=same_run)
+    layout = layout_of(trainer)
     same_optimizer = _beside_schedule(OptimizerConfig.model_validate(manifest.config["optimizer"])) == _beside_schedule(
-        session.config.optimizer)
-    if layout == manifest.layout and same_optimizer and not moves_experts(manifest, session.config):
-        on_all_ranks(lambda: _load_as_it_is(session, folder, manifest))
-        session.optimizer.averages_since = dict(manifest.averages_since)
+        trainer.config.optimizer)
+    if layout == manifest.layout and same_optimizer and not moves_experts(manifest, trainer.config):
+        on_all_ranks(lambda: _load_as_it_is(trainer, folder, manifest))
+        trainer.optimizer.averages_since = dict(manifest.averages_since)
     else:
         _LOG.info("resume: resharding, from %s to %s%s", manifest.layout, layout,
                   "" if same_optimizer else ", with other settings of the optimizer")
-        load_resharded(session, folder, manifest)
-        session.engine.global_steps, session.engine.global_samples = manifest.step, manifest.samples_seen
-    session.step, session.samples_seen = manifest.step, manifest.samples_seen
+        load_resharded(trainer, folder, manifest)
+        trainer.engine.global_steps, trainer.engine.global_samples = manifest.step, manifest.samples_seen
+    trainer.step, trainer.samples_seen = manifest.step, manifest.samples_seen
 
 
-def _tell_changes(session: Session, manifest: Manifest, *, same_run: bool) -> None:
+def _tell_changes(trainer: TrainingState, manifest: Manifest, *, same_run: bool) -> None:
     """Say what may change at a resume, and does not pass without a trace."""
     train = manifest.config["train"]
     before = train["micro_batch_size"] or train["global_batch_size"] // manifest.layout.world_size
-    if before != session.batches.micro_batch:
+    if before != trainer.batches.micro_batch:
         _LOG.warning("resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
-                     "(docs/methods.md)", before, session.batches.micro_batch)
-    scale, before = session.config.data.latent_scale, manifest.config["data"]["latent_scale"]
+                     "(docs/methods.md)", before, trainer.batches.micro_batch)
+    scale, before = trainer.config.data.latent_scale, manifest.config["data"]["latent_scale"]
     if before != scale:
         _LOG.warning("resume: data.latent_scale was %g and is %g: unless the latents are of another autoencoder, the network sees "
                      "them at a scale that it was not trained on", before, scale)
-    if same_run and manifest.dataset_size not in (None, len(session.dataset)):
+    if same_run and manifest.dataset_size not in (None, len(trainer.dataset)):
         _LOG.warning("resume: the data set had %d samples and has %d: their order is another from here on, some come again or "
-                     "never in this epoch", manifest.dataset_size, len(session.dataset))
+                     "never in this epoch", manifest.dataset_size, len(trainer.dataset))
 
 
 def _beside_schedule(config: OptimizerConfig) -> OptimizerConfig:
@@ -92,11 +92,11 @@ def _beside_schedule(config: OptimizerConfig) -> OptimizerConfig:
     return config.model_copy(update={name: OptimizerConfig.model_fields[name].default for name in _SCHEDULE})
 
 
-def _load_as_it_is(session: Session, folder: Path, manifest: Manifest) -> None:
-    loaded, _ = session.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+def _load_as_it_is(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
+    loaded, _ = trainer.engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise CheckpointError(f"{folder}: DeepSpeed found nothing to load there")
-    check_progress({"global_steps": session.engine.global_steps, "global_samples": session.engine.global_samples}, folder, manifest)
+    check_progress({"global_steps": trainer.engine.global_steps, "global_samples": trainer.engine.global_samples}, folder, manifest)
 
 
 def differing_fields(saved: dict[str, Any], config: RunConfig, *, architecture_only: bool) -> list[str]:

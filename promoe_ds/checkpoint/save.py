@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from promoe_ds.backends.parameter_groups import is_reordered
 from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.checkpoint.manifest import UNFINISHED, FileRecord, Layout, Manifest, list_checkpoints, step_folder, step_of
+from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.config.schema import TrainConfig
 from promoe_ds.distributed.context import from_main, gather_objects
 from promoe_ds.errors import CheckpointError
 from promoe_ds.logs import get_logger
-from promoe_ds.train.optimizer import is_reordered
-from promoe_ds.train.trainer import Session
 from promoe_ds.versions import package_versions
 
 _LOG = get_logger("checkpoint")
@@ -24,36 +24,36 @@ _LOG = get_logger("checkpoint")
 _DELETED = ".deleted"
 
 
-def layout_of(session: Session) -> Layout:
+def layout_of(trainer: TrainingState) -> Layout:
     """Return the layout that a run's checkpoints have."""
-    config, plan = session.config, session.deepspeed_plan
-    return Layout(world_size=session.ranks.world_size, ep_size=config.parallel.ep_size, dispatch=config.parallel.expert_storage,
+    config, plan = trainer.config, trainer.deepspeed_plan
+    return Layout(world_size=trainer.context.world_size, ep_size=config.parallel.ep_size, dispatch=config.parallel.expert_storage,
                   zero_stage=plan.zero_stage, precision=plan.precision,
                   data_before_expert=bool(plan.json.get("use_data_before_expert_parallelism", False)),
-                  aligned=is_reordered(session.module, config.optimizer, plan.precision))
+                  aligned=is_reordered(trainer.module, config.optimizer, plan.precision))
 
 
 class Saver:
-    """Saves a session's checkpoints, one at a time.
+    """Saves a trainer's checkpoints, one at a time.
 
     With `train.async_checkpoint` each rank copies its share to host memory and writes it while training goes on. At most one
     checkpoint is in flight; `poll`, after every step, completes it once all ranks have written, or raises what went wrong.
     """
 
-    def __init__(self, session: Session, root: Path) -> None:
+    def __init__(self, trainer: TrainingState, root: Path) -> None:
         """Save under `root`."""
-        self._session, self._root = session, root
+        self._trainer, self._root = trainer, root
         self._pending: _Pending | None = None
 
     def save(self) -> None:
-        """Save the session as it is now; all ranks call this together.  A save in flight is waited for.
+        """Save the trainer as it is now; all ranks call this together.  A save in flight is waited for.
 
         Order: shards into `step_N.tmp`, manifest, rename to `step_N`, `latest`, then old checkpoints beyond keep_last go.
         Raises: CheckpointError on every rank if any rank could not write; what was complete before stays so.
         """
         self.finish()
-        self._pending = _begin(self._session, self._root)
-        if not self._session.config.train.async_checkpoint:
+        self._pending = _begin(self._trainer, self._root)
+        if not self._trainer.config.train.async_checkpoint:
             self.finish()
 
     def poll(self) -> None:
@@ -63,7 +63,7 @@ class Saver:
         """
         if self._pending is None:
             return
-        busy = torch.tensor(float(self._pending.storage.is_writing), device=self._session.ranks.device)
+        busy = torch.tensor(float(self._pending.storage.is_writing), device=self._trainer.context.device)
         dist.all_reduce(busy, op=dist.ReduceOp.MAX)
         if not busy.item():
             self.finish()
@@ -76,7 +76,7 @@ class Saver:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        path = _complete(self._session, self._root, pending)
+        path = _complete(self._trainer, self._root, pending)
         _LOG.info("step %d: saved %s", pending.step, path)
 
 
@@ -94,16 +94,16 @@ class _Pending:
         return step_folder(self.step)
 
 
-def _begin(session: Session, root: Path) -> _Pending:
+def _begin(trainer: TrainingState, root: Path) -> _Pending:
     """Hand every rank's share to the storage."""
-    unfinished = root / f"{step_folder(session.step)}{UNFINISHED}"
-    failure = from_main(_clear(unfinished) if session.ranks.is_main else None)
+    unfinished = root / f"{step_folder(trainer.step)}{UNFINISHED}"
+    failure = from_main(_clear(unfinished) if trainer.context.is_main else None)
     if failure is None:
-        session.engine.save_checkpoint(str(root), tag=unfinished.name, save_latest=False)
-    return _Pending(storage=session.engine.checkpoint_engine, step=session.step, samples_seen=session.samples_seen, failure=failure)
+        trainer.engine.save_checkpoint(str(root), tag=unfinished.name, save_latest=False)
+    return _Pending(storage=trainer.engine.checkpoint_engine, step=trainer.step, samples_seen=trainer.samples_seen, failure=failure)
 
 
-def _complete(session: Session, root: Path, pending: _Pending) -> Path:
+def _complete(trainer: TrainingState, root: Path, pending: _Pending) -> Path:
     """Wait for this rank's files, gather all ranks' records, make the shards a checkpoint."""
     unfinished, final = root / f"{pending.folder}{UNFINISHED}", root / pending.folder
     pending.storage.wait()
@@ -112,10 +112,10 @@ def _complete(session: Session, root: Path, pending: _Pending) -> Path:
         records.update(files)
         failures += [f"rank {rank}: {problem}"] if problem else []
     if not failures:
-        failure = from_main(_finish(session, root, pending, records) if session.ranks.is_main else None)
+        failure = from_main(_finish(trainer, root, pending, records) if trainer.context.is_main else None)
         failures = [failure] if failure else []
     if failures:
-        if session.ranks.is_main:
+        if trainer.context.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         sound = list_checkpoints(root)
         remains = f"the newest complete checkpoint is {sound[0]}" if sound else "there is no complete checkpoint yet"
@@ -134,23 +134,23 @@ def _clear(folder: Path) -> str | None:
     return None
 
 
-def _finish(session: Session, root: Path, pending: _Pending, records: dict[str, FileRecord]) -> str | None:
+def _finish(trainer: TrainingState, root: Path, pending: _Pending, records: dict[str, FileRecord]) -> str | None:
     """Make the written shards a checkpoint; rank 0 only. Return what went wrong."""
     unfinished, final = root / f"{pending.folder}{UNFINISHED}", root / pending.folder
     try:
         if problem := _find_unseen(unfinished, records):
             return f"rank 0: {problem}"
         manifest = Manifest(
-            step=pending.step, samples_seen=pending.samples_seen, config=session.config.model_dump(mode="json"),
-            layout=layout_of(session), files=records, versions=package_versions(),
-            averages_since=dict(session.optimizer.averages_since), dataset_size=len(session.dataset))
+            step=pending.step, samples_seen=pending.samples_seen, config=trainer.config.model_dump(mode="json"),
+            layout=layout_of(trainer), files=records, versions=package_versions(),
+            averages_since=dict(trainer.optimizer.averages_since), dataset_size=len(trainer.dataset))
         manifest.write(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         pointer = root / "latest.tmp"
         pointer.write_text(final.name)
         pointer.rename(root / "latest")
-        _prune(root, pending.step, session.config.train)
+        _prune(root, pending.step, trainer.config.train)
     except OSError as error:
         return f"rank 0: {error}"
     return None

@@ -48,7 +48,8 @@ def main(arguments: Sequence[str]) -> None:
     config = load_config(options.recipe, options.overrides)
     values = read_deepspeed_json(options.deepspeed_config)
 
-    from promoe_ds.distributed.context import complete_environment, start_distributed, stop_distributed
+    from promoe_ds.backends.process_group import start_distributed
+    from promoe_ds.distributed.context import complete_environment, stop_distributed
 
     # A dry run needs no launcher: it assumes the fewest ranks that the recipe runs on.
     world_size = config.parallel.ep_size if options.dry_run and "WORLD_SIZE" not in os.environ else complete_environment()
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         describe(config, plan, batches)
         return
 
-    from promoe_ds.train.loop import Run, train
+    from promoe_ds.train.run import Run, train
     from promoe_ds.train.supervisor import supervised
 
     run_dir = options.run_dir or Path("runs") / config.name

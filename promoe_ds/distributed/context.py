@@ -57,28 +57,16 @@ def complete_environment() -> int:
     return int(env["WORLD_SIZE"])
 
 
-def start_distributed(timeout_seconds: float) -> Ranks:
-    """Join the process group: nccl where there is CUDA, gloo elsewhere or where DS_ACCELERATOR=cpu asks for it.
+def join_process_group(backend: str, timeout_seconds: float) -> None:
+    """Join torch's process group; under torchrun it is left to whoever asks for it, with torchrun's own store.
 
-    Call after `complete_environment`.
+    Raises: ConfigError if rank 0 cannot listen on MASTER_ADDR and MASTER_PORT.
     """
-    device = local_device()
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__
-
-    # DeepSpeed's shared-memory all-reduce for CPUs is compiled at first use, for a minute; gloo serves.
-    __compatible_ops__["deepspeed_shm_comm"] = False
-    timeout, backend = timedelta(seconds=timeout_seconds), "nccl" if device.type == "cuda" else "gloo"
-    # For groups that DeepSpeed makes itself: it states none, and torch's default is half an hour.
-    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, store=_open_store(rank, world_size, timeout), rank=rank, world_size=world_size,
                                 timeout=timeout)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
-    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
 
 
 def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:

@@ -21,7 +21,7 @@ from promoe_ds.evaluation.reference import check_fits, open_reference, read_refe
 from promoe_ds.evaluation.sampling import Drawer, even_passes
 from promoe_ds.evaluation.statistics import RunningGaussian
 from promoe_ds.train.ema import averaged_network
-from promoe_ds.train.trainer import Session
+from promoe_ds.train.trainer import Trainer
 
 
 class OnlineEvaluation:
@@ -53,7 +53,7 @@ class OnlineEvaluation:
             steps=settings.steps or config.sampling.steps, cfg_scale=settings.cfg_scale, null_label=model.null_label,
             shift=config.diffusion.shift, solver=config.resolved_solver, num_train_timesteps=config.diffusion.num_train_timesteps)
 
-    def __call__(self, session: Session) -> dict[str, float]:
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Return the figures for this step's log line, NaN where the samples have none; all ranks call this together.
 
         Every rank makes equally many passes, as experts that lie on several need, the last ones possibly for nothing.
@@ -61,7 +61,7 @@ class OnlineEvaluation:
         started, settings, team = time.perf_counter(), self._config.evaluation, self._team
         passes, size = even_passes(settings.samples, batch_size=settings.batch_size, world_size=team.world_size)
         running = None
-        with averaged_network(session) as network, torch.no_grad():
+        with averaged_network(trainer) as network, torch.no_grad():
             drawer = Drawer(network, self._config, self._plan, seed=settings.seed, device=team.device)
             for number in range(passes):
                 first = (number * team.world_size + team.rank) * size

@@ -54,10 +54,23 @@ class WaitClock:
         """Start at zero."""
         self._seconds = dict.fromkeys(EXCHANGES, 0.0)
         self._events: list[tuple[str, Any, Any]] = []
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing inside: passes that train nothing, in an evaluation or when routers start, wait, too."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     @contextmanager
     def waiting(self, name: str, device: torch.device) -> Iterator[None]:
         """Count what is done inside as waiting for `name`."""
+        if self._is_paused:
+            yield
+            return
         if device.type != "cuda":
             start = time.perf_counter()
             yield

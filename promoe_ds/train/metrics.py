@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -37,7 +38,7 @@ class MetricsWriter:
         self._config, self._ranks, self._run_dir = config, ranks, run_dir
         self._flops = training_flops_per_image(config)
         self._peak = _peak_flops(ranks.device)
-        self.restart_clock()
+        self._restart_clock()
         self._trackers: list[Tracker] = []
         self._progress = None
         if not ranks.is_main:
@@ -53,20 +54,23 @@ class MetricsWriter:
         if self._progress is not None:
             self._progress.update()
 
-    def images_per_second(self) -> float:
-        """Return the speed since the clock was restarted, which is not that of an evaluation."""
-        return self._images / (time.perf_counter() - self._since)
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens meanwhile, an evaluation or a checkpoint, out of the speed of training."""
+        since = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - since
 
-    def write(self, step: int, scalars: dict[str, float], routing_lines: list[dict[str, Any]], images_per_second: float) -> None:
+    def write(self, step: int, scalars: dict[str, float], routing_lines: list[dict[str, Any]]) -> None:
         """Record a log step.
 
         Args:
             step: steps finished.
             scalars: loss, its terms, lr, grad_norm, and what an evaluation found.
             routing_lines: of `RoutingAccumulator.reduce`.
-            images_per_second: of training.
         """
-        self.restart_clock()
+        images_per_second = self._images / (time.perf_counter() - self._since)
+        self._restart_clock()
         if not self._ranks.is_main:
             return
         flops = images_per_second * self._flops
@@ -87,8 +91,7 @@ class MetricsWriter:
             _LOG.info("step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s", step, self._config.train.max_steps, terms,
                       scalars["grad_norm"], scalars["lr"], images_per_second)
 
-    def restart_clock(self) -> None:
-        """Measure speed from here: after a log line, and after a checkpoint, whose time is no training time."""
+    def _restart_clock(self) -> None:
         self._since, self._images = time.perf_counter(), 0
 
     def close(self) -> None:

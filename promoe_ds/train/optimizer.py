@@ -1,4 +1,4 @@
-"""AdamW with moving averages of the weights in its state, parameter groups, learning-rate schedule."""
+"""AdamW with moving averages of the weights in its state; the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from promoe_ds.config.optimizer import OptimizerConfig
-
-#: Numbers of bf16 in 16 bytes.
-_ALIGNED = 8
 
 
 class AdamWithEma(torch.optim.AdamW):
@@ -50,40 +46,6 @@ class AdamWithEma(torch.optim.AdamW):
         for name, average in self.averages.items() if owned else ():
             decay = average.decay_at(self.updates - self.averages_since.get(name, 0))
             torch._foreach_lerp_([self.state[p][name] for p in owned], owned, 1.0 - decay)
-
-
-def parameter_groups(network: nn.Module, config: OptimizerConfig, precision: str = "fp32") -> list[dict[str, Any]]:
-    """Split trainable parameters into dense and expert groups, each decayed and not decayed where there is a decay.
-
-    Only matrices are decayed: the stacked biases of experts have two dimensions as well, so names decide.
-    ZeRO lays a group into one buffer, in the group's order, and parameters become views of it. In bf16 those whose size is no
-    multiple of 16 bytes, as a router's bias of 12 experts, stand last: behind them a matrix would begin where CUDA's grouped
-    GEMM refuses it and other kernels are slow.
-    Args:
-        precision: of the weights, fp32 or bf16.
-    Returns: groups with `params`, `param_names`, `weight_decay`, `name` and, for experts, `moe`, which DeepSpeed reads.
-    """
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        expert_group = None if getattr(parameter, "allreduce", True) else parameter.group_name
-        decayed = config.weight_decay > 0 and name.endswith(("weight", "up_weight", "down_weight")) and "norm" not in name
-        group = groups.setdefault((expert_group or "dense", decayed), {
-            "params": [], "param_names": [], "name": expert_group or "dense",
-            "weight_decay": config.weight_decay if decayed else 0.0, **({"moe": True} if expert_group else {})})
-        group["params"].append(parameter)
-        group["param_names"].append(name)
-    for group in groups.values() if precision == "bf16" else ():
-        pairs = sorted(zip(group["params"], group["param_names"], strict=True), key=lambda pair: pair[0].numel() % _ALIGNED > 0)
-        group["params"], group["param_names"] = (list(column) for column in zip(*pairs, strict=True))
-    return list(groups.values())
-
-
-def is_reordered(network: nn.Module, config: OptimizerConfig, precision: str) -> bool:
-    """Whether the groups of a network in `precision` hold parameters in another order than the network's own."""
-    own, laid = ([group["param_names"] for group in parameter_groups(network, config, kind)] for kind in ("fp32", precision))
-    return own != laid
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:

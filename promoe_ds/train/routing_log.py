@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -82,11 +84,14 @@ class RoutingAccumulator:
             self._sent_PLw.append(torch.stack([_sent(plans[index], self._config.parallel.ep_size) for index in self._layers]))
         self._passes += 1
 
-    def forget_waits(self) -> None:
-        """Leave out what ranks have waited for since the last reduction: passes that train nothing wait, too."""
-        for clock in self._clocks:
-            if clock is not None:
-                clock.take()
+    @contextmanager
+    def waits_paused(self) -> Iterator[None]:
+        """Leave out what ranks wait for in passes that train nothing."""
+        with ExitStack() as stack:
+            for clock in self._clocks:
+                if clock is not None:
+                    stack.enter_context(clock.paused())
+            yield
 
     def reduce(self, *, step: int, steps: int, last: bool = False) -> list[dict[str, Any]]:
         """Sum over ranks, return the lines of routing.jsonl on rank 0, none elsewhere, and start anew.

@@ -68,6 +68,8 @@ class StepResult:
     grad_norm: float
     lr: float
     problem: str = ""
+    #: Whether some rank asked for a shutdown: the same on every rank.
+    stop_requested: bool = False
 
     @property
     def skipped(self) -> bool:

@@ -32,7 +32,8 @@ class Supervisor:
 
     def start(self, chain: tuple[int, ...]) -> None:
         """Begin to watch, also over the launcher's processes; set-up lasts until the first step is done."""
-        self._watchdog = Watchdog(self._rank, self._dump_folder, self._settings.launcher_timeout_seconds, self.ask_to_stop, chain)
+        self._watchdog = Watchdog(self._rank, self._dump_folder, self._settings.launcher_timeout_seconds,
+                                  self.request_shutdown, chain)
         self._watchdog.expect("set-up", 0, self._settings.setup_timeout_seconds)
         self._watchdog.start()
         leave_note(self._rank, None, "started")
@@ -70,12 +71,12 @@ class Supervisor:
         if self._watchdog is not None:
             self._watchdog.expect("step", self.step, self._settings.step_timeout_seconds)
 
-    def ask_to_stop(self, reason: str) -> None:
-        """Take note of a wish to stop; called from a signal handler or a thread."""
+    def request_shutdown(self, reason: str) -> None:
+        """Take note of a shutdown request; called from a signal handler or a thread."""
         self._stop_reason = self._stop_reason or reason
 
-    def wants_to_stop(self) -> bool:
-        """Whether this rank was asked to stop."""
+    def shutdown_requested(self) -> bool:
+        """Whether this rank was asked to shut down."""
         return bool(self._stop_reason)
 
     @property
@@ -110,9 +111,9 @@ def supervised(settings: SupervisionConfig, run_dir: Path, beginning: Beginning)
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
-            handlers[number] = signal.signal(number, lambda received, _: supervisor.ask_to_stop(signal.Signals(received).name))
+            handlers[number] = signal.signal(number, lambda received, _: supervisor.request_shutdown(signal.Signals(received).name))
     if beginning.stop_reason:
-        supervisor.ask_to_stop(beginning.stop_reason)
+        supervisor.request_shutdown(beginning.stop_reason)
     supervisor.start(beginning.chain)
     try:
         yield supervisor

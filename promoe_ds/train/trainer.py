@@ -1,8 +1,9 @@
-"""Building a training session: model, experts' placement, optimizer, DeepSpeed engine; and one step of it."""
+"""The trainer of one rank: model, experts' shards, optimizer, DeepSpeed engine; and one step of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,38 +12,45 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from promoe_ds.backends.expert_parallel import create_expert_groups, mark_experts, shard_experts, share_centroids
+from promoe_ds.backends.deepspeed_private import (
+    UpdateGate,
+    make_expert_groups,
+    use_checkpoint_engine,
+)
+from promoe_ds.backends.expert_parallel import mark_experts, shard_experts, share_centroids
+from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.backends.te_support import require_transformer_engine
 from promoe_ds.checkpoint.engine import RecordingStorage
-from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig
+from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig, plan_batches
 from promoe_ds.data import LatentDataset, sample_indices
 from promoe_ds.diffusion import DiffusionBatch, draw_batch
 from promoe_ds.distributed.context import Ranks
 from promoe_ds.distributed.host_topology import check_placement
 from promoe_ds.logs import get_logger
 from promoe_ds.model import build_model, initialise
+from promoe_ds.model.dit import DiT
 from promoe_ds.train.clipping import clip_gradients, global_grad_norm
-from promoe_ds.train.health import HealthWatch
-from promoe_ds.train.optimizer import AdamWithEma, learning_rate, parameter_groups
+from promoe_ds.train.health import HealthWatch, agree
+from promoe_ds.train.optimizer import AdamWithEma, learning_rate
 from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids
 from promoe_ds.train.routing_log import RoutingAccumulator
-from promoe_ds.train.step import StepResult, TrainingModule
+from promoe_ds.train.step import StepResult, TrainingModule, TrainingOutput
 
-_LOG = get_logger("session")
+_LOG = get_logger("trainer")
 
 #: Samples of the first batch that routers may start from.
 _STARTING_SAMPLES = 32
 
 
 @dataclass(kw_only=True)
-class Session:
-    """All that a training process holds."""
+class Trainer:
+    """All that one rank trains with. `step` and `samples_seen` count what is done."""
 
     config: RunConfig
     deepspeed_plan: DeepSpeedPlan
     batches: BatchPlan
-    ranks: Ranks
+    context: Ranks
     dataset: LatentDataset
     engine: deepspeed.DeepSpeedEngine
     optimizer: AdamWithEma
@@ -50,121 +58,149 @@ class Session:
     routing: RoutingAccumulator
     router_state: RouterState
     expert_group: dist.ProcessGroup | None
+    #: Asked once a step; where one rank answers yes, all ranks learn of it in that step's result.
+    shutdown_requested: Callable[[], bool] = bool
     step: int = 0
     samples_seen: int = 0
+
+    def __post_init__(self) -> None:
+        """Take the decision about each update from ZeRO, where there is ZeRO."""
+        has_zero = self.deepspeed_plan.zero_stage > 0
+        self._gate = UpdateGate(self.engine.optimizer) if has_zero else None
+
+    @classmethod
+    def build(cls, config: RunConfig, deepspeed_plan: DeepSpeedPlan, context: Ranks,
+              dataset: LatentDataset) -> Trainer:
+        """Build model and engine; every rank calls this together.
+
+        Weights are a function of the seed, not of the layout.
+        Raises: ConfigError for what is not installed, or not where the recipe needs it.
+        """
+        if config.precision.uses_transformer_engine:
+            require_transformer_engine(config.precision, context.device)
+        network, expert_group = _build_sharded_network(config, deepspeed_plan, context)
+        uses_te = config.precision.uses_transformer_engine
+        compute = use_transformer_engine(network, config, context.device) if uses_te else nullcontext
+        module = TrainingModule(network, compute).train()
+        optimizer = AdamWithEma(
+            parameter_groups(module, config.optimizer, deepspeed_plan.precision), config.optimizer)
+        _LOG.info("optimizer: torch's fused AdamW, its state %s",
+                  "on the host" if deepspeed_plan.offloads else "with the weights")
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_plan.json,
+                                          dist_init_required=False)
+        use_checkpoint_engine(engine, RecordingStorage(background=config.train.async_checkpoint))
+        health, routing = HealthWatch(module, context), RoutingAccumulator(config, network, context)
+        give_superclasses(network, config)
+        return cls(
+            config=config, deepspeed_plan=deepspeed_plan, batches=plan_batches(config, context.world_size),
+            context=context, dataset=dataset, engine=engine, optimizer=optimizer, health=health, routing=routing,
+            router_state=RouterState(network), expert_group=expert_group)
 
     @property
     def module(self) -> TrainingModule:
         """The module inside the engine."""
         return self.engine.module
 
+    @property
+    def network(self) -> DiT:
+        """The network that is trained."""
+        return self.module.denoiser
 
-def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: BatchPlan, ranks: Ranks,
-                  dataset: LatentDataset) -> Session:
-    """Build model and engine; every rank calls this together.
+    def start_routers(self) -> None:
+        """Start routers that learn from data, before the first step of a run: the same on any number of ranks."""
+        slots = range(min(self.batches.global_batch, _STARTING_SAMPLES))
+        batch, objective = self.make_batch(slots), self.module.objective
+        # Their own labels: dropout could leave no sample for the centroids to start from.
+        labels = self._take(slots)[1].to(self.context.device)
+        with self.routing.waits_paused():
+            seed_centroids(self.network, labels, objective.noised(batch), objective.timestep(batch),
+                           self.config.train.seed)
 
-    Experts are cut on the meta device, before any memory is taken; weights are a function of the seed, not of the layout.
-    """
-    if config.precision.uses_transformer_engine:
-        require_transformer_engine(config.precision, ranks.device)
+    def make_batch(self, slots: range) -> DiffusionBatch:
+        """Return the samples of some slots of the current step's global batch, noise and dropout drawn."""
+        clean, labels = self._take(slots)
+        batch = draw_batch(clean, labels, self.module.objective, null_label=self.config.model.null_label,
+                           seed=self.config.train.seed, step=self.step, slots=slots)
+        return batch.to(self.context.device)
+
+    def _take(self, slots: range) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.samples_seen + slots.start
+        indices = sample_indices(len(self.dataset), seed=self.config.train.seed, count=len(slots), start=start)
+        return self.dataset.take(indices, np.arange(start, start + len(slots)))
+
+    def train_step(self) -> StepResult:
+        """Run one optimizer step; all ranks skip it together where a loss or gradient is not finite."""
+        lr = self._set_learning_rate()
+        terms: dict[str, torch.Tensor] = {}
+        problem, stop, norm = "", False, None
+        for micro_step in range(self.batches.accumulation):
+            output = self._forward_and_backward(micro_step)
+            for name, value in output.terms.items():
+                terms[name] = terms.get(name, 0.0) + value.detach() / self.batches.accumulation
+            if micro_step == self.batches.accumulation - 1:
+                is_bad, stop = agree(self.health.is_bad(), self.shutdown_requested())
+                problem = self.health.finish(self.step, is_bad=is_bad)
+                norm = self._prepare_update(skip=bool(problem))
+            self.engine.step()
+        if self._gate is not None:
+            self._gate.confirm()
+            norm = self.engine.get_global_grad_norm()
+        self.step += 1
+        self.samples_seen += self.batches.global_batch
+        if not problem and not math.isfinite(norm):
+            # Every gradient is finite, their norm overflows: the update was left out as well.
+            problem = f"step {self.step - 1}: the norm of all gradients is not finite"
+        self.router_state.absorb(skip=bool(problem))
+        return StepResult(terms=terms, grad_norm=float("nan") if problem else float(norm), lr=lr, problem=problem,
+                          stop_requested=stop)
+
+    def _set_learning_rate(self) -> float:
+        lr = learning_rate(self.step, self.config.train.max_steps, self.config.optimizer)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.updates = self.step
+        return lr
+
+    def _forward_and_backward(self, micro_step: int) -> TrainingOutput:
+        batch = self.make_batch(self.batches.slots(micro_step, self.context.rank))
+        output = self.engine(batch)
+        self.health.see_loss(output.loss)
+        self.engine.backward(output.loss)
+        self.routing.add(output.plans, batch.sigma_B, batch.labels_B)
+        self.router_state.add(output.plans)
+        return output
+
+    def _prepare_update(self, *, skip: bool) -> torch.Tensor | None:
+        """Say whether to skip the update; without ZeRO also clip, and return the norm."""
+        if self._gate is not None:
+            self._gate.set(skip=skip)
+            return None
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        norm = global_grad_norm(parameters, self.expert_group)
+        optimizer, max_norm = self.engine.optimizer, self.config.optimizer.clip_norm
+        optimizer.overflow = skip or not bool(torch.isfinite(norm))
+        if max_norm > 0 and not optimizer.overflow:
+            clip_gradients(parameters, norm, max_norm)
+        return norm
+
+
+def _build_sharded_network(config: RunConfig, plan: DeepSpeedPlan,
+                           context: Ranks) -> tuple[DiT, dist.ProcessGroup | None]:
+    """Build the network with this rank's experts; cut on the meta device, before any memory is taken."""
     with torch.device("meta"):
         network = build_model(config)
     expert_group = None
     if config.parallel.resolved_dispatch != "local":
-        topology = bool(deepspeed_plan.json.get("use_data_before_expert_parallelism", False))
-        expert_group = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds, data_before_expert=topology)
+        data_before_expert = bool(plan.json.get("use_data_before_expert_parallelism", False))
+        expert_group = make_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds,
+                                          data_before_expert=data_before_expert)
         check_placement(expert_group, required=config.parallel.expert_groups == "node")
-        shard_experts(network, expert_group, ranks.device)
-    if config.routing.rcl_scope == "global" and ranks.world_size > 1:
+        shard_experts(network, expert_group, context.device)
+    if config.routing.rcl_scope == "global" and context.world_size > 1:
         share_centroids(network)
-    network.to_empty(device=ranks.device)
+    network.to_empty(device=context.device)
     initialise(network, config.train.seed)
     mark_experts(network)
     for block in network.blocks if config.parallel.compile else ():
         block.compile_dense()
-    uses_te = config.precision.uses_transformer_engine
-    module = TrainingModule(network, use_transformer_engine(network, config, ranks.device) if uses_te else nullcontext).train()
-    optimizer = AdamWithEma(parameter_groups(module, config.optimizer, deepspeed_plan.precision), config.optimizer)
-    _LOG.info("optimizer: torch's fused AdamW, its state %s", "on the host" if deepspeed_plan.offloads else "with the weights")
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_plan.json, dist_init_required=False)
-    engine.checkpoint_engine = RecordingStorage(background=config.train.async_checkpoint)
-    # Rank 0 would copy converters that cannot read expert-parallel shards, past our storage, into every checkpoint folder.
-    engine._copy_recovery_script = lambda save_path: None
-    health = HealthWatch(module, ranks)
-    routing = RoutingAccumulator(config, network, ranks)
-    give_superclasses(network, config)
-    return Session(config=config, deepspeed_plan=deepspeed_plan, batches=batches, ranks=ranks, dataset=dataset, engine=engine,
-                   optimizer=optimizer, health=health, routing=routing, router_state=RouterState(network),
-                   expert_group=expert_group)
-
-
-def start_routers(session: Session) -> None:
-    """Give routers that start from data their start, before the first step of a run: the same on any number of ranks."""
-    slots = range(min(session.batches.global_batch, _STARTING_SAMPLES))
-    batch, objective = make_batch(session, slots), session.module.objective
-    # Their own labels: dropout could leave no sample for the centroids to start from.
-    labels = _take(session, slots)[1].to(session.ranks.device)
-    seed_centroids(session.module.denoiser, labels, objective.noised(batch), objective.timestep(batch),
-                   session.config.train.seed)
-
-
-def make_batch(session: Session, slots: range) -> DiffusionBatch:
-    """Return the samples of some slots of the current step's global batch, noise and dropout drawn."""
-    clean, labels = _take(session, slots)
-    batch = draw_batch(clean, labels, session.module.objective, null_label=session.config.model.null_label,
-                       seed=session.config.train.seed, step=session.step, slots=slots)
-    return batch.to(session.ranks.device)
-
-
-def _take(session: Session, slots: range) -> tuple[torch.Tensor, torch.Tensor]:
-    start = session.samples_seen + slots.start
-    indices = sample_indices(len(session.dataset), seed=session.config.train.seed, count=len(slots), start=start)
-    return session.dataset.take(indices, np.arange(start, start + len(slots)))
-
-
-def train_step(session: Session) -> StepResult:
-    """Run one optimizer step, or skip it on all ranks together where a loss or gradient is not finite."""
-    engine, config = session.engine, session.config
-    lr = learning_rate(session.step, config.train.max_steps, config.optimizer)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-    session.optimizer.updates = session.step
-    terms: dict[str, torch.Tensor] = {}
-    problem, norm = "", None
-    for micro_step in range(session.batches.accumulation):
-        batch = make_batch(session, session.batches.slots(micro_step, session.ranks.rank))
-        output = engine(batch)
-        session.health.see_loss(output.loss)
-        engine.backward(output.loss)
-        session.routing.add(output.plans, batch.sigma_B, batch.labels_B)
-        session.router_state.add(output.plans)
-        for name, value in output.terms.items():
-            terms[name] = terms.get(name, 0.0) + value.detach() / session.batches.accumulation
-        if micro_step == session.batches.accumulation - 1:
-            problem = session.health.verdict(session.step)
-            norm = _prepare_update(session, skip=bool(problem))
-        engine.step()
-    session.step += 1
-    session.samples_seen += session.batches.global_batch
-    norm = engine.get_global_grad_norm() if norm is None else norm
-    if not problem and not math.isfinite(norm):
-        # Every gradient is finite, their norm overflows: the update was left out as well.
-        problem = f"step {session.step - 1}: the norm of all gradients is not finite"
-    session.router_state.absorb(skip=bool(problem))
-    return StepResult(terms=terms, grad_norm=float("nan") if problem else float(norm), lr=lr, problem=problem)
-
-
-def _prepare_update(session: Session, *, skip: bool) -> torch.Tensor | None:
-    """Tell the optimizer whether to skip; without ZeRO also clip, and return the norm."""
-    optimizer = session.engine.optimizer
-    if session.deepspeed_plan.zero_stage > 0:
-        # The ranks have agreed already: DeepSpeed's own scan, which runs here, need not repeat it.
-        optimizer.check_grad_overflow = True
-        optimizer.check_overflow = lambda partition_gradients=True: setattr(optimizer, "overflow", skip)
-        return None
-    parameters = [p for p in session.module.parameters() if p.requires_grad]
-    norm = global_grad_norm(parameters, session.expert_group)
-    optimizer.overflow = skip or not bool(torch.isfinite(norm))
-    if session.config.optimizer.clip_norm > 0 and not optimizer.overflow:
-        clip_gradients(parameters, norm, session.config.optimizer.clip_norm)
-    return norm
+    return network, expert_group

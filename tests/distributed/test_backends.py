@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from promoe_ds.backends.expert_parallel import ShardedExperts, shard_experts
+from promoe_ds.backends.process_group import start_distributed
 from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.distributed.context import start_distributed
 from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import partition_samples
 

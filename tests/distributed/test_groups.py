@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from promoe_ds.backends.expert_parallel import create_expert_groups
-from promoe_ds.distributed.context import start_distributed
+from promoe_ds.backends.deepspeed_private import make_expert_groups
+from promoe_ds.backends.process_group import start_distributed
 
 TIMEOUT = 4.0
 
@@ -21,7 +21,7 @@ def _wait_in_vain(rank: int, folder: str) -> None:
                       LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     start_distributed(timeout_seconds=60)
-    group = create_expert_groups(2, TIMEOUT)
+    group = make_expert_groups(2, TIMEOUT)
     dist.barrier()
     if rank == 1:
         time.sleep(4 * TIMEOUT)

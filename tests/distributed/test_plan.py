@@ -45,7 +45,7 @@ from promoe_ds.config.devices import find_device
 import deepspeed, torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from deepspeed.utils import groups
-from promoe_ds.backends.expert_parallel import create_expert_groups
+from promoe_ds.backends.deepspeed_private import make_expert_groups
 
 world, found = int(sys.argv[1]), {}
 cluster = Cluster(nodes=world // 8, gpus_per_node=8, device=find_device("h100"), network_bandwidth=50e9)
@@ -54,7 +54,7 @@ with fake_world(world):
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
     for name in sys.argv[2:]:
         config = load_config(name)
-        group = create_expert_groups(config.parallel.ep_size, 60)
+        group = make_expert_groups(config.parallel.ep_size, 60)
         batches = plan_batches(config, world)
         values = {"zero_optimization": {"stage": 2, "overlap_comm": True}, "bf16": {"enabled": True}}
         layout = layout_of(batches, resolve_deepspeed(values, config, batches, source="test"))

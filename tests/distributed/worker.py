@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 
-import promoe_ds.train.trainer as session_module
+from promoe_ds.backends.process_group import start_distributed
 from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.checkpoint.load import load_checkpoint
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config import load_config, plan_batches, resolve_deepspeed
 from promoe_ds.data import build_dataset
 from promoe_ds.diffusion.rectified_flow import RectifiedFlow
-from promoe_ds.distributed.context import Ranks, complete_environment, start_distributed, stop_distributed
+from promoe_ds.distributed.context import Ranks, complete_environment, stop_distributed
 from promoe_ds.errors import PromoeError
-from promoe_ds.train.loop import Run, train
+from promoe_ds.train.run import Run, train
+from promoe_ds.train.trainer import Trainer
 
 REAL_LOSSES = RectifiedFlow.losses
 REAL_WRITE = RecordingStorage._write
@@ -61,10 +62,9 @@ def run_job(job: dict, ranks: Ranks) -> str:
 
 def _resave(run: Run, ranks: Ranks, root: Path) -> None:
     """Load a checkpoint and save it again as it is, without a step between."""
-    session = session_module.build_session(run.config, run.deepspeed_plan, plan_batches(run.config, ranks.world_size), ranks,
-                                           build_dataset(run.config))
-    load_checkpoint(session, Path(run.resume), same_run=False)
-    Saver(session, root).save()
+    trainer = Trainer.build(run.config, run.deepspeed_plan, ranks, build_dataset(run.config))
+    load_checkpoint(trainer, Path(run.resume), same_run=False)
+    Saver(trainer, root).save()
 
 
 def _poisoned_losses(fault: dict, ranks: Ranks):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.config import RunConfig, config_from_dict, count_parameters
 from promoe_ds.diffusion import DiffusionBatch, SamplingPlan, sample_latents
 from promoe_ds.model import DiT, build_model
 from promoe_ds.model.official import from_official, to_official
-from promoe_ds.train.optimizer import AdamWithEma, parameter_groups
+from promoe_ds.train.optimizer import AdamWithEma
 from promoe_ds.train.step import TrainingModule
 
 from .conftest import Case

@@ -21,8 +21,9 @@ LIBRARIES = ("deepspeed_capacity", "megatron")
 @contextmanager
 def single_process(timeout_seconds: float = 300.0) -> Iterator[torch.device]:
     """Be a process group of one, as the engines want it; gives the device. May be entered again after it was left."""
-    from promoe_ds.backends.expert_parallel import forget_expert_groups
-    from promoe_ds.distributed.context import complete_environment, start_distributed, stop_distributed
+    from promoe_ds.backends.deepspeed_private import forget_expert_groups
+    from promoe_ds.backends.process_group import start_distributed
+    from promoe_ds.distributed.context import complete_environment, stop_distributed
 
     before = dict(os.environ)
     complete_environment()
@@ -85,11 +86,12 @@ def fp8_layer(config: RunConfig, device: torch.device, dtype: torch.dtype) -> tu
 
 def layer_of(config: RunConfig, device: torch.device, dtype: torch.dtype) -> MoELayer:
     """Build one MoE layer whose experts the engine places: a block of a network of two, on the groups of this process."""
-    from promoe_ds.backends.expert_parallel import create_expert_groups, mark_experts, shard_experts
+    from promoe_ds.backends.deepspeed_private import make_expert_groups
+    from promoe_ds.backends.expert_parallel import mark_experts, shard_experts
 
     network = _two_blocks(config)
     config = network.config
-    group = create_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
+    group = make_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds)
     shard_experts(network, group, device)
     network.to_empty(device=device)
     initialise(network, 0)

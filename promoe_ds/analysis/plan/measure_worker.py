@@ -16,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from promoe_ds.analysis.plan.measured import RankMeasurement, write_measurement
 from promoe_ds.analysis.plan.trace import CollectiveWatch
+from promoe_ds.backends.process_group import start_distributed
 from promoe_ds.config import RunConfig, config_from_dict, plan_batches, resolve_deepspeed
 from promoe_ds.data import LatentDataset, build_dataset
 from promoe_ds.diffusion import draw_batch
-from promoe_ds.distributed.context import Ranks, complete_environment, start_distributed, stop_distributed
+from promoe_ds.distributed.context import Ranks, complete_environment, stop_distributed
 from promoe_ds.model import build_model, initialise
 from promoe_ds.train.step import TrainingModule
-from promoe_ds.train.trainer import build_session, train_step
+from promoe_ds.train.trainer import Trainer
 
 _STEPS = 2
 _Step = Callable[[], Any]
@@ -70,11 +71,11 @@ def _prepare(zero: dict[str, Any] | None, config: RunConfig, ranks: Ranks, datas
 def _trainer(zero: dict[str, Any], config: RunConfig, ranks: Ranks, dataset: LatentDataset, rows: list[int]) -> _Step:
     batches = plan_batches(config, ranks.world_size)
     plan = resolve_deepspeed({"zero_optimization": zero}, config, batches, source="measurement")
-    session = build_session(config, plan, batches, ranks, dataset)
+    session = Trainer.build(config, plan, ranks, dataset)
     for layer in session.module.denoiser.moe_layers().values():
         layer.router.register_forward_hook(
             lambda router, inputs, plan, layer=layer: rows.append(int(layer.dispatcher.rows_leaving(plan.assignment))))
-    return lambda: train_step(session)
+    return session.train_step
 
 
 def _plain(config: RunConfig, ranks: Ranks, dataset: LatentDataset) -> _Step:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from promoe_ds.analysis.plan.cluster import Layout
+from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.config import RunConfig
-from promoe_ds.train.optimizer import parameter_groups
 
 #: DeepSpeed aligns flat buffers to this many elements a rank.
 _ALIGNMENT = 2

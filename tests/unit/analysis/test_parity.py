@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> fake_te._State:
     """Be a machine with Transformer Engine: its device is said to be one of CUDA, and is the CPU."""
-    monkeypatch.setattr("promoe_ds.backends.te_layers.require_transformer_engine", lambda precision, device: importlib.import_module(
-        "transformer_engine.pytorch"))
+    monkeypatch.setattr("promoe_ds.backends.te_layers.require_transformer_engine",
+                        lambda precision, device: importlib.import_module("transformer_engine.pytorch"))
     return fake_te.install(monkeypatch)
 
 

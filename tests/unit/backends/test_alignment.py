@@ -11,13 +11,13 @@ import torch
 
 from promoe_ds.analysis.benchmarks.contenders import single_process
 from promoe_ds.analysis.benchmarks.step import for_timing, session_of
+from promoe_ds.backends import parameter_groups
 from promoe_ds.checkpoint.load import load_checkpoint
 from promoe_ds.checkpoint.manifest import read_manifest
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from promoe_ds.config import RunConfig
-from promoe_ds.train import optimizer
-from promoe_ds.train.trainer import Session, train_step
+from promoe_ds.train.trainer import Trainer
 
 from ..builders import of_method, small_config
 
@@ -34,13 +34,13 @@ def config_of(method: str, **routing: int) -> RunConfig:
 
 
 @contextmanager
-def open_session(config: RunConfig, *, bf16: bool) -> Iterator[Session]:
+def open_session(config: RunConfig, *, bf16: bool) -> Iterator[Trainer]:
     session = session_of(config, bf16=bf16)
     yield session
     session.engine.destroy()
 
 
-def off_16_bytes(session: Session) -> list[str]:
+def off_16_bytes(session: Trainer) -> list[str]:
     return [name for name, p in session.module.named_parameters() if p.numel() % 8 == 0 and p.data_ptr() % 16]
 
 
@@ -55,34 +55,34 @@ def contents(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
                                                  ("classification", {})])
 def test_weights_in_bf16_begin_at_16_bytes_whatever_the_routers_biases(method, routing) -> None:
     with open_session(config_of(method, **routing), bf16=True) as session:
-        assert optimizer.is_reordered(session.module, session.config.optimizer, "bf16")
+        assert parameter_groups.is_reordered(session.module, session.config.optimizer, "bf16")
         assert off_16_bytes(session) == []
-        train_step(session)
+        session.train_step()
         assert off_16_bytes(session) == []
 
 
 def test_order_of_weights_without_odd_sizes_and_in_fp32_is_the_networks() -> None:
     with open_session(config_of("token_choice"), bf16=True) as session:
-        assert not optimizer.is_reordered(session.module, session.config.optimizer, "bf16")
+        assert not parameter_groups.is_reordered(session.module, session.config.optimizer, "bf16")
     with open_session(config_of("diff_moe"), bf16=False) as session:
-        assert not optimizer.is_reordered(session.module, session.config.optimizer, "fp32")
+        assert not parameter_groups.is_reordered(session.module, session.config.optimizer, "fp32")
 
 
 def test_resume_from_a_checkpoint_of_the_former_order_is_exact(tmp_path, monkeypatch) -> None:
     config = config_of("diff_moe", num_experts=12)
     with monkeypatch.context() as before:
-        before.setattr(optimizer, "_ALIGNED", 1)
+        before.setattr(parameter_groups, "_ALIGNED", 1)
         with open_session(config, bf16=True) as session:
             assert off_16_bytes(session)
-            train_step(session)
+            session.train_step()
             Saver(session, tmp_path / "former").save()
-            expected = train_step(session)
+            expected = session.train_step()
     former = tmp_path / "former" / "step_0000001"
     assert not read_manifest(former).layout.aligned
     with open_session(config, bf16=True) as session:
         load_checkpoint(session, former, same_run=True)
         Saver(session, tmp_path / "now").save()
-        found = train_step(session)
+        found = session.train_step()
     now = tmp_path / "now" / "step_0000001"
     assert read_manifest(now).layout.aligned
     there, here = contents(former), contents(now)
@@ -93,5 +93,5 @@ def test_resume_from_a_checkpoint_of_the_former_order_is_exact(tmp_path, monkeyp
         name: float(value) for name, value in expected.terms.items()}
     with open_session(config, bf16=True) as session:  # its own order is loaded by DeepSpeed itself
         load_checkpoint(session, now, same_run=True)
-        again = train_step(session)
+        again = session.train_step()
     assert float(again.grad_norm) == float(found.grad_norm)

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from promoe_ds.checkpoint.manifest import MANIFEST, FileRecord, Layout, Manifest, checksum, list_checkpoints, step_folder
 from promoe_ds.checkpoint.resume import Choice, choose_checkpoint
 from promoe_ds.errors import CheckpointError
-
 from tests.unit.ranks import ONE_RANK
 
 

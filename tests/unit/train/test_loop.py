@@ -1,7 +1,8 @@
-"""The training loop around steps that are made up: what reaches the log, and in what order things happen."""
+"""The training loop around made-up steps: what reaches the log, and in what order things happen."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -9,16 +10,35 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-import promoe_ds.train.loop as loop
 from promoe_ds.config import SupervisionConfig
-from promoe_ds.errors import Preempted
+from promoe_ds.errors import Preempted, TrainingError
 from promoe_ds.moe.collectives import WaitClock
+from promoe_ds.train import run
+from promoe_ds.train.loop import TrainingLoop
 from promoe_ds.train.routing_log import RoutingAccumulator
 from promoe_ds.train.step import StepResult
 from promoe_ds.train.supervisor import Supervisor
 
 from ..builders import random_network, random_tensor
-from tests.unit.ranks import ONE_RANK, pretend_one_rank
+from ..ranks import ONE_RANK, pretend_one_rank
+
+
+def made_up_trainer(step, **settings) -> SimpleNamespace:
+    train = SimpleNamespace(max_steps=10, stop_after_steps=None, log_every=2, checkpoint_every=100, max_nonfinite_steps=3)
+    vars(train).update(settings)
+    trainer = SimpleNamespace(step=0, context=ONE_RANK, config=SimpleNamespace(train=train, evaluation=SimpleNamespace(every=2)),
+                              routing=SimpleNamespace(reduce=lambda **unused: [], waits_paused=contextlib.nullcontext))
+
+    def train_step() -> StepResult:
+        trainer.step += 1
+        return step(trainer)
+
+    trainer.train_step = train_step
+    return trainer
+
+
+def result(**values) -> StepResult:
+    return StepResult(terms={"diffusion": torch.ones(())}, grad_norm=1.0, lr=1.0, **values)
 
 
 def test_loop_leaves_an_evaluations_waits_out_of_the_next_interval(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,52 +46,56 @@ def test_loop_leaves_an_evaluations_waits_out_of_the_next_interval(monkeypatch: 
     network = random_network(train={"max_steps": 3, "log_every": 1}, evaluation={"every": 1, "reference": "somewhere"}).train()
     layer, clock = network.moe_layers()[1], WaitClock()
     layer.dispatcher.clock = clock
-    session = SimpleNamespace(config=network.config, step=0, health=MagicMock(stop_agreed=False), ranks=ONE_RANK,
-                              routing=RoutingAccumulator(network.config, network, ONE_RANK))
 
-    def step(session: SimpleNamespace) -> StepResult:
+    def step(trainer: SimpleNamespace) -> StepResult:
         plans = network.denoise(random_tensor(2, 1, 4, 4), torch.tensor([100.0, 900.0]), torch.tensor([1, 2])).plans
         with clock.waiting("combine_backward", torch.device("cpu")):
             time.sleep(0.002)
-        session.routing.add(plans, torch.tensor([0.1, 0.9]))
-        session.step += 1
-        return StepResult(terms={"diffusion": torch.ones(())}, grad_norm=1.0, lr=1.0, problem="")
+        trainer.routing.add(plans, torch.tensor([0.1, 0.9]))
+        return result()
 
-    def evaluate(session: SimpleNamespace) -> dict[str, float]:
+    def evaluate(trainer: SimpleNamespace) -> dict[str, float]:
         with clock.waiting("dispatch", torch.device("cpu")):
             time.sleep(0.002)
         return {}
 
-    monkeypatch.setattr(loop, "train_step", step)
-    writer = MagicMock()
-    loop._loop(session, writer, MagicMock(), MagicMock(), evaluate)
+    trainer, writer = made_up_trainer(step), MagicMock()
+    trainer.config, trainer.routing = network.config, RoutingAccumulator(network.config, network, ONE_RANK)
+    run._Actions(trainer, writer, MagicMock(), MagicMock(), evaluate).loop().run()
     exchanges = [call.args[2][0]["layer_detail"]["exchanges"] for call in writer.write.call_args_list]
     assert len(exchanges) == 3
     assert all(each["combine_backward"]["seconds"] > 0.001 and each["dispatch"]["seconds"] == 0 for each in exchanges)
 
 
-def test_loop_stop_agreed_at_an_evaluations_step_saves_without_it(tmp_path, monkeypatch) -> None:
+def test_loop_shutdown_at_an_evaluations_step_saves_without_it(tmp_path, monkeypatch) -> None:
     """Of what a batch system gives, minutes, an evaluation would take hours."""
     happened: list[tuple[str, int]] = []
-    train = SimpleNamespace(max_steps=10, stop_after_steps=None, log_every=2, checkpoint_every=100, max_nonfinite_steps=3)
-    session = SimpleNamespace(step=0, config=SimpleNamespace(train=train, evaluation=SimpleNamespace(every=2)),
-                              health=SimpleNamespace(stop_agreed=False), ranks=SimpleNamespace(is_main=True),
-                              routing=SimpleNamespace(reduce=lambda **unused: [], forget_waits=lambda: None))
+    trainer = made_up_trainer(lambda trainer: result(stop_requested=trainer.step == 4))
 
     def note(what: str) -> dict[str, float]:
-        happened.append((what, session.step))
+        happened.append((what, trainer.step))
         return {}
 
-    def train_step(session: SimpleNamespace) -> SimpleNamespace:
-        session.step += 1
-        session.health.stop_agreed = session.step == 4
-        return SimpleNamespace(skipped=False)
-
-    monkeypatch.setattr(loop, "train_step", train_step)
-    monkeypatch.setattr(loop, "_reduced", lambda result: {})
-    writer = SimpleNamespace(tick=lambda: None, images_per_second=lambda: 1.0, write=lambda *unused: note("log"),
-                             restart_clock=lambda: None)
-    saver = SimpleNamespace(poll=lambda: None, save=lambda: note("save"), finish=lambda: None)
-    with pytest.raises(Preempted, match="saved step 4 of 10"):
-        loop._loop(session, writer, saver, Supervisor(SupervisionConfig(), tmp_path), lambda session: note("evaluation"))
+    pretend_one_rank(monkeypatch)
+    writer, saver = MagicMock(), MagicMock()
+    writer.write = lambda *unused: note("log")
+    saver.save = lambda: note("save")
+    with pytest.raises(Preempted, match="step 4 of 10"):
+        run._Actions(trainer, writer, saver, Supervisor(SupervisionConfig(), tmp_path), lambda _: note("evaluation")).loop().run()
     assert happened == [("evaluation", 2), ("log", 2), ("log", 4), ("save", 4)]
+
+
+def test_loop_every_runs_actions_in_order_and_at_the_end_where_asked() -> None:
+    happened: list[tuple[str, int]] = []
+    loop = TrainingLoop(made_up_trainer(lambda trainer: result(), max_steps=5), MagicMock())
+    loop.every(2, lambda done: done.figures.update(seen=done.step), at_end=False)
+    loop.every(2, lambda done: happened.append((str(done.figures), done.step)))
+    loop.run()
+    assert happened == [("{'seen': 2}", 2), ("{'seen': 4}", 4), ("{}", 5)]
+
+
+def test_loop_ends_after_too_many_bad_steps_in_a_row() -> None:
+    trainer = made_up_trainer(lambda trainer: result(problem="" if trainer.step in (3, 7) else "bad"))
+    with pytest.raises(TrainingError, match="max_nonfinite_steps=3"):
+        TrainingLoop(trainer, MagicMock()).run()
+    assert trainer.step == 6

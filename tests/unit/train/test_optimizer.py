@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.config.optimizer import EMA, OptimizerConfig, power_exponent
-from promoe_ds.train.optimizer import AdamWithEma, learning_rate, parameter_groups
+from promoe_ds.train.optimizer import AdamWithEma, learning_rate
 
 from ..builders import random_network, random_tensor
 

@@ -14,9 +14,9 @@ from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT
 from promoe_ds.routing import RoutingPlan
 from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids
+from tests.unit.ranks import call_together, pretend_one_rank
 
 from ..builders import METHODS, of_method, random_network, random_tensor
-from tests.unit.ranks import call_together, pretend_one_rank
 
 NULL = 10
 WITH_STATE = ("diff_moe", "expert_race", "kmeans")

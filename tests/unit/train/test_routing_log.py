@@ -22,9 +22,9 @@ from promoe_ds.train.metrics import append_lines
 from promoe_ds.train.router_state import give_superclasses
 from promoe_ds.train.routing_log import RoutingAccumulator, load_summary
 from promoe_ds.train.trackers import flatten
+from tests.unit.ranks import ONE_RANK, call_together, pretend_one_rank
 
 from ..builders import METHODS, of_method, random_network, random_tensor
-from tests.unit.ranks import ONE_RANK, call_together, pretend_one_rank
 
 NULL, BINS = 10, 2
 #: Noise levels and labels of a batch: the last image is all noise and belongs to the upper of two bins.
@@ -327,9 +327,8 @@ def test_lines_count_no_waits_of_passes_that_train_nothing(monkeypatch: pytest.M
     network, clock = make_network("token_choice"), WaitClock()
     network.moe_layers()[3].dispatcher.clock = clock
     accumulator, _ = accumulate(network, passes=1)
-    with clock.waiting("combine", torch.device("cpu")):
+    with accumulator.waits_paused(), clock.waiting("combine", torch.device("cpu")):
         time.sleep(0.02)
-    accumulator.forget_waits()
     with clock.waiting("counts", torch.device("cpu")):
         time.sleep(0.002)
     exchanges = accumulator.reduce(step=1, steps=1)[2]["layer_detail"]["exchanges"]

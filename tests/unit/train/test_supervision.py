@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -19,9 +18,8 @@ from promoe_ds.distributed.peers import peer_problem
 from promoe_ds.launch.early_signals import STOP_SIGNALS, Beginning
 from promoe_ds.launch.heartbeat import read_lease, read_notes, renew_lease
 from promoe_ds.launch.leftovers import processes_with, sweep
-from promoe_ds.train.health import HealthWatch
+from promoe_ds.train.health import HealthWatch, agree
 from promoe_ds.train.supervisor import supervised
-
 from tests.unit.ranks import ONE_RANK
 
 REPOSITORY = Path(__file__).parents[3]
@@ -77,7 +75,7 @@ def test_watchdog_lease_not_renewed_ends_with_9_and_leaves_a_note(tmp_path) -> N
 def test_lease_wish_to_stop_reaches_the_rank(tmp_path) -> None:
     renew_lease(tmp_path, 5, "SIGTERM")
     assert read_lease(tmp_path) == (5, "SIGTERM")
-    rank = _rank(tmp_path, "time.sleep(1); print(supervisor.wants_to_stop(), supervisor.stop_reason)",
+    rank = _rank(tmp_path, "time.sleep(1); print(supervisor.shutdown_requested(), supervisor.stop_reason)",
                  PROMOE_LAUNCH_DIR=str(tmp_path))
     output, errors = rank.communicate(timeout=30)
     assert output.splitlines()[-1] == "True SIGTERM", errors
@@ -101,7 +99,7 @@ def test_signal_during_the_imports_is_handed_over(tmp_path) -> None:
         beginning = Beginning()
         os.kill(os.getpid(), signal.SIGUSR1)
         with supervised(SupervisionConfig(), tmp_path, beginning) as supervisor:
-            assert (supervisor.wants_to_stop(), supervisor.stop_reason) == (True, "SIGUSR1")
+            assert (supervisor.shutdown_requested(), supervisor.stop_reason) == (True, "SIGUSR1")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -166,20 +164,16 @@ def test_peer_problem_names_the_rank_at_the_address() -> None:
     assert peer_problem(ValueError("Connection closed by peer"), places) == ""
 
 
-def test_health_a_wish_to_stop_is_agreed_with_the_verdict(monkeypatch) -> None:
+def test_shutdown_request_of_another_rank_is_agreed_with_the_health_of_a_step(monkeypatch) -> None:
     reduced = []
 
     def all_reduce(tensor, **options):
         reduced.append(tensor.clone())
-        tensor[1] = 1  # another rank wishes to stop
+        tensor[1] = 1  # another rank requests a shutdown
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     watch = HealthWatch(nn.Linear(2, 1), ONE_RANK)
-    assert not watch.stop_agreed
-    watch.wants_to_stop = lambda: False
-    assert watch.verdict(3) == ""
-    assert watch.stop_agreed
-    assert len(reduced) == 1, "no collective of its own"
-    watch.wants_to_stop = lambda: True
-    watch.verdict(4)
-    assert torch.equal(reduced[1], torch.tensor([0.0, 1.0]))
+    assert agree(watch.is_bad(), False) == [False, True]
+    assert agree(watch.is_bad(), True) == [False, True]
+    assert [values.tolist() for values in reduced] == [[0.0, 0.0], [0.0, 1.0]], "one collective for both"
+    assert watch.finish(3, is_bad=False) == ""

@@ -1,0 +1,132 @@
+"""One run, from a config to its end: run directory, checkpoint to resume from, trainer, and what happens every N steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from promoe_ds.checkpoint.expert_order import with_placement_of
+from promoe_ds.checkpoint.load import load_checkpoint
+from promoe_ds.checkpoint.resume import choose_checkpoint
+from promoe_ds.checkpoint.save import Saver
+from promoe_ds.config import DeepSpeedPlan, RunConfig
+from promoe_ds.data import build_dataset
+from promoe_ds.distributed.context import Ranks
+from promoe_ds.errors import TrainingError
+from promoe_ds.logs import configure_logging, get_logger
+from promoe_ds.train.loop import FinishedStep, TrainingLoop
+from promoe_ds.train.metrics import MetricsWriter
+from promoe_ds.train.run_directory import open_run_directory
+from promoe_ds.train.step import StepResult
+from promoe_ds.train.supervisor import Supervisor
+from promoe_ds.train.trainer import Trainer
+
+_LOG = get_logger("train")
+
+#: Returns figures of the averaged weights by name.
+Evaluate = Callable[[Trainer], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a user asked for."""
+
+    config: RunConfig
+    deepspeed_plan: DeepSpeedPlan
+    run_dir: Path
+    resume: str
+    #: Judges the averaged weights every `evaluation.every` steps; its figures join that step's log line.
+    evaluate: Evaluate | None = None
+
+
+def train(run: Run, context: Ranks, supervisor: Supervisor | None = None) -> None:
+    """Train to the end, or to `train.stop_after_steps`, from what the run directory holds.
+
+    Raises: PromoeError of the kind that fits, the same on every rank; Preempted after a shutdown request.
+    """
+    supervisor = supervisor or Supervisor(run.config.supervision, run.run_dir)
+    supervisor.know_peers()
+    open_run_directory(run.run_dir, run.config, context, resume=run.resume)
+    configure_logging(context.rank, log_file=run.run_dir / "train.log")
+    choice = choose_checkpoint(run.resume, run.run_dir, context)
+    config = with_placement_of(run.config, choice.folder)
+    trainer = Trainer.build(config, run.deepspeed_plan, context, build_dataset(config, context.device))
+    if choice.folder is None:
+        trainer.start_routers()
+    else:
+        load_checkpoint(trainer, choice.folder, same_run=choice.same_run)
+    _describe(trainer)
+    writer = MetricsWriter(run.run_dir, config, context, start_step=trainer.step)
+    saver = Saver(trainer, run.run_dir / "checkpoints")
+    try:
+        _Actions(trainer, writer, saver, supervisor, run.evaluate).loop().run()
+    except TrainingError:
+        saver.finish()
+        raise
+    finally:
+        writer.close()
+
+
+class _Actions:
+    """What happens beside training."""
+
+    def __init__(self, trainer: Trainer, writer: MetricsWriter, saver: Saver, supervisor: Supervisor,
+                 evaluate: Evaluate | None) -> None:
+        self._trainer, self._writer, self._saver = trainer, writer, saver
+        self._supervisor, self._evaluate, self._logged = supervisor, evaluate, trainer.step
+
+    def loop(self) -> TrainingLoop:
+        """Return the training loop with all actions, in order."""
+        config, loop = self._trainer.config, TrainingLoop(self._trainer, self._supervisor)
+        loop.every(1, self._tick)
+        if self._evaluate is not None:
+            loop.every(config.evaluation.every, self._judge, at_end=False)
+        loop.every(config.train.log_every, self._log)
+        loop.every(config.train.checkpoint_every, self._save)
+        return loop
+
+    def _tick(self, finished: FinishedStep) -> None:
+        self._writer.tick()
+        self._saver.poll()
+
+    def _judge(self, finished: FinishedStep) -> None:
+        if finished.result.stop_requested:  # there are minutes left, and they belong to the checkpoint
+            if self._trainer.context.is_main:
+                _LOG.warning("shutdown requested: no evaluation at step %d", finished.step)
+            return
+        with self._writer.paused(), self._supervisor.evaluating(), self._trainer.routing.waits_paused():
+            finished.figures |= self._evaluate(self._trainer)
+
+    def _log(self, finished: FinishedStep) -> None:
+        lines = self._trainer.routing.reduce(step=finished.step, steps=finished.step - self._logged,
+                                             last=finished.is_last)
+        self._writer.write(finished.step, {**_reduced(finished.result), **finished.figures}, lines)
+        self._logged = finished.step
+
+    def _save(self, finished: FinishedStep) -> None:
+        with self._writer.paused(), self._supervisor.saving():
+            self._saver.save()
+            if finished.is_last:
+                self._saver.finish()
+
+
+def _reduced(result: StepResult) -> dict[str, float]:
+    """Average the loss terms over the ranks.  Collectives: one."""
+    names = sorted(result.terms)
+    values = torch.stack([result.terms[name].float() for name in names])
+    dist.all_reduce(values)
+    means = dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))
+    return {"loss": sum(means.values()), **{f"loss_{name}": value for name, value in means.items()},
+            "lr": result.lr, "grad_norm": result.grad_norm}
+
+
+def _describe(trainer: Trainer) -> None:
+    config, plan, batches = trainer.config, trainer.deepspeed_plan, trainer.batches
+    _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d, accumulation %d, "
+              "from step %d", config.name, trainer.context.world_size, config.parallel.ep_size,
+              config.parallel.resolved_dispatch, config.experts_by, plan.zero_stage, plan.precision,
+              batches.micro_batch, batches.accumulation, trainer.step)
