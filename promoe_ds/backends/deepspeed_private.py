@@ -22,7 +22,7 @@ from promoe_ds.errors import ConfigError
 #: module -> attributes; a dot goes into a class.
 NAMES = {
     "deepspeed.moe.layer": ("MoE",),
-    "deepspeed.ops": ("__compatible_ops__",),
+    "deepspeed.ops": ("_probe_compatible_ops",),
     "deepspeed.runtime.engine": (
         "DeepSpeedEngine._copy_recovery_script", "DeepSpeedEngine.save_checkpoint"),
     "deepspeed.runtime.zero.stage_1_and_2": (
@@ -82,9 +82,9 @@ def prepare_library(timeout_seconds: float) -> None:
     is compiled at first use, for a minute.
     """
     check_names()
-    from deepspeed.ops import __compatible_ops__
+    import deepspeed.ops
 
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}  # in place of the probe, which calls compilers
     timeout = timedelta(seconds=timeout_seconds)
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout

@@ -16,7 +16,7 @@ from ..builders import small_config
 
 def finish(root: Path, step: int, records: dict[str, FileRecord], **train: int) -> str | None:
     """Complete a save of one rank whose files are written."""
-    session = SimpleNamespace(config=small_config(train=train), ranks=SimpleNamespace(world_size=2), dataset=range(7),
+    session = SimpleNamespace(config=small_config(train=train), context=SimpleNamespace(world_size=2), dataset=range(7),
                               optimizer=SimpleNamespace(averages_since={}), module=torch.nn.Linear(2, 2),
                               deepspeed_plan=SimpleNamespace(zero_stage=2, precision="fp32", json={}))
     return _finish(session, root, _Pending(storage=None, step=step, samples_seen=step, failure=None), records)

@@ -1,0 +1,83 @@
+"""The library's insides are checked before they are trusted: what moved is named."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import pytest
+
+from promoe_ds.backends import deepspeed_private
+from promoe_ds.backends.deepspeed_private import NAMES, UpdateGate, ZeroPartitions, check_names
+from promoe_ds.errors import ConfigError
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in NAMES.items() for name in names])
+def test_check_names_reports_each_name_that_has_moved(path, name, monkeypatch) -> None:
+    check_names()
+    owner = importlib.import_module(path)
+    *parts, attribute = name.split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+    for where in getattr(owner, "__mro__", (owner,)):
+        if attribute in vars(where):
+            monkeypatch.delattr(where, attribute)
+    with pytest.raises(ConfigError) as error:
+        check_names()
+    library = path.partition(".")[0]
+    assert f"{library} {version(library)}" in str(error.value) and attribute in str(error.value)
+
+
+def zero_optimizer(**changed) -> SimpleNamespace:
+    return SimpleNamespace(**{"overflow": False, "check_grad_overflow": False, "check_overflow": lambda: None} | changed)
+
+
+def test_update_gate_decides_and_notices_where_it_is_not_asked() -> None:
+    optimizer = zero_optimizer()
+    gate = UpdateGate(optimizer)
+    gate.set(skip=True)
+    optimizer.check_overflow()
+    gate.confirm()
+    assert optimizer.overflow and optimizer.check_grad_overflow
+    gate.set(skip=False)
+    with pytest.raises(ConfigError, match="check_overflow"):
+        gate.confirm()
+
+
+@pytest.mark.parametrize("name", ["overflow", "check_grad_overflow", "check_overflow"])
+def test_update_gate_reports_a_moved_attribute(name) -> None:
+    optimizer = zero_optimizer()
+    delattr(optimizer, name)
+    with pytest.raises(ConfigError, match=f"deepspeed.*SimpleNamespace.{name}"):
+        UpdateGate(optimizer)
+
+
+@pytest.mark.parametrize("name", ["single_partition_of_fp32_groups", "optimizer", "bit16_groups"])
+def test_zero_partitions_report_a_moved_attribute(name) -> None:
+    optimizer = SimpleNamespace(single_partition_of_fp32_groups=[], optimizer=SimpleNamespace(state={}), bit16_groups=[])
+    delattr(optimizer, name)
+    with pytest.raises(ConfigError, match=name):
+        ZeroPartitions(optimizer)
+
+
+def test_training_under_a_moved_library_ends_at_its_first_step(tmp_path, monkeypatch) -> None:
+    from promoe_ds.cli import train
+    from promoe_ds.distributed.context import stop_distributed
+
+    real = deepspeed_private.UpdateGate.__init__
+
+    def moved(self, optimizer) -> None:
+        real(self, optimizer)
+        optimizer.check_overflow = lambda partition_gradients=True: None  # as if `step` asked another method
+
+    monkeypatch.setattr(deepspeed_private.UpdateGate, "__init__", moved)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "") or monkeypatch.delenv(name)
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    with pytest.raises(ConfigError, match=r"deepspeed .*check_overflow"):
+        train.main(["--recipe", "digits_promoe", "--deepspeed_config", str(tmp_path / "ds.json"), "--run-dir", str(tmp_path / "run"),
+                    "--set", "parallel.ep_size=1", "model.hidden_size=32", "model.depth=2", "model.num_heads=2",
+                    "train.global_batch_size=8", "logging.tensorboard=false"])
+    stop_distributed()
+    assert not list((tmp_path / "run/checkpoints").iterdir())
