@@ -6,7 +6,7 @@ Letters: B images, Z latent channels, H, W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config.diffusion import DiffusionConfig
-from promoe_ds.randomness import generator
+from promoe_ds.randomness import generators
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,14 @@ class DiffusionBatch:
 
     def to(self, device: torch.device) -> DiffusionBatch:
         """Return the batch on `device`."""
-        return DiffusionBatch(*(t.to(device, non_blocking=True) for t in
-                                (self.clean_BZHW, self.noise_BZHW, self.sigma_B, self.labels_B)))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> DiffusionBatch:
+        """Return the batch in memory from which a GPU copies while the host goes on."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> DiffusionBatch:
+        return DiffusionBatch(*(function(t) for t in (self.clean_BZHW, self.noise_BZHW, self.sigma_B, self.labels_B)))
 
 
 class Objective(Protocol):
@@ -63,13 +69,13 @@ def draw_batch(clean_BZHW: Tensor, labels_B: Tensor, objective: Objective, *, nu
     Args:
         clean_BZHW: latents; labels_B: their classes; slots: their places in the global batch.
     """
-    noise, sigma, dropped = [], [], []
-    for slot in slots:
-        noise.append(generator(seed, "noise", step, slot).standard_normal(clean_BZHW.shape[1:], dtype=np.float32))
-        sigma.append(objective.draw_sigma(generator(seed, "sigma", step, slot)))
-        dropped.append(generator(seed, "label_drop", step, slot).random() < objective.config.label_dropout)
+    noise_BZHW = np.empty(clean_BZHW.shape, dtype=np.float32)
+    for noise_ZHW, random in zip(noise_BZHW, generators(seed, "noise", step, slots), strict=True):
+        random.standard_normal(dtype=np.float32, out=noise_ZHW)
+    sigma = [objective.draw_sigma(random) for random in generators(seed, "sigma", step, slots)]
+    dropped = [random.random() < objective.config.label_dropout for random in generators(seed, "label_drop", step, slots)]
     labels = torch.where(torch.tensor(dropped), null_label, labels_B)
-    return DiffusionBatch(clean_BZHW, torch.from_numpy(np.stack(noise)), torch.tensor(sigma, dtype=torch.float32), labels)
+    return DiffusionBatch(clean_BZHW, torch.from_numpy(noise_BZHW), torch.tensor(sigma, dtype=torch.float32), labels)
 
 
 def target_error(predicted_BZHW: Tensor, target_BZHW: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from promoe_ds.diffusion.guidance import Denoiser, guided
 from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, respaced_timesteps
-from promoe_ds.randomness import generator
+from promoe_ds.randomness import generators
 
 #: How far below noise level 1 the multistep solvers start.
 _BELOW_ONE = 1e-6
@@ -68,7 +68,7 @@ def shifted_sigmas(steps: int, shift: float) -> np.ndarray:
 
 def initial_noise(shape: Sequence[int], *, seed: int, indices: Sequence[int]) -> Tensor:
     """Return fp32 noise (len(indices), *shape) in which image i is a function of (seed, i) alone."""
-    draws = [generator(seed, "sample", 0, index).standard_normal(tuple(shape), dtype=np.float32) for index in indices]
+    draws = [random.standard_normal(tuple(shape), dtype=np.float32) for random in generators(seed, "sample", 0, indices)]
     return torch.from_numpy(np.stack(draws))
 
 
@@ -78,7 +78,7 @@ def image_generators(*, seed: int, indices: Sequence[int]) -> list[torch.Generat
     torch's generator of the CPU takes the low 32 bits of a seed: of 50,000 images a pair shares this noise one time in four, but
     never the noise that it starts from.
     """
-    seeds = [int(generator(seed, "sample", 1, index).integers(2**63)) for index in indices]
+    seeds = [int(random.integers(2**63)) for random in generators(seed, "sample", 1, indices)]
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 

@@ -68,6 +68,7 @@ def train(run: Run, context: Ranks, supervisor: Supervisor | None = None) -> Non
         saver.finish()
         raise
     finally:
+        trainer.close()
         writer.close()
 
 

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,8 +22,7 @@ from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.backends.te_support import require_transformer_engine
 from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig, plan_batches
-from promoe_ds.data import LatentDataset, sample_indices
-from promoe_ds.diffusion import DiffusionBatch, draw_batch
+from promoe_ds.data import LatentDataset
 from promoe_ds.distributed.context import Ranks
 from promoe_ds.distributed.host_topology import check_placement
 from promoe_ds.logs import get_logger
@@ -32,6 +30,7 @@ from promoe_ds.model import build_model, initialise
 from promoe_ds.model.dit import DiT
 from promoe_ds.train.clipping import clip_gradients, global_grad_norm
 from promoe_ds.train.health import HealthWatch, agree
+from promoe_ds.train.loader import BatchLoader, Place
 from promoe_ds.train.optimizer import AdamWithEma, learning_rate
 from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids
 from promoe_ds.train.routing_log import RoutingAccumulator
@@ -64,9 +63,10 @@ class Trainer:
     samples_seen: int = 0
 
     def __post_init__(self) -> None:
-        """Take the decision about each update from ZeRO, where there is ZeRO."""
+        """Take the decision about each update from ZeRO, where there is ZeRO; open the loader."""
         has_zero = self.deepspeed_plan.zero_stage > 0
         self._gate = UpdateGate(self.engine.optimizer) if has_zero else None
+        self.loader = BatchLoader(self.dataset, self.module.objective, self.config, self.batches, self.context)
 
     @classmethod
     def build(cls, config: RunConfig, deepspeed_plan: DeepSpeedPlan, context: Ranks,
@@ -109,24 +109,17 @@ class Trainer:
     def start_routers(self) -> None:
         """Start routers that learn from data, before the first step of a run: the same on any number of ranks."""
         slots = range(min(self.batches.global_batch, _STARTING_SAMPLES))
-        batch, objective = self.make_batch(slots), self.module.objective
+        objective = self.module.objective
+        batch = self.loader.make(self._place(0), slots).to(self.context.device)
         # Their own labels: dropout could leave no sample for the centroids to start from.
-        labels = self._take(slots)[1].to(self.context.device)
+        labels = self.loader.labels(self._place(0), slots).to(self.context.device)
         with self.routing.waits_paused():
             seed_centroids(self.network, labels, objective.noised(batch), objective.timestep(batch),
                            self.config.train.seed)
 
-    def make_batch(self, slots: range) -> DiffusionBatch:
-        """Return the samples of some slots of the current step's global batch, noise and dropout drawn."""
-        clean, labels = self._take(slots)
-        batch = draw_batch(clean, labels, self.module.objective, null_label=self.config.model.null_label,
-                           seed=self.config.train.seed, step=self.step, slots=slots)
-        return batch.to(self.context.device)
-
-    def _take(self, slots: range) -> tuple[torch.Tensor, torch.Tensor]:
-        start = self.samples_seen + slots.start
-        indices = sample_indices(len(self.dataset), seed=self.config.train.seed, count=len(slots), start=start)
-        return self.dataset.take(indices, np.arange(start, start + len(slots)))
+    def close(self) -> None:
+        """End the thread that makes batches."""
+        self.loader.close()
 
     def train_step(self) -> StepResult:
         """Run one optimizer step; all ranks skip it together where a loss or gradient is not finite."""
@@ -161,8 +154,11 @@ class Trainer:
         self.optimizer.updates = self.step
         return lr
 
+    def _place(self, micro_step: int) -> Place:
+        return Place(self.step, self.samples_seen, micro_step)
+
     def _forward_and_backward(self, micro_step: int) -> TrainingOutput:
-        batch = self.make_batch(self.batches.slots(micro_step, self.context.rank))
+        batch = self.loader.take(self._place(micro_step)).to(self.context.device)
         output = self.engine(batch)
         self.health.see_loss(output.loss)
         self.engine.backward(output.loss)

@@ -13,7 +13,9 @@ from promoe_ds.backends.deepspeed_private import NAMES, UpdateGate, ZeroPartitio
 from promoe_ds.errors import ConfigError
 
 
-@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in NAMES.items() for name in names])
+@pytest.mark.parametrize(
+    ("path", "name"), [(path, name) for path, names in NAMES.items() for name in names]
+)
 def test_check_names_reports_each_name_that_has_moved(path, name, monkeypatch) -> None:
     check_names()
     owner = importlib.import_module(path)
@@ -30,7 +32,10 @@ def test_check_names_reports_each_name_that_has_moved(path, name, monkeypatch) -
 
 
 def zero_optimizer(**changed) -> SimpleNamespace:
-    return SimpleNamespace(**{"overflow": False, "check_grad_overflow": False, "check_overflow": lambda: None} | changed)
+    return SimpleNamespace(
+        **{"overflow": False, "check_grad_overflow": False, "check_overflow": lambda: None}
+        | changed
+    )
 
 
 def test_update_gate_decides_and_notices_where_it_is_not_asked() -> None:
@@ -55,7 +60,9 @@ def test_update_gate_reports_a_moved_attribute(name) -> None:
 
 @pytest.mark.parametrize("name", ["single_partition_of_fp32_groups", "optimizer", "bit16_groups"])
 def test_zero_partitions_report_a_moved_attribute(name) -> None:
-    optimizer = SimpleNamespace(single_partition_of_fp32_groups=[], optimizer=SimpleNamespace(state={}), bit16_groups=[])
+    optimizer = SimpleNamespace(
+        single_partition_of_fp32_groups=[], optimizer=SimpleNamespace(state={}), bit16_groups=[]
+    )
     delattr(optimizer, name)
     with pytest.raises(ConfigError, match=name):
         ZeroPartitions(optimizer)
@@ -69,15 +76,31 @@ def test_training_under_a_moved_library_ends_at_its_first_step(tmp_path, monkeyp
 
     def moved(self, optimizer) -> None:
         real(self, optimizer)
-        optimizer.check_overflow = lambda partition_gradients=True: None  # as if `step` asked another method
+        optimizer.check_overflow = lambda partition_gradients=True: (
+            None
+        )  # as if `step` asked another method
 
     monkeypatch.setattr(deepspeed_private.UpdateGate, "__init__", moved)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "") or monkeypatch.delenv(name)
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     with pytest.raises(ConfigError, match=r"deepspeed .*check_overflow"):
-        train.main(["--recipe", "digits_promoe", "--deepspeed_config", str(tmp_path / "ds.json"), "--run-dir", str(tmp_path / "run"),
-                    "--set", "parallel.ep_size=1", "model.hidden_size=32", "model.depth=2", "model.num_heads=2",
-                    "train.global_batch_size=8", "logging.tensorboard=false"])
+        train.main(
+            [
+                "--recipe",
+                "digits_promoe",
+                "--deepspeed_config",
+                str(tmp_path / "ds.json"),
+                "--run-dir",
+                str(tmp_path / "run"),
+                "--set",
+                "parallel.ep_size=1",
+                "model.hidden_size=32",
+                "model.depth=2",
+                "model.num_heads=2",
+                "train.global_batch_size=8",
+                "logging.tensorboard=false",
+            ]
+        )
     stop_distributed()
     assert not list((tmp_path / "run/checkpoints").iterdir())

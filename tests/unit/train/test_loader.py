@@ -1,0 +1,91 @@
+"""The loader that works ahead: the same batches whatever was asked before, errors in the step that needed the batch."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from promoe_ds.config import plan_batches
+from promoe_ds.data import build_dataset
+from promoe_ds.diffusion import build_objective
+from promoe_ds.distributed.context import Ranks
+from promoe_ds.errors import DataError
+from promoe_ds.train.loader import BatchLoader, Place
+
+from ..builders import small_config
+
+CONFIG = small_config(
+    train={"global_batch_size": 8, "micro_batch_size": 2},
+    data={"dataset": "synthetic", "synthetic_samples": 50},
+)
+SECOND_OF_TWO = Ranks(rank=1, world_size=2, device=torch.device("cpu"))
+
+
+def make_loader(dataset=None) -> BatchLoader:
+    return BatchLoader(
+        dataset or build_dataset(CONFIG),
+        build_objective(CONFIG.diffusion),
+        CONFIG,
+        plan_batches(CONFIG, 2),
+        SECOND_OF_TWO,
+    )
+
+
+def tensors(batch) -> list[torch.Tensor]:
+    return [batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B, batch.labels_B]
+
+
+def test_loader_batches_are_a_function_of_their_place_alone() -> None:
+    loader, batches = make_loader(), plan_batches(CONFIG, 2)
+    place, places = Place(0, 0), []
+    for _ in range(6):
+        places.append(place)
+        place = place.next(batches)
+    assert [(p.step, p.samples_seen, p.micro_step) for p in places] == [
+        (0, 0, 0),
+        (0, 0, 1),
+        (1, 8, 0),
+        (1, 8, 1),
+        (2, 16, 0),
+        (2, 16, 1),
+    ]
+    in_order = [tensors(loader.take(place)) for place in places]
+    for position in (4, 1, 5, 0):  # as after resumes, with nothing of the right place made ahead
+        slots = batches.slots(places[position].micro_step, 1)
+        alone = tensors(make_loader().make(places[position], slots))
+        assert all(torch.equal(a, b) for a, b in zip(in_order[position], alone, strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(in_order[position], tensors(loader.take(places[position])), strict=True)
+        )
+    loader.close()
+
+
+class Failing:
+    """Has a record that cannot be read; says by which thread it was asked."""
+
+    def __init__(self, bad_start: int) -> None:
+        self.inner, self.bad_start, self.threads = build_dataset(CONFIG), bad_start, set()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def take(self, indices, positions=None):
+        self.threads.add(threading.current_thread().name)
+        if positions[0] == self.bad_start:
+            raise DataError("record 12 is not finite")
+        return self.inner.take(indices, positions)
+
+
+def test_loader_raises_an_error_in_the_step_that_needed_the_batch_and_leaves_no_thread() -> None:
+    dataset = Failing(bad_start=8 + plan_batches(CONFIG, 2).slots(0, 1).start)
+    loader = make_loader(dataset)
+    loader.take(Place(0, 0, 0))
+    loader.take(Place(0, 0, 1))
+    with pytest.raises(DataError, match="record 12"):
+        loader.take(Place(1, 8, 0))
+    loader.close()
+    assert not any(thread.name in dataset.threads for thread in threading.enumerate())
+    assert threading.current_thread().name not in dataset.threads
