@@ -24,7 +24,7 @@ from promoe_ds.logs import configure_logging, get_logger
 from promoe_ds.train.metrics import MetricsWriter
 from promoe_ds.train.step import StepResult
 from promoe_ds.train.supervisor import Supervisor
-from promoe_ds.train.trainer import Session, build_session, start_routers, train_step
+from promoe_ds.train.trainer import Session, build_session, check_scale, start_routers, train_step
 
 _LOG = get_logger("train")
 
@@ -62,6 +62,7 @@ def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
         session.routing.forget_waits()
     else:
         load_checkpoint(session, choice.folder, same_run=choice.same_run)
+    check_scale(session)
     parallel, plan = run.config.parallel, run.deepspeed_plan
     _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d, accumulation %d, from step %d",
               run.config.name, ranks.world_size, parallel.ep_size, parallel.resolved_dispatch, run.config.experts_by,

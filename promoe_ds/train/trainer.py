@@ -31,8 +31,10 @@ from promoe_ds.train.step import StepResult, TrainingModule
 
 _LOG = get_logger("session")
 
-#: Samples of the first batch that routers may start from.
+#: Samples of the first batch that routers may start from, and whose scale is checked.
 _STARTING_SAMPLES = 32
+#: Standard deviations of latents that noise of deviation 1 is made for.
+_USUAL_DEVIATIONS = (0.5, 2.0)
 
 
 @dataclass(kw_only=True)
@@ -96,6 +98,15 @@ def build_session(config: RunConfig, deepspeed_plan: DeepSpeedPlan, batches: Bat
     return Session(config=config, deepspeed_plan=deepspeed_plan, batches=batches, ranks=ranks, dataset=dataset, engine=engine,
                    optimizer=optimizer, health=health, routing=routing, router_state=RouterState(network),
                    expert_group=expert_group)
+
+
+def check_scale(session: Session) -> None:
+    """Warn, by rank 0, of a first batch whose standard deviation is far from 1: scaled twice, or not at all."""
+    clean, _ = _take(session, range(min(session.batches.global_batch, _STARTING_SAMPLES)))
+    deviation, (least, most) = clean.std().item(), _USUAL_DEVIATIONS
+    if session.ranks.is_main and not least <= deviation <= most:
+        _LOG.warning("the first batch has a standard deviation of %.3g, about 1 is usual: check data.latent_scale=%g (latents that "
+                     "were stored scaled need 1)", deviation, session.config.data.latent_scale)
 
 
 def start_routers(session: Session) -> None:
