@@ -26,6 +26,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="images a process looks at at once")
     parser.add_argument("--out", type=Path, default=Path("metrics.json"), help="JSON with the figures and what they depend on")
     parser.add_argument("--save-reference", type=Path, metavar="NPZ", help="also write the reference's statistics")
+    parser.add_argument("--half-precision-manifold", action="store_true", help="distances for precision and recall in half "
+                        "precision, as ADM's script computes them: other digits than fp64's")
     parser.add_argument("--device", help="this process's GPU where there is one, else cpu")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str]) -> None:
     team = join_team(options.device)
     team.on_main(lambda: check_target(options.out, "--out"))
     request = EvaluateRequest(samples=options.samples, reference=options.reference, metrics=tuple(options.metrics.split(",")),
-                              extractor=options.extractor, batch_size=options.batch_size, save_reference=options.save_reference)
+                              extractor=options.extractor, batch_size=options.batch_size, save_reference=options.save_reference,
+                              half_precision_manifold=options.half_precision_manifold)
     figures = evaluate(request, team)
     if team.is_main:
         # Told before they are written: a disk that is full by now does not take them along.

@@ -12,7 +12,9 @@ from torch import Tensor
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.digits import load_digits_split
 from promoe_ds.data.encoded import EncodedImages
-from promoe_ds.data.latents import NPZ_SUFFIX, NpzLatents, PackedLatents
+from promoe_ds.data.index import INDEX, UNFINISHED
+from promoe_ds.data.latents import NPZ_SUFFIX, NpzLatents, PackedLatents, shard_files
+from promoe_ds.data.trees import scan_tree
 from promoe_ds.errors import DataError
 from promoe_ds.randomness import generator
 
@@ -84,8 +86,10 @@ def build_dataset(config: RunConfig, device: torch.device | None = None) -> Late
     if data.dataset == "images":
         return EncodedImages(config, device or torch.device("cpu"))
     folder = Path(data.path)
-    if next(folder.glob("*.safetensors"), None) is not None:
+    if shard_files(folder) or any((folder / name).is_file() for name in (INDEX, UNFINISHED)):
         return PackedLatents(config)
-    if next(folder.rglob(f"*{NPZ_SUFFIX}"), None) is not None:
-        return NpzLatents(config)
-    raise DataError(f"data.path={folder}: no *.safetensors shard there, and no {NPZ_SUFFIX} file below it")
+    try:
+        tree = scan_tree(folder, (NPZ_SUFFIX,))
+    except DataError as error:
+        raise DataError(f"data.path={folder}: no *.safetensors shard there, and no tree of {NPZ_SUFFIX} files: {error}") from None
+    return NpzLatents(config, tree)

@@ -7,8 +7,10 @@ index, made of all entries, is written last and replaces them.
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import torch
 import xxhash
 from tqdm import tqdm
 
-from promoe_ds.data.images import CorruptFiles, Tree, TreeReader, read_image, scan_tree
+from promoe_ds.data.images import COMPOSED, TURNED, CorruptFiles, Tree, TreeReader, read_image, scan_tree
 from promoe_ds.data.index import INDEX, UNFINISHED, LatentIndex, ShardRecord, read_index
 from promoe_ds.data.latents import NPZ_SUFFIX, read_npz_moments
+from promoe_ds.data.reading import reading, shown
 from promoe_ds.data.shards import Shard, ShardContent, describe_shard, write_shard
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.distributed.team import Team
@@ -63,13 +66,14 @@ def encode(request: EncodeRequest, team: Team) -> LatentIndex:
         request.source, split=request.split)
     # Read into the memory of every rank at once: rank 0 alone fetches a hub id from the network first.
     vae = None if request.from_npz else _load(request, team)
-    shape = _cached_shape(request, tree) if vae is None else _encoded_shape(request, vae.identity)
+    sides, *shape = _cached_shape(request, tree) if vae is None else (2, *_encoded_shape(request, vae.identity))
+    request = replace(request, flip=request.flip and sides == 2)
     # Of cached moments no more is known than the name that the user gives, and their channels.
     identity = vae.identity if vae else VaeIdentity(name=request.vae_name, latent_channels=shape[0] // 2)
     settings = _settings(request, tree, identity)
     if (done := team.on_main(lambda: _claim(request, settings))) is not None:
         return done
-    work = _Worker(request, tree, vae, shape)
+    work = _Worker(request, tree, vae, tuple(shape))
     shards = -(-len(tree) // request.shard_size)
     todo = team.on_main(lambda: missing_shards(request.out, shards))
     total = sum(len(work.files_of(number)) for number in todo)
@@ -85,8 +89,7 @@ def missing_shards(out: Path, shards: int) -> list[int]:
     """Return the numbers of the shards that are not complete: each is written in one move, and then its entry."""
     def is_complete(path: Path) -> bool:
         entry = path.with_suffix(".json")
-        return entry.is_file() and path.is_file() and (
-            json.loads(entry.read_text(encoding="utf-8"))["record"]["bytes"] == path.stat().st_size)
+        return entry.is_file() and path.is_file() and _read_json(entry)["record"]["bytes"] == path.stat().st_size
 
     return [number for number in range(shards) if not is_complete(out / _shard_name(number))]
 
@@ -112,8 +115,8 @@ def _encoded_shape(request: EncodeRequest, identity: VaeIdentity) -> tuple[int, 
     return 2 * identity.latent_channels, side, side
 
 
-def _cached_shape(request: EncodeRequest, tree: Tree) -> tuple[int, int, int]:
-    """Return the shape of the first cached moments that can be read, (2 Z, H, W): all others must have it.
+def _cached_shape(request: EncodeRequest, tree: Tree) -> tuple[int, int, int, int]:
+    """Return the shape of the first cached moments that can be read, (1 or 2 sides, 2 Z, H, W): all others must have it.
 
     Raises: ConfigError if their autoencoder is not named; DataError if there are more unreadable ones than allowed.
     """
@@ -123,15 +126,15 @@ def _cached_shape(request: EncodeRequest, tree: Tree) -> tuple[int, int, int]:
     corrupt = CorruptFiles(request.max_corrupt, "--max-corrupt")
     for name in tree.names:
         try:
-            return read_npz_moments(tree.root / name).shape[1:]
+            return read_npz_moments(tree.root / name).shape
         except DataError as error:
-            corrupt.add(name, str(error))
+            corrupt.add(shown(name), str(error))
     raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
 
 
 def _settings(request: EncodeRequest, tree: Tree, identity: VaeIdentity) -> dict[str, Any]:
     """Return what must agree between the calls that fill one folder."""
-    listing = xxhash.xxh3_64("\n".join(tree.names).encode()).hexdigest()
+    listing = xxhash.xxh3_64(os.fsencode("\n".join(tree.names))).hexdigest()
     return {"files": len(tree), "listing": listing, "image_size": None if request.from_npz else request.image_size,
             "flipped": request.flip, "dtype": request.dtype, "vae_dtype": None if request.from_npz else request.vae_dtype,
             "shard_size": request.shard_size, "vae": identity.as_json()}
@@ -152,7 +155,7 @@ def _claim(request: EncodeRequest, settings: dict[str, Any]) -> LatentIndex | No
             _LOG.info("%s: complete already", out)
             return index
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = _read_json(path)
             if differing := _differing(before, settings):
                 raise ConfigError(f"--out {out} holds an encoding begun otherwise: {differing}. Choose another folder, or use the "
                                   "same arguments and files")
@@ -172,9 +175,11 @@ class _Worker:
 
     def __init__(self, request: EncodeRequest, tree: Tree, vae: Vae | None, shape: tuple[int, int, int]) -> None:
         self._request, self._tree, self._vae, self._shape = request, tree, vae, shape
+        self._changes: list[str] = []
 
         def read(path: Path) -> np.ndarray:
-            return read_npz_moments(path, shape) if vae is None else read_image(path, request.image_size)
+            return (read_npz_moments(path, (1 + request.flip, *shape)) if vae is None
+                    else read_image(path, request.image_size, self._changes))
 
         self._reader = TreeReader(tree, read, request.workers)
         self._corrupt = CorruptFiles(request.max_corrupt, "--max-corrupt")
@@ -188,13 +193,14 @@ class _Worker:
         path, indices = self._request.out / _shard_name(number), self.files_of(number)
         empty = torch.empty(0, *self._shape, dtype=DTYPES[self._request.dtype])
         kept, moments, twins, skipped = [], [empty], [empty], []
+        self._changes.clear()
         for start in range(indices.start, indices.stop, self._request.batch_size):
             batch = range(start, min(start + self._request.batch_size, indices.stop))
             good = []
             for index, value in zip(batch, self._reader.try_all(batch), strict=True):
                 if isinstance(value, DataError):
-                    self._corrupt.add(self._tree.names[index], str(value))
-                    skipped.append(self._tree.names[index])
+                    skipped.append(shown(self._tree.names[index]))
+                    self._corrupt.add(skipped[-1], str(value))
                 else:
                     good.append(value)
                     kept.append(index)
@@ -206,7 +212,8 @@ class _Worker:
                                labels=torch.from_numpy(self._tree.labels[kept]), names=[self._tree.names[i] for i in kept])
         try:
             record = write_shard(path, content)
-            _write_json(path.with_suffix(".json"), {"record": asdict(record), "skipped": skipped})
+            _write_json(path.with_suffix(".json"),
+                        {"record": asdict(record), "skipped": skipped, "changes": Counter(self._changes)})
         except OSError as error:
             raise DataError(f"{path}: could not be written: {error}. Free the disk and run the same command again") from None
 
@@ -214,7 +221,7 @@ class _Worker:
         """Return moments of images, or as they were cached, and those of the mirrored images, as stored."""
         dtype = DTYPES[self._request.dtype]
         if self._vae is None:
-            pair = torch.from_numpy(values).unbind(1)
+            pair = (*torch.from_numpy(values).unbind(1), None)
         else:
             pair = (self._vae.encode(values), self._vae.encode(values[:, :, ::-1].copy()) if self._request.flip else None)
         return pair[0].cpu().to(dtype), None if pair[1] is None else pair[1].cpu().to(dtype)
@@ -222,22 +229,28 @@ class _Worker:
 
 def _finish(request: EncodeRequest, settings: dict[str, Any], tree: Tree, shards: int) -> LatentIndex:
     """Make the index from all entries; rank 0 only."""
-    entries = [json.loads((request.out / _shard_name(number)).with_suffix(".json").read_text(encoding="utf-8"))
-               for number in range(shards)]
+    entries = [_read_json((request.out / _shard_name(number)).with_suffix(".json")) for number in range(shards)]
     skipped = [name for entry in entries for name in entry["skipped"]]
     if len(skipped) > request.max_corrupt:
         raise DataError(f"{len(skipped)} files could not be read, --max-corrupt={request.max_corrupt} are allowed: "
-                        f"{', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}. Mend them and encode into a new folder, or "
-                        "run again with a higher limit: nothing is encoded twice")
+                        f"{', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}. Repair them and encode into a new "
+                        "folder, or run again with a higher limit: nothing is encoded twice")
     records = tuple(ShardRecord(**entry["record"]) for entry in entries)
     if not sum(record.count for record in records):
         raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
     opened = [Shard(request.out / record.file) for record in records]
     counts = np.bincount(torch.cat([shard.labels for shard in opened]).numpy(), minlength=len(tree.classes))
+    changes = sum((Counter(entry.get("changes", {})) for entry in entries), Counter())
+    if changes:
+        _LOG.info("%s: %d images with transparent pixels were composed over white, %d turned upright as their EXIF data say",
+                  tree.root, changes[COMPOSED], changes[TURNED])
+    if unread := [shown(name) for name, count in zip(tree.classes, counts, strict=True) if not count]:
+        _LOG.warning("%s: no image of %d classes could be read, their labels never occur: %s", tree.root, len(unread),
+                     ", ".join(unread[:5]))
     index = LatentIndex(
         kind=_KIND, shape=opened[0].shape[1:], dtype=request.dtype, flipped=request.flip, image_size=settings["image_size"],
-        vae=VaeIdentity(**settings["vae"]), classes=tree.classes, class_counts=tuple(counts.tolist()), shards=records,
-        skipped=tuple(skipped),
+        vae=VaeIdentity(**settings["vae"]), classes=tuple(map(shown, tree.classes)), class_counts=tuple(counts.tolist()),
+        shards=records, skipped=tuple(skipped),
         encoding={name: settings[name] for name in ("files", "listing", "shard_size", "vae_dtype")},
         versions=versions_of("diffusers", "numpy", "pillow", "safetensors"))
     index.write(request.out)
@@ -280,6 +293,14 @@ def _problems(folder: Path, record: ShardRecord) -> Iterator[str]:
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with reading(path, "record of an encoding"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"holds {type(values).__name__}")
+        return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.augment import draw_flips, draw_latents
 from promoe_ds.data.images import CorruptFiles, TreeReader, check_classes, read_image, scan_tree
+from promoe_ds.data.reading import shown
+from promoe_ds.data.shards import first_not_finite
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import DataError
 
@@ -50,12 +52,16 @@ class EncodedImages:
         """Return scaled fp32 latents (B, Z, H, W), on the CPU, and labels (B,); mirrored and drawn by position.
 
         An image that cannot be read is named, counted, and replaced by the next one of the tree that can.
-        Raises: DataError when `data.max_corrupt` is passed, or none of all images can be read.
+        Raises: DataError when `data.max_corrupt` is passed, none of all images can be read, or a latent is not finite.
         """
         chosen, images = self._read(np.asarray(indices))
         flips = draw_flips(self._seed, positions, len(images), flip=self._flip)
         pixels = np.stack([image[:, ::-1] if flip else image for image, flip in zip(images, flips, strict=True)])
-        latents = draw_latents(self._vae.encode(pixels).cpu(), self._seed, positions)
+        moments = self._vae.encode(pixels).cpu()
+        if (bad := first_not_finite(moments)) is not None:
+            raise DataError(f"{shown(self._tree.root / self._tree.names[chosen[bad]])}: its latent is not finite: encode with "
+                            "data.vae_dtype=fp32, or remove the image")
+        latents = draw_latents(moments, self._seed, positions)
         return latents.mul_(self._scale), torch.from_numpy(self._tree.labels[chosen])
 
     def _read(self, indices: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

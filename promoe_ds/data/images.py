@@ -1,86 +1,46 @@
-"""Trees of images: one folder a class, images at any depth below it.
+"""Pictures from files: one decoder and one rule for each colour mode, for training and evaluation; and readers of trees.
 
 Letters: H, W size in pixels, C colour channels.
 """
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms
 
+from promoe_ds.data.reading import reading, shown
+from promoe_ds.data.trees import Tree, image_formats, scan_tree
 from promoe_ds.errors import DataError
 from promoe_ds.logs import get_logger, rank_from_environment
 
+__all__ = ["CorruptFiles", "Tree", "TreeReader", "center_crop", "check_classes", "plain_image", "read_image", "read_picture",
+           "scan_tree"]
+
 _LOG = get_logger("data")
+_T = TypeVar("_T")
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
-#: Folders that may stand above the classes; the first two are taken for it wherever they stand.
-_SPLITS = {"train", "val", "test"}
-_SURE_SPLITS = {"train", "val"}
-#: What Pillow raises for files that are no images, are cut off, or are made to exhaust the memory.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Files below `root`, sorted by name, and the class of each; a class's label is its place among the sorted folders."""
-
-    root: Path
-    names: list[str]
-    labels: np.ndarray
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def scan_tree(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, *, split: str = "train") -> Tree:
-    """List a tree of class folders.
-
-    Args:
-        path: the tree, or the folder that holds it as one of train, val and test.
-        split: which of them, then.
-    Returns: the tree; its classes are the folders of the first level, but for hidden ones, from which nothing is taken.
-    Raises: DataError if there is no such tree, a file of that kind lies beside the class folders, or a class has none: left out,
-        it would give all classes after it another label.
-    """
-    root = _root_of_split(path, split)
-    names = [os.path.relpath(os.path.join(folder, file), root)  # noqa: PTH118 (Path costs minutes for millions of files)
-             for folder, _, files in os.walk(root, followlinks=True) for file in files if file.lower().endswith(tuple(suffixes))]
-    names = sorted(name for name in names if os.sep not in name or not name.startswith("."))
-    if not names:
-        raise DataError(f"{root}: no {', '.join(suffixes)} file below it")
-    homeless = [name for name in names if os.sep not in name]
-    if homeless:
-        raise DataError(f"{root}: {homeless[0]} lies beside the class folders: move it into the folder of its class")
-    folders = [name.partition(os.sep)[0] for name in names]
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if empty := sorted(set(classes) - set(folders)):
-        raise DataError(f"{root}: {len(empty)} of {len(classes)} class folders hold no {', '.join(suffixes)} file, {empty[0]} is "
-                        "the first. A class's label is its place among the sorted folders: fill them, or remove what is no class")
-    label_of = {name: label for label, name in enumerate(classes)}
-    return Tree(root, names, np.array([label_of[folder] for folder in folders], dtype=np.int64), tuple(classes))
-
-
-def _root_of_split(path: Path, split: str) -> Path:
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder")
-    folders = {entry.name for entry in path.iterdir() if entry.is_dir()}
-    if not folders & _SURE_SPLITS and not (folders and folders <= _SPLITS):
-        return path
-    if others := sorted(name for name in folders - _SPLITS if not name.startswith(".")):
-        known = sorted(folders & _SPLITS)[0]
-        raise DataError(f"{path}: holds {known} beside {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}: splits or "
-                        f"classes? Name {path / known} itself, or rename {known} if it is a class")
-    if split not in folders:
-        raise DataError(f"{path}: holds {', '.join(sorted(folders))} but no {split}")
-    return path / split
+#: What `plain_image` notes of a picture that it changed.
+COMPOSED, TURNED = "composed", "turned"
+_GREY = {"1", "L", "LA", "La"}
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
+#: Largest values of the ranges that integers and floats of 32 bits are taken for: the first that holds all of a picture's.
+_RANGES = {"I": (255, 65535), "F": (1, 255)}
+#: By how much of the range floats may leave it: resizing overshoots.
+_OVERSHOOT = 0.01
+#: Pixels from which pictures are decoded one at a time, whatever the number of threads: 4 bytes each, and as many while resized.
+_BIG_PIXELS = 2**24
+#: Pixels of a picture enlarged before its square is cut: a thin one would take gigabytes.
+_MAX_ENLARGED = 2**26
+_ONE_BIG = threading.Lock()
 
 
 def check_classes(where: Path, count: int, num_classes: int) -> None:
@@ -89,9 +49,56 @@ def check_classes(where: Path, count: int, num_classes: int) -> None:
     Raises: DataError for more of them; fewer are told, once, by rank 0.
     """
     if count > num_classes:
-        raise DataError(f"{where}: {count} classes, but model.num_classes={num_classes}")
+        raise DataError(f"{shown(where)}: {count} classes, but model.num_classes={num_classes}")
     if count < num_classes and rank_from_environment() == 0:
         _LOG.warning("%s: %d classes of model.num_classes=%d: the labels from %d on never occur", where, count, num_classes, count)
+
+
+def plain_image(image: Image.Image, changes: list[str] | None = None) -> Image.Image:
+    """Return a picture as grey (L) or colour (RGB), upright, by the rule of its mode (docs/inputs.md lists them).
+
+    Args:
+        changes: takes `COMPOSED` if pixels let a white ground through, `TURNED` if EXIF says how the camera was held.
+    Raises: ValueError for values that fit no range; whatever the decoder raises.
+    """
+    image.load()
+    notes = [] if changes is None else changes
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF data beside a whole picture
+        turn = None
+    if image.mode in _RANGES or image.mode.startswith("I;16"):
+        image = _scaled(image)
+    elif image.has_transparency_data:
+        grey, image = image.mode in _GREY, image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            notes.append(COMPOSED)
+        ground = Image.new("RGBA", image.size, "white")
+        ground.alpha_composite(image)
+        image = ground.convert("L" if grey else "RGB")
+    elif image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode in _GREY else "RGB")
+    if turn is None:
+        return image
+    notes.append(TURNED)
+    return image.transpose(turn)
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Return grey of 8 bits from integers of 16 and 32 bits and from floats."""
+    values, ranges = np.asarray(image).astype(np.float64), _RANGES.get(image.mode, (65535,))
+    slack, least, most = _OVERSHOOT if image.mode == "F" else 0.0, values.min(), values.max()
+    top = next((top for top in ranges if -slack * top <= least and most <= top + slack * top), None)
+    if top is None:
+        raise ValueError(f"{image.mode} values {least:g} ... {most:g} fit no range from 0 to {' or '.join(map(str, ranges))}")
+    grey = np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -99,27 +106,36 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
     Source: ADM (Dhariwal & Nichol, 2021), the published code the same: halve by box filter while at least twice too large,
     then bicubic to the shorter side, then cut.
+    Raises: ValueError for one so thin that it would not fit in memory once enlarged.
     """
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    pixels = np.asarray(image)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > _MAX_ENLARGED:
+        raise ValueError(f"{image.width} x {image.height} pixels are too thin to be cut to {size} x {size}")
+    pixels = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top:top + size, left:left + size]
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
+def read_picture(path: Path, fit: Callable[[Image.Image], _T], changes: list[str] | None = None) -> _T:
+    """Decode a picture, its first frame where there are several, and return what `fit` makes of it.
+
+    Raises: DataError naming a file that is no whole image, or has more pixels than Pillow allows.
+    """
+    with reading(path, "image"), Image.open(path, formats=image_formats()) as image:
+        with _ONE_BIG if image.width * image.height > _BIG_PIXELS else nullcontext():
+            return fit(plain_image(image, changes))
+
+
+def read_image(path: Path, size: int, changes: list[str] | None = None) -> np.ndarray:
     """Return an image's central square, (size, size, 3) uint8.
 
     Raises: DataError naming a file that is no whole image.
     """
-    try:
-        with Image.open(path) as image:
-            return center_crop(image, size)
-    except UNREADABLE as error:
-        raise DataError(f"{path}: not a readable image ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+    return read_picture(path, lambda image: center_crop(image, size), changes)
 
 
 class CorruptFiles:
@@ -140,7 +156,7 @@ class CorruptFiles:
         self.problems[name] = problem
         if len(self.problems) > self._limit:
             raise DataError(f"{problem}; that makes {len(self.problems)} unreadable files, {self._setting}={self._limit} are "
-                            "allowed: mend or remove them, or raise the limit")
+                            "allowed: repair or remove them, or raise the limit")
         _LOG.warning("skipped %s (%d of %s=%d)", problem, len(self.problems), self._setting, self._limit)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.images import check_classes
+from promoe_ds.data.reading import reading
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.errors import DataError
 from promoe_ds.logs import get_logger, rank_from_environment
@@ -83,7 +84,7 @@ def read_index(folder: Path) -> LatentIndex | None:
     path = folder / INDEX
     if not path.is_file():
         return None
-    try:
+    with reading(path, "index of latents"):
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
@@ -94,8 +95,10 @@ def read_index(folder: Path) -> LatentIndex | None:
                                "shards": tuple(ShardRecord(**shard) for shard in values["shards"])})
         if index.count != count:
             raise ValueError(f"count is {count}, its shards hold {index.count}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
+        if len(index.shape) != 3 or not all(isinstance(size, int) for size in index.shape):
+            raise ValueError(f"shape is {index.shape}")
+        if index.vae is not None and not isinstance(index.vae.scaling_factor, int | float | None):
+            raise ValueError(f"scaling_factor is {index.vae.scaling_factor!r}")
     for shard in index.shards:
         if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
             raise DataError(f"{path}: the file name {shard.file!r} leaves the folder")

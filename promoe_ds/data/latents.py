@@ -15,12 +15,15 @@ from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.augment import draw_flips, draw_latents
-from promoe_ds.data.images import TreeReader, check_classes, scan_tree
+from promoe_ds.data.images import TreeReader, check_classes
 from promoe_ds.data.index import INDEX, UNFINISHED, check_index, read_index, trust_vae
-from promoe_ds.data.shards import Shard
+from promoe_ds.data.reading import reading, shown
+from promoe_ds.data.shards import Shard, first_not_finite
+from promoe_ds.data.trees import Tree
 from promoe_ds.errors import DataError
 
-#: Names of a record and its mirrored twin in the npz files of the published code and of DiffMoE; both are moments.
+#: Names of a record and its mirrored twin, which may be missing, in the npz files of the published code and of DiffMoE; both
+#: are moments.
 NPZ_NAMES = (("latent", "latent_flip"), ("moments", "moments_flip"))
 NPZ_SUFFIX = ".npz"
 
@@ -45,7 +48,7 @@ class PackedLatents:
                             "tools/encode_latents.py again with the same arguments, it goes on where it stopped")
         else:
             trust_vae(folder, config)
-            files = sorted(folder.glob("*.safetensors"))
+            files = shard_files(folder)
         self._shards = [Shard(file) for file in files]
         for position, shard in enumerate(self._shards):
             _check_shard(shard, config)
@@ -88,8 +91,7 @@ class PackedLatents:
         flips = draw_flips(self._seed, positions, len(indices), flip=self._flip)
         records = self._records(indices, flips)
         # Records under checksums were finite when they were written.
-        if not self._shards[0].checked and not torch.isfinite(records).all():
-            bad = int((~torch.isfinite(records)).flatten(1).any(dim=1).nonzero()[0])
+        if not self._shards[0].checked and (bad := first_not_finite(records)) is not None:
             shard, row = self._locate(int(indices[bad]))
             raise DataError(f"{shard.path}: record {row} ({shard.name(row)}) is not finite: encode this shard anew")
         latents = draw_latents(records, self._seed, positions) if self.kind == "moments" else records
@@ -112,23 +114,24 @@ class PackedLatents:
 
 
 class NpzLatents:
-    """A tree of class folders with one npz file an image: `latent`, `latent_flip` or `moments`, `moments_flip`.
+    """A tree of class folders with one npz file an image: `latent`, `latent_flip` or `moments`, `moments_flip`, or without twins.
 
     Both name posteriors' moments (2 Z, H, W), unscaled. Slow: for anything but a trial, pack them once with
     `tools/encode_latents.py --from-npz`. The files do not say which autoencoder they come from.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        """List the tree.
+    def __init__(self, config: RunConfig, tree: Tree) -> None:
+        """Read the files of `tree`.
 
-        Raises: DataError if there is none, or it has more classes than the recipe.
+        Raises: DataError if it has more classes than the recipe, or its first file cannot be read.
         """
-        self._tree = scan_tree(Path(config.data.path), (NPZ_SUFFIX,))
+        self._tree = tree
         check_classes(self._tree.root, len(self._tree.classes), config.model.num_classes)
         trust_vae(self._tree.root, config)
-        self._shape = (2 * config.model.in_channels, config.model.input_size, config.model.input_size)
+        sides = len(read_npz_moments(self._tree.root / self._tree.names[0]))
+        self._shape = (sides, 2 * config.model.in_channels, config.model.input_size, config.model.input_size)
         self._scale, self._seed = config.data.latent_scale, config.train.seed
-        self._flip = config.data.flip is not False
+        self._flip = wants_flip(config, sides == 2, str(self._tree.root))
         self._reader = TreeReader(self._tree, lambda path: read_npz_moments(path, self._shape), config.data.workers)
 
     def __len__(self) -> int:
@@ -149,32 +152,36 @@ class NpzLatents:
         return draw_latents(moments, self._seed, positions).mul_(self._scale), labels
 
 
-def read_npz_moments(path: Path, shape: tuple[int, int, int] | None = None) -> np.ndarray:
-    """Return a file's moments and those of the mirrored image, (2, 2 Z, H, W) fp32.
+def shard_files(folder: Path) -> list[Path]:
+    """Return a folder's shards in the order of their names, but for hidden files, which other systems leave beside them."""
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
+
+
+def read_npz_moments(path: Path, shape: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """Return a file's moments and, where it holds them, those of the mirrored image: (1 or 2, 2 Z, H, W) fp32.
 
     Raises: DataError naming a file that is damaged, of another kind or, where `shape` is given, of another shape.
     """
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            names = next(((plain, flip) for plain, flip in NPZ_NAMES if plain in data and flip in data), None)
-            if names is None:
-                raise DataError(f"{path}: holds {', '.join(data.files) or 'nothing'}, expected "
-                                f"{' or '.join(' and '.join(pair) for pair in NPZ_NAMES)}")
-            pair = [np.asarray(data[name], dtype=np.float32) for name in names]
-    except DataError:
-        raise
-    except Exception as error:  # numpy, zipfile and zlib raise many kinds
-        raise DataError(f"{path}: not a readable latent file ({type(error).__name__}: {error})") from None
+    with reading(path, "latent file"), np.load(path, allow_pickle=False) as data:
+        names = next((names for names in NPZ_NAMES if names[0] in data), None)
+        if names is None:
+            raise DataError(f"{shown(path)}: holds {', '.join(map(shown, data.files)) or 'nothing'}, expected "
+                            f"{' or '.join(plain for plain, _ in NPZ_NAMES)}, with or without its twin ({NPZ_NAMES[0][1]}, "
+                            f"{NPZ_NAMES[1][1]})")
+        sides = [data[name] for name in names if name in data]
     # Some caches kept the batch dimension of one.
-    pair = [value[0] if value.ndim == 4 and len(value) == 1 else value for value in pair]
-    if pair[0].ndim != 3 or pair[0].shape != pair[1].shape or (shape is not None and pair[0].shape != shape):
-        wanted = " x ".join(map(str, shape)) if shape else "two alike of three dimensions"
-        raise DataError(f"{path}: moments {pair[0].shape} and {pair[1].shape} do not fit, expected {wanted}")
-    if len(pair[0]) % 2:
-        raise DataError(f"{path}: moments {pair[0].shape} are no means and variances: their channels cannot be halved")
-    moments = np.stack(pair)
+    sides = [side[0] if side.ndim == 4 and len(side) == 1 else side for side in sides]
+    found = " and ".join(f"{side.dtype} {side.shape}" for side in sides)
+    if any(side.dtype.kind != "f" for side in sides):
+        raise DataError(f"{shown(path)}: moments are {found}, expected floats")
+    if sides[0].ndim != 3 or sides[0].shape != sides[-1].shape or shape not in (None, (len(sides), *sides[0].shape)):
+        wanted = f"{shape[0]} x ({' x '.join(map(str, shape[1:]))})" if shape else "one or two alike of three dimensions"
+        raise DataError(f"{shown(path)}: moments {found} do not fit, expected {wanted}")
+    if len(sides[0]) % 2:
+        raise DataError(f"{shown(path)}: moments {found} are no means and variances: their channels cannot be halved")
+    moments = np.stack(sides).astype(np.float32)
     if not np.isfinite(moments).all():
-        raise DataError(f"{path}: not finite: encode this image anew")
+        raise DataError(f"{shown(path)}: not finite: encode this image anew")
     return moments
 
 

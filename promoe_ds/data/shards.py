@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from promoe_ds.data.index import ShardRecord
+from promoe_ds.data.reading import reading, shown
 from promoe_ds.errors import DataError
 
 KINDS = ("latents", "moments")
@@ -42,29 +43,28 @@ class Shard:
     def __init__(self, path: Path) -> None:
         """Map the file.
 
-        Raises: DataError naming a file that is no shard.
+        Raises: DataError naming a file that is no shard, or whose latents are no floats.
         """
         self.path = path
-        try:
+        with reading(path, "latent shard"):
             with safe_open(path, framework="pt") as file:
                 keys = set(file.keys())
                 self.kind = next((kind for kind in KINDS if kind in keys), KINDS[0])
-                variants = [file.get_tensor(self.kind)]
-                if self.kind + _FLIP in keys:
-                    variants.append(file.get_tensor(self.kind + _FLIP))
+                variants = [file.get_tensor(name) for name in (self.kind, self.kind + _FLIP) if name in keys or name in KINDS]
                 self.labels = file.get_tensor("labels")
-                checksums = file.get_tensor("checksums") if "checksums" in keys else None
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{path}: not a readable latent shard ({error})") from None
-        self.dtype, self.shape = variants[0].dtype, tuple(variants[0].shape)
-        self.flipped = len(variants) > 1
-        if self.flipped and (variants[1].shape, variants[1].dtype) != (variants[0].shape, variants[0].dtype):
-            raise DataError(f"{path}: {self.kind}{_FLIP} {tuple(variants[1].shape)} does not fit {self.kind} {self.shape}")
-        # As bytes: numpy knows no bfloat16, and copies rows several times faster than torch.
-        self._bytes = [_as_bytes(variant) for variant in variants]
-        self._checksums = None if checksums is None else checksums.numpy().view(np.uint64)
-        if self._checksums is not None and self._checksums.shape != (self.shape[0], len(variants)):
-            raise DataError(f"{path}: checksums {self._checksums.shape} do not fit {self.shape[0]} records of {len(variants)}")
+                checksums = file.get_tensor("checksums").numpy().view(np.uint64) if "checksums" in keys else None
+            self.dtype, self.shape, self.flipped = variants[0].dtype, tuple(variants[0].shape), len(variants) > 1
+            if not self.dtype.is_floating_point:
+                raise DataError(f"{path}: {self.kind} are {_name(self.dtype)}, expected floats: if they are quantised, store the "
+                                "floats that they encode")
+            if self.flipped and (variants[1].shape, variants[1].dtype) != (variants[0].shape, variants[0].dtype):
+                raise DataError(f"{path}: {self.kind}{_FLIP} {tuple(variants[1].shape)} {_name(variants[1].dtype)} does not fit "
+                                f"{self.kind} {self.shape} {_name(self.dtype)}: store both in one shape and type")
+            # As bytes: numpy knows no bfloat16, and copies rows several times faster than torch.
+            self._bytes = [_as_bytes(variant) for variant in variants]
+        self._checksums = checksums
+        if checksums is not None and checksums.shape != (self.shape[0], len(variants)):
+            raise DataError(f"{path}: checksums {checksums.shape} do not fit {self.shape[0]} records of {len(variants)}")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -95,7 +95,7 @@ class Shard:
         try:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor("names").numpy().tobytes().decode().split("\n")[row]
-        except (SafetensorError, OSError, UnicodeDecodeError, IndexError):
+        except Exception:  # names serve messages alone
             return "of unknown source"
 
 
@@ -106,14 +106,13 @@ def write_shard(path: Path, content: ShardContent) -> ShardRecord:
     """
     variants = [content.records.contiguous(), *([content.flipped.contiguous()] if content.flipped is not None else [])]
     for variant in variants:
-        if not torch.isfinite(variant).all():
-            bad = int((~torch.isfinite(variant)).flatten(1).any(dim=1).nonzero()[0])
-            dtype = str(variant.dtype).removeprefix("torch.")
-            raise DataError(f"{content.names[bad]}: its latent is not finite as {dtype}: store or compute in a wider type")
+        if (bad := first_not_finite(variant)) is not None:
+            raise DataError(f"{shown(content.names[bad])}: its latent is not finite as {_name(variant.dtype)}: store or compute "
+                            "in a wider type")
     digests = np.array([[xxhash.xxh3_64_intdigest(row) for row in _as_bytes(variant)] for variant in variants], dtype=np.uint64)
     tensors = {content.kind: variants[0], "labels": content.labels,
                "checksums": torch.from_numpy(digests.reshape(len(variants), -1).T.copy().view(np.int64)),
-               "names": torch.frombuffer(bytearray("\n".join(content.names).encode() or b"\n"), dtype=torch.uint8)}
+               "names": torch.frombuffer(bytearray("\n".join(map(shown, content.names)).encode() or b"\n"), dtype=torch.uint8)}
     if len(variants) > 1:
         tensors[content.kind + _FLIP] = variants[1]
     temporary = path.with_suffix(".tmp")
@@ -130,6 +129,17 @@ def describe_shard(path: Path, count: int, *, name: str) -> ShardRecord:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return ShardRecord(file=name, count=count, bytes=path.stat().st_size, checksum=digest.hexdigest())
+
+
+def first_not_finite(records_BCHW: Tensor) -> int | None:
+    """Return the place of the first record with a value that is not finite; None if there is none."""
+    if torch.isfinite(records_BCHW).all():
+        return None
+    return int((~torch.isfinite(records_BCHW)).flatten(1).any(dim=1).nonzero()[0])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _as_bytes(tensor: Tensor) -> np.ndarray:

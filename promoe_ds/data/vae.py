@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from promoe_ds.data.precision import without_tf32
+from promoe_ds.data.reading import reading
 from promoe_ds.errors import DataError
 
 #: Images of a pass of the decoder: one alone has enough work for a GPU, and hundreds of megabytes of activations.
@@ -59,11 +60,8 @@ class Vae:
         """
         if not Path(source).is_dir() and source.count("/") != 1:
             raise DataError(f"{source}: no such folder, and no hub id (owner/name) of an AutoencoderKL")
-        try:
+        with reading(Path(source), "AutoencoderKL in safetensors"):
             network = AutoencoderKL.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise DataError(f"{source}: no AutoencoderKL in safetensors could be loaded from there "
-                            f"({str(error).splitlines()[0]})") from None
         config = network.config
         if shift := config.get("shift_factor"):
             raise DataError(f"{source}: shifts its latents by shift_factor={shift}, this package only scales them "

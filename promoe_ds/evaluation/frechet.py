@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from promoe_ds.logs import get_logger
+
+_LOG = get_logger("evaluate")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,13 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     distance = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
     # Rounding may leave it below 0; NaN stays NaN, where Python's max would make it 0.
     return float(np.maximum(distance, 0.0))
+
+
+def warn_of_few(where: Path, count: int, features: int) -> None:
+    """Warn of a Gaussian of no more images than features: its covariance is singular, its distance depends on their number."""
+    if count <= features:
+        _LOG.warning("%s: %d images for %d features: the Fréchet distance of so few images is biased, compare it only with "
+                     "distances of as many", where, count, features)
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

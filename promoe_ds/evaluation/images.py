@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from promoe_ds.config import RunConfig
+from promoe_ds.data.reading import reading
 from promoe_ds.errors import DataError
 
 
@@ -53,8 +54,9 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises: DataError if it is missing or no such file.
     """
     file = path / "samples.npz" if path.is_dir() else path
-    try:
-        with np.load(file, allow_pickle=False) as data:
-            return data["arr_0"], data["labels"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{file}: no samples with labels there ({error})") from None
+    with reading(file, "npz of samples with labels"), np.load(file, allow_pickle=False) as data:
+        images, labels = data["arr_0"], data["labels"]
+    if images.dtype != np.uint8 or images.ndim != 4 or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise DataError(f"{file}: arr_0 is {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}, expected uint8 "
+                        "(N, H, W, C) and integers (N,)")
+    return images, labels

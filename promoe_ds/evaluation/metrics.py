@@ -12,7 +12,7 @@ from promoe_ds.data.precision import TF32
 from promoe_ds.distributed.team import Team
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor, load_extractor
-from promoe_ds.evaluation.frechet import Gaussian, frechet_distance
+from promoe_ds.evaluation.frechet import Gaussian, frechet_distance, warn_of_few
 from promoe_ds.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from promoe_ds.evaluation.reference import (
     OpenReference,
@@ -41,6 +41,7 @@ class EvaluateRequest:
     extractor: str = "inception"
     batch_size: int = 64
     save_reference: Path | None = None
+    half_precision_manifold: bool = False
 
 
 def evaluate(request: EvaluateRequest, team: Team) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def evaluate(request: EvaluateRequest, team: Team) -> dict[str, Any]:
     opened = None if request.reference is None else open_reference(request.reference, size=samples.height,
                                                                    channels=samples.channels)
     extractor = load_extractor(request.extractor, team.device)
-    _check_possible(request, samples, opened, extractor)
+    _check_possible(request, samples, opened, extractor, team)
     wants_manifold = bool(_MANIFOLD & set(request.metrics))
     found = summarise(samples, extractor, team, batch_size=request.batch_size, keep=wants_manifold,
                       want_score="is" in request.metrics)
@@ -72,7 +73,8 @@ def evaluate(request: EvaluateRequest, team: Team) -> dict[str, Any]:
                     "settings": settings},
         "reference": None if reference is None else reference.description, "extractor": extractor.identity,
         "protocol": {"statistics": "float64, unbiased covariance", "inception_score_split": InceptionScore.SPLIT,
-                     "neighbours": NEIGHBOURS, "distances": "float64", "processes": team.world_size,
+                     "neighbours": NEIGHBOURS, "processes": team.world_size,
+                     "distances": "float16 where finite" if request.half_precision_manifold else "float64",
                      "batch_size": request.batch_size, "device": device_name(team.device), "tf32": TF32},
         "versions": versions_of("numpy", "scipy", "torch-fidelity", "pillow")}
 
@@ -111,7 +113,7 @@ def _check_request(request: EvaluateRequest, team: Team) -> None:
 
 
 def _check_possible(request: EvaluateRequest, samples: NpzImages | FolderImages, opened: OpenReference | None,
-                    extractor: Extractor) -> None:
+                    extractor: Extractor, team: Team) -> None:
     """Hold the metrics against what the extractor returns for a blank image, and against what the reference holds."""
     probe = extractor.probe(samples.height, samples.channels)
     if "sfid" in request.metrics and probe.spatial is None:
@@ -120,7 +122,18 @@ def _check_possible(request: EvaluateRequest, samples: NpzImages | FolderImages,
         raise ConfigError(f"--metrics is: extractor {request.extractor} returns no logits")
     if opened is None:
         return
-    check_fits(opened, probe.pool.shape[1], request.extractor)
+    features = probe.pool.shape[1]
+    check_fits(opened, features, request.extractor)
+    if opened.images is not None and opened.images.height != samples.height:
+        raise DataError(f"{opened.path}: images of {opened.images.height} pixels a side, the samples have {samples.height}: take a "
+                        "reference of that size, or a folder of its images, which is cropped to it")
+    if opened.images is not None and extractor.probe(opened.images.height, opened.images.channels).pool.shape[1] != features:
+        raise DataError(f"{opened.path}: images of {opened.images.channels} channels, the samples have {samples.channels}: the "
+                        f"extractor {request.extractor} cannot compare them")
+    if {"fid", "sfid"} & set(request.metrics) and team.is_main:
+        warn_of_few(request.samples, len(samples), features)
+        if opened.pool is None:
+            warn_of_few(opened.path, len(opened.images), features)
     if "sfid" in request.metrics and opened.pool is not None:
         if opened.spatial is None:
             raise ConfigError(f"--metrics sfid: {opened.path} states mu and sigma, but neither mu_s nor sigma_s")
@@ -141,7 +154,8 @@ def _compare(found: Summary, reference: Reference, request: EvaluateRequest, tea
     if "sfid" in request.metrics:
         figures["sfid"] = _distance(found.spatial, reference.spatial, "sfid")
     if _MANIFOLD & set(request.metrics):
-        precision, recall = precision_recall(reference.features_Nd, found.features_Nd, team)
+        precision, recall = precision_recall(reference.features_Nd, found.features_Nd, team,
+                                             half=request.half_precision_manifold)
         figures |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in request.metrics}
     return figures
 

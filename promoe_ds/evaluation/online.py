@@ -15,7 +15,7 @@ from promoe_ds.distributed.context import Ranks
 from promoe_ds.distributed.team import Team
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.features import load_extractor
-from promoe_ds.evaluation.frechet import frechet_distance
+from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
 from promoe_ds.evaluation.images import draws_pixels, to_uint8
 from promoe_ds.evaluation.reference import check_fits, open_reference, read_reference
 from promoe_ds.evaluation.sampling import Drawer, even_passes
@@ -47,7 +47,10 @@ class OnlineEvaluation:
         size = model.input_size * (1 if self._vae is None else self._vae.identity.downsampling)
         channels = model.in_channels if self._vae is None else 3
         opened = open_reference(Path(settings.reference), size=size, channels=channels)
-        check_fits(opened, self._extractor.probe(size, channels).pool.shape[1], settings.extractor)
+        features = self._extractor.probe(size, channels).pool.shape[1]
+        check_fits(opened, features, settings.extractor)
+        if ranks.is_main:
+            warn_of_few(Path("evaluation.samples"), settings.samples, features)
         self._reference = read_reference(opened, self._extractor, self._team, batch_size=settings.batch_size, keep=False)
         self._plan = SamplingPlan(
             steps=settings.steps or config.sampling.steps, cfg_scale=settings.cfg_scale, null_label=model.null_label,

@@ -16,16 +16,18 @@ NEIGHBOURS = 3
 _BLOCK_VALUES = 2**24
 
 
-def precision_recall(reference_Md: np.ndarray, samples_Nd: np.ndarray, team: Team, *,
-                     neighbours: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(reference_Md: np.ndarray, samples_Nd: np.ndarray, team: Team, *, neighbours: int = NEIGHBOURS,
+                     half: bool = False) -> tuple[float, float]:
     """Return the shares of samples in the reference's manifold, and of reference images in the samples'.
 
     An image lies in a manifold if it is within, or on, the sphere of any of its members, which reaches to the member's
     `neighbours`-th nearest other member. Each rank takes a share of the rows; all call this together.
-    Source: Kynkäänniemi et al., Eq. 1-3; ADM: the same, distances in half precision where they stay finite; differs: fp64.
+    Source: Kynkäänniemi et al., Eq. 1-3; ADM: the same, distances in half precision where they stay finite; differs: fp64 but
+    for `half`, whose blocks, which must be finite as a whole, are smaller than ADM's 10,000 x 10,000.
     Raises: ValueError if a set has no more images than `neighbours`.
     """
-    sets = [torch.from_numpy(np.ascontiguousarray(values)).to(team.device, torch.float64) for values in (reference_Md, samples_Nd)]
+    dtype = torch.float32 if half else torch.float64
+    sets = [torch.from_numpy(np.ascontiguousarray(values)).to(team.device, dtype) for values in (reference_Md, samples_Nd)]
     smallest = min(len(values) for values in sets)
     if smallest <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} images on both sides, got {smallest}")
@@ -39,11 +41,12 @@ def _radii(values_Nd: Tensor, neighbours: int, team: Team) -> Tensor:
     radii = np.zeros(len(values_Nd))
     for rows in _blocks(len(values_Nd), len(values_Nd), team):
         distances = _squared_distances(values_Nd[rows.start:rows.stop], values_Nd)
-        # The nearest is the member itself.
-        own = torch.arange(rows.start, rows.stop, device=distances.device)
-        distances[torch.arange(len(own), device=distances.device), own] = 0.0
+        if distances.dtype == torch.float64:
+            # The nearest is the member itself; ADM takes the rounded distance.
+            own = torch.arange(rows.start, rows.stop, device=distances.device)
+            distances[torch.arange(len(own), device=distances.device), own] = 0.0
         radii[rows.start:rows.stop] = distances.kthvalue(neighbours + 1, dim=1).values.cpu().numpy()
-    return torch.from_numpy(team.sum(radii)).to(values_Nd.device)
+    return torch.from_numpy(team.sum(radii)).to(values_Nd)
 
 
 def _share_inside(values_Nd: Tensor, members_Md: Tensor, radii_M: Tensor, team: Team) -> float:
@@ -60,5 +63,13 @@ def _blocks(rows: int, columns: int, team: Team) -> list[range]:
 
 
 def _squared_distances(a_Nd: Tensor, b_Md: Tensor) -> Tensor:
+    """Return (N, M): in fp64, or, of fp32 values, fp32 that was rounded to half precision where all of it stays finite."""
+    if a_Nd.dtype == torch.float32:
+        a_half, b_half = a_Nd.half(), b_Md.half()
+        norms_N, norms_M = (values.square().float().sum(dim=1).half() for values in (a_half, b_half))
+        products = (a_half.float() @ b_half.float().T).half()  # products of halves add up in fp32, as on GPUs
+        distances = (norms_N[:, None] - 2 * products + norms_M[None]).clamp_(min=0)
+        if distances.isfinite().all():
+            return distances.float()
     squares = a_Nd.square().sum(dim=1)[:, None] + b_Md.square().sum(dim=1)[None]
     return torch.addmm(squares, a_Nd, b_Md.T, alpha=-2.0).clamp_(min=0.0)

@@ -101,8 +101,10 @@ def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None) -> Non
 
 def _stated(path: Path, mean_name: str, covariance_name: str) -> Gaussian | None:
     mean, covariance = npz_array(path, mean_name), npz_array(path, covariance_name)
-    if mean is None or covariance is None:
+    if mean is None and covariance is None:
         return None
+    if mean is None or covariance is None:
+        raise DataError(f"{path}: holds one of {mean_name} and {covariance_name}: a reference needs both")
     for name, values in ((mean_name, mean), (covariance_name, covariance)):
         if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
             raise DataError(f"{path}: {name} ({values.dtype}) is not all finite numbers: make the reference anew")

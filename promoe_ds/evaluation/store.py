@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 from PIL import Image
 from safetensors.torch import save_file
 
-from promoe_ds.data.images import UNREADABLE
+from promoe_ds.data.reading import reading
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.images import image_name, save_png
 from promoe_ds.logs import get_logger
@@ -114,15 +114,13 @@ class SampleStore:
         Raises: DataError if its file is damaged, or holds something else.
         """
         path = self._path(index)
-        try:
+        with reading(path, "sample"):
             if self.as_images:
                 with Image.open(path) as image:
                     value = np.asarray(image)
                 value = value[:, :, None] if value.ndim == 2 else value
             else:
                 value = np.load(path, allow_pickle=False)
-        except UNREADABLE as error:
-            raise DataError(f"{path}: not a readable sample ({type(error).__name__})") from None
         if value.shape != self.shape:
             raise DataError(f"{path}: {value.shape}, expected {self.shape}")
         return value

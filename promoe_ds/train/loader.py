@@ -72,7 +72,7 @@ class BatchLoader:
 
     def make(self, place: Place, slots: range) -> DiffusionBatch:
         """Return the samples of some slots of a step's global batch, noise and dropout drawn."""
-        clean, labels = self._samples(place, slots)
+        clean, labels = self.samples(place, slots)
         return draw_batch(
             clean,
             labels,
@@ -83,15 +83,12 @@ class BatchLoader:
             slots=slots,
         )
 
-    def labels(self, place: Place, slots: range) -> Tensor:
-        """Return these samples' own labels, before dropout."""
-        return self._samples(place, slots)[1]
-
     def close(self) -> None:
         """End the thread; what is being made is finished and dropped."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _samples(self, place: Place, slots: range) -> tuple[Tensor, Tensor]:
+    def samples(self, place: Place, slots: range) -> tuple[Tensor, Tensor]:
+        """Return the latents and labels of some slots of a step's global batch, before dropout."""
         start = place.samples_seen + slots.start
         indices = sample_indices(
             len(self._dataset), seed=self._config.train.seed, count=len(slots), start=start

@@ -59,6 +59,7 @@ def train(run: Run, context: Ranks, supervisor: Supervisor | None = None) -> Non
         trainer.start_routers()
     else:
         load_checkpoint(trainer, choice.folder, same_run=choice.same_run)
+    trainer.check_scale()
     _describe(trainer)
     writer = MetricsWriter(run.run_dir, config, context, start_step=trainer.step)
     saver = Saver(trainer, run.run_dir / "checkpoints")

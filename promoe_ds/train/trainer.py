@@ -38,8 +38,10 @@ from promoe_ds.train.step import StepResult, TrainingModule, TrainingOutput
 
 _LOG = get_logger("trainer")
 
-#: Samples of the first batch that routers may start from.
+#: Samples of the first batch that routers may start from, and whose scale is checked.
 _STARTING_SAMPLES = 32
+#: Standard deviations of latents that noise of deviation 1 is made for.
+_USUAL_DEVIATIONS = (0.5, 2.0)
 
 
 @dataclass(kw_only=True)
@@ -112,10 +114,19 @@ class Trainer:
         objective = self.module.objective
         batch = self.loader.make(self._place(0), slots).to(self.context.device)
         # Their own labels: dropout could leave no sample for the centroids to start from.
-        labels = self.loader.labels(self._place(0), slots).to(self.context.device)
+        labels = self.loader.samples(self._place(0), slots)[1].to(self.context.device)
         with self.routing.waits_paused():
             seed_centroids(self.network, labels, objective.noised(batch), objective.timestep(batch),
                            self.config.train.seed)
+
+    def check_scale(self) -> None:
+        """Warn, by rank 0, of a first batch whose standard deviation is far from 1: scaled twice, or not at all."""
+        slots = range(min(self.batches.global_batch, _STARTING_SAMPLES))
+        deviation = self.loader.samples(self._place(0), slots)[0].std().item()
+        least, most = _USUAL_DEVIATIONS
+        if self.context.is_main and not least <= deviation <= most:
+            _LOG.warning("the first batch has a standard deviation of %.3g, about 1 is usual: check data.latent_scale=%g "
+                         "(latents that were stored scaled need 1)", deviation, self.config.data.latent_scale)
 
     def close(self) -> None:
         """End the thread that makes batches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from promoe_ds.data import LatentDataset, build_dataset, sample_indices
 from promoe_ds.data.encode import EncodeRequest, encode, missing_shards, verify
 from promoe_ds.data.images import read_image, scan_tree
 from promoe_ds.data.index import read_index
-from promoe_ds.data.shards import ShardContent, write_shard
+from promoe_ds.data.shards import Shard, ShardContent, write_shard
 from promoe_ds.data.vae import Vae
 from promoe_ds.distributed.team import alone
 from promoe_ds.errors import ConfigError, DataError
@@ -156,6 +158,39 @@ def test_encode_interrupted_goes_on_and_ends_the_same(made: Path, tmp_path: Path
         assert (tmp_path / "out" / name).read_bytes() == (made / "latents" / name).read_bytes()
     encode(request(made, tmp_path / "out"), alone())  # nothing left to do
     assert len(written) == 4
+
+
+def test_encode_counts_changed_images_and_keeps_names_on_one_line(tmp_path: Path, monkeypatch) -> None:
+    told: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(f"promoe_ds.data.encode._LOG.{level}", lambda message, *values: told.append(message % values))
+    save_vae(tmp_path / "vae")
+    odd, exif = tmp_path / "images" / os.fsdecode(b"b\xff\nc"), Image.Exif()
+    save_images(tmp_path / "images", classes=("a", odd.name))
+    exif[ExifTags.Base.Orientation] = 6
+    for number in range(3):
+        Image.new("RGBA", (9, 9), (0, 0, 0, 9)).save(odd / f"clear{number}.png", **({} if number else {"exif": exif}))
+    for path in (tmp_path / "images" / "a").rglob("*.png"):
+        path.write_bytes(b"broken")
+    index = encode(request(tmp_path, "out", max_corrupt=5, shard_size=5), alone())
+    assert index == read_index(tmp_path / "out") and index.classes == ("a", "b\\udcff\\nc") and index.class_counts == (0, 8)
+    assert len(told) == 2 and " 3 images with transparent" in told[0] and " 1 turned" in told[0] and "classes could be" in told[1]
+    assert verify(tmp_path / "out", alone()) == index
+    assert Shard(tmp_path / "out" / index.shards[1].file).name(0) == "b\\udcff\\nc/b\\udcff\\nc_0.png"
+
+
+def test_encoded_on_the_fly_not_finite_names_the_image(made: Path, monkeypatch) -> None:
+    dataset = open_set(made / "images", "images", vae=str(made / "vae"))
+    encode_ = Vae.encode
+
+    def broken(vae: Vae, images: np.ndarray) -> Tensor:
+        moments = encode_(vae, images)
+        moments[1, 1, 0, 0] = torch.inf
+        return moments
+
+    monkeypatch.setattr(Vae, "encode", broken)
+    with pytest.raises(DataError, match=r"n02_0\.png: its latent is not finite"):
+        dataset.take(np.array([0, 7]))
 
 
 def test_encode_into_a_folder_begun_otherwise_is_refused(made: Path, tmp_path: Path) -> None:
@@ -308,16 +343,19 @@ def test_latents_missing_or_cut_shard_is_named_at_once(made: Path, tmp_path: Pat
         open_set(folder)
 
 
-@pytest.mark.parametrize("change", [{"format": "other"}, {"count": 3}, {"surplus": 1}, {"shards": [{"file": "../x"}]}])
-def test_index_that_cannot_be_trusted_is_refused(made: Path, tmp_path: Path, change: dict) -> None:
+@pytest.mark.parametrize("change", [
+    {"format": "other"}, {"count": 3}, {"surplus": 1}, {"shards": "../shard-00000.safetensors"}, {"shape": ["2", 4, 4]},
+    {"shape": [2]}, {"vae": {"name": "x", "latent_channels": 1, "scaling_factor": "0.5"}}, {"vae": 3}, [], "text", 7, None,
+])
+def test_index_that_cannot_be_trusted_is_refused(made: Path, tmp_path: Path, change: Any) -> None:
     folder = copy_of(made / "latents", tmp_path / "copy")
     values = json.loads((folder / "index.json").read_text())
-    if "shards" in change:
-        values["shards"][0]["file"] = "../shard-00000.safetensors"
+    if isinstance(change, dict) and "shards" in change:
+        values["shards"][0]["file"] = change["shards"]
     else:
-        values |= change
+        values = {**values, **change} if isinstance(change, dict) else change
     (folder / "index.json").write_text(json.dumps(values))
-    with pytest.raises(DataError, match=r"index\.json: (cannot be understood|the file name)"):
+    with pytest.raises(DataError, match=r"index\.json: (not a readable index|the file name)"):
         open_set(folder)
 
 
@@ -341,20 +379,24 @@ def test_shard_of_a_latent_that_is_not_finite_is_not_written(tmp_path: Path) -> 
 # Caches of other trainers.
 
 
-@pytest.mark.parametrize(("names", "suffix"), [(("latent", "latent_flip"), ".latent.npz"), (("moments", "moments_flip"), ".npz")])
-def test_npz_caches_are_read_and_packed_alike(made: Path, tmp_path: Path, names: tuple[str, str], suffix: str) -> None:
+@pytest.mark.parametrize(("names", "suffix"), [(("latent", "latent_flip"), ".latent.npz"), (("moments", "moments_flip"), ".npz"),
+                                              (("moments",), ".npz"), (("latent",), ".npz")])
+def test_npz_caches_are_read_and_packed_alike(made: Path, tmp_path: Path, names: tuple[str, ...], suffix: str) -> None:
     tree, sides = scan_tree(made / "images"), [true_moments(made, mirrored=m).numpy() for m in (False, True)]
     for row, name in enumerate(tree.names):
         path = (tmp_path / "npz" / name).with_suffix(suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **{key: side[row] for key, side in zip(names, sides, strict=True)})
+        np.savez_compressed(path, **{key: side[row] for key, side in zip(names, sides, strict=False)})
     indices, positions = np.array([2, 0, 14]), np.array([5, 6, 7])
-    expected, labels = open_set(made / "latents").take(indices, positions)
+    expected, labels = open_set(made / "latents", flip=False if len(names) == 1 else "auto").take(indices, positions)
     encode(EncodeRequest(source=tmp_path / "npz", from_npz=True, vae_name="tiny", out=tmp_path / "packed", shard_size=6), alone())
     for found in (open_set(tmp_path / "npz"), open_set(tmp_path / "packed", vae="tiny")):
         latents, found_labels = found.take(indices, positions)
         torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(found_labels, labels)
+    if len(names) == 1:
+        with pytest.raises(DataError, match="holds no mirrored latents"):
+            open_set(tmp_path / "npz", flip=True)
     with pytest.raises(DataError, match=r"encoded by tiny \(weights unknown\), the recipe wants data\.vae=other"):
         open_set(tmp_path / "packed", vae="other")
 
@@ -365,17 +407,18 @@ def test_npz_cache_of_several_shapes_names_the_file_that_differs(tmp_path: Path)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, latent=np.zeros((2, size, size)), latent_flip=np.zeros((2, size, size)))
     packing = EncodeRequest(source=tmp_path / "npz", from_npz=True, vae_name="tiny", out=tmp_path / "packed", shard_size=2)
-    with pytest.raises(DataError, match=r"b/2\.npz: moments \(2, 6, 6\) .* do not fit, expected 2 x 4 x 4"):
+    with pytest.raises(DataError, match=r"b/2\.npz: .*\(2, 6, 6\) .* do not fit, expected 2 x \(2 x 4 x 4\)"):
         encode(packing, alone())
     with pytest.raises(ConfigError, match="--from-npz: the files do not say which autoencoder they come from: name it with --vae"):
         encode(replace(packing, vae_name=None), alone())
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ({"other": np.zeros(1)}, "holds other, expected latent and latent_flip or moments and moments_flip"),
-    ({"latent": np.zeros((2, 4, 4))}, "holds latent, expected"),
+    ({"other": np.zeros(1)}, "holds other, expected latent or moments"),
+    ({"latent": np.zeros((2, 4, 4), dtype=np.int8)}, r"int8 \(2, 4, 4\), expected floats"),
+    ({"moments": np.zeros((3, 4, 4))}, "channels cannot be halved"), ({"moments": np.zeros(4)}, "do not fit"),
     ({"latent": np.zeros((2, 4, 4)), "latent_flip": np.zeros((2, 4, 5))}, "do not fit"),
-    ({"latent": np.zeros((8, 4, 4)), "latent_flip": np.zeros((8, 4, 4))}, r"do not fit, expected 2 x 4 x 4"),
+    ({"latent": np.zeros((8, 4, 4)), "latent_flip": np.zeros((8, 4, 4))}, r"do not fit, expected 2 x \(2 x 4 x 4\)"),
     ({"latent": np.full((2, 4, 4), np.nan), "latent_flip": np.zeros((2, 4, 4))}, "not finite"),
     (None, "not a readable latent file"),
 ])

@@ -1,15 +1,32 @@
-"""Trees of images, ADM's crop, files that cannot be read."""
+"""ADM's crop, every colour mode, files that cannot be read."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import struct
+import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from promoe_ds.data.images import CorruptFiles, center_crop, check_classes, read_image, scan_tree
+from promoe_ds.data.images import (
+    COMPOSED,
+    TURNED,
+    CorruptFiles,
+    center_crop,
+    check_classes,
+    plain_image,
+    read_image,
+    read_picture,
+)
 from promoe_ds.errors import DataError
+from promoe_ds.evaluation.sources import FolderImages
 
 from .made import save_images
 
@@ -33,45 +50,6 @@ def test_center_crop_equals_adms(size: tuple[int, int]) -> None:
     assert np.array_equal(cropped, adm_center_crop(image, 8))
 
 
-def test_center_crop_grey_and_transparent_images_come_as_three_channels() -> None:
-    for mode in ("L", "RGBA", "P", "CMYK"):
-        assert center_crop(Image.new(mode, (16, 20)), 8).shape == (8, 8, 3)
-
-
-def test_tree_of_any_depth_is_sorted_and_labelled_by_first_folder(tmp_path: Path) -> None:
-    tree = scan_tree(save_images(tmp_path / "images", per_class=2))
-    assert tree.names == ["n01/deep/n01_1.png", "n01/n01_0.png", "n02/deep/n02_1.png", "n02/n02_0.png", "n03/deep/n03_1.png",
-                          "n03/n03_0.png"]
-    assert tree.labels.tolist() == [0, 0, 1, 1, 2, 2] and tree.classes == ("n01", "n02", "n03")
-
-
-def test_tree_above_train_and_val_gives_the_split(tmp_path: Path) -> None:
-    save_images(tmp_path / "train", per_class=3)
-    save_images(tmp_path / "val", per_class=1)
-    assert len(scan_tree(tmp_path)) == 9 and len(scan_tree(tmp_path, split="val")) == 3
-    with pytest.raises(DataError, match="holds train, val but no test"):
-        scan_tree(tmp_path, split="test")
-
-
-def test_tree_of_a_split_beside_other_folders_is_refused(tmp_path: Path) -> None:
-    for split in ("train", "val", "devkit"):
-        save_images(tmp_path / split, per_class=1)
-    with pytest.raises(DataError, match=r"holds train beside devkit: splits or classes\? Name .*/train itself"):
-        scan_tree(tmp_path)
-    assert scan_tree(tmp_path / "train").classes == ("n01", "n02", "n03")
-    (tmp_path / "devkit").rename(tmp_path / ".devkit")
-    assert scan_tree(tmp_path).classes == ("n01", "n02", "n03")
-
-
-def test_tree_with_a_class_without_images_is_refused(tmp_path: Path) -> None:
-    images = save_images(tmp_path / "images", per_class=1)
-    (images / "n02" / "n02_0.png").rename(images / "n02" / "n02_0.txt")
-    with pytest.raises(DataError, match=r"1 of 3 class folders hold no \.jpeg, .* file, n02 is the first"):
-        scan_tree(images)
-    (images / "n02").rename(images / ".n02")
-    assert scan_tree(images).classes == ("n01", "n03")
-
-
 def test_classes_fewer_than_the_recipes_are_told_by_rank_0_and_more_refused(monkeypatch) -> None:
     told: list[str] = []
     monkeypatch.setattr("promoe_ds.data.images._LOG.warning", lambda message, *values: told.append(message % values))
@@ -83,14 +61,96 @@ def test_classes_fewer_than_the_recipes_are_told_by_rank_0_and_more_refused(monk
         check_classes(Path("tree"), 11, 10)
 
 
-def test_tree_without_images_or_without_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere: no such folder"):
-        scan_tree(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no \.jpeg, .* file below it"):
-        scan_tree(tmp_path)
-    Image.new("RGB", (8, 8)).save(tmp_path / "stray.png")
-    with pytest.raises(DataError, match=r"stray\.png lies beside the class folders"):
-        scan_tree(tmp_path)
+RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (16, 1))
+GREY, COLOUR = Image.fromarray(RAMP), Image.fromarray(np.stack([RAMP, RAMP[:, ::-1], RAMP.T], axis=-1))
+MUTED = COLOUR.point(lambda value: 96 + value // 4)
+WIDE = RAMP.astype(np.uint16) * 257
+
+
+def with_alpha(image: Image.Image, alpha: int) -> Image.Image:
+    image.putalpha(alpha)
+    return image
+
+
+def lab() -> Image.Image:
+    return ImageCms.profileToProfile(MUTED, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+
+
+def palette(transparency: bytes | int | None = None) -> Image.Image:
+    image = COLOUR.quantize(256)
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+def over_white(values: np.ndarray, alpha: int) -> np.ndarray:
+    return np.rint(values.astype(float) * alpha / 255 + 255 - alpha)
+
+
+PIXELS = np.asarray(COLOUR)
+#: A picture of each mode, what it should look like, and by how much rounding and colour spaces may differ.
+MODES = {
+    "1": (GREY.convert("1", dither=Image.Dither.NONE), (RAMP > 127) * 255, 0), "L": (GREY, RAMP, 0), "RGB": (COLOUR, PIXELS, 0),
+    "I;16": (Image.fromarray(WIDE), RAMP, 0), "I;16L": (Image.frombytes("I;16L", (16, 16), WIDE.astype("<u2").tobytes()), RAMP, 0),
+    "I;16B": (Image.frombytes("I;16B", (16, 16), WIDE.astype(">u2").tobytes()), RAMP, 0),
+    "I of 16 bits": (Image.fromarray(WIDE.astype(np.int32)), RAMP, 0),
+    "I of 8 bits": (Image.fromarray(RAMP.astype(np.int32)), RAMP, 0),
+    "F to 1": (Image.fromarray(RAMP.astype(np.float32) / 255), RAMP, 0),
+    "F to 255": (Image.fromarray(RAMP.astype(np.float32)), RAMP, 0),
+    "LA": (with_alpha(GREY.copy(), 100), over_white(RAMP, 100), 1),
+    "La": (with_alpha(GREY.copy(), 100).convert("La"), over_white(RAMP, 100), 2),
+    "RGBA": (with_alpha(COLOUR.copy(), 100), over_white(PIXELS, 100), 1),
+    "RGBA, opaque": (with_alpha(COLOUR.copy(), 255), PIXELS, 0), "RGBX": (COLOUR.convert("RGBX"), PIXELS, 0),
+    "RGBa": (with_alpha(COLOUR.copy(), 100).convert("RGBa"), over_white(PIXELS, 100), 2),
+    "P": (palette(), PIXELS, 0), "P, all clear": (palette(bytes(256)), np.full_like(PIXELS, 255), 0),
+    "PA": (with_alpha(palette().convert("PA"), 100), over_white(PIXELS, 100), 1), "CMYK": (COLOUR.convert("CMYK"), PIXELS, 1),
+    "YCbCr": (COLOUR.convert("YCbCr"), PIXELS, 3), "HSV": (COLOUR.convert("HSV"), PIXELS, 5), "LAB": (lab(), np.asarray(MUTED), 3),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_plain_image_of_every_mode_shows_the_same_picture(name: str) -> None:
+    image, expected, tolerance = MODES[name]
+    changes: list[str] = []
+    plain = plain_image(image, changes)
+    assert plain.mode == ("L" if expected.ndim == 2 else "RGB") and plain.size == (16, 16)
+    assert np.abs(np.asarray(plain).astype(float) - expected).max() <= tolerance
+    assert changes == ([COMPOSED] if name in ("LA", "La", "RGBA", "RGBa", "P, all clear", "PA") else [])
+
+
+@pytest.mark.parametrize(("name", "suffix"), [
+    ("I;16", "png"), ("I;16", "tif"), ("I of 16 bits", "tif"), ("F to 1", "tif"), ("LA", "png"), ("P, all clear", "png"),
+    ("P", "gif"), ("RGBA", "webp"), ("RGBA", "png"), ("CMYK", "tif"), ("LAB", "tif"), ("1", "png"), ("RGB", "jp2"), ("RGB", "ppm"),
+])
+def test_files_look_alike_in_training_and_evaluation(tmp_path: Path, name: str, suffix: str) -> None:
+    image, expected, tolerance = MODES[name]
+    image.save(tmp_path / f"x.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    trained, judged = read_image(tmp_path / f"x.{suffix}", 16), FolderImages(tmp_path, 16, 3).read(range(1))[0]
+    assert np.array_equal(trained, judged)
+    expected = np.repeat(expected[..., None], 3, axis=-1) if expected.ndim == 2 else expected
+    assert np.abs(trained.astype(float) - expected).max() <= max(tolerance, 1)
+
+
+@pytest.mark.parametrize("values", [[-1, 5], [0, 70000], [np.nan, 1.0], [0.0, 300.0]])
+def test_values_that_fit_no_range_are_refused(tmp_path: Path, values: list) -> None:
+    Image.fromarray(np.array([values], dtype=np.int32 if isinstance(values[0], int) else np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=r"x\.tif: not a readable image \(ValueError"):
+        read_image(tmp_path / "x.tif", 8)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "L"), ("tif", "RGB"), ("jpg", "RGB"), ("png", "RGBA")])
+def test_image_is_turned_once_as_exif_says(tmp_path: Path, orientation: int, suffix: str, mode: str) -> None:
+    exif, path = Image.Exif(), tmp_path / f"x.{suffix}"
+    exif[ExifTags.Base.Orientation] = orientation
+    COLOUR.resize((8, 16)).convert(mode).save(path, exif=exif)
+    changes: list[str] = []
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    found = read_picture(path, np.asarray, changes)
+    assert np.array_equal(np.broadcast_to(found.reshape(*found.shape[:2], -1), expected.shape), expected)
+    assert (TURNED in changes) == (2 <= orientation <= 8 and suffix != "tif")  # Pillow turns these by itself
+    assert read_image(path, 8).shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"no image", lambda data: data[:len(data) // 2]],
@@ -100,6 +160,68 @@ def test_image_damaged_is_named(tmp_path: Path, damage) -> None:
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"n01_0\.jpg: not a readable image"):
         read_image(path, 8)
+
+
+@pytest.mark.parametrize("kind", [IndexError, RuntimeError, SyntaxError, struct.error, OverflowError, MemoryError, EOFError,
+                                  AssertionError, NotImplementedError, RecursionError, Image.DecompressionBombError])
+def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path: Path, monkeypatch, kind: type[Exception]) -> None:
+    GREY.save(tmp_path / "x.png")
+    monkeypatch.setattr(Image.Image, "load", lambda image: (_ for _ in ()).throw(kind("broken")))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: (_ for _ in ()).throw(kind("broken")))
+    for read in (lambda: read_image(tmp_path / "x.png", 8), lambda: FolderImages(tmp_path)):
+        with pytest.raises(DataError, match=rf"x\.png: not a readable image \({kind.__name__}"):
+            read()
+
+
+FILES = {}
+for _format in ("PNG", "GIF", "TIFF", "WEBP", "BMP", "JPEG", "JPEG2000", "AVIF", "TGA", "ICO", "PPM", "PCX", "SGI", "QOI", "DDS"):
+    _out = io.BytesIO()
+    with contextlib.suppress(OSError, KeyError, ValueError):  # not in every build of Pillow
+        COLOUR.save(_out, format=_format)
+        FILES[_format] = _out.getvalue()
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(sorted(FILES)), st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=6),
+       st.floats(0.2, 1.0))
+def test_any_damage_gives_a_picture_or_names_the_file(kind: str, changes: list, kept: float) -> None:
+    data = bytearray(FILES[kind])
+    for place, value in changes:
+        data[int(place * min(len(data), 400))] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.png"
+        path.write_bytes(data[:int(len(data) * kept) + 1])
+        try:
+            assert read_image(path, 8).shape == (8, 8, 3)
+        except DataError as error:
+            assert "x.png" in str(error)
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(sorted(MODES)), st.integers(1, 40), st.integers(1, 40), st.sampled_from((1, 8, 24)))
+def test_any_mode_and_size_gives_a_square(name: str, width: int, height: int, size: int) -> None:
+    image = MODES[name][0]
+    image = image.crop((0, 0, width, height)) if "16" in name else image.resize((width, height))
+    assert center_crop(plain_image(image), size).shape == (size, size, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 6000), (6000, 1), (60_000, 2)])
+def test_image_too_thin_is_refused_before_it_takes_memory(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("L", size).save(tmp_path / "x.png")
+    with pytest.raises(DataError, match=r"x\.png: .* too thin"):
+        read_image(tmp_path / "x.png", 256)
+    assert read_image(tmp_path / "x.png", 4).shape == (4, 4, 3)
+
+
+def test_image_of_too_many_pixels_and_postscript_are_refused_unread(tmp_path: Path) -> None:
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 8) + b"IDAT" + bytes(12))
+    (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(DataError, match=r"huge\.png: .*DecompressionBomb"):
+        read_image(tmp_path / "huge.png", 8)
+    with pytest.raises(DataError, match=r"script\.jpg: .*UnidentifiedImage"):
+        read_image(tmp_path / "script.jpg", 8)
 
 
 def test_corrupt_files_are_counted_once_up_to_the_limit() -> None:

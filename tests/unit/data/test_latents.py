@@ -65,7 +65,8 @@ def test_latents_of_any_float_type_come_as_scaled_fp32(tmp_path: Path, dtype: to
 
 def test_latents_other_files_of_the_folder_are_ignored(tmp_path: Path) -> None:
     write(tmp_path, "a.safetensors", random_tensor(1, *SHAPE), torch.tensor([0]))
-    (tmp_path / "README.txt").write_text("hello")
+    for name in ("README.txt", "._a.safetensors"):
+        (tmp_path / name).write_text("hello")
     assert len(open_folder(tmp_path)) == 1
 
 
@@ -94,6 +95,26 @@ def test_latents_wrong_shape_names_the_file_and_both_shapes(tmp_path: Path, late
     write(tmp_path, "a.safetensors", random_tensor(1, *SHAPE), torch.tensor([0]))
     bad = write(tmp_path, "b.safetensors", random_tensor(*latents), torch.zeros(labels, dtype=torch.int64))
     with raises_saying(f"{bad}: latents {latents} and labels {labels} do not fit the recipe's (n, 1, 4, 4) and (n,)"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("twin", "words"), [
+    (torch.float16, ("float32", "float16")), (torch.int8, ("float32", "int8")), ((2, 1, 4, 5), ("(2, 1, 4, 4)", "(2, 1, 4, 5)")),
+])
+def test_latents_twins_of_another_shape_or_type_name_both(tmp_path: Path, twin: Any, words: tuple[str, ...]) -> None:
+    flipped = torch.zeros(twin) if isinstance(twin, tuple) else torch.zeros(2, *SHAPE, dtype=twin)
+    save_file({"latents": torch.zeros(2, *SHAPE), "latents_flip": flipped, "labels": torch.tensor([0, 1])},
+              tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match=r"a\.safetensors") as refusal:
+        open_folder(tmp_path)
+    assert all(word in str(refusal.value) for word in words)
+
+
+@pytest.mark.parametrize("latents", [torch.zeros(2, *SHAPE, dtype=torch.int8), torch.zeros(2, *SHAPE, dtype=torch.int64),
+                                     torch.zeros(2, *SHAPE, dtype=torch.bool), torch.tensor(1.0)])
+def test_latents_that_are_no_rows_of_floats_are_refused(tmp_path: Path, latents: Tensor) -> None:
+    write(tmp_path, "a.safetensors", latents, torch.tensor([0, 1]))
+    with raises_saying("a.safetensors"):
         open_folder(tmp_path)
 
 

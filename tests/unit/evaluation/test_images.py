@@ -33,11 +33,14 @@ def test_grid_has_one_row_a_class_in_order() -> None:
     assert grid[1, 4, 0] == 255  # class 3 has one image only
 
 
-@pytest.mark.parametrize("content", [None, b"garbage"])
+@pytest.mark.parametrize("content", [None, b"garbage", {"labels": np.zeros(3, int)}, {"labels": np.zeros((2, 1), int)},
+                                     {"labels": np.zeros(2)}, {"arr_0": np.zeros((2, 8, 8, 1)), "labels": np.zeros(2, int)}])
 def test_read_samples_missing_or_broken_names_the_file(tmp_path, content) -> None:
-    if content is not None:
+    if isinstance(content, bytes):
         (tmp_path / "samples.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"samples\.npz: no samples with labels there"):
+    elif content is not None:
+        np.savez(tmp_path / "samples.npz", **{"arr_0": np.zeros((2, 8, 8, 1), np.uint8), **content})
+    with pytest.raises(DataError, match=r"samples\.npz: "):
         read_samples(tmp_path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from prdc import compute_prdc
 from torch import nn
@@ -24,7 +27,7 @@ from promoe_ds.evaluation.frechet import Gaussian, fit_gaussian, frechet_distanc
 from promoe_ds.evaluation.metrics import EvaluateRequest, check_target, evaluate
 from promoe_ds.evaluation.precision_recall import precision_recall
 from promoe_ds.evaluation.reference import save_statistics
-from promoe_ds.evaluation.sources import FolderImages, npz_array
+from promoe_ds.evaluation.sources import FolderImages, NpzImages, npz_array
 from promoe_ds.evaluation.statistics import InceptionScore, RunningGaussian
 
 TEAM = alone()
@@ -288,9 +291,81 @@ def test_folder_with_grey_and_coloured_files_gives_the_samples_channels(tmp_path
     Image.new("L", (8, 8), 7).save(tmp_path / "a.png")
     Image.new("RGB", (8, 8), (7, 7, 9)).save(tmp_path / "b.png")
     assert FolderImages(tmp_path, 8, 3).read(range(2))[:, 0, 0].tolist() == [[7, 7, 7], [7, 7, 9]]
-    with pytest.raises(DataError, match=r"b\.png: is RGB, expected grey \(L\)"):
+    with pytest.raises(DataError, match=r"b\.png: is in colour, expected grey"):
         FolderImages(tmp_path).read(range(2))
     assert FolderImages(tmp_path, 4, 1).read(range(1)).shape == (1, 4, 4, 1)
+
+
+def test_folder_whose_first_image_is_not_square_names_it(tmp_path: Path) -> None:
+    Image.new("L", (8, 9)).save(tmp_path / "a.png")
+    Image.new("L", (8, 8)).save(tmp_path / "b.png")
+    with pytest.raises(DataError, match=r"a\.png: 8 x 9 pixels"):
+        FolderImages(tmp_path)
+    assert FolderImages(tmp_path, 8, 1).read(range(2)).shape == (2, 8, 8, 1)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "word"), [
+    ((9, 3, 12, 12), "u1", "transpose"), ((9, 1, 12, 12), "u1", "transpose"), ((9, 12, 12, 4), "u1", "fourth"),
+    ((9, 12, 13, 3), "u1", "expected"), ((9, 12, 12, 2), "u1", "expected"), ((12, 12, 3), "u1", "expected"),
+    ((9, 12, 12, 3), "f4", "uint8"), ((9, 12, 12, 3), "i2", "uint8"), ((0, 12, 12, 3), "u1", "expected"), ((), "u1", "expected"),
+    ((9, 6, 6, 3), "u1", "6 pixels"), ((9, 12, 12, 1), "u1", "1 channels"),
+])
+@pytest.mark.parametrize("side", ["samples", "reference"])
+def test_npz_of_another_layout_is_one_sentence(files: Path, tmp_path: Path, side: str, shape: tuple, dtype: str, word: str) -> None:
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros(shape, dtype=dtype))
+    with pytest.raises(DataError, match=r"\.npz: ") as refusal:
+        evaluate(request(files, **{side: tmp_path / "x.npz"}, extractor="pixels", metrics=("fid",)), TEAM)
+    assert word in str(refusal.value) or (side == "samples" and len(shape) == 4 and shape[1] in (6, 12))
+
+
+@settings(max_examples=60)
+@given(st.booleans(), st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=5), st.floats(0.3, 1.0))
+def test_any_damage_of_an_npz_gives_its_shape_or_names_it(compressed: bool, changes: list, kept: float) -> None:
+    out = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(out, arr_0=np.arange(192, dtype=np.uint8).reshape(4, 4, 4, 3))
+    data = bytearray(out.getvalue())
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.npz"
+        path.write_bytes(data[:int(len(data) * kept) + 1])
+        try:
+            images = NpzImages(path)
+            assert images.read(range(len(images))).shape[1:] in ((images.height, images.height, 3), (images.height,) * 2 + (1,))
+        except DataError as error:
+            assert "x.npz" in str(error)
+
+
+def test_few_images_for_their_features_are_said(files: Path, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("promoe_ds.evaluation.frechet._LOG.warning", lambda message, *values: told.append(message % values))
+    evaluate(request(files, metrics=("fid",)), TEAM)  # 61 and 47 images, 9 features
+    assert not told
+    evaluate(request(files, metrics=("fid",), extractor="pixels"), TEAM)
+    assert ["61 images for 432 features" in told[0], "47 images for 432 features" in told[1]] == [True, True]
+
+
+def half_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """ADM's formula in half precision, one value after another; sums of products in single precision, as GPUs have them."""
+    a, b = a.astype(np.float16), b.astype(np.float16)
+    norms = [np.square(x).astype(np.float32).sum(axis=1).astype(np.float16) for x in (a, b)]
+    products = (a.astype(np.float32) @ b.astype(np.float32).T).astype(np.float16)
+    return np.maximum(norms[0][:, None] - np.float16(2) * products + norms[1][None], np.float16(0)).astype(np.float32)
+
+
+def test_half_precision_manifold_equals_adms_and_differs_from_fp64(files: Path) -> None:
+    random = np.random.default_rng(0)
+    reference, samples = ((np.abs(random.standard_normal((300, 512))) + 1).astype(np.float32) * scale for scale in (0.5, 0.49))
+    radii = [np.partition(half_distances(x, x), 3, axis=1)[:, 3] for x in (reference, samples)]
+    between = half_distances(samples, reference)
+    expected = ((between <= radii[0]).any(axis=1).mean(), (between.T <= radii[1]).any(axis=1).mean())
+    found = precision_recall(reference, samples, TEAM, half=True)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert found != precision_recall(reference, samples, TEAM)
+    # Where half precision overflows, ADM computes in single precision.
+    assert precision_recall(reference * 1e3, samples * 1e3, TEAM, half=True) == precision_recall(reference, samples, TEAM)
+    report = evaluate(request(files, half_precision_manifold=True), TEAM)
+    assert report["protocol"]["distances"] == "float16 where finite" and 0 <= report["metrics"]["precision"] <= 1
 
 
 def test_image_made_to_exhaust_the_memory_is_named(tmp_path: Path, monkeypatch) -> None:
@@ -312,7 +387,7 @@ def test_evaluation_of_files_that_do_not_fit_names_them(files: Path, tmp_path: P
     with pytest.raises(DataError, match=r"floats\.npz: float64 \(3, 4, 4, 3\), expected uint8 images"):
         evaluate(request(files, samples=tmp_path / "floats.npz"), TEAM)
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(DataError, match=r"objects\.npz: not a readable npz \(it holds Python objects\)"):
+    with pytest.raises(DataError, match=r"objects\.npz: not a readable npz .*Python objects"):
         evaluate(request(files, samples=tmp_path / "objects.npz"), TEAM)
 
 
