@@ -19,6 +19,7 @@ from torch import Tensor
 
 from promoe_ds.data.index import ShardRecord
 from promoe_ds.errors import DataError
+from promoe_ds.file_kind import SAFETENSORS, identify
 
 KINDS = ("latents", "moments")
 _FLIP = "_flip"
@@ -54,8 +55,12 @@ class Shard:
                     variants.append(file.get_tensor(self.kind + _FLIP))
                 self.labels = file.get_tensor("labels")
                 checksums = file.get_tensor("checksums") if "checksums" in keys else None
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
             raise DataError(f"{path}: not a readable latent shard ({error})") from None
+        except SafetensorError as error:
+            kind = identify(path)
+            reason = error if kind == SAFETENSORS else f"it is {kind}"
+            raise DataError(f"{path}: not a readable latent shard ({reason})") from None
         self.dtype, self.shape = variants[0].dtype, tuple(variants[0].shape)
         self.flipped = len(variants) > 1
         if self.flipped and (variants[1].shape, variants[1].dtype) != (variants[0].shape, variants[0].dtype):
