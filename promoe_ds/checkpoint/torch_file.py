@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import resource
 import struct
 import zipfile
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from promoe_ds.errors import CheckpointError
+from promoe_ds.file_kind import SAFETENSORS, TORCH, identify
 from promoe_ds.logs import get_logger
 from promoe_ds.model.shards import bytes_of
 
@@ -48,12 +50,15 @@ class TorchFile:
         self._file = _open(path)
         try:
             self._size = path.stat().st_size
+            require_torch(path, self._file)
             with torch.serialization.safe_globals(allowed or []), FakeTensorMode():
                 self.content: Any = torch.load(self._file, map_location="cpu", weights_only=True)
+        except CheckpointError:
+            self.close()
+            raise
         except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
             self.close()
-            first_line = next(iter(str(error).splitlines()), "")
-            raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {first_line})") from None
+            raise CheckpointError(f"{path}: cannot be read: {unreadable_reason(path, error, allowed)}") from None
 
     def read(self, fake: Tensor) -> Tensor:
         """Return the values of one tensor of `content`, in memory of their own.
@@ -108,10 +113,7 @@ class TorchFile:
         self.close()
 
     def _offset(self, fake: Tensor) -> int:
-        begin = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
-        if begin is None:
-            raise CheckpointError(f"{self.path}: is in torch's format of before 1.6; load it and save it again with torch.save")
-        return begin + fake.storage_offset() * fake.element_size()
+        return fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.element_size()
 
     def _check_extent(self, offset: int, length: int) -> None:
         if offset + length > self._size:
@@ -127,6 +129,27 @@ class TorchFile:
             if not count:
                 raise CheckpointError(f"{self.path}: ends before its tensors do")
             done += count
+
+
+def require_torch(path: Path, file: BinaryIO | None = None) -> None:
+    """Raise CheckpointError naming what a file is, open or not, if it is not torch.save's: torch would advise, or run it."""
+    if (kind := identify(file or path)) != TORCH:
+        remedy = ": torch.save(safetensors.torch.load_file(FILE), OTHER) makes one of torch of it" * (kind == SAFETENSORS)
+        raise CheckpointError(f"{path}: cannot be read: it is {kind}{remedy}")
+
+
+def unreadable_reason(path: Path, error: Exception, allowed: list[type] | None = None) -> str:
+    """Return why torch cannot read a file, in our words: torch's advise to execute what the file says."""
+    if isinstance(error, pickle.UnpicklingError):
+        try:
+            with torch.serialization.safe_globals(allowed or []):
+                wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception as problem:  # a damaged file, again of many kinds
+            error, wanted = problem, []
+        if wanted:
+            return (f"it asks for {', '.join(wanted)} when it is opened, and files that could run code are refused; save its "
+                    "tensors alone, where you trust it")
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _open(path: Path) -> BinaryIO:

@@ -34,3 +34,6 @@ def describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None
     sys.stdout.write("# deepspeed\n" + json.dumps(plan.json, indent=2) + "\n")
     sys.stdout.write("# sizes (GB are 10^9 bytes, without activations: tools/plan.py counts those)\n"
                      + yaml.safe_dump(sizes, sort_keys=False))
+    for name, average in config.optimizer.averages.items():
+        if warning := average.warning(name, config.train.max_steps):
+            sys.stdout.write(f"# {warning}\n")

@@ -84,6 +84,8 @@ def nearest_name(name: str) -> str | None:
     """
     section, _, leaf = name.rpartition(".")
     names = dotted_names()
+    if longer := [valid for valid in names if valid.startswith(f"{name}_")]:
+        return longer[0]
     # Fields of the same section come last and win among equal last parts.
     by_leaf = {valid.rpartition(".")[2]: valid for valid in sorted(names, key=lambda n: n.startswith(f"{section}."))}
     close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)

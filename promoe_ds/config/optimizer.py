@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -14,26 +15,54 @@ EMA = "ema"
 #: Relative length of the flattest power function (gamma = 0): the plain mean of all weights.
 LONGEST_POWER_LENGTH = 12**-0.5
 
+#: From here on the initial weights' part of an average is reported.
+NOTED_SHARE = 0.1
+
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _PowerLength = Annotated[float, Field(gt=0, lt=LONGEST_POWER_LENGTH)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Average:
-    """How a moving average forgets: by a constant decay, or as a power function tau^exponent of the training so far."""
+    """How a moving average forgets: by a constant decay, or as a power function tau^exponent of the training so far.
+
+    warmup: whether the decay grows to its value; an average is the same one with it and without.
+    """
 
     decay: float = 0.0
     exponent: float | None = None
+    warmup: bool = field(default=False, compare=False)
 
     def decay_at(self, update: int) -> float:
         """Return what is kept of the average at an update, counted from 1.
 
-        Source: for power functions EDM2 (Karras et al., 2024), Sec. 3.1: (1 - 1/t)^(gamma + 1).
+        Source: for power functions EDM2 (Karras et al., 2024), Sec. 3.1: (1 - 1/t)^(gamma + 1); the
+        warm-up is TensorFlow's, min(decay, (1 + t) / (10 + t)).
         """
-        return self.decay if self.exponent is None else (1 - 1 / update) ** (self.exponent + 1)
+        if self.exponent is not None:
+            return (1 - 1 / update) ** (self.exponent + 1)
+        return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
+
+    def initial_share(self, updates: int) -> float:
+        """Return how much of the average is still the weights that it started from, after some updates."""
+        if self.exponent is not None:
+            return 0.0
+        grown = 0  # updates in which the decay still grew; their product is 10! / ((t + 2) ... (t + 10))
+        if self.warmup:
+            grown = min(updates, max(0, math.ceil((10 * self.decay - 1) / (1 - self.decay)) - 1))
+        growing = math.factorial(10) / math.prod(grown + k for k in range(2, 11)) if grown else 1.0
+        return growing * self.decay ** (updates - grown)
 
     def __str__(self) -> str:
         return f"decay {self.decay}" if self.exponent is None else f"gamma {self.exponent:.4g}"
+
+    def warning(self, name: str, updates: int) -> str:
+        """Return a line that says so, if much of the average `name` is what it started from after some updates."""
+        share = self.initial_share(updates)
+        if share < NOTED_SHARE:
+            return ""
+        return (f"after {updates} updates {share:.0%} of the average {name} ({self}) is the weights that it started from: take "
+                "the raw weights, or train with optimizer.ema_warmup=true or a lower decay in optimizer.ema_decays")
 
 
 class OptimizerConfig(Section):
@@ -49,6 +78,8 @@ class OptimizerConfig(Section):
     min_lr: float = Field(0.0, ge=0, description="where linear and cosine end")
     ema_decays: tuple[_Fraction, ...] = Field((0.9999,), min_length=1, description="of the moving averages of the weights, kept "
                                               "side by side; the first is the one that samples are drawn from")
+    ema_warmup: bool = Field(False, description="let these decays grow from 0.18, min(decay, (1 + t) / (10 + t)) at update t: "
+                                                "for short runs, of whose average the initial weights are a large part")
     ema_power_lengths: tuple[_PowerLength, ...] = Field((), description="relative lengths of power-function averages, from which "
                                                         "another length can be had after training; EDM2 keeps 0.05 and 0.1")
 
@@ -72,8 +103,9 @@ class OptimizerConfig(Section):
     @property
     def averages(self) -> dict[str, Average]:
         """The moving averages by name: `ema` for the first decay, `ema_<decay>` for the others, `ema_power_<length>`."""
-        first, *others = self.ema_decays
-        return {EMA: Average(decay=first), **{f"{EMA}_{decay:g}": Average(decay=decay) for decay in others},
+        names = (EMA, *(f"{EMA}_{decay:g}" for decay in self.ema_decays[1:]))
+        return {**{name: Average(decay=decay, warmup=self.ema_warmup)
+                   for name, decay in zip(names, self.ema_decays, strict=True)},
                 **{power_average(length): Average(exponent=power_exponent(length)) for length in self.ema_power_lengths}}
 
 

@@ -65,6 +65,11 @@ class RoutingConfig(Section):
     superclasses: tuple[int, ...] | None = Field(None, description="of every class: what superclass_map said when the recipe was "
                                                                    "loaded; not to be set, kept with the run")
 
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether experts choose among all samples of a pass in evaluation, too: outputs then depend on batch mates."""
+        return self.method == "diff_moe"
+
     @model_validator(mode="after")
     def _choices_fit(self) -> RoutingConfig:
         if self.method != "dense" and self.top_k > self.num_experts:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from promoe_ds.errors import DataError, PromoeError
+from promoe_ds.file_kind import identify
 
 
 def shown(name: str | Path) -> str:
@@ -16,10 +17,12 @@ def shown(name: str | Path) -> str:
 
 
 @contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
+def reading(path: Path, what: str, *, kind: str | None = None) -> Iterator[None]:
     """Turn whatever a decoder raises into one error.
 
     Decoders of damaged files raise any kind: IndexError, RuntimeError, struct.error, zlib.error, MemoryError.
+    Args:
+        kind: of `identify` that the file should be: where it is another, the message says which.
     Raises: DataError naming the file, what it should be, and the decoder's complaint.
     """
     try:
@@ -27,5 +30,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
     except PromoeError:
         raise
     except Exception as error:
-        complaint = next(iter(str(error).splitlines()), "")
-        raise DataError(f"{shown(path)}: not a readable {what} ({type(error).__name__}: {shown(complaint)})") from None
+        first_line = next(iter(str(error).splitlines()), "")
+        complaint = f"{type(error).__name__}: {shown(first_line)}"
+        if kind is not None and path.is_file() and (found := identify(path)) != kind:
+            complaint = f"it is {found}"
+        raise DataError(f"{shown(path)}: not a readable {what} ({complaint})") from None

@@ -20,6 +20,7 @@ from torch import Tensor
 from promoe_ds.data.index import ShardRecord
 from promoe_ds.data.reading import reading, shown
 from promoe_ds.errors import DataError
+from promoe_ds.file_kind import SAFETENSORS
 
 KINDS = ("latents", "moments")
 _FLIP = "_flip"
@@ -46,7 +47,7 @@ class Shard:
         Raises: DataError naming a file that is no shard, or whose latents are no floats.
         """
         self.path = path
-        with reading(path, "latent shard"):
+        with reading(path, "latent shard", kind=SAFETENSORS):
             with safe_open(path, framework="pt") as file:
                 keys = set(file.keys())
                 self.kind = next((kind for kind in KINDS if kind in keys), KINDS[0])

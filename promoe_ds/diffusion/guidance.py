@@ -15,20 +15,26 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def guided(denoiser: Denoiser, latents_BZHW: Tensor, timestep_B: Tensor, labels_B: Tensor, *, null_label: int,
-           scale: float, channels: int) -> Tensor:
+           scale: float, channels: int, two_passes: bool = False) -> Tensor:
     """Return null + scale * (conditional - null) on the first `channels` channels, the conditional others as they are.
 
-    Source: official sampler; differs: both halves share one batch, which changes nothing where samples are routed
-    independently of each other (token choice). Official DiT guides three channels, whatever their number.
+    Source: official sampler; differs: both halves share one batch, which changes nothing where
+    samples are routed independently of each other, unless `two_passes` asks for one after the other
+    as published. Official DiT guides three channels, whatever their number.
     Args:
         scale: 1 needs no null pass and makes none; as published, neither does less than 1.
         channels: those of the velocity or the noise; beyond them a variance may follow, which extrapolation would ruin.
     """
     if scale <= 1.0:
         return denoiser(latents_BZHW, timestep_B, labels_B)
-    labels = torch.cat([labels_B, torch.full_like(labels_B, null_label)])
-    both = denoiser(torch.cat([latents_BZHW, latents_BZHW]), torch.cat([timestep_B, timestep_B]), labels)
-    conditional, unconditional = both.chunk(2)
+    null_B = torch.full_like(labels_B, null_label)
+    if two_passes:
+        conditional = denoiser(latents_BZHW, timestep_B, labels_B)
+        unconditional = denoiser(latents_BZHW, timestep_B, null_B)
+    else:
+        conditional, unconditional = denoiser(
+            torch.cat([latents_BZHW, latents_BZHW]), torch.cat([timestep_B, timestep_B]),
+            torch.cat([labels_B, null_B])).chunk(2)
     unconditional = unconditional[:, :channels]
     result = unconditional + scale * (conditional[:, :channels] - unconditional)
     return torch.cat([result, conditional[:, channels:]], dim=1)

@@ -22,6 +22,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from promoe_ds.config.schema import RunConfig
 from promoe_ds.diffusion.guidance import Denoiser, guided
 from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, respaced_timesteps
 from promoe_ds.randomness import generators
@@ -32,7 +33,10 @@ _BELOW_ONE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """How to sample: the solver and its steps, guidance, the flow schedule's shift (applied once)."""
+    """How to sample: the solver and its steps, guidance, the flow schedule's shift (applied once).
+
+    two_passes: whether guidance's halves are computed one after the other, see `guided`.
+    """
 
     steps: int
     cfg_scale: float
@@ -40,6 +44,21 @@ class SamplingPlan:
     shift: float = 1.0
     solver: str = "euler"
     num_train_timesteps: int = 1000
+    two_passes: bool = False
+
+    @classmethod
+    def of(cls, config: RunConfig, **given: Any) -> SamplingPlan:
+        """Return how a recipe samples; what is given and not None takes the place of its values."""
+        values = {
+            "steps": config.sampling.steps, "cfg_scale": config.sampling.cfg_scale, "shift": config.diffusion.shift,
+            "null_label": config.model.null_label, "solver": config.resolved_solver,
+            "num_train_timesteps": config.diffusion.num_train_timesteps, "two_passes": config.routing.mixes_samples}
+        return cls(**values | {name: value for name, value in given.items() if value is not None})
+
+    def guided(self, denoiser: Denoiser, latents_BZHW: Tensor, timestep: Tensor, labels_B: Tensor) -> Tensor:
+        """Return the guided prediction at one timestep, a scalar, of all latents; guides as many channels as they have."""
+        return guided(denoiser, latents_BZHW, timestep.expand(len(latents_BZHW)), labels_B, null_label=self.null_label,
+                      scale=self.cfg_scale, channels=latents_BZHW.shape[1], two_passes=self.two_passes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +126,7 @@ def sample_latents(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, pla
     integrator = _INTEGRATORS[plan.solver](plan, noise_BZHW, generators)
     latents = noise_BZHW
     for step, timestep in zip(integrator.scheduler.timesteps, integrator.timesteps, strict=True):
-        prediction = guided(denoiser, latents, timestep.expand(len(latents)), labels_B, null_label=plan.null_label,
-                            scale=plan.cfg_scale, channels=channels)
+        prediction = plan.guided(denoiser, latents, timestep, labels_B)
         prediction = prediction[:, :channels * integrator.channels_per_latent].float()
         latents = integrator.scheduler.step(prediction, step, latents, **integrator.options).prev_sample
     return latents
@@ -129,9 +147,7 @@ def _sample_heun(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, plan:
 
     def velocity(latents: Tensor, sigma: float) -> Tensor:
         timestep = torch.tensor(sigma * plan.num_train_timesteps, dtype=torch.float32, device=latents.device)
-        prediction = guided(denoiser, latents, timestep.expand(len(latents)), labels_B, null_label=plan.null_label,
-                            scale=plan.cfg_scale, channels=channels)
-        return prediction[:, :channels].float()
+        return plan.guided(denoiser, latents, timestep, labels_B)[:, :channels].float()
 
     latents, sigmas = noise_BZHW, [*shifted_sigmas(plan.steps, plan.shift).tolist(), 0.0]
     for here, there in pairwise(sigmas):

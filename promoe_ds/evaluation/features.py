@@ -19,6 +19,7 @@ from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.data.precision import without_tf32
 from promoe_ds.data.vae import fingerprint_of
 from promoe_ds.errors import ConfigError
+from promoe_ds.file_kind import SCRIPT, identify
 from promoe_ds.versions import versions_of
 
 #: ADM takes the first seven channels of a 17 x 17 map: 2,023 numbers.
@@ -113,9 +114,11 @@ def load_extractor(source: str, device: torch.device | str) -> Extractor:
     if not path.is_file():
         raise ConfigError(f"extractor {source}: no such file, and neither inception nor pixels nor FILE.py:NAME")
     try:
+        if (kind := identify(path)) != SCRIPT:
+            raise ValueError(f"it is {kind}")
         network = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(f"extractor {source}: no TorchScript archive ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"extractor {source}: no TorchScript archive that can be read: {str(error).splitlines()[0]}") from None
     return Extractor(network, {"name": source, "checksum": _checksum(path)}, device)
 
 

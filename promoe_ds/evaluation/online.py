@@ -52,9 +52,7 @@ class OnlineEvaluation:
         if ranks.is_main:
             warn_of_few(Path("evaluation.samples"), settings.samples, features)
         self._reference = read_reference(opened, self._extractor, self._team, batch_size=settings.batch_size, keep=False)
-        self._plan = SamplingPlan(
-            steps=settings.steps or config.sampling.steps, cfg_scale=settings.cfg_scale, null_label=model.null_label,
-            shift=config.diffusion.shift, solver=config.resolved_solver, num_train_timesteps=config.diffusion.num_train_timesteps)
+        self._plan = SamplingPlan.of(config, steps=settings.steps, cfg_scale=settings.cfg_scale)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Return the figures for this step's log line, NaN where the samples have none; all ranks call this together.

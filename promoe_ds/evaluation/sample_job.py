@@ -156,11 +156,8 @@ def make_plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
     problem = config.diffusion.sampling_problem(solver=request.solver, steps=request.steps)
     if problem:
         raise ConfigError(f"--{problem}")
-    sampling = {name: getattr(request, name) for name in ("steps", "cfg_scale", "solver") if getattr(request, name) is not None}
-    config = config.model_copy(update={"sampling": config.sampling.model_copy(update=sampling)})
-    return SamplingPlan(
-        steps=config.sampling.steps, cfg_scale=config.sampling.cfg_scale, null_label=config.model.null_label,
-        shift=config.diffusion.shift, solver=config.resolved_solver, num_train_timesteps=config.diffusion.num_train_timesteps)
+    solver = config.diffusion.solvers[0] if request.solver == "auto" else request.solver
+    return SamplingPlan.of(config, steps=request.steps, cfg_scale=request.cfg_scale, solver=solver)
 
 
 def _load_vae(request: SampleRequest, config: RunConfig, team: Team) -> Vae | None:
@@ -195,7 +192,9 @@ def _settings(request: SampleRequest, plan: SamplingPlan, exact: bool, vae: Vae 
         "seed": request.seed, "labels": request.labels, "classes": request.classes, "solver": plan.solver, "steps": plan.steps,
         "cfg_scale": plan.cfg_scale, "shift": plan.shift, "dtype": request.dtype, "exact": exact,
         "batch_size": None if exact else request.batch_size, "vae": None if vae is None else vae.identity.fingerprint,
-        "uint8": "clamp(127.5 * x + 128, 0, 255), truncated"}
+        "uint8": "clamp(127.5 * x + 128, 0, 255), truncated",
+        # Named where it is so: folders of other methods go on as they were begun.
+        **({"guidance": "two passes"} if plan.two_passes else {})}
 
 
 def _checksum(export: Path) -> str:

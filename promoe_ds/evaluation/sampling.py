@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from promoe_ds.config import RunConfig
 from promoe_ds.diffusion.sampler import SamplingPlan, image_generators, initial_noise, sample_latents
 
-#: Methods whose experts choose from all tokens of a pass: their samples depend on their neighbours by design.
-POOLING_METHODS = ("diff_moe", "expert_race")
-
 
 class Drawer:
     """Draws latents of a network."""
@@ -43,10 +40,10 @@ class Drawer:
 
 
 def is_exact(asked: bool | None, config: RunConfig, device: torch.device) -> bool:
-    """Resolve whether every pass holds one image: on CPUs unless the method pools, where nobody asked for either."""
+    """Resolve whether every pass holds one image: on CPUs unless the method mixes samples, where nobody asked for either."""
     if asked is not None:
         return asked
-    return device.type == "cpu" and config.routing.method not in POOLING_METHODS
+    return device.type == "cpu" and not config.routing.mixes_samples
 
 
 @contextmanager

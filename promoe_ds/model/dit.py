@@ -40,6 +40,11 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels)
         self.register_buffer("positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False)
+        self.register_load_state_dict_pre_hook(_take_own_positions)
+
+    def keep_own_positions(self) -> None:
+        """Count the position table among the state: it is to come, or came, with the weights."""
+        self.register_buffer("positions", self.positions, persistent=True)
 
     def reset_positions(self) -> None:
         """(Re)compute the fixed position table, e.g. after materialising from the meta device."""
@@ -92,3 +97,8 @@ class DiT(nn.Module):
         grid = model.input_size // model.patch_size
         tiles = patches.view(-1, grid, grid, model.patch_size, model.patch_size, model.out_channels)
         return tiles.permute(0, 5, 1, 3, 2, 4).reshape(-1, model.out_channels, model.input_size, model.input_size)
+
+
+def _take_own_positions(network: DiT, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    if f"{prefix}positions" in state:
+        network.keep_own_positions()

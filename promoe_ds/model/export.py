@@ -20,7 +20,7 @@ from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model.build import build_model
 from promoe_ds.model.dit import DiT
 from promoe_ds.model.shards import ShardReader, ShardWriter
-from promoe_ds.model.state import check_state
+from promoe_ds.model.state import POSITIONS, check_state
 
 WEIGHTS_STEM = "model"
 TRAINING_STEM = "training_state"
@@ -103,6 +103,7 @@ def load_model(export_dir: str | Path, device: str | torch.device = "cpu", dtype
 def fill_network(network: DiT, state: Mapping[str, Tensor]) -> DiT:
     """Give a network that was built on the meta device its tensors, which become its own; return it in evaluation mode."""
     network.load_state_dict(state, assign=True)
-    network.positions = torch.empty(network.positions.shape)
-    network.reset_positions()
+    if POSITIONS not in state:
+        network.positions = torch.empty(network.positions.shape)
+        network.reset_positions()
     return network.requires_grad_(False).eval()

@@ -22,7 +22,8 @@ def initialise(network: DiT, seed: int) -> None:
     """Fill every parameter and the position table.
 
     Source: DiT and the published code: Xavier-uniform matrices, zero biases, normal(0, 0.02) embeddings, timestep layers
-    and prototypes, zero modulation and output layers, so that an untrained network returns exactly 0.
+    and prototypes, zero modulation and output layers, so that an untrained network returns exactly 0;
+    gates as `Router.initial_gate` says.
     Differs: each expert's weights depend on its global id, so that any number of ranks starts alike.
     Args:
         network: on a real device.
@@ -32,24 +33,33 @@ def initialise(network: DiT, seed: int) -> None:
         if isinstance(module, StackedExperts):
             _fill_experts(module, module_name, seed)
             continue
+        gate = "xavier"
         if isinstance(module, Router):
             module.reset_state()
+            gate = module.initial_gate
         for name, parameter in module.named_parameters(recurse=False):
-            fill_parameter(parameter, f"{module_name}.{name}" if module_name else name, seed)
+            full_name = f"{module_name}.{name}" if module_name else name
+            fill_parameter(parameter, full_name, seed, gate=gate)
     network.reset_positions()
 
 
 @torch.no_grad()
-def fill_parameter(parameter: Tensor, name: str, seed: int) -> None:
+def fill_parameter(parameter: Tensor, name: str, seed: int, *, gate: str | float = "xavier") -> None:
     """Fill one parameter with its initial value; a stack of routed experts, if whole, with that of each.
 
     Args:
         name: dotted, in the whole network.
+        gate: `initial_gate` of its router.
     """
     if ".moe.routed." in name:
         _fill_stack(parameter, name, seed, first_expert=0)
     elif name.endswith(("q_norm.weight", "k_norm.weight")):
         parameter.fill_(1.0)
+    elif name.endswith(".router.gate_weight") and gate != "xavier":
+        if gate == "linear":
+            _uniform(parameter, parameter.shape[1] ** -0.5, name, seed, expert=0)
+        else:
+            _normal(parameter, gate, name, seed)
     elif name.endswith("prototypes"):
         _normal(parameter, PROTOTYPE_STD, name, seed)
     elif "modulation" in name or name.startswith("final_layer.") or name.endswith("bias"):
@@ -75,7 +85,10 @@ def _fill_stack(parameter: Tensor, name: str, seed: int, *, first_expert: int) -
 
 def _xavier(weight: Tensor, name: str, seed: int, *, expert: int) -> None:
     fan_out, fan_in = weight.shape[0], math.prod(weight.shape[1:])
-    bound = math.sqrt(6.0 / (fan_in + fan_out))
+    _uniform(weight, math.sqrt(6.0 / (fan_in + fan_out)), name, seed, expert=expert)
+
+
+def _uniform(weight: Tensor, bound: float, name: str, seed: int, *, expert: int) -> None:
     draw = generator(seed, "init", zlib.crc32(name.encode()), expert).random(weight.numel(), dtype="float32")
     weight.copy_(torch.from_numpy(draw * (2 * bound) - bound).view(weight.shape))
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from promoe_ds.errors import CheckpointError
+from promoe_ds.file_kind import SAFETENSORS, identify
 
 #: Larger sets of tensors are cut into files of at most this many bytes.
 MAX_SHARD_BYTES = 2 * 10**9
@@ -105,8 +106,12 @@ class ShardReader:
             self._open = None
             try:
                 self._open = (file, safe_open(self._folder / file, framework="pt"))
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 raise CheckpointError(f"{self._folder / file}: cannot be read: {error}") from None
+            except SafetensorError as error:
+                kind = identify(self._folder / file)
+                raise CheckpointError(f"{self._folder / file}: cannot be read: "
+                                      f"{error if kind == SAFETENSORS else f'it is {kind}'}") from None
         return self._open[1]
 
 

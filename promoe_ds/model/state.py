@@ -11,18 +11,27 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.build import build_model
 
+#: The fixed position table, where a checkpoint brings its own: the published code averages it.
+POSITIONS = "positions"
+
 
 def buffer_names(config: RunConfig) -> list[str]:
     """Return the names of what a model keeps beside its parameters: the running state of its routers."""
     return list(state_shapes(config, buffers_only=True))
 
 
-def state_shapes(config: RunConfig, *, buffers_only: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of all that a model keeps, or of the running state of its routers alone."""
+def state_shapes(config: RunConfig, *, buffers_only: bool = False,
+                 own_positions: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all that a model keeps, or of the running state of its routers alone.
+
+    Args:
+        own_positions: whether the position table is among them.
+    """
     with torch.device("meta"):
         network = build_model(config)
     parameters = {name for name, _ in network.named_parameters()} if buffers_only else ()
-    return {name: tuple(value.shape) for name, value in network.state_dict().items() if name not in parameters}
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items() if name not in parameters}
+    return shapes | ({POSITIONS: tuple(network.positions.shape)} if own_positions else {})
 
 
 def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
@@ -35,7 +44,7 @@ def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: RunConfig) -> None:
     """Hold names and shapes, without their tensors, against the model that `config` describes; raises as `check_state`."""
-    expected = state_shapes(config)
+    expected = state_shapes(config, own_positions=POSITIONS in shapes)
     problems = [f"{name} is missing" for name in expected if name not in shapes]
     problems += [f"{name} has no place in this architecture" for name in shapes if name not in expected]
     problems += [f"{name} has shape {shapes[name]} instead of {shape}" for name, shape in expected.items()

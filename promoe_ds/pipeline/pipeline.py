@@ -85,10 +85,9 @@ class ProMoEPipeline(DiffusionPipeline):
         steps = config.sampling.steps if steps is None else steps
         if problem := config.diffusion.sampling_problem(solver=_SOLVERS[kind], steps=steps):
             raise ConfigError(f"num_inference_steps or scheduler: {problem}")
-        return SamplingPlan(steps=steps, cfg_scale=config.sampling.cfg_scale if scale is None else scale,
-                            null_label=config.model.null_label, solver=_SOLVERS[kind],
-                            shift=self.scheduler.config.get("shift", 1.0),
-                            num_train_timesteps=self.scheduler.config.num_train_timesteps)
+        return SamplingPlan.of(config, steps=steps, cfg_scale=scale, solver=_SOLVERS[kind],
+                               shift=self.scheduler.config.get("shift", 1.0),
+                               num_train_timesteps=self.scheduler.config.num_train_timesteps)
 
     def _images(self, latents_BZHW: Tensor, output_type: str) -> list[Image.Image] | np.ndarray:
         values = latents_BZHW / self.transformer.run_config.data.latent_scale

@@ -33,6 +33,8 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         self.run_config = config_from_dict(run, source="the transformer's config.json")
         self.denoiser = build_model(self.run_config)
         self.denoiser.reset_positions()
+        if (origin or {}).get("own_positions"):
+            self.denoiser.keep_own_positions()
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor,
                 return_dict: bool = True) -> Transformer2DModelOutput | tuple[Tensor]:

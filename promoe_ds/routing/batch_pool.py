@@ -38,6 +38,7 @@ class BatchPoolRouter(GateRouter):
 
     thresholds: Tensor
     per_expert = ("gate_weight", "thresholds", "predictor.down.weight", "predictor.down.bias")
+    initial_gate = 0.006
 
     def __init__(self, width: int, *, num_experts: int, top_k: int, capacity_weight: float, threshold_decay: float) -> None:
         """Create gate and predictor, uninitialised.

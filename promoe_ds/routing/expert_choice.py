@@ -41,6 +41,8 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
 class LinearExpertChoiceRouter(GateRouter):
     """EC-DiT: each expert takes a fixed share of every sample's tokens; even by construction, no loss."""
 
+    initial_gate = 0.006
+
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
 

@@ -17,6 +17,8 @@ from promoe_ds.routing.scores import linear_scores
 class LinearGateRouter(GateRouter):
     """Sends every token to the K experts of highest probability, weighted by it, kept even by a loss."""
 
+    initial_gate = "linear"
+
     def __init__(self, width: int, *, num_experts: int, top_k: int, balance_weight: float, balance_level: str) -> None:
         """Create the gate, uninitialised.
 

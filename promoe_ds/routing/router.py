@@ -26,9 +26,12 @@ class Router(nn.Module):
     buffers, reports observations in its plans and implements `absorb` and `reset_state`. Buffers stay in fp32 when the
     module is cast to half precision: a running average of 0.95 would stand still in bf16.
     per_expert: names of the parameters and buffers whose first dimension counts the experts.
+    initial_gate: how `gate_weight` starts: "xavier" as other matrices, "linear" as torch's linear
+        layer (uniform within 1 / sqrt(D)), or the standard deviation of a normal distribution.
     """
 
     per_expert: ClassVar[tuple[str, ...]] = ()
+    initial_gate: ClassVar[str | float] = "xavier"
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         """Take E and K.
@@ -123,8 +126,11 @@ class GateRouter(Router):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int) -> int:
-    """Return C = floor(T * K / E): how many of T tokens an expert takes so that a token has K experts on average."""
-    return num_tokens * top_k // num_experts
+    """Return C = int(T / E * K): how many of T tokens an expert takes so that a token has K experts on average.
+
+    Source: the published code, whose quotient is a float: where T / E * K is a whole number, C may be one less.
+    """
+    return int(num_tokens / num_experts * top_k)
 
 
 def pool_token_ids(partition: Partition, pool_ids_N: Tensor, tokens_per_image: int) -> Tensor:

@@ -24,7 +24,8 @@ class AdamWithEma(torch.optim.AdamW):
         """Take parameter groups as `parameter_groups` returns them."""
         super().__init__(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         self.averages = config.averages
-        #: Updates made so far, and for averages that began later, after which one; the trainer sets both after a resume.
+        #: Updates made so far, which the trainer sets before each one: DeepSpeed calls `step` once for every group. For
+        #: averages that began later also after which one; set after a resume.
         self.updates = 0
         self.averages_since: dict[str, int] = {}
 
@@ -40,11 +41,10 @@ class AdamWithEma(torch.optim.AdamW):
         owned = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         initial = {(p, name): p.detach().clone() for p in owned for name in self.averages if name not in self.state.get(p, {})}
         super().step(closure)
-        self.updates += 1
         for (parameter, name), value in initial.items():
             self.state[parameter][name] = value if self.averages[name].exponent is None else parameter.detach().clone()
         for name, average in self.averages.items() if owned else ():
-            decay = average.decay_at(self.updates - self.averages_since.get(name, 0))
+            decay = average.decay_at(self.updates + 1 - self.averages_since.get(name, 0))
             torch._foreach_lerp_([self.state[p][name] for p in owned], owned, 1.0 - decay)
 
 

@@ -20,7 +20,7 @@ from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.shards import MAX_SHARD_BYTES, digest
-from promoe_ds.model.state import buffer_names
+from promoe_ds.model.state import POSITIONS, buffer_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: The published layout's place for the moving average.
@@ -142,14 +142,23 @@ def convert_source(source: Source, request: Request) -> Conversion:
     facts = source.facts
     return Conversion(source=facts.path, source_format=facts.format, destination=final, step=content.step, kinds=kinds,
                       parameters=parameters, values=values, bytes=size, verified=request.verify,
-                      note="; ".join(filter(None, (facts.note, _solver_note(request, facts.config)))))
+                      note="; ".join([facts.note] * bool(facts.note) + _notes(source, request, kinds)))
 
 
-def _solver_note(request: Request, config: RunConfig) -> str:
-    """Say where a pipeline draws otherwise than `promoe_ds.cli.sample`: diffusers' scheduler of a flow stands for Euler's steps."""
-    if request.to != "diffusers" or config.resolved_solver in ("euler", "ddpm", "ddim"):
-        return ""
-    return f"the recipe samples with {config.resolved_solver}, the pipeline with euler"
+def _notes(source: Source, request: Request, kinds: dict[str, str]) -> list[str]:
+    """Say what the target does otherwise than the source."""
+    notes, config = [], source.facts.config
+    # diffusers' scheduler of a flow takes Euler's steps.
+    if request.to == "diffusers" and config.resolved_solver not in ("euler", "ddpm", "ddim"):
+        notes.append(f"the recipe samples with {config.resolved_solver}, the pipeline with euler")
+    if request.to == "deepspeed" and any(POSITIONS in source.names(taken) for taken in kinds.values()):
+        notes.append("the file's averaged position table was left out: training uses the fixed one")
+    averages = config.optimizer.averages
+    for kind in dict.fromkeys(kinds.values()):
+        updates = source.facts.step - source.facts.averages_since.get(kind, 0)
+        if kind in averages and updates > 0 and (warning := averages[kind].warning(kind, updates)):
+            notes.append(warning)
+    return notes
 
 
 def _choose_kinds(source: Source, request: Request) -> dict[str, str]:
@@ -200,12 +209,13 @@ def _describe(source: Source, request: Request, kinds: dict[str, str]) -> Conten
                               "out")
     # Without the optimizer's state nothing can go on where it was: a new run starts, from these weights.
     starts = request.to == "deepspeed" and not request.with_optimizer
-    names = {kind: {name: source.shape(name) for name in source.names(taken)} for kind, taken in kinds.items()}
+    names = {kind: {name: source.shape(name) for name in source.names(taken)
+                    if name != POSITIONS or request.to != "deepspeed"} for kind, taken in kinds.items()}
     return Content(
         config=facts.config, step=0 if starts else facts.step, samples_seen=0 if starts else facts.samples_seen,
         optimizer_step=source.optimizer_step if request.with_optimizer else None, dtype=DTYPES[request.dtype], kinds=names,
         averages_since={} if starts else facts.averages_since,
-        buffers=frozenset(buffer_names(facts.config)), origin={"source": facts.format, **facts.origin})
+        buffers=frozenset([*buffer_names(facts.config), POSITIONS]), origin={"source": facts.format, **facts.origin})
 
 
 def _copy(source: Source, target: Target, content: Content, kinds: dict[str, str]) -> tuple[dict[tuple[str, str], str], int]:
@@ -221,6 +231,8 @@ def _copy(source: Source, target: Target, content: Content, kinds: dict[str, str
                     raise CheckpointError(f"{source.facts.path}: {taken} of {name} is of type {value.dtype}: no run goes on "
                                           "exactly from rounded weights: leave --with-optimizer out")
                 for kind in kept:
+                    if name not in content.kinds[kind]:
+                        continue
                     written = value.to(content.dtype_of(kind, name)).contiguous()
                     if written.dtype == torch.float16 and written.isinf().any() and not value.isinf().any():
                         raise CheckpointError(f"{source.facts.path}: {taken} of {name} reaches {value.abs().max():g}, beyond fp16: "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +18,43 @@ from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.official import POSITIONS, is_published_parameter, published_shapes, rename_official
+from promoe_ds.model.state import POSITIONS as OUR_POSITIONS
 from promoe_ds.model.state import state_shapes
 
-_SECTIONS = {WEIGHTS: "model_state_dict", EMA: "ema_model_state_dict"}
+#: The published code's name of each set of weights, and those of DiT and other relatives.
+_SECTIONS = {WEIGHTS: ("model_state_dict", "model", "state_dict"), EMA: ("ema_model_state_dict", "ema")}
+#: What DistributedDataParallel and torch.compile put in front of names, in any order; the latter also within.
+_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 _HELD_BY_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 #: Longer lists are cut in messages.
 _SHOWN = 5
 
 
 class OfficialSource:
-    """A file of the published code: `step`, `model_state_dict`, `ema_model_state_dict`, `optimizer_state_dict`."""
+    """A file of the published code: any of `model_state_dict`, `ema_model_state_dict`, or a bare state dict.
+
+    Beside them `step` and `optimizer_state_dict`, where they are kept.
+    """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         """Open a published file of the architecture `config`."""
-        self._file, self._config = TorchFile(path), config
+        self._file, self._config = TorchFile(path, [Namespace]), config
         self._file.check_records()
-        self._shapes = state_shapes(config)
+        self._shapes = state_shapes(config, own_positions=True)
         self._keys = {name: published_shapes(name, shape, config) for name, shape in self._shapes.items()}
         self._buffers = state_shapes(config, buffers_only=True).keys()
         content = self._file.content
         try:
-            self._tensors = _read_sections(path, content)
-            for kind, state in self._tensors.items():
-                self._check_positions(state)
+            self._tensors, note = _read_sections(path, content)
+            for kind in self._tensors:
+                self._check_positions(kind)
                 self._check_tensors(kind)
             self.optimizer_step = self._add_moments(content.get("optimizer_state_dict") or {})
             step = int(self._file.item(content.get("step", 0)))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: is not laid out as the published code does it ({type(error).__name__}: "
                                   f"{error})") from None
-        self.facts = Facts(path=path, format="official", config=config, step=step,
+        self.facts = Facts(path=path, format="official", config=config, step=step, note=note,
                            samples_seen=step * config.train.global_batch_size)
         self._ledgers = {kind: self._new_ledger(kind) for kind in self._tensors}
 
@@ -56,7 +65,9 @@ class OfficialSource:
 
     def names(self, kind: str) -> list[str]:
         """Return the rank-blind names that `kind` has."""
-        return [name for name in self._shapes if is_weights(kind) or name not in self._buffers]
+        return [name for name in self._shapes
+                if (is_weights(kind) or name not in self._buffers)
+                and (name != OUR_POSITIONS or POSITIONS in self._tensors[kind])]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's whole shape."""
@@ -78,17 +89,18 @@ class OfficialSource:
         """Let go of open files."""
         self._file.close()
 
-    def _check_positions(self, state: dict[str, Tensor]) -> None:
-        """Hold the fixed table against the computed one; it is no weight."""
+    def _check_positions(self, kind: str) -> None:
+        """Compare the fixed table with the computed one; where they are equal it is no tensor of the kind."""
+        state = self._tensors[kind]
         if POSITIONS not in state:
             raise CheckpointError(f"{self._file.path}: {POSITIONS} is missing")
-        rename_official({POSITIONS: self._file.read(state.pop(POSITIONS))}, self._config)
+        if not rename_official({POSITIONS: self._file.read(state[POSITIONS])}, self._config):
+            del state[POSITIONS]
 
     def _check_tensors(self, kind: str) -> None:
         """Hold names, shapes and types of a kind against the architecture."""
         state = self._tensors[kind]
-        known = {key: shape for name, shapes in self._keys.items() if is_weights(kind) or name not in self._buffers
-                 for key, shape in shapes.items()}
+        known = {key: shape for name in self.names(kind) for key, shape in self._keys[name].items()}
         problems = [f"{key} is missing" for key in sorted(known.keys() - state.keys())]
         problems += [f"{key} has no place in this architecture" for key in sorted(state.keys() - known.keys())]
         problems += [f"{key} has shape {tuple(state[key].shape)} instead of {shape}" for key, shape in known.items()
@@ -104,7 +116,8 @@ class OfficialSource:
         states = optimizer.get("state") or {}
         if not states:
             return None
-        order = [POSITIONS, *(key for key in self._tensors[WEIGHTS] if is_published_parameter(key))]
+        weights = next(iter(self._tensors.values()))
+        order = [POSITIONS, *(key for key in weights if is_published_parameter(key) and key != POSITIONS)]
         named = {key: states[index] for index, key in enumerate(order) if index in states}
         if len(named) != len(states) or len(named) != len(order) - 1:
             raise CheckpointError(f"{self._file.path}: optimizer_state_dict holds the state of {len(states)} parameters, "
@@ -121,11 +134,29 @@ class OfficialSource:
         return ledger
 
 
-def _read_sections(path: Path, content: Any) -> dict[str, dict[str, Tensor]]:
-    if not isinstance(content, dict) or _SECTIONS[WEIGHTS] not in content:
-        raise CheckpointError(f"{path}: is no checkpoint of the published code: it has no {_SECTIONS[WEIGHTS]}")
-    sections = {kind: dict(content[section]) for kind, section in _SECTIONS.items() if section in content}
+def _read_sections(path: Path, content: Any) -> tuple[dict[str, dict[str, Tensor]], str]:
+    """Find the sets of weights, without the prefixes of wrappers; also say what was done.
+
+    A state dict without a name is taken as the raw weights.
+    """
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path}: holds no state dict, but a {type(content).__name__}")
+    sections = {kind: content[name] for kind, names in _SECTIONS.items() for name in names if name in content}
+    notes = []
+    if not sections and all(isinstance(value, Tensor) for value in content.values()):
+        sections = {WEIGHTS: content}
+        notes.append("a bare state dict, taken as the raw weights")
+    if not sections:
+        names = [name for names in _SECTIONS.values() for name in names]
+        raise CheckpointError(f"{path}: is no checkpoint of the published code: it has none of {', '.join(names)}, "
+                              f"only {', '.join(map(str, list(content)[:_SHOWN]))}")
     for kind, state in sections.items():
-        if wrong := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-            raise CheckpointError(f"{path}: {_SECTIONS[kind]}: {wrong[0]} is no tensor")
-    return sections
+        if wrong := [key for key, value in dict(state).items() if not isinstance(value, Tensor)]:
+            raise CheckpointError(f"{path}: {kind}: {wrong[0]} is no tensor")
+        sections[kind] = {_PREFIXES.sub("", key): value for key, value in state.items()}
+        if len(sections[kind]) < len(state):
+            raise CheckpointError(f"{path}: {kind}: the same parameter is there with and without a prefix "
+                                  "(module., _orig_mod.): save one model's state dict")
+        if removed := sorted({match[0] for key in state for match in _PREFIXES.finditer(key)}):
+            notes.append(f"{kind}: removed the prefixes {', '.join(removed)}")
+    return sections, "; ".join(notes)

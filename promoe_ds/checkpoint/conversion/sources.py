@@ -27,7 +27,7 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.export import CONFIG_FILE, TRAINING_STEM, WEIGHTS_STEM, read_export_config, read_export_origin
 from promoe_ds.model.shards import ShardReader
-from promoe_ds.model.state import state_shapes
+from promoe_ds.model.state import POSITIONS, state_shapes
 
 #: safetensors' names of the types that our weights may have.
 _HELD_BY_FP32 = ("F32", "BF16", "F16")
@@ -115,7 +115,7 @@ class _SafetensorsSource:
 
     def __init__(self, facts: Facts, optimizer_step: int | None) -> None:
         self.facts, self.optimizer_step = facts, optimizer_step
-        self._shapes = state_shapes(facts.config)
+        self._shapes = state_shapes(facts.config, own_positions=True)
         self._places: dict[str, dict[str, tuple[ShardReader, str]]] = {}
         self._ledgers: dict[str, Ledger] = {}
         self._reading: ShardReader | None = None
@@ -152,9 +152,10 @@ class _SafetensorsSource:
             keys: key -> name.
         Raises: CheckpointError naming what is missing, left over, misshapen, or of a type that fp32 does not hold.
         """
-        buffers = () if is_weights(kind) else state_shapes(self.facts.config, buffers_only=True)
-        expected = {name: shape for name, shape in self._shapes.items() if name not in buffers}
         found = {name: key for key, name in keys.items()}
+        left_out = {*()} if is_weights(kind) else {*state_shapes(self.facts.config, buffers_only=True, own_positions=True)}
+        left_out |= {POSITIONS} - found.keys()
+        expected = {name: shape for name, shape in self._shapes.items() if name not in left_out}
         problems = [f"{name} is missing" for name in expected if name not in found]
         problems += [f"{key} has no place in this architecture" for key, name in keys.items() if name not in expected]
         problems += [f"{key} has shape {reader.shapes[key]} instead of {expected[name]}" for key, name in keys.items()

@@ -19,6 +19,7 @@ from promoe_ds.errors import CheckpointError
 from promoe_ds.model.export import TRAINING_STEM, WEIGHTS_STEM, write_export_config
 from promoe_ds.model.official import POSITIONS, is_published_parameter, published_order, to_official
 from promoe_ds.model.shards import ShardWriter, digest
+from promoe_ds.model.state import POSITIONS as OUR_POSITIONS
 from promoe_ds.versions import package_versions
 
 
@@ -95,8 +96,10 @@ class PipelineTarget:
         self._key = transformer_key
         (folder / TRANSFORMER).mkdir()
         self._weights = ShardWriter(folder / TRANSFORMER, PIPELINE_STEM, max_bytes=max_bytes)
-        write_pipeline_configs(folder, content.config, {**content.origin, "kind": next(iter(content.kinds)), "step": content.step,
-                                                        "samples_seen": content.samples_seen}, vae)
+        kind = next(iter(content.kinds))
+        origin = {**content.origin, "kind": kind, "step": content.step, "samples_seen": content.samples_seen,
+                  "own_positions": OUR_POSITIONS in content.kinds[kind]}
+        write_pipeline_configs(folder, content.config, origin, vae)
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor; return `digest` of it."""
@@ -147,7 +150,8 @@ class OfficialTarget:
 
     def _published(self, name: str, value: Tensor) -> dict[str, Tensor]:
         pieces = to_official({name: value}, self._config)
-        del pieces[POSITIONS]
+        if name != OUR_POSITIONS:
+            del pieces[POSITIONS]
         return pieces
 
     def _optimizer(self, content: Content, model: dict[str, Tensor], order: list[str]) -> dict[str, Any]:
@@ -160,8 +164,9 @@ class OfficialTarget:
         return {"state": state, "param_groups": [group]}
 
     def _fill_in_constants(self, content: Content, sections: dict[str, str], written: dict[str, Any]) -> None:
-        for section in sections.values():
-            self._writer.write(written[section][POSITIONS], self._positions)
+        for kind, section in sections.items():
+            if OUR_POSITIONS not in content.kinds[kind]:
+                self._writer.write(written[section][POSITIONS], self._positions)
         for state in written.get("optimizer_state_dict", {"state": {}})["state"].values():
             self._writer.write(state["step"], torch.tensor(float(content.optimizer_step or 0)))
 

@@ -28,7 +28,7 @@ from promoe_ds.model.dit import DiT
 from promoe_ds.model.export import fill_network
 from promoe_ds.model.init import fill_parameter
 from promoe_ds.model.routers import build_router
-from promoe_ds.model.state import state_shapes
+from promoe_ds.model.state import POSITIONS, state_shapes
 from promoe_ds.model.upcycle import DENSE_PARAMETERS, Deal, deal_units, upcycled_parameter
 from promoe_ds.randomness import generator
 from promoe_ds.routing import ClassificationRouter, KMeansRouter, Router
@@ -115,7 +115,8 @@ class _UpcycledSource:
 
     def __init__(self, dense: Source, kind: str, config: RunConfig, starts: dict[int, _RouterStart], noise: float) -> None:
         self._dense, self._kind, self._config, self._starts, self._noise = dense, kind, config, starts, noise
-        self._deal, self._shapes = deal_units(config), state_shapes(config)
+        self._deal = deal_units(config)
+        self._shapes = state_shapes(config, own_positions=POSITIONS in dense.names(kind))
         self._feed_forward: tuple[int, dict[str, Tensor]] = (-1, {})
         origin = {**dense.facts.origin, "upcycled_from": str(dense.facts.path), "source_kind": kind,
                   "gate_scales": {str(index): start.gate_scale for index, start in starts.items()}}
@@ -223,7 +224,8 @@ def _initial_router(config: RunConfig, index: int) -> Router:
     router = build_router(config)
     router.reset_state()
     for name, parameter in router.named_parameters():
-        fill_parameter(parameter, f"blocks.{index}.moe.router.{name}", config.train.seed)
+        fill_parameter(parameter, f"blocks.{index}.moe.router.{name}", config.train.seed,
+                       gate=router.initial_gate)
     if isinstance(router, ClassificationRouter) and config.routing.superclasses is not None:
         router.set_superclasses(config.routing.superclasses)
     return router

@@ -55,6 +55,14 @@ def test_guidance_makes_one_call_with_both_halves() -> None:
     assert all_labels.tolist() == [0, 3, 9, NULL, NULL, NULL]
 
 
+def test_guidance_in_two_passes_gives_the_same_formula_one_half_after_the_other() -> None:
+    recorder = Recorder()
+    latents, timestep, labels = inputs()
+    result = guided(recorder, latents, timestep, labels, null_label=NULL, scale=2.0, channels=2, two_passes=True)
+    assert [call[2].tolist() for call in recorder.calls] == [[0, 3, 9], [NULL] * 3]
+    assert torch.equal(result, guided(Recorder(), latents, timestep, labels, null_label=NULL, scale=2.0, channels=2))
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
 def test_guidance_scale_up_to_one_makes_one_conditional_pass(scale: float) -> None:
     recorder = Recorder()

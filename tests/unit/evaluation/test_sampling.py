@@ -95,7 +95,8 @@ def test_samples_in_batches_agree_to_the_rounding(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("method", "asked", "expected"), [("token_choice", None, True), ("token_choice", False, False),
-                                                           ("diff_moe", None, False), ("diff_moe", True, True)])
+                                                           ("diff_moe", None, False), ("diff_moe", True, True),
+                                                           ("expert_race", None, True)])
 def test_exact_is_the_default_but_for_methods_that_pool(method, asked, expected) -> None:
     config = small_config(**of_method(method))
     assert is_exact(asked, config, torch.device("cpu")) is expected

@@ -157,6 +157,20 @@ def test_init_matrices_are_xavier_uniform(name: str, fan_in: int, fan_out: int) 
     assert abs(value.mean().item()) < 0.1 * bound
 
 
+@pytest.mark.parametrize(("method", "std", "is_uniform"), [
+    ("dit_moe", 3**-0.5 / 8, True), ("ec_dit", 0.006, False), ("diff_moe", 0.006, False),
+    ("expert_race", (2 / (64 + 4)) ** 0.5, True),
+])
+def test_init_linear_gates_start_as_published(method: str, std: float, is_uniform: bool) -> None:
+    gates = [weights(initialised(seed, model={"hidden_size": 64}, **of_method(method)))["blocks.1.moe.router.gate_weight"]
+             for seed in range(8)]
+    value = torch.stack(gates) / std  # 2,048 draws
+    assert value.std().item() == pytest.approx(1, rel=0.05)
+    # The fourth moment tells the shapes apart (1.8 and 3), so does the largest value.
+    assert value.pow(4).mean().item() == pytest.approx(1.8 if is_uniform else 3, rel=0.15)
+    assert (value.abs().max() <= 3**0.5) == is_uniform
+
+
 @pytest.mark.parametrize("name", ["blocks.1.moe.router.prototypes", "label_embedding.table.weight",
                                   "timestep_embedding.up.weight", "timestep_embedding.down.weight"])
 def test_init_embeddings_and_prototypes_are_normal_002(name: str) -> None:

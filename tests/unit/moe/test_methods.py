@@ -12,7 +12,7 @@ from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe import MoELayer
 from promoe_ds.routing import ClassificationRouter, RoutingPlan
 
-from ..builders import random_tensor, randomise, small_config
+from ..builders import of_method, random_tensor, randomise, small_config
 from ..routing.plans import METHODS, NULL, ONE_EXPERT, SUPERCLASSES, partition, plan_rows
 
 WIDTH, TOKENS, LABELS = 8, 4, [3, NULL, 0, NULL, 7]
@@ -23,7 +23,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "swiglu, two unconditional": {"expert_type": "swiglu", "num_unconditional_experts": 2},
 }
 #: Methods under which a sample is never touched by its batch mates in evaluation.
-INDEPENDENT = tuple(method for method in METHODS if method != "diff_moe")
+INDEPENDENT = tuple(method for method in METHODS if not small_config(**of_method(method)).routing.mixes_samples)
 #: Sums in another order than the loop's.
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
 

@@ -28,9 +28,22 @@ def set_gradients(values: list[nn.Parameter], step: int) -> None:
         parameter.grad = random_tensor(*parameter.shape, seed=100 * step + seed)
 
 
+class Trained(AdamWithEma):
+    """The optimizer as the trainer drives it under ZeRO: `updates` set before a step, `step` called once a group."""
+
+    def step(self, closure: None = None) -> None:
+        every = self.param_groups
+        for group in every:
+            self.param_groups = [group]
+            super().step(closure)
+        self.param_groups = every
+        self.updates += not self.overflow
+
+
 def make_optimizer(values: list[nn.Parameter], decay: float = 0.01, **config: Any) -> AdamWithEma:
     settings = OptimizerConfig(**{"lr": 1e-2, "ema_decays": (0.9,), "betas": (0.8, 0.95), **config})
-    return AdamWithEma([{"params": values, "weight_decay": decay}], settings)
+    groups = [{"params": part, "weight_decay": decay} for part in (values[:1], values[1:])]
+    return Trained(groups, settings)
 
 
 def state_copy(optimizer: AdamWithEma) -> list[dict[str, Tensor]]:
@@ -103,6 +116,28 @@ def test_optimizer_power_average_is_the_weighted_mean_of_all_weights_so_far() ->
     for number, parameter in enumerate(values):
         expected = sum(weight * each[number] for weight, each in zip(weights, seen, strict=True))
         torch.testing.assert_close(optimizer.state[parameter]["ema_power_0.2"].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_optimizer_average_with_warmup_decays_by_the_update_in_every_group() -> None:
+    values = parameters()
+    optimizer = make_optimizer(values, ema_decays=(0.3,), ema_warmup=True)
+    averages = [p.detach().double().clone() for p in values]
+    for step, decay in enumerate([2 / 11, 3 / 12, 0.3, 0.3]):
+        set_gradients(values, step)
+        optimizer.step()
+        averages = [decay * average + (1 - decay) * p.detach().double() for average, p in zip(averages, values, strict=True)]
+        for parameter, average in zip(values, averages, strict=True):
+            torch.testing.assert_close(optimizer.state[parameter][EMA].double(), average, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.05, 0.3, 0.9, 0.9999])
+@pytest.mark.parametrize("updates", [0, 1, 2, 7, 300])
+def test_initial_share_of_an_average_is_the_product_of_its_decays(decay: float, updates: int, warmup: bool) -> None:
+    average = OptimizerConfig(ema_decays=(decay,), ema_warmup=warmup).averages[EMA]
+    product = math.prod(average.decay_at(update) for update in range(1, updates + 1))
+    assert average.initial_share(updates) == pytest.approx(product, rel=1e-9, abs=1e-300)
+    assert bool(average.warning(EMA, updates)) == (product >= 0.1)
 
 
 @pytest.mark.parametrize(("length", "gamma"), [(0.05, 16.97), (0.1, 6.94)])
