@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.digits import load_digits_split
 from promoe_ds.data.encoded import EncodedImages
@@ -20,12 +21,12 @@ from promoe_ds.randomness import generator
 
 
 class LatentDataset(Protocol):
-    """An indexable set of latents and labels."""
+    """An indexable set of latents and their conditions."""
 
     def __len__(self) -> int: ...
 
-    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Return fp32 latents (n, Z, H, W), scaled as the network wants them, and int64 labels (n,).
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Condition]:
+        """Return fp32 latents (n, Z, H, W), scaled as the network wants them, and their n conditions.
 
         `positions` in the training stream (see `order`) decide what is drawn anew each time, if anything is; without them
         nothing is drawn.
@@ -35,16 +36,16 @@ class LatentDataset(Protocol):
 class ArrayDataset:
     """A set that lies in memory."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(self, images: np.ndarray, labels: np.ndarray, null_label: int) -> None:
         """Hold images (N, Z, H, W), fp32, and labels (N,), int64."""
-        self._images, self._labels = images, labels
+        self._images, self._labels, self._null = images, labels, null_label
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, ClassCondition]:
         """Return copies of the chosen images and labels."""
-        return torch.from_numpy(self._images[indices]), torch.from_numpy(self._labels[indices])
+        return torch.from_numpy(self._images[indices]), ClassCondition(torch.from_numpy(self._labels[indices]), self._null)
 
 
 class SyntheticLatents:
@@ -57,14 +58,14 @@ class SyntheticLatents:
     def __len__(self) -> int:
         return self._count
 
-    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, ClassCondition]:
         """Return the latents and labels of these indices, always the same."""
         model, latents, labels = self._model, [], []
         for index in indices:
             draw = generator(self._seed, "synthetic", int(index))
             latents.append(draw.standard_normal((model.in_channels, model.input_size, model.input_size), dtype=np.float32))
             labels.append(draw.integers(model.num_classes))
-        return torch.from_numpy(np.stack(latents)), torch.tensor(labels, dtype=torch.int64)
+        return torch.from_numpy(np.stack(latents)), ClassCondition(torch.tensor(labels, dtype=torch.int64), model.null_label)
 
 
 def build_dataset(config: RunConfig, device: torch.device | None = None) -> LatentDataset:
@@ -77,7 +78,7 @@ def build_dataset(config: RunConfig, device: torch.device | None = None) -> Late
     data = config.data
     if data.dataset == "digits":
         digits = load_digits_split(data.heldout_fraction, heldout=False)
-        return ArrayDataset(digits.images * np.float32(data.latent_scale), digits.labels)
+        return ArrayDataset(digits.images * np.float32(data.latent_scale), digits.labels, config.model.null_label)
     if data.dataset == "synthetic":
         return SyntheticLatents(config)
     if data.path is None:

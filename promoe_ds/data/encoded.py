@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.augment import draw_flips, draw_latents
 from promoe_ds.data.images import CorruptFiles, TreeReader, check_classes, read_image, scan_tree
@@ -40,6 +41,7 @@ class EncodedImages:
         if abs(identity.scaling_factor - config.data.latent_scale) > 1e-6:
             raise DataError(f"{identity.name} scales its latents by {identity.scaling_factor}, but data.latent_scale="
                             f"{config.data.latent_scale}")
+        self._null = config.model.null_label
         size = config.model.input_size * identity.downsampling
         self._reader = TreeReader(self._tree, lambda path: read_image(path, size), config.data.workers)
         self._corrupt = CorruptFiles(config.data.max_corrupt, "data.max_corrupt")
@@ -48,8 +50,8 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self._tree)
 
-    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Return scaled fp32 latents (B, Z, H, W), on the CPU, and labels (B,); mirrored and drawn by position.
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, ClassCondition]:
+        """Return scaled fp32 latents (B, Z, H, W), on the CPU, and their classes; mirrored and drawn by position.
 
         An image that cannot be read is named, counted, and replaced by the next one of the tree that can.
         Raises: DataError when `data.max_corrupt` is passed, none of all images can be read, or a latent is not finite.
@@ -62,7 +64,7 @@ class EncodedImages:
             raise DataError(f"{shown(self._tree.root / self._tree.names[chosen[bad]])}: its latent is not finite: encode with "
                             "data.vae_dtype=fp32, or remove the image")
         latents = draw_latents(moments, self._seed, positions)
-        return latents.mul_(self._scale), torch.from_numpy(self._tree.labels[chosen])
+        return latents.mul_(self._scale), ClassCondition(torch.from_numpy(self._tree.labels[chosen]), self._null)
 
     def _read(self, indices: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         chosen = indices.copy()

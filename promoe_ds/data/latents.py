@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.augment import draw_flips, draw_latents
 from promoe_ds.data.images import TreeReader, check_classes
@@ -58,7 +59,7 @@ class PackedLatents:
             if index is not None and len(shard) != index.shards[position].count:
                 raise DataError(f"{shard.path}: {len(shard)} records, {INDEX} says {index.shards[position].count}")
         self._flip = wants_flip(config, self.flipped, str(folder))
-        self._scale, self._seed = config.data.latent_scale, config.train.seed
+        self._scale, self._seed, self._null = config.data.latent_scale, config.train.seed, config.model.null_label
         self._labels = torch.cat([shard.labels.long() for shard in self._shards])
         if not len(self._labels):
             raise DataError(f"data.path={folder}: the shards hold no sample")
@@ -82,8 +83,8 @@ class PackedLatents:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Return scaled fp32 latents (B, Z, H, W) and labels (B,); mirrored and drawn from their posteriors by position.
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, ClassCondition]:
+        """Return scaled fp32 latents (B, Z, H, W) and their classes; mirrored and drawn from their posteriors by position.
 
         Raises: DataError naming a record that is damaged or not finite.
         """
@@ -95,7 +96,7 @@ class PackedLatents:
             shard, row = self._locate(int(indices[bad]))
             raise DataError(f"{shard.path}: record {row} ({shard.name(row)}) is not finite: encode this shard anew")
         latents = draw_latents(records, self._seed, positions) if self.kind == "moments" else records
-        return latents.mul_(self._scale), self._labels[torch.from_numpy(indices)]
+        return latents.mul_(self._scale), ClassCondition(self._labels[torch.from_numpy(indices)], self._null)
 
     def _records(self, indices: np.ndarray, flips: np.ndarray) -> Tensor:
         """Return what is on disk, (B, C, H, W) fp32."""
@@ -130,15 +131,15 @@ class NpzLatents:
         trust_vae(self._tree.root, config)
         sides = len(read_npz_moments(self._tree.root / self._tree.names[0]))
         self._shape = (sides, 2 * config.model.in_channels, config.model.input_size, config.model.input_size)
-        self._scale, self._seed = config.data.latent_scale, config.train.seed
+        self._scale, self._seed, self._null = config.data.latent_scale, config.train.seed, config.model.null_label
         self._flip = wants_flip(config, sides == 2, str(self._tree.root))
         self._reader = TreeReader(self._tree, lambda path: read_npz_moments(path, self._shape), config.data.workers)
 
     def __len__(self) -> int:
         return len(self._tree)
 
-    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Return scaled fp32 latents (B, Z, H, W) and labels (B,); mirrored and drawn from their posteriors by position.
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, ClassCondition]:
+        """Return scaled fp32 latents (B, Z, H, W) and their classes; mirrored and drawn from their posteriors by position.
 
         Raises: DataError naming the file that cannot be read or does not fit.
         """
@@ -149,7 +150,7 @@ class NpzLatents:
         flips = draw_flips(self._seed, positions, len(records), flip=self._flip)
         moments = torch.from_numpy(np.stack([pair[int(flip)] for pair, flip in zip(records, flips, strict=True)]))
         labels = torch.from_numpy(self._tree.labels[np.asarray(indices)])
-        return draw_latents(moments, self._seed, positions).mul_(self._scale), labels
+        return draw_latents(moments, self._seed, positions).mul_(self._scale), ClassCondition(labels, self._null)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -10,11 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: (latents_BZHW, timestep_B, labels_B) -> prediction (B, channels, H, W)
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+from promoe_ds.condition import Condition
+
+#: (latents_BZHW, timestep_B, condition) -> prediction (B, channels, H, W)
+Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
-def guided(denoiser: Denoiser, latents_BZHW: Tensor, timestep_B: Tensor, labels_B: Tensor, *, null_label: int,
+def guided(denoiser: Denoiser, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition, *,
            scale: float, channels: int, two_passes: bool = False) -> Tensor:
     """Return null + scale * (conditional - null) on the first `channels` channels, the conditional others as they are.
 
@@ -26,15 +28,15 @@ def guided(denoiser: Denoiser, latents_BZHW: Tensor, timestep_B: Tensor, labels_
         channels: those of the velocity or the noise; beyond them a variance may follow, which extrapolation would ruin.
     """
     if scale <= 1.0:
-        return denoiser(latents_BZHW, timestep_B, labels_B)
-    null_B = torch.full_like(labels_B, null_label)
+        return denoiser(latents_BZHW, timestep_B, condition)
+    null = condition.null_like()
     if two_passes:
-        conditional = denoiser(latents_BZHW, timestep_B, labels_B)
-        unconditional = denoiser(latents_BZHW, timestep_B, null_B)
+        conditional = denoiser(latents_BZHW, timestep_B, condition)
+        unconditional = denoiser(latents_BZHW, timestep_B, null)
     else:
         conditional, unconditional = denoiser(
             torch.cat([latents_BZHW, latents_BZHW]), torch.cat([timestep_B, timestep_B]),
-            torch.cat([labels_B, null_B])).chunk(2)
+            condition.cat([null])).chunk(2)
     unconditional = unconditional[:, :channels]
     result = unconditional + scale * (conditional[:, :channels] - unconditional)
     return torch.cat([result, conditional[:, channels:]], dim=1)

@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from promoe_ds.condition import Condition
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.randomness import generators
 
 
 @dataclass(frozen=True)
 class DiffusionBatch:
-    """What one forward pass of training needs; labels after dropout."""
+    """What one forward pass of training needs; the condition after dropout."""
 
     clean_BZHW: Tensor
     noise_BZHW: Tensor
     sigma_B: Tensor
-    labels_B: Tensor
+    condition: Condition
 
     def to(self, device: torch.device) -> DiffusionBatch:
         """Return the batch on `device`."""
@@ -36,7 +37,8 @@ class DiffusionBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> DiffusionBatch:
-        return DiffusionBatch(*(function(t) for t in (self.clean_BZHW, self.noise_BZHW, self.sigma_B, self.labels_B)))
+        latents = (function(tensor) for tensor in (self.clean_BZHW, self.noise_BZHW, self.sigma_B))
+        return DiffusionBatch(*latents, self.condition.map(function))
 
 
 class Objective(Protocol):
@@ -60,22 +62,22 @@ class Objective(Protocol):
         """Return the terms of the loss by name, scalars that add up to it; `diffusion` is the squared error of the target."""
 
 
-def draw_batch(clean_BZHW: Tensor, labels_B: Tensor, objective: Objective, *, null_label: int, seed: int, step: int,
+def draw_batch(clean_BZHW: Tensor, condition: Condition, objective: Objective, *, seed: int, step: int,
                slots: Sequence[int]) -> DiffusionBatch:
-    """Draw noise, noise levels and label dropout for samples of one optimizer step.
+    """Draw noise, noise levels and condition dropout for samples of one optimizer step.
 
     Source: official; differs: each draw is a function of (seed, stream, step, slot of the global batch), hence of no rank,
     micro-batch or resume.
     Args:
-        clean_BZHW: latents; labels_B: their classes; slots: their places in the global batch.
+        clean_BZHW: latents; condition: theirs; slots: their places in the global batch.
     """
     noise_BZHW = np.empty(clean_BZHW.shape, dtype=np.float32)
     for noise_ZHW, random in zip(noise_BZHW, generators(seed, "noise", step, slots), strict=True):
         random.standard_normal(dtype=np.float32, out=noise_ZHW)
     sigma = [objective.draw_sigma(random) for random in generators(seed, "sigma", step, slots)]
     dropped = [random.random() < objective.config.label_dropout for random in generators(seed, "label_drop", step, slots)]
-    labels = torch.where(torch.tensor(dropped), null_label, labels_B)
-    return DiffusionBatch(clean_BZHW, torch.from_numpy(noise_BZHW), torch.tensor(sigma, dtype=torch.float32), labels)
+    return DiffusionBatch(clean_BZHW, torch.from_numpy(noise_BZHW), torch.tensor(sigma, dtype=torch.float32),
+                          condition.drop(torch.tensor(dropped)))
 
 
 def target_error(predicted_BZHW: Tensor, target_BZHW: Tensor) -> Tensor:

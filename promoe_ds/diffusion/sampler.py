@@ -22,6 +22,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from promoe_ds.condition import Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.diffusion.guidance import Denoiser, guided
 from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, respaced_timesteps
@@ -40,7 +41,6 @@ class SamplingPlan:
 
     steps: int
     cfg_scale: float
-    null_label: int
     shift: float = 1.0
     solver: str = "euler"
     num_train_timesteps: int = 1000
@@ -51,13 +51,13 @@ class SamplingPlan:
         """Return how a recipe samples; what is given and not None takes the place of its values."""
         values = {
             "steps": config.sampling.steps, "cfg_scale": config.sampling.cfg_scale, "shift": config.diffusion.shift,
-            "null_label": config.model.null_label, "solver": config.resolved_solver,
+            "solver": config.resolved_solver,
             "num_train_timesteps": config.diffusion.num_train_timesteps, "two_passes": config.routing.mixes_samples}
         return cls(**values | {name: value for name, value in given.items() if value is not None})
 
-    def guided(self, denoiser: Denoiser, latents_BZHW: Tensor, timestep: Tensor, labels_B: Tensor) -> Tensor:
+    def guided(self, denoiser: Denoiser, latents_BZHW: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Return the guided prediction at one timestep, a scalar, of all latents; guides as many channels as they have."""
-        return guided(denoiser, latents_BZHW, timestep.expand(len(latents_BZHW)), labels_B, null_label=self.null_label,
+        return guided(denoiser, latents_BZHW, timestep.expand(len(latents_BZHW)), condition,
                       scale=self.cfg_scale, channels=latents_BZHW.shape[1], two_passes=self.two_passes)
 
 
@@ -102,7 +102,7 @@ def image_generators(*, seed: int, indices: Sequence[int]) -> list[torch.Generat
 
 
 @torch.no_grad()
-def sample_latents(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, plan: SamplingPlan,
+def sample_latents(denoiser: Denoiser, noise_BZHW: Tensor, condition: Condition, plan: SamplingPlan,
                    generators: Sequence[torch.Generator] = ()) -> Tensor:
     """Integrate from noise to data.
 
@@ -113,7 +113,7 @@ def sample_latents(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, pla
     Args:
         denoiser: predicts velocity (flow) or noise (ddim) in its first Z channels; ddpm: 2 Z channels, noise and variance.
         noise_BZHW: fp32 start.
-        labels_B: int64.
+        condition: of each image.
         generators: one an image, see `image_generators`; only ddpm draws from them.
     Returns: latents (B, Z, H, W), fp32.
     Raises: ValueError for an unknown solver, or ddpm without a generator for each image.
@@ -122,11 +122,11 @@ def sample_latents(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, pla
         raise ValueError(f"solver {plan.solver!r} is none of {', '.join(_INTEGRATORS)}, heun")
     channels = noise_BZHW.shape[1]
     if plan.solver == "heun":
-        return _sample_heun(denoiser, noise_BZHW, labels_B, plan)
+        return _sample_heun(denoiser, noise_BZHW, condition, plan)
     integrator = _INTEGRATORS[plan.solver](plan, noise_BZHW, generators)
     latents = noise_BZHW
     for step, timestep in zip(integrator.scheduler.timesteps, integrator.timesteps, strict=True):
-        prediction = plan.guided(denoiser, latents, timestep, labels_B)
+        prediction = plan.guided(denoiser, latents, timestep, condition)
         prediction = prediction[:, :channels * integrator.channels_per_latent].float()
         latents = integrator.scheduler.step(prediction, step, latents, **integrator.options).prev_sample
     return latents
@@ -138,7 +138,7 @@ def _euler(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Ge
     return _Integrator(scheduler=scheduler, timesteps=scheduler.timesteps)
 
 
-def _sample_heun(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, plan: SamplingPlan) -> Tensor:
+def _sample_heun(denoiser: Denoiser, noise_BZHW: Tensor, condition: Condition, plan: SamplingPlan) -> Tensor:
     """Integrate by Heun's method; the last step, to noise level 0, is Euler's.
 
     diffusers' own Heun scheduler ends one step above 0 and shifts twice, see `shifted_sigmas`.
@@ -147,7 +147,7 @@ def _sample_heun(denoiser: Denoiser, noise_BZHW: Tensor, labels_B: Tensor, plan:
 
     def velocity(latents: Tensor, sigma: float) -> Tensor:
         timestep = torch.tensor(sigma * plan.num_train_timesteps, dtype=torch.float32, device=latents.device)
-        return plan.guided(denoiser, latents, timestep, labels_B)[:, :channels].float()
+        return plan.guided(denoiser, latents, timestep, condition)[:, :channels].float()
 
     latents, sigmas = noise_BZHW, [*shifted_sigmas(plan.steps, plan.shift).tolist(), 0.0]
     for here, there in pairwise(sigmas):

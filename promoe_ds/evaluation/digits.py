@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.data.digits import load_digits_split
 from promoe_ds.diffusion import build_objective, draw_batch
 from promoe_ds.errors import DataError
@@ -79,8 +80,8 @@ def heldout_loss(model: DiT, *, draws: int = 8, seed: int = 0, batch_size: int =
     for draw in range(draws):
         for start in range(0, len(labels), batch_size):
             slots = range(start, min(start + batch_size, len(labels)))
-            clean, own = images[start:slots.stop], labels[start:slots.stop]
-            batch = draw_batch(clean, own, objective, null_label=config.model.null_label, seed=seed, step=draw, slots=slots)
+            clean, own = images[start:slots.stop], ClassCondition(labels[start:slots.stop], config.model.null_label)
+            batch = draw_batch(clean, own, objective, seed=seed, step=draw, slots=slots)
             prediction = model(objective.noised(batch), objective.timestep(batch), own)
             total += len(slots) * objective.losses(prediction, batch)["diffusion"].item()
     return total / (draws * len(labels))

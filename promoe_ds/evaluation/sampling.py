@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig
 from promoe_ds.diffusion.sampler import SamplingPlan, image_generators, initial_noise, sample_latents
 
@@ -29,12 +30,13 @@ class Drawer:
         """Draw from `network`, in evaluation mode on `device`."""
         self._network, self._plan, self._seed, self._device = network, plan, seed, device
         self._shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
-        self._scale = config.data.latent_scale
+        self._scale, self._null = config.data.latent_scale, config.model.null_label
 
     def draw(self, indices: Sequence[int], labels_B: np.ndarray) -> Tensor:
         """Return the unscaled latents (B, Z, H, W), fp32, of some images, all in one pass."""
         noise = initial_noise(self._shape, seed=self._seed, indices=indices).to(self._device)
-        latents = sample_latents(self._network, noise, torch.from_numpy(labels_B).to(self._device), self._plan,
+        condition = ClassCondition(torch.from_numpy(labels_B).to(self._device), self._null)
+        latents = sample_latents(self._network, noise, condition, self._plan,
                                  image_generators(seed=self._seed, indices=indices))
         return latents / self._scale
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.model.blocks import DiTBlock, FinalLayer
 from promoe_ds.model.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_positions
@@ -27,7 +28,7 @@ class DenoiserOutput:
 
 
 class DiT(nn.Module):
-    """Predicts the velocity (or noise) of noised latents, conditioned on a label."""
+    """Predicts the velocity (or noise) of noised latents under a condition."""
 
     def __init__(self, config: RunConfig, blocks: list[DiTBlock]) -> None:
         """Assemble the network around `blocks`; uninitialised (`model.init` fills it)."""
@@ -56,27 +57,28 @@ class DiT(nn.Module):
         """Return the MoE layers by block index."""
         return {index: block.moe for index, block in enumerate(self.blocks) if block.is_moe}
 
-    def forward(self, latents_BZHW: Tensor, timestep_B: Tensor, labels_B: Tensor) -> Tensor:
+    def forward(self, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition | Tensor) -> Tensor:
         """Predict; what samplers call.
 
         Args:
             latents_BZHW: noised latents.
             timestep_B: float, as the objective gives it: sigma * num_train_timesteps, or DDPM's integer.
-            labels_B: int64 in 0 ... num_classes; num_classes is the null label.
+            condition: of each sample; labels int64 in 0 ... num_classes stand for a ClassCondition, num_classes is null.
         Returns: (B, out_channels, H, W) in the latents' dtype; the first Z channels are the prediction.
         """
-        return self.denoise(latents_BZHW, timestep_B, labels_B).prediction_BZHW
+        return self.denoise(latents_BZHW, timestep_B, condition).prediction_BZHW
 
-    def denoise(self, latents_BZHW: Tensor, timestep_B: Tensor, labels_B: Tensor) -> DenoiserOutput:
+    def denoise(self, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition | Tensor) -> DenoiserOutput:
         """Predict and keep the routing plans; arguments as `forward`.
 
         Source: DiT with the feed-forward of Eq. 5; official: the same, in fp32.
         """
-        partition = partition_samples(labels_B, self.config.model.null_label,
-                                      has_unconditional_expert=self.config.routing.num_unconditional_experts > 0)
+        if isinstance(condition, Tensor):
+            condition = ClassCondition(condition, self.config.model.null_label)
+        partition = partition_samples(condition, has_unconditional_expert=self.config.routing.num_unconditional_experts > 0)
         dtype = self.patch_embedding.proj.weight.dtype
         x_BSD = self.patch_embedding(latents_BZHW.to(dtype)) + self.positions.to(dtype)
-        condition_BD = self.timestep_embedding(timestep_B) + self.label_embedding(labels_B)
+        condition_BD = self.timestep_embedding(timestep_B) + self.label_embedding.vector(condition)
         plans: dict[int, RoutingPlan] = {}
         for index, block in enumerate(self.blocks):
             x_BSD, plan = block(x_BSD, condition_BD, partition)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.accounting import TIMESTEP_FREQUENCIES
 
 MAX_PERIOD = 10_000.0
@@ -63,13 +64,25 @@ class TimestepEmbedding(nn.Module):
         return self.down(nn.functional.silu(self.up(sinusoids.to(self.up.weight.dtype))))
 
 
-class LabelEmbedding(nn.Module):
+class ConditionEmbedding(nn.Module):
+    """What the network makes of a condition."""
+
+    def vector(self, condition: Condition) -> Tensor:
+        """Return (B, D), which is added to the timestep's embedding."""
+        raise NotImplementedError
+
+    def context(self, condition: Condition) -> Tensor | None:
+        """Return tokens (B, L, D) for attention's keys and values, or None where the vector is all."""
+        return None
+
+
+class LabelEmbedding(ConditionEmbedding):
     """One vector for each class and one, the last, for the null label."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.table = nn.Embedding(num_classes + 1, width)
 
-    def forward(self, labels_B: Tensor) -> Tensor:
-        """Return (B, D); label num_classes is the null label. Dropout is done where the batch is made."""
-        return self.table(labels_B)
+    def vector(self, condition: ClassCondition) -> Tensor:
+        """Return (B, D). Dropout is done where the batch is made."""
+        return self.table(condition.labels_B)

@@ -18,6 +18,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.diffusion.sampler import SamplingPlan, image_generators, initial_noise, sample_latents
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.images import draws_pixels, to_uint8
@@ -68,15 +69,16 @@ class ProMoEPipeline(DiffusionPipeline):
             raise ConfigError(f"class_labels={list(class_labels)}: this model knows the classes 0 ... "
                               f"{config.model.num_classes - 1}")
         shape, indices = (config.model.in_channels, config.model.input_size, config.model.input_size), range(len(class_labels))
+        condition = ClassCondition(torch.tensor(list(class_labels), device=self._execution_device), config.model.null_label)
         noise = initial_noise(shape, seed=seed, indices=indices).to(self._execution_device)
-        latents = sample_latents(self._denoise, noise, torch.tensor(list(class_labels), device=noise.device),
+        latents = sample_latents(self._denoise, noise, condition,
                                  self._plan(num_inference_steps, guidance_scale), image_generators(seed=seed, indices=indices))
         images = latents if output_type == "latent" else self._images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _denoise(self, latents_BZHW: Tensor, timestep_B: Tensor, labels_B: Tensor) -> Tensor:
-        return self.transformer(latents_BZHW.to(self.transformer.dtype), timestep_B, labels_B).sample
+    def _denoise(self, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
+        return self.transformer(latents_BZHW.to(self.transformer.dtype), timestep_B, condition).sample
 
     def _plan(self, steps: int | None, scale: float | None) -> SamplingPlan:
         config, kind = self.transformer.run_config, type(self.scheduler)

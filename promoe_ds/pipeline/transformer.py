@@ -13,6 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
+from promoe_ds.condition import Condition
 from promoe_ds.config import config_from_dict
 from promoe_ds.model import build_model
 
@@ -36,7 +37,7 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         if (origin or {}).get("own_positions"):
             self.denoiser.keep_own_positions()
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor,
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Condition | Tensor,
                 return_dict: bool = True) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict.
 

@@ -54,9 +54,9 @@ class ClassificationRouter(Router):
                                                     partition)
         aux_losses = {}
         if self.training and self.loss_weight > 0:
-            if self._superclass_of is None:
-                raise RuntimeError("training a ClassificationRouter needs set_superclasses first")
-            targets_B = self._superclass_of[partition.labels_B]
+            if self._superclass_of is None or partition.group_B is None:
+                raise RuntimeError("training a ClassificationRouter needs set_superclasses first, and classes")
+            targets_B = self._superclass_of[partition.group_B]
             aux_losses["classification"] = self.loss_weight * classification_loss(logits_BE, targets_B, ~partition.is_null_B)
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)
 

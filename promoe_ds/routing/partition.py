@@ -1,4 +1,4 @@
-"""Step 1, conditional routing: the label decides, before any arithmetic.
+"""Step 1, conditional routing: the condition decides, before any arithmetic.
 
 Letters: B images on this rank, S tokens per image.
 """
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from promoe_ds.condition import Condition
+
 
 @dataclass(frozen=True)
 class Partition:
-    """Which samples of a batch are routed and which go to the unconditional expert; and their labels after dropout.
+    """Which samples of a batch are routed and which go to the unconditional expert; and their condition after dropout.
 
     The index lists have lengths that the host knows: everything after them has static shapes.
     """
@@ -21,8 +23,9 @@ class Partition:
     is_routed_B: Tensor
     routed_ids: Tensor
     unconditional_ids: Tensor
-    labels_B: Tensor
     is_null_B: Tensor
+    #: Of the condition, for statistics and for routers that are taught by it.
+    group_B: Tensor | None
 
     @property
     def all_routed(self) -> bool:
@@ -39,19 +42,19 @@ class Partition:
         return (self.unconditional_ids[:, None] * tokens_per_image + offsets).flatten()
 
 
-def partition_samples(labels_B: Tensor, null_label: int, *, has_unconditional_expert: bool = True) -> Partition:
-    """Split a batch into conditional samples and those under the null label.
+def partition_samples(condition: Condition, *, has_unconditional_expert: bool = True) -> Partition:
+    """Split a batch into conditional samples and those under the null condition.
 
-    Source: Sec. 4.1, Algorithm 1 lines 2-6; differs: the null label is an argument, the published code tests 1000.
+    Source: Sec. 4.1, Algorithm 1 lines 2-6; differs: the condition says what is null, the published code tests 1000.
     Args:
-        labels_B: int64 labels after label dropout.
+        condition: of every sample, after dropout.
         has_unconditional_expert: without one (N_u = 0) null samples are routed like any other, as published.
     Returns: Partition.
     Sync: one, for the number of null samples; once per forward pass, not per layer.
     """
-    is_null_B = labels_B == null_label
+    is_null_B = condition.is_null_B
     leaves_B = is_null_B if has_unconditional_expert else torch.zeros_like(is_null_B)
     order = torch.argsort(leaves_B, stable=True)
-    num_routed = labels_B.numel() - int(leaves_B.sum())
+    num_routed = is_null_B.numel() - int(leaves_B.sum())
     return Partition(is_routed_B=~leaves_B, routed_ids=order[:num_routed], unconditional_ids=order[num_routed:],
-                     labels_B=labels_B, is_null_B=is_null_B)
+                     is_null_B=is_null_B, group_B=condition.group_B)

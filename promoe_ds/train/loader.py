@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from promoe_ds.condition import Condition
 from promoe_ds.config import BatchPlan, RunConfig
 from promoe_ds.data import LatentDataset, sample_indices
 from promoe_ds.diffusion import DiffusionBatch, draw_batch
@@ -72,12 +73,11 @@ class BatchLoader:
 
     def make(self, place: Place, slots: range) -> DiffusionBatch:
         """Return the samples of some slots of a step's global batch, noise and dropout drawn."""
-        clean, labels = self.samples(place, slots)
+        clean, condition = self.samples(place, slots)
         return draw_batch(
             clean,
-            labels,
+            condition,
             self._objective,
-            null_label=self._config.model.null_label,
             seed=self._config.train.seed,
             step=place.step,
             slots=slots,
@@ -87,8 +87,8 @@ class BatchLoader:
         """End the thread; what is being made is finished and dropped."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def samples(self, place: Place, slots: range) -> tuple[Tensor, Tensor]:
-        """Return the latents and labels of some slots of a step's global batch, before dropout."""
+    def samples(self, place: Place, slots: range) -> tuple[Tensor, Condition]:
+        """Return the latents and conditions of some slots of a step's global batch, before dropout."""
         start = place.samples_seen + slots.start
         indices = sample_indices(
             len(self._dataset), seed=self._config.train.seed, count=len(slots), start=start

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from promoe_ds.condition import Condition
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import ConfigError
 from promoe_ds.model.dit import DiT
@@ -58,7 +59,7 @@ def give_superclasses(network: DiT, config: RunConfig) -> None:
 
 
 @torch.no_grad()
-def seed_centroids(network: DiT, labels_B: Tensor, noised_BZHW: Tensor, timestep_B: Tensor, seed: int) -> None:
+def seed_centroids(network: DiT, condition: Condition, noised_BZHW: Tensor, timestep_B: Tensor, seed: int) -> None:
     """Start k-means routers at tokens of a first batch, the same on every rank; nothing to do for other methods.
 
     A layer's centroids are set before it routes, so that deeper layers see the tokens that training will show them.
@@ -69,7 +70,7 @@ def seed_centroids(network: DiT, labels_B: Tensor, noised_BZHW: Tensor, timestep
         if isinstance(layer.router, KMeansRouter):
             hooks.append(layer.router.register_forward_pre_hook(_seeding_hook(seed, index)))
     if hooks:
-        network.denoise(noised_BZHW, timestep_B, labels_B)
+        network.denoise(noised_BZHW, timestep_B, condition)
     for hook in hooks:
         hook.remove()
 

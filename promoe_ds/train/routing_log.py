@@ -55,13 +55,13 @@ class RoutingAccumulator:
         self._sent_PLw: list[Tensor] = []
         self._passes = 0
 
-    def add(self, plans: dict[int, RoutingPlan], sigma_B: Tensor, labels_B: Tensor | None = None) -> None:
+    def add(self, plans: dict[int, RoutingPlan], sigma_B: Tensor, group_B: Tensor | None = None) -> None:
         """Count one pass.  Sync: none.
 
         Args:
             plans: by block index, as the model returned them.
             sigma_B: noise levels; bin q holds q / Q <= sigma < (q + 1) / Q, the last one also 1.
-            labels_B: classes after dropout, for the table by class.
+            group_B: of the condition after dropout, for the table by class.
         """
         if not self._layers:
             return
@@ -79,7 +79,7 @@ class RoutingAccumulator:
                 self._token_sums_LED[row] += stats.token_sums_ED
             element_size = next(layer.routed.parameters()).element_size()
             self._bytes_L[row] += layer.dispatcher.bytes_exchanged(plan.assignment, width, element_size)
-            self._tables.add(row, plan, labels_B)
+            self._tables.add(row, plan, group_B)
         if self._group is not None:
             self._sent_PLw.append(torch.stack([_sent(plans[index], self._config.parallel.ep_size) for index in self._layers]))
         self._passes += 1
@@ -193,9 +193,9 @@ class _Tables:
                                                               config.counts_positions * self._patches))
         self._intervals, self._steps, self._is_due = 0, 0, False
 
-    def add(self, row: int, plan: RoutingPlan, labels_B: Tensor | None) -> None:
-        if "tokens_per_class" in self._counts and labels_B is not None:
-            self._counts["tokens_per_class"][row].index_add_(0, labels_B, plan.stats.tokens_per_expert_BE.double())
+    def add(self, row: int, plan: RoutingPlan, group_B: Tensor | None) -> None:
+        if "tokens_per_class" in self._counts and group_B is not None:
+            self._counts["tokens_per_class"][row].index_add_(0, group_B, plan.stats.tokens_per_expert_BE.double())
         if "tokens_per_position" in self._counts:
             cells_N = plan.assignment.token_ids_N % self._patches * self._experts + expert_of_rows(plan.assignment)
             table = self._counts["tokens_per_position"][row].view(-1)

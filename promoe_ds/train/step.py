@@ -39,7 +39,7 @@ class TrainingModule(nn.Module):
         the gradient alone, with weight 1; differs: accumulation and scaling treat them as the rest of the loss.
         """
         with self.compute_context():
-            output = self.denoiser.denoise(self.objective.noised(batch), self.objective.timestep(batch), batch.labels_B)
+            output = self.denoiser.denoise(self.objective.noised(batch), self.objective.timestep(batch), batch.condition)
         terms = self.objective.losses(output.prediction_BZHW, batch)
         for plan in output.plans.values():
             for name, value in plan.aux_losses.items():

@@ -113,10 +113,10 @@ class Trainer:
         slots = range(min(self.batches.global_batch, _STARTING_SAMPLES))
         objective = self.module.objective
         batch = self.loader.make(self._place(0), slots).to(self.context.device)
-        # Their own labels: dropout could leave no sample for the centroids to start from.
-        labels = self.loader.samples(self._place(0), slots)[1].to(self.context.device)
+        # Their own condition: dropout could leave no sample for the centroids to start from.
+        condition = self.loader.samples(self._place(0), slots)[1].to(self.context.device)
         with self.routing.waits_paused():
-            seed_centroids(self.network, labels, objective.noised(batch), objective.timestep(batch),
+            seed_centroids(self.network, condition, objective.noised(batch), objective.timestep(batch),
                            self.config.train.seed)
 
     def check_scale(self) -> None:
@@ -173,7 +173,7 @@ class Trainer:
         output = self.engine(batch)
         self.health.see_loss(output.loss)
         self.engine.backward(output.loss)
-        self.routing.add(output.plans, batch.sigma_B, batch.labels_B)
+        self.routing.add(output.plans, batch.sigma_B, batch.condition.group_B)
         self.router_state.add(output.plans)
         return output
 

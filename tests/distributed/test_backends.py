@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 from promoe_ds.backends.expert_parallel import ShardedExperts, shard_experts
 from promoe_ds.backends.process_group import start_distributed
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import partition_samples
@@ -44,7 +45,7 @@ def _config(path: str, top_k: int, ep_size: int) -> RunConfig:
 
 
 def _pass(layer: torch.nn.Module, config: RunConfig, tokens: torch.Tensor, labels: torch.Tensor, weight: int):
-    partition = partition_samples(labels, NULL, has_unconditional_expert=config.routing.num_unconditional_experts > 0)
+    partition = partition_samples(ClassCondition(labels, NULL), has_unconditional_expert=config.routing.num_unconditional_experts > 0)
     output, plan = layer(tokens.requires_grad_(), partition)
     ((output * torch.linspace(-1, 1, WIDTH)).sum() + weight * sum(plan.aux_losses.values())).backward()
     return output.detach(), plan

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe import DeepSpeedDispatcher, StackedExperts
@@ -46,7 +47,7 @@ def _reference(world_size: int, name: str, top_k: int) -> tuple[dict[str, torch.
     layer = whole_layer(_config(top_k), name)
     parts = [scene(name, rank) for rank in range(world_size)]
     tokens = torch.cat([part[0] for part in parts]).requires_grad_()
-    output, plan = layer(tokens, partition_samples(torch.cat([part[1] for part in parts]), 10))
+    output, plan = layer(tokens, partition_samples(ClassCondition(torch.cat([part[1] for part in parts]), 10)))
     # Every rank adds the same global auxiliary loss to its own objective.
     loss = (output * torch.linspace(-1, 1, WIDTH)).sum() + world_size * sum(plan.aux_losses.values())
     loss.backward()
@@ -67,7 +68,7 @@ def _run_rank(rank: int, world_size: int, folder: str, name: str, top_k: int) ->
     layer.router.reduce_sum = all_reduce_sum(None)
     tokens, labels = scene(name, rank)
     moved = _count_rows_moved(rank)
-    output, plan = layer(tokens.requires_grad_(), partition_samples(labels, 10))
+    output, plan = layer(tokens.requires_grad_(), partition_samples(ClassCondition(labels, 10)))
     ((output * torch.linspace(-1, 1, WIDTH)).sum() + sum(plan.aux_losses.values())).backward()
     leaving = layer.dispatcher.rows_leaving(plan.assignment)
     gradients = {name: p.grad for name, p in layer.named_parameters()}
@@ -123,7 +124,7 @@ def _method_layer(method: str) -> torch.nn.Module:
 
 def _method_pass(layer: torch.nn.Module, rank: int, *, train: bool) -> dict[str, torch.Tensor]:
     tokens, labels = scene("usual", rank)
-    partition = partition_samples(labels, 10, has_unconditional_expert=layer.unconditional is not None)
+    partition = partition_samples(ClassCondition(labels, 10), has_unconditional_expert=layer.unconditional is not None)
     layer.train(train)
     output, plan = layer(tokens.requires_grad_(), partition)
     own = [] if plan.target_patches_BSP is None else [plan.target_patches_BSP.square().mean()]

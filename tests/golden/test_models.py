@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from promoe_ds.backends.parameter_groups import parameter_groups
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, config_from_dict, count_parameters
 from promoe_ds.diffusion import DiffusionBatch, SamplingPlan, sample_latents
 from promoe_ds.model import DiT, build_model
@@ -30,8 +31,8 @@ def _tolerance(case: Case) -> dict[str, float]:
     return {name: case.sidecar["tolerance"][name] for name in ("rtol", "atol")}
 
 
-def _batch(clean, noise, u, labels) -> DiffusionBatch:
-    return DiffusionBatch(clean, noise, u, labels)
+def _batch(clean, noise, u, labels, null_label: int = 1000) -> DiffusionBatch:
+    return DiffusionBatch(clean, noise, u, ClassCondition(labels, null_label))
 
 
 @pytest.mark.golden_level("model")
@@ -43,7 +44,7 @@ def test_model_equals_published(case: Case) -> None:
     module = TrainingModule(network).train()
     batch = _batch(inputs["train_z"], inputs["train_noise"], inputs["u"], inputs["train_y"])
     output = module(batch)
-    prediction = network.denoise(module.objective.noised(batch), module.objective.timestep(batch), batch.labels_B).prediction_BZHW
+    prediction = network.denoise(module.objective.noised(batch), module.objective.timestep(batch), batch.condition).prediction_BZHW
     torch.testing.assert_close(prediction, expected["train"], **close)
     assert output.terms["diffusion"].item() == pytest.approx(case.sidecar["mse"], rel=close["rtol"])
     for block, value in case.sidecar["aux_loss_per_moe_block"].items():
@@ -156,9 +157,8 @@ def test_sampling_equals_published(case: Case) -> None:
             seen.append((latents[:len(inputs["noise"])].clone(), timestep[0].item()))
             return network(latents, timestep, labels)
 
-        plan = SamplingPlan(steps=sampling["steps"], cfg_scale=scale, null_label=network.config.model.null_label,
-                            shift=sampling["sample_shift"])
-        latents = sample_latents(denoiser, inputs["noise"], inputs["y"], plan)
+        plan = SamplingPlan(steps=sampling["steps"], cfg_scale=scale, shift=sampling["sample_shift"])
+        latents = sample_latents(denoiser, inputs["noise"], ClassCondition(inputs["y"], network.config.model.null_label), plan)
         torch.testing.assert_close(latents, expected[f"latent_cfg{scale}"], **_tolerance(case))
         torch.testing.assert_close(torch.tensor([t for _, t in seen]), expected["timesteps"], **_tolerance(case))
         path = torch.stack([latent for latent, _ in seen[1:]] + [latents])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.model.routers import ROUTERS
@@ -61,7 +62,7 @@ def test_router_and_losses_make_no_host_synchronisation(method) -> None:
         layer.router.set_superclasses([label % 12 for label in range(1000)])
     tokens = torch.randn(4, config.model.tokens_per_image, config.model.hidden_size, device="cuda", dtype=torch.bfloat16,
                          requires_grad=True)
-    partition = partition_samples(torch.tensor([1, 1000, 3, 4], device="cuda"), config.model.null_label)
+    partition = partition_samples(ClassCondition(torch.tensor([1, 1000, 3, 4], device="cuda"), config.model.null_label))
     torch.cuda.set_sync_debug_mode("error")
     try:
         output, plan = layer(tokens, partition)
@@ -87,7 +88,7 @@ def test_method_cuda_equals_cpu(method, train) -> None:
         if method == "kmeans":
             layer.router.centroids.copy_(tokens[0, :12])
         x = tokens.to(device).requires_grad_()
-        output, plan = layer(x, partition_samples(labels.to(device), config.model.null_label))
+        output, plan = layer(x, partition_samples(ClassCondition(labels.to(device), config.model.null_label)))
         (output.square().mean() + sum(plan.aux_losses.values())).backward()
         found[device] = {"output": output.detach().cpu(), "tokens": x.grad.cpu(),
                          "counts": plan.assignment.tokens_per_expert_E.cpu(),

@@ -172,9 +172,8 @@ def _weights_kind(source: Source, weights: str | None) -> str:
 def _training_batch(config: RunConfig, images: int) -> DiffusionBatch:
     """Take the recipe's first training images, noised and with labels dropped as in training."""
     dataset, seed = build_dataset(config), config.train.seed
-    clean, labels = dataset.take(sample_indices(len(dataset), seed=seed, start=0, count=images))
-    return draw_batch(clean, labels, build_objective(config.diffusion), null_label=config.model.null_label, seed=seed, step=0,
-                      slots=range(images))
+    clean, condition = dataset.take(sample_indices(len(dataset), seed=seed, start=0, count=images))
+    return draw_batch(clean, condition, build_objective(config.diffusion), seed=seed, step=0, slots=range(images))
 
 
 def _start_routers(config: RunConfig, dense: DiT | None, batch: DiffusionBatch | None) -> dict[int, _RouterStart]:
@@ -184,8 +183,7 @@ def _start_routers(config: RunConfig, dense: DiT | None, batch: DiffusionBatch |
             raise ConfigError("--prototypes random: routing.method=kmeans has no random start: use --prototypes kmeans")
         return {index: _RouterStart(state=_initial_router(config, index).state_dict(), gate_scale=1.0)
                 for index in config.moe_block_indices}
-    partition = partition_samples(batch.labels_B, config.model.null_label,
-                                  has_unconditional_expert=config.routing.num_unconditional_experts > 0)
+    partition = partition_samples(batch.condition, has_unconditional_expert=config.routing.num_unconditional_experts > 0)
     starts: dict[int, _RouterStart] = {}
 
     def hook(index: int):
@@ -247,12 +245,12 @@ def _describe(config: RunConfig, deal: Deal, starts: Iterable[_RouterStart], noi
 @torch.no_grad()
 def _predict(network: DiT, batch: DiffusionBatch) -> Tensor:
     objective = build_objective(network.config.diffusion)
-    return network(objective.noised(batch), objective.timestep(batch), batch.labels_B)
+    return network(objective.noised(batch), objective.timestep(batch), batch.condition)
 
 
 def _compare(dense: DiT, upcycled: DiT, batch: DiffusionBatch) -> Agreement:
     expected, found = _predict(dense, batch), _predict(upcycled, batch)
-    is_null = batch.labels_B == dense.config.model.null_label
+    is_null = batch.condition.is_null_B
 
     def difference(chosen: Tensor) -> float | None:
         if not chosen.any():

@@ -21,6 +21,7 @@ from promoe_ds.analysis.benchmarks.gpu import GpuReport, report
 from promoe_ds.analysis.benchmarks.layers import _layer_call, _loop_call, initialised
 from promoe_ds.analysis.benchmarks.stats import MadeUpRun, benchmark_report
 from promoe_ds.analysis.benchmarks.step import for_timing, in_session, step_call, without_experts
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, count_parameters, load_config
 from promoe_ds.errors import ConfigError
 from promoe_ds.model.build import build_moe_layer
@@ -151,7 +152,7 @@ def test_per_expert_loop_computes_what_the_layer_computes(routing: dict[str, Any
     torch.manual_seed(0)
     layer = initialised(build_moe_layer(config))
     tokens = torch.randn(3, config.model.tokens_per_image, 32)
-    partition = partition_samples(torch.zeros(3, dtype=torch.int64), config.model.null_label)
+    partition = partition_samples(ClassCondition(torch.zeros(3, dtype=torch.int64), config.model.null_label))
     found, expected = (call(layer, partition)(tokens)[0] for call in (_loop_call, _layer_call))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

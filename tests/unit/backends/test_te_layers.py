@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from promoe_ds.backends import te_layers, te_support
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig
 from promoe_ds.config.precision import Fp8Recipe, PrecisionConfig
 from promoe_ds.errors import ConfigError
@@ -104,8 +105,7 @@ def test_training_module_runs_in_its_context() -> None:
     from promoe_ds.diffusion import draw_batch
 
     module = TrainingModule(network({}), Context)
-    batch = draw_batch(random_tensor(2, 1, 4, 4), torch.tensor([1, 2]), module.objective, null_label=10, seed=0, step=0,
-                       slots=range(2))
+    batch = draw_batch(random_tensor(2, 1, 4, 4), ClassCondition(torch.tensor([1, 2]), 10), module.objective, seed=0, step=0, slots=range(2))
     module(batch)
     assert entered == [1, -1]
 

@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from promoe_ds.condition import ClassCondition
+
 #: Pixels per latent pixel, latent channels and scale of the tiny autoencoder.
 DOWNSAMPLING, CHANNELS, SCALE = 2, 1, 0.5
 
@@ -33,3 +35,9 @@ def save_images(root: Path, per_class: int = 5, classes: tuple[str, ...] = ("n01
             pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{name}_{number}.{suffix}")
     return root
+
+
+def labelled(taken: tuple[torch.Tensor, ClassCondition]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return latents and labels of what a class-conditional set has given."""
+    latents, condition = taken
+    return latents, condition.labels_B

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from promoe_ds.config import load_config
 from promoe_ds.data import build_dataset
 from promoe_ds.data.digits import Digits, load_digits_split
+from tests.unit.data.made import labelled
 
 
 def rows(digits: Digits) -> list[bytes]:
@@ -57,7 +58,7 @@ def test_digits_larger_heldout_share_contains_the_smaller(split: tuple[Digits, D
 
 def test_digits_data_set_holds_the_training_side_scaled(split: tuple[Digits, Digits]) -> None:
     dataset = build_dataset(load_config("digits_promoe", ["data.latent_scale=0.5", "data.heldout_fraction=0.2"]))
-    images, labels = dataset.take(np.array([3, 0, 3]))
+    images, labels = labelled(dataset.take(np.array([3, 0, 3])))
     assert len(dataset) == len(split[0].labels)
     assert torch.equal(images, torch.from_numpy(split[0].images[[3, 0, 3]] * np.float32(0.5)))
     assert labels.tolist() == split[0].labels[[3, 0, 3]].tolist()
@@ -66,8 +67,8 @@ def test_digits_data_set_holds_the_training_side_scaled(split: tuple[Digits, Dig
 
 def test_digits_taken_are_copies() -> None:
     dataset = build_dataset(load_config("digits_promoe"))
-    images, labels = dataset.take(np.array([0]))
+    images, labels = labelled(dataset.take(np.array([0])))
     images.zero_()
     labels.fill_(99)
-    again, labels_again = dataset.take(np.array([0]))
+    again, labels_again = labelled(dataset.take(np.array([0])))
     assert again.abs().sum() > 0 and labels_again[0] != 99

@@ -26,7 +26,7 @@ from promoe_ds.distributed.team import alone
 from promoe_ds.errors import ConfigError, DataError
 
 from ..builders import small_config
-from .made import SCALE, save_images, save_vae
+from .made import SCALE, labelled, save_images, save_vae
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def copy_of(folder: Path, target: Path) -> Path:
 
 
 def test_latents_without_positions_are_the_scaled_posterior_means(made: Path) -> None:
-    latents, labels = open_set(made / "latents").take(np.arange(15))
+    latents, labels = labelled(open_set(made / "latents").take(np.arange(15)))
     torch.testing.assert_close(latents, true_moments(made)[:, :1] * SCALE, rtol=1e-5, atol=1e-6)
     assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
 
@@ -388,10 +388,10 @@ def test_npz_caches_are_read_and_packed_alike(made: Path, tmp_path: Path, names:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **{key: side[row] for key, side in zip(names, sides, strict=False)})
     indices, positions = np.array([2, 0, 14]), np.array([5, 6, 7])
-    expected, labels = open_set(made / "latents", flip=False if len(names) == 1 else "auto").take(indices, positions)
+    expected, labels = labelled(open_set(made / "latents", flip=False if len(names) == 1 else "auto").take(indices, positions))
     encode(EncodeRequest(source=tmp_path / "npz", from_npz=True, vae_name="tiny", out=tmp_path / "packed", shard_size=6), alone())
     for found in (open_set(tmp_path / "npz"), open_set(tmp_path / "packed", vae="tiny")):
-        latents, found_labels = found.take(indices, positions)
+        latents, found_labels = labelled(found.take(indices, positions))
         torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(found_labels, labels)
     if len(names) == 1:

@@ -16,6 +16,7 @@ from promoe_ds.data import LatentDataset, build_dataset
 from promoe_ds.errors import DataError
 
 from ..builders import random_tensor, small_config
+from .made import labelled
 
 SHAPE = (1, 4, 4)
 
@@ -40,7 +41,7 @@ def test_latents_of_several_shards_are_one_set_in_order_of_names(tmp_path: Path)
     write(tmp_path, "c.safetensors", latents[3:], labels[3:])
     dataset = open_folder(tmp_path)
     order = [5, 0, 2, 1, 3, 4, 2]
-    found, found_labels = dataset.take(np.array(order))
+    found, found_labels = labelled(dataset.take(np.array(order)))
     assert len(dataset) == 6
     assert torch.equal(found, latents[order])
     assert found_labels.tolist() == labels[order].tolist()
@@ -51,7 +52,7 @@ def test_latents_shard_without_rows_between_others_is_passed_over(tmp_path: Path
     write(tmp_path, "a.safetensors", latents[:1], labels[:1])
     write(tmp_path, "b.safetensors", latents[:0], labels[:0])
     write(tmp_path, "c.safetensors", latents[1:], labels[1:])
-    found, found_labels = open_folder(tmp_path).take(np.array([0, 1]))
+    found, found_labels = labelled(open_folder(tmp_path).take(np.array([0, 1])))
     assert torch.equal(found, latents) and found_labels.tolist() == [1, 2]
 
 
@@ -164,7 +165,7 @@ def test_latents_labels_that_are_no_integers_are_refused(tmp_path: Path, dtype: 
 def test_latents_labels_of_another_integer_type_come_as_int64(tmp_path: Path) -> None:
     write(tmp_path, "a.safetensors", random_tensor(2, *SHAPE), torch.tensor([3, 1], dtype=torch.int32))
     try:
-        _, labels = open_folder(tmp_path).take(np.array([0, 1]))
+        _, labels = labelled(open_folder(tmp_path).take(np.array([0, 1])))
     except DataError:
         return
     assert labels.dtype == torch.int64
@@ -181,8 +182,8 @@ def test_latents_only_empty_shards_are_refused(tmp_path: Path) -> None:
 
 def test_synthetic_sample_depends_on_seed_and_index_only() -> None:
     dataset = build_dataset(small_config(data={"synthetic_samples": 30}))
-    whole, labels = dataset.take(np.arange(30))
-    part, part_labels = build_dataset(small_config(data={"synthetic_samples": 30})).take(np.array([7, 2]))
+    whole, labels = labelled(dataset.take(np.arange(30)))
+    part, part_labels = labelled(build_dataset(small_config(data={"synthetic_samples": 30})).take(np.array([7, 2])))
     assert len(dataset) == 30
     assert torch.equal(part, whole[[7, 2]]) and part_labels.tolist() == labels[[7, 2]].tolist()
     other, _ = build_dataset(small_config(data={"synthetic_samples": 30}, train={"seed": 1})).take(np.arange(30))
@@ -190,6 +191,6 @@ def test_synthetic_sample_depends_on_seed_and_index_only() -> None:
 
 
 def test_synthetic_samples_have_the_recipes_shape_and_labels() -> None:
-    latents, labels = build_dataset(small_config(model={"in_channels": 3})).take(np.arange(200))
+    latents, labels = labelled(build_dataset(small_config(model={"in_channels": 3})).take(np.arange(200)))
     assert latents.shape == (200, 3, 4, 4) and latents.dtype == torch.float32
     assert set(labels.tolist()) == set(range(10)) and labels.dtype == torch.int64

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.diffusion.sampler import SamplingPlan, image_generators, initial_noise, sample_latents
 
 from ..builders import random_tensor
@@ -19,21 +20,21 @@ SHAPE = (2, 4, 4)
 
 
 def make_plan(solver: str, steps: int, **values: Any) -> SamplingPlan:
-    return SamplingPlan(**{"steps": steps, "cfg_scale": 1.0, "null_label": NULL, "solver": solver, **values})
+    return SamplingPlan(**{"steps": steps, "cfg_scale": 1.0, "solver": solver, **values})
 
 
-def curved(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+def curved(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
     """Answer elementwise, by image, timestep and label, with noise and variances in and out of their range."""
     level = (timestep / 1000).view(-1, 1, 1, 1)
-    noise = 0.45 * latents * level.sqrt() / (0.2 + level) + 0.1 * torch.sin(3 * latents + labels.view(-1, 1, 1, 1))
+    noise = 0.45 * latents * level.sqrt() / (0.2 + level) + 0.1 * torch.sin(3 * latents + condition.labels_B.view(-1, 1, 1, 1))
     return torch.cat([noise, torch.cos(latents + level)], dim=1)
 
 
 def sample(denoiser: Any, plan: SamplingPlan, *, seed: int = 0, indices: range | list[int] = range(3),
            shape: tuple[int, ...] = SHAPE) -> Tensor:
-    labels = torch.tensor([index % NULL for index in indices])
+    condition = ClassCondition(torch.tensor([index % NULL for index in indices]), NULL)
     noise = initial_noise(shape, seed=seed, indices=indices)
-    return sample_latents(denoiser, noise, labels, plan, image_generators(seed=seed, indices=indices))
+    return sample_latents(denoiser, noise, condition, plan, image_generators(seed=seed, indices=indices))
 
 
 def short_chain(length: int, steps: int) -> tuple[list[int], list[float], list[float]]:
@@ -47,12 +48,12 @@ def short_chain(length: int, steps: int) -> tuple[list[int], list[float], list[f
 def sample_by_loop(length: int, steps: int, solver: str, indices: range) -> Tensor:
     """Return what `curved` leads to, in float64."""
     timesteps, betas, alpha_bar = short_chain(length, steps)
-    labels = torch.tensor([index % NULL for index in indices])
+    condition = ClassCondition(torch.tensor([index % NULL for index in indices]), NULL)
     latents = initial_noise(SHAPE, seed=0, indices=indices).double()
     generators = image_generators(seed=0, indices=indices)
     for i in reversed(range(steps)):
         told = torch.full((len(indices),), float(timesteps[i]), dtype=torch.float64)
-        noise, variance = curved(latents, told, labels).chunk(2, dim=1)
+        noise, variance = curved(latents, told, condition).chunk(2, dim=1)
         image = (latents - np.sqrt(1 - alpha_bar[i]) * noise) / np.sqrt(alpha_bar[i])
         before = alpha_bar[i - 1] if i else 1.0
         if solver == "ddim":
@@ -80,8 +81,8 @@ def test_respaced_sampling_equals_float64_loop(length: int, steps: int, solver: 
 def test_network_is_told_the_timesteps_of_the_long_chain(length: int, steps: int, solver: str) -> None:
     seen = []
 
-    def denoiser(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        assert timestep.shape == labels.shape and timestep.dtype == torch.float32
+    def denoiser(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
+        assert timestep.shape == condition.labels_B.shape and timestep.dtype == torch.float32
         seen.append(timestep.unique().item())
         return torch.zeros(len(latents), 4, 4, 4)
 
@@ -116,8 +117,8 @@ def test_ddpm_seed_moves_the_samples() -> None:
 def test_ddim_draws_nothing() -> None:
     noise, labels, plan = random_tensor(2, *SHAPE), torch.tensor([0, 1]), make_plan("ddim", 10)
     generators = image_generators(seed=0, indices=range(2))
-    first = sample_latents(curved, noise, labels, plan)
-    assert torch.equal(sample_latents(curved, noise, labels, plan, generators), first)
+    first = sample_latents(curved, noise, ClassCondition(labels, NULL), plan)
+    assert torch.equal(sample_latents(curved, noise, ClassCondition(labels, NULL), plan, generators), first)
     untouched = image_generators(seed=0, indices=range(2))
     assert [g.get_state().tolist() for g in generators] == [g.get_state().tolist() for g in untouched]
 
@@ -125,8 +126,7 @@ def test_ddim_draws_nothing() -> None:
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_ddpm_without_a_generator_for_each_image_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"needs a generator for each of the 2 images, got {count}"):
-        sample_latents(curved, random_tensor(2, *SHAPE), torch.tensor([0, 1]), make_plan("ddpm", 5),
-                       image_generators(seed=0, indices=range(count)))
+        sample_latents(curved, random_tensor(2, *SHAPE), ClassCondition(torch.tensor([0, 1]), NULL), make_plan("ddpm", 5), image_generators(seed=0, indices=range(count)))
 
 
 def test_chain_samplers_keep_fp32_and_no_graph() -> None:
@@ -139,8 +139,7 @@ def test_chain_samplers_keep_fp32_and_no_graph() -> None:
 def test_chain_samplers_follow_the_noise_to_its_device() -> None:
     noise, labels = torch.zeros(2, *SHAPE, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
     for solver in ("ddpm", "ddim"):
-        result = sample_latents(curved, noise, labels, make_plan(solver, 3, cfg_scale=2.0),
-                                image_generators(seed=0, indices=range(2)))
+        result = sample_latents(curved, noise, ClassCondition(labels, NULL), make_plan(solver, 3, cfg_scale=2.0), image_generators(seed=0, indices=range(2)))
         assert (result.device.type, result.shape) == ("meta", noise.shape)
 
 
@@ -154,9 +153,9 @@ def test_chain_samplers_do_not_clip() -> None:
 
 
 def test_ddpm_guidance_moves_the_noise_and_leaves_the_variance_conditional() -> None:
-    def guided_by_hand(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        conditional = curved(latents, timestep, labels)
-        null = curved(latents, timestep, torch.full_like(labels, NULL))
+    def guided_by_hand(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
+        conditional = curved(latents, timestep, condition)
+        null = curved(latents, timestep, condition.null_like())
         noise = null[:, :2] + 2.0 * (conditional[:, :2] - null[:, :2])
         return torch.cat([noise, conditional[:, 2:]], dim=1)
 
@@ -208,7 +207,7 @@ def test_ddim_of_normal_data_recovers_its_variance(deviation: float) -> None:
     errors = []
     for steps in (100, 1000):
         plan = make_plan("ddim", steps)
-        result = sample_latents(NormalDenoiser(deviation, steps), noise, torch.tensor([0]), plan)
+        result = sample_latents(NormalDenoiser(deviation, steps), noise, ClassCondition(torch.tensor([0]), NULL), plan)
         ratio = (result / noise).double()
         assert ratio.std() < 1e-4 * ratio.mean()  # fp32
         errors.append(abs(ratio.mean().item() / deviation - 1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.diffusion.ddpm import Ddpm, gaussian_divergence, pixel_log_likelihood
 from promoe_ds.diffusion.objective import DiffusionBatch
@@ -31,7 +32,7 @@ def make_batch(timesteps: list[int], length: int = 1000) -> DiffusionBatch:
     """Return noised images whose pixels are in -1 ... 1, some of them black and white."""
     clean = random_tensor(len(timesteps), *SHAPE, seed=0).clamp(-1, 1)
     sigma = torch.tensor([t / length for t in timesteps])
-    return DiffusionBatch(clean, random_tensor(len(timesteps), *SHAPE, seed=1), sigma, torch.arange(len(timesteps)))
+    return DiffusionBatch(clean, random_tensor(len(timesteps), *SHAPE, seed=1), sigma, ClassCondition(torch.arange(len(timesteps)), 10**6))
 
 
 def make_prediction(batch: DiffusionBatch, error: float = 0.5) -> Tensor:
@@ -45,7 +46,8 @@ def make_prediction(batch: DiffusionBatch, error: float = 0.5) -> Tensor:
 
 @pytest.mark.parametrize("length", [21, 1000, 4000])
 def test_sigma_holds_every_timestep_exactly(length: int) -> None:
-    batch = DiffusionBatch(*(torch.zeros(1, 1, 1, 1),) * 2, torch.tensor([t / length for t in range(length)]), torch.zeros(1))
+    batch = DiffusionBatch(*(torch.zeros(1, 1, 1, 1),) * 2, torch.tensor([t / length for t in range(length)]),
+                           ClassCondition(torch.zeros(1), 10))
     assert ddpm(length).timestep(batch).tolist() == list(range(length))
 
 
@@ -78,8 +80,8 @@ def test_noised_keeps_the_variance_of_standard_normal_data() -> None:
     # The squares of both factors add up to 1.
     objective, ones = ddpm(), torch.ones(1000, 1, 1, 1)
     sigma = torch.arange(1000) / 1000
-    signal = objective.noised(DiffusionBatch(ones, 0 * ones, sigma, sigma))
-    noise = objective.noised(DiffusionBatch(0 * ones, ones, sigma, sigma))
+    signal = objective.noised(DiffusionBatch(ones, 0 * ones, sigma, ClassCondition(sigma, 10**6)))
+    noise = objective.noised(DiffusionBatch(0 * ones, ones, sigma, ClassCondition(sigma, 10**6)))
     torch.testing.assert_close(signal.square() + noise.square(), ones, rtol=1e-6, atol=0)  # fp32
 
 
@@ -146,8 +148,8 @@ def test_hybrid_loss_equals_loop(length: int, error: float) -> None:
     squares = (prediction[:, :2].double() - batch.noise_BZHW.double()).square()
     assert losses["diffusion"].item() == pytest.approx(squares.mean().item(), rel=1e-6)  # fp32 sums
     for image in range(len(timesteps)):
-        one = DiffusionBatch(*(part[image:image + 1] for part in
-                               (batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B, batch.labels_B)))
+        latents = (part[image:image + 1] for part in (batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B))
+        one = DiffusionBatch(*latents, batch.condition.select(slice(image, image + 1)))
         (expected,) = bound_by_loop(one, prediction[image:image + 1], length)
         # Weight 1 at 1000 timesteps, as DiT's mse + vb. fp32; the two ends of the variance's range nearly meet at the last t.
         value = ddpm(length).losses(prediction[image:image + 1], one)["vlb"].item()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.diffusion.guidance import guided
 
 from ..builders import random_tensor
@@ -19,9 +20,9 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def __call__(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        self.calls.append((latents, timestep, labels))
-        return self.answer(latents, timestep, labels)
+    def __call__(self, latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
+        self.calls.append((latents, timestep, condition.labels_B))
+        return self.answer(latents, timestep, condition.labels_B)
 
     @staticmethod
     def answer(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_guidance_is_null_plus_scale_times_the_difference_on_its_channels(scale: float, channels: int) -> None:
     latents, timestep, labels = inputs()
-    result = guided(Recorder(), latents, timestep, labels, null_label=NULL, scale=scale, channels=channels)
+    result = guided(Recorder(), latents, timestep, ClassCondition(labels, NULL), scale=scale, channels=channels)
     conditional = Recorder.answer(latents, timestep, labels)
     unconditional = Recorder.answer(latents, timestep, torch.full((3,), NULL))
     assert result.shape == (3, 4, 4, 4)
@@ -48,7 +49,7 @@ def test_guidance_is_null_plus_scale_times_the_difference_on_its_channels(scale:
 def test_guidance_makes_one_call_with_both_halves() -> None:
     recorder = Recorder()
     latents, timestep, labels = inputs()
-    guided(recorder, latents, timestep, labels, null_label=NULL, scale=2.0, channels=2)
+    guided(recorder, latents, timestep, ClassCondition(labels, NULL), scale=2.0, channels=2)
     ((both, timesteps, all_labels),) = recorder.calls
     assert torch.equal(both, torch.cat([latents, latents]))
     assert torch.equal(timesteps, torch.cat([timestep, timestep]))
@@ -58,15 +59,16 @@ def test_guidance_makes_one_call_with_both_halves() -> None:
 def test_guidance_in_two_passes_gives_the_same_formula_one_half_after_the_other() -> None:
     recorder = Recorder()
     latents, timestep, labels = inputs()
-    result = guided(recorder, latents, timestep, labels, null_label=NULL, scale=2.0, channels=2, two_passes=True)
+    result = guided(recorder, latents, timestep, ClassCondition(labels, NULL), scale=2.0, channels=2, two_passes=True)
     assert [call[2].tolist() for call in recorder.calls] == [[0, 3, 9], [NULL] * 3]
-    assert torch.equal(result, guided(Recorder(), latents, timestep, labels, null_label=NULL, scale=2.0, channels=2))
+    assert torch.equal(result, guided(Recorder(), latents, timestep, ClassCondition(labels, NULL), scale=2.0, channels=2))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
 def test_guidance_scale_up_to_one_makes_one_conditional_pass(scale: float) -> None:
     recorder = Recorder()
-    result = guided(recorder, *inputs(), null_label=NULL, scale=scale, channels=2)
+    latents, timestep, labels = inputs()
+    result = guided(recorder, latents, timestep, ClassCondition(labels, NULL), scale=scale, channels=2)
     assert [labels.tolist() for _, _, labels in recorder.calls] == [[0, 3, 9]]
     assert torch.equal(result, Recorder.answer(*inputs()))
 
@@ -74,5 +76,5 @@ def test_guidance_scale_up_to_one_makes_one_conditional_pass(scale: float) -> No
 def test_guidance_of_null_labels_changes_nothing() -> None:
     latents, timestep, _ = inputs()
     labels = torch.full((3,), NULL)
-    result = guided(Recorder(), latents, timestep, labels, null_label=NULL, scale=3.0, channels=2)
+    result = guided(Recorder(), latents, timestep, ClassCondition(labels, NULL), scale=3.0, channels=2)
     assert torch.equal(result, Recorder.answer(latents, timestep, labels))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.diffusion.build import build_objective
 from promoe_ds.diffusion.ddpm import Ddpm
@@ -29,11 +30,11 @@ def draw(slots: list[int] | range, *, seed: int = 0, step: int = 0, **config: An
     clean = torch.stack([random_tensor(*SHAPE, seed=slot) for slot in slots])
     labels = torch.tensor([slot % NULL for slot in slots])
     objective = build_objective(DiffusionConfig(**config))
-    return draw_batch(clean, labels, objective, null_label=NULL, seed=seed, step=step, slots=slots)
+    return draw_batch(clean, ClassCondition(labels, NULL), objective, seed=seed, step=step, slots=slots)
 
 
 def parts(batch: DiffusionBatch) -> tuple[Tensor, ...]:
-    return batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B, batch.labels_B
+    return batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B, batch.condition.labels_B
 
 
 def test_batch_to_moves_every_part() -> None:
@@ -88,7 +89,7 @@ def test_draws_come_from_the_named_streams() -> None:
     assert torch.equal(batch.noise_BZHW[0], torch.from_numpy(noise))
     assert batch.sigma_B.item() == pytest.approx(sigma, rel=1e-7)  # rounded to fp32
     dropped = [generator(3, "label_drop", 7, slot).random() < 0.5 for slot in range(20)]
-    assert (draw(range(20), seed=3, step=7, label_dropout=0.5).labels_B == NULL).tolist() == dropped
+    assert (draw(range(20), seed=3, step=7, label_dropout=0.5).condition.labels_B == NULL).tolist() == dropped
     assert 0 < sum(dropped) < 20
 
 
@@ -100,7 +101,7 @@ def test_draws_have_the_types_that_the_network_wants() -> None:
 
 def test_draws_of_ddpm_share_all_streams_but_sigma_with_the_flow() -> None:
     flow, ddpm = (draw(range(20), label_dropout=0.5, objective=name) for name in ("rectified_flow", "ddpm"))
-    assert torch.equal(flow.noise_BZHW, ddpm.noise_BZHW) and torch.equal(flow.labels_B, ddpm.labels_B)
+    assert torch.equal(flow.noise_BZHW, ddpm.noise_BZHW) and torch.equal(flow.condition.labels_B, ddpm.condition.labels_B)
     assert not torch.equal(flow.sigma_B, ddpm.sigma_B)
 
 
@@ -133,18 +134,18 @@ def test_sigma_mean_and_std_move_the_same_normal_draw() -> None:
 
 
 def test_label_dropout_rate_is_near_its_probability() -> None:
-    dropped = (draw(range(3000), label_dropout=0.1).labels_B == NULL).double().mean().item()
+    dropped = (draw(range(3000), label_dropout=0.1).condition.labels_B == NULL).double().mean().item()
     assert dropped == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 3000))  # four standard errors
 
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.0, list(range(6))), (1.0, [NULL] * 6)])
 def test_label_dropout_never_or_always(probability: float, expected: list[int]) -> None:
-    assert draw(range(6), label_dropout=probability).labels_B.tolist() == expected
+    assert draw(range(6), label_dropout=probability).condition.labels_B.tolist() == expected
 
 
 def test_label_dropout_keeps_the_other_labels_and_draws() -> None:
     batch, whole = draw(range(40), label_dropout=0.5), draw(range(40), label_dropout=0.0)
-    kept = batch.labels_B != NULL
+    kept = batch.condition.labels_B != NULL
     assert 0 < kept.sum() < 40
-    assert torch.equal(batch.labels_B[kept], whole.labels_B[kept])
+    assert torch.equal(batch.condition.labels_B[kept], whole.condition.labels_B[kept])
     assert torch.equal(batch.noise_BZHW, whole.noise_BZHW) and torch.equal(batch.sigma_B, whole.sigma_B)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.diffusion.objective import DiffusionBatch
 from promoe_ds.diffusion.rectified_flow import RectifiedFlow
@@ -17,7 +18,7 @@ FLOW = RectifiedFlow(DiffusionConfig())
 
 def make_batch(sigma: list[float]) -> DiffusionBatch:
     clean, noise = (random_tensor(len(sigma), *SHAPE, seed=s) for s in (0, 1))
-    return DiffusionBatch(clean, noise, torch.tensor(sigma), torch.arange(len(sigma)))
+    return DiffusionBatch(clean, noise, torch.tensor(sigma), ClassCondition(torch.arange(len(sigma)), 10**6))
 
 
 def loss_of(prediction: torch.Tensor, batch: DiffusionBatch) -> torch.Tensor:
@@ -42,7 +43,7 @@ def test_path_is_the_straight_line_of_each_image() -> None:
 def test_velocity_is_the_derivative_of_the_path() -> None:
     batch = make_batch([0.25, 0.5])
     assert torch.equal(FLOW.target(batch), batch.noise_BZHW - batch.clean_BZHW)
-    further = DiffusionBatch(batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B + 0.25, batch.labels_B)
+    further = DiffusionBatch(batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B + 0.25, batch.condition)
     # fp32 rounding of the two points.
     torch.testing.assert_close((FLOW.noised(further) - FLOW.noised(batch)) / 0.25, FLOW.target(batch), rtol=0, atol=5e-6)
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe import DeepSpeedDispatcher, FeedForward, MoELayer
 from promoe_ds.routing import RoutingPlan, partition_samples
@@ -47,7 +48,7 @@ def make_layer(backend: str = "loop", dtype: torch.dtype = torch.float64, **rout
 
 
 def run(layer: MoELayer, tokens_BSD: Tensor, labels: list[int]) -> tuple[Tensor, RoutingPlan]:
-    partition = partition_samples(torch.tensor(labels), NULL, has_unconditional_expert=layer.unconditional is not None)
+    partition = partition_samples(ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=layer.unconditional is not None)
     return layer(tokens_BSD, partition)
 
 
@@ -165,7 +166,7 @@ def test_layer_conditional_tokens_do_not_touch_the_unconditional_expert() -> Non
 def test_layer_applies_the_plan_that_it_is_given() -> None:
     layer = make_layer()
     tokens = random_tensor(2, TOKENS, WIDTH, dtype=torch.float64)
-    partition = partition_samples(torch.tensor([0, 1]), NULL)
+    partition = partition_samples(ClassCondition(torch.tensor([0, 1]), NULL))
     plan = layer.route(tokens, partition)
     before = layer.apply_experts(tokens, partition, plan)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.routing import (
     BatchPoolRouter,
     ClassificationRouter,
@@ -78,7 +79,7 @@ def make_router(method: str, width: int = 8, *, seed: int = 1, dtype: torch.dtyp
 
 
 def partition(labels: list[int], *, unconditional: bool = True) -> Partition:
-    return partition_samples(torch.tensor(labels), NULL, has_unconditional_expert=unconditional)
+    return partition_samples(ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=unconditional)
 
 
 def route(router: Router, tokens_BSD: Tensor, labels: list[int], *, unconditional: bool = True) -> RoutingPlan:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.routing import partition_samples
 
 from . import oracles
@@ -15,13 +16,13 @@ NULL = 10
 
 
 def places(labels: list[int], null_label: int = NULL, *, has_unconditional: bool = True) -> tuple[list[int], list[int]]:
-    partition = partition_samples(torch.tensor(labels), null_label, has_unconditional_expert=has_unconditional)
+    partition = partition_samples(ClassCondition(torch.tensor(labels), null_label), has_unconditional_expert=has_unconditional)
     return partition.routed_ids.tolist(), partition.unconditional_ids.tolist()
 
 
 @given(labels=st.lists(st.integers(0, NULL), min_size=1, max_size=12), has_unconditional=st.booleans())
 def test_partition_any_labels_equals_oracle(labels: list[int], has_unconditional: bool) -> None:
-    partition = partition_samples(torch.tensor(labels), NULL, has_unconditional_expert=has_unconditional)
+    partition = partition_samples(ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=has_unconditional)
     routed, unconditional = oracles.partition(labels, NULL, has_unconditional_expert=has_unconditional)
     assert partition.routed_ids.tolist() == routed
     assert partition.unconditional_ids.tolist() == unconditional
@@ -43,7 +44,7 @@ def test_partition_all_unconditional_routes_nobody() -> None:
 
 
 def test_partition_all_conditional_says_so() -> None:
-    assert partition_samples(torch.tensor([0, 9]), NULL).all_routed
+    assert partition_samples(ClassCondition(torch.tensor([0, 9]), NULL)).all_routed
 
 
 @pytest.mark.parametrize(("label", "expected"), [(NULL, ([], [0])), (3, ([0], []))])
@@ -56,15 +57,15 @@ def test_partition_without_unconditional_expert_routes_null_samples() -> None:
 
 
 def test_partition_ids_can_index() -> None:
-    partition = partition_samples(torch.tensor([10, 1]), NULL)
+    partition = partition_samples(ClassCondition(torch.tensor([10, 1]), NULL))
     assert partition.routed_ids.dtype == partition.unconditional_ids.dtype == torch.int64
     assert partition.is_routed_B.dtype == torch.bool
 
 
 @given(labels=st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=6), has_unconditional=st.booleans())
 def test_partition_keeps_labels_and_says_which_are_null(labels: list[int], has_unconditional: bool) -> None:
-    partition = partition_samples(torch.tensor(labels), NULL, has_unconditional_expert=has_unconditional)
-    assert partition.labels_B.tolist() == labels
+    partition = partition_samples(ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=has_unconditional)
+    assert partition.group_B.tolist() == labels
     assert partition.is_null_B.tolist() == [label == NULL for label in labels]
 
 
@@ -73,18 +74,18 @@ def test_partition_keeps_labels_and_says_which_are_null(labels: list[int], has_u
 ])
 def test_take_routed_takes_the_routed_samples_in_order(labels: list[int], expected: list[float]) -> None:
     values = torch.arange(3.0)[:, None, None].expand(3, 2, 5)
-    taken = partition_samples(torch.tensor(labels), NULL).take_routed(values)
+    taken = partition_samples(ClassCondition(torch.tensor(labels), NULL)).take_routed(values)
     assert taken.shape == (len(expected), 2, 5)
     assert taken[:, 0, 0].tolist() == expected
 
 
 def test_take_routed_copies_nothing_where_all_are_routed() -> None:
     values = torch.zeros(2, 3)
-    assert partition_samples(torch.tensor([1, 2]), NULL).take_routed(values) is values
+    assert partition_samples(ClassCondition(torch.tensor([1, 2]), NULL)).take_routed(values) is values
 
 
 @given(labels=st.lists(st.sampled_from([0, NULL]), min_size=1, max_size=5), tokens=st.integers(1, 4))
 def test_unconditional_token_ids_are_the_rest(labels: list[int], tokens: int) -> None:
-    partition = partition_samples(torch.tensor(labels), NULL)
+    partition = partition_samples(ClassCondition(torch.tensor(labels), NULL))
     expected = [place * tokens + s for place, label in enumerate(labels) if label == NULL for s in range(tokens)]
     assert partition.unconditional_token_ids(tokens).tolist() == expected

@@ -34,7 +34,7 @@ def make_loader(dataset=None) -> BatchLoader:
 
 
 def tensors(batch) -> list[torch.Tensor]:
-    return [batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B, batch.labels_B]
+    return [batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B, batch.condition.labels_B]
 
 
 def test_loader_batches_are_a_function_of_their_place_alone() -> None:
