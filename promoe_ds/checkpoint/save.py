@@ -16,6 +16,7 @@ from promoe_ds.distributed.context import from_main, gather_objects
 from promoe_ds.errors import CheckpointError
 from promoe_ds.logs import get_logger
 from promoe_ds.train.optimizer import is_reordered
+from promoe_ds.train.trackers import read_wandb_id
 from promoe_ds.train.trainer import Session
 from promoe_ds.versions import package_versions
 
@@ -143,7 +144,8 @@ def _finish(session: Session, root: Path, pending: _Pending, records: dict[str, 
         manifest = Manifest(
             step=pending.step, samples_seen=pending.samples_seen, config=session.config.model_dump(mode="json"),
             layout=layout_of(session), files=records, versions=package_versions(),
-            averages_since=dict(session.optimizer.averages_since), dataset_size=len(session.dataset))
+            averages_since=dict(session.optimizer.averages_since), dataset_size=len(session.dataset),
+            wandb_id=read_wandb_id(root.parent))
         manifest.write(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)

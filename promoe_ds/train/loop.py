@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,14 +14,15 @@ import yaml
 
 from promoe_ds.checkpoint.expert_order import with_placement_of
 from promoe_ds.checkpoint.load import differing_fields, load_checkpoint
-from promoe_ds.checkpoint.manifest import list_checkpoints
+from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
 from promoe_ds.checkpoint.resume import choose_checkpoint
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config import DeepSpeedPlan, RunConfig, config_from_dict, plan_batches
 from promoe_ds.data import build_dataset
 from promoe_ds.distributed.context import Ranks, from_main
 from promoe_ds.errors import CheckpointError, Preempted, PromoeError, TrainingError
-from promoe_ds.launch.heartbeat import DUMP_FOLDER, LAUNCH_FOLDER
+from promoe_ds.launch.heartbeat import DUMP_FOLDER, LAUNCH_FOLDER, attempt_folder, leave_note
+from promoe_ds.launch.lock import LAUNCHER_LOCK, TRAINING_LOCK, locked, wait_until_free
 from promoe_ds.logs import configure_logging, get_logger
 from promoe_ds.train.metrics import MetricsWriter
 from promoe_ds.train.step import StepResult
@@ -51,8 +54,12 @@ def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
     """
     supervisor = supervisor or Supervisor(run.config.supervision, run.run_dir)
     supervisor.know_peers()
-    _claim_run_directory(run, ranks)
-    configure_logging(ranks.rank, log_file=run.run_dir / "train.log")
+    with ExitStack() as held:
+        _claim_run_directory(run, ranks, held)
+        _train(run, ranks, supervisor)
+
+
+def _train(run: Run, ranks: Ranks, supervisor: Supervisor) -> None:
     choice = choose_checkpoint(run.resume, run.run_dir, ranks)
     run = replace(run, config=with_placement_of(run.config, choice.folder))
     batches = plan_batches(run.config, ranks.world_size)
@@ -66,7 +73,9 @@ def train(run: Run, ranks: Ranks, supervisor: Supervisor | None = None) -> None:
     _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d, accumulation %d, from step %d",
               run.config.name, ranks.world_size, parallel.ep_size, parallel.resolved_dispatch, run.config.experts_by,
               plan.zero_stage, plan.precision, batches.micro_batch, batches.accumulation, session.step)
-    writer = MetricsWriter(run.run_dir, run.config, ranks, start_step=session.step)
+    same_run = choice.folder is not None and choice.same_run
+    writer = MetricsWriter(run.run_dir, run.config, ranks, start_step=session.step,
+                           wandb_id=read_manifest(choice.folder).wandb_id if same_run and ranks.is_main else "")
     try:
         _loop(session, writer, Saver(session, run.run_dir / "checkpoints"), supervisor, run.evaluate)
     finally:
@@ -133,18 +142,49 @@ def _reduced(result: StepResult) -> dict[str, float]:
             "grad_norm": result.grad_norm}
 
 
-def _claim_run_directory(run: Run, ranks: Ranks) -> None:
-    """Create the run directory, or recognise it as this run's; the same verdict on every rank."""
+def _claim_run_directory(run: Run, ranks: Ranks, held: ExitStack) -> None:
+    """Lock the run directory until `held` ends; create it, or recognise it as this run's. The same verdict on every rank."""
     problem: PromoeError | None = None
     if ranks.is_main:
         try:
+            _require_free(run.run_dir)
+            run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _lock(run, held)
             _claim(run)
+            configure_logging(0, log_file=run.run_dir / "train.log")
         except PromoeError as error:
             problem = error
         except OSError as error:
             problem = CheckpointError(f"--run-dir {run.run_dir}: {error}")
     if (problem := from_main(problem)) is not None:
         raise problem
+    if not ranks.is_main:
+        configure_logging(ranks.rank)
+
+
+def _require_free(run_dir: Path) -> None:
+    """Refuse a folder with anything in it that is not a run's."""
+    ours = (LAUNCH_FOLDER, DUMP_FOLDER, TRAINING_LOCK)
+    if run_dir.is_dir() and not (run_dir / "config.yaml").is_file() and any(
+            path.name not in ours and not path.name.startswith(f"{TRAINING_LOCK}.") for path in run_dir.iterdir()):
+        raise CheckpointError(f"--run-dir {run_dir} is not empty and holds no run of this package: use another directory")
+
+
+def _lock(run: Run, held: ExitStack) -> None:
+    """Take the run directory for this training; ranks of an earlier attempt of the same launcher get the time to end."""
+    longest, restarted = run.config.parallel.timeout_seconds / 2, attempt_folder() is not None  # others wait in a collective
+    period = min(run.config.supervision.launcher_timeout_seconds, longest)
+    if not restarted:
+        wait_until_free(run.run_dir / LAUNCH_FOLDER / LAUNCHER_LOCK, period)
+    patience = min(3 * period, longest) if restarted else 0.0
+    held.enter_context(locked(run.run_dir / TRAINING_LOCK, period, patience=patience, on_loss=_end))
+
+
+def _end(error: PromoeError) -> None:
+    """End this rank, and so the others: another training has the run directory."""
+    leave_note(0, error.exit_code, str(error))
+    _LOG.error("error: %s", error)
+    os._exit(error.exit_code)
 
 
 def _claim(run: Run) -> None:
@@ -159,9 +199,6 @@ def _claim(run: Run) -> None:
         if differing:
             raise CheckpointError(f"--run-dir {run.run_dir} already holds another run: {'; '.join(differing)}. To go on from it "
                                   f"with other settings, branch: --resume {run.run_dir} --run-dir NEW")
-    elif not saved.is_file() and run.run_dir.is_dir() and {p.name for p in run.run_dir.iterdir()} - {LAUNCH_FOLDER, DUMP_FOLDER}:
-        raise CheckpointError(f"--run-dir {run.run_dir} is not empty and holds no run of this package: use another directory")
-    run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (run.run_dir / "checkpoints").mkdir(exist_ok=True)
     temporary = saved.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

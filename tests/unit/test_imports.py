@@ -14,18 +14,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Rooms with a closed list: libraries beside the standard one, and rooms beside their own.
 LIBRARIES: dict[str, set[str]] = {
-    "errors": set(), "logs": set(), "randomness": {"numpy"}, "config": {"pydantic", "yaml"}, "routing": {"torch"},
+    "errors": set(), "logs": set(), "files": set(), "randomness": {"numpy"}, "config": {"pydantic", "yaml"}, "routing": {"torch"},
     "moe": {"torch"}, "model": {"torch", "numpy", "safetensors", "xxhash"}, "diffusion": {"torch", "numpy", "diffusers"},
     # Images are decoded by Pillow and encoded by diffusers' autoencoder. Tensors and records carry xxhash checksums.
     "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash"}, "launch": set(),
 }
 ROOMS: dict[str, set[str]] = {
-    "errors": set(), "logs": set(), "randomness": set(), "config": {"errors"}, "routing": {"errors", "config"},
-    "moe": {"routing", "config"}, "model": {"moe", "routing", "config", "randomness", "errors"},
-    "diffusion": {"config", "randomness", "errors"}, "data": {"config", "randomness", "errors", "logs"},
+    "errors": set(), "logs": set(), "files": set(), "randomness": set(), "config": {"errors"}, "routing": {"errors", "config"},
+    "moe": {"routing", "config"}, "model": {"moe", "routing", "config", "randomness", "errors", "files"},
+    "diffusion": {"config", "randomness", "errors"}, "data": {"config", "randomness", "errors", "logs", "files"},
     # Runs on the launching host, before any rank, and must not need torch there; ranks read its lease.
-    "launch": {"errors", "logs", "config"},
-    "engine": {"errors", "logs", "randomness", "config", "routing", "moe", "model", "diffusion", "data", "launch"},
+    "launch": {"errors", "logs", "files", "config"},
+    "engine": {"errors", "logs", "files", "randomness", "config", "routing", "moe", "model", "diffusion", "data", "launch"},
 }
 ENGINES = {"deepspeed", "megatron"}
 #: Rooms free in their libraries: all but the engines' own.

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import promoe_ds.train.loop as loop
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.errors import Preempted
+from promoe_ds.launch.heartbeat import ATTEMPT_VARIABLE, make_launch_folder
+from promoe_ds.launch.lock import LAUNCHER_LOCK, TRAINING_LOCK, LockedError, locked
+from promoe_ds.logs import configure_logging
 from promoe_ds.moe.collectives import WaitClock
 from promoe_ds.train.routing_log import RoutingAccumulator
 from promoe_ds.train.step import StepResult
 from promoe_ds.train.supervisor import Supervisor
 
-from ..builders import random_network, random_tensor
+from ..builders import random_network, random_tensor, small_config
 from .ranks import ONE_RANK, pretend_one_rank
 
 
@@ -75,3 +81,22 @@ def test_loop_stop_agreed_at_an_evaluations_step_saves_without_it(tmp_path, monk
     with pytest.raises(Preempted, match="saved step 4 of 10"):
         loop._loop(session, writer, saver, Supervisor(SupervisionConfig(), tmp_path), lambda session: note("evaluation"))
     assert happened == [("evaluation", 2), ("log", 2), ("log", 4), ("save", 4)]
+
+
+def test_run_directory_is_one_trainings_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, src: None)
+    monkeypatch.delenv(ATTEMPT_VARIABLE, raising=False)
+    config = small_config(parallel={"timeout_seconds": 0.4})
+    run = loop.Run(config=config, deepspeed_plan=MagicMock(), run_dir=tmp_path / "run", resume="auto")
+    launcher = make_launch_folder(run.run_dir) / LAUNCHER_LOCK
+    with locked(launcher, 60), pytest.raises(LockedError), ExitStack() as held:
+        loop._claim_run_directory(run, ONE_RANK, held)
+    for _ in range(2):
+        with ExitStack() as held:
+            loop._claim_run_directory(run, ONE_RANK, held)
+            for attempt in ("", str(launcher.parent)):  # a restarted rank waits for the one before, but not for ever
+                monkeypatch.setenv(ATTEMPT_VARIABLE, attempt)
+                with pytest.raises(LockedError), ExitStack() as second:
+                    loop._claim_run_directory(run, ONE_RANK, second)
+    assert not list(run.run_dir.glob(f"{TRAINING_LOCK}*"))
+    configure_logging(0)
