@@ -8,13 +8,23 @@ import sys
 from pathlib import Path
 
 _ROOT = "promoe_ds"
+#: What launchers call a process's rank; RANK is what `complete_environment` makes of the others.
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "MVP_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+
+
+class _LogFile(logging.FileHandler):
+    """Where it cannot be written, as on a full disk, it ends with one line instead of a traceback a message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger(_ROOT).removeHandler(self)
+        logging.getLogger(_ROOT).warning("%s cannot be written any more (%s)", self.baseFilename, sys.exc_info()[1])
 
 
 def rank_from_environment() -> int:
     """Return this process's global rank as its launcher states it, 0 where there is none."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
+    for name in _RANKS:
+        if (value := os.environ.get(name, "")).isdecimal() and len(value) < 12:
+            return int(value)
     return 0
 
 
@@ -41,7 +51,7 @@ def configure_logging(rank: int, *, log_file: Path | None = None) -> None:
     formatter = logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file is not None and rank == 0:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(_LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)

@@ -8,7 +8,6 @@ the figure to trust; --threads 1 is therefore the default.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from promoe_ds.analysis.benchmarks.step import benchmark_step
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import load_config
 from promoe_ds.errors import ConfigError
+from promoe_ds.files import json_text
 
 if TYPE_CHECKING:
     from promoe_ds.analysis.benchmarks.checkpoint import CheckpointBenchmark
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
         result = SUITES[options.suite](options)
         print_result(result)
     if options.out is not None:
-        options.out.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+        options.out.write_text(json_text(asdict(result), indent=1), encoding="utf-8")
 
 
 def benchmark_conversion(options: argparse.Namespace) -> CheckpointBenchmark:

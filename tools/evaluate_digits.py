@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.errors import DataError
+from promoe_ds.files import json_text
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     (0 = same mean and covariance; the training digits: {report.frechet_of_training_digits:.3f}, \
 uniform noise: {report.frechet_of_noise:.3f})""")
     if options.out is not None:
-        options.out.write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+        options.out.write_text(json_text(asdict(report), indent=1), encoding="utf-8")
     if report.accuracy < options.require:
         raise DataError(f"only {report.accuracy:.1%} of the samples were recognised, {options.require:.1%} are required")
 

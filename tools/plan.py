@@ -9,7 +9,6 @@ docs/imagenet.md. Nothing is trained and no device is needed: shapes go through 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
 from promoe_ds.config.devices import DEVICES, NETWORKS, find_device, find_network
 from promoe_ds.errors import ConfigError
+from promoe_ds.files import json_text
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         result = plan_layouts(options)
     if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        options.out.write_text(json_text(result, indent=1), encoding="utf-8")
 
 
 def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Manifest:
     """The whole of manifest.json.
 
     averages_since: the step at which a moving average began, of those that began later than training.
+    wandb_id: of the run at Weights & Biases, "" where it has none.
     dataset_size: samples of the data set, on which their order depends; None where it is not known.
     """
 
@@ -69,6 +70,7 @@ class Manifest:
     versions: dict[str, str]
     averages_since: dict[str, int] = field(default_factory=dict)
     dataset_size: int | None = None
+    wandb_id: str = ""
 
     def write(self, folder: Path) -> None:
         """Write to `folder`, flushed to the disk, with a checksum of the manifest itself."""
@@ -101,10 +103,11 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(step=_count(values, "step"), samples_seen=_count(values, "samples_seen"), files=files,
                         layout=_read_layout(values["layout"]), config=dict(values["config"]), versions=dict(values["versions"]),
                         averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()},
-                        dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"))
+                        dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"),
+                        wandb_id=str(values.get("wandb_id", "")))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
 
 
@@ -165,16 +168,30 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def named_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints that a user's path names: itself alone, or all of a run directory, newest first.
+    """Return the checkpoints that a user's path names: itself alone, that of a file `latest`, or all of a run, newest first.
 
     Raises: CheckpointError if there is none. Whether they are sound is another question.
     """
+    if path.is_file():
+        return [_pointed_at(path)]
     if (path / MANIFEST).is_file():
         return [path]
     candidates = list_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if not candidates:
         raise CheckpointError(f"{path}: neither a complete checkpoint (no {MANIFEST}) nor a run directory with one")
     return candidates
+
+
+def _pointed_at(path: Path) -> Path:
+    """Return the checkpoint that a file `latest`, of a line with its folder's name, stands for."""
+    try:
+        name = path.read_bytes()[:64].decode().strip()
+    except (OSError, UnicodeDecodeError):
+        name = ""
+    if not CHECKPOINT_NAME.match(name):
+        raise CheckpointError(f"{path}: is a file and does not name a checkpoint, as RUN/checkpoints/latest does: give a "
+                              "checkpoint's folder or a run directory")
+    return path.parent / name
 
 
 def list_unfinished(root: Path) -> list[Path]:

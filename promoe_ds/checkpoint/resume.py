@@ -21,6 +21,7 @@ from promoe_ds.checkpoint.manifest import (
 )
 from promoe_ds.distributed.context import Ranks, from_main, gather_objects, on_main
 from promoe_ds.errors import CheckpointError
+from promoe_ds.files import write_json
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("checkpoint")
@@ -152,12 +153,10 @@ def _read_start(run_dir: Path) -> _Start | None:
         return _Start(named=str(values["named"]), step=int(values["step"]))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error}); it says which checkpoint the run "
                               "was started from: remove it to go on by --resume auto") from None
 
 
 def _write_start(run_dir: Path, start: _Start) -> None:
-    temporary = run_dir / f"{_START}.tmp"
-    temporary.write_text(json.dumps(asdict(start), indent=1), encoding="utf-8")
-    temporary.replace(run_dir / _START)
+    write_json(run_dir / _START, asdict(start))

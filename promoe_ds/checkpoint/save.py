@@ -12,6 +12,7 @@ import torch.distributed as dist
 from promoe_ds.backends.parameter_groups import is_reordered
 from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.checkpoint.manifest import UNFINISHED, FileRecord, Layout, Manifest, list_checkpoints, step_folder, step_of
+from promoe_ds.checkpoint.tracker_id import read_wandb_id
 from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.config.schema import TrainConfig
 from promoe_ds.distributed.context import from_main, gather_objects
@@ -143,7 +144,8 @@ def _finish(trainer: TrainingState, root: Path, pending: _Pending, records: dict
         manifest = Manifest(
             step=pending.step, samples_seen=pending.samples_seen, config=trainer.config.model_dump(mode="json"),
             layout=layout_of(trainer), files=records, versions=package_versions(),
-            averages_since=dict(trainer.optimizer.averages_since), dataset_size=len(trainer.dataset))
+            averages_since=dict(trainer.optimizer.averages_since), dataset_size=len(trainer.dataset),
+            wandb_id=read_wandb_id(root.parent))
         manifest.write(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import yaml
 
 from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig, count_parameters, plan_memory, training_flops_per_image
+from promoe_ds.files import json_text
 from promoe_ds.logs import rank_from_environment
 
 _GIGABYTE = 1e9
@@ -31,7 +31,7 @@ def describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None
         "optimizer_and_ema_lie_in": "host memory" if plan.offloads else "device memory",
     }
     sys.stdout.write("# recipe\n" + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    sys.stdout.write("# deepspeed\n" + json.dumps(plan.json, indent=2) + "\n")
+    sys.stdout.write("# deepspeed\n" + json_text(plan.json, indent=2) + "\n")
     sys.stdout.write("# sizes (GB are 10^9 bytes, without activations: tools/plan.py counts those)\n"
                      + yaml.safe_dump(sizes, sort_keys=False))
     for name, average in config.optimizer.averages.items():

@@ -14,7 +14,7 @@ from promoe_ds.launch.heartbeat import LAUNCH_FOLDER, make_launch_folder
 from promoe_ds.launch.hostfile import read_hostfile
 from promoe_ds.launch.job import Job, run_job
 from promoe_ds.launch.layout import full_layout
-from promoe_ds.launch.run_lock import TakenError
+from promoe_ds.launch.lock import LockedError
 from promoe_ds.logs import configure_logging
 
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
                           "directory") from None
     try:
         verdict = run_job(job)
-    except TakenError:
+    except LockedError:
         raise  # the log is the other launcher's
     except PromoeError as error:
         _note_end(log_file, error.exit_code, str(error))

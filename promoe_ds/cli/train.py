@@ -11,6 +11,7 @@ from pathlib import Path
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import field_lines, load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
 from promoe_ds.launch.early_signals import Beginning
+from promoe_ds.launch.launchers import read_place
 from promoe_ds.logs import configure_logging, rank_from_environment
 
 
@@ -45,14 +46,12 @@ def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     beginning = None if options.dry_run else Beginning()  # before the imports that take their time
     configure_logging(rank_from_environment())
+    place = read_place(os.environ)
     config = load_config(options.recipe, options.overrides)
     values = read_deepspeed_json(options.deepspeed_config)
 
-    from promoe_ds.backends.process_group import start_distributed
-    from promoe_ds.distributed.context import complete_environment, stop_distributed
-
     # A dry run needs no launcher: it assumes the fewest ranks that the recipe runs on.
-    world_size = config.parallel.ep_size if options.dry_run and "WORLD_SIZE" not in os.environ else complete_environment()
+    world_size = config.parallel.ep_size if options.dry_run and not place.launched else place.world_size
     batches = plan_batches(config, world_size)
     plan = resolve_deepspeed(values, config, batches, source=options.deepspeed_config)
     if beginning is None:
@@ -61,10 +60,13 @@ def main(arguments: Sequence[str]) -> None:
         describe(config, plan, batches)
         return
 
+    from promoe_ds.backends.process_group import start_distributed
+    from promoe_ds.distributed.context import complete_environment, stop_distributed
     from promoe_ds.train.run import Run, train
     from promoe_ds.train.supervisor import supervised
 
     run_dir = options.run_dir or Path("runs") / config.name
+    complete_environment()
     with supervised(config.supervision, run_dir, beginning) as supervisor:
         ranks = start_distributed(config.parallel.timeout_seconds)
         evaluate = None

@@ -27,6 +27,7 @@ from promoe_ds.data.shards import Shard, ShardContent, describe_shard, write_sha
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.distributed.team import Team
 from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.files import write_json
 from promoe_ds.logs import get_logger
 from promoe_ds.versions import versions_of
 
@@ -164,7 +165,7 @@ def _claim(request: EncodeRequest, settings: dict[str, Any]) -> LatentIndex | No
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"--out {out} is no empty folder and holds no latents: choose another one")
         out.mkdir(parents=True, exist_ok=True)
-        _write_json(path, settings)
+        write_json(path, settings)
     except OSError as error:
         raise ConfigError(f"--out {out}: {error}") from None
     return None
@@ -212,8 +213,8 @@ class _Worker:
                                labels=torch.from_numpy(self._tree.labels[kept]), names=[self._tree.names[i] for i in kept])
         try:
             record = write_shard(path, content)
-            _write_json(path.with_suffix(".json"),
-                        {"record": asdict(record), "skipped": skipped, "changes": Counter(self._changes)})
+            write_json(path.with_suffix(".json"),
+                       {"record": asdict(record), "skipped": skipped, "changes": Counter(self._changes)})
         except OSError as error:
             raise DataError(f"{path}: could not be written: {error}. Free the disk and run the same command again") from None
 
@@ -301,9 +302,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"holds {type(values).__name__}")
         return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    temporary.replace(path)

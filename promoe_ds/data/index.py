@@ -16,6 +16,7 @@ from promoe_ds.data.images import check_classes
 from promoe_ds.data.reading import reading
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.errors import DataError
+from promoe_ds.files import write_json
 from promoe_ds.logs import get_logger, rank_from_environment
 
 _LOG = get_logger("data")
@@ -71,9 +72,7 @@ class LatentIndex:
     def write(self, folder: Path) -> None:
         """Write `index.json`, in one move."""
         values = {"format": FORMAT, "count": self.count, **asdict(self)}
-        temporary = folder / f"{INDEX}.tmp"
-        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        temporary.replace(folder / INDEX)
+        write_json(folder / INDEX, values)
 
 
 def read_index(folder: Path) -> LatentIndex | None:

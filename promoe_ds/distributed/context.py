@@ -1,10 +1,9 @@
-"""Process groups under any launcher: `deepspeed`, `torchrun`, `srun` and plain `python -m`."""
+"""Process groups under any launcher: `deepspeed`, `torchrun`, `srun`, `mpirun` and plain `python -m`."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
-import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ import torch
 import torch.distributed as dist
 
 from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.launch.launchers import LOCAL_RANKS, read_number, read_place
 
 _T = TypeVar("_T")
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_SLURM_PORT_BASE = 20000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +34,15 @@ class Ranks:
 
 
 def complete_environment() -> int:
-    """Fill in what the launcher left out of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT to what the launcher says, in its own variables or these.
 
-    `deepspeed` and `torchrun` set all of them; `srun` sets its own names; plain python sets none and is one process.
     Returns: WORLD_SIZE.
-    Raises: ConfigError if only some are set.
+    Raises: ConfigError if that is incomplete, no number or contradictory.
     """
-    env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(_SLURM_PORT_BASE + int(env["SLURM_JOB_ID"]) % 10000))
-    elif "RANK" not in env and "WORLD_SIZE" not in env:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    missing = [name for name in _VARIABLES if name not in env]
-    if missing:
-        raise ConfigError(f"the launcher set some of {', '.join(_VARIABLES)} but not {', '.join(missing)}: start through "
-                          "deepspeed, torchrun or srun, or unset them all for one process")
-    return int(env["WORLD_SIZE"])
+    place = read_place(os.environ)
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank),
+                      MASTER_ADDR=place.address, MASTER_PORT=str(place.port or _free_port()))
+    return place.world_size
 
 
 def join_process_group(backend: str, timeout_seconds: float) -> None:
@@ -76,18 +64,19 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     Raises: ConfigError if rank 0 cannot listen there.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family = _family(host)
     if rank > 0:
         return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
     try:
-        listener = socket.create_server((host, port), backlog=4096, family=_family(host))
+        listener = socket.create_server((host, port), backlog=4096, family=family)
     except OSError as error:
         raise ConfigError(f"rank 0 cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({os.strerror(error.errno or 0)}): take "
                           "an address of its host and a free port (deepspeed: --master_addr, --master_port)") from None
     address = listener.getsockname()[0]
-    hosts = max(int(os.environ.get(name, "1")) for name in ("SLURM_STEP_NUM_NODES", "CROSS_SIZE"))
+    hosts = max(read_number(os.environ, name) or 1 for name in ("SLURM_STEP_NUM_NODES", "CROSS_SIZE"))
     if hosts > 1 and ipaddress.ip_address(address).is_loopback:
         raise ConfigError(f"MASTER_ADDR={host} is {address} on its own host, where the other {hosts - 1} hosts cannot reach it: "
-                          "give its address in the network instead, or mend /etc/hosts")
+                          "give its address in the network instead, or correct /etc/hosts")
     return dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
                          master_listen_fd=listener.detach())
 
@@ -115,7 +104,7 @@ def _device_index(local_rank: int, visible: int) -> int:
     """Return the device of a local rank; a launcher that shows each process one device calls it 0."""
     if local_rank < visible:
         return local_rank
-    if visible == 1 and "SLURM_LOCALID" in os.environ:
+    if visible == 1 and any(name in os.environ for name in LOCAL_RANKS):
         return 0
     raise ConfigError(f"local rank {local_rank} has no device: {visible} visible. Launch at most as many ranks a host, or set "
                       "DS_ACCELERATOR=cpu")
@@ -170,14 +159,6 @@ def on_all_ranks(action: Callable[[], None]) -> None:
         problem = str(error)
     if problems := [one for one in gather_objects(problem) if one]:
         raise CheckpointError("; ".join(dict.fromkeys(problems)))
-
-
-def _first_host(node_list: str) -> str:
-    """Return the first host of a Slurm node list such as `gpu[03-05,9],login1`."""
-    match = re.match(r"([^,\[]+)(?:\[([0-9]+))?", node_list)
-    if match is None:
-        raise ConfigError(f"SLURM_STEP_NODELIST={node_list!r} names no host: set MASTER_ADDR")
-    return match[1] + (match[2] or "")
 
 
 def _free_port() -> int:

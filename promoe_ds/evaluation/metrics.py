@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from promoe_ds.evaluation.reference import (
 from promoe_ds.evaluation.sources import FolderImages, NpzImages, open_samples
 from promoe_ds.evaluation.statistics import InceptionScore
 from promoe_ds.evaluation.summary import Summary, summarise
+from promoe_ds.files import json_text
 from promoe_ds.versions import device_name, versions_of
 
 METRICS = ("fid", "sfid", "is", "precision", "recall")
@@ -95,7 +95,7 @@ def check_target(path: Path, flag: str) -> None:
 def write_metrics(path: Path, figures: dict[str, Any]) -> None:
     """Write `metrics.json`."""
     try:
-        path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        path.write_text(json_text(figures, indent=1), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {path}: {error}") from None
 

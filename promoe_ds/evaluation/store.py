@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from promoe_ds.data.reading import reading
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.images import image_name, save_png
+from promoe_ds.files import json_text, write_json
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("sample")
@@ -56,7 +57,7 @@ class SampleStore:
             environment: software and machine of this call, noted beside those of earlier ones: a job may go on with others.
         Raises: ConfigError if it holds anything else, or samples drawn otherwise.
         """
-        path, settings = self.folder / SETTINGS_FILE, json.loads(json.dumps(settings))  # JSON knows no tuples
+        path, settings = self.folder / SETTINGS_FILE, json.loads(json_text(settings))  # JSON knows no tuples
         environments = [environment]
         try:
             if path.is_file():
@@ -67,9 +68,7 @@ class SampleStore:
             elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise ConfigError(f"--out {self.folder} is no empty folder, and no job can go on there: choose another one")
             (self.folder if self.as_images else self.folder / _PARTS).mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({**settings, "environments": environments}, indent=1), encoding="utf-8")
-            temporary.replace(path)
+            write_json(path, {**settings, "environments": environments})
         except (OSError, ValueError) as error:
             raise ConfigError(f"--out {self.folder}: {error}") from None
 

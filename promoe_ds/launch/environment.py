@@ -13,6 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from promoe_ds.errors import LaunchError
+from promoe_ds.logs import get_logger
+
+_LOG = get_logger("launch")
 
 #: Variables of the launching shell that every rank gets; others go into .deepspeed_env.
 _PASSED_ON = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH", "MV2")
@@ -91,7 +94,7 @@ def deepspeed_command() -> Path:
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -103,8 +106,18 @@ def _read(path: Path) -> dict[str, str]:
         name, separator, value = line.partition("=")
         if not separator or not _KEY.fullmatch(name.strip()):
             raise LaunchError(f"{path}, line {number}: {line!r} is not of the form NAME=VALUE")
-        values[name.strip()] = value.strip()
+        values[name.strip()] = _unquoted(value.strip(), f"{path}, line {number}: {name.strip()}")
     return values
+
+
+def _unquoted(value: str, where: str) -> str:
+    """Return a value without the quotes around it, which DeepSpeed leaves to a shell."""
+    if value[:1] not in ("'", '"'):
+        return value
+    if len(value) < 2 or value[-1] != value[0] or value[0] in value[1:-1]:
+        raise LaunchError(f"{where}={value} begins with a quote that is not its end: write the value without quotes")
+    _LOG.info("%s: the quotes around the value are taken off", where)
+    return value[1:-1]
 
 
 def _escape(value: str) -> str:

@@ -14,6 +14,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from promoe_ds.files import write_json
+
 #: Names the folder of the attempt, in the environment of every rank that `promoe_ds.cli.launch` starts.
 ATTEMPT_VARIABLE = "PROMOE_LAUNCH_DIR"
 #: Names the folder of notes where nobody renews a lease, as under Slurm.
@@ -58,7 +60,7 @@ def attempt_folder() -> Path | None:
 
 def renew_lease(folder: Path, count: int, stop: str = "") -> None:
     """Write the lease: a number that grows, and why the job shall stop, if it shall."""
-    _write(folder / _LEASE, {"count": count, "stop": stop})
+    write_json(folder / _LEASE, {"count": count, "stop": stop})
 
 
 def read_lease(folder: Path) -> tuple[int, str] | None:
@@ -66,7 +68,7 @@ def read_lease(folder: Path) -> tuple[int, str] | None:
     try:
         values = json.loads((folder / _LEASE).read_text(encoding="utf-8"))
         return int(values["count"]), str(values["stop"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
@@ -77,7 +79,7 @@ def leave_note(rank: int, code: int | None, message: str) -> None:
         return
     note = Note(rank=rank, host=socket.gethostname(), pid=os.getpid(), code=code, message=message, time=time.time())
     try:
-        _write(folder / f"rank_{rank:05d}.json", asdict(note))
+        write_json(folder / f"rank_{rank:05d}.json", asdict(note))
     except OSError:
         return  # the launcher will say that the rank left none
 
@@ -91,9 +93,3 @@ def read_notes(folder: Path) -> list[Note]:
         except (OSError, ValueError, TypeError):
             continue  # half a note says nothing
     return notes
-
-
-def _write(path: Path, values: dict) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values), encoding="utf-8")
-    temporary.replace(path)

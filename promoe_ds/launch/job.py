@@ -16,9 +16,9 @@ from promoe_ds.launch.environment import job_environment, require_launchable
 from promoe_ds.launch.heartbeat import CHECKPOINT_NAME, LAUNCH_FOLDER
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.layout import Layout, choose_layout, full_layout
+from promoe_ds.launch.lock import LAUNCHER_LOCK, locked
 from promoe_ds.launch.network import INTERFACE_VARIABLES, choose_interface, reached_by
 from promoe_ds.launch.remote import RemoteError, ask, on_all
-from promoe_ds.launch.run_lock import claimed
 from promoe_ds.launch.shutdown import StopWish
 from promoe_ds.logs import get_logger
 
@@ -53,7 +53,7 @@ def run_job(job: Job) -> Verdict:
     require_launchable(job.run_dir)
     folder = job.run_dir.absolute() / LAUNCH_FOLDER
     patience = load_config(job.recipe, job.overrides).supervision.launcher_timeout_seconds
-    with claimed(folder, patience) as left_behind:
+    with locked(folder / LAUNCHER_LOCK, patience) as left_behind:
         if left_behind:  # its ranks have at most so long to find out
             names = [host.name for host in job.hosts]
             for attempt in sorted(folder.glob("attempt_*"))[-1:]:

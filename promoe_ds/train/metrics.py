@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import resource
 import time
@@ -18,9 +17,10 @@ from tqdm import tqdm
 from promoe_ds.config import RunConfig, training_flops_per_image
 from promoe_ds.config.devices import bf16_peak
 from promoe_ds.distributed.context import Ranks
-from promoe_ds.errors import TrainingError
+from promoe_ds.errors import CheckpointError
+from promoe_ds.files import json_text
 from promoe_ds.logs import get_logger
-from promoe_ds.train.trackers import Tracker, flatten, open_trackers
+from promoe_ds.train.trackers import Trackers, open_trackers
 
 _LOG = get_logger("metrics")
 
@@ -30,22 +30,23 @@ _BLOCK_BYTES = 1 << 20
 class MetricsWriter:
     """Writes one line per log step, on rank 0; on the other ranks it does nothing."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, ranks: Ranks, *, start_step: int) -> None:
+    def __init__(self, run_dir: Path, config: RunConfig, ranks: Ranks, *, start_step: int,
+                 wandb_id: str = "") -> None:
         """Open the files; lines of steps after `start_step`, left by an interrupted process, are dropped.
 
-        Raises: ConfigError if a tracker is asked for and missing.
+        Raises: ConfigError if a tracker is asked for and missing; CheckpointError if a log cannot be written.
         """
         self._config, self._ranks, self._run_dir = config, ranks, run_dir
         self._flops = training_flops_per_image(config)
         self._peak = _peak_flops(ranks.device)
         self._restart_clock()
-        self._trackers: list[Tracker] = []
+        self._trackers = Trackers()
         self._progress = None
         if not ranks.is_main:
             return
         for name in ("metrics.jsonl", "routing.jsonl"):
             drop_lines_after(run_dir / name, start_step)
-        self._trackers = open_trackers(config, run_dir, start_step)
+        self._trackers = open_trackers(config, run_dir, start_step, wandb_id)
         self._progress = tqdm(total=config.train.max_steps, initial=start_step, unit="step", disable=None, leave=False)
 
     def tick(self) -> None:
@@ -76,15 +77,9 @@ class MetricsWriter:
         flops = images_per_second * self._flops
         line = {"step": step, **scalars, "images_per_second": images_per_second, "tflops": flops / 1e12,
                 "mfu": flops / (self._peak * self._ranks.world_size) if self._peak else None, **_memory(self._ranks.device)}
-        try:
-            append_lines(self._run_dir / "metrics.jsonl", [line])
-            append_lines(self._run_dir / "routing.jsonl", routing_lines)
-        except OSError as error:
-            raise TrainingError(f"step {step}: the metrics could not be written: {error}. Free the disk and resume") from None
-        if self._trackers:
-            values = flatten(line, routing_lines)
-            for tracker in self._trackers:
-                tracker.write(step, *values)
+        append_lines(self._run_dir / "metrics.jsonl", [line])
+        append_lines(self._run_dir / "routing.jsonl", routing_lines)
+        self._trackers.write(step, line, routing_lines)
         terms = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()
                           if name.startswith("loss") or name == "frechet_distance")
         with tqdm.external_write_mode():
@@ -96,16 +91,22 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close."""
-        for tracker in self._trackers:
-            tracker.close()
+        self._trackers.close()
         if self._progress is not None:
             self._progress.close()
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Append objects to a JSON-lines file; NaN and infinities become null."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(_finite(line)) + "\n" for line in lines)
+    """Append objects to a JSON-lines file; NaN and infinities become null.
+
+    Raises: CheckpointError naming the file and why it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json_text(line) + "\n" for line in lines)
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written ({error.strerror}): free or enlarge the disk, then resume with "
+                              "--resume auto") from None
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -113,9 +114,17 @@ def drop_lines_after(path: Path, step: int) -> None:
 
     Steps only grow in a log, so it is read from its end, back to the newest line that stays: a resume takes no longer and no
     more memory however long the run has been.
+    Raises: CheckpointError if it cannot be read or written.
     """
     if not path.is_file():
         return
+    try:
+        _drop_lines_after(path, step)
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written ({error.strerror}): correct its rights, or free the disk") from None
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
     with path.open("r+b") as file:
         kept, end = 0, b""
         for start, line in _lines_from_end(file):
@@ -145,14 +154,6 @@ def _lines_from_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         block = block[:stop]
     if block:
         yield 0, block
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _memory(device: torch.device) -> dict[str, float]:

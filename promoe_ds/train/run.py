@@ -11,16 +11,17 @@ import torch.distributed as dist
 
 from promoe_ds.checkpoint.expert_order import with_placement_of
 from promoe_ds.checkpoint.load import load_checkpoint
+from promoe_ds.checkpoint.manifest import read_manifest
 from promoe_ds.checkpoint.resume import choose_checkpoint
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config import DeepSpeedPlan, RunConfig
 from promoe_ds.data import build_dataset
 from promoe_ds.distributed.context import Ranks
 from promoe_ds.errors import TrainingError
-from promoe_ds.logs import configure_logging, get_logger
+from promoe_ds.logs import get_logger
 from promoe_ds.train.loop import FinishedStep, TrainingLoop
 from promoe_ds.train.metrics import MetricsWriter
-from promoe_ds.train.run_directory import open_run_directory
+from promoe_ds.train.run_directory import run_directory
 from promoe_ds.train.step import StepResult
 from promoe_ds.train.supervisor import Supervisor
 from promoe_ds.train.trainer import Trainer
@@ -50,8 +51,11 @@ def train(run: Run, context: Ranks, supervisor: Supervisor | None = None) -> Non
     """
     supervisor = supervisor or Supervisor(run.config.supervision, run.run_dir)
     supervisor.know_peers()
-    open_run_directory(run.run_dir, run.config, context, resume=run.resume)
-    configure_logging(context.rank, log_file=run.run_dir / "train.log")
+    with run_directory(run.run_dir, run.config, context, resume=run.resume):
+        _train(run, context, supervisor)
+
+
+def _train(run: Run, context: Ranks, supervisor: Supervisor) -> None:
     choice = choose_checkpoint(run.resume, run.run_dir, context)
     config = with_placement_of(run.config, choice.folder)
     trainer = Trainer.build(config, run.deepspeed_plan, context, build_dataset(config, context.device))
@@ -61,7 +65,9 @@ def train(run: Run, context: Ranks, supervisor: Supervisor | None = None) -> Non
         load_checkpoint(trainer, choice.folder, same_run=choice.same_run)
     trainer.check_scale()
     _describe(trainer)
-    writer = MetricsWriter(run.run_dir, config, context, start_step=trainer.step)
+    same_run = choice.folder is not None and choice.same_run
+    writer = MetricsWriter(run.run_dir, config, context, start_step=trainer.step,
+                           wandb_id=read_manifest(choice.folder).wandb_id if same_run and context.is_main else "")
     saver = Saver(trainer, run.run_dir / "checkpoints")
     try:
         _Actions(trainer, writer, saver, supervisor, run.evaluate).loop().run()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
@@ -11,24 +14,62 @@ from promoe_ds.checkpoint.manifest import list_checkpoints
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.distributed.context import Ranks, from_main
 from promoe_ds.errors import CheckpointError, PromoeError
-from promoe_ds.launch.heartbeat import DUMP_FOLDER, LAUNCH_FOLDER
+from promoe_ds.launch.heartbeat import DUMP_FOLDER, LAUNCH_FOLDER, attempt_folder, leave_note
+from promoe_ds.launch.lock import LAUNCHER_LOCK, TRAINING_LOCK, locked, wait_until_free
+from promoe_ds.logs import configure_logging, get_logger
+
+_LOG = get_logger("train")
 
 
-def open_run_directory(run_dir: Path, config: RunConfig, context: Ranks, *, resume: str) -> None:
-    """Create the run directory with `config.yaml`, or check that it is this run's; all ranks call this together.
+@contextmanager
+def run_directory(run_dir: Path, config: RunConfig, context: Ranks, *, resume: str) -> Iterator[None]:
+    """Hold the run directory for this training: create it with `config.yaml`, or check that it is this run's.
 
-    Raises: CheckpointError, the same on every rank, if the directory is another run's or cannot be written.
+    All ranks call this together; rank 0 holds the lock and writes `train.log`.
+    Raises: LockedError if another training has it; CheckpointError if it is another run's or cannot be written: the same
+    on every rank.
     """
     problem: PromoeError | None = None
-    if context.is_main:
-        try:
-            _open(run_dir, config, resume)
-        except PromoeError as error:
-            problem = error
-        except OSError as error:
-            problem = CheckpointError(f"--run-dir {run_dir}: {error}")
-    if (problem := from_main(problem)) is not None:
-        raise problem
+    with ExitStack() as held:
+        if context.is_main:
+            try:
+                _require_free(run_dir)
+                run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+                _lock(run_dir, config, held)
+                _open(run_dir, config, resume)
+            except PromoeError as error:
+                problem = error
+            except OSError as error:
+                problem = CheckpointError(f"--run-dir {run_dir}: {error}")
+        if (problem := from_main(problem)) is not None:
+            raise problem
+        configure_logging(context.rank, log_file=run_dir / "train.log" if context.is_main else None)
+        yield
+
+
+def _require_free(run_dir: Path) -> None:
+    """Refuse a folder with anything in it that is not a run's."""
+    ours = (LAUNCH_FOLDER, DUMP_FOLDER, TRAINING_LOCK)
+    if run_dir.is_dir() and not (run_dir / "config.yaml").is_file() and any(
+            path.name not in ours and not path.name.startswith(f"{TRAINING_LOCK}.") for path in run_dir.iterdir()):
+        raise CheckpointError(f"--run-dir {run_dir} is not empty and holds no run of this package: use another directory")
+
+
+def _lock(run_dir: Path, config: RunConfig, held: ExitStack) -> None:
+    """Take the run directory; ranks of an earlier attempt of the same launcher get the time to end."""
+    longest, restarted = config.parallel.timeout_seconds / 2, attempt_folder() is not None  # others wait in a collective
+    period = min(config.supervision.launcher_timeout_seconds, longest)
+    if not restarted:
+        wait_until_free(run_dir / LAUNCH_FOLDER / LAUNCHER_LOCK, period)
+    patience = min(3 * period, longest) if restarted else 0.0
+    held.enter_context(locked(run_dir / TRAINING_LOCK, period, patience=patience, on_loss=_end))
+
+
+def _end(error: PromoeError) -> None:
+    """End this rank, and so the others: another training has the run directory."""
+    leave_note(0, error.exit_code, str(error))
+    _LOG.error("error: %s", error)
+    os._exit(error.exit_code)
 
 
 def _open(run_dir: Path, config: RunConfig, resume: str) -> None:
@@ -42,9 +83,6 @@ def _open(run_dir: Path, config: RunConfig, resume: str) -> None:
         if differing:
             raise CheckpointError(f"--run-dir {run_dir} already holds another run: {'; '.join(differing)}. To continue "
                                   f"it with other settings, branch: --resume {run_dir} --run-dir NEW")
-    elif not saved.is_file() and run_dir.is_dir() and {p.name for p in run_dir.iterdir()} - {LAUNCH_FOLDER, DUMP_FOLDER}:
-        raise CheckpointError(f"--run-dir {run_dir} is not empty and holds no run of this package: use another directory")
-    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (run_dir / "checkpoints").mkdir(exist_ok=True)
     temporary = saved.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 
+from promoe_ds.checkpoint.tracker_id import WANDB_ID, read_wandb_id
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
@@ -25,17 +27,54 @@ class Tracker(Protocol):
         """Flush and close."""
 
 
-def open_trackers(config: RunConfig, run_dir: Path, start_step: int) -> list[Tracker]:
-    """Return the trackers that a run asks for.
+class Trackers:
+    """Those of a run; one that raises is closed for good with a warning: no record is worth a training."""
 
-    Raises: ConfigError if one is asked for and its library is missing or cannot start.
+    def __init__(self, trackers: dict[str, Tracker] | None = None) -> None:
+        """Write to trackers, by name."""
+        self._trackers = trackers or {}
+
+    def write(self, step: int, line: dict[str, Any], routing_lines: list[dict[str, Any]]) -> None:
+        """Record a log step: its line of metrics.jsonl, its lines of routing.jsonl."""
+        self._try_each(lambda tracker: tracker.write(step, *flatten(line, routing_lines)))
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._try_each(lambda tracker: tracker.close())
+
+    def _try_each(self, action: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                action(tracker)
+            except Exception as error:
+                del self._trackers[name]
+                _warn(name, error)
+
+
+def open_trackers(config: RunConfig, run_dir: Path, start_step: int, wandb_id: str = "") -> Trackers:
+    """Return the trackers that a run asks for; one that cannot start is left out with a warning.
+
+    Args:
+        wandb_id: of the checkpoint that the run goes on from, "" where there is none.
+    Raises: ConfigError if one is asked for and its library is missing.
     """
-    trackers: list[Tracker] = []
-    if (board := _open_tensorboard(config, run_dir, start_step)) is not None:
-        trackers.append(board)
-    if config.logging.wandb:
-        trackers.append(_Wandb(config, run_dir))
-    return trackers
+    openers: dict[str, Callable[[], Tracker | None]] = {
+        "TensorBoard": lambda: _open_tensorboard(config, run_dir, start_step),
+        "Weights & Biases": lambda: _Wandb(config, run_dir, wandb_id) if config.logging.wandb else None}
+    trackers: dict[str, Tracker] = {}
+    for name, opener in openers.items():
+        try:
+            if (tracker := opener()) is not None:
+                trackers[name] = tracker
+        except ConfigError:
+            raise
+        except Exception as error:
+            _warn(name, error)
+    return Trackers(trackers)
+
+
+def _warn(name: str, error: Exception) -> None:
+    _LOG.warning("%s fails (%s: %s): it records nothing more, training goes on", name, type(error).__name__, error)
 
 
 def flatten(line: dict[str, Any], routing_lines: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, list[int]]]:
@@ -89,31 +128,28 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, inherited_id: str) -> None:
         try:
             import wandb
         except ImportError:
             raise ConfigError("logging.wandb=true needs wandb: pip install 'promoe_ds[tracking]'") from None
         self._wandb = wandb
-        try:
-            self._run = wandb.init(project=config.logging.wandb_project, name=run_dir.name, dir=str(run_dir),
-                                   config=config.model_dump(mode="json"), resume="allow", id=_identity(run_dir))
-        except wandb.Error as error:
-            raise ConfigError(f"logging.wandb=true: Weights & Biases does not start: {error}. Log in with `wandb login`, set "
-                              "WANDB_MODE=offline, or leave logging.wandb out") from None
+        # Random, not of the path: an emptied folder is another run, a moved or restored one is the same.
+        name = read_wandb_id(run_dir) or inherited_id or secrets.token_hex(8)
+        self._run = wandb.init(project=config.logging.wandb_project, name=run_dir.name, dir=str(run_dir),
+                               config=config.model_dump(mode="json"), resume="allow", id=name)
+        (run_dir / WANDB_ID).write_text(f"{name}\n", encoding="utf-8")
+        # W&B's own count only grows: it would refuse the steps that a resumed run repeats.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, scalars: dict[str, float], histograms: dict[str, list[int]]) -> None:
         bars = {name: self._wandb.Histogram(np_histogram=(np.array(tokens), np.arange(len(tokens) + 1) - 0.5))
                 for name, tokens in histograms.items()}
-        self._run.log({**scalars, **bars}, step=step)
+        self._run.log({"step": step, **scalars, **bars})
 
     def close(self) -> None:
         self._run.finish()
-
-
-def _identity(run_dir: Path) -> str:
-    """Return a name that a resumed run has again and no other run on this machine does."""
-    return xxhash.xxh64_hexdigest(str(run_dir.resolve()).encode())
 
 
 def _open_tensorboard(config: RunConfig, run_dir: Path, start_step: int) -> _TensorBoard | None:

@@ -141,6 +141,11 @@ def test_save_disk_full_previous_checkpoint_stays_valid(tmp_path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     assert f"the newest complete checkpoint is {Path('run/checkpoints/step_0000002')}" in done.stderr
     assert [path.name for path in checkpoints.iterdir() if path.is_dir()] == ["step_0000002"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.rename(tmp_path / "metrics.jsonl")
+    metrics.symlink_to("/dev/full")
+    check_refused(train(cwd=tmp_path), "run/metrics.jsonl could not be written (No space left on device)", 4)
+    (tmp_path / "metrics.jsonl").replace(metrics)
     done = train(cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resume: taking run/checkpoints/step_0000002" in done.stderr

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from .commands import REPOSITORY, run, train, train_arguments
+from .commands import LAUNCH_VARIABLES, REPOSITORY, run, train, train_arguments
 
 BLOCKER = """
 import sys
@@ -61,17 +61,21 @@ def test_torchrun_two_ranks_equals_plain_python(plain, folder) -> None:
     assert _losses(folder / "torchrun") == pytest.approx(_losses(plain), rel=1e-5)
 
 
-def test_srun_variables_two_ranks_equals_plain_python(plain, folder) -> None:
-    """What `srun --ntasks 2` sets, on two processes; the job id gives the port."""
-    base = {**{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}, "OMP_NUM_THREADS": "1",
-            "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost",
-            "SLURM_JOB_ID": str(_free_port() % 10000), "SLURM_STEP_ID": "0"}
-    ranks = [subprocess.Popen([sys.executable, "-m", "promoe_ds.cli.train", *train_arguments(run_dir="srun")], cwd=folder,
-                              env={**base, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}, stderr=subprocess.PIPE,
-                              text=True) for rank in range(2)]
+@pytest.mark.parametrize(("launcher", "common", "of_rank"), [
+    ("srun", {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_ID": "0"},
+     ("SLURM_PROCID", "SLURM_LOCALID")),
+    ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_RANK"))])
+def test_variables_of_two_ranks_equal_plain_python(plain, folder, launcher, common, of_rank) -> None:
+    """What `srun --ntasks 2` or `mpirun -np 2` sets, on two processes; the job gives the port."""
+    base = {**{k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}, "OMP_NUM_THREADS": "1", **common,
+            "SLURM_JOB_ID" if launcher == "srun" else "PMIX_NAMESPACE": str(_free_port() % 10000)}
+    ranks = [subprocess.Popen([sys.executable, "-m", "promoe_ds.cli.train", *train_arguments(run_dir=launcher)], cwd=folder,
+                              env={**base, **dict.fromkeys(of_rank, str(rank))}, stderr=subprocess.PIPE, text=True)
+             for rank in range(2)]
     outputs = [process.communicate(timeout=150)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
-    assert _losses(folder / "srun") == pytest.approx(_losses(plain), rel=1e-5)
+    assert _losses(folder / launcher) == pytest.approx(_losses(plain), rel=1e-5)
 
 
 def test_deepspeed_dispatch_one_rank_equals_local(plain, folder) -> None:

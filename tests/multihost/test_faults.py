@@ -90,7 +90,7 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(two_hosts, tmp_path) -> 
     job.wait_for_step(3)
     second = launch(two_hosts, tmp_path / "second", TWO, *LONG[:2], run_dir=job.run_dir, options=("--master-port", "29555"))
     assert second.end(TIMEOUT) == 10, second.log()
-    assert re.search(r"error: --run-dir .*: process \d+ on host1 launches it already", second.log())
+    assert re.search(r"error: --run-dir .*: process \d+ on host1 works in it already", second.log())
     assert "ended with" not in job.launcher_log(), "the log is the first one's"
     assert "pre-flight: 2 hosts, 2 ranks, interface eth0: sound" in job.log()
     os.kill(launcher_process(job), TERM)

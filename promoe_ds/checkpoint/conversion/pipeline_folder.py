@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEule
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.files import json_text
 
 MODEL_INDEX = "model_index.json"
 TRANSFORMER = "transformer"
@@ -54,8 +55,8 @@ def write_pipeline_configs(folder: Path, config: RunConfig, origin: Mapping[str,
         index["vae"] = ["diffusers", "AutoencoderKL"]
     network = {"_class_name": _CLASS[1], "_diffusers_version": version, "run": config.model_dump(mode="json"),
                "origin": dict(origin)}
-    (folder / TRANSFORMER / "config.json").write_text(json.dumps(network, indent=1), encoding="utf-8")
-    (folder / MODEL_INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    (folder / TRANSFORMER / "config.json").write_text(json_text(network, indent=1), encoding="utf-8")
+    (folder / MODEL_INDEX).write_text(json_text(index, indent=1), encoding="utf-8")
 
 
 def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:

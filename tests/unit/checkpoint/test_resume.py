@@ -95,6 +95,25 @@ def test_resume_run_directory_takes_its_newest_sound_checkpoint(tmp_path: Path, 
     assert len(list_checkpoints(tmp_path / "other" / "checkpoints")) == 2, "another run's folders stay as they are"
 
 
+def test_resume_takes_the_file_that_names_the_newest(tmp_path: Path) -> None:
+    newest, checkpoints = save(tmp_path / "other", 4), tmp_path / "other" / "checkpoints"
+    save(tmp_path / "other", 2)
+    (checkpoints / "latest").write_text(f"{newest.name}\n")
+    for number, request in enumerate([checkpoints / "latest", checkpoints, tmp_path / "other", newest]):
+        assert choose(request, tmp_path / f"run_{number}") == Choice(folder=newest, same_run=False)
+    for content in (b"global_step100", b"", b"\xff", b"../step_0000004"):
+        (checkpoints / "latest").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"--resume .*latest"):
+            choose(checkpoints / "latest", tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", ["Infinity", "1e999", "NaN"])
+def test_resume_start_of_no_step_is_named(tmp_path: Path, step: str) -> None:
+    (tmp_path / "start.json").write_text(f'{{"named": "x", "step": {step}}}')
+    with pytest.raises(CheckpointError, match=r"start\.json"):
+        choose("auto", tmp_path)
+
+
 def test_resume_start_that_cannot_be_understood_is_named(tmp_path: Path) -> None:
     (tmp_path / "start.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"start\.json: cannot be understood .* remove it"):

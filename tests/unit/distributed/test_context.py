@@ -1,4 +1,4 @@
-"""What each launcher sets is understood; what only half of one sets is refused."""
+"""A process among its job's: the environment of DeepSpeed and torch, the device."""
 
 from __future__ import annotations
 
@@ -6,61 +6,20 @@ import os
 
 import pytest
 
-from promoe_ds.distributed.context import _device_index, _first_host, complete_environment
+from promoe_ds.distributed.context import _device_index, complete_environment
 from promoe_ds.errors import ConfigError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*VARIABLES, *(key for key in os.environ if key.startswith("SLURM_"))]:
-        # Set first, so that what the code under test sets is undone as well.
-        monkeypatch.setenv(name, "x")
-        monkeypatch.delenv(name)
-
-
-def test_environment_no_launcher_is_one_process() -> None:
-    assert complete_environment() == 1
-    assert (os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["MASTER_ADDR"]) == ("0", "0", "127.0.0.1")
-    assert int(os.environ["MASTER_PORT"]) > 0
-
-
-def test_environment_of_torchrun_is_left_alone(monkeypatch) -> None:
-    values = dict(zip(VARIABLES, ("3", "8", "1", "node0", "29500"), strict=True))
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    assert complete_environment() == 8
-    assert {name: os.environ[name] for name in VARIABLES} == values
-
-
-def test_environment_of_srun_is_translated(monkeypatch) -> None:
-    for name, value in {"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456",
-                        "SLURM_STEP_NODELIST": "gpu[07-08]"}.items():
-        monkeypatch.setenv(name, value)
-    assert complete_environment() == 16
-    assert [os.environ[name] for name in VARIABLES] == ["9", "16", "1", "gpu07", "23456"]
-
-
-def test_environment_inside_a_batch_script_is_one_process(monkeypatch) -> None:
-    """sbatch sets SLURM_PROCID and SLURM_NTASKS for its script too, but that is no step of many tasks."""
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "16")
-    assert complete_environment() == 1
-
-
-def test_environment_half_set_names_what_is_missing(monkeypatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
-        complete_environment()
-
-
-@pytest.mark.parametrize(("nodes", "host"), [("gpu01", "gpu01"), ("gpu[03-05,9],login1", "gpu03"), ("a-1,b-2", "a-1"),
-                                             ("node-[12,14]", "node-12")])
-def test_first_host_of_a_slurm_list(nodes: str, host: str) -> None:
-    assert _first_host(nodes) == host
+@pytest.mark.parametrize(("launcher", "expected"), [
+    ({}, ("0", "1", "0", "127.0.0.1")),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, ("1", "2", "1", "127.0.0.1")),
+])
+def test_environment_is_completed(monkeypatch, launcher, expected) -> None:
+    monkeypatch.setattr(os, "environ", dict(launcher))
+    assert complete_environment() == int(expected[1])
+    assert tuple(os.environ[name] for name in VARIABLES[:4]) == expected and int(os.environ["MASTER_PORT"]) > 0
 
 
 def test_device_index_one_visible_device_a_task_is_device_zero(monkeypatch) -> None:

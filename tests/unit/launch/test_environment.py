@@ -74,6 +74,22 @@ def test_environment_files_override_the_shell_and_each_other(tmp_path, monkeypat
         job_environment({})
 
 
+@pytest.mark.parametrize(("line", "value"), [
+    ('A="x y"', "x y"), ("A='x'", "x"), ('A=""', ""), ("A=it's", "it's"), ('A=say "x"', 'say "x"'),
+    ('A="x', None), ("A='", None), ("A='x\"", None), ('A="x" "y"', None)])
+def test_environment_file_quotes_are_taken_off_or_refused(tmp_path, monkeypatch, line, value, caplog) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    (tmp_path / ".deepspeed_env").write_bytes(f"\ufeff{line}\r\n".encode())
+    with caplog.at_level("INFO"):
+        if value is None:
+            with pytest.raises(LaunchError, match="line 1: A="):
+                job_environment({})
+        else:
+            assert job_environment({}) == {"A": value}
+    assert ("line 1: A" in caplog.text) == (value is not None and value != line[2:])
+
+
 def test_runner_environment_hides_what_deepspeed_would_export_unescaped() -> None:
     assert runner_environment({"PYTHONPATH": "$(id)", "UCX_TLS": "x", "PATH": "/bin", "NCCL_DEBUG": "a;b"}) == {"PATH": "/bin"}
 

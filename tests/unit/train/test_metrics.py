@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import promoe_ds.train.metrics as metrics
+from promoe_ds.errors import CheckpointError
+from promoe_ds.files import write_json
+from promoe_ds.logs import configure_logging, get_logger
 from promoe_ds.train.metrics import append_lines, drop_lines_after
 
 
@@ -29,10 +32,12 @@ WHOLE = b"".join(line(step) for step in (1, 1, 2, 2, 3, 3))
     (WHOLE[:-1], 3, WHOLE),  # whole but for its end
     (WHOLE + b"\xff\x00\n" + line(4), 3, WHOLE),
     (WHOLE + line(4) + b"\x00" * 5000, 4, WHOLE + line(4)),
+    (WHOLE + b'{"step": Infinity}\n{"step": NaN}\n', 9, WHOLE),
+    (WHOLE + b'{"step": 4, "loss": NaN}\n', 4, WHOLE + b'{"step": 4, "loss": NaN}\n'),
     (WHOLE + b'[4]\n{"loss": 1}\n{"step": null}\n\n' + line(5), 3, WHOLE),
     (b"\xff\n" + WHOLE, 2, b"\xff\n" + line(1) * 2 + line(2) * 2),  # what a run has left behind long ago is not looked at
     (line(1, 100) + line(2, 999) + line(3, 40), 2, line(1, 100) + line(2, 999)),
-], ids=["later", "newest", "none", "all", "empty", "cut", "endless", "bytes", "zeros", "objects", "old", "long"])
+], ids=["later", "newest", "none", "all", "empty", "cut", "endless", "bytes", "zeros", "infinite", "nan", "objects", "old", "long"])
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 def test_drop_lines_leaves_those_up_to_the_step(content, step, expected, block, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "_BLOCK_BYTES", block)
@@ -58,3 +63,28 @@ def test_drop_lines_tells_of_broken_ones_and_reads_no_further_than_needed(tmp_pa
 def test_drop_lines_without_a_file_makes_none(tmp_path: Path) -> None:
     drop_lines_after(tmp_path / "log.jsonl", 3)
     assert not list(tmp_path.iterdir())
+
+
+def test_log_on_a_full_disk_is_an_honest_error() -> None:
+    with pytest.raises(CheckpointError, match=r"/dev/full .*No space left on device") as refusal:
+        append_lines(Path("/dev/full"), [{"step": 1}])
+    assert refusal.value.exit_code == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_has_no_word_for_what_is_not_finite(tmp_path: Path, value: float) -> None:
+    append_lines(tmp_path / "log", [{"step": 1, "a": (value, {"b": [value]})}])
+    write_json(tmp_path / "file", {"a": value})
+    assert (tmp_path / "log").read_text() == '{"step": 1, "a": [null, {"b": [null]}]}\n'
+    assert json.loads((tmp_path / "file").read_text()) == {"a": None} and len(list(tmp_path.iterdir())) == 2
+
+
+def test_train_log_on_a_full_disk_is_one_line(capfd) -> None:
+    configure_logging(0, log_file=Path("/dev/full"))
+    try:
+        for _ in range(3):
+            get_logger().info("training")
+    finally:
+        configure_logging(0)
+    error = capfd.readouterr().err
+    assert (error.count("/dev/full"), error.count("training"), "Traceback" in error) == (1, 3, False)
