@@ -49,7 +49,9 @@ def main(arguments: Sequence[str]) -> None:
     values = read_deepspeed_json(options.deepspeed_config)
 
     from promoe_ds.distributed.context import complete_environment, start_distributed, stop_distributed
+    from promoe_ds.versions import check_deepspeed
 
+    check_deepspeed()
     # A dry run needs no launcher: it assumes the fewest ranks that the recipe runs on.
     world_size = config.parallel.ep_size if options.dry_run and "WORLD_SIZE" not in os.environ else complete_environment()
     batches = plan_batches(config, world_size)

@@ -47,6 +47,8 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate grows to lr, linearly")
     min_lr: float = Field(0.0, ge=0, description="where linear and cosine end")
+    schedule_steps: int | None = Field(None, gt=0, description="where linear and cosine end, as a step; train.max_steps if left "
+                                                               "out")
     ema_decays: tuple[_Fraction, ...] = Field((0.9999,), min_length=1, description="of the moving averages of the weights, kept "
                                               "side by side; the first is the one that samples are drawn from")
     ema_power_lengths: tuple[_PowerLength, ...] = Field((), description="relative lengths of power-function averages, from which "

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from promoe_ds.checkpoint.expert_order import with_placement_of
 from promoe_ds.checkpoint.load import differing_fields, load_checkpoint
 from promoe_ds.checkpoint.manifest import list_checkpoints
 from promoe_ds.checkpoint.resume import choose_checkpoint
 from promoe_ds.checkpoint.save import Saver
-from promoe_ds.config import DeepSpeedPlan, RunConfig, config_from_dict, plan_batches
+from promoe_ds.config import DeepSpeedPlan, RunConfig, plan_batches
+from promoe_ds.config.loader import read_saved, saved_text
 from promoe_ds.data import build_dataset
 from promoe_ds.distributed.context import Ranks, from_main
-from promoe_ds.errors import CheckpointError, Preempted, PromoeError, TrainingError
+from promoe_ds.errors import CheckpointError, ConfigError, Preempted, PromoeError, TrainingError
 from promoe_ds.launch.heartbeat import DUMP_FOLDER, LAUNCH_FOLDER
 from promoe_ds.logs import configure_logging, get_logger
 from promoe_ds.train.metrics import MetricsWriter
@@ -154,7 +154,11 @@ def _claim(run: Run) -> None:
         if run.resume == "none":
             raise CheckpointError(f"--run-dir {run.run_dir} already holds a run and --resume none would overwrite it: use "
                                   "--resume auto to go on with it, or another directory")
-        before = _read_saved(saved)
+        try:
+            before = read_saved(saved)
+        except ConfigError as error:
+            raise CheckpointError(f"{saved} is damaged, or of another version: {error}. A checkpoint's manifest.json has the "
+                                  "config, too") from None
         differing = differing_fields(before.model_dump(mode="json"), run.config, architecture_only=False)
         if differing:
             raise CheckpointError(f"--run-dir {run.run_dir} already holds another run: {'; '.join(differing)}. To go on from it "
@@ -164,12 +168,5 @@ def _claim(run: Run) -> None:
     run.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     (run.run_dir / "checkpoints").mkdir(exist_ok=True)
     temporary = saved.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    temporary.write_text(saved_text(run.config), encoding="utf-8")
     temporary.replace(saved)
-
-
-def _read_saved(path: Path) -> RunConfig:
-    try:
-        return config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): restore it from a checkpoint's manifest.json") from None

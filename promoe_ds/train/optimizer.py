@@ -92,6 +92,7 @@ def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
+    last = config.schedule_steps or max_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, last - config.warmup_steps))
     remaining = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.min_lr + (config.lr - config.min_lr) * remaining
