@@ -26,7 +26,7 @@ setup(
                                 "analysis/schemas/*.json"]},
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19,<0.20",
+        "deepspeed>=0.19.8,<0.20",
         "diffusers>=0.36",
         "safetensors>=0.4",
         "pydantic>=2.6",

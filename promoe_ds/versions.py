@@ -7,11 +7,32 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from promoe_ds.config.loader import release_of
+from promoe_ds.errors import ConfigError
+
+#: The first version of DeepSpeed that skips steps whose norm is infinite under ZeRO, and the first that is untested.
+DEEPSPEED_RANGE = ("0.19.8", "0.20")
+
 
 def package_versions() -> dict[str, str]:
     """Return the versions that a checkpoint's reader may want to know."""
     return {"promoe_ds": version("promoe_ds"), "torch": torch.__version__, "deepspeed": version("deepspeed"),
             "python": platform.python_version()}
+
+
+def check_deepspeed() -> None:
+    """Check the installed DeepSpeed before it is imported.
+
+    Raises: ConfigError if there is none, or another than this package works with.
+    """
+    least, below = DEEPSPEED_RANGE
+    try:
+        found = version("deepspeed")
+    except PackageNotFoundError:
+        found = "no version"
+    if not release_of(least) <= release_of(found) < release_of(below):
+        raise ConfigError(f"{found} of deepspeed is installed, training needs at least {least} (earlier ones step on infinite "
+                          f"gradients under ZeRO) and less than {below}: pip install 'deepspeed>={least},<{below}'")
 
 
 def device_name(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.checkpoint.zero_reader import check_progress
 from promoe_ds.config import RunConfig
 from promoe_ds.config.optimizer import OptimizerConfig
+from promoe_ds.config.schedule import learning_rate
 from promoe_ds.distributed.context import on_all_ranks
 from promoe_ds.errors import CheckpointError
 from promoe_ds.logs import get_logger
@@ -20,12 +21,13 @@ from promoe_ds.logs import get_logger
 _LOG = get_logger("checkpoint")
 
 #: Settings of the optimizer that are read at every step.
-_SCHEDULE = ("lr", "schedule", "warmup_steps", "min_lr")
+_SCHEDULE = ("lr", "schedule", "warmup_steps", "min_lr", "schedule_steps")
 #: Longer values are cut in messages.
 _LONGEST_VALUE = 60
 
-#: What a resumed run may change: nothing that would make it another run.
+#: What a resumed run may change: nothing that would make it another run. `_report_changes` says what leaves a trace.
 FREE_FIELDS = {
+    "optimizer": {"schedule_steps"},
     "data": {"path", "vae", "workers", "max_corrupt"},
     "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "keep_every",
               "async_checkpoint", "max_nonfinite_steps", "micro_batch_size"},
@@ -51,15 +53,15 @@ def load_checkpoint(trainer: TrainingState, folder: Path, *, same_run: bool) -> 
     Raises: CheckpointError naming the fields that do not fit.
     """
     manifest = read_manifest(folder)
+    saved = manifest.run_config(folder)
     differing = differing_fields(manifest.config, trainer.config, architecture_only=not same_run)
     if differing:
         kind = "another run" if same_run else "another architecture or objective"
         raise CheckpointError(f"{folder} belongs to {kind}: {'; '.join(differing)}")
     if trainer.context.is_main:
-        _tell_changes(trainer, manifest, same_run=same_run)
+        _report_changes(trainer, manifest, saved, same_run=same_run)
     layout = layout_of(trainer)
-    same_optimizer = _beside_schedule(OptimizerConfig.model_validate(manifest.config["optimizer"])) == _beside_schedule(
-        trainer.config.optimizer)
+    same_optimizer = _beside_schedule(saved.optimizer) == _beside_schedule(trainer.config.optimizer)
     if layout == manifest.layout and same_optimizer and not moves_experts(manifest, trainer.config):
         on_all_ranks(lambda: _load_as_it_is(trainer, folder, manifest))
         trainer.optimizer.averages_since = dict(manifest.averages_since)
@@ -71,20 +73,39 @@ def load_checkpoint(trainer: TrainingState, folder: Path, *, same_run: bool) -> 
     trainer.step, trainer.samples_seen = manifest.step, manifest.samples_seen
 
 
-def _tell_changes(trainer: TrainingState, manifest: Manifest, *, same_run: bool) -> None:
+def _report_changes(trainer: TrainingState, manifest: Manifest, saved: RunConfig, *, same_run: bool) -> None:
     """Say what may change at a resume, and does not pass without a trace."""
-    train = manifest.config["train"]
-    before = train["micro_batch_size"] or train["global_batch_size"] // manifest.layout.world_size
+    if not same_run and (changed := differing_fields(manifest.config, trainer.config, architecture_only=False)):
+        _LOG.warning("resume: settings changed from the checkpoint's: %s", "; ".join(changed))
+    if line := _changed_schedule(saved, trainer.config, manifest.step):
+        _LOG.warning("resume: %s", line)
+    before = saved.train.micro_batch_size or saved.train.global_batch_size // manifest.layout.world_size
     if before != trainer.batches.micro_batch:
         _LOG.warning("resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
                      "(docs/methods.md)", before, trainer.batches.micro_batch)
-    scale, before = trainer.config.data.latent_scale, manifest.config["data"]["latent_scale"]
+    scale, before = trainer.config.data.latent_scale, saved.data.latent_scale
     if before != scale:
         _LOG.warning("resume: data.latent_scale was %g and is %g: unless the latents are of another autoencoder, the network sees "
                      "them at a scale that it was not trained on", before, scale)
     if same_run and manifest.dataset_size not in (None, len(trainer.dataset)):
         _LOG.warning("resume: the data set had %d samples and has %d: their order is another from here on, some come again or "
                      "never in this epoch", manifest.dataset_size, len(trainer.dataset))
+
+
+def _changed_schedule(saved: RunConfig, config: RunConfig, step: int) -> str:
+    """Return what becomes of the learning rate from `step` on, and how to keep it; nothing if it is as before."""
+    def rates(run: RunConfig) -> list[float]:
+        return [learning_rate(each, run.train.max_steps, run.optimizer) for each in (step, saved.train.max_steps - 1)]
+
+    (before, _), (now, _) = rates(saved), rates(config)
+    if rates(saved) == rates(config):
+        return ""
+    keep = {name: getattr(saved.optimizer, name) for name in _SCHEDULE
+            if getattr(saved.optimizer, name) != getattr(config.optimizer, name)}
+    keep["schedule_steps"] = saved.optimizer.schedule_steps or saved.train.max_steps
+    return (f"the learning rate of step {step} was to be {before:.3g} and is {now:.3g}: the schedule has changed (train.max_steps "
+            f"was {saved.train.max_steps} and is {config.train.max_steps}). To keep the old one: --set "
+            + " ".join(f"optimizer.{name}={value}" for name, value in keep.items()))
 
 
 def _beside_schedule(config: OptimizerConfig) -> OptimizerConfig:

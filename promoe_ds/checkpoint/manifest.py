@@ -13,7 +13,8 @@ from typing import Any
 
 import xxhash
 
-from promoe_ds.errors import CheckpointError
+from promoe_ds.config import RunConfig, config_from_dict
+from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.launch.heartbeat import CHECKPOINT_NAME
 
 MANIFEST = "manifest.json"
@@ -71,6 +72,16 @@ class Manifest:
     averages_since: dict[str, int] = field(default_factory=dict)
     dataset_size: int | None = None
     wandb_id: str = ""
+
+    def run_config(self, folder: Path) -> RunConfig:
+        """Return the config of the run that wrote the checkpoint in `folder`.
+
+        Raises: CheckpointError if it cannot be understood, or a newer version wrote it.
+        """
+        try:
+            return config_from_dict(self.config, source=str(folder / MANIFEST), written_by=self.versions.get("promoe_ds"))
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
 
     def write(self, folder: Path) -> None:
         """Write to `folder`, flushed to the disk, with a checksum of the manifest itself."""

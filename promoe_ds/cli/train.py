@@ -50,6 +50,9 @@ def main(arguments: Sequence[str]) -> None:
     config = load_config(options.recipe, options.overrides)
     values = read_deepspeed_json(options.deepspeed_config)
 
+    from promoe_ds.versions import check_deepspeed
+
+    check_deepspeed()
     # A dry run needs no launcher: it assumes the fewest ranks that the recipe runs on.
     world_size = config.parallel.ep_size if options.dry_run and not place.launched else place.world_size
     batches = plan_batches(config, world_size)

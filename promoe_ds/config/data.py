@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from promoe_ds.config.section import Section
+from promoe_ds.config.section import Section, Switch
 
 #: Data sets that lie in a folder.
 _ON_DISK = ("latents", "images")
@@ -22,7 +22,7 @@ class DataConfig(Section):
     vae: str | None = Field(None, description="AutoencoderKL: folder, hub id or fingerprint; what latents must come from, and what "
                                               "encodes images and decodes samples")
     vae_dtype: Literal["bf16", "fp32"] = Field("bf16", description="of the autoencoder that encodes images on the fly")
-    flip: Literal["auto", True, False] = Field("auto", description="mirror half of the samples; auto: images, and latents with a "
+    flip: Switch = Field("auto", description="mirror half of the samples; auto: images, and latents with a "
                                                                    "mirrored twin")
     workers: int = Field(8, gt=0, description="threads a rank that read images or single latent files")
     max_corrupt: int = Field(0, ge=0, description="unreadable images a rank replaces by the next one before it stops; counted anew "

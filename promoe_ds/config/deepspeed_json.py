@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, create_model
 
 from promoe_ds.config.batching import BatchPlan
+from promoe_ds.config.loader import dotted_names
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.config.section import explain, name_and_message
 from promoe_ds.errors import ConfigError
 
 #: Sections that the recipe owns: stating them in the JSON would be a second way to say a thing.
@@ -25,21 +30,89 @@ _OWNED_BY_RECIPE = {
 }
 
 
+_TAKE_AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+              "bf16.enabled")
+#: Elements of a bucket, which DeepSpeed allocates at once: 40 GB of fp32.
+_LARGEST_BUCKET = 10**10
+_SCATTERED = "the shards of the weights and of their moving average could not be told apart in a checkpoint; leave it out"
+_NO_TIMERS = "DeepSpeed's timers need a model that returns bare tensors; metrics.jsonl and train.log have the times of a step"
+_NO_SCALING = "it is for fp16, whose sums overflow; leave it out"
+
+
+def _or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
+    return value if value == "auto" else validate(value)
+
+
+def _only(allowed: Any, reason: str) -> AfterValidator:
+    """Return a check for what this trainer supports in one way alone."""
+    def check(value: Any) -> Any:
+        if value != allowed:
+            raise ValueError(f"this is not supported: {reason}")
+        return value
+    return AfterValidator(check)
+
+
+def _check_stage(stage: int) -> int:
+    if stage not in (0, 1, 2):
+        raise ValueError("this is not supported: DeepSpeed refuses expert parallelism under ZeRO 3; use 0, 1 or 2")
+    return stage
+
+
+class _Keys(BaseModel):
+    """Base of the file's sections: JSON's own types, no unknown keys."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def _section(name: str, **types: Any) -> type[_Keys]:
+    """Return the model of a section whose keys have these types and may all be left out."""
+    return create_model(name, __base__=_Keys, **{key: (each, None) for key, each in types.items()})
+
+
+_AUTO = WrapValidator(_or_auto)
+#: People write 5e8 for 500000000, which JSON makes a float.
+_WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+_Count = Annotated[int, Field(gt=0), _WHOLE]
+_Bucket = Annotated[_Count, Field(le=_LARGEST_BUCKET)]
+_CommDtype = Literal["fp32", "bf16", "fp16"] | None
+
 #: What the file may say: batch sizes as "auto", ZeRO, precision, communication, DeepSpeed's own logging.
-_TOP_LEVEL = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_optimization", "bf16", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "use_data_before_expert_parallelism", "comms_logger", "wall_clock_breakdown", "memory_breakdown", "flops_profiler",
-    "steps_per_print", "dump_state", "zero_allow_untested_optimizer", "seq_parallel_communication_data_type",
-}
-_ZERO = {
-    "stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "allgather_bucket_size", "parameter_alignment", "round_robin_gradients", "offload_optimizer", "offload_param",
-    "use_multi_rank_bucket_allreduce",
-}
-_BF16 = {"enabled"}
-#: Of offload_optimizer; others are for NVMe, or for an optimizer of DeepSpeed's own.
-_OFFLOAD = {"device", "pin_memory"}
+_File = _section(
+    "File",
+    train_batch_size=Annotated[_Count, _AUTO],
+    train_micro_batch_size_per_gpu=Annotated[_Count, _AUTO],
+    gradient_accumulation_steps=Annotated[_Count, _AUTO],
+    gradient_clipping=Annotated[float, Field(ge=0), _AUTO],
+    zero_optimization=_section(
+        "Zero",
+        stage=Annotated[int, AfterValidator(_check_stage), _WHOLE],
+        contiguous_gradients=bool,
+        overlap_comm=bool | None,
+        reduce_scatter=bool,
+        reduce_bucket_size=_Bucket,
+        allgather_partitions=bool,
+        allgather_bucket_size=Annotated[_Bucket, Field(multiple_of=2)],
+        parameter_alignment=bool,
+        round_robin_gradients=Annotated[bool, _only(False, _SCATTERED)],
+        offload_optimizer=_section("OffloadOptimizer", device=Literal["cpu", "none"], pin_memory=bool) | None,
+        offload_param=_section("OffloadParam", device=Annotated[str, _only("none", _SCATTERED)]) | None,
+        use_multi_rank_bucket_allreduce=bool),
+    bf16=_section("Bf16", enabled=Annotated[bool, _AUTO]),
+    communication_data_type=_CommDtype,
+    seq_parallel_communication_data_type=_CommDtype,
+    prescale_gradients=Annotated[bool, _only(False, _NO_SCALING)],
+    gradient_predivide_factor=Annotated[float, _only(1.0, _NO_SCALING)],
+    use_data_before_expert_parallelism=bool,
+    comms_logger=_section("CommsLogger", enabled=bool, prof_all=bool, prof_ops=list[str], verbose=bool, debug=bool),
+    wall_clock_breakdown=Annotated[bool, _only(False, _NO_TIMERS)],
+    memory_breakdown=bool,
+    flops_profiler=_section(
+        "FlopsProfiler", enabled=Annotated[bool, _only(False, _NO_TIMERS)],
+        recompute_fwd_factor=Annotated[float, Field(ge=0)], profile_step=_Count,
+        module_depth=Annotated[int, Field(ge=-1), _WHOLE], top_modules=_Count, detailed=bool, output_file=str | None),
+    steps_per_print=_Count | None,
+    dump_state=bool,
+    zero_allow_untested_optimizer=bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +135,15 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     Raises: ConfigError naming the file and, where JSON itself is broken, the line.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--deepspeed_config {path}: cannot be read ({error})") from None
     try:
         values = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except (json.JSONDecodeError, ValueError) as error:
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--deepspeed_config {path} is not strict JSON: {error}. JSON has no comments, no comma before a "
+                          "closing bracket, and strings in double quotes alone") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed_config {path} is not strict JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--deepspeed_config {path} must hold one JSON object")
@@ -75,30 +151,39 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
 
 
 def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchPlan, *, source: str) -> DeepSpeedPlan:
-    """Fill every "auto", refuse contradictions and what cannot work with this trainer.
+    """Fill every "auto", refuse wrong types, contradictions and what cannot work with this trainer.
 
     Args:
         values: as `read_deepspeed_json` returns them; not changed.
         source: the file's name, for messages.
-    Raises: ConfigError naming both places for a value stated twice and differently.
+    Raises: ConfigError naming the key and its value, and both places for a value stated twice and differently.
     """
-    resolved = json.loads(json.dumps(values))
+    stated = dict(values)
     for key, owner in _OWNED_BY_RECIPE.items():
-        section = resolved.get(key)
-        if section and (not isinstance(section, dict) or section.get("enabled", True)):
+        section = stated.pop(key, None)  # one that is switched off is as one that is left out
+        if section and (not isinstance(section, dict) or section.get("enabled", True) is not False):
             raise ConfigError(f"{source}: {key} does not belong here; use {owner}")
-    for prefix, section, valid in (("", resolved, _TOP_LEVEL | _OWNED_BY_RECIPE.keys()),
-                                   ("zero_optimization.", _section(resolved, "zero_optimization", source), _ZERO),
-                                   ("bf16.", _section(resolved, "bf16", source), _BF16)):
-        for key in section.keys() - valid:
-            close = difflib.get_close_matches(key, sorted(valid), n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(sorted(valid))}"
-            raise ConfigError(f"{source}: {prefix}{key} is no setting that this trainer knows; {hint}")
-    stage = _check_zero(resolved, source)
+    try:
+        resolved = _File.model_validate(stated).model_dump(exclude_unset=True, warnings=False)
+    except ValidationError as error:
+        raise explain(error, source, _describe) from None
+    zero = resolved.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device", "none") == "none":
+            zero.pop(key, None)
     bf16 = _resolve_bf16(resolved, config, source)
     if bf16 and stage == 0:
         raise ConfigError(f"{source}: bf16.enabled with zero_optimization.stage=0 leaves experts out of the gradient norm "
                           "in DeepSpeed: use stage 1 or 2, or fp32")
+    if "offload_optimizer" in zero and stage == 0:
+        raise ConfigError(f"{source}: zero_optimization.offload_optimizer needs stage 1 or 2, which cut the optimizer's "
+                          "state into shards; this is stage 0")
+    needed = ("reduce_scatter", "contiguous_gradients")[:stage] if config.parallel.resolved_dispatch != "local" else ()
+    for key in needed:
+        if not zero.get(key, True):
+            raise ConfigError(f"{source}: zero_optimization.{key}=false: DeepSpeed refuses it for experts that are shared out "
+                              f"(parallel.ep_size={config.parallel.ep_size}) under ZeRO {stage}; leave it out")
     _fill_auto(resolved, config, batches, source)
     if stage == 0:
         # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: train/clipping.py clips.
@@ -109,41 +194,19 @@ def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchP
     return DeepSpeedPlan(json=resolved, zero_stage=stage, precision="bf16" if bf16 else "fp32")
 
 
-def _check_zero(resolved: dict[str, Any], source: str) -> int:
-    zero = _section(resolved, "zero_optimization", source)
-    stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise ConfigError(f"{source}: zero_optimization.stage={stage} is not supported: DeepSpeed refuses expert "
-                          "parallelism under ZeRO 3; use 0, 1 or 2")
-    for key in ("round_robin_gradients", "offload_param"):
-        if zero.get(key):
-            raise ConfigError(f"{source}: zero_optimization.{key} is not supported: the shards of the weights and of their "
-                              "moving average could not be told apart in a checkpoint; leave it out")
-    offload = zero.get("offload_optimizer")
-    if offload is not None:
-        if stage == 0:
-            raise ConfigError(f"{source}: zero_optimization.offload_optimizer needs stage 1 or 2, which cut the optimizer's state "
-                              "into shards; this is stage 0")
-        if not isinstance(offload, dict) or offload.get("device") != "cpu" or offload.keys() - _OFFLOAD:
-            raise ConfigError(f"{source}: zero_optimization.offload_optimizer={json.dumps(offload)} is not supported: say "
-                              "{\"device\": \"cpu\"}, with pin_memory or without, or leave it out")
-    return stage
-
-
 def _resolve_bf16(resolved: dict[str, Any], config: RunConfig, source: str) -> bool:
     """Let recipe and file agree on bf16 weights, which FP8 has, too; write the answer into the file's section."""
-    section, compute = _section(resolved, "bf16", source), config.precision.compute
-    stated = section.get("enabled", "auto" if compute != "auto" else False)
-    if stated == "auto":
-        if compute == "auto":
-            raise ConfigError(f"{source}: bf16.enabled is \"auto\" and so is the recipe's precision.compute: state one of them")
-        stated = compute != "fp32"
-    elif compute != "auto" and bool(stated) != (compute != "fp32"):
-        raise ConfigError(f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute} of the recipe: say "
-                          "\"auto\" there, or make them agree")
-    if stated or section:
-        resolved["bf16"] = {**section, "enabled": bool(stated)}
-    return bool(stated)
+    compute = config.precision.compute
+    stated = resolved.get("bf16", {}).get("enabled", "auto" if compute != "auto" else False)
+    if stated == compute == "auto":
+        raise ConfigError(f"{source}: bf16.enabled is \"auto\" and so is the recipe's precision.compute: state one of them")
+    if compute != "auto" and stated not in ("auto", compute != "fp32"):
+        raise ConfigError(f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute} of the "
+                          "recipe: say \"auto\" there, or make them agree")
+    enabled = compute != "fp32" if stated == "auto" else stated
+    if enabled or resolved.get("bf16"):
+        resolved["bf16"] = {"enabled": enabled}
+    return enabled
 
 
 def _fill_auto(resolved: dict[str, Any], config: RunConfig, batches: BatchPlan, source: str) -> None:
@@ -154,35 +217,38 @@ def _fill_auto(resolved: dict[str, Any], config: RunConfig, batches: BatchPlan, 
         "gradient_clipping": ("optimizer.clip_norm", config.optimizer.clip_norm),
     }
     for key, (name, value) in owned.items():
-        stated = resolved.get(key, "auto")
-        if stated != "auto" and stated != value:
+        if (stated := resolved.get(key, "auto")) not in ("auto", value):
             raise ConfigError(f"{source}: {key}={stated} contradicts {name}={value} of the recipe: say \"auto\" there, or "
                               "make them equal")
         resolved[key] = value
-    left = [key for key, value in _flattened(resolved) if value == "auto"]
-    if left:
-        raise ConfigError(f"{source}: \"auto\" has no meaning for {', '.join(left)}; only for {', '.join(owned)}")
 
 
-def _section(values: dict[str, Any], key: str, source: str) -> dict[str, Any]:
-    section = values.get(key, {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"{source}: {key} must be an object, found {section!r}")
-    return section
-
-
-def _flattened(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        rows += _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return rows
+def _describe(problem: Mapping[str, Any]) -> str:
+    name, message = name_and_message(problem)
+    kind, value = problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        section = name.rpartition(".")[0]
+        names = [*dotted_names(_File), *_File.model_fields, *_OWNED_BY_RECIPE]
+        beside = sorted({each for each in names if each.rpartition(".")[0] == section})
+        close = difflib.get_close_matches(name, beside, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(beside)}" if beside else "leave it out"
+        return f"{name} is no setting that this trainer knows; {hint}"
+    if kind == "missing":
+        return f"{name}: must be set"
+    if kind == "model_type":
+        return f"{name}={json.dumps(value)}: must be an object, {{...}}"
+    if value == "auto":
+        message = f"\"auto\" has no meaning here; only for {', '.join(_TAKE_AUTO)}"
+    elif isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
+        message += ", without quotes"
+    return f"{name}={json.dumps(value)}: {message}"
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {key!r} stands twice")
+            raise ValueError(f"the key {key!r} is given twice")
         result[key] = value
     return result
 

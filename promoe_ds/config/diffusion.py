@@ -42,6 +42,11 @@ class DiffusionConfig(Section):
         """The samplers that fit the objective, its default first."""
         return SOLVERS[self.objective]
 
+    @property
+    def trains_null_label(self) -> bool:
+        """Whether training sees images with their labels and without, which guidance needs both."""
+        return 0 < self.label_dropout < 1
+
     def sampling_problem(self, *, solver: str | None = None, steps: int | None = None) -> str:
         """Return why a model of this objective cannot be sampled so, or nothing.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ from pydantic import BaseModel, ValidationError
 
 from promoe_ds.config.placement import read_placement
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.config.section import explain, name_and_message
 from promoe_ds.config.superclasses import read_superclasses
+from promoe_ds.config.yaml_text import read_yaml
 from promoe_ds.errors import ConfigError
 
+#: Begins a saved config, before the version.
+_WRITTEN_BY = "# promoe_ds "
 RECIPES_DIR = Path(__file__).parent.parent / "recipes"
 
 
@@ -29,7 +35,7 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Args:
         recipe: the name of a packaged recipe or the path of a YAML file. A recipe may name another
             one under `base`, whose values it inherits and overrides.
-        overrides: as after `--set`; values are read as YAML (`true`, `3`, `[0.9, 0.95]`, `null`).
+        overrides: as after `--set`; values are YAML (`true`, `3`, `[0.9, 0.95]`, `null`), read by the field's type.
     Raises: ConfigError naming the dotted field, its value and, for a typing error, the nearest valid name; or what is wrong
     with a file that the recipe names.
     """
@@ -49,20 +55,47 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return config
 
 
-def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:
+def release_of(text: str) -> tuple[int, ...]:
+    """Return the numbers of a version that order releases, e.g. (0, 19, 8)."""
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
+
+
+def config_from_dict(values: Mapping[str, Any], *, source: str, written_by: object = None) -> RunConfig:
     """Validate nested values, e.g. those saved in a run or a checkpoint.
 
-    Raises: ConfigError, one line for one problem, else a line for each.
+    Args:
+        written_by: the version of this package that the source names as its writer, if it does.
+    Raises: ConfigError, one line for one problem, else a line for each; it says so if a newer version wrote the values.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source} must be a mapping of sections, found {type(values).__name__}")
     try:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
-        if len(lines) == 1:
-            raise ConfigError(f"{source}: {lines[0]}") from None
-        raise ConfigError("\n".join([f"{source} does not describe a run:", *(f"  {line}" for line in lines)])) from None
+        problem, own = explain(error, source, _describe), version("promoe_ds")
+        if isinstance(written_by, str) and release_of(written_by) > release_of(own):
+            raise ConfigError(f"{source} was written by promoe_ds {written_by}, this is {own}: update promoe_ds. "
+                              f"{problem}") from None
+        raise problem from None
+
+
+def saved_text(config: RunConfig) -> str:
+    """Return a config as a run directory keeps it: YAML, with the version that wrote it."""
+    return f"{_WRITTEN_BY}{version('promoe_ds')}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
+
+
+def read_saved(path: Path) -> RunConfig:
+    """Read what `saved_text` wrote.
+
+    Raises: ConfigError if it is damaged or cannot be understood; OSError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    first = text.partition("\n")[0]
+    return config_from_dict(read_yaml(text, str(path)), source=str(path),
+                            written_by=first.removeprefix(_WRITTEN_BY) if first.startswith(_WRITTEN_BY) else None)
 
 
 def dotted_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
@@ -110,11 +143,12 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: the recipe is its own base")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     except OSError as error:
         raise ConfigError(f"--recipe {path}: {error}") from None
+    values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of sections, found {type(values).__name__}")
     base = values.pop("base", None)
@@ -139,10 +173,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected section.field=value")
     if name not in dotted_names():
         raise ConfigError(_unknown(f"--set {name}", name))
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+    value = read_yaml(text, f"--set {override}: the value")
     *sections, leaf = name.split(".")
     target = values
     for section in sections:
@@ -159,12 +190,19 @@ def _unknown(where: str, name: str) -> str:
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
+    name, message = name_and_message(problem)
     if problem["type"] == "extra_forbidden":
         return _unknown(name, name)
     if problem["type"] == "missing":
         return f"{name}: must be set"
-    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{name}: {message}" if name else message
-    return f"{name}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name}={_shown(problem['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as its reader wrote it: a recipe's numbers come as text."""
+    try:
+        return str(value) if isinstance(value, str) and float(value) is not None else repr(value)
+    except ValueError:
+        return repr(value)

@@ -76,6 +76,8 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate grows to lr, linearly")
     min_lr: float = Field(0.0, ge=0, description="where linear and cosine end")
+    schedule_steps: int | None = Field(None, gt=0, description="where linear and cosine end, as a step; train.max_steps if left "
+                                                               "out")
     ema_decays: tuple[_Fraction, ...] = Field((0.9999,), min_length=1, description="of the moving averages of the weights, kept "
                                               "side by side; the first is the one that samples are drawn from")
     ema_warmup: bool = Field(False, description="let these decays grow from 0.18, min(decay, (1 + t) / (10 + t)) at update t: "
@@ -91,10 +93,10 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _averages_differ(self) -> OptimizerConfig:
-        for field in ("ema_decays", "ema_power_lengths"):
-            values = getattr(self, field)
+        for name in ("ema_decays", "ema_power_lengths"):
+            values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{field}={list(values)} holds one average twice: every name can stand for one only")
+                raise ValueError(f"{name}={list(values)} holds one average twice: every name can stand for one only")
         if len(self.averages) < len(self.ema_decays) + len(self.ema_power_lengths):
             raise ValueError(f"ema_decays={list(self.ema_decays)}, ema_power_lengths={list(self.ema_power_lengths)}: the names "
                              f"{', '.join(self.averages)} keep six digits, and two are the same: take values that differ in these")

@@ -18,7 +18,7 @@ from promoe_ds.config.parallel import FOREIGN_DISPATCH, TOKENS_CHOOSE, ParallelC
 from promoe_ds.config.precision import PrecisionConfig, fp8_multiple
 from promoe_ds.config.presets import PRESETS
 from promoe_ds.config.routing import RoutingConfig
-from promoe_ds.config.section import Section
+from promoe_ds.config.section import Section, Switch
 from promoe_ds.config.supervision import SupervisionConfig
 
 #: Grouped GEMM wants rows of a multiple of 16 bytes: eight numbers of bf16.
@@ -81,7 +81,8 @@ class TrainConfig(Section):
 
     global_batch_size: int = Field(256, gt=0, description="samples per optimizer step, over all ranks")
     micro_batch_size: int | None = Field(None, gt=0, description="per rank and pass; global / ranks if left out")
-    max_steps: int = Field(gt=0, description="optimizer steps; the schedule ends there")
+    max_steps: int = Field(gt=0, description="optimizer steps; the schedule ends there, unless "
+                                                  "optimizer.schedule_steps says where")
     stop_after_steps: int | None = Field(None, gt=0, description="end this process after so many steps, as an "
                                                                  "interruption would; the schedule is unchanged")
     log_every: int = Field(50, gt=0, description="steps between lines of metrics.jsonl and routing.jsonl")
@@ -96,13 +97,13 @@ class TrainConfig(Section):
 class LoggingConfig(Section):
     """What is recorded beside metrics.jsonl."""
 
-    tensorboard: Literal["auto", True, False] = Field("auto", description="auto: on where it is installed")
+    tensorboard: Switch = Field("auto", description="auto: on where it is installed")
     wandb: bool = Field(False, description="also to Weights & Biases, under its own environment variables")
     wandb_project: str = Field("promoe_ds", min_length=1, description="where wandb puts the run")
     timestep_bins: int = Field(10, gt=0, description="equal bins of sigma in routing.jsonl")
-    class_counts: Literal["auto", True, False] = Field("auto", description="tokens by class and expert in routing.jsonl; auto: "
+    class_counts: Switch = Field("auto", description="tokens by class and expert in routing.jsonl; auto: "
                                                        "where the table is small")
-    position_counts: Literal["auto", True, False] = Field("auto", description="tokens by patch and expert; auto: likewise")
+    position_counts: Switch = Field("auto", description="tokens by patch and expert; auto: likewise")
     counts_every: int | None = Field(None, gt=0, description="log intervals that one table by class or patch covers, and from one "
                                      "E x E matrix to the next; left out: 1 for up to 1,024 cells, else 20")
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.config.yaml_text import read_yaml
 from promoe_ds.errors import ConfigError
 
+_MAP = TypeAdapter(dict[str, list[int]])
 _PACKAGED = Path(__file__).parents[1] / "recipes" / "superclasses"
 
 
@@ -50,14 +52,11 @@ def _read(name: str) -> dict[str, list[int]]:
     packaged = _PACKAGED / f"{name}.yaml"
     path = packaged if packaged.is_file() else Path(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        return _MAP.validate_python(read_yaml(path.read_text(encoding="utf-8-sig"), "the file"))
+    except ValidationError:
+        raise ConfigError(f"routing.superclass_map={name}: expected superclass names with lists of class numbers, e.g. "
+                          "animals: [0, 1, 5]") from None
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         packaged_names = ", ".join(sorted(path.stem for path in _PACKAGED.glob("*.yaml")))
         raise ConfigError(f"routing.superclass_map={name} is no packaged map ({packaged_names}) and cannot be read as a file: "
-                          f"{reason}") from None
-    fits = isinstance(values, dict) and all(isinstance(m, list) and all(type(x) is int for x in m) for m in values.values())
-    if not fits:
-        raise ConfigError(f"routing.superclass_map={name}: expected superclass names with lists of class numbers, e.g. "
-                          "animals: [0, 1, 5]")
-    return {str(title): members for title, members in values.items()}
+                          f"{error}") from None

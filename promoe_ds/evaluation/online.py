@@ -10,7 +10,7 @@ import torch
 
 from promoe_ds.config import RunConfig
 from promoe_ds.data.vae import Vae
-from promoe_ds.diffusion.sampler import SamplingPlan
+from promoe_ds.diffusion import SamplingPlan, choose_scale
 from promoe_ds.distributed.context import Ranks
 from promoe_ds.distributed.team import Team
 from promoe_ds.errors import ConfigError
@@ -37,6 +37,8 @@ class OnlineEvaluation:
         problem = config.diffusion.sampling_problem(steps=settings.steps)
         if problem:
             raise ConfigError(f"evaluation.{problem}")
+        # The default is no guidance: a recipe that states more asks for it.
+        scale, _ = choose_scale(config, max(settings.cfg_scale, 1.0), "evaluation.cfg_scale")
         self._extractor = load_extractor(settings.extractor, ranks.device)
         self._vae = None
         if not draws_pixels(config):
@@ -52,7 +54,7 @@ class OnlineEvaluation:
         if ranks.is_main:
             warn_of_few(Path("evaluation.samples"), settings.samples, features)
         self._reference = read_reference(opened, self._extractor, self._team, batch_size=settings.batch_size, keep=False)
-        self._plan = SamplingPlan.of(config, steps=settings.steps, cfg_scale=settings.cfg_scale)
+        self._plan = SamplingPlan.of(config, steps=settings.steps, cfg_scale=scale)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Return the figures for this step's log line, NaN where the samples have none; all ranks call this together.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.config import RunConfig
 from promoe_ds.data.vae import Vae
-from promoe_ds.diffusion.sampler import SamplingPlan
+from promoe_ds.diffusion import SamplingPlan, choose_scale
 from promoe_ds.distributed.team import Team, alone, check_device
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.evaluation.images import draws_pixels, make_grid, save_png, to_uint8
@@ -137,8 +136,6 @@ def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
                         ("--ep-size", request.ep_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
-    if request.cfg_scale is not None and not 0 <= request.cfg_scale < math.inf:
-        raise ConfigError(f"--cfg-scale {request.cfg_scale}: must be a number from 0 on; up to 1 there is no guidance")
     if not 0 <= request.seed < 2**63:
         raise ConfigError(f"--seed {request.seed}: must be at least 0 and below 2**63")
     if request.labels == "random":
@@ -156,8 +153,11 @@ def make_plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
     problem = config.diffusion.sampling_problem(solver=request.solver, steps=request.steps)
     if problem:
         raise ConfigError(f"--{problem}")
+    scale, why = choose_scale(config, request.cfg_scale, "--cfg-scale")
+    if why:
+        _LOG.warning("%s", why)
     solver = config.diffusion.solvers[0] if request.solver == "auto" else request.solver
-    return SamplingPlan.of(config, steps=request.steps, cfg_scale=request.cfg_scale, solver=solver)
+    return SamplingPlan.of(config, steps=request.steps, cfg_scale=scale, solver=solver)
 
 
 def _load_vae(request: SampleRequest, config: RunConfig, team: Team) -> Vae | None:

@@ -26,6 +26,7 @@ from promoe_ds.model.state import POSITIONS, check_state
 WEIGHTS_STEM = "model"
 TRAINING_STEM = "training_state"
 CONFIG_FILE = "config.json"
+_FORMAT = 1
 
 
 def save_export(folder: Path, state: Mapping[str, Tensor], config: RunConfig, origin: Mapping[str, Any]) -> None:
@@ -50,7 +51,7 @@ def save_export(folder: Path, state: Mapping[str, Tensor], config: RunConfig, or
 
 def write_export_config(folder: Path, config: RunConfig, origin: Mapping[str, Any]) -> None:
     """Write an export's `config.json`: the resolved config and where the weights come from."""
-    values = {"format": 1, "config": config.model_dump(mode="json"), "origin": dict(origin)}
+    values = {"format": _FORMAT, "config": config.model_dump(mode="json"), "origin": dict(origin)}
     (folder / CONFIG_FILE).write_text(json_text(values, indent=1), encoding="utf-8")
 
 
@@ -61,13 +62,23 @@ def read_export_config(folder: Path) -> RunConfig:
     """
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["config"]
-        return config_from_dict(values, source=str(path))
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if (found := values.get("format", _FORMAT)) != _FORMAT:
+            raise CheckpointError(f"{path}: format {found} is not {_FORMAT}: use the version of promoe_ds that wrote it")
+        return config_from_dict(values["config"], source=str(path), written_by=writer_of(values.get("origin")))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         hint = ""
         if (folder / "checkpoints").is_dir():
             hint = f". It is a run: convert it first, tools/convert_checkpoint.py {folder} EXPORT --to single"
         raise CheckpointError(f"{folder} is no export: {path}: {error}{hint}") from None
+
+
+def writer_of(origin: Any) -> Any:
+    """Return the version of this package that an origin names, None where it names none."""
+    versions = origin.get("versions") if isinstance(origin, dict) else None
+    return versions.get("promoe_ds") if isinstance(versions, dict) else None
 
 
 def read_export_origin(folder: Path) -> dict[str, Any]:

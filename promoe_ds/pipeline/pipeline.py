@@ -19,10 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition, Condition
+from promoe_ds.diffusion.guidance import choose_scale
 from promoe_ds.diffusion.sampler import SamplingPlan, image_generators, initial_noise, sample_latents
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.images import draws_pixels, to_uint8
+from promoe_ds.logs import get_logger
 from promoe_ds.pipeline.transformer import ProMoETransformer2DModel
+
+_LOG = get_logger("pipeline")
 
 #: Which solver of the package a scheduler stands for.
 _SOLVERS = {FlowMatchEulerDiscreteScheduler: "euler", DDPMScheduler: "ddpm", DDIMScheduler: "ddim"}
@@ -51,7 +55,7 @@ class ProMoEPipeline(DiffusionPipeline):
         """Draw one image a label.
 
         Args:
-            num_inference_steps, guidance_scale: the recipe's if left out; guidance as (Ho & Salimans, 2022), none up to 1.
+            num_inference_steps, guidance_scale: the recipe's if left out; guidance as (Ho & Salimans, 2022), 1 is none.
             output_type: "pil", "np" (N, H, W, C in [0, 1]) or "latent" (N, Z, H, W, as the network sees them).
         Raises: ConfigError naming the argument that does not fit the model.
         """
@@ -87,6 +91,9 @@ class ProMoEPipeline(DiffusionPipeline):
         steps = config.sampling.steps if steps is None else steps
         if problem := config.diffusion.sampling_problem(solver=_SOLVERS[kind], steps=steps):
             raise ConfigError(f"num_inference_steps or scheduler: {problem}")
+        scale, why = choose_scale(config, scale, "guidance_scale")
+        if why:
+            _LOG.warning("%s", why)
         return SamplingPlan.of(config, steps=steps, cfg_scale=scale, solver=_SOLVERS[kind],
                                shift=self.scheduler.config.get("shift", 1.0),
                                num_train_timesteps=self.scheduler.config.num_train_timesteps)

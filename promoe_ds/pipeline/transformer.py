@@ -16,6 +16,7 @@ from torch import Tensor
 from promoe_ds.condition import Condition
 from promoe_ds.config import config_from_dict
 from promoe_ds.model import build_model
+from promoe_ds.model.export import writer_of
 
 
 class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
@@ -31,7 +32,7 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         Raises: ConfigError if the config cannot be understood.
         """
         super().__init__()
-        self.run_config = config_from_dict(run, source="the transformer's config.json")
+        self.run_config = config_from_dict(run, source="the transformer's config.json", written_by=writer_of(origin))
         self.denoiser = build_model(self.run_config)
         self.denoiser.reset_positions()
         if (origin or {}).get("own_positions"):

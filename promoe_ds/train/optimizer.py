@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -46,14 +45,3 @@ class AdamWithEma(torch.optim.AdamW):
         for name, average in self.averages.items() if owned else ():
             decay = average.decay_at(self.updates + 1 - self.averages_since.get(name, 0))
             torch._foreach_lerp_([self.state[p][name] for p in owned], owned, 1.0 - decay)
-
-
-def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of step `step` (from 0): linear warm-up, then the schedule, by step alone."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
-    remaining = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.min_lr + (config.lr - config.min_lr) * remaining

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import yaml
-
 from promoe_ds.checkpoint.load import differing_fields
 from promoe_ds.checkpoint.manifest import list_checkpoints
-from promoe_ds.config import RunConfig, config_from_dict
+from promoe_ds.config import RunConfig
+from promoe_ds.config.loader import read_saved, saved_text
 from promoe_ds.distributed.context import Ranks, from_main
-from promoe_ds.errors import CheckpointError, PromoeError
+from promoe_ds.errors import CheckpointError, ConfigError, PromoeError
 from promoe_ds.launch.heartbeat import DUMP_FOLDER, LAUNCH_FOLDER, attempt_folder, leave_note
 from promoe_ds.launch.lock import LAUNCHER_LOCK, TRAINING_LOCK, locked, wait_until_free
 from promoe_ds.logs import configure_logging, get_logger
@@ -79,18 +78,16 @@ def _open(run_dir: Path, config: RunConfig, resume: str) -> None:
         if resume == "none":
             raise CheckpointError(f"--run-dir {run_dir} already holds a run and --resume none would overwrite it: use "
                                   "--resume auto to continue it, or another directory")
-        differing = differing_fields(_read_saved(saved).model_dump(mode="json"), config, architecture_only=False)
+        try:
+            before = read_saved(saved)
+        except ConfigError as error:
+            raise CheckpointError(f"{saved} is damaged, or of another version: {error}. A checkpoint's manifest.json has the "
+                                  "config, too") from None
+        differing = differing_fields(before.model_dump(mode="json"), config, architecture_only=False)
         if differing:
             raise CheckpointError(f"--run-dir {run_dir} already holds another run: {'; '.join(differing)}. To continue "
                                   f"it with other settings, branch: --resume {run_dir} --run-dir NEW")
     (run_dir / "checkpoints").mkdir(exist_ok=True)
     temporary = saved.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    temporary.write_text(saved_text(config), encoding="utf-8")
     temporary.replace(saved)
-
-
-def _read_saved(path: Path) -> RunConfig:
-    try:
-        return config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): restore it from a checkpoint's manifest.json") from None

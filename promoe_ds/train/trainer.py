@@ -22,6 +22,7 @@ from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.backends.te_support import require_transformer_engine
 from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig, plan_batches
+from promoe_ds.config.schedule import learning_rate
 from promoe_ds.data import LatentDataset
 from promoe_ds.distributed.context import Ranks
 from promoe_ds.distributed.host_topology import check_placement
@@ -31,7 +32,7 @@ from promoe_ds.model.dit import DiT
 from promoe_ds.train.clipping import clip_gradients, global_grad_norm
 from promoe_ds.train.health import HealthWatch, agree
 from promoe_ds.train.loader import BatchLoader, Place
-from promoe_ds.train.optimizer import AdamWithEma, learning_rate
+from promoe_ds.train.optimizer import AdamWithEma
 from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids
 from promoe_ds.train.routing_log import RoutingAccumulator
 from promoe_ds.train.step import StepResult, TrainingModule, TrainingOutput

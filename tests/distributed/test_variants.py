@@ -24,10 +24,24 @@ VARIANTS = {
 }
 
 
+#: What the DeepSpeed JSON lets through and changes no number, each as it is not by default.
+EVERY_KEY = {
+    "zero_optimization": {
+        "stage": 2, "overlap_comm": True, "reduce_bucket_size": 1e3, "allgather_partitions": False, "allgather_bucket_size": 2,
+        "parameter_alignment": True, "use_multi_rank_bucket_allreduce": False,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False}, "offload_param": None},
+    "communication_data_type": "fp32", "comms_logger": {"enabled": True, "verbose": True, "debug": True},
+    "flops_profiler": {"enabled": False, "profile_step": 2}, "memory_breakdown": True, "dump_state": True, "steps_per_print": 1,
+    "use_data_before_expert_parallelism": True, "zero_allow_untested_optimizer": False, "fp16": {"enabled": False},
+    "wall_clock_breakdown": False, "prescale_gradients": False, "gradient_predivide_factor": 1.0, "train_batch_size": "auto",
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("variants")
     jobs = {name: Job(run_dir=folder / name, overrides=(*EP2, *overrides)) for name, overrides in VARIANTS.items()}
+    jobs["every_key"] = Job(run_dir=folder / "every_key", overrides=EP2, deepspeed=EVERY_KEY)
     assert run_jobs(2, list(jobs.values()), folder) == [""] * len(jobs)
     return {name: job.run_dir for name, job in jobs.items()}
 
@@ -41,6 +55,10 @@ def test_recompute_changes_neither_losses_nor_weights_nor_counts(runs) -> None:
     assert without_times(routing(runs["recompute"])) == without_times(routing(runs["plain"]))
     expected, found = state(runs["plain"]), state(runs["recompute"])
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_deepspeed_keys_that_are_let_through_train_and_change_no_number(runs) -> None:
+    assert _losses(runs["every_key"]) == pytest.approx(_losses(runs["plain"]), rel=1e-5)
 
 
 def test_backend_loop_equals_grouped(runs) -> None:

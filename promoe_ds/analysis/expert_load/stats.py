@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from promoe_ds.analysis.expert_load.log import RoutingLog
-from promoe_ds.config import RunConfig, config_from_dict, training_flops_per_image
+from promoe_ds.config import RunConfig, training_flops_per_image
 from promoe_ds.config.accounting import count_parameters
+from promoe_ds.config.loader import read_saved
 from promoe_ds.errors import PromoeError
 
 #: An expert starves below this part of an even share.
@@ -56,8 +56,8 @@ def read_facts(log: RoutingLog, window: slice) -> RunFacts:
     folder, notes = log.path.parent, []
     config = None
     try:
-        config = config_from_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), source="config.yaml")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, PromoeError) as error:
+        config = read_saved(folder / "config.yaml")
+    except (OSError, PromoeError) as error:
         reason = "is missing" if isinstance(error, OSError) else "cannot be understood"
         notes.append(f"config.yaml {reason}: sizes, and what depends on them (time lost to imbalance), are left out")
     if config is not None and (list(config.moe_block_indices) != log.layers or config.routing.num_experts != log.experts):

@@ -14,6 +14,7 @@ from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.files import json_text
+from promoe_ds.model.export import writer_of
 
 MODEL_INDEX = "model_index.json"
 TRANSFORMER = "transformer"
@@ -69,7 +70,8 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["_class_name"] != _CLASS[1]:
             raise CheckpointError(f"{path}: is of a {values['_class_name']}, not of a {_CLASS[1]}")
-        return config_from_dict(values["run"], source=str(path)), dict(values.get("origin") or {})
+        origin = dict(values.get("origin") or {})
+        return config_from_dict(values["run"], source=str(path), written_by=writer_of(origin)), origin
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
 

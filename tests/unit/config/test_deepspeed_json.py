@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from promoe_ds.config import DeepSpeedPlan, plan_batches, read_deepspeed_json, resolve_deepspeed
+from promoe_ds.config import DeepSpeedPlan, deepspeed_json, plan_batches, read_deepspeed_json, resolve_deepspeed
+from promoe_ds.config.loader import dotted_names
 from promoe_ds.errors import ConfigError
 
 from ..builders import small_config
@@ -45,8 +48,8 @@ def test_json_plain_object_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [
     ('{"a": 1 // why\n}', "is not strict JSON: .*line 1"),
     ('{\n"a": 1,\n/* why */ "b": 2}', "is not strict JSON: .*line 3"),
-    ('{"a": 1, "a": 2}', "is not strict JSON: the key 'a' stands twice"),
-    ('{"zero": {"stage": 1, "stage": 2}}', "is not strict JSON: the key 'stage' stands twice"),
+    ('{"a": 1, "a": 2}', "is not strict JSON: the key 'a' is given twice"),
+    ('{"zero": {"stage": 1, "stage": 2}}', "is not strict JSON: the key 'stage' is given twice"),
     ('{"a": NaN}', "is not strict JSON: NaN is no JSON value"),
     ('{"a": Infinity}', "is not strict JSON: Infinity is no JSON value"),
     ('{"a": -Infinity}', "is not strict JSON: -Infinity is no JSON value"),
@@ -159,32 +162,6 @@ def test_unknown_key_is_refused_with_the_nearest_name(values: dict[str, Any], me
         resolve(values)
 
 
-@pytest.mark.parametrize(("values", "where"), [
-    ({**ZERO2, "comms_logger": {"verbose": "auto"}}, "comms_logger.verbose"),
-    ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
-    ({**ZERO2, "steps_per_print": "auto"}, "steps_per_print"),
-])
-def test_auto_elsewhere_is_refused(values: dict[str, Any], where: str) -> None:
-    with raises_saying(f'ds.json: "auto" has no meaning for {where}; only for train_batch_size'):
-        resolve(values)
-
-
-@pytest.mark.parametrize("stage", [3, -1, "auto", None, [2]])
-def test_zero_stage_three_or_nonsense_is_refused(stage: Any) -> None:
-    with raises_saying(f"ds.json: zero_optimization.stage={stage} is not supported: DeepSpeed refuses expert parallelism under "
-                 "ZeRO 3; use 0, 1 or 2"):
-        resolve({"zero_optimization": {"stage": stage}})
-
-
-@pytest.mark.parametrize(("key", "value"), [
-    ("round_robin_gradients", True), ("offload_param", {"device": "cpu"}), ("offload_optimizer", {"device": "nvme"}),
-    ("offload_optimizer", {"device": "cpu", "ratio": 0.5}), ("offload_optimizer", True),
-])
-def test_zero_option_that_scatters_shards_is_refused(key: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"ds.json: zero_optimization.{key}.* is not supported"):
-        resolve({"zero_optimization": {"stage": 2, key: value}})
-
-
 def test_zero_offloaded_optimizer_is_taken_with_shards_only() -> None:
     section = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
     plan = resolve({"zero_optimization": {"stage": 1, **section}})
@@ -214,10 +191,6 @@ def test_precision_left_open_by_both_is_refused() -> None:
         resolve({**ZERO2, "bf16": {"enabled": "auto"}})
 
 
-def test_zero_round_robin_switched_off_is_taken() -> None:
-    assert resolve({"zero_optimization": {"stage": 2, "round_robin_gradients": False}}).zero_stage == 2
-
-
 @pytest.mark.parametrize(("key", "section", "owner"), [
     ("fp16", {"enabled": True}, "bf16 in this file: fp16 loss scaling is not supported"),
     ("fp16", {"loss_scale": 0}, "bf16 in this file: fp16 loss scaling is not supported"),
@@ -241,23 +214,130 @@ def test_bf16_under_zero_stage_zero_is_refused() -> None:
         resolve({"bf16": {"enabled": True}})
 
 
-def test_bf16_under_its_old_name_is_not_taken_for_fp32() -> None:
-    # DeepSpeed still reads `bfloat16` (runtime/precision_config.py, BFLOAT16_OLD): the engine would train in bf16.
+@pytest.mark.parametrize("key", ["amp", "bfloat16"])
+def test_precision_by_another_name_is_refused(key: str) -> None:
+    with raises_saying(f"ds.json: {key} does not belong here"):
+        resolve({**ZERO2, key: {"enabled": True}})
+
+
+# Types and ranges.
+
+#: Every key that is let through, with what its value may become and values that are taken.
+KEYS: dict[str, tuple[tuple[type, ...], list[Any]]] = {
+    "train_batch_size": ((int,), ["auto", 12, 12.0]), "train_micro_batch_size_per_gpu": ((int,), ["auto", 3]),
+    "gradient_accumulation_steps": ((int,), ["auto", 2]), "gradient_clipping": ((float,), ["auto", 0.5]),
+    "zero_optimization.stage": ((int,), [1, 2, 2.0]), "zero_optimization.contiguous_gradients": ((bool,), [False]),
+    "zero_optimization.overlap_comm": ((bool, type(None)), [True, None]), "zero_optimization.reduce_scatter": ((bool,), [False]),
+    "zero_optimization.reduce_bucket_size": ((int,), [1, 5e8]), "zero_optimization.allgather_partitions": ((bool,), [False]),
+    "zero_optimization.allgather_bucket_size": ((int,), [2, 5e8]),
+    "zero_optimization.parameter_alignment": ((bool,), [True]), "zero_optimization.round_robin_gradients": ((bool,), [False]),
+    "zero_optimization.offload_optimizer.device": ((str,), ["cpu", "none"]),
+    "zero_optimization.offload_param": ((type(None),), [None]),
+    "zero_optimization.use_multi_rank_bucket_allreduce": ((bool,), [False]), "bf16.enabled": ((bool,), [True, False]),
+    "communication_data_type": ((str, type(None)), ["fp16", "bf16", "fp32", None]),
+    "seq_parallel_communication_data_type": ((str, type(None)), ["fp16"]), "prescale_gradients": ((bool,), [False]),
+    "gradient_predivide_factor": ((float,), [1.0, 1]), "use_data_before_expert_parallelism": ((bool,), [True]),
+    "comms_logger.enabled": ((bool,), [True]), "comms_logger.prof_all": ((bool,), [False]),
+    "comms_logger.prof_ops": ((list,), [["all_reduce"]]), "comms_logger.verbose": ((bool,), [True]),
+    "comms_logger.debug": ((bool,), [True]), "wall_clock_breakdown": ((bool,), [False]), "memory_breakdown": ((bool,), [True]),
+    "flops_profiler.enabled": ((bool,), [False]), "flops_profiler.recompute_fwd_factor": ((float,), [0.5, 1]),
+    "flops_profiler.profile_step": ((int,), [3]), "flops_profiler.module_depth": ((int,), [-1, 2]),
+    "flops_profiler.top_modules": ((int,), [4]), "flops_profiler.detailed": ((bool,), [False]),
+    "flops_profiler.output_file": ((str, type(None)), ["profile.txt"]), "steps_per_print": ((int, type(None)), [1, None]),
+    "dump_state": ((bool,), [True]), "zero_allow_untested_optimizer": ((bool,), [False]),
+}
+JSON_VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([]), st.just({}), st.just({"enabled": 1}),
+    st.sampled_from(["auto", "5e8", "2", "true", "inf", "float16", 2.0, 0, -1, 10**30, float("inf"), float("nan"), [1], ["a"]]))
+
+
+def stated(key: str, value: Any) -> dict[str, Any]:
+    """Return the smallest file that gives a dotted key this value."""
+    *sections, leaf = key.split(".")
+    values: dict[str, Any] = copy.deepcopy(ZERO2)
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {"device": "cpu"} if section == "offload_optimizer" else {})
+    target[leaf] = value
+    return values
+
+
+def found(plan: DeepSpeedPlan, key: str) -> Any:
+    target: Any = plan.json
+    for part in key.split("."):
+        target = target.get(part, "left out")
+        if target == "left out":
+            return None
+    return target
+
+
+def test_types_list_holds_every_key() -> None:
+    nested = {"zero_optimization.offload_optimizer": "zero_optimization.offload_optimizer.device"}
+    assert {nested.get(name, name) for name in dotted_names(deepspeed_json._File)} == set(KEYS)
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, (_, values) in KEYS.items() for value in values])
+def test_types_value_that_fits_is_taken(key: str, value: Any) -> None:
+    allowed = (*KEYS[key][0], type(None)) if value == "none" else KEYS[key][0]
+    assert type(found(resolve(stated(key, value)), key)) in allowed
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(key=st.sampled_from(sorted(KEYS)), value=JSON_VALUES)
+def test_types_any_json_value_is_taken_as_its_type_or_refused_by_name(key: str, value: Any) -> None:
     try:
-        plan = resolve({**ZERO2, "bfloat16": {"enabled": True}})
-    except ConfigError:
+        plan = resolve(stated(key, value))
+    except ConfigError as error:
+        assert key in str(error)
         return
-    assert plan.precision == "bf16"
+    # A device of "none" is no offloading: the key is gone.
+    assert type(found(plan, key)) in KEYS[key][0] or value == "none" or value in ({}, []), value
+    json.dumps(plan.json, allow_nan=False)
 
 
-def test_amp_switched_on_is_refused() -> None:
-    # DeepSpeed would hand model and optimizer to apex.amp.
-    with pytest.raises(ConfigError, match="amp"):
-        resolve({**ZERO2, "amp": {"enabled": True}})
+@pytest.mark.parametrize(("key", "value"), [
+    ("zero_optimization.stage", "2"), ("zero_optimization.stage", True), ("zero_optimization.stage", 3),
+    ("zero_optimization.reduce_bucket_size", "5e8"), ("zero_optimization.reduce_bucket_size", 0),
+    ("zero_optimization.reduce_bucket_size", 2**62), ("zero_optimization.allgather_bucket_size", 3),
+    ("zero_optimization.allgather_bucket_size", 1e999), ("zero_optimization.offload_param", {"device": "cpu"}),
+    ("zero_optimization.round_robin_gradients", True), ("zero_optimization.offload_optimizer.device", "nvme"),
+    ("zero_optimization.offload_optimizer.ratio", 0.5), ("communication_data_type", "float16"), ("comms_logger", "on"),
+    ("wall_clock_breakdown", True), ("flops_profiler.enabled", True), ("steps_per_print", 0), ("train_batch_size", "12"),
+    ("train_batch_size", True), ("gradient_clipping", -1.0), ("prescale_gradients", True), ("zero_optimization", None),
+    ("bf16", [1]), ("memory_breakdown", 1), ("memory_breakdown", "auto"), ("gradient_predivide_factor", 2.0),
+])
+def test_types_value_that_cannot_be_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"ds.json: {key}")):
+        resolve(stated(key, value))
 
 
-@pytest.mark.parametrize("key", ["zero_optimization", "bf16"])
-@pytest.mark.parametrize("value", [5, None, [1]])
-def test_section_that_is_no_object_is_refused(key: str, value: Any) -> None:
-    with raises_saying(f"ds.json: {key} must be an object, found {value!r}"):
-        resolve({key: value})
+@pytest.mark.parametrize(("stage", "key", "ep_size", "fits"), [
+    (2, "contiguous_gradients", 2, False), (1, "contiguous_gradients", 2, True), (2, "contiguous_gradients", 1, True),
+    (1, "reduce_scatter", 2, False), (2, "reduce_scatter", 2, False), (2, "reduce_scatter", 1, True),
+    (0, "reduce_scatter", 2, True),
+])
+def test_zero_what_deepspeed_refuses_for_sharded_experts_is_refused_before(stage: int, key: str, ep_size: int, fits: bool) -> None:
+    values = {"zero_optimization": {"stage": stage, key: False}}
+    if fits:
+        assert resolve(values, parallel={"ep_size": ep_size}).json["zero_optimization"][key] is False
+        return
+    with raises_saying(f"ds.json: zero_optimization.{key}=false"):
+        resolve(values, parallel={"ep_size": ep_size})
+
+
+def test_zero_offload_to_none_is_no_offload() -> None:
+    section = {"device": "none"}
+    plan = resolve({"zero_optimization": {"stage": 0, "offload_optimizer": section, "offload_param": section}})
+    assert (plan.offloads, plan.json["zero_optimization"]) == (False, {"stage": 0})
+
+
+@pytest.mark.parametrize(("text", "line"), [('{"a": 1,\n}', 1), ('{"a": 1,\n// b\n"c": 2}', 2), ('{\n"a": [1,\n],}', 2)])
+def test_json_comment_or_trailing_comma_is_explained_with_its_line(tmp_path: Path, text: str, line: int) -> None:
+    with pytest.raises(ConfigError, match=rf"line [{line}{line + 1}].*comment"):
+        read(tmp_path, text)
+
+
+def test_json_byte_order_mark_is_no_matter_and_depth_no_traceback(tmp_path: Path) -> None:
+    assert read(tmp_path, '\ufeff{"a": 1}') == {"a": 1}
+    with raises_saying("is not strict JSON"):
+        read(tmp_path, "[" * 100_000)

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from promoe_ds.config import RunConfig, config_from_dict, list_recipes, load_config
-from promoe_ds.config.loader import dotted_names, nearest_name
+from promoe_ds.config.loader import dotted_names, nearest_name, read_saved, saved_text
 from promoe_ds.errors import ConfigError
 
 from ..builders import packaged_config, small_config, small_values
@@ -140,7 +142,7 @@ def test_loader_section_without_values_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("override", "value"), [
-    ("optimizer.lr=1e-4", 1e-4),  # YAML 1.1 reads this as a string
+    ("optimizer.lr=1e-4", 1e-4),
     ("optimizer.lr=1.5e-3", 1.5e-3),
     ("optimizer.lr=1", 1.0),
     ("train.stop_after_steps=null", None),
@@ -170,6 +172,73 @@ def test_set_value_is_read_as_yaml(override: str, value: object) -> None:
 def test_set_tensorboard_takes_auto_on_and_off(text: str, value: object) -> None:
     # YAML 1.1 reads a bare `on` or `off` as a boolean.
     assert load_config(RECIPE, [f"logging.tensorboard={text}"]).logging.tensorboard is value
+
+
+@pytest.mark.parametrize(("override", "value"), [
+    ("train.max_steps=0100", 100), ("train.max_steps=007", 7), ("train.max_steps=1_000", 1000), ("optimizer.lr=1e-4", 1e-4),
+    ("optimizer.lr=5E-4", 5e-4), ("evaluation.reference=007", "007"), ("evaluation.reference=2024-01-01", "2024-01-01"),
+    ("evaluation.reference=1:30", "1:30"),
+    ("evaluation.reference=on", "on"), ("evaluation.reference=1e-4", "1e-4"), ("evaluation.reference=0x10", "0x10"),
+    ("evaluation.reference=null", None),
+    ("evaluation.reference='null'", "null"), ("name=2024", "2024"), ("logging.wandb_project=true", "true"),
+    ("model.qk_norm=on", True),
+])
+def test_value_means_what_its_fields_type_says_after_set_and_in_a_recipe(tmp_path: Path, override: str, value: object) -> None:
+    name, _, text = override.partition("=")
+    section, _, field = name.rpartition(".")
+    line = f"{section}:\n  {field}: {text}\n" if section else f"{field}: {text}\n"
+    path = write(tmp_path, "r.yaml", f"base: digits_promoe\n{line}")
+    for config in (load_config(RECIPE, [override]), load_config(path)):
+        found = getattr(getattr(config, section) if section else config, field)
+        assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("override", [
+    "train.max_steps=1:30", "train.max_steps=true", "train.max_steps=2024-01-01", "train.max_steps=1.5", "train.max_steps=0x10",
+    "optimizer.lr=1:30", "optimizer.lr=.inf", "optimizer.lr=inf", "optimizer.lr=on", "model.qk_norm=2", "logging.tensorboard=maybe",
+    "optimizer.betas=[0.9, on]", "train.seed=!!int x", "evaluation.reference=*a", "evaluation.reference=!!timestamp 2024-99-01",
+])
+def test_value_of_another_type_is_refused_by_name(override: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(override.partition("=")[0])):
+        load_config(RECIPE, [override])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(name=st.sampled_from(dotted_names()), text=st.one_of(
+    st.text(max_size=6), st.integers().map(str), st.floats().map(str), st.dates().map(str), st.times().map(str),
+    st.sampled_from(["on", "no", "0o17", "010", "[1, a]", "{a: 1}", "~", "1e-4", "&a [*a]", "- 1", "<<", "=", "!!binary x"])))
+def test_set_any_text_is_of_the_fields_type_or_refused(name: str, text: str) -> None:
+    try:
+        config = load_config(RECIPE, [f"{name}={text}"])
+    except ConfigError:
+        return
+    assert config_from_dict(config.model_dump(mode="json"), source="saved") == config
+
+
+@pytest.mark.parametrize("text", ["train: {seed: 1, seed: 2}\n", "model: {}\nmodel: {}\n", "[" * 600, "a: !!int x\n",
+                                  "a: &x [*x]\n"])
+def test_recipe_key_twice_depth_or_tag_is_no_traceback(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "r.yaml"))):
+        load_config(write(tmp_path, "r.yaml", text))
+
+
+def test_config_true_is_no_number() -> None:
+    for section, field in (("train", "seed"), ("optimizer", "lr"), ("optimizer", "betas")):
+        with pytest.raises(ConfigError, match=rf"{section}\.{field}"):
+            config_from_dict(small_values(**{section: {field: [True, 0.5] if field == "betas" else True}}), source="saved")
+
+
+def test_saved_config_is_read_again_and_a_newer_one_says_so(tmp_path: Path) -> None:
+    config = load_config(RECIPE, ["name=2024", "evaluation.reference=007", "logging.tensorboard=off", "optimizer.eps=1e-12"])
+    path = write(tmp_path, "config.yaml", saved_text(config))
+    assert read_saved(path) == config
+    first, _, rest = path.read_text().partition("\n")
+    write(tmp_path, "config.yaml", f"# promoe_ds 99.0\nfuture: 1\n{rest}")
+    with pytest.raises(ConfigError, match=r"99\.0"):
+        read_saved(path)
+    write(tmp_path, "config.yaml", f"{first}\nfuture: 1\n{rest}")
+    with pytest.raises(ConfigError, match=r"future: no such field"):
+        read_saved(path)
 
 
 def test_set_path_with_equals_sign_keeps_it() -> None:

@@ -57,7 +57,7 @@ def test_map_that_does_not_fit_the_model_is_refused(tmp_path: Path, text: str, m
 
 
 @pytest.mark.parametrize("text", ["", "- [0, 1]\n- [2]\n", "just words", "low: 3\nhigh: [4]\n", "low: [0, true]\n",
-                                  "low: [0, 1.0]\n", "low: ['0']\n", "low: {a: 1}\n", "low: null\n"])
+                                  "low: [0, 1.5]\n", "low: [0, 1:30]\n", "low: {a: 1}\n", "low: null\n"])
 def test_map_that_is_no_mapping_to_lists_of_numbers_is_refused(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(ConfigError, match=re.escape(

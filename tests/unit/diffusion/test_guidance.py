@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
-from promoe_ds.diffusion.guidance import guided
+from promoe_ds.diffusion.guidance import choose_scale, guided
+from promoe_ds.errors import ConfigError
 
-from ..builders import random_tensor
+from ..builders import random_tensor, small_config
 
 NULL = 10
 
@@ -78,3 +79,20 @@ def test_guidance_of_null_labels_changes_nothing() -> None:
     labels = torch.full((3,), NULL)
     result = guided(Recorder(), latents, timestep, ClassCondition(labels, NULL), scale=3.0, channels=2)
     assert torch.equal(result, Recorder.answer(latents, timestep, labels))
+
+
+@pytest.mark.parametrize(("dropout", "recipe", "asked", "scale", "reason"), [
+    (0.1, 1.5, None, 1.5, False), (0.1, 1.5, 4.0, 4.0, False), (0.1, 0.0, None, 0.0, False), (0.0, 1.5, None, 1.0, True),
+    (1.0, 1.5, None, 1.0, True), (0.0, 1.0, None, 1.0, False), (0.0, 1.5, 1.0, 1.0, False),
+])
+def test_scale_is_the_recipes_unless_the_null_label_is_untrained(dropout, recipe, asked, scale, reason) -> None:
+    config = small_config(diffusion={"label_dropout": dropout}, sampling={"cfg_scale": recipe})
+    found, why = choose_scale(config, asked, "--cfg-scale")
+    assert (found, "label_dropout" in why) == (scale, reason)
+
+
+@pytest.mark.parametrize(("dropout", "asked"), [(0.0, 1.5), (1.0, 2.0), (0.1, 0.5), (0.1, 0.0), (0.1, -1.0), (0.1, float("nan")),
+                                                (0.1, float("inf"))])
+def test_scale_that_cannot_be_is_refused_by_name(dropout: float, asked: float) -> None:
+    with pytest.raises(ConfigError, match="--cfg-scale"):
+        choose_scale(small_config(diffusion={"label_dropout": dropout}), asked, "--cfg-scale")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from promoe_ds import ProMoEPipeline, ProMoETransformer2DModel
+from promoe_ds.distributed.context import Ranks
 from promoe_ds.errors import ConfigError
+from promoe_ds.evaluation.online import OnlineEvaluation
+from promoe_ds.evaluation.sample_job import SampleRequest, make_plan
 
 from ..builders import small_config
 
@@ -35,3 +39,17 @@ def test_pipeline_with_a_vae_that_shifts_its_latents_is_refused() -> None:
     pipeline = make_pipeline(vae, data={"dataset": "latents", "latent_scale": 0.5})
     with pytest.raises(ConfigError, match=re.escape("vae: shifts its latents by shift_factor=0.1159")):
         pipeline([0], num_inference_steps=2)
+
+
+def test_guidance_by_an_untrained_label_is_refused_where_it_is_asked_for_and_off_where_not() -> None:
+    pipeline = make_pipeline(diffusion={"label_dropout": 0.0})
+    with pytest.raises(ConfigError, match=r"guidance_scale.*label_dropout"):
+        pipeline([0], num_inference_steps=2, guidance_scale=1.5)
+    assert pipeline._plan(2, None).cfg_scale == 1.0
+    config = small_config(diffusion={"label_dropout": 0.0}, evaluation={"cfg_scale": 1.5})
+    with pytest.raises(ConfigError, match=r"evaluation\.cfg_scale.*label_dropout"):
+        OnlineEvaluation(config, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+    request = {"model": Path("m"), "out": Path("o")}
+    assert make_plan(SampleRequest(**request), config).cfg_scale == 1.0
+    with pytest.raises(ConfigError, match=r"--cfg-scale.*label_dropout"):
+        make_plan(SampleRequest(**request, cfg_scale=1.5), config)

@@ -46,7 +46,7 @@ def draw(export: Path, **request: Any) -> Tensor:
 
 @pytest.mark.parametrize(("diffusion", "request_", "expected"), [
     (FLOW, {}, ("euler", 7, 2.0)), (FLOW, {"solver": "auto"}, ("euler", 7, 2.0)), (FLOW, {"steps": 2000}, ("euler", 2000, 2.0)),
-    (DDPM, {}, ("ddpm", 7, 2.0)), (DDPM, {"solver": "ddim", "steps": 5, "cfg_scale": 0.0}, ("ddim", 5, 0.0)),
+    (DDPM, {}, ("ddpm", 7, 2.0)), (DDPM, {"solver": "ddim", "steps": 5, "cfg_scale": 1.0}, ("ddim", 5, 1.0)),
 ])
 def test_sampling_plan_is_the_recipes_unless_asked_otherwise(tmp_path, monkeypatch, diffusion, request_, expected) -> None:
     plans = []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from promoe_ds.checkpoint.load import _tell_changes, differing_fields
+from promoe_ds.checkpoint.load import FREE_FIELDS, _changed_schedule, _report_changes, differing_fields
 from promoe_ds.checkpoint.manifest import Layout, Manifest
+from promoe_ds.config.loader import dotted_names
+from promoe_ds.config.schedule import learning_rate
+from promoe_ds.errors import CheckpointError
 
 from ..builders import small_config
 
@@ -66,10 +70,54 @@ def test_changes_that_leave_a_trace_are_told(caplog: pytest.LogCaptureFixture) -
         caplog.clear()
         session = SimpleNamespace(dataset=range(size), config=small_config(data={"latent_scale": scale}),
                                   batches=SimpleNamespace(micro_batch=micro_batch))
-        _tell_changes(session, manifest, **options)
+        _report_changes(session, manifest, manifest.run_config(Path("step_1")), **options)
         return [record.message.split(":")[1].strip() for record in caplog.records]
 
     assert told(100, 1.0, 4, same_run=True) == []
     assert told(90, 0.5, 2, same_run=True) == ["the micro-batch was 4 and is 2", "data.latent_scale was 1 and is 0.5",
                                                "the data set had 100 samples and has 90"]
-    assert told(90, 1.0, 4, same_run=False) == [], "a branch may well have other data"
+    assert told(90, 1.0, 4, same_run=False) == ["settings changed from the checkpoint's"], "a branch may well have other data"
+
+
+COSINE = {"schedule": "cosine", "lr": 1e-3}
+
+
+@pytest.mark.parametrize(("train", "optimizer", "changed"), [
+    ({"max_steps": 20}, {}, True), ({"max_steps": 6}, {}, True), ({"max_steps": 20}, {"schedule_steps": 10}, False),
+    ({}, {"lr": 2e-3}, True), ({}, {"min_lr": 1e-4}, True), ({}, {"warmup_steps": 5}, True), ({}, {"schedule": "linear"}, True),
+    ({"log_every": 2}, {"betas": (0.8, 0.9)}, False),
+])
+def test_schedule_changed_is_reported_with_both_rates_and_the_old_one_comes_back(train, optimizer, changed) -> None:
+    saved = small_config(optimizer=COSINE, train={"max_steps": 10})
+    now = small_config(optimizer={**COSINE, **optimizer}, train={"max_steps": 10, **train})
+    line = _changed_schedule(saved, now, 5)
+    assert bool(line) == changed
+    if changed:
+        before, here = (learning_rate(5, run.train.max_steps, run.optimizer) for run in (saved, now))
+        assert f"{before:.3g}" in line
+        assert f"{here:.3g}" in line
+        kept = dict(each.removeprefix("optimizer.").split("=") for each in line.partition("--set ")[2].split())
+        undone = small_config(optimizer={**now.optimizer.model_dump(), **kept}, train={"max_steps": 10, **train})
+        assert not _changed_schedule(saved, undone, 5)
+
+
+def test_schedule_constant_does_not_care_for_the_end() -> None:
+    assert not _changed_schedule(small_config(train={"max_steps": 10}), small_config(train={"max_steps": 20}), 5)
+
+
+def test_manifest_of_a_newer_version_says_so() -> None:
+    layout = Layout(world_size=1, ep_size=1, dispatch="local", zero_stage=0, precision="fp32")
+    saved = _saved()
+    saved["optimizer"]["momentum_of_tomorrow"] = 1
+    for versions, expected in (({"promoe_ds": "99.1"}, r"99\.1"), ({}, "of_tomorrow"), ({"promoe_ds": None}, "no such field")):
+        manifest = Manifest(step=1, samples_seen=8, layout=layout, config=saved, files={}, versions=versions)
+        with pytest.raises(CheckpointError, match=expected):
+            manifest.run_config(Path("step_1"))
+
+
+def test_free_fields_exist_and_shape_neither_weights_nor_data() -> None:
+    names = {f"{section}.{name}" for section, fields in FREE_FIELDS.items() for name in fields}
+    assert names <= set(dotted_names())
+    assert not {name for name in names if name.startswith(("model.", "routing.", "diffusion.", "optimizer."))} - {
+        "optimizer.schedule_steps"}
+    assert not names & {"train.seed", "train.global_batch_size", "data.dataset", "data.latent_scale", "data.flip"}
