@@ -152,7 +152,10 @@ def _claim(request: EncodeRequest, settings: dict[str, Any]) -> LatentIndex | No
             _LOG.info("%s: complete already", out)
             return index
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                before = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{path} is damaged ({error}): remove the folder to encode anew") from None
             if differing := _differing(before, settings):
                 raise ConfigError(f"--out {out} holds an encoding begun otherwise: {differing}. Choose another folder, or use the "
                                   "same arguments and files")

@@ -92,9 +92,14 @@ def read_index(folder: Path) -> LatentIndex | None:
                                "classes": tuple(values["classes"]), "class_counts": tuple(values["class_counts"]),
                                "skipped": tuple(values["skipped"]),
                                "shards": tuple(ShardRecord(**shard) for shard in values["shards"])})
+        shards = index.shards
+        numbers = [count, *index.shape, *index.class_counts, *(n for shard in shards for n in (shard.count, shard.bytes))]
+        texts = [*index.classes, *index.skipped, *(text for shard in shards for text in (shard.file, shard.checksum))]
+        if wrong := [each for kind, found in ((int, numbers), (str, texts)) for each in found if type(each) is not kind]:
+            raise ValueError(f"{wrong[0]!r} is of another type than what belongs there")
         if index.count != count:
             raise ValueError(f"count is {count}, its shards hold {index.count}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
     for shard in index.shards:
         if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):

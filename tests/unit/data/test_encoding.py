@@ -308,7 +308,9 @@ def test_latents_missing_or_cut_shard_is_named_at_once(made: Path, tmp_path: Pat
         open_set(folder)
 
 
-@pytest.mark.parametrize("change", [{"format": "other"}, {"count": 3}, {"surplus": 1}, {"shards": [{"file": "../x"}]}])
+@pytest.mark.parametrize("change", [
+    {"format": "other"}, {"count": 3}, {"surplus": 1}, {"shards": [{"file": "../x"}]}, {"count": 15.0}, {"count": "15"},
+    {"shape": [8, 4, "4"]}, {"class_counts": [5, True, 5]}, {"classes": [1, 2, 3]}])
 def test_index_that_cannot_be_trusted_is_refused(made: Path, tmp_path: Path, change: dict) -> None:
     folder = copy_of(made / "latents", tmp_path / "copy")
     values = json.loads((folder / "index.json").read_text())
