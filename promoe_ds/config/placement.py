@@ -30,7 +30,7 @@ def read_placement(config: RunConfig) -> tuple[tuple[int, ...], ...]:
         found, layers = values["format"], dict(values["layers"])
     except OSError as error:
         raise ConfigError(f"{where} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{where} is no placement ({type(error).__name__}: {error}): let tools/expert_load.py RUN_DIR "
                           "--placement FILE write one") from None
     if found != FORMAT:

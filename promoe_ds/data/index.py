@@ -92,9 +92,14 @@ def read_index(folder: Path) -> LatentIndex | None:
                                "classes": tuple(values["classes"]), "class_counts": tuple(values["class_counts"]),
                                "skipped": tuple(values["skipped"]),
                                "shards": tuple(ShardRecord(**shard) for shard in values["shards"])})
+        shards = index.shards
+        numbers = [count, *index.shape, *index.class_counts, *(n for shard in shards for n in (shard.count, shard.bytes))]
+        texts = [*index.classes, *index.skipped, *(text for shard in shards for text in (shard.file, shard.checksum))]
+        if wrong := [each for kind, found in ((int, numbers), (str, texts)) for each in found if type(each) is not kind]:
+            raise ValueError(f"{wrong[0]!r} is of another type than what belongs there")
         if index.count != count:
             raise ValueError(f"count is {count}, its shards hold {index.count}")
-        if len(index.shape) != 3 or not all(isinstance(size, int) for size in index.shape):
+        if len(index.shape) != 3:
             raise ValueError(f"shape is {index.shape}")
         if index.vae is not None and not isinstance(index.vae.scaling_factor, int | float | None):
             raise ValueError(f"scaling_factor is {index.vae.scaling_factor!r}")

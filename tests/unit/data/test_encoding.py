@@ -346,6 +346,7 @@ def test_latents_missing_or_cut_shard_is_named_at_once(made: Path, tmp_path: Pat
 @pytest.mark.parametrize("change", [
     {"format": "other"}, {"count": 3}, {"surplus": 1}, {"shards": "../shard-00000.safetensors"}, {"shape": ["2", 4, 4]},
     {"shape": [2]}, {"vae": {"name": "x", "latent_channels": 1, "scaling_factor": "0.5"}}, {"vae": 3}, [], "text", 7, None,
+    {"count": 15.0}, {"count": "15"}, {"shape": [8, 4, "4"]}, {"class_counts": [5, True, 5]}, {"classes": [1, 2, 3]},
 ])
 def test_index_that_cannot_be_trusted_is_refused(made: Path, tmp_path: Path, change: Any) -> None:
     folder = copy_of(made / "latents", tmp_path / "copy")
