@@ -10,7 +10,7 @@ from promoe_ds.errors import DataError, PromoeError
 
 
 def shown(name: str | Path) -> str:
-    """Return a file's name on one line of UTF-8: line breaks and bytes that are no UTF-8 are escaped."""
+    """Return a file's name on one line of UTF-8: line breaks and foreign bytes are escaped."""
     text = str(name)
     return text if text.isprintable() else repr(text)[1:-1]
 
@@ -19,7 +19,8 @@ def shown(name: str | Path) -> str:
 def reading(path: Path, what: str) -> Iterator[None]:
     """Turn whatever a decoder raises into one error.
 
-    Decoders of damaged files raise any kind: IndexError, RuntimeError, struct.error, zlib.error, MemoryError.
+    Decoders of damaged files raise any kind: IndexError, RuntimeError, struct.error, zlib.error,
+    MemoryError.
     Raises: DataError naming the file, what it should be, and the decoder's complaint.
     """
     try:
@@ -28,4 +29,6 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         complaint = next(iter(str(error).splitlines()), "")
-        raise DataError(f"{shown(path)}: not a readable {what} ({type(error).__name__}: {shown(complaint)})") from None
+        raise DataError(
+            f"{shown(path)}: not a readable {what} ({type(error).__name__}: {shown(complaint)})"
+        ) from None

@@ -16,9 +16,22 @@ from promoe_ds.moe.collectives import WaitClock
 from promoe_ds.train.routing_log import RoutingAccumulator
 from promoe_ds.train.step import StepResult
 from promoe_ds.train.supervisor import Supervisor
+from promoe_ds.train.trainer import check_scale
 
-from ..builders import random_network, random_tensor
+from ..builders import random_network, random_tensor, small_config
 from .ranks import ONE_RANK, pretend_one_rank
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(1.0, 0), (0.18, 1), (5.5, 1)])
+def test_latents_of_an_unusual_scale_are_said_by_rank_0(monkeypatch: pytest.MonkeyPatch, scale: float, warned: int) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("promoe_ds.train.trainer._LOG.warning", lambda message, *values: told.append(message % values))
+    dataset = MagicMock(take=lambda indices, positions: (random_tensor(len(indices), 4, 4, 4) * scale, torch.zeros(len(indices))))
+    dataset.__len__.return_value = 50
+    session = SimpleNamespace(config=small_config(), dataset=dataset, samples_seen=70, ranks=ONE_RANK,
+                              batches=SimpleNamespace(global_batch=256))
+    check_scale(session)
+    assert len(told) == warned
 
 
 def test_loop_leaves_an_evaluations_waits_out_of_the_next_interval(monkeypatch: pytest.MonkeyPatch) -> None:
