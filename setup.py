@@ -32,7 +32,7 @@ setup(
         "pydantic>=2.6",
         "pyyaml>=6",
         "numpy>=1.26",
-        "pillow>=10",
+        "pillow>=10.1",
         "tqdm>=4.66",
         "rich>=13",
         "xxhash>=3.4",

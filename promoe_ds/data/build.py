@@ -92,5 +92,6 @@ def build_dataset(config: RunConfig, device: torch.device | None = None) -> Late
     try:
         tree = scan_tree(folder, (NPZ_SUFFIX,))
     except DataError as error:
-        raise DataError(f"data.path={folder}: no *.safetensors shard there, and no tree of {NPZ_SUFFIX} files: {error}") from None
+        raise DataError(f"data.path={folder}: no *.safetensors shard there, and no tree of {NPZ_SUFFIX} files: {error}. "
+                        "docs/inputs.md lists what is read, and converts .npy features") from None
     return NpzLatents(config, tree)

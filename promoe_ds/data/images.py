@@ -1,4 +1,4 @@
-"""Pictures from files: one decoder and one rule for each colour mode, for training and evaluation; and readers of trees.
+"""Pictures from files: one decoder, and one rule for each colour mode, wherever they are read.
 
 Letters: H, W size in pixels, C colour channels.
 """
@@ -15,13 +15,12 @@ from typing import TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
+from promoe_ds.data.listing import image_formats
 from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.trees import Tree, image_formats, scan_tree
+from promoe_ds.data.trees import Tree
+from promoe_ds.data.trees import scan_tree as scan_tree
 from promoe_ds.errors import DataError
 from promoe_ds.logs import get_logger, rank_from_environment
-
-__all__ = ["CorruptFiles", "Tree", "TreeReader", "center_crop", "check_classes", "plain_image", "read_image", "read_picture",
-           "scan_tree"]
 
 _LOG = get_logger("data")
 _T = TypeVar("_T")
@@ -29,14 +28,22 @@ _T = TypeVar("_T")
 #: What `plain_image` notes of a picture that it changed.
 COMPOSED, TURNED = "composed", "turned"
 _GREY = {"1", "L", "LA", "La"}
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-          8: Image.Transpose.ROTATE_90}
-#: Largest values of the ranges that integers and floats of 32 bits are taken for: the first that holds all of a picture's.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+#: Largest values of the ranges that integers and floats of 32 bits are taken for: the first that
+#: holds all of a picture's.
 _RANGES = {"I": (255, 65535), "F": (1, 255)}
 #: By how much of the range floats may leave it: resizing overshoots.
 _OVERSHOOT = 0.01
-#: Pixels from which pictures are decoded one at a time, whatever the number of threads: 4 bytes each, and as many while resized.
+#: Pixels from which pictures are decoded one at a time, whatever the number of threads: 4 bytes
+#: each, and as many while resized.
 _BIG_PIXELS = 2**24
 #: Pixels of a picture enlarged before its square is cut: a thin one would take gigabytes.
 _MAX_ENLARGED = 2**26
@@ -51,14 +58,22 @@ def check_classes(where: Path, count: int, num_classes: int) -> None:
     if count > num_classes:
         raise DataError(f"{shown(where)}: {count} classes, but model.num_classes={num_classes}")
     if count < num_classes and rank_from_environment() == 0:
-        _LOG.warning("%s: %d classes of model.num_classes=%d: the labels from %d on never occur", where, count, num_classes, count)
+        _LOG.warning(
+            "%s: %d classes of model.num_classes=%d: the labels from %d on never occur",
+            where,
+            count,
+            num_classes,
+            count,
+        )
 
 
 def plain_image(image: Image.Image, changes: list[str] | None = None) -> Image.Image:
-    """Return a picture as grey (L) or colour (RGB), upright, by the rule of its mode (docs/inputs.md lists them).
+    """Return a picture as grey (L) or colour (RGB), upright, by the rule of its mode.
 
+    docs/inputs.md lists the rules.
     Args:
-        changes: takes `COMPOSED` if pixels let a white ground through, `TURNED` if EXIF says how the camera was held.
+        changes: takes `COMPOSED` if pixels let a white ground through, `TURNED` if EXIF says how
+            the camera was held.
     Raises: ValueError for values that fit no range; whatever the decoder raises.
     """
     image.load()
@@ -94,7 +109,10 @@ def _scaled(image: Image.Image) -> Image.Image:
     slack, least, most = _OVERSHOOT if image.mode == "F" else 0.0, values.min(), values.max()
     top = next((top for top in ranges if -slack * top <= least and most <= top + slack * top), None)
     if top is None:
-        raise ValueError(f"{image.mode} values {least:g} ... {most:g} fit no range from 0 to {' or '.join(map(str, ranges))}")
+        raise ValueError(
+            f"{image.mode} values {least:g} ... {most:g} fit no range from 0 to "
+            f"{' or '.join(map(str, ranges))}"
+        )
     grey = np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8)
     if isinstance(transparent := image.info.get("transparency"), int):
         grey[values == transparent] = 255
@@ -104,8 +122,8 @@ def _scaled(image: Image.Image) -> Image.Image:
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """Return the central square of an image, (size, size, 3) uint8.
 
-    Source: ADM (Dhariwal & Nichol, 2021), the published code the same: halve by box filter while at least twice too large,
-    then bicubic to the shorter side, then cut.
+    Source: ADM (Dhariwal & Nichol, 2021), the published code the same: halve by box filter while at
+    least twice too large, then bicubic to the shorter side, then cut.
     Raises: ValueError for one so thin that it would not fit in memory once enlarged.
     """
     image = image.convert("RGB")
@@ -114,13 +132,17 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > _MAX_ENLARGED:
-        raise ValueError(f"{image.width} x {image.height} pixels are too thin to be cut to {size} x {size}")
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are too thin to be cut to {size} x {size}"
+        )
     pixels = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top:top + size, left:left + size]
+    return pixels[top : top + size, left : left + size]
 
 
-def read_picture(path: Path, fit: Callable[[Image.Image], _T], changes: list[str] | None = None) -> _T:
+def read_picture(
+    path: Path, fit: Callable[[Image.Image], _T], changes: list[str] | None = None
+) -> _T:
     """Decode a picture, its first frame where there are several, and return what `fit` makes of it.
 
     Raises: DataError naming a file that is no whole image, or has more pixels than Pillow allows.
@@ -155,13 +177,17 @@ class CorruptFiles:
             return
         self.problems[name] = problem
         if len(self.problems) > self._limit:
-            raise DataError(f"{problem}; that makes {len(self.problems)} unreadable files, {self._setting}={self._limit} are "
-                            "allowed: repair or remove them, or raise the limit")
-        _LOG.warning("skipped %s (%d of %s=%d)", problem, len(self.problems), self._setting, self._limit)
+            raise DataError(
+                f"{problem}; that makes {len(self.problems)} unreadable files, "
+                f"{self._setting}={self._limit} are allowed: repair or remove them, or raise it"
+            )
+        _LOG.warning(
+            "skipped %s (%d of %s=%d)", problem, len(self.problems), self._setting, self._limit
+        )
 
 
 class TreeReader:
-    """Reads files of a tree in several threads: Pillow and numpy release Python's lock while they decode."""
+    """Reads files of a tree in several threads: decoders release Python's lock."""
 
     def __init__(self, tree: Tree, read: Callable[[Path], np.ndarray], workers: int) -> None:
         """Read with `read`, which raises DataError for a file that it cannot."""

@@ -11,7 +11,7 @@ from promoe_ds.file_kind import identify
 
 
 def shown(name: str | Path) -> str:
-    """Return a file's name on one line of UTF-8: line breaks and bytes that are no UTF-8 are escaped."""
+    """Return a file's name on one line of UTF-8: line breaks and foreign bytes are escaped."""
     text = str(name)
     return text if text.isprintable() else repr(text)[1:-1]
 

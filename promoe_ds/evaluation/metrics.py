@@ -122,14 +122,8 @@ def _check_possible(request: EvaluateRequest, samples: NpzImages | FolderImages,
         raise ConfigError(f"--metrics is: extractor {request.extractor} returns no logits")
     if opened is None:
         return
-    features = probe.pool.shape[1]
-    check_fits(opened, features, request.extractor)
-    if opened.images is not None and opened.images.height != samples.height:
-        raise DataError(f"{opened.path}: images of {opened.images.height} pixels a side, the samples have {samples.height}: take a "
-                        "reference of that size, or a folder of its images, which is cropped to it")
-    if opened.images is not None and extractor.probe(opened.images.height, opened.images.channels).pool.shape[1] != features:
-        raise DataError(f"{opened.path}: images of {opened.images.channels} channels, the samples have {samples.channels}: the "
-                        f"extractor {request.extractor} cannot compare them")
+    features = check_fits(opened, extractor, size=samples.height, channels=samples.channels,
+                          need_images=bool(_MANIFOLD & set(request.metrics)))
     if {"fid", "sfid"} & set(request.metrics) and team.is_main:
         warn_of_few(request.samples, len(samples), features)
         if opened.pool is None:

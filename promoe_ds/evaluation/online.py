@@ -49,8 +49,7 @@ class OnlineEvaluation:
         size = model.input_size * (1 if self._vae is None else self._vae.identity.downsampling)
         channels = model.in_channels if self._vae is None else 3
         opened = open_reference(Path(settings.reference), size=size, channels=channels)
-        features = self._extractor.probe(size, channels).pool.shape[1]
-        check_fits(opened, features, settings.extractor)
+        features = check_fits(opened, self._extractor, size=size, channels=channels, need_images=False)
         if ranks.is_main:
             warn_of_few(Path("evaluation.samples"), settings.samples, features)
         self._reference = read_reference(opened, self._extractor, self._team, batch_size=settings.batch_size, keep=False)

@@ -77,14 +77,36 @@ def read_reference(opened: OpenReference, extractor: Extractor, team: Team, *, b
     return Reference(pool=pool, spatial=spatial, features_Nd=features_Nd, description=description)
 
 
-def check_fits(opened: OpenReference, features: int, extractor: str) -> None:
-    """Hold what a reference states against the number of features that the extractor gives.
+def check_fits(
+    opened: OpenReference, extractor: Extractor, *, size: int, channels: int, need_images: bool
+) -> int:
+    """Compare what a reference holds with samples of `size` pixels a side and `channels`.
 
-    Raises: DataError if they are another network's.
+    Args:
+        need_images: whether its images are used even where it states statistics.
+    Returns: the number of features that the extractor gives for the samples.
+    Raises: DataError if the reference is another network's, of another size, or of channels that
+        the extractor cannot compare.
     """
+    features, name = extractor.probe(size, channels).pool.shape[1], extractor.identity["name"]
     if opened.pool is not None and len(opened.pool.mean) != features:
-        raise DataError(f"{opened.path}: mu has {len(opened.pool.mean)} features, the extractor {extractor} {features}: they are "
-                        "another network's")
+        raise DataError(
+            f"{opened.path}: mu has {len(opened.pool.mean)} features, the extractor {name} "
+            f"{features}: they are another network's"
+        )
+    if (images := opened.images) is None or not (need_images or opened.pool is None):
+        return features
+    if images.height != size:
+        raise DataError(
+            f"{opened.path}: images of {images.height} pixels a side, the samples have {size}: take "
+            "a reference of that size, or a folder of its images, which is cropped to it"
+        )
+    if extractor.probe(images.height, images.channels).pool.shape[1] != features:
+        raise DataError(
+            f"{opened.path}: images of {images.channels} channels, the samples have {channels}: the "
+            f"extractor {name} cannot compare them"
+        )
+    return features
 
 
 def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None) -> None:

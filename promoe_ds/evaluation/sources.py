@@ -16,8 +16,9 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from promoe_ds.data.images import center_crop, read_picture
+from promoe_ds.data.listing import FileList
 from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.trees import FileList, refuse_splits
+from promoe_ds.data.trees import refuse_splits
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.store import NPZ_FILE, SETTINGS_FILE
 
@@ -25,7 +26,7 @@ _LOCAL_HEADER = 30
 
 
 class NpzImages:
-    """`arr_0` of an npz; mapped where it is stored uncompressed, as numpy and ADM write it, else read whole."""
+    """`arr_0` of an npz; mapped where it is stored uncompressed, as numpy and ADM write it."""
 
     def __init__(self, path: Path) -> None:
         """Open the file.
@@ -44,7 +45,13 @@ class NpzImages:
             remedy = ": leave the fourth channel out"
         elif self._images.dtype != np.uint8:
             remedy = ": scale them to 0 ... 255 and convert them to uint8"
-        if self._images.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3) or 0 in shape:
+        if (
+            self._images.dtype != np.uint8
+            or len(shape) != 4
+            or shape[1] != shape[2]
+            or shape[3] not in (1, 3)
+            or 0 in shape
+        ):
             raise DataError(f"{path}: {self._images.dtype} {shape}, {expected}{remedy}")
 
     def __len__(self) -> int:
@@ -62,34 +69,40 @@ class NpzImages:
 
     def read(self, rows: range) -> np.ndarray:
         """Return images (n, H, H, C) uint8."""
-        return np.array(self._images[rows.start:rows.stop])
+        return np.array(self._images[rows.start : rows.stop])
 
 
 class FolderImages:
-    """Image files at any depth, in the order of their names; those of another size are cropped as ADM does.
+    """Image files at any depth, in the order of their names.
 
-    Where colour is wanted, grey files count as colour; where grey is wanted, files in colour are refused.
+    Those of another size are cropped as ADM does. Where colour is wanted, grey files count as
+    colour; where grey is wanted, files in colour are refused.
     """
 
     def __init__(self, path: Path, size: int | None = None, channels: int | None = None) -> None:
         """List the folder.
 
         Args:
-            size: pixels a side of what is read; that of the first file if left out, which all must share then.
+            size: pixels a side of what is read; that of the first file if left out, which all must
+                share then.
             channels: 1 or 3; those of the first file if left out.
-        Raises: DataError if it holds no image or splits of a data set, or its first file is not square where all must share its
-            size.
+        Raises: DataError if it holds no image or splits of a data set, or its first file is not
+            square where all must share its size.
         """
         self.path = path
         refuse_splits(path)
         # By folder, then by name.
-        self._files = sorted(file for name in FileList(path).names if (file := path / name).name != "grid.png")
+        self._files = sorted(
+            file for name in FileList(path).names if (file := path / name).name != "grid.png"
+        )
         if not self._files:
             raise DataError(f"{path}: no image below it")
         self._crop = size is not None
         mode, (width, height) = read_picture(self._files[0], lambda image: (image.mode, image.size))
         if not self._crop and width != height:
-            raise DataError(f"{shown(self._files[0])}: {width} x {height} pixels, expected square images")
+            raise DataError(
+                f"{shown(self._files[0])}: {width} x {height} pixels, expected square images"
+            )
         self.height = size or height
         self.channels = channels or (1 if mode == "L" else 3)
 
@@ -99,22 +112,31 @@ class FolderImages:
     def read(self, rows: range) -> np.ndarray:
         """Return images (n, H, H, C) uint8.
 
-        Raises: DataError naming a file that cannot be read, is of another size, or in colour where grey is wanted.
+        Raises: DataError naming a file that cannot be read, is of another size, or in colour where
+            grey is wanted.
         """
-        return np.stack([read_picture(file, lambda image, file=file: self._fit(image, file))
-                         for file in self._files[rows.start:rows.stop]])
+        return np.stack(
+            [
+                read_picture(file, lambda image, file=file: self._fit(image, file))
+                for file in self._files[rows.start : rows.stop]
+            ]
+        )
 
     def _fit(self, image: Image.Image, file: Path) -> np.ndarray:
         if self.channels == 1 and image.mode != "L":
-            raise DataError(f"{shown(file)}: is in colour, expected grey as the first file or the samples")
+            raise DataError(
+                f"{shown(file)}: is in colour, expected grey as the first file or the samples"
+            )
         if image.size == (self.height, self.height):
             pixels = np.asarray(image.convert("RGB"))
         elif self._crop:
             pixels = center_crop(image, self.height)
         else:
-            raise DataError(f"{shown(file)}: {image.width} x {image.height} pixels, expected {self.height} x {self.height} as "
-                            f"{shown(self._files[0])}")
-        return pixels[:, :, :self.channels]
+            raise DataError(
+                f"{shown(file)}: {image.width} x {image.height} pixels, expected {self.height} x "
+                f"{self.height} as {shown(self._files[0])}"
+            )
+        return pixels[:, :, : self.channels]
 
 
 def open_samples(path: Path) -> tuple[NpzImages | FolderImages, dict[str, Any] | None]:
@@ -130,8 +152,10 @@ def open_samples(path: Path) -> tuple[NpzImages | FolderImages, dict[str, Any] |
     else:
         images = NpzImages(path)
     if settings is not None and settings.get("num") != len(images):
-        raise DataError(f"{path}: {len(images)} of {settings.get('num')} samples are there: run the sampling again, it goes on "
-                        "where it stopped")
+        raise DataError(
+            f"{path}: {len(images)} of {settings.get('num')} samples are there: run the sampling "
+            "again, it resumes where it stopped"
+        )
     return images, settings
 
 
@@ -146,7 +170,9 @@ def npz_array(path: Path, name: str) -> np.ndarray | None:
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as file:
             version = npy.read_magic(file)
-            shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
+            shape, fortran, dtype = (
+                npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            )(file)
             header = file.tell()
         if dtype.hasobject:
             raise ValueError("it holds Python objects")
@@ -158,7 +184,7 @@ def npz_array(path: Path, name: str) -> np.ndarray | None:
         with path.open("rb") as file:
             file.seek(info.header_offset)
             local = file.read(_LOCAL_HEADER)
-        name_bytes, extra_bytes = (int.from_bytes(local[at:at + 2], "little") for at in (26, 28))
+        name_bytes, extra_bytes = (int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
         start = info.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes + header
         return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
 
@@ -170,5 +196,7 @@ def _settings_beside(path: Path) -> dict[str, Any] | None:
     with reading(file, "record of a sampling job"):
         settings = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
-        raise DataError(f"{file}: is no record of a sampling job: remove it, or draw the samples anew")
+        raise DataError(
+            f"{file}: is no record of a sampling job: remove it, or draw the samples anew"
+        )
     return settings

@@ -177,6 +177,22 @@ def test_latents_only_empty_shards_are_refused(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+def test_fast_dit_features_are_refused_and_train_once_converted_as_documented(tmp_path: Path, monkeypatch) -> None:
+    latents, labels = random_tensor(12, *SHAPE).numpy(), np.arange(12) % 10
+    for folder, values in (("imagenet256_features", latents * np.float32(0.18215)), ("imagenet256_labels", labels)):
+        (tmp_path / "features" / folder).mkdir(parents=True)
+        for number in range(12):
+            np.save(tmp_path / "features" / folder / f"{number}.npy", values[number:number + 1])
+    with raises_saying("found 24 .npy. docs/inputs.md"):
+        open_folder(tmp_path / "features")
+    monkeypatch.chdir(tmp_path)
+    documented = (Path(__file__).parents[3] / "docs" / "inputs.md").read_text(encoding="utf-8")
+    exec(documented.split("```python")[1].split("```")[0].replace("50_000", "5"), {})
+    found, found_labels = open_folder(tmp_path / "latents").take(np.arange(12))
+    torch.testing.assert_close(found, torch.from_numpy(latents))
+    assert found_labels.tolist() == labels.tolist()
+
+
 # Synthetic.
 
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from promoe_ds.data.listing import FileList, image_suffixes
 from promoe_ds.data.reading import shown
-from promoe_ds.data.trees import FileList, image_suffixes, scan_tree
+from promoe_ds.data.trees import scan_tree
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.sources import FolderImages
 
@@ -47,7 +48,7 @@ def plant(root: Path, entries: dict[str, str]) -> Path:
 
 @pytest.fixture
 def told(monkeypatch) -> list[str]:
-    lines: list[str] = []
+    lines: list[str] = []  # listing and trees share one logger
     monkeypatch.setattr("promoe_ds.data.trees._LOG.warning", lambda message, *values: lines.append(message % values))
     return lines
 

@@ -345,6 +345,16 @@ def test_few_images_for_their_features_are_said(files: Path, monkeypatch) -> Non
     assert ["61 images for 432 features" in told[0], "47 images for 432 features" in told[1]] == [True, True]
 
 
+def test_images_that_a_reference_states_beside_its_statistics_may_have_another_size(files: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "both.npz", mu=np.zeros(9), sigma=np.eye(9), arr_0=np.zeros((9, 6, 6, 3), np.uint8))
+    assert evaluate(request(files, reference=tmp_path / "both.npz", metrics=("fid",)), TEAM)["metrics"]["fid"] > 0
+    with pytest.raises(DataError, match="6 pixels"):
+        evaluate(request(files, reference=tmp_path / "both.npz", metrics=("precision",)), TEAM)
+    np.savez(tmp_path / "half.npz", mu=np.zeros(9))
+    with pytest.raises(DataError, match="one of mu and sigma"):
+        evaluate(request(files, reference=tmp_path / "half.npz", metrics=("fid",)), TEAM)
+
+
 def half_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """ADM's formula in half precision, one value after another; sums of products in single precision, as GPUs have them."""
     a, b = a.astype(np.float16), b.astype(np.float16)

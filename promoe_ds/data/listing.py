@@ -1,0 +1,197 @@
+"""Files below a folder: the one way in which every command lists images or cached latents.
+
+Each real file is listed once. Hidden files and leftovers of other programs are skipped, files of
+other kinds left out, links followed; rank 0 says how many of each. docs/inputs.md states the rules.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Collection
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from promoe_ds.data.reading import shown
+from promoe_ds.errors import DataError
+from promoe_ds.logs import get_logger, rank_from_environment
+
+_LOG = get_logger("data")
+
+#: What systems and programs leave in folders, in lower case; hidden names are skipped as well.
+_LEFTOVERS = set(
+    """__macosx thumbs.db ehthumbs.db desktop.ini @eadir @tmp @recycle @recently-snapshot #recycle
+    #snapshot $recycle.bin lost+found __pycache__""".split()
+) | {"icon\r", "system volume information", "network trash folder", "temporary items"}
+#: Formats that Pillow names but does not decode by itself: EPS runs Ghostscript, the others need a
+#: library or a system.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_NAMED = 3
+
+
+@lru_cache(maxsize=1)
+def image_formats() -> tuple[str, ...]:
+    """Return the formats that Pillow decodes here, in the order in which it tries them."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NOT_DECODED)
+
+
+@lru_cache(maxsize=1)
+def image_suffixes() -> frozenset[str]:
+    """Return the extensions of these formats, in lower case; .mpo is a JPEG of several pictures."""
+    formats = {*image_formats(), "MPO"}
+    return frozenset(
+        suffix for suffix, name in Image.registered_extensions().items() if name in formats
+    )
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder is hidden, or left there by a system or program."""
+    return name.startswith(".") or name.lower() in _LEFTOVERS
+
+
+class FileList:
+    """The files of some kinds below a folder: `names`, relative and sorted.
+
+    `folders` are those of the first level. Links are followed after all real folders, so that a
+    file that has a place of its own in the tree is listed there. A link to a folder or file that is
+    listed already, or to a folder above the tree, is named and left out.
+    """
+
+    def __init__(self, root: Path, suffixes: Collection[str] | None = None) -> None:
+        """List the tree; rank 0 says what was left out.
+
+        Raises: DataError for a folder that cannot be read or holds no such file, or a link of the
+            first level to nothing.
+        """
+        self.root, self.names, self.folders = root, [], []
+        self.kind = "readable image" if suffixes is None else f"{', '.join(suffixes)} file"
+        self._suffixes = image_suffixes() if suffixes is None else suffixes
+        self._leftovers, self._others = Counter(), Counter()
+        self._listed, self._outside, self._broken = [], [], []
+        self._seen: set[tuple[int, int]] = set()
+        self._links, self._file_links = deque(), []
+        self._enter("")
+        while self._links:
+            self._follow(self._links.popleft())
+        self._add_file_links()
+        self.names.sort()
+        self._report()
+        if not self.names:
+            others = f": found {_counted(self._others)}" if self._others else ""
+            raise DataError(f"{root}: no {self.kind} below it{others}")
+
+    def _enter(self, start: str) -> None:
+        """List a folder and all below it, without following links."""
+        stack = [start]
+        while stack:
+            folder = stack.pop()
+            try:
+                status = (self.root / folder).stat()
+                with os.scandir(self.root / folder) as found:
+                    entries = sorted(found, key=lambda entry: entry.name)
+            except OSError as error:
+                raise DataError(
+                    f"{shown(self.root / folder)}: cannot be listed ({error.strerror}): make it "
+                    "readable, or move it out of the tree"
+                ) from None
+            if (status.st_dev, status.st_ino) in self._seen:
+                self._listed.append(folder)
+                continue
+            self._seen.add((status.st_dev, status.st_ino))
+            for entry in entries:
+                name = f"{folder}{os.sep}{entry.name}" if folder else entry.name
+                if is_leftover(entry.name):
+                    self._leftovers["._*" if entry.name.startswith("._") else entry.name] += 1
+                elif entry.is_symlink():
+                    self._links.append(name)
+                elif entry.is_dir():
+                    stack.append(name)
+                    self.folders += [] if folder else [name]
+                else:
+                    self._add(name, entry.is_file())
+
+    def _add(self, name: str, is_file: bool) -> None:
+        suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (Path costs minutes for millions)
+        if is_file and suffix in self._suffixes:
+            self.names.append(name)
+        else:
+            self._others[(suffix or "without extension") if is_file else "pipes and devices"] += 1
+
+    def _follow(self, link: str) -> None:
+        path = self.root / link
+        try:
+            status = path.stat()
+        except (OSError, RuntimeError):  # to nothing, or to itself
+            if path.suffix.lower() in self._suffixes:
+                self.names.append(link)  # an unreadable image, to be named and counted as such
+                return
+            if os.sep not in link and not path.suffix:
+                raise DataError(
+                    f"{shown(path)}: is a link to nothing: restore its target, or remove it"
+                ) from None
+            self._broken.append(link)
+            return
+        if not stat.S_ISDIR(status.st_mode):
+            self._file_links.append(
+                (link, (status.st_dev, status.st_ino), stat.S_ISREG(status.st_mode))
+            )
+            return
+        target, root = path.resolve(), self.root.resolve()
+        if (status.st_dev, status.st_ino) in self._seen or root.is_relative_to(target):
+            self._listed.append(link)
+            return
+        self._outside += [] if target.is_relative_to(root) else [link]
+        self.folders += [] if os.sep in link else [link]
+        self._enter(link)
+
+    def _add_file_links(self) -> None:
+        """Add links to files that are not in the tree by themselves, each of them once."""
+        known = set()
+        for name in self.names if self._file_links else ():
+            try:
+                status = os.stat(self.root / name)  # noqa: PTH116
+                known.add((status.st_dev, status.st_ino))
+            except OSError:  # a link to nothing
+                continue
+        for name, key, is_file in sorted(self._file_links):
+            if key in known:
+                self._listed.append(name)
+                continue
+            before = len(self.names)
+            self._add(name, is_file)
+            if len(self.names) > before:
+                known.add(key)
+                self._outside.append(name)
+
+    def _report(self) -> None:
+        found = [
+            ("left out {} files of other kinds", self._others),
+            ("skipped {} hidden files and leftovers of other programs", self._leftovers),
+            ("left out {} links to what is listed already", self._listed),
+            ("left out {} links to nothing", self._broken),
+            ("followed {} links to files and folders elsewhere", self._outside),
+        ]
+        parts = [
+            f"{what.format(values.total())} ({_counted(values)})"
+            if isinstance(values, Counter)
+            else f"{what.format(len(values))} ({some_of(values)})"
+            for what, values in found
+            if values
+        ]
+        if parts and rank_from_environment() == 0:
+            _LOG.warning("%s: %s", shown(self.root), "; ".join(parts))
+
+
+def some_of(names: Collection[str]) -> str:
+    """Return the first names, for a message."""
+    return ", ".join(map(shown, list(names)[:_NAMED])) + (" ..." if len(names) > _NAMED else "")
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {shown(name)}" for name, count in counts.most_common(_NAMED)) + (
+        " ..." if len(counts) > _NAMED else ""
+    )
