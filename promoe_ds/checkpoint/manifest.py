@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.errors import CheckpointError
 from promoe_ds.launch.heartbeat import CHECKPOINT_NAME
 
@@ -106,6 +107,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
+
+
+def config_of(manifest: Manifest, folder: Path) -> RunConfig:
+    """Return the config of the run that wrote a checkpoint.
+
+    Raises: ConfigError if it cannot be understood, naming the version that wrote it.
+    """
+    saved_by = manifest.versions.get("promoe_ds", "another version")
+    return config_from_dict(manifest.config, source=str(folder / MANIFEST), saved_by=saved_by)
 
 
 def find_problems(folder: Path, files: dict[str, FileRecord]) -> list[str]:

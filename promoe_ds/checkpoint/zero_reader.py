@@ -20,9 +20,8 @@ from torch import Tensor
 from promoe_ds.backends.expert_parallel import expert_file_key
 from promoe_ds.checkpoint.coverage import Ledger
 from promoe_ds.checkpoint.engine import ALLOWED_RECORDS
-from promoe_ds.checkpoint.manifest import MANIFEST, Layout, Manifest
+from promoe_ds.checkpoint.manifest import MANIFEST, Layout, Manifest, config_of
 from promoe_ds.checkpoint.torch_file import TorchFile
-from promoe_ds.config import config_from_dict
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.state import buffer_names, check_shapes
@@ -82,7 +81,7 @@ class ShardedCheckpoint:
         Raises: CheckpointError naming the file that is missing or damaged, or what does not fit the manifest.
         """
         self.folder = folder
-        self._config = config_from_dict(manifest.config, source=str(folder / MANIFEST))
+        self._config = config_of(manifest, folder)
         self._manifest = manifest
         self._ledgers: dict[str, Ledger] = {}
         self._model_states = self._open(MODEL_STATES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.config.superclasses import read_superclasses
 from promoe_ds.errors import ConfigError
 
+#: Longer lists are cut in messages.
+_SHOWN = 5
 RECIPES_DIR = Path(__file__).parent.parent / "recipes"
 
 
@@ -49,9 +52,12 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return config
 
 
-def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:
+def config_from_dict(values: Mapping[str, Any], *, source: str, saved_by: str | None = None) -> RunConfig:
     """Validate nested values, e.g. those saved in a run or a checkpoint.
 
+    Args:
+        saved_by: the version of this package that saved them, "another version" if that is not known;
+            None where a user wrote them.
     Raises: ConfigError, one line for one problem, else a line for each.
     """
     if not isinstance(values, Mapping):
@@ -60,6 +66,11 @@ def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
         lines = [_describe(problem) for problem in error.errors()]
+        if saved_by is not None:
+            names = [".".join(map(str, problem["loc"])) for problem in error.errors() if problem["type"] == "extra_forbidden"]
+            what = f"it has fields that this one lacks: {', '.join(names[:_SHOWN])}" if names else "; ".join(lines[:_SHOWN])
+            raise ConfigError(f"{source}: saved by promoe_ds {saved_by}, which this version ({version('promoe_ds')}) cannot read: "
+                              f"{what}. Update promoe_ds if that one is newer") from None
         if len(lines) == 1:
             raise ConfigError(f"{source}: {lines[0]}") from None
         raise ConfigError("\n".join([f"{source} does not describe a run:", *(f"  {line}" for line in lines)])) from None

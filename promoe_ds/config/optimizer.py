@@ -91,10 +91,10 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _averages_differ(self) -> OptimizerConfig:
-        for field in ("ema_decays", "ema_power_lengths"):
-            values = getattr(self, field)
+        for name in ("ema_decays", "ema_power_lengths"):
+            values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{field}={list(values)} holds one average twice: every name can stand for one only")
+                raise ValueError(f"{name}={list(values)} holds one average twice: every name can stand for one only")
         if len(self.averages) < len(self.ema_decays) + len(self.ema_power_lengths):
             raise ValueError(f"ema_decays={list(self.ema_decays)}, ema_power_lengths={list(self.ema_power_lengths)}: the names "
                              f"{', '.join(self.averages)} keep six digits, and two are the same: take values that differ in these")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from promoe_ds.model.state import POSITIONS, check_state
 WEIGHTS_STEM = "model"
 TRAINING_STEM = "training_state"
 CONFIG_FILE = "config.json"
+#: Of an export; a reader of an earlier version refuses what it does not know.
+FORMAT = 1
 
 
 def save_export(folder: Path, state: Mapping[str, Tensor], config: RunConfig, origin: Mapping[str, Any]) -> None:
@@ -49,20 +52,27 @@ def save_export(folder: Path, state: Mapping[str, Tensor], config: RunConfig, or
 
 def write_export_config(folder: Path, config: RunConfig, origin: Mapping[str, Any]) -> None:
     """Write an export's `config.json`: the resolved config and where the weights come from."""
-    values = {"format": 1, "config": config.model_dump(mode="json"), "origin": dict(origin)}
+    values = {"format": FORMAT, "promoe_ds": version("promoe_ds"), "config": config.model_dump(mode="json"),
+              "origin": dict(origin)}
     (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def read_export_config(folder: Path) -> RunConfig:
     """Return the config of an export.
 
-    Raises: CheckpointError if the folder holds none.
+    Raises: CheckpointError if the folder holds none, or one of a newer version.
     """
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["config"]
-        return config_from_dict(values, source=str(path))
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        saved_by = str(values.get("promoe_ds", "another version"))
+        if values.get("format", FORMAT) != FORMAT:
+            raise ConfigError(f"{path}: saved by promoe_ds {saved_by} in format {values['format']}, this version "
+                              f"({version('promoe_ds')}) reads format {FORMAT}: update promoe_ds")
+        return config_from_dict(values["config"], source=str(path), saved_by=saved_by)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         hint = ""
         if (folder / "checkpoints").is_dir():
             hint = f". It is a run: convert it first, tools/convert_checkpoint.py {folder} EXPORT --to single"

@@ -30,7 +30,7 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         Raises: ConfigError if the config cannot be understood.
         """
         super().__init__()
-        self.run_config = config_from_dict(run, source="the transformer's config.json")
+        self.run_config = config_from_dict(run, source="the transformer's config.json", saved_by="another version")
         self.denoiser = build_model(self.run_config)
         self.denoiser.reset_positions()
         if (origin or {}).get("own_positions"):

@@ -170,6 +170,6 @@ def _claim(run: Run) -> None:
 
 def _read_saved(path: Path) -> RunConfig:
     try:
-        return config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+        return config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path), saved_by="another version")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): restore it from a checkpoint's manifest.json") from None

@@ -47,8 +47,9 @@ def write_pipeline_configs(folder: Path, config: RunConfig, origin: Mapping[str,
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     if vae is not None:
         try:
-            AutoencoderKL.from_pretrained(vae, use_safetensors=True).save_pretrained(folder / "vae")
-        except (OSError, ValueError, KeyError) as error:
+            network = AutoencoderKL.from_pretrained(vae, use_safetensors=True, low_cpu_mem_usage=False)
+            network.save_pretrained(folder / "vae")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"--vae {vae}: no AutoencoderKL in safetensors could be loaded from there "
                                   f"({str(error).splitlines()[0]})") from None
         index["vae"] = ["diffusers", "AutoencoderKL"]
@@ -68,8 +69,11 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["_class_name"] != _CLASS[1]:
             raise CheckpointError(f"{path}: is of a {values['_class_name']}, not of a {_CLASS[1]}")
-        return config_from_dict(values["run"], source=str(path)), dict(values.get("origin") or {})
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        return (config_from_dict(values["run"], source=str(path), saved_by="another version"),
+                dict(values.get("origin") or {}))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
 
 

@@ -20,9 +20,8 @@ from promoe_ds.checkpoint.conversion.pipeline_folder import (
     read_pipeline_config,
 )
 from promoe_ds.checkpoint.coverage import Ledger
-from promoe_ds.checkpoint.manifest import MANIFEST, find_checkpoint, find_problems, read_manifest
+from promoe_ds.checkpoint.manifest import config_of, find_checkpoint, find_problems, read_manifest
 from promoe_ds.checkpoint.zero_reader import MOMENTS, WEIGHTS, ShardedCheckpoint, is_weights
-from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.export import CONFIG_FILE, TRAINING_STEM, WEIGHTS_STEM, read_export_config, read_export_origin
@@ -102,7 +101,7 @@ class TrainingSource(ShardedCheckpoint):
             raise CheckpointError(f"{folder}: {'; '.join(problems)}")
         super().__init__(folder, manifest)
         self.facts = Facts(
-            path=folder, format="deepspeed", config=config_from_dict(manifest.config, source=str(folder / MANIFEST)),
+            path=folder, format="deepspeed", config=config_of(manifest, folder),
             step=manifest.step, samples_seen=manifest.samples_seen, largest_file=max(f.bytes for f in manifest.files.values()),
             averages_since=manifest.averages_since, origin={"layout": str(manifest.layout), "versions": manifest.versions})
 
