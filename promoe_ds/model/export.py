@@ -58,7 +58,7 @@ def write_export_config(folder: Path, config: RunConfig, origin: Mapping[str, An
 def read_export_config(folder: Path) -> RunConfig:
     """Return the config of an export.
 
-    Raises: CheckpointError if the folder holds none.
+    Raises: CheckpointError if the folder holds none, or one of a newer version.
     """
     path = folder / CONFIG_FILE
     try:

@@ -28,6 +28,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             found[f"{name}_{kind}"] = run_dir = folder / f"{name}_{kind}"
             for steps in pieces:
                 stop = () if steps is None else (f"train.stop_after_steps={steps}",)
+                # The decay of a warm-up depends on the number of the update.
+                stop += ("optimizer.ema_warmup=true",) * bf16
                 jobs.append(Job(run_dir=run_dir, zero_stage=stage, bf16=bf16, overrides=(*TWO_RANKS, *stop)))
     assert run_jobs(2, jobs, folder) == [""] * len(jobs)
     return found

@@ -44,7 +44,9 @@ def test_published_checkpoint_there_and_back_is_bit_exact(case: Case, tmp_path: 
     assert after["step"] == before["step"]
     for section in ("model_state_dict", "ema_model_state_dict"):
         assert list(after[section]) == list(before[section])
-        assert all(torch.equal(after[section][key], value) for key, value in before[section].items() if key != "pos_embed")
+        # Training computes the position table, which the published average has a little off.
+        assert all(torch.equal(after[section][key], value) for key, value in before[section].items()
+                   if key != "pos_embed" or way == "single")
         torch.testing.assert_close(after[section]["pos_embed"], before[section]["pos_embed"], rtol=0, atol=1e-6)
     states = (before["optimizer_state_dict"]["state"], after["optimizer_state_dict"]["state"])
     assert states[0].keys() == states[1].keys()

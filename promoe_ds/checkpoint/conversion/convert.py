@@ -154,7 +154,7 @@ def _notes(source: Source, request: Request, kinds: dict[str, str]) -> list[str]
     if request.to == "deepspeed" and any(POSITIONS in source.names(taken) for taken in kinds.values()):
         notes.append("the file's averaged position table was left out: training uses the fixed one")
     averages = config.optimizer.averages
-    for kind in dict.fromkeys(kinds.values()):
+    for kind in dict.fromkeys(kinds.values()) if request.to != "deepspeed" else ():
         updates = source.facts.step - source.facts.averages_since.get(kind, 0)
         if kind in averages and updates > 0 and (warning := averages[kind].warning(kind, updates)):
             notes.append(warning)

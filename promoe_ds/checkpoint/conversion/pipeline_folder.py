@@ -49,8 +49,9 @@ def write_pipeline_configs(folder: Path, config: RunConfig, origin: Mapping[str,
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     if vae is not None:
         try:
-            AutoencoderKL.from_pretrained(vae, use_safetensors=True).save_pretrained(folder / "vae")
-        except (OSError, ValueError, KeyError) as error:
+            network = AutoencoderKL.from_pretrained(vae, use_safetensors=True, low_cpu_mem_usage=False)
+            network.save_pretrained(folder / "vae")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"--vae {vae}: no AutoencoderKL in safetensors could be loaded from there "
                                   f"({str(error).splitlines()[0]})") from None
         index["vae"] = ["diffusers", "AutoencoderKL"]
@@ -72,7 +73,9 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
             raise CheckpointError(f"{path}: is of a {values['_class_name']}, not of a {_CLASS[1]}")
         origin = dict(values.get("origin") or {})
         return config_from_dict(values["run"], source=str(path), written_by=writer_of(origin)), origin
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
 
 

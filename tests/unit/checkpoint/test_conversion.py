@@ -27,7 +27,7 @@ KINDS = ("weights", "ema", *(f"ema_power_{length:g}" for length in LENGTHS), *MO
 
 def write_checkpoint(root: Path, step: int) -> Path:
     """Write a checkpoint with power-function averages and moments, of random values."""
-    config = small_config(optimizer={"ema_power_lengths": LENGTHS})
+    config = small_config(optimizer={"ema_decays": (0.5,), "ema_power_lengths": LENGTHS})
     shapes = state_shapes(config)
     content = Content(config=config, step=step, samples_seen=step * 256, optimizer_step=step, dtype=torch.float32, origin={},
                       kinds=dict.fromkeys(KINDS, shapes), buffers=frozenset(buffer_names(config)), averages_since={})

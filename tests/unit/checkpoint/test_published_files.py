@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import pickle
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from promoe_ds import load_model
+from promoe_ds.checkpoint import manifest
 from promoe_ds.checkpoint.conversion import Request, convert
+from promoe_ds.checkpoint.conversion.upcycling import UpcycleRequest, upcycle
 from promoe_ds.checkpoint.engine import load_trusted
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.shards import Shard
@@ -65,6 +68,7 @@ def published(steps: int = 0, config: RunConfig = CONFIG) -> dict[str, Any]:
 def go(content: Any, folder: Path, to: str = "single", config: RunConfig | None = CONFIG, **options: Any) -> Any:
     """Convert a file with this content, or what is at this path."""
     source = content if isinstance(content, Path) else folder / "file.pth"
+    folder.mkdir(exist_ok=True)
     if not isinstance(content, Path):
         torch.save(content, source)
     return convert(source, Request(destination=folder / to, to=to, **options), config)
@@ -106,6 +110,14 @@ def test_averaged_position_table_survives_every_format(tmp_path: Path) -> None:
     go(tmp_path / "diffusers", tmp_path, "single", None)
     torch.testing.assert_close(load_model(tmp_path / "single")(*INPUTS), expected, rtol=1e-6, atol=1e-6)
     assert "position table" in go(content, tmp_path, "deepspeed").note
+
+
+def test_averaged_position_table_is_kept_by_upcycling(tmp_path: Path) -> None:
+    dense = small_config(routing={"method": "dense"})
+    state = to_official(network_of(dense, 0).state_dict(), dense) | {"pos_embed": averaged_tables()[20_000]}
+    torch.save(state, tmp_path / "dense.pth")
+    _, agreement = upcycle(tmp_path / "dense.pth", CONFIG, UpcycleRequest(destination=tmp_path / "moe", to="single"), dense)
+    assert agreement.null < 1e-6
 
 
 def test_network_that_was_filled_with_another_table_does_not_keep_it() -> None:
@@ -221,3 +233,35 @@ def test_other_file_is_named_for_what_it_is_by_every_reader(tmp_path: Path, requ
     if not (kind == "safetensors" and "latents" in name):
         assert expected in message.replace(str(tmp_path), "")
     assert "weights_only" not in message and "\n" not in message
+
+
+@pytest.mark.parametrize("change", [{"format": 99}, {"train": {"warp": 9}}, {"routing": {"method": "of_2030"}}])
+@pytest.mark.parametrize("to", ["single", "deepspeed", "diffusers"])
+def test_checkpoint_of_a_newer_version_says_so(tmp_path: Path, to: str, change: dict[str, Any]) -> None:
+    go(WHOLE, tmp_path, to)
+    path = next(path for name in ("manifest.json", "transformer/config.json", "config.json")
+                for path in (tmp_path / to).rglob(name) if path.parent.name != "scheduler")
+    values = json.loads(path.read_text())
+    if "format" in change:
+        if to == "diffusers":
+            return  # its format is diffusers' own
+        values |= change
+    else:
+        config = values["run" if to == "diffusers" else "config"]
+        for section, fields in change.items():
+            config[section] |= fields
+    if to == "deepspeed":
+        values["xxh3"] = manifest._checksum_of({key: value for key, value in values.items() if key != "xxh3"})
+    path.write_text(json.dumps(values))
+    with pytest.raises(PromoeError) as told:
+        go(tmp_path / to, tmp_path, "official", None)
+    message = str(told.value)
+    assert str(path) in message and "version" in message and "did you mean" not in message
+    assert "format" in change or ("train.warp" in message) == ("train" in change)
+
+
+def test_average_that_is_mostly_its_start_is_reported_by_the_conversion(tmp_path: Path) -> None:
+    for step, reported in ((900, True), (50_000, False)):
+        content = {**WHOLE, "step": step}
+        assert ("of the average ema" in go(content, tmp_path / str(step), "single").note) == reported
+        assert go(content, tmp_path / str(step), "official", weights="raw").note == ""

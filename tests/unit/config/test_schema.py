@@ -44,9 +44,9 @@ CHOICES = (
     "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
 )
 FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas",
-        "optimizer.ema_decays", "optimizer.ema_warmup", "optimizer.ema_power_lengths", "train.async_checkpoint", "routing.superclass_map",
-        "routing.superclasses", "logging.wandb_project", "parallel.expert_placement", "parallel.expert_order",
-        "data.vae", "evaluation.reference", "evaluation.extractor")
+        "optimizer.ema_decays", "optimizer.ema_warmup", "optimizer.ema_power_lengths", "train.async_checkpoint",
+        "routing.superclass_map", "routing.superclasses", "logging.wandb_project", "parallel.expert_placement",
+        "parallel.expert_order", "data.vae", "evaluation.reference", "evaluation.extractor")
 #: What a field needs beside it to be taken at all.
 BESIDE: dict[str, dict[str, Any]] = {
     "routing.threshold_decay": {"method": "expert_race"}, "routing.similarity_weight": {"method": "expert_race"},

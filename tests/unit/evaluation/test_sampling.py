@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,10 +19,11 @@ from torch import Tensor
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation import sampling as drawing
-from promoe_ds.evaluation.sample_job import SampleRequest, choose_labels, draw_samples
+from promoe_ds.evaluation.sample_job import SampleRequest, choose_labels, draw_samples, make_plan
 from promoe_ds.evaluation.sampling import Drawer, even_passes, is_exact, units
 from promoe_ds.evaluation.store import SampleStore
-from promoe_ds.model.export import save_export
+from promoe_ds.model.export import load_model, save_export
+from promoe_ds.pipeline import ProMoEPipeline, ProMoETransformer2DModel
 
 from ..builders import of_method, random_network, small_config
 from ..data.made import save_vae
@@ -54,6 +56,20 @@ def test_sampling_plan_is_the_recipes_unless_asked_otherwise(tmp_path, monkeypat
     export = make_export(tmp_path, diffusion=diffusion, sampling={"steps": 7, "cfg_scale": 2.0})
     draw(export, num=1, **request_)
     assert [(plan.solver, plan.steps, plan.cfg_scale) for plan in plans] == [expected]
+
+
+@pytest.mark.parametrize("method", ["diff_moe", "expert_race", "ec_dit"])
+def test_every_sampler_splits_guidance_where_the_method_mixes_samples(tmp_path, method) -> None:
+    export = make_export(tmp_path, sampling={"steps": 2, "cfg_scale": 2.0}, **of_method(method))
+    network, passes = load_model(export), []
+    config = network.config
+    network.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    pipeline = ProMoEPipeline(ProMoETransformer2DModel(config.model_dump(mode="json")), FlowMatchEulerDiscreteScheduler())
+    pipeline.transformer.denoiser = network
+    pipeline([0, 1, 2], output_type="latent")
+    Drawer(network, config, make_plan(SampleRequest(model=export, out=tmp_path), config), seed=0,
+           device=torch.device("cpu")).draw(range(3), np.zeros(3, dtype=np.int64))
+    assert passes == ([3] * 8 if method == "diff_moe" else [6] * 4)
 
 
 def test_sampling_plan_keeps_the_recipes_solver(tmp_path, monkeypatch) -> None:
