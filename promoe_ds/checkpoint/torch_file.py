@@ -13,9 +13,10 @@ import resource
 import struct
 import zipfile
 import zlib
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class TorchFile:
         self._file = _open(path)
         try:
             self._size = path.stat().st_size
-            with torch.serialization.safe_globals(allowed or []), FakeTensorMode():
+            with torch.serialization.safe_globals(list(allowed or [])), FakeTensorMode():
                 self.content: Any = torch.load(self._file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
             self.close()
@@ -129,7 +130,7 @@ class TorchFile:
             done += count
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     """Open a file for reading; where this process may hold no more open, let it hold as many as its host allows.
 
     Checkpoints of many ranks are read side by side: more files than the usual 1,024.
@@ -188,7 +189,7 @@ class TorchFileWriter:
         self._file.close()
 
 
-def _write_checksums(file: BinaryIO, path: Path) -> None:
+def _write_checksums(file: BufferedRandom, path: Path) -> None:
     """Put every record's CRC-32 where zip wants it: in its own header or the descriptor behind it, and in the directory."""
     file.flush()
     with zipfile.ZipFile(path) as archive:

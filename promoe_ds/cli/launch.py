@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.cli.train import parse_arguments as parse_train_arguments
 from promoe_ds.config import plan_batches, read_deepspeed_json, resolve_deepspeed
 from promoe_ds.errors import ConfigError, LaunchError, Preempted, PromoeError
+from promoe_ds.launch.claim import TakenError
 from promoe_ds.launch.heartbeat import LAUNCH_FOLDER, make_launch_folder
 from promoe_ds.launch.hostfile import read_hostfile
 from promoe_ds.launch.job import Job, run_job
 from promoe_ds.launch.layout import full_layout
-from promoe_ds.launch.run_lock import TakenError
 from promoe_ds.logs import configure_logging
 
 
@@ -72,9 +73,9 @@ def main(arguments: Sequence[str]) -> None:
     if verdict.code == Preempted.exit_code:
         raise Preempted(verdict.message)
     if verdict.code != 0:
-        error = LaunchError(verdict.message)
-        error.exit_code = verdict.code
-        raise error
+        failure = LaunchError(verdict.message)
+        failure.exit_code = verdict.code
+        raise failure
 
 
 def _note_end(log_file: Path, code: int, message: str) -> None:
@@ -82,5 +83,7 @@ def _note_end(log_file: Path, code: int, message: str) -> None:
         file.write(f"ended with code {code}: {message}\n")
 
 
+run = partial(run_entry, main)
+
 if __name__ == "__main__":
-    run_entry(main)
+    run()

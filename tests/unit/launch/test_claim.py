@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from promoe_ds.launch.run_lock import TakenError, claimed
+from promoe_ds.launch.claim import TakenError, claimed
 
 
 def _left_by_another_host(folder, **changes) -> None:
@@ -28,7 +28,7 @@ def test_claim_is_given_back(tmp_path) -> None:
 
 
 def test_claim_of_a_running_launcher_is_refused_with_its_process(tmp_path) -> None:
-    code = "import sys, time; from pathlib import Path; from promoe_ds.launch.run_lock import claimed\n" \
+    code = "import sys, time; from pathlib import Path; from promoe_ds.launch.claim import claimed\n" \
            "with claimed(Path(sys.argv[1]), 60): print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "promoe_ds.cli.launch"], stdout=subprocess.PIPE, text=True)
     try:
