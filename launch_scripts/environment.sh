@@ -20,7 +20,7 @@ if sys.version_info < (3, 11):
 EOF
     local stamp wanted
     stamp="$(python -c 'import sys; print(sys.prefix)')/.promoe_ds_installed"
-    wanted="$(cat "$promoe_root/launch_scripts/constraints.txt" "$promoe_root/setup.py" | cksum) $promoe_root"
+    wanted="$(cat "$promoe_root/launch_scripts/constraints.txt" "$promoe_root/pyproject.toml" | cksum) $promoe_root"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
         echo "installing into $(python -c 'import sys; print(sys.prefix)')"
         (cd "$promoe_root" && python -m pip install --quiet --disable-pip-version-check \

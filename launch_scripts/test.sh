@@ -22,4 +22,5 @@ if ! command -v chromium > /dev/null; then
     install_packages "of reports in a browser" chromium
 fi
 ruff check .
+mypy
 exec python -m pytest "$@"

@@ -50,6 +50,7 @@ class ShardedExperts(StackedExperts, MoE):
 
     def mark_parameters(self) -> None:
         """Mark the parameters as experts of this group; again after they were materialised."""
+        parameter: Any
         for parameter in self.parameters():
             parameter.allreduce = False
             parameter.group_name = self.expert_group_name

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from promoe_ds.backends.external import token_choices
-from promoe_ds.backends.te_support import BROKEN_INSTALLATION, find_transformer_engine, megatron_fp8
+from promoe_ds.backends.te_support import BROKEN_INSTALLATION, INSTALL, find_transformer_engine, megatron_fp8
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
@@ -181,7 +181,7 @@ def _log_choice(dispatcher: str, is_grouped: bool, problem: str) -> None:
     _LOG.info("dispatcher %s, experts by %s", dispatcher,
               "Transformer Engine's grouped GEMM" if is_grouped else "a loop over Megatron's linear layers")
     if problem:
-        _LOG.warning("no grouped GEMM without Transformer Engine: %s; pip install --upgrade 'promoe_ds[te]'", problem)
+        _LOG.warning("no grouped GEMM without Transformer Engine: %s; %s", problem, INSTALL)
 
 
 def _transformer_config(config: RunConfig, device: torch.device, *, is_grouped: bool) -> TransformerConfig:

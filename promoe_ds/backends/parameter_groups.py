@@ -27,7 +27,7 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig, precision: str
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        expert_group = None if getattr(parameter, "allreduce", True) else parameter.group_name
+        expert_group: str | None = getattr(parameter, "group_name", None)
         decayed = config.weight_decay > 0 and name.endswith(("weight", "up_weight", "down_weight")) and "norm" not in name
         group = groups.setdefault((expert_group or "dense", decayed), {
             "params": [], "param_names": [], "name": expert_group or "dense",

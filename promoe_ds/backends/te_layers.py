@@ -65,7 +65,7 @@ def _recomputed_in_fp8(te: Any, function: Callable[..., Any], *args: Any) -> Any
 
 
 def _replace_in_block(te: Any, block: DiTBlock, multiple: int) -> None:
-    parents = [block.attention]
+    parents: list[nn.Module] = [block.attention]
     if block.is_moe:
         parents += [module for module in (block.moe.shared, block.moe.unconditional) if module is not None]
         block.moe.routed.kernel = GroupedKernel(te, block.moe.routed, multiple)
@@ -82,7 +82,9 @@ def _replace_in_block(te: Any, block: DiTBlock, multiple: int) -> None:
 def _linear(te: Any, layer: nn.Linear, multiple: int) -> nn.Module:
     in_features, out_features = layer.in_features, layer.out_features
 
-    class Linear(_without_extra_state(te.Linear)):
+    base: Any = _without_extra_state(te.Linear)
+
+    class Linear(base):
         def forward(self, x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
             return super().forward(pad_rows(rows, multiple))[:rows.shape[0]].view(*x.shape[:-1], out_features)

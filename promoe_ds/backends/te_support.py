@@ -17,6 +17,8 @@ from promoe_ds.errors import ConfigError
 
 #: Before it grouped products had neither current scaling nor MXFP8, and `te.checkpoint` refused methods.
 LEAST_VERSION = (2, 3)
+#: Against the torch that is installed. No extra of the package: pip would build it against whatever torch is newest.
+INSTALL = "pip install --no-build-isolation --upgrade 'transformer-engine[pytorch]'"
 #: What an installation that is broken or half there raises at its import, missing shared objects among it.
 BROKEN_INSTALLATION = (ImportError, OSError, RuntimeError, AssertionError)
 _TORCH_PART = "transformer_engine.pytorch"
@@ -59,8 +61,8 @@ def require_transformer_engine(precision: PrecisionConfig, device: torch.device)
                           f"GPU, {otherwise}")
     module, problem = find_transformer_engine()
     if module is None:
-        raise ConfigError(f"{wanted} needs Transformer Engine, but {problem}: pip install --upgrade 'promoe_ds[te]' on this "
-                          f"machine, {otherwise}")
+        raise ConfigError(f"{wanted} needs Transformer Engine, but {problem}: {INSTALL} on this machine, with nvcc and cuDNN's "
+                          f"headers, {otherwise}")
     return module
 
 

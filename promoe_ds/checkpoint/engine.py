@@ -8,7 +8,7 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import xxhash
@@ -76,7 +76,7 @@ class RecordingStorage(TorchCheckpointEngine):
         try:
             with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="checksum") as helper:
                 writer = _ChecksumWriter(file, helper)
-                torch.save(state, writer)
+                torch.save(state, cast("IO[bytes]", writer))
                 file.flush()
                 os.fsync(file.fileno())
             self.records[path.name] = FileRecord(writer.bytes, writer.checksum.hexdigest())

@@ -86,7 +86,8 @@ def relabelled(checkpoint: ShardedCheckpoint, manifest: Manifest, network: DiT) 
     config = network.config
     if not moves_experts(manifest, config):
         return checkpoint
-    saved, sources = _saved_order(manifest), {}
+    saved = _saved_order(manifest)
+    sources: dict[str, list[int]] = {}
     for row, (block, layer) in enumerate(network.moe_layers().items()):
         before = saved[row] if saved else tuple(range(config.routing.num_experts))
         wanted = config.expert_order_of(row) or range(config.routing.num_experts)

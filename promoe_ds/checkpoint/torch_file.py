@@ -14,6 +14,7 @@ import resource
 import struct
 import zipfile
 import zlib
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -51,7 +52,7 @@ class TorchFile:
         try:
             self._size = path.stat().st_size
             require_torch(path, self._file)
-            with torch.serialization.safe_globals(allowed or []), FakeTensorMode():
+            with torch.serialization.safe_globals(list(allowed or [])), FakeTensorMode():
                 self.content: Any = torch.load(self._file, map_location="cpu", weights_only=True)
         except CheckpointError:
             self.close()
@@ -152,7 +153,7 @@ def unreadable_reason(path: Path, error: Exception, allowed: list[type] | None =
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     """Open a file for reading; where this process may hold no more open, let it hold as many as its host allows.
 
     Checkpoints of many ranks are read side by side: more files than the usual 1,024.
@@ -211,7 +212,7 @@ class TorchFileWriter:
         self._file.close()
 
 
-def _write_checksums(file: BinaryIO, path: Path) -> None:
+def _write_checksums(file: BufferedRandom, path: Path) -> None:
     """Put every record's CRC-32 where zip wants it: in its own header or the descriptor behind it, and in the directory."""
     file.flush()
     with zipfile.ZipFile(path) as archive:

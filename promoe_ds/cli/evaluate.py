@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
@@ -59,5 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     stop_distributed()
 
 
+run = partial(run_entry, main)
+
 if __name__ == "__main__":
-    run_entry(main)
+    run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
@@ -72,9 +73,9 @@ def main(arguments: Sequence[str]) -> None:
     if verdict.code == Preempted.exit_code:
         raise Preempted(verdict.message)
     if verdict.code != 0:
-        error = LaunchError(verdict.message)
-        error.exit_code = verdict.code
-        raise error
+        failure = LaunchError(verdict.message)
+        failure.exit_code = verdict.code
+        raise failure
 
 
 def _note_end(log_file: Path, code: int, message: str) -> None:
@@ -82,5 +83,7 @@ def _note_end(log_file: Path, code: int, message: str) -> None:
         file.write(f"ended with code {code}: {message}\n")
 
 
+run = partial(run_entry, main)
+
 if __name__ == "__main__":
-    run_entry(main)
+    run()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.cli.launch import parse_arguments
@@ -34,5 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     sys.stdout.write(f"pre-flight: {len(job.hosts)} hosts, {report.ranks} ranks, interface {report.interface}: sound\n")
 
 
+run = partial(run_entry, main)
+
 if __name__ == "__main__":
-    run_entry(main)
+    run()

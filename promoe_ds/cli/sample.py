@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
@@ -72,5 +73,7 @@ def _parse_classes(text: str | None) -> tuple[int, ...] | None:
         raise ConfigError(f"--classes {text}: expected comma-separated integers, e.g. 1,2,3") from None
 
 
+run = partial(run_entry, main)
+
 if __name__ == "__main__":
-    run_entry(main)
+    run()

@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import field_lines, load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
@@ -18,7 +20,7 @@ from promoe_ds.logs import configure_logging, rank_from_environment
 class _ShowFields(argparse.Action):
     """As --help: prints and exits, whatever else is missing."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str,
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option: str | None = None) -> None:
         sys.stdout.write(field_lines(values))
         parser.exit()
@@ -81,5 +83,7 @@ def main(arguments: Sequence[str]) -> None:
         stop_distributed()
 
 
+run = partial(run_entry, main)
+
 if __name__ == "__main__":
-    run_entry(main)
+    run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from promoe_ds.errors import ConfigError
@@ -69,7 +70,7 @@ def find_network(name: str) -> float:
     return NETWORKS[_known("--network", name.lower(), NETWORKS)]
 
 
-def _known(option: str, name: str, table: dict) -> str:
+def _known(option: str, name: str, table: Mapping[str, object]) -> str:
     if name not in table:
         close = difflib.get_close_matches(name, table, n=1)
         hint = f"did you mean {close[0]}? " if close else ""

@@ -68,8 +68,8 @@ class EncodedImages:
 
     def _read(self, indices: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         chosen = indices.copy()
-        images = self._reader.try_all(chosen.tolist())
-        for place, image in enumerate(images):
+        images: list[np.ndarray] = []
+        for place, image in enumerate(self._reader.try_all(chosen.tolist())):
             tries = 0
             while isinstance(image, DataError):
                 self._corrupt.add(self._tree.names[chosen[place]], str(image))
@@ -77,5 +77,5 @@ class EncodedImages:
                     raise DataError(f"{self._tree.root}: none of its {len(self._tree)} images could be read")
                 chosen[place] = (chosen[place] + 1) % len(self._tree)
                 image = self._reader.try_all([int(chosen[place])])[0]
-            images[place] = image
+            images.append(image)
         return chosen, images

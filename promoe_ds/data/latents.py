@@ -42,8 +42,8 @@ class PackedLatents:
         if index is not None:
             check_index(index, folder, config)
             files = [folder / shard.file for shard in index.shards]
-            for file, shard in zip(files, index.shards, strict=True):
-                _check_size(file, shard.bytes)
+            for file, record in zip(files, index.shards, strict=True):
+                _check_size(file, record.bytes)
         elif (folder / UNFINISHED).is_file():
             raise DataError(f"{folder}: these latents are not complete, there is {UNFINISHED} and no {INDEX}: run "
                             "tools/encode_latents.py again with the same arguments, it goes on where it stopped")
@@ -144,11 +144,13 @@ class NpzLatents:
         Raises: DataError naming the file that cannot be read or does not fit.
         """
         records = self._reader.try_all([int(index) for index in indices])
+        pairs: list[np.ndarray] = []
         for record in records:
             if isinstance(record, DataError):
                 raise record
+            pairs.append(record)
         flips = draw_flips(self._seed, positions, len(records), flip=self._flip)
-        moments = torch.from_numpy(np.stack([pair[int(flip)] for pair, flip in zip(records, flips, strict=True)]))
+        moments = torch.from_numpy(np.stack([pair[int(flip)] for pair, flip in zip(pairs, flips, strict=True)]))
         labels = torch.from_numpy(self._tree.labels[np.asarray(indices)])
         return draw_latents(moments, self._seed, positions).mul_(self._scale), ClassCondition(labels, self._null)
 

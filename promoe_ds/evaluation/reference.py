@@ -111,7 +111,7 @@ def check_fits(
 
 def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None) -> None:
     """Write statistics as a reference: `mu`, `sigma`, and `mu_s`, `sigma_s` where there are any."""
-    arrays = {"mu": pool.mean, "sigma": pool.covariance}
+    arrays: dict[str, Any] = {"mu": pool.mean, "sigma": pool.covariance}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     try:

@@ -75,7 +75,8 @@ def draw_samples(request: SampleRequest, team: Team | None = None) -> list[Path]
         load_sharded_model(request.model, team, ep_size=request.ep_size, dtype=DTYPES[request.dtype], exact=exact))
     if exact:
         align_weights(network)
-    todo = team.on_main(lambda: (store.claim({**settings, "num": len(labels)}, environment), store.missing())[1])
+    team.on_main(lambda: store.claim({**settings, "num": len(labels)}, environment))
+    todo = team.on_main(store.missing)
     job = _Job(request, store, Drawer(network, config, plan, seed=request.seed, device=team.device), vae)
     # Twice: files that a broken disk or a crash has damaged are found where all are put together, and drawn anew.
     for _ in range(2):

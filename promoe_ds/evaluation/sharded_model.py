@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,7 @@ def load_sharded_model(export: Path, team: Team, *, ep_size: int, dtype: torch.d
     check_shapes(reader.shapes, config)
     with torch.device("meta"):
         network = build_model(config)
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, layer in network.named_modules():
         if isinstance(layer, StackedExperts):
             share = layer.num_local_experts // ep_size
@@ -72,7 +73,8 @@ def load_sharded_model(export: Path, team: Team, *, ep_size: int, dtype: torch.d
     fill_network(network, state)
     for layer in network.moe_layers().values():
         layer.dispatcher = RankwiseDispatcher(group) if exact else DeepSpeedDispatcher(group)
-        layer.routed = RankwiseExperts(layer.routed) if exact else layer.routed
+        routed: Any = RankwiseExperts(layer.routed) if exact else layer.routed
+        layer.routed = routed
     return network.eval().to(device=team.device, dtype=dtype)
 
 

@@ -130,7 +130,8 @@ class SampleStore:
 
         Returns: the indices of samples whose files were damaged and are removed, to be drawn anew; nothing is written then.
         """
-        temporary, damaged = self.file.with_suffix(".tmp"), []
+        temporary = self.file.with_suffix(".tmp")
+        damaged: list[int] = []
         values = (self._read_or_remove(index, damaged) for index in range(len(self.labels)))
         try:
             if self.as_images:

@@ -97,7 +97,7 @@ def _hosts_for(job: Job, stop: StopWish, *, first: bool) -> tuple[Layout, dict[s
     layout = choose(job.recipe, job.overrides, [host for host in job.hosts if host.name not in dead])
     for name, problem in dead.items():
         _LOG.warning("going on without %s: %s", name, problem)
-    return layout, {name: answer for name, answer in answers.items() if name not in dead}
+    return layout, {name: answer for name, answer in answers.items() if not isinstance(answer, RemoteError)}
 
 
 def _prepare(job: Job, layout: Layout, facts: dict[str, dict], environment: dict[str, str], folder: Path, *,

@@ -61,7 +61,7 @@ def resolve(names: Sequence[str]) -> dict[str, str]:
     addresses = {}
     for name in names:
         try:
-            found = [entry[4][0] for entry in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)]
+            found = [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)]
         except OSError:
             continue
         if not ipaddress.ip_address(found[0]).is_loopback:

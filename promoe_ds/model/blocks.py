@@ -5,6 +5,9 @@ Letters: B images, S tokens per image, D width, A heads, G head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,7 +58,7 @@ class DiTBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
         self.modulation = nn.Linear(width, 6 * width)
         self.is_moe = isinstance(feed_forward, MoELayer)
-        if self.is_moe:
+        if isinstance(feed_forward, MoELayer):
             self.moe = feed_forward
         else:
             self.feed_forward = feed_forward
@@ -79,7 +82,7 @@ class DiTBlock(nn.Module):
 
         The rows of an unconditional expert change from batch to batch: its shapes are dynamic.
         """
-        self._attend = torch.compile(self._attend, backend=backend)
+        object.__setattr__(self, "_attend", torch.compile(self._attend, backend=backend))
         if not self.is_moe:
             self.feed_forward.compile(backend=backend)
             return
@@ -102,7 +105,7 @@ class DiTBlock(nn.Module):
                        plan: RoutingPlan) -> Tensor:
         return x_BSD + gate_BD[:, None] * self.moe.apply_experts(tokens_BSD, partition, plan)
 
-    def _run(self, function, *args):
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         if self.recompute and self.training:
             return self.checkpoint(function, *args)
         return function(*args)

@@ -5,7 +5,9 @@ Letters: B images, S tokens per image, D width, Z latent channels, H, W latent s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,8 @@ class DenoiserOutput:
 class DiT(nn.Module):
     """Predicts the velocity (or noise) of noised latents under a condition."""
 
+    positions: Tensor
+
     def __init__(self, config: RunConfig, blocks: list[DiTBlock]) -> None:
         """Assemble the network around `blocks`; uninitialised (`model.init` fills it)."""
         super().__init__()
@@ -38,7 +42,7 @@ class DiT(nn.Module):
         self.patch_embedding = PatchEmbedding(model.patch_size, model.in_channels, model.hidden_size)
         self.timestep_embedding = TimestepEmbedding(model.hidden_size)
         self.label_embedding = LabelEmbedding(model.num_classes, model.hidden_size)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))
         self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels)
         self.register_buffer("positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False)
         self.register_load_state_dict_pre_hook(_take_own_positions)

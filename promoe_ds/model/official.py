@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,7 @@ def published_shapes(name: str, shape: tuple[int, ...], config: RunConfig) -> di
     return {key: tuple(value.shape) for key, value in pieces.items() if key != POSITIONS or name == OUR_POSITIONS}
 
 
-def published_order(key: str) -> tuple:
+def published_order(key: str) -> tuple[Any, ...]:
     """Return what sorts published keys as the published modules register them, by which its optimizer numbers them."""
     parts = key.split(".")
     if parts[0] != "blocks":

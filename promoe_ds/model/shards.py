@@ -170,7 +170,7 @@ class ShardWriter:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return a contiguous tensor's memory as bytes, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def digest(value: Tensor) -> str:

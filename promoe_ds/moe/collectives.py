@@ -76,11 +76,11 @@ class WaitClock:
             yield
             self._seconds[name] += time.perf_counter() - start
             return
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         yield
-        events[1].record()
-        self._events.append((name, *events))
+        end.record()
+        self._events.append((name, begin, end))
 
     def take(self) -> dict[str, float]:
         """Return the seconds by name and start anew.  Sync: one, on a GPU."""
@@ -142,6 +142,7 @@ class Exchange:
 
     def wait(self, *, reverse: bool) -> Tensor:
         """End the transfer under way and return the rows."""
+        assert self._received is not None and self._like is not None
         with self.clock.waiting(self._name, self._received.device):
             self._work.wait()
         width, dtype = self._like

@@ -43,13 +43,15 @@ PendingOutput = Callable[[Tensor], Tensor]
 
 
 class ExpertPath(Protocol):
-    """The way of tokens through the routed experts and back; what a layer asks for, whoever moves the rows.
+    """The way of tokens through the routed experts and back; what a layer asks for, whoever moves the rows."""
 
-    group: the ranks that share one set of experts, None where each has all; clock: of the waiting for exchanges, if any.
-    """
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that share one set of experts, None where each has all."""
 
-    group: dist.ProcessGroup | None
-    clock: WaitClock | None
+    @property
+    def clock(self) -> WaitClock | None:
+        """Of the waiting for exchanges, if any."""
 
     def begin(self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment) -> PendingOutput:
         """Start; calling the result ends it. What is computed in between may overlap with the exchange."""

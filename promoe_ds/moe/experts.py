@@ -68,6 +68,11 @@ class StackedExperts(nn.Module):
     """
 
     kernel: Callable[[StackedExperts, Tensor, Tensor], Tensor] | None = None
+    up_weight: Tensor
+    up_bias: Tensor
+    gate_weight: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
 
     def __init__(self, num_experts: int, width: int, hidden: int, *, expert_type: str = "gelu", backend: str = "grouped_mm",
                  first_expert: int = 0) -> None:

@@ -62,8 +62,8 @@ class Router(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
-                kept = before[name]
+            kept = before[name]
+            if buffer is not None and kept is not None and buffer.dtype in (torch.bfloat16, torch.float16):
                 self._buffers[name] = (torch.empty_like(buffer, dtype=kept.dtype) if kept.is_meta
                                        else kept.to(buffer.device))
         return self
@@ -110,7 +110,7 @@ class Router(nn.Module):
 class GateRouter(Router):
     """A router whose scores come from a linear gate without bias."""
 
-    per_expert = ("gate_weight",)
+    per_expert: ClassVar[tuple[str, ...]] = ("gate_weight",)
 
     def __init__(self, width: int, num_experts: int, top_k: int) -> None:
         """Create the gate, uninitialised (`model.init` fills it).

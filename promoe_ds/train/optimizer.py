@@ -29,7 +29,7 @@ class AdamWithEma(torch.optim.AdamW):
         self.averages_since: dict[str, int] = {}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update the weights, then every average = decay * average + (1 - decay) * weights.
 
         An average with a constant decay starts from the weights before the first update, as published, a power-function

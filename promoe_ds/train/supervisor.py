@@ -25,7 +25,8 @@ class Supervisor:
 
     def __init__(self, settings: SupervisionConfig, run_dir: Path) -> None:
         """Watch nothing yet: a loop outside `supervised` runs with no watch over it."""
-        self._settings, self._stop_reason, self._watchdog = settings, "", None
+        self._settings, self._stop_reason = settings, ""
+        self._watchdog: Watchdog | None = None
         self._dump_folder, self._rank = run_dir / DUMP_FOLDER, rank_from_environment()
         self._addresses: dict[str, str] = {}
         self.step, self._first_step_done = 0, False

@@ -48,9 +48,14 @@ def packaged_config(name: str, folder: Path) -> RunConfig:
     """Load a packaged recipe; the one that asks for a map of superclasses gets twelve even ones, written into `folder`."""
     if name != "classification_b":
         return load_config(name)
+    return load_config(name, [f"routing.superclass_map={superclass_map(folder)}"])
+
+
+def superclass_map(folder: Path) -> Path:
+    """Write a map of 1,000 classes to twelve even superclasses into `folder`."""
     path = folder / "superclasses.yaml"
     path.write_text("".join(f"group_{group}: {list(range(group, 1000, 12))}\n" for group in range(12)), encoding="utf-8")
-    return load_config(name, [f"routing.superclass_map={path}"])
+    return path
 
 
 def randomise(module: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:

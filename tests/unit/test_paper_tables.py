@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from promoe_ds.config import count_parameters, load_config
+from tests.unit.builders import superclass_map
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "paper_tables.md"
 _ROW = re.compile(r"^\| (?P<model>[^|]+) \| `(?P<arguments>[^`]+)` \| (?P<activated>\S+) \| (?P<total>\S+) \| "
@@ -26,17 +26,10 @@ def _number(text: str) -> float:
     return float(text[:-1]) * {"M": 1e6, "B": 1e9}[text[-1]]
 
 
-@pytest.fixture(scope="module")
-def superclasses(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("map") / "twelve.yaml"
-    path.write_text(yaml.safe_dump({f"group {i}": list(range(i, 1000, 12)) for i in range(12)}))
-    return path
-
-
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["arguments"])
-def test_paper_row_loads_with_printed_counts(row, superclasses) -> None:
+def test_paper_row_loads_with_printed_counts(row, tmp_path) -> None:
     recipe, _, overrides = row["arguments"].removeprefix("--recipe ").partition(" --set ")
-    count = count_parameters(load_config(recipe, overrides.replace("FILE", str(superclasses)).split()))
+    count = count_parameters(load_config(recipe, overrides.replace("FILE", str(superclass_map(tmp_path))).split()))
     assert (_readable(count.activated), _readable(count.total)) == (row["activated"], row["total"])
     if row["published"].strip() and "diffmoe" not in recipe:
         activated, total = (_number(text) for text in row["published"].split(" / "))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from promoe_ds.checkpoint.conversion.sources import TrainingSource
@@ -121,7 +122,7 @@ class PosthocSource:
         """Return one whole tensor, mixed in fp64; the routers' running state is the newest checkpoint's."""
         if name not in self._newest.shapes:
             return self._newest.read(self._terms[0][2], name)
-        return sum(weight * source.read(part, name).double() for weight, source, part in self._terms).float()
+        return torch.as_tensor(sum(weight * source.read(part, name).double() for weight, source, part in self._terms)).float()
 
     def check(self, kind: str) -> int:
         """Raise CheckpointError unless every value of every average mixed was taken exactly once; return how many."""

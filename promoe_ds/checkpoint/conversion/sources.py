@@ -55,8 +55,14 @@ class Source(Protocol):
     """A checkpoint of any format."""
 
     facts: Facts
-    kinds: tuple[str, ...]
-    optimizer_step: int | None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The sets of weights that it holds."""
+
+    @property
+    def optimizer_step(self) -> int | None:
+        """The updates that its optimizer's state has seen, None where it holds none."""
 
     def names(self, kind: str) -> list[str]:
         """Return the rank-blind names that `kind` has."""

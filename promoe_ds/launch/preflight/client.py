@@ -44,7 +44,8 @@ class Agent:
             self._send(json.dumps({"do": action, "id": self._number, **values}).encode() + b"\n")
         except OSError:
             raise RemoteError(self._why_gone()) from None
-        answer, deadline = None, time.monotonic() + timeout
+        answer: Any = None
+        deadline = time.monotonic() + timeout
         # A login script's greeting is no answer, nor is one to a question that had been given up.
         while not isinstance(answer, dict) or answer.get("id") != self._number:
             line = self._read_line(deadline)

@@ -33,7 +33,7 @@ def measure_links(agents: Mapping[str, Agent], addresses: Mapping[str, str]) -> 
     Args:
         addresses: of each host on the interface that joins them.
     """
-    links = []
+    links: list[Link] = []
     with ThreadPoolExecutor(max_workers=max(1, len(agents))) as pool:
         for pairs in rounds(list(agents)):
             for turned in (False, True):

@@ -1,0 +1,84 @@
+"""Convert checkpoints between formats: one process, no GPU needed, no engine started, one tensor in memory at a time.
+
+    promoe-convert runs/digits_promoe exports/digits --to single
+    promoe-convert ckpt_step_500000.pth start --to deepspeed --recipe promoe_b
+
+SOURCE is a checkpoint folder, a run directory (its newest checkpoint), a single export, a diffusers pipeline, or a `.pth`
+file of the published code, whose architecture --recipe names. Formats:
+
+    single     a folder for one GPU: promoe_ds.load_model reads it without deepspeed
+    official   ckpt_step_N.pth as the published code writes and reads it
+    diffusers  a ProMoEPipeline's folder
+    deepspeed  a folder to --resume from, on any number of ranks: it goes on at the same step with --with-optimizer, and
+               starts a new run from the weights without
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from promoe_ds.cli.entry import run_entry
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("destination", type=Path, metavar="DESTINATION", help="folder to write; must not exist, or be empty")
+    parser.add_argument("--to", required=True, choices=["single", "official", "diffusers", "deepspeed"], help="target format")
+    parser.add_argument("--weights", metavar="ema|raw|NAME", help="which weights: the first moving average, the trained ones, or "
+                        "an average by its name; by default ema for single and diffusers, all as they are for the others")
+    parser.add_argument("--ema-length", type=float, metavar="LENGTH", help="a moving average of another length, mixed from the "
+                        "power-function averages of a run's checkpoints (optimizer.ema_power_lengths), e.g. 0.08")
+    parser.add_argument("--with-optimizer", action="store_true", help="AdamW's moments and all sets of weights as well")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights written")
+    parser.add_argument("--max-shard-size", type=float, default=2.0, metavar="GB", help="largest safetensors file (default 2)")
+    parser.add_argument("--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers")
+    parser.add_argument("--recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="change a value of --recipe")
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
+                        help="read the target back and compare every value (default)")
+    options = parser.parse_args(arguments)
+    if not 0 < options.max_shard_size < math.inf:
+        parser.error(f"--max-shard-size {options.max_shard_size:g}: must be a number above 0")
+    if options.overrides and not options.recipe:
+        parser.error("--set changes a value of --recipe: name one")
+    if options.ema_length is not None and options.weights:
+        parser.error("--ema-length chooses the weights: leave --weights out")
+    if options.vae and options.to != "diffusers":
+        parser.error(f"--vae belongs to --to diffusers, not to --to {options.to}")
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Arguments to request to the converted checkpoint."""
+    options = parse_arguments(arguments)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from promoe_ds.checkpoint.conversion import Request, convert
+    from promoe_ds.config import load_config
+
+    config = load_config(options.recipe, options.overrides) if options.recipe else None
+    request = Request(destination=options.destination, to=options.to, weights=options.weights, dtype=options.dtype,
+                      with_optimizer=options.with_optimizer, verify=options.verify, vae=options.vae,
+                      ema_length=options.ema_length,
+                      max_shard_bytes=int(options.max_shard_size * 10**9))
+    report = convert(options.source, request, config)
+    kinds = ", ".join(kind if kind == source else f"{kind} (from {source})" for kind, source in report.kinds.items())
+    verdict = "read back and compared" if report.verified else "not read back"
+    sys.stdout.write(f"{report.destination}: {report.parameters:,} parameters, step {report.step}: {kinds}\n"
+                     f"{report.note}{chr(10) * bool(report.note)}"
+                     f"from {report.source} ({report.source_format}): {report.values:,} values, each taken once; "
+                     f"{report.bytes:,} bytes written, {verdict}\n")
+
+
+run = partial(run_entry, main)
+
+if __name__ == "__main__":
+    run()
