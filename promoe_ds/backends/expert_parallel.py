@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from promoe_ds.backends.deepspeed_private import expert_group_name
 from promoe_ds.backends.megatron import MegatronPath
-from promoe_ds.backends.stock_deepspeed import CapacityPath
+from promoe_ds.backends.stock_deepspeed import DeepSpeedMoEPath
 from promoe_ds.config import RunConfig
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.collectives import all_reduce_sum
-from promoe_ds.moe.comm_dtype import WIRES
-from promoe_ds.moe.dispatch import DeepSpeedDispatcher, ExpertPath
+from promoe_ds.moe.comm_dtype import COMM_DTYPES
+from promoe_ds.moe.dispatch import AllToAllDispatcher, ExpertPath
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, StackedExperts
 
 #: DeepSpeed writes one file an expert and wants its keys to look like this.
@@ -70,11 +70,11 @@ def shard_experts(network: DiT, group: dist.ProcessGroup, device: torch.device) 
 
 
 def _expert_path(config: RunConfig, experts: ShardedExperts, group: dist.ProcessGroup, device: torch.device) -> ExpertPath:
-    if config.parallel.resolved_dispatch == "deepspeed_capacity":
-        return CapacityPath(config.routing.num_experts, config.routing.top_k, config.parallel.capacity_factor, group)
+    if config.parallel.resolved_dispatch == "deepspeed_moe":
+        return DeepSpeedMoEPath(config.routing.num_experts, config.routing.top_k, config.parallel.capacity_factor, group)
     if config.parallel.resolved_dispatch == "megatron":
         return MegatronPath(config, experts, group, device)
-    return DeepSpeedDispatcher(group, WIRES[config.parallel.exchange_dtype])
+    return AllToAllDispatcher(group, COMM_DTYPES[config.parallel.comm_dtype])
 
 
 def share_centroids(network: DiT) -> None:

@@ -26,7 +26,7 @@ from promoe_ds.backends.te_support import BROKEN_INSTALLATION, INSTALL, find_tra
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
-from promoe_ds.moe.dispatch import CROSSINGS, ExpertFunction, PendingOutput
+from promoe_ds.moe.dispatch import ALL_TO_ALLS_PER_STEP, ExpertFunction, PendingOutput
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.routing.assignment import Assignment
 
@@ -113,7 +113,7 @@ class MegatronPath:
             return assignment.token_ids_N.new_tensor(2 * elsewhere * self.tokens_sent * token_bytes)
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
         rows = sent_We.sum() - sent_We[self.owner.first_expert // self.owner.num_local_experts].sum()
-        return (CROSSINGS * width * element_size + 2 * _GATE_BYTES) * rows
+        return (ALL_TO_ALLS_PER_STEP * width * element_size + 2 * _GATE_BYTES) * rows
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield Megatron's names with views of our parameters; SwiGLU's first two matrices are joined, a copy."""
@@ -139,7 +139,7 @@ def require_megatron() -> None:
         remedy = ("pip install 'promoe_ds[megatron]'" if isinstance(error, ImportError)
                   else "mend or remove Transformer Engine, which it imports")
         raise ConfigError(f"parallel.dispatch=megatron needs megatron-core, which cannot be imported ({type(error).__name__}: "
-                          f"{error}): {remedy}, or use parallel.dispatch=deepspeed") from None
+                          f"{error}): {remedy}, or use parallel.dispatch=alltoall") from None
 
 
 def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.ProcessGroup,
@@ -166,7 +166,7 @@ def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.Process
                                   pg_collection=_process_groups(group))
     except (ImportError, ValueError) as error:  # Megatron's config checks for libraries, too, with ValueError
         raise ConfigError(f"parallel.dispatch=megatron, parallel.megatron_dispatcher={config.parallel.megatron_dispatcher}: "
-                          f"Megatron refuses or misses a library ({error}): mend it, or use parallel.dispatch=deepspeed") from None
+                          f"Megatron refuses or misses a library ({error}): mend it, or use parallel.dispatch=alltoall") from None
     if on_cpu:
         prepare_dispatcher(layer)
     for module in layer.modules():

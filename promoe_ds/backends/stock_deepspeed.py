@@ -1,4 +1,4 @@
-"""The stock DeepSpeed path (`parallel.dispatch=deepspeed_capacity`): our router as the gate of an unmodified `MOELayer`.
+"""The stock DeepSpeed path (`parallel.dispatch=deepspeed_moe`): our router as the gate of an unmodified `MOELayer`.
 
 DeepSpeed's layer sends C slots to every expert from every rank, filled or not. Without `parallel.capacity_factor`, C is the
 fullest expert's count over all ranks of the group (dropless by padding); with it, C is fixed and rows beyond it are dropped,
@@ -17,7 +17,7 @@ from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
 
 from promoe_ds.backends.external import token_choices
-from promoe_ds.moe.dispatch import CROSSINGS, ExpertFunction, PendingOutput
+from promoe_ds.moe.dispatch import ALL_TO_ALLS_PER_STEP, ExpertFunction, PendingOutput
 from promoe_ds.routing.assignment import Assignment
 
 #: The route of a token that has none, in DeepSpeed's tuple.
@@ -94,7 +94,7 @@ class SlotExperts(nn.Module):
         return self.function(rows_RD, counts_e).view(num_local, ranks, capacity, width).transpose(0, 1)
 
 
-class CapacityPath:
+class DeepSpeedMoEPath:
     """Takes tokens through DeepSpeed's own `MOELayer`. Its exchange is synchronous: nothing overlaps with it."""
 
     clock = None
@@ -123,4 +123,4 @@ class CapacityPath:
     def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
         """All slots of the experts elsewhere, filled or not, in the pass that ran last."""
         elsewhere = self.gate.num_experts - self.gate.num_experts // self.world_size
-        return CROSSINGS * width * element_size * elsewhere * self.gate.capacity
+        return ALL_TO_ALLS_PER_STEP * width * element_size * elsewhere * self.gate.capacity

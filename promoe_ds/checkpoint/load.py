@@ -32,7 +32,7 @@ FREE_FIELDS = {
     "train": {"max_steps", "stop_after_steps", "log_every", "checkpoint_every", "keep_last", "keep_every",
               "async_checkpoint", "max_nonfinite_steps", "micro_batch_size"},
     "parallel": {"activation_checkpointing", "timeout_seconds", "expert_backend", "ep_size", "dispatch", "megatron_dispatcher",
-                 "exchange_dtype", "expert_groups", "compile", "expert_placement", "expert_order"},
+                 "comm_dtype", "expert_groups", "compile", "expert_placement", "expert_order"},
     "precision": {"compute", "fp8_recipe", "kernels"},
     "supervision": {"setup_timeout_seconds", "step_timeout_seconds", "checkpoint_timeout_seconds", "evaluation_timeout_seconds",
                     "launcher_timeout_seconds"},

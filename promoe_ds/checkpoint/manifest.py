@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from promoe_ds.config import RunConfig, config_from_dict
+from promoe_ds.config.old_names import with_new_names
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.launch.heartbeat import CHECKPOINT_NAME
 
@@ -112,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
         if not files:
             raise CheckpointError(f"{path}: lists no file")
         return Manifest(step=_count(values, "step"), samples_seen=_count(values, "samples_seen"), files=files,
-                        layout=_read_layout(values["layout"]), config=dict(values["config"]), versions=dict(values["versions"]),
+                        layout=_read_layout(values["layout"]), config=with_new_names(values["config"])[0], versions=dict(values["versions"]),
                         averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()},
                         dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"),
                         wandb_id=str(values.get("wandb_id", "")))

@@ -77,7 +77,7 @@ def _tell(trainer: TrainingState, folder: Path, manifest: Manifest, missing: lis
     before = OptimizerConfig.model_validate(manifest.config["optimizer"]).averages
     kept = kept_averages(manifest, trainer.config.optimizer).values()
     if dropped := [f"{name} ({average})" for name, average in before.items() if name not in kept]:
-        _LOG.warning("resume: the averages %s are given up: optimizer.ema_decays and ema_power_lengths no longer name them",
+        _LOG.warning("resume: the averages %s are given up: optimizer.ema_decays and ema_sigma_rels no longer name them",
                      ", ".join(dropped))
     if missing:
         named = [f"{kind} ({trainer.optimizer.averages[kind]})" if kind.startswith(EMA) else kind for kind in missing]

@@ -34,8 +34,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--to", required=True, choices=["single", "official", "diffusers", "deepspeed"], help="target format")
     parser.add_argument("--weights", metavar="ema|raw|NAME", help="which weights: the first moving average, the trained ones, or "
                         "an average by its name; by default ema for single and diffusers, all as they are for the others")
-    parser.add_argument("--ema-length", type=float, metavar="LENGTH", help="a moving average of another length, mixed from the "
-                        "power-function averages of a run's checkpoints (optimizer.ema_power_lengths), e.g. 0.08")
+    parser.add_argument("--ema-sigma-rel", type=float, metavar="LENGTH", help="a moving average of another length, mixed from the "
+                        "power-function averages of a run's checkpoints (optimizer.ema_sigma_rels), e.g. 0.08")
     parser.add_argument("--with-optimizer", action="store_true", help="AdamW's moments and all sets of weights as well")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights written")
     parser.add_argument("--max-shard-size", type=float, default=2.0, metavar="GB", help="largest safetensors file (default 2)")
@@ -50,8 +50,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--max-shard-size {options.max_shard_size:g}: must be a number above 0")
     if options.overrides and not options.recipe:
         parser.error("--set changes a value of --recipe: name one")
-    if options.ema_length is not None and options.weights:
-        parser.error("--ema-length chooses the weights: leave --weights out")
+    if options.ema_sigma_rel is not None and options.weights:
+        parser.error("--ema-sigma-rel chooses the weights: leave --weights out")
     if options.vae and options.to != "diffusers":
         parser.error(f"--vae belongs to --to diffusers, not to --to {options.to}")
     return options
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     config = load_config(options.recipe, options.overrides) if options.recipe else None
     request = Request(destination=options.destination, to=options.to, weights=options.weights, dtype=options.dtype,
                       with_optimizer=options.with_optimizer, verify=options.verify, vae=options.vae,
-                      ema_length=options.ema_length,
+                      ema_sigma_rel=options.ema_sigma_rel,
                       max_shard_bytes=int(options.max_shard_size * 10**9))
     report = convert(options.source, request, config)
     kinds = ", ".join(kind if kind == source else f"{kind} (from {source})" for kind, source in report.kinds.items())

@@ -12,7 +12,7 @@ from typing import Any
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import field_lines, load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
-from promoe_ds.launch.early_signals import Beginning
+from promoe_ds.launch.early_signals import EarlySignals
 from promoe_ds.launch.launchers import read_place
 from promoe_ds.logs import configure_logging, rank_from_environment
 
@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Arguments to config to engine."""
     options = parse_arguments(arguments)
-    beginning = None if options.dry_run else Beginning()  # before the imports that take their time
+    beginning = None if options.dry_run else EarlySignals()  # before the imports that take their time
     configure_logging(rank_from_environment())
     place = read_place(os.environ)
     config = load_config(options.recipe, options.overrides)

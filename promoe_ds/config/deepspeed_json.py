@@ -214,7 +214,7 @@ def _fill_auto(resolved: dict[str, Any], config: RunConfig, batches: BatchPlan, 
         "train_batch_size": ("train.global_batch_size", batches.global_batch),
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", batches.micro_batch),
         "gradient_accumulation_steps": ("train.global_batch_size / (train.micro_batch_size * ranks)", batches.accumulation),
-        "gradient_clipping": ("optimizer.clip_norm", config.optimizer.clip_norm),
+        "gradient_clipping": ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
     }
     for key, (name, value) in owned.items():
         if (stated := resolved.get(key, "auto")) not in ("auto", value):

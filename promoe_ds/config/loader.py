@@ -12,12 +12,16 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from promoe_ds.config.old_names import with_new_names
 from promoe_ds.config.placement import read_placement
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.config.section import explain, name_and_message
 from promoe_ds.config.superclasses import read_superclasses
 from promoe_ds.config.yaml_text import read_yaml
 from promoe_ds.errors import ConfigError
+from promoe_ds.logs import get_logger
+
+_LOG = get_logger("config")
 
 #: Begins a saved config, before the version.
 _WRITTEN_BY = "# promoe_ds "
@@ -70,7 +74,7 @@ def config_from_dict(values: Mapping[str, Any], *, source: str, written_by: obje
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source} must be a mapping of sections, found {type(values).__name__}")
     try:
-        return RunConfig.model_validate(dict(values))
+        return RunConfig.model_validate(with_new_names(values)[0])
     except ValidationError as error:
         problem, own = explain(error, source, _describe), version("promoe_ds")
         if isinstance(written_by, str) and release_of(written_by) > release_of(own):
@@ -151,6 +155,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of sections, found {type(values).__name__}")
+    values = _renewed(values, str(path))
     base = values.pop("base", None)
     if base is None:
         return values
@@ -171,16 +176,19 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name:
         raise ConfigError(f"--set {override}: expected section.field=value")
-    if name not in dotted_names():
-        raise ConfigError(_unknown(f"--set {name}", name))
     value = read_yaml(text, f"--set {override}: the value")
-    *sections, leaf = name.split(".")
-    target = values
-    for section in sections:
-        if not isinstance(target.get(section), dict):
-            target[section] = {}
-        target = target[section]
-    target[leaf] = value
+    section, dot, leaf = name.rpartition(".")
+    given = _renewed({section: {leaf: value}} if dot else {name: value}, f"--set {override}")
+    if (name := next(f"{section}.{leaf}" for leaf in given[section]) if dot else name) not in dotted_names():
+        raise ConfigError(_unknown(f"--set {name}", name))
+    values.update(_merged(values, given))
+
+
+def _renewed(values: dict[str, Any], source: str) -> dict[str, Any]:
+    values, notes = with_new_names(values)
+    for note in notes:
+        _LOG.warning("%s: %s", source, note)
+    return values
 
 
 def _unknown(where: str, name: str) -> str:

@@ -72,7 +72,7 @@ class OptimizerConfig(Section):
     betas: tuple[_Fraction, _Fraction] = Field((0.9, 0.999), description="of AdamW")
     eps: float = Field(1e-8, gt=0, description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only, never on biases or prototypes")
-    clip_norm: float = Field(0.5, ge=0, description="of the global gradient norm; 0 switches clipping off")
+    max_grad_norm: float = Field(0.5, ge=0, description="of the global gradient norm; 0 switches clipping off")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate grows to lr, linearly")
     min_lr: float = Field(0.0, ge=0, description="where linear and cosine end")
@@ -82,7 +82,7 @@ class OptimizerConfig(Section):
                                               "side by side; the first is the one that samples are drawn from")
     ema_warmup: bool = Field(False, description="let these decays grow from 0.18, min(decay, (1 + t) / (10 + t)) at update t: "
                                                 "for short runs, of whose average the initial weights are a large part")
-    ema_power_lengths: tuple[_PowerLength, ...] = Field((), description="relative lengths of power-function averages, from which "
+    ema_sigma_rels: tuple[_PowerLength, ...] = Field((), description="relative lengths of power-function averages, from which "
                                                         "another length can be had after training; EDM2 keeps 0.05 and 0.1")
 
     @model_validator(mode="after")
@@ -93,12 +93,12 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _averages_differ(self) -> OptimizerConfig:
-        for name in ("ema_decays", "ema_power_lengths"):
+        for name in ("ema_decays", "ema_sigma_rels"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}={list(values)} holds one average twice: every name can stand for one only")
-        if len(self.averages) < len(self.ema_decays) + len(self.ema_power_lengths):
-            raise ValueError(f"ema_decays={list(self.ema_decays)}, ema_power_lengths={list(self.ema_power_lengths)}: the names "
+        if len(self.averages) < len(self.ema_decays) + len(self.ema_sigma_rels):
+            raise ValueError(f"ema_decays={list(self.ema_decays)}, ema_sigma_rels={list(self.ema_sigma_rels)}: the names "
                              f"{', '.join(self.averages)} keep six digits, and two are the same: take values that differ in these")
         return self
 
@@ -108,7 +108,7 @@ class OptimizerConfig(Section):
         names = (EMA, *(f"{EMA}_{decay:g}" for decay in self.ema_decays[1:]))
         return {**{name: Average(decay=decay, warmup=self.ema_warmup)
                    for name, decay in zip(names, self.ema_decays, strict=True)},
-                **{power_average(length): Average(exponent=power_exponent(length)) for length in self.ema_power_lengths}}
+                **{power_average(length): Average(exponent=power_exponent(length)) for length in self.ema_sigma_rels}}
 
 
 def power_average(length: float) -> str:

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from promoe_ds.config.section import Section
 
-ResolvedDispatch = Literal["local", "deepspeed", "deepspeed_capacity", "megatron"]
+ResolvedDispatch = Literal["local", "alltoall", "deepspeed_moe", "megatron"]
 #: Layers of other libraries, which ask every token for K choices: methods in which experts choose cannot be expressed.
-FOREIGN_DISPATCH = ("deepspeed_capacity", "megatron")
+EXTERNAL_DISPATCH = ("deepspeed_moe", "megatron")
 TOKENS_CHOOSE = ("token_choice", "dit_moe", "classification", "kmeans")
 
 
@@ -18,11 +18,11 @@ class ParallelConfig(Section):
     """How the experts lie over the ranks and what moves the tokens."""
 
     ep_size: int = Field(1, gt=0, description="ranks that share one set of routed experts")
-    dispatch: Literal["auto", ResolvedDispatch] = Field("auto", description="auto: deepspeed when ep_size > 1, else local")
-    capacity_factor: float | None = Field(None, gt=0, description="of deepspeed_capacity: slots over an even share, rows "
+    dispatch: Literal["auto", ResolvedDispatch] = Field("auto", description="auto: alltoall when ep_size > 1, else local")
+    capacity_factor: float | None = Field(None, gt=0, description="of deepspeed_moe: slots over an even share, rows "
                                                                   "beyond them are dropped; none: as many as needed")
     megatron_dispatcher: Literal["alltoall", "allgather", "flex"] = Field("alltoall", description="flex is DeepEP's")
-    exchange_dtype: Literal["same", "bf16", "fp8"] = Field("same", description="of the rows between ranks (dispatch=deepspeed)")
+    comm_dtype: Literal["same", "bf16", "fp8"] = Field("same", description="of the rows between ranks (dispatch=alltoall)")
     expert_groups: Literal["any", "node"] = Field("any", description="node: refuse an expert group that spans hosts")
     expert_backend: Literal["auto", "grouped_mm", "loop"] = Field("auto", description="auto: grouped_mm where the widths allow it")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
@@ -38,10 +38,10 @@ class ParallelConfig(Section):
     def _dispatch_fits(self) -> ParallelConfig:
         if self.dispatch == "local" and self.ep_size > 1:
             raise ValueError(f"dispatch=local keeps all experts on one rank, ep_size={self.ep_size} shards them: "
-                             "use dispatch=deepspeed (or auto), or ep_size=1")
-        for field, value, dispatch in (("capacity_factor", self.capacity_factor, "deepspeed_capacity"),
+                             "use dispatch=alltoall (or auto), or ep_size=1")
+        for field, value, dispatch in (("capacity_factor", self.capacity_factor, "deepspeed_moe"),
                                        ("megatron_dispatcher", self.megatron_dispatcher, "megatron"),
-                                       ("exchange_dtype", self.exchange_dtype, "deepspeed")):
+                                       ("comm_dtype", self.comm_dtype, "alltoall")):
             if value != type(self).model_fields[field].default and self.resolved_dispatch != dispatch:
                 raise ValueError(f"{field}={value} is read by dispatch={dispatch} alone, this is "
                                  f"dispatch={self.resolved_dispatch}: leave it out, or use that dispatch")
@@ -64,7 +64,7 @@ class ParallelConfig(Section):
     def resolved_dispatch(self) -> ResolvedDispatch:
         """The dispatcher that `auto` stands for."""
         if self.dispatch == "auto":
-            return "deepspeed" if self.ep_size > 1 else "local"
+            return "alltoall" if self.ep_size > 1 else "local"
         return self.dispatch
 
     @property

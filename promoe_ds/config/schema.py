@@ -14,7 +14,7 @@ from promoe_ds.config.data import DataConfig
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.config.evaluation import EvaluationConfig
 from promoe_ds.config.optimizer import OptimizerConfig
-from promoe_ds.config.parallel import FOREIGN_DISPATCH, TOKENS_CHOOSE, ParallelConfig
+from promoe_ds.config.parallel import EXTERNAL_DISPATCH, TOKENS_CHOOSE, ParallelConfig
 from promoe_ds.config.precision import PrecisionConfig, fp8_multiple
 from promoe_ds.config.presets import PRESETS
 from promoe_ds.config.routing import RoutingConfig
@@ -153,9 +153,9 @@ class RunConfig(Section):
                 raise ValueError(f"parallel.expert_backend=grouped_mm needs rows of a multiple of 16 bytes: model.hidden_size="
                                  f"{self.model.hidden_size} and the expert width {self.expert_width} must be multiples of "
                                  f"{_GROUPED_GEMM_MULTIPLE}; change them or use loop")
-            if self.parallel.dispatch in FOREIGN_DISPATCH and self.routing.method not in TOKENS_CHOOSE:
+            if self.parallel.dispatch in EXTERNAL_DISPATCH and self.routing.method not in TOKENS_CHOOSE:
                 raise ValueError(f"parallel.dispatch={self.parallel.dispatch} asks every token for routing.top_k experts, but with "
-                                 f"routing.method={self.routing.method} experts choose: use parallel.dispatch=deepspeed, or one "
+                                 f"routing.method={self.routing.method} experts choose: use parallel.dispatch=alltoall, or one "
                                  f"of the methods {', '.join(TOKENS_CHOOSE)}")
         if self.data.dataset == "digits":
             self._digits_fit()

@@ -15,12 +15,12 @@ from promoe_ds.model import DiT, build_model
 from promoe_ds.model.export import WEIGHTS_STEM, fill_network, read_export_config
 from promoe_ds.model.shards import ShardReader
 from promoe_ds.model.state import check_shapes
-from promoe_ds.moe.dispatch import DeepSpeedDispatcher, PendingDispatch
+from promoe_ds.moe.dispatch import AllToAllDispatcher, PendingDispatch
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, StackedExperts
 from promoe_ds.routing.assignment import Assignment
 
 
-class RankwiseDispatcher(DeepSpeedDispatcher):
+class RankwiseDispatcher(AllToAllDispatcher):
     """The exact-size exchange, without sorting what arrives: rows stay grouped by the rank that sent them."""
 
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
@@ -72,7 +72,7 @@ def load_sharded_model(export: Path, team: Team, *, ep_size: int, dtype: torch.d
     state |= {name: reader.read(name) for name in reader.shapes if name not in state}
     fill_network(network, state)
     for layer in network.moe_layers().values():
-        layer.dispatcher = RankwiseDispatcher(group) if exact else DeepSpeedDispatcher(group)
+        layer.dispatcher = RankwiseDispatcher(group) if exact else AllToAllDispatcher(group)
         routed: Any = RankwiseExperts(layer.routed) if exact else layer.routed
         layer.routed = routed
     return network.eval().to(device=team.device, dtype=dtype)

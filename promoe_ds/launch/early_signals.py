@@ -15,7 +15,7 @@ from promoe_ds.logs import rank_from_environment
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Beginning:
+class EarlySignals:
     """The first thing that a rank makes: knows who had started it, and takes note of signals that ask it to stop."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The mixture-of-experts layer: experts, movement of tokens, the layer that joins them."""
 
-from promoe_ds.moe.dispatch import DeepSpeedDispatcher, Dispatcher, ExpertPath, LocalDispatcher
+from promoe_ds.moe.dispatch import AllToAllDispatcher, Dispatcher, ExpertPath, LocalDispatcher
 from promoe_ds.moe.experts import FeedForward, StackedExperts
 from promoe_ds.moe.layer import MoELayer
 
-__all__ = ["DeepSpeedDispatcher", "Dispatcher", "ExpertPath", "FeedForward", "LocalDispatcher", "MoELayer", "StackedExperts"]
+__all__ = ["AllToAllDispatcher", "Dispatcher", "ExpertPath", "FeedForward", "LocalDispatcher", "MoELayer", "StackedExperts"]

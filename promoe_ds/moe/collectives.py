@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from promoe_ds.moe.comm_dtype import SAME, Wire
+from promoe_ds.moe.comm_dtype import SAME, CommDtype
 
 
 def all_reduce_sum(group: dist.ProcessGroup | None) -> Callable[[Tensor], Tensor]:
@@ -101,7 +101,7 @@ def exchange_counts(counts_WE: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 @dataclass
-class Exchange:
+class AllToAll:
     """One all-to-all of rows, startable and finishable apart so that other work can run in between.
 
     rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; wire: how a row looks on its way. `clock` counts the
@@ -115,7 +115,7 @@ class Exchange:
     group: dist.ProcessGroup
     name: str
     clock: WaitClock
-    wire: Wire = SAME
+    wire: CommDtype = SAME
     _name: str = field(default="", repr=False)
     _work: Any = field(default=None, repr=False)
     _sent: Tensor | None = field(default=None, repr=False)
@@ -153,7 +153,7 @@ class Exchange:
 
 class _StartExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, exchange: AllToAll) -> Tensor:
         ctx.exchange = exchange
         return exchange.launch(rows, reverse=False)
 
@@ -164,7 +164,7 @@ class _StartExchange(torch.autograd.Function):
 
 class _FinishExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, exchange: AllToAll) -> Tensor:
         ctx.exchange = exchange
         return exchange.wait(reverse=False)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 _SCALE_BYTES = 4
 
 
-class Wire(Protocol):
+class CommDtype(Protocol):
     """Packs rows for the way and unpacks them."""
 
     def pack(self, rows_ND: Tensor, *, is_gradient: bool) -> Tensor:
@@ -77,6 +77,6 @@ class _Fp8:
         return torch.float8_e5m2 if is_gradient else torch.float8_e4m3fn
 
 
-SAME: Wire = _Same()
-#: The choices of `parallel.exchange_dtype`.
-WIRES: dict[str, Wire] = {"same": SAME, "bf16": _Bf16(), "fp8": _Fp8()}
+SAME: CommDtype = _Same()
+#: The choices of `parallel.comm_dtype`.
+COMM_DTYPES: dict[str, CommDtype] = {"same": SAME, "bf16": _Bf16(), "fp8": _Fp8()}

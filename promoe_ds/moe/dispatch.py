@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from promoe_ds.moe.collectives import Exchange, WaitClock, exchange_counts
-from promoe_ds.moe.comm_dtype import SAME, Wire
+from promoe_ds.moe.collectives import AllToAll, WaitClock, exchange_counts
+from promoe_ds.moe.comm_dtype import SAME, CommDtype
 from promoe_ds.routing.assignment import Assignment
 from promoe_ds.routing.scores import at_least_fp32
 
 #: A row's crossings in a training pass: out and back, forward and backward.
-CROSSINGS = 4
+ALL_TO_ALLS_PER_STEP = 4
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Dispatcher(ABC):
 
     def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
         """Four crossings of each row: out and back, forward and backward."""
-        return CROSSINGS * width * element_size * self.rows_leaving(assignment)
+        return ALL_TO_ALLS_PER_STEP * width * element_size * self.rows_leaving(assignment)
 
 
 class LocalDispatcher(Dispatcher):
@@ -114,18 +114,18 @@ class LocalDispatcher(Dispatcher):
 @dataclass(frozen=True)
 class _ExchangeHandle:
     assignment: Assignment
-    exchange: Exchange
+    exchange: AllToAll
     order_R: Tensor | None
 
 
-class DeepSpeedDispatcher(Dispatcher):
+class AllToAllDispatcher(Dispatcher):
     """Dropless, exact-size all-to-all over DeepSpeed's expert-parallel group.
 
     Rank w of the group holds the experts w*e ... (w+1)*e - 1. The exchange carries exactly the rows that live
     elsewhere, both ways: no padding, no capacity.
     """
 
-    def __init__(self, group: dist.ProcessGroup, wire: Wire = SAME) -> None:
+    def __init__(self, group: dist.ProcessGroup, wire: CommDtype = SAME) -> None:
         """Use `group`, whose size must divide the number of experts; rows travel as `wire` says."""
         self.group, self.wire, self.clock = group, wire, WaitClock()
         self.world_size = dist.get_world_size(group)
@@ -144,7 +144,7 @@ class DeepSpeedDispatcher(Dispatcher):
         with self.clock.waiting("counts", tokens_TD.device):
             received_We = exchange_counts(sent_We, self.group)
         rows_out, rows_in = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
-        exchange = Exchange(rows_out=rows_out, rows_in=rows_in, group=self.group, name="dispatch", clock=self.clock, wire=self.wire)
+        exchange = AllToAll(rows_out=rows_out, rows_in=rows_in, group=self.group, name="dispatch", clock=self.clock, wire=self.wire)
         pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
 
         def finish() -> Dispatched:
@@ -161,7 +161,7 @@ class DeepSpeedDispatcher(Dispatcher):
         assert isinstance(handle, _ExchangeHandle)
         if handle.order_R is not None:
             rows_RD = torch.zeros_like(rows_RD).index_copy(0, handle.order_R, rows_RD)
-        back = Exchange(rows_out=handle.exchange.rows_in, rows_in=handle.exchange.rows_out, group=self.group, name="combine",
+        back = AllToAll(rows_out=handle.exchange.rows_in, rows_in=handle.exchange.rows_out, group=self.group, name="combine",
                         clock=self.clock, wire=self.wire)
         return add_weighted_rows(base_TD, back.finish(back.start(rows_RD)), handle.assignment)
 
@@ -172,7 +172,7 @@ class DeepSpeedDispatcher(Dispatcher):
 
     def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
         """Four crossings of each row, as it looks on the wire."""
-        return CROSSINGS * self.wire.row_bytes(width, element_size) * self.rows_leaving(assignment)
+        return ALL_TO_ALLS_PER_STEP * self.wire.row_bytes(width, element_size) * self.rows_leaving(assignment)
 
 
 def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) -> Tensor:

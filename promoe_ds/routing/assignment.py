@@ -35,7 +35,7 @@ class RoutingStats:
     tokens_per_expert_BE: int64, assignments of each sample to each expert.
     gate_sums_BE: sum of the gates of each sample's assignments to each expert.
     is_routed_B: whether the sample was routed (False: unconditional expert).
-    prototype_similarity: scalar, mean cosine between the experts' directions (`Router.directions_ED`).
+    prototype_similarity: scalar, mean cosine between the experts' directions (`Router.expert_keys_ED`).
     token_sums_ED: sum of each expert's tokens as they enter the layer, fp32; in training only.
     """
 
@@ -57,7 +57,7 @@ class RoutingPlan:
 
     aux_losses: by name, already weighted; empty in evaluation.
     observation: what the router's running state learns from this pass, in training only. Observations are additive: the
-        trainer sums them over passes and ranks and hands the total to `Router.absorb`.
+        trainer sums them over passes and ranks and hands the total to `Router.update_running_state`.
     target_patches_BSP: the router's own prediction of the training target's patches, for a loss that only the trainer,
         who knows the target, can take (Expert Race's per-layer regularisation).
     """

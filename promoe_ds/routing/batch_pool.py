@@ -62,7 +62,7 @@ class BatchPoolRouter(GateRouter):
 
         Source: DiffMoE's batch-level pool as published for the comparison; differs: the pool is the routed samples' where
         null samples have their own expert, thresholds are averaged over ranks by the trainer, once a step.
-        Returns: RoutingPlan; in training with the predictor's loss and the observation of `absorb`.
+        Returns: RoutingPlan; in training with the predictor's loss and the observation of `update_running_state`.
         Gradient: reaches tokens and gate through the gates, the predictor through its loss.
         Sync: none in training, one in evaluation (the number of rows).  Collectives: none.
         """
@@ -86,7 +86,7 @@ class BatchPoolRouter(GateRouter):
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats,
                            observation=self._observe(logits_TE.detach().sigmoid(), pool_ids_EC.shape[1]))
 
-    def absorb(self, observation: Tensor) -> None:
+    def update_running_state(self, observation: Tensor) -> None:
         """Move the thresholds towards the mean observed one: decay * old + (1 - decay) * mean."""
         move_thresholds(self.thresholds, observation, self.threshold_decay)
 

@@ -33,7 +33,7 @@ class ClassificationRouter(Router):
         """Take the superclass of every class, in the order of the classes; the null label has none."""
         self._superclass_of = torch.tensor([*superclass_of, 0], device=self.classifier.weight.device)
 
-    def directions_ED(self) -> Tensor:
+    def expert_keys_ED(self) -> Tensor:
         """Return the classifier's rows."""
         return self.classifier.weight
 

@@ -28,7 +28,7 @@ class KMeansRouter(Router):
         super().__init__(num_experts, top_k=1)
         self.register_buffer("centroids", torch.zeros(num_experts, width))
 
-    def directions_ED(self) -> Tensor:
+    def expert_keys_ED(self) -> Tensor:
         """Return the centroids."""
         return self.centroids
 
@@ -55,7 +55,7 @@ class KMeansRouter(Router):
 
         Source: Sec. 4.2, implicit routing guidance: affinities are negative Euclidean distances; the paper does not state
         their activation: the gate is their softmax, nearly 1 where clusters are apart.
-        Returns: RoutingPlan, in training with the observation of `absorb`.
+        Returns: RoutingPlan, in training with the observation of `update_running_state`.
         Gradient: reaches tokens through the gates.  Sync: none.  Collectives: none.
         """
         scores_BSE = (-euclidean_distances(tokens_BSD, self.centroids)).softmax(dim=-1)
@@ -65,7 +65,7 @@ class KMeansRouter(Router):
         return RoutingPlan(assignment=assignment, aux_losses={}, stats=stats, observation=observation)
 
     @torch.no_grad()
-    def absorb(self, observation: Tensor) -> None:
+    def update_running_state(self, observation: Tensor) -> None:
         """Replace each centroid by the mean of its tokens; one without tokens stays.
 
         Args:

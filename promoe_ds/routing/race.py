@@ -52,7 +52,7 @@ class ExpertRaceRouter(GateRouter):
 
         Source: the paper's description, Sec. 4-6; differs: the pool is the routed samples' where null samples have their
         own expert, the threshold is averaged over ranks by the trainer, once a step.
-        Returns: RoutingPlan; in training with the similarity loss, the observation of `absorb` and the predicted target.
+        Returns: RoutingPlan; in training with the similarity loss, the observation of `update_running_state` and the predicted target.
         Gradient: reaches tokens and router.  Sync: none in training, one in evaluation.  Collectives: none.
         """
         tokens_per_image = tokens_BSD.shape[1]
@@ -78,7 +78,7 @@ class ExpertRaceRouter(GateRouter):
                            observation=observe_thresholds(lowest_1, any_chosen=len(scores_TE) > 0),
                            target_patches_BSP=None if self.target_head is None else linear_fp32(hidden_BSD, self.target_head))
 
-    def absorb(self, observation: Tensor) -> None:
+    def update_running_state(self, observation: Tensor) -> None:
         """Move the threshold towards the mean observed one: decay * old + (1 - decay) * mean."""
         move_thresholds(self.threshold, observation, self.threshold_decay)
 

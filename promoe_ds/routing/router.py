@@ -22,8 +22,8 @@ from promoe_ds.routing.scores import NORM_EPS, at_least_fp32
 class Router(nn.Module):
     """Decides which tokens visit which experts.
 
-    A subclass implements `forward` and `directions_ED`; one with running state (thresholds, centroids) keeps it in
-    buffers, reports observations in its plans and implements `absorb` and `reset_state`. Buffers stay in fp32 when the
+    A subclass implements `forward` and `expert_keys_ED`; one with running state (thresholds, centroids) keeps it in
+    buffers, reports observations in its plans and implements `update_running_state` and `reset_state`. Buffers stay in fp32 when the
     module is cast to half precision: a running average of 0.95 would stand still in bf16.
     per_expert: names of the parameters and buffers whose first dimension counts the experts.
     initial_gate: how `gate_weight` starts: "xavier" as other matrices, "linear" as torch's linear
@@ -48,11 +48,11 @@ class Router(nn.Module):
         """Route one batch: which routed experts each token of a routed sample visits, losses and statistics."""
         raise NotImplementedError
 
-    def directions_ED(self) -> Tensor:
+    def expert_keys_ED(self) -> Tensor:
         """Return a vector per expert whose mutual similarity says how alike the experts' tokens are; logged."""
         raise NotImplementedError
 
-    def absorb(self, observation: Tensor) -> None:
+    def update_running_state(self, observation: Tensor) -> None:
         """Update the running state from a step's observations, summed over passes and ranks.  Sync: none."""
 
     def reset_state(self) -> None:
@@ -104,7 +104,7 @@ class Router(nn.Module):
 
     def _stats(self, counts_BE: Tensor, gate_sums_BE: Tensor, partition: Partition) -> RoutingStats:
         return RoutingStats(tokens_per_expert_BE=counts_BE, gate_sums_BE=gate_sums_BE, is_routed_B=partition.is_routed_B,
-                            prototype_similarity=mean_prototype_similarity(self.directions_ED().detach()))
+                            prototype_similarity=mean_prototype_similarity(self.expert_keys_ED().detach()))
 
 
 class GateRouter(Router):
@@ -120,7 +120,7 @@ class GateRouter(Router):
         super().__init__(num_experts, top_k)
         self.gate_weight = nn.Parameter(torch.empty(num_experts, width))
 
-    def directions_ED(self) -> Tensor:
+    def expert_keys_ED(self) -> Tensor:
         """Return the gate's rows."""
         return self.gate_weight
 

@@ -69,19 +69,19 @@ class _Cosine(torch.autograd.Function):
     """Cosines of tokens with unit directions, without a normalised copy of the tokens in either pass."""
 
     @staticmethod
-    def forward(ctx: Any, tokens_D: Tensor, directions_ED: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens_D: Tensor, expert_keys_ED: Tensor) -> Tensor:
         norms = tokens_D.norm(dim=-1, keepdim=True)
         inverse_norms = norms.clamp_min(NORM_EPS).reciprocal()
-        cosines_E = (tokens_D @ directions_ED.T).mul_(inverse_norms)
+        cosines_E = (tokens_D @ expert_keys_ED.T).mul_(inverse_norms)
         # Below the floor the norm is a constant and has no gradient.
-        ctx.save_for_backward(tokens_D, directions_ED, cosines_E, inverse_norms, inverse_norms * (norms >= NORM_EPS))
+        ctx.save_for_backward(tokens_D, expert_keys_ED, cosines_E, inverse_norms, inverse_norms * (norms >= NORM_EPS))
         return cosines_E
 
     @staticmethod
     def backward(ctx: Any, grad_E: Tensor) -> tuple[Tensor, Tensor]:
-        tokens_D, directions_ED, cosines_E, inverse_norms, norm_slopes = ctx.saved_tensors
+        tokens_D, expert_keys_ED, cosines_E, inverse_norms, norm_slopes = ctx.saved_tensors
         grad_E = grad_E * inverse_norms
-        grad_tokens = grad_E @ directions_ED
+        grad_tokens = grad_E @ expert_keys_ED
         grad_tokens.addcmul_(tokens_D, (grad_E * cosines_E).sum(dim=-1, keepdim=True) * norm_slopes, value=-1.0)
         return grad_tokens, grad_E.flatten(0, -2).T @ tokens_D.flatten(0, -2)
 

@@ -46,7 +46,7 @@ class PrototypeRouter(Router):
         self.settings = settings
         self.prototypes = nn.Parameter(torch.empty(settings.num_experts, width))
 
-    def directions_ED(self) -> Tensor:
+    def expert_keys_ED(self) -> Tensor:
         """Return the prototypes."""
         return self.prototypes
 

@@ -29,7 +29,7 @@ class RouterState:
                 seen = self._observations.get(index)
                 self._observations[index] = plan.observation if seen is None else seen + plan.observation
 
-    def absorb(self, *, skip: bool) -> None:
+    def update_running_state(self, *, skip: bool) -> None:
         """End a step: update every router, or forget what was seen where the step is skipped; start anew.
 
         Collectives: one, where a router has state.
@@ -41,7 +41,7 @@ class RouterState:
         dist.all_reduce(total)
         for (index, observation), part in zip(observations.items(), total.split([o.numel() for o in observations.values()]),
                                               strict=True):
-            self._routers[index].absorb(part.view_as(observation))
+            self._routers[index].update_running_state(part.view_as(observation))
 
 
 def give_superclasses(network: DiT, config: RunConfig) -> None:

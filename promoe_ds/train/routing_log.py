@@ -243,11 +243,11 @@ def _describe(columns: Tensor) -> dict[str, Any]:
 
 def _describe_prototypes(layer: MoELayer, sums_ED: Tensor, tokens_E: Tensor, *, with_matrix: bool) -> dict[str, Any]:
     """Describe the prototypes as they are now, and how near each is to the centroid of its tokens and to the others'."""
-    directions_ED, is_used_E = layer.router.directions_ED().detach().double().cpu(), tokens_E > 0
-    to_centroid_EE = similarity_matrix(directions_ED, sums_ED)
+    expert_keys_ED, is_used_E = layer.router.expert_keys_ED().detach().double().cpu(), tokens_E > 0
+    to_centroid_EE = similarity_matrix(expert_keys_ED, sums_ED)
     is_other_EE = is_used_E & ~torch.eye(len(tokens_E), dtype=torch.bool)
     others_E = is_other_EE.sum(dim=1)
-    matrix = {"prototype_similarity_matrix": _cosines(similarity_matrix(directions_ED, directions_ED))} if with_matrix else {}
+    matrix = {"prototype_similarity_matrix": _cosines(similarity_matrix(expert_keys_ED, expert_keys_ED))} if with_matrix else {}
     return {**matrix, "prototype_to_centroid": _cosines(to_centroid_EE.diagonal(), is_used_E),
             "prototype_to_other_centroids": _cosines(to_centroid_EE.where(is_other_EE, 0.0).sum(dim=1) / others_E, others_E > 0)}
 

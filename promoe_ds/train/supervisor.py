@@ -12,7 +12,7 @@ from pathlib import Path
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.distributed.peers import gather_addresses, peer_problem
 from promoe_ds.errors import PeerError, Preempted
-from promoe_ds.launch.early_signals import STOP_SIGNALS, Beginning
+from promoe_ds.launch.early_signals import STOP_SIGNALS, EarlySignals
 from promoe_ds.launch.heartbeat import DUMP_FOLDER, leave_note
 from promoe_ds.logs import get_logger, rank_from_environment
 from promoe_ds.train.watchdog import Watchdog
@@ -101,7 +101,7 @@ class Supervisor:
 
 
 @contextlib.contextmanager
-def supervised(settings: SupervisionConfig, run_dir: Path, beginning: Beginning) -> Iterator[Supervisor]:
+def supervised(settings: SupervisionConfig, run_dir: Path, beginning: EarlySignals) -> Iterator[Supervisor]:
     """Watch over this process: time-outs, launcher, SIGTERM and SIGUSR1 (finish the step, save, end).
 
     Args:

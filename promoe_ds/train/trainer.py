@@ -155,7 +155,7 @@ class Trainer:
         if not problem and not math.isfinite(norm):
             # Every gradient is finite, their norm overflows: the update was left out as well.
             problem = f"step {self.step - 1}: the norm of all gradients is not finite"
-        self.router_state.absorb(skip=bool(problem))
+        self.router_state.update_running_state(skip=bool(problem))
         return StepResult(terms=terms, grad_norm=float("nan") if problem else float(norm), lr=lr, problem=problem,
                           stop_requested=stop)
 
@@ -185,7 +185,7 @@ class Trainer:
             return None
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         norm = global_grad_norm(parameters, self.expert_group)
-        optimizer, max_norm = self.engine.optimizer, self.config.optimizer.clip_norm
+        optimizer, max_norm = self.engine.optimizer, self.config.optimizer.max_grad_norm
         optimizer.overflow = skip or not bool(torch.isfinite(norm))
         if max_norm > 0 and not optimizer.overflow:
             clip_gradients(parameters, norm, max_norm)

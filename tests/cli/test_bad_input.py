@@ -22,7 +22,7 @@ MISTAKES = [
     (("train.micro_batch_size=3",), "train.global_batch_size=8 is no multiple of train.micro_batch_size=3"),
     (("model.num_classes=7",), "set model.num_classes=10"),
     (("train.max_steps=many",), "train.max_steps='many'"),
-    (("parallel.dispatch=local", "parallel.ep_size=2"), "use dispatch=deepspeed"),
+    (("parallel.dispatch=local", "parallel.ep_size=2"), "use dispatch=alltoall"),
     (("data.dataset=latents", "model.input_size=8"), "data.path is not set"),
     (("diffusion.objective=ddpm",), "set model.learn_sigma=true"),
     (("routing.method=kmeans", "routing.top_k=2"), "method=kmeans gives every token one expert"),

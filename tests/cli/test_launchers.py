@@ -79,7 +79,7 @@ def test_variables_of_two_ranks_equal_plain_python(plain, folder, launcher, comm
 
 
 def test_deepspeed_dispatch_one_rank_equals_local(plain, folder) -> None:
-    done = train("parallel.dispatch=deepspeed", cwd=folder, run_dir="dispatch")
+    done = train("parallel.dispatch=alltoall", cwd=folder, run_dir="dispatch")
     assert done.returncode == 0, done.stderr
     assert _losses(folder / "dispatch") == pytest.approx(_losses(plain), rel=1e-6)
 

@@ -22,7 +22,7 @@ ENVIRONMENT.pop("WORLD_SIZE", None)
 
 #: A network of the smallest size that has everything: dense and MoE blocks, shared and unconditional experts.
 TINY = ("model.hidden_size=32", "model.depth=4", "model.num_heads=2", "train.global_batch_size=16", "train.log_every=1",
-        "train.max_steps=20", "train.checkpoint_every=100", "optimizer.clip_norm=0.5", "optimizer.warmup_steps=4",
+        "train.max_steps=20", "train.checkpoint_every=100", "optimizer.max_grad_norm=0.5", "optimizer.warmup_steps=4",
         "logging.tensorboard=off", "parallel.timeout_seconds=60")
 
 

@@ -17,7 +17,7 @@ from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core: pip install '.[megatron]'")
 
 STEPS = 8
-CAPACITY, MEGATRON, GATHER = (("parallel.dispatch=deepspeed_capacity",), ("parallel.dispatch=megatron",),
+CAPACITY, MEGATRON, GATHER = (("parallel.dispatch=deepspeed_moe",), ("parallel.dispatch=megatron",),
                               ("parallel.dispatch=megatron", "parallel.megatron_dispatcher=allgather"))
 TWO_CHOICES = ("routing.top_k=2", "routing.balance_weight=0.01")
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -37,8 +37,8 @@ RUNS: dict[str, tuple[int, int, tuple[str, ...], dict]] = {
     "offload": (2, 2, (), {"stage": 2, **OFFLOAD}),
     "offload_stage1": (2, 1, (), {"stage": 1, **OFFLOAD}),
     "one_host": (2, 2, ("parallel.expert_groups=node",), {}),
-    "wire_bf16": (2, 2, ("parallel.exchange_dtype=bf16",), {}),
-    "wire_fp8": (2, 2, ("parallel.exchange_dtype=fp8",), {}),
+    "wire_bf16": (2, 2, ("parallel.comm_dtype=bf16",), {}),
+    "wire_fp8": (2, 2, ("parallel.comm_dtype=fp8",), {}),
     "capacity_tight": (2, 2, (*CAPACITY, "parallel.capacity_factor=0.5"), {}),
     "capacity4": (4, 2, CAPACITY, {}),
     "megatron4": (4, 4, MEGATRON, {}),

@@ -25,12 +25,12 @@ pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs meg
 
 #: Name -> what it adds to the parallel section, and to the routing section.
 PATHS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "deepspeed": ({"dispatch": "deepspeed"}, {}),
-    "capacity": ({"dispatch": "deepspeed_capacity"}, {}),
-    "capacity_ample": ({"dispatch": "deepspeed_capacity", "capacity_factor": 4.0}, {}),
+    "exact": ({"dispatch": "alltoall"}, {}),
+    "capacity": ({"dispatch": "deepspeed_moe"}, {}),
+    "capacity_ample": ({"dispatch": "deepspeed_moe", "capacity_factor": 4.0}, {}),
     "alltoall": ({"dispatch": "megatron"}, {}),
     "allgather": ({"dispatch": "megatron", "megatron_dispatcher": "allgather"}, {}),
-    "capacity_swiglu": ({"dispatch": "deepspeed_capacity"}, {"expert_type": "swiglu"}),
+    "capacity_swiglu": ({"dispatch": "deepspeed_moe"}, {"expert_type": "swiglu"}),
     "alltoall_swiglu": ({"dispatch": "megatron"}, {"expert_type": "swiglu"}),
     "alltoall_no_unconditional": ({"dispatch": "megatron"}, {"num_unconditional_experts": 0}),
 }
@@ -165,7 +165,7 @@ def test_path_moves_the_bytes_it_says(ranks, subtests) -> None:
             moved, claimed, rows = (sum(rank[case][name] for rank in ranks) for name in ("moved", "claimed", "rows_leaving"))
             ideal = 4 * 4 * WIDTH * rows  # four crossings of WIDTH fp32 numbers
             assert moved == claimed
-            if case[0] == "deepspeed":
+            if case[0] == "exact":
                 assert moved == ideal
             elif case[0].startswith("alltoall"):
                 assert moved == ideal + 2 * 4 * rows

@@ -262,8 +262,8 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train with several averages and many checkpoints, and keep the length that will be asked for as well."""
     folder = tmp_path_factory.mktemp("averaged")
     overrides = ("parallel.ep_size=2", "train.max_steps=24", "train.checkpoint_every=4", "train.keep_last=1", "train.keep_every=4",
-                 "optimizer.ema_decays=[0.9,0.5]", "optimizer.ema_power_lengths=[0.05,0.15]")
-    longer = (*overrides[:-1], "optimizer.ema_power_lengths=[0.1]")
+                 "optimizer.ema_decays=[0.9,0.5]", "optimizer.ema_sigma_rels=[0.05,0.15]")
+    longer = (*overrides[:-1], "optimizer.ema_sigma_rels=[0.1]")
     jobs = [Job(run_dir=folder / "run", overrides=overrides), Job(run_dir=folder / "oracle", overrides=longer)]
     assert run_jobs(2, jobs, folder) == ["", ""]
     return folder
@@ -282,7 +282,7 @@ def test_averages_of_several_decays_are_exported_by_name(averaged, tmp_path) -> 
 
 
 def test_average_of_another_length_is_nearly_the_one_kept_in_training(averaged, tmp_path) -> None:
-    report = go(averaged / "run", tmp_path / "mixed", "single", ema_length=0.1)
+    report = go(averaged / "run", tmp_path / "mixed", "single", ema_sigma_rel=0.1)
     assert report.kinds == {"ema_power_0.1": "ema_power_0.1"}
     mixed, everything, oracle = contents(tmp_path / "mixed"), contents(averaged / "run"), contents(averaged / "oracle")
     far, near = 0.0, 0.0
@@ -291,12 +291,12 @@ def test_average_of_another_length_is_nearly_the_one_kept_in_training(averaged, 
             near += (value - oracle[kind, name]).square().sum().item()
             far += (everything["ema_power_0.05", name] - oracle[kind, name]).square().sum().item()
     assert near < 0.05**2 * far
-    for options, message in (({"ema_length": 0.29}, "must lie between 0 and 0.289"), ({"ema_length": 0.005}, "off it: ask for"),
-                             ({"ema_length": 0.1, "with_optimizer": True}, "leave --with-optimizer out")):
+    for options, message in (({"ema_sigma_rel": 0.29}, "must lie between 0 and 0.289"), ({"ema_sigma_rel": 0.005}, "off it: ask for"),
+                             ({"ema_sigma_rel": 0.1, "with_optimizer": True}, "leave --with-optimizer out")):
         with pytest.raises(CheckpointError, match=message):
             go(averaged / "run", tmp_path / "x", "single", **options)
 
 
 def test_average_of_another_length_needs_power_averages(runs, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="holds no power-function averages"):
-        go(runs["zero2_ep2"], tmp_path / "x", "single", ema_length=0.1)
+        go(runs["zero2_ep2"], tmp_path / "x", "single", ema_sigma_rel=0.1)

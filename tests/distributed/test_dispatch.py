@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.model.build import build_moe_layer
-from promoe_ds.moe import DeepSpeedDispatcher, StackedExperts
+from promoe_ds.moe import AllToAllDispatcher, StackedExperts
 from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import ClassificationRouter, KMeansRouter, partition_samples
 from promoe_ds.train.clipping import global_grad_norm
@@ -64,7 +64,7 @@ def _run_rank(rank: int, world_size: int, folder: str, name: str, top_k: int) ->
     local = StackedExperts(share, WIDTH, 8, first_expert=rank * share)
     for weight, parameter in local.named_parameters():
         parameter.data.copy_(getattr(full, weight).data[rank * share:(rank + 1) * share])
-    layer.routed, layer.dispatcher = local, DeepSpeedDispatcher(dist.group.WORLD)
+    layer.routed, layer.dispatcher = local, AllToAllDispatcher(dist.group.WORLD)
     layer.router.reduce_sum = all_reduce_sum(None)
     tokens, labels = scene(name, rank)
     moved = _count_rows_moved(rank)
@@ -143,7 +143,7 @@ def _methods_rank(rank: int, world_size: int, folder: str) -> None:
         local = StackedExperts(share, WIDTH, 8, expert_type=full.expert_type, first_expert=rank * share)
         for name, parameter in local.named_parameters():
             parameter.data.copy_(getattr(full, name).data[rank * share:(rank + 1) * share])
-        layer.routed, layer.dispatcher = local, DeepSpeedDispatcher(dist.group.WORLD)
+        layer.routed, layer.dispatcher = local, AllToAllDispatcher(dist.group.WORLD)
         results[method] = {"eval": _method_pass(layer, rank, train=False)}
         layer.zero_grad()
         results[method] |= {"train": _method_pass(layer, rank, train=True),

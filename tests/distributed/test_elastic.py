@@ -14,7 +14,7 @@ from promoe_ds.errors import CheckpointError
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 
-AVERAGES = ("optimizer.ema_decays=[0.9,0.5]", "optimizer.ema_power_lengths=[0.1]")
+AVERAGES = ("optimizer.ema_decays=[0.9,0.5]", "optimizer.ema_sigma_rels=[0.1]")
 KINDS = ("weights", "ema", "ema_0.5", "ema_power_0.1", "exp_avg", "exp_avg_sq")
 #: Name -> recipe and the pieces of a run: ranks, ep_size, ZeRO stage, steps (None: to the end).
 CHAINS = {
@@ -118,10 +118,10 @@ def branches(runs, tmp_path_factory) -> Path:
     folder, source = tmp_path_factory.mktemp("branches"), list_checkpoints(runs["centroids"] / "checkpoints")[0]
     job = Job(run_dir=folder / "trained", recipe="digits_kmeans", resume=str(source), overrides=(
         "parallel.ep_size=2", f"train.max_steps={STEPS + 4}", "train.checkpoint_every=2", "optimizer.ema_decays=[0.9]",
-        "optimizer.ema_power_lengths=[0.05,0.1]"))
+        "optimizer.ema_sigma_rels=[0.05,0.1]"))
     loaded = Job(run_dir=folder / "loaded", recipe="digits_kmeans", resume=str(source), resave_to=str(_root(folder, "loaded")),
                  overrides=("parallel.ep_size=2", "optimizer.ema_decays=[0.5,0.7,0.9]", "optimizer.betas=[0.5,0.6]",
-                            "optimizer.eps=1e-3", "optimizer.weight_decay=0.01", "optimizer.clip_norm=0.25"))
+                            "optimizer.eps=1e-3", "optimizer.weight_decay=0.01", "optimizer.max_grad_norm=0.25"))
     assert run_jobs(2, [job, loaded], folder) == ["", ""]
     return folder
 
@@ -153,6 +153,6 @@ def test_branch_keeps_the_averages_that_it_names_and_no_others(branches, tmp_pat
     assert "holds no ema_power_0.05" in log
     with pytest.raises(CheckpointError, match=r"holds no ema_0\.5"):
         state(branches / "trained", "ema_0.5")
-    request = Request(destination=tmp_path / "mixed", to="single", ema_length=0.07)
+    request = Request(destination=tmp_path / "mixed", to="single", ema_sigma_rel=0.07)
     with pytest.raises(CheckpointError, match=r"averages that began at different steps \(0, 12\)"):
         convert(branches / "trained", request)

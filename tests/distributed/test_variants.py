@@ -20,7 +20,7 @@ VARIANTS = {
     "balance": ("routing.balance_weight=0.01", "routing.top_k=2"),
     "once": NO_RCL,
     "accumulated": (*NO_RCL, "train.micro_batch_size=2"),
-    "no_clip": ("optimizer.clip_norm=0",),
+    "no_clip": ("optimizer.max_grad_norm=0",),
 }
 
 

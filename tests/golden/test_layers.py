@@ -113,5 +113,5 @@ def _check_observation(layer, plan, expected, close) -> None:
     """The running state after this one pass of one process."""
     if "threshold_after" not in expected:
         return
-    layer.router.absorb(plan.observation)
+    layer.router.update_running_state(plan.observation)
     torch.testing.assert_close(layer.router.thresholds, expected["threshold_after"], **close)

@@ -63,7 +63,7 @@ def _check_running_state(network: DiT, plans, expected: dict[str, torch.Tensor],
     stated = {name.removeprefix("after_train."): value for name, value in expected.items() if name.startswith("after_train.")}
     for index, layer in network.moe_layers().items():
         if plans[index].observation is not None:
-            layer.router.absorb(plans[index].observation)
+            layer.router.update_running_state(plans[index].observation)
     state = to_official(network.state_dict(), network.config)
     for name, value in stated.items():
         torch.testing.assert_close(state[name], value, **close, msg=lambda text, n=name: f"{n}: {text}")

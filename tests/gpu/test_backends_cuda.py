@@ -13,7 +13,7 @@ from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.backends.te_support import find_transformer_engine
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.model import build_model, initialise
-from promoe_ds.moe.comm_dtype import WIRES
+from promoe_ds.moe.comm_dtype import COMM_DTYPES
 from tests.cli.commands import REPOSITORY, run, train_arguments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -78,7 +78,7 @@ def test_transformer_engine_pass_is_near_float64(recipe: str) -> None:
 @pytest.mark.parametrize("is_gradient", [False, True])
 def test_fp8_wire_cuda_equals_cpu(is_gradient: bool) -> None:
     rows = torch.randn(64, 96)
-    packed = [WIRES["fp8"].pack(rows.to(device), is_gradient=is_gradient) for device in ("cpu", "cuda")]
+    packed = [COMM_DTYPES["fp8"].pack(rows.to(device), is_gradient=is_gradient) for device in ("cpu", "cuda")]
     assert torch.equal(packed[0], packed[1].cpu())
 
 
@@ -87,7 +87,7 @@ def _losses(folder: Path, name: str, *overrides: str, deepspeed: dict | None = N
     values = json.loads((REPOSITORY / "ds_configs" / "zero2_bf16.json").read_text())
     values["zero_optimization"] |= deepspeed or {}
     source.write_text(json.dumps({**values, "bf16": {"enabled": "auto"}}))
-    arguments = train_arguments("parallel.ep_size=1", "parallel.dispatch=deepspeed", "precision.compute=bf16", *overrides,
+    arguments = train_arguments("parallel.ep_size=1", "parallel.dispatch=alltoall", "precision.compute=bf16", *overrides,
                                 run_dir=name, config=str(source))
     done = run(sys.executable, "-m", "promoe_ds.cli.train", *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -100,7 +100,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 @pytest.mark.parametrize("overrides", [
-    ("parallel.dispatch=deepspeed_capacity",), ("parallel.dispatch=megatron",),
+    ("parallel.dispatch=deepspeed_moe",), ("parallel.dispatch=megatron",),
     ("parallel.dispatch=megatron", "parallel.megatron_dispatcher=allgather"), ("parallel.activation_checkpointing=selective",),
     ("parallel.compile=true",),
 ], ids=lambda overrides: "-".join(each.partition("=")[2] for each in overrides))
@@ -114,7 +114,7 @@ def test_training_cuda_offloaded_optimizer_follows_plain(tmp_path: Path, plain: 
 
 
 @needs_te
-@pytest.mark.parametrize("dispatch", ["deepspeed", "deepspeed_capacity", "megatron"])
+@pytest.mark.parametrize("dispatch", ["alltoall", "deepspeed_moe", "megatron"])
 def test_training_cuda_fp8_follows_bf16(tmp_path: Path, plain: list[float], dispatch: str) -> None:
     losses = _losses(tmp_path, "run", "precision.compute=fp8", f"parallel.dispatch={dispatch}")
     assert losses == pytest.approx(plain, rel=5e-2)

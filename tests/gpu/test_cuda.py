@@ -102,7 +102,7 @@ def test_training_cuda_follows_cpu(tmp_path: Path, config: str) -> None:
     losses = {}
     for name, env in (("cuda", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})):
         source = path if name == "cuda" else str(REPOSITORY / "ds_configs" / "zero2_fp32.json")
-        arguments = train_arguments("parallel.ep_size=1", "parallel.dispatch=deepspeed", run_dir=name, config=source)
+        arguments = train_arguments("parallel.ep_size=1", "parallel.dispatch=alltoall", run_dir=name, config=source)
         done = run(sys.executable, "-m", "promoe_ds.cli.train", *arguments, cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr
         losses[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -26,7 +26,7 @@ ORDER = ("errors", "logs", "files", "file_kind", "randomness", "condition", "con
 #: Rooms that need less than the order would let them have.
 NARROW: dict[str, set[str]] = {
     "errors": set(), "logs": set(), "files": set(), "file_kind": set(), "randomness": set(), "condition": set(),
-    "config": {"errors"}, "versions": {"errors", "config"}, "routing": {"errors", "config", "condition"}, "moe": {"routing", "config"},
+    "config": {"errors", "logs"}, "versions": {"errors", "config"}, "routing": {"errors", "config", "condition"}, "moe": {"routing", "config"},
     "diffusion": {"config", "randomness", "errors", "condition"}, "launch": {"errors", "logs", "files", "config"},
     "distributed": {"errors", "logs", "config", "launch"},
     "data": {"config", "randomness", "errors", "logs", "files", "file_kind", "condition", "versions", "distributed"}}

@@ -15,7 +15,7 @@ from promoe_ds.model import DiT, build_model, initialise
 from promoe_ds.moe.layer import MoELayer
 
 #: `parallel.dispatch` of the layers that other libraries bring.
-LIBRARIES = ("deepspeed_capacity", "megatron")
+LIBRARIES = ("deepspeed_moe", "megatron")
 
 
 @contextmanager

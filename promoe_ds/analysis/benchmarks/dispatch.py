@@ -21,11 +21,11 @@ from promoe_ds.analysis.plan.trace import CollectiveWatch
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.errors import ConfigError, TrainingError
 from promoe_ds.model.build import build_moe_layer
-from promoe_ds.moe import DeepSpeedDispatcher, MoELayer, StackedExperts
+from promoe_ds.moe import AllToAllDispatcher, MoELayer, StackedExperts
 from promoe_ds.routing import partition_samples
 
 #: A row travels out and back in the forward pass, and again in the backward pass.
-_CROSSINGS = 4
+_ALL_TO_ALLS_PER_STEP = 4
 _TIMEOUT_SECONDS = 540
 
 
@@ -42,7 +42,7 @@ def benchmark_dispatch(*, tokens: int, rounds: int, recipe: str = "promoe_s", ra
     _check_ranks(ranks)
     config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     values = config.model_dump(mode="json")
-    values["parallel"] |= {"ep_size": ranks, "dispatch": "deepspeed"}
+    values["parallel"] |= {"ep_size": ranks, "dispatch": "alltoall"}
     config = config_from_dict(values, source=recipe)
     with tempfile.TemporaryDirectory() as folder:
         job, target = Path(folder) / "job.json", Path(folder) / "result.json"
@@ -74,7 +74,7 @@ def exchange_layer(config: RunConfig, group: dist.ProcessGroup) -> MoELayer:
     layer.routed = initialised(StackedExperts(config.routing.num_experts // dist.get_world_size(group), config.model.hidden_size,
                                               config.expert_width, expert_type=config.routing.expert_type,
                                               backend=config.expert_backend))
-    layer.dispatcher = DeepSpeedDispatcher(group)
+    layer.dispatcher = AllToAllDispatcher(group)
     return layer
 
 
@@ -91,14 +91,14 @@ def run_rank(config: RunConfig, images: int, rounds: int, device: torch.device) 
     with torch.no_grad():
         assignment = layer.route(inputs, partition).assignment
     passes: dict[str, Callable[[], None]] = {"exchange_limit": _bare_exchange(layer, assignment, inputs)}
-    for name, contender in ({"deepspeed": layer} | libraries).items():
+    for name, contender in ({"alltoall": layer} | libraries).items():
         if name in libraries:
             contender.router.load_state_dict(layer.router.state_dict())
         passes[name] = lambda contender=contender: layer_pass(contender, inputs, direction, partition)
     sent = {name: _bytes_sent(call, device) for name, call in passes.items()}
     leaving = layer.dispatcher.rows_leaving(assignment)
     dist.all_reduce(leaving)
-    ideal = _CROSSINGS * int(leaving) * config.model.hidden_size * inputs.element_size()
+    ideal = _ALL_TO_ALLS_PER_STEP * int(leaving) * config.model.hidden_size * inputs.element_size()
     timings = interleave({name: _together(call) for name, call in passes.items()}, rounds=rounds)
     return BenchmarkResult(suite="dispatch", baseline="exchange_limit", rounds=rounds, timings=timings, not_available=missing,
                            settings={"recipe": config.name, "ranks": world, "images_per_rank": images,
@@ -117,7 +117,7 @@ def _bare_exchange(layer: MoELayer, assignment: object, inputs: torch.Tensor) ->
     arrived = rows.new_empty(sum(back), rows.shape[1])
 
     def run() -> None:
-        for _ in range(_CROSSINGS // 2):
+        for _ in range(_ALL_TO_ALLS_PER_STEP // 2):
             dist.all_to_all_single(arrived, rows, back, out, group=dispatcher.group)
             dist.all_to_all_single(rows, arrived, out, back, group=dispatcher.group)
 

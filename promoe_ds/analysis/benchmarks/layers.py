@@ -30,7 +30,7 @@ def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -
 
     Contenders: `dense`; `moe`, the layer as trained (router, RCL, shared and unconditional expert, grouped GEMM);
     `moe_loop_backend`, the same with `parallel.expert_backend=loop`; `per_expert_loop`, which picks out and computes the
-    tokens of one expert after the other, as research code does; `deepspeed_capacity` and `megatron`, the layers of the
+    tokens of one expert after the other, as research code does; `deepspeed_moe` and `megatron`, the layers of the
     libraries where this installation has them, around the same router and replicated experts.
     Args:
         tokens: conditional tokens, a multiple of the recipe's tokens per image.

@@ -17,13 +17,13 @@ from promoe_ds.config import RunConfig
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT, build_model
-from promoe_ds.moe import DeepSpeedDispatcher, StackedExperts
+from promoe_ds.moe import AllToAllDispatcher, StackedExperts
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.train.router_state import give_superclasses
 from promoe_ds.train.step import TrainingModule
 
 #: Settings whose memory and traffic shapes of plain tensors do not show, where a config has them: what can be planned instead.
-_PLANNED = (("precision", "compute", ("auto", "fp32", "bf16")), ("parallel", "exchange_dtype", ("same",)),
+_PLANNED = (("precision", "compute", ("auto", "fp32", "bf16")), ("parallel", "comm_dtype", ("same",)),
             ("parallel", "compile", (False,)))
 
 
@@ -58,7 +58,7 @@ def trace_pass(config: RunConfig, layout: Layout, expert_group: dist.ProcessGrou
     """
     _check_can_be_planned(config)
     group = None
-    if config.parallel.resolved_dispatch == "deepspeed":
+    if config.parallel.resolved_dispatch == "alltoall":
         group = expert_group or dist.new_group(layout.expert_ranks(config.parallel.ep_size))
     rows: list[int] = []
     with FakeTensorMode():
@@ -89,7 +89,7 @@ def _expect_rows(trace: ShapeTrace, rows: list[int], plan: RoutingPlan) -> None:
 
 def _check_can_be_planned(config: RunConfig) -> None:
     dispatch, values = config.parallel.resolved_dispatch, config.model_dump(mode="json")
-    if dispatch not in ("local", "deepspeed"):
+    if dispatch not in ("local", "alltoall"):
         raise ConfigError(f"parallel.dispatch={dispatch}: only local and deepspeed can be planned; plan with deepspeed, which "
                           "sends the same rows")
     for section, field, planned in _PLANNED:
@@ -114,7 +114,7 @@ def _connected(network: DiT, config: RunConfig, layout: Layout, group: dist.Proc
         share = config.routing.num_experts // dist.get_world_size(group)
         layer.routed = StackedExperts(share, config.model.hidden_size, config.expert_width,
                                       expert_type=config.routing.expert_type, backend=config.expert_backend)
-        layer.dispatcher = DeepSpeedDispatcher(group)
+        layer.dispatcher = AllToAllDispatcher(group)
         for parameter in layer.routed.parameters():
             parameter.allreduce, parameter.group_name = False, f"ep_size_{config.parallel.ep_size}"
     give_superclasses(network, config)

@@ -36,7 +36,7 @@ class Request:
 
     weights: "ema" (the first average), "raw", an average's name, or None: "ema" for the formats that hold one set of
         weights, all as they are for the others.
-    ema_length: relative length of the average to take, mixed from the power-function averages that a run kept.
+    ema_sigma_rel: relative length of the average to take, mixed from the power-function averages that a run kept.
     """
 
     destination: Path
@@ -47,7 +47,7 @@ class Request:
     verify: bool = True
     max_shard_bytes: int = MAX_SHARD_BYTES
     vae: str | None = None
-    ema_length: float | None = None
+    ema_sigma_rel: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,8 @@ def convert(source_path: Path, request: Request, config: RunConfig | None = None
     Raises: as `convert_source`.
     """
     refuse_existing(request.destination)
-    return convert_source(open_source(source_path, config) if request.ema_length is None
-                          else PosthocSource(source_path, request.ema_length), request)
+    return convert_source(open_source(source_path, config) if request.ema_sigma_rel is None
+                          else PosthocSource(source_path, request.ema_sigma_rel), request)
 
 
 def open_source(path: Path, config: RunConfig | None = None, *, flag: str = "--recipe") -> Source:

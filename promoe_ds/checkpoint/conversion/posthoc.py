@@ -67,12 +67,12 @@ class PosthocSource:
 
         Args:
             path: a run directory, or one checkpoint of it: the average is that of its step, from all checkpoints up to it.
-            length: relative standard deviation of the profile, as `optimizer.ema_power_lengths`.
+            length: relative standard deviation of the profile, as `optimizer.ema_sigma_rels`.
         Raises: CheckpointError if the run kept no power-function averages, a checkpoint is not sound, or the profile asked
             for cannot be had from what was kept.
         """
         if not 0 < length < LONGEST_POWER_LENGTH:
-            raise CheckpointError(f"--ema-length {length:g}: must lie between 0 and {LONGEST_POWER_LENGTH:.3f}")
+            raise CheckpointError(f"--ema-sigma-rel {length:g}: must lie between 0 and {LONGEST_POWER_LENGTH:.3f}")
         last = find_checkpoint(path)
         last = last if last.name.strip(".") else last.resolve()  # `.` and `..` name no neighbours
         self._newest = TrainingSource(last)
@@ -83,14 +83,14 @@ class PosthocSource:
         self.kinds, self.optimizer_step = (self._kind,), None
         facts = self._newest.facts
         mixed = {f"{source.facts.step}/{part}": weight for weight, source, part in self._terms}
-        self.facts = replace(facts, origin={**facts.origin, "ema_length": length, "misfit": misfit, "mixed": mixed},
+        self.facts = replace(facts, origin={**facts.origin, "ema_sigma_rel": length, "misfit": misfit, "mixed": mixed},
                              note=f"mixed from {len(mixed)} averages, {misfit:.2%} off the one asked for")
 
     def _mix(self, length: float) -> tuple[list[tuple[float, TrainingSource, str]], float]:
         """Return the averages to mix, each with its weight, and the misfit."""
-        lengths = self._newest.facts.config.optimizer.ema_power_lengths
+        lengths = self._newest.facts.config.optimizer.ema_sigma_rels
         if not lengths:
-            raise CheckpointError(f"{self._newest.facts.path}: holds no power-function averages (optimizer.ema_power_lengths is "
+            raise CheckpointError(f"{self._newest.facts.path}: holds no power-function averages (optimizer.ema_sigma_rels is "
                                   "empty): a length can be chosen only of a run that kept them")
         begins = {source.facts.averages_since.get(power_average(kept), 0) for source in self._sources for kept in lengths
                   if power_average(kept) in source.kinds}
@@ -105,7 +105,7 @@ class PosthocSource:
         if misfit > LARGEST_MISFIT:
             kept = f"lengths {', '.join(f'{one:g}' for one in lengths)}, steps " + ", ".join(
                 str(source.facts.step) for source in reversed(self._sources))
-            raise CheckpointError(f"--ema-length {length:g}: the nearest mix of what was kept ({kept}) is {misfit:.0%} off "
+            raise CheckpointError(f"--ema-sigma-rel {length:g}: the nearest mix of what was kept ({kept}) is {misfit:.0%} off "
                                   "it: ask for a length nearer to them, or keep more checkpoints (train.keep_every)")
         return [(float(weight), source, power_average(kept)) for weight, (source, kept) in zip(weights, held, strict=True)
                 if abs(weight) > _NEGLIGIBLE], misfit

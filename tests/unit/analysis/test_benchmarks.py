@@ -163,7 +163,7 @@ def test_libraries_layers_of_a_recipe_over_several_ranks_are_built_for_this_proc
     with single_process() as device:
         layers, missing = library_layers(config, device, torch.float32)
     assert set(layers) | set(missing) == set(LIBRARIES)
-    assert layers["deepspeed_capacity"].routed.num_local_experts == config.routing.num_experts
+    assert layers["deepspeed_moe"].routed.num_local_experts == config.routing.num_experts
 
 
 @pytest.mark.parametrize("suite", ["moe-layer", "step", "dispatch"])
@@ -181,7 +181,7 @@ def test_suite_from_the_command_line_names_contenders_and_what_is_missing(tmp_pa
         assert counts["moe"] - counts["dense"] == width * prototypes_and_bias
     if suite == "dispatch":
         sent = result["settings"]["bytes_sent"]
-        assert sent["deepspeed"] == sent["exchange_limit"] == sent["ideal"] > 0
+        assert sent["alltoall"] == sent["exchange_limit"] == sent["ideal"] > 0
 
 
 def test_dense_twin_of_promoe_s_is_dit_s() -> None:

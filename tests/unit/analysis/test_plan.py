@@ -159,7 +159,7 @@ def test_states_of_one_rank_hold_everything(stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("sections", [{}, {"ema_decays": [0.999, 0.9999], "ema_power_lengths": [0.05]}])
+@pytest.mark.parametrize("sections", [{}, {"ema_decays": [0.999, 0.9999], "ema_sigma_rels": [0.05]}])
 def test_plan_and_dry_run_agree_on_states(stage: int, sections: dict) -> None:
     run = config(optimizer=sections)
     dry = plan_memory(run, world_size=4, zero_stage=stage, precision="fp32")

@@ -16,7 +16,7 @@ def test_megatron_not_installed_is_said(monkeypatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "megatron", None)
     with pytest.raises(ConfigError, match=r"parallel.dispatch=megatron needs megatron-core, which cannot be imported .*: pip "
-                                          r"install 'promoe_ds\[megatron\]', or use parallel.dispatch=deepspeed"):
+                                          r"install 'promoe_ds\[megatron\]', or use parallel.dispatch=alltoall"):
         require_megatron()
 
 

@@ -27,7 +27,7 @@ KINDS = ("weights", "ema", *(f"ema_power_{length:g}" for length in LENGTHS), *MO
 
 def write_checkpoint(root: Path, step: int) -> Path:
     """Write a checkpoint with power-function averages and moments, of random values."""
-    config = small_config(optimizer={"ema_decays": (0.5,), "ema_power_lengths": LENGTHS})
+    config = small_config(optimizer={"ema_decays": (0.5,), "ema_sigma_rels": LENGTHS})
     shapes = state_shapes(config)
     content = Content(config=config, step=step, samples_seen=step * 256, optimizer_step=step, dtype=torch.float32, origin={},
                       kinds=dict.fromkeys(KINDS, shapes), buffers=frozenset(buffer_names(config)), averages_since={})
@@ -56,11 +56,11 @@ def go(source: Path, destination: Path, to: str = "single", **options: Any) -> s
 
 
 def test_another_length_from_a_checkpoint_of_another_name_or_the_working_folder(checkpoint, tmp_path, monkeypatch) -> None:
-    assert go(checkpoint, tmp_path / "a", ema_length=0.08).startswith("mixed from 8 averages")
+    assert go(checkpoint, tmp_path / "a", ema_sigma_rel=0.08).startswith("mixed from 8 averages")
     monkeypatch.chdir(checkpoint)
-    assert go(Path(), tmp_path / "b", ema_length=0.08).startswith("mixed from 8 averages")
+    assert go(Path(), tmp_path / "b", ema_sigma_rel=0.08).startswith("mixed from 8 averages")
     best = Path(shutil.copytree(checkpoint, tmp_path / "best"))
-    assert go(best, tmp_path / "c", ema_length=0.08).startswith("mixed from 2 averages")
+    assert go(best, tmp_path / "c", ema_sigma_rel=0.08).startswith("mixed from 2 averages")
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(a[name], value) for name, value in b.items())
 

@@ -94,7 +94,7 @@ def test_shipped_json_resolves(path: Path) -> None:
      "gradient_clipping": 0.25},
 ])
 def test_auto_missing_or_equal_values_give_the_same_plan(values: dict[str, Any]) -> None:
-    filled = resolve(values, optimizer={"clip_norm": 0.25}).json
+    filled = resolve(values, optimizer={"max_grad_norm": 0.25}).json
     assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"],
             filled["gradient_clipping"]) == (12, 3, 2, 0.25)
 
@@ -128,7 +128,7 @@ def test_zero_section_missing_is_stage_zero_in_fp32() -> None:
 
 def test_zero_stage_zero_leaves_clipping_to_the_trainer() -> None:
     # DeepSpeed averages the norms of ranks that hold different experts.
-    assert resolve({"gradient_clipping": 0.5}, optimizer={"clip_norm": 0.5}).json["gradient_clipping"] == 0.0
+    assert resolve({"gradient_clipping": 0.5}, optimizer={"max_grad_norm": 0.5}).json["gradient_clipping"] == 0.0
 
 
 @pytest.mark.parametrize(("bf16", "precision"), [({"enabled": True}, "bf16"), ({"enabled": False}, "fp32"), ({}, "fp32")])
@@ -143,7 +143,7 @@ def test_precision_follows_bf16(bf16: dict[str, bool], precision: str) -> None:
     ("train_batch_size", 13, "train.global_batch_size", 12),
     ("train_micro_batch_size_per_gpu", 4, "train.micro_batch_size", 3),
     ("gradient_accumulation_steps", 3, "train.global_batch_size / (train.micro_batch_size * ranks)", 2),
-    ("gradient_clipping", 1.0, "optimizer.clip_norm", 0.5),
+    ("gradient_clipping", 1.0, "optimizer.max_grad_norm", 0.5),
 ])
 def test_contradiction_names_both_places(key: str, stated: float, name: str, value: float) -> None:
     with raises_saying(f"ds.json: {key}={stated} contradicts {name}={value} of the recipe"):

@@ -29,7 +29,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "routing.num_shared_experts", "routing.num_unconditional_experts", "routing.rcl_weight", "routing.balance_weight",
-    "diffusion.label_dropout", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup_steps",
+    "diffusion.label_dropout", "optimizer.weight_decay", "optimizer.max_grad_norm", "optimizer.warmup_steps",
     "optimizer.min_lr", "train.seed", "sampling.cfg_scale", "routing.threshold_decay",
     "routing.similarity_weight", "routing.per_layer_weight", "routing.classification_weight",
     "data.max_corrupt", "evaluation.every", "evaluation.cfg_scale", "evaluation.seed",
@@ -37,14 +37,14 @@ NOT_NEGATIVE = (
 CHOICES = (
     "model.preset", "routing.method", "routing.moe_blocks", "routing.activation", "routing.rcl_scope",
     "routing.rcl_assignments", "routing.balance_level", "parallel.dispatch", "parallel.expert_backend",
-    "parallel.activation_checkpointing", "parallel.megatron_dispatcher", "parallel.exchange_dtype",
+    "parallel.activation_checkpointing", "parallel.megatron_dispatcher", "parallel.comm_dtype",
     "parallel.expert_groups", "parallel.compile", "precision.compute", "precision.fp8_recipe", "precision.kernels",
     "diffusion.objective", "data.dataset", "optimizer.schedule", "logging.tensorboard", "logging.wandb",
     "logging.class_counts", "logging.position_counts", "data.vae_dtype", "data.flip",
     "sampling.solver", "routing.expert_type", "routing.shared_expert_type",
 )
 FREE = ("name", "model.qk_norm", "model.learn_sigma", "diffusion.sigma_mean", "data.path", "optimizer.betas",
-        "optimizer.ema_decays", "optimizer.ema_warmup", "optimizer.ema_power_lengths", "train.async_checkpoint",
+        "optimizer.ema_decays", "optimizer.ema_warmup", "optimizer.ema_sigma_rels", "train.async_checkpoint",
         "routing.superclass_map", "routing.superclasses", "logging.wandb_project", "parallel.expert_placement",
         "parallel.expert_order", "data.vae", "evaluation.reference", "evaluation.extractor")
 #: What a field needs beside it to be taken at all.
@@ -68,7 +68,7 @@ def raises_saying(message: str) -> Any:
     ("optimizer.ema_decays", [], "at least 1 item"), ("optimizer.ema_decays", [0.9, 1.0], "less than 1"),
     ("optimizer.ema_decays", [0.9, 0.9], "ema_decays=[0.9, 0.9] holds one average twice"),
     ("optimizer.ema_decays", [0.9999, 0.9999999, 0.99999991], "the names ema, ema_1 keep six digits, and two are the same"),
-    ("optimizer.ema_power_lengths", [0.3], "less than 0.288"), ("optimizer.ema_power_lengths", [0.0], "greater than 0"),
+    ("optimizer.ema_sigma_rels", [0.3], "less than 0.288"), ("optimizer.ema_sigma_rels", [0.0], "greater than 0"),
 ])
 def test_schema_averages_that_cannot_be_kept_are_refused(name: str, value: list, message: str) -> None:
     with raises_saying(message):
@@ -143,7 +143,7 @@ def test_schema_run_name_no_file_name_is_refused(name: str) -> None:
     ({"model": {"input_size": 5}}, "model: patch_size=2 does not divide input_size=5"),
     ({"routing": {"top_k": 5}}, "routing: top_k=5 exceeds num_experts=4"),
     ({"parallel": {"dispatch": "local", "ep_size": 2}},
-     "parallel: dispatch=local keeps all experts on one rank, ep_size=2 shards them: use dispatch=deepspeed (or auto), or "
+     "parallel: dispatch=local keeps all experts on one rank, ep_size=2 shards them: use dispatch=alltoall (or auto), or "
      "ep_size=1"),
     ({"data": {"dataset": "synthetic", "path": "/x"}}, "data: path='/x' has no use for dataset=synthetic: leave it out"),
     ({"data": {"dataset": "digits", "flip": True}}, "data: flip=true has no use for dataset=digits: leave it out"),
@@ -156,7 +156,7 @@ def test_schema_run_name_no_file_name_is_refused(name: str) -> None:
     ({"optimizer": {"lr": 1e-4, "min_lr": 1e-3}}, "optimizer: min_lr=0.001 exceeds lr=0.0001"),
     ({"parallel": {"ep_size": 3}}, "parallel.ep_size=3 does not divide routing.num_experts=4: every rank holds equally many"),
     ({"routing": {"method": "dense"}, "parallel": {"ep_size": 2}}, "routing.method=dense has none: set parallel.ep_size=1"),
-    ({"routing": {"method": "dense"}, "parallel": {"dispatch": "deepspeed"}}, "routing.method=dense has none"),
+    ({"routing": {"method": "dense"}, "parallel": {"dispatch": "alltoall"}}, "routing.method=dense has none"),
     ({"data": {"dataset": "digits"}}, "data.dataset=digits has 8x8 images of one channel, but model.input_size=4 and "
                                       "model.in_channels=1"),
     ({"data": {"dataset": "digits"}, "model": {"input_size": 8, "in_channels": 3}},
@@ -232,7 +232,7 @@ def test_moe_blocks_are_the_odd_ones_or_all_or_none(routing: dict[str, str], exp
 
 
 @pytest.mark.parametrize(("parallel", "expected"), [
-    ({}, "local"), ({"ep_size": 2}, "deepspeed"), ({"dispatch": "deepspeed"}, "deepspeed"), ({"dispatch": "local"}, "local"),
+    ({}, "local"), ({"ep_size": 2}, "alltoall"), ({"dispatch": "alltoall"}, "alltoall"), ({"dispatch": "local"}, "local"),
 ])
 def test_dispatch_auto_follows_ep_size(parallel: dict[str, Any], expected: str) -> None:
     assert small_config(parallel=parallel).parallel.resolved_dispatch == expected
@@ -243,9 +243,9 @@ def test_dense_ignores_top_k_beyond_num_experts() -> None:
 
 
 @pytest.mark.parametrize(("parallel", "message"), [
-    ({"capacity_factor": 2.0}, "capacity_factor=2.0 is read by dispatch=deepspeed_capacity alone, this is dispatch=local"),
+    ({"capacity_factor": 2.0}, "capacity_factor=2.0 is read by dispatch=deepspeed_moe alone, this is dispatch=local"),
     ({"megatron_dispatcher": "flex", "ep_size": 2}, "megatron_dispatcher=flex is read by dispatch=megatron alone"),
-    ({"exchange_dtype": "bf16"}, "exchange_dtype=bf16 is read by dispatch=deepspeed alone, this is dispatch=local"),
+    ({"comm_dtype": "bf16"}, "comm_dtype=bf16 is read by dispatch=alltoall alone, this is dispatch=local"),
     ({"dispatch": "megatron", "expert_backend": "loop"}, "expert_backend=loop has no use for dispatch=megatron"),
     ({"dispatch": "megatron", "activation_checkpointing": "selective"}, "selective cannot reach inside Megatron's layer"),
     ({"dispatch": "megatron", "megatron_dispatcher": "flex"}, "flex needs several ranks that share experts: set ep_size above 1"),
@@ -255,11 +255,11 @@ def test_dispatch_option_of_another_is_refused(parallel: dict[str, Any], message
         small_config(parallel=parallel)
 
 
-@pytest.mark.parametrize("dispatch", ["deepspeed_capacity", "megatron"])
+@pytest.mark.parametrize("dispatch", ["deepspeed_moe", "megatron"])
 @pytest.mark.parametrize("method", ["expert_choice", "ec_dit", "diff_moe", "expert_race"])
 def test_dispatch_foreign_is_refused_where_experts_choose(dispatch: str, method: str) -> None:
     with raises_saying(f"parallel.dispatch={dispatch} asks every token for routing.top_k experts, but with routing.method={method} "
-                       "experts choose: use parallel.dispatch=deepspeed, or one of the methods token_choice"):
+                       "experts choose: use parallel.dispatch=alltoall, or one of the methods token_choice"):
         small_config(parallel={"dispatch": dispatch}, routing={"method": method})
     small_config(parallel={"dispatch": dispatch}, routing={"method": "kmeans"})
 

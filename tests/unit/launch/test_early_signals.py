@@ -14,9 +14,9 @@ REPOSITORY = Path(__file__).parents[3]
 RANK = """
 import time
 from promoe_ds.cli.entry import run_entry
-from promoe_ds.launch.early_signals import Beginning
+from promoe_ds.launch.early_signals import EarlySignals
 def main(arguments):
-    beginning = Beginning()
+    beginning = EarlySignals()
     print("begun", len(beginning.chain), flush=True)
     time.sleep(0.3)
     print(beginning.stop_reason)

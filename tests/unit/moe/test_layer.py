@@ -12,7 +12,7 @@ from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
 from promoe_ds.model.build import build_moe_layer
-from promoe_ds.moe import DeepSpeedDispatcher, FeedForward, MoELayer
+from promoe_ds.moe import AllToAllDispatcher, FeedForward, MoELayer
 from promoe_ds.routing import RoutingPlan, partition_samples
 
 from ..builders import random_tensor, randomise, small_config
@@ -215,7 +215,7 @@ def test_layer_replicated_experts_run_while_rows_travel(monkeypatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
     layer = make_layer().train()
-    layer.dispatcher = DeepSpeedDispatcher(None)
+    layer.dispatcher = AllToAllDispatcher(None)
     for name in ("shared", "unconditional", "routed"):
         module = getattr(layer, name)
         module.register_forward_pre_hook(lambda *args, n=name: events.append(n))

@@ -148,7 +148,7 @@ def check_plan(plan: RoutingPlan, expected: Expected, batch: Batch, router: Rout
     assert plan.assignment.tokens_per_expert_E.tolist() == [sum(column) for column in zip(*counts, strict=True)]
     assert plan.stats.gate_sums_B.tolist() == pytest.approx(gate_sums_of(rows, batch), **NEAR)
     assert plan.stats.is_routed_B.tolist() == [place in batch.routed for place in range(len(batch.samples))]
-    similarity = oracles.mean_similarity(router.directions_ED().tolist())
+    similarity = oracles.mean_similarity(router.expert_keys_ED().tolist())
     assert plan.stats.prototype_similarity.item() == pytest.approx(similarity, **NEAR)
     losses = {name: loss.item() for name, loss in plan.aux_losses.items()}
     assert losses == pytest.approx(expected.losses if router.training else {}, **NEAR)

@@ -142,7 +142,7 @@ def test_thresholds_of_one_pass_move_a_twentieth_of_the_way_to_the_lowest_chosen
     router = make_router("diff_moe")
     tokens, before = random_tensor(2, 4, 8, dtype=torch.float64), router.thresholds.clone()
     lowest = router.predictor(tokens.flatten(0, 1)).sigmoid().sort(dim=0, descending=True).values[3]  # 4 slots each
-    router.absorb(route(router, tokens, [0, 1]).observation)
+    router.update_running_state(route(router, tokens, [0, 1]).observation)
     torch.testing.assert_close(router.thresholds, 0.95 * before + 0.05 * lowest.detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -150,7 +150,7 @@ def test_thresholds_of_several_passes_move_once_towards_their_mean() -> None:
     router = make_router("diff_moe")
     before = router.thresholds.clone()
     seen = observations([random_tensor(2, 4, 8, seed=seed, dtype=torch.float64) for seed in range(3)], router, [0, 1])
-    router.absorb(torch.stack(seen).sum(dim=0))
+    router.update_running_state(torch.stack(seen).sum(dim=0))
     mean = torch.stack([observation[:-1] for observation in seen]).mean(dim=0)
     torch.testing.assert_close(router.thresholds, 0.95 * before + 0.05 * mean, rtol=1e-12, atol=1e-12)
 
@@ -159,15 +159,15 @@ def test_thresholds_pass_without_tokens_does_not_count() -> None:
     router, other = make_router("diff_moe"), make_router("diff_moe")
     tokens = random_tensor(2, 4, 8, dtype=torch.float64)
     (seen,), (nothing,) = observations([tokens], router, [0, 1]), observations([tokens], router, [NULL, NULL])
-    router.absorb(seen + nothing)
-    other.absorb(seen)
+    router.update_running_state(seen + nothing)
+    other.update_running_state(seen)
     assert torch.equal(router.thresholds, other.thresholds)
 
 
 def test_thresholds_without_any_tokens_stay() -> None:
     router = make_router("diff_moe")
     before = router.thresholds.clone()
-    router.absorb(route(router, random_tensor(2, 4, 8, dtype=torch.float64), [NULL, NULL]).observation)
+    router.update_running_state(route(router, random_tensor(2, 4, 8, dtype=torch.float64), [NULL, NULL]).observation)
     assert torch.equal(router.thresholds, before)
 
 
@@ -187,7 +187,7 @@ def test_observe_thresholds_nothing_chosen_is_all_zero() -> None:
 def test_thresholds_move_in_place_and_keep_their_dtype() -> None:
     router = make_router("diff_moe", dtype=torch.bfloat16)
     place = router.thresholds
-    router.absorb(torch.tensor([0.5] * 4 + [1.0]))
+    router.update_running_state(torch.tensor([0.5] * 4 + [1.0]))
     assert router.thresholds is place and place.dtype == torch.float32
 
 
@@ -195,6 +195,6 @@ def test_thresholds_steps_too_small_for_bf16_still_count() -> None:
     router = make_router("diff_moe", dtype=torch.bfloat16)
     router.thresholds.fill_(0.5)
     for _ in range(20):
-        router.absorb(torch.tensor([0.51] * 4 + [1.0]))
+        router.update_running_state(torch.tensor([0.51] * 4 + [1.0]))
     # 0.5 + 0.05 * 0.01 rounds to 0.5 in bf16, however often.
     assert router.thresholds.tolist() == pytest.approx([0.51 - 0.01 * 0.95**20] * 4, **{**NEAR, "rel": 1e-5})

@@ -58,7 +58,7 @@ def test_centroids_become_the_means_of_their_tokens_over_all_passes(sizes: list[
         total += plan.observation
         for token, expert, _ in plan_rows(plan):
             members[expert].append(tokens.flatten(0, 1)[token].tolist())
-    router.absorb(total)
+    router.update_running_state(total)
     expected = [oracles.mean(members[expert]) if members[expert] else before[expert].tolist() for expert in range(4)]
     torch.testing.assert_close(router.centroids, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
@@ -69,7 +69,7 @@ def test_centroids_all_tokens_on_one_leave_the_others() -> None:
     tokens += router.centroids[1]
     plan = route(router, tokens, [0, 1])
     assert plan.assignment.tokens_per_expert_E.tolist() == [0, 6, 0, 0]
-    router.absorb(plan.observation)
+    router.update_running_state(plan.observation)
     torch.testing.assert_close(router.centroids[1], tokens.flatten(0, 1).mean(dim=0), rtol=1e-12, atol=1e-12)
     assert torch.equal(router.centroids[[0, 2, 3]], before[[0, 2, 3]])
 
@@ -77,7 +77,7 @@ def test_centroids_all_tokens_on_one_leave_the_others() -> None:
 def test_centroids_without_routed_tokens_stay() -> None:
     router = make_router("kmeans")
     before = router.centroids.clone()
-    router.absorb(route(router, random_tensor(2, 3, 8, dtype=torch.float64), [NULL, NULL]).observation)
+    router.update_running_state(route(router, random_tensor(2, 3, 8, dtype=torch.float64), [NULL, NULL]).observation)
     assert torch.equal(router.centroids, before)
 
 
@@ -95,7 +95,7 @@ def test_centroids_repeated_steps_find_the_clusters() -> None:
     tokens = (centres[:, None] + 0.1 * random_tensor(3, 20, 2, dtype=torch.float64)).flatten(0, 1)[None]
     router.centroids.copy_(tokens[0, [0, 20, 40]])
     for _ in range(3):
-        router.absorb(route(router, tokens, [0]).observation)
+        router.update_running_state(route(router, tokens, [0]).observation)
     torch.testing.assert_close(router.centroids, tokens.view(3, 20, 2).mean(dim=1), rtol=1e-12, atol=1e-12)
 
 

@@ -61,7 +61,7 @@ def test_race_evaluation_after_its_own_thresholds_takes_about_k_experts_a_token(
     router = make_router("expert_race")
     batches = [random_tensor(8, 16, 8, seed=seed, dtype=torch.float64) for seed in range(40)]
     for batch in batches:
-        router.absorb(route(router, batch, [0] * 8).observation)
+        router.update_running_state(route(router, batch, [0] * 8).observation)
     taken = [route(router.eval(), batch, [0] * 8).assignment.token_ids_N.numel() / 128 for batch in batches]
     # 0.95**40 of the start is left; batches of 512 pairs differ by some percent.
     assert sum(taken) / len(taken) == pytest.approx(2.0, rel=0.15)
@@ -132,7 +132,7 @@ def test_threshold_moves_a_twentieth_of_the_way_to_the_lowest_winner() -> None:
     router = make_router("expert_race")
     before = router.threshold.item()
     plan = route(router, random_tensor(2, 4, 8, dtype=torch.float64), [0, 1])
-    router.absorb(plan.observation)
+    router.update_running_state(plan.observation)
     assert router.threshold.item() == pytest.approx(0.95 * before + 0.05 * plan.assignment.gates_N.min().item(), rel=1e-12)
 
 
@@ -142,7 +142,7 @@ def test_threshold_of_several_passes_moves_once_towards_their_mean() -> None:
     batches = [(random_tensor(2, 4, 8, seed=seed, dtype=torch.float64), labels)
                for seed, labels in enumerate([[0, 1], [NULL, NULL], [NULL, 3]])]
     plans = [route(router, *batch) for batch in batches]
-    router.absorb(torch.stack([plan.observation for plan in plans]).sum(dim=0))
+    router.update_running_state(torch.stack([plan.observation for plan in plans]).sum(dim=0))
     # The pass without routed samples does not count.
     mean = (plans[0].assignment.gates_N.min().item() + plans[2].assignment.gates_N.min().item()) / 2
     assert router.threshold.item() == pytest.approx(0.95 * before + 0.05 * mean, rel=1e-12)
@@ -151,5 +151,5 @@ def test_threshold_of_several_passes_moves_once_towards_their_mean() -> None:
 def test_threshold_without_tokens_stays() -> None:
     router = make_router("expert_race")
     before = router.threshold.clone()
-    router.absorb(route(router, random_tensor(1, 4, 8, dtype=torch.float64), [NULL]).observation)
+    router.update_running_state(route(router, random_tensor(1, 4, 8, dtype=torch.float64), [NULL]).observation)
     assert torch.equal(router.threshold, before)

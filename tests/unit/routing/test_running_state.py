@@ -75,8 +75,8 @@ def test_state_absorbs_the_mean_of_passes_and_ranks(method: str) -> None:
     once, twice, before = make_router(method), make_router(method), make_router(method)
     tokens = random_tensor(2, 4, 8, dtype=torch.float64)
     observation = route(once, tokens, [0, 1]).observation
-    once.absorb(observation)
-    twice.absorb(observation + observation)
+    once.update_running_state(observation)
+    twice.update_running_state(observation + observation)
     for name, value in once.named_buffers():
         torch.testing.assert_close(dict(twice.named_buffers())[name], value, rtol=1e-12, atol=1e-12)
         assert not torch.equal(value, dict(before.named_buffers())[name])
@@ -86,7 +86,7 @@ def test_state_absorbs_the_mean_of_passes_and_ranks(method: str) -> None:
 def test_state_absorbs_without_a_graph(method: str) -> None:
     router = make_router(method)
     tokens = random_tensor(2, 4, 8, dtype=torch.float64).requires_grad_()
-    router.absorb(route(router, tokens, [0, 1]).observation)
+    router.update_running_state(route(router, tokens, [0, 1]).observation)
     assert not any(buffer.requires_grad for buffer in router.buffers())
 
 
@@ -96,5 +96,5 @@ def test_state_of_methods_without_any_is_left_alone(method: str) -> None:
     assert list(router.buffers()) == []
     before = {name: value.clone() for name, value in router.state_dict().items()}
     router.reset_state()
-    router.absorb(torch.ones(3))
+    router.update_running_state(torch.ones(3))
     assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())

@@ -27,7 +27,7 @@ def tied_router(method: str, seed: int, **settings: int) -> Router:
     """A router of four experts that are two and two alike."""
     router = make_router(method, width=2, seed=seed, num_experts=EXPERTS, **settings)
     with torch.no_grad():
-        directions = router.directions_ED()
+        directions = router.expert_keys_ED()
         directions.copy_(directions.sign()[[0, 1, 0, 1]])
         if method == "classification":
             router.classifier.bias.zero_()
@@ -80,7 +80,7 @@ def test_ties_of_everything_with_everything(method: str) -> None:
     """Equal tokens and equal experts: the right number of pairs, all of one gate."""
     router = make_router(method, width=2)
     with torch.no_grad():
-        router.directions_ED().copy_(torch.ones(4, 2))
+        router.expert_keys_ED().copy_(torch.ones(4, 2))
         if method == "classification":
             router.classifier.bias.zero_()
     rows = plan_rows(route(router, torch.ones(2, 4, 2, dtype=torch.float64), [0, 1]))

@@ -87,7 +87,7 @@ def test_optimizer_average_with_decay_zero_is_the_weights() -> None:
 
 def test_optimizer_several_averages_equal_those_kept_alone() -> None:
     together, decays, lengths = parameters(), (0.9, 0.5), (0.05, 0.1)
-    optimizer = make_optimizer(together, ema_decays=decays, ema_power_lengths=lengths)
+    optimizer = make_optimizer(together, ema_decays=decays, ema_sigma_rels=lengths)
     alone = {"ema": {"ema_decays": (0.9,)}, "ema_0.5": {"ema_decays": (0.5,)}}
     for name, settings in alone.items():
         values = parameters()
@@ -106,7 +106,7 @@ def test_optimizer_several_averages_equal_those_kept_alone() -> None:
 def test_optimizer_power_average_is_the_weighted_mean_of_all_weights_so_far() -> None:
     """(1 - 1/t)^(gamma + 1) unrolled: update i has the weight (i/t)^(gamma + 1) - ((i - 1)/t)^(gamma + 1)."""
     values = parameters()
-    optimizer = make_optimizer(values, ema_power_lengths=(0.2,))
+    optimizer = make_optimizer(values, ema_sigma_rels=(0.2,))
     seen = []
     for step in range(STEPS):
         set_gradients(values, step)

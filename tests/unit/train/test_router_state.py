@@ -48,7 +48,7 @@ def absorbed(network: DiT, plans: list[dict[int, RoutingPlan]]) -> dict[str, Ten
     """Return the state after the routers of a copy absorbed the sum of the plans' observations."""
     network = copy.deepcopy(network)
     for index, layer in network.moe_layers().items():
-        layer.router.absorb(torch.stack([plan[index].observation for plan in plans]).sum(dim=0))
+        layer.router.update_running_state(torch.stack([plan[index].observation for plan in plans]).sum(dim=0))
     return state(network)
 
 
@@ -76,7 +76,7 @@ def test_state_moves_once_a_step_by_the_observations_of_all_passes(method: str, 
         router_state.add(plans[-1])
         assert_equal(state(network), before)  # not before the step ends
     expected = absorbed(network, plans)
-    router_state.absorb(skip=False)
+    router_state.update_running_state(skip=False)
     assert_close(state(network), expected)
     assert any(not torch.equal(value, before[name]) for name, value in state(network).items())
     assert len(seen) == 1  # one collective for all layers
@@ -95,7 +95,7 @@ def test_state_of_uneven_ranks_is_that_of_all_their_passes(method: str, monkeypa
             plans.append(run(network, *batch))
             router_state.add(plans[-1])
     expected = absorbed(first, plans)
-    call_together(monkeypatch, states, "absorb", skip=False)
+    call_together(monkeypatch, states, "update_running_state", skip=False)
     assert_close(state(first), expected)
     assert_equal(state(second), state(first))
 
@@ -106,13 +106,13 @@ def test_state_of_a_skipped_step_stays_and_is_forgotten(method: str, monkeypatch
     before, seen = state(network), pretend_one_rank(monkeypatch)
     router_state = RouterState(network)
     router_state.add(run(network, seed=1))
-    router_state.absorb(skip=True)
+    router_state.update_running_state(skip=True)
     assert_equal(state(network), before)
     assert seen == []
     plans = run(network, seed=2)
     expected = absorbed(network, [plans])
     router_state.add(plans)
-    router_state.absorb(skip=False)
+    router_state.update_running_state(skip=False)
     assert_close(state(network), expected)  # nothing of the skipped step is left
 
 
@@ -125,7 +125,7 @@ def test_state_after_a_step_starts_anew(method: str, monkeypatch: pytest.MonkeyP
         plans = run(network, seed)
         expected = absorbed(network, [plans])
         router_state.add(plans)
-        router_state.absorb(skip=False)
+        router_state.update_running_state(skip=False)
         assert_close(state(network), expected)
 
 
@@ -135,7 +135,7 @@ def test_state_of_batches_without_routed_samples_stays(method: str, monkeypatch:
     before, seen = state(network), pretend_one_rank(monkeypatch)
     router_state = RouterState(network)
     router_state.add(run(network, labels=[NULL, NULL]))
-    router_state.absorb(skip=False)
+    router_state.update_running_state(skip=False)
     assert_equal(state(network), before)
     assert len(seen) == 1  # the other ranks may have some: the collective takes place
 
@@ -147,7 +147,7 @@ def test_state_of_methods_without_any_needs_no_collective(method: str, monkeypat
     seen = pretend_one_rank(monkeypatch)
     router_state = RouterState(network)
     router_state.add(run(network))
-    router_state.absorb(skip=False)
+    router_state.update_running_state(skip=False)
     assert seen == []
 
 

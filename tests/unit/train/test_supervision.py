@@ -15,7 +15,7 @@ from torch import nn
 
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.distributed.peers import peer_problem
-from promoe_ds.launch.early_signals import STOP_SIGNALS, Beginning
+from promoe_ds.launch.early_signals import STOP_SIGNALS, EarlySignals
 from promoe_ds.launch.heartbeat import read_lease, read_notes, renew_lease
 from promoe_ds.launch.leftovers import processes_with, sweep
 from promoe_ds.train.health import HealthWatch, agree
@@ -30,9 +30,9 @@ from pathlib import Path
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.train.supervisor import supervised
 from promoe_ds.cli.entry import run_entry
-from promoe_ds.launch.early_signals import Beginning
+from promoe_ds.launch.early_signals import EarlySignals
 def main(arguments):
-    beginning = Beginning()
+    beginning = EarlySignals()
     settings = SupervisionConfig(step_timeout_seconds=1.5, launcher_timeout_seconds=2, setup_timeout_seconds=60)
     with supervised(settings, Path(sys.argv[1]), beginning) as supervisor:
         supervisor.begin_step(0); supervisor.end_step(); supervisor.begin_step(7)
@@ -96,7 +96,7 @@ def test_signal_is_a_wish_to_stop_not_an_end(tmp_path, number) -> None:
 def test_signal_during_the_imports_is_handed_over(tmp_path) -> None:
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
-        beginning = Beginning()
+        beginning = EarlySignals()
         os.kill(os.getpid(), signal.SIGUSR1)
         with supervised(SupervisionConfig(), tmp_path, beginning) as supervisor:
             assert (supervisor.shutdown_requested(), supervisor.stop_reason) == (True, "SIGUSR1")
