@@ -10,7 +10,7 @@ EXTRAS = {
     "eval": ["torch-fidelity>=0.4"],
     "report": ["matplotlib>=3.8", "scikit-learn>=1.4", "jinja2>=3.1"],
     "tracking": ["tensorboard>=2.15", "wandb>=0.16"],
-    "test": ["pytest>=9", "pytest-timeout>=2.3", "hypothesis>=6.100", "scikit-learn>=1.4", "tensorboard>=2.15",
+    "test": ["pytest>=9", "pytest-timeout>=2.3", "pytest-xdist>=3.8", "hypothesis>=6.100", "scikit-learn>=1.4", "tensorboard>=2.15",
              "jsonschema>=4.18", "scipy>=1.10", "prdc>=0.2", "ruff>=0.6"],
 }
 
