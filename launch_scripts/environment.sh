@@ -5,6 +5,12 @@
 promoe_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 promoe_environment() {
+    local prefix="${VIRTUAL_ENV:-${CONDA_PREFIX:-$promoe_root/.venv}}"
+    if [[ "$prefix" = *[[:space:]]* ]]; then
+        echo "error: $prefix has a blank, and the first line of the command \`deepspeed\`, which pip writes, cannot name such a" \
+            "Python: clone into a folder without a blank, or activate an environment in one" >&2
+        return 2
+    fi
     if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
         if [ ! -x "$promoe_root/.venv/bin/python" ]; then
             echo "creating $promoe_root/.venv"

@@ -18,7 +18,7 @@ CONTENDERS = ("digits_promoe", "dense")
 def _compare(folder: Path, seeds: str, *options: str) -> subprocess.CompletedProcess[str]:
     return run(sys.executable, str(REPOSITORY / "tools" / "compare.py"), "--recipes", "digits_promoe", "--variant",
                "dense=digits_promoe,routing.method=dense", "--steps", "24", "--seeds", seeds, "--out", "out", "--samples", "20",
-               "--deepspeed_config", ZERO2, "--set", *TINY, *options, cwd=folder, timeout=240)
+               "--deepspeed_config", ZERO2, "--set", *TINY, *options, cwd=folder, timeout=500)
 
 
 def _read(folder: Path) -> dict:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 from promoe_ds.analysis.benchmarks.checkpoint import write_checkpoint
 from promoe_ds.config import load_config
 
-from .commands import REPOSITORY
+from .commands import REPOSITORY, run
 
 
 def test_conversion_of_everything_keeps_to_the_memory_bound(tmp_path: Path) -> None:
@@ -24,7 +22,6 @@ def test_conversion_of_everything_keeps_to_the_memory_bound(tmp_path: Path) -> N
     # A process's peak counts what it was forked from: this one, which may be large. A small one stands between.
     between = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-    done = subprocess.run([sys.executable, "-c", between, *command], cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+    done = run(sys.executable, "-c", between, *command, cwd=REPOSITORY, timeout=500)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 <= allowed

@@ -21,6 +21,7 @@ import pytest
 
 from promoe_ds.errors import PromoeError
 
+from ..processes import environment
 from .commands import REPOSITORY, run, train
 
 TOOLS = ("expert_load", "analyze_experts", "convert_checkpoint")
@@ -107,9 +108,8 @@ def test_load_follow_shows_new_steps_until_interrupted(folder, tmp_path) -> None
     output = tmp_path / "output"
     terminal, inside = pty.openpty()
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     process = subprocess.Popen([sys.executable, LOAD, str(tmp_path), "--follow", "--every", "0.2"], stdin=inside, stdout=inside,
-                               stderr=inside, env={**environment, "TERM": "xterm-256color"})
+                               stderr=inside, env=environment(TERM="xterm-256color"))
     os.close(inside)
     threading.Thread(target=copy, args=(terminal, output), daemon=True).start()
     try:
@@ -121,10 +121,11 @@ def test_load_follow_shows_new_steps_until_interrupted(folder, tmp_path) -> None
         wait_for(output, "step 2: load")
         log.write_text("".join(lines[:10]))  # a resume dropped what came after its checkpoint
         wait_for(output, "step 1: load", after=output.read_text().rfind("step 2: load"))
-    finally:
         process.send_signal(signal.SIGINT)
-        code = process.wait(timeout=20)
-    assert code == 0
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
     wait_for(output, "stopped following")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.read_text()).replace("\r", "")
     assert "Traceback" not in text and max(map(len, text.splitlines())) <= 80
@@ -141,7 +142,7 @@ def copy(terminal: int, output: Path) -> None:
                 return
 
 
-def wait_for(output: Path, words: str, *, after: int = 0, seconds: float = 20.0) -> None:
+def wait_for(output: Path, words: str, *, after: int = 0, seconds: float = 90.0) -> None:
     end = time.monotonic() + seconds
     while not output.exists() or words not in output.read_text(errors="replace")[after:]:
         assert time.monotonic() < end, output.read_text(errors="replace")[-2000:]
@@ -151,7 +152,7 @@ def wait_for(output: Path, words: str, *, after: int = 0, seconds: float = 20.0)
 def test_analyze_writes_a_page_and_refuses_what_cannot_be(folder) -> None:
     assert run(sys.executable, CONVERT, "run", "export", "--to", "single", cwd=folder).returncode == 0
     few = ("--images", "6", "--tokens", "30", "--rounds", "3", "--sigmas", "0.2", "0.8", "--singular-vectors", "4")
-    done = run(sys.executable, ANALYZE, "export", *few, "--export", "analysis", cwd=folder)
+    done = run(sys.executable, ANALYZE, "export", *few, "--export", "analysis", cwd=folder, fork=False)
     assert done.returncode == 0, done.stderr
     assert "report: export/experts.html" in done.stdout and "layer 1: what the expert tells beyond chance" in done.stdout
     assert len(list((folder / "analysis").glob("*.png"))) == 5 + 4

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from .commands import LAUNCH_VARIABLES, REPOSITORY, run, train, train_arguments
+from promoe_ds.cli.train import main
+
+from ..processes import Forks, environment, free_port
+from .commands import REPOSITORY, run, train, train_arguments
 
 BLOCKER = """
 import sys
@@ -41,14 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Path:
     """Train in one process with plain `python -m`."""
-    done = train(cwd=folder, run_dir="plain")
+    done = train(cwd=folder, run_dir="plain", fork=False)
     assert done.returncode == 0, done.stderr
     assert len(_losses(folder / "plain")) == 4
     return folder / "plain"
 
 
 def test_deepspeed_launcher_two_ranks_equals_plain_python(plain, folder) -> None:
-    done = run("deepspeed", "--num_gpus", "2", "--master_port", str(_free_port()), "--module", "promoe_ds.cli.train",
+    done = run("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "promoe_ds.cli.train",
                *train_arguments(run_dir="deepspeed"), cwd=folder)
     assert done.returncode == 0, done.stderr
     assert _losses(folder / "deepspeed") == pytest.approx(_losses(plain), rel=1e-5)
@@ -61,21 +61,18 @@ def test_torchrun_two_ranks_equals_plain_python(plain, folder) -> None:
     assert _losses(folder / "torchrun") == pytest.approx(_losses(plain), rel=1e-5)
 
 
-@pytest.mark.parametrize(("launcher", "common", "of_rank"), [
-    ("srun", {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_ID": "0"},
-     ("SLURM_PROCID", "SLURM_LOCALID")),
-    ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
-     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_RANK"))])
-def test_variables_of_two_ranks_equal_plain_python(plain, folder, launcher, common, of_rank) -> None:
+@pytest.mark.parametrize(("common", "of_rank", "job"), [
+    ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_ID": "0"},
+     ("SLURM_PROCID", "SLURM_LOCALID"), "SLURM_JOB_ID"),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_RANK"), "PMIX_NAMESPACE")], ids=["srun", "mpirun"])
+def test_variables_of_two_ranks_equal_plain_python(plain, folder, common, of_rank, job) -> None:
     """What `srun --ntasks 2` or `mpirun -np 2` sets, on two processes; the job gives the port."""
-    base = {**{k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}, "OMP_NUM_THREADS": "1", **common,
-            "SLURM_JOB_ID" if launcher == "srun" else "PMIX_NAMESPACE": str(_free_port() % 10000)}
-    ranks = [subprocess.Popen([sys.executable, "-m", "promoe_ds.cli.train", *train_arguments(run_dir=launcher)], cwd=folder,
-                              env={**base, **dict.fromkeys(of_rank, str(rank))}, stderr=subprocess.PIPE, text=True)
-             for rank in range(2)]
-    outputs = [process.communicate(timeout=150)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    assert _losses(folder / launcher) == pytest.approx(_losses(plain), rel=1e-5)
+    base = environment(**common, **{job: str(_free_job())})
+    with Forks(main, [train_arguments(run_dir=job)], [{**base, **dict.fromkeys(of_rank, str(rank))} for rank in range(2)],
+               cwd=folder) as ranks:
+        assert ranks.wait(300) == [0, 0], ranks.texts()
+    assert _losses(folder / job) == pytest.approx(_losses(plain), rel=1e-5)
 
 
 def test_deepspeed_dispatch_one_rank_equals_local(plain, folder) -> None:
@@ -97,7 +94,8 @@ def test_packaged_bf16_config_trains_near_fp32(plain, folder) -> None:
 def test_convert_and_sample_without_deepspeed_installed(plain, folder) -> None:
     convert = str(REPOSITORY / "tools" / "convert_checkpoint.py")
     for weights in ("ema", "raw"):
-        done = run(sys.executable, convert, str(plain), f"export_{weights}", "--to", "single", "--weights", weights, cwd=folder)
+        done = run(sys.executable, convert, str(plain), f"export_{weights}", "--to", "single", "--weights", weights, cwd=folder,
+                   fork=weights == "raw")
         assert done.returncode == 0, done.stderr
     done = run(sys.executable, "-c", BLOCKER, "--model", "export_ema", "--out", "samples", "--num", "12", "--steps", "3",
                "--grid", "--classes", "3,5", cwd=folder)
@@ -140,7 +138,8 @@ def test_export_output_equals_live_model(plain, folder) -> None:
     assert torch.isfinite(output).all()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_job() -> int:
+    """Return the number of a job whose port, 20000 and the number, is free."""
+    while (port := free_port()) < 20000:
+        pass
+    return port - 20000

@@ -13,6 +13,7 @@ import pytest
 
 from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
 
+from ..processes import environment, free_port
 from .commands import REPOSITORY, TINY, ZERO2
 
 SCRIPTS = sorted((REPOSITORY / "launch_scripts").glob("*.s*"))
@@ -34,18 +35,17 @@ def test_script_without_arguments_tells_its_usage(name: str) -> None:
 
 def test_single_node_sigterm_saves_and_ends_with_75(tmp_path) -> None:
     """Plain `deepspeed`, told to stop, leaves its ranks behind."""
-    environment = {**os.environ, "PROMOE_RANKS": "2", "MASTER_PORT": "29631", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-                   "VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    settings = environment(PROMOE_RANKS="2", MASTER_PORT=str(free_port()), VIRTUAL_ENV=sys.prefix)
     with (tmp_path / "output").open("w") as output:
         command = ["bash", str(REPOSITORY / "launch_scripts/single_node.sh"), "digits_promoe", ZERO2, str(tmp_path / "run"),
                    "--set", *TINY, "train.max_steps=100000", "train.checkpoint_every=100000"]
-        script = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        script = subprocess.Popen(command, env=settings, stdout=output, stderr=output, start_new_session=True)
     try:
-        lines, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 90
+        lines, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 200
         while not (lines.is_file() and lines.stat().st_size) and script.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         script.send_signal(signal.SIGTERM)
-        assert script.wait(40) == 75, (tmp_path / "output").read_text()
+        assert script.wait(150) == 75, (tmp_path / "output").read_text()
         saved = read_manifest(list_checkpoints(tmp_path / "run/checkpoints")[0])
         assert saved.step == len(lines.read_text().splitlines())
         assert "stopped: asked to stop" in (tmp_path / "output").read_text()

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +12,8 @@ import torch
 from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
 from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 
-REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
-ENVIRONMENT.pop("WORLD_SIZE", None)
+from ..processes import Forks, ranks
+from .worker import run_worker
 
 #: A network of the smallest size that has everything: dense and MoE blocks, shared and unconditional experts.
 TINY = ("model.hidden_size=32", "model.depth=4", "model.num_heads=2", "train.global_batch_size=16", "train.log_every=1",
@@ -48,24 +43,14 @@ def run_jobs(world_size: int, jobs: list[Job], folder: Path, *, timeout: int = 4
     """Run jobs one after the other on `world_size` processes; return each one's error message ("" for none)."""
     target = folder / f"errors_{world_size}.json"
     target.unlink(missing_ok=True)
-    process = start_jobs(world_size, jobs, folder)
-    try:
-        output, errors = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, output[-3000:] + errors[-6000:]
+    with start_jobs(world_size, jobs, folder) as forks:
+        assert forks.wait(timeout) == [0] * world_size, forks.texts()
     return json.loads(target.read_text())
 
 
-def start_jobs(world_size: int, jobs: list[Job], folder: Path) -> subprocess.Popen:
-    """Start jobs on `world_size` processes, all in a process group of their own, and return at once."""
-    source, target = folder / f"jobs_{world_size}.json", folder / f"errors_{world_size}.json"
-    source.write_text(json.dumps([job.as_json() for job in jobs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "-m",
-               "tests.distributed.worker", str(source), str(target)]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)
+def start_jobs(world_size: int, jobs: list[Job], folder: Path) -> Forks:
+    """Start jobs on `world_size` processes and return at once."""
+    return ranks(world_size, run_worker, [job.as_json() for job in jobs], folder / f"errors_{world_size}.json")
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

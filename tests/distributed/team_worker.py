@@ -1,9 +1,8 @@
-"""One rank of a team without a training engine: draws, encodes and judges as listed in a file. Started through torchrun."""
+"""One rank of a team without a training engine: draws, encodes and judges as listed."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from promoe_ds.data.encode import EncodeRequest, encode
@@ -37,14 +36,10 @@ def run_task(kind: str, values: dict, team: Team) -> str:
     return ""
 
 
-def main() -> None:
+def run_team_worker(tasks: list[tuple[str, dict]], target: Path) -> None:
+    """Be one rank: run all tasks, rank 0 writes everybody's messages."""
     team = join_team("cpu")
-    messages = [run_task(kind, values, team) for kind, values in json.loads(Path(sys.argv[1]).read_text())]
-    gathered = team.gather(messages)
+    gathered = team.gather([run_task(kind, dict(values), team) for kind, values in tasks])
     if team.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(gathered))
+        target.write_text(json.dumps(gathered))
     stop_distributed()
-
-
-if __name__ == "__main__":
-    main()

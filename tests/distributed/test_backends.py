@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from promoe_ds.backends.expert_parallel import ShardedExperts, shard_experts
 from promoe_ds.backends.process_group import start_distributed
@@ -19,6 +17,7 @@ from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import partition_samples
 
+from ..processes import run_ranks
 from .scenes import EXPERTS, NULL, SCENES, WIDTH, scene, whole_layer
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core: pip install '.[megatron]'")
@@ -90,11 +89,9 @@ def _watch_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return moved
 
 
-def _run_rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=Path(folder, "port").read_text(), DS_ACCELERATOR="cpu")
+def _run_rank(folder: Path) -> None:
     ranks = start_distributed(timeout_seconds=60)
+    rank, world_size = ranks.rank, ranks.world_size
     results, moved = {}, _watch_bytes(pytest.MonkeyPatch())
     for path, name, top_k in _cases(world_size):
         config = _config(path, top_k, world_size)
@@ -114,7 +111,7 @@ def _run_rank(rank: int, world_size: int, folder: str) -> None:
             "output": output, "tokens": tokens.grad, "gradients": {name: p.grad for name, p in layer.named_parameters()},
             "moved": sum(moved), "claimed": int(layer.dispatcher.bytes_exchanged(plan.assignment, WIDTH, 4)),
             "rows_leaving": int(counts_E.sum() - counts_E[rank * share:(rank + 1) * share].sum())}
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -123,19 +120,10 @@ def _cases(world_size: int) -> list[tuple[str, str, int]]:
     return [(path, name, top_k) for path in PATHS for name in names for top_k in (1, 3) if top_k == 1 or name == "usual"]
 
 
-def _free_port(folder: Path) -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        (folder / "port").write_text(str(probe.getsockname()[1]))
-
-
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def ranks(request, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp(f"paths{request.param}")
-    _free_port(folder)
-    mp.start_processes(_run_rank, (request.param, str(folder)), nprocs=request.param, start_method="spawn")
+    run_ranks(request.param, _run_rank, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 

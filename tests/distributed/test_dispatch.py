@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, config_from_dict
@@ -19,6 +18,7 @@ from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import ClassificationRouter, KMeansRouter, partition_samples
 from promoe_ds.train.clipping import global_grad_norm
 
+from ..processes import run_ranks
 from .scenes import EXPERTS, SCENES, WIDTH, scene, whole_layer
 
 
@@ -54,11 +54,19 @@ def _reference(world_size: int, name: str, top_k: int) -> tuple[dict[str, torch.
     return {name: p.grad for name, p in layer.named_parameters()}, output.detach(), tokens.grad
 
 
-def _run_rank(rank: int, world_size: int, folder: str, name: str, top_k: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE=str(world_size))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=60))
+def _join() -> tuple[int, int]:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _run_rank(folder: Path, cases: list[tuple[str, int]]) -> None:
+    rank, world_size = _join()
+    moved = _count_rows_moved(rank)
+    torch.save({case: _run_case(rank, world_size, moved, *case) for case in cases}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _run_case(rank: int, world_size: int, moved: list[int], name: str, top_k: int) -> dict[str, Any]:
     layer, share = whole_layer(_config(top_k), name), EXPERTS // world_size
     full = layer.routed
     local = StackedExperts(share, WIDTH, 8, first_expert=rank * share)
@@ -67,25 +75,34 @@ def _run_rank(rank: int, world_size: int, folder: str, name: str, top_k: int) ->
     layer.routed, layer.dispatcher = local, AllToAllDispatcher(dist.group.WORLD)
     layer.router.reduce_sum = all_reduce_sum(None)
     tokens, labels = scene(name, rank)
-    moved = _count_rows_moved(rank)
+    moved.clear()
     output, plan = layer(tokens.requires_grad_(), partition_samples(ClassCondition(labels, 10)))
     ((output * torch.linspace(-1, 1, WIDTH)).sum() + sum(plan.aux_losses.values())).backward()
     leaving = layer.dispatcher.rows_leaving(plan.assignment)
     gradients = {name: p.grad for name, p in layer.named_parameters()}
-    torch.save({"gradients": gradients, "output": output.detach(), "tokens": tokens.grad, "leaving": leaving, "moved": moved},
-               f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {"gradients": gradients, "output": output.detach(), "tokens": tokens.grad, "leaving": leaving, "moved": [*moved]}
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
-@pytest.mark.parametrize("name", SCENES)
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_dispatch_several_ranks_equals_local(tmp_path: Path, world_size: int, name: str, top_k: int) -> None:
-    if world_size == 4 and top_k == 3 and name != "usual":
-        pytest.skip("covered with two ranks")
-    mp.start_processes(_run_rank, (world_size, str(tmp_path), name, top_k), nprocs=world_size, start_method="fork")
+#: Three choices on four ranks with the usual scene alone: the others are covered with two ranks.
+CASES = {2: [(name, top_k) for name in SCENES for top_k in (1, 3)], 4: [*((name, 1) for name in SCENES), ("usual", 3)]}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, int], list[dict]]:
+    """Run all cases on two and on four ranks; return what each rank found."""
+    results = {}
+    for world_size, cases in CASES.items():
+        folder = tmp_path_factory.mktemp("dispatch")
+        run_ranks(world_size, _run_rank, folder, cases)
+        ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+        results |= {(world_size, *case): [rank[case] for rank in ranks] for case in cases}
+    return results
+
+
+@pytest.mark.parametrize(("world_size", "name", "top_k"), [(size, *case) for size, cases in CASES.items() for case in cases])
+def test_dispatch_several_ranks_equals_local(found, world_size: int, name: str, top_k: int) -> None:
     gradients, output, token_gradients = _reference(world_size, name, top_k)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    ranks = found[world_size, name, top_k]
     # Out and back, forward and backward: exactly the rows whose expert lives elsewhere, each time.
     assert [len(r["moved"]) for r in ranks] == [4] * world_size
     assert sum(sum(r["moved"]) for r in ranks) == 4 * sum(r["leaving"].item() for r in ranks)
@@ -94,8 +111,8 @@ def test_dispatch_several_ranks_equals_local(tmp_path: Path, world_size: int, na
     torch.testing.assert_close(torch.cat([r["tokens"] for r in ranks]), token_gradients, **close)
     for name, expected in gradients.items():
         parts = [r["gradients"][name] for r in ranks]
-        found = torch.cat(parts) if name.startswith("routed.") else sum(parts)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        gradient = torch.cat(parts) if name.startswith("routed.") else sum(parts)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 #: Every method with what its routing section adds; the contrastive losses stay on each rank, as pools do by nature.
@@ -132,10 +149,8 @@ def _method_pass(layer: torch.nn.Module, rank: int, *, train: bool) -> dict[str,
     return {"output": output.detach(), "tokens": tokens.grad, "observation": plan.observation}
 
 
-def _methods_rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=60))
+def _methods_rank(folder: Path) -> None:
+    rank, world_size = _join()
     results, share = {}, EXPERTS // world_size
     for method in METHODS:
         layer = _method_layer(method)
@@ -148,14 +163,14 @@ def _methods_rank(rank: int, world_size: int, folder: str) -> None:
         layer.zero_grad()
         results[method] |= {"train": _method_pass(layer, rank, train=True),
                             "gradients": {name: p.grad for name, p in layer.named_parameters()}}
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_dispatch_every_method_equals_local(tmp_path: Path, world_size: int, subtests) -> None:
     """Experts spread over the ranks give each rank what it would get with all of them, in training and evaluation."""
-    mp.start_processes(_methods_rank, (world_size, str(tmp_path)), nprocs=world_size, start_method="fork")
+    run_ranks(world_size, _methods_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
     close = {"rtol": 1e-5, "atol": 1e-5}
     for method in METHODS:
@@ -171,19 +186,19 @@ def test_dispatch_every_method_equals_local(tmp_path: Path, world_size: int, sub
                 torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda t, n=name: f"{n}: {t}")
 
 
-def _norm_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def _norm_rank(folder: Path) -> None:
+    rank, _ = _join()
     dense, expert = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(1))
     dense.grad = torch.full((4,), 2.0)
     expert.grad = torch.tensor([2.0 if rank == 0 else 10.0])
     expert.allreduce = False
     norm = global_grad_norm([dense, expert], dist.group.WORLD)
-    torch.save(norm, f"{folder}/{rank}.pt")
+    torch.save(norm, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_grad_norm_two_expert_ranks_is_that_of_all_parameters(tmp_path: Path) -> None:
     """16 dense, 4 and 100 of the experts: sqrt(120) = 10.954; averaging the ranks' norms gives 7.6 (DeepSpeed#8475)."""
-    mp.start_processes(_norm_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    run_ranks(2, _norm_rank, tmp_path)
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt", weights_only=True).item() == pytest.approx(120**0.5)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from promoe_ds.checkpoint.conversion import Request, convert
+from promoe_ds.cli.train import main
 from promoe_ds.data.digits import load_digits_split
 from promoe_ds.distributed.team import alone
 from promoe_ds.evaluation.images import to_uint8
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
 from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 
-from .jobs import ENVIRONMENT, REPOSITORY, TINY, metrics
+from ..processes import run_ranks
+from .jobs import TINY, metrics
 
 EVALUATION = ("evaluation.every=2", "evaluation.extractor=pixels", "evaluation.samples=50", "evaluation.steps=4",
               "evaluation.batch_size=16", "train.max_steps=4")
@@ -27,10 +27,8 @@ def train(run_dir: Path, zero_stage: int, *overrides: str) -> None:
     """Train on two ranks through the command line, four experts cut over them."""
     config = run_dir.parent / f"zero{zero_stage}.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": zero_stage}}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "promoe_ds.cli.train",
-               "--recipe", "digits_promoe", "--deepspeed_config", str(config), "--run-dir", str(run_dir), "--set", *TINY,
-               "parallel.ep_size=2", *overrides]
-    subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, check=True, timeout=200, capture_output=True)
+    run_ranks(2, main, ["--recipe", "digits_promoe", "--deepspeed_config", str(config), "--run-dir", str(run_dir), "--set", *TINY,
+                        "parallel.ep_size=2", *overrides])
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2])
@@ -46,8 +44,7 @@ def test_evaluation_while_training_judges_the_average_and_changes_nothing(tmp_pa
     files = [json.loads(manifest.read_text())["files"] for manifest in manifests]
     assert files[0] == files[1]  # every byte of weights, moments and averages
 
-    convert = [sys.executable, "tools/convert_checkpoint.py", str(tmp_path / "judged"), str(tmp_path / "export"), "--to", "single"]
-    subprocess.run(convert, cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT}, check=True, timeout=100, capture_output=True)
+    convert(tmp_path / "judged", Request(destination=tmp_path / "export", to="single"))
     draw_samples(SampleRequest(model=tmp_path / "export", out=tmp_path / "samples", num=50, steps=4, cfg_scale=1.0))
     request = EvaluateRequest(samples=tmp_path / "samples", reference=reference, metrics=("fid",), extractor="pixels")
     found = evaluate(request, alone())

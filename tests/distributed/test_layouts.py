@@ -11,30 +11,35 @@ from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
 STAGES = (0, 1, 2)
+#: Every layout under ZeRO 2, and every stage where experts are spread over all ranks and over some.
+COVERING = [(layout, stage) for layout in LAYOUTS for stage in STAGES if stage == 2 or layout in ((2, 2), (4, 2))]
+CASES = pytest.mark.parametrize(("layout", "stage"), [
+    pytest.param(layout, stage, marks=() if (layout, stage) in COVERING else pytest.mark.combinations)
+    for layout in LAYOUTS for stage in STAGES])
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Path]:
-    """Train 20 clipped steps on every layout and stage."""
+def runs(tmp_path_factory: pytest.TempPathFactory, asked) -> dict[tuple[int, int, int], Path]:
+    """Train some clipped steps on every layout and stage that is asked for."""
     folder = tmp_path_factory.mktemp("layouts")
     found = {}
     for world_size in (1, 2, 4):
         jobs = []
-        for ranks, ep_size in LAYOUTS:
-            for stage in STAGES if ranks == world_size else ():
+        for (ranks, ep_size), stage in sorted({*COVERING, *asked("layout", "stage")}):
+            if ranks == world_size:
                 found[ranks, ep_size, stage] = folder / f"w{ranks}_ep{ep_size}_z{stage}"
                 jobs.append(Job(run_dir=found[ranks, ep_size, stage], zero_stage=stage,
-                                overrides=(f"parallel.ep_size={ep_size}",)))
+                                overrides=(f"parallel.ep_size={ep_size}", f"train.max_steps={STEPS}")))
         assert run_jobs(world_size, jobs, folder) == [""] * len(jobs)
     return found
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@CASES
 def test_layout_any_ranks_and_stage_equals_one_rank(runs, layout, stage) -> None:
     reference, other = runs[1, 1, 2], runs[(*layout, stage)]
     expected, found = metrics(reference), metrics(other)
-    assert len(expected) == len(found) == 20
+    assert len(expected) == len(found) == STEPS
     for before, after in zip(expected, found, strict=True):
         for name in ("loss", "loss_diffusion", "loss_rcl"):
             assert after[name] == pytest.approx(before[name], rel=1e-5)
@@ -43,13 +48,12 @@ def test_layout_any_ranks_and_stage_equals_one_rank(runs, layout, stage) -> None
 
 
 @pytest.mark.parametrize("kind", ["weights", "ema"])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@CASES
 def test_layout_any_ranks_and_stage_ends_with_same_state(runs, layout, stage, kind) -> None:
     reference, other = (without_key_bias(state(runs[key], kind)) for key in ((1, 1, 2), (*layout, stage)))
     assert reference.keys() == other.keys()
     for name, value in reference.items():
-        # Twenty Adam steps of lr 1e-3 move a weight by 2e-2 at most; rounding of the sums over ranks stays far below.
+        # Twelve Adam steps of lr 1e-3 move a weight by 1.2e-2 at most; rounding of the sums over ranks stays far below.
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
@@ -57,10 +61,10 @@ def test_layout_any_ranks_and_stage_ends_with_same_state(runs, layout, stage, ki
 def test_routing_counts_any_layout_add_up_exactly(runs, layout) -> None:
     reference, lines = routing(runs[1, 1, 2]), routing(runs[(*layout, 2)])
     tokens_per_image, bins, layers = 16, 10, 2
-    assert len(lines) == 20 * bins * layers
+    assert len(lines) == STEPS * bins * layers
     for line in lines:
         assert sum(line["tokens_per_expert"]) == line["conditional_tokens"]
-    for step in range(1, 21):
+    for step in range(1, STEPS + 1):
         for layer in (1, 3):
             here = [line for line in lines if (line["step"], line["layer"]) == (step, layer)]
             assert sum(line["conditional_tokens"] + line["unconditional_tokens"] for line in here) == 16 * tokens_per_image

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -12,13 +11,13 @@ from promoe_ds.analysis.benchmarks.memory import ZERO_2
 from promoe_ds.analysis.plan.measured import Comparison, compare_with_measurement, measure_ranks
 from promoe_ds.config import count_parameters, load_config
 
-from .jobs import ENVIRONMENT, REPOSITORY
+from ..processes import REPOSITORY, environment, run
 
 #: promoe_s takes hundreds of megabytes on each of four ranks, so that the libraries' own tens do not decide.
 COMMON = ("data.dataset=synthetic", "data.synthetic_samples=16", "train.global_batch_size=4")
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[*(pytest.param(ranks, marks=pytest.mark.combinations) for ranks in (1, 2)), 4])
 def comparison(request: pytest.FixtureRequest) -> Comparison:
     config = load_config("promoe_s", [*COMMON, f"parallel.ep_size={request.param}"])
     return compare_with_measurement(config, ZERO_2, request.param)
@@ -66,10 +65,10 @@ json.dump(found, sys.stdout)
 """
 
 
-@pytest.mark.parametrize(("world_size", "recipes"), [(512, ("promoe_45b", "promoe_16b")), (128, ("promoe_8b", "promoe_3b"))])
+@pytest.mark.parametrize(("world_size", "recipes"), [
+    (512, ("promoe_45b", "promoe_16b")), pytest.param(128, ("promoe_8b", "promoe_3b"), marks=pytest.mark.combinations)])
 def test_large_recipe_on_ranks_that_do_not_exist_has_its_groups_bytes_and_memory(world_size: int, recipes: tuple[str, ...]) -> None:
-    done = subprocess.run([sys.executable, "-c", LARGE, str(world_size), *recipes], cwd=REPOSITORY, env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=200, check=False)
+    done = run([sys.executable, "-c", LARGE, str(world_size), *recipes], cwd=REPOSITORY, env=environment(), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout[done.stdout.index('{"promoe'):])
     for name in recipes:

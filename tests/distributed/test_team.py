@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +17,11 @@ from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 from promoe_ds.evaluation.sampling import threads_of
 from promoe_ds.model.export import load_model, save_export
 
+from ..processes import run_ranks
 from ..unit.builders import random_network, randomise
 from ..unit.data.made import SCALE, save_images, save_vae
 from ..unit.evaluation.test_metrics import TinyNetwork
-from .jobs import ENVIRONMENT, REPOSITORY
+from .team_worker import run_team_worker
 
 #: Eleven images: no number of ranks or batch size divides them.
 COMMON = {"num": 11, "steps": 5, "cfg_scale": 1.5, "seed": 3, "device": "cpu"}
@@ -38,11 +37,8 @@ LAYOUTS = {2: ({"batch_size": 1}, {"batch_size": 8}, {"ep_size": 2}),
 
 def run_team(world_size: int, tasks: list[tuple[str, dict]], folder: Path) -> list[list[str]]:
     """Run tasks on `world_size` processes; return every rank's messages."""
-    source, target = folder / f"tasks_{world_size}.json", folder / f"messages_{world_size}.json"
-    source.write_text(json.dumps(tasks, default=str))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", "-m",
-               "tests.distributed.team_worker", str(source), str(target)]
-    subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, check=True, timeout=240)
+    target = folder / f"messages_{world_size}.json"
+    run_ranks(world_size, run_team_worker, tasks, target)
     return json.loads(target.read_text())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -32,32 +31,13 @@ OVERRIDES = ("parallel.ep_size=2", "train.checkpoint_every=1", "train.keep_last=
 
 def _kill_while_saving(job: Job, folder: Path, delay: float) -> None:
     """Start a run, wait for its first save and `delay` seconds more, kill all its processes."""
-    process = start_jobs(2, [job], folder)
-    try:
-        deadline = time.monotonic() + 60
+    with start_jobs(2, [job], folder) as forks:
+        deadline = time.monotonic() + 200
         while not list(job.run_dir.glob("checkpoints/step_*")):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
+            assert forks.is_alive() and time.monotonic() < deadline, forks.texts()
             time.sleep(0.002)
         time.sleep(delay)
-    finally:
-        for pid in _processes_of(folder):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate(timeout=60)
-    assert not _processes_of(folder)
-
-
-def _processes_of(folder: Path) -> list[int]:
-    """Return torchrun and its workers: they have sessions of their own."""
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()
-            and b"tests.distributed.worker" in _command(path.name) and str(folder).encode() in _command(path.name)]
-
-
-def _command(pid: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+        assert forks.is_alive(), forks.texts()
 
 
 def test_kill_at_random_points_of_saving_loses_nothing_that_was_complete(tmp_path: Path) -> None:

@@ -1,12 +1,11 @@
 """One rank of a distributed test: runs the real training loop for several jobs in one process group.
 
-Started by `jobs.run_jobs` through torchrun; a job is a run directory, overrides, a ZeRO stage and, if asked, a fault.
+Forked by `jobs.run_jobs`; a job is a run directory, overrides, a ZeRO stage and, if asked, a fault.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -95,15 +94,11 @@ def _slow_write(fault: dict, ranks: Ranks):
     return write
 
 
-def main() -> None:
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+def run_worker(jobs: list[dict], target: Path) -> None:
+    """Be one rank: run all jobs, rank 0 writes their errors."""
     complete_environment()
     ranks = start_distributed(timeout_seconds=60)
     errors = [run_job(job, ranks) for job in jobs]
     if ranks.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(errors))
+        target.write_text(json.dumps(errors))
     stop_distributed()
-
-
-if __name__ == "__main__":
-    main()

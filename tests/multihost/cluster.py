@@ -22,7 +22,7 @@ _COMMANDS = ("unshare", "nsenter", "ip", "tc", "ssh", "ssh-keygen", "pdsh")
 _SSHD = "/usr/sbin/sshd"
 _DELAY = Path(__file__).with_name("delay.py")
 _NAMESPACES = ("--net", "--pid", "--mount", "--uts", "--ipc")
-_START_SECONDS = 20.0
+_START_SECONDS = 120.0
 
 #: Prepares a host inside its namespaces: $1 its folder, $2 its name, $3 its address.
 _HOST_SETUP = """
@@ -65,6 +65,8 @@ def why_not() -> str:
     """Return why this machine cannot have such hosts, "" if it can."""
     if not sys.platform.startswith("linux"):
         return "network namespaces need Linux"
+    if any(character.isspace() for character in f"{Path(__file__)}{sys.executable}"):
+        return "DeepSpeed's runner for several hosts does not quote the folder that it starts in, and this one's path has a blank"
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [name for name in (*_COMMANDS, _SSHD) if shutil.which(name) is None]
@@ -119,7 +121,8 @@ class Cluster:
         environment = {"HOME": str(self.home(name)), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **(env or {})}
         return subprocess.Popen([*self._enter(name), *inside], env=environment, text=True, **options)
 
-    def run(self, name: str, *command: str, cwd: Path = Path("/"), timeout: float = 60.0, **options) -> subprocess.CompletedProcess:
+    def run(self, name: str, *command: str, cwd: Path = Path("/"), timeout: float = 240.0,
+            **options) -> subprocess.CompletedProcess:
         """Run a command on a host to its end."""
         process = self.popen(name, *command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
         try:

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.distributed.jobs import REPOSITORY, TINY, metrics
+from tests.distributed.jobs import TINY, metrics
+from tests.processes import REPOSITORY
 
 from .cluster import Cluster
 
+#: How long what is sure to come is waited for, on a machine with other work beside.
+PATIENCE = 300.0
 #: Every time-out of a fault; set-up takes its time on two cores.
 TIMEOUT = 20
 TIMEOUTS = (f"parallel.timeout_seconds={TIMEOUT}", f"supervision.step_timeout_seconds={TIMEOUT + 5}",
@@ -31,7 +34,7 @@ class Launched:
     output: Path
     process: subprocess.Popen
 
-    def wait_for_step(self, step: int, timeout: float = 90.0) -> None:
+    def wait_for_step(self, step: int, timeout: float = PATIENCE) -> None:
         """Return when step `step` is in metrics.jsonl."""
         wait_until(lambda: self.last_step() >= step or self.process.poll() is not None, timeout, f"step {step}: {self.log()}")
         assert self.last_step() >= step, self.log()
@@ -41,7 +44,7 @@ class Launched:
         path = self.run_dir / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
-    def end(self, timeout: float) -> int:
+    def end(self, timeout: float = PATIENCE) -> int:
         """Wait for the launcher's end; return its exit code."""
         try:
             return self.process.wait(timeout)

@@ -15,8 +15,8 @@ from .launched import FREEZE, KILL, TERM, TIMEOUT, launch, launcher_process, ran
 pytestmark = pytest.mark.multihost
 TWO = {"host1": 1, "host2": 1}
 LONG = ("parallel.ep_size=2", "train.max_steps=100000", "train.checkpoint_every=10")
-#: What processes need to end beyond a time-out, on two busy cores.
-MARGIN = 8
+#: What processes need to end beyond a time-out, on two busy cores with other work beside.
+MARGIN = 60
 
 
 def test_rank_killed_restart_repeats_the_losses(two_hosts, tmp_path, single_host_losses) -> None:
@@ -25,7 +25,7 @@ def test_rank_killed_restart_repeats_the_losses(two_hosts, tmp_path, single_host
     job.wait_for_step(12)
     os.kill(ranks(two_hosts, "host2")[0], KILL)
     wait_until(lambda: "restart 1 of 1" in job.launcher_log(), TIMEOUT + MARGIN, job.log())
-    assert job.end(90) == 0, job.log()
+    assert job.end() == 0, job.log()
     assert "host2: rank 1 (process " in job.launcher_log()
     assert "died without a word" in job.launcher_log()
     assert job.losses() == pytest.approx(single_host_losses["four_experts"], rel=1e-5)
@@ -40,12 +40,12 @@ def test_link_down_for_seconds_goes_on_for_good_ends_in_time(two_hosts, tmp_path
     time.sleep(3)
     two_hosts.set_link("host2", "up")
     before = job.last_step()
-    job.wait_for_step(before + 20, timeout=TIMEOUT)
+    job.wait_for_step(before + 20)
     two_hosts.set_link("host2", "down")
     try:
         took = wait_until(lambda: not ranks(two_hosts, "host1") and not ranks(two_hosts, "host2"), TIMEOUT + MARGIN, job.log())
         assert took > TIMEOUT / 2, "the ranks should have held out for the time-out"
-        assert job.end(60) == 7, job.log()
+        assert job.end() == 7, job.log()
         assert "host2: does not answer any more" in job.log()
         assert job.left() == {}
     finally:
@@ -55,16 +55,16 @@ def test_link_down_for_seconds_goes_on_for_good_ends_in_time(two_hosts, tmp_path
 
 
 def test_rank_frozen_peer_dumps_its_stacks_and_all_end(two_hosts, tmp_path) -> None:
-    job = launch(two_hosts, tmp_path, TWO, *LONG, "supervision.step_timeout_seconds=5", "parallel.timeout_seconds=6",
-                 "supervision.launcher_timeout_seconds=5")
+    job = launch(two_hosts, tmp_path, TWO, *LONG, "supervision.step_timeout_seconds=8", "parallel.timeout_seconds=10",
+                 "supervision.launcher_timeout_seconds=8")
     job.wait_for_step(3)
     os.kill(ranks(two_hosts, "host2")[0], FREEZE)
-    wait_until(lambda: not ranks(two_hosts, "host1"), 6 + MARGIN, job.log())
+    wait_until(lambda: not ranks(two_hosts, "host1"), 10 + MARGIN, job.log())
     (dump,) = (job.run_dir / "supervision").glob("stalled_rank_00000_step_*.txt")
     text = dump.read_text()
     assert text.startswith(f"rank 0 on host1, process {text.split('process ')[1].split(',')[0]}, step {int(dump.stem[-7:])}\n")
     assert "train_step" in text, "the stack of the main thread"
-    assert job.end(45) == 7, "the frozen rank, which cannot speak, is the cause of the other's stall"
+    assert job.end() == 7, "the frozen rank, which cannot speak, is the cause of the other's stall"
     assert f"all stacks are in {dump}" in job.log()
     assert "host2: rank 1" in job.launcher_log()
     assert "host2: killed what was left of the job" in job.launcher_log()
@@ -89,12 +89,12 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(two_hosts, tmp_path) -> 
     job = launch(two_hosts, tmp_path, TWO, *LONG[:2], "train.checkpoint_every=100000", script=True)
     job.wait_for_step(3)
     second = launch(two_hosts, tmp_path / "second", TWO, *LONG[:2], run_dir=job.run_dir, options=("--master-port", "29555"))
-    assert second.end(TIMEOUT) == 10, second.log()
+    assert second.end() == 10, second.log()
     assert re.search(r"error: --run-dir .*: process \d+ on host1 works in it already", second.log())
     assert "ended with" not in job.launcher_log(), "the log is the first one's"
     assert "pre-flight: 2 hosts, 2 ranks, interface eth0: sound" in job.log()
     os.kill(launcher_process(job), TERM)
-    assert job.end(TIMEOUT) == 75, job.log()
+    assert job.end(TIMEOUT + MARGIN) == 75, job.log()
     assert "asked to stop (SIGTERM): waiting up to" in job.launcher_log()
     # The rank that speaks may have learnt of it from another, which read the lease first.
     assert re.search(r"stopped: asked to stop \(.*\): saved step \d+ of 100000 and ended", job.log())
@@ -105,12 +105,12 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(two_hosts, tmp_path) -> 
 
 def test_host_stays_dead_restart_on_fewer_repeats_the_losses(three_hosts, tmp_path, single_host_losses) -> None:
     job = launch(three_hosts, tmp_path, {"host1": 1, "host2": 1, "host3": 1}, "parallel.ep_size=3", "routing.num_experts=6",
-                 "train.global_batch_size=12", "train.max_steps=40", "train.checkpoint_every=5", "parallel.timeout_seconds=8",
+                 "train.global_batch_size=12", "train.max_steps=40", "train.checkpoint_every=5", "parallel.timeout_seconds=12",
                  options=("--max-restarts", "1", "--host-wait", "2"))
     job.wait_for_step(12)
     three_hosts.set_link("host3", "down")
     try:
-        assert job.end(150) == 0, job.log()
+        assert job.end() == 0, job.log()
         assert job.left() == {}
     finally:
         three_hosts.set_link("host3", "up")
@@ -122,7 +122,8 @@ def test_host_stays_dead_restart_on_fewer_repeats_the_losses(three_hosts, tmp_pa
     assert job.losses() == pytest.approx(single_host_losses["six_experts"], rel=1e-5)
 
 
-@pytest.mark.parametrize("victim", ["launcher", "remote deepspeed.launcher.launch", "pdsh"])
+@pytest.mark.parametrize("victim", ["launcher", "remote deepspeed.launcher.launch",
+                                    pytest.param("pdsh", marks=pytest.mark.combinations)])
 def test_watcher_killed_ranks_end_on_all_hosts(two_hosts, tmp_path, victim) -> None:
     """Plain DeepSpeed leaves them training, unseen."""
     job = launch(two_hosts, tmp_path, TWO, *LONG, "supervision.launcher_timeout_seconds=8")
@@ -137,7 +138,7 @@ def test_watcher_killed_ranks_end_on_all_hosts(two_hosts, tmp_path, victim) -> N
             if "bash" not in command.split()[0]:
                 os.kill(pid, KILL)
     wait_until(lambda: not job.left(), 8 + MARGIN, f"{job.left()} {job.log()}")
-    code = job.end(60)
+    code = job.end()
     if victim == "launcher":
         assert code == -9
     else:  # by which sign a rank learnt of it first: its launcher's process, or the other host's ranks

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
-from tests.distributed.jobs import REPOSITORY, TINY
+from tests.distributed.jobs import TINY
+from tests.processes import REPOSITORY
 
 from .cluster import Cluster
-from .launched import RANK, ranks, wait_until
+from .launched import PATIENCE, RANK, ranks, wait_until
 
 pytestmark = pytest.mark.multihost
 
@@ -63,12 +64,12 @@ def _submit(cluster: Cluster, folder: Path, *overrides: str) -> subprocess.Popen
 def test_slurm_preempted_job_saves_is_requeued_and_goes_on(two_hosts, tmp_path) -> None:
     job = _submit(two_hosts, tmp_path, "train.max_steps=100000", "train.checkpoint_every=100000")
     lines = tmp_path / "run/metrics.jsonl"
-    wait_until(lambda: (lines.is_file() and len(lines.read_text().splitlines()) > 3) or job.poll() is not None, 90,
+    wait_until(lambda: (lines.is_file() and len(lines.read_text().splitlines()) > 3) or job.poll() is not None, PATIENCE,
                (tmp_path / "output").read_text())
     (script,) = [pid for pid, command in two_hosts.processes("host1", "launch_scripts/slurm.sbatch").items()
                  if command.startswith("bash")]
     os.kill(script, signal.SIGUSR1)
-    assert job.wait(60) == 75, (tmp_path / "output").read_text()
+    assert job.wait(PATIENCE) == 75, (tmp_path / "output").read_text()
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
     saved = read_manifest(list_checkpoints(tmp_path / "run/checkpoints")[0]).step
     assert saved > 3
@@ -77,7 +78,7 @@ def test_slurm_preempted_job_saves_is_requeued_and_goes_on(two_hosts, tmp_path) 
 
     # What the queue does then: the same script again; it ends by itself this time.
     job = _submit(two_hosts, tmp_path, f"train.max_steps={saved + 3}", "train.checkpoint_every=100000")
-    assert job.wait(90) == 0, (tmp_path / "output").read_text()
+    assert job.wait(PATIENCE) == 0, (tmp_path / "output").read_text()
     assert read_manifest(list_checkpoints(tmp_path / "run/checkpoints")[0]).step == saved + 3
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n", "a job that ended goes nowhere"
     assert two_hosts.processes("host2", RANK) == {}

@@ -39,9 +39,9 @@ def call_together(monkeypatch: pytest.MonkeyPatch, objects: Sequence[Any], metho
 
     def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: str | None = None) -> None:
         given[own.rank] = tensor.clone()
-        barriers[group].wait(timeout=10)
+        barriers[group].wait(timeout=100)
         of_ranks = torch.stack([given[rank] for rank in members[group]])
-        barriers[group].wait(timeout=10)
+        barriers[group].wait(timeout=100)
         tensor.copy_(of_ranks.amax(dim=0) if op == dist.ReduceOp.MAX else of_ranks.sum(dim=0))
 
     def call(rank: int) -> Any:

@@ -6,7 +6,6 @@ import json
 import math
 import runpy
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from promoe_ds.errors import ConfigError
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.routing import partition_samples
 
+from ...processes import REPOSITORY, environment, run_python
 from ..builders import small_config
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 def small() -> RunConfig:
@@ -115,8 +113,7 @@ def test_session_is_gone_before_the_next_one_is_built() -> None:
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), *arguments], capture_output=True, text=True,
-                          check=False, timeout=200)
+    return run_python([str(REPOSITORY / "tools" / "benchmark.py"), *arguments], cwd=REPOSITORY, env=environment(), timeout=500)
 
 
 def test_gpu_suite_without_a_device_says_so() -> None:

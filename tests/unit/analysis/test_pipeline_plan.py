@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,8 @@ from promoe_ds.config import count_parameters, load_config
 from promoe_ds.config.devices import find_device
 from promoe_ds.data.shards import ShardContent, write_shard
 from promoe_ds.data.vae import DECODED_AT_ONCE
+
+from ...processes import REPOSITORY, environment, run_python
 
 CONFIG = load_config("promoe_b")
 
@@ -44,9 +44,9 @@ def test_decoder_and_encoder_memory_is_that_of_the_images_of_a_pass() -> None:
 
 
 def test_tool_plans_the_pipeline_and_writes_it(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(__file__).parents[3] / "tools" / "plan.py"), "--recipe", "promoe_b", "--pipeline", "--gpu",
-               "a100", "--out", str(tmp_path / "plan.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [str(REPOSITORY / "tools" / "plan.py"), "--recipe", "promoe_b", "--pipeline", "--gpu", "a100", "--out",
+               str(tmp_path / "plan.json")]
+    done = run_python(command, cwd=tmp_path, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     names = ["unpack", "encode", "train", "convert", "sample", "evaluate"]
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["step", *names]

@@ -33,9 +33,9 @@ from promoe_ds.config import (
 from promoe_ds.config.devices import DEVICES, bf16_peak, find_device, find_network
 from promoe_ds.errors import ConfigError
 
+from ...processes import REPOSITORY, environment, run
 from ..builders import METHODS, of_method, small_config
 
-REPOSITORY = Path(__file__).parents[3]
 H100 = DEVICES["h100"]
 
 
@@ -300,8 +300,7 @@ def test_cluster_without_nodes_is_refused() -> None:
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(REPOSITORY / "tools" / "plan.py"), *arguments], capture_output=True, text=True,
-                          check=False, timeout=200)
+    return run([sys.executable, str(REPOSITORY / "tools" / "plan.py"), *arguments], cwd=REPOSITORY, env=environment(), timeout=500)
 
 
 def test_tool_prints_tables_and_writes_json(tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ ATTEMPT = Attempt(folder=Path(), hosts=HOSTS, arguments=(), environment={}, mast
 
 
 @pytest.fixture
-def stop(monkeypatch) -> Iterator[StopWish]:
-    """A wish of its own, with the signals given back."""
+def stop(monkeypatch, tmp_path) -> Iterator[StopWish]:
+    """A wish of its own, with the signals given back, in a folder whose name no shell would split."""
+    monkeypatch.chdir(tmp_path)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
     wish = StopWish()
     monkeypatch.setattr(jobs, "StopWish", lambda: wish)
@@ -124,7 +125,7 @@ def test_attempt_hurried_ends_though_ranks_do_not(tmp_path, monkeypatch, stop) -
         os.kill(os.getpid(), signal.SIGINT)
     before = time.monotonic()
     assert attempts.run_attempt(attempt, stop).code == -9
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 50
 
 
 @pytest.mark.parametrize(("folder", "expected"), [

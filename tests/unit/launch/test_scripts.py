@@ -56,25 +56,25 @@ def test_slurm_script_requeues_what_another_start_may_mend(tmp_path, code, notes
 def _run_ranks(folder: Path, rank: str) -> subprocess.Popen:
     """Start run_ranks with a stand-in for DeepSpeed's levels: runner, launcher, a rank that runs `rank`. A signal's end is -15."""
     (folder / "rank").write_text(rank)
-    (folder / "launcher").write_text(f"sleep 0.5; bash {folder}/rank promoe_ds.cli.train --local_rank=0; code=$?\n"
-                                     "exit $((code == 143 ? 241 : code))\n")
+    (folder / "launcher").write_text(f"touch {folder}/launched; sleep 0.5; bash {folder}/rank promoe_ds.cli.train --local_rank=0\n"
+                                     "code=$?; exit $((code == 143 ? 241 : code))\n")
     _command(folder, "deepspeed", f"#!/bin/bash\nbash {folder}/launcher; exit $?\n")
     script = "set -euo pipefail; . launch_scripts/ranks.sh; run_ranks"
     return subprocess.Popen(["bash", "-c", script], cwd=REPOSITORY, env=_environment(folder))
 
 
 def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 100
     while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def test_run_ranks_stop_reaches_ranks_that_were_not_there_yet(tmp_path) -> None:
-    runner = _run_ranks(tmp_path, f"trap 'kill $!; touch {tmp_path}/saved; exit 75' TERM; sleep 30 & wait")
-    time.sleep(0.2)
+    runner = _run_ranks(tmp_path, f"trap 'kill $!; touch {tmp_path}/saved; exit 75' TERM; sleep 90 & wait")
+    _wait_for(tmp_path / "launched")
     runner.send_signal(signal.SIGTERM)
-    assert runner.wait(10) == 75
+    assert runner.wait(100) == 75
     assert (tmp_path / "saved").exists()
 
 
@@ -82,16 +82,17 @@ def test_run_ranks_killed_by_the_wish_before_it_could_be_heard_counts_as_stopped
     asked = _run_ranks(tmp_path, f"touch {tmp_path}/begun; sleep 0.3; exit 241")
     _wait_for(tmp_path / "begun")
     asked.send_signal(signal.SIGUSR1)
-    assert asked.wait(10) == 75
+    assert asked.wait(100) == 75
     (tmp_path / "unasked").mkdir()
-    assert _run_ranks(tmp_path / "unasked", "exit 241").wait(10) == 241
+    assert _run_ranks(tmp_path / "unasked", "exit 241").wait(100) == 241
 
 
 def test_run_ranks_end_while_a_signal_is_handled_keeps_its_code(tmp_path) -> None:
-    script = ". launch_scripts/ranks.sh; bash -c 'sleep 0.4; exit 75' & trap 'touch \"$trapped\"; sleep 0.8' TERM; wait_for $!"
-    environment = _environment(tmp_path, trapped=str(tmp_path / "trapped"))
+    script = (". launch_scripts/ranks.sh; bash -c 'while [ ! -e \"$trapped\" ]; do sleep 0.05; done; exit 75' & "
+              "trap 'touch \"$trapped\"; sleep 0.8' TERM; touch \"$ready\"; wait_for $!")
+    environment = _environment(tmp_path, trapped=str(tmp_path / "trapped"), ready=str(tmp_path / "ready"))
     waiting = subprocess.Popen(["bash", "-c", script], cwd=REPOSITORY, env=environment)
-    time.sleep(0.2)
+    _wait_for(tmp_path / "ready")
     waiting.send_signal(signal.SIGTERM)
-    assert waiting.wait(10) == 75
+    assert waiting.wait(100) == 75
     assert (tmp_path / "trapped").exists()

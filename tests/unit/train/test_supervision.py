@@ -33,13 +33,17 @@ from promoe_ds.cli.entry import run_entry
 from promoe_ds.launch.early_signals import EarlySignals
 def main(arguments):
     beginning = EarlySignals()
-    settings = SupervisionConfig(step_timeout_seconds=1.5, launcher_timeout_seconds=2, setup_timeout_seconds=60)
+    settings = SupervisionConfig(step_timeout_seconds=float(os.environ.get("STEP_SECONDS", "100")), setup_timeout_seconds=100,
+                                 launcher_timeout_seconds=float(os.environ.get("LAUNCHER_SECONDS", "100")))
     with supervised(settings, Path(sys.argv[1]), beginning) as supervisor:
         supervisor.begin_step(0); supervisor.end_step(); supervisor.begin_step(7)
         print("ready", flush=True)
         {body}
 run_entry(main)
 """
+
+
+UNTIL_ASKED = "[time.sleep(0.05) for _ in iter(supervisor.shutdown_requested, True)]"
 
 
 def _rank(folder: Path, body: str, **environment: str) -> subprocess.Popen:
@@ -49,8 +53,8 @@ def _rank(folder: Path, body: str, **environment: str) -> subprocess.Popen:
 
 
 def test_watchdog_stalled_step_dumps_stacks_and_ends_with_8(tmp_path) -> None:
-    rank = _rank(tmp_path, "lock = threading.Lock(); lock.acquire(); lock.acquire()")
-    _, errors = rank.communicate(timeout=30)
+    rank = _rank(tmp_path, "lock = threading.Lock(); lock.acquire(); lock.acquire()", STEP_SECONDS="1.5")
+    _, errors = rank.communicate(timeout=200)
     assert rank.returncode == 8
     (dump,) = (tmp_path / "supervision").iterdir()
     assert dump.name == "stalled_rank_00003_step_0000007.txt"
@@ -63,9 +67,9 @@ def test_watchdog_lease_not_renewed_ends_with_9_and_leaves_a_note(tmp_path) -> N
     attempt = tmp_path / "attempt"
     attempt.mkdir()
     renew_lease(attempt, 1)
-    rank = _rank(tmp_path, "time.sleep(1); supervisor.begin_step(8); time.sleep(1); supervisor.begin_step(9); time.sleep(20)",
-                 PROMOE_LAUNCH_DIR=str(attempt))
-    _, errors = rank.communicate(timeout=30)
+    rank = _rank(tmp_path, "time.sleep(1); supervisor.begin_step(8); time.sleep(1); supervisor.begin_step(9); time.sleep(60)",
+                 LAUNCHER_SECONDS="2", PROMOE_LAUNCH_DIR=str(attempt))
+    _, errors = rank.communicate(timeout=200)
     assert rank.returncode == 9, errors
     assert "no sign of life from the launcher for 2 s" in errors
     (note,) = read_notes(attempt)
@@ -75,9 +79,9 @@ def test_watchdog_lease_not_renewed_ends_with_9_and_leaves_a_note(tmp_path) -> N
 def test_lease_wish_to_stop_reaches_the_rank(tmp_path) -> None:
     renew_lease(tmp_path, 5, "SIGTERM")
     assert read_lease(tmp_path) == (5, "SIGTERM")
-    rank = _rank(tmp_path, "time.sleep(1); print(supervisor.shutdown_requested(), supervisor.stop_reason)",
+    rank = _rank(tmp_path, f"{UNTIL_ASKED}; print(supervisor.shutdown_requested(), supervisor.stop_reason)",
                  PROMOE_LAUNCH_DIR=str(tmp_path))
-    output, errors = rank.communicate(timeout=30)
+    output, errors = rank.communicate(timeout=200)
     assert output.splitlines()[-1] == "True SIGTERM", errors
     assert [note.code for note in read_notes(tmp_path)] == [0]
     (tmp_path / "lease.json").write_text("{half")
@@ -86,10 +90,10 @@ def test_lease_wish_to_stop_reaches_the_rank(tmp_path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_is_a_wish_to_stop_not_an_end(tmp_path, number) -> None:
-    rank = _rank(tmp_path, "time.sleep(0.8); print(supervisor.stop_reason)")
+    rank = _rank(tmp_path, f"{UNTIL_ASKED}; print(supervisor.stop_reason)")
     assert rank.stdout.readline() == "ready\n"
     rank.send_signal(number)
-    output, _ = rank.communicate(timeout=30)
+    output, _ = rank.communicate(timeout=200)
     assert (rank.returncode, output) == (0, f"{number.name}\n")
 
 
@@ -111,7 +115,7 @@ def test_signal_after_the_agreed_stop_keeps_the_exit_code(tmp_path) -> None:
     assert rank.stdout.readline() == "ready\n"
     time.sleep(0.5)  # it waits now, so that rank 0 may speak first
     rank.send_signal(signal.SIGTERM)
-    _, errors = rank.communicate(timeout=30)
+    _, errors = rank.communicate(timeout=200)
     assert (rank.returncode, errors) == (75, "stopped: rank 3: saved\n")
 
 
@@ -128,11 +132,11 @@ def test_rank_whose_deepspeed_launcher_is_killed_ends_with_9(tmp_path) -> None:
     assert starter.stdout.readline() == "ready\n"
     launcher = int(Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text())
     os.kill(launcher, signal.SIGKILL)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 1000
     while not [note for note in read_notes(attempt) if note.code is not None] and time.monotonic() < deadline:
         time.sleep(0.1)
     (note,) = read_notes(attempt)
-    starter.wait(10)
+    starter.wait(100)
     assert note.code == 9
     assert f"launcher process {launcher} is gone" in note.message
 
@@ -141,11 +145,11 @@ def test_sweep_kills_what_is_left_of_its_attempt_and_nothing_else(tmp_path) -> N
     mine, other = (subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], "PROMOE_LAUNCH_DIR": str(tmp_path / name)})
                    for name in ("attempt_001", "attempt_0010"))
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 100
         while processes_with("PROMOE_LAUNCH_DIR", str(tmp_path / "attempt_001")) != [mine.pid]:
             assert time.monotonic() < deadline  # a process has its environment a moment after it has begun
         assert sweep(str(tmp_path / "attempt_001"), patience=0.1) == [mine.pid]
-        assert mine.wait(10) == -9
+        assert mine.wait(100) == -9
         assert other.poll() is None
     finally:
         mine.kill()
