@@ -188,7 +188,7 @@ def test_fast_dit_features_are_refused_and_train_once_converted_as_documented(tm
     monkeypatch.chdir(tmp_path)
     documented = (Path(__file__).parents[3] / "docs" / "inputs.md").read_text(encoding="utf-8")
     exec(documented.split("```python")[1].split("```")[0].replace("50_000", "5"), {})
-    found, found_labels = open_folder(tmp_path / "latents").take(np.arange(12))
+    found, found_labels = labelled(open_folder(tmp_path / "latents").take(np.arange(12)))
     torch.testing.assert_close(found, torch.from_numpy(latents))
     assert found_labels.tolist() == labels.tolist()
 
