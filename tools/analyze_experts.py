@@ -24,8 +24,8 @@ from promoe_ds.analysis.specialisation.report import (
 )
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.data import build_dataset
+from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.evaluation.sample_job import check_device
 from promoe_ds.model.export import load_model
 
 

@@ -7,10 +7,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from promoe_ds.distributed.context import Ranks, join_process_group, local_device
+from promoe_ds.distributed.context import DistributedContext
+from promoe_ds.distributed.process_group import join_process_group, local_device
 
 
-def start_distributed(timeout_seconds: float) -> Ranks:
+def start_distributed(timeout_seconds: float) -> DistributedContext:
     """Join the process group: nccl where there is CUDA, gloo elsewhere or where DS_ACCELERATOR=cpu asks for it.
 
     Call after `complete_environment`.
@@ -28,4 +29,4 @@ def start_distributed(timeout_seconds: float) -> Ranks:
     join_process_group(backend, timeout_seconds)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False,
                                timeout=timedelta(seconds=timeout_seconds))
-    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+    return DistributedContext(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)

@@ -19,7 +19,7 @@ from promoe_ds.checkpoint.manifest import (
     read_manifest,
     step_of,
 )
-from promoe_ds.distributed.context import Ranks, from_main, gather_objects, on_main
+from promoe_ds.distributed.context import DistributedContext, from_main, gather_objects, on_main
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import write_json
 from promoe_ds.logs import get_logger
@@ -51,7 +51,7 @@ class _Start:
     step: int
 
 
-def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Choice:
+def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) -> Choice:
     """Resolve `--resume`; all ranks call this together.
 
     Checkpoints of the run's own that are later than the one it goes on from are renamed: damaged, or another branch's.
@@ -84,7 +84,7 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Choice:
     return Choice(folder=folder, same_run=False)
 
 
-def _go_on(candidates: list[Path], root: Path, ranks: Ranks, start: _Start | None) -> Choice:
+def _go_on(candidates: list[Path], root: Path, ranks: DistributedContext, start: _Start | None) -> Choice:
     skipped = [f"{path} (the save never ended)" for path in from_main(list_unfinished(root))]
     chosen, problems = _newest_sound(candidates, ranks)
     _tell_skipped([*skipped, *problems], ranks)
@@ -109,7 +109,7 @@ def _set_later_aside(root: Path, step: int) -> None:
             _LOG.warning("resume: the run goes on from step %d; %s is set aside as %s", step, folder, aside.name)
 
 
-def _choose_named(path: Path, ranks: Ranks) -> Path:
+def _choose_named(path: Path, ranks: DistributedContext) -> Path:
     candidates = on_main(ranks, lambda: named_checkpoints(path), flag="--resume ")
     chosen, problems = _newest_sound(candidates, ranks)
     if chosen is None:
@@ -118,12 +118,12 @@ def _choose_named(path: Path, ranks: Ranks) -> Path:
     return chosen
 
 
-def _tell_skipped(lines: list[str], ranks: Ranks) -> None:
+def _tell_skipped(lines: list[str], ranks: DistributedContext) -> None:
     for line in lines if ranks.is_main else ():
         _LOG.warning("resume: skipped %s", line)
 
 
-def _newest_sound(candidates: list[Path], ranks: Ranks) -> tuple[Path | None, list[str]]:
+def _newest_sound(candidates: list[Path], ranks: DistributedContext) -> tuple[Path | None, list[str]]:
     skipped: list[str] = []
     for candidate in candidates:
         problems = _problems(candidate, ranks)
@@ -134,7 +134,7 @@ def _newest_sound(candidates: list[Path], ranks: Ranks) -> tuple[Path | None, li
     return None, skipped
 
 
-def _problems(folder: Path, ranks: Ranks) -> list[str]:
+def _problems(folder: Path, ranks: DistributedContext) -> list[str]:
     """Verify a checkpoint, each rank a share of its files; return the same list on all ranks."""
     try:
         files = read_manifest(folder).files

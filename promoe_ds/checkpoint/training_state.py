@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.model.dit import DiT
 
 
@@ -18,7 +18,7 @@ class TrainingState(Protocol):
     config: RunConfig
     deepspeed_plan: DeepSpeedPlan
     batches: BatchPlan
-    context: Ranks
+    context: DistributedContext
     dataset: Sized
     #: DeepSpeed's engine.
     engine: Any

@@ -62,10 +62,10 @@ def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     configure_logging(rank_from_environment())
     from promoe_ds.data.encode import EncodeRequest, encode, verify
-    from promoe_ds.distributed.context import stop_distributed
-    from promoe_ds.distributed.team import join_team
+    from promoe_ds.distributed.context import join_processes
+    from promoe_ds.distributed.process_group import stop_distributed
 
-    team, log = join_team(options.device), get_logger("encode")
+    team, log = join_processes(options.device), get_logger("encode")
     if options.verify is not None:
         index = verify(options.verify, team)
         log.info("%s: all %d records of %d shards are what was written", options.verify, index.count, len(index.shards))

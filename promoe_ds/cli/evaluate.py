@@ -41,11 +41,11 @@ def main(arguments: Sequence[str]) -> None:
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}: must be at least 1")
 
-    from promoe_ds.distributed.context import stop_distributed
-    from promoe_ds.distributed.team import join_team
+    from promoe_ds.distributed.context import join_processes
+    from promoe_ds.distributed.process_group import stop_distributed
     from promoe_ds.evaluation.metrics import EvaluateRequest, check_target, evaluate, write_metrics
 
-    team = join_team(options.device)
+    team = join_processes(options.device)
     team.on_main(lambda: check_target(options.out, "--out"))
     request = EvaluateRequest(samples=options.samples, reference=options.reference, metrics=tuple(options.metrics.split(",")),
                               extractor=options.extractor, batch_size=options.batch_size, save_reference=options.save_reference,

@@ -54,12 +54,12 @@ def main(arguments: Sequence[str]) -> None:
               "exact", "ep_size", "grid")
     classes = _parse_classes(options.classes)
 
-    from promoe_ds.distributed.context import stop_distributed
-    from promoe_ds.distributed.team import join_team
+    from promoe_ds.distributed.context import join_processes
+    from promoe_ds.distributed.process_group import stop_distributed
     from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 
     request = SampleRequest(classes=classes, **{name: getattr(options, name) for name in fields})
-    for path in draw_samples(request, join_team(options.device)):
+    for path in draw_samples(request, join_processes(options.device)):
         get_logger("sample").info("wrote %s", path)
     stop_distributed()
 

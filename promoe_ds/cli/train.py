@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         return
 
     from promoe_ds.backends.process_group import start_distributed
-    from promoe_ds.distributed.context import complete_environment, stop_distributed
+    from promoe_ds.distributed.process_group import complete_environment, stop_distributed
     from promoe_ds.train.run import Run, train
     from promoe_ds.train.supervisor import supervised
 

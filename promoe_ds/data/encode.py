@@ -25,7 +25,7 @@ from promoe_ds.data.latents import NPZ_SUFFIX, read_npz_moments
 from promoe_ds.data.reading import reading, shown
 from promoe_ds.data.shards import Shard, ShardContent, describe_shard, write_shard
 from promoe_ds.data.vae import Vae, VaeIdentity
-from promoe_ds.distributed.team import Team
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.files import write_json
 from promoe_ds.logs import get_logger
@@ -57,7 +57,7 @@ class EncodeRequest:
     max_corrupt: int = 0
 
 
-def encode(request: EncodeRequest, team: Team) -> LatentIndex:
+def encode(request: EncodeRequest, team: DistributedContext) -> LatentIndex:
     """Encode a tree; all ranks call this together. Return the index.
 
     Raises: DataError for images that cannot be read, beyond `max_corrupt` of a rank or of all together; ConfigError for a request
@@ -95,7 +95,7 @@ def missing_shards(out: Path, shards: int) -> list[int]:
     return [number for number in range(shards) if not is_complete(out / _shard_name(number))]
 
 
-def _load(request: EncodeRequest, team: Team) -> Vae:
+def _load(request: EncodeRequest, team: DistributedContext) -> Vae:
     def load() -> Vae:
         return Vae(request.vae, device=team.device, dtype=DTYPES[request.vae_dtype], name=request.vae_name)
 
@@ -260,7 +260,7 @@ def _finish(request: EncodeRequest, settings: dict[str, Any], tree: Tree, shards
     return index
 
 
-def verify(folder: Path, team: Team) -> LatentIndex:
+def verify(folder: Path, team: DistributedContext) -> LatentIndex:
     """Read every shard of a finished folder and hold it against the index, each rank a share of them.
 
     Raises: DataError naming the shards, and the first records, that are not what was written.

@@ -1,119 +1,111 @@
-"""Process groups under any launcher: `deepspeed`, `torchrun`, `srun`, `mpirun` and plain `python -m`."""
+"""The processes of a job, and what they say to each other."""
 
 from __future__ import annotations
 
-import ipaddress
-import os
-import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from promoe_ds.errors import CheckpointError, ConfigError
-from promoe_ds.launch.launchers import LOCAL_RANKS, read_number, read_place
+from promoe_ds.distributed.process_group import check_device, complete_environment, local_device
+from promoe_ds.errors import CheckpointError, ConfigError, PromoeError
 
 _T = TypeVar("_T")
+#: Of barriers after work of one's own: a rank's share may take hours longer than another's.
+_PATIENCE = timedelta(days=30)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """Where this process stands."""
+class DistributedContext:
+    """This process among those of a job, or alone: every collective is a no-op then."""
 
-    rank: int
-    world_size: int
-    device: torch.device
+    def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
+        """Be one of the ranks of a process group that exists, if there are several."""
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self._waiting: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
+    def gather(self, value: _T) -> list[_T]:
+        """Return every rank's small picklable value, by rank."""
+        return [value] if self.world_size == 1 else gather_objects(value)
 
-def complete_environment() -> int:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT to what the launcher says, in its own variables or these.
+    def from_main(self, value: _T) -> _T:
+        """Return rank 0's value on every rank."""
+        return value if self.world_size == 1 else from_main(value)
 
-    Returns: WORLD_SIZE.
-    Raises: ConfigError if that is incomplete, no number or contradictory.
+    def barrier(self) -> None:
+        """Wait for all, however much longer the others work than this one."""
+        if self.world_size > 1:
+            dist.barrier(group=self._waiting)
+
+    def wait_patiently(self) -> None:
+        """Let barriers outlast the time-out of other collectives; all ranks call this together.
+
+        A rank that dies ends them all the same: its connections break, and the launcher ends the others.
+        """
+        self._waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum of the ranks' float64 arrays of one shape."""
+        if self.world_size == 1:
+            return values
+        # Training on GPUs has nccl alone, which moves what lies there.
+        device = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
+        total = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(device)
+        dist.all_reduce(total)
+        return total.cpu().numpy()
+
+    def on_main(self, action: Callable[[], _T]) -> _T:
+        """Run something on rank 0 and return its result on every rank.
+
+        Raises: the PromoeError that it raised there, on every rank.
+        """
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = action()
+            except PromoeError as error:
+                outcome = error
+        outcome = self.from_main(outcome)
+        if isinstance(outcome, PromoeError):
+            raise outcome
+        return outcome
+
+
+def single_process(device: torch.device | str = "cpu") -> DistributedContext:
+    """Return the context of a process that is alone."""
+    return DistributedContext(rank=0, world_size=1, device=torch.device(device))
+
+
+def join_processes(device: str | None = None, *, timeout_seconds: float = 1800.0) -> DistributedContext:
+    """Join the job that the launcher started: gloo for what lies in memory, nccl for what lies on GPUs.
+
+    Args:
+        device: of this process; if left out, or just "cuda", its own GPU where there are any, else the CPU.
+        timeout_seconds: of every collective but barriers, which wait for as long as a rank's share of the work takes.
+    Raises: ConfigError if the launcher's variables do not fit, or there is no such device.
     """
-    place = read_place(os.environ)
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank),
-                      MASTER_ADDR=place.address, MASTER_PORT=str(place.port or _free_port()))
-    return place.world_size
-
-
-def join_process_group(backend: str, timeout_seconds: float) -> None:
-    """Join torch's process group; under torchrun it is left to whoever asks for it, with torchrun's own store.
-
-    Raises: ConfigError if rank 0 cannot listen on MASTER_ADDR and MASTER_PORT.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(backend, store=_open_store(rank, world_size, timeout), rank=rank, world_size=world_size,
-                                timeout=timeout)
-
-
-def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Open the store by which ranks find each other; on rank 0 it listens on MASTER_ADDR alone, where torch's own would listen
-    on every address of the host.
-
-    Raises: ConfigError if rank 0 cannot listen there.
-    """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    family = _family(host)
-    if rank > 0:
-        return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
-    try:
-        listener = socket.create_server((host, port), backlog=4096, family=family)
-    except OSError as error:
-        raise ConfigError(f"rank 0 cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({os.strerror(error.errno or 0)}): take "
-                          "an address of its host and a free port (deepspeed: --master_addr, --master_port)") from None
-    address = listener.getsockname()[0]
-    hosts = max(read_number(os.environ, name) or 1 for name in ("SLURM_STEP_NUM_NODES", "CROSS_SIZE"))
-    if hosts > 1 and ipaddress.ip_address(address).is_loopback:
-        raise ConfigError(f"MASTER_ADDR={host} is {address} on its own host, where the other {hosts - 1} hosts cannot reach it: "
-                          "give its address in the network instead, or correct /etc/hosts")
-    return dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
-                         master_listen_fd=listener.detach())
-
-
-def _family(host: str) -> socket.AddressFamily:
-    try:
-        return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-    except OSError:
-        raise ConfigError(f"MASTER_ADDR={host} is no name or address that this host knows") from None
-
-
-def local_device() -> torch.device:
-    """Return this process's device, set as torch's current one: its GPU, or the CPU where DS_ACCELERATOR=cpu asks for it.
-
-    Call after `complete_environment`.
-    """
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
-        return torch.device("cpu")
-    device = torch.device("cuda", _device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
-    torch.cuda.set_device(device)
-    return device
-
-
-def _device_index(local_rank: int, visible: int) -> int:
-    """Return the device of a local rank; a launcher that shows each process one device calls it 0."""
-    if local_rank < visible:
-        return local_rank
-    if visible == 1 and any(name in os.environ for name in LOCAL_RANKS):
-        return 0
-    raise ConfigError(f"local rank {local_rank} has no device: {visible} visible. Launch at most as many ranks a host, or set "
-                      "DS_ACCELERATOR=cpu")
-
-
-def stop_distributed() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if device is not None:
+        check_device(device)
+    world_size = complete_environment()
+    if device in (None, "cuda"):
+        own = local_device()
+        if device == "cuda" and own.type == "cpu":
+            raise ConfigError("--device cuda: DS_ACCELERATOR is set to something else: unset it")
+    else:
+        own = torch.device(device)
+    if world_size == 1:
+        return single_process(own)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    context = DistributedContext(rank=dist.get_rank(), world_size=world_size, device=own)
+    context.wait_patiently()
+    return context
 
 
 def gather_objects(value: object) -> list:
@@ -130,7 +122,7 @@ def from_main(value: _T) -> _T:
     return box[0]
 
 
-def on_main(ranks: Ranks, action: Callable[[], _T], *, flag: str = "") -> _T:
+def on_main(ranks: DistributedContext, action: Callable[[], _T], *, flag: str = "") -> _T:
     """Run something on rank 0 alone; return its small picklable value on every rank.  Collectives: one.
 
     Raises: CheckpointError on every rank if it fails there, its message after `flag`.
@@ -159,9 +151,3 @@ def on_all_ranks(action: Callable[[], None]) -> None:
         problem = str(error)
     if problems := [one for one in gather_objects(problem) if one]:
         raise CheckpointError("; ".join(dict.fromkeys(problems)))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from promoe_ds.data.precision import TF32
-from promoe_ds.distributed.team import Team
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor, load_extractor
 from promoe_ds.evaluation.frechet import Gaussian, frechet_distance, warn_of_few
@@ -44,7 +44,7 @@ class EvaluateRequest:
     half_precision_manifold: bool = False
 
 
-def evaluate(request: EvaluateRequest, team: Team) -> dict[str, Any]:
+def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, Any]:
     """Judge samples; all ranks call this together. Return the figures and all that makes them comparable.
 
     Whatever can be wrong with the request is found before the first batch.
@@ -100,7 +100,7 @@ def write_metrics(path: Path, figures: dict[str, Any]) -> None:
         raise ConfigError(f"--out {path}: {error}") from None
 
 
-def _check_request(request: EvaluateRequest, team: Team) -> None:
+def _check_request(request: EvaluateRequest, team: DistributedContext) -> None:
     wrong = [name for name in request.metrics if name not in METRICS]
     if wrong or not request.metrics:
         raise ConfigError(f"--metrics {','.join(request.metrics)}: choose from {','.join(METRICS)}")
@@ -113,7 +113,7 @@ def _check_request(request: EvaluateRequest, team: Team) -> None:
 
 
 def _check_possible(request: EvaluateRequest, samples: NpzImages | FolderImages, opened: OpenReference | None,
-                    extractor: Extractor, team: Team) -> None:
+                    extractor: Extractor, team: DistributedContext) -> None:
     """Hold the metrics against what the extractor returns for a blank image, and against what the reference holds."""
     probe = extractor.probe(samples.height, samples.channels)
     if "sfid" in request.metrics and probe.spatial is None:
@@ -141,7 +141,7 @@ def _check_possible(request: EvaluateRequest, samples: NpzImages | FolderImages,
             raise ConfigError(f"--metrics precision, recall: need more than {NEIGHBOURS} images on both sides, got {smallest}")
 
 
-def _compare(found: Summary, reference: Reference, request: EvaluateRequest, team: Team) -> dict[str, float]:
+def _compare(found: Summary, reference: Reference, request: EvaluateRequest, team: DistributedContext) -> dict[str, float]:
     figures: dict[str, float] = {}
     if "fid" in request.metrics:
         figures["fid"] = _distance(found.pool, reference.pool, "fid")

@@ -11,8 +11,7 @@ import torch
 from promoe_ds.config import RunConfig
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion import SamplingPlan, choose_scale
-from promoe_ds.distributed.context import Ranks
-from promoe_ds.distributed.team import Team
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
@@ -27,12 +26,12 @@ from promoe_ds.train.trainer import Trainer
 class OnlineEvaluation:
     """Draws the same noise and labels each time, in batches, and holds them against the reference."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, ranks: DistributedContext) -> None:
         """Load extractor, reference and autoencoder, before anything is trained; all ranks call this together.
 
         Raises: ConfigError or DataError for what cannot be loaded or does not fit the model.
         """
-        self._config, self._team = config, Team(ranks)
+        self._config, self._team = config, ranks
         settings, model = config.evaluation, config.model
         problem = config.diffusion.sampling_problem(steps=settings.steps)
         if problem:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promoe_ds.distributed.team import Team
+from promoe_ds.distributed.context import DistributedContext
 
 #: Of ADM and of the paper.
 NEIGHBOURS = 3
 _BLOCK_VALUES = 2**24
 
 
-def precision_recall(reference_Md: np.ndarray, samples_Nd: np.ndarray, team: Team, *, neighbours: int = NEIGHBOURS,
+def precision_recall(reference_Md: np.ndarray, samples_Nd: np.ndarray, team: DistributedContext, *, neighbours: int = NEIGHBOURS,
                      half: bool = False) -> tuple[float, float]:
     """Return the shares of samples in the reference's manifold, and of reference images in the samples'.
 
@@ -36,7 +36,7 @@ def precision_recall(reference_Md: np.ndarray, samples_Nd: np.ndarray, team: Tea
     return _share_inside(samples, reference, radii[0], team), _share_inside(reference, samples, radii[1], team)
 
 
-def _radii(values_Nd: Tensor, neighbours: int, team: Team) -> Tensor:
+def _radii(values_Nd: Tensor, neighbours: int, team: DistributedContext) -> Tensor:
     """Return each member's squared distance to its k-th nearest other one, (N,)."""
     radii = np.zeros(len(values_Nd))
     for rows in _blocks(len(values_Nd), len(values_Nd), team):
@@ -49,7 +49,7 @@ def _radii(values_Nd: Tensor, neighbours: int, team: Team) -> Tensor:
     return torch.from_numpy(team.sum(radii)).to(values_Nd)
 
 
-def _share_inside(values_Nd: Tensor, members_Md: Tensor, radii_M: Tensor, team: Team) -> float:
+def _share_inside(values_Nd: Tensor, members_Md: Tensor, radii_M: Tensor, team: DistributedContext) -> float:
     inside = 0
     for rows in _blocks(len(values_Nd), len(members_Md), team):
         distances = _squared_distances(values_Nd[rows.start:rows.stop], members_Md)
@@ -57,7 +57,7 @@ def _share_inside(values_Nd: Tensor, members_Md: Tensor, radii_M: Tensor, team: 
     return float(team.sum(np.array([float(inside)]))[0] / len(values_Nd))
 
 
-def _blocks(rows: int, columns: int, team: Team) -> list[range]:
+def _blocks(rows: int, columns: int, team: DistributedContext) -> list[range]:
     size = max(1, _BLOCK_VALUES // columns)
     return [range(first, min(first + size, rows)) for first in range(0, rows, size)][team.rank::team.world_size]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from promoe_ds.checkpoint.manifest import checksum
-from promoe_ds.distributed.team import Team
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor
 from promoe_ds.evaluation.frechet import Gaussian
@@ -58,7 +58,7 @@ def open_reference(path: Path, *, size: int, channels: int) -> OpenReference:
     return OpenReference(path=path, pool=pool, spatial=None if pool is None else spatial, images=images)
 
 
-def read_reference(opened: OpenReference, extractor: Extractor, team: Team, *, batch_size: int, keep: bool) -> Reference:
+def read_reference(opened: OpenReference, extractor: Extractor, team: DistributedContext, *, batch_size: int, keep: bool) -> Reference:
     """Return the statistics that a reference states, as ADM does, or those of its images; and the images' features if `keep`.
 
     All ranks call this together.

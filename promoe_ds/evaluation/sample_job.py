@@ -15,7 +15,8 @@ from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.config import RunConfig
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion import SamplingPlan, choose_scale
-from promoe_ds.distributed.team import Team, alone, check_device
+from promoe_ds.distributed.context import DistributedContext, single_process
+from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.evaluation.images import draws_pixels, make_grid, save_png, to_uint8
 from promoe_ds.evaluation.sampling import Drawer, align_weights, is_exact, threads_of, units
@@ -56,14 +57,14 @@ class SampleRequest:
     grid: bool = False
 
 
-def draw_samples(request: SampleRequest, team: Team | None = None) -> list[Path]:
+def draw_samples(request: SampleRequest, team: DistributedContext | None = None) -> list[Path]:
     """Draw and write samples; all ranks call this together. Return what rank 0 wrote.
 
     Models of pixels (one or three channels), and of latents with an autoencoder to decode them, give PNG files and
     `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus `labels`); others give `latents.safetensors`, unscaled.
     Raises: ConfigError for labels, numbers or an output folder that cannot be; CheckpointError for the export.
     """
-    team = team or alone(check_device(request.device))
+    team = team or single_process(check_device(request.device))
     config = read_export_config(request.model)
     labels, plan = choose_labels(request, config), make_plan(request, config)
     exact = is_exact(request.exact, config, team.device)
@@ -108,7 +109,7 @@ class _Job:
         return to_uint8(values.cpu().numpy()) if self.store.as_images else values.cpu().numpy()
 
 
-def _run(job: _Job, passes: list[range], team: Team, *, lockstep: bool) -> None:
+def _run(job: _Job, passes: list[range], team: DistributedContext, *, lockstep: bool) -> None:
     """Make this rank's share of the passes; under expert parallelism all ranks make equally many, some for nothing."""
     own = passes[team.rank::team.world_size]
     rounds = -(-len(passes) // team.world_size) if lockstep else len(own)
@@ -161,7 +162,7 @@ def make_plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
     return SamplingPlan.of(config, steps=request.steps, cfg_scale=scale, solver=solver)
 
 
-def _load_vae(request: SampleRequest, config: RunConfig, team: Team) -> Vae | None:
+def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContext) -> Vae | None:
     if request.vae is None:
         return None
     if draws_pixels(config):

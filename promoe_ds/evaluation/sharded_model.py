@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from promoe_ds.distributed.team import Team
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT, build_model
 from promoe_ds.model.export import WEIGHTS_STEM, fill_network, read_export_config
@@ -43,7 +43,7 @@ class RankwiseExperts(nn.Module):
         return torch.cat([self.experts(part, own) for part, own in zip(parts, counts, strict=True)])
 
 
-def load_sharded_model(export: Path, team: Team, *, ep_size: int, dtype: torch.dtype | None = None, exact: bool = True) -> DiT:
+def load_sharded_model(export: Path, team: DistributedContext, *, ep_size: int, dtype: torch.dtype | None = None, exact: bool = True) -> DiT:
     """Load an export with this rank's experts only; all ranks call this together.
 
     Consecutive ranks share a set of experts. They exchange rows in every pass: all must make equally many passes.
@@ -78,7 +78,7 @@ def load_sharded_model(export: Path, team: Team, *, ep_size: int, dtype: torch.d
     return network.eval().to(device=team.device, dtype=dtype)
 
 
-def _expert_group(team: Team, ep_size: int) -> dist.ProcessGroup:
+def _expert_group(team: DistributedContext, ep_size: int) -> dist.ProcessGroup:
     own = None
     for first in range(0, team.world_size, ep_size):
         ranks = range(first, first + ep_size)

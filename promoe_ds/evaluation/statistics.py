@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from promoe_ds.distributed.team import Team
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.evaluation.frechet import Gaussian
 
 
@@ -34,7 +34,7 @@ class RunningGaussian:
         self.mean += shift * (len(features) / total)
         self.count = total
 
-    def gaussian(self, team: Team) -> Gaussian:
+    def gaussian(self, team: DistributedContext) -> Gaussian:
         """Return mean and unbiased covariance over all ranks; all call this together.
 
         Raises: ValueError for fewer than two images.
@@ -75,7 +75,7 @@ class InceptionScore:
             self._sums[split] += p[members].sum(axis=0)
             self._negative_entropies[split] += terms[members].sum()
 
-    def score(self, team: Team) -> float:
+    def score(self, team: DistributedContext) -> float:
         """Return the score over all ranks; all call this together."""
         counts, sums, entropies = (team.sum(values) for values in (self._counts, self._sums, self._negative_entropies))
         marginal = sums / counts[:, None]

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from promoe_ds.distributed.team import Team
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.features import Extractor, Features
 from promoe_ds.evaluation.frechet import Gaussian
@@ -34,7 +34,7 @@ class Summary:
     checksum: str
 
 
-def summarise(images: NpzImages | FolderImages, extractor: Extractor, team: Team, *, batch_size: int, keep: bool = False,
+def summarise(images: NpzImages | FolderImages, extractor: Extractor, team: DistributedContext, *, batch_size: int, keep: bool = False,
               want_score: bool = False) -> Summary:
     """Extract features batch by batch, each rank a share of the batches, and summarise them; all call this together.
 
@@ -68,7 +68,7 @@ def summarise(images: NpzImages | FolderImages, extractor: Extractor, team: Team
                    checksum=f"xxh3_64:{digest}")
 
 
-def _features_of(images: NpzImages | FolderImages, extractor: Extractor, team: Team,
+def _features_of(images: NpzImages | FolderImages, extractor: Extractor, team: DistributedContext,
                  batch_size: int) -> Iterator[tuple[range, np.ndarray, Features]]:
     """Yield this rank's batches; at least one, possibly with no rows that count, so that all know the sizes."""
     batches = [range(first, min(first + batch_size, len(images))) for first in range(0, len(images), batch_size)]

@@ -1,7 +1,7 @@
 """What the launcher and its ranks tell each other, through the run directory that all hosts share.
 
 The launcher renews a lease; ranks that see no new one for too long end themselves, so that nobody trains unwatched. The lease
-also carries the wish to stop. Ranks leave notes: that they started, and how they ended.
+also carries the wish to stop. DistributedContext leave notes: that they started, and how they ended.
 """
 
 from __future__ import annotations

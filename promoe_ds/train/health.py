@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from promoe_ds.distributed.context import Ranks, gather_objects
+from promoe_ds.distributed.context import DistributedContext, gather_objects
 
 
 def agree(flag: Tensor, *flags: bool) -> list[bool]:
@@ -22,7 +22,7 @@ class HealthWatch:
     A sum is finite exactly when all terms are (short of overflow): one read of each gradient, nothing stored.
     """
 
-    def __init__(self, network: nn.Module, context: Ranks) -> None:
+    def __init__(self, network: nn.Module, context: DistributedContext) -> None:
         """Hook every trainable parameter of `network`."""
         self._rank = context.rank
         trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]

@@ -14,7 +14,7 @@ from promoe_ds.config import BatchPlan, RunConfig
 from promoe_ds.data import LatentDataset, sample_indices
 from promoe_ds.diffusion import DiffusionBatch, draw_batch
 from promoe_ds.diffusion.objective import Objective
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 
 #: Batches that are ready or being made while a step runs.
 _AHEAD = 2
@@ -47,7 +47,7 @@ class BatchLoader:
         objective: Objective,
         config: RunConfig,
         batches: BatchPlan,
-        context: Ranks,
+        context: DistributedContext,
     ) -> None:
         """Make nothing yet."""
         self._dataset, self._objective, self._config = dataset, objective, config

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from promoe_ds.config import RunConfig, training_flops_per_image
 from promoe_ds.config.devices import bf16_peak
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import json_text
 from promoe_ds.logs import get_logger
@@ -30,7 +30,7 @@ _BLOCK_BYTES = 1 << 20
 class MetricsWriter:
     """Writes one line per log step, on rank 0; on the other ranks it does nothing."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, ranks: Ranks, *, start_step: int,
+    def __init__(self, run_dir: Path, config: RunConfig, ranks: DistributedContext, *, start_step: int,
                  wandb_id: str = "") -> None:
         """Open the files; lines of steps after `start_step`, left by an interrupted process, are dropped.
 

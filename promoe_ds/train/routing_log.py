@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from promoe_ds.config import RunConfig
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.collectives import EXCHANGES
 from promoe_ds.moe.layer import MoELayer
@@ -33,7 +33,7 @@ _COUNT_BYTES = 8
 class RoutingAccumulator:
     """Counts of one log interval. Fed with plans, which exist once per pass whatever is recomputed."""
 
-    def __init__(self, config: RunConfig, network: DiT, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, network: DiT, ranks: DistributedContext) -> None:
         """Prepare counters for the network's MoE layers."""
         self._config, self._ranks = config, ranks
         self._layers = network.moe_layers()

@@ -16,7 +16,7 @@ from promoe_ds.checkpoint.resume import choose_checkpoint
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config import DeepSpeedPlan, RunConfig
 from promoe_ds.data import build_dataset
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import TrainingError
 from promoe_ds.logs import get_logger
 from promoe_ds.train.loop import FinishedStep, TrainingLoop
@@ -44,7 +44,7 @@ class Run:
     evaluate: Evaluate | None = None
 
 
-def train(run: Run, context: Ranks, supervisor: Supervisor | None = None) -> None:
+def train(run: Run, context: DistributedContext, supervisor: Supervisor | None = None) -> None:
     """Train to the end, or to `train.stop_after_steps`, from what the run directory holds.
 
     Raises: PromoeError of the kind that fits, the same on every rank; Preempted after a shutdown request.
@@ -55,7 +55,7 @@ def train(run: Run, context: Ranks, supervisor: Supervisor | None = None) -> Non
         _train(run, context, supervisor)
 
 
-def _train(run: Run, context: Ranks, supervisor: Supervisor) -> None:
+def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> None:
     choice = choose_checkpoint(run.resume, run.run_dir, context)
     config = with_placement_of(run.config, choice.folder)
     trainer = Trainer.build(config, run.deepspeed_plan, context, build_dataset(config, context.device))

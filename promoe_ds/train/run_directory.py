@@ -11,7 +11,7 @@ from promoe_ds.checkpoint.load import differing_fields
 from promoe_ds.checkpoint.manifest import list_checkpoints
 from promoe_ds.config import RunConfig
 from promoe_ds.config.loader import read_saved, saved_text
-from promoe_ds.distributed.context import Ranks, from_main
+from promoe_ds.distributed.context import DistributedContext, from_main
 from promoe_ds.errors import CheckpointError, ConfigError, PromoeError
 from promoe_ds.launch.heartbeat import DUMP_FOLDER, LAUNCH_FOLDER, attempt_folder, leave_note
 from promoe_ds.launch.lock import LAUNCHER_LOCK, TRAINING_LOCK, locked, wait_until_free
@@ -21,7 +21,7 @@ _LOG = get_logger("train")
 
 
 @contextmanager
-def run_directory(run_dir: Path, config: RunConfig, context: Ranks, *, resume: str) -> Iterator[None]:
+def run_directory(run_dir: Path, config: RunConfig, context: DistributedContext, *, resume: str) -> Iterator[None]:
     """Hold the run directory for this training: create it with `config.yaml`, or check that it is this run's.
 
     All ranks call this together; rank 0 holds the lock and writes `train.log`.

@@ -24,7 +24,7 @@ from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig, plan_batches
 from promoe_ds.config.schedule import learning_rate
 from promoe_ds.data import LatentDataset
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.host_topology import check_placement
 from promoe_ds.logs import get_logger
 from promoe_ds.model import build_model, initialise
@@ -52,7 +52,7 @@ class Trainer:
     config: RunConfig
     deepspeed_plan: DeepSpeedPlan
     batches: BatchPlan
-    context: Ranks
+    context: DistributedContext
     dataset: LatentDataset
     engine: deepspeed.DeepSpeedEngine
     optimizer: AdamWithEma
@@ -72,7 +72,7 @@ class Trainer:
         self.loader = BatchLoader(self.dataset, self.module.objective, self.config, self.batches, self.context)
 
     @classmethod
-    def build(cls, config: RunConfig, deepspeed_plan: DeepSpeedPlan, context: Ranks,
+    def build(cls, config: RunConfig, deepspeed_plan: DeepSpeedPlan, context: DistributedContext,
               dataset: LatentDataset) -> Trainer:
         """Build model and engine; every rank calls this together.
 
@@ -193,7 +193,7 @@ class Trainer:
 
 
 def _build_sharded_network(config: RunConfig, plan: DeepSpeedPlan,
-                           context: Ranks) -> tuple[DiT, dist.ProcessGroup | None]:
+                           context: DistributedContext) -> tuple[DiT, dist.ProcessGroup | None]:
     """Build the network with this rank's experts; cut on the meta device, before any memory is taken."""
     with torch.device("meta"):
         network = build_model(config)

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 from promoe_ds.data.encode import EncodeRequest, encode
-from promoe_ds.distributed.context import stop_distributed
-from promoe_ds.distributed.team import Team, join_team
+from promoe_ds.distributed.context import DistributedContext, join_processes
+from promoe_ds.distributed.process_group import stop_distributed
 from promoe_ds.errors import PromoeError
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate, write_metrics
 from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 from promoe_ds.evaluation.sharded_model import load_sharded_model
 
 
-def run_task(kind: str, values: dict, team: Team) -> str:
+def run_task(kind: str, values: dict, team: DistributedContext) -> str:
     """Run one task; return "", the message of the error that ended it, or the experts' parameters that are held here."""
     values = {name: Path(value) if name in ("model", "out", "samples", "reference", "source") else value
               for name, value in values.items()}
@@ -38,7 +38,7 @@ def run_task(kind: str, values: dict, team: Team) -> str:
 
 def run_team_worker(tasks: list[tuple[str, dict]], target: Path) -> None:
     """Be one rank: run all tasks, rank 0 writes everybody's messages."""
-    team = join_team("cpu")
+    team = join_processes("cpu")
     gathered = team.gather([run_task(kind, dict(values), team) for kind, values in tasks])
     if team.is_main:
         target.write_text(json.dumps(gathered))

@@ -11,7 +11,7 @@ import pytest
 from promoe_ds.checkpoint.conversion import Request, convert
 from promoe_ds.cli.train import main
 from promoe_ds.data.digits import load_digits_split
-from promoe_ds.distributed.team import alone
+from promoe_ds.distributed.context import single_process
 from promoe_ds.evaluation.images import to_uint8
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
 from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
@@ -47,5 +47,5 @@ def test_evaluation_while_training_judges_the_average_and_changes_nothing(tmp_pa
     convert(tmp_path / "judged", Request(destination=tmp_path / "export", to="single"))
     draw_samples(SampleRequest(model=tmp_path / "export", out=tmp_path / "samples", num=50, steps=4, cfg_scale=1.0))
     request = EvaluateRequest(samples=tmp_path / "samples", reference=reference, metrics=("fid",), extractor="pixels")
-    found = evaluate(request, alone())
+    found = evaluate(request, single_process())
     assert judged[-1]["frechet_distance"] == pytest.approx(found["metrics"]["fid"], rel=1e-3)  # a pixel may round otherwise

@@ -6,14 +6,14 @@ import time
 
 import numpy as np
 
-from promoe_ds.distributed.context import stop_distributed
-from promoe_ds.distributed.team import join_team
+from promoe_ds.distributed.context import join_processes
+from promoe_ds.distributed.process_group import stop_distributed
 
 from ..processes import run_ranks
 
 
 def _wait_for_the_late_one() -> None:
-    team = join_team("cpu", timeout_seconds=2)
+    team = join_processes("cpu", timeout_seconds=2)
     time.sleep(4 * team.rank)
     team.barrier()
     assert team.sum(np.ones(1)) == 2

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from promoe_ds.data.encode import EncodeRequest, encode
-from promoe_ds.distributed.team import alone
+from promoe_ds.distributed.context import single_process
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
 from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 from promoe_ds.evaluation.sampling import threads_of
@@ -120,7 +120,7 @@ def test_decoded_samples_of_any_ranks_are_the_same_files(drawn: Path) -> None:
 
 def test_encoding_on_any_ranks_gives_the_same_files(drawn: Path) -> None:
     with threads_of(exact=True):  # as many threads as the ranks had
-        encode(EncodeRequest(**encoding(drawn, "encoded_1")), alone())
+        encode(EncodeRequest(**encoding(drawn, "encoded_1")), single_process())
     for world_size in (2, 4):
         files = {path.name: path.read_bytes() for path in (drawn / f"encoded_{world_size}").iterdir()}
         assert files == {path.name: path.read_bytes() for path in (drawn / "encoded_1").iterdir()}
@@ -129,7 +129,7 @@ def test_encoding_on_any_ranks_gives_the_same_files(drawn: Path) -> None:
 def test_figures_of_any_ranks_are_equal(drawn: Path) -> None:
     request = EvaluateRequest(samples=drawn / "samples.npz", reference=drawn / "reference.npz", batch_size=64,
                               extractor=str(drawn / "tiny.pt"))
-    expected = evaluate(request, alone())["metrics"]
+    expected = evaluate(request, single_process())["metrics"]
     for world_size in (2, 4):
         found = json.loads((drawn / f"metrics_{world_size}.json").read_text())["metrics"]
         assert found == pytest.approx(expected, rel=1e-5)  # fp32 features of other batches; sums in other order

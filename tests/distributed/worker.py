@@ -18,7 +18,8 @@ from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config import load_config, plan_batches, resolve_deepspeed
 from promoe_ds.data import build_dataset
 from promoe_ds.diffusion.rectified_flow import RectifiedFlow
-from promoe_ds.distributed.context import Ranks, complete_environment, stop_distributed
+from promoe_ds.distributed.context import DistributedContext
+from promoe_ds.distributed.process_group import complete_environment, stop_distributed
 from promoe_ds.errors import PromoeError
 from promoe_ds.train.run import Run, train
 from promoe_ds.train.trainer import Trainer
@@ -39,7 +40,7 @@ class _NanGradient(torch.autograd.Function):
         return gradient * float("nan")
 
 
-def run_job(job: dict, ranks: Ranks) -> str:
+def run_job(job: dict, ranks: DistributedContext) -> str:
     """Run one job; return "" or the message of the error that ended it."""
     values = {"zero_optimization": {"stage": job["zero_stage"]}, "bf16": {"enabled": job["bf16"]}, **job["deepspeed"]}
     fault = job["fault"]
@@ -59,14 +60,14 @@ def run_job(job: dict, ranks: Ranks) -> str:
     return ""
 
 
-def _resave(run: Run, ranks: Ranks, root: Path) -> None:
+def _resave(run: Run, ranks: DistributedContext, root: Path) -> None:
     """Load a checkpoint and save it again as it is, without a step between."""
     trainer = Trainer.build(run.config, run.deepspeed_plan, ranks, build_dataset(run.config))
     load_checkpoint(trainer, Path(run.resume), same_run=False)
     Saver(trainer, root).save()
 
 
-def _poisoned_losses(fault: dict, ranks: Ranks):
+def _poisoned_losses(fault: dict, ranks: DistributedContext):
     """Make loss or gradient NaN on one rank at the given calls (one call a micro-step)."""
     calls = iter(range(10**6))
 
@@ -81,7 +82,7 @@ def _poisoned_losses(fault: dict, ranks: Ranks):
     return losses
 
 
-def _slow_write(fault: dict, ranks: Ranks):
+def _slow_write(fault: dict, ranks: DistributedContext):
     """Take a while for every file, and fail with the files of some steps on one rank."""
 
     def write(self, state, path):

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 
-ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+ONE_RANK = DistributedContext(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def pretend_one_rank(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:

@@ -23,7 +23,7 @@ def single_process(timeout_seconds: float = 300.0) -> Iterator[torch.device]:
     """Be a process group of one, as the engines want it; gives the device. May be entered again after it was left."""
     from promoe_ds.backends.deepspeed_private import forget_expert_groups
     from promoe_ds.backends.process_group import start_distributed
-    from promoe_ds.distributed.context import complete_environment, stop_distributed
+    from promoe_ds.distributed.process_group import complete_environment, stop_distributed
 
     before = dict(os.environ)
     complete_environment()

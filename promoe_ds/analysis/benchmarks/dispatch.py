@@ -146,7 +146,7 @@ def _together(call: Callable[[], None]) -> Callable[[], None]:
 
 def _main() -> None:
     from promoe_ds.backends.process_group import start_distributed
-    from promoe_ds.distributed.context import complete_environment, stop_distributed
+    from promoe_ds.distributed.process_group import complete_environment, stop_distributed
 
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     complete_environment()

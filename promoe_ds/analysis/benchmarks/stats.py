@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from promoe_ds.analysis.benchmarks import BenchmarkResult, interleave, machine_description
 from promoe_ds.analysis.benchmarks.layers import mixture_recipe, training_module, training_pass
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.routing.assignment import sum_tokens_by_expert
 from promoe_ds.train.routing_log import RoutingAccumulator
 
@@ -89,7 +89,7 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Be
     one_rank = config.parallel.model_copy(update={"ep_size": 1, "dispatch": "local"})
     config = config.model_copy(update={"logging": with_tables, "parallel": one_rank})
     module, batch = training_module(config, tokens)
-    accumulator = RoutingAccumulator(config, module.denoiser, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+    accumulator = RoutingAccumulator(config, module.denoiser, DistributedContext(rank=0, world_size=1, device=torch.device("cpu")))
     plans = module(batch).plans
     ids_BN = torch.randint(config.routing.num_experts, (batch.labels_B.numel(),
                                                         config.model.tokens_per_image * config.routing.top_k))

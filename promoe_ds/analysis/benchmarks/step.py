@@ -71,14 +71,14 @@ def without_experts(config: RunConfig) -> RunConfig:
 def session_of(config: RunConfig, *, bf16: bool) -> Any:
     """Build the trainer's session of a config for this process, which is a group of its own."""
     from promoe_ds.data import build_dataset
-    from promoe_ds.distributed.context import Ranks
+    from promoe_ds.distributed.context import DistributedContext
     from promoe_ds.train.trainer import Trainer
 
     batches = plan_batches(config, 1)
     values = {"zero_optimization": {"stage": 2, "overlap_comm": bf16}, "bf16": {"enabled": bf16}}
     plan = resolve_deepspeed(values, config, batches, source="benchmark")
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    return Trainer.build(config, plan, Ranks(rank=0, world_size=1, device=device), build_dataset(config))
+    return Trainer.build(config, plan, DistributedContext(rank=0, world_size=1, device=device), build_dataset(config))
 
 
 def in_session(config: RunConfig, body: Callable[[Any], _T], *, bf16: bool) -> _T:

@@ -20,7 +20,8 @@ from promoe_ds.backends.process_group import start_distributed
 from promoe_ds.config import RunConfig, config_from_dict, plan_batches, resolve_deepspeed
 from promoe_ds.data import LatentDataset, build_dataset
 from promoe_ds.diffusion import draw_batch
-from promoe_ds.distributed.context import Ranks, complete_environment, stop_distributed
+from promoe_ds.distributed.context import DistributedContext
+from promoe_ds.distributed.process_group import complete_environment, stop_distributed
 from promoe_ds.model import build_model, initialise
 from promoe_ds.train.step import TrainingModule
 from promoe_ds.train.trainer import Trainer
@@ -64,11 +65,11 @@ def _tiny(config: RunConfig) -> RunConfig:
     return config_from_dict(values, source="measurement")
 
 
-def _prepare(zero: dict[str, Any] | None, config: RunConfig, ranks: Ranks, dataset: LatentDataset, rows: list[int]) -> _Step:
+def _prepare(zero: dict[str, Any] | None, config: RunConfig, ranks: DistributedContext, dataset: LatentDataset, rows: list[int]) -> _Step:
     return _plain(config, ranks, dataset) if zero is None else _trainer(zero, config, ranks, dataset, rows)
 
 
-def _trainer(zero: dict[str, Any], config: RunConfig, ranks: Ranks, dataset: LatentDataset, rows: list[int]) -> _Step:
+def _trainer(zero: dict[str, Any], config: RunConfig, ranks: DistributedContext, dataset: LatentDataset, rows: list[int]) -> _Step:
     batches = plan_batches(config, ranks.world_size)
     plan = resolve_deepspeed({"zero_optimization": zero}, config, batches, source="measurement")
     session = Trainer.build(config, plan, ranks, dataset)
@@ -78,7 +79,7 @@ def _trainer(zero: dict[str, Any], config: RunConfig, ranks: Ranks, dataset: Lat
     return session.train_step
 
 
-def _plain(config: RunConfig, ranks: Ranks, dataset: LatentDataset) -> _Step:
+def _plain(config: RunConfig, ranks: DistributedContext, dataset: LatentDataset) -> _Step:
     """Data parallelism as published code has it: every rank holds everything, the moving average a second model."""
     network = build_model(config)
     initialise(network, config.train.seed)

@@ -70,7 +70,7 @@ def test_zero_partitions_report_a_moved_attribute(name) -> None:
 
 def test_training_under_a_moved_library_ends_at_its_first_step(tmp_path, monkeypatch) -> None:
     from promoe_ds.cli import train
-    from promoe_ds.distributed.context import stop_distributed
+    from promoe_ds.distributed.process_group import stop_distributed
 
     real = deepspeed_private.UpdateGate.__init__
 

@@ -22,7 +22,7 @@ from promoe_ds.data.images import read_image, scan_tree
 from promoe_ds.data.index import read_index
 from promoe_ds.data.shards import Shard, ShardContent, write_shard
 from promoe_ds.data.vae import Vae
-from promoe_ds.distributed.team import alone
+from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError
 
 from ..builders import small_config
@@ -35,7 +35,7 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     save_vae(folder / "vae")
     save_images(folder / "images")
-    encode(request(folder, "latents"), alone())
+    encode(request(folder, "latents"), single_process())
     return folder
 
 
@@ -147,16 +147,16 @@ def test_encode_interrupted_goes_on_and_ends_the_same(made: Path, tmp_path: Path
 
     monkeypatch.setattr(module, "write_shard", write_two)
     with pytest.raises(DataError, match=r"shard-00002\.safetensors: could not be written: No space left"):
-        encode(request(made, tmp_path / "out"), alone())
+        encode(request(made, tmp_path / "out"), single_process())
     with pytest.raises(DataError, match=r"these latents are not complete, there is encoding\.json and no index\.json"):
         open_set(tmp_path / "out")
     monkeypatch.setattr(module, "write_shard", lambda path, content: written.append(path) or real(path, content))
-    encode(request(made, tmp_path / "out", batch_size=4), alone())
+    encode(request(made, tmp_path / "out", batch_size=4), single_process())
     assert [path.name for path in written] == [f"shard-0000{i}.safetensors" for i in (0, 1, 2, 3)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.json", *sorted(p.name for p in written)]
     for name in ("shard-00000.safetensors", "shard-00001.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (made / "latents" / name).read_bytes()
-    encode(request(made, tmp_path / "out"), alone())  # nothing left to do
+    encode(request(made, tmp_path / "out"), single_process())  # nothing left to do
     assert len(written) == 4
 
 
@@ -172,10 +172,10 @@ def test_encode_counts_changed_images_and_keeps_names_on_one_line(tmp_path: Path
         Image.new("RGBA", (9, 9), (0, 0, 0, 9)).save(odd / f"clear{number}.png", **({} if number else {"exif": exif}))
     for path in (tmp_path / "images" / "a").rglob("*.png"):
         path.write_bytes(b"broken")
-    index = encode(request(tmp_path, "out", max_corrupt=5, shard_size=5), alone())
+    index = encode(request(tmp_path, "out", max_corrupt=5, shard_size=5), single_process())
     assert index == read_index(tmp_path / "out") and index.classes == ("a", "b\\udcff\\nc") and index.class_counts == (0, 8)
     assert len(told) == 2 and " 3 images with transparent" in told[0] and " 1 turned" in told[0] and "classes could be" in told[1]
-    assert verify(tmp_path / "out", alone()) == index
+    assert verify(tmp_path / "out", single_process()) == index
     assert Shard(tmp_path / "out" / index.shards[1].file).name(0) == "b\\udcff\\nc/b\\udcff\\nc_0.png"
 
 
@@ -199,15 +199,15 @@ def test_encode_into_a_folder_begun_otherwise_is_refused(made: Path, tmp_path: P
                             ({"vae_dtype": "bfloat16"}, "vae_dtype was 'float32' and is 'bfloat16'"),
                             ({"source": others}, r"listing was '\w+' and is '\w+'")):
         with pytest.raises(ConfigError, match=f"latents already holds other latents: {message}.*Choose another folder"):
-            encode(request(made, "latents", **values), alone())
+            encode(request(made, "latents", **values), single_process())
     tmp_path /= "out"
     tmp_path.mkdir()
     (tmp_path / "encoding.json").write_text(json.dumps({"files": 15}))
     with pytest.raises(ConfigError, match=r"holds an encoding begun otherwise: listing was None and is"):
-        encode(request(made, tmp_path), alone())
+        encode(request(made, tmp_path), single_process())
     (tmp_path / "encoding.json").rename(tmp_path / "other.txt")
     with pytest.raises(ConfigError, match="is no empty folder and holds no latents"):
-        encode(request(made, tmp_path), alone())
+        encode(request(made, tmp_path), single_process())
 
 
 def test_encode_skips_corrupt_images_by_name_up_to_the_limit(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_encode_skips_corrupt_images_by_name_up_to_the_limit(tmp_path: Path) -> 
     images = save_images(tmp_path / "images")
     (images / "n02" / "n02_2.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"n02_2\.png: not a readable image .*that makes 1 unreadable files, --max-corrupt=0"):
-        encode(request(tmp_path, "none"), alone())
-    index = encode(request(tmp_path, "one", max_corrupt=1), alone())
+        encode(request(tmp_path, "none"), single_process())
+    index = encode(request(tmp_path, "one", max_corrupt=1), single_process())
     assert index.skipped == ("n02/n02_2.png",) and index.count == 14 and index.class_counts == (5, 4, 5)
     assert read_index(tmp_path / "one") == index
     assert len(open_set(tmp_path / "one")) == 14
@@ -227,14 +227,14 @@ def test_encode_shard_of_corrupt_images_alone_is_empty(tmp_path: Path) -> None:
     images = save_images(tmp_path / "images")
     for number in (0, 2, 4):
         (images / "n03" / f"n03_{number}.png").write_bytes(b"broken")
-    index = encode(request(tmp_path, "out", max_corrupt=3, shard_size=12), alone())
+    index = encode(request(tmp_path, "out", max_corrupt=3, shard_size=12), single_process())
     assert [shard.count for shard in index.shards] == [12, 0] and len(index.skipped) == 3
     assert len(open_set(tmp_path / "out").take(np.arange(12), np.arange(12))[0]) == 12
-    assert verify(tmp_path / "out", alone()) == index
+    assert verify(tmp_path / "out", single_process()) == index
     for path in images.rglob("*.png"):
         path.write_bytes(b"broken")
     with pytest.raises(DataError, match="none of its 15 files could be read"):
-        encode(request(tmp_path, "none", max_corrupt=15), alone())
+        encode(request(tmp_path, "none", max_corrupt=15), single_process())
 
 
 def test_encode_deals_out_the_missing_shards_only(made: Path, tmp_path: Path, monkeypatch) -> None:
@@ -250,7 +250,7 @@ def test_encode_deals_out_the_missing_shards_only(made: Path, tmp_path: Path, mo
 
 def test_encode_at_a_size_that_the_autoencoder_would_cut_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--image-size 9: must be a multiple of the 2 pixels that tiny makes one latent of"):
-        encode(request(made, tmp_path / "out", image_size=9), alone())
+        encode(request(made, tmp_path / "out", image_size=9), single_process())
 
 
 def test_autoencoder_that_shifts_its_latents_is_refused(tmp_path: Path) -> None:
@@ -328,8 +328,8 @@ def test_latents_damaged_record_is_named_when_it_is_taken(made: Path, tmp_path: 
     with pytest.raises(DataError, match=r"shard-00001\.safetensors: record 2 \(n02/deep/n02_3\.png\) is damaged: its checksum"):
         dataset.take(np.array([4, 6]))
     with pytest.raises(DataError, match=r"shard-00001\.safetensors: its checksum is not that of index\.json; .*record 2"):
-        verify(folder, alone())
-    assert verify(made / "latents", alone()).count == 15
+        verify(folder, single_process())
+    assert verify(made / "latents", single_process()).count == 15
 
 
 def test_latents_missing_or_cut_shard_is_named_at_once(made: Path, tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_npz_caches_are_read_and_packed_alike(made: Path, tmp_path: Path, names:
         np.savez_compressed(path, **{key: side[row] for key, side in zip(names, sides, strict=False)})
     indices, positions = np.array([2, 0, 14]), np.array([5, 6, 7])
     expected, labels = labelled(open_set(made / "latents", flip=False if len(names) == 1 else "auto").take(indices, positions))
-    encode(EncodeRequest(source=tmp_path / "npz", from_npz=True, vae_name="tiny", out=tmp_path / "packed", shard_size=6), alone())
+    encode(EncodeRequest(source=tmp_path / "npz", from_npz=True, vae_name="tiny", out=tmp_path / "packed", shard_size=6), single_process())
     for found in (open_set(tmp_path / "npz"), open_set(tmp_path / "packed", vae="tiny")):
         latents, found_labels = labelled(found.take(indices, positions))
         torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)
@@ -409,9 +409,9 @@ def test_npz_cache_of_several_shapes_names_the_file_that_differs(tmp_path: Path)
         np.savez(path, latent=np.zeros((2, size, size)), latent_flip=np.zeros((2, size, size)))
     packing = EncodeRequest(source=tmp_path / "npz", from_npz=True, vae_name="tiny", out=tmp_path / "packed", shard_size=2)
     with pytest.raises(DataError, match=r"b/2\.npz: .*\(2, 6, 6\) .* do not fit, expected 2 x \(2 x 4 x 4\)"):
-        encode(packing, alone())
+        encode(packing, single_process())
     with pytest.raises(ConfigError, match="--from-npz: the files do not say which autoencoder they come from: name it with --vae"):
-        encode(replace(packing, vae_name=None), alone())
+        encode(replace(packing, vae_name=None), single_process())
 
 
 @pytest.mark.parametrize(("content", "message"), [

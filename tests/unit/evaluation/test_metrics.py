@@ -20,7 +20,7 @@ from PIL import Image
 from prdc import compute_prdc
 from torch import nn
 
-from promoe_ds.distributed.team import alone
+from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
@@ -30,7 +30,7 @@ from promoe_ds.evaluation.reference import save_statistics
 from promoe_ds.evaluation.sources import FolderImages, NpzImages, npz_array
 from promoe_ds.evaluation.statistics import InceptionScore, RunningGaussian
 
-TEAM = alone()
+TEAM = single_process()
 
 
 def features(count: int, dimension: int, seed: int) -> np.ndarray:

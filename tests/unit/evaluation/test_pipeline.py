@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from promoe_ds import ProMoEPipeline, ProMoETransformer2DModel
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.online import OnlineEvaluation
 from promoe_ds.evaluation.sample_job import SampleRequest, make_plan
@@ -48,7 +48,7 @@ def test_guidance_by_an_untrained_label_is_refused_where_it_is_asked_for_and_off
     assert pipeline._plan(2, None).cfg_scale == 1.0
     config = small_config(diffusion={"label_dropout": 0.0}, evaluation={"cfg_scale": 1.5})
     with pytest.raises(ConfigError, match=r"evaluation\.cfg_scale.*label_dropout"):
-        OnlineEvaluation(config, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+        OnlineEvaluation(config, DistributedContext(rank=0, world_size=1, device=torch.device("cpu")))
     request = {"model": Path("m"), "out": Path("o")}
     assert make_plan(SampleRequest(**request), config).cfg_scale == 1.0
     with pytest.raises(ConfigError, match=r"--cfg-scale.*label_dropout"):

@@ -10,7 +10,7 @@ import torch
 from promoe_ds.config import plan_batches
 from promoe_ds.data import build_dataset
 from promoe_ds.diffusion import build_objective
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import DataError
 from promoe_ds.train.loader import BatchLoader, Place
 
@@ -20,7 +20,7 @@ CONFIG = small_config(
     train={"global_batch_size": 8, "micro_batch_size": 2},
     data={"dataset": "synthetic", "synthetic_samples": 50},
 )
-SECOND_OF_TWO = Ranks(rank=1, world_size=2, device=torch.device("cpu"))
+SECOND_OF_TWO = DistributedContext(rank=1, world_size=2, device=torch.device("cpu"))
 
 
 def make_loader(dataset=None) -> BatchLoader:

@@ -13,7 +13,7 @@ import torch
 
 import promoe_ds.analysis
 from promoe_ds.analysis.expert_load import load_log
-from promoe_ds.distributed.context import Ranks
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.model import DiT
 from promoe_ds.moe.collectives import WaitClock
 from promoe_ds.routing import RoutingPlan
@@ -65,8 +65,8 @@ def test_load_summary_of_counts_beyond_32_bits() -> None:
 # Lines of passes.
 
 
-def one_of(ranks: int, rank: int) -> Ranks:
-    return Ranks(rank=rank, world_size=ranks, device=torch.device("cpu"))
+def one_of(ranks: int, rank: int) -> DistributedContext:
+    return DistributedContext(rank=rank, world_size=ranks, device=torch.device("cpu"))
 
 
 def make_network(method: str) -> DiT:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from promoe_ds.distributed.context import _device_index, complete_environment
+from promoe_ds.distributed.process_group import _device_index, complete_environment
 from promoe_ds.errors import ConfigError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
