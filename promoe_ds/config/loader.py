@@ -65,6 +65,15 @@ def config_from_dict(values: Mapping[str, Any], *, source: str) -> RunConfig:
         raise ConfigError("\n".join([f"{source} does not describe a run:", *(f"  {line}" for line in lines)])) from None
 
 
+def change_config(config: RunConfig, *, name: str | None = None, **sections: Mapping[str, Any]) -> RunConfig:
+    """Return a config with the fields of some sections changed, validated anew.
+
+    Raises: ConfigError as `config_from_dict`.
+    """
+    values = _merged(config.model_dump(mode="json"), sections)
+    return config_from_dict(values | {"name": name or config.name}, source=config.name)
+
+
 def dotted_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Return every name that `--set` takes, e.g. `train.max_steps`."""
     names: list[str] = []

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from promoe_ds.analysis.benchmarks.checkpoint import write_checkpoint
+from benchmarks.checkpoint import write_checkpoint
 from promoe_ds.config import load_config
 
 from .commands import REPOSITORY
