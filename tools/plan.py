@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Plan a run before it starts: python tools/plan.py --recipe NAME --nodes N --gpus-per-node G [--gpu h100] [--pipeline].
 
-Prints parameters, memory of a rank, bytes sent over each link and a predicted step time, of the recipe as it stands and of
+Prints parameters, memory of a rank, bytes sent over each link and a predicted step time, of the recipe as it is and of
 the fastest layout that fits; with --pipeline disk, time and memory of every step from ImageNet's archives to the figures of
 docs/imagenet.md. Nothing is trained and no device is needed: shapes go through the real layers.
 """
@@ -17,23 +17,44 @@ from typing import Any
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
-from promoe_ds.config.devices import DEVICES, NETWORKS, find_device, find_network
+from promoe_ds.config.devices import DEVICES
 from promoe_ds.errors import ConfigError
 from promoe_ds.files import json_text
+from promoe_ds.planning.cluster import NETWORKS, Cluster, layout_of
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file"
+    )
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--gpu", default="h100", help=", ".join(DEVICES))
-    parser.add_argument("--network", default="ib-ndr400", help=", ".join(NETWORKS))
-    parser.add_argument("--deepspeed_config", type=Path, default=Path(__file__).parents[1] / "ds_configs" / "zero2_bf16.json")
-    parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--no-search", action="store_true", help="plan the recipe as it stands and no other layout")
-    parser.add_argument("--pipeline", action="store_true", help="plan docs/imagenet.md instead: latents, training, 50,000 samples, "
-                        "figures")
+    parser.add_argument("--gpu", type=str.lower, default="h100", choices=DEVICES)
+    parser.add_argument("--network", type=str.lower, default="ib-ndr400", choices=NETWORKS)
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        default=Path(__file__).parents[1] / "ds_configs" / "zero2_bf16.json",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+    )
+    parser.add_argument(
+        "--no-search", action="store_true", help="plan the recipe as it is and no other layout"
+    )
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="plan docs/imagenet.md instead: latents, training, 50,000 samples, figures",
+    )
     parser.add_argument("--out", type=Path, help="also write the plans as JSON")
     return parser.parse_args(arguments)
 
@@ -41,7 +62,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
     if options.out is not None and not options.out.parent.is_dir():
-        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}: make it first")
+        raise ConfigError(
+            f"--out {options.out}: there is no folder {options.out.parent}: make it first"
+        )
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if options.pipeline:
         result = plan_pipeline_of(options)
@@ -52,35 +75,60 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
-    from promoe_ds.analysis.pipeline_plan import Assumptions, pipeline_lines, plan_pipeline
+    from promoe_ds.planning.pipeline import Assumptions, pipeline_lines, plan_pipeline
 
     config = load_config(options.recipe, options.overrides)
     if config.data.dataset != "latents":
-        raise ConfigError(f"--recipe {options.recipe}: data.dataset={config.data.dataset}, the pipeline trains on latents")
-    assumptions = Assumptions(device=find_device(options.gpu))
-    steps = plan_pipeline(config, gpus=options.nodes * options.gpus_per_node, assumptions=assumptions)
+        raise ConfigError(
+            f"--recipe {options.recipe}: data.dataset={config.data.dataset}, the pipeline trains on latents"
+        )
+    assumptions = Assumptions(device=DEVICES[options.gpu])
+    steps = plan_pipeline(
+        config, gpus=options.nodes * options.gpus_per_node, assumptions=assumptions
+    )
     print("\n".join(pipeline_lines(steps)))
     return {"pipeline": [asdict(step) for step in steps], "assumptions": asdict(assumptions)}
 
 
 def plan_layouts(options: argparse.Namespace) -> dict[str, Any]:
-    from promoe_ds.analysis.plan import Cluster, best_layout, fake_world, layout_of, plan_step
-    from promoe_ds.analysis.plan.report import choice_lines, plan_lines
+    from promoe_ds.planning.planner import plan_lines, plan_step
+    from promoe_ds.planning.search import best_layout, choice_lines
+    from promoe_ds.planning.shapes import fake_world
 
     config = load_config(options.recipe, options.overrides)
-    cluster = Cluster(nodes=options.nodes, gpus_per_node=options.gpus_per_node, device=find_device(options.gpu),
-                      network_bandwidth=find_network(options.network))
+    cluster = Cluster(
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        device=DEVICES[options.gpu],
+        network_bandwidth=NETWORKS[options.network],
+    )
     batches = plan_batches(config, cluster.ranks)
-    deepspeed = resolve_deepspeed(read_deepspeed_json(options.deepspeed_config), config, batches,
-                                  source=str(options.deepspeed_config))
+    deepspeed = resolve_deepspeed(
+        read_deepspeed_json(options.deepspeed_config),
+        config,
+        batches,
+        source=str(options.deepspeed_config),
+    )
     layout = layout_of(batches, deepspeed)
     with fake_world(cluster.ranks):
-        stands = plan_step(config, layout, cluster)
-        print("\n".join(["As the recipe stands", "", *plan_lines(stands)]))
-        result = {"recipe": stands.as_json()}
+        given = plan_step(config, layout, cluster)
+        print("\n".join(["The recipe as it is", "", *plan_lines(given)]))
+        result = {"recipe": given.as_json()}
         if not options.no_search:
             best, choices = best_layout(config, layout, cluster)
-            print("\n".join(["", "", "The fastest that fits", "", *plan_lines(best), "", *choice_lines(choices)]))
+            print(
+                "\n".join(
+                    [
+                        "",
+                        "",
+                        "The fastest that fits",
+                        "",
+                        *plan_lines(best),
+                        "",
+                        *choice_lines(choices),
+                    ]
+                )
+            )
             result |= {"best": best.as_json(), "tried": [vars(choice) for choice in choices]}
     return result
 

@@ -6,9 +6,11 @@ import sys
 
 import yaml
 
-from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig, count_parameters, plan_memory, training_flops_per_image
+from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig, count_parameters, training_flops_per_image
 from promoe_ds.files import json_text
 from promoe_ds.logs import rank_from_environment
+from promoe_ds.planning.cluster import layout_of
+from promoe_ds.planning.zero import states_of_config
 
 _GIGABYTE = 1e9
 
@@ -18,8 +20,7 @@ def describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None
     if rank_from_environment() != 0:
         return
     count = count_parameters(config)
-    memory = plan_memory(config, world_size=batches.world_size, zero_stage=plan.zero_stage, precision=plan.precision,
-                         offload=plan.offloads)
+    memory = states_of_config(config, layout_of(batches, plan))
     sizes = {
         "parameters": {"total": count.total, "activated": count.activated, "trainable": count.trainable,
                        "routed_experts": count.routed},

@@ -1,7 +1,7 @@
-"""Sizes known before anything is built: parameters, floating-point operations, memory per rank.
+"""Sizes known before anything is built: parameters and floating-point operations.
 
-All are functions of the config alone, so `--dry-run` and the planner need no torch; tests hold the
-counts against built models and the operations against `torch.utils.flop_counter`.
+Both are functions of the config alone and need no torch; tests compare the counts with built models and the operations with
+`torch.utils.flop_counter`.
 """
 
 from __future__ import annotations
@@ -84,49 +84,6 @@ def forward_flops_per_image(config: RunConfig) -> int:
 def training_flops_per_image(config: RunConfig) -> int:
     """Forward and backward pass: three times the forward one (Kaplan et al., 2020)."""
     return 3 * forward_flops_per_image(config)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """Bytes per rank that training holds for good, without activations; offloaded: optimizer and ema lie on the host."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    ema: int
-    offloaded: bool = False
-
-    @property
-    def host(self) -> int:
-        """What lies in the host's memory."""
-        return self.optimizer + self.ema if self.offloaded else 0
-
-    @property
-    def device(self) -> int:
-        """What lies on the device."""
-        return self.total - self.host
-
-    @property
-    def total(self) -> int:
-        """Sum of all kinds."""
-        return self.weights + self.gradients + self.optimizer + self.ema
-
-
-def plan_memory(config: RunConfig, *, world_size: int, zero_stage: int, precision: str, offload: bool = False) -> MemoryPlan:
-    """Compute the model-state bytes of one rank under ZeRO and expert parallelism.
-
-    fp32: the master weights are the weights' own copy under ZeRO 1 and 2, none under ZeRO 0.
-    """
-    count, ep_size = count_parameters(config), config.parallel.ep_size
-    dense, routed = count.dense + count.unconditional, count.routed // ep_size
-    held = dense + routed
-    owned = held
-    if zero_stage > 0:
-        owned = -(-dense // world_size) + -(-routed * ep_size // world_size)
-    size = 2 if precision == "bf16" else 4
-    masters = 4 * owned if zero_stage > 0 else 0
-    return MemoryPlan(weights=size * held, gradients=size * (owned if zero_stage == 2 else held),
-                      optimizer=8 * owned + masters, ema=4 * owned * len(config.optimizer.averages), offloaded=offload)
 
 
 def _feed_forward(width: int, hidden: int, expert_type: str = "gelu") -> int:

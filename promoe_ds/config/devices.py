@@ -1,12 +1,8 @@
-"""Devices and networks by name: what their makers state. Sources: docs/planning.md."""
+"""Devices by name: what their makers state. Sources: docs/planning.md."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-from promoe_ds.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +36,6 @@ DEVICES: dict[str, Device] = {device.name: device for device in (
     _device("b200", gigabytes=180, bf16=2250, fp32=80, terabytes_per_second=8.0, link=900),
 )}
 
-#: Bytes/s that one device sends to other nodes, by the name that `--network` takes: one network card a device.
-NETWORKS: dict[str, float] = {"ib-ndr400": 50e9, "ib-hdr200": 25e9, "roce-400": 50e9, "ethernet-100": 12.5e9,
-                              "ethernet-25": 3.125e9}
-
-
-def find_device(name: str) -> Device:
-    """Return a device of the table.
-
-    Raises: ConfigError with the nearest name.
-    """
-    return DEVICES[_known("--gpu", name.lower(), DEVICES)]
-
 
 def bf16_peak(product_name: str) -> float | None:
     """Return the dense bf16 FLOP/s of a device by the name that its driver gives, None if the table lacks it.
@@ -60,19 +44,3 @@ def bf16_peak(product_name: str) -> float | None:
     """
     found = [name for name in DEVICES if all(part in product_name.lower() for part in name.split("-"))]
     return DEVICES[max(found, key=len)].flops["bf16"] if found else None
-
-
-def find_network(name: str) -> float:
-    """Return a network's bytes/s for one device.
-
-    Raises: ConfigError with the nearest name.
-    """
-    return NETWORKS[_known("--network", name.lower(), NETWORKS)]
-
-
-def _known(option: str, name: str, table: Mapping[str, object]) -> str:
-    if name not in table:
-        close = difflib.get_close_matches(name, table, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"{option} {name}: not in the table; {hint}known are {', '.join(table)}")
-    return name

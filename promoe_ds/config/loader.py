@@ -102,6 +102,15 @@ def read_saved(path: Path) -> RunConfig:
                             written_by=first.removeprefix(_WRITTEN_BY) if first.startswith(_WRITTEN_BY) else None)
 
 
+def change_config(config: RunConfig, *, name: str | None = None, **sections: Mapping[str, Any]) -> RunConfig:
+    """Return a config with the fields of some sections changed, validated anew.
+
+    Raises: ConfigError as `config_from_dict`.
+    """
+    values = _merged(config.model_dump(mode="json"), sections)
+    return config_from_dict(values | {"name": name or config.name}, source=config.name)
+
+
 def dotted_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """Return every name that `--set` takes, e.g. `train.max_steps`."""
     names: list[str] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from promoe_ds.analysis.benchmarks.checkpoint import write_checkpoint
+from benchmarks.checkpoint import write_checkpoint
 from promoe_ds.config import load_config
 
 from .commands import REPOSITORY, run

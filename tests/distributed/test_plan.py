@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from promoe_ds.analysis.benchmarks.memory import ZERO_2
-from promoe_ds.analysis.plan.measured import Comparison, compare_with_measurement, measure_ranks
+from benchmarks.memory import ZERO_2, Comparison, compare_with_measurement, largest, measure_ranks
 from promoe_ds.config import count_parameters, load_config
 
 from ..processes import REPOSITORY, environment, run
@@ -25,29 +24,31 @@ def comparison(request: pytest.FixtureRequest) -> Comparison:
 
 def test_plan_memory_and_exchange_are_those_of_real_ranks(comparison: Comparison) -> None:
     assert comparison.memory_ratio == pytest.approx(1.0, abs=0.1)
-    assert comparison.measured_exchange_bytes == comparison.planned_exchange_bytes
-    assert (comparison.measured_exchange_bytes > 0) == (len(comparison.ranks) > 1)
+    assert comparison.measured_exchange == comparison.planned_exchange
+    assert (comparison.measured_exchange > 0) == (len(comparison.ranks) > 1)
 
 
 def test_memory_of_four_ranks_is_under_half_of_plain_data_parallelism(comparison: Comparison) -> None:
     if len(comparison.ranks) < 4:
         pytest.skip("the claim is about experts over four ranks")
     plain = measure_ranks(load_config("promoe_s", COMMON), 4, zero=None)
-    assert max(rank.used_bytes for rank in comparison.ranks) <= 0.45 * max(rank.used_bytes for rank in plain)
+    assert largest(comparison.ranks) <= 0.45 * largest(plain)
 
 
 LARGE = """
 import json, sys
-from promoe_ds.analysis.plan import Cluster, Layout, fake_world, layout_of, plan_step
 from promoe_ds.config import load_config, plan_batches, resolve_deepspeed
-from promoe_ds.config.devices import find_device
+from promoe_ds.config.devices import DEVICES
+from promoe_ds.planning.cluster import Cluster, layout_of
+from promoe_ds.planning.planner import plan_step
+from promoe_ds.planning.shapes import fake_world
 import deepspeed, torch.distributed as dist
 from deepspeed.ops import __compatible_ops__
 from deepspeed.utils import groups
 from promoe_ds.backends.deepspeed_private import make_expert_groups
 
 world, found = int(sys.argv[1]), {}
-cluster = Cluster(nodes=world // 8, gpus_per_node=8, device=find_device("h100"), network_bandwidth=50e9)
+cluster = Cluster(nodes=world // 8, gpus_per_node=8, device=DEVICES["h100"], network_bandwidth=50e9)
 with fake_world(world):
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)

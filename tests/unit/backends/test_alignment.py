@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from promoe_ds.analysis.benchmarks.contenders import single_process
-from promoe_ds.analysis.benchmarks.step import for_timing, session_of
+from benchmarks.candidates import for_timing, session_of
+from benchmarks.processes import single_process
 from promoe_ds.backends import parameter_groups
 from promoe_ds.checkpoint.load import load_checkpoint
 from promoe_ds.checkpoint.manifest import read_manifest

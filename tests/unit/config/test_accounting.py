@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from promoe_ds.config import RunConfig, count_parameters, list_recipes, load_config, plan_memory, training_flops_per_image
+from promoe_ds.config import RunConfig, count_parameters, list_recipes, load_config, training_flops_per_image
 from promoe_ds.config.accounting import forward_flops_per_image
 from promoe_ds.model import DiT, build_model
 
@@ -140,44 +140,3 @@ def test_forward_flops_of_expert_race_include_the_head_of_the_per_layer_loss() -
 def test_training_flops_are_three_forward_passes() -> None:
     config = small_config()
     assert training_flops_per_image(config) == 3 * forward_flops_per_image(config)
-
-
-# Memory: dense d, routed r parameters; per parameter 4 bytes fp32 or 2 bf16, two fp32 moments, one fp32 average.
-
-
-def held(config: RunConfig) -> tuple[int, int]:
-    count = count_parameters(config)
-    return count.dense + count.unconditional, count.routed
-
-
-def test_memory_zero_0_fp32_holds_everything() -> None:
-    config = small_config()
-    dense, routed = held(config)
-    plan = plan_memory(config, world_size=2, zero_stage=0, precision="fp32")
-    everything = dense + routed
-    assert (plan.weights, plan.gradients, plan.optimizer, plan.ema) == tuple(n * everything for n in (4, 4, 8, 4))
-    assert plan.total == 20 * everything
-
-
-def test_memory_zero_2_bf16_shards_over_the_replicas() -> None:
-    config = small_config(parallel={"ep_size": 2})
-    dense, routed = held(config)
-    assert dense % 4 == routed % 4 == 0
-    plan = plan_memory(config, world_size=4, zero_stage=2, precision="bf16")
-    # Half of the experts are here; their two replicas share the state of that half.
-    here, owned = dense + routed // 2, dense // 4 + routed // 4
-    assert (plan.weights, plan.gradients, plan.optimizer, plan.ema) == (2 * here, 2 * owned, 12 * owned, 4 * owned)
-
-
-def test_memory_zero_1_keeps_whole_gradients() -> None:
-    config = small_config()
-    one, two = (plan_memory(config, world_size=2, zero_stage=stage, precision="fp32") for stage in (1, 2))
-    assert one.gradients == one.weights == 4 * sum(held(config))
-    assert two.gradients < one.gradients
-    assert (one.weights, one.optimizer, one.ema) == (two.weights, two.optimizer, two.ema)
-
-
-def test_memory_one_rank_zero_stage_2_is_the_whole_state() -> None:
-    config = small_config()
-    plan = plan_memory(config, world_size=1, zero_stage=2, precision="bf16")
-    assert plan.total == (2 + 2 + 12 + 4) * sum(held(config))

@@ -1,0 +1,1 @@
+"""Timings of the package's parts beside other candidates; `tools/benchmark.py` runs them."""

@@ -1,0 +1,260 @@
+"""Time of one MoE layer and of the routers, each beside other candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from benchmarks.candidates import (
+    LIBRARIES,
+    build_each,
+    fp8_layer,
+    initialised,
+    layer_of,
+    mixture_recipe,
+    with_dispatch,
+)
+from benchmarks.processes import single_process
+from benchmarks.timing import Result, contest, interleave
+from promoe_ds.condition import ClassCondition
+from promoe_ds.config import RunConfig, config_from_dict
+from promoe_ds.diffusion import DiffusionBatch
+from promoe_ds.errors import ConfigError
+from promoe_ds.model import build_model, initialise
+from promoe_ds.model.build import build_moe_layer
+from promoe_ds.model.routers import ROUTERS, build_router
+from promoe_ds.moe.experts import EXPERT_PARAMETERS, FEED_FORWARDS, FeedForward
+from promoe_ds.moe.layer import MoELayer
+from promoe_ds.routing import ClassificationRouter, Partition, Router, partition_samples
+from promoe_ds.train.step import TrainingModule
+
+_Call = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+_Context = Callable[[], AbstractContextManager]
+
+
+def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Result:
+    """Time one MoE layer of a recipe, forward and backward, against a dense feed-forward of equal
+    activated width; `layer_candidates` lists the others.
+
+    Args:
+        tokens: conditional tokens, a multiple of the recipe's tokens per image.
+    """
+    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
+    images = max(1, tokens // config.model.tokens_per_image)
+    with single_process() as device:
+        candidates, missing = layer_candidates(config, images, device, torch.float32)
+        timings = interleave(candidates, rounds=rounds)
+    settings = _settings(
+        config, tokens=images * config.model.tokens_per_image, active_width=_active_width(config)
+    )
+    return contest("moe-layer", timings, rounds=rounds, settings=settings, missing=missing)
+
+
+def layer_candidates(
+    config: RunConfig,
+    images: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+    """Return a pass of each candidate, and why others are missing; call in `single_process`.
+
+    `dense`; `moe`, the layer as trained (router, RCL, shared and unconditional expert, grouped
+    GEMM); `moe_loop_backend`, the same with `parallel.expert_backend=loop`; `per_expert_loop`,
+    which picks out and computes the tokens of one expert after the other, as research code does;
+    the libraries' layers, around the same router and replicated experts; in bf16, `moe_fp8`.
+    """
+    if not config.routing.num_shared_experts:
+        raise ConfigError(
+            f"--recipe {config.name}: the per-expert loop of this suite wants a "
+            "shared expert: use a promoe recipe"
+        )
+    model = config.model
+    torch.manual_seed(0)
+    inputs = torch.randn(
+        images, model.tokens_per_image, model.hidden_size, device=device, dtype=dtype
+    )
+    direction = torch.randn_like(inputs)
+    partition = conditional(images, config, device)
+    dense = initialised(FeedForward(model.hidden_size, _active_width(config))).to(device, dtype)
+    candidates = {"dense": lambda: _pass(dense, lambda x: (dense(x), []), inputs, direction)}
+    libraries, missing = build_each(
+        LIBRARIES, lambda name: layer_of(with_dispatch(config, name), device, dtype)
+    )
+    layers = {
+        name: initialised(build_moe_layer(config)).to(device, dtype)
+        for name in ("moe", "moe_loop_backend", "per_expert_loop")
+    }
+    layers["moe_loop_backend"].routed.backend = "loop"
+    calls = {name: layer_call(layer, partition) for name, layer in (layers | libraries).items()}
+    calls["per_expert_loop"] = loop_call(layers["per_expert_loop"], partition)
+    if dtype == torch.bfloat16:  # what FP8 weights are
+        quantised, reasons = build_each(("moe_fp8",), lambda name: fp8_layer(config, device, dtype))
+        missing |= reasons
+        for name, (layer, context) in quantised.items():
+            layers[name], calls[name] = layer, layer_call(layer, partition, context)
+    for name, layer in (layers | libraries).items():
+        candidates[name] = lambda layer=layer, call=calls[name]: _pass(
+            layer, call, inputs, direction
+        )
+    return candidates, missing
+
+
+def conditional(images: int, config: RunConfig, device: torch.device | str = "cpu") -> Partition:
+    """Return the partition of images that all have a label."""
+    labels = torch.zeros(images, dtype=torch.int64, device=device)
+    return partition_samples(ClassCondition(labels, config.model.null_label))
+
+
+def _active_width(config: RunConfig) -> int:
+    routing = config.routing
+    shared = routing.num_shared_experts * config.shared_expert_width
+    return routing.top_k * config.expert_width + shared
+
+
+def _settings(config: RunConfig, **more: object) -> dict[str, object]:
+    return {
+        "recipe": config.name,
+        "width": config.model.hidden_size,
+        "expert_width": config.expert_width,
+        "experts": config.routing.num_experts,
+        "top_k": config.routing.top_k,
+        "dtype": "float32",
+        **more,
+    }
+
+
+def layer_pass(layer: MoELayer, inputs: Tensor, direction: Tensor, partition: Partition) -> None:
+    """Run a layer forward and backward, its losses included."""
+    _pass(layer, layer_call(layer, partition), inputs, direction)
+
+
+def _pass(module: nn.Module, call: _Call, inputs: Tensor, direction: Tensor) -> None:
+    module.zero_grad(set_to_none=True)
+    output, losses = call(inputs.detach().requires_grad_())
+    torch.autograd.backward([output, *losses], [direction, *(None for _ in losses)])
+
+
+def layer_call(layer: MoELayer, partition: Partition, context: _Context = nullcontext) -> _Call:
+    """Return a forward pass in a context: output and losses."""
+
+    def call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with context():
+            output, plan = layer(tokens, partition)
+        return output, list(plan.aux_losses.values())
+
+    return call
+
+
+def loop_call(layer: MoELayer, partition: Partition) -> _Call:
+    """Return a forward pass that looks up and computes the tokens of one expert after the other."""
+    routed = layer.routed
+    expert_module = FEED_FORWARDS[routed.expert_type](1, 1)
+
+    def call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        plan = layer.route(tokens, partition)
+        flat, assignment = tokens.flatten(0, 1), plan.assignment
+        every = torch.arange(routed.num_local_experts, device=flat.device)
+        expert_N = torch.repeat_interleave(every, assignment.tokens_per_expert_E)
+        output = layer.shared(flat)
+        weights = {
+            name.replace("_", "."): getattr(routed, name).unbind(0)
+            for name in EXPERT_PARAMETERS[routed.expert_type]
+        }
+        for expert in range(routed.num_local_experts):
+            rows = torch.where(expert_N == expert)[0]
+            ids, own = assignment.token_ids_N[rows], {k: w[expert] for k, w in weights.items()}
+            result = functional_call(expert_module, own, flat[ids]) * assignment.gates_N[rows, None]
+            output = output.index_add(0, ids, result.to(output.dtype))
+        return output.view_as(tokens), list(plan.aux_losses.values())
+
+    return call
+
+
+def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Result:
+    """Time the routers of all layers, losses and backward pass included, against a training step.
+
+    Candidates: `training_step`, forward and backward pass of the whole network without the
+    optimizer; `router_losses_METHOD`, for the recipe's own method and then for the others at the
+    same size, everything that routing adds to such a step: scores, choice, list, losses,
+    statistics, and the gradients of all of them.
+    Args:
+        tokens: conditional tokens, a multiple of the recipe's tokens per image.
+    """
+    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
+    module, batch = training_module(config, tokens)
+    model, images = config.model, len(batch.condition)
+    inputs = torch.randn(
+        images,
+        model.tokens_per_image,
+        model.hidden_size,
+        generator=torch.Generator().manual_seed(1),
+    )
+    partition = partition_samples(batch.condition)
+    candidates = {"training_step": lambda: training_pass(module, batch)}
+    for name, router in _routers(config).items():
+        candidates[f"router_losses_{name}"] = lambda router=router: _routing_passes(
+            router, inputs, partition, len(config.moe_block_indices)
+        )
+    return contest(
+        "router",
+        interleave(candidates, rounds=rounds, warmup=1),
+        rounds=rounds,
+        settings=_settings(config, images=images),
+    )
+
+
+def training_module(config: RunConfig, tokens: int) -> tuple[TrainingModule, DiffusionBatch]:
+    """Return a network to train, on the CPU, and a batch of so many conditional tokens."""
+    model = config.model
+    images, generator = max(1, tokens // model.tokens_per_image), torch.Generator().manual_seed(0)
+    shape = (images, model.in_channels, model.input_size, model.input_size)
+    clean, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    batch = DiffusionBatch(
+        clean,
+        noise,
+        torch.rand(images, generator=generator),
+        ClassCondition(torch.arange(images) % model.num_classes, model.null_label),
+    )
+    network = build_model(config)
+    initialise(network, 0)
+    return TrainingModule(network).train(), batch
+
+
+def training_pass(module: TrainingModule, batch: DiffusionBatch) -> None:
+    """Run a forward and a backward pass."""
+    module.zero_grad(set_to_none=True)
+    module(batch).loss.backward()
+
+
+def _routers(config: RunConfig) -> dict[str, Router]:
+    routers, own = {}, config.routing
+    for method in (own.method, *(m for m in ROUTERS if m != own.method)):
+        values = config.model_dump(mode="json")
+        if method != own.method:
+            values["routing"] = {
+                "num_experts": own.num_experts,
+                "top_k": own.top_k,
+                "method": method,
+            }
+        if method == "classification":
+            values["routing"]["superclass_map"] = "not read here"
+        router = initialised(build_router(config_from_dict(values, source="benchmark")))
+        if isinstance(router, ClassificationRouter):
+            router.set_superclasses(
+                [label % own.num_experts for label in range(config.model.num_classes)]
+            )
+        routers[method] = router
+    return routers
+
+
+def _routing_passes(router: Router, tokens: Tensor, partition: Partition, layers: int) -> None:
+    for _ in range(layers):
+        router.zero_grad(set_to_none=True)
+        plan = router(tokens.detach().requires_grad_(), partition)
+        results = [plan.assignment.gates_N.sum(), *plan.aux_losses.values()]
+        results += [] if plan.target_patches_BSP is None else [plan.target_patches_BSP.sum()]
+        torch.autograd.backward(results)

@@ -1,0 +1,148 @@
+"""Timing of candidates: interleaved in one run, medians and spread, paired ratios.
+
+Interleaving lets a machine's drift affect all candidates alike; the ratio to the baseline is taken
+round by round.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.benchmark import timer as wall_clock  # waits for the device first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds of one candidate: wall clock, and processor time over all threads; ratios are
+    to the baseline.
+    """
+
+    wall_ms: float
+    wall_ms_low: float
+    wall_ms_high: float
+    cpu_ms: float
+    wall_ratio: float
+    cpu_ratio: float
+
+    def line(self, name: str) -> str:
+        """Return the figures for a reader."""
+        spread = f"{self.wall_ms:.1f} ({self.wall_ms_low:.1f} - {self.wall_ms_high:.1f})"
+        return (
+            f"{name:30}{spread:>26}{self.cpu_ms:>10.1f}{self.wall_ratio:>12.3f}"
+            f"{self.cpu_ratio:>11.3f}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a suite found: figures by name, as the JSON file holds them, and text for a reader."""
+
+    suite: str
+    settings: dict[str, Any]
+    figures: dict[str, Any]
+    text: list[str]
+    machine: dict[str, Any] = field(default_factory=lambda: machine_description())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values for a JSON file."""
+        return {
+            "suite": self.suite,
+            "settings": self.settings,
+            **self.figures,
+            "machine": self.machine,
+        }
+
+    def lines(self) -> list[str]:
+        """Return the result for a reader."""
+        return [f"{self.suite}: {self.settings}", f"{self.machine}", *self.text]
+
+
+def contest(
+    suite: str,
+    timings: dict[str, Timing],
+    *,
+    rounds: int,
+    settings: dict[str, Any],
+    missing: dict[str, str] | None = None,
+) -> Result:
+    """Return the result of candidates that `interleave` timed; missing: why others were not."""
+    baseline, missing = next(iter(timings)), missing or {}
+    return Result(
+        suite=suite,
+        settings=settings,
+        figures={
+            "baseline": baseline,
+            "rounds": rounds,
+            "not_available": missing,
+            "timings": {name: asdict(timing) for name, timing in timings.items()},
+        },
+        text=[
+            f"{rounds} rounds, ratios to {baseline}",
+            f"{'':30}{'wall ms (low - high)':>26}{'cpu ms':>10}{'wall ratio':>12}{'cpu ratio':>11}",
+            *(timing.line(name) for name, timing in timings.items()),
+            *(f"{name:30}not available: {reason}" for name, reason in missing.items()),
+        ],
+    )
+
+
+def interleave(
+    candidates: dict[str, Callable[[], Any]], *, rounds: int, warmup: int = 2
+) -> dict[str, Timing]:
+    """Run every candidate once a round; the first one is the baseline.
+
+    The order turns from round to round, so that nobody always runs after the same neighbour.
+    """
+    names = list(candidates)
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for number in range(warmup + rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            began = wall_clock(), time.process_time()
+            candidates[name]()
+            samples[name].append((wall_clock() - began[0], time.process_time() - began[1]))
+    baseline = np.array(samples[names[0]][warmup:])
+    return {name: _timing(np.array(pairs[warmup:]), baseline) for name, pairs in samples.items()}
+
+
+def _timing(seconds_R2: np.ndarray, baseline_R2: np.ndarray) -> Timing:
+    """Summarise rounds of wall and processor time."""
+    walls, cpus = 1e3 * seconds_R2.T
+    ratios = np.median(seconds_R2 / baseline_R2, axis=0)
+    return Timing(
+        wall_ms=float(np.median(walls)),
+        wall_ms_low=float(walls.min()),
+        wall_ms_high=float(walls.max()),
+        cpu_ms=float(np.median(cpus)),
+        wall_ratio=float(ratios[0]),
+        cpu_ratio=float(ratios[1]),
+    )
+
+
+def machine_description() -> dict[str, Any]:
+    """Return processor, threads, device and versions."""
+    versions = {
+        package: metadata.version(package)
+        for package in ("deepspeed", "megatron-core", "transformer-engine")
+        if find_spec(package.replace("-core", "").replace("-", "_"))
+    }
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }

@@ -1,0 +1,101 @@
+"""What a run is planned for: nodes, devices, network; and its layout over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from promoe_ds.config import BatchPlan, DeepSpeedPlan
+from promoe_ds.config.devices import Device
+from promoe_ds.errors import ConfigError
+
+#: Bytes/s that one device sends to other nodes, by the name that `--network` takes: one network
+#: card a device.
+NETWORKS: dict[str, float] = {
+    "ib-ndr400": 50e9,
+    "ib-hdr200": 25e9,
+    "roce-400": 50e9,
+    "ethernet-100": 12.5e9,
+    "ethernet-25": 3.125e9,
+}
+#: Elements of a gradient bucket where the DeepSpeed JSON sets none: DeepSpeed's own default.
+DEFAULT_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Equal nodes of equal devices.
+
+    network_bandwidth: bytes/s that one device sends to other nodes.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    device: Device
+    network_bandwidth: float
+
+    def __post_init__(self) -> None:
+        for option, value in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
+            if value < 1:
+                raise ConfigError(f"{option} {value}: must be at least 1")
+
+    @property
+    def ranks(self) -> int:
+        """Processes, one a device."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterLayout:
+    """How a run is spread over ranks.
+
+    bucket: elements of a gradient bucket (`zero_optimization.reduce_bucket_size`); overlap:
+    `overlap_comm`, two buckets; touched_only: count of a bucket only what is written, as a CPU
+    does, which maps pages at their first use; offload: masters, moments and averages are in the
+    host's memory, and the update runs there (`offload_optimizer`); data_before_expert: ranks that
+    share experts are spread (`use_data_before_expert_parallelism`), not neighbours.
+    """
+
+    world_size: int
+    micro_batch: int = 1
+    accumulation: int = 1
+    zero_stage: int
+    precision: str
+    bucket: int = DEFAULT_BUCKET
+    overlap: bool = True
+    touched_only: bool = False
+    offload: bool = False
+    data_before_expert: bool = False
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a weight, a gradient and an activation."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def images(self) -> int:
+        """Images of one step, all ranks together."""
+        return self.world_size * self.micro_batch * self.accumulation
+
+    def expert_ranks(self, ep_size: int) -> list[int]:
+        """Return the ranks that share rank 0's experts."""
+        stride = self.world_size // ep_size if self.data_before_expert else 1
+        return [stride * index for index in range(ep_size)]
+
+
+def layout_of(
+    batches: BatchPlan, deepspeed: DeepSpeedPlan, *, touched_only: bool = False
+) -> ClusterLayout:
+    """Return the layout that a batch plan and a resolved DeepSpeed JSON describe."""
+    zero = deepspeed.json.get("zero_optimization", {})
+    return ClusterLayout(
+        world_size=batches.world_size,
+        micro_batch=batches.micro_batch,
+        accumulation=batches.accumulation,
+        zero_stage=deepspeed.zero_stage,
+        precision=deepspeed.precision,
+        offload=deepspeed.offloads,
+        touched_only=touched_only,
+        bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
+        overlap=bool(zero.get("overlap_comm", False)),
+        data_before_expert=bool(deepspeed.json.get("use_data_before_expert_parallelism", False)),
+    )

@@ -1,0 +1,165 @@
+"""One pass of one rank over shapes: the real network, forward and backward, on fake tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from promoe_ds.backends.expert_parallel import mark_experts, shard_experts, share_centroids
+from promoe_ds.backends.parameter_groups import parameter_groups
+from promoe_ds.config import RunConfig
+from promoe_ds.diffusion import DiffusionBatch
+from promoe_ds.errors import ConfigError
+from promoe_ds.model import DiT, build_model
+from promoe_ds.planning.cluster import ClusterLayout
+from promoe_ds.planning.trace import ShapeTrace
+from promoe_ds.planning.zero import GradientStaging, States, states_of_groups
+from promoe_ds.routing.assignment import RoutingPlan
+from promoe_ds.train.router_state import give_superclasses
+from promoe_ds.train.step import TrainingModule
+
+#: Settings whose memory and traffic shapes of plain tensors do not show: what can be planned.
+_PLANNED = (
+    ("precision", "compute", ("auto", "fp32", "bf16")),
+    ("parallel", "comm_dtype", ("same",)),
+    ("parallel", "compile", (False,)),
+)
+
+
+@dataclass(frozen=True)
+class PassShapes:
+    """What one forward and backward pass of rank 0 does, as `trace` saw it.
+
+    rows_leaving: rows whose expert is on another rank, all layers together; parameters: of this
+    rank.
+    """
+
+    trace: ShapeTrace
+    states: States
+    rows_leaving: int
+    parameters: int
+
+
+@contextmanager
+def fake_world(world_size: int) -> Iterator[None]:
+    """Be rank 0 of `world_size` ranks that do not exist: collectives return at once.
+
+    DeepSpeed's and torch's own group functions work inside. Fake worlds do not nest.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise ConfigError("this process is in a process group already: plan in another process")
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def trace_pass(
+    config: RunConfig, layout: ClusterLayout, expert_group: dist.ProcessGroup | None = None
+) -> PassShapes:
+    """Run one pass over shapes; call inside `fake_world(layout.world_size)`.
+
+    Every sample is conditional and routing is even: the case with most rows; an expert that gets
+    twice its share needs more.
+    Args:
+        expert_group: rank 0's, if it exists already.
+    Raises: ConfigError for a dispatcher or precision that shapes alone cannot follow.
+    """
+    _check_can_be_planned(config)
+    group, ep_size = None, 1
+    if config.parallel.resolved_dispatch == "alltoall":
+        ep_size = config.parallel.ep_size
+        group = expert_group or dist.new_group(layout.expert_ranks(ep_size))
+    leaving: list[int] = []
+    network = _local_network(config, layout, group)
+    with FakeTensorMode():
+        _materialise(network)
+        module = TrainingModule(network).train()
+        groups = [
+            (
+                [p.numel() for p in one["params"]],
+                layout.world_size // (ep_size if one.get("moe") else 1),
+            )
+            for one in parameter_groups(module, config.optimizer, layout.precision)
+        ]
+        states = states_of_groups(groups, layout, len(config.optimizer.averages))
+        batch = _batch(config, layout.micro_batch)
+        trace = ShapeTrace(known=[*module.parameters(), *module.buffers(), *vars(batch).values()])
+
+        def expect_rows(router: object, inputs: object, plan: RoutingPlan) -> None:
+            """Let the trace answer with the rows that a layer's assignment lists."""
+            trace.rows = plan.assignment.token_ids_N.numel()
+            leaving.append(trace.rows - -(-trace.rows // ep_size))
+
+        for layer in module.denoiser.moe_layers().values():
+            layer.router.register_forward_hook(expect_rows)
+        staging = GradientStaging(module, layout, trace, kept=states.gradients)
+        with trace:
+            output = module(batch)  # as a training step, which keeps the plans until its end
+            output.loss.backward()
+            staging.finish()
+        parameters = sum(p.numel() for p in module.parameters())
+    return PassShapes(trace, states, sum(leaving), parameters)
+
+
+def _check_can_be_planned(config: RunConfig) -> None:
+    dispatch = config.parallel.resolved_dispatch
+    if dispatch not in ("local", "alltoall"):
+        raise ConfigError(
+            f"parallel.dispatch={dispatch}: only local and deepspeed can be planned; "
+            "plan with deepspeed, which sends the same rows"
+        )
+    values = config.model_dump(mode="json")
+    for section, field, planned in _PLANNED:
+        if (value := values[section][field]) not in planned:
+            raise ConfigError(
+                f"{section}.{field}={value} cannot be planned, only "
+                f"{' or '.join(map(str, planned))}: shapes do not show the memory of its kernels; "
+                f"plan with {planned[0]}"
+            )
+
+
+def _local_network(
+    config: RunConfig, layout: ClusterLayout, group: dist.ProcessGroup | None
+) -> DiT:
+    """Build the network with the experts of rank 0 alone, on the meta device."""
+    with torch.device("meta"):
+        network = build_model(config)
+    if group is not None:
+        shard_experts(network, group, torch.device("cpu"))
+    if config.routing.rcl_scope == "global" and layout.world_size > 1:
+        share_centroids(network)
+    return network.bfloat16() if layout.precision == "bf16" else network
+
+
+def _materialise(network: DiT) -> None:
+    """Put fake tensors in the place of meta ones; `to_empty` cannot, inside the fake mode."""
+    for module in network.modules():
+        for kind in (module._parameters, module._buffers):
+            for name, old in [item for item in kind.items() if item[1] is not None]:
+                new = torch.empty(old.shape, dtype=old.dtype)
+                kind[name] = nn.Parameter(new) if kind is module._parameters else new
+    mark_experts(network)
+    give_superclasses(network, network.config)
+
+
+def _batch(config: RunConfig, images: int) -> DiffusionBatch:
+    model = config.model
+    shape = (images, model.in_channels, model.input_size, model.input_size)
+    return DiffusionBatch(
+        torch.empty(shape),
+        torch.empty(shape),
+        torch.empty(images),
+        torch.empty(images, dtype=torch.int64),
+    )

@@ -1,0 +1,62 @@
+"""The plan of the whole pipeline: bytes against files that are written, times in proportion to what they are made of."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from promoe_ds.config import count_parameters, load_config
+from promoe_ds.config.devices import DEVICES
+from promoe_ds.data.shards import ShardContent, write_shard
+from promoe_ds.data.vae import DECODED_AT_ONCE
+from promoe_ds.planning.pipeline import DECODER_BYTES, ENCODER_BYTES, TRAIN_IMAGES, Assumptions, plan_pipeline
+
+CONFIG = load_config("promoe_b")
+
+
+def steps(**values) -> dict:
+    return {step.name: step for step in plan_pipeline(CONFIG, **{"gpus": 8, **values})}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_encode_disk_is_that_of_a_written_shard(tmp_path: Path, dtype: str) -> None:
+    records = torch.zeros(2, 64, 8, 32, 32, dtype=getattr(torch, dtype))
+    content = ShardContent(kind="moments", records=records[0], flipped=records[1], labels=torch.zeros(64, dtype=torch.int64),
+                           names=[f"n01440764/n01440764_{number}.JPEG" for number in range(64)])
+    written = write_shard(tmp_path / "shard.safetensors", content).bytes / 64 * TRAIN_IMAGES
+    assert steps(latent_dtype=dtype)["encode"].disk == pytest.approx(written, rel=0.01)
+
+
+def test_npz_of_50k_samples_is_half_of_the_sampling_disk() -> None:
+    assert steps()["sample"].disk / 2 == 50_000 * 256 * 256 * 3
+
+
+def test_decoder_and_encoder_memory_is_that_of_the_images_of_a_pass() -> None:
+    plan, double = steps(), steps(assumptions=Assumptions(encode_batch=64))
+    assert double["encode"].device - plan["encode"].device == pytest.approx(32 * ENCODER_BYTES)
+    weights = 4 * (count_parameters(CONFIG).total + 83_653_863)
+    assert plan["sample"].device - weights == pytest.approx(DECODED_AT_ONCE * DECODER_BYTES)
+
+
+def test_tool_plans_the_pipeline_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main = runpy.run_path(str(Path(__file__).parents[3] / "tools" / "plan.py"))["main"]
+    main(["--recipe", "promoe_b", "--pipeline", "--gpu", "a100", "--out", str(tmp_path / "plan.json")])
+    names = ["unpack", "encode", "train", "convert", "sample", "evaluate"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", *names]
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [step["name"] for step in plan["pipeline"]] == names
+    expected = steps(assumptions=Assumptions(device=DEVICES["a100"]))["sample"]
+    assert plan["pipeline"][4]["seconds"] == pytest.approx(expected.seconds) and plan["assumptions"]["device"]["name"] == "a100"
+
+
+def test_times_follow_gpus_guidance_and_assumptions() -> None:
+    eight, sixteen = steps(), steps(gpus=16)
+    assert sixteen["train"].seconds == pytest.approx(eight["train"].seconds / 2)
+    assert steps(cfg_scale=1.0)["sample"].seconds < 0.7 * eight["sample"].seconds
+    slower = steps(assumptions=Assumptions(training_share=0.125))
+    assert slower["train"].seconds == pytest.approx(2 * eight["train"].seconds)
+    assert slower["sample"].seconds == eight["sample"].seconds
