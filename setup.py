@@ -8,7 +8,7 @@ EXTRAS = {
     "megatron": ["megatron-core>=0.16,<0.17"],
     "te": ["transformer-engine[pytorch]>=2.3"],
     "eval": ["torch-fidelity>=0.4"],
-    "report": ["matplotlib>=3.8", "scikit-learn>=1.4", "jinja2>=3.1"],
+    "report": ["vl-convert-python>=1.7", "scikit-learn>=1.4"],
     "tracking": ["tensorboard>=2.15", "wandb>=0.16"],
     "test": ["pytest>=9", "pytest-timeout>=2.3", "hypothesis>=6.100", "scikit-learn>=1.4", "tensorboard>=2.15",
              "jsonschema>=4.18", "scipy>=1.10", "prdc>=0.2", "ruff>=0.6"],
@@ -22,8 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["promoe_ds", "promoe_ds.*"]),
-    package_data={"promoe_ds": ["recipes/*.yaml", "recipes/superclasses/*.yaml", "analysis/comparison/*.j2",
-                                "analysis/schemas/*.json"]},
+    package_data={"promoe_ds": ["recipes/*.yaml", "recipes/superclasses/*.yaml", "reports/*.j2"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19,<0.20",
@@ -36,6 +35,8 @@ setup(
         "tqdm>=4.66",
         "rich>=13",
         "xxhash>=3.4",
+        "msgspec>=0.19",
+        "jinja2>=3.1",
     ],
     extras_require=EXTRAS,
 )

@@ -10,11 +10,11 @@ from promoe_ds.cli.entry import run_entry
 from promoe_ds.cli.train import parse_arguments as parse_train_arguments
 from promoe_ds.config import plan_batches, read_deepspeed_json, resolve_deepspeed
 from promoe_ds.errors import ConfigError, LaunchError, Preempted, PromoeError
+from promoe_ds.launch.claim import TakenError
 from promoe_ds.launch.heartbeat import LAUNCH_FOLDER, make_launch_folder
 from promoe_ds.launch.hostfile import read_hostfile
 from promoe_ds.launch.job import Job, run_job
 from promoe_ds.launch.layout import full_layout
-from promoe_ds.launch.run_lock import TakenError
 from promoe_ds.logs import configure_logging
 
 

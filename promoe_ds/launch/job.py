@@ -11,6 +11,7 @@ from pathlib import Path
 from promoe_ds.config import load_config
 from promoe_ds.errors import LaunchError, Preempted
 from promoe_ds.launch.attempt import Attempt, run_attempt, sweep_hosts
+from promoe_ds.launch.claim import claimed
 from promoe_ds.launch.diagnosis import Verdict, judge
 from promoe_ds.launch.environment import job_environment, require_launchable
 from promoe_ds.launch.heartbeat import CHECKPOINT_NAME, LAUNCH_FOLDER
@@ -18,7 +19,6 @@ from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.layout import Layout, choose_layout, full_layout
 from promoe_ds.launch.network import INTERFACE_VARIABLES, choose_interface, reached_by
 from promoe_ds.launch.remote import RemoteError, ask, on_all
-from promoe_ds.launch.run_lock import claimed
 from promoe_ds.launch.shutdown import StopWish
 from promoe_ds.logs import get_logger
 

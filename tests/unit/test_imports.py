@@ -14,22 +14,24 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Rooms with a closed list: libraries beside the standard one, and rooms beside their own.
 LIBRARIES: dict[str, set[str]] = {
-    "errors": set(), "logs": set(), "randomness": {"numpy"}, "config": {"pydantic", "yaml"}, "routing": {"torch"},
+    "errors": set(), "logs": set(), "randomness": {"numpy"}, "load_stats": {"numpy"}, "config": {"pydantic", "yaml"},
+    "routing": {"torch"},
     "moe": {"torch"}, "model": {"torch", "numpy", "safetensors", "xxhash"}, "diffusion": {"torch", "numpy", "diffusers"},
     # Images are decoded by Pillow and encoded by diffusers' autoencoder. Tensors and records carry xxhash checksums.
     "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash"}, "launch": set(),
 }
 ROOMS: dict[str, set[str]] = {
-    "errors": set(), "logs": set(), "randomness": set(), "config": {"errors"}, "routing": {"errors", "config"},
+    "errors": set(), "logs": set(), "randomness": set(), "load_stats": set(), "config": {"errors"},
+    "routing": {"errors", "config"},
     "moe": {"routing", "config"}, "model": {"moe", "routing", "config", "randomness", "errors"},
     "diffusion": {"config", "randomness", "errors"}, "data": {"config", "randomness", "errors", "logs"},
     # Runs on the launching host, before any rank, and must not need torch there; ranks read its lease.
     "launch": {"errors", "logs", "config"},
-    "engine": {"errors", "logs", "randomness", "config", "routing", "moe", "model", "diffusion", "data", "launch"},
+    "engine": {"errors", "logs", "randomness", "load_stats", "config", "routing", "moe", "model", "diffusion", "data", "launch"},
 }
 ENGINES = {"deepspeed", "megatron"}
 #: Rooms free in their libraries: all but the engines' own.
-OPEN = {"evaluation", "analysis", "pipeline", "cli"}
+OPEN = {"evaluation", "analysis", "reports", "pipeline", "cli"}
 KNOWN = set(ROOMS) | OPEN | {"__init__"}
 TORCH_DISTRIBUTED = {"moe/collectives.py", "moe/dispatch.py"}
 BELOW_ENGINE = {"routing", "moe", "model", "diffusion", "data"}
