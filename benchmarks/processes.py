@@ -25,7 +25,7 @@ _TIMEOUT_SECONDS = 300.0
 @contextmanager
 def single_process() -> Iterator[torch.device]:
     """Be a process group of one, as the engines want it; gives the device. May be entered again."""
-    from promoe_ds.backends.expert_parallel import forget_expert_groups
+    from promoe_ds.backends.deepspeed_private import forget_expert_groups
 
     with patch.dict(os.environ):
         complete_environment()

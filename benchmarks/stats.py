@@ -176,8 +176,8 @@ def benchmark_report(run: SyntheticRun, folder: Path) -> Result:
 
 
 def _build_report(folder: Path) -> Path:
-    from promoe_ds.analysis.expert_load.report import write_report
-    from promoe_ds.analysis.expert_load.view import RunView
+    from promoe_ds.reports.expert_load.page import write_report
+    from promoe_ds.reports.expert_load.run import RunView
 
     page = folder / "expert_load.html"
     write_report(page, [RunView.open(folder)])

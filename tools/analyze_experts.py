@@ -11,22 +11,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from promoe_ds.analysis.expert_load.report import export_figure
-from promoe_ds.analysis.specialisation.collect import draw_images
-from promoe_ds.analysis.specialisation.report import (
-    Analysis,
-    Settings,
-    analyse,
-    check_place,
-    layer_figures,
-    overview_figures,
-    write,
-)
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.data import build_dataset
 from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.model.export import load_model
+from promoe_ds.reports.page import write_charts
+from promoe_ds.reports.specialisation.analysis import Settings, analyse
+from promoe_ds.reports.specialisation.collect import draw_images
+from promoe_ds.reports.specialisation.page import check_place, layer_charts, overview_charts, write_report
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -57,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     config = network.config
     if options.data_path is not None:
         if config.data.dataset not in ("latents", "images"):
-            raise ConfigError(f"--data-path {options.data_path}: the model's data, {config.data.dataset}, lies in no folder: leave "
+            raise ConfigError(f"--data-path {options.data_path}: the model's data, {config.data.dataset}, is in no folder: leave "
                               "it out")
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": options.data_path})})
     batch = draw_images(build_dataset(config), options.images, options.seed)
@@ -65,12 +58,13 @@ def main(arguments: Sequence[str]) -> None:
                         rounds=options.rounds, seed=options.seed)
     analysis = analyse(network, batch, settings, name=options.export_dir.resolve().name)
     for layer in analysis.layers:
-        told = ", ".join(f"{kind} {each.score:+.3f} (p {each.p_value:.3f})" for kind, each in layer.information.items())
-        print(f"layer {layer.layer}: what the expert tells beyond chance: {told}")
-    write(analysis, out)
+        found = ", ".join(f"{kind} {each.score:+.3f} (p {each.p_value:.3f})" for kind, each in layer.information.items())
+        print(f"layer {layer.layer}: the expert depends, beyond chance, on: {found}")
+    write_report(analysis, out)
     print(f"report: {out} (one file, opens offline); numbers: {out.with_suffix('.json')}")
     if options.export is not None:
-        export(analysis, options.export)
+        charts = [*overview_charts(analysis), *(chart for layer in analysis.layers for chart in layer_charts(analysis, layer))]
+        print(f"exported {write_charts(options.export, charts)} figures as PNG and CSV to {options.export}")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -89,21 +83,7 @@ def prepare(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise cannot_export(folder, error) from None
-
-
-def export(analysis: Analysis, folder: Path) -> None:
-    scenes = [*overview_figures(analysis), *(scene for layer in analysis.layers for scene in layer_figures(analysis, layer))]
-    try:
-        for scene in scenes:
-            export_figure(folder, scene)
-    except OSError as error:
-        raise cannot_export(folder, error) from None
-    print(f"exported {len(scenes)} figures as PNG and CSV to {folder}")
-
-
-def cannot_export(folder: Path, error: OSError) -> DataError:
-    return DataError(f"--export {folder} cannot be written: {error.strerror}")
+        raise DataError(f"--export {folder} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python tools/compare.py --recipes digits_promoe --variant no_rcl=digits_promoe,routing.rcl_weight=0 \\
         --steps 900 --seeds 0,1,2 --out runs/comparison
 
-The first contender is the one that the others are compared with. The same command goes on with what is unfinished; with
-contenders or seeds added, only those are trained.
+The first candidate is the one that the others are compared with. The same command continues what is unfinished; with
+candidates or seeds added, only those are trained.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from promoe_ds.analysis.comparison import ComparisonRequest, compare
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import configure_logging
+from promoe_ds.reports.comparison.candidates import ComparisonRequest
+from promoe_ds.reports.comparison.experiment import compare
 
 _INTERRUPTED = 130
 
@@ -30,7 +31,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--variant", dest="variants", action="append", default=[], metavar="NAME=RECIPE,SECTION.FIELD=VALUE,...",
                         help="a recipe with overrides, under a name of its own; may be repeated")
     parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE",
-                        help="overrides for all contenders")
+                        help="overrides for all candidates")
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps of every run")
     parser.add_argument("--seeds", default="0", help="comma-separated, e.g. 0,1,2")
     parser.add_argument("--out", type=Path, required=True, help="folder of the experiment: report and runs")
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
         for path in compare(request):
             print(f"wrote {path}")
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: the same command goes on from the newest checkpoints\n")
+        sys.stderr.write("interrupted: the same command resumes from the newest checkpoints\n")
         sys.exit(_INTERRUPTED)
 
 

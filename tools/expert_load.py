@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from promoe_ds.analysis.expert_load.live import follow
-from promoe_ds.analysis.expert_load.placement import advise, unevenness, write_placement
-from promoe_ds.analysis.expert_load.report import export, write_report
-from promoe_ds.analysis.expert_load.terminal import dead_of, findings_text, load_table, loads_of, placement_table
-from promoe_ds.analysis.expert_load.view import RunView, open_views
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.reports.expert_load.live import follow
+from promoe_ds.reports.expert_load.page import export, write_report
+from promoe_ds.reports.expert_load.placement import advise, unevenness, write_placement
+from promoe_ds.reports.expert_load.run import RunView, open_runs
+from promoe_ds.reports.expert_load.terminal import findings_text, load_table, placement_table
 
 #: What --follow has nothing to do with.
 _OF_A_REPORT = ("compare", "out", "export", "last_steps", "no_html", "placement", "ep_size")
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.follow:
         follow(options.run_dir, console, every=2.0 if options.every is None else options.every)
         return
-    views = open_views([folder for folder in (options.run_dir, options.compare) if folder is not None], options.last_steps)
+    views = open_runs([folder for folder in (options.run_dir, options.compare) if folder is not None], options.last_steps)
     for view in views:
         summarise(view, console, everything=options.last_steps is None, is_named=len(views) > 1)
     if options.placement is not None:
@@ -87,7 +87,7 @@ def summarise(view: RunView, console: Console, *, everything: bool, is_named: bo
     """Print a run's table, findings and placements."""
     if is_named:
         console.rule(view.name)
-    table = load_table(loads_of(view, slice(None) if everything else view.window), dead_of(view),
+    table = load_table(view, slice(None) if everything else view.window,
                        covered="all steps" if everything else f"last {view.window_steps:,} steps")
     # Never wrapped: a narrow terminal or a pipe gets the whole line.
     Console(width=max(console.width, Console(width=1000).measure(table).maximum)).print(table)

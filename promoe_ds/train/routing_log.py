@@ -6,8 +6,6 @@ L MoE layers, Q timestep bins, N rows of an assignment, P passes, w ranks of an 
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from promoe_ds.config import RunConfig
 from promoe_ds.distributed.context import DistributedContext
+from promoe_ds.load_stats import load_summary
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.collectives import EXCHANGES
 from promoe_ds.moe.layer import MoELayer
@@ -237,8 +236,7 @@ def _describe(columns: Tensor) -> dict[str, Any]:
     routed, unconditional = columns[-2:].tolist()
     return {"tokens_per_expert": tokens, "gate_sum_per_expert": [_significant(x) for x in gates],
             "conditional_tokens": int(routed), "unconditional_tokens": int(unconditional),
-            "gate_mean": sum(gates) / sum(tokens) if any(tokens) else None, **load_summary(tokens),
-            "load_cv": _significant(statistics.pstdev(tokens) * experts / sum(tokens)) if any(tokens) else None}
+            "gate_mean": sum(gates) / sum(tokens) if any(tokens) else None, **load_summary(tokens)}
 
 
 def _describe_prototypes(layer: MoELayer, sums_ED: Tensor, tokens_E: Tensor, *, with_matrix: bool) -> dict[str, Any]:
@@ -261,14 +259,3 @@ def _cosines(values: Tensor, is_known: Tensor | None = None) -> list[Any]:
 def _significant(value: float) -> float:
     """Round to six digits: more would only make the file longer."""
     return float(f"{value:.6g}")
-
-
-def load_summary(tokens_per_expert: list[int]) -> dict[str, Any]:
-    """Return the load's max/mean, normalised entropy (1 = even) and number of experts without tokens; None without tokens."""
-    total, experts = sum(tokens_per_expert), len(tokens_per_expert)
-    if not total:
-        return {"load_max_over_mean": None, "load_entropy": None, "dead_experts": None}
-    shares = [n / total for n in tokens_per_expert if n]
-    entropy = -sum(p * math.log(p) for p in shares) / math.log(experts) if experts > 1 else 1.0
-    return {"load_max_over_mean": max(tokens_per_expert) * experts / total, "load_entropy": entropy,
-            "dead_experts": tokens_per_expert.count(0)}

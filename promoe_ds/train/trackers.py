@@ -12,6 +12,7 @@ import numpy as np
 from promoe_ds.checkpoint.tracker_id import WANDB_ID, read_wandb_id
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import ConfigError
+from promoe_ds.load_stats import max_over_mean, variation
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("metrics")
@@ -101,10 +102,11 @@ def flatten(line: dict[str, Any], routing_lines: list[dict[str, Any]]) -> tuple[
                 scalars |= {} if None in waits else {f"exchange_wait_seconds/{layer}": sum(waits)}
                 scalars |= {} if detail["rank_max_over_mean"] is None else {f"rank_load/{layer}": detail["rank_max_over_mean"]}
     for name, tokens in histograms.items():
-        layer, mean = name.rpartition("/")[2], sum(tokens) / len(tokens)
+        layer = name.rpartition("/")[2]
         scalars[f"dead_experts/{layer}"] = tokens.count(0)
-        if mean:
-            scalars |= {f"load_max_over_mean/{layer}": max(tokens) / mean, f"load_cv/{layer}": float(np.std(tokens) / mean)}
+        if any(tokens):
+            load = {"load_max_over_mean": max_over_mean(np.array(tokens)), "load_cv": variation(np.array(tokens))}
+            scalars |= {f"{field}/{layer}": float(value) for field, value in load.items()}
     return scalars, histograms
 
 

@@ -1,4 +1,4 @@
-"""The comparison as a user runs it: two contenders and two seeds, resumed, enlarged, with a run that fails."""
+"""The comparison as a user runs it: two candidates and two seeds, resumed, enlarged, with a run that fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from .commands import REPOSITORY, ZERO2, run
 
 TINY = ("model.hidden_size=32", "model.depth=2", "model.num_heads=2", "train.global_batch_size=8", "sampling.steps=2")
-CONTENDERS = ("digits_promoe", "dense")
+CANDIDATES = ("digits_promoe", "dense")
 
 
 def _compare(folder: Path, seeds: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -27,7 +27,7 @@ def _read(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compare two contenders with two seeds."""
+    """Compare two candidates with two seeds."""
     folder = tmp_path_factory.mktemp("compare")
     done = _compare(folder, "0,1")
     assert done.returncode == 0, done.stderr + "".join(log.read_text() for log in folder.glob("out/logs/*"))
@@ -41,7 +41,7 @@ def _times(folder: Path) -> dict[Path, int]:
 
 def test_compare_json_has_every_figure_of_every_run(folder) -> None:
     comparison = _read(folder)
-    assert [entry["name"] for entry in comparison["contenders"]] == list(CONTENDERS)
+    assert [entry["name"] for entry in comparison["contenders"]] == list(CANDIDATES)
     for entry in comparison["contenders"]:
         assert list(entry["seeds"]) == ["0", "1"]
         for result in entry["seeds"].values():
@@ -66,10 +66,8 @@ def test_compare_runs_of_a_seed_share_data_and_noise_not_those_of_two(folder) ->
 
 def test_compare_page_stands_alone_with_figures_and_samples(folder) -> None:
     page = (folder / "out" / "comparison.html").read_text()
-    assert (page.count("<svg"), page.count("<img")) == (7, 2)
-    assert "http://" not in page.replace("http://www.w3.org/", "")
-    assert "https://" not in page
-    assert "<script" not in page
+    assert (page.count('class="chart" role='), page.count('src="data:image/png')) == (7, 2)
+    assert "default-src 'none'" in page  # the browser fetches nothing
 
 
 def test_compare_again_recomputes_nothing_then_other_settings_are_refused(folder) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from promoe_ds.analysis.expert_load import load_log
 from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
+from promoe_ds.reports.log import load_log
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "promoe_ds"
 #: Rooms with a closed list of libraries beside the standard one.
 LIBRARIES: dict[str, set[str]] = {
     "errors": set(), "logs": set(), "files": set(), "file_kind": set(), "versions": {"torch"}, "randomness": {"numpy"},
+    "load_stats": {"numpy"},
     "condition": {"torch"}, "config": {"pydantic", "yaml"}, "routing": {"torch"}, "moe": {"torch"},
     "model": {"torch", "numpy", "safetensors", "xxhash"}, "diffusion": {"torch", "numpy", "diffusers"},
     # Images are decoded by Pillow and encoded by diffusers' autoencoder. Tensors and records carry xxhash checksums.
@@ -21,11 +22,11 @@ LIBRARIES: dict[str, set[str]] = {
     # Runs on the launching host, before any rank, and must not need torch there.
     "launch": set(), "distributed": {"torch", "numpy"}}
 #: The rooms from the lowest up; a room imports from those above it in this list and from none below.
-ORDER = ("errors", "logs", "files", "file_kind", "randomness", "condition", "config", "versions", "routing", "moe", "model",
+ORDER = ("errors", "logs", "files", "file_kind", "randomness", "load_stats", "condition", "config", "versions", "routing", "moe", "model",
          "diffusion", "launch", "distributed", "data", "backends", "checkpoint", "train")
 #: Rooms that need less than the order would let them have.
 NARROW: dict[str, set[str]] = {
-    "errors": set(), "logs": set(), "files": set(), "file_kind": set(), "randomness": set(), "condition": set(),
+    "errors": set(), "logs": set(), "files": set(), "file_kind": set(), "randomness": set(), "load_stats": set(), "condition": set(),
     "config": {"errors", "logs"}, "versions": {"errors", "config"}, "routing": {"errors", "config", "condition"}, "moe": {"routing", "config"},
     "diffusion": {"config", "randomness", "errors", "condition"}, "launch": {"errors", "logs", "files", "config"},
     "distributed": {"errors", "logs", "config", "launch"},
@@ -33,7 +34,7 @@ NARROW: dict[str, set[str]] = {
 ROOMS = {room: NARROW.get(room, set(ORDER[:place])) for place, room in enumerate(ORDER)}
 ENGINES = {"deepspeed", "megatron"}
 #: Rooms free in their libraries: all but the engines' own.
-OPEN = {"evaluation", "analysis", "planning", "pipeline", "cli"}
+OPEN = {"evaluation", "reports", "planning", "pipeline", "cli"}
 #: Where an engine is imported beside the room that is made for it: its constructor, its class of storage.
 WITH_ENGINE = {"train/trainer.py", "checkpoint/engine.py"}
 KNOWN = set(ROOMS) | OPEN | {"__init__"}

@@ -203,7 +203,7 @@ def test_suite_from_the_command_line_names_candidates_and_what_is_missing(suite:
         assert counts["moe"] - counts["dense"] == width * prototypes_and_bias
     if suite == "dispatch":
         sent = result["settings"]["bytes_sent"]
-        assert sent["deepspeed"] == sent["exchange_limit"] == sent["ideal"] > 0
+        assert sent["alltoall"] == sent["exchange_limit"] == sent["ideal"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

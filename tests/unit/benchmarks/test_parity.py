@@ -13,7 +13,7 @@ from promoe_ds.errors import TrainingError
 from promoe_ds.train.step import TrainingModule
 
 from ..builders import random_network, small_config
-from ..engine import fake_te
+from ..backends import fake_te
 
 CPU = torch.device("cpu")
 

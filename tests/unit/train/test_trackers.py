@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from promoe_ds.errors import ConfigError
 from promoe_ds.train.trackers import flatten, open_trackers, read_wandb_id
 
-from ..analysis.routing_logs import interval
 from ..builders import small_config
+from ..reports.routing_logs import interval
 
 LINE = {"step": 5, "loss": 0.5, "mfu": None}
 

@@ -1,1 +1,0 @@
-"""Reading what runs recorded: routing statistics and their summaries, benchmarks, comparisons of recipes."""

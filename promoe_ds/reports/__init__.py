@@ -1,0 +1,1 @@
+"""Expert load, specialisation and comparison: one log reader, one chart system, one page."""

@@ -1,0 +1,280 @@
+"""One folder, one experiment: later calls keep the settings of the first, and continue it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from promoe_ds.config import config_from_dict, count_parameters, training_flops_per_image
+from promoe_ds.errors import ConfigError, DataError, TrainingError
+from promoe_ds.reports.comparison.candidates import (
+    Candidate,
+    ComparisonRequest,
+    check_fair,
+    check_launch,
+    check_numbers,
+    flat_fields,
+    load_candidates,
+)
+from promoe_ds.reports.comparison.results import (
+    JUDGED_DATASETS,
+    SCHEMA_VERSION,
+    Result,
+    paired_differences,
+    read_json,
+    summarise,
+    write_json,
+)
+from promoe_ds.reports.comparison.runner import Children, PlannedRun, do_all
+from promoe_ds.reports.page import write_page
+
+JSON_FILE = "comparison.json"
+HTML_FILE = "comparison.html"
+_LOCK_FILE = "lock"
+#: Settings that all runs of a folder share; seeds and candidates may be added, jobs and tolerance change nothing.
+_SETTLED = ("steps", "samples", "sample_seed", "ranks", "deepspeed")
+
+
+def compare(request: ComparisonRequest) -> list[Path]:
+    """Train every candidate with every seed, judge, and write comparison.json and comparison.html; return their paths.
+
+    All is checked before anything is trained. Runs with a result are not repeated, others resume from their checkpoint.
+    Raises: ConfigError for what cannot be compared; TrainingError, after the report is written, if runs failed.
+    """
+    check_numbers(request)
+    candidates = load_candidates(request)
+    check_fair(candidates, request.tolerance)
+    settings = {
+        "steps": request.steps,
+        "seeds": list(request.seeds),
+        "samples": request.samples,
+        "sample_seed": request.sample_seed,
+        "ranks": request.ranks,
+        "jobs": request.jobs,
+        "tolerance": request.tolerance,
+        "deepspeed_config": str(request.deepspeed_config),
+        "deepspeed": check_launch(request, candidates),
+    }
+    require_libraries(judges_images=_has_images(candidates))
+    with _locked(request.out) as lock:
+        runs = [
+            PlannedRun(candidate=candidate, seed=seed, root=request.out)
+            for seed in request.seeds
+            for candidate in candidates
+        ]
+        check_same_experiment(request.out, settings, candidates, runs)
+        write = partial(_write, request.out, settings, candidates, runs)
+        write({})
+        failures = do_all(runs, request, Children(inherited=[lock]), environment_of(request), write)
+        write(failures, with_report=True)
+    if failures:
+        reasons = "; ".join(f"{run.label}: {reason}" for run, reason in failures.items())
+        raise TrainingError(
+            f"{len(failures)} of {len(runs)} runs have no result: {reasons}. The report covers the others; "
+            "the same command tries these again"
+        )
+    return [request.out / JSON_FILE, request.out / HTML_FILE]
+
+
+def _write(
+    folder: Path,
+    settings: dict[str, Any],
+    candidates: Sequence[Candidate],
+    runs: Sequence[PlannedRun],
+    failures: dict[PlannedRun, str],
+    *,
+    with_report: bool = False,
+) -> None:
+    from promoe_ds.reports.comparison.page import (
+        build_page,
+    )  # libraries of the extra `report`, checked before
+
+    try:
+        comparison = assemble(settings, candidates, runs, failures)
+        write_json(folder / JSON_FILE, comparison)
+        if with_report:
+            write_page(folder / HTML_FILE, build_page(comparison, folder))
+    except (OSError, DataError) as error:
+        raise TrainingError(
+            f"--out {folder}: the report could not be written: {error}. Free the disk and run the same command "
+            "again"
+        ) from None
+
+
+def require_libraries(*, judges_images: bool) -> None:
+    """Refuse to start what could not be reported at the end.
+
+    Raises: ConfigError naming the library and how to install it.
+    """
+    for library in ("vl_convert", *(["sklearn"] if judges_images else [])):
+        if find_spec(library) is None:
+            raise ConfigError(
+                f"{library} is not installed, the comparison's report needs it: pip install 'promoe_ds[report]'"
+            )
+
+
+def _has_images(candidates: Sequence[Candidate]) -> bool:
+    return candidates[0].config.data.dataset in JUDGED_DATASETS  # equal for all
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Lock the folder; children inherit the descriptor, so it stays locked while one of them lives.
+
+    Raises: ConfigError if the folder is another's, or somebody works there.
+    """
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / _LOCK_FILE).is_file():
+            raise ConfigError(
+                f"--out {folder} is not empty and has no comparison: choose another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"--out {folder}: another comparison, or a run that one left behind, uses it: wait for "
+                "it, or end it"
+            ) from None
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def check_same_experiment(
+    folder: Path,
+    settings: dict[str, Any],
+    candidates: Sequence[Candidate],
+    runs: Sequence[PlannedRun],
+) -> None:
+    """Compare a call with what the folder has already.
+
+    Raises: ConfigError naming every difference.
+    """
+    different: list[str] = []
+    if (folder / JSON_FILE).is_file():
+        before = read_json(folder / JSON_FILE)
+        different += [
+            f"{name} is {before['settings'].get(name)!r} there and {settings[name]!r} here"
+            for name in _SETTLED
+            if before["settings"].get(name) != settings[name]
+        ]
+        # Steps are in every config: once is enough.
+        saved = (
+            {} if different else {entry["name"]: entry["config"] for entry in before["contenders"]}
+        )
+        for candidate in candidates:
+            if candidate.name in saved:
+                different += _differing(
+                    candidate.name, saved[candidate.name], candidate.config, folder / JSON_FILE
+                )
+    for run in runs if not different else ():
+        if run.result_file.is_file():
+            different += _differing(
+                run.label, read_json(run.result_file)["config"], run.config, run.result_file
+            )
+    if different:
+        raise ConfigError(
+            f"--out {folder} has another experiment: {'; '.join(different)}. Use another folder"
+        )
+
+
+def _differing(name: str, saved: dict[str, Any], config: Any, source: Path) -> list[str]:
+    before, here = flat_fields(config_from_dict(saved, source=str(source))), flat_fields(config)
+    return [
+        f"{name}: {field} is {before.get(field)!r} there and {here.get(field)!r} here"
+        for field in {**before, **here}
+        if before.get(field) != here.get(field)
+    ]
+
+
+def assemble(
+    settings: dict[str, Any],
+    candidates: Sequence[Candidate],
+    runs: Sequence[PlannedRun],
+    failures: dict[PlannedRun, str],
+) -> dict[str, Any]:
+    """Return the content of comparison.json from the results that are there."""
+    results: dict[str, dict[int, Result]] = {candidate.name: {} for candidate in candidates}
+    missing: list[dict[str, Any]] = []
+    for run in runs:
+        if run.result_file.is_file():
+            result = read_json(run.result_file)
+            results[run.candidate.name][run.seed] = {
+                k: v for k, v in result.items() if k not in ("config", "contender", "schema")
+            }
+        else:
+            missing.append(
+                {
+                    "contender": run.candidate.name,
+                    "seed": run.seed,
+                    "reason": failures.get(run, "not finished yet"),
+                }
+            )
+    baseline = results[candidates[0].name]
+    return {
+        "schema": SCHEMA_VERSION,
+        "settings": settings,
+        "dataset": candidates[0].config.data.dataset,
+        "judges_images": _has_images(candidates),
+        "missing": missing,
+        "contenders": [
+            _describe(
+                candidate, results[candidate.name], baseline, is_first=candidate is candidates[0]
+            )
+            for candidate in candidates
+        ],
+    }
+
+
+def _describe(
+    candidate: Candidate, results: dict[int, Result], baseline: dict[int, Result], *, is_first: bool
+) -> dict[str, Any]:
+    count = count_parameters(candidate.config)
+    return {
+        "name": candidate.name,
+        "recipe": candidate.recipe,
+        "overrides": list(candidate.overrides),
+        "parameters": {"total": count.total, "activated": count.activated},
+        "training_gflops_per_image": training_flops_per_image(candidate.config) / 1e9,
+        "summary": summarise(results),
+        "difference_to_first": None if is_first else paired_differences(results, baseline),
+        "seeds": {str(seed): result for seed, result in sorted(results.items())},
+        "config": candidate.config.model_dump(mode="json"),
+    }
+
+
+def environment_of(request: ComparisonRequest) -> dict[str, Any]:
+    """Return what times depend on; every result holds what it was made under."""
+    versions = {name: metadata.version(name) for name in ("promoe_ds", "torch", "deepspeed")}
+    return {
+        "jobs": request.jobs,
+        "ranks": request.ranks,
+        "versions": {**versions, "python": platform.python_version()},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "system": platform.system(),
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,288 @@
+"""comparison.html from the content of comparison.json, which `comparison` is everywhere here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from promoe_ds.errors import DataError
+from promoe_ds.evaluation.images import make_grid, read_samples
+from promoe_ds.reports.comparison.charts import charts, running_window
+from promoe_ds.reports.page import Page, figures
+from promoe_ds.reports.theme import png_url
+
+_GRID_COLUMNS, _GRID_ZOOM = 10, 3
+#: Column: metric of the results, heading, decimals, factor to its unit.
+_COLUMNS = (
+    ("final_loss", "final loss", 4, 1.0),
+    ("heldout_loss", "held-out loss", 4, 1.0),
+    ("frechet", "Fréchet", 3, 1.0),
+    ("accuracy", "accuracy, %", 1, 100.0),
+    ("load_max_over_mean", "load max/mean", 2, 1.0),
+    ("load_entropy", "load entropy", 3, 1.0),
+    ("dead_experts", "dead experts", 2, 1.0),
+    ("step_ms", "ms a step", 1, 1.0),
+)
+
+
+def build_page(comparison: Mapping[str, Any], folder: Path) -> Page:
+    """Return the page.
+
+    Args:
+        folder: of the comparison; samples are taken from its runs.
+    """
+    entries, settings = comparison["contenders"], comparison["settings"]
+    environments, several = _environments(entries), "s" if len(settings["seeds"]) > 1 else ""
+    images = entries[0]["config"]["train"]["global_batch_size"]
+    page = Page(
+        "Comparison",
+        f"{len(entries)} candidate{'s' if len(entries) > 1 else ''} on {comparison['dataset']}",
+        facts=[
+            f"{settings['steps']:,} steps of {images} images, seed{several} {', '.join(map(str, settings['seeds']))}. All "
+            "candidates saw the same images in the same order with the same noise for a given seed."
+        ],
+    )
+    _add_warnings(page, comparison, environments)
+    _add_tables(page, entries)
+    page.add("heading", text="Figures")
+    drawn, window = (
+        [chart for chart in charts(comparison) if chart is not None],
+        running_window(comparison),
+    )
+    page.add("figures", items=figures([[chart] for chart in drawn], [""]))
+    page.add(
+        "text",
+        text="No run has a result yet."
+        if not drawn
+        else f"Curves: mean over seeds{f', running mean over {window} log lines' if window > 1 else ''}; bands one standard "
+        "deviation. Points: one a seed; bar: their mean; line: one standard deviation.",
+    )
+    if pictures := _pictures(entries, folder):
+        page.add("heading", text="Samples")
+        page.add(
+            "text",
+            text=f"One row a class. The same noise for every candidate, guidance {_guidance(entries)}.",
+        )
+        page.add("pictures", items=pictures)
+    page.add("heading", text="How it was measured")
+    page.add("terms", items=_terms(comparison, environments))
+    page.add("heading", text="Settings")
+    commands = [
+        (entry["name"], f"recipe {entry['recipe']}, --set {' '.join(entry['overrides'])}")
+        for entry in entries
+    ]
+    versions = [
+        ("versions", ", ".join(f"{name} {version}" for name, version in each["versions"].items()))
+        for each, _ in environments
+    ]
+    page.add("terms", items=[*commands, ("DeepSpeed", settings["deepspeed_config"]), *versions])
+    return page
+
+
+def _add_warnings(page: Page, comparison: Mapping[str, Any], environments: Sequence[tuple]) -> None:
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for run in comparison["missing"]:
+        by_reason.setdefault((run["contender"], run["reason"]), []).append(str(run["seed"]))
+    if by_reason:
+        planned = len(comparison["settings"]["seeds"]) * len(comparison["contenders"])
+        page.add(
+            "warning",
+            title=f"{len(comparison['missing'])} of {planned} runs are missing.",
+            text="Everything below covers the others.",
+            items=[
+                f"{name}, seed {', '.join(seeds)}: {reason}"
+                for (name, reason), seeds in by_reason.items()
+            ],
+        )
+    if len(environments) > 1:
+        page.add(
+            "warning",
+            title="Not all runs were made under the same conditions",
+            items=[],
+            text="(see the end of this page): times a step compare only within one of them.",
+        )
+
+
+def _add_tables(page: Page, entries: Sequence[Mapping[str, Any]]) -> None:
+    columns = [
+        column for column in _COLUMNS if any(entry["summary"][column[0]] for entry in entries)
+    ]
+    headings = ["candidate", *(heading for _, heading, *_ in columns)]
+    page.add("heading", text="Results")
+    page.add("text", text="Mean ± standard deviation over seeds.")
+    page.add(
+        "table",
+        rows=[
+            [*headings, "parameters, millions active / all", "GFLOP an image", "seeds"],
+            *(
+                [
+                    entry["name"],
+                    *_cells(entry["summary"], columns),
+                    " / ".join(
+                        f"{entry['parameters'][kind] / 1e6:.4g}" for kind in ("activated", "total")
+                    ),
+                    f"{entry['training_gflops_per_image']:.3g}",
+                    len(entry["seeds"]),
+                ]
+                for entry in entries
+            ),
+        ],
+    )
+    if len(entries) > 1:
+        page.add("heading", text=f"Difference to {entries[0]['name']}")
+        page.add(
+            "text",
+            text="Mean ± standard deviation of the differences between runs of the same seed. What data order and "
+            "noise vary cancels here, so this is the table to judge by.",
+        )
+        paired = {entry["name"]: entry["difference_to_first"] for entry in entries[1:]}
+        page.add(
+            "table",
+            rows=[
+                [*headings, "pairs"],
+                *(
+                    [
+                        name,
+                        *_cells(each, columns, signed=True),
+                        max((metric["n"] for metric in each.values() if metric), default=0),
+                    ]
+                    for name, each in paired.items()
+                ),
+            ],
+        )
+
+
+def _cells(
+    summary: Mapping[str, Any], columns: Sequence[tuple], *, signed: bool = False
+) -> list[str]:
+    return [
+        show(summary[metric], decimals, factor, signed=signed)
+        for metric, _, decimals, factor in columns
+    ]
+
+
+def show(
+    summary: Mapping[str, Any] | None, decimals: int, factor: float, *, signed: bool = False
+) -> str:
+    """Return `mean ± sd`, the mean alone of one value, a dash of none."""
+    if summary is None:
+        return "–"
+    mean = f"{factor * summary['mean']:{'+' if signed else ''}.{decimals}f}".replace("-", "−")
+    return mean if summary["sd"] is None else f"{mean} ± {factor * summary['sd']:.{decimals}f}"
+
+
+def _pictures(
+    entries: Sequence[Mapping[str, Any]], folder: Path
+) -> list[tuple[str, str, int, int]]:
+    """Return each candidate's samples of its first seed."""
+    found = []
+    for entry in entries:
+        seed = next(iter(entry["seeds"]), None)
+        try:
+            images, labels = read_samples(
+                folder / "runs" / f"{entry['name']}-seed{seed}" / "samples"
+            )
+        except DataError:
+            continue  # not judged, or cleared away
+        columns = min(_GRID_COLUMNS, int(np.bincount(labels).max()))
+        grid = make_grid(images, labels, columns=columns, zoom=_GRID_ZOOM)
+        url = png_url(Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid))
+        found.append((f"{entry['name']}, seed {seed}", url, grid.shape[1], grid.shape[0]))
+    return found
+
+
+def _environments(entries: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], list[str]]]:
+    """Return the different conditions under which results were made, and the runs of each."""
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    for entry in entries:
+        for seed, result in entry["seeds"].items():
+            environment = {**result["environment"], "device": result["device"]}
+            runs = next((runs for known, runs in found if known == environment), None)
+            if runs is None:
+                found.append((environment, runs := []))
+            runs.append(f"{entry['name']}, seed {seed}")
+    return found
+
+
+def _guidance(entries: Sequence[Mapping[str, Any]]) -> str:
+    scales = {entry["name"]: f"{entry['config']['sampling']['cfg_scale']:g}" for entry in entries}
+    return (
+        scales[entries[0]["name"]]
+        if len(set(scales.values())) == 1
+        else ", ".join(f"{scale} ({name})" for name, scale in scales.items())
+    )
+
+
+def _terms(
+    comparison: Mapping[str, Any], environments: Sequence[tuple[dict[str, Any], list[str]]]
+) -> list[tuple[str, str]]:
+    """Return what each figure is, and how it was measured."""
+    entries, settings = comparison["contenders"], comparison["settings"]
+    terms = [
+        (
+            "final loss",
+            "Mean diffusion loss over the last tenth of the log lines, auxiliary losses left out.",
+        )
+    ]
+    if comparison["judges_images"]:
+        terms += [
+            (
+                "held-out loss",
+                "Mean diffusion loss of the moving-average weights on the digits held out from training, each with "
+                "its label and the same noises and noise levels for every candidate and seed.",
+            ),
+            (
+                "Fréchet, accuracy",
+                f"Of {settings['samples']} samples a run (moving-average weights, guidance {_guidance(entries)}, "
+                f"noise of seed {settings['sample_seed']}): squared Fréchet distance of their pixels to the digits held out from "
+                "training; share that a classifier trained on real digits recognises as the label asked for.",
+            ),
+        ]
+    else:
+        terms.append(
+            (
+                "held-out loss, Fréchet, accuracy",
+                "Not given: without downloads only models of the digits data set can be "
+                f"judged, and this is {comparison['dataset']}.",
+            )
+        )
+    if any(entry["summary"]["load_entropy"] for entry in entries):
+        dense = [
+            entry["name"]
+            for entry in entries
+            if entry["seeds"] and not entry["summary"]["load_entropy"]
+        ]
+        terms.append(
+            (
+                "load",
+                "Tokens of each routed expert over the last fifth of the steps, by block; the table has the mean "
+                "over blocks. max/mean: 1 is even; entropy: over the logarithm of the number of experts, 1 is even; dead: "
+                "experts without a token." + (f" No experts: {', '.join(dense)}." if dense else ""),
+            )
+        )
+    return [
+        *terms,
+        (
+            "ms a step",
+            "Median over a run's log lines, without the first. It compares what was measured alike: "
+            f"{'; '.join(_measured_with(environments))}.",
+        ),
+        (
+            "parameters",
+            "Activated: what one conditional token uses. The comparison allowed them to be "
+            f"{100 * settings['tolerance']:g} % apart.",
+        ),
+    ]
+
+
+def _measured_with(environments: Sequence[tuple[dict[str, Any], list[str]]]) -> list[str]:
+    return [
+        f"{each['jobs']} run{'s' if each['jobs'] > 1 else ''} at a time of {each['ranks']} rank{'s' if each['ranks'] > 1 else ''} "
+        f"with one thread each, on {each['machine']['cores']} cores of {each['machine']['processor']}, device {each['device']}"
+        + (f" ({'; '.join(runs)})" if len(environments) > 1 else "")
+        for each, runs in environments
+    ]

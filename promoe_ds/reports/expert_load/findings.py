@@ -1,0 +1,184 @@
+"""What a reader should know first: each pathology with its number, place and remedy (docs/profiling.md has the reasons)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from promoe_ds.load_stats import max_over_mean
+from promoe_ds.reports.expert_load.run import STARVED_SHARE, RunView, Starved
+
+#: Beyond these, something is to be done.
+UNEVEN, VERY_UNEVEN = 1.5, 2.5
+TIME_LOST, MUCH_TIME_LOST = 0.05, 0.15
+ALIKE_PROTOTYPES = 0.5
+_UNEVEN_BIN = 3.0
+#: Part of a step that another placement has to gain.
+_WORTH_A_RESUME = 0.01
+_MOST_NAMED = 6
+#: What a finding asks for, by its level.
+TAGS = {"bad": "act", "warn": "watch", "good": "fine"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence with a remedy; level is bad, warn or good."""
+
+    level: str
+    title: str
+    text: str
+
+
+def find(view: RunView) -> list[Finding]:
+    """Return what is to be said of a run, the worst first; one good word where nothing is wrong."""
+    if not view.tokens_LE.any():
+        text = (
+            f"All samples of the last {view.window_steps:,} steps were unconditional: look at the labels and at "
+            "diffusion.label_dropout, or take a longer window with --last-steps."
+        )
+        return [Finding("bad", "No token was routed", text)]
+    found = [*_starved(view), *_unevenness(view), *_time(view), *_prototypes(view), *_noise(view)]
+    order = {"bad": 0, "warn": 1}
+    if not found:
+        return [
+            Finding(
+                "good",
+                "Nothing wrong found",
+                "Every expert has tokens, no layer is far from even, prototypes stay apart "
+                "and no rank makes the others wait for long.",
+            )
+        ]
+    return sorted(found, key=lambda finding: order[finding.level])
+
+
+def _starved(view: RunView) -> list[Finding]:
+    found = []
+    for is_dead, level, word in ((True, "bad", "dead"), (False, "warn", "starved")):
+        those = [each for each in view.starved if each.is_dead == is_dead]
+        if not those:
+            continue
+        places = [f"layer {each.layer} expert {each.expert} ({_since(each)})" for each in those]
+        what = (
+            "no token any more"
+            if is_dead
+            else f"less than {STARVED_SHARE:.0%} of an even share in the last {view.window_steps:,} steps"
+        )
+        found.append(
+            Finding(
+                level,
+                f"{len(those)} {word} expert{'s' if len(those) > 1 else ''}",
+                f"{_first(places)}: {what}. Raise routing.rcl_weight, "
+                "or give a balance loss (routing.balance_weight) where the method takes one; an expert dead since the "
+                "start has a prototype far from all tokens: start anew with another train.seed or fewer experts.",
+            )
+        )
+    return found
+
+
+def _since(each: Starved) -> str:
+    word = "dead" if each.is_dead else "starved"
+    if each.is_always and not each.since:
+        return f"{word} from the start"
+    return f"{word} since step {each.since:,}{' or before' if each.is_always else ''}"
+
+
+def _first(names: Sequence[object]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(map(str, names[:_MOST_NAMED])) + more
+
+
+def _unevenness(view: RunView) -> list[Finding]:
+    uneven_L = max_over_mean(view.tokens_LE)
+    worst = int(np.nanargmax(np.nan_to_num(uneven_L, nan=-1.0)))
+    if not uneven_L[worst] > UNEVEN:
+        return []
+    experts = [int(e) for e in np.argsort(-view.tokens_LE[worst])[:2]]
+    level = "bad" if uneven_L[worst] > VERY_UNEVEN else "warn"
+    return [
+        Finding(
+            level,
+            f"Layer {view.log.layers[worst]} is uneven: {uneven_L[worst]:.2f} times the mean",
+            f"Its expert {experts[0]} is the fullest, expert {experts[1]} next; {int((uneven_L > UNEVEN).sum())} of "
+            f"{len(uneven_L)} layers are above {UNEVEN}. Routing by meaning is uneven up to a point: "
+            "act where it costs time (see placement) or grows, by a balance loss or a higher routing.rcl_weight.",
+        )
+    ]
+
+
+def _time(view: RunView) -> list[Finding]:
+    lost = view.time_lost(view.present_uneven)
+    if lost is None or view.log.ep_size == 1 or lost < TIME_LOST:
+        return []
+    advised = view.time_lost(view.advised_uneven)
+    if lost - advised >= _WORTH_A_RESUME:
+        advice = (
+            f"the advised placement is estimated to bring that to {advised:.1%}: write it with --placement FILE and resume "
+            "with parallel.expert_placement=FILE"
+        )
+    else:
+        remaining = view.time_lost(view.present.uneven_L)
+        advice = (
+            f"no other order of the experts on as many ranks was found that gains {_WORTH_A_RESUME:.0%} of a step. Summed "
+            f"over log intervals {remaining:.1%} remains, of experts heavier than others; the rest of what is measured "
+            "changes from pass to pass. A smaller parallel.ep_size or a larger micro-batch helps"
+        )
+    return [
+        Finding(
+            "bad" if lost > MUCH_TIME_LOST else "warn",
+            f"About {lost:.0%} of a step is lost to imbalance",
+            f"Ranks wait for the one whose experts have most rows; {advice}.",
+        )
+    ]
+
+
+def _prototypes(view: RunView) -> list[Finding]:
+    log, found = view.log, []
+    newest = view.newest(log.similarity_TL)
+    alike = [
+        layer for layer, value in zip(log.layers, newest, strict=True) if value > ALIKE_PROTOTYPES
+    ]
+    if alike:
+        found.append(
+            Finding(
+                "warn",
+                f"Prototypes look alike in layer {_first(alike)}",
+                f"Their mean cosine is above {ALIKE_PROTOTYPES}: experts compete for the same tokens. Raise "
+                "routing.rcl_weight or lower routing.rcl_temperature.",
+            )
+        )
+    own, others = view.newest(log.to_centroid_TLE), view.newest(log.to_others_TLE)
+    lost = [f"layer {log.layers[row]} expert {expert}" for row, expert in np.argwhere(own < others)]
+    if lost:
+        found.append(
+            Finding(
+                "warn",
+                "Prototypes away from their own tokens",
+                f"{_first(lost)}: nearer to the other experts' centroids than to their own. "
+                "Right after the start this is normal; later it says that the contrastive loss is too weak.",
+            )
+        )
+    return found
+
+
+def _noise(view: RunView) -> list[Finding]:
+    by_bin_LQ, whole_L = max_over_mean(view.tokens_LQE), max_over_mean(view.tokens_LE)
+    places = [
+        (row, bin_)
+        for row, bin_ in np.argwhere(np.nan_to_num(by_bin_LQ) > _UNEVEN_BIN)
+        if whole_L[row] <= UNEVEN
+    ]
+    if not places:
+        return []
+    row, bin_ = places[0]
+    return [
+        Finding(
+            "warn",
+            "Even on the whole, uneven at some noise levels",
+            f"Layer {view.log.layers[row]} at sigma {bin_ / view.log.bins:.1f} to {(bin_ + 1) / view.log.bins:.1f} has "
+            f"{by_bin_LQ[row, bin_]:.1f} times the mean on one expert ({len(places)} such places). Experts divide the "
+            "noise levels among them; sampling visits one level at a time, so its steps are less even than training's.",
+        )
+    ]

@@ -1,0 +1,174 @@
+"""Which experts should share a rank: the advice, and what other placements and sizes would give, from the log alone.
+
+Letters: T log intervals, L MoE layers, E routed experts, W ranks of an expert-parallel group.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from promoe_ds.config.placement import FORMAT
+from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.reports.log import RoutingLog
+
+#: A layer's experts move where the fullest rank gets emptier by this part at least.
+_WORTH_MOVING = 0.005
+#: An exchange of two experts has to gain this part of the fullest rank's load.
+_WORTH_EXCHANGING = 2e-4
+#: Stretches of time, times pairs of experts, that exchanges are judged by; the result is judged by all intervals.
+_MOST_STRETCHES, _MOST_JUDGED = 32, 1 << 17
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A placement: what a number of ranks and an order of experts would give.
+
+    order_LE: the experts place by place; uneven_L: fullest rank over the mean, summed interval by interval.
+    """
+
+    ep_size: int
+    name: str
+    order_LE: np.ndarray
+    uneven_L: np.ndarray
+
+    @classmethod
+    def of(
+        cls, log: RoutingLog, window: slice, name: str, order_LE: np.ndarray, ep_size: int
+    ) -> Candidate:
+        """Measure an order by a window's intervals."""
+        return cls(
+            ep_size=ep_size,
+            name=name,
+            order_LE=order_LE,
+            uneven_L=unevenness(log.tokens_TLE[window], order_LE, ep_size),
+        )
+
+
+def balance(load_E: np.ndarray, ep_size: int) -> list[int]:
+    """Return an order of experts over ranks, equally many on each: the heaviest expert to the emptiest rank that has room."""
+    experts = len(load_E)
+    room = [experts // ep_size] * ep_size
+    ranks: list[list[int]] = [[] for _ in range(ep_size)]
+    for expert in sorted(range(experts), key=lambda e: (-load_E[e], e)):
+        free = [rank for rank in range(ep_size) if len(ranks[rank]) < room[rank]]
+        emptiest = min(free, key=lambda rank: (sum(load_E[e] for e in ranks[rank]), rank))
+        ranks[emptiest].append(expert)
+    return [expert for rank in sorted(map(sorted, ranks)) for expert in rank]
+
+
+def unevenness(tokens_TLE: np.ndarray, order_LE: np.ndarray, ep_size: int) -> np.ndarray:
+    """Return each layer's largest over mean load of a rank (L,), both summed over intervals; NaN without tokens."""
+    placed = np.take_along_axis(tokens_TLE, np.broadcast_to(order_LE, tokens_TLE.shape), axis=2)
+    by_rank = placed.reshape(*placed.shape[:2], ep_size, -1).sum(axis=3).astype(float)
+    mean_L = by_rank.mean(axis=2).sum(axis=0)
+    return np.divide(
+        by_rank.max(axis=2).sum(axis=0), mean_L, out=np.full(len(mean_L), np.nan), where=mean_L > 0
+    )
+
+
+def candidates(log: RoutingLog, window: slice, advised: Candidate) -> list[Candidate]:
+    """Return, for every number of ranks that divides the experts, the plain order and the advised one.
+
+    Args:
+        advised: that of the present number of ranks, which is known.
+    """
+    plain = np.tile(np.arange(log.experts), (len(log.layers), 1))
+    found = []
+    for ep_size in (size for size in range(1, log.experts + 1) if log.experts % size == 0):
+        found.append(Candidate.of(log, window, "plain order", plain, ep_size))
+        if 1 < ep_size < log.experts:
+            found.append(
+                advised
+                if ep_size == advised.ep_size
+                else Candidate.of(log, window, "advised", advise(log, window, ep_size), ep_size)
+            )
+    return found
+
+
+def advise(log: RoutingLog, window: slice, ep_size: int) -> np.ndarray:
+    """Return the advised order of every layer's experts (L, E): the present one where none was found that is worth a move.
+
+    Raises: ConfigError if `ep_size` does not divide the experts.
+    """
+    if ep_size < 1 or log.experts % ep_size:
+        raise ConfigError(
+            f"--ep-size {ep_size} does not divide the {log.experts} experts: every rank holds equally many"
+        )
+    tokens_TLE = log.tokens_TLE[window].astype(float)
+    stretches = max(1, min(_MOST_STRETCHES, len(tokens_TLE), _MOST_JUDGED // log.experts**2))
+    starts = np.linspace(0, len(tokens_TLE), stretches, endpoint=False).astype(int)
+    stretches_TLE = np.add.reduceat(tokens_TLE, starts, axis=0)
+    orders = []
+    for row, present in enumerate(log.order_LE.tolist()):
+        greedy = balance(tokens_TLE[:, row].sum(axis=0), ep_size)
+        options = [exchange(stretches_TLE[:, row], order, ep_size) for order in (present, greedy)]
+        fullest = [_fullest(tokens_TLE[:, row], order, ep_size) for order in (*options, present)]
+        best = int(np.argmin(fullest[:2]))
+        orders.append(
+            options[best] if fullest[best] < fullest[2] * (1 - _WORTH_MOVING) else present
+        )
+    return np.array(orders)
+
+
+def _fullest(tokens_TE: np.ndarray, order: list[int], ep_size: int) -> float:
+    """Return the load of the fullest rank, interval by interval, summed."""
+    return float(
+        tokens_TE[:, order].reshape(len(tokens_TE), ep_size, -1).sum(axis=2).max(axis=1).sum()
+    )
+
+
+def exchange(tokens_TE: np.ndarray, order: list[int], ep_size: int) -> list[int]:
+    """Exchange pairs of experts of two ranks, the best pair first, while that lowers the fullest rank's load, summed over time."""
+    order_E, rank_E = np.array(order), np.arange(len(order)) // (len(order) // ep_size)
+    is_pair_EE = rank_E[:, None] != rank_E
+    while True:
+        tokens = tokens_TE[:, order_E]
+        loads_TW = tokens.reshape(len(tokens), ep_size, -1).sum(axis=2)
+        gain_TEE, own_TE = tokens[:, :, None] - tokens[:, None], loads_TW[:, rank_E]
+        both_TEE = np.maximum(own_TE[:, :, None] - gain_TEE, own_TE[:, None] + gain_TEE)
+        after_EE = np.maximum(both_TEE, _fullest_besides(loads_TW)[:, rank_E][:, :, rank_E]).sum(
+            axis=0
+        )
+        after_EE[~is_pair_EE] = np.inf
+        one, other = np.unravel_index(after_EE.argmin(), after_EE.shape)
+        if not after_EE[one, other] < loads_TW.max(axis=1).sum() * (1 - _WORTH_EXCHANGING):
+            ranks = order_E.reshape(ep_size, -1).tolist()
+            return [expert for rank in sorted(map(sorted, ranks)) for expert in rank]
+        order_E[[one, other]] = order_E[[other, one]]
+
+
+def _fullest_besides(loads_TW: np.ndarray) -> np.ndarray:
+    """Return the largest load of the ranks other than two (T, W, W), -inf where there are no others."""
+    ranks = np.arange(loads_TW.shape[1])
+    result = np.full((*loads_TW.shape, len(ranks)), -np.inf)
+    # From the third largest up: each larger one overwrites wherever it is not one of the two itself.
+    for place in np.argsort(loads_TW, axis=1)[:, -3:].T:
+        is_other = (place[:, None, None] != ranks[:, None]) & (place[:, None, None] != ranks)
+        result = np.where(
+            is_other, np.take_along_axis(loads_TW, place[:, None], axis=1)[..., None], result
+        )
+    return result
+
+
+def write_placement(path: Path, log: RoutingLog, order_LE: np.ndarray, ep_size: int) -> None:
+    """Write a placement file, which `parallel.expert_placement` takes.
+
+    Raises: DataError if it cannot be written.
+    """
+    values = {
+        "format": FORMAT,
+        "ep_size": ep_size,
+        "from_step": int(log.steps_T[-1]),
+        "layers": {
+            str(layer): [int(e) for e in order]
+            for layer, order in zip(log.layers, order_LE, strict=True)
+        },
+    }
+    try:
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,329 @@
+"""A run's routing.jsonl as arrays, however long it is; `notes` says what was left out or corrected.
+
+Letters: T log intervals, L MoE layers, Q timestep bins, E routed experts, X exchanges.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from promoe_ds.errors import DataError
+from promoe_ds.reports.intervals import KeptLines, note_coverage
+from promoe_ds.reports.records import TABLES, Exchanges, LayerDetail, Line, log_file, read_lines
+
+EXCHANGES = Exchanges.__struct_fields__
+_SHOWN_PROBLEMS = 3
+#: Sums that a table over training is kept in.
+_MOST_PARTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingLog:
+    """Statistics by interval. Experts have the numbers of the start of the run, wherever they are.
+
+    steps_T: steps finished; covered_T: steps that an interval counts.
+    tokens_TLE, routed_TL, null_TL: assignments, routed and unconditional tokens; 0 if a line
+        is missing.
+    tokens_TLQE: assignments by noise level, of the intervals that have the newest number of levels;
+        0 in the others.
+    gates_TLE: sums of gates, NaN in schema 1; gate_mean_TL.
+    similarity_TL, bytes_TL: of the prototypes, and exchanged.
+    to_centroid_TLE, to_others_TLE: cosines of each prototype with the centroid of its tokens, and
+        the mean with the others'.
+    rank_uneven_TL: rows of the fullest rank over the mean, pass by pass; wait_TLX: seconds per
+        rank; NaN if not logged.
+    matrix_LEE: the prototypes' newest logged cosines, NaN if there are none.
+    order_LE: the expert at each place, now; ep_size: ranks that share a set of experts, now.
+    tables: name -> layer -> [(last step, rows x E counts)], e.g. "tokens_per_class".
+    """
+
+    path: Path
+    layers: list[int]
+    steps_T: np.ndarray
+    covered_T: np.ndarray
+    tokens_TLE: np.ndarray
+    tokens_TLQE: np.ndarray
+    routed_TL: np.ndarray
+    null_TL: np.ndarray
+    gates_TLE: np.ndarray
+    gate_mean_TL: np.ndarray
+    similarity_TL: np.ndarray
+    bytes_TL: np.ndarray
+    to_centroid_TLE: np.ndarray
+    to_others_TLE: np.ndarray
+    rank_uneven_TL: np.ndarray
+    wait_TLX: np.ndarray
+    matrix_LEE: np.ndarray
+    order_LE: np.ndarray
+    ep_size: int
+    ranks: int
+    tables: dict[str, dict[int, list[tuple[int, np.ndarray]]]]
+    notes: list[str]
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.tokens_TLQE.shape[-1]
+
+    @property
+    def bins(self) -> int:
+        """Q."""
+        return self.tokens_TLQE.shape[2]
+
+    def window(self, last_steps: int | None = None) -> slice:
+        """Return the intervals of the last `last_steps` steps, or last tenth; at least one."""
+        newest = int(self.steps_T[-1])
+        last = max(1, -(-newest // 10)) if last_steps is None else last_steps
+        inside = int((self.steps_T > newest - last).sum())
+        return slice(len(self.steps_T) - max(1, inside), len(self.steps_T))
+
+    def table(self, name: str, layer: int, window: slice) -> np.ndarray | None:
+        """Return a table's sum over a window, or its newest part; None if never logged."""
+        series = self.tables.get(name, {}).get(layer)
+        if not series:
+            return None
+        start = int(self.steps_T[window][0] - self.covered_T[window][0])
+        inside = [counts for step, counts in series if step > start]
+        return np.sum(inside or [series[-1][1]], axis=0)
+
+
+def load_log(run_dir: Path) -> RoutingLog:
+    """Read a run's routing.jsonl, without broken lines and those that a resume repeated.
+
+    Raises: DataError if there is no such file, nothing in it, or a newer schema.
+    """
+    path, columns = log_file(run_dir), Columns()
+    problems, schemas, is_cut = [], [0, 0, 0], False
+    for number, _, line, problem in read_lines(path):
+        if line is not None and not (problem := columns.take(line)):
+            schemas[line.schema] += 1
+        elif problem:
+            problems.append(f"line {number:,}: {problem}")
+        else:
+            is_cut = True
+    shown = "; ".join(problems[:_SHOWN_PROBLEMS])
+    if not columns.keys:
+        reason = (
+            f"has no routing record: {shown}"
+            if problems
+            else "has no complete line: the run was interrupted in its first log step"
+            if is_cut
+            else "is empty: the run has no MoE layer or did not reach its first log step (train.log_every)"
+        )
+        raise DataError(f"{path} {reason}")
+    notes = []
+    if problems:
+        count = f"{len(problems):,} line{'s' if len(problems) > 1 else ''}"
+        notes.append(
+            f"{count} left out ({shown}{'; …' if len(problems) > _SHOWN_PROBLEMS else ''})"
+        )
+    if is_cut:
+        notes.append("the last line is cut off: the run was interrupted, or is writing it now")
+    if schemas[1]:
+        notes.append(
+            f"{schemas[1]:,} of {sum(schemas):,} lines have schema 1: gates by expert, "
+            "prototypes, waits and tables by class and patch were not logged then"
+        )
+    return columns.arrange(path, notes)
+
+
+def by_first_number(values: np.ndarray, order: Sequence[int] | None) -> np.ndarray:
+    """Return values, whose last dimension goes by place, by the experts' first numbers."""
+    if order is None:
+        return values
+    result = np.empty_like(values)
+    result[..., list(order)] = values
+    return result
+
+
+@dataclass
+class _Series:
+    """Sums of a table over stretches of training of equal numbers of tables."""
+
+    width: int = 1
+    parts: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
+
+    def add(self, step: int, counts: np.ndarray) -> None:
+        """Add the table of a step; one that goes back in steps replaces what was repeated."""
+        self.parts = [part for part in self.parts if part[0] < step]
+        if self.parts and self.parts[-1][1] < self.width:
+            _, tables, total = self.parts.pop()
+            self.parts.append((step, tables + 1, total + counts))
+        else:
+            self.parts.append((step, 1, counts))
+        if len(self.parts) > _MOST_PARTS:
+            self.width *= 2
+            pairs = zip_longest(self.parts[::2], self.parts[1::2])
+            self.parts = [
+                one if two is None else (two[0], one[1] + two[1], one[2] + two[2])
+                for one, two in pairs
+            ]
+
+
+@dataclass
+class Columns:
+    """What is taken from each line, in the order of the file.
+
+    experts: of the first line; lines with another number are left out.
+    """
+
+    experts: int = 0
+    keys: array = field(default_factory=lambda: array("q"))  # step, steps, layer, bin, bins
+    counts: array = field(default_factory=lambda: array("q"))  # routed, null, bytes, tokens
+    floats: array = field(default_factory=lambda: array("d"))  # gate mean, similarity, gates
+    detail_keys: array = field(default_factory=lambda: array("q"))  # step, layer
+    details: array = field(default_factory=lambda: array("f"))
+    matrices: dict[int, np.ndarray] = field(default_factory=dict)
+    orders: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    newest_order: dict[int, list[int]] = field(default_factory=dict)
+    tables: dict[tuple[str, int, int], _Series] = field(default_factory=dict)
+    placement: tuple[int, int] = (1, 1)
+
+    def take(self, line: Line) -> str:
+        """Take a line's values; return why it is left out, "" if it is not."""
+        tokens = line.tokens_per_expert
+        self.experts = self.experts or len(tokens)
+        if len(tokens) != self.experts:
+            return f"has {len(tokens)} experts, the lines before it {self.experts}"
+        self.keys.extend((line.step, line.steps, line.layer, line.timestep_bin, line.timestep_bins))
+        self.counts.extend(
+            (
+                line.conditional_tokens,
+                line.unconditional_tokens,
+                line.layer_bytes_exchanged,
+                *tokens,
+            )
+        )
+        gates = line.gate_sum_per_expert or [None] * self.experts
+        self.floats.extend(_numbers([line.gate_mean, line.prototype_similarity, *gates]))
+        if line.layer_detail is not None:
+            self._take_detail(line.step, line.layer, line.layer_detail)
+        return ""
+
+    def _take_detail(self, step: int, layer: int, detail: LayerDetail) -> None:
+        order = detail.experts
+        if order is not None:
+            self.orders[step, layer] = order
+        self.newest_order[layer] = order or list(range(self.experts))
+        self.placement = (detail.ep_size, detail.ranks)
+        self.detail_keys.extend((step, layer))
+        waits = [getattr(detail.exchanges, name).seconds for name in EXCHANGES]
+        self.details.extend(
+            _numbers(
+                [
+                    *detail.prototype_to_centroid,
+                    *detail.prototype_to_other_centroids,
+                    detail.rank_max_over_mean,
+                    *waits,
+                ]
+            )
+        )
+        if (matrix := detail.prototype_similarity_matrix) is not None:
+            values = by_first_number(np.array(matrix, dtype=float), order)
+            self.matrices[layer] = by_first_number(values.T, order).T
+        for name in TABLES:
+            if (table := getattr(detail, name)) is not None:
+                counts = by_first_number(np.array(table.counts, dtype=np.int64), order)
+                self.tables.setdefault((name, layer, len(counts)), _Series()).add(step, counts)
+
+    def arrange(self, path: Path, notes: list[str]) -> RoutingLog:
+        """Make arrays of what was taken; `notes` gets what had to be corrected."""
+        lines = KeptLines.of(np.frombuffer(self.keys, dtype=np.int64).reshape(-1, 5), notes)
+        experts, bins = self.experts, int(lines.keys[-1, 4])
+        steps, layers = lines.steps, lines.layers
+        covered = np.zeros(len(steps), dtype=np.int64)
+        covered[lines.at[0]] = lines.keys[:, 1]
+        note_coverage(steps, covered, notes)
+        has_bins = lines.keys[:, 4] == bins
+        if not has_bins.all():
+            notes.append(
+                f"noise levels were cut into {bins} bins from step "
+                f"{lines.keys[has_bins][0, 0]:,} on and otherwise before: figures by "
+                "noise level begin there"
+            )
+        counts = np.frombuffer(self.counts, dtype=np.int64).reshape(-1, 3 + experts)[lines.kept]
+        floats = np.frombuffer(self.floats, dtype=float).reshape(-1, 2 + experts)[lines.kept]
+        tokens_TLQE = np.zeros((len(steps), len(layers), bins, experts), dtype=np.int64)
+        step_index, layer_index = (index[has_bins] for index in lines.at)
+        tokens_TLQE[step_index, layer_index, lines.keys[has_bins, 3]] = counts[has_bins, 3:]
+        totals, gates = lines.total(counts), lines.total(floats[:, 2:])
+        details = self._spread(steps, layers)
+        tokens_TLE = totals[..., 3:]
+        by_expert = (
+            tokens_TLQE,
+            tokens_TLE,
+            gates,
+            details[..., :experts],
+            details[..., experts : 2 * experts],
+        )
+        self._move_back(by_expert, steps, layers)
+        nothing, plain = np.full((experts, experts), np.nan), list(range(experts))
+        ep_size, ranks = self.placement
+        known = dict.fromkeys(layers.tolist())
+        return RoutingLog(
+            path=path,
+            layers=list(known),
+            steps_T=steps,
+            covered_T=covered,
+            tokens_TLE=tokens_TLE,
+            tokens_TLQE=tokens_TLQE,
+            routed_TL=totals[..., 0],
+            null_TL=totals[..., 1],
+            gates_TLE=gates,
+            gate_mean_TL=lines.mean(floats[:, 0], counts[:, 3:].sum(axis=1)),
+            similarity_TL=lines.last(floats[:, 1], np.nan),
+            bytes_TL=lines.last(counts[:, 2], 0),
+            to_centroid_TLE=by_expert[3],
+            to_others_TLE=by_expert[4],
+            rank_uneven_TL=details[..., 2 * experts],
+            wait_TLX=details[..., 2 * experts + 1 :],
+            matrix_LEE=np.array([self.matrices.get(layer, nothing) for layer in known]),
+            order_LE=np.array([self.newest_order.get(layer, plain) for layer in known]),
+            ep_size=ep_size,
+            ranks=ranks,
+            tables=self._tables(notes),
+            notes=notes,
+        )
+
+    def _move_back(
+        self, by_expert: Sequence[np.ndarray], steps: np.ndarray, layers: np.ndarray
+    ) -> None:
+        """Reorder values (T, L, ..., E), which go by place, by the experts' first numbers."""
+        for (step, layer), order in self.orders.items():
+            at = np.flatnonzero(steps == step), np.flatnonzero(layers == layer)
+            for values in by_expert:
+                values[at] = by_first_number(values[at], order)
+
+    def _spread(self, steps: np.ndarray, layers: np.ndarray) -> np.ndarray:
+        """Return the details (T, L, ...), NaN if a line has none; the later of two for a step."""
+        width = 2 * self.experts + 1 + len(EXCHANGES)
+        details = np.full((len(steps), len(layers), width), np.nan, dtype=np.float32)
+        keys = np.frombuffer(self.detail_keys, dtype=np.int64).reshape(-1, 2)
+        known = np.isin(keys[:, 0], steps) & np.isin(keys[:, 1], layers)
+        at = np.searchsorted(steps, keys[known, 0]), np.searchsorted(layers, keys[known, 1])
+        details[at] = np.frombuffer(self.details, dtype=np.float32).reshape(-1, width)[known]
+        return details
+
+    def _tables(self, notes: list[str]) -> dict[str, dict[int, list[tuple[int, np.ndarray]]]]:
+        """Return every layer's tables; of those with several numbers of rows the newest."""
+        result: dict[str, dict[int, list[tuple[int, np.ndarray]]]] = {}
+        ours = sorted(self.tables.items(), key=lambda item: item[1].parts[-1][0])
+        for (name, layer, _), series in ours:
+            result.setdefault(name, {})[layer] = [(step, total) for step, _, total in series.parts]
+        notes += [
+            f"{name} had other numbers of rows before: only the newest kind is shown"
+            for name, by_layer in result.items()
+            if sum(key[0] == name for key in self.tables) > len(by_layer)
+        ]
+        return result
+
+
+def _numbers(values: list[float | None]) -> list[float]:
+    """Return values with NaN for what was not logged."""
+    return [np.nan if value is None else value for value in values] if None in values else values

@@ -1,0 +1,1 @@
+"""What the experts of a trained model specialise in, from its weights and a batch of data."""

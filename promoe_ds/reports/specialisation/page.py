@@ -1,0 +1,262 @@
+"""The page of an analysed model: its charts, and the numbers behind them as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.reports.charts import Chart, bar_chart, line_chart, scatter_chart, vl_convert
+from promoe_ds.reports.maps import heat_chart, plane
+from promoe_ds.reports.page import Page, figures, write_page
+from promoe_ds.reports.specialisation.analysis import Analysis, LayerAnalysis
+from promoe_ds.reports.theme import WIDTH, color_of, linear_color, png_url, tooltip
+
+_SHOWN_IMAGES = 4
+_RATIO_NOTES = {
+    "k-means clusters": "Clusters of k-means (10), as in the paper's Fig. 1(a): far above 1 if tokens form clusters.",
+    "experts": "Tokens grouped by their expert: high if each expert's tokens are a group of their own.",
+    "classes": "Tokens grouped by the class of their image: low if patches of a class differ more than classes do.",
+}
+
+
+def overview_charts(analysis: Analysis) -> list[Chart]:
+    """Return the charts that compare layers."""
+    layers, settings = analysis.layers, analysis.settings
+    kinds = list(layers[0].information)
+    scores = np.array([[each.information[kind].score for kind in kinds] for each in layers])
+    overlaps = [(f"layer {each.layer}", each.overlap, f"{each.overlap:.3f}") for each in layers]
+    return [
+        heat_chart(
+            "What the choice of expert depends on",
+            scores,
+            [str(each.layer) for each in layers],
+            kinds,
+            names=("layer", "attribute"),
+            color=linear_color(-0.5, 0.5),
+            form=".3f",
+            note="Mutual information with the class, the noise level and the patch's place, over the entropy of the expert, "
+            "minus that of shuffled data: 0 is chance, 1 is all.",
+        ),
+        bar_chart(
+            "Overlap of experts' subspaces",
+            overlaps,
+            mark=(analysis.chance, f"chance {analysis.chance:.3f}"),
+            note=f"Mean over pairs of experts: |UᵢᵀUⱼ|²/k of the top {settings.singular_vectors} left singular vectors of "
+            "the down projections. Lower is more diverse (Fig. 1(b)).",
+        ),
+        *(
+            line_chart(
+                f"Inter/intra distance of {kind}",
+                ("sigma", settings.sigmas),
+                {f"layer {each.layer}": np.array(each.ratios[kind]) for each in layers},
+                even=1.0,
+                is_ordered=True,
+                note=note,
+            )
+            for kind, note in _RATIO_NOTES.items()
+        ),
+    ]
+
+
+def layer_charts(analysis: Analysis, layer: LayerAnalysis) -> list[Chart]:
+    """Return the charts of one layer."""
+    settings, names = analysis.settings, [f"e{expert}" for expert in range(analysis.experts)]
+    middle, title = len(settings.sigmas) // 2, f"Layer {layer.layer}"
+    experts_n = layer.seen.experts_MBS[middle].ravel()[layer.seen.places_n]
+    is_routed = experts_n >= 0
+    bars = [
+        (kind, each.share, f"{each.share:.3f}, chance {each.chance:.3f}, p {each.p_value:.2g}")
+        for kind, each in layer.information.items()
+    ]
+    return [
+        scatter_chart(
+            f"{title}: t-SNE of tokens",
+            layer.tsne_n2[is_routed],
+            [names[e] for e in experts_n[is_routed]],
+            names,
+            note=f"{is_routed.sum()} tokens at sigma {settings.sigmas[middle]:g}, coloured by expert (Fig. 6).",
+        ),
+        token_maps(analysis, layer, names),
+        bar_chart(
+            f"{title}: mutual information",
+            bars,
+            columns={
+                "chance": [each.chance for each in layer.information.values()],
+                "p": [each.p_value for each in layer.information.values()],
+            },
+            note=f"Over the entropy of the expert; chance by {settings.rounds} shufflings: images, levels within an image, places "
+            "within an image and level.",
+        ),
+        heat_chart(
+            f"{title}: overlap of subspaces",
+            layer.similarity_EE,
+            names,
+            names,
+            names=("expert", "and"),
+            color=linear_color(-1, 1),
+            note="Expert by expert; 1 on the diagonal.",
+        ),
+    ]
+
+
+def token_maps(analysis: Analysis, layer: LayerAnalysis, names: list[str]) -> Chart:
+    """Draw some images with the expert of every patch, level by level."""
+    sigmas, tokens = analysis.settings.sigmas, layer.seen.experts_MBS.shape[2]
+    shown, grid = min(_SHOWN_IMAGES, layer.seen.experts_MBS.shape[1]), round(tokens**0.5)
+    apart = 1.08 * grid
+    wide, tall = apart * (len(sigmas) + 1), apart * shown
+    images = []
+    for image in range(shown):
+        url, top = png_url(_gray(analysis.batch.clean_BZHW[image].numpy())), image * apart
+        images += [
+            {
+                "url": url,
+                "x": column * apart,
+                "x2": column * apart + grid,
+                "y": top,
+                "y2": top + grid,
+            }
+            for column in range(len(sigmas) + 1)
+        ]
+    titles = ["image", *(f"σ {sigma:g}" for sigma in sigmas)]
+    heads = [{"x": (column + 0.5) * apart, "text": title} for column, title in enumerate(titles)]
+    place = {**plane(wide, tall), "x2": {"field": "x2"}, "y2": {"field": "y2"}}
+    experts = {
+        **place,
+        "color": color_of("expert", names),
+        "tooltip": tooltip("expert", "class", "sigma", "patch"),
+    }
+    head = {"x": place["x"], "y": {"value": 0}, "text": {"field": "text"}}
+    text = {"type": "text", "baseline": "bottom", "dy": -3, "style": "muted"}
+    layers = [
+        {"data": {"values": images}, "mark": {"type": "image", "aspect": False}, "encoding": {**place, "url": {"field": "url"}}},
+        {"transform": [{"filter": "datum.expert"}], "mark": {"type": "rect", "opacity": 0.62}, "encoding": experts},
+        {"data": {"values": heads}, "mark": text, "encoding": head},
+    ]  # fmt: skip
+    return Chart(
+        title=f"Layer {layer.layer}: experts over images",
+        rows=_patches(analysis, layer, names, shown, apart),
+        note="Left the image, then each patch's expert by noise level, drawn over it.",
+        spec={
+            "width": WIDTH,
+            "height": WIDTH * tall / wide,
+            "padding": {"top": 18},
+            "layer": layers,
+        },
+    )
+
+
+def _patches(
+    analysis: Analysis, layer: LayerAnalysis, names: list[str], shown: int, apart: float
+) -> list[list[object]]:
+    """Return every patch of the first images at every level: its expert, and where it is drawn."""
+    rows: list[list[object]] = [
+        ["image", "class", "sigma", "patch", "expert", "x", "y", "x2", "y2"]
+    ]
+    grid = round(layer.seen.experts_MBS.shape[2] ** 0.5)
+    for image in range(shown):
+        label = int(analysis.batch.labels_B[image])
+        for column, sigma in enumerate(analysis.settings.sigmas, start=1):
+            for patch, expert in enumerate(layer.seen.experts_MBS[column - 1, image]):
+                x, y = column * apart + patch % grid, image * apart + patch // grid
+                name = names[expert] if expert >= 0 else ""
+                rows.append([image, label, sigma, patch, name, x, y, x + 1, y + 1])
+    return rows
+
+
+def _gray(image_ZHW: np.ndarray) -> Image.Image:
+    """Return an image of one channel as it is, of latents their first channel."""
+    low, high = np.quantile(image_ZHW[0], [0.01, 0.99])
+    levels = (np.clip((image_ZHW[0] - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
+    # Vega smooths an image that it enlarges: patches keep their edges.
+    zoom = max(1, 64 // len(levels))
+    return Image.fromarray(levels.repeat(zoom, axis=0).repeat(zoom, axis=1))
+
+
+def build_page(analysis: Analysis) -> Page:
+    """Return the page."""
+    settings, layers = analysis.settings, analysis.layers
+    page = Page(
+        "Specialisation of experts",
+        analysis.name,
+        facts=[
+            f"{len(layers)} layers × {analysis.experts} experts · {len(analysis.batch.labels_B)} images at sigma "
+            f"{', '.join(f'{sigma:g}' for sigma in settings.sigmas)} · seed {settings.seed}"
+        ],
+    )
+    cards = []
+    for kind in layers[0].information:
+        best = max(layers, key=lambda layer, kind=kind: layer.information[kind].score)
+        found = best.information[kind]
+        cards.append(
+            (
+                f"Expert and {kind}",
+                f"{found.score:.3f}",
+                f"beyond chance, at most (layer {best.layer})",
+                "good" if found.share > found.chance_high else "",
+            )
+        )
+    overlap = np.mean([each.overlap for each in layers])
+    page.add(
+        "cards",
+        items=[
+            *cards,
+            ("Overlap of subspaces", f"{overlap:.3f}", f"chance {analysis.chance:.3f}", ""),
+        ],
+    )
+    page.add("heading", text="All layers")
+    page.add(
+        "figures", items=figures([[chart] for chart in overview_charts(analysis)], [analysis.name])
+    )
+    page.add("heading", text="Layer by layer")
+    for layer in layers:
+        items = figures([[chart] for chart in layer_charts(analysis, layer)], [analysis.name])
+        page.add(
+            "details",
+            title=f"Layer {layer.layer}",
+            text="",
+            is_open=True,
+            items=[{"kind": "figures", "items": items}],
+        )
+    page.add("text", text="How each number is made, and what it says: docs/profiling.md.")
+    return page
+
+
+def check_place(out: Path) -> None:
+    """Find out, before a long analysis, whether its page can be written.
+
+    Raises: ConfigError if the numbers beside it would have its name, or without vl-convert; DataError if it or they cannot be
+        written.
+    """
+    vl_convert()
+    if out.suffix == ".json":
+        raise ConfigError(
+            f"--out {out}: the numbers get this name, the page needs another: {out.with_suffix('.html')}"
+        )
+    try:
+        for path in [out] if out.is_dir() else [out, out.with_suffix(".json")]:
+            is_new = not path.exists()
+            path.open("ab").close()
+            if is_new:
+                path.unlink()
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written: {error.strerror}: name another place with --out"
+        ) from None
+
+
+def write_report(analysis: Analysis, out: Path) -> None:
+    """Write the page and, beside it, the numbers as JSON.
+
+    Raises: DataError if they cannot be written.
+    """
+    write_page(out, build_page(analysis))
+    text = json.dumps(analysis.numbers(), indent=1, allow_nan=False)
+    try:
+        out.with_suffix(".json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{out.with_suffix('.json')} cannot be written: {error.strerror}") from None

@@ -1,0 +1,292 @@
+"""Logs as arrays: sums, branches, damage, old and young versions, moved experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from promoe_ds.errors import DataError
+from promoe_ds.moe.collectives import EXCHANGES
+from promoe_ds.reports import log as log_module
+from promoe_ds.reports.log import load_log
+from promoe_ds.reports.records import json_schema
+from promoe_ds.train.metrics import append_lines
+
+from .routing_logs import detail, interval, line, old, write
+
+
+def test_exchanges_are_those_that_are_timed() -> None:
+    assert log_module.EXCHANGES == EXCHANGES
+
+
+def test_published_schema_is_that_of_the_reader() -> None:
+    assert (
+        json.loads((Path(__file__).parents[3] / "docs" / "routing.schema.json").read_text())
+        == json_schema()
+    )
+
+
+def test_log_holds_every_count_where_it_belongs(tmp_path) -> None:
+    log = load_log(write(tmp_path, [*interval(5), *interval(10)]))
+    assert (log.layers, log.steps_T.tolist(), log.covered_T.tolist(), log.bins, log.experts) == (
+        [1, 3],
+        [5, 10],
+        [5, 5],
+        2,
+        4,
+    )
+    for t, step in enumerate((5, 10)):
+        for row, layer in enumerate((1, 3)):
+            for bin_ in (0, 1):
+                assert log.tokens_TLQE[t, row, bin_].tolist() == [step, layer, bin_ + 1, 4]
+    assert log.gates_TLE[0, 0].tolist() == [0.5 * n for n in (10, 2, 3, 8)]
+    assert log.tokens_TLE[1].tolist() == [[20, 2, 3, 8], [20, 6, 3, 8]]
+    assert log.null_TL.tolist() == [[6, 6]] * 2
+    assert log.bytes_TL.tolist() == [
+        [500, 500],
+        [1000, 1000],
+    ]  # stated on every bin's line, counted once
+    assert log.wait_TLX[0, 0].tolist() == [0.25] * 5
+    assert (log.ep_size, log.ranks, log.notes) == (2, 2, [])
+    np.testing.assert_allclose(log.to_centroid_TLE[0, 0], [0, 0.1, 0.2, 0.3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"gate_mean": float("inf")}, "JSON is malformed"),
+        ({"prototype_similarity": float("nan")}, "JSON is malformed"),
+        ({"gate_mean": 10**400}, "$.gate_mean"),
+        ({"prototype_similarity": "x"}, "$.prototype_similarity"),
+        ({"step": "five"}, "$.step"),
+        ({"step": 5.5}, "$.step"),
+        ({"step": 0}, "$.step"),
+        ({"steps": -1}, "$.steps"),
+        ({"schema": "2"}, "$.schema"),
+        ({"layer": 2**60}, "$.layer"),
+        ({"tokens_per_expert": None}, "$.tokens_per_expert"),
+        ({"tokens_per_expert": [True, 1, 1, 1]}, "$.tokens_per_expert[0]"),
+        (
+            {"tokens_per_expert": [1, 2], "gate_sum_per_expert": None, "layer_detail": None},
+            "has 2 experts",
+        ),
+        ({"timestep_bin": 2}, "timestep_bin=2"),
+        ({"timestep_bins": 10**9}, "$.timestep_bins"),
+        ({"gate_sum_per_expert": [1.0]}, "gate_sum_per_expert"),
+        ({"layer_detail": 3}, "$.layer_detail"),
+        ({"layer_detail": {"ep_size": 2}}, "ranks"),
+        ({"layer_detail": detail(ep_size=3)}, "layer_detail.ep_size=3"),
+        ({"layer_detail": detail(experts=[0, 0, 1, 2])}, "layer_detail.experts"),
+        (
+            {"layer_detail": detail(prototype_similarity_matrix=[[1.0]])},
+            "layer_detail.prototype_similarity_matrix",
+        ),
+        (
+            {"layer_detail": detail(exchanges={"counts": {"seconds": -1.0}})},
+            "$.layer_detail.exchanges.counts.seconds",
+        ),
+        (
+            {"layer_detail": detail(tokens_per_class={"counts": [[1, 2]]})},
+            "layer_detail.tokens_per_class",
+        ),
+        (
+            {"layer_detail": detail(tokens_per_position={"steps": 5, "counts": [[1] * 4] * 3})},
+            "layer_detail.tokens_per_position",
+        ),
+    ],
+)
+def test_log_broken_line_is_named_and_left_out(tmp_path, change, field) -> None:
+    lines = [*interval(5), *interval(10)]
+    log = load_log(write(tmp_path, [*lines[:4], {**lines[4], **change}, *lines[5:]]))
+    assert log.notes[0].startswith("1 line left out (line 5: ") and field in log.notes[0]
+    assert log.tokens_TLQE[1, :, 0].tolist() == [[0] * 4, [10, 3, 1, 4]]
+
+
+def test_log_fields_of_a_later_minor_change_are_ignored_and_old_ones_may_lack(tmp_path) -> None:
+    lines = [{**each, "new": [1]} for each in interval(5)]
+    for each in lines:
+        del each["load_cv"], each["steps"]
+    assert load_log(write(tmp_path, lines)).covered_T.tolist() == [0]
+
+
+def test_log_last_line_cut_off_is_left_out_and_said(tmp_path) -> None:
+    log = load_log(write(tmp_path, [*interval(5), json.dumps(interval(10)[0])[:50]], end=""))
+    assert log.steps_T.tolist() == [5]
+    assert log.notes == ["the last line is cut off: the run was interrupted, or is writing it now"]
+
+
+def test_log_that_goes_back_counts_a_step_once_as_it_was_done_last(tmp_path) -> None:
+    first = [each for step in (5, 10, 15) for each in interval(step)]
+    log = load_log(
+        write(
+            tmp_path,
+            [
+                *first,
+                *interval(10, tokens=[7, 7, 7, 7]),
+                *interval(20, tokens=[1, 1, 1, 1], steps=10),
+            ],
+        )
+    )
+    assert log.steps_T.tolist() == [5, 10, 20]
+    assert log.tokens_TLQE[1, 0, 0].tolist() == [7] * 4
+    assert log.covered_T.sum() == 20
+    assert log.notes == [
+        "the run went back from step 15 to 5; repeated steps count once, as they were done last"
+    ]
+
+
+def test_log_after_an_interruption_says_which_steps_are_not_covered(tmp_path) -> None:
+    log = load_log(write(tmp_path, [*interval(5), *interval(10, steps=2)]))
+    assert log.notes == [
+        "3 of 10 steps are not covered: they ended in an interruption or before this log began"
+    ]
+
+
+def test_log_whose_intervals_overlap_counts_what_was_repeated_once(tmp_path) -> None:
+    """A resume with a longer train.log_every: its first interval begins before the last ones that the log holds."""
+    before = [
+        each for step in (10, 20, 30, 40) for each in interval(step, steps=10, tokens=[1, 1, 1, 1])
+    ]
+    log = load_log(
+        write(tmp_path / "whole", [*before, *interval(100, steps=80, tokens=[9, 9, 9, 9])])
+    )
+    assert (log.steps_T.tolist(), log.covered_T.sum()) == ([10, 20, 100], 100)
+    assert log.notes == [
+        "the run went back from step 40 to 20; repeated steps count once, as they were done last"
+    ]
+    log = load_log(write(tmp_path / "within", [*before, *interval(100, steps=65)]))
+    assert log.steps_T.tolist() == [10, 20, 30, 40, 100]
+    assert log.notes == ["5 of 100 steps count twice: a resume began within a log interval"]
+
+
+def test_log_with_other_noise_levels_keeps_all_but_the_figures_by_level(tmp_path) -> None:
+    """logging.timestep_bins may change at a resume: only what goes by level begins anew."""
+    lines = [each for step in (5, 10) for each in interval(step)]
+    lines += [line(15, layer, bin_, [3, 1, 1, 1], bins=3) for layer in (1, 3) for bin_ in (0, 1, 2)]
+    log = load_log(write(tmp_path, lines))
+    assert (log.steps_T.tolist(), log.covered_T.sum(), log.bins) == ([5, 10, 15], 15, 3)
+    assert log.tokens_TLE[:, 0].tolist() == [[10, 2, 3, 8], [20, 2, 3, 8], [9, 3, 3, 3]]
+    assert log.tokens_TLQE[:2].sum() == 0 and log.tokens_TLQE[2, 1].tolist() == [[3, 1, 1, 1]] * 3
+    assert log.notes == [
+        "noise levels were cut into 3 bins from step 15 on and otherwise before: figures by noise level begin "
+        "there"
+    ]
+
+
+def test_log_of_schema_1_is_read_and_its_gaps_are_said(tmp_path) -> None:
+    log = load_log(write(tmp_path, [*map(old, interval(5)), *interval(10)]))
+    assert log.tokens_TLQE[:, 0, 0].tolist() == [[5, 1, 1, 4], [10, 1, 1, 4]]
+    assert np.isnan(log.gates_TLE[0]).all() and not np.isnan(log.gates_TLE[1]).any()
+    assert "4 of 8 lines have schema 1" in log.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b"nonsense\n", "line 1: JSON is malformed"),
+        (b"[1, 2]\n", "line 1: Expected `object`"),
+        (b'{"step": 3}\n', "line 1: .*`layer`"),
+        (b'{"step": 3, "lay', "no complete line"),
+        (b"\x00\xff\x80binary", "line 1: JSON"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1: JSON"),
+        (
+            json.dumps({**line(5, 1, 0, [1, 2]), "schema": 9, "step": "new"}).encode(),
+            "line 1: schema 9 is not one of 1, 2",
+        ),
+    ],
+)
+def test_log_without_a_record_is_refused_with_a_reason(tmp_path, content, message) -> None:
+    (tmp_path / "routing.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_log(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere", ""])
+def test_log_that_is_not_there_names_the_folder(tmp_path, name) -> None:
+    with pytest.raises(DataError, match="no routing statistics there"):
+        load_log(tmp_path / name)
+
+
+def test_log_lines_of_another_number_of_experts_are_left_out_and_said(tmp_path) -> None:
+    log = load_log(write(tmp_path, [*interval(5), line(10, 1, 0, [1, 2])]))
+    assert log.steps_T.tolist() == [5]
+    assert log.notes == ["1 line left out (line 5: has 2 experts, the lines before it 4)"]
+
+
+def test_log_of_moved_experts_keeps_their_first_numbers(tmp_path) -> None:
+    order = [2, 0, 3, 1]
+    moved = [
+        {
+            **each,
+            "layer_detail": detail(
+                experts=order, tokens_per_class={"steps": 5, "counts": [[20, 0, 30, 10]]}
+            ),
+        }
+        if each["timestep_bin"] == 0
+        else each
+        for each in interval(10, tokens=[20, 0, 30, 10])
+    ]
+    for each in moved:
+        if "layer_detail" in each:
+            each["layer_detail"]["prototype_similarity_matrix"][0][1] = 0.7
+    log = load_log(write(tmp_path, [*interval(5), *moved]))
+    assert log.tokens_TLQE[1, 0, 0].tolist() == [0, 10, 20, 30]
+    assert log.order_LE.tolist() == [order, order]
+    np.testing.assert_allclose(log.to_centroid_TLE[1, 0], [0.1, 0.3, 0.0, 0.2], rtol=1e-6)
+    assert log.matrix_LEE[0][2, 0] == 0.7
+    assert log.table("tokens_per_class", 1, log.window()).tolist() == [[0, 10, 20, 30]]
+
+
+def test_log_window_is_the_last_tenth_or_as_asked(tmp_path) -> None:
+    log = load_log(write(tmp_path, [each for step in range(5, 205, 5) for each in interval(step)]))
+    assert log.steps_T[log.window()].tolist() == [185, 190, 195, 200]
+    assert log.steps_T[log.window(7)].tolist() == [195, 200]
+    assert log.steps_T[log.window(1)].tolist() == [200]
+
+
+def test_log_many_tables_are_thinned_and_lose_no_count(tmp_path) -> None:
+    lines = [each for step in range(5, 1005, 5) for each in interval(step, layers=(1,))]
+    for each in lines:
+        if "layer_detail" in each:
+            each["layer_detail"]["tokens_per_class"] = {"steps": 5, "counts": [[1, 2, 3, 4]]}
+    log = load_log(write(tmp_path, lines))
+    assert len(log.tables["tokens_per_class"][1]) <= 64
+    assert log.table("tokens_per_class", 1, slice(0, None)).tolist() == [[200, 400, 600, 800]]
+
+
+def test_log_of_values_that_were_not_finite_has_gaps_there(tmp_path) -> None:
+    lines = interval(5)
+    lines[0]["gate_sum_per_expert"][2] = None
+    lines[0]["layer_detail"]["prototype_similarity_matrix"][0][1] = None
+    lines[0]["layer_detail"]["prototype_to_centroid"][3] = None
+    append_lines(tmp_path / "routing.jsonl", [{**lines[0], "gate_mean": float("nan")}, *lines[1:]])
+    log = load_log(tmp_path)
+    assert np.isnan(log.gates_TLE[0, 0]).tolist() == [False, False, True, False]
+    assert np.isnan(log.matrix_LEE[0, 0, 1]) and np.isnan(log.to_centroid_TLE[0, 0, 3])
+    assert log.tokens_TLQE[0, 0, 0].tolist() == [5, 1, 1, 4]
+
+
+def test_lines_are_written_as_strict_json_whatever_their_values(tmp_path) -> None:
+    values = {
+        "loss": float("nan"),
+        "layer_detail": {"cosines": [[1.0, float("inf")], [float("-inf"), 0.5]]},
+    }
+    append_lines(tmp_path / "x.jsonl", [values])
+    text = (tmp_path / "x.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "loss": None,
+        "layer_detail": {"cosines": [[1.0, None], [None, 0.5]]},
+    }
+
+
+def test_log_written_by_version_0_1_0_is_read() -> None:
+    log = load_log(Path(__file__).parent / "files" / "routing_0.1.0.jsonl")
+    assert (log.layers, log.steps_T.tolist(), log.bins, log.notes) == ([1], [10, 20], 10, [])
+    assert log.tokens_TLE[:, 0].tolist() == [[1697, 2330, 4982, 15], [2089, 2129, 5038, 24]]
+    assert log.rank_uneven_TL[:, 0].tolist() == pytest.approx([1.107491, 1.090948], rel=1e-5)
+    assert list(log.tables) == ["tokens_per_class", "tokens_per_position"]

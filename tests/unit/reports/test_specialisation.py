@@ -1,0 +1,243 @@
+"""Measures of specialisation against values known by hand and against chance; the page of a small model."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from promoe_ds.data import build_dataset
+from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.reports.page import render, write_charts
+from promoe_ds.reports.specialisation import collect
+from promoe_ds.reports.specialisation.analysis import Settings, analyse
+from promoe_ds.reports.specialisation.collect import best_expert, draw_images, observe
+from promoe_ds.reports.specialisation.measures import (
+    inter_intra_ratio,
+    mutual_information,
+    specialisation,
+    subspace_similarity,
+)
+from promoe_ds.reports.specialisation.page import (
+    build_page,
+    check_place,
+    layer_charts,
+    overview_charts,
+    token_maps,
+    write_report,
+)
+from promoe_ds.routing import Assignment
+
+from ..builders import METHODS, of_method, random_network
+
+
+def test_subspaces_equal_apart_and_by_chance() -> None:
+    weights = torch.zeros(3, 6, 4)
+    weights[0, :2, :2] = weights[1, :2, :2] = torch.eye(2)  # the same plane
+    weights[2, 2:4, :2] = torch.eye(2)
+    np.testing.assert_allclose(
+        subspace_similarity(weights, 2), [[1, 1, 0], [1, 1, 0], [0, 0, 1]], atol=1e-12
+    )
+    random = subspace_similarity(
+        torch.randn(12, 200, 40, generator=torch.Generator().manual_seed(0)), 10
+    )
+    assert random[~np.eye(12, dtype=bool)].mean() == pytest.approx(10 / 200, rel=0.15)
+    with pytest.raises(ConfigError, match="--singular-vectors 5: an expert's matrix has 1 to 4"):
+        subspace_similarity(weights, 5)
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 12), (3, 12, 20), (3, 9, 9)])
+def test_subspaces_are_those_of_the_singular_vectors(shape: tuple[int, int, int]) -> None:
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for k in (1, 4, min(shape[1:])):
+        left = torch.linalg.svd(weights.double(), full_matrices=False).U[:, :, :k]
+        expected = [[(a.T @ b).square().sum().item() / k for b in left] for a in left]
+        np.testing.assert_allclose(subspace_similarity(weights, k), expected, atol=1e-9)
+
+
+def test_inter_intra_ratio_by_hand() -> None:
+    tokens = np.array([[0.0, 1], [0, -1], [10, 1], [10, -1]])
+    assert inter_intra_ratio(tokens, np.array([3, 3, 7, 7])) == pytest.approx(10.0)
+    assert np.isnan(inter_intra_ratio(tokens, np.zeros(4, int)))
+    assert np.isnan(
+        inter_intra_ratio(tokens, np.arange(4))
+    )  # a group each: nothing lies apart from its centroid
+
+
+def test_mutual_information_by_hand() -> None:
+    experts = np.array([0, 0, 1, 1, 2, 2, 3, 3])
+    assert mutual_information(experts, experts) == pytest.approx(1.0)
+    assert mutual_information(experts, experts // 2) == pytest.approx(0.5)
+    assert mutual_information(experts, np.array([0, 1] * 4)) == pytest.approx(0.0, abs=1e-12)
+    assert mutual_information(np.zeros(8, int), experts) == 0.0
+
+
+@pytest.mark.parametrize("cause", ["class", "noise level", "position", "nothing"])
+def test_specialisation_finds_the_cause_and_nothing_else(cause: str) -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 40)
+    experts = random.integers(0, 4, (4, 40, 16))
+    follows = {
+        "class": np.broadcast_to(labels[None, :, None], experts.shape),
+        "noise level": np.broadcast_to(np.arange(4)[:, None, None], experts.shape),
+        "position": np.broadcast_to(np.arange(16) % 4, experts.shape),
+        "nothing": experts,
+    }[cause]
+    experts = np.where(random.random(experts.shape) < 0.5, follows, experts)
+    found = specialisation(experts, labels, rounds=40, seed=1)
+    for kind, each in found.items():
+        if kind == cause:
+            assert each.score > 0.1 and each.p_value == pytest.approx(1 / 41)
+        else:
+            assert abs(each.score) < 0.02 and each.share < 0.05
+
+
+def test_best_expert_is_the_one_of_the_largest_gate() -> None:
+    assignment = Assignment(
+        token_ids_N=torch.tensor([0, 2, 0, 2, 3]),
+        gates_N=torch.tensor([0.2, 0.9, 0.5, 0.1, -0.3]),
+        tokens_per_expert_E=torch.tensor([2, 0, 2, 1]),
+    )
+    assert best_expert(assignment, 5).tolist() == [2, -1, 0, 3, -1]
+    nothing = Assignment(
+        torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(4, dtype=torch.int64)
+    )
+    assert best_expert(nothing, 2).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_observe_sees_every_token_of_every_method(method: str) -> None:
+    network = random_network(model={"depth": 4}, **of_method(method)).eval()
+    batch = draw_images(build_dataset(network.config), 20, seed=0)
+    seen = observe(network, batch, [0.2, 0.8], kept=11, seed=0)
+    assert sorted(seen) == [1, 3]
+    for each in seen.values():
+        assert each.experts_MBS.shape == (2, 20, 4)
+        assert each.tokens_MnD.shape == (2, 11, 16)
+        assert each.experts_MBS.max() < 4 and (each.experts_MBS >= 0).any()
+    if method == "token_choice":  # the nearest prototype, computed anew
+        router, each = network.moe_layers()[1].router, seen[1]
+        cosines = (
+            torch.nn.functional.normalize(torch.from_numpy(each.tokens_MnD[1]), dim=-1)
+            @ torch.nn.functional.normalize(router.prototypes, dim=-1).T
+        )
+        assert (
+            each.experts_MBS[1].ravel()[each.places_n].tolist() == cosines.argmax(dim=-1).tolist()
+        )
+
+
+def test_observe_keeps_no_more_tokens_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network().eval()
+    batch, entered = draw_images(build_dataset(network.config), 40, seed=0), []
+    network.moe_layers()[1].router.register_forward_pre_hook(
+        lambda _, given: entered.append(weakref.ref(given[0]))
+    )
+    most = []
+    monkeypatch.setattr(
+        collect,
+        "best_expert",
+        lambda *given, real=best_expert: (
+            most.append(sum(tokens() is not None for tokens in entered)) or real(*given)
+        ),
+    )
+    seen = observe(network, batch, [0.2, 0.8], kept=11, seed=0)
+    assert len(entered) == 6 and max(most) <= 1  # passes of 16 images; those before are gone
+    assert seen[1].tokens_MnD.shape == (2, 11, 16)
+
+
+def test_analysis_of_a_small_model_writes_a_page_and_its_numbers(tmp_path) -> None:
+    network = random_network(model={"depth": 4}, routing={"num_experts": 4}).eval()
+    batch = draw_images(build_dataset(network.config), 12, seed=0)
+    analysis = analyse(
+        network,
+        batch,
+        Settings(sigmas=(0.2, 0.8), tokens=40, singular_vectors=2, rounds=5),
+        name="small",
+    )
+    write_report(analysis, tmp_path / "page.html")
+    values = json.loads((tmp_path / "page.json").read_text(), parse_constant=pytest.fail)
+    assert values == json.loads(json.dumps(analysis.numbers()))
+    assert [layer["layer"] for layer in values["layers"]] == [1, 3]
+    charts = [
+        *overview_charts(analysis),
+        *(chart for layer in analysis.layers for chart in layer_charts(analysis, layer)),
+    ]
+    text = render(build_page(analysis))
+    assert all(f'aria-label="{chart.title}"'.replace("'", "&#39;") in text for chart in charts)
+    assert (
+        write_charts(tmp_path / "out", charts)
+        == len(list((tmp_path / "out").glob("*.png")))
+        == 5 + 2 * 4
+    )
+    with pytest.raises(DataError, match="name another place with --out"):
+        write_report(analysis, tmp_path / "nowhere" / "page.html")
+
+
+def test_analysis_of_few_tokens_leaves_gaps() -> None:
+    network = random_network().eval()
+    batch = draw_images(build_dataset(network.config), 2, seed=0)
+    analysis = analyse(
+        network,
+        batch,
+        Settings(sigmas=(0.2, 0.8), tokens=40, singular_vectors=2, rounds=2),
+        name="small",
+    )
+    ratios = analysis.numbers()["layers"][0]["inter_intra_ratio"]
+    assert ratios["k-means clusters"] == [None, None]  # as many clusters as tokens
+
+
+def test_token_maps_of_many_experts_show_each_patch_s_own() -> None:
+    network = random_network(routing={"num_experts": 40}).eval()
+    batch = draw_images(build_dataset(network.config), 12, seed=0)
+    analysis = analyse(
+        network,
+        batch,
+        Settings(sigmas=(0.5,), tokens=40, singular_vectors=2, rounds=1),
+        name="many",
+    )
+    chart = token_maps(analysis, analysis.layers[0], [f"e{expert}" for expert in range(40)])
+    color = chart.spec["layer"][1]["encoding"]["color"]["scale"]
+    assert len(set(color["range"])) == 40 and color["domain"] == [
+        f"e{expert}" for expert in range(40)
+    ]
+    experts = analysis.layers[0].seen.experts_MBS[0, :4]
+    assert [row[4] for row in chart.rows[1:]] == [f"e{expert}" for expert in experts.ravel()]
+    x, y = (np.array([row[place] for row in chart.rows[1:5]]) for place in (5, 6))
+    assert (x - x[0]).tolist() == [0, 1, 0, 1] and (y - y[0]).tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]  # row by row, downwards
+
+
+@pytest.mark.parametrize("name", ["nowhere/page.html", ".", "taken/page.html"])
+def test_place_that_cannot_be_written_is_reported_beforehand(name: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    with pytest.raises(DataError, match=r"cannot be written: .*: name another place with --out"):
+        check_place(Path(name))
+
+
+def test_place_of_the_page_is_not_that_of_its_numbers_and_stays_empty(tmp_path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"y.json: the numbers get this name, the page needs another: .*y.html"
+    ):
+        check_place(tmp_path / "y.json")
+    (tmp_path / "page.html").write_text("before")
+    check_place(tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "before"
+
+
+def test_analysis_of_a_dense_model_or_too_few_images_is_refused() -> None:
+    network = random_network(routing={"method": "dense"})
+    batch = draw_images(build_dataset(network.config), 2, seed=0)
+    with pytest.raises(ConfigError, match="small is dense: it has no experts"):
+        analyse(network, batch, Settings(), name="small")
+    with pytest.raises(DataError, match="--images 99999: the data set has 4096"):
+        draw_images(build_dataset(network.config), 99999, seed=0)
