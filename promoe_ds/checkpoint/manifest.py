@@ -112,11 +112,17 @@ def read_manifest(folder: Path) -> Manifest:
         files = {_safe_name(name, path): FileRecord(**record) for name, record in values["files"].items()}
         if not files:
             raise CheckpointError(f"{path}: lists no file")
-        return Manifest(step=_count(values, "step"), samples_seen=_count(values, "samples_seen"), files=files,
-                        layout=_read_layout(values["layout"]), config=with_new_names(values["config"])[0], versions=dict(values["versions"]),
-                        averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()},
-                        dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"),
-                        wandb_id=str(values.get("wandb_id", "")))
+        return Manifest(
+            step=_count(values, "step"),
+            samples_seen=_count(values, "samples_seen"),
+            files=files,
+            layout=_read_layout(values["layout"]),
+            config=with_new_names(values["config"])[0],
+            versions=dict(values["versions"]),
+            averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()},
+            dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"),
+            wandb_id=str(values.get("wandb_id", "")),
+        )
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
