@@ -38,7 +38,7 @@ class FileRecord:
 class Layout:
     """What the shards of a checkpoint depend on.
 
-    aligned: parameters lie in another order than the network's own, those of odd sizes last (`engine.optimizer`); of checkpoints
+    aligned: parameters lie in another order than the network's own, those of odd sizes last (`is_reordered`); of checkpoints
     that do not say it, false.
     """
 
@@ -51,7 +51,7 @@ class Layout:
     aligned: bool = False
 
     def __str__(self) -> str:
-        return (f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, parallel.dispatch={self.dispatch}, "
+        return (f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, expert storage {self.dispatch}, "
                 f"ZeRO {self.zero_stage}, {self.precision}{', aligned' if self.aligned else ''}")
 
 
