@@ -38,7 +38,7 @@ class FileRecord:
 class Layout:
     """What the shards of a checkpoint depend on.
 
-    aligned: parameters lie in another order than the network's own, those of odd sizes last (`engine.optimizer`); of checkpoints
+    aligned: parameters lie in another order than the network's own, those of odd sizes last (`is_reordered`); of checkpoints
     that do not say it, false.
     """
 
@@ -51,7 +51,7 @@ class Layout:
     aligned: bool = False
 
     def __str__(self) -> str:
-        return (f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, parallel.dispatch={self.dispatch}, "
+        return (f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, expert storage {self.dispatch}, "
                 f"ZeRO {self.zero_stage}, {self.precision}{', aligned' if self.aligned else ''}")
 
 
@@ -112,11 +112,17 @@ def read_manifest(folder: Path) -> Manifest:
         files = {_safe_name(name, path): FileRecord(**record) for name, record in values["files"].items()}
         if not files:
             raise CheckpointError(f"{path}: lists no file")
-        return Manifest(step=_count(values, "step"), samples_seen=_count(values, "samples_seen"), files=files,
-                        layout=_read_layout(values["layout"]), config=with_new_names(values["config"])[0], versions=dict(values["versions"]),
-                        averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()},
-                        dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"),
-                        wandb_id=str(values.get("wandb_id", "")))
+        return Manifest(
+            step=_count(values, "step"),
+            samples_seen=_count(values, "samples_seen"),
+            files=files,
+            layout=_read_layout(values["layout"]),
+            config=with_new_names(values["config"])[0],
+            versions=dict(values["versions"]),
+            averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()},
+            dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"),
+            wandb_id=str(values.get("wandb_id", "")),
+        )
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

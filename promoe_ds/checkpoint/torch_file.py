@@ -114,7 +114,7 @@ class TorchFile:
         self.close()
 
     def _offset(self, fake: Tensor) -> int:
-        return fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.element_size()
+        return int(fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.element_size())
 
     def _check_extent(self, offset: int, length: int) -> None:
         if offset + length > self._size:
@@ -139,7 +139,7 @@ def require_torch(path: Path, file: BinaryIO | None = None) -> None:
         raise CheckpointError(f"{path}: cannot be read: it is {kind}{remedy}")
 
 
-def unreadable_reason(path: Path, error: Exception, allowed: list[type] | None = None) -> str:
+def unreadable_reason(path: Path, error: Exception, allowed: list[Any] | None = None) -> str:
     """Return why torch cannot read a file, in our words: torch's advise to execute what the file says."""
     if isinstance(error, pickle.UnpicklingError):
         try:

@@ -66,7 +66,8 @@ class _Keys(BaseModel):
 
 def _section(name: str, **types: Any) -> type[_Keys]:
     """Return the model of a section whose keys have these types and may all be left out."""
-    return create_model(name, __base__=_Keys, **{key: (each, None) for key, each in types.items()})
+    fields: dict[str, Any] = {key: (each, None) for key, each in types.items()}
+    return create_model(name, __base__=_Keys, **fields)
 
 
 _AUTO = WrapValidator(_or_auto)

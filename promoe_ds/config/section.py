@@ -29,7 +29,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[info.field_name].annotation
+        annotation = cls.model_fields[str(info.field_name)].annotation
         takes_true = annotation is bool or True in typing.get_args(annotation)
         if not takes_true and any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value])):
             raise ValueError("true and false have no meaning here")

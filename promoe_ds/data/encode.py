@@ -174,7 +174,7 @@ def _claim(request: EncodeRequest, settings: dict[str, Any]) -> LatentIndex | No
 class _Worker:
     """Encodes shards of one rank."""
 
-    def __init__(self, request: EncodeRequest, tree: Tree, vae: Vae | None, shape: tuple[int, int, int]) -> None:
+    def __init__(self, request: EncodeRequest, tree: Tree, vae: Vae | None, shape: tuple[int, ...]) -> None:
         self._request, self._tree, self._vae, self._shape = request, tree, vae, shape
         self._changes: list[str] = []
 

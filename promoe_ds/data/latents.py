@@ -160,7 +160,7 @@ def shard_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
-def read_npz_moments(path: Path, shape: tuple[int, int, int, int] | None = None) -> np.ndarray:
+def read_npz_moments(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """Return a file's moments and, where it holds them, those of the mirrored image: (1 or 2, 2 Z, H, W) fp32.
 
     Raises: DataError naming a file that is damaged, of another kind or, where `shape` is given, of another shape.

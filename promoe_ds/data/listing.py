@@ -67,13 +67,19 @@ class FileList:
         Raises: DataError for a folder that cannot be read or holds no such file, or a link of the
             first level to nothing.
         """
-        self.root, self.names, self.folders = root, [], []
+        self.root = root
+        self.names: list[str] = []
+        self.folders: list[str] = []
         self.kind = "readable image" if suffixes is None else f"{', '.join(suffixes)} file"
         self._suffixes = image_suffixes() if suffixes is None else suffixes
-        self._leftovers, self._others = Counter(), Counter()
-        self._listed, self._outside, self._broken = [], [], []
+        self._leftovers: Counter[str] = Counter()
+        self._others: Counter[str] = Counter()
+        self._listed: list[str] = []
+        self._outside: list[str] = []
+        self._broken: list[str] = []
         self._seen: set[tuple[int, int]] = set()
-        self._links, self._file_links = deque(), []
+        self._links: deque[str] = deque()
+        self._file_links: list[tuple[str, tuple[int, int], bool]] = []
         self._enter("")
         while self._links:
             self._follow(self._links.popleft())

@@ -13,7 +13,7 @@ from promoe_ds.moe.layer import MoELayer
 def build_model(config: RunConfig) -> DiT:
     """Build the whole network, all experts on this process, uninitialised.
 
-    Use `torch.device("meta")` around it for models that do not fit; `engine.adapter` then keeps this rank's experts.
+    Use `torch.device("meta")` around it for models that do not fit; `backends.expert_parallel` then keeps this rank's experts.
     """
     blocks = [_build_block(config, index) for index in range(config.model.depth)]
     network = DiT(config, blocks)

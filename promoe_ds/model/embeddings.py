@@ -83,6 +83,7 @@ class LabelEmbedding(ConditionEmbedding):
         super().__init__()
         self.table = nn.Embedding(num_classes + 1, width)
 
-    def vector(self, condition: ClassCondition) -> Tensor:
+    def vector(self, condition: Condition) -> Tensor:
         """Return (B, D). Dropout is done where the batch is made."""
+        assert isinstance(condition, ClassCondition)
         return self.table(condition.labels_B)

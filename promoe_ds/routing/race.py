@@ -52,7 +52,8 @@ class ExpertRaceRouter(GateRouter):
 
         Source: the paper's description, Sec. 4-6; differs: the pool is the routed samples' where null samples have their
         own expert, the threshold is averaged over ranks by the trainer, once a step.
-        Returns: RoutingPlan; in training with the similarity loss, the observation of `update_running_state` and the predicted target.
+        Returns: RoutingPlan; in training with the similarity loss, the observation of `update_running_state` and the
+            predicted target.
         Gradient: reaches tokens and router.  Sync: none in training, one in evaluation.  Collectives: none.
         """
         tokens_per_image = tokens_BSD.shape[1]

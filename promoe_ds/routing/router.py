@@ -23,8 +23,8 @@ class Router(nn.Module):
     """Decides which tokens visit which experts.
 
     A subclass implements `forward` and `expert_keys_ED`; one with running state (thresholds, centroids) keeps it in
-    buffers, reports observations in its plans and implements `update_running_state` and `reset_state`. Buffers stay in fp32 when the
-    module is cast to half precision: a running average of 0.95 would stand still in bf16.
+    buffers, reports observations in its plans and implements `update_running_state` and `reset_state`. Buffers stay in
+    fp32 when the module is cast to half precision: a running average of 0.95 would stand still in bf16.
     per_expert: names of the parameters and buffers whose first dimension counts the experts.
     initial_gate: how `gate_weight` starts: "xavier" as other matrices, "linear" as torch's linear
         layer (uniform within 1 / sqrt(D)), or the standard deviation of a normal distribution.

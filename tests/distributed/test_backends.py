@@ -44,7 +44,9 @@ def _config(path: str, top_k: int, ep_size: int) -> RunConfig:
 
 
 def _pass(layer: torch.nn.Module, config: RunConfig, tokens: torch.Tensor, labels: torch.Tensor, weight: int):
-    partition = partition_samples(ClassCondition(labels, NULL), has_unconditional_expert=config.routing.num_unconditional_experts > 0)
+    partition = partition_samples(
+        ClassCondition(labels, NULL), has_unconditional_expert=config.routing.num_unconditional_experts > 0
+    )
     output, plan = layer(tokens.requires_grad_(), partition)
     ((output * torch.linspace(-1, 1, WIDTH)).sum() + weight * sum(plan.aux_losses.values())).backward()
     return output.detach(), plan

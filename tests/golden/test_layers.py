@@ -33,7 +33,9 @@ def test_layer_equals_published(case: Case, backend: str) -> None:
     hidden = inputs["hidden"].requires_grad_()
     # The baselines know no conditional routing: every label is a class.
     labels = inputs.get("labels", torch.zeros(len(hidden), dtype=torch.int64))
-    partition = partition_samples(ClassCondition(labels, config.model.null_label), has_unconditional_expert=config.routing.num_unconditional_experts > 0)
+    partition = partition_samples(
+        ClassCondition(labels, config.model.null_label), has_unconditional_expert=config.routing.num_unconditional_experts > 0
+    )
     output, plan = layer(hidden, partition)
     torch.testing.assert_close(output, expected["hidden"], **close)
     _check_choices(layer, hidden, partition, case, expected, close)

@@ -26,11 +26,22 @@ ORDER = ("errors", "logs", "files", "file_kind", "randomness", "load_stats", "co
          "diffusion", "launch", "distributed", "data", "backends", "checkpoint", "train")
 #: Rooms that need less than the order would let them have.
 NARROW: dict[str, set[str]] = {
-    "errors": set(), "logs": set(), "files": set(), "file_kind": set(), "randomness": set(), "load_stats": set(), "condition": set(),
-    "config": {"errors", "logs"}, "versions": {"errors", "config"}, "routing": {"errors", "config", "condition"}, "moe": {"routing", "config"},
-    "diffusion": {"config", "randomness", "errors", "condition"}, "launch": {"errors", "logs", "files", "config"},
+    "errors": set(),
+    "logs": set(),
+    "files": set(),
+    "file_kind": set(),
+    "randomness": set(),
+    "load_stats": set(),
+    "condition": set(),
+    "config": {"errors", "logs"},
+    "versions": {"errors", "config"},
+    "routing": {"errors", "config", "condition"},
+    "moe": {"routing", "config"},
+    "diffusion": {"config", "randomness", "errors", "condition"},
+    "launch": {"errors", "logs", "files", "config"},
     "distributed": {"errors", "logs", "config", "launch"},
-    "data": {"config", "randomness", "errors", "logs", "files", "file_kind", "condition", "versions", "distributed"}}
+    "data": {"config", "randomness", "errors", "logs", "files", "file_kind", "condition", "versions", "distributed"},
+}
 ROOMS = {room: NARROW.get(room, set(ORDER[:place])) for place, room in enumerate(ORDER)}
 ENGINES = {"deepspeed", "megatron"}
 #: Rooms free in their libraries: all but the engines' own.

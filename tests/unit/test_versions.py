@@ -31,4 +31,4 @@ def test_deepspeed_out_of_range_is_refused_before_its_import(monkeypatch, found:
 
 def test_deepspeed_range_is_the_installers() -> None:
     least, below = versions.DEEPSPEED_RANGE
-    assert f'"deepspeed>={least},<{below}"' in (Path(__file__).parents[3] / "setup.py").read_text()
+    assert f'"deepspeed>={least},<{below}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")

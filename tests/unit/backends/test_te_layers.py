@@ -105,7 +105,9 @@ def test_training_module_runs_in_its_context() -> None:
     from promoe_ds.diffusion import draw_batch
 
     module = TrainingModule(network({}), Context)
-    batch = draw_batch(random_tensor(2, 1, 4, 4), ClassCondition(torch.tensor([1, 2]), 10), module.objective, seed=0, step=0, slots=range(2))
+    batch = draw_batch(
+        random_tensor(2, 1, 4, 4), ClassCondition(torch.tensor([1, 2]), 10), module.objective, seed=0, step=0, slots=range(2)
+    )
     module(batch)
     assert entered == [1, -1]
 

@@ -12,8 +12,8 @@ from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.errors import TrainingError
 from promoe_ds.train.step import TrainingModule
 
-from ..builders import random_network, small_config
 from ..backends import fake_te
+from ..builders import random_network, small_config
 
 CPU = torch.device("cpu")
 

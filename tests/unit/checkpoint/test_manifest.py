@@ -57,7 +57,7 @@ def test_manifest_there_and_back_is_the_same(tmp_path: Path) -> None:
 
 def test_manifest_layout_says_what_a_user_set() -> None:
     layout = Layout(world_size=4, ep_size=2, dispatch="deepspeed", zero_stage=2, precision="bf16")
-    assert str(layout) == "4 ranks, parallel.ep_size=2, parallel.dispatch=alltoall, ZeRO 2, bf16"
+    assert str(layout) == "4 ranks, parallel.ep_size=2, expert storage deepspeed, ZeRO 2, bf16"
 
 
 # Damage to files.

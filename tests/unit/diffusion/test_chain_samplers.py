@@ -126,7 +126,13 @@ def test_ddim_draws_nothing() -> None:
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_ddpm_without_a_generator_for_each_image_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"needs a generator for each of the 2 images, got {count}"):
-        sample_latents(curved, random_tensor(2, *SHAPE), ClassCondition(torch.tensor([0, 1]), NULL), make_plan("ddpm", 5), image_generators(seed=0, indices=range(count)))
+        sample_latents(
+            curved,
+            random_tensor(2, *SHAPE),
+            ClassCondition(torch.tensor([0, 1]), NULL),
+            make_plan("ddpm", 5),
+            image_generators(seed=0, indices=range(count)),
+        )
 
 
 def test_chain_samplers_keep_fp32_and_no_graph() -> None:
@@ -139,7 +145,13 @@ def test_chain_samplers_keep_fp32_and_no_graph() -> None:
 def test_chain_samplers_follow_the_noise_to_its_device() -> None:
     noise, labels = torch.zeros(2, *SHAPE, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
     for solver in ("ddpm", "ddim"):
-        result = sample_latents(curved, noise, ClassCondition(labels, NULL), make_plan(solver, 3, cfg_scale=2.0), image_generators(seed=0, indices=range(2)))
+        result = sample_latents(
+            curved,
+            noise,
+            ClassCondition(labels, NULL),
+            make_plan(solver, 3, cfg_scale=2.0),
+            image_generators(seed=0, indices=range(2)),
+        )
         assert (result.device.type, result.shape) == ("meta", noise.shape)
 
 

@@ -32,7 +32,9 @@ def make_batch(timesteps: list[int], length: int = 1000) -> DiffusionBatch:
     """Return noised images whose pixels are in -1 ... 1, some of them black and white."""
     clean = random_tensor(len(timesteps), *SHAPE, seed=0).clamp(-1, 1)
     sigma = torch.tensor([t / length for t in timesteps])
-    return DiffusionBatch(clean, random_tensor(len(timesteps), *SHAPE, seed=1), sigma, ClassCondition(torch.arange(len(timesteps)), 10**6))
+    return DiffusionBatch(
+        clean, random_tensor(len(timesteps), *SHAPE, seed=1), sigma, ClassCondition(torch.arange(len(timesteps)), 10**6)
+    )
 
 
 def make_prediction(batch: DiffusionBatch, error: float = 0.5) -> Tensor:

@@ -32,7 +32,12 @@ def velocity_of_a_normal(latents: Tensor, timestep: Tensor, labels: Tensor) -> T
 
 def error_of(solver: str, steps: int, shift: float = 1.0) -> float:
     noise = random_tensor(4, 1, 2, 2)
-    result = sample_latents(velocity_of_a_normal, noise, ClassCondition(torch.zeros(4, dtype=torch.int64), 10), make_plan(steps=steps, solver=solver, shift=shift))
+    result = sample_latents(
+        velocity_of_a_normal,
+        noise,
+        ClassCondition(torch.zeros(4, dtype=torch.int64), 10),
+        make_plan(steps=steps, solver=solver, shift=shift),
+    )
     return (result - (MEAN + DEVIATION * noise)).abs().max().item()
 
 
@@ -56,7 +61,12 @@ def test_second_order_solver_towards_a_point_arrives_there(solver: str, steps: i
     def denoiser(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         return (latents - target) / (timestep / 1000).view(-1, 1, 1, 1)
 
-    result = sample_latents(denoiser, random_tensor(2, 1, 2, 2, seed=1), ClassCondition(torch.tensor([0, 1]), 10), make_plan(steps=steps, solver=solver, shift=3.0))
+    result = sample_latents(
+        denoiser,
+        random_tensor(2, 1, 2, 2, seed=1),
+        ClassCondition(torch.tensor([0, 1]), 10),
+        make_plan(steps=steps, solver=solver, shift=3.0),
+    )
     torch.testing.assert_close(result, target, rtol=2e-5, atol=2e-5)  # fp32, and a start 1e-6 below noise level 1
 
 
@@ -69,7 +79,9 @@ def test_second_order_solver_asks_at_the_shifted_noise_levels(solver: str, calls
         seen.append(timestep[0].item())
         return torch.zeros_like(latents)
 
-    sample_latents(denoiser, random_tensor(2, 1, 2, 2), ClassCondition(torch.tensor([0, 1]), 10), make_plan(steps=6, solver=solver, shift=3.0))
+    sample_latents(
+        denoiser, random_tensor(2, 1, 2, 2), ClassCondition(torch.tensor([0, 1]), 10), make_plan(steps=6, solver=solver, shift=3.0)
+    )
     levels = (1000 * shifted_sigmas(6, 3.0)).tolist()
     # Heun corrects each step where the next begins, and not the last.
     expected = levels if calls_a_step == 1 else [levels[0], *(level for level in levels[1:] for _ in range(2))]
@@ -79,5 +91,10 @@ def test_second_order_solver_asks_at_the_shifted_noise_levels(solver: str, calls
 def test_second_order_solvers_hand_labels_and_guidance_on() -> None:
     # v = label: guided velocity is null + scale * (label - null).
     for solver in SECOND_ORDER:
-        result = sample_latents(lambda x, t, y: y.labels_B.float().view(-1, 1, 1, 1).expand_as(x), torch.zeros(2, 1, 1, 1), ClassCondition(torch.tensor([4, 10]), 10), make_plan(steps=4, cfg_scale=2.0, solver=solver))
+        result = sample_latents(
+            lambda x, t, y: y.labels_B.float().view(-1, 1, 1, 1).expand_as(x),
+            torch.zeros(2, 1, 1, 1),
+            ClassCondition(torch.tensor([4, 10]), 10),
+            make_plan(steps=4, cfg_scale=2.0, solver=solver),
+        )
         torch.testing.assert_close(result.flatten(), torch.tensor([2.0, -10.0]), rtol=1e-5, atol=2e-5)

@@ -54,7 +54,12 @@ def test_steps_equal_closed_form_with_the_shift_applied_once(shift: float) -> No
     steps = 8
     sigmas = [shift * s / (1 + (shift - 1) * s) for s in (1 - i / steps for i in range(steps))] + [0.0]
     expected = sum((after - before) * before for before, after in pairwise(sigmas))
-    result = sample_latents(lambda x, t, y: (t / 1000).view(-1, 1, 1, 1).expand_as(x), torch.zeros(1, 1, 1, 1), ClassCondition(torch.tensor([0]), NULL), make_plan(steps=steps, shift=shift))
+    result = sample_latents(
+        lambda x, t, y: (t / 1000).view(-1, 1, 1, 1).expand_as(x),
+        torch.zeros(1, 1, 1, 1),
+        ClassCondition(torch.tensor([0]), NULL),
+        make_plan(steps=steps, shift=shift),
+    )
     assert result.item() == pytest.approx(expected, rel=1e-5)  # fp32
 
 
@@ -74,7 +79,9 @@ def test_euler_constant_velocity_is_exact(steps: int) -> None:
 
 def test_euler_constant_velocity_is_exact_under_a_shift() -> None:
     noise, velocity = random_tensor(2, 1, 2, 2), random_tensor(2, 1, 2, 2, seed=1)
-    result = sample_latents(lambda x, t, y: velocity, noise, ClassCondition(torch.tensor([0, 1]), NULL), make_plan(steps=10, shift=3.0))
+    result = sample_latents(
+        lambda x, t, y: velocity, noise, ClassCondition(torch.tensor([0, 1]), NULL), make_plan(steps=10, shift=3.0)
+    )
     torch.testing.assert_close(result, noise - velocity, rtol=1e-5, atol=1e-5)  # ten steps in fp32
 
 
@@ -85,36 +92,57 @@ def test_euler_velocity_towards_a_point_arrives_there() -> None:
     def denoiser(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         return (latents - target) / (timestep / 1000).view(-1, 1, 1, 1)
 
-    result = sample_latents(denoiser, random_tensor(2, 1, 2, 2, seed=1), ClassCondition(torch.tensor([0, 1]), NULL), make_plan(steps=5, shift=3.0))
+    result = sample_latents(
+        denoiser, random_tensor(2, 1, 2, 2, seed=1), ClassCondition(torch.tensor([0, 1]), NULL), make_plan(steps=5, shift=3.0)
+    )
     torch.testing.assert_close(result, target, rtol=1e-5, atol=1e-5)  # five steps in fp32
 
 
 def test_sampler_takes_the_first_channels_as_velocity() -> None:
     noise = random_tensor(2, 1, 2, 2)
-    result = sample_latents(lambda x, t, y: torch.cat([torch.ones_like(x), torch.full_like(x, torch.nan)], dim=1), noise, ClassCondition(torch.tensor([0, 1]), NULL), make_plan(steps=1))
+    result = sample_latents(
+        lambda x, t, y: torch.cat([torch.ones_like(x), torch.full_like(x, torch.nan)], dim=1),
+        noise,
+        ClassCondition(torch.tensor([0, 1]), NULL),
+        make_plan(steps=1),
+    )
     assert torch.equal(result, noise - 1)
 
 
 def test_sampler_hands_labels_and_guidance_on() -> None:
     # v = label: guided velocity is null + scale * (label - null).
-    result = sample_latents(lambda x, t, y: y.labels_B.float().view(-1, 1, 1, 1).expand_as(x), torch.zeros(2, 1, 1, 1), ClassCondition(torch.tensor([4, 10]), NULL), make_plan(steps=4, cfg_scale=2.0))
+    result = sample_latents(
+        lambda x, t, y: y.labels_B.float().view(-1, 1, 1, 1).expand_as(x),
+        torch.zeros(2, 1, 1, 1),
+        ClassCondition(torch.tensor([4, 10]), NULL),
+        make_plan(steps=4, cfg_scale=2.0),
+    )
     assert result.flatten().tolist() == [-(10 + 2 * (4 - 10)), -10]
 
 
 def test_sampler_accepts_bf16_predictions_and_returns_fp32() -> None:
-    result = sample_latents(lambda x, t, y: torch.ones_like(x, dtype=torch.bfloat16), random_tensor(1, 1, 2, 2), ClassCondition(torch.tensor([0]), NULL), make_plan())
+    result = sample_latents(
+        lambda x, t, y: torch.ones_like(x, dtype=torch.bfloat16),
+        random_tensor(1, 1, 2, 2),
+        ClassCondition(torch.tensor([0]), NULL),
+        make_plan(),
+    )
     assert result.dtype == torch.float32
 
 
 def test_sampler_keeps_no_graph() -> None:
     weight = torch.nn.Parameter(torch.ones(()))
-    result = sample_latents(lambda x, t, y: x * weight, random_tensor(1, 1, 2, 2), ClassCondition(torch.tensor([0]), NULL), make_plan())
+    result = sample_latents(
+        lambda x, t, y: x * weight, random_tensor(1, 1, 2, 2), ClassCondition(torch.tensor([0]), NULL), make_plan()
+    )
     assert not result.requires_grad
 
 
 def test_sampler_unknown_solver_is_refused() -> None:
     with pytest.raises(ValueError, match="solver 'magic' is none of euler"):
-        sample_latents(lambda x, t, y: x, random_tensor(1, 1, 2, 2), ClassCondition(torch.tensor([0]), NULL), make_plan(solver="magic"))
+        sample_latents(
+            lambda x, t, y: x, random_tensor(1, 1, 2, 2), ClassCondition(torch.tensor([0]), NULL), make_plan(solver="magic")
+        )
 
 
 def test_initial_noise_of_an_image_does_not_depend_on_its_batch() -> None:

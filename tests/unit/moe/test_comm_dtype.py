@@ -42,7 +42,9 @@ def test_wire_fp8_error_is_half_a_step_of_each_number(is_gradient: bool, dtype: 
 def test_wire_fp8_row_not_finite_arrives_not_finite_and_alone(is_gradient: bool, bad: float) -> None:
     rows = random_tensor(3, 8)
     rows[1, 2] = bad
-    found = COMM_DTYPES["fp8"].unpack(COMM_DTYPES["fp8"].pack(rows, is_gradient=is_gradient), 8, rows.dtype, is_gradient=is_gradient)
+    found = COMM_DTYPES["fp8"].unpack(
+        COMM_DTYPES["fp8"].pack(rows, is_gradient=is_gradient), 8, rows.dtype, is_gradient=is_gradient
+    )
     assert not torch.isfinite(found[1]).any()
     assert torch.isfinite(found[[0, 2]]).all()
 

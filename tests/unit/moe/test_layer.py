@@ -48,7 +48,9 @@ def make_layer(backend: str = "loop", dtype: torch.dtype = torch.float64, **rout
 
 
 def run(layer: MoELayer, tokens_BSD: Tensor, labels: list[int]) -> tuple[Tensor, RoutingPlan]:
-    partition = partition_samples(ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=layer.unconditional is not None)
+    partition = partition_samples(
+        ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=layer.unconditional is not None
+    )
     return layer(tokens_BSD, partition)
 
 

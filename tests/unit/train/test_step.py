@@ -23,7 +23,12 @@ TERMS = {"token_choice": {"rcl"}, "expert_choice": {"rcl"}, "dit_moe": set(), "e
 
 def batch_of(labels: list[int], channels: int = 1) -> DiffusionBatch:
     images = len(labels)
-    return DiffusionBatch(random_tensor(images, channels, 4, 4), random_tensor(images, channels, 4, 4, seed=1), torch.linspace(0.1, 0.9, images), ClassCondition(torch.tensor(labels), 10))
+    return DiffusionBatch(
+        random_tensor(images, channels, 4, 4),
+        random_tensor(images, channels, 4, 4, seed=1),
+        torch.linspace(0.1, 0.9, images),
+        ClassCondition(torch.tensor(labels), 10),
+    )
 
 
 def make_module(method: str, model: dict[str, Any] | None = None, diffusion: dict[str, Any] | None = None,
