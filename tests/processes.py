@@ -32,7 +32,7 @@ SESSION, TEST = "TESTS_SESSION", "TESTS_TEST"
 _PRELOADED = ("torch", "setuptools", "sklearn.datasets", "diffusers", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer",
               "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
               "megatron.core.transformer.moe.moe_layer", "promoe_ds.train.loop", "promoe_ds.checkpoint.conversion",
-              "promoe_ds.distributed.team", "promoe_ds.evaluation.sample_job", "promoe_ds.evaluation.metrics", "promoe_ds.data")
+              "promoe_ds.distributed.context", "promoe_ds.evaluation.sample_job", "promoe_ds.evaluation.metrics", "promoe_ds.data")
 
 
 def environment(**more: str) -> dict[str, str]:

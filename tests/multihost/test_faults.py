@@ -97,7 +97,7 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(two_hosts, tmp_path) -> 
     assert job.end(TIMEOUT + MARGIN) == 75, job.log()
     assert "asked to stop (SIGTERM): waiting up to" in job.launcher_log()
     # The rank that speaks may have learnt of it from another, which read the lease first.
-    assert re.search(r"stopped: asked to stop \(.*\): saved step \d+ of 100000 and ended", job.log())
+    assert re.search(r"stopped: shutdown requested \(.*\): saved step \d+ of 100000 and ended", job.log())
     newest = list_checkpoints(job.run_dir / "checkpoints")[0]
     assert read_manifest(newest).step == job.last_step()
     assert job.left() == {}

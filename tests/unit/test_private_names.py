@@ -18,9 +18,9 @@ LIBRARIES = {"torch", "deepspeed", "megatron", "transformer_engine", "diffusers"
 CORNERS = "backends/*_private.py"
 #: The other files, each with the names that it uses and no more.
 ALLOWED = {
-    "analysis/plan/cluster.py": {"_internal"},
-    "analysis/plan/shapes.py": {"_subclasses"},
-    "analysis/plan/trace.py": {"_cdata", "_grouped_mm", "_local_scalar_dense", "_overloadpacket", "_python_dispatch",
+    "planning/cluster.py": {"_internal"},
+    "planning/shapes.py": {"_subclasses"},
+    "planning/trace.py": {"_cdata", "_grouped_mm", "_local_scalar_dense", "_overloadpacket", "_python_dispatch",
                                "_pytree", "_schema"},
     "backends/expert_parallel.py": {"_EXPERT_DATA_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP_RANKS", "_EXPERT_PARALLEL_GROUP",
                           "_EXPERT_PARALLEL_GROUP_RANKS", "_WORLD_GROUP", "_create_expert_and_data_parallel",
