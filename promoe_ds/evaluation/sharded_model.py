@@ -49,7 +49,7 @@ def load_sharded_model(export: Path, team: Team, *, ep_size: int, dtype: torch.d
     Consecutive ranks share a set of experts. They exchange rows in every pass: all must make equally many passes.
     Args:
         ep_size: ranks that share a set.
-        exact: whether experts compute the rows of each rank apart, see `drawing`.
+        exact: whether experts compute the rows of each rank apart, see `sampling`.
     Raises: ConfigError if ep_size does not fit; CheckpointError naming what is missing in the export.
     """
     config = read_export_config(export)

@@ -22,7 +22,7 @@ class _Silent(nn.Module):
         self.labels: list[int] = []
 
     def forward(self, latents, timestep, labels):
-        self.labels += labels.tolist()
+        self.labels += labels.labels_B.tolist()
         return torch.zeros_like(latents)
 
 
