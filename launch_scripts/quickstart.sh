@@ -1,21 +1,19 @@
 #!/usr/bin/env bash
 # Train ProMoE on real digits under the deepspeed launcher with expert parallelism and ZeRO 2, stop half-way, resume,
-# convert, sample, judge: ./launch_scripts/quickstart.sh [OUTPUT_DIR]
+# convert, sample, evaluate: ./launch_scripts/quickstart.sh [OUTPUT_DIR]
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
     sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}"
     exit 0
 fi
-if [ $# -gt 0 ]; then
-    if [ -e "$1" ] && [ -n "$(ls -A "$1")" ]; then
-        echo "error: $1 is not empty: name another folder" >&2
-        exit 1
-    fi
-    out="$1"
-else
-    out="$promoe_root/runs/quickstart"
-    number=1
+out="${1:-}"
+if [ -n "$out" ] && [ -e "$out" ] && [ -n "$(ls -A "$out")" ]; then
+    echo "error: $out is not empty: name another folder" >&2
+    exit 1
+fi
+if [ -z "$out" ]; then
+    out="$promoe_root/runs/quickstart" number=1
     while [ -e "$out" ]; do
         number=$((number + 1))
         out="$promoe_root/runs/quickstart-$number"
@@ -26,14 +24,12 @@ out="$(cd "$out" && pwd)"
 promoe_environment
 cd "$promoe_root"
 
-free_port() {
-    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-}
-
-# Two processes on the CPU, whatever devices there are, so that everybody sees the same.
+# Two processes on the CPU, whatever devices there are, so that everybody sees the same; --quiet silences the launcher alone.
 export DS_ACCELERATOR=cpu
 train() {
-    deepspeed --num_gpus 2 --master_port "$(free_port)" --log_level warning --module promoe_ds.cli.train --recipe digits_promoe \
+    local port
+    port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+    deepspeed --quiet --num_gpus 2 --master_port "$port" --module promoe_ds.cli.train --recipe digits_promoe \
         --deepspeed_config ds_configs/zero2_fp32.json --run-dir "$out/run" "$@"
 }
 
@@ -45,7 +41,7 @@ echo "== converting the shards to one file"
 python tools/convert_checkpoint.py "$out/run" "$out/export" --to single
 echo "== sampling"
 python -m promoe_ds.cli.sample --model "$out/export" --out "$out/samples" --num 500 --grid --device cpu
-echo "== judging"
+echo "== evaluating"
 python tools/evaluate_digits.py "$out/samples" --out "$out/report.json" --require 0.85
 python tools/expert_load.py "$out/run"
 echo "outputs: run $out/run, export $out/export, samples $out/samples, grid $out/samples/grid.png, report $out/report.json"

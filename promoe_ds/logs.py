@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 _ROOT = "promoe_ds"
@@ -55,3 +57,29 @@ def configure_logging(rank: int, *, log_file: Path | None = None) -> None:
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as h:mm:ss, with the days before it where there are any."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+class Progress:
+    """Logs how far a long job is, now and then: amount, speed and the time that is left."""
+
+    def __init__(self, logger: logging.Logger, total: float, unit: str, *, every_seconds: float = 10.0) -> None:
+        """Start the clock. Amounts are `unit`s; whole numbers are shown as such."""
+        self._logger, self._total, self._unit, self._every = logger, total, unit, every_seconds
+        self._done: float = 0
+        self._start = self._last = time.monotonic()
+
+    def add(self, amount: float) -> None:
+        """Count what was done."""
+        self._done = min(self._done + amount, self._total)
+        now = time.monotonic()
+        if now - self._last < self._every or not self._done:
+            return
+        self._last, speed = now, self._done / (now - self._start)
+        digits = 0 if isinstance(self._total, int) else 1
+        self._logger.info("%.*f/%.*f %s  %.3g %s/s  %s left", digits, self._done, digits, self._total, self._unit,
+                          speed, self._unit, duration((self._total - self._done) / speed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -21,10 +22,13 @@ def package_versions() -> dict[str, str]:
 
 
 def check_deepspeed() -> None:
-    """Check the installed DeepSpeed before it is imported.
+    """Check the installed DeepSpeed before it is imported; name the CPU to it where there is no GPU.
 
+    DeepSpeed would find the CPU itself, and warn.
     Raises: ConfigError if there is none, or another than this package works with.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     least, below = DEEPSPEED_RANGE
     try:
         found = version("deepspeed")

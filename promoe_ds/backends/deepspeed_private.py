@@ -8,6 +8,7 @@ with the library, its version and the name, and never trains in another way.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,8 @@ NAMES = {
     "deepspeed.ops": ("_probe_compatible_ops",),
     "deepspeed.runtime.engine": (
         "DeepSpeedEngine._copy_recovery_script", "DeepSpeedEngine.save_checkpoint"),
+    "deepspeed.runtime.compiler": ("compile", "dummy_decorator"),
+    "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
     "deepspeed.runtime.zero.stage_1_and_2": (
         "DeepSpeedZeroOptimizer.check_overflow", "DeepSpeedZeroOptimizer.update_lp_params"),
     "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine": (
@@ -76,18 +79,44 @@ def check_names() -> None:
 
 
 def prepare_library(timeout_seconds: float) -> None:
-    """Check the names; give groups that DeepSpeed makes itself our time-out; build no extension.
+    """Check the names; give groups that DeepSpeed makes itself our time-out; compile nothing.
 
     Without it such groups take torch's default of half an hour, and DeepSpeed's shared-memory all-reduce for CPUs
     is compiled at first use, for a minute.
     """
     check_names()
+    _import_muon()
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}  # in place of the probe, which calls compilers
     timeout = timedelta(seconds=timeout_seconds)
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def support_optimizer(kind: type) -> None:
+    """Enter an elementwise optimizer among those that ZeRO supports, of which it does not warn."""
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    if kind not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon without compiling its kernels.
+
+    ZeRO asks of every optimizer whether it is Muon, which this package does not offer. Compiling them
+    loads torch.compile's libraries: almost two seconds of each rank's start.
+    """
+    from deepspeed.runtime import compiler
+
+    original, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = original
 
 
 def make_expert_groups(ep_size: int, timeout_seconds: float, *, data_before_expert: bool = False) -> dist.ProcessGroup:

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
+from promoe_ds.logs import configure_logging
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -60,6 +61,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Arguments to request to the converted checkpoint."""
     options = parse_arguments(arguments)
+    configure_logging(0)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from promoe_ds.checkpoint.conversion import Request, convert
     from promoe_ds.config import load_config

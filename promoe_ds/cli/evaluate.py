@@ -1,4 +1,4 @@
-"""Judge samples: `python -m promoe_ds.cli.evaluate --samples DIR_OR_NPZ --reference NPZ_OR_DIR --out metrics.json`.
+"""Evaluate samples: `python -m promoe_ds.cli.evaluate --samples DIR_OR_NPZ --reference NPZ_OR_DIR --out metrics.json`.
 
 Also under torchrun or deepspeed. Needs no deepspeed.
 """
@@ -21,7 +21,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="promoe_ds.cli.evaluate", description="FID, sFID, IS, precision and recall of samples.")
     parser.add_argument("--samples", type=Path, required=True, help="folder of samples, or npz with arr_0 (N, H, W, C) uint8")
     parser.add_argument("--reference", type=Path, help="npz with mu, sigma, mu_s, sigma_s and arr_0 as ADM's, or folder of images")
-    parser.add_argument("--metrics", default="fid,sfid,is,precision,recall", help="comma-separated")
+    parser.add_argument("--metrics", help="comma-separated, of fid, sfid, is, precision and recall; all if left out")
     parser.add_argument("--extractor", default="inception", help="inception, inception:WEIGHTS, pixels, FILE.pt (TorchScript), or "
                         "FILE.py:NAME (a module)")
     parser.add_argument("--batch-size", type=int, default=64, help="images a process looks at at once")
@@ -43,16 +43,17 @@ def main(arguments: Sequence[str]) -> None:
 
     from promoe_ds.distributed.context import join_processes
     from promoe_ds.distributed.process_group import stop_distributed
-    from promoe_ds.evaluation.metrics import EvaluateRequest, check_target, evaluate, write_metrics
+    from promoe_ds.evaluation.metrics import METRICS, EvaluateRequest, check_target, evaluate, write_metrics
 
     team = join_processes(options.device)
     team.on_main(lambda: check_target(options.out, "--out"))
-    request = EvaluateRequest(samples=options.samples, reference=options.reference, metrics=tuple(options.metrics.split(",")),
+    metrics = tuple(METRICS if options.metrics is None else options.metrics.split(","))
+    request = EvaluateRequest(samples=options.samples, reference=options.reference, metrics=metrics,
                               extractor=options.extractor, batch_size=options.batch_size, save_reference=options.save_reference,
                               half_precision_manifold=options.half_precision_manifold)
     figures = evaluate(request, team)
     if team.is_main:
-        # Told before they are written: a disk that is full by now does not take them along.
+        # Shown before they are written: the disk may be full by now.
         sys.stdout.write("".join(f"{name:10}{value:12.6f}\n" for name, value in figures["metrics"].items()))
         sys.stdout.flush()
         write_metrics(options.out, figures)

@@ -1,6 +1,6 @@
 """Sample from an export: `python -m promoe_ds.cli.sample --model EXPORT_DIR --out DIR`, also under torchrun or deepspeed.
 
-Needs no deepspeed. The same command goes on after an interruption.
+Needs no deepspeed. The same command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="promoe_ds.cli.sample", description="Draw samples from an exported model.")
+    parser = argparse.ArgumentParser(prog="promoe_ds.cli.sample", description="Sample images from an exported model.")
     parser.add_argument("--model", type=Path, required=True, help="export folder (tools/convert_checkpoint.py --to single)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--classes", help="comma-separated labels; all classes if left out")
     parser.add_argument("--labels", choices=["balanced", "random"], default="balanced",
-                        help="the classes in turn, or drawn for each image")
+                        help="the classes in turn, or at random")
     # Launchers take --num for an abbreviation of their own options; the long name passes.
     parser.add_argument("--num", "--num-samples", type=int,
                         help="samples in all; 10 a class if left out; under torchrun and deepspeed write --num-samples")
@@ -32,10 +32,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--solver", choices=["auto", *(name for names in SOLVERS.values() for name in names)],
                         help="must fit the model's objective; the recipe's default if left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=64, help="images a process draws at once, where not --exact")
-    parser.add_argument("--exact", action=argparse.BooleanOptionalAction,
-                        help="one image a pass, on one thread: every bit depends on seed, index and label alone; default on the "
-                        "CPU, but for methods that route over the batch")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a process samples at once, without --exact")
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=False,
+                        help="one image a pass, on one thread: every bit depends on seed, index and label alone; in batches "
+                        "images agree to rounding")
     parser.add_argument("--vae", metavar="DIR_OR_ID", help="AutoencoderKL that decodes latents into images")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network's weights")
     parser.add_argument("--ep-size", type=int, default=1, help="processes that share a set of experts: for models that fit no "

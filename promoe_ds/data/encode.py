@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from tqdm import tqdm
 
 from promoe_ds.data.images import COMPOSED, TURNED, CorruptFiles, Tree, TreeReader, read_image, scan_tree
 from promoe_ds.data.index import INDEX, UNFINISHED, LatentIndex, ShardRecord, read_index
@@ -28,7 +27,7 @@ from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.files import write_json
-from promoe_ds.logs import get_logger
+from promoe_ds.logs import Progress, get_logger
 from promoe_ds.versions import versions_of
 
 _LOG = get_logger("encode")
@@ -78,10 +77,11 @@ def encode(request: EncodeRequest, team: DistributedContext) -> LatentIndex:
     shards = -(-len(tree) // request.shard_size)
     todo = team.on_main(lambda: missing_shards(request.out, shards))
     total = sum(len(work.files_of(number)) for number in todo)
-    with tqdm(total=total, unit="image", disable=None if team.is_main else True) as progress:
-        for number in todo[team.rank::team.world_size]:
-            work.encode_shard(number)
-            progress.update(min(len(work.files_of(number)) * team.world_size, total - progress.n))
+    progress = Progress(_LOG, total, "images") if team.is_main else None
+    for number in todo[team.rank::team.world_size]:
+        work.encode_shard(number)
+        if progress is not None:  # the other ranks are about as far
+            progress.add(len(work.files_of(number)) * team.world_size)
     team.barrier()
     return team.on_main(lambda: _finish(request, settings, tree, shards))
 

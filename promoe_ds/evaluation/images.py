@@ -1,27 +1,52 @@
-"""Images on disk: the uint8 rule, PNG folders, ADM's npz, grids.
+"""Samples on disk: one file an image under its published name, ADM's npz of all of them, grids.
 
-Letters: N images, H, W size, C colour channels.
+Every file is written under another name and renamed, so a job that was stopped can resume.
+Letters: N images, H, W size, C colour channels, Z latent channels.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.lib import format as npy
 from PIL import Image
+from safetensors.torch import save_file
 
 from promoe_ds.config import RunConfig
 from promoe_ds.data.reading import reading
-from promoe_ds.errors import DataError
+from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.evaluation.sources import FolderImages, NpzImages, npz_array
+from promoe_ds.files import json_text, write_json
+from promoe_ds.logs import get_logger
+
+_LOG = get_logger("sample")
+
+SETTINGS_FILE = "samples.json"
+NPZ_FILE = "samples.npz"
+LATENTS_FILE = "latents.safetensors"
+_PARTS = "parts"
+#: Settings that do not change an image: a job may resume with others.
+_FREE = ("num", "model")
 
 
 def draws_pixels(config: RunConfig) -> bool:
-    """Whether a model draws images as they are: of one or three channels, and not trained on latents, which may have as many."""
+    """Whether a model makes images as they are: one or three channels, and not trained on latents,
+    which may have as many."""
     return config.model.in_channels in (1, 3) and config.data.dataset not in ("latents", "images")
 
 
 def to_uint8(images_NCHW: np.ndarray) -> np.ndarray:
-    """Map [-1, 1] to uint8: clamp(127.5 * x + 128, 0, 255), truncated, as published; returns (N, H, W, C)."""
+    """Map [-1, 1] to uint8: clamp(127.5 * x + 128, 0, 255), truncated, as published; (N, H, W, C)."""
     return np.clip(127.5 * images_NCHW + 128.0, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
@@ -32,31 +57,232 @@ def image_name(index: int, label: int) -> str:
 
 def save_png(path: Path, image_HWC: np.ndarray) -> None:
     """Write one uint8 image, grey for a single channel."""
-    Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC).save(path, format="PNG")
+    image = image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC
+    Image.fromarray(image).save(path, format="PNG")
 
 
-def make_grid(images_NHWC: np.ndarray, labels: np.ndarray, *, columns: int, zoom: int, gap: int = 2) -> np.ndarray:
-    """Lay out up to `columns` images of each class, one row a class in ascending order; returns (H, W, C)."""
+def make_grid(
+    images_NHWC: np.ndarray, labels: np.ndarray, *, columns: int, zoom: int, gap: int = 2
+) -> np.ndarray:
+    """Lay out up to `columns` images of each class, one row a class, ascending; (H, W, C)."""
     classes = sorted(set(labels.tolist()))
     height, width, channels = images_NHWC.shape[1:]
     cell_h, cell_w = height * zoom + gap, width * zoom + gap
-    grid = np.full((len(classes) * cell_h + gap, columns * cell_w + gap, channels), 255, dtype=np.uint8)
+    shape = (len(classes) * cell_h + gap, columns * cell_w + gap, channels)
+    grid = np.full(shape, 255, dtype=np.uint8)
     for row, label in enumerate(classes):
         for column, image in enumerate(images_NHWC[labels == label][:columns]):
             top, left = row * cell_h + gap, column * cell_w + gap
-            grid[top:top + height * zoom, left:left + width * zoom] = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
+            zoomed = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
+            grid[top : top + height * zoom, left : left + width * zoom] = zoomed
     return grid
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return images (N, H, W, C) uint8 and labels (N,) of a samples.npz or of the folder that holds it.
+    """Return images (N, H, H, C) uint8 and labels (N,) of a samples.npz or of its folder.
 
     Raises: DataError if it is missing or no such file.
     """
-    file = path / "samples.npz" if path.is_dir() else path
-    with reading(file, "npz of samples with labels"), np.load(file, allow_pickle=False) as data:
-        images, labels = data["arr_0"], data["labels"]
-    if images.dtype != np.uint8 or images.ndim != 4 or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise DataError(f"{file}: arr_0 is {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}, expected uint8 "
-                        "(N, H, W, C) and integers (N,)")
-    return images, labels
+    file = path / NPZ_FILE if path.is_dir() else path
+    images, labels = NpzImages(file), npz_array(file, "labels")
+    if labels is None or labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+        found = "none" if labels is None else f"{labels.dtype} {labels.shape}"
+        raise DataError(f"{file}: labels: {found}, expected integers ({len(images)},)")
+    return images.read(range(len(images))), np.array(labels)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return how the samples of a folder were made; None if it does not say.
+
+    Raises: DataError if its record cannot be read.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    with reading(path, "record of a sampling job"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not isinstance(record.get("num"), int):
+            raise ValueError("no number of samples; remove the folder, or choose another")
+    return record
+
+
+def open_samples(path: Path) -> tuple[NpzImages | FolderImages, dict[str, Any] | None]:
+    """Open samples; return them, and how they were made where their folder says so.
+
+    Raises: DataError if there are none, or a job has not finished.
+    """
+    if path.is_dir():
+        npz = path / NPZ_FILE
+        images = NpzImages(npz) if npz.is_file() else FolderImages(path)
+        record = read_record(path)
+    else:
+        images = NpzImages(path)
+        record = read_record(path.parent) if path.name == NPZ_FILE else None
+    if record is not None and record["num"] != len(images):
+        raise DataError(
+            f"{path}: {len(images)} of {record['num']} samples exist: run the sampling again, it "
+            "resumes where it stopped"
+        )
+    return images, record
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """The folder that a sampling job fills: PNG files, or latents where nothing decodes them."""
+
+    path: Path
+    labels: np.ndarray
+    #: Of one image (H, W, C), or of one latent (Z, H, W).
+    shape: tuple[int, int, int]
+    as_images: bool
+
+    @property
+    def whole(self) -> Path:
+        """The file of all samples."""
+        return self.path / (NPZ_FILE if self.as_images else LATENTS_FILE)
+
+    @property
+    def _files(self) -> Path:
+        return self.path if self.as_images else self.path / _PARTS
+
+    def open(self, settings: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Make the folder, or recognise the same job in it; rank 0 only.
+
+        Args:
+            environment: software and machine of this call, recorded beside those of earlier ones: a
+                job may resume with others.
+        Raises: ConfigError if it holds anything else, or samples made with other settings.
+        """
+        settings = json.loads(json_text(settings))  # JSON knows no tuples
+        with self._writing(""):
+            before = read_record(self.path)
+            if before is not None:
+                self._compare(before, settings)
+            elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise ConfigError(
+                    f"--out {self.path}: holds something else than samples: choose an empty folder"
+                )
+            environments = (before or {}).get("environments", [])
+            if environment not in environments:
+                environments = [*environments, environment]
+            self._files.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / SETTINGS_FILE, {**settings, "environments": environments})
+
+    def _compare(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
+        differing = "; ".join(
+            f"{name} was {before.get(name)!r} and is {value!r}"
+            for name, value in settings.items()
+            if name not in _FREE and before.get(name) != value
+        )
+        if differing:
+            raise ConfigError(
+                f"--out {self.path} holds samples made with other settings: {differing}. Choose "
+                "another folder, or the same settings"
+            )
+        have, want = before["num"], settings["num"]
+        if have > want or (have < want and (self.path / LATENTS_FILE).is_file()):
+            raise ConfigError(
+                f"--out {self.path} holds {have} samples, {want} are asked for: choose another folder"
+            )
+
+    def missing(self) -> list[int]:
+        """Return the indices of images without a file, or whose file a crash has left empty."""
+        if (self.path / LATENTS_FILE).is_file():
+            return []
+        with os.scandir(self._files) as entries:
+            names = {entry.name for entry in entries if entry.is_file() and entry.stat().st_size}
+        return [index for index in range(len(self.labels)) if self._path(index).name not in names]
+
+    def write(self, index: int, value: np.ndarray) -> None:
+        """Write image `index` (H, W, C) uint8, or its latent (Z, H, W).
+
+        Raises: ConfigError if it cannot be written.
+        """
+        path = self._path(index)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with self._writing(". Free the disk and run the same command again"):
+            if self.as_images:
+                save_png(temporary, value)
+            else:
+                with temporary.open("wb") as file:
+                    np.save(file, value)
+            temporary.replace(path)
+
+    def read(self, index: int) -> np.ndarray:
+        """Return image `index`, (H, W, C) uint8, or its latent (Z, H, W).
+
+        Raises: DataError if its file is damaged, or holds something else.
+        """
+        path = self._path(index)
+        with reading(path, "sample"):
+            if self.as_images:
+                with Image.open(path) as image:
+                    value = np.asarray(image)
+                value = value[:, :, None] if value.ndim == 2 else value
+            else:
+                value = np.load(path, allow_pickle=False)
+        if value.shape != self.shape:
+            raise DataError(f"{path}: {value.shape}, expected {self.shape}")
+        return value
+
+    def assemble(self) -> list[int]:
+        """Write all samples as one file: `samples.npz` (ADM's layout: `arr_0` uint8 NHWC; and
+        `labels`), or `latents.safetensors`, unscaled; rank 0 only.
+
+        Returns: the indices of samples whose files were damaged and are removed, to be made again;
+        nothing is written then.
+        """
+        temporary = self.whole.with_suffix(".tmp")
+        damaged: list[int] = []
+        values = (self._read_or_remove(index, damaged) for index in range(len(self.labels)))
+        with self._writing(". Free the disk and run the same command again"):
+            if self.as_images:
+                self._write_npz(temporary, values)
+            elif not self.whole.is_file():
+                latents = torch.from_numpy(np.stack(list(values)))
+                tensors = {"latents": latents, "labels": torch.from_numpy(self.labels)}
+                save_file(tensors, temporary)
+            if damaged:
+                temporary.unlink()
+                return damaged
+            if temporary.is_file():
+                temporary.replace(self.whole)
+            shutil.rmtree(self.path / _PARTS, ignore_errors=True)
+        return []
+
+    @contextmanager
+    def _writing(self, remedy: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"--out {self.path}: {error}{remedy}") from None
+
+    def _read_or_remove(self, index: int, damaged: list[int]) -> np.ndarray:
+        try:
+            return self.read(index)
+        except DataError as error:
+            _LOG.warning("%s: removed, to be made again", error)
+            damaged.append(index)
+            self._path(index).unlink(missing_ok=True)
+            return np.zeros(self.shape, dtype=np.uint8 if self.as_images else np.float32)
+
+    def _write_npz(self, path: Path, images: Iterator[np.ndarray]) -> None:
+        """One image in memory at a time: 50,000 of 256 pixels are 9.8 GB."""
+        arrays = {
+            "arr_0": ((len(self.labels), *self.shape), np.dtype(np.uint8), images),
+            "labels": (self.labels.shape, self.labels.dtype, iter([self.labels])),
+        }
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, (shape, dtype, parts) in arrays.items():
+                header = {
+                    "descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape,
+                }
+                # A ZipInfo of its own carries no time: the same samples are the same file.
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+                    npy.write_array_header_1_0(file, header)
+                    for part in parts:
+                        file.write(np.ascontiguousarray(part).tobytes())
+
+    def _path(self, index: int) -> Path:
+        name = image_name(index, int(self.labels[index]))
+        return self._files / (name if self.as_images else f"{name.removesuffix('.png')}.npy")

@@ -1,86 +1,203 @@
-"""FID, sFID, Inception Score, precision and recall with ADM's protocol, on one process or many."""
+"""Figures of samples with ADM's protocol, on one process or many; `METRICS` lists them.
+
+A new metric is an entry of `METRICS`: which statistic of which output of the extractor it needs, and
+how the samples' and the reference's become a number.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from promoe_ds.data.precision import TF32
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor, load_extractor
-from promoe_ds.evaluation.frechet import Gaussian, frechet_distance, warn_of_few
-from promoe_ds.evaluation.precision_recall import NEIGHBOURS, precision_recall
+from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
+from promoe_ds.evaluation.images import open_samples
+from promoe_ds.evaluation.precision_recall import NEIGHBOURS, share_in_manifold
 from promoe_ds.evaluation.reference import (
-    OpenReference,
     Reference,
     check_fits,
     open_reference,
     read_reference,
     save_statistics,
 )
-from promoe_ds.evaluation.sources import FolderImages, NpzImages, open_samples
-from promoe_ds.evaluation.statistics import InceptionScore
-from promoe_ds.evaluation.summary import Summary, summarise
+from promoe_ds.evaluation.sources import FolderImages, NpzImages
+from promoe_ds.evaluation.statistics import (
+    AllFeatures,
+    InceptionScore,
+    RunningGaussian,
+    Statistic,
+    Wanted,
+    summarise,
+)
 from promoe_ds.files import json_text
 from promoe_ds.versions import device_name, versions_of
 
-METRICS = ("fid", "sfid", "is", "precision", "recall")
-_MANIFOLD = {"precision", "recall"}
+#: The extractor's outputs, as a message calls them.
+_OUTPUTS = {"pool": "pooled features", "spatial": "spatial features", "probabilities": "logits"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One figure."""
+
+    #: Attribute of `Features`.
+    output: str
+    statistic: type[Statistic]
+    #: Of the samples' statistic and the reference's (None where it needs none), team and request.
+    figure: Callable[[Any, Any, DistributedContext, EvaluateRequest], float]
+    #: What it needs of the reference: statistics may be stated by a file, images may not.
+    reference: Literal["", "statistics", "images"] = "statistics"
+    least_images: int = 2
+
+    @property
+    def wanted(self) -> Wanted:
+        """What to keep of the images."""
+        return self.output, self.statistic
+
+
+def _frechet(samples: Any, reference: Any, team: DistributedContext, request: EvaluateRequest) -> float:
+    return frechet_distance(samples, reference)
+
+
+def _precision(samples: Any, reference: Any, team: DistributedContext, request: EvaluateRequest) -> float:
+    return share_in_manifold(samples, reference, team, half=request.half_precision_manifold)
+
+
+def _recall(samples: Any, reference: Any, team: DistributedContext, request: EvaluateRequest) -> float:
+    return share_in_manifold(reference, samples, team, half=request.half_precision_manifold)
+
+
+def _score(samples: Any, reference: Any, team: DistributedContext, request: EvaluateRequest) -> float:
+    return samples
+
+
+#: By the name that `--metrics` takes, in the order of the report.
+METRICS = {
+    "fid": Metric(output="pool", statistic=RunningGaussian, figure=_frechet),
+    "sfid": Metric(output="spatial", statistic=RunningGaussian, figure=_frechet),
+    "is": Metric(
+        output="probabilities", statistic=InceptionScore, figure=_score, reference=""
+    ),
+    **{
+        name: Metric(
+            output="pool",
+            statistic=AllFeatures,
+            figure=figure,
+            reference="images",
+            least_images=NEIGHBOURS + 1,
+        )
+        for name, figure in (("precision", _precision), ("recall", _recall))
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest:
-    """What to judge, and how."""
+    """What to evaluate, and how."""
 
     samples: Path
     reference: Path | None
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] = tuple(METRICS)
     extractor: str = "inception"
     batch_size: int = 64
     save_reference: Path | None = None
     half_precision_manifold: bool = False
 
+    @property
+    def chosen(self) -> dict[str, Metric]:
+        """The metrics asked for, in the order of the report."""
+        return {name: metric for name, metric in METRICS.items() if name in self.metrics}
+
 
 def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, Any]:
-    """Judge samples; all ranks call this together. Return the figures and all that makes them comparable.
+    """Evaluate samples; all ranks call this together. Return the figures and all that makes them
+    comparable.
 
     Whatever can be wrong with the request is found before the first batch.
-    Raises: ConfigError for metrics that the extractor or the reference cannot give; DataError for files.
+    Raises: ConfigError for metrics that the extractor or the reference cannot give; DataError for
+        files.
     """
     _check_request(request, team)
     samples, settings = open_samples(request.samples)
-    opened = None if request.reference is None else open_reference(request.reference, size=samples.height,
-                                                                   channels=samples.channels)
+    reference = None
+    if request.reference is not None:
+        reference = open_reference(
+            request.reference, size=samples.height, channels=samples.channels
+        )
     extractor = load_extractor(request.extractor, team.device)
-    _check_possible(request, samples, opened, extractor, team)
-    wants_manifold = bool(_MANIFOLD & set(request.metrics))
-    found = summarise(samples, extractor, team, batch_size=request.batch_size, keep=wants_manifold,
-                      want_score="is" in request.metrics)
-    figures, reference = {}, None
-    if opened is not None:
-        reference = read_reference(opened, extractor, team, batch_size=request.batch_size, keep=wants_manifold)
-        figures = _compare(found, reference, request, team)
-    if "is" in request.metrics:
-        figures["is"] = found.score
+    _check_possible(request, samples, reference, extractor, team)
+    chosen = request.chosen
+    # Dictionaries keep an order, which all ranks share.
+    wanted = dict.fromkeys(metric.wanted for metric in chosen.values())
+    found, checksum = summarise(
+        samples, extractor, team, batch_size=request.batch_size, wanted=wanted
+    )
+    known, description = _known(request, reference, extractor, team)
+    figures = {
+        name: metric.figure(found[metric.wanted], known.get(metric.wanted), team, request)
+        for name, metric in chosen.items()
+    }
+    for name, value in figures.items():
+        if np.isnan(value):
+            raise DataError(
+                f"--metrics {name}: the statistics are too large for a finite figure: scale the "
+                "extractor's features"
+            )
     if request.save_reference is not None and team.is_main:
-        save_statistics(request.save_reference, reference.pool, reference.spatial)
+        save_statistics(request.save_reference, known)
     return {
-        "metrics": {name: figures[name] for name in METRICS if name in figures},
-        "samples": {"path": str(request.samples), "count": len(samples), "size": samples.height, "pixels": found.checksum,
-                    "settings": settings},
-        "reference": None if reference is None else reference.description, "extractor": extractor.identity,
-        "protocol": {"statistics": "float64, unbiased covariance", "inception_score_split": InceptionScore.SPLIT,
-                     "neighbours": NEIGHBOURS, "processes": team.world_size,
-                     "distances": "float16 where finite" if request.half_precision_manifold else "float64",
-                     "batch_size": request.batch_size, "device": device_name(team.device), "tf32": TF32},
-        "versions": versions_of("numpy", "scipy", "torch-fidelity", "pillow")}
+        "metrics": figures,
+        "samples": {
+            "path": str(request.samples),
+            "count": len(samples),
+            "size": samples.height,
+            "pixels": checksum,
+            "settings": settings,
+        },
+        "reference": description,
+        "extractor": extractor.identity,
+        "protocol": _protocol(request, team),
+        "versions": versions_of("numpy", "scipy", "torch-fidelity", "pillow"),
+    }
+
+
+def _known(
+    request: EvaluateRequest, reference: Reference | None, extractor: Extractor, team: DistributedContext
+) -> tuple[dict[Wanted, Any], dict[str, Any] | None]:
+    """Return the reference's statistics and its description."""
+    if reference is None:
+        return {}, None
+    wanted = dict.fromkeys(each.wanted for each in request.chosen.values() if each.reference)
+    if request.save_reference is not None:
+        wanted |= dict.fromkeys((output, RunningGaussian) for output in reference.gaussians(extractor))
+    return read_reference(
+        reference, extractor, team, batch_size=request.batch_size, wanted=wanted
+    )
+
+
+def _protocol(request: EvaluateRequest, team: DistributedContext) -> dict[str, Any]:
+    return {
+        "statistics": "float64, unbiased covariance",
+        "inception_score_split": InceptionScore.SPLIT,
+        "neighbours": NEIGHBOURS,
+        "processes": team.world_size,
+        "distances": "float16 where finite" if request.half_precision_manifold else "float64",
+        "batch_size": request.batch_size,
+        "device": device_name(team.device),
+        "tf32": TF32,
+    }
 
 
 def check_target(path: Path, flag: str) -> None:
-    """See whether a file can be written.
+    """Check that a file can be written.
 
     Raises: ConfigError if not.
     """
@@ -89,7 +206,7 @@ def check_target(path: Path, flag: str) -> None:
     if not path.parent.is_dir():
         raise ConfigError(f"{flag} {path}: there is no folder {path.parent}: make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{flag} {path}: must not be written: choose another place")
+        raise ConfigError(f"{flag} {path}: is not writable: choose another place")
 
 
 def write_metrics(path: Path, figures: dict[str, Any]) -> None:
@@ -101,61 +218,63 @@ def write_metrics(path: Path, figures: dict[str, Any]) -> None:
 
 
 def _check_request(request: EvaluateRequest, team: DistributedContext) -> None:
-    wrong = [name for name in request.metrics if name not in METRICS]
-    if wrong or not request.metrics:
-        raise ConfigError(f"--metrics {','.join(request.metrics)}: choose from {','.join(METRICS)}")
-    if request.reference is None and set(request.metrics) != {"is"}:
-        raise ConfigError("--reference is needed for all metrics but is")
-    if request.save_reference is not None:
-        if request.reference is None:
-            raise ConfigError(f"--save-reference {request.save_reference}: there is no --reference whose statistics to save")
+    if not request.metrics or set(request.metrics) - set(METRICS):
+        raise ConfigError(
+            f"--metrics {','.join(request.metrics)}: choose from {','.join(METRICS)}"
+        )
+    if request.reference is None:
+        if needing := [name for name, metric in request.chosen.items() if metric.reference]:
+            raise ConfigError(f"--reference is needed for {', '.join(needing)}")
+        if request.save_reference is not None:
+            raise ConfigError(
+                f"--save-reference {request.save_reference}: there is no --reference whose "
+                "statistics to save"
+            )
+    elif request.save_reference is not None:
         team.on_main(lambda: check_target(request.save_reference, "--save-reference"))
 
 
-def _check_possible(request: EvaluateRequest, samples: NpzImages | FolderImages, opened: OpenReference | None,
-                    extractor: Extractor, team: DistributedContext) -> None:
-    """Hold the metrics against what the extractor returns for a blank image, and against what the reference holds."""
+def _check_possible(
+    request: EvaluateRequest,
+    samples: NpzImages | FolderImages,
+    reference: Reference | None,
+    extractor: Extractor,
+    team: DistributedContext,
+) -> None:
+    """Compare the metrics with what the extractor returns for a blank image and with the reference.
+
+    Raises: ConfigError or DataError for what does not fit.
+    """
+    chosen = request.chosen
     probe = extractor.probe(samples.height, samples.channels)
-    if "sfid" in request.metrics and probe.spatial is None:
-        raise ConfigError(f"--metrics sfid: extractor {request.extractor} returns no spatial features")
-    if "is" in request.metrics and probe.probabilities is None:
-        raise ConfigError(f"--metrics is: extractor {request.extractor} returns no logits")
-    if opened is None:
+    for name, metric in chosen.items():
+        if getattr(probe, metric.output) is None:
+            raise ConfigError(
+                f"--metrics {name}: extractor {request.extractor} returns no "
+                f"{_OUTPUTS[metric.output]}"
+            )
+    if reference is None:
         return
-    features = check_fits(opened, extractor, size=samples.height, channels=samples.channels,
-                          need_images=bool(_MANIFOLD & set(request.metrics)))
-    if {"fid", "sfid"} & set(request.metrics) and team.is_main:
+    features = check_fits(
+        reference,
+        extractor,
+        size=samples.height,
+        channels=samples.channels,
+        need_images=any(metric.reference == "images" for metric in chosen.values()),
+    )
+    if team.is_main and any(metric.statistic is RunningGaussian for metric in chosen.values()):
         warn_of_few(request.samples, len(samples), features)
-        if opened.pool is None:
-            warn_of_few(opened.path, len(opened.images), features)
-    if "sfid" in request.metrics and opened.pool is not None:
-        if opened.spatial is None:
-            raise ConfigError(f"--metrics sfid: {opened.path} states mu and sigma, but neither mu_s nor sigma_s")
-        if len(opened.spatial.mean) != probe.spatial.shape[1]:
-            raise DataError(f"{opened.path}: mu_s has {len(opened.spatial.mean)} features, the extractor {request.extractor} "
-                            f"{probe.spatial.shape[1]} for images of {samples.height} pixels: they are another network's")
-    if _MANIFOLD & set(request.metrics):
-        if opened.images is None:
-            raise ConfigError(f"--metrics precision, recall: {opened.path} holds no images (arr_0)")
-        if (smallest := min(len(samples), len(opened.images))) <= NEIGHBOURS:
-            raise ConfigError(f"--metrics precision, recall: need more than {NEIGHBOURS} images on both sides, got {smallest}")
-
-
-def _compare(found: Summary, reference: Reference, request: EvaluateRequest, team: DistributedContext) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    if "fid" in request.metrics:
-        figures["fid"] = _distance(found.pool, reference.pool, "fid")
-    if "sfid" in request.metrics:
-        figures["sfid"] = _distance(found.spatial, reference.spatial, "sfid")
-    if _MANIFOLD & set(request.metrics):
-        precision, recall = precision_recall(reference.features_Nd, found.features_Nd, team,
-                                             half=request.half_precision_manifold)
-        figures |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in request.metrics}
-    return figures
-
-
-def _distance(samples: Gaussian, reference: Gaussian, name: str) -> float:
-    distance = frechet_distance(samples, reference)
-    if distance != distance:  # NaN
-        raise DataError(f"--metrics {name}: the statistics are too large for a finite distance: scale the extractor's features")
-    return distance
+        if not reference.stated:
+            warn_of_few(reference.path, len(reference.images), features)
+    for name, metric in chosen.items():
+        if metric.reference == "statistics" and reference.stated:
+            width = getattr(probe, metric.output).shape[1]
+            reference.check_stated(metric.output, width, f"--metrics {name}")
+        if metric.reference == "images":
+            if reference.images is None:
+                raise ConfigError(f"--metrics {name}: {reference.path} holds no images (arr_0)")
+            if (fewest := min(len(samples), len(reference.images))) < metric.least_images:
+                raise ConfigError(
+                    f"--metrics {name}: needs at least {metric.least_images} images on both sides, "
+                    f"got {fewest}"
+                )

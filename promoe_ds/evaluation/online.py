@@ -1,4 +1,4 @@
-"""Judging the averaged weights while they are trained: the Fréchet distance of samples, every `evaluation.every` steps."""
+"""Evaluating the averaged weights while they are trained: the Fréchet distance of samples, every `evaluation.every` steps."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
 from promoe_ds.evaluation.images import draws_pixels, to_uint8
 from promoe_ds.evaluation.reference import check_fits, open_reference, read_reference
-from promoe_ds.evaluation.sampling import Drawer, even_passes
+from promoe_ds.evaluation.sampling import LatentSampler, even_passes
 from promoe_ds.evaluation.statistics import RunningGaussian
 from promoe_ds.train.ema import averaged_network
 from promoe_ds.train.trainer import Trainer
 
+_WANTED = ("pool", RunningGaussian)
+
 
 class OnlineEvaluation:
-    """Draws the same noise and labels each time, in batches, and holds them against the reference."""
+    """Samples the same noise and labels each time, in batches, and compares them with the reference."""
 
     def __init__(self, config: RunConfig, ranks: DistributedContext) -> None:
         """Load extractor, reference and autoencoder, before anything is trained; all ranks call this together.
@@ -42,8 +44,8 @@ class OnlineEvaluation:
         self._vae = None
         if not draws_pixels(config):
             if config.data.vae is None:
-                raise ConfigError("evaluation.every: latents must be decoded to be judged: set data.vae to the folder or hub id of "
-                                  "their autoencoder")
+                raise ConfigError("evaluation.every: latents must be decoded to be evaluated: set data.vae to the folder "
+                                  "or hub id of their autoencoder")
             self._vae = Vae(config.data.vae, device=ranks.device)
         size = model.input_size * (1 if self._vae is None else self._vae.identity.downsampling)
         channels = model.in_channels if self._vae is None else 3
@@ -51,28 +53,29 @@ class OnlineEvaluation:
         features = check_fits(opened, self._extractor, size=size, channels=channels, need_images=False)
         if ranks.is_main:
             warn_of_few(Path("evaluation.samples"), settings.samples, features)
-        self._reference = read_reference(opened, self._extractor, self._team, batch_size=settings.batch_size, keep=False)
+        known, _ = read_reference(opened, self._extractor, self._team, batch_size=settings.batch_size, wanted=[_WANTED])
+        self._reference = known[_WANTED]
         self._plan = SamplingPlan.of(config, steps=settings.steps, cfg_scale=scale)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Return the figures for this step's log line, NaN where the samples have none; all ranks call this together.
 
-        Every rank makes equally many passes, as experts that lie on several need, the last ones possibly for nothing.
+        Every rank makes equally many passes, as experts on several ranks need, the last ones possibly for nothing.
         """
         started, settings, team = time.perf_counter(), self._config.evaluation, self._team
         passes, size = even_passes(settings.samples, batch_size=settings.batch_size, world_size=team.world_size)
         running = None
         with averaged_network(trainer) as network, torch.no_grad():
-            drawer = Drawer(network, self._config, self._plan, seed=settings.seed, device=team.device)
+            sampler = LatentSampler(network, self._config, self._plan, seed=settings.seed, device=team.device)
             for number in range(passes):
                 first = (number * team.world_size + team.rank) * size
                 count = max(0, min(size, settings.samples - first))
                 indices = range(first, first + max(count, 1))
                 labels = np.array([index % self._config.model.num_classes for index in indices], dtype=np.int64)
-                features = self._extractor(self._images(drawer.draw(indices, labels))).pool
-                running = running or RunningGaussian(features.shape[1])
-                running.add(features[:count])
-        distance = frechet_distance(running.gaussian(team), self._reference.pool)
+                features = self._extractor(self._images(sampler.sample(indices, labels))).pool
+                running = running or RunningGaussian(settings.samples, features.shape[1])
+                running.add(first, features[:count])
+        distance = frechet_distance(running.result(team), self._reference)
         return {"frechet_distance": distance, "evaluation_seconds": time.perf_counter() - started}
 
     def _images(self, latents: torch.Tensor) -> np.ndarray:

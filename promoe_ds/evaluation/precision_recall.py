@@ -16,24 +16,37 @@ NEIGHBOURS = 3
 _BLOCK_VALUES = 2**24
 
 
-def precision_recall(reference_Md: np.ndarray, samples_Nd: np.ndarray, team: DistributedContext, *, neighbours: int = NEIGHBOURS,
-                     half: bool = False) -> tuple[float, float]:
-    """Return the shares of samples in the reference's manifold, and of reference images in the samples'.
+def share_in_manifold(
+    values_Nd: np.ndarray,
+    members_Md: np.ndarray,
+    team: DistributedContext,
+    *,
+    neighbours: int = NEIGHBOURS,
+    half: bool = False,
+) -> float:
+    """Return the share of images that lie in the manifold of a set: precision, for samples in the
+    reference's manifold; recall, for reference images in the samples'.
 
-    An image lies in a manifold if it is within, or on, the sphere of any of its members, which reaches to the member's
-    `neighbours`-th nearest other member. Each rank takes a share of the rows; all call this together.
-    Source: Kynkäänniemi et al., Eq. 1-3; ADM: the same, distances in half precision where they stay finite; differs: fp64 but
-    for `half`, whose blocks, which must be finite as a whole, are smaller than ADM's 10,000 x 10,000.
-    Raises: ValueError if a set has no more images than `neighbours`.
+    An image lies in a manifold if it is within, or on, the sphere of any of its members, which
+    reaches to the member's `neighbours`-th nearest other member. Each rank takes a share of the
+    rows; all call this together.
+    Source: Kynkäänniemi et al., Eq. 1-3; ADM: the same, distances in half precision where they stay
+    finite; differs: fp64 but for `half`, whose blocks, which must be finite as a whole, are smaller
+    than ADM's 10,000 x 10,000.
+    Raises: ValueError if the set has no more images than `neighbours`.
     """
+    if len(members_Md) <= neighbours:
+        raise ValueError(f"a manifold needs more than {neighbours} images, got {len(members_Md)}")
     dtype = torch.float32 if half else torch.float64
-    sets = [torch.from_numpy(np.ascontiguousarray(values)).to(team.device, dtype) for values in (reference_Md, samples_Nd)]
-    smallest = min(len(values) for values in sets)
-    if smallest <= neighbours:
-        raise ValueError(f"precision and recall need more than {neighbours} images on both sides, got {smallest}")
-    reference, samples = sets
-    radii = [_radii(values, neighbours, team) for values in sets]
-    return _share_inside(samples, reference, radii[0], team), _share_inside(reference, samples, radii[1], team)
+    values, members = (
+        torch.from_numpy(np.ascontiguousarray(each)).to(team.device, dtype)
+        for each in (values_Nd, members_Md)
+    )
+    radii_M, inside = _radii(members, neighbours, team), 0
+    for rows in _blocks(len(values), len(members), team):
+        distances = _squared_distances(values[rows.start : rows.stop], members)
+        inside += int((distances <= radii_M).any(dim=1).sum())
+    return float(team.sum(np.array([float(inside)]))[0] / len(values))
 
 
 def _radii(values_Nd: Tensor, neighbours: int, team: DistributedContext) -> Tensor:
@@ -47,14 +60,6 @@ def _radii(values_Nd: Tensor, neighbours: int, team: DistributedContext) -> Tens
             distances[torch.arange(len(own), device=distances.device), own] = 0.0
         radii[rows.start:rows.stop] = distances.kthvalue(neighbours + 1, dim=1).values.cpu().numpy()
     return torch.from_numpy(team.sum(radii)).to(values_Nd)
-
-
-def _share_inside(values_Nd: Tensor, members_Md: Tensor, radii_M: Tensor, team: DistributedContext) -> float:
-    inside = 0
-    for rows in _blocks(len(values_Nd), len(members_Md), team):
-        distances = _squared_distances(values_Nd[rows.start:rows.stop], members_Md)
-        inside += int((distances <= radii_M).any(dim=1).sum())
-    return float(team.sum(np.array([float(inside)]))[0] / len(values_Nd))
 
 
 def _blocks(rows: int, columns: int, team: DistributedContext) -> list[range]:

@@ -1,10 +1,11 @@
-"""What samples are held against: statistics that a file states, or those of its images.
+"""What samples are compared with: statistics that a file states, or those of its images.
 
 Letters: N images, d features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,70 +18,94 @@ from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor
 from promoe_ds.evaluation.frechet import Gaussian
 from promoe_ds.evaluation.sources import FolderImages, NpzImages, npz_array
-from promoe_ds.evaluation.summary import summarise
+from promoe_ds.evaluation.statistics import RunningGaussian, Wanted, summarise
 
-
-@dataclass(frozen=True, kw_only=True)
-class OpenReference:
-    """A reference that was opened; nothing of it is computed yet."""
-
-    path: Path
-    pool: Gaussian | None
-    spatial: Gaussian | None
-    images: NpzImages | FolderImages | None
+#: The names that ADM gives mean and covariance, by output of the extractor.
+_STATED = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Statistics of a reference, and its images' features where they were asked for."""
+    """A reference that was opened; nothing is computed yet. `stated` is by output, or empty."""
 
-    pool: Gaussian
-    spatial: Gaussian | None
-    features_Nd: np.ndarray | None
-    description: dict[str, Any]
+    path: Path
+    stated: dict[str, Gaussian]
+    images: NpzImages | FolderImages | None
+
+    def gaussians(self, extractor: Extractor) -> list[str]:
+        """Return the outputs whose Gaussians it states, or that its images give."""
+        if self.stated:
+            return list(self.stated)
+        probe = extractor.probe(self.images.height, self.images.channels)
+        return [output for output in _STATED if getattr(probe, output) is not None]
+
+    def check_stated(self, output: str, width: int, flag: str) -> None:
+        """Compare a stated Gaussian with an output's number of features.
+
+        Raises: ConfigError if it states none; DataError if it is of another size.
+        """
+        mean, covariance = _STATED[output]
+        if output not in self.stated:
+            raise ConfigError(
+                f"{flag}: {self.path} states mu and sigma, but neither {mean} nor {covariance}"
+            )
+        if (found := len(self.stated[output].mean)) != width:
+            raise DataError(
+                f"{self.path}: {mean} has {found} features, the extractor {width}: they are another "
+                "network's, or of images of another size"
+            )
 
 
-def open_reference(path: Path, *, size: int, channels: int) -> OpenReference:
+def open_reference(path: Path, *, size: int, channels: int) -> Reference:
     """Open a reference and see what it holds.
 
     Args:
         size, channels: of the samples; images of a folder are cropped to them.
-    Raises: DataError if it holds neither statistics, as ADM states them, nor images, or what it states is no Gaussian.
+    Raises: DataError if it holds neither statistics, as ADM states them, nor images, or what it
+        states is no Gaussian.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if path.is_dir():
-        return OpenReference(path=path, pool=None, spatial=None, images=FolderImages(path, size, channels))
-    pool, spatial = _stated(path, "mu", "sigma"), _stated(path, "mu_s", "sigma_s")
+        return Reference(path=path, stated={}, images=FolderImages(path, size, channels))
+    found = {output: _gaussian(path, *names) for output, names in _STATED.items()}
+    stated = {} if found["pool"] is None else {k: v for k, v in found.items() if v is not None}
     images = NpzImages(path) if npz_array(path, "arr_0") is not None else None
-    if pool is None and images is None:
+    if not stated and images is None:
         raise DataError(f"{path}: holds neither mu and sigma nor images (arr_0)")
-    return OpenReference(path=path, pool=pool, spatial=None if pool is None else spatial, images=images)
+    return Reference(path=path, stated=stated, images=images)
 
 
 def read_reference(
-    opened: OpenReference, extractor: Extractor, team: DistributedContext, *, batch_size: int, keep: bool
-) -> Reference:
-    """Return the statistics that a reference states, as ADM does, or those of its images; and the images' features if `keep`.
-
-    All ranks call this together.
-    """
-    stated = opened.pool is not None
-    description: dict[str, Any] = {"path": str(opened.path), "statistics": "as stated" if stated else "computed from its images"}
-    if not opened.path.is_dir():
-        description["checksum"] = team.on_main(lambda: f"xxh3_64:{checksum(opened.path)}")
-    pool, spatial, features_Nd = opened.pool, opened.spatial, None
-    if not stated or (keep and opened.images is not None):
-        found = summarise(opened.images, extractor, team, batch_size=batch_size, keep=keep)
-        description |= {"images": len(opened.images), "pixels": found.checksum}
-        features_Nd = found.features_Nd
-        if not stated:
-            pool, spatial = found.pool, found.spatial
-    return Reference(pool=pool, spatial=spatial, features_Nd=features_Nd, description=description)
+    reference: Reference,
+    extractor: Extractor,
+    team: DistributedContext,
+    *,
+    batch_size: int,
+    wanted: Collection[Wanted],
+) -> tuple[dict[Wanted, Any], dict[str, Any]]:
+    """Return what is wanted: as the reference states it, as ADM does, or else of its images; and
+    what the report says of it. All ranks call this together."""
+    description: dict[str, Any] = {
+        "path": str(reference.path),
+        "statistics": "as stated" if reference.stated else "computed from its images",
+    }
+    if not reference.path.is_dir():
+        description["checksum"] = team.on_main(lambda: f"xxh3_64:{checksum(reference.path)}")
+    known: dict[Wanted, Any] = {
+        (output, RunningGaussian): gaussian for output, gaussian in reference.stated.items()
+    }
+    if rest := [each for each in wanted if each not in known]:
+        found, pixels = summarise(
+            reference.images, extractor, team, batch_size=batch_size, wanted=rest
+        )
+        known |= found
+        description |= {"images": len(reference.images), "pixels": pixels}
+    return known, description
 
 
 def check_fits(
-    opened: OpenReference, extractor: Extractor, *, size: int, channels: int, need_images: bool
+    reference: Reference, extractor: Extractor, *, size: int, channels: int, need_images: bool
 ) -> int:
     """Compare what a reference holds with samples of `size` pixels a side and `channels`.
 
@@ -91,31 +116,29 @@ def check_fits(
         the extractor cannot compare.
     """
     features, name = extractor.probe(size, channels).pool.shape[1], extractor.identity["name"]
-    if opened.pool is not None and len(opened.pool.mean) != features:
-        raise DataError(
-            f"{opened.path}: mu has {len(opened.pool.mean)} features, the extractor {name} "
-            f"{features}: they are another network's"
-        )
-    if (images := opened.images) is None or not (need_images or opened.pool is None):
+    if reference.stated:
+        reference.check_stated("pool", features, name)
+    if (images := reference.images) is None or not (need_images or not reference.stated):
         return features
     if images.height != size:
         raise DataError(
-            f"{opened.path}: images of {images.height} pixels a side, the samples have {size}: take "
-            "a reference of that size, or a folder of its images, which is cropped to it"
+            f"{reference.path}: images of {images.height} pixels a side, the samples have {size}: "
+            "take a reference of that size, or a folder of its images, which is cropped to it"
         )
     if extractor.probe(images.height, images.channels).pool.shape[1] != features:
         raise DataError(
-            f"{opened.path}: images of {images.channels} channels, the samples have {channels}: the "
-            f"extractor {name} cannot compare them"
+            f"{reference.path}: images of {images.channels} channels, the samples have {channels}: "
+            f"the extractor {name} cannot compare them"
         )
     return features
 
 
-def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None) -> None:
-    """Write statistics as a reference: `mu`, `sigma`, and `mu_s`, `sigma_s` where there are any."""
-    arrays: dict[str, Any] = {"mu": pool.mean, "sigma": pool.covariance}
-    if spatial is not None:
-        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+def save_statistics(path: Path, known: dict[Wanted, Any]) -> None:
+    """Write the Gaussians among statistics as a reference: `mu`, `sigma`; `mu_s`, `sigma_s`."""
+    arrays = {}
+    for output, (mean, covariance) in _STATED.items():
+        if (gaussian := known.get((output, RunningGaussian))) is not None:
+            arrays |= {mean: gaussian.mean, covariance: gaussian.covariance}
     try:
         with path.open("wb") as file:
             np.savez(file, **arrays)
@@ -123,15 +146,22 @@ def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None) -> Non
         raise ConfigError(f"--save-reference {path}: {error}") from None
 
 
-def _stated(path: Path, mean_name: str, covariance_name: str) -> Gaussian | None:
+def _gaussian(path: Path, mean_name: str, covariance_name: str) -> Gaussian | None:
     mean, covariance = npz_array(path, mean_name), npz_array(path, covariance_name)
     if mean is None and covariance is None:
         return None
     if mean is None or covariance is None:
-        raise DataError(f"{path}: holds one of {mean_name} and {covariance_name}: a reference needs both")
+        raise DataError(
+            f"{path}: holds one of {mean_name} and {covariance_name}: a reference needs both"
+        )
     for name, values in ((mean_name, mean), (covariance_name, covariance)):
         if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
-            raise DataError(f"{path}: {name} ({values.dtype}) is not all finite numbers: make the reference anew")
+            raise DataError(
+                f"{path}: {name} ({values.dtype}) is not all finite numbers: make the reference anew"
+            )
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise DataError(f"{path}: {mean_name} {mean.shape} and {covariance_name} {covariance.shape} do not fit each other")
-    return Gaussian(np.array(mean, dtype=np.float64), np.array(covariance, dtype=np.float64))
+        raise DataError(
+            f"{path}: {mean_name} {mean.shape} and {covariance_name} {covariance.shape} do not fit "
+            "each other"
+        )
+    return Gaussian(np.array(mean, np.float64), np.array(covariance, np.float64))

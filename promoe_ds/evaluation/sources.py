@@ -5,12 +5,10 @@ Letters: N images, H, W size, C colour channels.
 
 from __future__ import annotations
 
-import json
 import math
 import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -21,7 +19,6 @@ from promoe_ds.data.listing import FileList
 from promoe_ds.data.reading import reading, shown
 from promoe_ds.data.trees import refuse_splits
 from promoe_ds.errors import DataError
-from promoe_ds.evaluation.store import NPZ_FILE, SETTINGS_FILE
 
 _LOCAL_HEADER = 30
 
@@ -140,26 +137,6 @@ class FolderImages:
         return pixels[:, :, : self.channels]
 
 
-def open_samples(path: Path) -> tuple[NpzImages | FolderImages, dict[str, Any] | None]:
-    """Open samples; return them, and how they were drawn where their folder says so.
-
-    Raises: DataError if there are none, or a job has not drawn all of them.
-    """
-    settings = _settings_beside(path)
-    if path.is_dir() and (path / NPZ_FILE).is_file():
-        images: NpzImages | FolderImages = NpzImages(path / NPZ_FILE)
-    elif path.is_dir():
-        images = FolderImages(path)
-    else:
-        images = NpzImages(path)
-    if settings is not None and settings.get("num") != len(images):
-        raise DataError(
-            f"{path}: {len(images)} of {settings.get('num')} samples are there: run the sampling "
-            "again, it resumes where it stopped"
-        )
-    return images, settings
-
-
 def npz_array(path: Path, name: str) -> np.ndarray | None:
     """Return an array of an npz, mapped if possible; None if there is none of that name.
 
@@ -188,16 +165,3 @@ def npz_array(path: Path, name: str) -> np.ndarray | None:
         name_bytes, extra_bytes = (int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
         start = info.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes + header
         return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
-
-
-def _settings_beside(path: Path) -> dict[str, Any] | None:
-    file = (path if path.is_dir() else path.parent) / SETTINGS_FILE
-    if not file.is_file() or (path.is_file() and path.name != NPZ_FILE):
-        return None
-    with reading(file, "record of a sampling job"):
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise DataError(
-            f"{file}: is no record of a sampling job: remove it, or draw the samples anew"
-        )
-    return settings

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from tqdm import tqdm
 
 from promoe_ds.config import RunConfig, training_flops_per_image
 from promoe_ds.config.devices import bf16_peak
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import json_text
-from promoe_ds.logs import get_logger
+from promoe_ds.logs import duration, get_logger
 from promoe_ds.train.trackers import Trackers, open_trackers
 
 _LOG = get_logger("metrics")
@@ -41,19 +40,15 @@ class MetricsWriter:
         self._peak = _peak_flops(ranks.device)
         self._restart_clock()
         self._trackers = Trackers()
-        self._progress = None
         if not ranks.is_main:
             return
         for name in ("metrics.jsonl", "routing.jsonl"):
             drop_lines_after(run_dir / name, start_step)
         self._trackers = open_trackers(config, run_dir, start_step, wandb_id)
-        self._progress = tqdm(total=config.train.max_steps, initial=start_step, unit="step", disable=None, leave=False)
 
     def tick(self) -> None:
         """Count one finished step."""
         self._images += self._config.train.global_batch_size
-        if self._progress is not None:
-            self._progress.update()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -82,9 +77,9 @@ class MetricsWriter:
         self._trackers.write(step, line, routing_lines)
         terms = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()
                           if name.startswith("loss") or name == "frechet_distance")
-        with tqdm.external_write_mode():
-            _LOG.info("step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s", step, self._config.train.max_steps, terms,
-                      scalars["grad_norm"], scalars["lr"], images_per_second)
+        left = (self._config.train.max_steps - step) * self._config.train.global_batch_size / images_per_second
+        _LOG.info("step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s  %s left", step, self._config.train.max_steps, terms,
+                  scalars["grad_norm"], scalars["lr"], images_per_second, duration(left))
 
     def _restart_clock(self) -> None:
         self._since, self._images = time.perf_counter(), 0
@@ -92,8 +87,6 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close."""
         self._trackers.close()
-        if self._progress is not None:
-            self._progress.close()
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:

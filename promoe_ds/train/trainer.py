@@ -14,6 +14,7 @@ import torch.distributed as dist
 from promoe_ds.backends.deepspeed_private import (
     UpdateGate,
     make_expert_groups,
+    support_optimizer,
     use_checkpoint_engine,
 )
 from promoe_ds.backends.expert_parallel import mark_experts, shard_experts, share_centroids
@@ -89,6 +90,7 @@ class Trainer:
             parameter_groups(module, config.optimizer, deepspeed_plan.precision), config.optimizer)
         _LOG.info("optimizer: torch's fused AdamW, its state %s",
                   "on the host" if deepspeed_plan.offloads else "with the weights")
+        support_optimizer(AdamWithEma)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_plan.json,
                                           dist_init_required=False)
         use_checkpoint_engine(engine, RecordingStorage(background=config.train.async_checkpoint))

@@ -14,7 +14,7 @@ from promoe_ds.data.encode import EncodeRequest, encode
 from promoe_ds.distributed.context import single_process
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
 from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
-from promoe_ds.evaluation.sampling import threads_of
+from promoe_ds.evaluation.sampling import one_thread
 from promoe_ds.model.export import load_model, save_export
 
 from ..processes import run_ranks
@@ -24,7 +24,7 @@ from ..unit.evaluation.test_metrics import TinyNetwork
 from .team_worker import run_team_worker
 
 #: Eleven images: no number of ranks or batch size divides them.
-COMMON = {"num": 11, "steps": 5, "cfg_scale": 1.5, "seed": 3, "device": "cpu"}
+COMMON = {"num": 11, "steps": 5, "cfg_scale": 1.5, "seed": 3, "device": "cpu", "exact": True}
 MODELS = {
     "token_choice": {"routing": {"num_experts": 4, "top_k": 2}},
     "expert_choice": {"routing": {"method": "expert_choice", "num_experts": 4, "top_k": 2}},
@@ -101,7 +101,7 @@ def test_samples_of_1_2_and_4_ranks_any_batch_and_ep_size_are_equal_bit_for_bit(
 
 def test_samples_that_are_not_exact_do_differ_in_their_last_digits(drawn: Path) -> None:
     """The test above could not fail were all shapes rounded alike."""
-    draw_samples(SampleRequest(model=drawn / "token_choice", out=drawn / "inexact", exact=False, batch_size=11, **COMMON))
+    draw_samples(SampleRequest(model=drawn / "token_choice", out=drawn / "inexact", batch_size=11, **COMMON | {"exact": False}))
     found, expected = latents_of(drawn / "inexact"), latents_of(drawn / "token_choice_2_0")
     assert not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
@@ -119,7 +119,7 @@ def test_decoded_samples_of_any_ranks_are_the_same_files(drawn: Path) -> None:
 
 
 def test_encoding_on_any_ranks_gives_the_same_files(drawn: Path) -> None:
-    with threads_of(exact=True):  # as many threads as the ranks had
+    with one_thread():  # as many threads as the ranks had
         encode(EncodeRequest(**encoding(drawn, "encoded_1")), single_process())
     for world_size in (2, 4):
         files = {path.name: path.read_bytes() for path in (drawn / f"encoded_{world_size}").iterdir()}

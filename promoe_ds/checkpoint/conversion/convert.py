@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from promoe_ds.checkpoint.conversion.posthoc import PosthocSource
 from promoe_ds.checkpoint.conversion.published_source import OfficialSource
@@ -19,8 +18,11 @@ from promoe_ds.checkpoint.zero_reader import MOMENTS, WEIGHTS
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
+from promoe_ds.logs import Progress, get_logger
 from promoe_ds.model.shards import MAX_SHARD_BYTES, digest
 from promoe_ds.model.state import POSITIONS, buffer_names
+
+_LOG = get_logger("convert")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: The published layout's place for the moving average.
@@ -222,24 +224,24 @@ def _copy(source: Source, target: Target, content: Content, kinds: dict[str, str
     """Carry every tensor over; return the digests of what was written and the number of values taken."""
     digests, values = {}, 0
     total = sum(torch.Size(shape).numel() * 4 for shapes in content.kinds.values() for shape in shapes.values())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False, desc="converting") as progress:
-        for taken in dict.fromkeys(kinds.values()):
-            kept = [kind for kind, from_kind in kinds.items() if from_kind == taken]
-            for name in source.names(taken):
-                value = source.read(taken, name)
-                if MOMENTS[0] in content.kinds and value.dtype != torch.float32 and name not in content.buffers:
-                    raise CheckpointError(f"{source.facts.path}: {taken} of {name} is of type {value.dtype}: no run goes on "
-                                          "exactly from rounded weights: leave --with-optimizer out")
-                for kind in kept:
-                    if name not in content.kinds[kind]:
-                        continue
-                    written = value.to(content.dtype_of(kind, name)).contiguous()
-                    if written.dtype == torch.float16 and written.isinf().any() and not value.isinf().any():
-                        raise CheckpointError(f"{source.facts.path}: {taken} of {name} reaches {value.abs().max():g}, beyond fp16: "
-                                              "use --dtype bf16 or fp32")
-                    digests[kind, name] = target.write(kind, name, written)
-                    progress.update(value.numel() * 4)
-            values += source.check(taken)
+    progress = Progress(_LOG, total / 1e9, "GB")
+    for taken in dict.fromkeys(kinds.values()):
+        kept = [kind for kind, from_kind in kinds.items() if from_kind == taken]
+        for name in source.names(taken):
+            value = source.read(taken, name)
+            if MOMENTS[0] in content.kinds and value.dtype != torch.float32 and name not in content.buffers:
+                raise CheckpointError(f"{source.facts.path}: {taken} of {name} is of type {value.dtype}: no run goes on "
+                                      "exactly from rounded weights: leave --with-optimizer out")
+            for kind in kept:
+                if name not in content.kinds[kind]:
+                    continue
+                written = value.to(content.dtype_of(kind, name)).contiguous()
+                if written.dtype == torch.float16 and written.isinf().any() and not value.isinf().any():
+                    raise CheckpointError(f"{source.facts.path}: {taken} of {name} reaches {value.abs().max():g}, beyond fp16: "
+                                          "use --dtype bf16 or fp32")
+                digests[kind, name] = target.write(kind, name, written)
+                progress.add(value.numel() * 4 / 1e9)
+        values += source.check(taken)
     target.close()
     return digests, values
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -29,6 +32,20 @@ def test_check_names_reports_each_name_that_has_moved(path, name, monkeypatch) -
         check_names()
     library = path.partition(".")[0]
     assert f"{library} {version(library)}" in str(error.value) and attribute in str(error.value)
+
+
+def test_prepared_library_compiles_nothing_and_takes_our_optimizer() -> None:
+    script = ("import sys\n"
+              "from promoe_ds.backends.deepspeed_private import prepare_library, support_optimizer\n"
+              "from promoe_ds.train.optimizer import AdamWithEma\n"
+              "prepare_library(60)\nsupport_optimizer(AdamWithEma)\n"
+              "from deepspeed.runtime.zero import utils\n"
+              "utils.dist.get_rank = lambda: 1\n"
+              "assert utils.is_zero_supported_optimizer(AdamWithEma.__new__(AdamWithEma))\n"
+              "assert 'torch._inductor.compile_fx' not in sys.modules\n")
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"DS_ACCELERATOR": "cpu"},
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def zero_optimizer(**changed) -> SimpleNamespace:

@@ -25,12 +25,16 @@ from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
 from promoe_ds.evaluation.metrics import EvaluateRequest, check_target, evaluate
-from promoe_ds.evaluation.precision_recall import precision_recall
+from promoe_ds.evaluation.precision_recall import share_in_manifold
 from promoe_ds.evaluation.reference import save_statistics
 from promoe_ds.evaluation.sources import FolderImages, NpzImages, npz_array
 from promoe_ds.evaluation.statistics import InceptionScore, RunningGaussian
 
 TEAM = single_process()
+
+
+def precision_recall(reference: np.ndarray, samples: np.ndarray, **values: Any) -> tuple[float, float]:
+    return share_in_manifold(samples, reference, TEAM, **values), share_in_manifold(reference, samples, TEAM, **values)
 
 
 def features(count: int, dimension: int, seed: int) -> np.ndarray:
@@ -71,17 +75,17 @@ def test_frechet_distance_of_what_is_not_finite_is_no_figure(broken: float) -> N
     bad = Gaussian(own.mean.copy(), own.covariance.copy())
     bad.covariance[2, 2] = broken
     assert np.isnan(frechet_distance(own, bad)) and np.isnan(frechet_distance(bad, own))
-    running = RunningGaussian(5)  # as the evaluation while training sums a diverged model's features up
-    running.add(np.full((3, 5), broken))
-    assert np.isnan(frechet_distance(running.gaussian(TEAM), own))
+    running = RunningGaussian(3, 5)  # as the evaluation while training sums a diverged model's features up
+    running.add(0, np.full((3, 5), broken))
+    assert np.isnan(frechet_distance(running.result(TEAM), own))
 
 
 def test_running_gaussian_in_uneven_batches_equals_numpys_far_from_zero() -> None:
     values = features(203, 11, 3) + 1e6
-    running = RunningGaussian(11)
+    running = RunningGaussian(203, 11)
     for part in np.split(values, [1, 2, 2, 60, 199]):
-        running.add(part)
-    found = running.gaussian(TEAM)
+        running.add(0, part)
+    found = running.result(TEAM)
     np.testing.assert_allclose(found.mean, values.mean(axis=0), rtol=1e-12)
     # 1e6 away, sums of squares in fp64 would keep four digits.
     np.testing.assert_allclose(found.covariance, np.cov(values - 1e6, rowvar=False), rtol=1e-7, atol=1e-7)
@@ -103,7 +107,7 @@ def test_inception_score_over_splits_equals_scipys(count: int, monkeypatch) -> N
     score = InceptionScore(count, 9)
     for start in range(0, count, 7):
         score.add(start, probabilities[start:start + 7])
-    assert score.score(TEAM) == pytest.approx(scipy_inception_score(probabilities, 20), rel=1e-6)
+    assert score.result(TEAM) == pytest.approx(scipy_inception_score(probabilities, 20), rel=1e-6)
 
 
 @pytest.mark.parametrize(("counts", "dimension", "neighbours"), [((101, 57), 13, 3), ((33, 77), 5, 1), ((64, 65), 9, 2)])
@@ -112,15 +116,15 @@ def test_precision_recall_equal_prdcs(counts: tuple[int, int], dimension: int, n
     reference, samples = features(counts[0], dimension, 5), features(counts[1], dimension, 5) * 0.8 + 0.5
     with contextlib.redirect_stdout(io.StringIO()):
         expected = compute_prdc(reference, samples, nearest_k=neighbours)
-    found = precision_recall(reference, samples, TEAM, neighbours=neighbours)
+    found = precision_recall(reference, samples, neighbours=neighbours)
     assert found == pytest.approx((expected["precision"], expected["recall"]), abs=1e-6)
     assert 0 < found[0] < 1 and 0 < found[1] < 1
 
 
 def test_precision_recall_of_a_set_to_itself_are_one_and_far_away_zero() -> None:
     values = features(50, 4, 6)
-    assert precision_recall(values, values, TEAM) == (1.0, 1.0)
-    assert precision_recall(values, values + 1e3, TEAM) == (0.0, 0.0)
+    assert precision_recall(values, values) == (1.0, 1.0)
+    assert precision_recall(values, values + 1e3) == (0.0, 0.0)
 
 
 # The whole evaluation, with a small network in place of Inception.
@@ -237,7 +241,7 @@ def test_evaluation_crops_reference_images_of_another_size(files: Path, tmp_path
 
 @pytest.mark.parametrize(("values", "kind", "message"), [
     ({"metrics": ("fid", "kid")}, ConfigError, "--metrics fid,kid: choose from fid,sfid,is,precision,recall"),
-    ({"reference": None}, ConfigError, "--reference is needed for all metrics but is"),
+    ({"reference": None}, ConfigError, "--reference is needed for fid, sfid, precision, recall"),
     ({"reference": Path("nowhere")}, DataError, "nowhere: no such file or folder"),
     ({"samples": Path("nowhere.npz")}, DataError, r"nowhere\.npz: not a readable npz"),
     ({"extractor": "nothing.pt"}, ConfigError, r"extractor nothing\.pt: no such file, and neither inception nor pixels"),
@@ -254,7 +258,7 @@ def test_evaluation_that_cannot_be_is_refused(files: Path, values: dict, kind: t
     ({"reference": "stated.npz", "metrics": ("precision",)}, ConfigError, r"stated\.npz holds no images \(arr_0\)"),
     ({"reference": "nan.npz"}, DataError, r"nan\.npz: mu \(float64\) is not all finite numbers: make the reference anew"),
     ({"reference": "text.npz"}, DataError, r"text\.npz: mu \(<U1\) is not all finite numbers"),
-    ({"reference": "few.npz"}, ConfigError, "--metrics precision, recall: need more than 3 images on both sides, got 3"),
+    ({"reference": "few.npz"}, ConfigError, "--metrics precision: needs at least 4 images on both sides, got 3"),
     ({"extractor": "pixels", "metrics": ("sfid",)}, ConfigError, "extractor pixels returns no spatial features"),
     ({"save_reference": "nowhere/x.npz"}, ConfigError, r"--save-reference .*x\.npz: there is no folder .*nowhere: make it first"),
     ({"save_reference": "."}, ConfigError, "is a folder: name a file in it"),
@@ -263,8 +267,8 @@ def test_evaluation_that_cannot_be_is_refused(files: Path, values: dict, kind: t
 def test_evaluation_finds_mistakes_before_the_first_batch(files: Path, tmp_path: Path, monkeypatch, values: dict,
                                                           kind: type[Exception], message: str) -> None:
     one = fit_gaussian(features(20, 9, 0))
-    save_statistics(tmp_path / "stated.npz", one, None)
-    save_statistics(tmp_path / "nan.npz", Gaussian(one.mean * np.nan, one.covariance), None)
+    save_statistics(tmp_path / "stated.npz", {("pool", RunningGaussian): one})
+    save_statistics(tmp_path / "nan.npz", {("pool", RunningGaussian): Gaussian(one.mean * np.nan, one.covariance)})
     np.savez(tmp_path / "text.npz", mu=np.array(["a"] * 9), sigma=one.covariance)
     np.savez(tmp_path / "few.npz", arr_0=np.zeros((3, 12, 12, 3), dtype=np.uint8))
     monkeypatch.setattr("promoe_ds.evaluation.metrics.summarise", lambda *args, **kwargs: pytest.fail("a batch was computed"))
@@ -369,11 +373,11 @@ def test_half_precision_manifold_equals_adms_and_differs_from_fp64(files: Path) 
     radii = [np.partition(half_distances(x, x), 3, axis=1)[:, 3] for x in (reference, samples)]
     between = half_distances(samples, reference)
     expected = ((between <= radii[0]).any(axis=1).mean(), (between.T <= radii[1]).any(axis=1).mean())
-    found = precision_recall(reference, samples, TEAM, half=True)
+    found = precision_recall(reference, samples, half=True)
     assert found == pytest.approx(expected, abs=1e-12)
-    assert found != precision_recall(reference, samples, TEAM)
+    assert found != precision_recall(reference, samples)
     # Where half precision overflows, ADM computes in single precision.
-    assert precision_recall(reference * 1e3, samples * 1e3, TEAM, half=True) == precision_recall(reference, samples, TEAM)
+    assert precision_recall(reference * 1e3, samples * 1e3, half=True) == precision_recall(reference, samples)
     report = evaluate(request(files, half_precision_manifold=True), TEAM)
     assert report["protocol"]["distances"] == "float16 where finite" and 0 <= report["metrics"]["precision"] <= 1
 
@@ -390,8 +394,8 @@ def test_evaluation_of_files_that_do_not_fit_names_them(files: Path, tmp_path: P
         load_extractor(f"{files / 'tiny.py'}:nothing", "cpu")
     with pytest.raises(ConfigError, match=r"samples\.npz: no TorchScript archive"):
         load_extractor(str(files / "samples.npz"), "cpu")
-    save_statistics(tmp_path / "other.npz", fit_gaussian(features(9, 4, 0)), None)
-    with pytest.raises(DataError, match=r"other\.npz: mu has 4 features, the extractor .*tiny\.pt 9: they are another network's"):
+    save_statistics(tmp_path / "other.npz", {("pool", RunningGaussian): fit_gaussian(features(9, 4, 0))})
+    with pytest.raises(DataError, match=r"other\.npz: mu has 4 features, the extractor 9"):
         evaluate(request(files, reference=tmp_path / "other.npz", metrics=("fid",)), TEAM)
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((3, 4, 4, 3)))
     with pytest.raises(DataError, match=r"floats\.npz: float64 \(3, 4, 4, 3\), expected uint8 images"):
@@ -404,5 +408,5 @@ def test_evaluation_of_files_that_do_not_fit_names_them(files: Path, tmp_path: P
 def test_evaluation_of_samples_not_all_drawn_is_refused(files: Path, tmp_path: Path) -> None:
     (tmp_path / "samples.json").write_text(json.dumps({"num": 3}))
     Image.new("RGB", (12, 12)).save(tmp_path / "img000000_class0.png")
-    with pytest.raises(DataError, match="1 of 3 samples are there: run the sampling again"):
+    with pytest.raises(DataError, match="1 of 3 samples exist"):
         evaluate(request(files, samples=tmp_path), TEAM)

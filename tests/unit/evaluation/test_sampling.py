@@ -19,9 +19,9 @@ from torch import Tensor
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation import sampling as drawing
+from promoe_ds.evaluation.images import SampleFolder
 from promoe_ds.evaluation.sample_job import SampleRequest, choose_labels, draw_samples, make_plan
-from promoe_ds.evaluation.sampling import Drawer, even_passes, is_exact, units
-from promoe_ds.evaluation.store import SampleStore
+from promoe_ds.evaluation.sampling import LatentSampler, aligned_passes, even_passes
 from promoe_ds.model.export import load_model, save_export
 from promoe_ds.pipeline import ProMoEPipeline, ProMoETransformer2DModel
 
@@ -67,8 +67,8 @@ def test_every_sampler_splits_guidance_where_the_method_mixes_samples(tmp_path, 
     pipeline = ProMoEPipeline(ProMoETransformer2DModel(config.model_dump(mode="json")), FlowMatchEulerDiscreteScheduler())
     pipeline.transformer.denoiser = network
     pipeline([0, 1, 2], output_type="latent")
-    Drawer(network, config, make_plan(SampleRequest(model=export, out=tmp_path), config), seed=0,
-           device=torch.device("cpu")).draw(range(3), np.zeros(3, dtype=np.int64))
+    LatentSampler(network, config, make_plan(SampleRequest(model=export, out=tmp_path), config), seed=0,
+           device=torch.device("cpu")).sample(range(3), np.zeros(3, dtype=np.int64))
     assert passes == ([3] * 8 if method == "diff_moe" else [6] * 4)
 
 
@@ -99,29 +99,20 @@ def test_sampling_that_does_not_fit_the_export_is_refused(tmp_path, diffusion, r
                                                    (DDPM, "ddpm"), (DDPM, "ddim")])
 def test_samples_do_not_depend_on_the_batch_size_to_the_bit(tmp_path, diffusion, solver) -> None:
     export = make_export(tmp_path, diffusion=diffusion)
-    whole, cut = (draw(export, num=7, steps=6, solver=solver, batch_size=size) for size in (7, 3))
+    whole, cut = (draw(export, num=7, steps=6, solver=solver, batch_size=size, exact=True) for size in (7, 3))
     assert len({sample.numpy().tobytes() for sample in whole}) == 7
     assert torch.equal(cut, whole)
 
 
 def test_samples_in_batches_agree_to_the_rounding(tmp_path) -> None:
     export = make_export(tmp_path)
-    exact, batched = draw(export, num=7, steps=6), draw(export, num=7, steps=6, exact=False, batch_size=3)
+    exact, batched = draw(export, num=7, steps=6, exact=True), draw(export, num=7, steps=6, batch_size=3)
     torch.testing.assert_close(batched, exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "asked", "expected"), [("token_choice", None, True), ("token_choice", False, False),
-                                                           ("diff_moe", None, False), ("diff_moe", True, True),
-                                                           ("expert_race", None, True)])
-def test_exact_is_the_default_but_for_methods_that_pool(method, asked, expected) -> None:
-    config = small_config(**of_method(method))
-    assert is_exact(asked, config, torch.device("cpu")) is expected
-    assert is_exact(None, config, torch.device("cuda")) is False
-
-
 def test_passes_are_aligned_blocks_whoever_asks() -> None:
-    assert units([0, 1, 2, 3, 4, 5, 6], size=3, num=7) == [range(0, 3), range(3, 6), range(6, 7)]
-    assert units([4, 6], size=3, num=7) == [range(3, 6), range(6, 7)]
+    assert aligned_passes([0, 1, 2, 3, 4, 5, 6], size=3, num=7) == [range(0, 3), range(3, 6), range(6, 7)]
+    assert aligned_passes([4, 6], size=3, num=7) == [range(3, 6), range(6, 7)]
 
 
 @pytest.mark.parametrize(("samples", "batch_size", "world_size", "expected"),
@@ -159,13 +150,13 @@ def make_pixel_export(folder: Path) -> Path:
 
 
 def pixel_request(export: Path, **values: Any) -> SampleRequest:
-    return replace(SampleRequest(model=export, out=export.parent / "out", num=9, steps=3), **values)
+    return replace(SampleRequest(model=export, out=export.parent / "out", num=9, steps=3, exact=True), **values)
 
 
 def test_sampling_stopped_goes_on_and_draws_only_what_is_missing(tmp_path, monkeypatch) -> None:
     request = pixel_request(make_pixel_export(tmp_path))
     draw_samples(replace(request, out=tmp_path / "whole"))
-    real, drawn = Drawer.draw, []
+    real, drawn = LatentSampler.sample, []
 
     def draw_four(self, indices, labels):
         if len(drawn) == 4:
@@ -173,12 +164,12 @@ def test_sampling_stopped_goes_on_and_draws_only_what_is_missing(tmp_path, monke
         drawn.extend(indices)
         return real(self, indices, labels)
 
-    monkeypatch.setattr(Drawer, "draw", draw_four)
+    monkeypatch.setattr(LatentSampler, "sample", draw_four)
     with pytest.raises(KeyboardInterrupt):
         draw_samples(request)
     assert not (request.out / "samples.npz").exists() and len(list(request.out.glob("*.png"))) == 4
     drawn.clear()
-    monkeypatch.setattr(Drawer, "draw", lambda self, indices, labels: drawn.extend(indices) or real(self, indices, labels))
+    monkeypatch.setattr(LatentSampler, "sample", lambda self, indices, labels: drawn.extend(indices) or real(self, indices, labels))
     draw_samples(replace(request, batch_size=2))
     assert drawn == [4, 5, 6, 7, 8]
     assert (request.out / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
@@ -194,26 +185,26 @@ def test_sampling_draws_damaged_files_anew(tmp_path, monkeypatch) -> None:
                7: lambda file: Image.new("L", (5, 5)).save(file)}
     for index, damage in damages.items():
         damage(next(request.out.glob(f"img00000{index}_*.png")))
-    real, drawn = Drawer.draw, []
-    monkeypatch.setattr(Drawer, "draw", lambda self, indices, labels: drawn.extend(indices) or real(self, indices, labels))
+    real, drawn = LatentSampler.sample, []
+    monkeypatch.setattr(LatentSampler, "sample", lambda self, indices, labels: drawn.extend(indices) or real(self, indices, labels))
     draw_samples(request)
     assert drawn == [2, 5, 7] and (request.out / "samples.npz").read_bytes() == whole
-    monkeypatch.setattr(SampleStore, "read", lambda self, index: (_ for _ in ()).throw(DataError("unreadable")))
+    monkeypatch.setattr(SampleFolder, "read", lambda self, index: (_ for _ in ()).throw(DataError("unreadable")))
     with pytest.raises(ConfigError, match="9 samples, the first of them 0, cannot be read back after they were written twice"):
         draw_samples(request)
 
 
 def test_sampling_latents_whose_part_is_damaged_draws_it_anew(tmp_path, monkeypatch) -> None:
-    request = SampleRequest(model=make_export(tmp_path), out=tmp_path / "out", num=3, steps=3)
+    request = SampleRequest(model=make_export(tmp_path), out=tmp_path / "out", num=3, steps=3, exact=True)
     draw_samples(replace(request, out=tmp_path / "whole"))
-    real = SampleStore.assemble
+    real = SampleFolder.assemble
 
     def assemble_damaged(self):
-        monkeypatch.setattr(SampleStore, "assemble", real)
-        (self.folder / "parts" / "img000001_class1.npy").write_bytes(b"cut")
+        monkeypatch.setattr(SampleFolder, "assemble", real)
+        (self.path / "parts" / "img000001_class1.npy").write_bytes(b"cut")
         return self.assemble()
 
-    monkeypatch.setattr(SampleStore, "assemble", assemble_damaged)
+    monkeypatch.setattr(SampleFolder, "assemble", assemble_damaged)
     draw_samples(request)
     assert (request.out / "latents.safetensors").read_bytes() == (tmp_path / "whole" / "latents.safetensors").read_bytes()
 
@@ -232,7 +223,7 @@ def test_sampling_where_the_record_of_the_job_is_none_is_refused(tmp_path) -> No
     request = pixel_request(make_pixel_export(tmp_path))
     request.out.mkdir()
     (request.out / "samples.json").write_text("[1]")
-    with pytest.raises(ConfigError, match=r"samples\.json is no record of a sampling job: choose another folder"):
+    with pytest.raises(DataError, match=r"samples\.json: not a readable record"):
         draw_samples(request)
 
 
@@ -264,8 +255,8 @@ def test_sampling_records_what_decides_the_images(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"seed": 1}, "holds samples drawn otherwise: seed was 0 and is 1. Choose another folder"),
-    ({"steps": 4, "cfg_scale": 3.0}, "holds samples drawn otherwise: steps was 3 and is 4; cfg_scale was 1.5 and is 3.0"),
+    ({"seed": 1}, "seed was 0 and is 1. Choose another folder"),
+    ({"steps": 4, "cfg_scale": 3.0}, "steps was 3 and is 4; cfg_scale was 1.5 and is 3.0"),
     ({"num": 3}, "holds 9 samples, 3 are asked for: choose another folder"),
 ])
 def test_sampling_into_other_samples_is_refused(tmp_path, values, message) -> None:
@@ -288,7 +279,7 @@ def test_sampling_with_a_seed_or_device_that_cannot_be_is_refused(tmp_path, valu
 def test_sampling_into_a_folder_of_something_else_is_refused(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("")
-    with pytest.raises(ConfigError, match="out is no empty folder, and no job can go on there"):
+    with pytest.raises(ConfigError, match="out: holds something else"):
         draw_samples(pixel_request(make_pixel_export(tmp_path)))
 
 
