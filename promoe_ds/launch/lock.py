@@ -18,10 +18,9 @@ from pathlib import Path
 
 from promoe_ds.errors import LaunchError
 from promoe_ds.logs import get_logger
+from promoe_ds.run_files import LAUNCHER_LOCK
 
 _LOG = get_logger("lock")
-#: Of a launcher, inside its folder of the run directory; of a training, in the run directory itself.
-LAUNCHER_LOCK, TRAINING_LOCK = "launcher.json", "lock.json"
 _RENEWALS = 10
 _POLL_SECONDS = 0.5
 

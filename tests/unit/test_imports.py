@@ -19,15 +19,16 @@ LIBRARIES: dict[str, set[str]] = {
     # Images are decoded by Pillow and encoded by diffusers' autoencoder. Tensors and records carry xxhash checksums.
     "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash", "tqdm"},
     # Runs on the launching host, before any rank, and must not need torch there.
-    "launch": set(), "distributed": {"torch", "numpy"}}
+    "launch": {"psutil"}, "run_files": set(), "distributed": {"torch", "numpy"}}
 #: The rooms from the lowest up; a room imports from those above it in this list and from none below.
-ORDER = ("errors", "logs", "files", "file_kind", "randomness", "condition", "config", "versions", "routing", "moe", "model",
+ORDER = ("errors", "logs", "files", "file_kind", "run_files", "randomness", "condition", "config", "versions", "routing", "moe", "model",
          "diffusion", "launch", "distributed", "data", "backends", "checkpoint", "train")
 #: Rooms that need less than the order would let them have.
 NARROW: dict[str, set[str]] = {
+    "run_files": set(),
     "errors": set(), "logs": set(), "files": set(), "file_kind": set(), "randomness": set(), "condition": set(),
     "config": {"errors", "logs"}, "versions": {"errors", "config"}, "routing": {"errors", "config", "condition"}, "moe": {"routing", "config"},
-    "diffusion": {"config", "randomness", "errors", "condition"}, "launch": {"errors", "logs", "files", "config"},
+    "diffusion": {"config", "randomness", "errors", "condition"}, "launch": {"errors", "logs", "files", "run_files", "config"},
     "distributed": {"errors", "logs", "config", "launch"},
     "data": {"config", "randomness", "errors", "logs", "files", "file_kind", "condition", "versions", "distributed"}}
 ROOMS = {room: NARROW.get(room, set(ORDER[:place])) for place, room in enumerate(ORDER)}

@@ -1,4 +1,4 @@
-"""Which hosts and ep_size a run goes on with when some are gone."""
+"""On which hosts and with which ep_size a run resumes when some hosts are gone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from promoe_ds.errors import ConfigError, LaunchError
 from promoe_ds.launch.hostfile import Host
-from promoe_ds.launch.layout import choose_layout, full_layout
+from promoe_ds.launch.layout import choose_layout
 
 
 def _hosts(*slots: int) -> list[Host]:
@@ -28,16 +28,9 @@ def test_layout_most_hosts_and_largest_legal_ep_size(slots, batch, ep, experts, 
             choose_layout("digits_promoe", overrides, _hosts(*slots))
         return
     layout = choose_layout("digits_promoe", overrides, _hosts(*slots))
-    assert (len(layout.hosts), layout.ranks, layout.ep_size) == expected
-    assert layout.config.parallel.ep_size == layout.ep_size
+    assert (len(layout.hosts), layout.ranks, layout.config.parallel.ep_size) == expected
 
 
 def test_layout_none_legal_says_why() -> None:
     with pytest.raises(LaunchError, match=r"no legal layout on h0: 7 ranks: train.global_batch_size=16 cannot be cut"):
         choose_layout("digits_promoe", ("train.global_batch_size=16",), _hosts(7))
-
-
-def test_layout_of_the_first_start_changes_nothing_silently() -> None:
-    assert full_layout("digits_promoe", ("parallel.ep_size=2",), _hosts(2, 2)).ep_size == 2
-    with pytest.raises(ConfigError, match=r"parallel.ep_size=4 does not divide the number of ranks, 2"):
-        full_layout("digits_promoe", ("parallel.ep_size=4",), _hosts(1, 1))
