@@ -75,19 +75,22 @@ def main(arguments: Sequence[str]) -> None:
     """Check the hosts, run the job; its failure is the error."""
     configure_logging(0)
     job, check_only = parse_arguments(arguments)
-    if check_only:
-        check_hosts(job, job_environment(os.environ))
-        ranks = sum(host.slots for host in job.hosts)
-        sys.stdout.write(f"pre-flight: {len(job.hosts)} hosts, {ranks} ranks: no problem\n")
-        return
     try:
-        log_file = make_launch_folder(job.run_dir) / "launch.log"
-        configure_logging(0, log_file=log_file)
+        folder = make_launch_folder(job.run_dir)
+        if check_only:
+            check_hosts(job, job_environment(os.environ))
+            ranks = sum(host.slots for host in job.hosts)
+            sys.stdout.write(f"pre-flight: {len(job.hosts)} hosts, {ranks} ranks: no problem\n")
+        else:
+            _run(job, folder / "launch.log")
     except OSError as error:
         raise LaunchError(
-            f"--run-dir {job.run_dir} cannot be made or written: {error.strerror}: correct its rights, or use "
-            "another directory"
+            f"--run-dir {job.run_dir} cannot be made or written ({error}): correct its rights, or use another directory"
         ) from None
+
+
+def _run(job: Job, log_file: Path) -> None:
+    configure_logging(0, log_file=log_file)
     try:
         report = run_job(job)
         code, message = report.code, report.message

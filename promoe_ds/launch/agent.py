@@ -59,35 +59,36 @@ def config_hash(config: RunConfig, deepspeed: Mapping[str, Any]) -> str:
 
 
 def check_run_directory(folder: str, name: str, token: str) -> dict[str, Any]:
-    """Return whether this host sees the launcher's token in `folder`, and its free bytes; write the token back."""
-    try:
-        seen = (Path(folder) / "token").read_text() == token
-    except OSError:
-        seen = False
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
-        (Path(folder) / f"seen_by_{name}").write_text(token)
-        return {"seen": seen, "problem": "", "free": shutil.disk_usage(folder).free}
-    except OSError as error:
-        return {"seen": seen, "problem": str(error), "free": 0}
+    """Return whether this host sees the launcher's token in `folder`, and its free bytes; answer by a file there.
+
+    Raises: OSError if it cannot be written.
+    """
+    there = Path(folder)
+    seen = (there / "token").is_file() and (there / "token").read_text() == token
+    there.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (there / f"seen_by_{name}").write_text(token)
+    return {"seen": seen, "free": shutil.disk_usage(there).free}
 
 
-def check_port(address: str, port: int) -> dict[str, str]:
-    """Return why a port of an address cannot be listened on, "" if it can."""
-    try:
-        with socket.create_server((address, port)):
-            return {"problem": ""}
-    except OSError as error:
-        return {"problem": os.strerror(error.errno) if error.errno else str(error)}
+def check_port(address: str, port: int) -> dict[str, Any]:
+    """Listen on a port of an address for a moment.
+
+    Raises: OSError if that cannot be done.
+    """
+    with socket.create_server((address, port)):
+        return {}
 
 
 def count_gpus() -> dict[str, Any]:
-    """Return how many GPUs torch sees here; in another process, since it takes memory of the first GPU."""
+    """Return how many GPUs torch sees here; in another process, since it takes memory of the first GPU.
+
+    Raises: RuntimeError if torch fails.
+    """
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_GPU_QUERY_SECONDS)
     if done.returncode != 0:
-        return {"gpus": 0, "problem": (done.stderr.strip().splitlines() or ["python failed"])[-1]}
-    return {"gpus": int(done.stdout.split()[-1]), "problem": ""}
+        raise RuntimeError(f"cannot count GPUs: {(done.stderr.strip().splitlines() or ['python failed'])[-1]}")
+    return {"gpus": int(done.stdout.split()[-1])}
 
 
 _ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {

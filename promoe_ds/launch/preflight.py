@@ -16,7 +16,7 @@ from promoe_ds.launch.environment import require_launchable
 from promoe_ds.launch.layout import Job
 from promoe_ds.launch.network import choose_interface
 from promoe_ds.launch.remote import Agent, RemoteError, connected, on_all
-from promoe_ds.run_files import CHECKPOINTS, LAUNCH_FOLDER, make_launch_folder
+from promoe_ds.run_files import CHECKPOINTS, LAUNCH_FOLDER
 
 _T = TypeVar("_T")
 _CLOCK_TOLERANCE_SECONDS = 2.0
@@ -24,12 +24,16 @@ _CLOCK_READINGS = 3
 _GPU_SECONDS = 150.0
 #: fp32 weights, moments and average, and the module's own copy.
 _CHECKPOINT_BYTES_PER_PARAMETER = 20
-#: Part of ssh's message -> remedy.
-_SSH_REMEDIES = {
+#: Part of what ssh or the agent reports -> remedy.
+_REMEDIES = {
     "Permission denied": "install your key there (ssh-copy-id)",
     "Host key verification failed": "accept its host key once (ssh to it by hand)",
     "Could not resolve": "correct its name in the hostfile, DNS or /etc/hosts",
     "the agent ended": "put the repository and the environment there under the same paths as here",
+    "GPUs": "repair torch and the driver there",
+    "attempting to bind": "end the process that uses it, or name another with --master-port",
+    "OSError": "correct the mount",
+    "PermissionError": "correct the rights",
 }
 
 
@@ -46,7 +50,7 @@ class _Hosts:
             if not isinstance(answer, RemoteError):
                 yield host, answer
                 continue
-            remedies = (remedy for sign, remedy in _SSH_REMEDIES.items() if sign in str(answer))
+            remedies = (remedy for sign, remedy in _REMEDIES.items() if sign in str(answer))
             self.add(host, str(answer), next(remedies, "repair it or remove it from the hostfile"))
 
     def ask(self, action: str, **values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -61,7 +65,9 @@ class _Hosts:
 def check_hosts(job: Job, environment: Mapping[str, str]) -> dict[str, Any]:
     """Check this host, then all hosts at once; return each one's description (agent.describe).
 
-    Raises: LaunchError with a line for each problem; one host's do not hide another's.
+    The launcher's folder exists in the run directory.
+    Raises: LaunchError with a line for each problem; one host's do not hide another's. OSError if the run
+        directory cannot be written here.
     """
     for command, package in (("pdsh", "pdsh"), ("ssh", "openssh-client")):
         if shutil.which(command) is None:
@@ -130,21 +136,12 @@ def _check_software(hosts: _Hosts, described: Mapping[str, dict[str, Any]]) -> N
 
 def _check_run_directory(job: Job, hosts: _Hosts) -> None:
     folder, token = job.run_dir.absolute() / LAUNCH_FOLDER / "preflight", secrets.token_hex(16)
-    try:
-        make_launch_folder(job.run_dir)
-        folder.mkdir(exist_ok=True, mode=0o700)
-        (folder / "token").write_text(token)
-    except OSError as error:
-        problem = f"--run-dir {job.run_dir} cannot be made or written: {error.strerror}"
-        return hosts.add("this host", problem, "correct its rights, or use another directory")
-    request = {"folder": str(folder), "token": token}
-    need = _bytes_needed(job)
+    folder.mkdir(exist_ok=True, mode=0o700)
+    (folder / "token").write_text(token)
+    request, need = {"folder": str(folder), "token": token}, _bytes_needed(job)
     for host, answer in hosts.each(lambda agent: agent.ask("run_directory", name=agent.host, **request)):
         seen_by = folder / f"seen_by_{host}"
-        if answer["problem"]:
-            problem = f"--run-dir cannot be written there: {answer['problem']}"
-            hosts.add(host, problem, "correct the mount or the rights")
-        elif not (answer["seen"] and seen_by.exists() and seen_by.read_text() == token):
+        if not (answer["seen"] and seen_by.exists() and seen_by.read_text() == token):
             problem = f"--run-dir {job.run_dir} is another folder there than here"
             hosts.add(host, problem, "put it on a file system that all hosts mount")
         elif answer["free"] < need:
@@ -163,9 +160,7 @@ def _bytes_needed(job: Job) -> int:
 def _check_gpus(job: Job, hosts: _Hosts) -> None:
     slots = {host.name: host.slots for host in job.hosts}
     for host, answer in hosts.ask("gpus", timeout=_GPU_SECONDS):
-        if answer["problem"]:
-            hosts.add(host, f"its GPUs cannot be counted: {answer['problem']}", "repair torch and the driver there")
-        elif answer["gpus"] != slots[host]:
+        if answer["gpus"] != slots[host]:
             remedy = "correct the hostfile, or put DS_ACCELERATOR=cpu into .deepspeed_env to train on CPUs"
             hosts.add(host, f"{answer['gpus']} GPUs, but slots={slots[host]}", remedy)
 
@@ -183,7 +178,4 @@ def _check_network(
     if first in described:
         address = described[first]["interfaces"][interface]
         master = _Hosts({first: hosts.agents[first]}, hosts.problems)
-        for host, answer in master.ask("port", address=address, port=job.master_port):
-            if answer["problem"]:
-                problem = f"port {job.master_port} of {address} cannot be used ({answer['problem']})"
-                hosts.add(host, problem, "end the process that uses it, or name another with --master-port")
+        list(master.ask("port", address=address, port=job.master_port))

@@ -18,11 +18,14 @@ _TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
 
 class ShutdownRequest:
-    """Records the first signal that asks for a shutdown; a later SIGINT means: at once."""
+    """Records the first signal that asks for a shutdown; a later SIGINT means: at once.
+
+    `reason`: the signal's name, "" before one came. `at_once`: do not wait for the last checkpoint.
+    """
 
     def __init__(self, *, terminal: bool = False) -> None:
         """Take over SIGTERM and SIGUSR1, and with `terminal` SIGINT and SIGHUP unless they are ignored."""
-        self._reason, self._at_once = "", False
+        self.reason, self.at_once = "", False
         numbers = list(RANK_SIGNALS)
         if terminal:  # nohup and background jobs of a shell ignore them
             numbers += [n for n in _TERMINAL_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
@@ -30,23 +33,13 @@ class ShutdownRequest:
             for number in numbers:
                 signal.signal(number, self._handle)
 
-    @property
-    def reason(self) -> str:
-        """Why a shutdown was requested, e.g. the signal's name; "" if it was not."""
-        return self._reason
-
-    @property
-    def at_once(self) -> bool:
-        """Whether the user at the keyboard does not want to wait for the last checkpoint."""
-        return self._at_once
-
     def request(self, reason: str) -> None:
         """Request a shutdown; the first reason is kept."""
-        self._reason = self._reason or reason
+        self.reason = self.reason or reason
 
     def _handle(self, number: int, frame: object) -> None:
         # Batch systems send several signals, and a save is under way by then: only Ctrl-C repeats a request.
-        self._at_once = self._at_once or (bool(self._reason) and number == signal.SIGINT)
+        self.at_once = self.at_once or (bool(self.reason) and number == signal.SIGINT)
         self.request(signal.Signals(number).name)
 
 

@@ -44,7 +44,7 @@ def shutdown(monkeypatch, tmp_path) -> Iterator[ShutdownRequest]:
         signal.signal(number, handler)
 
 
-def _recording(started: list[Attempt]) -> Callable[[Attempt, StopWish], Outcome]:
+def _recording(started: list[Attempt]) -> Callable[[Attempt, ShutdownRequest], Outcome]:
     """Stand in for an attempt of which no rank writes a status."""
     def run_attempt(attempt: Attempt, shutdown: ShutdownRequest) -> Outcome:
         started.append(attempt)

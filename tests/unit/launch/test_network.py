@@ -46,7 +46,7 @@ def test_interface_of_the_names_addresses_is_taken_only_if_clear(resolved) -> No
     hosts = _hosts({"a": {"lo": "127.0.0.1", "eth0": "10.0.0.1", "ib0": "10.1.0.1"}, "b": {"eth0": "10.0.0.2", "ib0": "10.1.0.2"}})
     assert choose_interface("ib0", {"GLOO_SOCKET_IFNAME": "eth0"}, hosts) == "ib0"
     assert choose_interface("", {"GLOO_SOCKET_IFNAME": "ib0"}, hosts) == "ib0"
-    with pytest.raises(LaunchError, match="^b: .*interface lo .*--interface"):
+    with pytest.raises(LaunchError, match=r"^b: .*interface lo .*--interface"):
         choose_interface("lo", {}, hosts)
     resolved["a"] = "10.0.0.1"
     with pytest.raises(LaunchError, match=r"a: eth0; b: none of eth0 10.0.0.2, ib0 10.1.0.2.*--interface"):
