@@ -17,9 +17,9 @@ _HEAD_START_SECONDS = 5.0
 def run_entry(main: Callable[[Sequence[str]], None]) -> None:
     """Run `main` with the command line; turn a `PromoeError` into one message and its exit code.
 
-    Rank 0 reports a mistake that all ranks find; its end makes the launcher end the others. A rank that
-    still runs some seconds later found something that rank 0 did not, and reports it. Any other exception
-    keeps its traceback: it is a defect, not a mistake of the user.
+    Rank 0 reports a mistake that all ranks find; its end makes the launcher end the others. A rank
+    that still runs some seconds later found something that rank 0 did not, and reports it. Any
+    other exception keeps its traceback: it is a defect, not a mistake of the user.
     """
     rank = rank_from_environment()
     try:
@@ -32,10 +32,15 @@ def run_entry(main: Callable[[Sequence[str]], None]) -> None:
         kind = "stopped" if isinstance(error, Preempted) else "error"
         sys.stderr.write(f"{kind}: {error}\n" if rank == 0 else f"{kind}: rank {rank}: {error}\n")
         sys.stderr.flush()
-        # No interpreter shutdown: ranks that wait in a collective of another library would keep this one alive.
+        # No interpreter shutdown: ranks that wait in a collective of another library would keep
+        # this one alive.
         os._exit(error.exit_code)
     except SystemExit as ending:  # of the command line's parser, which printed why
-        write_rank_status(rank, ending.code if isinstance(ending.code, int) else int(ending.code is not None), "see the output")
+        write_rank_status(
+            rank,
+            ending.code if isinstance(ending.code, int) else int(ending.code is not None),
+            "see the output",
+        )
         raise
     except Exception as error:
         write_rank_status(rank, 1, f"{type(error).__name__}: {error}")

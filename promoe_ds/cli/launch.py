@@ -1,4 +1,4 @@
-"""Launch on several hosts and watch the job: `python -m promoe_ds.cli.launch --hostfile H -- --recipe NAME ...`."""
+"""Launch on several hosts: `python -m promoe_ds.cli.launch --hostfile H -- --recipe NAME ...`."""
 
 from __future__ import annotations
 
@@ -31,21 +31,39 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Job, bool]:
     """
     parser = argparse.ArgumentParser(
         prog="promoe_ds.cli.launch",
-        description="Check several hosts, train on them by deepspeed --hostfile, watch the job and restart it.",
+        description="Check several hosts, train on them by deepspeed --hostfile, watch the job.",
     )
     add = parser.add_argument
     add("--hostfile", type=Path, required=True, help="one `NAME slots=N` a line")
     add("--check-only", action="store_true", help="check every host, and exit")
-    add("--max-restarts", type=int, default=0, help="restart so often, on fewer hosts if some stay dead")
-    add("--host-wait", type=float, default=30.0, metavar="SECONDS", help="how long a restart waits for a dead host")
+    add(
+        "--max-restarts",
+        type=int,
+        default=0,
+        help="restart so often, on fewer hosts if some stay dead",
+    )
+    add(
+        "--host-wait",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long a restart waits for a dead host",
+    )
     add("--interface", default="", help="network interface that joins the hosts")
     add("--master-port", type=int, default=29500)
-    add("training", nargs=argparse.REMAINDER, metavar="-- ...", help="arguments of promoe_ds.cli.train")
+    add(
+        "training",
+        nargs=argparse.REMAINDER,
+        metavar="-- ...",
+        help="arguments of promoe_ds.cli.train",
+    )
     options = parser.parse_args(arguments)
     training = options.training[options.training[:1] == ["--"] :]
     train = parse_train_arguments(training)
     if train.resume == "none" and options.max_restarts:
-        raise ConfigError("--resume none would discard what a restart resumes from: omit it, or set --max-restarts 0")
+        raise ConfigError(
+            "--resume none discards what a restart resumes from: omit it, or set --max-restarts 0"
+        )
     if options.max_restarts < 0:
         raise ConfigError(f"--max-restarts {options.max_restarts}: must be at least 0")
     if not 0 < options.master_port < 65536:
@@ -79,13 +97,13 @@ def main(arguments: Sequence[str]) -> None:
         folder = make_launch_folder(job.run_dir)
         if check_only:
             check_hosts(job, job_environment(os.environ))
-            ranks = sum(host.slots for host in job.hosts)
-            sys.stdout.write(f"pre-flight: {len(job.hosts)} hosts, {ranks} ranks: no problem\n")
+            sys.stdout.write(f"pre-flight: {len(job.hosts)} hosts, {job.ranks} ranks: no problem\n")
         else:
             _run(job, folder / "launch.log")
     except OSError as error:
         raise LaunchError(
-            f"--run-dir {job.run_dir} cannot be made or written ({error}): correct its rights, or use another directory"
+            f"--run-dir {job.run_dir} cannot be made or written ({error}): correct its rights, or use "
+            "another directory"
         ) from None
 
 

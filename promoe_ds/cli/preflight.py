@@ -1,4 +1,4 @@
-"""Check every host before a launch: `python -m promoe_ds.cli.launch --check-only` under the name that others call."""
+"""Check every host before a launch: another name of `promoe_ds.cli.launch --check-only`."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def describe(names: Sequence[str]) -> dict[str, Any]:
 
 
 def installed_software() -> dict[str, str]:
-    """Return the versions that must agree, and a checksum of this package's files; imports no package."""
+    """Return the versions that must agree, and this package's checksum; imports no package."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -59,7 +59,8 @@ def config_hash(config: RunConfig, deepspeed: Mapping[str, Any]) -> str:
 
 
 def check_run_directory(folder: str, name: str, token: str) -> dict[str, Any]:
-    """Return whether this host sees the launcher's token in `folder`, and its free bytes; answer by a file there.
+    """Return whether this host sees the launcher's token in `folder`, and its free bytes; answer by
+    a file there.
 
     Raises: OSError if it cannot be written.
     """
@@ -80,14 +81,17 @@ def check_port(address: str, port: int) -> dict[str, Any]:
 
 
 def count_gpus() -> dict[str, Any]:
-    """Return how many GPUs torch sees here; in another process, since it takes memory of the first GPU.
+    """Return how many GPUs torch sees here; in another process, since it takes memory of the first
+    GPU.
 
     Raises: RuntimeError if torch fails.
     """
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_GPU_QUERY_SECONDS)
     if done.returncode != 0:
-        raise RuntimeError(f"cannot count GPUs: {(done.stderr.strip().splitlines() or ['python failed'])[-1]}")
+        raise RuntimeError(
+            f"cannot count GPUs: {(done.stderr.strip().splitlines() or ['python failed'])[-1]}"
+        )
     return {"gpus": int(done.stdout.split()[-1])}
 
 
@@ -100,7 +104,9 @@ _ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "run_directory": check_run_directory,
     "port": check_port,
     "gpus": count_gpus,
-    "kill_leftovers": lambda folder, patience: {"killed": kill_leftover_processes(folder, patience)},
+    "kill_leftovers": lambda folder, patience: {
+        "killed": kill_leftover_processes(folder, patience)
+    },
 }
 
 

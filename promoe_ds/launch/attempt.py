@@ -17,17 +17,23 @@ from promoe_ds.launch.environment import (
     shell_arguments,
     write_environment,
 )
-from promoe_ds.launch.heartbeat import ATTEMPT_VARIABLE, RankStatus, read_rank_statuses, renew_heartbeat
+from promoe_ds.launch.heartbeat import (
+    ATTEMPT_VARIABLE,
+    RankStatus,
+    read_rank_statuses,
+    renew_heartbeat,
+)
 from promoe_ds.launch.hostfile import Host, write_hostfile
 from promoe_ds.launch.processes import kill_processes_with
-from promoe_ds.launch.remote import RemoteError, ask_all, connected, ssh_options
+from promoe_ds.launch.remote import RemoteError, connected, on_all, ssh_options
 from promoe_ds.launch.shutdown import ShutdownRequest
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("launch")
 _POLL_SECONDS = 0.5
 _KILL_SECONDS = 60.0
-#: Names the file with the ranks' environment, for DeepSpeed's runner; its child processes inherit it.
+#: Names the file with the ranks' environment, for DeepSpeed's runner; its child processes inherit
+#: it.
 _ENVIRONMENT_VARIABLE, _ENVIRONMENT = "DS_ENV_FILE", "environment"
 
 
@@ -35,9 +41,9 @@ _ENVIRONMENT_VARIABLE, _ENVIRONMENT = "DS_ENV_FILE", "environment"
 class Attempt:
     """What to start, where, and how long to wait.
 
-    `heartbeat_seconds`: after them ranks consider the launcher gone. `link_seconds`: a link may be down so
-    long. `failure_seconds`, `shutdown_seconds`: ranks may take so long to end after the first of them
-    failed, and after a shutdown request.
+    `heartbeat_seconds`: after them ranks consider the launcher gone. `link_seconds`: a link may be
+    down so long. `failure_seconds`, `shutdown_seconds`: ranks may take so long to end after the
+    first of them failed, and after a shutdown request.
     """
 
     folder: Path
@@ -54,7 +60,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How an attempt ended: the runner's code, the ranks' statuses, the hosts that do not answer and why."""
+    """How an attempt ended: the runner's code, the ranks' statuses, why hosts do not answer."""
 
     code: int
     statuses: Sequence[RankStatus]
@@ -62,7 +68,8 @@ class Outcome:
 
 
 def run_attempt(attempt: Attempt, shutdown: ShutdownRequest) -> Outcome:
-    """Start the ranks, renew their heartbeat until the runner ends, then kill every rank that is left.
+    """Start the ranks, renew their heartbeat until the runner ends, then kill every rank that is
+    left.
 
     On a shutdown request ranks finish their step, save and end.
     """
@@ -73,7 +80,8 @@ def run_attempt(attempt: Attempt, shutdown: ShutdownRequest) -> Outcome:
     renew_heartbeat(attempt.folder, 0)
     command = _command(attempt)
     _LOG.info("starting %s", shlex.join(command))
-    # In a session of its own: a signal to our process group would make the runner kill ranks that save.
+    # In a session of its own: a signal to our process group would make the runner kill ranks that
+    # save.
     runner = subprocess.Popen(command, env=_environment(attempt), start_new_session=True)
     try:
         _watch(runner, attempt, shutdown)
@@ -81,14 +89,15 @@ def run_attempt(attempt: Attempt, shutdown: ShutdownRequest) -> Outcome:
         # A runner that is killed leaves pdsh and its ssh connections behind.
         kill_processes_with(_ENVIRONMENT_VARIABLE, str(attempt.folder / _ENVIRONMENT))
         runner.wait()
-    hosts = [host.name for host in attempt.hosts]
-    unreachable = kill_leftovers_on(hosts, attempt.folder, attempt.heartbeat_seconds)
-    statuses = read_rank_statuses(attempt.folder)
-    return Outcome(code=runner.returncode, statuses=statuses, unreachable=unreachable)
+    names = [host.name for host in attempt.hosts]
+    unreachable = kill_leftovers_on(names, attempt.folder, attempt.heartbeat_seconds)
+    return Outcome(
+        code=runner.returncode, statuses=read_rank_statuses(attempt.folder), unreachable=unreachable
+    )
 
 
 def _watch(runner: subprocess.Popen, attempt: Attempt, shutdown: ShutdownRequest) -> None:
-    """Return when the runner ended, or had its time to end after a shutdown request or a rank's failure."""
+    """Return when the runner ended, or had its time to after a request or a rank's failure."""
     count, renewed, deadline, reason = 0, time.monotonic(), float("inf"), ""
     while runner.poll() is None and time.monotonic() < deadline and not shutdown.at_once:
         time.sleep(_POLL_SECONDS)
@@ -111,13 +120,26 @@ def _watch(runner: subprocess.Popen, attempt: Attempt, shutdown: ShutdownRequest
 
 def _first_failed(attempt: Attempt) -> str:
     failed = [status for status in read_rank_statuses(attempt.folder) if status.code]
-    return f"rank {failed[0].rank} on {failed[0].host} ended with code {failed[0].code}" if failed else ""
+    return (
+        f"rank {failed[0].rank} on {failed[0].host} ended with code {failed[0].code}"
+        if failed
+        else ""
+    )
 
 
 def _command(attempt: Attempt) -> list[str]:
     hostfile = str(attempt.folder / "hostfile")
     master = ["--master_addr", attempt.master_address, "--master_port", str(attempt.master_port)]
-    launcher = ["--hostfile", hostfile, "--force_multi", "--launcher", "pdsh", *master, "--log_level", "warning"]
+    launcher = [
+        "--hostfile",
+        hostfile,
+        "--force_multi",
+        "--launcher",
+        "pdsh",
+        *master,
+        "--log_level",
+        "warning",
+    ]
     module = ["--module", "promoe_ds.cli.train", *shell_arguments(attempt.arguments)]
     return [str(deepspeed_command()), *launcher, *module]
 
@@ -125,8 +147,8 @@ def _command(attempt: Attempt) -> list[str]:
 def _environment(attempt: Attempt) -> dict[str, str]:
     environment = runner_environment(os.environ)
     environment[_ENVIRONMENT_VARIABLE] = str(attempt.folder / _ENVIRONMENT)
-    # These connections must outlast a broken link as long as the ranks do, and the runner must not outlast
-    # the ranks by much.
+    # These connections must outlast a broken link as long as the ranks do, and the runner must not
+    # outlast the ranks by much.
     options = ssh_options(attempt.link_seconds)
     given = environment.get("PDSH_SSH_ARGS_APPEND", "")
     environment["PDSH_SSH_ARGS_APPEND"] = " ".join([given, *options]).strip()
@@ -136,16 +158,23 @@ def _environment(attempt: Attempt) -> dict[str, str]:
 
 
 def kill_leftovers_on(hosts: Sequence[str], folder: Path, patience: float) -> dict[str, str]:
-    """Wait up to `patience` seconds for the ranks of an attempt to end on some hosts, then kill the rest.
+    """Wait up to `patience` seconds for the ranks of an attempt to end on some hosts, then kill the
+    rest.
 
     Returns: the hosts that did not answer, and why.
     """
     with connected(hosts, {}) as agents:
-        request = {"folder": str(folder), "patience": patience}
-        answers = ask_all(agents, "kill_leftovers", timeout=patience + _KILL_SECONDS, **request)
+        request = {"timeout": patience + _KILL_SECONDS, "folder": str(folder), "patience": patience}
+        answers = on_all(agents, lambda agent: agent.ask("kill_leftovers", **request))
     for host, answer in answers.items():
         if isinstance(answer, RemoteError):
-            _LOG.error("%s: %s; its ranks end within supervision.launcher_timeout_seconds", host, answer)
+            _LOG.error(
+                "%s: %s; its ranks end within supervision.launcher_timeout_seconds", host, answer
+            )
         elif answer["killed"]:
-            _LOG.warning("%s: killed what was left of the job: processes %s", host, answer["killed"])
-    return {host: str(answer) for host, answer in answers.items() if isinstance(answer, RemoteError)}
+            _LOG.warning(
+                "%s: killed what was left of the job: processes %s", host, answer["killed"]
+            )
+    return {
+        host: str(answer) for host, answer in answers.items() if isinstance(answer, RemoteError)
+    }

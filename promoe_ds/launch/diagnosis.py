@@ -1,9 +1,9 @@
 """Why an attempt ended, from the statuses that its ranks wrote and those that are missing.
 
-For Slurm: `python -m promoe_ds.launch.diagnosis HOSTFILE STATUSES CODE` writes `CODE yes|no SENTENCE`. The given
-CODE is what the job step ended with, the written one is the cause's; yes: another start may help. The step's
-code says little: it is the largest of its tasks', and a rank that lost others ends with a larger one than the
-rank that found a wrong setting.
+For Slurm: `python -m promoe_ds.launch.diagnosis HOSTFILE STATUSES CODE` writes `CODE yes|no
+    SENTENCE`. The given CODE is what the job step ended with, the written one is the cause's; yes:
+    another start may help. The step's code says little: it is the largest of its tasks', and a rank
+    that lost others ends with a larger one than the rank that found a wrong setting.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ class FailureReport:
 
 
 def diagnose_failure(hosts: Sequence[Host], outcome: Outcome) -> FailureReport:
-    """Diagnose an attempt. Statuses count more than the runner's code, which may be 0 though ranks died.
+    """Diagnose an attempt. Statuses count more than the runner's code, which may be 0 though ranks
+    died.
 
     Args:
         hosts: in the order of their ranks.
     """
-    statuses, rank_hosts = outcome.statuses, [host.name for host in hosts for _ in range(host.slots)]
+    statuses, rank_hosts = (
+        outcome.statuses,
+        [host.name for host in hosts for _ in range(host.slots)],
+    )
     codes = {status.code for status in statuses}
     complete = len(statuses) == len(rank_hosts)
     if complete and codes == {0}:
@@ -54,13 +58,18 @@ def diagnose_failure(hosts: Sequence[Host], outcome: Outcome) -> FailureReport:
 
 def _diagnose_breakdown(rank_hosts: Sequence[str], outcome: Outcome) -> FailureReport:
     """Find the likeliest cause of an end that another attempt may fix."""
-    failed = sorted((s for s in outcome.statuses if s.code in _WORTH_A_RESTART), key=lambda status: status.time)
+    failed = sorted(
+        (s for s in outcome.statuses if s.code in _WORTH_A_RESTART), key=lambda status: status.time
+    )
     # A rank's own defect or stall is the cause; that others lost the rank only follows.
     causes = [status for status in failed if status.code != PeerError.exit_code]
-    # After a rank's end DeepSpeed's launcher kills the other ranks of its host: they are no cause either.
+    # After a rank's end DeepSpeed's launcher kills the other ranks of its host: they are no cause
+    # either.
     excused = {rank_hosts[status.rank] for status in causes} | set(outcome.unreachable)
     silent = _silent_ranks(outcome.statuses, rank_hosts, excused)
-    lost = [f"{host}: does not answer any more ({why})" for host, why in outcome.unreachable.items()]
+    lost = [
+        f"{host}: does not answer any more ({why})" for host, why in outcome.unreachable.items()
+    ]
     first = (causes or failed)[:1]
     message = "; ".join([*silent, *lost, *map(_text, first)])
     if silent or lost:
@@ -69,11 +78,13 @@ def _diagnose_breakdown(rank_hosts: Sequence[str], outcome: Outcome) -> FailureR
     return FailureReport(first[0].code if first else LaunchError.exit_code, message, restart=True)
 
 
-def _silent_ranks(statuses: Sequence[RankStatus], rank_hosts: Sequence[str], excused: set[str]) -> list[str]:
-    """Return a line for each rank that did not report its end, and for each host whose ranks never started."""
+def _silent_ranks(
+    statuses: Sequence[RankStatus], rank_hosts: Sequence[str], excused: set[str]
+) -> list[str]:
+    """Return a line for each rank without a last status, and each host with ranks that never started."""
     lines = [
-        f"{rank_hosts[status.rank]}: rank {status.rank} (process {status.pid}) exited without a status (likely "
-        "SIGKILL, out of memory, or an NCCL time-out): see its output above"
+        f"{rank_hosts[status.rank]}: rank {status.rank} (process {status.pid}) exited without a "
+        "status (likely SIGKILL, out of memory, or an NCCL time-out): see its output above"
         for status in statuses
         if status.code is None and rank_hosts[status.rank] not in excused
     ]
@@ -82,7 +93,8 @@ def _silent_ranks(statuses: Sequence[RankStatus], rank_hosts: Sequence[str], exc
         missing.setdefault(rank_hosts[rank], []).append(str(rank))
     for host, ranks in missing.items():
         if host not in excused:
-            lines.append(f"{host}: rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} never started: see its output above")
+            shown = f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
+            lines.append(f"{host}: {shown} never started: see its output above")
     return lines
 
 
@@ -96,7 +108,9 @@ def main(arguments: Sequence[str]) -> None:
     hostfile, folder, code = arguments
     outcome = Outcome(code=int(code), statuses=read_rank_statuses(Path(folder)), unreachable={})
     report = diagnose_failure(read_hostfile(Path(hostfile)), outcome)
-    sys.stdout.write(f"{report.code} {'yes' if report.restart else 'no'} {' '.join(report.message.split())}\n")
+    sys.stdout.write(
+        f"{report.code} {'yes' if report.restart else 'no'} {' '.join(report.message.split())}\n"
+    )
 
 
 if __name__ == "__main__":

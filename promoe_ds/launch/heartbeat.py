@@ -1,8 +1,9 @@
-"""What the launcher and its ranks report to each other, through the run directory that all hosts share.
+"""What the launcher and its ranks report to each other, through the run directory that all hosts
+share.
 
 The launcher renews a heartbeat; ranks that see no new one for too long end themselves, so that no
-rank trains unwatched. The heartbeat also carries a shutdown request. Each rank writes its status: that
-it started, and how it ended.
+rank trains unwatched. The heartbeat also carries a shutdown request. Each rank writes its status:
+that it started, and how it ended.
 """
 
 from __future__ import annotations
@@ -60,7 +61,12 @@ def write_rank_status(rank: int, code: int | None, message: str) -> None:
     if folder is None:
         return
     status = RankStatus(
-        rank=rank, host=socket.gethostname(), pid=os.getpid(), code=code, message=message, time=time.time()
+        rank=rank,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        code=code,
+        message=message,
+        time=time.time(),
     )
     try:
         write_json(folder / f"rank_{rank:05d}.json", asdict(status))

@@ -12,11 +12,11 @@ from promoe_ds.errors import LaunchError, Preempted
 from promoe_ds.launch.attempt import Attempt, kill_leftovers_on, run_attempt
 from promoe_ds.launch.diagnosis import FailureReport, diagnose_failure
 from promoe_ds.launch.environment import job_environment
-from promoe_ds.launch.layout import Job, LaunchLayout, choose_layout
+from promoe_ds.launch.layout import Job, choose_layout
 from promoe_ds.launch.lock import locked
 from promoe_ds.launch.network import INTERFACE_VARIABLES, choose_interface
 from promoe_ds.launch.preflight import check_hosts
-from promoe_ds.launch.remote import RemoteError, ask_all, connected
+from promoe_ds.launch.remote import RemoteError, connected, on_all
 from promoe_ds.launch.shutdown import ShutdownRequest
 from promoe_ds.logs import get_logger
 from promoe_ds.run_files import CHECKPOINT_NAME, CHECKPOINTS, LAUNCH_FOLDER, LAUNCHER_LOCK
@@ -27,10 +27,11 @@ _MARGIN_SECONDS = 10.0
 
 
 def run_job(job: Job) -> FailureReport:
-    """Check the hosts and run the job, with at most `max_restarts` restarts; return the last attempt's report.
+    """Check the hosts and run the job, with at most `max_restarts` restarts; return the last
+    attempt's report.
 
-    Raises: LaunchError if it cannot be started: the pre-flight's findings, no legal layout, another launcher
-        in the run directory.
+    Raises: LaunchError if it cannot be started: the pre-flight's findings, no legal layout, another
+        launcher in the run directory.
     """
     shutdown, environment = ShutdownRequest(terminal=True), job_environment(os.environ)
     folder = job.run_dir.absolute() / LAUNCH_FOLDER
@@ -39,22 +40,25 @@ def run_job(job: Job) -> FailureReport:
         if left_behind:  # its ranks need at most so long to see that it is gone
             for attempt in sorted(folder.glob("attempt_*"))[-1:]:
                 kill_leftovers_on(job.host_names, attempt, patience)
-        layout, before = LaunchLayout(hosts=job.hosts, config=job.config), ""
-        hosts = check_hosts(job, environment)
+        current, hosts, before = job, check_hosts(job, environment), ""
         for number in range(job.max_restarts + 1):
             answers = _wait_for_hosts(job, shutdown) if number else {}
             if shutdown.reason:
                 message = f"shutdown requested ({shutdown.reason}) while no rank ran{before}"
                 return FailureReport(Preempted.exit_code, message, restart=False)
             if number:
-                layout, hosts = _layout_for_restart(job, answers)
-            attempt = _prepare(job, layout, hosts, environment, folder, restart=number > 0)
-            report = diagnose_failure(layout.hosts, run_attempt(attempt, shutdown))
+                current, hosts = _job_for_restart(job, answers)
+            attempt = _prepare(current, hosts, environment, folder, restart=number > 0)
+            report = diagnose_failure(current.hosts, run_attempt(attempt, shutdown))
             if shutdown.reason or not report.restart or number == job.max_restarts:
                 break
             before = f"; before that: {report.message}"
             _LOG.error("%s", report.message)
-            _LOG.warning("restart %d of %d, from the newest complete checkpoint", number + 1, job.max_restarts)
+            _LOG.warning(
+                "restart %d of %d, from the newest complete checkpoint",
+                number + 1,
+                job.max_restarts,
+            )
     return report
 
 
@@ -66,30 +70,31 @@ def _wait_for_hosts(job: Job, shutdown: ShutdownRequest) -> dict[str, dict[str, 
     deadline = time.monotonic() + job.host_wait
     while True:
         with connected(job.host_names, {}) as agents:
-            answers = ask_all(agents, "describe", names=job.host_names)
+            answers = on_all(agents, lambda agent: agent.ask("describe", names=job.host_names))
         all_answer = not any(isinstance(answer, RemoteError) for answer in answers.values())
         if all_answer or shutdown.reason or time.monotonic() > deadline:
             return answers
         time.sleep(_RETRY_SECONDS)
 
 
-def _layout_for_restart(
+def _job_for_restart(
     job: Job, answers: Mapping[str, dict[str, Any] | RemoteError]
-) -> tuple[LaunchLayout, dict[str, Any]]:
-    """Return the layout on the hosts that answered, and their descriptions."""
+) -> tuple[Job, dict[str, Any]]:
+    """Return the job on hosts that answered, and their descriptions."""
     dead = {host: answer for host, answer in answers.items() if isinstance(answer, RemoteError)}
     problems = [f"{host}: {problem}" for host, problem in dead.items()]
     if len(dead) == len(answers):
-        raise LaunchError(f"{'; '.join(problems)}. Repair or remove these hosts (docs/multinode.md, \"Keys\")")
-    layout = choose_layout(job.recipe, job.overrides, [host for host in job.hosts if host.name not in dead])
+        raise LaunchError(
+            f'{"; ".join(problems)}. Repair or remove these hosts (docs/multinode.md, "Keys")'
+        )
+    smaller = choose_layout(job, [host for host in job.hosts if host.name not in dead])
     for problem in problems:
         _LOG.warning("continuing without %s", problem)
-    return layout, {host.name: answers[host.name] for host in layout.hosts}
+    return smaller, {host: answers[host] for host in smaller.host_names}
 
 
 def _prepare(
     job: Job,
-    layout: LaunchLayout,
     hosts: Mapping[str, Any],
     environment: Mapping[str, str],
     folder: Path,
@@ -98,24 +103,28 @@ def _prepare(
 ) -> Attempt:
     interface = choose_interface(job.interface, environment, hosts)
     variables = dict.fromkeys(INTERFACE_VARIABLES, interface)
-    settings, parallel = layout.config.supervision, layout.config.parallel
-    arguments = list(job.arguments)
-    if parallel.ep_size != job.config.parallel.ep_size:
-        arguments += ["--set", f"parallel.ep_size={parallel.ep_size}"]
-    if restart and any(CHECKPOINT_NAME.match(path.name) for path in (job.run_dir / CHECKPOINTS).glob("*")):
-        arguments += ["--resume", "auto"]  # the last one counts: what the user named was for the first start
+    settings, parallel = job.config.supervision, job.config.parallel
+    arguments = job.arguments
+    if restart and any(
+        CHECKPOINT_NAME.match(path.name) for path in (job.run_dir / CHECKPOINTS).glob("*")
+    ):
+        arguments += (
+            "--resume",
+            "auto",
+        )  # the last one counts: what the user named was for the first start
     wait = max(settings.step_timeout_seconds, parallel.timeout_seconds) + _MARGIN_SECONDS
-    # A shutdown request may find ranks in set-up or in an evaluation; they agree at the end of the next step.
-    evaluation = settings.evaluation_timeout_seconds if layout.config.evaluation.every else 0.0
+    # A shutdown request may find ranks in set-up or in an evaluation; they agree at the end of the
+    # next step.
+    evaluation = settings.evaluation_timeout_seconds if job.config.evaluation.every else 0.0
     phase = max(settings.setup_timeout_seconds, evaluation)
-    shown = ", ".join(f"{host.name} ({host.slots})" for host in layout.hosts)
-    _LOG.info("%d ranks on %s, ep_size %d, over %s", layout.ranks, shown, parallel.ep_size, interface)
+    shown = ", ".join(f"{host.name} ({host.slots})" for host in job.hosts)
+    _LOG.info("%d ranks on %s, ep_size %d, over %s", job.ranks, shown, parallel.ep_size, interface)
     return Attempt(
         folder=folder / f"attempt_{_next_number(folder):03d}",
-        hosts=layout.hosts,
-        arguments=tuple(arguments),
+        hosts=job.hosts,
+        arguments=arguments,
         environment={**environment, **variables} if job.interface else {**variables, **environment},
-        master_address=hosts[layout.hosts[0].name]["interfaces"][interface],
+        master_address=hosts[job.host_names[0]]["interfaces"][interface],
         master_port=job.master_port,
         heartbeat_seconds=settings.launcher_timeout_seconds,
         link_seconds=parallel.timeout_seconds + _MARGIN_SECONDS,

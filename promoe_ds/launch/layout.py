@@ -1,9 +1,9 @@
-"""What to run, and on which hosts, with how many ranks and which expert parallelism it can resume."""
+"""What to run, and on which hosts and with which expert parallelism a restart can run it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from promoe_ds.config import RunConfig, load_config, plan_batches
@@ -32,38 +32,33 @@ class Job:
         """The names of all hosts, in the order of their ranks."""
         return [host.name for host in self.hosts]
 
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchLayout:
-    """The hosts of one attempt and the config that runs on them."""
-
-    hosts: tuple[Host, ...]
-    config: RunConfig
-
     @property
     def ranks(self) -> int:
         """Ranks on all hosts."""
         return sum(host.slots for host in self.hosts)
 
 
-def choose_layout(recipe: str, overrides: Sequence[str], hosts: Sequence[Host]) -> LaunchLayout:
-    """Choose, for a restart, the most hosts from the first on, on which the run is legal.
+def choose_layout(job: Job, hosts: Sequence[Host]) -> Job:
+    """Return the job for a restart, on the most of these hosts, from the first on, on which it is
+    legal.
 
-    Its ep_size is kept where possible, else lowered. The global batch stays: ranks must divide it, ep_size
-    must divide the ranks and the experts.
-    Raises: LaunchError if no number of these hosts is legal, with the reason of the largest one;
-        ConfigError for a recipe that can never run.
+    Its ep_size is kept where possible, else lowered. The global batch stays: ranks must divide it,
+    ep_size must divide the ranks and the experts.
+    Raises: LaunchError if no number of these hosts is legal, with the reason of the largest one.
     """
-    wanted = load_config(recipe, overrides).parallel.ep_size
-    first_problem = ""
+    wanted, first_problem = job.config.parallel.ep_size, ""
     for count in range(len(hosts), 0, -1):
         ranks = sum(host.slots for host in hosts[:count])
         for ep_size in [size for size in range(wanted, 0, -1) if ranks % size == 0]:
+            override = f"parallel.ep_size={ep_size}"
             try:
-                config = load_config(recipe, [*overrides, f"parallel.ep_size={ep_size}"])
+                config = load_config(job.recipe, [*job.overrides, override])
                 plan_batches(config, ranks)
             except ConfigError as error:
                 first_problem = first_problem or f"{ranks} ranks: {error}"
                 continue
-            return LaunchLayout(hosts=tuple(hosts[:count]), config=config)
-    raise LaunchError(f"no legal layout on {', '.join(host.name for host in hosts)}: {first_problem}")
+            arguments = (*job.arguments, "--set", override) if ep_size != wanted else job.arguments
+            return replace(job, hosts=tuple(hosts[:count]), config=config, arguments=arguments)
+    raise LaunchError(
+        f"no legal layout on {', '.join(host.name for host in hosts)}: {first_problem}"
+    )

@@ -25,7 +25,7 @@ def local_interfaces() -> dict[str, str]:
 
 
 def resolve(names: Sequence[str]) -> dict[str, str]:
-    """Return the IPv4 address of every name that this host resolves to one that others can reach."""
+    """Return the IPv4 address of every name that this host resolves, loopback left out."""
     addresses = {}
     for name in names:
         try:
@@ -43,10 +43,11 @@ def choose_interface(
     """Return the name of the interface that joins the hosts.
 
     Args:
-        wanted: the user's, "" for none. Then comes the ranks' GLOO_SOCKET_IFNAME, then the interface
-            with the address of each host's name, if it has the same name on all hosts.
+        wanted: the user's, "" for none. Then comes the ranks' GLOO_SOCKET_IFNAME, then the
+            interface with the address of each host's name, if it has the same name on all hosts.
         environment: of the ranks.
-        hosts: for every host, its `interfaces` and the `addresses` of all names there (agent.describe).
+        hosts: for every host, its `interfaces` and the `addresses` of all names there
+            (agent.describe).
     Raises: LaunchError naming the host that lacks it.
     """
     interfaces = {host: known["interfaces"] for host, known in hosts.items()}
@@ -55,8 +56,8 @@ def choose_interface(
         for host, known in interfaces.items():
             if name not in known:
                 raise LaunchError(
-                    f"{host}: has no interface {name} with an address (it has {_listed(known)}): name another "
-                    "with --interface"
+                    f"{host}: has no interface {name} with an address (it has {_listed(known)}): "
+                    "name another with --interface"
                 )
         return name
     addresses = reached_by(hosts)
@@ -67,14 +68,19 @@ def choose_interface(
     names = set(found.values())
     if len(names) == 1 and "" not in names:
         return names.pop()
-    shown = "; ".join(f"{host}: {found[host] or 'none of ' + _listed(known)}" for host, known in interfaces.items())
+    shown = "; ".join(
+        f"{host}: {found[host] or 'none of ' + _listed(known)}"
+        for host, known in interfaces.items()
+    )
     raise LaunchError(
-        f"the addresses of the hosts' names do not give one common interface ({shown}): name it with --interface"
+        f"the addresses of the hosts' names do not give one common interface ({shown}): name it "
+        "with --interface"
     )
 
 
 def reached_by(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return each host's address: as this host resolves its name, or if that is not its own, as another does.
+    """Return each host's address: as this host resolves its name, or if that is not its own, as
+    another does.
 
     Debian writes 127.0.1.1 for a host's own name into its /etc/hosts.
     """

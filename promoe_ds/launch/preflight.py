@@ -39,13 +39,13 @@ _REMEDIES = {
 
 @dataclass
 class _Hosts:
-    """The agents of all hosts, and the problems found so far: `HOST: problem: remedy`, each once."""
+    """The agents of all hosts, and the problems so far: `HOST: problem: remedy`, each once."""
 
     agents: Mapping[str, Agent]
     problems: dict[str, None] = field(default_factory=dict)
 
     def each(self, action: Callable[[Agent], _T]) -> Iterator[tuple[str, _T]]:
-        """Do something with all hosts at once; yield each one's result. A host that fails is a problem."""
+        """Do something with all hosts at once; yield their results. A failure is a problem."""
         for host, answer in on_all(self.agents, action).items():
             if not isinstance(answer, RemoteError):
                 yield host, answer
@@ -66,12 +66,14 @@ def check_hosts(job: Job, environment: Mapping[str, str]) -> dict[str, Any]:
     """Check this host, then all hosts at once; return each one's description (agent.describe).
 
     The launcher's folder exists in the run directory.
-    Raises: LaunchError with a line for each problem; one host's do not hide another's. OSError if the run
-        directory cannot be written here.
+    Raises: LaunchError with a line for each problem; one host's do not hide another's. OSError if
+        the run directory cannot be written here.
     """
     for command, package in (("pdsh", "pdsh"), ("ssh", "openssh-client")):
         if shutil.which(command) is None:
-            raise LaunchError(f"this host has no {command}, which starts the ranks: install the package {package}")
+            raise LaunchError(
+                f"this host has no {command}, which starts the ranks: install the package {package}"
+            )
     require_launchable(job.run_dir)
     with connected(job.host_names, environment) as agents:
         hosts = _Hosts(agents)
@@ -90,7 +92,7 @@ def check_hosts(job: Job, environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def clock_problem(ahead: float) -> str:
-    """Return what is wrong with a host's clock that is so many seconds ahead of this one's, "" if nothing."""
+    """Return what is wrong with a clock so many seconds ahead of this host's, "" if nothing."""
     if abs(ahead) <= _CLOCK_TOLERANCE_SECONDS:
         return ""
     return f"its clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} this host's"
@@ -103,7 +105,7 @@ def _check_clock(job: Job, hosts: _Hosts) -> None:
 
 
 def _clock_offset(agent: Agent) -> float:
-    """Return by how many seconds a host's clock is ahead, from the reading that took the least time."""
+    """Return by how many seconds a host's clock is ahead, from the quickest reading."""
     readings = []
     for _ in range(_CLOCK_READINGS):
         before = time.time()
@@ -115,10 +117,18 @@ def _clock_offset(agent: Agent) -> float:
 
 def _check_config(job: Job, hosts: _Hosts) -> None:
     here = config_hash(job.config, read_deepspeed_json(job.deepspeed_config))
-    request = {"recipe": job.recipe, "overrides": job.overrides, "deepspeed_config": job.deepspeed_config}
+    request = {
+        "recipe": job.recipe,
+        "overrides": job.overrides,
+        "deepspeed_config": job.deepspeed_config,
+    }
     for host, answer in hosts.ask("config", **request):
         if answer["hash"] != here:
-            hosts.add(host, "reads another recipe or DeepSpeed JSON than this host", "let all hosts read the same files")
+            hosts.add(
+                host,
+                "reads another recipe or DeepSpeed JSON than this host",
+                "let all hosts read the same files",
+            )
 
 
 def _check_software(hosts: _Hosts, described: Mapping[str, dict[str, Any]]) -> None:
@@ -129,7 +139,9 @@ def _check_software(hosts: _Hosts, described: Mapping[str, dict[str, Any]]) -> N
             if there != here[name]:
                 problem = f"{name} is {there} there and {here[name]} here"
                 hosts.add(host, problem, "use the same environment and commit on all hosts")
-        first = machines.setdefault((answer["hostname"], *sorted(answer["interfaces"].items())), host)
+        first = machines.setdefault(
+            (answer["hostname"], *sorted(answer["interfaces"].items())), host
+        )
         if first != host:
             hosts.add(host, f"is the same machine as {first}", "keep one line with all its slots")
 
@@ -139,19 +151,21 @@ def _check_run_directory(job: Job, hosts: _Hosts) -> None:
     folder.mkdir(exist_ok=True, mode=0o700)
     (folder / "token").write_text(token)
     request, need = {"folder": str(folder), "token": token}, _bytes_needed(job)
-    for host, answer in hosts.each(lambda agent: agent.ask("run_directory", name=agent.host, **request)):
+    for host, answer in hosts.each(
+        lambda agent: agent.ask("run_directory", name=agent.host, **request)
+    ):
         seen_by = folder / f"seen_by_{host}"
         if not (answer["seen"] and seen_by.exists() and seen_by.read_text() == token):
             problem = f"--run-dir {job.run_dir} is another folder there than here"
             hosts.add(host, problem, "put it on a file system that all hosts mount")
         elif answer["free"] < need:
-            problem = f"--run-dir has {answer['free'] / 1e9:.1f} GB free, checkpoints need {need / 1e9:.1f} GB"
-            hosts.add(host, problem, "free some or lower train.keep_last")
+            sizes = f"{answer['free'] / 1e9:.1f} GB free, checkpoints need {need / 1e9:.1f} GB"
+            hosts.add(host, f"--run-dir has {sizes}", "free some or lower train.keep_last")
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _bytes_needed(job: Job) -> int:
-    """Return what the checkpoints still to be written take: one more than are kept, less those that exist."""
+    """Return the size of the checkpoints to come: one more than are kept, less those that exist."""
     existing = len(list((job.run_dir / CHECKPOINTS).glob("step_*/manifest.json")))
     left = max(1, job.config.train.keep_last + 1 - existing)
     return left * _CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(job.config).total
@@ -161,7 +175,7 @@ def _check_gpus(job: Job, hosts: _Hosts) -> None:
     slots = {host.name: host.slots for host in job.hosts}
     for host, answer in hosts.ask("gpus", timeout=_GPU_SECONDS):
         if answer["gpus"] != slots[host]:
-            remedy = "correct the hostfile, or put DS_ACCELERATOR=cpu into .deepspeed_env to train on CPUs"
+            remedy = "correct the hostfile, or train on CPUs: DS_ACCELERATOR=cpu in .deepspeed_env"
             hosts.add(host, f"{answer['gpus']} GPUs, but slots={slots[host]}", remedy)
 
 

@@ -1,7 +1,9 @@
-"""Processes of a host: those above a rank, whose death it watches, and those that an attempt left behind.
+"""Processes of a host: those above a rank, whose death it watches, and those that an attempt left
+behind.
 
-DeepSpeed starts a rank below `deepspeed.launcher.launch`, which is below the runner (one host) or, through
-a shell, below an ssh server's session (several hosts). When one of them dies, the rest would train unwatched.
+DeepSpeed starts a rank below `deepspeed.launcher.launch`, which is below the runner (one host) or,
+through a shell, below an ssh server's session (several hosts). When one of them dies, the rest
+would train unwatched.
 """
 
 from __future__ import annotations
@@ -16,15 +18,22 @@ import psutil
 from promoe_ds.launch.heartbeat import ATTEMPT_VARIABLE
 
 _DEEPSPEED = "deepspeed.launcher.launch"
-_TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "torch/distributed/run")
+_TORCHRUN = (
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "torch/distributed/run",
+)
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "ash"}
 
 
 def launcher_chain() -> tuple[int, ...]:
-    """Return the ids of the processes above this one whose end orphans it; none without a known launcher.
+    """Return the ids of the processes above this one whose end orphans it; none without a known
+    launcher.
 
-    A plain `python -m` may outlive the shell that started it, and so may a launcher under nohup: their
-    parents do not count. What started `deepspeed.launcher.launch` counts; a shell between them is skipped.
+    A plain `python -m` may outlive the shell that started it, and so may a launcher under nohup:
+    their parents do not count. What started `deepspeed.launcher.launch` counts; a shell between
+    them is skipped.
     """
     parents = psutil.Process().parents()
     command = _command(parents[0]) if parents else []
@@ -40,7 +49,9 @@ def lost_deepspeed() -> bool:
     """Return whether DeepSpeed's launcher started this process, by its variables, and is gone."""
     if not {"CROSS_RANK", "CROSS_SIZE", "LOCAL_RANK", "RANK"} <= os.environ.keys():
         return False
-    return not any(_names(_command(parent), _DEEPSPEED, *_TORCHRUN) for parent in psutil.Process().parents())
+    return not any(
+        _names(_command(parent), _DEEPSPEED, *_TORCHRUN) for parent in psutil.Process().parents()
+    )
 
 
 def broken_link(chain: tuple[int, ...]) -> str:
@@ -49,7 +60,11 @@ def broken_link(chain: tuple[int, ...]) -> str:
     for pid in chain:
         if _parent(child) != pid:
             first = child == os.getpid()
-            return f"launcher process {pid}" if first else f"process {pid}, which started this rank's launcher,"
+            return (
+                f"launcher process {pid}"
+                if first
+                else f"process {pid}, which started this rank's launcher,"
+            )
         child = pid
     return ""
 
@@ -74,7 +89,8 @@ def kill_processes_with(variable: str, value: str) -> list[int]:
 
 
 def kill_leftover_processes(folder: str, patience: float) -> list[int]:
-    """Wait up to `patience` seconds for the processes of an attempt to end; kill and return the rest.
+    """Wait up to `patience` seconds for the processes of an attempt to end; kill and return the
+    rest.
 
     A rank is known by the attempt's folder in its environment, which no other job shares.
     """

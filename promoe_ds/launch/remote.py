@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 ANSWER_SECONDS = 40.0
-#: ssh gives a host up after two attempts, about 20 s. The second is for a host that has just come back: the
-#: kernel may still fail a first one by what it knew before ("No route").
+#: ssh gives a host up after two attempts, about 20 s. The second is for a host that has just come
+#: back: the kernel may still fail a first one by what it knew before ("No route").
 _CONNECT_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ConnectionAttempts=2")
 _ALIVE_SECONDS, _QUESTION_SECONDS = 5, 15.0
 _MOST_AT_ONCE = 64
@@ -30,9 +30,15 @@ class RemoteError(Exception):
 
 
 def ssh_options(patience: float) -> list[str]:
-    """Return ssh's options: never ask, and hold a silent connection for at least `patience` seconds."""
+    """Return ssh's options: never ask, hold a silent connection for `patience` seconds."""
     count = math.ceil(patience / _ALIVE_SECONDS)
-    return [*_CONNECT_OPTIONS, "-o", f"ServerAliveInterval={_ALIVE_SECONDS}", "-o", f"ServerAliveCountMax={count}"]
+    return [
+        *_CONNECT_OPTIONS,
+        "-o",
+        f"ServerAliveInterval={_ALIVE_SECONDS}",
+        "-o",
+        f"ServerAliveCountMax={count}",
+    ]
 
 
 def ssh_command(host: str, arguments: Sequence[str]) -> list[str]:
@@ -44,12 +50,16 @@ class Agent:
     """The launcher's end of an agent (agent.py) on one host; it answers one request at a time."""
 
     def __init__(self, host: str, environment: Mapping[str, str]) -> None:
-        """Start the agent in this folder, with this interpreter and the ranks' environment; do not wait.
+        """Start the agent in this folder, with this interpreter and the ranks' environment; do not
+        wait.
 
-        The environment goes through standard input: every user of a host can read its command lines.
+        The environment goes through standard input: every user of a host can read its command
+        lines.
         """
         self.host, self._lost = host, ""
-        exports = " ".join(f"export {name}={shlex.quote(value)};" for name, value in environment.items())
+        exports = " ".join(
+            f"export {name}={shlex.quote(value)};" for name, value in environment.items()
+        )
         python = [sys.executable, "-m", "promoe_ds.launch.agent"]
         command = ssh_command(host, ["sh", "-c", _WITH_EXPORTS, "promoe", str(Path.cwd()), *python])
         pipe = subprocess.PIPE
@@ -105,7 +115,11 @@ class Agent:
     def _why_gone(self) -> str:
         errors = [line.strip() for line in self._process.stderr if line.strip()]
         code, last = self._process.wait(10), errors[-1] if errors else ""
-        return f"ssh failed: {last or 'connection lost'}" if code == 255 else f"the agent ended with code {code}: {last}"
+        return (
+            f"ssh failed: {last or 'connection lost'}"
+            if code == 255
+            else f"the agent ended with code {code}: {last}"
+        )
 
 
 @contextmanager
@@ -119,7 +133,9 @@ def connected(hosts: Sequence[str], environment: Mapping[str, str]) -> Iterator[
         yield agents
 
 
-def on_all(agents: Mapping[str, Agent], action: Callable[[Agent], _T]) -> dict[str, _T | RemoteError]:
+def on_all(
+    agents: Mapping[str, Agent], action: Callable[[Agent], _T]
+) -> dict[str, _T | RemoteError]:
     """Do something with all agents at once; return each one's result, or how it failed."""
 
     def attempt(agent: Agent) -> _T | RemoteError:
@@ -130,8 +146,3 @@ def on_all(agents: Mapping[str, Agent], action: Callable[[Agent], _T]) -> dict[s
 
     with ThreadPoolExecutor(max_workers=min(_MOST_AT_ONCE, max(1, len(agents)))) as pool:
         return dict(zip(agents, pool.map(attempt, agents.values()), strict=True))
-
-
-def ask_all(agents: Mapping[str, Agent], action: str, **values: Any) -> dict[str, dict[str, Any] | RemoteError]:
-    """Send all agents the same request at once; return each one's answer, or how it failed."""
-    return on_all(agents, lambda agent: agent.ask(action, **values))

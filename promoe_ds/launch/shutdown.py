@@ -24,7 +24,7 @@ class ShutdownRequest:
     """
 
     def __init__(self, *, terminal: bool = False) -> None:
-        """Take over SIGTERM and SIGUSR1, and with `terminal` SIGINT and SIGHUP unless they are ignored."""
+        """Take SIGTERM and SIGUSR1, and with `terminal` SIGINT and SIGHUP unless ignored."""
         self.reason, self.at_once = "", False
         numbers = list(RANK_SIGNALS)
         if terminal:  # nohup and background jobs of a shell ignore them
@@ -38,13 +38,14 @@ class ShutdownRequest:
         self.reason = self.reason or reason
 
     def _handle(self, number: int, frame: object) -> None:
-        # Batch systems send several signals, and a save is under way by then: only Ctrl-C repeats a request.
+        # Batch systems send several signals, and a save is under way by then: only Ctrl-C repeats a
+        # request.
         self.at_once = self.at_once or (bool(self.reason) and number == signal.SIGINT)
         self.request(signal.Signals(number).name)
 
 
 class EarlySignals(ShutdownRequest):
-    """The first object of a rank: its imports take seconds, in which its launcher may end or ask to stop."""
+    """A rank's first object: its launcher may end, or ask to stop, while it still imports."""
 
     def __init__(self) -> None:
         """Record the launcher's processes, take over the signals.
@@ -53,9 +54,11 @@ class EarlySignals(ShutdownRequest):
         """
         if lost_deepspeed():
             raise OrphanedError(
-                f"rank {rank_from_environment()} on {socket.gethostname()}: its launcher ended before the rank "
-                "started, so nobody watches it. Resume with --resume auto"
+                f"rank {rank_from_environment()} on {socket.gethostname()}: its launcher ended before "
+                "the rank started, so nobody watches it. Resume with --resume auto"
             )
         self.chain = launcher_chain()
-        faulthandler.enable(file=sys.__stderr__)  # NCCL's time-outs abort the process: show its stacks
+        faulthandler.enable(
+            file=sys.__stderr__
+        )  # NCCL's time-outs abort the process: show its stacks
         super().__init__()

@@ -1,4 +1,4 @@
-"""The supervisor of one rank: time-outs of its phases, shutdown requests, errors that other ranks caused."""
+"""The supervisor of one rank: time-outs, shutdown requests, errors that other ranks caused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from promoe_ds.train.watchdog import Watchdog
 
 
 class Supervisor:
-    """Knows which phase a rank is in, how long that may take, and whether a shutdown was requested."""
+    """Knows a rank's phase, how long it may take, and whether a shutdown was requested."""
 
     def __init__(
         self,
@@ -87,13 +87,15 @@ class Supervisor:
         place = f"rank {rank_from_environment()} on {socket.gethostname()}"
         where = f"step {self.step}" if self._first_step_done else "set-up"
         return PeerError(
-            f"{place}: {where}: {problem}. Every rank ends; resume from the newest complete checkpoint with "
-            "--resume auto"
+            f"{place}: {where}: {problem}. Every rank ends; resume from the newest complete "
+            "checkpoint with --resume auto"
         )
 
 
 @contextlib.contextmanager
-def supervised(settings: SupervisionConfig, run_dir: Path, early: EarlySignals) -> Iterator[Supervisor]:
+def supervised(
+    settings: SupervisionConfig, run_dir: Path, early: EarlySignals
+) -> Iterator[Supervisor]:
     """Watch this process: time-outs, launcher, shutdown requests (finish the step, save, end).
 
     Args:

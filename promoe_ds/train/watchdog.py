@@ -25,30 +25,48 @@ _LAST_RESORT_SECONDS = 30.0
 class Watchdog:
     """Watches the deadline of the current phase, the launcher's processes and its heartbeat."""
 
-    def __init__(self, rank: int, stacks: Path, launcher_timeout: float, early: EarlySignals) -> None:
+    def __init__(
+        self, rank: int, stacks: Path, launcher_timeout: float, early: EarlySignals
+    ) -> None:
         """Prepare; `start` begins to watch.
 
         Args:
             stacks: folder of the stacks of ranks that hang; made when needed.
-            launcher_timeout: seconds without a new heartbeat after which the launcher is considered gone.
+            launcher_timeout: seconds without a new heartbeat after which the launcher is considered
+                gone.
             early: the launcher's processes; takes the heartbeat's shutdown request.
         """
-        self._rank, self._stacks, self._launcher_timeout, self._early = rank, stacks, launcher_timeout, early
+        self._rank, self._stacks, self._launcher_timeout, self._early = (
+            rank,
+            stacks,
+            launcher_timeout,
+            early,
+        )
         self._closed = threading.Event()
-        self._phase, self._step, self._seconds, self._deadline = "set-up", 0, float("inf"), float("inf")
+        self._phase, self._step, self._seconds, self._deadline = (
+            "set-up",
+            0,
+            float("inf"),
+            float("inf"),
+        )
 
     def start(self) -> None:
         """Begin to watch."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        # Local rank 0 reads the heartbeat for its host: when it ends, DeepSpeed's launcher ends the others.
+        # Local rank 0 reads the heartbeat for its host: when it ends, DeepSpeed's launcher ends the
+        # others.
         if (folder := attempt_folder()) is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-            threading.Thread(target=self._watch_heartbeat, args=(folder,), name="heartbeat", daemon=True).start()
+            threading.Thread(
+                target=self._watch_heartbeat, args=(folder,), name="heartbeat", daemon=True
+            ).start()
 
     def expect(self, phase: str, step: int, seconds: float) -> None:
         """A phase begins and must end, by another call, within `seconds`."""
         self._phase, self._step, self._seconds = phase, step, seconds
         self._deadline = time.monotonic() + seconds
-        faulthandler.dump_traceback_later(seconds + _LAST_RESORT_SECONDS, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(
+            seconds + _LAST_RESORT_SECONDS, exit=True, file=sys.__stderr__
+        )
 
     def close(self) -> None:
         """Stop watching."""

@@ -21,7 +21,7 @@ from promoe_ds.launch import job as jobs
 from promoe_ds.launch.attempt import Attempt, Outcome
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.job import _prepare, run_job
-from promoe_ds.launch.layout import Job, LaunchLayout
+from promoe_ds.launch.layout import Job
 from promoe_ds.launch.remote import RemoteError
 from promoe_ds.launch.shutdown import ShutdownRequest
 
@@ -69,12 +69,12 @@ def test_job_shutdown_between_attempts_starts_none(tmp_path, monkeypatch, shutdo
     """The request comes while the launcher asks the hosts, whether it waits for one of them or not."""
     started: list[Attempt] = []
 
-    def ask_all(agents: object, action: str, **values: object) -> dict:
+    def on_all(*unused: object) -> dict:
         os.kill(os.getpid(), signal.SIGTERM)
         return {name: RemoteError("no route") if name in dead else _described(name) for name in ("host1", "host2")}
 
     monkeypatch.setattr(jobs, "connected", lambda *unused: nullcontext({}))
-    monkeypatch.setattr(jobs, "ask_all", ask_all)
+    monkeypatch.setattr(jobs, "on_all", on_all)
     monkeypatch.setattr(jobs, "run_attempt", _recording(started))
     before = time.monotonic()
     report = run_job(_job(tmp_path))
@@ -128,5 +128,5 @@ def test_restart_leaves_the_named_start_for_finished_checkpoints_only(tmp_path: 
     config, host = load_config("digits_promoe"), Host(name="localhost", slots=1)
     job = Job(hosts=(host,), arguments=("--resume", "starts/promoe"), recipe="digits_promoe", overrides=(), deepspeed_config="",
               config=config, run_dir=tmp_path, interface="lo")
-    layout, hosts = LaunchLayout(config=config, hosts=(host,)), {"localhost": {"interfaces": {"lo": "127.0.0.1"}, "addresses": {}}}
-    assert _prepare(job, layout, hosts, {}, tmp_path / "launch", restart=True).arguments == expected
+    hosts = {"localhost": {"interfaces": {"lo": "127.0.0.1"}, "addresses": {}}}
+    assert _prepare(job, hosts, {}, tmp_path / "launch", restart=True).arguments == expected

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from promoe_ds.launch import remote
-from promoe_ds.launch.remote import Agent, RemoteError, ask_all, connected, ssh_command, ssh_options
+from promoe_ds.launch.remote import Agent, RemoteError, connected, on_all, ssh_command, ssh_options
 
 #: Greets, then answers a variable as its time; hangs when asked for a port.
 AGENT = """
@@ -45,7 +45,7 @@ def test_agent_environment_arrives_and_is_on_no_command_line(commands) -> None:
 def test_agent_that_fails_is_reported_beside_one_that_does_not(commands) -> None:
     with connected(["broken", "host"], {}) as agents:
         for _ in range(2):
-            answers = ask_all(agents, "time")
+            answers = on_all(agents, lambda agent: agent.ask("time"))
             assert "code 127: " in str(answers["broken"]) and "/nowhere/python" in str(answers["broken"])
             assert answers["host"] == {"time": None}
         with pytest.raises(RemoteError, match="KeyError: 'nothing'"):
