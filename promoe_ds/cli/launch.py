@@ -102,8 +102,8 @@ def main(arguments: Sequence[str]) -> None:
             _run(job, folder / "launch.log")
     except OSError as error:
         raise LaunchError(
-            f"--run-dir {job.run_dir} cannot be made or written ({error}): correct its rights, or use "
-            "another directory"
+            f"--run-dir {job.run_dir} cannot be made or written ({error}): correct its rights, or "
+            "use another directory"
         ) from None
 
 

@@ -81,7 +81,7 @@ def _diagnose_breakdown(rank_hosts: Sequence[str], outcome: Outcome) -> FailureR
 def _silent_ranks(
     statuses: Sequence[RankStatus], rank_hosts: Sequence[str], excused: set[str]
 ) -> list[str]:
-    """Return a line for each rank without a last status, and each host with ranks that never started."""
+    """Return a line for each rank without a last status, and for ranks that never started."""
     lines = [
         f"{rank_hosts[status.rank]}: rank {status.rank} (process {status.pid}) exited without a "
         "status (likely SIGKILL, out of memory, or an NCCL time-out): see its output above"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from promoe_ds.errors import ConfigError
 from promoe_ds.launch.hostfile import expand_hosts
@@ -180,20 +180,11 @@ def _outer_launcher(env: Mapping[str, str]) -> _Outer | None:
             )
     slurm = _slurm_step(env)
     if many:
-        complete = [one for one in many if one.local_rank is not None]
-        return _known_to_slurm((complete or many)[0], slurm)
+        launch = (many[0].rank, many[0].size)
+        # Slurm may know the local rank where MPI names none, if it is the same launch.
+        same = [one for one in [*many, slurm] if one and (one.rank, one.size) == launch]
+        return next((one for one in same if one.local_rank is not None), many[0])
     return slurm if slurm is not None and (slurm.size > 1 or not mpi) else mpi[0] if mpi else None
-
-
-def _known_to_slurm(mpi: _Outer, slurm: _Outer | None) -> _Outer:
-    """Return MPI's, with Slurm's local rank where it is the same launch and MPI names none."""
-    if (
-        mpi.local_rank is None
-        and slurm is not None
-        and (slurm.rank, slurm.size) == (mpi.rank, mpi.size)
-    ):
-        return replace(mpi, local_rank=slurm.local_rank)
-    return mpi
 
 
 def _slurm_step(env: Mapping[str, str]) -> _Outer | None:

@@ -144,8 +144,8 @@ def _name(holder: dict) -> str:
 def _taken(path: Path, holder: dict) -> LockedError:
     folder = path.parent.parent if path.name == LAUNCHER_LOCK else path.parent
     return LockedError(
-        f"--run-dir {folder}: {_name(holder)} uses it already (see {path}): wait for its end, stop it "
-        "(SIGTERM), or use another directory"
+        f"--run-dir {folder}: {_name(holder)} uses it already (see {path}): wait for its end, stop "
+        "it (SIGTERM), or use another directory"
     )
 
 

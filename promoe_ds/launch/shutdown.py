@@ -54,8 +54,8 @@ class EarlySignals(ShutdownRequest):
         """
         if lost_deepspeed():
             raise OrphanedError(
-                f"rank {rank_from_environment()} on {socket.gethostname()}: its launcher ended before "
-                "the rank started, so nobody watches it. Resume with --resume auto"
+                f"rank {rank_from_environment()} on {socket.gethostname()}: its launcher ended "
+                "before the rank started, so nobody watches it. Resume with --resume auto"
             )
         self.chain = launcher_chain()
         faulthandler.enable(

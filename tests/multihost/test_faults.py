@@ -55,7 +55,7 @@ def test_link_down_for_seconds_goes_on_for_good_ends_in_time(two_hosts, tmp_path
 
 def test_rank_frozen_peer_dumps_its_stacks_and_all_end(two_hosts, tmp_path) -> None:
     job = launch(two_hosts, tmp_path, TWO, *LONG, "supervision.step_timeout_seconds=8", "parallel.timeout_seconds=10",
-                 "supervision.launcher_timeout_seconds=8")
+                 "supervision.launcher_timeout_seconds=8", "train.checkpoint_every=100000")
     job.wait_for_step(3)
     os.kill(ranks(two_hosts, "host2")[0], FREEZE)
     wait_until(lambda: not ranks(two_hosts, "host1"), 10 + MARGIN, job.log())
@@ -89,7 +89,7 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(two_hosts, tmp_path) -> 
     job.wait_for_step(3)
     second = launch(two_hosts, tmp_path / "second", TWO, *LONG[:2], run_dir=job.run_dir, options=("--master-port", "29555"))
     assert second.end() == 10, second.log()
-    assert re.search(r"error: --run-dir .*: process \d+ on host1 works in it already", second.log())
+    assert re.search(r"error: --run-dir .*: process \d+ on host1 uses it already", second.log())
     assert "ended with" not in job.launcher_log(), "the log is the first one's"
     os.kill(launcher_process(job), TERM)
     assert job.end(TIMEOUT + MARGIN) == 75, job.log()
