@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on the hosts of a hostfile: ./launch_scripts/multinode.sh HOSTFILE RECIPE DEEPSPEED_CONFIG RUN_DIR [options of promoe_ds.cli.launch] [-- arguments of promoe_ds.cli.train]
 #
-# Checks every host first, then launches over pdsh and stays with the job, e.g.
+# Checks every host, launches over pdsh, watches the job and restarts it, e.g.
 #   ./launch_scripts/multinode.sh hosts promoe_xl ds_configs/zero2_bf16.json /shared/runs/xl --max-restarts 3 -- --set parallel.ep_size=4
 # From the first ssh key to the first step: docs/multinode.md.
 set -euo pipefail
@@ -23,6 +23,5 @@ done
 if [ $# -gt 0 ]; then
     shift
 fi
-arguments=(--hostfile "$hostfile" "${options[@]}" -- --recipe "$recipe" --deepspeed_config "$config" --run-dir "$run_dir" "$@")
-python -m promoe_ds.cli.preflight "${arguments[@]}"
-exec python -m promoe_ds.cli.launch "${arguments[@]}"
+exec python -m promoe_ds.cli.launch --hostfile "$hostfile" "${options[@]}" -- --recipe "$recipe" --deepspeed_config "$config" \
+    --run-dir "$run_dir" "$@"

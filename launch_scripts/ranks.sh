@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by single_node.sh and, on every node, by slurm.sbatch: start this host's ranks under deepspeed and pass wishes to
-# stop on to them.
+# Sourced by single_node.sh and, on every node, by slurm.sbatch: start this host's ranks under deepspeed and pass shutdown
+# requests on to them.
 
 # The environment of this repository, unless one is active. Nothing is installed.
 promoe_activate() {
@@ -38,15 +38,15 @@ run_ranks() {
     return "$code"
 }
 
-# promoe_stop RUNNER: tell its ranks alone. deepspeed's own processes would die or, after half a minute, kill ranks that are still
+# promoe_stop RUNNER: signal its ranks alone. deepspeed's own processes would die or, after half a minute, kill ranks that are still
 # saving. Ranks that are not there yet are waited for.
 promoe_stop() {
-    local launcher told=no
+    local launcher signalled=no
     promoe_asked=yes
-    while [ "$told" = no ] && kill -0 "$1" 2> /dev/null; do
+    while [ "$signalled" = no ] && kill -0 "$1" 2> /dev/null; do
         for launcher in $(pgrep -P "$1"); do
-            pkill -TERM -P "$launcher" -f 'promoe_ds\.cli\.train --local_rank' && told=yes
+            pkill -TERM -P "$launcher" -f 'promoe_ds\.cli\.train --local_rank' && signalled=yes
         done
-        [ "$told" = yes ] || sleep 0.2
+        [ "$signalled" = yes ] || sleep 0.2
     done
 }

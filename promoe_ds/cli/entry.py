@@ -1,4 +1,4 @@
-"""What every entry shares: one readable message and an exit code for errors that a user can mend."""
+"""What every entry shares: one readable message and an exit code for errors that a user can fix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from promoe_ds.errors import Preempted, PromoeError
-from promoe_ds.launch.heartbeat import leave_note
+from promoe_ds.launch.heartbeat import write_rank_status
 from promoe_ds.logs import rank_from_environment
 
 _HEAD_START_SECONDS = 5.0
@@ -17,26 +17,31 @@ _HEAD_START_SECONDS = 5.0
 def run_entry(main: Callable[[Sequence[str]], None]) -> None:
     """Run `main` with the command line; turn a `PromoeError` into one message and its exit code.
 
-    A mistake that all ranks find is told by rank 0, whose end makes the launcher end the others. A rank that is still
-    there some seconds later found something that rank 0 did not, and tells it. Any other exception keeps its traceback:
-    it is a defect, not a mistake of the user.
+    Rank 0 reports a mistake that all ranks find; its end makes the launcher end the others. A rank
+    that still runs some seconds later found something that rank 0 did not, and reports it. Any
+    other exception keeps its traceback: it is a defect, not a mistake of the user.
     """
     rank = rank_from_environment()
     try:
         main(sys.argv[1:])
-        leave_note(rank, 0, "finished")
+        write_rank_status(rank, 0, "finished")
     except PromoeError as error:
-        leave_note(rank, error.exit_code, str(error))
+        write_rank_status(rank, error.exit_code, str(error))
         if rank > 0:
             time.sleep(_HEAD_START_SECONDS)
         kind = "stopped" if isinstance(error, Preempted) else "error"
         sys.stderr.write(f"{kind}: {error}\n" if rank == 0 else f"{kind}: rank {rank}: {error}\n")
         sys.stderr.flush()
-        # No interpreter shutdown: ranks that wait in a collective of another library would keep this one alive.
+        # No interpreter shutdown: ranks that wait in a collective of another library would keep
+        # this one alive.
         os._exit(error.exit_code)
-    except SystemExit as ending:  # of the command line's parser, which has said why
-        leave_note(rank, ending.code if isinstance(ending.code, int) else int(ending.code is not None), "see the output")
+    except SystemExit as ending:  # of the command line's parser, which printed why
+        write_rank_status(
+            rank,
+            ending.code if isinstance(ending.code, int) else int(ending.code is not None),
+            "see the output",
+        )
         raise
     except Exception as error:
-        leave_note(rank, 1, f"{type(error).__name__}: {error}")
+        write_rank_status(rank, 1, f"{type(error).__name__}: {error}")
         raise

@@ -12,8 +12,8 @@ from typing import Any
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import field_lines, load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
-from promoe_ds.launch.early_signals import EarlySignals
 from promoe_ds.launch.launchers import read_place
+from promoe_ds.launch.shutdown import EarlySignals
 from promoe_ds.logs import configure_logging, rank_from_environment
 
 
@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Arguments to config to engine."""
     options = parse_arguments(arguments)
-    beginning = None if options.dry_run else EarlySignals()  # before the imports that take their time
+    early = None if options.dry_run else EarlySignals()  # before the imports, which take seconds
     configure_logging(rank_from_environment())
     place = read_place(os.environ)
     config = load_config(options.recipe, options.overrides)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     world_size = config.parallel.ep_size if options.dry_run and not place.launched else place.world_size
     batches = plan_batches(config, world_size)
     plan = resolve_deepspeed(values, config, batches, source=options.deepspeed_config)
-    if beginning is None:
+    if early is None:
         from promoe_ds.cli.dry_run import describe
 
         describe(config, plan, batches)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
 
     run_dir = options.run_dir or Path("runs") / config.name
     complete_environment()
-    with supervised(config.supervision, run_dir, beginning) as supervisor:
+    with supervised(config.supervision, run_dir, early) as supervisor:
         ranks = start_distributed(config.parallel.timeout_seconds)
         evaluate = None
         if config.evaluation.every:

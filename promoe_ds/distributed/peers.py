@@ -11,27 +11,43 @@ import torch.distributed as dist
 from promoe_ds.distributed.context import gather_objects
 
 #: What gloo, nccl and the store say when an exchange breaks; anything else is another defect.
-_SIGNS = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Socket closed",
-          "No route to host", "ncclRemoteError", "NCCL", "Broken pipe", "recvValue failed", "sendBytes failed")
+_SIGNS = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Socket closed",
+    "No route to host",
+    "ncclRemoteError",
+    "NCCL",
+    "Broken pipe",
+    "recvValue failed",
+    "sendBytes failed",
+)
 _ADDRESS = re.compile(r"\[?((?:\d{1,3}\.){3}\d{1,3}|[0-9a-fA-F:]{3,})\]?:\d+")
 
 
 def gather_addresses() -> dict[str, str]:
-    """Return for every rank's address which ranks are there, e.g. {"10.0.0.2": "ranks 2, 3 on gpu02"}.
+    """Return for every rank's address which ranks are there, e.g. {"10.0.0.2": "ranks 2, 3 on
+    gpu02"}.
 
     Collectives: one.
     """
     places: dict[tuple[str, str], list[int]] = {}
     for rank, place in enumerate(gather_objects((_own_address(), socket.gethostname()))):
         places.setdefault(place, []).append(rank)
-    return {address: f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} on {host}"
-            for (address, host), ranks in places.items()}
+    return {
+        address: f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} on {host}"
+        for (address, host), ranks in places.items()
+    }
 
 
 def peer_problem(error: BaseException, addresses: dict[str, str]) -> str:
     """Return what an exception says about the other ranks, "" if it is of another kind."""
     text = " ".join(str(error).split())
-    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)):
+    if not isinstance(error, dist.DistError) and not (
+        isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+    ):
         return ""
     # The address of the peer, not the file and line of gloo that come first.
     found = [addresses[address] for address in _ADDRESS.findall(text) if address in addresses]

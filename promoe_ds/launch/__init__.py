@@ -1,1 +1,1 @@
-"""The launching host's side: hosts, ssh, environment, pre-flight, lease, restarts. Imports no torch."""
+"""Jobs on several hosts: pre-flight, launch, heartbeat, diagnosis, restarts. Imports no torch."""

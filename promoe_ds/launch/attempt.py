@@ -1,11 +1,9 @@
-"""One attempt at a job: `deepspeed --hostfile` started, watched, ended, swept up."""
+"""One attempt at a job: start `deepspeed --hostfile`, watch it, end it, leave no rank behind."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -13,29 +11,39 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from promoe_ds.launch.environment import deepspeed_command, runner_environment, shell_arguments, write_environment
-from promoe_ds.launch.heartbeat import ATTEMPT_VARIABLE, Note, read_notes, renew_lease
+from promoe_ds.launch.environment import (
+    deepspeed_command,
+    runner_environment,
+    shell_arguments,
+    write_environment,
+)
+from promoe_ds.launch.heartbeat import (
+    ATTEMPT_VARIABLE,
+    RankStatus,
+    read_rank_statuses,
+    renew_heartbeat,
+)
 from promoe_ds.launch.hostfile import Host, write_hostfile
-from promoe_ds.launch.leftovers import processes_with
-from promoe_ds.launch.remote import RemoteError, ask, on_all, ssh_options
-from promoe_ds.launch.shutdown import StopWish
+from promoe_ds.launch.processes import kill_processes_with
+from promoe_ds.launch.remote import RemoteError, connected, on_all, ssh_options
+from promoe_ds.launch.shutdown import ShutdownRequest
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("launch")
 _POLL_SECONDS = 0.5
-_SWEEP_SECONDS = 60.0
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec, beside other threads, nothing may be
-#: Tells DeepSpeed's runner which file holds the ranks' environment; its child processes inherit it.
+_KILL_SECONDS = 60.0
+#: Names the file with the ranks' environment, for DeepSpeed's runner; its child processes inherit
+#: it.
 _ENVIRONMENT_VARIABLE, _ENVIRONMENT = "DS_ENV_FILE", "environment"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """What is started where.
+    """What to start, where, and how long to wait.
 
-    `lease_seconds`: after which ranks count the launcher as gone; `link_seconds`: that a link may be down; `failure_seconds`,
-    `stop_seconds`: that ranks get to end after the first one failed, and after a wish to stop.
+    `heartbeat_seconds`: after them ranks consider the launcher gone. `link_seconds`: a link may be
+    down so long. `failure_seconds`, `shutdown_seconds`: ranks may take so long to end after the
+    first of them failed, and after a shutdown request.
     """
 
     folder: Path
@@ -44,103 +52,129 @@ class Attempt:
     environment: Mapping[str, str]
     master_address: str
     master_port: int
-    lease_seconds: float
+    heartbeat_seconds: float
     link_seconds: float
     failure_seconds: float
-    stop_seconds: float
+    shutdown_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How an attempt ended: the runner's code, the ranks' notes, hosts out of reach after it."""
+    """How an attempt ended: the runner's code, the ranks' statuses, why hosts do not answer."""
 
     code: int
-    notes: Sequence[Note]
+    statuses: Sequence[RankStatus]
     unreachable: Mapping[str, str]
 
 
-def run_attempt(attempt: Attempt, stop: StopWish) -> Outcome:
-    """Start the ranks, renew their lease until the runner has ended, make sure that no rank is left on any host.
+def run_attempt(attempt: Attempt, shutdown: ShutdownRequest) -> Outcome:
+    """Start the ranks, renew their heartbeat until the runner ends, then kill every rank that is
+    left.
 
-    On a wish to stop ranks finish their step, save and end.
+    On a shutdown request ranks finish their step, save and end.
     """
     attempt.folder.mkdir(parents=True, mode=0o700)
     write_hostfile(attempt.folder / "hostfile", attempt.hosts)
-    write_environment(attempt.folder / _ENVIRONMENT, {**attempt.environment, ATTEMPT_VARIABLE: str(attempt.folder)})
-    renew_lease(attempt.folder, 0)
+    rank_environment = {**attempt.environment, ATTEMPT_VARIABLE: str(attempt.folder)}
+    write_environment(attempt.folder / _ENVIRONMENT, rank_environment)
+    renew_heartbeat(attempt.folder, 0)
     command = _command(attempt)
     _LOG.info("starting %s", shlex.join(command))
-    # A session of its own: a signal to our process group must not reach the runner, which would kill by command line.
-    runner = subprocess.Popen(command, env=_environment(attempt), start_new_session=True, preexec_fn=_die_with_parent)
+    # In a session of its own: a signal to our process group would make the runner kill ranks that
+    # save.
+    runner = subprocess.Popen(command, env=_environment(attempt), start_new_session=True)
     try:
-        _watch(runner, attempt, stop)
+        _watch(runner, attempt, shutdown)
     finally:
-        _break_connections(attempt)
+        # A runner that is killed leaves pdsh and its ssh connections behind.
+        kill_processes_with(_ENVIRONMENT_VARIABLE, str(attempt.folder / _ENVIRONMENT))
         runner.wait()
-    unreachable = sweep_hosts(attempt.folder, [host.name for host in attempt.hosts], attempt.lease_seconds)
-    return Outcome(code=runner.returncode, notes=read_notes(attempt.folder), unreachable=unreachable)
+    names = [host.name for host in attempt.hosts]
+    unreachable = kill_leftovers_on(names, attempt.folder, attempt.heartbeat_seconds)
+    return Outcome(
+        code=runner.returncode, statuses=read_rank_statuses(attempt.folder), unreachable=unreachable
+    )
 
 
-def _watch(runner: subprocess.Popen, attempt: Attempt, stop: StopWish) -> None:
-    """Return when the runner has ended, or had long enough to end after a wish to stop or a rank's failure."""
-    count, renewed, give_up = 0, time.monotonic(), float("inf")
-    reason = ""
-    while runner.poll() is None and time.monotonic() < give_up and not stop.hurry:
+def _watch(runner: subprocess.Popen, attempt: Attempt, shutdown: ShutdownRequest) -> None:
+    """Return when the runner ended, or had its time to after a request or a rank's failure."""
+    count, renewed, deadline, reason = 0, time.monotonic(), float("inf"), ""
+    while runner.poll() is None and time.monotonic() < deadline and not shutdown.at_once:
         time.sleep(_POLL_SECONDS)
-        ending, patience, due = "", attempt.stop_seconds, time.monotonic() - renewed > attempt.lease_seconds / 10
-        if not reason and (reason := stop()):
-            ending = f"asked to stop ({reason})"
-        elif due and give_up == float("inf") and (failed := [note for note in read_notes(attempt.folder) if note.code]):
-            first, patience = failed[0], attempt.failure_seconds
-            ending = f"rank {first.rank} on {first.host} ended with code {first.code}"
+        due = time.monotonic() - renewed > attempt.heartbeat_seconds / 10
+        ending, patience = "", attempt.shutdown_seconds
+        if not reason and (reason := shutdown.reason):
+            ending = f"shutdown requested ({reason})"
+        elif due and deadline == float("inf") and (failed := _first_failed(attempt)):
+            ending, patience = failed, attempt.failure_seconds
         if ending:
             _LOG.info("%s: waiting up to %.0f s for all ranks to end", ending, patience)
-            give_up = time.monotonic() + patience
+            deadline = time.monotonic() + patience
         if ending or due:
             count, renewed = count + 1, time.monotonic()
-            with suppress(OSError):  # ranks hold out until the lease is too old: the next renewal may succeed
-                renew_lease(attempt.folder, count, reason)
+            with suppress(OSError):  # ranks wait for the next one, which may succeed
+                renew_heartbeat(attempt.folder, count, reason)
     if runner.poll() is None:
-        _LOG.error("not all ranks ended: breaking the connections, which ends the rest")
+        _LOG.error("not all ranks ended: breaking their connections, which ends the rest")
+
+
+def _first_failed(attempt: Attempt) -> str:
+    failed = [status for status in read_rank_statuses(attempt.folder) if status.code]
+    return (
+        f"rank {failed[0].rank} on {failed[0].host} ended with code {failed[0].code}"
+        if failed
+        else ""
+    )
 
 
 def _command(attempt: Attempt) -> list[str]:
-    return [str(deepspeed_command()), "--hostfile", str(attempt.folder / "hostfile"), "--force_multi",
-            "--launcher", "pdsh", "--master_addr", attempt.master_address, "--master_port", str(attempt.master_port),
-            "--log_level", "warning", "--module", "promoe_ds.cli.train", *shell_arguments(attempt.arguments)]
+    hostfile = str(attempt.folder / "hostfile")
+    master = ["--master_addr", attempt.master_address, "--master_port", str(attempt.master_port)]
+    launcher = [
+        "--hostfile",
+        hostfile,
+        "--force_multi",
+        "--launcher",
+        "pdsh",
+        *master,
+        "--log_level",
+        "warning",
+    ]
+    module = ["--module", "promoe_ds.cli.train", *shell_arguments(attempt.arguments)]
+    return [str(deepspeed_command()), *launcher, *module]
 
 
 def _environment(attempt: Attempt) -> dict[str, str]:
     environment = runner_environment(os.environ)
     environment[_ENVIRONMENT_VARIABLE] = str(attempt.folder / _ENVIRONMENT)
-    # A link that comes back before the ranks have given it up must not have cost the connection that they hang from; one that does
-    # not must not keep the runner much longer than them.
+    # These connections must outlast a broken link as long as the ranks do, and the runner must not
+    # outlast the ranks by much.
     options = ssh_options(attempt.link_seconds)
-    environment["PDSH_SSH_ARGS_APPEND"] = " ".join([environment.get("PDSH_SSH_ARGS_APPEND", ""), *options]).strip()
-    return environment | {name: attempt.environment[name] for name in ("DS_ACCELERATOR",) if name in attempt.environment}
+    given = environment.get("PDSH_SSH_ARGS_APPEND", "")
+    environment["PDSH_SSH_ARGS_APPEND"] = " ".join([given, *options]).strip()
+    if accelerator := attempt.environment.get("DS_ACCELERATOR"):
+        environment["DS_ACCELERATOR"] = accelerator
+    return environment
 
 
-def sweep_hosts(folder: Path, names: Sequence[str], patience: float) -> dict[str, str]:
-    """Wait up to `patience` seconds for the ranks of an attempt to end on some hosts, then kill them.
+def kill_leftovers_on(hosts: Sequence[str], folder: Path, patience: float) -> dict[str, str]:
+    """Wait up to `patience` seconds for the ranks of an attempt to end on some hosts, then kill the
+    rest.
 
-    Returns: the hosts that could not be asked, and why.
+    Returns: the hosts that did not answer, and why.
     """
-    request = {"folder": str(folder), "patience": patience}
-    answers = on_all(names, lambda name: ask(name, "promoe_ds.launch.leftovers", request, timeout=patience + _SWEEP_SECONDS))
-    for name, answer in answers.items():
+    with connected(hosts, {}) as agents:
+        request = {"timeout": patience + _KILL_SECONDS, "folder": str(folder), "patience": patience}
+        answers = on_all(agents, lambda agent: agent.ask("kill_leftovers", **request))
+    for host, answer in answers.items():
         if isinstance(answer, RemoteError):
-            _LOG.error("%s: %s; its ranks end by themselves within supervision.launcher_timeout_seconds", name, answer)
+            _LOG.error(
+                "%s: %s; its ranks end within supervision.launcher_timeout_seconds", host, answer
+            )
         elif answer["killed"]:
-            _LOG.warning("%s: killed what was left of the job: processes %s", name, answer["killed"])
-    return {name: str(answer) for name, answer in answers.items() if isinstance(answer, RemoteError)}
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _break_connections(attempt: Attempt) -> None:
-    """Kill what this attempt runs on this host: the runner, pdsh, its ssh connections; a killed runner leaves them behind."""
-    for pid in processes_with(_ENVIRONMENT_VARIABLE, str(attempt.folder / _ENVIRONMENT)):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            _LOG.warning(
+                "%s: killed what was left of the job: processes %s", host, answer["killed"]
+            )
+    return {
+        host: str(answer) for host, answer in answers.items() if isinstance(answer, RemoteError)
+    }

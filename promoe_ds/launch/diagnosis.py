@@ -1,81 +1,117 @@
-"""Why an attempt ended, from what its ranks said and what they did not."""
+"""Why an attempt ended, from the statuses that its ranks wrote and those that are missing.
+
+For Slurm: `python -m promoe_ds.launch.diagnosis HOSTFILE STATUSES CODE` writes `CODE yes|no
+    SENTENCE`. The given CODE is what the job step ended with, the written one is the cause's; yes:
+    another start may help. The step's code says little: it is the largest of its tasks', and a rank
+    that lost others ends with a larger one than the rank that found a wrong setting.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from promoe_ds.errors import LaunchError, OrphanedError, PeerError, Preempted, StalledError
 from promoe_ds.launch.attempt import Outcome
-from promoe_ds.launch.heartbeat import Note
-from promoe_ds.launch.hostfile import Host
+from promoe_ds.launch.heartbeat import RankStatus, read_rank_statuses
+from promoe_ds.launch.hostfile import Host, read_hostfile
 
-#: What another attempt may mend; a rank's other codes say that it would fail again (configuration, data, checkpoint, ...).
+#: What another attempt may fix; with any other code it would fail again (configuration, data, ...).
 _WORTH_A_RESTART = {1, PeerError.exit_code, StalledError.exit_code, OrphanedError.exit_code}
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The job's exit code, the sentence that names host and cause, whether another attempt makes sense."""
+class FailureReport:
+    """The job's exit code (0: no failure), a message with host and cause, whether to restart."""
 
     code: int
     message: str
     restart: bool
 
 
-def judge(hosts: Sequence[Host], outcome: Outcome) -> Verdict:
-    """Judge an attempt. What a rank says of itself counts more than the runner's code, which may be 0 though ranks died.
+def diagnose_failure(hosts: Sequence[Host], outcome: Outcome) -> FailureReport:
+    """Diagnose an attempt. Statuses count more than the runner's code, which may be 0 though ranks
+    died.
 
     Args:
         hosts: in the order of their ranks.
     """
-    notes, expected = outcome.notes, [host.name for host in hosts for _ in range(host.slots)]
-    complete = len(notes) == len(expected)
-    if complete and all(note.code == 0 for note in notes):
-        return Verdict(0, "all ranks finished", restart=False)
-    final = [note for note in notes if note.code not in (None, 0, Preempted.exit_code, *_WORTH_A_RESTART)]
+    statuses, rank_hosts = (
+        outcome.statuses,
+        [host.name for host in hosts for _ in range(host.slots)],
+    )
+    codes = {status.code for status in statuses}
+    complete = len(statuses) == len(rank_hosts)
+    if complete and codes == {0}:
+        return FailureReport(0, "all ranks finished", restart=False)
+    final = [s for s in statuses if s.code not in (None, 0, Preempted.exit_code, *_WORTH_A_RESTART)]
     if final:
-        note = min(final, key=lambda note: note.time)
-        return Verdict(note.code, _said(note), restart=False)
-    if complete and all(note.code in (0, Preempted.exit_code) for note in notes):
-        return Verdict(Preempted.exit_code, next(note.message for note in notes if note.code), restart=False)
-    return _broken(expected, outcome)
+        first = min(final, key=lambda status: status.time)
+        return FailureReport(first.code, _text(first), restart=False)
+    if complete and codes <= {0, Preempted.exit_code}:
+        message = next(status.message for status in statuses if status.code)
+        return FailureReport(Preempted.exit_code, message, restart=False)
+    return _diagnose_breakdown(rank_hosts, outcome)
 
 
-def _broken(expected: Sequence[str], outcome: Outcome) -> Verdict:
-    """Find the likeliest cause of an end that another attempt may mend."""
-    spoken = sorted((note for note in outcome.notes if note.code in _WORTH_A_RESTART), key=lambda note: note.time)
-    # A rank's own defect or stall is the cause; that others lost it only follows.
-    causes = [note for note in spoken if note.code != PeerError.exit_code]
-    # After a rank's end DeepSpeed's launcher kills the others of its host, which then leave no word: no cause either.
-    silent = _silent(outcome, expected, spared={expected[note.rank] for note in causes})
-    lost = [f"{host}: does not answer any more ({why})" for host, why in outcome.unreachable.items()]
-    first = (causes or spoken)[:1]
-    message = ("; ".join([*silent, *lost, *map(_said, first)]) or
-               f"the launcher ended with code {outcome.code} and no rank said why")
-    code = PeerError.exit_code if silent or lost else (first[0].code if first else LaunchError.exit_code)
-    return Verdict(code, message, restart=True)
+def _diagnose_breakdown(rank_hosts: Sequence[str], outcome: Outcome) -> FailureReport:
+    """Find the likeliest cause of an end that another attempt may fix."""
+    failed = sorted(
+        (s for s in outcome.statuses if s.code in _WORTH_A_RESTART), key=lambda status: status.time
+    )
+    # A rank's own defect or stall is the cause; that others lost the rank only follows.
+    causes = [status for status in failed if status.code != PeerError.exit_code]
+    # After a rank's end DeepSpeed's launcher kills the other ranks of its host: they are no cause
+    # either.
+    excused = {rank_hosts[status.rank] for status in causes} | set(outcome.unreachable)
+    silent = _silent_ranks(outcome.statuses, rank_hosts, excused)
+    lost = [
+        f"{host}: does not answer any more ({why})" for host, why in outcome.unreachable.items()
+    ]
+    first = (causes or failed)[:1]
+    message = "; ".join([*silent, *lost, *map(_text, first)])
+    if silent or lost:
+        return FailureReport(PeerError.exit_code, message, restart=True)
+    message = message or f"the launcher ended with code {outcome.code} and no rank reported why"
+    return FailureReport(first[0].code if first else LaunchError.exit_code, message, restart=True)
 
 
-def _said(note: Note) -> str:
-    place = f"rank {note.rank} on {note.host}: "
-    return place + note.message.removeprefix(place)
-
-
-def _silent(outcome: Outcome, expected: Sequence[str], spared: set[str]) -> list[str]:
-    """Return a line for each rank that started and left no word, and one for each host whose ranks never started.
-
-    Args:
-        spared: hosts whose ranks are not asked for one.
-    """
-    away = spared | set(outcome.unreachable)
-    lines = [f"{expected[note.rank]}: rank {note.rank} (process {note.pid}) died without a word, as by a kill, for lack of memory "
-             "or at a time-out of nccl: see its output above"
-             for note in outcome.notes if note.code is None and expected[note.rank] not in away]
-    started = {note.rank for note in outcome.notes}
-    missing = [rank for rank in range(len(expected)) if rank not in started]
-    for host in dict.fromkeys(expected[rank] for rank in missing):
-        if host not in away:
-            lines.append(f"{host}: rank{'s' * (sum(expected[r] == host for r in missing) > 1)} "
-                         f"{', '.join(str(r) for r in missing if expected[r] == host)} never started: see its output above")
+def _silent_ranks(
+    statuses: Sequence[RankStatus], rank_hosts: Sequence[str], excused: set[str]
+) -> list[str]:
+    """Return a line for each rank without a last status, and for ranks that never started."""
+    lines = [
+        f"{rank_hosts[status.rank]}: rank {status.rank} (process {status.pid}) exited without a "
+        "status (likely SIGKILL, out of memory, or an NCCL time-out): see its output above"
+        for status in statuses
+        if status.code is None and rank_hosts[status.rank] not in excused
+    ]
+    missing: dict[str, list[str]] = {}
+    for rank in sorted(set(range(len(rank_hosts))) - {status.rank for status in statuses}):
+        missing.setdefault(rank_hosts[rank], []).append(str(rank))
+    for host, ranks in missing.items():
+        if host not in excused:
+            shown = f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
+            lines.append(f"{host}: {shown} never started: see its output above")
     return lines
+
+
+def _text(status: RankStatus) -> str:
+    place = f"rank {status.rank} on {status.host}: "
+    return place + status.message.removeprefix(place)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the diagnosis of a job step as one line to standard output."""
+    hostfile, folder, code = arguments
+    outcome = Outcome(code=int(code), statuses=read_rank_statuses(Path(folder)), unreachable={})
+    report = diagnose_failure(read_hostfile(Path(hostfile)), outcome)
+    sys.stdout.write(
+        f"{report.code} {'yes' if report.restart else 'no'} {' '.join(report.message.split())}\n"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

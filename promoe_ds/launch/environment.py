@@ -1,7 +1,7 @@
 """What ranks find in their environment, and how values and arguments survive the shells on the way.
 
-DeepSpeed puts both, as they are, into a line that pdsh hands to a shell on each host: values with special characters between
-double quotes, arguments with spaces likewise, nothing escaped.
+DeepSpeed puts both, as they are, into a line that pdsh hands to a shell on each host: values with
+special characters between double quotes, arguments with spaces likewise, nothing escaped.
 """
 
 from __future__ import annotations
@@ -18,10 +18,18 @@ from promoe_ds.logs import get_logger
 _LOG = get_logger("launch")
 
 #: Variables of the launching shell that every rank gets; others go into .deepspeed_env.
-_PASSED_ON = ("NCCL_", "GLOO_", "UCX_", "TORCH_NCCL_", "OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH", "MV2")
+_PASSED_ON = (
+    "NCCL_",
+    "GLOO_",
+    "UCX_",
+    "TORCH_NCCL_",
+    "OMP_NUM_THREADS",
+    "DS_ACCELERATOR",
+    "PYTHONPATH",
+    "MV2",
+)
 #: DeepSpeed itself exports what begins so, unescaped: kept away from it.
 _EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "TORCH_NCCL")
-_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Live between double quotes; the double quote itself is added where DeepSpeed does not.
 _LIVE = re.compile(r"([\\$`])")
 _FILE = ".deepspeed_env"
@@ -32,7 +40,9 @@ def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
     Raises: LaunchError naming the variable or line that cannot be passed on.
     """
-    values = {name: value for name, value in environ.items() if value and name.startswith(_PASSED_ON)}
+    values = {
+        name: value for name, value in environ.items() if value and name.startswith(_PASSED_ON)
+    }
     for folder in (Path.home(), Path.cwd()):
         values |= _read(folder / _FILE)
     for name, value in values.items():
@@ -41,18 +51,28 @@ def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def runner_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of DeepSpeed's runner itself: without what it would pass on unescaped."""
-    return {name: value for name, value in environ.items() if not name.startswith(_EXPORTED_BY_DEEPSPEED)}
+    """Return the environment of DeepSpeed's runner: without what it would pass on unescaped."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(_EXPORTED_BY_DEEPSPEED)
+    }
 
 
 def write_environment(path: Path, values: Mapping[str, str]) -> None:
     """Write the file that DeepSpeed's DS_ENV_FILE names, so that each value arrives as it is."""
-    path.write_text("".join(f"{name}={_escape(value).replace('%', '%%')}\n" for name, value in sorted(values.items())),
-                    encoding="utf-8")
+    path.write_text(
+        "".join(
+            f"{name}={_escape(value).replace('%', '%%')}\n"
+            for name, value in sorted(values.items())
+        ),
+        encoding="utf-8",
+    )
 
 
 def shell_arguments(arguments: Iterable[str]) -> list[str]:
-    """Return arguments such that each arrives as it is, through DeepSpeed, pdsh and the shell on the host.
+    """Return arguments such that each arrives as it is, through DeepSpeed, pdsh and the shell on
+    the host.
 
     Raises: LaunchError for an argument that cannot be passed on.
     """
@@ -71,7 +91,9 @@ def require_plain_path(what: str, path: str) -> None:
     Raises: LaunchError.
     """
     if shlex.quote(path) != path:
-        raise LaunchError(f"{what} {path!r} has characters that a shell would read as its own: move it to a plain path")
+        raise LaunchError(
+            f"{what} {path!r} has characters with a meaning for a shell: move it to a plain path"
+        )
 
 
 def require_launchable(run_dir: Path) -> None:
@@ -83,8 +105,10 @@ def require_launchable(run_dir: Path) -> None:
     require_plain_path("--run-dir", str(run_dir.absolute()))
     require_plain_path("the Python interpreter", sys.executable)
     if not deepspeed_command().exists():
-        raise LaunchError(f"{deepspeed_command()} does not exist: install deepspeed into the environment of {sys.executable}, or "
-                          "use the one where it is")
+        raise LaunchError(
+            f"{deepspeed_command()} does not exist: install deepspeed into the environment of "
+            f"{sys.executable}, or use the one where it is"
+        )
 
 
 def deepspeed_command() -> Path:
@@ -104,7 +128,7 @@ def _read(path: Path) -> dict[str, str]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, separator, value = line.partition("=")
-        if not separator or not _KEY.fullmatch(name.strip()):
+        if not separator or not (name.isascii() and name.strip().isidentifier()):
             raise LaunchError(f"{path}, line {number}: {line!r} is not of the form NAME=VALUE")
         values[name.strip()] = _unquoted(value.strip(), f"{path}, line {number}: {name.strip()}")
     return values
@@ -115,7 +139,9 @@ def _unquoted(value: str, where: str) -> str:
     if value[:1] not in ("'", '"'):
         return value
     if len(value) < 2 or value[-1] != value[0] or value[0] in value[1:-1]:
-        raise LaunchError(f"{where}={value} begins with a quote that is not its end: write the value without quotes")
+        raise LaunchError(
+            f"{where}={value} begins with a quote but does not end with it: remove the quotes"
+        )
     _LOG.info("%s: the quotes around the value are taken off", where)
     return value[1:-1]
 

@@ -1,14 +1,15 @@
-"""What the launcher and its ranks tell each other, through the run directory that all hosts share.
+"""What the launcher and its ranks report to each other, through the run directory that all hosts
+share.
 
-The launcher renews a lease; ranks that see no new one for too long end themselves, so that nobody trains unwatched. The lease
-also carries the wish to stop. DistributedContext leave notes: that they started, and how they ended.
+The launcher renews a heartbeat; ranks that see no new one for too long end themselves, so that no
+rank trains unwatched. The heartbeat also carries a shutdown request. Each rank writes its status:
+that it started, and how it ended.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -16,22 +17,16 @@ from pathlib import Path
 
 from promoe_ds.files import write_json
 
-#: Names the folder of the attempt, in the environment of every rank that `promoe_ds.cli.launch` starts.
+#: Names the attempt's folder, in the environment of every rank that `promoe_ds.cli.launch` starts.
 ATTEMPT_VARIABLE = "PROMOE_LAUNCH_DIR"
-#: Names the folder of notes where nobody renews a lease, as under Slurm.
-NOTES_VARIABLE = "PROMOE_NOTES_DIR"
-#: Folder of the launcher's files inside a run directory.
-LAUNCH_FOLDER = "launch"
-#: Folder of the stack dumps there. Both may be there before the run is.
-DUMP_FOLDER = "supervision"
-#: Name of a finished checkpoint's folder; one that is being written, or was set aside, has more to its name.
-CHECKPOINT_NAME = re.compile(r"^step_(\d+)$")
-_LEASE = "lease.json"
+#: Names the folder of rank statuses where no launcher renews a heartbeat, as under Slurm.
+STATUS_VARIABLE = "PROMOE_STATUS_DIR"
+_HEARTBEAT = "heartbeat.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Note:
-    """How a rank stands: `code` None while it runs, else its exit code."""
+class RankStatus:
+    """What a rank reports: `code` is None while it runs, else its exit code."""
 
     rank: int
     host: str
@@ -41,55 +36,55 @@ class Note:
     time: float
 
 
-def make_launch_folder(run_dir: Path) -> Path:
-    """Make a run directory and the launcher's folder inside it, both for the user alone.
-
-    Raises: OSError.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder = run_dir / LAUNCH_FOLDER
-    folder.mkdir(exist_ok=True, mode=0o700)
-    return folder
-
-
 def attempt_folder() -> Path | None:
-    """Return the folder of the attempt that this process belongs to, None outside `promoe_ds.cli.launch`."""
-    value = os.environ.get(ATTEMPT_VARIABLE)
-    return Path(value) if value else None
+    """Return the folder of this process's attempt, None outside `promoe_ds.cli.launch`."""
+    return _folder(ATTEMPT_VARIABLE)
 
 
-def renew_lease(folder: Path, count: int, stop: str = "") -> None:
-    """Write the lease: a number that grows, and why the job shall stop, if it shall."""
-    write_json(folder / _LEASE, {"count": count, "stop": stop})
+def renew_heartbeat(folder: Path, count: int, shutdown: str = "") -> None:
+    """Write the heartbeat: a number that grows, and why the job must stop, if it must."""
+    write_json(folder / _HEARTBEAT, {"count": count, "shutdown": shutdown})
 
 
-def read_lease(folder: Path) -> tuple[int, str] | None:
-    """Return the lease's number and its wish to stop; None while there is none or it cannot be read."""
+def read_heartbeat(folder: Path) -> tuple[int, str] | None:
+    """Return the heartbeat's number and its shutdown request; None if it is missing or damaged."""
     try:
-        values = json.loads((folder / _LEASE).read_text(encoding="utf-8"))
-        return int(values["count"]), str(values["stop"])
+        values = json.loads((folder / _HEARTBEAT).read_text(encoding="utf-8"))
+        return int(values["count"]), str(values["shutdown"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
-def leave_note(rank: int, code: int | None, message: str) -> None:
-    """Say how this rank stands; where nobody gave it a folder for that, or the folder is out of reach, nobody is told."""
-    folder = attempt_folder() or (Path(os.environ[NOTES_VARIABLE]) if os.environ.get(NOTES_VARIABLE) else None)
+def write_rank_status(rank: int, code: int | None, message: str) -> None:
+    """Write this rank's status; nothing where no folder was given or it cannot be written."""
+    folder = attempt_folder() or _folder(STATUS_VARIABLE)
     if folder is None:
         return
-    note = Note(rank=rank, host=socket.gethostname(), pid=os.getpid(), code=code, message=message, time=time.time())
+    status = RankStatus(
+        rank=rank,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        code=code,
+        message=message,
+        time=time.time(),
+    )
     try:
-        write_json(folder / f"rank_{rank:05d}.json", asdict(note))
+        write_json(folder / f"rank_{rank:05d}.json", asdict(status))
     except OSError:
-        return  # the launcher will say that the rank left none
+        return  # the launcher will report that the rank wrote none
 
 
-def read_notes(folder: Path) -> list[Note]:
-    """Return the notes of all ranks, by rank."""
-    notes = []
+def read_rank_statuses(folder: Path) -> list[RankStatus]:
+    """Return the statuses of all ranks, by rank; a damaged one is left out."""
+    statuses = []
     for path in sorted(folder.glob("rank_*.json")):
         try:
-            notes.append(Note(**json.loads(path.read_text(encoding="utf-8"))))
+            statuses.append(RankStatus(**json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):
-            continue  # half a note says nothing
-    return notes
+            continue
+    return statuses
+
+
+def _folder(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    return Path(value) if value else None

@@ -1,4 +1,7 @@
-"""The hostfile: one `NAME slots=N` a line, read more strictly than by DeepSpeed; lists of hosts with brackets."""
+"""The hostfile: one `NAME slots=N` a line; lists of hosts with brackets.
+
+It is read more strictly than by DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,17 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Read a hostfile; empty lines and what follows a # are skipped, `gpu[01-04] slots=8` is four hosts.
+    """Read a hostfile: comments and empty lines are skipped, `gpu[01-04] slots=8` is four hosts.
 
     Raises: LaunchError naming file, line and what to write instead.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise LaunchError(f"--hostfile {path.absolute()}: no such file. Name an existing one; to train on this host alone, use "
-                          "launch_scripts/single_node.sh") from None
+        raise LaunchError(
+            f"--hostfile {path.absolute()}: no such file. Name an existing one; to train on this "
+            "host alone, use launch_scripts/single_node.sh"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(f"--hostfile {path}: cannot be read ({error})") from None
     hosts: dict[str, Host] = {}
@@ -43,7 +48,10 @@ def read_hostfile(path: Path) -> list[Host]:
         line = raw.partition("#")[0].strip()
         for host in _parse_line(line, f"{path}, line {number}") if line else ():
             if host.name.lower() in hosts:
-                raise LaunchError(f"{path}, line {number}: {host.name} is listed twice: keep one line with all its slots")
+                raise LaunchError(
+                    f"{path}, line {number}: {host.name} is listed twice: "
+                    "keep one line with all its slots"
+                )
             hosts[host.name.lower()] = host
     if not hosts:
         raise LaunchError(f"{path}: no host in it: write a line such as `gpu01 slots=8` for each")
@@ -84,13 +92,17 @@ def _numbers(text: str) -> list[str]:
 
 def write_hostfile(path: Path, hosts: Sequence[Host]) -> None:
     """Write a hostfile that DeepSpeed reads."""
-    path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts), encoding="utf-8")
+    path.write_text(
+        "".join(f"{host.name} slots={host.slots}\n" for host in hosts), encoding="utf-8"
+    )
 
 
 def _parse_line(line: str, where: str) -> list[Host]:
     match = _LINE.fullmatch(line)
     if match is None:
-        raise LaunchError(f"{where}: {line!r} is not of the form `NAME slots=N`, e.g. `gpu01 slots=8`")
+        raise LaunchError(
+            f"{where}: {line!r} is not of the form `NAME slots=N`, e.g. `gpu01 slots=8`"
+        )
     text, slots = match.groups()
     try:
         names = expand_hosts(text)
@@ -98,8 +110,18 @@ def _parse_line(line: str, where: str) -> list[Host]:
         raise LaunchError(f"{where}: {text!r} is no host name ({error})") from None
     for name in names:
         if not _NAME.fullmatch(name):
-            raise LaunchError(f"{where}: {name!r} is no host name: only letters, digits, dots, hyphens and underscores; put user "
-                              "names, ports and IPv6 addresses into ~/.ssh/config under a name")
-    if not slots.isascii() or not slots.isdigit() or len(slots) > 9 or not 1 <= int(slots) <= _MOST_SLOTS:
-        raise LaunchError(f"{where}: slots={slots} must be a number from 1 to {_MOST_SLOTS}: the ranks on {text}, one for each GPU")
+            raise LaunchError(
+                f"{where}: {name!r} is no host name: only letters, digits, dots, hyphens and "
+                "underscores; put user names, ports and IPv6 addresses into ~/.ssh/config"
+            )
+    if (
+        not slots.isascii()
+        or not slots.isdigit()
+        or len(slots) > 9
+        or not 1 <= int(slots) <= _MOST_SLOTS
+    ):
+        raise LaunchError(
+            f"{where}: slots={slots} must be a number from 1 to {_MOST_SLOTS}: the ranks on "
+            f"{text}, one for each GPU"
+        )
     return [Host(name, int(slots)) for name in names]

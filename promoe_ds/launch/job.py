@@ -1,128 +1,136 @@
-"""A job over its attempts: started on all hosts, restarted on those that are left."""
+"""A job over its attempts: checked and started on all hosts, restarted on those that are left."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from promoe_ds.config import load_config
 from promoe_ds.errors import LaunchError, Preempted
-from promoe_ds.launch.attempt import Attempt, run_attempt, sweep_hosts
-from promoe_ds.launch.diagnosis import Verdict, judge
-from promoe_ds.launch.environment import job_environment, require_launchable
-from promoe_ds.launch.heartbeat import CHECKPOINT_NAME, LAUNCH_FOLDER
-from promoe_ds.launch.hostfile import Host
-from promoe_ds.launch.layout import Layout, choose_layout, full_layout
-from promoe_ds.launch.lock import LAUNCHER_LOCK, locked
-from promoe_ds.launch.network import INTERFACE_VARIABLES, choose_interface, reached_by
-from promoe_ds.launch.remote import RemoteError, ask, on_all
-from promoe_ds.launch.shutdown import StopWish
+from promoe_ds.launch.attempt import Attempt, kill_leftovers_on, run_attempt
+from promoe_ds.launch.diagnosis import FailureReport, diagnose_failure
+from promoe_ds.launch.environment import job_environment
+from promoe_ds.launch.layout import Job, choose_layout
+from promoe_ds.launch.lock import locked
+from promoe_ds.launch.network import INTERFACE_VARIABLES, choose_interface
+from promoe_ds.launch.preflight import check_hosts
+from promoe_ds.launch.remote import RemoteError, connected, on_all
+from promoe_ds.launch.shutdown import ShutdownRequest
 from promoe_ds.logs import get_logger
+from promoe_ds.run_files import CHECKPOINT_NAME, CHECKPOINTS, LAUNCH_FOLDER, LAUNCHER_LOCK
 
 _LOG = get_logger("launch")
-_ANSWER_SECONDS = 40.0
 _RETRY_SECONDS = 2.0
 _MARGIN_SECONDS = 10.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a user asked for; `arguments` are those of promoe_ds.cli.train, out of which the rest was read."""
+def run_job(job: Job) -> FailureReport:
+    """Check the hosts and run the job, with at most `max_restarts` restarts; return the last
+    attempt's report.
 
-    hosts: tuple[Host, ...]
-    arguments: tuple[str, ...]
-    recipe: str
-    overrides: tuple[str, ...]
-    run_dir: Path
-    interface: str = ""
-    master_port: int = 29500
-    max_restarts: int = 0
-    host_wait: float = 30.0
-
-
-def run_job(job: Job) -> Verdict:
-    """Run the job to its end, over at most `max_restarts` restarts; return the last attempt's verdict.
-
-    Raises: LaunchError if it cannot be started: a host that does not answer, no legal layout, no common interface, another
-        launcher at work in the run directory.
+    Raises: LaunchError if it cannot be started: the pre-flight's findings, no legal layout, another
+        launcher in the run directory.
     """
-    stop, environment = StopWish(), job_environment(os.environ)
-    require_launchable(job.run_dir)
+    shutdown, environment = ShutdownRequest(terminal=True), job_environment(os.environ)
     folder = job.run_dir.absolute() / LAUNCH_FOLDER
-    patience = load_config(job.recipe, job.overrides).supervision.launcher_timeout_seconds
+    patience = job.config.supervision.launcher_timeout_seconds
     with locked(folder / LAUNCHER_LOCK, patience) as left_behind:
-        if left_behind:  # its ranks have at most so long to find out
-            names = [host.name for host in job.hosts]
+        if left_behind:  # its ranks need at most so long to see that it is gone
             for attempt in sorted(folder.glob("attempt_*"))[-1:]:
-                sweep_hosts(attempt, names, patience)
-        return _attempts(job, folder, environment, stop)
+                kill_leftovers_on(job.host_names, attempt, patience)
+        current, hosts, before = job, check_hosts(job, environment), ""
+        for number in range(job.max_restarts + 1):
+            answers = _wait_for_hosts(job, shutdown) if number else {}
+            if shutdown.reason:
+                message = f"shutdown requested ({shutdown.reason}) while no rank ran{before}"
+                return FailureReport(Preempted.exit_code, message, restart=False)
+            if number:
+                current, hosts = _job_for_restart(job, answers)
+            attempt = _prepare(current, hosts, environment, folder, restart=number > 0)
+            report = diagnose_failure(current.hosts, run_attempt(attempt, shutdown))
+            if shutdown.reason or not report.restart or number == job.max_restarts:
+                break
+            before = f"; before that: {report.message}"
+            _LOG.error("%s", report.message)
+            _LOG.warning(
+                "restart %d of %d, from the newest complete checkpoint",
+                number + 1,
+                job.max_restarts,
+            )
+    return report
 
 
-def _attempts(job: Job, folder: Path, environment: dict[str, str], stop: StopWish) -> Verdict:
-    verdict = None
-    for number in range(job.max_restarts + 1):
-        if (found := _hosts_for(job, stop, first=number == 0)) is None:
-            before = f"; before that: {verdict.message}" if verdict else ""
-            return Verdict(Preempted.exit_code, f"asked to stop ({stop()}) while no rank ran{before}", restart=False)
-        layout, facts = found
-        attempt = _prepare(job, layout, facts, environment, folder, again=number > 0)
-        verdict = judge(layout.hosts, run_attempt(attempt, stop))
-        left = job.max_restarts - number
-        if verdict.code == 0 or stop() or not verdict.restart or not left:
-            return verdict
-        _LOG.error("%s", verdict.message)
-        _LOG.warning("restart %d of %d, from the newest complete checkpoint", number + 1, job.max_restarts)
-    raise AssertionError("unreachable: the last attempt returns")
+def _wait_for_hosts(job: Job, shutdown: ShutdownRequest) -> dict[str, dict[str, Any] | RemoteError]:
+    """Return the hosts' descriptions; those that do not answer are given `host_wait` seconds.
 
-
-def _hosts_for(job: Job, stop: StopWish, *, first: bool) -> tuple[Layout, dict[str, dict]] | None:
-    """Return the layout to start and each host's facts; at a restart, hosts that stay dead are left out.  None: asked to stop."""
-    names = [host.name for host in job.hosts]
-    deadline = time.monotonic() + (0.0 if first else job.host_wait)
+    A shutdown request ends the wait.
+    """
+    deadline = time.monotonic() + job.host_wait
     while True:
-        answers = on_all(names, lambda name: ask(name, "promoe_ds.launch.host_info", {"names": names}, timeout=_ANSWER_SECONDS))
-        dead = {name: answer for name, answer in answers.items() if isinstance(answer, RemoteError)}
-        if stop():
-            return None
-        if not dead or time.monotonic() > deadline:
-            break
+        with connected(job.host_names, {}) as agents:
+            answers = on_all(agents, lambda agent: agent.ask("describe", names=job.host_names))
+        all_answer = not any(isinstance(answer, RemoteError) for answer in answers.values())
+        if all_answer or shutdown.reason or time.monotonic() > deadline:
+            return answers
         time.sleep(_RETRY_SECONDS)
-    if dead and (first or len(dead) == len(names)):
-        raise LaunchError("; ".join(f"{name}: {problem}" for name, problem in dead.items()) +
-                          ". Mend or remove these hosts (docs/multinode.md, \"Keys\")")
-    choose = full_layout if first else choose_layout
-    layout = choose(job.recipe, job.overrides, [host for host in job.hosts if host.name not in dead])
-    for name, problem in dead.items():
-        _LOG.warning("going on without %s: %s", name, problem)
-    return layout, {name: answer for name, answer in answers.items() if not isinstance(answer, RemoteError)}
 
 
-def _prepare(job: Job, layout: Layout, facts: dict[str, dict], environment: dict[str, str], folder: Path, *,
-             again: bool) -> Attempt:
-    names = [host.name for host in layout.hosts]
-    interfaces = {name: facts[name]["interfaces"] for name in names}
-    interface = choose_interface(job.interface, environment, interfaces, reached_by(facts))
-    wanted = dict.fromkeys(INTERFACE_VARIABLES, interface)
-    environment = {**wanted, **environment} if not job.interface else {**environment, **wanted}
-    settings = layout.config.supervision
-    arguments = list(job.arguments)
-    if layout.ep_size != load_config(job.recipe, job.overrides).parallel.ep_size:
-        arguments += ["--set", f"parallel.ep_size={layout.ep_size}"]
-    if again and any(CHECKPOINT_NAME.match(path.name) for path in (job.run_dir / "checkpoints").glob("*")):
-        arguments += ["--resume", "auto"]  # the last one counts: what the user named was for the first start
-    wait = max(settings.step_timeout_seconds, layout.config.parallel.timeout_seconds)
-    # A wish to stop may find the ranks in set-up or in an evaluation; they agree on it at the end of the step after that.
-    stage = max(settings.setup_timeout_seconds, settings.evaluation_timeout_seconds if layout.config.evaluation.every else 0.0)
-    shown = ", ".join(f"{host.name} ({host.slots})" for host in layout.hosts)
-    _LOG.info("%d ranks on %s, ep_size %d, over %s", layout.ranks, shown, layout.ep_size, interface)
-    return Attempt(folder=folder / f"attempt_{_next_number(folder):03d}", hosts=layout.hosts, arguments=tuple(arguments),
-                   environment=environment, master_address=interfaces[names[0]][interface], master_port=job.master_port,
-                   lease_seconds=settings.launcher_timeout_seconds,
-                   link_seconds=layout.config.parallel.timeout_seconds + _MARGIN_SECONDS, failure_seconds=wait + _MARGIN_SECONDS,
-                   stop_seconds=stage + wait + settings.checkpoint_timeout_seconds + _MARGIN_SECONDS)
+def _job_for_restart(
+    job: Job, answers: Mapping[str, dict[str, Any] | RemoteError]
+) -> tuple[Job, dict[str, Any]]:
+    """Return the job on hosts that answered, and their descriptions."""
+    dead = {host: answer for host, answer in answers.items() if isinstance(answer, RemoteError)}
+    problems = [f"{host}: {problem}" for host, problem in dead.items()]
+    if len(dead) == len(answers):
+        raise LaunchError(
+            f'{"; ".join(problems)}. Repair or remove these hosts (docs/multinode.md, "Keys")'
+        )
+    smaller = choose_layout(job, [host for host in job.hosts if host.name not in dead])
+    for problem in problems:
+        _LOG.warning("continuing without %s", problem)
+    return smaller, {host: answers[host] for host in smaller.host_names}
+
+
+def _prepare(
+    job: Job,
+    hosts: Mapping[str, Any],
+    environment: Mapping[str, str],
+    folder: Path,
+    *,
+    restart: bool,
+) -> Attempt:
+    interface = choose_interface(job.interface, environment, hosts)
+    variables = dict.fromkeys(INTERFACE_VARIABLES, interface)
+    settings, parallel = job.config.supervision, job.config.parallel
+    arguments = job.arguments
+    if restart and any(
+        CHECKPOINT_NAME.match(path.name) for path in (job.run_dir / CHECKPOINTS).glob("*")
+    ):
+        arguments += (
+            "--resume",
+            "auto",
+        )  # the last one counts: what the user named was for the first start
+    wait = max(settings.step_timeout_seconds, parallel.timeout_seconds) + _MARGIN_SECONDS
+    # A shutdown request may find ranks in set-up or in an evaluation; they agree at the end of the
+    # next step.
+    evaluation = settings.evaluation_timeout_seconds if job.config.evaluation.every else 0.0
+    phase = max(settings.setup_timeout_seconds, evaluation)
+    shown = ", ".join(f"{host.name} ({host.slots})" for host in job.hosts)
+    _LOG.info("%d ranks on %s, ep_size %d, over %s", job.ranks, shown, parallel.ep_size, interface)
+    return Attempt(
+        folder=folder / f"attempt_{_next_number(folder):03d}",
+        hosts=job.hosts,
+        arguments=arguments,
+        environment={**environment, **variables} if job.interface else {**variables, **environment},
+        master_address=hosts[job.host_names[0]]["interfaces"][interface],
+        master_port=job.master_port,
+        heartbeat_seconds=settings.launcher_timeout_seconds,
+        link_seconds=parallel.timeout_seconds + _MARGIN_SECONDS,
+        failure_seconds=wait,
+        shutdown_seconds=phase + wait + settings.checkpoint_timeout_seconds,
+    )
 
 
 def _next_number(folder: Path) -> int:

@@ -1,9 +1,10 @@
-"""On which hosts, with how many ranks and which expert parallelism a run can go on."""
+"""What to run, and on which hosts and with which expert parallelism a restart can run it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from promoe_ds.config import RunConfig, load_config, plan_batches
 from promoe_ds.errors import ConfigError, LaunchError
@@ -11,12 +12,25 @@ from promoe_ds.launch.hostfile import Host
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Hosts of one attempt and what their number asks to override."""
+class Job:
+    """What a user asked for; `arguments` are those of promoe_ds.cli.train, as given."""
 
     hosts: tuple[Host, ...]
-    ep_size: int
+    arguments: tuple[str, ...]
+    recipe: str
+    overrides: tuple[str, ...]
+    deepspeed_config: str
     config: RunConfig
+    run_dir: Path
+    interface: str = ""
+    master_port: int = 29500
+    max_restarts: int = 0
+    host_wait: float = 30.0
+
+    @property
+    def host_names(self) -> list[str]:
+        """The names of all hosts, in the order of their ranks."""
+        return [host.name for host in self.hosts]
 
     @property
     def ranks(self) -> int:
@@ -24,35 +38,27 @@ class Layout:
         return sum(host.slots for host in self.hosts)
 
 
-def full_layout(recipe: str, overrides: Sequence[str], hosts: Sequence[Host]) -> Layout:
-    """Return the layout that the user asked for: all hosts, ep_size as it stands.
+def choose_layout(job: Job, hosts: Sequence[Host]) -> Job:
+    """Return the job for a restart, on the most of these hosts, from the first on, on which it is
+    legal.
 
-    Raises: ConfigError if the recipe cannot run so.
+    Its ep_size is kept where possible, else lowered. The global batch stays: ranks must divide it,
+    ep_size must divide the ranks and the experts.
+    Raises: LaunchError if no number of these hosts is legal, with the reason of the largest one.
     """
-    config = load_config(recipe, overrides)
-    plan_batches(config, sum(host.slots for host in hosts))
-    return Layout(hosts=tuple(hosts), ep_size=config.parallel.ep_size, config=config)
-
-
-def choose_layout(recipe: str, overrides: Sequence[str], hosts: Sequence[Host]) -> Layout:
-    """Choose, for a restart, the most hosts from the first on, on which the run is legal.
-
-    Its ep_size is kept where possible, else lowered. The global batch stays: ranks must divide it, ep_size the ranks and the
-    experts.
-    Raises: LaunchError if no number of these hosts will do, with the reason that the largest one gave; ConfigError of a
-    recipe that can never run.
-    """
-    wanted = load_config(recipe, overrides).parallel.ep_size
-    first_problem = ""
+    wanted, first_problem = job.config.parallel.ep_size, ""
     for count in range(len(hosts), 0, -1):
-        chosen = tuple(hosts[:count])
-        ranks = sum(host.slots for host in chosen)
+        ranks = sum(host.slots for host in hosts[:count])
         for ep_size in [size for size in range(wanted, 0, -1) if ranks % size == 0]:
+            override = f"parallel.ep_size={ep_size}"
             try:
-                config = load_config(recipe, [*overrides, f"parallel.ep_size={ep_size}"])
+                config = load_config(job.recipe, [*job.overrides, override])
                 plan_batches(config, ranks)
             except ConfigError as error:
                 first_problem = first_problem or f"{ranks} ranks: {error}"
                 continue
-            return Layout(hosts=chosen, ep_size=ep_size, config=config)
-    raise LaunchError(f"no legal layout on {', '.join(host.name for host in hosts)}: {first_problem}")
+            arguments = (*job.arguments, "--set", override) if ep_size != wanted else job.arguments
+            return replace(job, hosts=tuple(hosts[:count]), config=config, arguments=arguments)
+    raise LaunchError(
+        f"no legal layout on {', '.join(host.name for host in hosts)}: {first_problem}"
+    )

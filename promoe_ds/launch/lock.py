@@ -1,7 +1,7 @@
 """The run directory's lock: two launchers, or two trainings, would write into it together.
 
-The holder keeps a file there and renews it. Nobody asks the file system for a lock, which many shared
-ones only pretend to have.
+The holder keeps a file there and renews it. File systems' own locks are not used: many shared ones
+only pretend to have them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from promoe_ds.errors import LaunchError
 from promoe_ds.logs import get_logger
+from promoe_ds.run_files import LAUNCHER_LOCK
 
 _LOG = get_logger("lock")
-#: Of a launcher, inside its folder of the run directory; of a training, in the run directory itself.
-LAUNCHER_LOCK, TRAINING_LOCK = "launcher.json", "lock.json"
 _RENEWALS = 10
 _POLL_SECONDS = 0.5
 
@@ -31,14 +31,19 @@ class LockedError(LaunchError):
 
 
 @contextmanager
-def locked(path: Path, period: float, *, patience: float = 0.0,
-           on_loss: Callable[[LockedError], None] = lambda error: None) -> Iterator[bool]:
-    """Hold a lock file; what it gives is whether a process that is gone had left it.
+def locked(
+    path: Path,
+    period: float,
+    *,
+    patience: float = 0.0,
+    on_loss: Callable[[LockedError], None] = lambda error: None,
+) -> Iterator[bool]:
+    """Hold a lock file; yield whether a process that is gone had left it.
 
     Args:
-        period: seconds without a renewal after which a process on another host counts as gone.
-        patience: seconds to wait for a living holder's end.
-        on_loss: called from a thread if another process took the lock of this one, which was frozen.
+        period: seconds without a renewal after which a holder on another host is considered gone.
+        patience: seconds to wait for the end of a holder that runs.
+        on_loss: called from a thread if another process took the lock, because this one was frozen.
     Raises: LockedError if another process holds it; OSError.
     """
     token, before = secrets.token_hex(8), wait_until_free(path, period, patience)
@@ -46,7 +51,12 @@ def locked(path: Path, period: float, *, patience: float = 0.0,
         _set_aside(path, before)
     _write_new(path, _holder(token, 0))
     ended = threading.Event()
-    renewer = threading.Thread(target=_renew, args=(path, token, period / _RENEWALS, ended, on_loss), name="lock", daemon=True)
+    renewer = threading.Thread(
+        target=_renew,
+        args=(path, token, period / _RENEWALS, ended, on_loss),
+        name="lock",
+        daemon=True,
+    )
     renewer.start()
     try:
         yield before is not None
@@ -58,29 +68,24 @@ def locked(path: Path, period: float, *, patience: float = 0.0,
 
 
 def wait_until_free(path: Path, period: float, patience: float = 0.0) -> dict | None:
-    """Wait until no living process holds a lock; on another host it takes up to a period to see that one is gone.
+    """Wait until no running process holds a lock; for one on another host that takes a period.
 
-    Returns: what a process that is gone has left there, None where there is no file.
-    Raises: LockedError if the holder lives on.
+    Returns: the content that a process which is gone left there, None where there is no file.
+    Raises: LockedError if the holder still runs.
     """
     holder, began = _read(path), time.monotonic()
-    seen, lives = began - _age(path), False
-    if path.exists() and not _is_visible(holder) and began - seen < period:
-        _LOG.info("%s: waiting up to %.0f s to see whether process %s on %s is alive", path, seen + period - began,
-                  holder.get("pid", "?"), holder.get("host", "another host"))
+    seen, renewed = began - _age(path), False
+    if path.exists() and _runs(holder) is None and (left := seen + period - began) > 0:
+        _LOG.info("%s: waiting up to %.0f s to see whether %s runs", path, left, _name(holder))
     while path.exists():
-        if _is_visible(holder):
-            lives = _runs(holder)
-            gone = not lives
-        else:
-            gone = time.monotonic() - seen >= period
-        if gone:
+        runs = _runs(holder)
+        if runs is False or (runs is None and time.monotonic() - seen >= period):
             return holder
-        if lives and time.monotonic() - began >= patience:
+        if (runs or renewed) and time.monotonic() - began >= patience:
             raise _taken(path, holder)
         time.sleep(min(_POLL_SECONDS, period / _RENEWALS))
         if (now := _read(path)) not in (holder, {}):
-            holder, seen, lives = now, time.monotonic(), True
+            holder, seen, renewed = now, time.monotonic(), True
     return None
 
 
@@ -92,8 +97,7 @@ def _set_aside(path: Path, before: dict) -> None:
             aside.rename(path)
             raise _taken(path, found)
         aside.unlink()
-        _LOG.warning("%s: taken over from process %s on %s, which is gone", path, before.get("pid", "?"),
-                     before.get("host", "another host"))
+        _LOG.warning("%s: taken over from %s, which is gone", path, _name(before))
 
 
 def _write_new(path: Path, values: dict) -> None:
@@ -104,7 +108,13 @@ def _write_new(path: Path, values: dict) -> None:
         raise _taken(path, _read(path)) from None
 
 
-def _renew(path: Path, token: str, seconds: float, ended: threading.Event, on_loss: Callable[[LockedError], None]) -> None:
+def _renew(
+    path: Path,
+    token: str,
+    seconds: float,
+    ended: threading.Event,
+    on_loss: Callable[[LockedError], None],
+) -> None:
     count, temporary = 0, path.with_name(f"{path.name}.{token}")
     while not ended.wait(seconds):
         count += 1
@@ -117,50 +127,60 @@ def _renew(path: Path, token: str, seconds: float, ended: threading.Event, on_lo
 
 
 def _holder(token: str, count: int) -> dict:
-    return {"token": token, "host": socket.gethostname(), "space": _process_space(), "pid": os.getpid(),
-            "started": _started(os.getpid()), "count": count}
+    process = {"pid": os.getpid(), "started": _started(os.getpid())}
+    return {"token": token, **_place(), **process, "count": count}
 
 
-def _process_space() -> str:
-    """Return what process ids are good for: containers of one host may share its name and not see each other."""
-    return str(Path("/proc/self/ns/pid").readlink())
+def _place() -> dict[str, str]:
+    """Return where process ids are valid: containers may share a host's name but no processes."""
+    space = str(Path("/proc/self/ns/pid").readlink())
+    return {"host": socket.gethostname(), "space": space}
+
+
+def _name(holder: dict) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', 'another host')}"
 
 
 def _taken(path: Path, holder: dict) -> LockedError:
     folder = path.parent.parent if path.name == LAUNCHER_LOCK else path.parent
-    return LockedError(f"--run-dir {folder}: process {holder.get('pid', '?')} on {holder.get('host', 'another host')} "
-                       f"works in it already: wait for its end, stop it (SIGTERM), or take another directory ({path} says so)")
+    return LockedError(
+        f"--run-dir {folder}: {_name(holder)} uses it already (see {path}): wait for its end, stop "
+        "it (SIGTERM), or use another directory"
+    )
 
 
-def _is_visible(holder: dict) -> bool:
-    return [holder.get("host"), holder.get("space")] == [socket.gethostname(), _process_space()]
-
-
-def _runs(holder: dict) -> bool:
+def _runs(holder: dict) -> bool | None:
+    """Return whether a holder on this host runs; None for one that cannot be seen from here."""
+    if {name: holder.get(name) for name in _place()} != _place():
+        return None
     return holder.get("started") == _started(holder.get("pid")) != ""
 
 
 def _started(pid: object) -> str:
-    """Return when a process was started, which no other process of that number shares; "" if it is gone."""
+    """Return when a process was started, which tells it from a later one of that id; "" if gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]
 
 
 def _age(path: Path) -> float:
-    """Return how long ago a file was written, by the clock of its file system; 0 where that cannot be known."""
-    probe = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    """Return a file's age in seconds by the clock of its file system; 0 where it is unknown."""
     try:
-        with path.open("rb") as file:  # opened: NFS then asks its server
-            written = os.fstat(file.fileno()).st_mtime
-        probe.touch()
-        return max(0.0, probe.stat().st_mtime - written)
+        # The file is opened: NFS then asks its server.
+        with (
+            path.open("rb") as file,
+            NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.") as probe,
+        ):
+            return max(0.0, os.fstat(probe.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime)
     except OSError:
         return 0.0
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict:

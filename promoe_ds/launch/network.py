@@ -1,89 +1,96 @@
-"""Network interfaces: which one joins the hosts, and this host's addresses."""
+"""Network interfaces: this host's addresses, and which interface joins the hosts."""
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import socket
-import struct
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
 
 from promoe_ds.errors import LaunchError
 
-_SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def local_interfaces() -> dict[str, str]:
-    """Return the IPv4 address of every interface of this host that has one."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue  # no address
-            found[name] = socket.inet_ntoa(answer[20:24])
+    """Return the first IPv4 address of every interface of this host that has one."""
+    found: dict[str, str] = {}
+    for name, addresses in psutil.net_if_addrs().items():
+        for address in addresses:
+            if address.family == socket.AF_INET:
+                found.setdefault(name, address.address)
     return found
 
 
-def choose_interface(wanted: str, environment: Mapping[str, str], interfaces: Mapping[str, Mapping[str, str]],
-                     addresses: Mapping[str, str]) -> str:
+def resolve(names: Sequence[str]) -> dict[str, str]:
+    """Return the IPv4 address of every name that this host resolves, loopback left out."""
+    addresses = {}
+    for name in names:
+        try:
+            address = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        except OSError:
+            continue
+        if not ipaddress.ip_address(address).is_loopback:
+            addresses[name] = str(address)
+    return addresses
+
+
+def choose_interface(
+    wanted: str, environment: Mapping[str, str], hosts: Mapping[str, Mapping[str, Any]]
+) -> str:
     """Return the name of the interface that joins the hosts.
 
     Args:
-        wanted: what the user asked for, "" if nothing; then GLOO_SOCKET_IFNAME counts, then the interface whose address the
-            host's name stands for, if it has the same name on all.
+        wanted: the user's, "" for none. Then comes the ranks' GLOO_SOCKET_IFNAME, then the
+            interface with the address of each host's name, if it has the same name on all hosts.
         environment: of the ranks.
-        interfaces: for every host, its interfaces' addresses.
-        addresses: for every host, the address that its name stands for.
+        hosts: for every host, its `interfaces` and the `addresses` of all names there
+            (agent.describe).
     Raises: LaunchError naming the host that lacks it.
     """
+    interfaces = {host: known["interfaces"] for host, known in hosts.items()}
     name = wanted or environment.get(INTERFACE_VARIABLES[0], "").split(",")[0]
     if name:
         for host, known in interfaces.items():
             if name not in known:
-                raise LaunchError(f"{host}: has no interface {name} with an address (it has {_listed(known)}): give another with "
-                                  "--interface")
+                raise LaunchError(
+                    f"{host}: has no interface {name} with an address (it has {_listed(known)}): "
+                    "name another with --interface"
+                )
         return name
-    found = {host: next((name for name, address in known.items() if address == addresses.get(host)), "")
-             for host, known in interfaces.items()}
+    addresses = reached_by(hosts)
+    found = {
+        host: next((name for name, address in known.items() if address == addresses.get(host)), "")
+        for host, known in interfaces.items()
+    }
     names = set(found.values())
     if len(names) == 1 and "" not in names:
         return names.pop()
-    shown = "; ".join(f"{host}: {found[host] or 'none of ' + _listed(interfaces[host])}" for host in interfaces)
-    raise LaunchError(f"the interface that joins the hosts is not clear from their names' addresses ({shown}): give it with "
-                      "--interface")
+    shown = "; ".join(
+        f"{host}: {found[host] or 'none of ' + _listed(known)}"
+        for host, known in interfaces.items()
+    )
+    raise LaunchError(
+        f"the addresses of the hosts' names do not give one common interface ({shown}): name it "
+        "with --interface"
+    )
 
 
-def resolve(names: Sequence[str]) -> dict[str, str]:
-    """Return the IPv4 address of every name that this host can resolve to one that others can reach."""
-    addresses = {}
-    for name in names:
-        try:
-            found = [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)]
-        except OSError:
-            continue
-        if not ipaddress.ip_address(found[0]).is_loopback:
-            addresses[name] = found[0]
-    return addresses
+def reached_by(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return each host's address: as this host resolves its name, or if that is not its own, as
+    another does.
 
-
-def reached_by(facts: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str, str]:
-    """Return the address that each host's name stands for: here, or where that is none of its own, on any other host.
-
-    (Debian writes 127.0.1.1 for a host's own name into its /etc/hosts.)
-
-    Args:
-        facts: for every host, its `interfaces` and the `addresses` that it knows of all.
+    Debian writes 127.0.1.1 for a host's own name into its /etc/hosts.
     """
-    here, addresses = resolve(list(facts)), {}
-    for name, known in facts.items():
-        told = [source[name] for source in (here, *(answer["addresses"] for answer in facts.values())) if name in source]
-        own = set(known["interfaces"].values())
-        if told:
-            addresses[name] = next((address for address in told if address in own), told[0])
-    return addresses
+    here, reached = resolve(list(hosts)), {}
+    for name, known in hosts.items():
+        sources = (here, *(host["addresses"] for host in hosts.values()))
+        if found := [source[name] for source in sources if name in source]:
+            own = set(known["interfaces"].values())
+            reached[name] = next((address for address in found if address in own), found[0])
+    return reached
 
 
 def _listed(interfaces: Mapping[str, str]) -> str:

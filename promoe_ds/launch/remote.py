@@ -1,4 +1,4 @@
-"""Commands on other hosts, by ssh, never with a password and never waiting for ever."""
+"""Agents on other hosts, over ssh: never with a password, never waiting for ever."""
 
 from __future__ import annotations
 
@@ -7,31 +7,38 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
-#: A host that does not answer is given up after two attempts, about 20 s. The second is for a host that has just come back: the
-#: kernel may still fail a first one by what it found out before ("No route").
+ANSWER_SECONDS = 40.0
+#: ssh gives a host up after two attempts, about 20 s. The second is for a host that has just come
+#: back: the kernel may still fail a first one by what it knew before ("No route").
 _CONNECT_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ConnectionAttempts=2")
 _ALIVE_SECONDS, _QUESTION_SECONDS = 5, 15.0
 _MOST_AT_ONCE = 64
+#: `read` takes one line and leaves the rest, the requests, to the agent.
+_WITH_EXPORTS = 'cd "$1" && IFS= read -r exports && eval "$exports" && shift && exec "$@"'
 
 
 class RemoteError(Exception):
-    """A command that could not be run on a host, or failed there: one line."""
+    """What went wrong on a host, in one line."""
 
 
 def ssh_options(patience: float) -> list[str]:
-    """Return ssh's options: no question, and how long it holds on to a connection over which nothing comes any more.
-
-    Args:
-        patience: at least so many seconds.
-    """
-    return [*_CONNECT_OPTIONS, "-o", f"ServerAliveInterval={_ALIVE_SECONDS}", "-o",
-            f"ServerAliveCountMax={math.ceil(patience / _ALIVE_SECONDS)}"]
+    """Return ssh's options: never ask, hold a silent connection for `patience` seconds."""
+    count = math.ceil(patience / _ALIVE_SECONDS)
+    return [
+        *_CONNECT_OPTIONS,
+        "-o",
+        f"ServerAliveInterval={_ALIVE_SECONDS}",
+        "-o",
+        f"ServerAliveCountMax={count}",
+    ]
 
 
 def ssh_command(host: str, arguments: Sequence[str]) -> list[str]:
@@ -39,48 +46,103 @@ def ssh_command(host: str, arguments: Sequence[str]) -> list[str]:
     return ["ssh", *ssh_options(_QUESTION_SECONDS), host, shlex.join(arguments)]
 
 
-def python_module(module: str, *arguments: str) -> list[str]:
-    """Return the command of a module of this package on a host: same folder, same interpreter as here."""
-    # env -C would need new coreutils: a shell changes the folder.
-    script = f"cd {shlex.quote(str(Path.cwd()))} && exec \"$@\""
-    return ["sh", "-c", script, "promoe", sys.executable, "-m", module, *arguments]
+class Agent:
+    """The launcher's end of an agent (agent.py) on one host; it answers one request at a time."""
 
+    def __init__(self, host: str, environment: Mapping[str, str]) -> None:
+        """Start the agent in this folder, with this interpreter and the ranks' environment; do not
+        wait.
 
-def ask(host: str, module: str, request: dict[str, Any], *, timeout: float) -> dict[str, Any]:
-    """Run a module on a host with a JSON object on its standard input; return the one that it answers.
+        The environment goes through standard input: every user of a host can read its command
+        lines.
+        """
+        self.host, self._lost = host, ""
+        exports = " ".join(
+            f"export {name}={shlex.quote(value)};" for name, value in environment.items()
+        )
+        python = [sys.executable, "-m", "promoe_ds.launch.agent"]
+        command = ssh_command(host, ["sh", "-c", _WITH_EXPORTS, "promoe", str(Path.cwd()), *python])
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        self._send(exports)
 
-    Raises: RemoteError with what went wrong, in one line.
-    """
-    try:
-        done = subprocess.run(ssh_command(host, python_module(module)), input=json.dumps(request), capture_output=True, text=True,
-                              timeout=timeout)
-    except subprocess.TimeoutExpired:
-        raise RemoteError(f"no answer within {timeout:g} s") from None
-    except FileNotFoundError:
-        raise RemoteError("ssh failed: this host has no ssh client, install the package openssh-client") from None
-    if done.returncode == 255:
-        raise RemoteError(f"ssh failed: {last_line(done.stderr) or 'connection lost'}")
-    if done.returncode != 0:
-        raise RemoteError(f"{sys.executable} -m {module} ended with code {done.returncode}: {last_line(done.stderr)}")
-    try:
-        # A login script may print a greeting first.
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        raise RemoteError(f"{module} answered {done.stdout[-200:]!r}") from None
+    def ask(self, action: str, *, timeout: float = ANSWER_SECONDS, **values: Any) -> dict[str, Any]:
+        """Send a request, return its answer; after a time-out the agent is ended.
 
-
-def on_all(hosts: Sequence[str], action: Callable[[str], _T]) -> dict[str, _T | RemoteError]:
-    """Run an action for every host at once; return what it gave or how it failed."""
-    def attempt(host: str) -> _T | RemoteError:
+        Raises: RemoteError if the agent is gone, does not answer in time or reports a failure.
+        """
+        expired = Timer(timeout, self._expire, [timeout])
+        expired.start()
         try:
-            return action(host)
+            self._send(json.dumps({"action": action, **values}))
+            answer = self._receive()
+        finally:
+            expired.cancel()
+        if answer is None:
+            self._lost = self._lost or self._why_gone()
+            raise RemoteError(self._lost)
+        if "failed" in answer:
+            raise RemoteError(answer["failed"])
+        return answer["answer"]
+
+    def close(self) -> None:
+        """End the agent and its connection."""
+        with suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(3)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _send(self, line: str) -> None:
+        with suppress(OSError):  # it is gone: reading its answer finds out why
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def _receive(self) -> dict[str, Any] | None:
+        for line in self._process.stdout:  # a login script may print a greeting first
+            with suppress(ValueError):
+                answer = json.loads(line)
+                if isinstance(answer, dict) and answer.keys() & {"answer", "failed"}:
+                    return answer
+        return None
+
+    def _expire(self, seconds: float) -> None:
+        self._lost = f"no answer within {seconds:g} s"
+        self._process.kill()
+
+    def _why_gone(self) -> str:
+        errors = [line.strip() for line in self._process.stderr if line.strip()]
+        code, last = self._process.wait(10), errors[-1] if errors else ""
+        return (
+            f"ssh failed: {last or 'connection lost'}"
+            if code == 255
+            else f"the agent ended with code {code}: {last}"
+        )
+
+
+@contextmanager
+def connected(hosts: Sequence[str], environment: Mapping[str, str]) -> Iterator[dict[str, Agent]]:
+    """Give an agent on each host, started at once and ended at the end."""
+    with ExitStack() as stack:
+        agents = {}
+        for host in hosts:
+            agents[host] = Agent(host, environment)
+            stack.callback(agents[host].close)
+        yield agents
+
+
+def on_all(
+    agents: Mapping[str, Agent], action: Callable[[Agent], _T]
+) -> dict[str, _T | RemoteError]:
+    """Do something with all agents at once; return each one's result, or how it failed."""
+
+    def attempt(agent: Agent) -> _T | RemoteError:
+        try:
+            return action(agent)
         except RemoteError as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=min(_MOST_AT_ONCE, len(hosts))) as pool:
-        return dict(zip(hosts, pool.map(attempt, hosts), strict=True))
-
-
-def last_line(text: str) -> str:
-    """Return the last line that says something."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    with ThreadPoolExecutor(max_workers=min(_MOST_AT_ONCE, max(1, len(agents)))) as pool:
+        return dict(zip(agents, pool.map(attempt, agents.values()), strict=True))

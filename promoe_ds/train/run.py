@@ -49,7 +49,7 @@ def train(run: Run, context: DistributedContext, supervisor: Supervisor | None =
 
     Raises: PromoeError of the kind that fits, the same on every rank; Preempted after a shutdown request.
     """
-    supervisor = supervisor or Supervisor(run.config.supervision, run.run_dir)
+    supervisor = supervisor or Supervisor(run.config.supervision)
     supervisor.know_peers()
     with run_directory(run.run_dir, run.config, context, resume=run.resume):
         _train(run, context, supervisor)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from promoe_ds.checkpoint.load import differing_fields
@@ -13,11 +13,11 @@ from promoe_ds.config import RunConfig
 from promoe_ds.config.loader import read_saved, saved_text
 from promoe_ds.distributed.context import DistributedContext, from_main
 from promoe_ds.errors import CheckpointError, ConfigError, PromoeError
-from promoe_ds.launch.heartbeat import DUMP_FOLDER, LAUNCH_FOLDER, attempt_folder, leave_note
-from promoe_ds.launch.lock import LAUNCHER_LOCK, TRAINING_LOCK, locked, wait_until_free
-from promoe_ds.logs import configure_logging, get_logger
-
-_LOG = get_logger("train")
+from promoe_ds.launch.heartbeat import attempt_folder
+from promoe_ds.launch.lock import locked, wait_until_free
+from promoe_ds.logs import configure_logging
+from promoe_ds.run_files import LAUNCH_FOLDER, LAUNCHER_LOCK, STACKS_FOLDER, TRAINING_LOCK
+from promoe_ds.train.watchdog import end_rank
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def run_directory(run_dir: Path, config: RunConfig, context: DistributedContext,
 
 def _require_free(run_dir: Path) -> None:
     """Refuse a folder with anything in it that is not a run's."""
-    ours = (LAUNCH_FOLDER, DUMP_FOLDER, TRAINING_LOCK)
+    ours = (LAUNCH_FOLDER, STACKS_FOLDER, TRAINING_LOCK)
     if run_dir.is_dir() and not (run_dir / "config.yaml").is_file() and any(
             path.name not in ours and not path.name.startswith(f"{TRAINING_LOCK}.") for path in run_dir.iterdir()):
         raise CheckpointError(f"--run-dir {run_dir} is not empty and holds no run of this package: use another directory")
@@ -61,14 +61,7 @@ def _lock(run_dir: Path, config: RunConfig, held: ExitStack) -> None:
     if not restarted:
         wait_until_free(run_dir / LAUNCH_FOLDER / LAUNCHER_LOCK, period)
     patience = min(3 * period, longest) if restarted else 0.0
-    held.enter_context(locked(run_dir / TRAINING_LOCK, period, patience=patience, on_loss=_end))
-
-
-def _end(error: PromoeError) -> None:
-    """End this rank, and so the others: another training has the run directory."""
-    leave_note(0, error.exit_code, str(error))
-    _LOG.error("error: %s", error)
-    os._exit(error.exit_code)
+    held.enter_context(locked(run_dir / TRAINING_LOCK, period, patience=patience, on_loss=partial(end_rank, 0)))
 
 
 def _open(run_dir: Path, config: RunConfig, resume: str) -> None:

@@ -1,43 +1,36 @@
-"""The supervisor of one rank: what the training loop tells it, and what it does with signals and broken exchanges."""
+"""The supervisor of one rank: time-outs, shutdown requests, errors that other ranks caused."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.distributed.peers import gather_addresses, peer_problem
-from promoe_ds.errors import PeerError, Preempted
-from promoe_ds.launch.early_signals import STOP_SIGNALS, EarlySignals
-from promoe_ds.launch.heartbeat import DUMP_FOLDER, leave_note
-from promoe_ds.logs import get_logger, rank_from_environment
+from promoe_ds.errors import PeerError
+from promoe_ds.launch.heartbeat import write_rank_status
+from promoe_ds.launch.shutdown import EarlySignals, ShutdownRequest
+from promoe_ds.logs import rank_from_environment
+from promoe_ds.run_files import STACKS_FOLDER
 from promoe_ds.train.watchdog import Watchdog
-
-_LOG = get_logger("supervision")
 
 
 class Supervisor:
-    """Knows in which phase a rank is, for how long it may be there, and whether it was asked to stop."""
+    """Knows a rank's phase, how long it may take, and whether a shutdown was requested."""
 
-    def __init__(self, settings: SupervisionConfig, run_dir: Path) -> None:
-        """Watch nothing yet: a loop outside `supervised` runs with no watch over it."""
-        self._settings, self._stop_reason = settings, ""
-        self._watchdog: Watchdog | None = None
-        self._dump_folder, self._rank = run_dir / DUMP_FOLDER, rank_from_environment()
+    def __init__(
+        self,
+        settings: SupervisionConfig,
+        shutdown: ShutdownRequest | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        """Set-up begins; without a watchdog nothing is watched."""
+        self._settings, self._shutdown, self._watchdog = settings, shutdown, watchdog
         self._addresses: dict[str, str] = {}
         self.step, self._first_step_done = 0, False
-
-    def start(self, chain: tuple[int, ...]) -> None:
-        """Begin to watch, also over the launcher's processes; set-up lasts until the first step is done."""
-        self._watchdog = Watchdog(self._rank, self._dump_folder, self._settings.launcher_timeout_seconds,
-                                  self.request_shutdown, chain)
-        self._watchdog.expect("set-up", 0, self._settings.setup_timeout_seconds)
-        self._watchdog.start()
-        leave_note(self._rank, None, "started")
+        self._expect("set-up", settings.setup_timeout_seconds)
 
     def know_peers(self) -> None:
         """Learn on which host every rank is.  Collectives: one."""
@@ -45,15 +38,15 @@ class Supervisor:
             self._addresses = gather_addresses()
 
     def begin_step(self, step: int) -> None:
-        """A step begins, and with it the next time-out; the first belongs to set-up."""
-        if self._watchdog is not None and self._first_step_done:
-            self._watchdog.expect("step", step, self._settings.step_timeout_seconds)
+        """A step begins, and with it its time-out; the first step belongs to set-up."""
         self.step = step
+        if self._first_step_done:
+            self._expect_step()
 
     def end_step(self) -> None:
-        """The step is computed; what is logged after it still counts to it."""
-        if self._watchdog is not None and not self._first_step_done:
-            self._watchdog.expect("step", self.step, self._settings.step_timeout_seconds)
+        """The step is computed; what is logged after it still belongs to it."""
+        if not self._first_step_done:
+            self._expect_step()
         self._first_step_done = True
 
     def saving(self) -> contextlib.AbstractContextManager[None]:
@@ -66,66 +59,59 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _phase(self, name: str, seconds: float) -> Iterator[None]:
-        if self._watchdog is not None:
-            self._watchdog.expect(name, self.step, seconds)
+        self._expect(name, seconds)
         yield
-        if self._watchdog is not None:
-            self._watchdog.expect("step", self.step, self._settings.step_timeout_seconds)
+        self._expect_step()
 
-    def request_shutdown(self, reason: str) -> None:
-        """Take note of a shutdown request; called from a signal handler or a thread."""
-        self._stop_reason = self._stop_reason or reason
+    def _expect_step(self) -> None:
+        self._expect("step", self._settings.step_timeout_seconds)
+
+    def _expect(self, phase: str, seconds: float) -> None:
+        if self._watchdog is not None:
+            self._watchdog.expect(phase, self.step, seconds)
 
     def shutdown_requested(self) -> bool:
         """Whether this rank was asked to shut down."""
-        return bool(self._stop_reason)
+        return self._shutdown is not None and bool(self._shutdown.reason)
 
     @property
     def stop_reason(self) -> str:
         """Why, as far as this rank knows."""
-        return self._stop_reason or "another rank was asked to stop"
+        return self._shutdown.reason if self.shutdown_requested() else "another rank was asked to"
 
     def explain(self, error: RuntimeError) -> PeerError | None:
         """Return the error to report where other ranks are the cause."""
         problem = peer_problem(error, self._addresses)
         if not problem:
             return None
+        place = f"rank {rank_from_environment()} on {socket.gethostname()}"
         where = f"step {self.step}" if self._first_step_done else "set-up"
-        return PeerError(f"rank {self._rank} on {socket.gethostname()}: {where}: {problem}. Every rank ends; go on from the "
-                         "newest complete checkpoint with --resume auto")
-
-    def close(self) -> None:
-        """Stop watching."""
-        if self._watchdog is not None:
-            self._watchdog.close()
+        return PeerError(
+            f"{place}: {where}: {problem}. Every rank ends; resume from the newest complete "
+            "checkpoint with --resume auto"
+        )
 
 
 @contextlib.contextmanager
-def supervised(settings: SupervisionConfig, run_dir: Path, beginning: EarlySignals) -> Iterator[Supervisor]:
-    """Watch over this process: time-outs, launcher, SIGTERM and SIGUSR1 (finish the step, save, end).
+def supervised(
+    settings: SupervisionConfig, run_dir: Path, early: EarlySignals
+) -> Iterator[Supervisor]:
+    """Watch this process: time-outs, launcher, shutdown requests (finish the step, save, end).
 
     Args:
-        beginning: what was seen of launcher and signals so far.
-    Raises: PeerError in place of what a library says about a broken exchange.
+        early: the launcher's processes, and the signals so far.
+    Raises: PeerError in place of a library's message about a broken exchange.
     """
-    supervisor = Supervisor(settings, run_dir)
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
-            handlers[number] = signal.signal(number, lambda received, _: supervisor.request_shutdown(signal.Signals(received).name))
-    if beginning.stop_reason:
-        supervisor.request_shutdown(beginning.stop_reason)
-    supervisor.start(beginning.chain)
+    rank, stacks = rank_from_environment(), run_dir / STACKS_FOLDER
+    watchdog = Watchdog(rank, stacks, settings.launcher_timeout_seconds, early)
+    supervisor = Supervisor(settings, early, watchdog)
+    watchdog.start()
+    write_rank_status(rank, None, "started")
     try:
         yield supervisor
-    except Preempted:
-        handlers.clear()  # a signal that comes late, when another rank's has already stopped the job, must not change the exit code
-        raise
     except RuntimeError as error:
         if (explained := supervisor.explain(error)) is None:
             raise
         raise explained from error
     finally:
-        supervisor.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        watchdog.close()

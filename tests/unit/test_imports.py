@@ -20,13 +20,14 @@ LIBRARIES: dict[str, set[str]] = {
     # Images are decoded by Pillow and encoded by diffusers' autoencoder. Tensors and records carry xxhash checksums.
     "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash", "tqdm"},
     # Runs on the launching host, before any rank, and must not need torch there.
-    "launch": set(), "distributed": {"torch", "numpy"}}
+    "launch": {"psutil"}, "run_files": set(), "distributed": {"torch", "numpy"}}
 #: The rooms from the lowest up; a room imports from those above it in this list and from none below.
 ORDER = (
     "errors",
     "logs",
     "files",
     "file_kind",
+    "run_files",
     "randomness",
     "load_stats",
     "condition",
@@ -49,6 +50,7 @@ NARROW: dict[str, set[str]] = {
     "logs": set(),
     "files": set(),
     "file_kind": set(),
+    "run_files": set(),
     "randomness": set(),
     "load_stats": set(),
     "condition": set(),
@@ -57,7 +59,7 @@ NARROW: dict[str, set[str]] = {
     "routing": {"errors", "config", "condition"},
     "moe": {"routing", "config"},
     "diffusion": {"config", "randomness", "errors", "condition"},
-    "launch": {"errors", "logs", "files", "config"},
+    "launch": {"errors", "logs", "files", "run_files", "config"},
     "distributed": {"errors", "logs", "config", "launch"},
     "data": {"config", "randomness", "errors", "logs", "files", "file_kind", "condition", "versions", "distributed"},
 }

@@ -1,4 +1,4 @@
-"""What the launcher and the pre-flight refuse before they look at any host: one message, no traceback."""
+"""What the launcher refuses before it asks any host: one message, no traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from promoe_ds.cli import launch
+from promoe_ds.cli import launch, preflight
 from promoe_ds.errors import ConfigError, LaunchError, PromoeError
 from promoe_ds.launch import environment
 from promoe_ds.launch.environment import require_launchable
@@ -25,7 +25,7 @@ def _arguments(folder: Path, *options: str, config: Path = CONFIG, run_dir: str 
 
 @pytest.mark.parametrize("port", ["99999", "0", "-1"])
 def test_master_port_out_of_range_is_refused(tmp_path, port) -> None:
-    with pytest.raises(LaunchError, match=f"--master-port {port}: must be from 1 to 65535"):
+    with pytest.raises(LaunchError, match=f"--master-port {port}"):
         launch.parse_arguments(_arguments(tmp_path, "--master-port", port))
 
 
@@ -35,12 +35,28 @@ def test_deepspeed_json_that_ranks_would_refuse_is_refused_before_the_launch(tmp
     (tmp_path / "z3.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"z3\.json.*stage"):
         launch.parse_arguments(_arguments(tmp_path, config=tmp_path / "z3.json"))
-    assert launch.parse_arguments(_arguments(tmp_path)).run_dir == tmp_path / "run"
+    job, check_only = launch.parse_arguments(_arguments(tmp_path))
+    assert (job.run_dir, job.config.parallel.ep_size, check_only) == (tmp_path / "run", 1, False)
+
+
+def test_ep_size_that_does_not_divide_the_ranks_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"parallel.ep_size=4"):
+        launch.parse_arguments([*_arguments(tmp_path), "parallel.ep_size=4"])
+
+
+@pytest.mark.parametrize("hostfile", [
+    "host1 slots=1\nhost2;touch${IFS}oops slots=1\n", "host1 slots=1\nhost1 slots=2\n", "host1 slots=0\n", "", "host1\n"])
+def test_hostfile_mistake_is_one_line(tmp_path, hostfile) -> None:
+    arguments = _arguments(tmp_path)
+    (tmp_path / "hosts").write_text(hostfile)
+    with pytest.raises(LaunchError, match=f"{tmp_path}/hosts") as caught:
+        preflight.main(arguments)
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("oops*"))
 
 
 def test_run_directory_that_is_a_file_is_one_message(tmp_path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(LaunchError, match=r"--run-dir .*/run cannot be made or written: File exists: .*take another directory"):
+    with pytest.raises(LaunchError, match=r"--run-dir .*/run .*File exists"):
         launch.main(_arguments(tmp_path))
 
 
@@ -58,9 +74,9 @@ def test_interpreter_that_a_shell_would_split_or_without_deepspeed_is_refused(tm
     monkeypatch.chdir(tmp_path)
     require_launchable(tmp_path)
     monkeypatch.setattr(environment.sys, "executable", "/opt/my env/bin/python")
-    with pytest.raises(LaunchError, match="the Python interpreter '/opt/my env/bin/python' has characters"):
+    with pytest.raises(LaunchError, match="/opt/my env/bin/python"):
         require_launchable(tmp_path)
     monkeypatch.setattr(environment.sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(LaunchError, match=f"{tmp_path}/deepspeed does not exist: install deepspeed"):
+    with pytest.raises(LaunchError, match=f"{tmp_path}/deepspeed"):
         require_launchable(tmp_path)
     assert sys.executable == str(tmp_path / "python"), "the module's own name for it"

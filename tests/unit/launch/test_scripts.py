@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[3]
-#: A step that leaves notes `RANK:CODE` and ends with a code. One rank on each of two nodes.
+#: A step whose ranks write the statuses `RANK:CODE` and ends with a code. One rank on each of two nodes.
 _SRUN = """#!/bin/bash
-for note in $NOTES; do
-    rank="${note%:*}" code="${note#*:}"
+for status in $STATUSES; do
+    rank="${status%:*}" code="${status#*:}"
     printf '{"rank": %s, "host": "h", "pid": 1, "code": %s, "message": "said %s", "time": %s}' "$rank" "$code" "$code" "$rank" \\
-        > "$PROMOE_NOTES_DIR/rank_0000$rank.json"
+        > "$PROMOE_STATUS_DIR/rank_0000$rank.json"
 done
 exit "$CODE"
 """
@@ -35,18 +35,18 @@ def _environment(folder: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **more}
 
 
-@pytest.mark.parametrize(("code", "notes", "restarts", "ends", "requeued"), [
+@pytest.mark.parametrize(("code", "statuses", "restarts", "ends", "requeued"), [
     (0, "0:0 1:0", 3, 0, False), (75, "0:75 1:75", 0, 75, True),
     (247, "0:7 1:null", 3, 7, True), (250, "0:null 1:null", 3, 7, True), (1, "0:1 1:7", 3, 1, True), (7, "", 3, 7, True),
     (7, "0:7 1:3", 3, 3, False), (2, "0:2 1:null", 3, 2, False), (247, "0:7 1:null", 1, 7, False),
 ], ids=["end", "stopped", "killed", "aborted", "defect", "never started", "data before lost peers", "setting", "limit"])
-def test_slurm_script_requeues_what_another_start_may_mend(tmp_path, code, notes, restarts, ends, requeued) -> None:
+def test_slurm_script_requeues_what_another_start_may_fix(tmp_path, code, statuses, restarts, ends, requeued) -> None:
     _command(tmp_path, "srun", _SRUN)
     _command(tmp_path, "scontrol", _SCONTROL)
     (tmp_path / "launch_scripts").symlink_to(REPOSITORY / "launch_scripts")
     environment = _environment(tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="7", SLURM_JOB_NODELIST="host[1-2]",
                                SLURM_RESTART_COUNT="1", PROMOE_RANKS="1", PROMOE_MAX_RESTARTS=str(restarts), CODE=str(code),
-                               NOTES=notes)
+                               STATUSES=statuses)
     done = subprocess.run(["bash", "launch_scripts/slurm.sbatch", "r", "c", "run"], cwd=tmp_path, env=environment, timeout=30,
                           capture_output=True, text=True)
     assert (done.returncode, (tmp_path / "requeued").exists()) == (ends, requeued), done.stdout + done.stderr
@@ -78,13 +78,13 @@ def test_run_ranks_stop_reaches_ranks_that_were_not_there_yet(tmp_path) -> None:
     assert (tmp_path / "saved").exists()
 
 
-def test_run_ranks_killed_by_the_wish_before_it_could_be_heard_counts_as_stopped(tmp_path) -> None:
-    asked = _run_ranks(tmp_path, f"touch {tmp_path}/begun; sleep 0.3; exit 241")
+def test_run_ranks_killed_by_a_request_before_it_could_take_it_counts_as_stopped(tmp_path) -> None:
+    requested = _run_ranks(tmp_path, f"touch {tmp_path}/begun; sleep 0.3; exit 241")
     _wait_for(tmp_path / "begun")
-    asked.send_signal(signal.SIGUSR1)
-    assert asked.wait(100) == 75
-    (tmp_path / "unasked").mkdir()
-    assert _run_ranks(tmp_path / "unasked", "exit 241").wait(100) == 241
+    requested.send_signal(signal.SIGUSR1)
+    assert requested.wait(100) == 75
+    (tmp_path / "unrequested").mkdir()
+    assert _run_ranks(tmp_path / "unrequested", "exit 241").wait(100) == 241
 
 
 def test_run_ranks_end_while_a_signal_is_handled_keeps_its_code(tmp_path) -> None:

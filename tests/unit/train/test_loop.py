@@ -81,7 +81,7 @@ def test_loop_shutdown_at_an_evaluations_step_saves_without_it(tmp_path, monkeyp
     writer.write = lambda *unused: note("log")
     saver.save = lambda: note("save")
     with pytest.raises(Preempted, match="step 4 of 10"):
-        run._Actions(trainer, writer, saver, Supervisor(SupervisionConfig(), tmp_path), lambda _: note("evaluation")).loop().run()
+        run._Actions(trainer, writer, saver, Supervisor(SupervisionConfig()), lambda _: note("evaluation")).loop().run()
     assert happened == [("evaluation", 2), ("log", 2), ("log", 4), ("save", 4)]
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from promoe_ds.launch.heartbeat import ATTEMPT_VARIABLE, make_launch_folder
-from promoe_ds.launch.lock import LAUNCHER_LOCK, TRAINING_LOCK, LockedError, locked
+from promoe_ds.launch.heartbeat import ATTEMPT_VARIABLE
+from promoe_ds.launch.lock import LockedError, locked
 from promoe_ds.logs import configure_logging
+from promoe_ds.run_files import LAUNCHER_LOCK, TRAINING_LOCK, make_launch_folder
 from promoe_ds.train.run_directory import run_directory
 
 from ..builders import small_config

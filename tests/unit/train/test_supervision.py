@@ -15,9 +15,9 @@ from torch import nn
 
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.distributed.peers import peer_problem
-from promoe_ds.launch.early_signals import STOP_SIGNALS, EarlySignals
-from promoe_ds.launch.heartbeat import read_lease, read_notes, renew_lease
-from promoe_ds.launch.leftovers import processes_with, sweep
+from promoe_ds.launch.heartbeat import read_heartbeat, read_rank_statuses, renew_heartbeat
+from promoe_ds.launch.processes import kill_leftover_processes, processes_with
+from promoe_ds.launch.shutdown import RANK_SIGNALS, EarlySignals
 from promoe_ds.train.health import HealthWatch, agree
 from promoe_ds.train.supervisor import supervised
 from tests.unit.ranks import ONE_RANK
@@ -30,12 +30,12 @@ from pathlib import Path
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.train.supervisor import supervised
 from promoe_ds.cli.entry import run_entry
-from promoe_ds.launch.early_signals import EarlySignals
+from promoe_ds.launch.shutdown import EarlySignals
 def main(arguments):
-    beginning = EarlySignals()
+    early = EarlySignals()
     settings = SupervisionConfig(step_timeout_seconds=float(os.environ.get("STEP_SECONDS", "100")), setup_timeout_seconds=100,
                                  launcher_timeout_seconds=float(os.environ.get("LAUNCHER_SECONDS", "100")))
-    with supervised(settings, Path(sys.argv[1]), beginning) as supervisor:
+    with supervised(settings, Path(sys.argv[1]), early) as supervisor:
         supervisor.begin_step(0); supervisor.end_step(); supervisor.begin_step(7)
         print("ready", flush=True)
         {body}
@@ -63,33 +63,33 @@ def test_watchdog_stalled_step_dumps_stacks_and_ends_with_8(tmp_path) -> None:
     assert f"step 7 took longer than 1.5 s (supervision.step_timeout_seconds): all stacks are in {dump}" in errors
 
 
-def test_watchdog_lease_not_renewed_ends_with_9_and_leaves_a_note(tmp_path) -> None:
+def test_watchdog_heartbeat_not_renewed_ends_with_9_and_a_status(tmp_path) -> None:
     attempt = tmp_path / "attempt"
     attempt.mkdir()
-    renew_lease(attempt, 1)
+    renew_heartbeat(attempt, 1)
     rank = _rank(tmp_path, "time.sleep(1); supervisor.begin_step(8); time.sleep(1); supervisor.begin_step(9); time.sleep(60)",
                  LAUNCHER_SECONDS="2", PROMOE_LAUNCH_DIR=str(attempt))
     _, errors = rank.communicate(timeout=200)
     assert rank.returncode == 9, errors
-    assert "no sign of life from the launcher for 2 s" in errors
-    (note,) = read_notes(attempt)
-    assert (note.rank, note.code, note.pid) == (3, 9, rank.pid)
+    assert "no heartbeat of the launcher for 2 s" in errors
+    (status,) = read_rank_statuses(attempt)
+    assert (status.rank, status.code, status.pid) == (3, 9, rank.pid)
 
 
-def test_lease_wish_to_stop_reaches_the_rank(tmp_path) -> None:
-    renew_lease(tmp_path, 5, "SIGTERM")
-    assert read_lease(tmp_path) == (5, "SIGTERM")
+def test_heartbeat_shutdown_request_reaches_the_rank(tmp_path) -> None:
+    renew_heartbeat(tmp_path, 5, "SIGTERM")
+    assert read_heartbeat(tmp_path) == (5, "SIGTERM")
     rank = _rank(tmp_path, f"{UNTIL_ASKED}; print(supervisor.shutdown_requested(), supervisor.stop_reason)",
                  PROMOE_LAUNCH_DIR=str(tmp_path))
     output, errors = rank.communicate(timeout=200)
     assert output.splitlines()[-1] == "True SIGTERM", errors
-    assert [note.code for note in read_notes(tmp_path)] == [0]
-    (tmp_path / "lease.json").write_text("{half")
-    assert read_lease(tmp_path) is None
+    assert [status.code for status in read_rank_statuses(tmp_path)] == [0]
+    (tmp_path / "heartbeat.json").write_text("{half")
+    assert read_heartbeat(tmp_path) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_is_a_wish_to_stop_not_an_end(tmp_path, number) -> None:
+def test_signal_is_a_shutdown_request_not_an_end(tmp_path, number) -> None:
     rank = _rank(tmp_path, f"{UNTIL_ASKED}; print(supervisor.stop_reason)")
     assert rank.stdout.readline() == "ready\n"
     rank.send_signal(number)
@@ -98,11 +98,11 @@ def test_signal_is_a_wish_to_stop_not_an_end(tmp_path, number) -> None:
 
 
 def test_signal_during_the_imports_is_handed_over(tmp_path) -> None:
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in RANK_SIGNALS}
     try:
-        beginning = EarlySignals()
+        early = EarlySignals()
         os.kill(os.getpid(), signal.SIGUSR1)
-        with supervised(SupervisionConfig(), tmp_path, beginning) as supervisor:
+        with supervised(SupervisionConfig(), tmp_path, early) as supervisor:
             assert (supervisor.shutdown_requested(), supervisor.stop_reason) == (True, "SIGUSR1")
     finally:
         for number, handler in before.items():
@@ -133,22 +133,22 @@ def test_rank_whose_deepspeed_launcher_is_killed_ends_with_9(tmp_path) -> None:
     launcher = int(Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text())
     os.kill(launcher, signal.SIGKILL)
     deadline = time.monotonic() + 1000
-    while not [note for note in read_notes(attempt) if note.code is not None] and time.monotonic() < deadline:
+    while not [status for status in read_rank_statuses(attempt) if status.code is not None] and time.monotonic() < deadline:
         time.sleep(0.1)
-    (note,) = read_notes(attempt)
+    (status,) = read_rank_statuses(attempt)
     starter.wait(100)
-    assert note.code == 9
-    assert f"launcher process {launcher} is gone" in note.message
+    assert status.code == 9
+    assert f"launcher process {launcher} is gone" in status.message
 
 
-def test_sweep_kills_what_is_left_of_its_attempt_and_nothing_else(tmp_path) -> None:
+def test_leftovers_of_an_attempt_are_killed_and_nothing_else(tmp_path) -> None:
     mine, other = (subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], "PROMOE_LAUNCH_DIR": str(tmp_path / name)})
                    for name in ("attempt_001", "attempt_0010"))
     try:
         deadline = time.monotonic() + 100
-        while processes_with("PROMOE_LAUNCH_DIR", str(tmp_path / "attempt_001")) != [mine.pid]:
+        while [p.pid for p in processes_with("PROMOE_LAUNCH_DIR", str(tmp_path / "attempt_001"))] != [mine.pid]:
             assert time.monotonic() < deadline  # a process has its environment a moment after it has begun
-        assert sweep(str(tmp_path / "attempt_001"), patience=0.1) == [mine.pid]
+        assert kill_leftover_processes(str(tmp_path / "attempt_001"), patience=0.1) == [mine.pid]
         assert mine.wait(100) == -9
         assert other.poll() is None
     finally:

@@ -1,4 +1,4 @@
-"""The first moments of a rank, in real processes: a launcher that is gone by then, a wish to stop that comes so early."""
+"""Signals to a launcher, and to a rank whose launcher may be gone before it starts, in real processes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from promoe_ds.launch.heartbeat import read_notes
+from promoe_ds.launch.heartbeat import read_rank_statuses
+from promoe_ds.launch.shutdown import ShutdownRequest
 
 REPOSITORY = Path(__file__).parents[3]
 RANK = """
 import time
 from promoe_ds.cli.entry import run_entry
-from promoe_ds.launch.early_signals import EarlySignals
+from promoe_ds.launch.shutdown import EarlySignals
 def main(arguments):
-    beginning = EarlySignals()
-    print("begun", len(beginning.chain), flush=True)
+    early = EarlySignals()
+    print("begun", len(early.chain), flush=True)
     time.sleep(0.3)
-    print(beginning.stop_reason)
+    print(early.reason)
 run_entry(main)
 """
 BY_DEEPSPEED = {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0"}
@@ -31,11 +32,11 @@ def _start(*command: str, **environment: str) -> subprocess.Popen:
 
 
 def test_rank_whose_launcher_is_gone_before_it_begins_ends_with_9(tmp_path) -> None:
-    rank = _start(sys.executable, "-c", RANK, **BY_DEEPSPEED, PROMOE_NOTES_DIR=str(tmp_path))
+    rank = _start(sys.executable, "-c", RANK, **BY_DEEPSPEED, PROMOE_STATUS_DIR=str(tmp_path))
     output, errors = rank.communicate(timeout=200)
     assert (rank.returncode, output) == (9, "")
-    assert "its launcher ended before it had begun" in errors
-    assert [note.code for note in read_notes(tmp_path)] == [9], "the folder of notes serves where there is no lease"
+    assert errors.startswith("error: rank 0 on ")
+    assert [status.code for status in read_rank_statuses(tmp_path)] == [9]
 
 
 def test_rank_under_a_launcher_behind_a_script_of_the_user_is_no_orphan(tmp_path) -> None:
@@ -58,9 +59,25 @@ def test_abort_from_inside_a_library_leaves_the_stacks(tmp_path) -> None:
     assert "in main" in errors
 
 
-def test_signal_before_the_supervisor_is_a_wish_to_stop(tmp_path) -> None:
-    rank = _start(sys.executable, "-c", RANK.replace("time.sleep(0.3)", "while not beginning.stop_reason: time.sleep(0.05)"))
+def test_signal_before_the_supervisor_is_a_shutdown_request(tmp_path) -> None:
+    rank = _start(sys.executable, "-c", RANK.replace("time.sleep(0.3)", "while not early.reason: time.sleep(0.05)"))
     assert rank.stdout.readline() == "begun 0\n"
     rank.send_signal(signal.SIGTERM)
     output, errors = rank.communicate(timeout=200)
     assert (rank.returncode, output) == (0, "SIGTERM\n"), errors
+
+
+def test_launcher_second_interrupt_means_at_once_and_other_signals_do_not() -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        shutdown = ShutdownRequest(terminal=True)
+        for number, at_once in zip(numbers, (False, False, True, True), strict=True):
+            os.kill(os.getpid(), number)
+            assert (shutdown.reason, shutdown.at_once) == ("SIGTERM", at_once)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        ShutdownRequest(terminal=True)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

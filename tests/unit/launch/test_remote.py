@@ -1,0 +1,67 @@
+"""The launcher's end of an agent, with a plain process for ssh."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from promoe_ds.launch import remote
+from promoe_ds.launch.remote import Agent, RemoteError, connected, on_all, ssh_command, ssh_options
+
+#: Greets, then answers a variable as its time; hangs when asked for a port.
+AGENT = """
+import os, time
+import promoe_ds.launch.agent as agent
+agent._ACTIONS |= {"time": lambda: {"time": os.environ.get("SECRET")}, "port": lambda: time.sleep(60)}
+print("Welcome!\\n{}\\n[1]", flush=True)
+agent.main()
+"""
+
+
+@pytest.fixture
+def commands(monkeypatch) -> list[list[str]]:
+    """Let ssh run AGENT here; return the command lines that it was given."""
+    seen: list[list[str]] = []
+
+    def ssh_command(host: str, arguments: list[str]) -> list[str]:
+        seen.append(arguments)
+        python = ["/nowhere/python"] if host == "broken" else [sys.executable, "-c", AGENT]
+        return [*arguments[: arguments.index(sys.executable)], *python]
+
+    monkeypatch.setattr(remote, "ssh_command", ssh_command)
+    return seen
+
+
+def test_agent_environment_arrives_and_is_on_no_command_line(commands) -> None:
+    secret = "it's a \"$HOME\" `id` \\ 50% secret"
+    with connected(["host"], {"SECRET": secret}) as agents:
+        assert agents["host"].ask("time") == {"time": secret}
+        shown = subprocess.run(["ps", "-A", "-ww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert "50% secret" not in shown + str(commands)
+
+
+def test_agent_that_fails_is_reported_beside_one_that_does_not(commands) -> None:
+    with connected(["broken", "host"], {}) as agents:
+        for _ in range(2):
+            answers = on_all(agents, lambda agent: agent.ask("time"))
+            assert "code 127: " in str(answers["broken"]) and "/nowhere/python" in str(answers["broken"])
+            assert answers["host"] == {"time": None}
+        with pytest.raises(RemoteError, match="KeyError: 'nothing'"):
+            agents["host"].ask("nothing")
+
+
+def test_agent_that_is_late_is_given_up(commands) -> None:
+    agent = Agent("host", {})
+    agent.ask("time")
+    for action in ("port", "time"):
+        with pytest.raises(RemoteError, match="no answer within"):
+            agent.ask(action, timeout=0.3)
+    agent.close()
+    assert agent._process.returncode == -9
+
+
+def test_ssh_holds_a_silent_connection_as_long_as_asked() -> None:
+    assert "ServerAliveCountMax=3" in ssh_command("host1", ["true"])
+    assert [ssh_options(seconds)[-1] for seconds in (0.1, 911)] == ["ServerAliveCountMax=1", "ServerAliveCountMax=183"]
