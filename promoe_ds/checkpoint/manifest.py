@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.config.old_names import with_new_names
+from promoe_ds.config.old_names import VALUES, with_new_names
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.launch.heartbeat import CHECKPOINT_NAME
 
@@ -51,7 +51,8 @@ class Layout:
     aligned: bool = False
 
     def __str__(self) -> str:
-        return (f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, parallel.dispatch={self.dispatch}, "
+        dispatch = VALUES["parallel", "dispatch"].get(self.dispatch, self.dispatch)
+        return (f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, parallel.dispatch={dispatch}, "
                 f"ZeRO {self.zero_stage}, {self.precision}{', aligned' if self.aligned else ''}")
 
 
