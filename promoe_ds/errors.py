@@ -5,6 +5,9 @@ Their exit codes are listed in docs/multinode.md; 1 is a defect (a traceback), 0
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class PromoeError(Exception):
     """Base of every error that is reported to the user as one message, without a traceback."""
@@ -70,3 +73,24 @@ class Preempted(PromoeError):  # noqa: N818  # no error: the job did as it was t
     """The job was asked to stop, finished its step, saved and ended; it can be started again."""
 
     exit_code = 75
+
+
+#: Longer values are cut in messages.
+_LONGEST_VALUE = 60
+
+
+def first_few(problems: Sequence[str], shown: int = 5) -> str:
+    """Return the first problems of a list in one line, and how many more there are."""
+    more = f" and {len(problems) - shown} more" if len(problems) > shown else ""
+    return "; ".join(problems[:shown]) + more
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return `NAME is SAVED there and CURRENT here` for each current setting that differs."""
+    return [f"{name} is {_short(saved.get(name))} there and {_short(value)} here"
+            for name, value in current.items() if saved.get(name) != value]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."

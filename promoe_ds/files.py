@@ -1,9 +1,11 @@
-"""Files that other programs read: JSON without NaN and infinities, which it cannot say, written in one move."""
+"""Files that are replaced in one move, and JSON without NaN and infinities, which it has no words for."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,30 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a file that is either the old or the new one, whatever happens.
+    """Write JSON as `replacing` does.
 
     Raises: OSError.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json_text(value, indent=1), encoding="utf-8")
+    replace_text(path, json_text(value, indent=1))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text as `replacing` does.
+
+    Raises: OSError.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which it replaces when all went well.
+
+    A reader finds the old file or the new one, whatever happens.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    yield temporary
     temporary.replace(path)
 
 

@@ -18,8 +18,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from promoe_ds.checkpoint.manifest import FileRecord
-from promoe_ds.checkpoint.torch_file import require_torch, unreadable_reason
-from promoe_ds.errors import CheckpointError
+from promoe_ds.checkpoint.torch_file import load_torch
 
 #: Plain records that DeepSpeed stores beside tensors; nothing else is let in from a file.
 ALLOWED_RECORDS = [fragment_address, LossScaler]
@@ -97,14 +96,7 @@ def load_trusted(path: Path, *, map_location: Any = "cpu") -> Any:
 
     Raises: CheckpointError naming the file.
     """
-    try:
-        require_torch(path)
-        with torch.serialization.safe_globals(ALLOWED_RECORDS):
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
-        raise CheckpointError(f"{path}: cannot be read: {unreadable_reason(path, error, ALLOWED_RECORDS)}") from None
+    return load_torch(path, ALLOWED_RECORDS, map_location=map_location)
 
 
 def _storable(value: Any, *, copy: bool) -> Any:

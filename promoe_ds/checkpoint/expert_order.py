@@ -76,10 +76,6 @@ class RelabelledCheckpoint:
         return {name: value[torch.tensor(self._sources[name])] if name in self._sources else value
                 for name, value in self._checkpoint.buffers().items()}
 
-    def close(self) -> None:
-        """Let go of the open files."""
-        self._checkpoint.close()
-
 
 def relabelled(checkpoint: ShardedCheckpoint, manifest: Manifest, network: DiT) -> ShardedCheckpoint | RelabelledCheckpoint:
     """Return the checkpoint with its experts in the order of the network's config."""

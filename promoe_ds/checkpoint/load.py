@@ -15,15 +15,13 @@ from promoe_ds.config import RunConfig
 from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.config.schedule import learning_rate
 from promoe_ds.distributed.context import on_all_ranks
-from promoe_ds.errors import CheckpointError
+from promoe_ds.errors import CheckpointError, differences
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("checkpoint")
 
 #: Settings of the optimizer that are read at every step.
 _SCHEDULE = ("lr", "schedule", "warmup_steps", "min_lr", "schedule_steps")
-#: Longer values are cut in messages.
-_LONGEST_VALUE = 60
 
 #: What a resumed run may change: nothing that would make it another run. `_report_changes` says what leaves a trace.
 FREE_FIELDS = {
@@ -128,26 +126,20 @@ def differing_fields(saved: dict[str, Any], config: RunConfig, *, architecture_o
         "shared_expert_width", "expert_type", "shared_expert_type", "per_layer_weight"),
         # What the network is asked and what it answers.
         "diffusion": ("objective", "num_train_timesteps")}
-    lines = []
+    there, here = {}, {}
     for section, fields in current.items():
         if not isinstance(fields, dict) or (architecture_only and section not in architecture):
             continue
-        defaults = type(getattr(config, section)).model_fields
-        for name, value in fields.items():
-            must_agree = name in architecture[section] if architecture_only else name not in FREE_FIELDS.get(section, ())
-            # A field younger than the checkpoint: what was then done is the default now.
-            before = saved.get(section, {}).get(name, _as_json(defaults[name].default))
-            if architecture_only and name == "per_layer_weight":
-                before, value = bool(before), bool(value)  # whether there is a head, not its weight
-            if must_agree and name != "preset" and before != value:
-                lines.append(f"{section}.{name} is {_shown(before)} there and {_shown(value)} here")
-    return lines
-
-
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+        # A field that is newer than the checkpoint: its default is what was done then.
+        defaults = {
+            name: list(field.default) if isinstance(field.default, tuple) else field.default
+            for name, field in type(getattr(config, section)).model_fields.items()
+        }
+        before = defaults | saved.get(section, {})
+        must_agree = architecture[section] if architecture_only else fields.keys() - FREE_FIELDS.get(section, set())
+        for name in (name for name in fields if name in must_agree and name != "preset"):
+            there[f"{section}.{name}"], here[f"{section}.{name}"] = before[name], fields[name]
+    for values in (there, here) if architecture_only else ():
+        # Of a router's head: whether there is one, not its weight.
+        values["routing.per_layer_weight"] = bool(values["routing.per_layer_weight"])
+    return differences(there, here)

@@ -57,7 +57,7 @@ def _fill(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
     trainer.optimizer.averages_since = {kind: manifest.step for kind in missing if kind.startswith(EMA)} | {
         kind: manifest.averages_since[source] for kind, source in sources.items() if source in manifest.averages_since}
     if trainer.context.is_main:
-        _tell(trainer, folder, manifest, missing)
+        _report_losses(trainer, folder, manifest, missing)
     for owned in _owned_values(trainer, checkpoint.optimizer_step or 0):
         for kind, out in owned.kinds.items():
             if kind == WEIGHTS or kind not in missing:
@@ -69,10 +69,9 @@ def _fill(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
     state = dict(trainer.network.named_buffers())
     for name, value in checkpoint.buffers().items():
         state[name].copy_(value)
-    checkpoint.close()
 
 
-def _tell(trainer: TrainingState, folder: Path, manifest: Manifest, missing: list[str]) -> None:
+def _report_losses(trainer: TrainingState, folder: Path, manifest: Manifest, missing: list[str]) -> None:
     """Say which averages are left behind, and which state begins anew."""
     before = OptimizerConfig.model_validate(manifest.config["optimizer"]).averages
     kept = kept_averages(manifest, trainer.config.optimizer).values()

@@ -7,7 +7,7 @@ scheduler that repeats it, goes on with what the run has reached, and `auto` nev
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from promoe_ds.checkpoint.manifest import (
     step_of,
 )
 from promoe_ds.distributed.context import DistributedContext, from_main, gather_objects, on_main
-from promoe_ds.errors import CheckpointError
+from promoe_ds.errors import CheckpointError, first_few
 from promoe_ds.files import write_json
 from promoe_ds.logs import get_logger
 
@@ -80,7 +80,7 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
         raise CheckpointError(f"--resume {request}: {run_dir} already holds checkpoints of its own, up to {own[0].name}, and was "
                               "not started from there: go on by --resume auto, or take another --run-dir")
     _LOG.info("resume: taking %s", folder)
-    on_main(ranks, lambda: _write_start(run_dir, _Start(named=named, step=read_manifest(folder).step)))
+    on_main(ranks, lambda: write_json(run_dir / _START, {"named": named, "step": read_manifest(folder).step}))
     return Choice(folder=folder, same_run=False)
 
 
@@ -129,8 +129,7 @@ def _newest_sound(candidates: list[Path], ranks: DistributedContext) -> tuple[Pa
         problems = _problems(candidate, ranks)
         if not problems:
             return candidate, skipped
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        skipped.append("; ".join(problems[:_SHOWN]) + more)
+        skipped.append(first_few(problems, _SHOWN))
     return None, skipped
 
 
@@ -157,6 +156,3 @@ def _read_start(run_dir: Path) -> _Start | None:
         raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error}); it says which checkpoint the run "
                               "was started from: remove it to go on by --resume auto") from None
 
-
-def _write_start(run_dir: Path, start: _Start) -> None:
-    write_json(run_dir / _START, asdict(start))

@@ -17,6 +17,7 @@ from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.config.schema import TrainConfig
 from promoe_ds.distributed.context import from_main, gather_objects
 from promoe_ds.errors import CheckpointError
+from promoe_ds.files import replace_text
 from promoe_ds.logs import get_logger
 from promoe_ds.versions import package_versions
 
@@ -149,9 +150,7 @@ def _finish(trainer: TrainingState, root: Path, pending: _Pending, records: dict
         manifest.write(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
-        pointer = root / "latest.tmp"
-        pointer.write_text(final.name)
-        pointer.rename(root / "latest")
+        replace_text(root / "latest", final.name)
         _prune(root, pending.step, trainer.config.train)
     except OSError as error:
         return f"rank 0: {error}"

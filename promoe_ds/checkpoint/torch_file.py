@@ -1,23 +1,23 @@
-"""Files of `torch.save`, read and written range by range: no file, however large, is ever whole in memory.
+"""Files of `torch.save`, read and written range by range: no file is ever whole in memory.
 
-Torch reads a file's structure without its values (fake tensors that know where in the file their bytes lie) and writes a
-file whose values are left out, to be filled in afterwards. Both are used here with plain reads and writes, so that what is
-resident is the tensor in hand and nothing else. Nothing is executed from a file (`weights_only`).
+A file is mapped when it is read, and what was read of it is released at once: resident are the
+tensor in hand and nothing else. It is written by torch without its values (a sparse file), which
+are filled in afterwards by plain writes. Nothing is executed from a file (`weights_only`).
 """
 
 from __future__ import annotations
 
-import errno
+import ctypes
+import mmap
 import os
 import pickle
-import resource
 import struct
 import zipfile
 import zlib
-from io import BufferedRandom, BufferedReader
+from collections.abc import Sequence
+from io import BufferedRandom
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from promoe_ds.errors import CheckpointError
 from promoe_ds.file_kind import SAFETENSORS, TORCH, identify
-from promoe_ds.logs import get_logger
 from promoe_ds.model.shards import bytes_of
 
-_LOG = get_logger("checkpoint")
+_LIBC = ctypes.CDLL(None)
 _BLOCK = 1 << 22
 #: Offsets and sizes of a zip archive's structures (APPNOTE 4.3.7, 4.3.9, 4.3.12).
 _LOCAL_HEADER, _CRC_IN_HEADER = 30, 14
@@ -36,152 +35,110 @@ _DESCRIPTOR, _HAS_DESCRIPTOR = b"PK\x07\x08", 0x08
 _DIRECTORY_ENTRY, _CRC_IN_DIRECTORY, _LENGTHS_IN_DIRECTORY = 46, 16, 28
 
 
-class TorchFile:
-    """A file of `torch.save`, opened for reading: `content` has its structure with fake tensors in place of values."""
+def load_torch(
+    path: Path, allowed: Sequence[type] = (), *, is_mapped: bool = False, map_location: Any = "cpu"
+) -> Any:
+    """Read a file, executing nothing from it.
 
-    def __init__(self, path: Path, allowed: list[type] | None = None) -> None:
-        """Read the structure.
-
-        Args:
-            path: the file.
-            allowed: plain records that the file may hold beside tensors, numbers, strings and containers.
-        Raises: CheckpointError naming the file if it is damaged, no such file, or would run code.
-        """
-        self.path = path
-        self._file = _open(path)
-        try:
-            self._size = path.stat().st_size
-            require_torch(path, self._file)
-            with torch.serialization.safe_globals(list(allowed or [])), FakeTensorMode():
-                self.content: Any = torch.load(self._file, map_location="cpu", weights_only=True)
-        except CheckpointError:
-            self.close()
-            raise
-        except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
-            self.close()
-            raise CheckpointError(f"{path}: cannot be read: {unreadable_reason(path, error, allowed)}") from None
-
-    def read(self, fake: Tensor) -> Tensor:
-        """Return the values of one tensor of `content`, in memory of their own.
-
-        Raises: CheckpointError if the file ends before, whatever size its header claims.
-        """
-        span = 1 + sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True)) if fake.numel() else 0
-        self._check_extent(self._offset(fake), span * fake.element_size())
-        flat = torch.empty(span, dtype=fake.dtype)
-        self._read_bytes(flat, self._offset(fake))
-        return flat.as_strided(fake.shape, fake.stride()).contiguous()
-
-    def check_records(self) -> None:
-        """Hold every record of the archive against the CRC-32 that the archive has of it.
-
-        Raises: CheckpointError naming the file and its first damaged record.
-        """
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                damaged = archive.testzip()
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise CheckpointError(f"{self.path}: cannot be read ({error})") from None
-        if damaged is not None:
-            raise CheckpointError(f"{self.path}: its record {damaged} does not match its CRC-32: the file is damaged, or was "
-                                  "written without (torch.serialization.set_crc32_options); if so, load it and save it again")
-
-    def read_into(self, out_N: Tensor, fake: Tensor, start: int) -> None:
-        """Fill a flat tensor with the values [start, start + N) of a contiguous tensor of `content`.
-
-        Raises: CheckpointError if the file ends before, or the types differ.
-        """
-        if not fake.is_contiguous():
-            out_N.copy_(self.read(fake).view(-1)[start:start + out_N.numel()])
-            return
-        if out_N.dtype != fake.dtype or start + out_N.numel() > fake.numel():
-            raise CheckpointError(f"{self.path}: holds {fake.numel()} values of {fake.dtype} where {start + out_N.numel()} of "
-                                  f"{out_N.dtype} are wanted")
-        self._read_bytes(out_N, self._offset(fake) + start * fake.element_size())
-
-    def item(self, value: Any) -> Any:
-        """Return a number that is stored as such or as a tensor of one value."""
-        return self.read(value).item() if isinstance(value, Tensor) else value
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> TorchFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _offset(self, fake: Tensor) -> int:
-        return int(fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.element_size())
-
-    def _check_extent(self, offset: int, length: int) -> None:
-        if offset + length > self._size:
-            raise CheckpointError(f"{self.path}: ends before its tensors do ({self._size} bytes)")
-
-    def _read_bytes(self, out: Tensor, offset: int) -> None:
-        self._check_extent(offset, out.nbytes)
-        self._file.seek(offset)
-        view = bytes_of(out)
-        done = 0
-        while done < len(view):
-            count = self._file.readinto(view[done:])
-            if not count:
-                raise CheckpointError(f"{self.path}: ends before its tensors do")
-            done += count
+    Args:
+        path: the file.
+        allowed: plain records that the file may hold beside tensors, numbers, strings, containers.
+        is_mapped: leave the values in the file until `copy_range` or `copy_tensor` reads them.
+    Raises: CheckpointError naming the file if it is damaged, no such file, or would run code.
+    """
+    try:
+        if (kind := identify(path)) != TORCH:
+            remedy = "torch.save(safetensors.torch.load_file(FILE), OTHER) makes a torch file of it"
+            raise CheckpointError(
+                f"{path}: cannot be read: it is {kind}{f': {remedy}' * (kind == SAFETENSORS)}"
+            )
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location=map_location, mmap=is_mapped, weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
+        reason = _unreadable_reason(path, error, allowed)
+        raise CheckpointError(f"{path}: cannot be read: {reason}") from None
 
 
-def require_torch(path: Path, file: BinaryIO | None = None) -> None:
-    """Raise CheckpointError naming what a file is, open or not, if it is not torch.save's: torch would advise, or run it."""
-    if (kind := identify(file or path)) != TORCH:
-        remedy = ": torch.save(safetensors.torch.load_file(FILE), OTHER) makes one of torch of it" * (kind == SAFETENSORS)
-        raise CheckpointError(f"{path}: cannot be read: it is {kind}{remedy}")
+def copy_range(out_N: Tensor, mapped: Tensor, start: int) -> None:
+    """Fill a flat tensor with the values [start, start + N) of a tensor of a mapped file.
+
+    Raises: ValueError if the tensor has fewer values, or values of another type.
+    """
+    stop = start + out_N.numel()
+    if out_N.dtype != mapped.dtype or stop > mapped.numel():
+        raise ValueError(
+            f"{mapped.numel()} values of {mapped.dtype}, expected {stop} of {out_N.dtype}"
+        )
+    whole = mapped if mapped.is_contiguous() else copy_tensor(mapped)
+    values_N = whole.view(-1)[start:stop]
+    out_N.copy_(values_N)
+    _release(values_N)
 
 
-def unreadable_reason(path: Path, error: Exception, allowed: list[Any] | None = None) -> str:
-    """Return why torch cannot read a file, in our words: torch's advise to execute what the file says."""
+def copy_tensor(mapped: Tensor) -> Tensor:
+    """Return a tensor of a mapped file in memory of its own, contiguous."""
+    value = mapped.clone(memory_format=torch.contiguous_format)
+    _release(mapped)
+    return value
+
+
+def _release(mapped: Tensor) -> None:
+    """Take the pages of a mapped tensor out of this process; they are read again if wanted."""
+    # What is not mapped from a file would be lost; its storage can be resized.
+    if mapped.numel() and not mapped.untyped_storage().resizable():
+        strides = zip(mapped.shape, mapped.stride(), strict=True)
+        span = 1 + sum((size - 1) * stride for size, stride in strides)
+        first = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = mapped.data_ptr() + span * mapped.element_size() - first
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+def check_records(path: Path) -> None:
+    """Compare every record of a file with the CRC-32 that its archive has of it.
+
+    Raises: CheckpointError naming the file and its first damaged record.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path}: its record {damaged} does not match its CRC-32: the file is damaged, or was "
+            "written without (torch.serialization.set_crc32_options); if so, load it and save it "
+            "again"
+        )
+
+
+def _unreadable_reason(path: Path, error: Exception, allowed: Sequence[type]) -> str:
+    """Return why torch cannot read a file; its own words advise to execute what the file says."""
     if isinstance(error, pickle.UnpicklingError):
         try:
-            with torch.serialization.safe_globals(allowed or []):
+            with torch.serialization.safe_globals(list(allowed)):
                 wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception as problem:  # a damaged file, again of many kinds
             error, wanted = problem, []
         if wanted:
-            return (f"it asks for {', '.join(wanted)} when it is opened, and files that could run code are refused; save its "
-                    "tensors alone, where you trust it")
+            return (
+                f"it asks for {', '.join(wanted)} when it is opened, and files that could run code "
+                "are refused; if you trust it, save its tensors alone"
+            )
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _open(path: Path) -> BufferedReader:
-    """Open a file for reading; where this process may hold no more open, let it hold as many as its host allows.
-
-    Checkpoints of many ranks are read side by side: more files than the usual 1,024.
-    Raises: CheckpointError naming the limit.
-    """
-    try:
-        return path.open("rb")
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft == hard:
-            raise CheckpointError(f"{path}: cannot be opened beside all others: this process may hold {hard} files open: raise "
-                                  "the hard limit (ulimit -Hn)") from None
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    _LOG.info("%d open files are not enough: raised the limit to the host's, %d", soft, hard)
-    return path.open("rb")
-
-
 class TorchFileWriter:
-    """A file of `torch.save` whose structure is written first and whose values are filled in one by one."""
+    """A file of `torch.save` whose structure is written first and its values one by one."""
 
     def __init__(self, path: Path, content: Any) -> None:
         """Write the structure.
 
         Args:
             path: the file.
-            content: nested dicts and lists; tensors in them are shapes only: `torch.empty` takes no memory until touched.
+            content: nested dicts and lists; only the shapes of its tensors count (`torch.empty`
+                takes no memory until it is touched).
         Raises: CheckpointError naming the file if it cannot be written.
         """
         self.path = path
@@ -194,18 +151,27 @@ class TorchFileWriter:
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{path}: cannot be written ({error})") from None
 
-    def write(self, fake: Tensor, value: Tensor) -> None:
-        """Fill in the values of one tensor of `content`."""
-        if fake.shape != value.shape or fake.dtype != value.dtype:
-            raise CheckpointError(f"{self.path}: {tuple(value.shape)} {value.dtype} does not fit {tuple(fake.shape)} {fake.dtype}")
+    def write(self, place: Tensor, value: Tensor) -> None:
+        """Write the values of one tensor of `content`."""
+        if place.shape != value.shape or place.dtype != value.dtype:
+            raise CheckpointError(
+                f"{self.path}: {tuple(value.shape)} {value.dtype} does not fit "
+                f"{tuple(place.shape)} {place.dtype}"
+            )
         try:
-            self._file.seek(fake.untyped_storage()._checkpoint_offset)
+            self._file.seek(place.untyped_storage()._checkpoint_offset)
             self._file.write(bytes_of(value.contiguous()))
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written ({error})") from None
 
+    def write_steps(self, optimizer: dict[str, Any] | None, step: int | None) -> None:
+        """Write the step of every parameter in an optimizer's state, where it has one."""
+        for state in (optimizer or {"state": {}})["state"].values():
+            if "step" in state:
+                self.write(state["step"], torch.tensor(float(step or 0)))
+
     def close(self) -> None:
-        """Flush to the disk and close; the archive's own checksums, which only other readers look at, are made true."""
+        """Write the archive's checksums, which other readers check, flush to the disk, close."""
         _write_checksums(self._file, self.path)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -213,7 +179,7 @@ class TorchFileWriter:
 
 
 def _write_checksums(file: BufferedRandom, path: Path) -> None:
-    """Put every record's CRC-32 where zip wants it: in its own header or the descriptor behind it, and in the directory."""
+    """Write every record's CRC-32 to its header or the descriptor after it, and the directory."""
     file.flush()
     with zipfile.ZipFile(path) as archive:
         records, position = archive.infolist(), archive.start_dir
@@ -226,17 +192,14 @@ def _write_checksums(file: BufferedRandom, path: Path) -> None:
         while left:
             block = file.read(min(left, _BLOCK))
             crc, left = zlib.crc32(block, crc), left - len(block)
-        value = struct.pack("<I", crc)
-        places = [position + _CRC_IN_DIRECTORY]
+        places = [position + _CRC_IN_DIRECTORY, record.header_offset + _CRC_IN_HEADER]
         if record.flag_bits & _HAS_DESCRIPTOR:
-            places.append(begin + record.file_size + len(_DESCRIPTOR))
+            places[1] = begin + record.file_size + len(_DESCRIPTOR)
             file.seek(begin + record.file_size)
             if file.read(len(_DESCRIPTOR)) != _DESCRIPTOR:
-                raise CheckpointError(f"{path}: torch's archive is laid out otherwise than expected")
-        else:
-            places.append(record.header_offset + _CRC_IN_HEADER)
+                raise CheckpointError(f"{path}: torch's archive has an unknown structure")
         for place in places:
             file.seek(place)
-            file.write(value)
+            file.write(struct.pack("<I", crc))
         file.seek(position + _LENGTHS_IN_DIRECTORY)
         position += _DIRECTORY_ENTRY + sum(struct.unpack("<HHH", file.read(6)))

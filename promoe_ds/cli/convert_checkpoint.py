@@ -9,7 +9,7 @@ file of the published code, whose architecture --recipe names. Formats:
     single     a folder for one GPU: promoe_ds.load_model reads it without deepspeed
     official   ckpt_step_N.pth as the published code writes and reads it
     diffusers  a ProMoEPipeline's folder
-    deepspeed  a folder to --resume from, on any number of ranks: it goes on at the same step with --with-optimizer, and
+    deepspeed  a folder to --resume from, on any number of ranks: it continues at the same step with --with-optimizer, and
                starts a new run from the weights without
 """
 
@@ -25,6 +25,19 @@ from pathlib import Path
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.logs import configure_logging
+
+_MOMENTS_ARE_OF_RAW = "--weights --with-optimizer: the moments belong to the raw weights; leave one out"
+#: Options that do not go together, and why.
+_CONFLICTS = (
+    ({"ema_sigma_rel", "weights"}, "--ema-sigma-rel chooses the weights: leave --weights out"),
+    ({"to_diffusers", "with_optimizer"},
+     "--with-optimizer: a diffusers pipeline has weights only; use --to single, official or deepspeed"),
+    ({"to_official", "weights", "with_optimizer"}, _MOMENTS_ARE_OF_RAW),
+    ({"to_deepspeed", "weights", "with_optimizer"}, _MOMENTS_ARE_OF_RAW),
+    ({"to_deepspeed", "rounding"}, "--dtype: training keeps its weights in fp32; leave it out"),
+    ({"rounding", "with_optimizer"},
+     "--dtype --with-optimizer: no run continues exactly from rounded weights; leave one out"),
+)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -49,10 +62,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0 < options.max_shard_size < math.inf:
         parser.error(f"--max-shard-size {options.max_shard_size:g}: must be a number above 0")
+    given = {name for name, value in vars(options).items() if value not in (None, False, [])}
+    given |= {f"to_{options.to}"} | ({"rounding"} if options.dtype != "fp32" else set())
+    for names, message in _CONFLICTS:
+        if given.issuperset(names):
+            parser.error(message)
     if options.overrides and not options.recipe:
         parser.error("--set changes a value of --recipe: name one")
-    if options.ema_sigma_rel is not None and options.weights:
-        parser.error("--ema-sigma-rel chooses the weights: leave --weights out")
     if options.vae and options.to != "diffusers":
         parser.error(f"--vae belongs to --to diffusers, not to --to {options.to}")
     return options
@@ -76,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
     verdict = "read back and compared" if report.verified else "not read back"
     sys.stdout.write(f"{report.destination}: {report.parameters:,} parameters, step {report.step}: {kinds}\n"
                      f"{report.note}{chr(10) * bool(report.note)}"
-                     f"from {report.source} ({report.source_format}): {report.values:,} values, each taken once; "
+                     f"from {report.source} ({report.source_format}): {report.values:,} values, each read once; "
                      f"{report.bytes:,} bytes written, {verdict}\n")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.errors import CheckpointError
+from promoe_ds.errors import CheckpointError, first_few
 from promoe_ds.model.build import build_model
 
 #: The fixed position table, where a checkpoint brings its own: the published code averages it.
@@ -35,7 +35,7 @@ def state_shapes(config: RunConfig, *, buffers_only: bool = False,
 
 
 def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
-    """Hold names and shapes against the model that `config` describes.
+    """Compare names and shapes with the model that `config` describes.
 
     Raises: CheckpointError naming the first tensors that are missing, left over or misshapen.
     """
@@ -43,11 +43,14 @@ def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: RunConfig) -> None:
-    """Hold names and shapes, without their tensors, against the model that `config` describes; raises as `check_state`."""
-    expected = state_shapes(config, own_positions=POSITIONS in shapes)
-    problems = [f"{name} is missing" for name in expected if name not in shapes]
-    problems += [f"{name} has no place in this architecture" for name in shapes if name not in expected]
-    problems += [f"{name} has shape {shapes[name]} instead of {shape}" for name, shape in expected.items()
-                 if name in shapes and shapes[name] != shape]
-    if problems:
-        raise CheckpointError("; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""))
+    """Compare names and shapes with the model that `config` describes; raises as `check_state`."""
+    if problems := shape_problems(shapes, state_shapes(config, own_positions=POSITIONS in shapes)):
+        raise CheckpointError(first_few(problems))
+
+
+def shape_problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return a line for each tensor that is missing, left over or misshapen."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} has no place in this architecture" for name in found if name not in expected]
+    return problems + [f"{name} has shape {found[name]} instead of {shape}" for name, shape in expected.items()
+                       if name in found and found[name] != shape]

@@ -51,7 +51,6 @@ def contents(path: Path, config=None) -> dict[tuple[str, str], torch.Tensor]:
     values = {(kind, name): source.read(kind, name).clone() for kind in source.kinds for name in source.names(kind)}
     for kind in source.kinds:
         source.check(kind)
-    source.close()
     return values
 
 
@@ -69,11 +68,11 @@ def assert_equal(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "kmeans"])
 def test_round_trip_over_official_is_bit_exact(runs, tmp_path, name) -> None:
     go(runs[name], tmp_path / "official", "official", with_optimizer=True)
-    config = open_source(runs[name]).facts.config
+    config = open_source(runs[name]).info.config
     go(tmp_path / "official" / "ckpt_step_3.pth", tmp_path / "back", "deepspeed", config, with_optimizer=True)
     assert_equal(contents(tmp_path / "back"), contents(runs[name]))
-    facts = open_source(tmp_path / "back").facts
-    assert (facts.step, facts.samples_seen) == (3, 48)
+    info = open_source(tmp_path / "back").info
+    assert (info.step, info.samples_seen) == (3, 48)
     assert open_source(tmp_path / "back").optimizer_step == 3
 
 
@@ -159,8 +158,6 @@ def test_weights_by_name_and_type(runs, tmp_path) -> None:
         go(tmp_path / "raw", tmp_path / "x", "single", weights="ema")
     with pytest.raises(CheckpointError, match="leave --with-optimizer out"):
         go(tmp_path / "raw", tmp_path / "x", "official", with_optimizer=True)
-    with pytest.raises(CheckpointError, match="leave one out"):
-        go(runs["zero2_ep2"], tmp_path / "x", "deepspeed", weights="ema", with_optimizer=True)
     with pytest.raises(CheckpointError, match="never published"):
         go(runs["kmeans"], tmp_path / "x", "official")
     assert not (tmp_path / "x").exists()
@@ -170,7 +167,7 @@ def test_weights_by_name_and_type(runs, tmp_path) -> None:
 def test_foreign_architecture_of_a_published_file_is_refused_even_unverified(runs, tmp_path) -> None:
     go(runs["zero2_ep2"], tmp_path / "official", "official", with_optimizer=True)
     file = tmp_path / "official" / "ckpt_step_3.pth"
-    wider = open_source(runs["zero2_ep2"]).facts.config
+    wider = open_source(runs["zero2_ep2"]).info.config
     wider = wider.model_copy(update={"routing": wider.routing.model_copy(update={"expert_width": 96})})
     with pytest.raises(CheckpointError, match=r"weights: .* has shape \(64, 32\) instead of \(96, 32\)"):
         go(file, tmp_path / "x", "single", wider, verify=False)
@@ -179,7 +176,7 @@ def test_foreign_architecture_of_a_published_file_is_refused_even_unverified(run
                             ({"optimizer_state_dict": {"state": {1: {}}}}, "holds the state of 1 parameters")):
         torch.save({**content, **change}, tmp_path / "broken.pth")
         with pytest.raises(CheckpointError, match=rf"broken\.pth.*{message}"):
-            go(tmp_path / "broken.pth", tmp_path / "x", "single", open_source(runs["zero2_ep2"]).facts.config)
+            go(tmp_path / "broken.pth", tmp_path / "x", "single", open_source(runs["zero2_ep2"]).info.config)
 
 
 def test_left_over_and_missing_state_of_an_export_is_named(runs, tmp_path) -> None:
@@ -214,7 +211,7 @@ def test_file_that_the_manifest_does_not_list_is_not_read(runs, tmp_path) -> Non
 
 def test_running_state_of_an_average_that_differs_is_named(runs, tmp_path) -> None:
     go(runs["diffmoe"], tmp_path / "official", "official")
-    file, config = tmp_path / "official" / "ckpt_step_3.pth", open_source(runs["diffmoe"]).facts.config
+    file, config = tmp_path / "official" / "ckpt_step_3.pth", open_source(runs["diffmoe"]).info.config
     content = torch.load(file, weights_only=True)
     name = next(key for key in content["ema_model_state_dict"] if key.endswith("expert_threshold"))
     content["ema_model_state_dict"][name] = content["ema_model_state_dict"][name] + 1
@@ -242,7 +239,7 @@ def test_damaged_source_is_refused_by_name(runs, tmp_path, how) -> None:
 
 @pytest.mark.parametrize("to", ["single", "official", "diffusers"])
 def test_damaged_export_is_refused_by_name(runs, tmp_path, to) -> None:
-    config = open_source(runs["zero2_ep2"]).facts.config if to == "official" else None
+    config = open_source(runs["zero2_ep2"]).info.config if to == "official" else None
     go(runs["zero2_ep2"], tmp_path / "export", to)
     file = max((path for path in (tmp_path / "export").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())

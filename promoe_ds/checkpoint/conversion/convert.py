@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,14 @@ import torch
 from promoe_ds.checkpoint.conversion.posthoc import PosthocSource
 from promoe_ds.checkpoint.conversion.published_source import OfficialSource
 from promoe_ds.checkpoint.conversion.sources import Source, open_folder
-from promoe_ds.checkpoint.conversion.targets import Content, OfficialTarget, PipelineTarget, SingleTarget, Target, TrainingTarget
+from promoe_ds.checkpoint.conversion.targets import (
+    Content,
+    OfficialTarget,
+    PipelineTarget,
+    SingleTarget,
+    Target,
+    TrainingTarget,
+)
 from promoe_ds.checkpoint.zero_reader import MOMENTS, WEIGHTS
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
@@ -25,8 +32,6 @@ from promoe_ds.model.state import POSITIONS, buffer_names
 _LOG = get_logger("convert")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: The published layout's place for the moving average.
-_OFFICIAL_AVERAGE = EMA
 _UNFINISHED = ".unfinished"
 #: Files are not cut smaller than this to spare memory.
 _SMALLEST_SHARD_BYTES = 32 * 10**6
@@ -34,11 +39,12 @@ _SMALLEST_SHARD_BYTES = 32 * 10**6
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to convert, to what.
+    """What to convert, to what; which options fit which target is the command's to check.
 
-    weights: "ema" (the first average), "raw", an average's name, or None: "ema" for the formats that hold one set of
-        weights, all as they are for the others.
-    ema_sigma_rel: relative length of the average to take, mixed from the power-function averages that a run kept.
+    weights: "ema" (the first average), "raw", an average's name, or None: "ema" for the formats
+        that hold one set of weights, all as they are for the others.
+    ema_sigma_rel: relative length of the average to take, mixed from the power-function averages
+        that a run kept.
     """
 
     destination: Path
@@ -57,7 +63,7 @@ class Conversion:
     """What was converted.
 
     kinds: the target's kind -> the source's kind.
-    values: how many values were taken from the source, each once; bytes: written.
+    values: how many values were read from the source, each once; bytes: written.
     """
 
     source: Path
@@ -80,165 +86,213 @@ def convert(source_path: Path, request: Request, config: RunConfig | None = None
     Raises: as `convert_source`.
     """
     refuse_existing(request.destination)
-    return convert_source(open_source(source_path, config) if request.ema_sigma_rel is None
-                          else PosthocSource(source_path, request.ema_sigma_rel), request)
+    if request.ema_sigma_rel is None:
+        return convert_source(open_source(source_path, config), request)
+    return convert_source(PosthocSource(source_path, request.ema_sigma_rel), request)
 
 
-def open_source(path: Path, config: RunConfig | None = None, *, flag: str = "--recipe") -> Source:
+def open_source(
+    path: Path, config: RunConfig | None = None, *, flag: str = "--recipe"
+) -> Source:
     """Recognise a checkpoint's format and open it.
 
     Args:
         path: a published `.pth` file, or a folder as `open_folder` takes it.
         config: the architecture of a published file, which holds none; flag: how a user names it.
-    Raises: CheckpointError if it is none of them, not sound, or the config is missing or has no use.
+    Raises: CheckpointError if it is none of them, damaged, or the config is missing or has no use.
     """
     if path.is_file():
         if config is None:
-            raise CheckpointError(f"{path} does not hold its architecture: name a recipe of it with {flag}")
+            raise CheckpointError(
+                f"{path} does not hold its architecture: name its recipe with {flag}"
+            )
         return OfficialSource(path, config)
     if config is not None:
-        raise CheckpointError(f"{flag}: {path} is a folder, which holds its own architecture: leave it out")
+        raise CheckpointError(
+            f"{flag}: {path} is a folder, which holds its own architecture: leave it out"
+        )
     return open_folder(path)
 
 
 def refuse_existing(destination: Path) -> None:
-    """Raise CheckpointError if the destination is there and not an empty folder, but for what a conversion left that was killed."""
+    """Raise CheckpointError if the destination is there and not an empty folder.
+
+    What a killed conversion left there does not count.
+    """
     if destination.is_symlink() and not destination.exists():
-        raise CheckpointError(f"{destination} is a link to {destination.readlink()}, which is not there: make that folder, or "
-                              "choose another destination")
-    if destination.exists() and (not destination.is_dir() or any(path.name != _UNFINISHED for path in destination.iterdir())):
-        raise CheckpointError(f"{destination} exists already: choose another destination or remove it")
+        raise CheckpointError(
+            f"{destination} is a link to {destination.readlink()}, which is not there: make that "
+            "folder, or choose another destination"
+        )
+    if destination.exists() and (
+        not destination.is_dir()
+        or any(path.name != _UNFINISHED for path in destination.iterdir())
+    ):
+        raise CheckpointError(
+            f"{destination} exists already: choose another destination or remove it"
+        )
 
 
 def convert_source(source: Source, request: Request) -> Conversion:
-    """Write what a source holds in the format that is asked for, and close it.
+    """Write what a source holds in the format that is asked for.
 
-    Raises: CheckpointError naming the file that is missing or damaged, the tensor that was dropped, doubled, left over or
-        does not fit, or that reads back differently. The destination exists only if all went well.
+    Raises: CheckpointError naming the file that is missing or damaged, the tensor that was not
+        read, read twice, left over or does not fit, or that reads back differently. The destination
+        exists only if all went well.
     """
-    final = request.destination.absolute()
+    final, info = request.destination.absolute(), source.info
     refuse_existing(final)
-    if source.facts.largest_file is not None:
-        # A file in the making is held in memory, twice while safetensors writes it: no more than one of the source's in all.
-        largest = max(source.facts.largest_file // 2, _SMALLEST_SHARD_BYTES)
+    if info.largest_file is not None:
+        # A file that is written is held in memory, twice while safetensors does it: together no
+        # more than one file of the source.
+        largest = max(info.largest_file // 2, _SMALLEST_SHARD_BYTES)
         request = replace(request, max_shard_bytes=min(request.max_shard_bytes, largest))
     kinds = _choose_kinds(source, request)
     content = _describe(source, request, kinds)
-    # An empty folder may be a mount or a link, which cannot be replaced: then what is written lies inside from the beginning.
-    folder = final / _UNFINISHED if final.is_dir() else final.with_name(f"{final.name}{_UNFINISHED}")
+    # An empty folder may be a mount or a link, which cannot be replaced: write inside it.
+    folder = final.with_name(f"{final.name}{_UNFINISHED}")
+    if final.is_dir():
+        folder = final / _UNFINISHED
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         digests, values = _copy(source, _open_target(folder, content, request), content, kinds)
-        source.close()
         if request.verify:
-            _verify(_written(folder, request, content), content, digests)
+            _verify(folder, request, content, digests)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         _publish(folder, final)
     except OSError as error:
         raise CheckpointError(f"{final}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    parameters = sum(torch.Size(shape).numel() for name, shape in next(iter(content.kinds.values())).items()
-                     if name not in content.buffers)
-    facts = source.facts
-    return Conversion(source=facts.path, source_format=facts.format, destination=final, step=content.step, kinds=kinds,
-                      parameters=parameters, values=values, bytes=size, verified=request.verify,
-                      note="; ".join([facts.note] * bool(facts.note) + _notes(source, request, kinds)))
+    shapes = next(iter(content.kinds.values()))
+    notes = [*([info.note] if info.note else []), *_notes(source, request, kinds)]
+    return Conversion(
+        source=info.path,
+        source_format=info.format,
+        destination=final,
+        step=content.step,
+        kinds=kinds,
+        parameters=sum(
+            math.prod(shape) for name, shape in shapes.items() if name not in content.buffers
+        ),
+        values=values,
+        bytes=size,
+        verified=request.verify,
+        note="; ".join(notes),
+    )
+
+
+def find_weights(source: Source, weights: str | None) -> str:
+    """Return the source's kind that a user's word names; None: an average where there is one.
+
+    Raises: CheckpointError naming what the source holds.
+    """
+    averages = [kind for kind in source.kinds if kind.startswith(EMA)]
+    raw = {"raw": WEIGHTS} if WEIGHTS in source.kinds else {}
+    known = {**{kind: kind for kind in averages}, **raw}
+    if averages:
+        known["ema"] = averages[0]
+    found = known.get(weights or ("ema" if averages else "raw"))
+    if found is None:
+        raise CheckpointError(
+            f"{source.info.path}: holds no {weights or 'raw'} weights, only "
+            f"{', '.join([*raw, *averages])}"
+        )
+    return found
 
 
 def _notes(source: Source, request: Request, kinds: dict[str, str]) -> list[str]:
-    """Say what the target does otherwise than the source."""
-    notes, config = [], source.facts.config
+    """Return what the target does otherwise than the source."""
+    notes, config = [], source.info.config
     # diffusers' scheduler of a flow takes Euler's steps.
     if request.to == "diffusers" and config.resolved_solver not in ("euler", "ddpm", "ddim"):
-        notes.append(f"the recipe samples with {config.resolved_solver}, the pipeline with euler")
-    if request.to == "deepspeed" and any(POSITIONS in source.names(taken) for taken in kinds.values()):
-        notes.append("the file's averaged position table was left out: training uses the fixed one")
+        notes.append(
+            f"the recipe samples with {config.resolved_solver}, the pipeline with euler"
+        )
+    if request.to == "deepspeed":
+        if any(POSITIONS in source.names(taken) for taken in kinds.values()):
+            notes.append(
+                "the file's averaged position table was left out: training uses the fixed one"
+            )
+        return notes
     averages = config.optimizer.averages
-    for kind in dict.fromkeys(kinds.values()) if request.to != "deepspeed" else ():
-        updates = source.facts.step - source.facts.averages_since.get(kind, 0)
-        if kind in averages and updates > 0 and (warning := averages[kind].warning(kind, updates)):
-            notes.append(warning)
+    for kind in dict.fromkeys(kinds.values()):
+        updates = source.info.step - source.info.averages_since.get(kind, 0)
+        if kind in averages and updates > 0:
+            notes += filter(None, [averages[kind].warning(kind, updates)])
     return notes
 
 
 def _choose_kinds(source: Source, request: Request) -> dict[str, str]:
     """Return the target's kinds, in order, each with the source's kind that fills it."""
     averages = [kind for kind in source.kinds if kind.startswith(EMA)]
-    moments = [kind for kind in MOMENTS if kind in source.kinds]
+    moments = {kind: kind for kind in MOMENTS if kind in source.kinds}
     if request.with_optimizer and len(moments) < len(MOMENTS):
-        raise CheckpointError(f"{source.facts.path}: holds no whole optimizer state, only {', '.join(source.kinds)}: leave "
-                              "--with-optimizer out")
-    if request.with_optimizer and request.to == "diffusers":
-        raise CheckpointError("--with-optimizer: a diffusers pipeline holds weights only; use --to single, official or deepspeed")
-    chosen = _resolve(source, request.weights) if request.weights else None
-    extra = {kind: kind for kind in moments} if request.with_optimizer else {}
+        raise CheckpointError(
+            f"{source.info.path}: holds no whole optimizer state, only {', '.join(source.kinds)}: "
+            "leave --with-optimizer out"
+        )
+    extra = moments if request.with_optimizer else {}
     if request.to in ("single", "diffusers"):
-        model = chosen or _resolve(source, "ema" if averages else "raw")
-        rest = [WEIGHTS, *averages] if request.with_optimizer else []
-        return {model: model} | {kind: kind for kind in rest if kind in source.kinds and kind != model} | extra
-    if chosen and request.with_optimizer:
-        raise CheckpointError(f"--weights {request.weights} --with-optimizer: the moments belong to the raw weights; leave one out")
-    if chosen:
-        model, averages = chosen, [chosen] if request.to == "official" else []
-    else:
-        model = WEIGHTS if WEIGHTS in source.kinds else averages[0]
+        model = find_weights(source, request.weights)
+        rest = [kind for kind in source.kinds if kind not in moments] if extra else []
+        return {model: model} | {kind: kind for kind in rest} | extra
+    model = WEIGHTS if WEIGHTS in source.kinds else averages[0]
+    if request.weights:
+        model = find_weights(source, request.weights)
+        averages = []
     if request.to == "official":
-        return {WEIGHTS: model, _OFFICIAL_AVERAGE: averages[0] if averages else model} | extra
+        return {WEIGHTS: model, EMA: averages[0] if averages else model} | extra
     return {WEIGHTS: model} | {kind: kind for kind in averages} | extra
 
 
-def _resolve(source: Source, weights: str) -> str:
-    """Return the source's kind that a user's word names."""
-    averages = [kind for kind in source.kinds if kind.startswith(EMA)]
-    if weights == "raw" and WEIGHTS in source.kinds:
-        return WEIGHTS
-    if weights == "ema" and averages:
-        return averages[0]
-    if weights in averages:
-        return weights
-    held = [*(["raw"] if WEIGHTS in source.kinds else []), *averages]
-    raise CheckpointError(f"{source.facts.path}: holds no {weights} weights, only {', '.join(held)}")
-
-
 def _describe(source: Source, request: Request, kinds: dict[str, str]) -> Content:
-    facts = source.facts
-    if request.dtype != "fp32" and request.to == "deepspeed":
-        raise CheckpointError(f"--dtype {request.dtype}: training keeps its weights in fp32; leave it out")
-    if request.dtype != "fp32" and request.with_optimizer:
-        raise CheckpointError(f"--dtype {request.dtype} --with-optimizer: no run goes on exactly from rounded weights: leave one "
-                              "out")
-    # Without the optimizer's state nothing can go on where it was: a new run starts, from these weights.
+    info = source.info
+    # Without the optimizer's state nothing can continue: a new run starts, from these weights.
     starts = request.to == "deepspeed" and not request.with_optimizer
-    names = {kind: {name: source.shape(name) for name in source.names(taken)
-                    if name != POSITIONS or request.to != "deepspeed"} for kind, taken in kinds.items()}
+    left_out = {POSITIONS} if request.to == "deepspeed" else ()
     return Content(
-        config=facts.config, step=0 if starts else facts.step, samples_seen=0 if starts else facts.samples_seen,
-        optimizer_step=source.optimizer_step if request.with_optimizer else None, dtype=DTYPES[request.dtype], kinds=names,
-        averages_since={} if starts else facts.averages_since,
-        buffers=frozenset([*buffer_names(facts.config), POSITIONS]), origin={"source": facts.format, **facts.origin})
+        config=info.config,
+        step=0 if starts else info.step,
+        samples_seen=0 if starts else info.samples_seen,
+        optimizer_step=source.optimizer_step if request.with_optimizer else None,
+        dtype=DTYPES[request.dtype],
+        kinds={
+            kind: {name: source.shape(name) for name in source.names(taken) if name not in left_out}
+            for kind, taken in kinds.items()
+        },
+        averages_since={} if starts else info.averages_since,
+        buffers=frozenset([*buffer_names(info.config), POSITIONS]),
+        origin={"source": info.format, **info.origin},
+    )
 
 
-def _copy(source: Source, target: Target, content: Content, kinds: dict[str, str]) -> tuple[dict[tuple[str, str], str], int]:
-    """Carry every tensor over; return the digests of what was written and the number of values taken."""
-    digests, values = {}, 0
-    total = sum(torch.Size(shape).numel() * 4 for shapes in content.kinds.values() for shape in shapes.values())
+def _copy(
+    source: Source, target: Target, content: Content, kinds: dict[str, str]
+) -> tuple[dict[tuple[str, str], str], int]:
+    """Copy every tensor; return digests of what was written and the number of values read."""
+    digests, values, path = {}, 0, source.info.path
+    total = sum(4 * math.prod(shape) for named in content.kinds.values() for shape in named.values())
     progress = Progress(_LOG, total / 1e9, "GB")
     for taken in dict.fromkeys(kinds.values()):
-        kept = [kind for kind, from_kind in kinds.items() if from_kind == taken]
+        filled = [kind for kind, from_kind in kinds.items() if from_kind == taken]
         for name in source.names(taken):
             value = source.read(taken, name)
-            if MOMENTS[0] in content.kinds and value.dtype != torch.float32 and name not in content.buffers:
-                raise CheckpointError(f"{source.facts.path}: {taken} of {name} is of type {value.dtype}: no run goes on "
-                                      "exactly from rounded weights: leave --with-optimizer out")
-            for kind in kept:
-                if name not in content.kinds[kind]:
-                    continue
+            is_rounded = value.dtype != torch.float32 and name not in content.buffers
+            if MOMENTS[0] in content.kinds and is_rounded:
+                raise CheckpointError(
+                    f"{path}: {taken} of {name} is of type {value.dtype}: no run continues "
+                    "exactly from rounded weights: leave --with-optimizer out"
+                )
+            for kind in (kind for kind in filled if name in content.kinds[kind]):
                 written = value.to(content.dtype_of(kind, name)).contiguous()
-                if written.dtype == torch.float16 and written.isinf().any() and not value.isinf().any():
-                    raise CheckpointError(f"{source.facts.path}: {taken} of {name} reaches {value.abs().max():g}, beyond fp16: "
-                                          "use --dtype bf16 or fp32")
+                is_half = written.dtype == torch.float16
+                if is_half and written.isinf().any() and not value.isinf().any():
+                    raise CheckpointError(
+                        f"{path}: {taken} of {name} reaches {value.abs().max():g}, beyond "
+                        "fp16: use --dtype bf16 or fp32"
+                    )
                 digests[kind, name] = target.write(kind, name, written)
                 progress.add(value.numel() * 4 / 1e9)
         values += source.check(taken)
@@ -246,17 +300,24 @@ def _copy(source: Source, target: Target, content: Content, kinds: dict[str, str
     return digests, values
 
 
-def _verify(written: Source, content: Content, digests: dict[tuple[str, str], str]) -> None:
+def _verify(
+    folder: Path, request: Request, content: Content, digests: dict[tuple[str, str], str]
+) -> None:
     """Read the target back, by its format's own reader, and compare every tensor."""
+    if request.to == "official":
+        written = open_source(next(folder.glob("*.pth")), content.config)
+    else:
+        written = open_folder(folder, check=False)  # all tensors are about to be compared
     if missing := [kind for kind in content.kinds if kind not in written.kinds]:
-        raise CheckpointError(f"{written.facts.path}: {missing[0]} does not read back")
+        raise CheckpointError(f"{written.info.path}: {missing[0]} does not read back")
     for kind, shapes in content.kinds.items():
         for name in shapes:
             if digest(written.read(kind, name)) != digests[kind, name]:
-                raise CheckpointError(f"{written.facts.path}: {kind} of {name} reads back differently: the disk is not to be "
-                                      "trusted")
+                raise CheckpointError(
+                    f"{written.info.path}: {kind} of {name} reads back differently: the disk is "
+                    "not to be trusted"
+                )
         written.check(kind)
-    written.close()
 
 
 def _open_target(folder: Path, content: Content, request: Request) -> Target:
@@ -264,26 +325,19 @@ def _open_target(folder: Path, content: Content, request: Request) -> Target:
         return SingleTarget(folder, content, request.max_shard_bytes)
     if request.to == "diffusers":
         return PipelineTarget(folder, content, request.max_shard_bytes, request.vae)
-    return OfficialTarget(folder, content) if request.to == "official" else TrainingTarget(folder, content)
-
-
-def _written(folder: Path, request: Request, content: Content) -> Source:
     if request.to == "official":
-        return open_source(next(folder.glob("*.pth")), content.config)
-    return open_folder(folder, check=False)  # all tensors are about to be compared
+        return OfficialTarget(folder, content)
+    return TrainingTarget(folder, content)
 
 
 def _publish(folder: Path, final: Path) -> None:
-    """Give the finished folder its name, or move its files up into `final`, flushed: before that, nobody sees them."""
-    for path in _files(folder):
+    """Flush the finished folder and give it its name, or move its files up into `final`."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if folder.parent != final:
         folder.rename(final)
         return
-    for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):  # last: by these a format is recognised
+    # Configs last: by these a format is recognised.
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".json"):
         path.rename(final / path.name)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())

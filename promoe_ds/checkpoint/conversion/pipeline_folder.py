@@ -21,17 +21,8 @@ TRANSFORMER = "transformer"
 #: diffusers' name for a model's weights.
 PIPELINE_STEM = "diffusion_pytorch_model"
 _CLASS = ("promoe_ds", "ProMoETransformer2DModel")
-_KEY_PREFIX = "denoiser."
-
-
-def transformer_key(name: str) -> str:
-    """Return the key of one of our tensors in the transformer's files."""
-    return f"{_KEY_PREFIX}{name}"
-
-
-def name_of_key(key: str) -> str:
-    """Return our name of a key of the transformer's files."""
-    return key.removeprefix(_KEY_PREFIX)
+#: Before our names in the transformer's files.
+KEY_PREFIX = "denoiser."
 
 
 def write_pipeline_configs(folder: Path, config: RunConfig, origin: Mapping[str, Any], vae: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,12 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from promoe_ds.checkpoint.conversion.pipeline_folder import PIPELINE_STEM, TRANSFORMER, transformer_key, write_pipeline_configs
+from promoe_ds.checkpoint.conversion.pipeline_folder import KEY_PREFIX, PIPELINE_STEM, TRANSFORMER, write_pipeline_configs
 from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum, step_folder
 from promoe_ds.checkpoint.torch_file import TorchFileWriter
 from promoe_ds.checkpoint.zero_reader import MODEL_STATES, MOMENTS, PREFIX, WEIGHTS, is_weights
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
+from promoe_ds.files import replace_text
 from promoe_ds.model.export import TRAINING_STEM, WEIGHTS_STEM, write_export_config
 from promoe_ds.model.official import POSITIONS, is_published_parameter, published_order, to_official
 from promoe_ds.model.shards import ShardWriter, digest
@@ -93,7 +93,6 @@ class PipelineTarget:
 
     def __init__(self, folder: Path, content: Content, max_bytes: int, vae: str | None) -> None:
         """Begin a pipeline in `folder`."""
-        self._key = transformer_key
         (folder / TRANSFORMER).mkdir()
         self._weights = ShardWriter(folder / TRANSFORMER, PIPELINE_STEM, max_bytes=max_bytes)
         kind = next(iter(content.kinds))
@@ -103,7 +102,7 @@ class PipelineTarget:
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor; return `digest` of it."""
-        return self._weights.write(self._key(name), value)
+        return self._weights.write(f"{KEY_PREFIX}{name}", value)
 
     def close(self) -> None:
         """Write the files that are not full yet."""
@@ -121,12 +120,14 @@ class OfficialTarget:
         skeleton: dict[str, Any] = {"step": content.step}
         self._positions = to_official({}, content.config)[POSITIONS]
         for kind, section in sections.items():
-            keys = [key for name in content.kinds[kind] for key in self._published(name, content.empty(kind, name))]
-            pieces = {key: value for name in content.kinds[kind]
-                      for key, value in self._published(name, content.empty(kind, name)).items()}
-            skeleton[section] = {POSITIONS: torch.empty_like(self._positions),
-                                 **{key: torch.empty(pieces[key].shape, dtype=pieces[key].dtype)
-                                    for key in sorted(keys, key=published_order)}}
+            pieces = {POSITIONS: self._positions}
+            for name in content.kinds[kind]:
+                pieces |= self._published(name, content.empty(kind, name))
+            skeleton[section] = {
+                # Of its own storage: experts' pieces share one.
+                key: torch.empty(pieces[key].shape, dtype=pieces[key].dtype)
+                for key in sorted(pieces, key=published_order)
+            }
         order = [key for key in skeleton["model_state_dict"] if is_published_parameter(key)]
         if MOMENTS[0] in content.kinds:
             skeleton["optimizer_state_dict"] = self._optimizer(content, skeleton["model_state_dict"], order)
@@ -136,7 +137,10 @@ class OfficialTarget:
         for kind in MOMENTS if MOMENTS[0] in content.kinds else ():
             states = written["optimizer_state_dict"]["state"]
             self._places[kind] = {key: states[index][kind] for index, key in enumerate(order) if index in states}
-        self._fill_in_constants(content, sections, written)
+        for kind, section in sections.items():
+            if OUR_POSITIONS not in content.kinds[kind]:
+                self._writer.write(written[section][POSITIONS], self._positions)
+        self._writer.write_steps(written.get("optimizer_state_dict"), content.optimizer_step)
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor, an expert stack to as many places as it has experts; return `digest` of it."""
@@ -163,16 +167,9 @@ class OfficialTarget:
                  for index, key in enumerate(order) if key != POSITIONS}
         return {"state": state, "param_groups": [group]}
 
-    def _fill_in_constants(self, content: Content, sections: dict[str, str], written: dict[str, Any]) -> None:
-        for kind, section in sections.items():
-            if OUR_POSITIONS not in content.kinds[kind]:
-                self._writer.write(written[section][POSITIONS], self._positions)
-        for state in written.get("optimizer_state_dict", {"state": {}})["state"].values():
-            self._writer.write(state["step"], torch.tensor(float(content.optimizer_step or 0)))
-
 
 class TrainingTarget:
-    """A checkpoint that training goes on or starts from, on any ranks: whole tensors in one file, and a manifest."""
+    """A checkpoint that training continues or starts from, on any ranks: whole tensors in one file, and a manifest."""
 
     def __init__(self, folder: Path, content: Content) -> None:
         """Write the file's structure."""
@@ -192,9 +189,7 @@ class TrainingTarget:
                           for index, name in enumerate(parameters)}}
         self._writer = TorchFileWriter(self._folder / MODEL_STATES, skeleton)
         self._index = {name: index for index, name in enumerate(parameters)}
-        for state in self._optimizer_states():
-            if "step" in state:
-                self._writer.write(state["step"], torch.tensor(float(content.optimizer_step or 0)))
+        self._writer.write_steps(self._writer.content.get("optimizer"), content.optimizer_step)
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor; return `digest` of it. The routers' running state belongs to the weights alone.
@@ -221,7 +216,4 @@ class TrainingTarget:
                  config=self._content.config.model_dump(mode="json"), versions=package_versions(),
                  averages_since=self._content.averages_since,
                  files={MODEL_STATES: FileRecord(path.stat().st_size, checksum(path))}).write(self._folder)
-        (self._root / "latest").write_text(self._folder.name)
-
-    def _optimizer_states(self) -> Iterator[dict[str, Tensor]]:
-        yield from self._writer.content.get("optimizer", {"state": {}})["state"].values()
+        replace_text(self._root / "latest", self._folder.name)

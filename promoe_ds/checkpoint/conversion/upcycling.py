@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.checkpoint.conversion.convert import Conversion, Request, convert_source, open_source, refuse_existing
-from promoe_ds.checkpoint.conversion.sources import Facts, Source
+from promoe_ds.checkpoint.conversion.convert import Conversion, Request, convert_source, find_weights, open_source, refuse_existing
+from promoe_ds.checkpoint.conversion.sources import Source, SourceInfo
 from promoe_ds.checkpoint.zero_reader import WEIGHTS
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data import build_dataset, sample_indices
 from promoe_ds.diffusion import DiffusionBatch, build_objective, draw_batch
-from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.errors import CheckpointError, ConfigError, differences
 from promoe_ds.model.build import build_model
 from promoe_ds.model.dit import DiT
 from promoe_ds.model.export import fill_network
@@ -86,12 +86,11 @@ def upcycle(source_path: Path, config: RunConfig, request: UpcycleRequest,
     """
     refuse_existing(request.destination)
     source = open_source(source_path, source_config, flag="--source-recipe")
-    _check_fit(source.facts, config)
-    kind = _weights_kind(source, request.weights)
+    _check_fit(source.info, config)
+    kind = find_weights(source, request.weights)
     dense, batch = None, None
     if request.prototypes == "kmeans":
         dense, batch = load_network(source, kind), _training_batch(config, request.images)
-        source.close()
         source = open_source(source_path, source_config)  # a source is read once
     starts = _start_routers(config, dense, batch)
     upcycled = _UpcycledSource(source, kind, config, starts, request.noise)
@@ -104,7 +103,7 @@ def upcycle(source_path: Path, config: RunConfig, request: UpcycleRequest,
 def load_network(source: Source, kind: str) -> DiT:
     """Build the network of a source, whole, in evaluation mode."""
     with torch.device("meta"):
-        network = build_model(source.facts.config)
+        network = build_model(source.info.config)
     return fill_network(network, {name: source.read(kind, name).float() for name in source.names(kind)})
 
 
@@ -118,9 +117,9 @@ class _UpcycledSource:
         self._deal = deal_units(config)
         self._shapes = state_shapes(config, own_positions=POSITIONS in dense.names(kind))
         self._feed_forward: tuple[int, dict[str, Tensor]] = (-1, {})
-        origin = {**dense.facts.origin, "upcycled_from": str(dense.facts.path), "source_kind": kind,
+        origin = {**dense.info.origin, "upcycled_from": str(dense.info.path), "source_kind": kind,
                   "gate_scales": {str(index): start.gate_scale for index, start in starts.items()}}
-        self.facts = replace(dense.facts, config=config, origin=origin, averages_since={},
+        self.info = replace(dense.info, config=config, origin=origin, averages_since={},
                              note=_describe(config, self._deal, starts.values(), noise))
 
     def names(self, kind: str) -> list[str]:
@@ -145,28 +144,22 @@ class _UpcycledSource:
     def check(self, kind: str) -> int:
         return self._dense.check(self._kind)
 
-    def close(self) -> None:
-        self._dense.close()
 
-
-def _check_fit(facts: Facts, config: RunConfig) -> None:
-    if facts.config.routing.method != "dense":
-        raise CheckpointError(f"{facts.path}: is no dense model (routing.method={facts.config.routing.method}): only a dense "
+def _check_fit(info: SourceInfo, config: RunConfig) -> None:
+    if info.config.routing.method != "dense":
+        raise CheckpointError(f"{info.path}: is no dense model (routing.method={info.config.routing.method}): only a dense "
                               "feed-forward can be dealt out to experts")
     if config.routing.method == "dense":
         raise ConfigError(f"--recipe {config.name}: routing.method=dense has no experts: name a recipe that has")
-    pairs = [(f"model.{name}", getattr(facts.config.model, name), value) for name, value in config.model if name != "preset"]
-    pairs.append(("diffusion.objective", facts.config.diffusion.objective, config.diffusion.objective))
-    if wrong := [f"{name} is {there} there and {here} in the recipe" for name, there, here in pairs if there != here]:
-        raise CheckpointError(f"{facts.path}: does not fit {config.name}: {'; '.join(wrong)}")
-
-
-def _weights_kind(source: Source, weights: str | None) -> str:
-    averages = [kind for kind in source.kinds if kind != WEIGHTS and not kind.startswith("exp_")]
-    wanted = {"raw": WEIGHTS, "ema": averages[0] if averages else None, None: averages[0] if averages else WEIGHTS}.get(weights)
-    if wanted not in source.kinds:
-        raise CheckpointError(f"{source.facts.path}: holds no {weights} weights, only {', '.join(source.kinds)}")
-    return wanted
+    there, here = (
+        {
+            **{f"model.{name}": value for name, value in each.model if name != "preset"},
+            "diffusion.objective": each.diffusion.objective,
+        }
+        for each in (info.config, config)
+    )
+    if wrong := differences(there, here):
+        raise CheckpointError(f"{info.path}: does not fit {config.name}: {'; '.join(wrong)}")
 
 
 def _training_batch(config: RunConfig, images: int) -> DiffusionBatch:

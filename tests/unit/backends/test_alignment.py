@@ -47,7 +47,6 @@ def off_16_bytes(session: Trainer) -> list[str]:
 def contents(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     checkpoint = ShardedCheckpoint(folder, read_manifest(folder))
     values = {(kind, name): checkpoint.read(kind, name) for kind in checkpoint.kinds for name in checkpoint.names(kind)}
-    checkpoint.close()
     return values
 
 

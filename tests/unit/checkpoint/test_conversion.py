@@ -76,11 +76,10 @@ def test_export_of_a_type_that_fp32_does_not_hold_is_named(checkpoint, tmp_path,
 
 
 def test_optimizer_state_beside_rounded_weights_is_refused(checkpoint, tmp_path) -> None:
-    assert "no run goes on exactly from rounded weights" in go(checkpoint, tmp_path / "x", dtype="bf16", with_optimizer=True)
     go(checkpoint, tmp_path / "export", with_optimizer=True)
     file = tmp_path / "export" / "model.safetensors"
     save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
-    assert "is of type torch.bfloat16: no run goes on exactly" in go(tmp_path / "export", tmp_path / "x", "deepspeed",
+    assert "is of type torch.bfloat16" in go(tmp_path / "export", tmp_path / "x", "deepspeed",
                                                                      with_optimizer=True)
     assert go(tmp_path / "export", tmp_path / "y", "deepspeed") == ""
 

@@ -1,4 +1,4 @@
-"""Files of torch.save by ranges: exact, without running anything, and refused by name when damaged."""
+"""Files of torch.save by ranges: exact, without running anything, and refused by name if damaged."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ import pytest
 import torch
 
 from promoe_ds.checkpoint.conversion import Request, convert
-from promoe_ds.checkpoint.torch_file import TorchFile, TorchFileWriter
+from promoe_ds.checkpoint.torch_file import (
+    TorchFileWriter,
+    check_records,
+    copy_range,
+    copy_tensor,
+    load_torch,
+)
 from promoe_ds.errors import CheckpointError
 
 from ..builders import small_config
 
-VALUES = {"a": torch.arange(60.0).view(5, 12), "nested": {"list": [torch.arange(3), 7], "half": torch.randn(9).bfloat16()}}
+VALUES = {
+    "a": torch.arange(60.0).view(5, 12),
+    "nested": {"list": [torch.arange(3), 7], "half": torch.randn(9).bfloat16()},
+}
 
 
 class Malicious:
@@ -29,78 +38,106 @@ class Malicious:
         return os.system, (f"touch {self.path}",)
 
 
-def test_file_whole_tensors_and_ranges_are_exact(tmp_path: Path) -> None:
-    torch.save({**VALUES, "view": VALUES["a"][1:3], "turned": VALUES["a"].t()}, tmp_path / "x.pt")
-    with TorchFile(tmp_path / "x.pt") as file:
-        content = file.content
-        assert torch.equal(file.read(content["a"]), VALUES["a"])
-        assert torch.equal(file.read(content["view"]), VALUES["a"][1:3])
-        assert torch.equal(file.read(content["turned"]), VALUES["a"].t())
-        assert torch.equal(file.read(content["nested"]["half"]), VALUES["nested"]["half"])
-        assert file.item(content["nested"]["list"][1]) == 7
-        out = torch.empty(7)
-        file.read_into(out, content["a"], 11)
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Return where a file is written."""
+    return tmp_path / "x.pt"
+
+
+def test_mapped_tensors_and_ranges_are_exact_again_and_again(path: Path) -> None:
+    torch.save({**VALUES, "view": VALUES["a"][1:3], "turned": VALUES["a"].t()}, path)
+    content, out = load_torch(path, is_mapped=True), torch.empty(7)
+    for _ in range(2):
+        assert torch.equal(copy_tensor(content["a"]), VALUES["a"])
+        assert torch.equal(copy_tensor(content["view"]), VALUES["a"][1:3])
+        assert torch.equal(copy_tensor(content["turned"]), VALUES["a"].t())
+        assert torch.equal(copy_tensor(content["nested"]["half"]), VALUES["nested"]["half"])
+        copy_range(out, content["a"], 11)
         assert torch.equal(out, VALUES["a"].view(-1)[11:18])
-        with pytest.raises(CheckpointError, match=r"x\.pt: holds 60 values"):
-            file.read_into(out, content["a"], 55)
+        copy_range(out, content["turned"], 11)
+        assert torch.equal(out, VALUES["a"].t().reshape(-1)[11:18])
+    for wrong, start in ((out, 55), (out.double(), 0)):
+        with pytest.raises(ValueError, match="60 values"):
+            copy_range(wrong, content["a"], start)
 
 
-def test_writer_filled_in_afterwards_equals_torch_save(tmp_path: Path) -> None:
-    writer = TorchFileWriter(tmp_path / "x.pt", {"a": torch.empty(5, 12), "b": [torch.empty(0), 3]})
-    with pytest.raises(CheckpointError, match="does not fit"):
+def test_values_that_are_not_mapped_are_kept_when_they_are_copied() -> None:
+    value = torch.arange(100_000.0)
+    assert torch.equal(copy_tensor(value), value)
+    assert value[-1] == 99_999
+
+
+def test_what_was_read_of_a_mapped_file_leaves_the_memory(path: Path) -> None:
+    torch.save([torch.ones(2_000_000) for _ in range(20)], path)
+    content, before = load_torch(path, is_mapped=True), _resident_bytes()
+    for value in content:
+        assert copy_tensor(value)[-1] == 1
+        assert _resident_bytes() - before < 6 * value.nbytes
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_written_file_equals_torch_save(path: Path) -> None:
+    writer = TorchFileWriter(path, {"a": torch.empty(5, 12), "b": [torch.empty(0), 3]})
+    with pytest.raises(CheckpointError):
         writer.write(writer.content["a"], torch.zeros(5, 11))
     writer.write(writer.content["a"], VALUES["a"])
     writer.write(writer.content["b"][0], torch.empty(0))
     writer.close()
-    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
-    for mmap in (False, True):
-        found = torch.load(tmp_path / "x.pt", weights_only=True, mmap=mmap)
+    assert zipfile.ZipFile(path).testzip() is None
+    for is_mapped in (False, True):
+        found = load_torch(path, is_mapped=is_mapped)
         assert torch.equal(found["a"], VALUES["a"])
         assert found["b"][1] == 3
 
 
+@pytest.mark.parametrize("is_mapped", [False, True])
 @pytest.mark.parametrize("cut", [1, 100, 5000])
-def test_file_truncated_is_refused_by_name(tmp_path: Path, cut: int) -> None:
-    torch.save({"a": torch.randn(4000)}, tmp_path / "x.pt")
-    os.truncate(tmp_path / "x.pt", (tmp_path / "x.pt").stat().st_size - cut)
-    with pytest.raises(CheckpointError, match=r"x\.pt: cannot be read"):
-        TorchFile(tmp_path / "x.pt")
+def test_truncated_file_is_refused_by_name(path: Path, cut: int, is_mapped: bool) -> None:
+    torch.save({"a": torch.randn(4000)}, path)
+    os.truncate(path, path.stat().st_size - cut)
+    with pytest.raises(CheckpointError, match=path.name):
+        load_torch(path, is_mapped=is_mapped)
 
 
-def test_file_flipped_bit_is_named(tmp_path: Path) -> None:
-    torch.save(VALUES, tmp_path / "x.pt")
-    with TorchFile(tmp_path / "x.pt") as file:
-        file.check_records()
-    content, wanted = bytearray((tmp_path / "x.pt").read_bytes()), VALUES["a"].numpy().tobytes()
+def test_tensor_that_claims_more_than_the_file_has_is_refused_by_name(path: Path) -> None:
+    torch.save({"a": torch.randn(10**6)}, path)
+    with zipfile.ZipFile(path) as good, zipfile.ZipFile(path.with_name("y.pt"), "w") as changed:
+        for record in good.infolist():
+            size, claimed = ((b"J" + each.to_bytes(4, "little")) for each in (10**6, 10**9))
+            changed.writestr(record, good.read(record).replace(size, claimed))
+    with pytest.raises(CheckpointError, match=r"y\.pt"):
+        load_torch(path.with_name("y.pt"), is_mapped=True)
+
+
+def test_flipped_bit_is_named_with_its_record(path: Path) -> None:
+    torch.save(VALUES, path)
+    check_records(path)
+    content, wanted = bytearray(path.read_bytes()), VALUES["a"].numpy().tobytes()
     content[content.index(wanted) + 17] ^= 1
-    (tmp_path / "x.pt").write_bytes(bytes(content))
-    with TorchFile(tmp_path / "x.pt") as file, pytest.raises(CheckpointError, match=r"x\.pt: its record x/data/0 does not match"):
-        file.check_records()
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"x\.pt: .* x/data/0 "):
+        check_records(path)
 
 
-def test_malicious_published_file_is_refused_and_does_nothing(tmp_path: Path) -> None:
+def test_malicious_published_file_is_refused_and_does_nothing(path: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
-    torch.save({"step": 1, "model_state_dict": {"x": Malicious(trace)}}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match=r"evil\.pth: cannot be read"):
-        convert(tmp_path / "evil.pth", Request(destination=tmp_path / "out", to="single"), small_config())
+    torch.save({"step": 1, "model_state_dict": {"x": Malicious(trace)}}, path)
+    with pytest.raises(CheckpointError, match=path.name):
+        convert(path, Request(destination=tmp_path / "out", to="single"), small_config())
     assert not trace.exists()
     assert not (tmp_path / "out").exists()
 
 
-def test_more_files_than_the_soft_limit_are_opened_and_the_hard_one_is_named(tmp_path: Path, monkeypatch) -> None:
-    torch.save(VALUES, tmp_path / "x.pt")
+def test_more_files_are_mapped_than_may_be_open(path: Path) -> None:
+    torch.save(VALUES, path)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = len(list(Path("/proc/self/fd").iterdir())) + 4
-    files = []
     try:
+        few = len(list(Path("/proc/self/fd").iterdir())) + 4
         resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
-        files += [TorchFile(tmp_path / "x.pt") for _ in range(20)]
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
-        monkeypatch.setattr(resource, "getrlimit", lambda kind: (few, few))
-        with pytest.raises(CheckpointError, match=rf"x\.pt: cannot be opened beside all others: this process may hold {few} files"):
-            TorchFile(tmp_path / "x.pt")
+        files = [load_torch(path, is_mapped=True) for _ in range(20)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for file in files:
-            file.close()
+    assert all(torch.equal(file["a"], VALUES["a"]) for file in files)
