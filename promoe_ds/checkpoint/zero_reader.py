@@ -209,7 +209,8 @@ def _find_slices(open_file: _Open, layout: Layout, model: Any, folder: Path) -> 
         for rank in range(layout.world_size)
     ]
     shards = [open_file(file)["optimizer_state_dict"] for file in files]
-    shapes, pieces = {}, {}
+    shapes: dict[str, Any] = {}
+    pieces: dict[str, Any] = {}
     for group, group_shapes in enumerate(model["param_shapes"]):
         maps = [shard["param_slice_mappings"][group] for shard in shards]
         ep_size = layout.world_size // shards[0]["partition_count"][group]

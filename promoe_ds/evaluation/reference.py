@@ -135,7 +135,7 @@ def check_fits(
 
 def save_statistics(path: Path, known: dict[Wanted, Any]) -> None:
     """Write the Gaussians among statistics as a reference: `mu`, `sigma`; `mu_s`, `sigma_s`."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for output, (mean, covariance) in _STATED.items():
         if (gaussian := known.get((output, RunningGaussian))) is not None:
             arrays |= {mean: gaussian.mean, covariance: gaussian.covariance}

@@ -164,8 +164,13 @@ def kill_leftovers_on(hosts: Sequence[str], folder: Path, patience: float) -> di
     Returns: the hosts that did not answer, and why.
     """
     with connected(hosts, {}) as agents:
-        request = {"timeout": patience + _KILL_SECONDS, "folder": str(folder), "patience": patience}
-        answers = on_all(agents, lambda agent: agent.ask("kill_leftovers", **request))
+        seconds = patience + _KILL_SECONDS
+        answers = on_all(
+            agents,
+            lambda agent: agent.ask(
+                "kill_leftovers", timeout=seconds, folder=str(folder), patience=patience
+            ),
+        )
     for host, answer in answers.items():
         if isinstance(answer, RemoteError):
             _LOG.error(

@@ -38,8 +38,8 @@ def run_job(job: Job) -> FailureReport:
     patience = job.config.supervision.launcher_timeout_seconds
     with locked(folder / LAUNCHER_LOCK, patience) as left_behind:
         if left_behind:  # its ranks need at most so long to see that it is gone
-            for attempt in sorted(folder.glob("attempt_*"))[-1:]:
-                kill_leftovers_on(job.host_names, attempt, patience)
+            for left in sorted(folder.glob("attempt_*"))[-1:]:
+                kill_leftovers_on(job.host_names, left, patience)
         current, hosts, before = job, check_hosts(job, environment), ""
         for number in range(job.max_restarts + 1):
             answers = _wait_for_hosts(job, shutdown) if number else {}

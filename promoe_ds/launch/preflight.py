@@ -133,7 +133,8 @@ def _check_config(job: Job, hosts: _Hosts) -> None:
 
 def _check_software(hosts: _Hosts, described: Mapping[str, dict[str, Any]]) -> None:
     """Compare software with this host's; find two names of one machine."""
-    here, machines = installed_software(), {}
+    here = installed_software()
+    machines: dict[tuple[Any, ...], str] = {}
     for host, answer in described.items():
         for name, there in answer["software"].items():
             if there != here[name]:
@@ -150,9 +151,9 @@ def _check_run_directory(job: Job, hosts: _Hosts) -> None:
     folder, token = job.run_dir.absolute() / LAUNCH_FOLDER / "preflight", secrets.token_hex(16)
     folder.mkdir(exist_ok=True, mode=0o700)
     (folder / "token").write_text(token)
-    request, need = {"folder": str(folder), "token": token}, _bytes_needed(job)
+    need = _bytes_needed(job)
     for host, answer in hosts.each(
-        lambda agent: agent.ask("run_directory", name=agent.host, **request)
+        lambda agent: agent.ask("run_directory", name=agent.host, folder=str(folder), token=token)
     ):
         seen_by = folder / f"seen_by_{host}"
         if not (answer["seen"] and seen_by.exists() and seen_by.read_text() == token):
