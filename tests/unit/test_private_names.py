@@ -18,22 +18,15 @@ LIBRARIES = {"torch", "deepspeed", "megatron", "transformer_engine", "diffusers"
 CORNERS = "backends/*_private.py"
 #: The other files, each with the names that it uses and no more.
 ALLOWED = {
-    "planning/cluster.py": {"_internal"},
-    "planning/shapes.py": {"_subclasses"},
-    "planning/trace.py": {"_cdata", "_grouped_mm", "_local_scalar_dense", "_overloadpacket", "_python_dispatch",
-                               "_pytree", "_schema"},
-    "backends/expert_parallel.py": {"_EXPERT_DATA_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP_RANKS", "_EXPERT_PARALLEL_GROUP",
-                          "_EXPERT_PARALLEL_GROUP_RANKS", "_WORLD_GROUP", "_create_expert_and_data_parallel",
-                          "_get_expert_data_parallel_group", "_get_expert_parallel_group", "_set_pg_timeout"},
-    "train/clipping.py": {"_foreach_mul_"},
-    "checkpoint/resharding.py": {"_hp_mapping"},
     "backends/megatron.py": {"_GLOBAL_MEMORY_BUFFER", "_set_global_memory_buffer"},
-    "backends/megatron_private.py": {"_maybe_dtoh_and_synchronize"},
-    "train/optimizer.py": {"_foreach_lerp_"},
-    "train/trainer.py": {"_copy_recovery_script"},
     "checkpoint/torch_file.py": {"_checkpoint_offset", "_subclasses"},
     "pipeline/pipeline.py": {"_execution_device"},
+    "planning/shapes.py": {"_internal", "_parameters", "_subclasses"},
+    "planning/trace.py": {"_cdata", "_grouped_mm", "_local_scalar_dense", "_overloadpacket",
+        "_python_dispatch", "_pytree", "_schema"},
     "routing/router.py": {"_apply"},
+    "train/clipping.py": {"_foreach_mul_"},
+    "train/optimizer.py": {"_foreach_lerp_"},
 }
 _PRIVATE = re.compile(r"_[A-Za-z]\w*")
 
