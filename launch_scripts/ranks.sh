@@ -31,7 +31,7 @@ run_ranks() {
     trap "promoe_stop $runner" TERM INT USR1
     wait_for "$runner" || code=$?
     trap - TERM INT USR1
-    # 256 - 15, as deepspeed says it: our signal came before Python could take it. Nothing had begun that could be saved.
+    # 256 - 15, as deepspeed reports it: our signal came before Python could take it, so there was nothing to save.
     if [ "$promoe_asked" = yes ] && [ "$code" -eq 241 ]; then
         code=75
     fi

@@ -34,7 +34,7 @@ class CheckpointError(PromoeError):
 
 
 class TrainingError(PromoeError):
-    """Training cannot go on, e.g. too many non-finite steps in a row."""
+    """Training cannot continue, e.g. too many non-finite steps in a row."""
 
     exit_code = 5
 
@@ -69,7 +69,7 @@ class LaunchError(PromoeError):
     exit_code = 10
 
 
-class Preempted(PromoeError):  # noqa: N818  # no error: the job did as it was told
+class Preempted(PromoeError):  # noqa: N818  # no error: the job ended as requested
     """The job was asked to stop, finished its step, saved and ended; it can be started again."""
 
     exit_code = 75

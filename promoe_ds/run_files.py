@@ -17,9 +17,9 @@ LAUNCHER_LOCK, TRAINING_LOCK = "launcher.json", "lock.json"
 
 
 def make_launch_folder(run_dir: Path) -> Path:
-    """Make a run directory and the launcher's folder in it, both for the user alone; return the
-    latter.
+    """Make a run directory and the launcher's folder in it, both for the user alone.
 
+    Returns: the launcher's folder.
     Raises: OSError.
     """
     folder = run_dir / LAUNCH_FOLDER

@@ -23,12 +23,7 @@ from promoe_ds.logs import configure_logging
 from promoe_ds.run_files import make_launch_folder
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[Job, bool]:
-    """Parse the command line; return the job, and whether to check its hosts only.
-
-    What follows `--` belongs to promoe_ds.cli.train.
-    Raises: ConfigError or LaunchError for what cannot be a job, or what every rank would refuse.
-    """
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="promoe_ds.cli.launch",
         description="Check several hosts, train on them by deepspeed --hostfile, watch the job.",
@@ -57,7 +52,16 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Job, bool]:
         metavar="-- ...",
         help="arguments of promoe_ds.cli.train",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[Job, bool]:
+    """Parse the command line; return the job, and whether to check its hosts only.
+
+    What follows `--` belongs to promoe_ds.cli.train.
+    Raises: ConfigError or LaunchError for what cannot be a job, or what every rank would refuse.
+    """
+    options = _parser().parse_args(arguments)
     training = options.training[options.training[:1] == ["--"] :]
     train = parse_train_arguments(training)
     if train.resume == "none" and options.max_restarts:

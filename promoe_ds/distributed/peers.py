@@ -1,4 +1,4 @@
-"""Which rank is at the other end: turning a broken exchange's error into one sentence."""
+"""Which rank is at the other end: one sentence for the error of a broken collective."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from promoe_ds.distributed.context import gather_objects
 
-#: What gloo, nccl and the store say when an exchange breaks; anything else is another defect.
+#: What gloo, NCCL and the store report of a broken collective; anything else is another defect.
 _SIGNS = (
     "gloo/transport",
     "Connection closed by peer",
@@ -28,8 +28,7 @@ _ADDRESS = re.compile(r"\[?((?:\d{1,3}\.){3}\d{1,3}|[0-9a-fA-F:]{3,})\]?:\d+")
 
 
 def gather_addresses() -> dict[str, str]:
-    """Return for every rank's address which ranks are there, e.g. {"10.0.0.2": "ranks 2, 3 on
-    gpu02"}.
+    """Return the ranks at each address, e.g. {"10.0.0.2": "ranks 2, 3 on gpu02"}.
 
     Collectives: one.
     """
@@ -51,7 +50,7 @@ def peer_problem(error: BaseException, addresses: dict[str, str]) -> str:
         return ""
     # The address of the peer, not the file and line of gloo that come first.
     found = [addresses[address] for address in _ADDRESS.findall(text) if address in addresses]
-    who = f"lost {found[-1]}" if found else "an exchange with other ranks broke or took too long"
+    who = f"lost {found[-1]}" if found else "a collective with other ranks failed or timed out"
     return f"{who} ({text[-300:]})"
 
 

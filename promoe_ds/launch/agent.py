@@ -59,8 +59,7 @@ def config_hash(config: RunConfig, deepspeed: Mapping[str, Any]) -> str:
 
 
 def check_run_directory(folder: str, name: str, token: str) -> dict[str, Any]:
-    """Return whether this host sees the launcher's token in `folder`, and its free bytes; answer by
-    a file there.
+    """Return whether this host sees the launcher's token, and free bytes; write the token back.
 
     Raises: OSError if it cannot be written.
     """
@@ -81,8 +80,7 @@ def check_port(address: str, port: int) -> dict[str, Any]:
 
 
 def count_gpus() -> dict[str, Any]:
-    """Return how many GPUs torch sees here; in another process, since it takes memory of the first
-    GPU.
+    """Return how many GPUs torch sees, in another process: it takes memory of the first one.
 
     Raises: RuntimeError if torch fails.
     """

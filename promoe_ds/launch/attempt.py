@@ -68,8 +68,7 @@ class Outcome:
 
 
 def run_attempt(attempt: Attempt, shutdown: ShutdownRequest) -> Outcome:
-    """Start the ranks, renew their heartbeat until the runner ends, then kill every rank that is
-    left.
+    """Start the ranks, renew their heartbeat until the runner ends, kill every rank that is left.
 
     On a shutdown request ranks finish their step, save and end.
     """
@@ -158,8 +157,7 @@ def _environment(attempt: Attempt) -> dict[str, str]:
 
 
 def kill_leftovers_on(hosts: Sequence[str], folder: Path, patience: float) -> dict[str, str]:
-    """Wait up to `patience` seconds for the ranks of an attempt to end on some hosts, then kill the
-    rest.
+    """Wait up to `patience` seconds for an attempt's ranks on some hosts to end, kill the rest.
 
     Returns: the hosts that did not answer, and why.
     """

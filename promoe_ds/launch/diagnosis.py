@@ -32,8 +32,7 @@ class FailureReport:
 
 
 def diagnose_failure(hosts: Sequence[Host], outcome: Outcome) -> FailureReport:
-    """Diagnose an attempt. Statuses count more than the runner's code, which may be 0 though ranks
-    died.
+    """Diagnose an attempt. The runner's code counts little: it may be 0 though ranks died.
 
     Args:
         hosts: in the order of their ranks.

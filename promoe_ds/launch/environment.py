@@ -1,7 +1,7 @@
 """What ranks find in their environment, and how values and arguments survive the shells on the way.
 
-DeepSpeed puts both, as they are, into a line that pdsh hands to a shell on each host: values with
-special characters between double quotes, arguments with spaces likewise, nothing escaped.
+DeepSpeed puts both into a line that pdsh gives to a shell on each host: values with special
+characters and arguments with spaces between double quotes, nothing escaped.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ _PASSED_ON = (
     "PYTHONPATH",
     "MV2",
 )
-#: DeepSpeed itself exports what begins so, unescaped: kept away from it.
+#: DeepSpeed exports variables with these prefixes unescaped: they are hidden from it.
 _EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "TORCH_NCCL")
-#: Live between double quotes; the double quote itself is added where DeepSpeed does not.
+#: What a shell expands between double quotes; where DeepSpeed does not escape the double quote
+#: itself, `_escape` does.
 _LIVE = re.compile(r"([\\$`])")
 _FILE = ".deepspeed_env"
 
@@ -71,8 +72,7 @@ def write_environment(path: Path, values: Mapping[str, str]) -> None:
 
 
 def shell_arguments(arguments: Iterable[str]) -> list[str]:
-    """Return arguments such that each arrives as it is, through DeepSpeed, pdsh and the shell on
-    the host.
+    """Return arguments such that each survives DeepSpeed, pdsh and the host's shell.
 
     Raises: LaunchError for an argument that cannot be passed on.
     """

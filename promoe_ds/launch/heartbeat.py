@@ -1,5 +1,4 @@
-"""What the launcher and its ranks report to each other, through the run directory that all hosts
-share.
+"""What the launcher and its ranks report to each other, through the shared run directory.
 
 The launcher renews a heartbeat; ranks that see no new one for too long end themselves, so that no
 rank trains unwatched. The heartbeat also carries a shutdown request. Each rank writes its status:

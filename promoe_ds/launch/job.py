@@ -27,8 +27,7 @@ _MARGIN_SECONDS = 10.0
 
 
 def run_job(job: Job) -> FailureReport:
-    """Check the hosts and run the job, with at most `max_restarts` restarts; return the last
-    attempt's report.
+    """Check the hosts, run the job, restart it; return the last attempt's report.
 
     Raises: LaunchError if it cannot be started: the pre-flight's findings, no legal layout, another
         launcher in the run directory.

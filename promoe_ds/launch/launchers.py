@@ -1,8 +1,7 @@
-"""What launchers put into the environment of a process: its rank, the number of ranks, where rank 0
-listens.
+"""What launchers put into a process's environment: its rank, the number of ranks, rank 0's address.
 
 An inner launcher counts (torchrun started once a node by srun); two that contradict each other are
-an error, because each process would else train alone. The table is in docs/inputs.md.
+an error, because each process would otherwise train alone. The table is in docs/inputs.md.
 """
 
 from __future__ import annotations
@@ -210,10 +209,9 @@ def _slurm_step(env: Mapping[str, str]) -> _Outer | None:
 def _address(
     env: Mapping[str, str], rank: int | None, size: int | None, outer: _Outer | None
 ) -> tuple[str, int | None]:
-    """Return where rank 0 listens: as stated, else this host if all ranks are on it, or srun's
-    first node.
+    """Return rank 0's address: as set, else this host if all ranks are on it, or srun's first node.
 
-    "" or None where that is not known; port 0 for one process: any that is free.
+    "" or None where it is not known; port 0 for one process: any that is free.
     """
     address, port = env.get("MASTER_ADDR", ""), read_number(env, "MASTER_PORT", least=1, most=65535)
     if size == 1:

@@ -39,8 +39,7 @@ class Job:
 
 
 def choose_layout(job: Job, hosts: Sequence[Host]) -> Job:
-    """Return the job for a restart, on the most of these hosts, from the first on, on which it is
-    legal.
+    """Return the job on as many of these hosts, from the first on, as are legal for it.
 
     Its ep_size is kept where possible, else lowered. The global batch stays: ranks must divide it,
     ep_size must divide the ranks and the experts.

@@ -79,8 +79,7 @@ def choose_interface(
 
 
 def reached_by(hosts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return each host's address: as this host resolves its name, or if that is not its own, as
-    another does.
+    """Return each host's address: as its name is resolved here or, if it is not its own, elsewhere.
 
     Debian writes 127.0.1.1 for a host's own name into its /etc/hosts.
     """

@@ -1,5 +1,4 @@
-"""Processes of a host: those above a rank, whose death it watches, and those that an attempt left
-behind.
+"""Processes of a host: those above a rank, whose death it watches, and an attempt's leftovers.
 
 DeepSpeed starts a rank below `deepspeed.launcher.launch`, which is below the runner (one host) or,
 through a shell, below an ssh server's session (several hosts). When one of them dies, the rest
@@ -28,8 +27,7 @@ _SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "ash"}
 
 
 def launcher_chain() -> tuple[int, ...]:
-    """Return the ids of the processes above this one whose end orphans it; none without a known
-    launcher.
+    """Return the ids of the processes above this one whose end orphans it; none without a launcher.
 
     A plain `python -m` may outlive the shell that started it, and so may a launcher under nohup:
     their parents do not count. What started `deepspeed.launcher.launch` counts; a shell between
@@ -89,8 +87,7 @@ def kill_processes_with(variable: str, value: str) -> list[int]:
 
 
 def kill_leftover_processes(folder: str, patience: float) -> list[int]:
-    """Wait up to `patience` seconds for the processes of an attempt to end; kill and return the
-    rest.
+    """Wait up to `patience` seconds for an attempt's processes to end; kill and return the rest.
 
     A rank is known by the attempt's folder in its environment, which no other job shares.
     """

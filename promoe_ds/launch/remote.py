@@ -1,4 +1,4 @@
-"""Agents on other hosts, over ssh: never with a password, never waiting for ever."""
+"""Agents on other hosts, over ssh: never with a password, never waiting without end."""
 
 from __future__ import annotations
 
@@ -50,11 +50,9 @@ class Agent:
     """The launcher's end of an agent (agent.py) on one host; it answers one request at a time."""
 
     def __init__(self, host: str, environment: Mapping[str, str]) -> None:
-        """Start the agent in this folder, with this interpreter and the ranks' environment; do not
-        wait.
+        """Start the agent in this folder, with this interpreter and environment; do not wait.
 
-        The environment goes through standard input: every user of a host can read its command
-        lines.
+        The environment goes through standard input: every user of a host can read command lines.
         """
         self.host, self._lost = host, ""
         exports = " ".join(

@@ -77,7 +77,7 @@ class Supervisor:
     @property
     def stop_reason(self) -> str:
         """Why, as far as this rank knows."""
-        return self._shutdown.reason if self.shutdown_requested() else "another rank was asked to"
+        return self._shutdown.reason if self.shutdown_requested() else "by another rank"
 
     def explain(self, error: RuntimeError) -> PeerError | None:
         """Return the error to report where other ranks are the cause."""

@@ -79,8 +79,8 @@ def test_run_ranks_stop_reaches_ranks_that_were_not_there_yet(tmp_path) -> None:
 
 
 def test_run_ranks_killed_by_a_request_before_it_could_take_it_counts_as_stopped(tmp_path) -> None:
-    requested = _run_ranks(tmp_path, f"touch {tmp_path}/begun; sleep 0.3; exit 241")
-    _wait_for(tmp_path / "begun")
+    requested = _run_ranks(tmp_path, f"touch {tmp_path}/started; sleep 0.3; exit 241")
+    _wait_for(tmp_path / "started")
     requested.send_signal(signal.SIGUSR1)
     assert requested.wait(100) == 75
     (tmp_path / "unrequested").mkdir()

@@ -18,7 +18,7 @@ from promoe_ds.cli.entry import run_entry
 from promoe_ds.launch.shutdown import EarlySignals
 def main(arguments):
     early = EarlySignals()
-    print("begun", len(early.chain), flush=True)
+    print("started", len(early.chain), flush=True)
     time.sleep(0.3)
     print(early.reason)
 run_entry(main)
@@ -44,10 +44,10 @@ def test_rank_under_a_launcher_behind_a_script_of_the_user_is_no_orphan(tmp_path
     launch.write_text("import subprocess, sys\nsubprocess.run(sys.argv[1:])\n")
     rank = [sys.executable, "-c", RANK]
     output, errors = _start(sys.executable, str(launch), *rank, **BY_DEEPSPEED).communicate(timeout=200)
-    assert output == "begun 2\n\n", errors
+    assert output == "started 2\n\n", errors
     output, errors = _start(sys.executable, str(launch), "sh", "-c", '"$@"; exit $?', "sh", *rank,
                             **BY_DEEPSPEED).communicate(timeout=200)
-    assert output == "begun 0\n\n", errors
+    assert output == "started 0\n\n", errors
 
 
 def test_abort_from_inside_a_library_leaves_the_stacks(tmp_path) -> None:
@@ -61,7 +61,7 @@ def test_abort_from_inside_a_library_leaves_the_stacks(tmp_path) -> None:
 
 def test_signal_before_the_supervisor_is_a_shutdown_request(tmp_path) -> None:
     rank = _start(sys.executable, "-c", RANK.replace("time.sleep(0.3)", "while not early.reason: time.sleep(0.05)"))
-    assert rank.stdout.readline() == "begun 0\n"
+    assert rank.stdout.readline() == "started 0\n"
     rank.send_signal(signal.SIGTERM)
     output, errors = rank.communicate(timeout=200)
     assert (rank.returncode, output) == (0, "SIGTERM\n"), errors
