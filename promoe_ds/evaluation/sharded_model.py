@@ -79,10 +79,6 @@ def load_sharded_model(export: Path, team: Team, *, ep_size: int, dtype: torch.d
 
 
 def _expert_group(team: Team, ep_size: int) -> dist.ProcessGroup:
-    own = None
-    for first in range(0, team.world_size, ep_size):
-        ranks = range(first, first + ep_size)
-        group = dist.new_group(list(ranks))
-        own = group if team.rank in ranks else own
-    assert own is not None
-    return own
+    firsts = range(0, team.world_size, ep_size)
+    groups = [dist.new_group(list(range(first, first + ep_size))) for first in firsts]
+    return groups[team.rank // ep_size]
