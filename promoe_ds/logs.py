@@ -65,7 +65,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Logs how far a long job is, now and then: amount, speed and the time that is left."""
+    """Logs on rank 0 how far a long job is, now and then: amount, speed and the time that is left."""
 
     def __init__(self, logger: logging.Logger, total: float, unit: str, *, every_seconds: float = 10.0) -> None:
         """Start the clock. Amounts are `unit`s; whole numbers are shown as such."""

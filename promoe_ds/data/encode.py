@@ -77,11 +77,10 @@ def encode(request: EncodeRequest, team: DistributedContext) -> LatentIndex:
     shards = -(-len(tree) // request.shard_size)
     todo = team.on_main(lambda: missing_shards(request.out, shards))
     total = sum(len(work.files_of(number)) for number in todo)
-    progress = Progress(_LOG, total, "images") if team.is_main else None
+    progress = Progress(_LOG, total, "images")
     for number in todo[team.rank::team.world_size]:
         work.encode_shard(number)
-        if progress is not None:  # the other ranks are about as far
-            progress.add(len(work.files_of(number)) * team.world_size)
+        progress.add(len(work.files_of(number)) * team.world_size)  # the other ranks are about as far
     team.barrier()
     return team.on_main(lambda: _finish(request, settings, tree, shards))
 

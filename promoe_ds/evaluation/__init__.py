@@ -1,1 +1,1 @@
-"""Judging images: sampling from exports, metrics."""
+"""Evaluating images: sampling from exports, metrics."""

@@ -1,4 +1,4 @@
-"""Judging digits models: their samples, by a classifier trained on real digits, and their loss on unseen ones."""
+"""Evaluating digits models: their samples, by a classifier trained on real digits, and their loss on unseen ones."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Extractor:
                 outputs = self._network(images)
         except Exception as error:  # a network of the user's own may raise anything
             raise ConfigError(f"extractor {self.identity['name']}: failed on uint8 images {tuple(images.shape)}: "
-                              f"{_told(error)}") from error
+                              f"{_describe(error)}") from error
         if isinstance(outputs, Tensor):
             outputs = (outputs,)
         if isinstance(outputs, dict):
@@ -182,7 +182,7 @@ def _from_python(path: Path, name: str) -> nn.Module:
         factory = getattr(module, name, None)
         network = factory() if callable(factory) else None
     except Exception as error:  # the user's own code
-        raise ConfigError(f"extractor {path}:{name}: {_told(error)}") from error
+        raise ConfigError(f"extractor {path}:{name}: {_describe(error)}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"extractor {path}:{name}: {name} there is no class or function that returns a torch.nn.Module")
     return network
@@ -195,7 +195,7 @@ def _inception_identity(weights: str) -> dict[str, Any]:
     return {**identity, "checksum": _checksum(Path(weights))} if weights else identity
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """Return an error of a user's code as one line, with the place that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = str(error).strip().splitlines()

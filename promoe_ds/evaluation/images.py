@@ -46,7 +46,7 @@ def draws_pixels(config: RunConfig) -> bool:
 
 
 def to_uint8(images_NCHW: np.ndarray) -> np.ndarray:
-    """Map [-1, 1] to uint8: clamp(127.5 * x + 128, 0, 255), truncated, as published; (N, H, W, C)."""
+    """Map [-1, 1] to uint8, (N, H, W, C): clamp(127.5 * x + 128, 0, 255), truncated, as published."""
     return np.clip(127.5 * images_NCHW + 128.0, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
@@ -182,7 +182,7 @@ class SampleFolder:
         have, want = before["num"], settings["num"]
         if have > want or (have < want and (self.path / LATENTS_FILE).is_file()):
             raise ConfigError(
-                f"--out {self.path} holds {have} samples, {want} are asked for: choose another folder"
+                f"--out {self.path} holds {have} samples, {want} are asked for: choose another one"
             )
 
     def missing(self) -> list[int]:
@@ -275,7 +275,9 @@ class SampleFolder:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, (shape, dtype, parts) in arrays.items():
                 header = {
-                    "descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape,
+                    "descr": npy.dtype_to_descr(dtype),
+                    "fortran_order": False,
+                    "shape": shape,
                 }
                 # A ZipInfo of its own carries no time: the same samples are the same file.
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:

@@ -1,7 +1,7 @@
 """Figures of samples with ADM's protocol, on one process or many; `METRICS` lists them.
 
-A new metric is an entry of `METRICS`: which statistic of which output of the extractor it needs, and
-how the samples' and the reference's become a number.
+A new metric is an entry of `METRICS`: which statistic of which output of the extractor it needs,
+and how the samples' and the reference's become a number.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class Metric:
     #: Attribute of `Features`.
     output: str
     statistic: type[Statistic]
-    #: Of the samples' statistic and the reference's (None where it needs none), team and request.
-    figure: Callable[[Any, Any, DistributedContext, EvaluateRequest], float]
+    #: Of the samples' statistic, the reference's (None where it needs none), the team, and whether
+    #: distances may be in half precision.
+    figure: Callable[[Any, Any, DistributedContext, bool], float]
     #: What it needs of the reference: statistics may be stated by a file, images may not.
     reference: Literal["", "statistics", "images"] = "statistics"
     least_images: int = 2
@@ -63,39 +64,40 @@ class Metric:
         return self.output, self.statistic
 
 
-def _frechet(samples: Any, reference: Any, team: DistributedContext, request: EvaluateRequest) -> float:
-    return frechet_distance(samples, reference)
-
-
-def _precision(samples: Any, reference: Any, team: DistributedContext, request: EvaluateRequest) -> float:
-    return share_in_manifold(samples, reference, team, half=request.half_precision_manifold)
-
-
-def _recall(samples: Any, reference: Any, team: DistributedContext, request: EvaluateRequest) -> float:
-    return share_in_manifold(reference, samples, team, half=request.half_precision_manifold)
-
-
-def _score(samples: Any, reference: Any, team: DistributedContext, request: EvaluateRequest) -> float:
-    return samples
-
-
 #: By the name that `--metrics` takes, in the order of the report.
 METRICS = {
-    "fid": Metric(output="pool", statistic=RunningGaussian, figure=_frechet),
-    "sfid": Metric(output="spatial", statistic=RunningGaussian, figure=_frechet),
-    "is": Metric(
-        output="probabilities", statistic=InceptionScore, figure=_score, reference=""
-    ),
     **{
         name: Metric(
-            output="pool",
-            statistic=AllFeatures,
-            figure=figure,
-            reference="images",
-            least_images=NEIGHBOURS + 1,
+            output=output,
+            statistic=RunningGaussian,
+            figure=lambda samples, reference, team, half: frechet_distance(samples, reference),
         )
-        for name, figure in (("precision", _precision), ("recall", _recall))
+        for name, output in (("fid", "pool"), ("sfid", "spatial"))
     },
+    "is": Metric(
+        output="probabilities",
+        statistic=InceptionScore,
+        figure=lambda score, reference, team, half: score,
+        reference="",
+    ),
+    "precision": Metric(
+        output="pool",
+        statistic=AllFeatures,
+        figure=lambda samples, reference, team, half: share_in_manifold(
+            samples, reference, team, half=half
+        ),
+        reference="images",
+        least_images=NEIGHBOURS + 1,
+    ),
+    "recall": Metric(
+        output="pool",
+        statistic=AllFeatures,
+        figure=lambda samples, reference, team, half: share_in_manifold(
+            reference, samples, team, half=half
+        ),
+        reference="images",
+        least_images=NEIGHBOURS + 1,
+    ),
 }
 
 
@@ -141,8 +143,9 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
         samples, extractor, team, batch_size=request.batch_size, wanted=wanted
     )
     known, description = _known(request, reference, extractor, team)
+    half = request.half_precision_manifold
     figures = {
-        name: metric.figure(found[metric.wanted], known.get(metric.wanted), team, request)
+        name: metric.figure(found[metric.wanted], known.get(metric.wanted), team, half)
         for name, metric in chosen.items()
     }
     for name, value in figures.items():
@@ -177,10 +180,10 @@ def _known(
         return {}, None
     wanted = dict.fromkeys(each.wanted for each in request.chosen.values() if each.reference)
     if request.save_reference is not None:
-        wanted |= dict.fromkeys((output, RunningGaussian) for output in reference.gaussians(extractor))
-    return read_reference(
-        reference, extractor, team, batch_size=request.batch_size, wanted=wanted
-    )
+        wanted |= dict.fromkeys(
+            (output, RunningGaussian) for output in reference.gaussians(extractor)
+        )
+    return read_reference(reference, extractor, team, batch_size=request.batch_size, wanted=wanted)
 
 
 def _protocol(request: EvaluateRequest, team: DistributedContext) -> dict[str, Any]:
@@ -219,9 +222,7 @@ def write_metrics(path: Path, figures: dict[str, Any]) -> None:
 
 def _check_request(request: EvaluateRequest, team: DistributedContext) -> None:
     if not request.metrics or set(request.metrics) - set(METRICS):
-        raise ConfigError(
-            f"--metrics {','.join(request.metrics)}: choose from {','.join(METRICS)}"
-        )
+        raise ConfigError(f"--metrics {','.join(request.metrics)}: choose from {','.join(METRICS)}")
     if request.reference is None:
         if needing := [name for name, metric in request.chosen.items() if metric.reference]:
             raise ConfigError(f"--reference is needed for {', '.join(needing)}")

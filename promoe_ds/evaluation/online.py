@@ -1,4 +1,4 @@
-"""Evaluating the averaged weights while they are trained: the Fréchet distance of samples, every `evaluation.every` steps."""
+"""Evaluating the averaged weights while they are trained: the Fréchet distance of samples."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _WANTED = ("pool", RunningGaussian)
 
 
 class OnlineEvaluation:
-    """Samples the same noise and labels each time, in batches, and compares them with the reference."""
+    """Samples the same noise and labels each time, and compares them with the reference."""
 
     def __init__(self, config: RunConfig, ranks: DistributedContext) -> None:
-        """Load extractor, reference and autoencoder, before anything is trained; all ranks call this together.
+        """Load extractor, reference and autoencoder; all ranks call this together, before training.
 
         Raises: ConfigError or DataError for what cannot be loaded or does not fit the model.
         """
-        self._config, self._team = config, ranks
+        self._config, self._team = config, DistributedContext(ranks)
         settings, model = config.evaluation, config.model
         problem = config.diffusion.sampling_problem(steps=settings.steps)
         if problem:
@@ -44,34 +44,47 @@ class OnlineEvaluation:
         self._vae = None
         if not draws_pixels(config):
             if config.data.vae is None:
-                raise ConfigError("evaluation.every: latents must be decoded to be evaluated: set data.vae to the folder "
-                                  "or hub id of their autoencoder")
+                raise ConfigError(
+                    "evaluation.every: latents must be decoded to be evaluated: set data.vae to the "
+                    "folder or hub id of their autoencoder"
+                )
             self._vae = Vae(config.data.vae, device=ranks.device)
         size = model.input_size * (1 if self._vae is None else self._vae.identity.downsampling)
         channels = model.in_channels if self._vae is None else 3
         opened = open_reference(Path(settings.reference), size=size, channels=channels)
-        features = check_fits(opened, self._extractor, size=size, channels=channels, need_images=False)
+        features = check_fits(
+            opened, self._extractor, size=size, channels=channels, need_images=False
+        )
         if ranks.is_main:
             warn_of_few(Path("evaluation.samples"), settings.samples, features)
-        known, _ = read_reference(opened, self._extractor, self._team, batch_size=settings.batch_size, wanted=[_WANTED])
+        known, _ = read_reference(
+            opened, self._extractor, self._team, batch_size=settings.batch_size, wanted=[_WANTED]
+        )
         self._reference = known[_WANTED]
         self._plan = SamplingPlan.of(config, steps=settings.steps, cfg_scale=scale)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        """Return the figures for this step's log line, NaN where the samples have none; all ranks call this together.
+        """Return this step's figures, NaN where the samples have none; all ranks call this together.
 
-        Every rank makes equally many passes, as experts on several ranks need, the last ones possibly for nothing.
+        Every rank makes equally many passes, as experts on several ranks need, the last ones
+        possibly for nothing.
         """
         started, settings, team = time.perf_counter(), self._config.evaluation, self._team
-        passes, size = even_passes(settings.samples, batch_size=settings.batch_size, world_size=team.world_size)
+        passes, size = even_passes(
+            settings.samples, batch_size=settings.batch_size, world_size=team.world_size
+        )
         running = None
         with averaged_network(trainer) as network, torch.no_grad():
-            sampler = LatentSampler(network, self._config, self._plan, seed=settings.seed, device=team.device)
+            sampler = LatentSampler(
+                network, self._config, self._plan, seed=settings.seed, device=team.device
+            )
             for number in range(passes):
                 first = (number * team.world_size + team.rank) * size
                 count = max(0, min(size, settings.samples - first))
                 indices = range(first, first + max(count, 1))
-                labels = np.array([index % self._config.model.num_classes for index in indices], dtype=np.int64)
+                labels = np.array(
+                    [index % self._config.model.num_classes for index in indices], dtype=np.int64
+                )
                 features = self._extractor(self._images(sampler.sample(indices, labels))).pool
                 running = running or RunningGaussian(settings.samples, features.shape[1])
                 running.add(first, features[:count])
@@ -80,5 +93,5 @@ class OnlineEvaluation:
 
     def _images(self, latents: torch.Tensor) -> np.ndarray:
         values = latents if self._vae is None else self._vae.decode(latents)
-        # What is not finite becomes black: a diverged model has a bad figure, or none (NaN), but no stopped run.
+        # What is not finite becomes black: a diverged model has a bad figure, or none (NaN).
         return to_uint8(torch.nan_to_num(values, nan=-1.0, posinf=1.0, neginf=-1.0).cpu().numpy())

@@ -1,4 +1,4 @@
-"""Improved precision and recall: shares of one set that lie in the other's manifold (Kynkäänniemi et al., 2019).
+"""Improved precision and recall: shares of a set in the other's manifold (Kynkäänniemi et al., 2019).
 
 Letters: N images, M images of the other set, d features.
 """
@@ -53,26 +53,34 @@ def _radii(values_Nd: Tensor, neighbours: int, team: DistributedContext) -> Tens
     """Return each member's squared distance to its k-th nearest other one, (N,)."""
     radii = np.zeros(len(values_Nd))
     for rows in _blocks(len(values_Nd), len(values_Nd), team):
-        distances = _squared_distances(values_Nd[rows.start:rows.stop], values_Nd)
+        distances = _squared_distances(values_Nd[rows.start : rows.stop], values_Nd)
         if distances.dtype == torch.float64:
             # The nearest is the member itself; ADM takes the rounded distance.
             own = torch.arange(rows.start, rows.stop, device=distances.device)
             distances[torch.arange(len(own), device=distances.device), own] = 0.0
-        radii[rows.start:rows.stop] = distances.kthvalue(neighbours + 1, dim=1).values.cpu().numpy()
+        radii[rows.start : rows.stop] = (
+            distances.kthvalue(neighbours + 1, dim=1).values.cpu().numpy()
+        )
     return torch.from_numpy(team.sum(radii)).to(values_Nd)
 
 
 def _blocks(rows: int, columns: int, team: DistributedContext) -> list[range]:
     size = max(1, _BLOCK_VALUES // columns)
-    return [range(first, min(first + size, rows)) for first in range(0, rows, size)][team.rank::team.world_size]
+    return [range(first, min(first + size, rows)) for first in range(0, rows, size)][
+        team.rank :: team.world_size
+    ]
 
 
 def _squared_distances(a_Nd: Tensor, b_Md: Tensor) -> Tensor:
-    """Return (N, M): in fp64, or, of fp32 values, fp32 that was rounded to half precision where all of it stays finite."""
+    """Return (N, M): fp64, or, of fp32 values, fp32 rounded to half precision where all is finite."""
     if a_Nd.dtype == torch.float32:
         a_half, b_half = a_Nd.half(), b_Md.half()
-        norms_N, norms_M = (values.square().float().sum(dim=1).half() for values in (a_half, b_half))
-        products = (a_half.float() @ b_half.float().T).half()  # products of halves add up in fp32, as on GPUs
+        norms_N, norms_M = (
+            values.square().float().sum(dim=1).half() for values in (a_half, b_half)
+        )
+        products = (
+            a_half.float() @ b_half.float().T
+        ).half()  # products of halves add up in fp32, as on GPUs
         distances = (norms_N[:, None] - 2 * products + norms_M[None]).clamp_(min=0)
         if distances.isfinite().all():
             return distances.float()

@@ -51,8 +51,8 @@ class Reference:
             )
         if (found := len(self.stated[output].mean)) != width:
             raise DataError(
-                f"{self.path}: {mean} has {found} features, the extractor {width}: they are another "
-                "network's, or of images of another size"
+                f"{self.path}: {mean} has {found} features, the extractor {width}: they are "
+                "another network's, or of images of another size"
             )
 
 
@@ -157,7 +157,7 @@ def _gaussian(path: Path, mean_name: str, covariance_name: str) -> Gaussian | No
     for name, values in ((mean_name, mean), (covariance_name, covariance)):
         if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
             raise DataError(
-                f"{path}: {name} ({values.dtype}) is not all finite numbers: make the reference anew"
+                f"{path}: {name} ({values.dtype}) is not all finite numbers: make it again"
             )
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise DataError(

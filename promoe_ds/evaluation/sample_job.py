@@ -69,8 +69,8 @@ class SampleRequest:
 def draw_samples(request: SampleRequest, team: DistributedContext | None = None) -> list[Path]:
     """Sample and write images; all ranks call this together. Return what rank 0 wrote.
 
-    Models of pixels (one or three channels), and of latents with an autoencoder to decode them, give
-    PNG files and `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus `labels`); others give
+    Models of pixels (one or three channels), and of latents with an autoencoder to decode them,
+    give PNG files and `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus `labels`); others give
     `latents.safetensors`, unscaled.
     Raises: ConfigError for labels, numbers or an output folder that cannot be; CheckpointError for
         the export.
@@ -83,7 +83,8 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
     folder = SampleFolder(request.out, labels, _shape(config, vae), as_images)
     settings = team.on_main(lambda: _settings(request, plan, vae))
     environment = {
-        "device": device_name(team.device), "versions": versions_of("diffusers", "numpy"),
+        "device": device_name(team.device),
+        "versions": versions_of("diffusers", "numpy"),
     }
     dtype = DTYPES[request.dtype]
     if request.ep_size == 1:
@@ -107,8 +108,8 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
         if not (todo := team.on_main(folder.assemble)):
             return team.on_main(lambda: _finish(request, folder))
     raise ConfigError(
-        f"--out {request.out}: {len(todo)} samples, the first of them {todo[0]}, cannot be read back "
-        "after they were written twice: check the disk"
+        f"--out {request.out}: {len(todo)} samples, the first of them {todo[0]}, cannot be read "
+        "back after they were written twice: check the disk"
     )
 
 
@@ -128,17 +129,17 @@ class _Job:
         values = latents if self.vae is None else self.vae.decode(latents)
         if not torch.isfinite(values).all():
             raise CheckpointError(
-                f"{self.request.model}: the samples are not finite: the weights are no trained model's"
+                f"{self.request.model}: the samples are not finite: no trained model's weights"
             )
         return to_uint8(values.cpu().numpy()) if self.folder.as_images else values.cpu().numpy()
 
 
 def _run(job: _Job, passes: list[range], team: DistributedContext) -> None:
-    """Make this rank's share of the passes; under expert parallelism all ranks make equally many."""
+    """Make this rank's share of the passes; under expert parallelism all make equally many."""
     own = passes[team.rank :: team.world_size]
     in_lockstep = job.request.ep_size > 1
     rounds = -(-len(passes) // team.world_size) if in_lockstep else len(own)
-    progress = Progress(_LOG, sum(map(len, passes)), "images") if team.is_main else None
+    progress = Progress(_LOG, sum(map(len, passes)), "images")
     for number in range(rounds):
         is_spare = number >= len(own)
         indices = passes[-1] if is_spare else own[number]
@@ -147,8 +148,7 @@ def _run(job: _Job, passes: list[range], team: DistributedContext) -> None:
             continue
         for index, value in zip(indices, values, strict=True):
             job.folder.write(index, value)
-        if progress is not None:  # the other ranks are about as far
-            progress.add(len(indices) * team.world_size)
+        progress.add(len(indices) * team.world_size)  # the other ranks are about as far
 
 
 def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Sampling latents: image i depends on (seed, i) and its label, up to the rounding of the arithmetic.
+"""Sampling latents: image i depends on (seed, i) and its label, up to rounding.
 
 The first noise of an image and the noise that a solver adds are functions of (seed, i), to the bit.
 The arithmetic between them is not: a matrix product of another number of rows, or on another number
@@ -85,6 +85,6 @@ def even_passes(samples: int, *, batch_size: int, world_size: int) -> tuple[int,
 
 
 def aligned_passes(indices: Sequence[int], *, size: int, num: int) -> list[range]:
-    """Return the passes that make `indices`: aligned blocks of `size` of 0 ... num - 1, on any rank."""
+    """Return the passes that make `indices`: aligned blocks of `size` of 0 ... num - 1."""
     starts = sorted({index // size * size for index in indices})
     return [range(first, min(first + size, num)) for first in starts]

@@ -43,9 +43,7 @@ class RankwiseExperts(nn.Module):
         return torch.cat([self.experts(part, own) for part, own in zip(parts, counts, strict=True)])
 
 
-def load_sharded_model(
-    export: Path, team: DistributedContext, *, ep_size: int, dtype: torch.dtype | None = None, exact: bool = True
-) -> DiT:
+def load_sharded_model(export: Path, team: DistributedContext, *, ep_size: int, dtype: torch.dtype | None = None, exact: bool = True) -> DiT:
     """Load an export with this rank's experts only; all ranks call this together.
 
     Consecutive ranks share a set of experts. They exchange rows in every pass: all must make equally many passes.
@@ -81,10 +79,6 @@ def load_sharded_model(
 
 
 def _expert_group(team: DistributedContext, ep_size: int) -> dist.ProcessGroup:
-    own = None
-    for first in range(0, team.world_size, ep_size):
-        ranks = range(first, first + ep_size)
-        group = dist.new_group(list(ranks))
-        own = group if team.rank in ranks else own
-    assert own is not None
-    return own
+    firsts = range(0, team.world_size, ep_size)
+    groups = [dist.new_group(list(range(first, first + ep_size))) for first in firsts]
+    return groups[team.rank // ep_size]

@@ -1,4 +1,4 @@
-"""Images to be judged: ADM's npz, or a folder of image files.
+"""Images to evaluate: ADM's npz, or a folder of image files.
 
 Letters: N images, H, W size, C colour channels.
 """
@@ -51,19 +51,10 @@ class NpzImages:
             or 0 in shape
         ):
             raise DataError(f"{path}: {self._images.dtype} {shape}, {expected}{remedy}")
+        self.height, self.channels = shape[1], shape[3]
 
     def __len__(self) -> int:
         return len(self._images)
-
-    @property
-    def height(self) -> int:
-        """H."""
-        return self._images.shape[1]
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self._images.shape[3]
 
     def read(self, rows: range) -> np.ndarray:
         """Return images (n, H, H, C) uint8."""

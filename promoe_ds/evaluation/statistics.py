@@ -170,16 +170,15 @@ def _features_of(
     the sizes."""
     firsts = range(0, len(images), batch_size)
     batches = [range(first, min(first + batch_size, len(images))) for first in firsts]
-    progress = Progress(_LOG, len(images), "images") if team.is_main else None
+    progress = Progress(_LOG, len(images), "images")
     for rows in batches[team.rank :: team.world_size] or [range(0)]:
         pixels = images.read(rows or range(1))
         features = extractor(pixels)
         if not features.is_finite:
             raise DataError(
                 f"{images.path}: extractor {extractor.identity['name']} returns features that are "
-                f"not finite for the images {rows.start} ... {max(rows.stop - 1, 0)}: no figure can "
-                "be computed from them"
+                f"not finite for the images {rows.start} ... {max(rows.stop - 1, 0)}: no figure "
+                "can be computed from them"
             )
         yield rows, pixels, features
-        if progress is not None:  # the other ranks are about as far
-            progress.add(len(rows) * team.world_size)
+        progress.add(len(rows) * team.world_size)  # the other ranks are about as far
