@@ -36,6 +36,17 @@ class DiffusionBatch:
         """Return the batch in memory from which a GPU copies while the host goes on."""
         return self._map(Tensor.pin_memory)
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the batch, the condition's too."""
+        found: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._map(keep)
+        return found
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> DiffusionBatch:
         return DiffusionBatch(function(self.clean_BZHW), function(self.noise_BZHW), function(self.sigma_B),
                               self.condition.map(function))

@@ -95,7 +95,7 @@ def trace_pass(
         ]
         states = states_of_groups(groups, layout, len(config.optimizer.averages))
         batch = _batch(config, layout.micro_batch)
-        trace = ShapeTrace(known=[*module.parameters(), *module.buffers(), *vars(batch).values()])
+        trace = ShapeTrace(known=[*module.parameters(), *module.buffers(), *batch.tensors()])
 
         def expect_rows(router: object, inputs: object, plan: RoutingPlan) -> None:
             """Let the trace answer with the rows that a layer's assignment lists."""
