@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from promoe_ds.backends.expert_parallel import mark_experts, shard_experts, share_centroids
 from promoe_ds.backends.parameter_groups import parameter_groups
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError
@@ -161,5 +162,5 @@ def _batch(config: RunConfig, images: int) -> DiffusionBatch:
         torch.empty(shape),
         torch.empty(shape),
         torch.empty(images),
-        torch.empty(images, dtype=torch.int64),
+        ClassCondition(torch.empty(images, dtype=torch.int64), model.null_label),
     )
