@@ -58,7 +58,9 @@ def open_reference(path: Path, *, size: int, channels: int) -> OpenReference:
     return OpenReference(path=path, pool=pool, spatial=None if pool is None else spatial, images=images)
 
 
-def read_reference(opened: OpenReference, extractor: Extractor, team: DistributedContext, *, batch_size: int, keep: bool) -> Reference:
+def read_reference(
+    opened: OpenReference, extractor: Extractor, team: DistributedContext, *, batch_size: int, keep: bool
+) -> Reference:
     """Return the statistics that a reference states, as ADM does, or those of its images; and the images' features if `keep`.
 
     All ranks call this together.

@@ -34,8 +34,15 @@ class Summary:
     checksum: str
 
 
-def summarise(images: NpzImages | FolderImages, extractor: Extractor, team: DistributedContext, *, batch_size: int, keep: bool = False,
-              want_score: bool = False) -> Summary:
+def summarise(
+    images: NpzImages | FolderImages,
+    extractor: Extractor,
+    team: DistributedContext,
+    *,
+    batch_size: int,
+    keep: bool = False,
+    want_score: bool = False,
+) -> Summary:
     """Extract features batch by batch, each rank a share of the batches, and summarise them; all call this together.
 
     Args:

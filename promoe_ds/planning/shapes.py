@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -147,7 +148,8 @@ def _local_network(
 def _materialise(network: DiT) -> None:
     """Put fake tensors in the place of meta ones; `to_empty` cannot, inside the fake mode."""
     for module in network.modules():
-        for kind in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for kind in tables:
             for name, old in [item for item in kind.items() if item[1] is not None]:
                 new = torch.empty(old.shape, dtype=old.dtype)
                 kind[name] = nn.Parameter(new) if kind is module._parameters else new

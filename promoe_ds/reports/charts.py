@@ -184,7 +184,7 @@ def bar_chart(
     scale = {"domain": [low, high + (high - low or 1.0) * part / (1 - part)], "nice": False}
     axis = {"tickCount": 4, "format": "~s" if high >= 1e3 else "~g"}
     y = nominal("name", sort=names, title=None, axis=NO_AXIS)
-    bar = {"x": quantitative("value", title=None, axis=axis, scale=scale), "y": y}
+    bar: dict[str, Any] = {"x": quantitative("value", title=None, axis=axis, scale=scale), "y": y}
     bar["tooltip"] = [nominal(name) for name in rows[0][:-1]]
     if by_name:
         bar["color"] = {**color_of("name", names), "legend": None}

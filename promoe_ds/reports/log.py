@@ -326,4 +326,4 @@ class Columns:
 
 def _numbers(values: list[float | None]) -> list[float]:
     """Return values with NaN for what was not logged."""
-    return [np.nan if value is None else value for value in values] if None in values else values
+    return [np.nan if value is None else value for value in values]

@@ -65,7 +65,7 @@ def vega_config(theme: str) -> Spec:
         "titleFontWeight": "normal",
     }
     lines = {f"{part}Color": color["grid"] for part in ("grid", "domain", "tick")}
-    styles = {name: {"color": color[name]} for name in ("over", "under", "muted")}
+    styles: dict[str, Any] = {name: {"color": color[name]} for name in ("over", "under", "muted")}
     styles["reference"] = {"color": color["fg"], "strokeDash": [4, 3]}
     diverging = [color[name] for name in ("under", "even", "over")]
     legend = {"orient": "bottom", "symbolLimit": 0, "labelLimit": 280, "gradientLength": 120}

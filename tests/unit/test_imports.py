@@ -22,8 +22,27 @@ LIBRARIES: dict[str, set[str]] = {
     # Runs on the launching host, before any rank, and must not need torch there.
     "launch": set(), "distributed": {"torch", "numpy"}}
 #: The rooms from the lowest up; a room imports from those above it in this list and from none below.
-ORDER = ("errors", "logs", "files", "file_kind", "randomness", "load_stats", "condition", "config", "versions", "routing", "moe", "model",
-         "diffusion", "launch", "distributed", "data", "backends", "checkpoint", "train")
+ORDER = (
+    "errors",
+    "logs",
+    "files",
+    "file_kind",
+    "randomness",
+    "load_stats",
+    "condition",
+    "config",
+    "versions",
+    "routing",
+    "moe",
+    "model",
+    "diffusion",
+    "launch",
+    "distributed",
+    "data",
+    "backends",
+    "checkpoint",
+    "train",
+)
 #: Rooms that need less than the order would let them have.
 NARROW: dict[str, set[str]] = {
     "errors": set(),

@@ -100,7 +100,7 @@ def load_candidates(request: ComparisonRequest) -> list[Candidate]:
     """
     for override in request.overrides:
         _refuse_owned(override, f"--set {override}")
-    named = [
+    named: list[tuple[str, str, tuple[str, ...]]] = [
         (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe, recipe, ())
         for recipe in request.recipes
     ]

@@ -237,20 +237,20 @@ def load_per_block(comparison: Mapping[str, Any]) -> Chart | None:
     legend = {**color["legend"], "values": ours}
     y = quantitative("mean", title="largest load / mean load", scale={"zero": False})
     x = nominal("block", title="transformer block", axis={"labelAngle": 0})
-    encoding = {
+    encoding: dict[str, Any] = {
         "x": x,
         "xOffset": {"field": "candidate", "sort": ours},
         "color": {**color, "legend": legend},
     }
-    spread = {**encoding, "y": {**y, "field": "low"}, "y2": {"field": "high"}}
-    mean = {
+    band = {**encoding, "y": {**y, "field": "low"}, "y2": {"field": "high"}}
+    point = {
         **encoding,
         "y": y,
         "shape": {**shape, "legend": legend},
         "tooltip": tooltip("candidate", "block", mean=".3~g"),
     }
     layer = [
-        {"mark": "rule", "encoding": spread}, {"mark": {"type": "point", "size": 45}, "encoding": mean}, rule("y", 1.0),
+        {"mark": "rule", "encoding": band}, {"mark": {"type": "point", "size": 45}, "encoding": point}, rule("y", 1.0),
     ]  # fmt: skip
     title = "Expert load by block, largest over mean (1 is even)"
     return Chart(title=title, rows=rows, spec={"height": 190, "layer": layer})

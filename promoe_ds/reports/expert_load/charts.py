@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def _per_layer(
     view: RunView,
     peers: Sequence[RunView],
     also: Sequence[float] = (),
-    **options: float,
+    **options: Any,
 ) -> Chart:
     """Draw a curve a layer.
 

@@ -42,7 +42,9 @@ class Follower:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._position, self._by_step, self._view = 0, {}, None
+        self._position = 0
+        self._by_step: dict[int, list[Line]] = {}
+        self._view: RunView | None = None
         self._cut: int | None = None
 
     def look(self) -> None:
@@ -63,7 +65,7 @@ class Follower:
                 self._view = None
             elif line is not None:
                 self._cut = line.step  # may lack its first lines
-        self._by_step: dict[int, list[Line]] = dict(list(self._by_step.items())[-_KEPT:])
+        self._by_step = dict(list(self._by_step.items())[-_KEPT:])
 
     def view(self) -> RunView | None:
         """Return the kept log steps as a run whose whole is now; None before the first."""

@@ -244,7 +244,9 @@ def _unlogged_tables(view: RunView, is_named: bool) -> str:
             )
             words.append(f"load by {what} (logging.{setting}=true{size})")
     head = f"{view.name}: not" if is_named else "Not"
-    return words and (
+    if not words:
+        return ""
+    return (
         f"{head} logged: {' and '.join(words)}. Large tables must be asked for; logging.counts_every sets how many "
         "log intervals share one."
     )

@@ -120,7 +120,7 @@ class RunView:
         """Dead and starved experts, dead ones first: of the window, and those that died within it."""
         log, found = self.log, []
         for row, layer in enumerate(log.layers):
-            has_tokens_T = log.tokens_TLE[:, row].any(axis=1)
+            has_tokens_T = np.asarray(log.tokens_TLE[:, row].any(axis=1))
             if not has_tokens_T[self.window].any():
                 continue
             # An interval without tokens says nothing about its experts.

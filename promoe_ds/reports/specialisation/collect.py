@@ -57,6 +57,7 @@ def draw_images(dataset: LatentDataset, count: int, seed: int) -> Batch:
         raise DataError(f"--images {count}: the data set has {len(dataset)}: ask for fewer")
     random = np.random.default_rng(seed)
     clean, condition = dataset.take(np.sort(random.permutation(len(dataset))[:count]))
+    assert isinstance(condition, ClassCondition)
     return Batch(
         clean, condition, torch.from_numpy(random.standard_normal(clean.shape, dtype=np.float32))
     )

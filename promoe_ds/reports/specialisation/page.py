@@ -190,7 +190,7 @@ def build_page(analysis: Analysis) -> Page:
     )
     cards = []
     for kind in layers[0].information:
-        best = max(layers, key=lambda layer, kind=kind: layer.information[kind].score)
+        best = max(layers, key=lambda layer: layer.information[kind].score)
         found = best.information[kind]
         cards.append(
             (

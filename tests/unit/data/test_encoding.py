@@ -390,7 +390,10 @@ def test_npz_caches_are_read_and_packed_alike(made: Path, tmp_path: Path, names:
         np.savez_compressed(path, **{key: side[row] for key, side in zip(names, sides, strict=False)})
     indices, positions = np.array([2, 0, 14]), np.array([5, 6, 7])
     expected, labels = labelled(open_set(made / "latents", flip=False if len(names) == 1 else "auto").take(indices, positions))
-    encode(EncodeRequest(source=tmp_path / "npz", from_npz=True, vae_name="tiny", out=tmp_path / "packed", shard_size=6), single_process())
+    encode(
+        EncodeRequest(source=tmp_path / "npz", from_npz=True, vae_name="tiny", out=tmp_path / "packed", shard_size=6),
+        single_process(),
+    )
     for found in (open_set(tmp_path / "npz"), open_set(tmp_path / "packed", vae="tiny")):
         latents, found_labels = labelled(found.take(indices, positions))
         torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)
