@@ -33,7 +33,7 @@ def describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None
     }
     sys.stdout.write("# recipe\n" + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     sys.stdout.write("# deepspeed\n" + json_text(plan.json, indent=2) + "\n")
-    sys.stdout.write("# sizes (GB are 10^9 bytes, without activations: tools/plan.py counts those)\n"
+    sys.stdout.write("# sizes (GB are 10^9 bytes, without activations: promoe-plan counts those)\n"
                      + yaml.safe_dump(sizes, sort_keys=False))
     for name, average in config.optimizer.averages.items():
         if warning := average.warning(name, config.train.max_steps):

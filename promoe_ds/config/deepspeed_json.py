@@ -17,6 +17,8 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.config.section import explain, name_and_message
 from promoe_ds.errors import ConfigError
 
+#: Files of `ds_configs/` that commands take when none is named, in an installed package too.
+DS_CONFIGS_DIR = Path(__file__).parent.parent / "ds_configs"
 #: Sections that the recipe owns: stating them in the JSON would be a second way to say a thing.
 _OWNED_BY_RECIPE = {
     "optimizer": "the optimizer section of the recipe",

@@ -43,7 +43,9 @@ class RankwiseExperts(nn.Module):
         return torch.cat([self.experts(part, own) for part, own in zip(parts, counts, strict=True)])
 
 
-def load_sharded_model(export: Path, team: DistributedContext, *, ep_size: int, dtype: torch.dtype | None = None, exact: bool = True) -> DiT:
+def load_sharded_model(
+    export: Path, team: DistributedContext, *, ep_size: int, dtype: torch.dtype | None = None, exact: bool = True
+) -> DiT:
     """Load an export with this rank's experts only; all ranks call this together.
 
     Consecutive ranks share a set of experts. They exchange rows in every pass: all must make equally many passes.

@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import re
-import runpy
 import signal
 import struct
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from promoe_ds.cli.analyze_experts import main
 from promoe_ds.errors import PromoeError
 
 from ..processes import environment
@@ -159,7 +159,6 @@ def test_analyze_writes_a_page_and_refuses_what_cannot_be(folder) -> None:
     refused = run(sys.executable, ANALYZE, "export", *few, "--singular-vectors", "99", cwd=folder)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "--singular-vectors 99: an expert's matrix has 1 to 32" in refused.stderr
-    main = runpy.run_path(ANALYZE)["main"]
     export = str(folder / "export")
     for more, message in ((("--sigmas", "1.5"), r"--sigmas 1.5: must be from 0 \(data\) to 1 \(noise\)"),
                           (("--images", "1"), "--images 1: must be at least 2"),

@@ -1,4 +1,4 @@
-"""Recipes trained alike and judged alike, over several seeds; tools/compare.py calls `experiment.compare`.
+"""Recipes trained alike and judged alike, over several seeds; promoe-compare calls `experiment.compare`.
 
 `candidates` are compared if that is fair; `experiment` the folder and what must not change in it; `runner` the child
 processes; `judge` what each child does after training; `results` the figures and their statistics; `page` the report.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from promoe_ds.config import (
+    DS_CONFIGS_DIR,
     RunConfig,
     count_parameters,
     load_config,
@@ -44,7 +45,7 @@ _MAX_LOG_EVERY = 50
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRequest:
-    """What a user asked for; the options of tools/compare.py."""
+    """What a user asked for; the options of promoe-compare."""
 
     recipes: tuple[str, ...]
     steps: int
@@ -54,7 +55,7 @@ class ComparisonRequest:
     overrides: tuple[str, ...] = ()
     jobs: int = 2
     ranks: int = 1
-    deepspeed_config: Path = Path("ds_configs/zero2_fp32.json")
+    deepspeed_config: Path = DS_CONFIGS_DIR / "zero2_fp32.json"
     samples: int = 500
     sample_seed: int = 0
     tolerance: float = 0.05

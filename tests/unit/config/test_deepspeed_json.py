@@ -37,6 +37,12 @@ def read(folder: Path, text: str) -> dict[str, Any]:
     return read_deepspeed_json(path)
 
 
+def test_packaged_files_equal_those_of_the_checkout() -> None:
+    packaged = {file.name: file.read_text(encoding="utf-8") for file in deepspeed_json.DS_CONFIGS_DIR.iterdir()}
+    assert set(packaged) == {"zero2_fp32.json", "zero2_bf16.json"}
+    assert packaged == {name: (DS_CONFIGS / name).read_text(encoding="utf-8") for name in packaged}
+
+
 # Reading.
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
+from promoe_ds.cli.plan import main
 from promoe_ds.config import count_parameters, load_config
 from promoe_ds.config.devices import DEVICES
 from promoe_ds.data.shards import ShardContent, write_shard
@@ -43,7 +43,6 @@ def test_decoder_and_encoder_memory_is_that_of_the_images_of_a_pass() -> None:
 
 
 def test_tool_plans_the_pipeline_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main = runpy.run_path(str(Path(__file__).parents[3] / "tools" / "plan.py"))["main"]
     main(["--recipe", "promoe_b", "--pipeline", "--gpu", "a100", "--out", str(tmp_path / "plan.json")])
     names = ["unpack", "encode", "train", "convert", "sample", "evaluate"]
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", *names]

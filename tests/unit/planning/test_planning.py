@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from promoe_ds.cli.plan import main
 from promoe_ds.config import (
     RunConfig,
     count_parameters,
@@ -305,7 +305,7 @@ def test_cluster_without_nodes_is_refused() -> None:
 @pytest.fixture
 def tool():
     torch.distributed.destroy_process_group()  # it makes its own world
-    yield runpy.run_path(str(Path(__file__).parents[3] / "tools" / "plan.py"))["main"]
+    yield main
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
 
 

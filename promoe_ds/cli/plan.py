@@ -1,0 +1,145 @@
+"""Plan a run before it starts: promoe-plan --recipe NAME --nodes N --gpus-per-node G [--gpu h100] [--pipeline].
+
+Prints parameters, memory of a rank, bytes sent over each link and a predicted step time, of the recipe as it is and of
+the fastest layout that fits; with --pipeline disk, time and memory of every step from ImageNet's archives to the figures of
+docs/imagenet.md. Nothing is trained and no device is needed: shapes go through the real layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from promoe_ds.cli.entry import run_entry
+from promoe_ds.config import (
+    DS_CONFIGS_DIR,
+    load_config,
+    plan_batches,
+    read_deepspeed_json,
+    resolve_deepspeed,
+)
+from promoe_ds.config.devices import DEVICES
+from promoe_ds.errors import ConfigError
+from promoe_ds.files import json_text
+from promoe_ds.planning.cluster import NETWORKS, Cluster, layout_of
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file"
+    )
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpu", type=str.lower, default="h100", choices=DEVICES)
+    parser.add_argument("--network", type=str.lower, default="ib-ndr400", choices=NETWORKS)
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        default=DS_CONFIGS_DIR / "zero2_bf16.json",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+    )
+    parser.add_argument(
+        "--no-search", action="store_true", help="plan the recipe as it is and no other layout"
+    )
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="plan docs/imagenet.md instead: latents, training, 50,000 samples, figures",
+    )
+    parser.add_argument("--out", type=Path, help="also write the plans as JSON")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Arguments to plans on standard output, and as JSON with --out.
+
+    Raises: ConfigError for what cannot be planned.
+    """
+    options = parse_arguments(arguments)
+    if options.out is not None and not options.out.parent.is_dir():
+        raise ConfigError(
+            f"--out {options.out}: there is no folder {options.out.parent}: make it first"
+        )
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if options.pipeline:
+        result = plan_pipeline_of(options)
+    else:
+        result = plan_layouts(options)
+    if options.out is not None:
+        options.out.write_text(json_text(result, indent=1), encoding="utf-8")
+
+
+def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Print the steps of docs/imagenet.md; return them and what was assumed."""
+    from promoe_ds.planning.pipeline import Assumptions, pipeline_lines, plan_pipeline
+
+    config = load_config(options.recipe, options.overrides)
+    if config.data.dataset != "latents":
+        raise ConfigError(
+            f"--recipe {options.recipe}: data.dataset={config.data.dataset}, the pipeline trains on latents"
+        )
+    assumptions = Assumptions(device=DEVICES[options.gpu])
+    steps = plan_pipeline(
+        config, gpus=options.nodes * options.gpus_per_node, assumptions=assumptions
+    )
+    _print(pipeline_lines(steps))
+    return {"pipeline": [asdict(step) for step in steps], "assumptions": asdict(assumptions)}
+
+
+def plan_layouts(options: argparse.Namespace) -> dict[str, Any]:
+    """Print the recipe as it is and the fastest layout that fits; return their plans."""
+    from promoe_ds.planning.planner import plan_lines, plan_step
+    from promoe_ds.planning.search import best_layout, choice_lines
+    from promoe_ds.planning.shapes import fake_world
+
+    config = load_config(options.recipe, options.overrides)
+    cluster = Cluster(
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        device=DEVICES[options.gpu],
+        network_bandwidth=NETWORKS[options.network],
+    )
+    batches = plan_batches(config, cluster.ranks)
+    deepspeed = resolve_deepspeed(
+        read_deepspeed_json(options.deepspeed_config),
+        config,
+        batches,
+        source=str(options.deepspeed_config),
+    )
+    layout = layout_of(batches, deepspeed)
+    with fake_world(cluster.ranks):
+        given = plan_step(config, layout, cluster)
+        _print(["The recipe as it is", "", *plan_lines(given)])
+        result = {"recipe": given.as_json()}
+        if not options.no_search:
+            best, choices = best_layout(config, layout, cluster)
+            _print(["", "", "The fastest that fits", "", *plan_lines(best), "", *choice_lines(choices)])
+            result |= {"best": best.as_json(), "tried": [vars(choice) for choice in choices]}
+    return result
+
+
+def _print(lines: Sequence[str]) -> None:
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+run = partial(run_entry, main)
+
+if __name__ == "__main__":
+    run()
