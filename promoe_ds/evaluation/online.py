@@ -33,7 +33,7 @@ class OnlineEvaluation:
 
         Raises: ConfigError or DataError for what cannot be loaded or does not fit the model.
         """
-        self._config, self._team = config, DistributedContext(ranks)
+        self._config, self._team = config, ranks
         settings, model = config.evaluation, config.model
         problem = config.diffusion.sampling_problem(steps=settings.steps)
         if problem:
