@@ -11,7 +11,6 @@ from promoe_ds.config.section import Section
 ResolvedDispatch = Literal["local", "alltoall", "deepspeed_moe", "megatron"]
 #: Layers of other libraries, which ask every token for K choices: methods in which experts choose cannot be expressed.
 EXTERNAL_DISPATCH = ("deepspeed_moe", "megatron")
-TOKENS_CHOOSE = ("token_choice", "dit_moe", "classification", "kmeans")
 
 
 class ParallelConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -11,23 +12,43 @@ from promoe_ds.config.section import Section
 RoutingMethod = Literal["dense", "token_choice", "expert_choice", "dit_moe", "ec_dit", "diff_moe", "expert_race",
                         "classification", "kmeans"]
 
-#: Fields of RoutingConfig that only some methods read, by field; a value other than the default is refused elsewhere.
-_READ_BY: dict[str, tuple[str, ...]] = {
-    "activation": ("token_choice", "expert_choice", "expert_race"),
-    "score_scale": ("token_choice", "expert_choice"),
-    "rcl_weight": ("token_choice", "expert_choice"),
-    "rcl_temperature": ("token_choice", "expert_choice"),
-    "rcl_scope": ("token_choice", "expert_choice"),
-    "rcl_assignments": ("token_choice",),
-    "balance_weight": ("token_choice", "dit_moe"),
-    "balance_level": ("token_choice", "dit_moe"),
-    "capacity_weight": ("diff_moe",),
-    "threshold_decay": ("diff_moe", "expert_race"),
-    "similarity_weight": ("expert_race",),
-    "per_layer_weight": ("expert_race",),
-    "classification_weight": ("classification",),
-    "superclass_map": ("classification",),
-    "superclasses": ("classification",),
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What the rest of a run must know of a routing method before any router is built.
+
+    reads: fields of RoutingConfig that not every method reads; elsewhere a value other than the default is refused.
+    tokens_choose: every token asks for top_k experts; otherwise the experts choose among tokens.
+    single_choice: every token has one expert, so top_k is 1.
+    mixes_samples: outputs depend on the other samples of a pass in evaluation, too.
+    """
+
+    reads: tuple[str, ...] = ()
+    tokens_choose: bool = True
+    single_choice: bool = False
+    mixes_samples: bool = False
+
+
+_PROMOE = ("activation", "score_scale", "rcl_weight", "rcl_temperature", "rcl_scope")
+_BALANCE = ("balance_weight", "balance_level")
+#: Every routing method; its router is built by promoe_ds.model.routers.
+METHODS: dict[RoutingMethod, Method] = {
+    "dense": Method(),
+    "token_choice": Method(reads=(*_PROMOE, "rcl_assignments", *_BALANCE)),
+    "expert_choice": Method(reads=_PROMOE, tokens_choose=False),
+    "dit_moe": Method(reads=_BALANCE),
+    "ec_dit": Method(tokens_choose=False),
+    "diff_moe": Method(
+        reads=("capacity_weight", "threshold_decay"), tokens_choose=False, mixes_samples=True
+    ),
+    "expert_race": Method(
+        reads=("activation", "threshold_decay", "similarity_weight", "per_layer_weight"),
+        tokens_choose=False,
+    ),
+    "classification": Method(
+        reads=("classification_weight", "superclass_map", "superclasses"), single_choice=True
+    ),
+    "kmeans": Method(single_choice=True),
 }
 
 
@@ -66,21 +87,21 @@ class RoutingConfig(Section):
                                                                    "loaded; not to be set, kept with the run")
 
     @property
-    def mixes_samples(self) -> bool:
-        """Whether experts choose among all samples of a pass in evaluation, too: outputs then depend on batch mates."""
-        return self.method == "diff_moe"
+    def traits(self) -> Method:
+        """What METHODS says of this method."""
+        return METHODS[self.method]
 
     @model_validator(mode="after")
     def _choices_fit(self) -> RoutingConfig:
         if self.method != "dense" and self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
-        if self.method in ("classification", "kmeans") and self.top_k > 1:
+        if self.traits.single_choice and self.top_k > 1:
             raise ValueError(f"top_k={self.top_k}: method={self.method} gives every token one expert (Sec. 4.3): set top_k=1")
-        for field, methods in _READ_BY.items():
-            value = getattr(self, field)
-            if self.method not in methods and value != type(self).model_fields[field].default:
-                raise ValueError(f"{field}={value} has no use for method={self.method} (it is read by {', '.join(methods)}): "
-                                 "leave it out")
+        for field, info in type(self).model_fields.items():
+            readers = [name for name, method in METHODS.items() if field in method.reads]
+            if readers and self.method not in readers and getattr(self, field) != info.default:
+                raise ValueError(f"{field}={getattr(self, field)} has no use for method={self.method} "
+                                 f"(it is read by {', '.join(readers)}): leave it out")
         for field in ("shared_expert_width", "shared_expert_type"):
             if self.num_shared_experts == 0 and getattr(self, field) is not None:
                 raise ValueError(f"{field}={getattr(self, field)} has no use for num_shared_experts=0: leave it out")

@@ -14,10 +14,10 @@ from promoe_ds.config.data import DataConfig
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.config.evaluation import EvaluationConfig
 from promoe_ds.config.optimizer import OptimizerConfig
-from promoe_ds.config.parallel import EXTERNAL_DISPATCH, TOKENS_CHOOSE, ParallelConfig
+from promoe_ds.config.parallel import EXTERNAL_DISPATCH, ParallelConfig
 from promoe_ds.config.precision import PrecisionConfig, fp8_multiple
 from promoe_ds.config.presets import PRESETS
-from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.config.routing import METHODS, RoutingConfig
 from promoe_ds.config.section import Section, Switch
 from promoe_ds.config.supervision import SupervisionConfig
 
@@ -153,10 +153,11 @@ class RunConfig(Section):
                 raise ValueError(f"parallel.expert_backend=grouped_mm needs rows of a multiple of 16 bytes: model.hidden_size="
                                  f"{self.model.hidden_size} and the expert width {self.expert_width} must be multiples of "
                                  f"{_GROUPED_GEMM_MULTIPLE}; change them or use loop")
-            if self.parallel.dispatch in EXTERNAL_DISPATCH and self.routing.method not in TOKENS_CHOOSE:
+            if self.parallel.dispatch in EXTERNAL_DISPATCH and not self.routing.traits.tokens_choose:
+                others = ", ".join(name for name, method in METHODS.items() if method.tokens_choose and name != "dense")
                 raise ValueError(f"parallel.dispatch={self.parallel.dispatch} asks every token for routing.top_k experts, but with "
                                  f"routing.method={self.routing.method} experts choose: use parallel.dispatch=alltoall, or one "
-                                 f"of the methods {', '.join(TOKENS_CHOOSE)}")
+                                 f"of the methods {others}")
         if self.data.dataset == "digits":
             self._digits_fit()
         if self.evaluation.every % self.train.log_every:

@@ -52,7 +52,7 @@ class SamplingPlan:
         values = {
             "steps": config.sampling.steps, "cfg_scale": config.sampling.cfg_scale, "shift": config.diffusion.shift,
             "solver": config.resolved_solver,
-            "num_train_timesteps": config.diffusion.num_train_timesteps, "two_passes": config.routing.mixes_samples}
+            "num_train_timesteps": config.diffusion.num_train_timesteps, "two_passes": config.routing.traits.mixes_samples}
         return cls(**values | {name: value for name, value in given.items() if value is not None})
 
     def guided(self, denoiser: Denoiser, latents_BZHW: Tensor, timestep: Tensor, condition: Condition) -> Tensor:

@@ -45,7 +45,7 @@ def is_exact(asked: bool | None, config: RunConfig, device: torch.device) -> boo
     """Resolve whether every pass holds one image: on CPUs unless the method mixes samples, where nobody asked for either."""
     if asked is not None:
         return asked
-    return device.type == "cpu" and not config.routing.mixes_samples
+    return device.type == "cpu" and not config.routing.traits.mixes_samples
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.config import RunConfig, config_from_dict, load_config
+from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.model import DiT, build_model, initialise
 from promoe_ds.model.routers import ROUTERS
 
@@ -28,7 +29,7 @@ METHODS = tuple(ROUTERS)
 
 def of_method(method: str, **routing: Any) -> dict[str, dict[str, Any]]:
     """Return the sections of a small run of `method`, with two choices where it takes them."""
-    top_k = 1 if method in ("classification", "kmeans") else 2
+    top_k = 1 if TRAITS[method].single_choice else 2
     needed = {"superclass_map": "digits", "superclasses": (0, 1, 2, 2, 1, 2, 0, 1, 3, 3)} if method == "classification" else {}
     return {"routing": {"method": method, "top_k": top_k, **needed, **routing}}
 

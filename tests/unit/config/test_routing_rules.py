@@ -8,7 +8,8 @@ from typing import Any, get_args
 import pytest
 
 from promoe_ds.config import load_config
-from promoe_ds.config.routing import _READ_BY, RoutingConfig, RoutingMethod
+from promoe_ds.config.routing import METHODS as TRAITS
+from promoe_ds.config.routing import RoutingConfig, RoutingMethod
 from promoe_ds.errors import ConfigError
 
 from ..builders import small_config
@@ -43,7 +44,8 @@ def raises_saying(message: str) -> Any:
 
 def test_rules_cover_every_method_and_field() -> None:
     assert set(READS) == set(METHODS)
-    assert set(OTHER) == set(_READ_BY)
+    assert get_args(RoutingMethod) == tuple(TRAITS)
+    assert set(OTHER) == {field for method in TRAITS.values() for field in method.reads}
     assert all(RoutingConfig.model_fields[field].default != value for field, value in OTHER.items())
 
 
@@ -75,7 +77,7 @@ def test_more_choices_than_experts_are_refused(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_several_choices_are_refused_where_a_token_has_one_expert(method: str) -> None:
-    if method not in ("classification", "kmeans"):
+    if not TRAITS[method].single_choice:
         assert routing(method, top_k=4).top_k == 4
         return
     with raises_saying(f"routing: top_k=2: method={method} gives every token one expert (Sec. 4.3): set top_k=1"):

@@ -23,7 +23,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "swiglu, two unconditional": {"expert_type": "swiglu", "num_unconditional_experts": 2},
 }
 #: Methods under which a sample is never touched by its batch mates in evaluation.
-INDEPENDENT = tuple(method for method in METHODS if not small_config(**of_method(method)).routing.mixes_samples)
+INDEPENDENT = tuple(method for method in METHODS if not small_config(**of_method(method)).routing.traits.mixes_samples)
 #: Sums in another order than the loop's.
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
 

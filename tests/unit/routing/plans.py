@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
+from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.routing import (
     BatchPoolRouter,
     ClassificationRouter,
@@ -59,7 +60,7 @@ _BUILDERS: dict[str, tuple[Callable[..., Router], dict[str, Any]]] = {
     "kmeans": (_without_top_k(KMeansRouter), {}),
 }
 METHODS = tuple(_BUILDERS)
-ONE_EXPERT = ("classification", "kmeans")
+ONE_EXPERT = tuple(method for method in METHODS if TRAITS[method].single_choice)
 WITH_STATE = ("diff_moe", "expert_race", "kmeans")
 
 
