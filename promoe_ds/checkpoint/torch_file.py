@@ -14,6 +14,7 @@ import resource
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Sequence
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from types import TracebackType
@@ -21,12 +22,12 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from promoe_ds.errors import CheckpointError
 from promoe_ds.file_kind import SAFETENSORS, TORCH, identify
 from promoe_ds.logs import get_logger
 from promoe_ds.model.shards import bytes_of
+from promoe_ds.torch_private import fake_tensors, file_offset
 
 _LOG = get_logger("checkpoint")
 _BLOCK = 1 << 22
@@ -39,7 +40,7 @@ _DIRECTORY_ENTRY, _CRC_IN_DIRECTORY, _LENGTHS_IN_DIRECTORY = 46, 16, 28
 class TorchFile:
     """A file of `torch.save`, opened for reading: `content` has its structure with fake tensors in place of values."""
 
-    def __init__(self, path: Path, allowed: list[type] | None = None) -> None:
+    def __init__(self, path: Path, allowed: Sequence[Callable[..., Any]] | None = None) -> None:
         """Read the structure.
 
         Args:
@@ -52,7 +53,7 @@ class TorchFile:
         try:
             self._size = path.stat().st_size
             require_torch(path, self._file)
-            with torch.serialization.safe_globals(list(allowed or [])), FakeTensorMode():
+            with torch.serialization.safe_globals(list(allowed or [])), fake_tensors():
                 self.content: Any = torch.load(self._file, map_location="cpu", weights_only=True)
         except CheckpointError:
             self.close()
@@ -114,7 +115,7 @@ class TorchFile:
         self.close()
 
     def _offset(self, fake: Tensor) -> int:
-        return fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.element_size()
+        return file_offset(fake) + int(fake.storage_offset()) * fake.element_size()
 
     def _check_extent(self, offset: int, length: int) -> None:
         if offset + length > self._size:
@@ -139,11 +140,11 @@ def require_torch(path: Path, file: BinaryIO | None = None) -> None:
         raise CheckpointError(f"{path}: cannot be read: it is {kind}{remedy}")
 
 
-def unreadable_reason(path: Path, error: Exception, allowed: list[type] | None = None) -> str:
+def unreadable_reason(path: Path, error: Exception, allowed: Sequence[Callable[..., Any]] | None = None) -> str:
     """Return why torch cannot read a file, in our words: torch's advise to execute what the file says."""
     if isinstance(error, pickle.UnpicklingError):
         try:
-            with torch.serialization.safe_globals(allowed or []):
+            with torch.serialization.safe_globals(list(allowed or [])):
                 wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception as problem:  # a damaged file, again of many kinds
             error, wanted = problem, []
@@ -188,7 +189,7 @@ class TorchFileWriter:
         try:
             with torch.serialization.skip_data():
                 torch.save(content, path)
-            with FakeTensorMode():
+            with fake_tensors():
                 self.content: Any = torch.load(path, weights_only=True)
             self._file = path.open("r+b")
         except (OSError, RuntimeError) as error:
@@ -199,7 +200,7 @@ class TorchFileWriter:
         if fake.shape != value.shape or fake.dtype != value.dtype:
             raise CheckpointError(f"{self.path}: {tuple(value.shape)} {value.dtype} does not fit {tuple(fake.shape)} {fake.dtype}")
         try:
-            self._file.seek(fake.untyped_storage()._checkpoint_offset)
+            self._file.seek(file_offset(fake))
             self._file.write(bytes_of(value.contiguous()))
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written ({error})") from None

@@ -15,25 +15,15 @@ TREES = {file.relative_to(PACKAGE).as_posix(): ast.parse(file.read_text(encoding
          for file in sorted(PACKAGE.rglob("*.py"))}
 LIBRARIES = {"torch", "deepspeed", "megatron", "transformer_engine", "diffusers"}
 #: Files that are there to hold such names.
-CORNERS = "backends/*_private.py"
-#: The other files, each with the names that it uses and no more.
+CORNERS = "*_private.py"
+#: The other files, each with the names that it uses and no more, and why they are there.
 ALLOWED = {
     "analysis/plan/cluster.py": {"_internal"},
     "analysis/plan/shapes.py": {"_subclasses"},
     "analysis/plan/trace.py": {"_cdata", "_grouped_mm", "_local_scalar_dense", "_overloadpacket", "_python_dispatch",
                                "_pytree", "_schema"},
-    "backends/expert_parallel.py": {"_EXPERT_DATA_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP_RANKS", "_EXPERT_PARALLEL_GROUP",
-                          "_EXPERT_PARALLEL_GROUP_RANKS", "_WORLD_GROUP", "_create_expert_and_data_parallel",
-                          "_get_expert_data_parallel_group", "_get_expert_parallel_group", "_set_pg_timeout"},
-    "train/clipping.py": {"_foreach_mul_"},
-    "checkpoint/resharding.py": {"_hp_mapping"},
-    "backends/megatron.py": {"_GLOBAL_MEMORY_BUFFER", "_set_global_memory_buffer"},
-    "backends/megatron_private.py": {"_maybe_dtoh_and_synchronize"},
-    "train/optimizer.py": {"_foreach_lerp_"},
-    "train/trainer.py": {"_copy_recovery_script"},
-    "checkpoint/torch_file.py": {"_checkpoint_offset", "_subclasses"},
+    # Diffusers' protocol for pipelines: where to compute, whatever its offloading hooks do.
     "pipeline/pipeline.py": {"_execution_device"},
-    "routing/router.py": {"_apply"},
 }
 _PRIVATE = re.compile(r"_[A-Za-z]\w*")
 
