@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.data.precision import TF32
+from promoe_ds.data.vae import TF32
 from promoe_ds.distributed.team import Team
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor, load_extractor
