@@ -66,7 +66,8 @@ class _Keys(BaseModel):
 
 def _section(name: str, **types: Any) -> type[_Keys]:
     """Return the model of a section whose keys have these types and may all be left out."""
-    return create_model(name, __base__=_Keys, **{key: (each, None) for key, each in types.items()})
+    fields: dict[str, Any] = {key: (each, None) for key, each in types.items()}
+    return create_model(name, __base__=_Keys, **fields)
 
 
 _AUTO = WrapValidator(_or_auto)
@@ -186,7 +187,7 @@ def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchP
                               f"(parallel.ep_size={config.parallel.ep_size}) under ZeRO {stage}; leave it out")
     _fill_auto(resolved, config, batches, source)
     if stage == 0:
-        # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: train/clipping.py clips.
+        # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: the trainer clips.
         resolved["gradient_clipping"] = 0.0
     resolved["zero_allow_untested_optimizer"] = True  # AdamW with the moving average in its state
     resolved["zero_force_ds_cpu_optimizer"] = False  # the same AdamW on the host, where its state is offloaded

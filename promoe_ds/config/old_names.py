@@ -28,8 +28,7 @@ def with_new_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
             notes.append(f"{section}.{old} is now {section}.{new}")
     for (section, field), table in VALUES.items():
         fields = result.get(section)
-        value = fields.get(field) if isinstance(fields, Mapping) else None
-        if isinstance(value, str) and value in table:
+        if isinstance(fields, Mapping) and isinstance(value := fields.get(field), str) and value in table:
             result[section] = {**fields, field: table[value]}
             notes.append(f"{section}.{field}={value} is now {table[value]}")
     return result, notes

@@ -29,11 +29,20 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[info.field_name].annotation
+        annotation = cls.model_fields[str(info.field_name)].annotation
         takes_true = annotation is bool or True in typing.get_args(annotation)
         if not takes_true and any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value])):
             raise ValueError("true and false have no meaning here")
         return value
+
+    def refuse_set(self, *fields: str, use: str) -> None:
+        """Raise ValueError for a field that is not at its default although nothing reads it; `use` says where.
+
+        A saved config states every field and must be read again, so defaults pass.
+        """
+        for field in fields:
+            if (value := getattr(self, field)) != type(self).model_fields[field].default:
+                raise ValueError(f"{field}={value} has no use for {use}: leave it out")
 
 
 def explain(error: ValidationError, source: str, describe: Callable[[Mapping[str, Any]], str]) -> ConfigError:
