@@ -83,10 +83,10 @@ def _report_changes(trainer: TrainingState, manifest: Manifest, saved: RunConfig
     if before != trainer.batches.micro_batch:
         _LOG.warning("resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
                      "(docs/methods.md)", before, trainer.batches.micro_batch)
-    scale, before = trainer.config.data.latent_scale, saved.data.latent_scale
-    if before != scale:
+    scale, saved_scale = trainer.config.data.latent_scale, saved.data.latent_scale
+    if saved_scale != scale:
         _LOG.warning("resume: data.latent_scale was %g and is %g: unless the latents are of another autoencoder, the network sees "
-                     "them at a scale that it was not trained on", before, scale)
+                     "them at a scale that it was not trained on", saved_scale, scale)
     if same_run and manifest.dataset_size not in (None, len(trainer.dataset)):
         _LOG.warning("resume: the data set had %d samples and has %d: their order is another from here on, some come again or "
                      "never in this epoch", manifest.dataset_size, len(trainer.dataset))

@@ -19,13 +19,16 @@ class TrainingState(Protocol):
     deepspeed_plan: DeepSpeedPlan
     batches: BatchPlan
     context: Ranks
-    dataset: Sized
     #: DeepSpeed's engine.
     engine: Any
     #: The optimizer under ZeRO: `averages`, `averages_since`.
     optimizer: Any
     step: int
     samples_seen: int
+
+    @property
+    def dataset(self) -> Sized:
+        """The data set."""
 
     @property
     def module(self) -> nn.Module:

@@ -64,7 +64,7 @@ def plain_image(image: Image.Image, changes: list[str] | None = None) -> Image.I
     elif image.has_transparency_data:
         grey, image = image.mode in _GREY, image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
-        if np.asarray(image.getchannel("A")).min() < 255:
+        if image.getchannel("A").getextrema() != (255, 255):
             notes.append(COMPOSED)
         ground = Image.new("RGBA", image.size, "white")
         ground.alpha_composite(image)

@@ -37,8 +37,8 @@ class DiffusionBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> DiffusionBatch:
-        latents = (function(tensor) for tensor in (self.clean_BZHW, self.noise_BZHW, self.sigma_B))
-        return DiffusionBatch(*latents, self.condition.map(function))
+        return DiffusionBatch(function(self.clean_BZHW), function(self.noise_BZHW), function(self.sigma_B),
+                              self.condition.map(function))
 
 
 class Objective(Protocol):

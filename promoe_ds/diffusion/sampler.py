@@ -49,7 +49,7 @@ class SamplingPlan:
     @classmethod
     def of(cls, config: RunConfig, **given: Any) -> SamplingPlan:
         """Return how a recipe samples; what is given and not None takes the place of its values."""
-        values = {
+        values: dict[str, Any] = {
             "steps": config.sampling.steps, "cfg_scale": config.sampling.cfg_scale, "shift": config.diffusion.shift,
             "solver": config.resolved_solver,
             "num_train_timesteps": config.diffusion.num_train_timesteps, "two_passes": config.routing.traits.mixes_samples}

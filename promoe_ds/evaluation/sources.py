@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class FolderImages:
         """
         return np.stack(
             [
-                read_picture(file, lambda image, file=file: self._fit(image, file))
+                read_picture(file, partial(self._fit, file=file))
                 for file in self._files[rows.start : rows.stop]
             ]
         )

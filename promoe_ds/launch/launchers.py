@@ -129,7 +129,7 @@ def _outer_launcher(env: Mapping[str, str]) -> _Outer | None:
         if None in values:
             raise ConfigError(f"{rank if values[1] is None else size} is set but not "
                               f"{size if values[1] is None else rank}: {_remedy('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}")
-        mpi.append(_Outer(size, *values, read_number(env, local_rank), read_number(env, local_size, least=1)))
+        mpi.append(_Outer(size, values[0], values[1], read_number(env, local_rank), read_number(env, local_size, least=1)))
     # Those of one process may be left from a shell that srun or mpirun started.
     many = [one for one in mpi if one.size > 1]
     for one in many[1:]:

@@ -33,7 +33,7 @@ def initialise(network: DiT, seed: int) -> None:
         if isinstance(module, StackedExperts):
             _fill_experts(module, module_name, seed)
             continue
-        gate = "xavier"
+        gate: str | float = "xavier"
         if isinstance(module, Router):
             module.reset_state()
             gate = module.initial_gate
@@ -59,7 +59,7 @@ def fill_parameter(parameter: Tensor, name: str, seed: int, *, gate: str | float
         if gate == "linear":
             _uniform(parameter, parameter.shape[1] ** -0.5, name, seed, expert=0)
         else:
-            _normal(parameter, gate, name, seed)
+            _normal(parameter, float(gate), name, seed)
     elif name.endswith("prototypes"):
         _normal(parameter, PROTOTYPE_STD, name, seed)
     elif "modulation" in name or name.startswith("final_layer.") or name.endswith("bias"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.model.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_positions
 
 from ..builders import random_tensor
@@ -80,4 +81,4 @@ def test_patch_embedding_takes_patches_row_by_row() -> None:
 def test_label_embedding_has_a_last_row_for_the_null_label() -> None:
     embedding = LabelEmbedding(10, 4)
     assert embedding.table.weight.shape == (11, 4)
-    assert torch.equal(embedding(torch.tensor([10, 0])), embedding.table.weight[[10, 0]])
+    assert torch.equal(embedding.vector(ClassCondition(torch.tensor([10, 0]), 10)), embedding.table.weight[[10, 0]])
