@@ -38,7 +38,8 @@ class ParallelConfig(Section):
         if self.dispatch == "local" and self.ep_size > 1:
             raise ValueError(f"dispatch=local keeps all experts on one rank, ep_size={self.ep_size} shards them: "
                              "use dispatch=alltoall (or auto), or ep_size=1")
-        for field, reader in (("capacity_factor", "deepspeed_moe"), ("megatron_dispatcher", "megatron"), ("comm_dtype", "alltoall")):
+        readers = {"capacity_factor": "deepspeed_moe", "megatron_dispatcher": "megatron", "comm_dtype": "alltoall"}
+        for field, reader in readers.items():
             if self.resolved_dispatch != reader:
                 self.refuse_set(field, use=f"dispatch={self.resolved_dispatch} (it is read by {reader})")
         if self.dispatch == "megatron":

@@ -22,13 +22,15 @@ LIBRARIES: dict[str, set[str]] = {
     # Runs on the launching host, before any rank, and must not need torch there.
     "launch": set(), "distributed": {"torch", "numpy"}}
 #: The rooms from the lowest up; a room imports from those above it in this list and from none below.
-ORDER = ("errors", "private_names", "torch_private", "logs", "files", "file_kind", "randomness", "condition", "config", "versions", "routing", "moe", "model",
+ORDER = ("errors", "private_names", "torch_private", "logs", "files", "file_kind", "randomness", "condition", "config",
+         "versions", "routing", "moe", "model",
          "diffusion", "launch", "distributed", "data", "backends", "checkpoint", "train")
 #: Rooms that need less than the order would let them have.
 NARROW: dict[str, set[str]] = {
     "errors": set(), "logs": set(), "files": set(), "file_kind": set(), "randomness": set(), "condition": set(),
     "private_names": {"errors"}, "torch_private": {"errors", "private_names"},
-    "config": {"errors", "logs"}, "versions": {"errors", "config"}, "routing": {"errors", "config", "condition", "torch_private"}, "moe": {"routing", "config"},
+    "config": {"errors", "logs"}, "versions": {"errors", "config"},
+    "routing": {"errors", "config", "condition", "torch_private"}, "moe": {"routing", "config"},
     "diffusion": {"config", "randomness", "errors", "condition"}, "launch": {"errors", "logs", "files", "config"},
     "distributed": {"errors", "logs", "config", "launch"},
     "data": {"config", "randomness", "errors", "logs", "files", "file_kind", "condition", "versions", "distributed"}}

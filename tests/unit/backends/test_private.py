@@ -28,7 +28,12 @@ if find_spec("megatron"):
 
 @pytest.mark.parametrize(
     ("corner", "path", "name"),
-    [(corner, path, name) for corner in CORNERS for path, names in corner.NAMES.items() for name in names],
+    [
+        (corner, path, name)
+        for corner in CORNERS
+        for path, names in corner.NAMES.items()
+        for name in names
+    ],
 )
 def test_check_names_reports_each_name_that_has_moved(corner, path, name, monkeypatch) -> None:
     check_names(corner.NAMES)
@@ -46,7 +51,9 @@ def test_check_names_reports_each_name_that_has_moved(corner, path, name, monkey
     assert f"{library} {version} has no" in str(error.value) and attribute in str(error.value)
 
 
-def test_module_that_has_moved_is_named_and_one_that_is_missing_is_not_taken_for_it(monkeypatch) -> None:
+def test_module_that_has_moved_is_named_and_one_that_is_missing_is_not_taken_for_it(
+    monkeypatch,
+) -> None:
     with pytest.raises(ConfigError, match=r"torch .* has no torch\.nowhere"):
         find_private("torch.nowhere", "name")
     with pytest.raises(ModuleNotFoundError):
@@ -61,14 +68,18 @@ def test_parameter_that_has_moved_is_named() -> None:
 
 def test_gate_of_other_arguments_is_reported(monkeypatch) -> None:
     check_gate(PlanGate)
-    monkeypatch.setattr(deepspeed_private.TopKGate, "forward", lambda self, tokens, used_token: None)
-    with pytest.raises(ConfigError, match=r"TopKGate\.forward\(used_token, sparse_routes, use_tutel\)"):
+    monkeypatch.setattr(
+        deepspeed_private.TopKGate, "forward", lambda self, tokens, used_token: None
+    )
+    with pytest.raises(
+        ConfigError, match=r"TopKGate\.forward\(used_token, sparse_routes, use_tutel\)"
+    ):
         check_gate(PlanGate)
 
 
 def test_cast_that_goes_another_way_is_reported(monkeypatch) -> None:
     monkeypatch.delattr(nn.Module, "_apply")
-    with pytest.raises(ConfigError, match="torch .*_apply"):
+    with pytest.raises(ConfigError, match=r"torch .*_apply"):
         KeepsBuffersPrecise()
 
 
