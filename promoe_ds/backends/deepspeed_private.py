@@ -1,8 +1,7 @@
-"""Every name of DeepSpeed's and torch.distributed's insides that this package uses, and nowhere else.
+"""Every use of DeepSpeed's insides in this package.
 
-Such names can move with any release. `check_names` reads all of them at start, `UpdateGate` and
-`ZeroPartitions` check what exists only in an engine: a run under a library that has moved ends at its first step
-with the library, its version and the name, and never trains in another way.
+`NAMES` is read as soon as this file is imported; `UpdateGate` and `ZeroPartitions` check what exists only in an
+engine: a run under a DeepSpeed that has moved ends at its first step and never trains in another way.
 """
 
 from __future__ import annotations
@@ -11,18 +10,25 @@ import importlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
-from importlib.metadata import version
+from functools import partial
+from inspect import signature
 from typing import Any
 
+import deepspeed.ops
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from promoe_ds.errors import ConfigError
+from promoe_ds import private_names, torch_private
+from promoe_ds.private_names import check_names, find_private, moved
+from promoe_ds.torch_private import set_group_timeouts
 
+_STORAGE, _GROUPS = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine", "deepspeed.utils.groups"
 #: module -> attributes; a dot goes into a class.
 NAMES = {
     "deepspeed.moe.layer": ("MoE",),
+    "deepspeed.moe.sharded_moe": ("MOELayer._set_ep_group", "TopKGate.forward"),
     "deepspeed.ops": ("_probe_compatible_ops",),
     "deepspeed.runtime.engine": (
         "DeepSpeedEngine._copy_recovery_script", "DeepSpeedEngine.save_checkpoint"),
@@ -30,52 +36,24 @@ NAMES = {
     "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
     "deepspeed.runtime.zero.stage_1_and_2": (
         "DeepSpeedZeroOptimizer.check_overflow", "DeepSpeedZeroOptimizer.update_lp_params"),
-    "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine": (
-        "TorchCheckpointEngine.save", "TorchCheckpointEngine.load", "TorchCheckpointEngine.create"),
+    _STORAGE: ("TorchCheckpointEngine.save", "TorchCheckpointEngine.load", "TorchCheckpointEngine.create"),
     "deepspeed.runtime.fp16.loss_scaler": ("LossScaler",),
     "deepspeed.utils.tensor_fragment": ("fragment_address",),
-    "deepspeed.utils.groups": (
+    _GROUPS: (
         "_create_expert_and_data_parallel", "_get_expert_parallel_group",
         "_get_expert_data_parallel_group", "_WORLD_GROUP", "_EXPERT_PARALLEL_GROUP",
         "_EXPERT_PARALLEL_GROUP_RANKS", "_EXPERT_DATA_PARALLEL_GROUP",
         "_EXPERT_DATA_PARALLEL_GROUP_RANKS"),
-    "torch.distributed.distributed_c10d": (
-        "_set_pg_timeout", "default_pg_timeout", "default_pg_nccl_timeout"),
 }
-
-
-def _moved(library: str, name: str) -> ConfigError:
-    return ConfigError(f"{library} {version(library)} has no {name}, on which this package relies: install the "
-                       "versions of launch_scripts/constraints.txt")
-
-
-def read_private(owner: Any, name: str, *, library: str = "deepspeed") -> Any:
-    """Return an attribute of a library's insides.
-
-    Raises: ConfigError naming library, version and attribute.
-    """
-    try:
-        return getattr(owner, name)
-    except AttributeError:
-        kind = owner.__name__ if hasattr(owner, "__name__") else type(owner).__name__
-        raise _moved(library, f"{kind}.{name}") from None
-
-
-def check_names() -> None:
-    """Read every name of `NAMES`.
-
-    Raises: ConfigError naming library, version and attribute.
-    """
-    for path, names in NAMES.items():
-        library = path.partition(".")[0]
-        try:
-            module = importlib.import_module(path)
-        except ImportError:
-            raise _moved(library, path) from None
-        for name in names:
-            owner = module
-            for part in name.split("."):
-                owner = read_private(owner, part, library=library)
+check_names(NAMES)
+read_private = partial(private_names.read_private, library="deepspeed")
+#: Its class of modules that hold experts; its layer and gate; its storage; records in its files beside tensors.
+MoE: Any = find_private("deepspeed.moe.layer", "MoE")
+MOELayer: Any = find_private("deepspeed.moe.sharded_moe", "MOELayer")
+TopKGate: Any = find_private("deepspeed.moe.sharded_moe", "TopKGate")
+TorchCheckpointEngine: Any = find_private(_STORAGE, "TorchCheckpointEngine")
+LossScaler: Any = find_private("deepspeed.runtime.fp16.loss_scaler", "LossScaler")
+fragment_address: Any = find_private("deepspeed.utils.tensor_fragment", "fragment_address")
 
 
 def prepare_library(timeout_seconds: float) -> None:
@@ -84,14 +62,10 @@ def prepare_library(timeout_seconds: float) -> None:
     Without it such groups take torch's default of half an hour, and DeepSpeed's shared-memory all-reduce for CPUs
     is compiled at first use, for a minute.
     """
-    check_names()
+    check_names(torch_private.NAMES)
     _import_muon()
-    import deepspeed.ops
-
     deepspeed.ops.__compatible_ops__ = {}  # in place of the probe, which calls compilers
-    timeout = timedelta(seconds=timeout_seconds)
-    dist.distributed_c10d.default_pg_timeout = timeout
-    dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    set_group_timeouts(timeout_seconds)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
@@ -121,13 +95,11 @@ def _import_muon() -> None:
 
 def make_expert_groups(ep_size: int, timeout_seconds: float, *, data_before_expert: bool = False) -> dist.ProcessGroup:
     """Make DeepSpeed's expert-parallel and expert-data-parallel groups; return this rank's expert-parallel one."""
-    from deepspeed.utils import groups
-
+    groups = deepspeed.utils.groups
     groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
     name = expert_group_name(ep_size)
     expert_group = groups._get_expert_parallel_group(name)
-    for group in (expert_group, groups._get_expert_data_parallel_group(name)):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+    set_group_timeouts(timeout_seconds, expert_group, groups._get_expert_data_parallel_group(name))
     return expert_group
 
 
@@ -138,22 +110,40 @@ def expert_group_name(ep_size: int) -> str:
 
 def forget_expert_groups() -> None:
     """Forget the groups that DeepSpeed keeps by name: they ended with their process group."""
-    from deepspeed.utils import groups
-
+    groups = deepspeed.utils.groups
     groups._WORLD_GROUP = None
     for kept in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS,
                  groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS):
         kept.clear()
 
 
-def use_checkpoint_engine(engine: Any, checkpoint_engine: Any) -> None:
-    """Let an engine read and write through `checkpoint_engine` alone.
+def check_gate(gate: type[nn.Module]) -> None:
+    """Check that a gate of ours takes what DeepSpeed's layer hands to a gate.
+
+    Raises: ConfigError naming library, version and what differs.
+    """
+    ours, theirs = ([*signature(kind.forward).parameters][2:] for kind in (gate, TopKGate))
+    if ours != theirs:
+        raise moved("deepspeed", f"TopKGate.forward({', '.join(ours)})")
+
+
+def build_engine(
+    module: nn.Module, optimizer: Optimizer, settings: dict[str, Any], storage: Any
+) -> DeepSpeedEngine:
+    """Build the engine of one rank, which reads and writes its files through `storage` alone; all ranks together.
 
     Rank 0 would also copy converters into each checkpoint, which cannot read expert-parallel shards.
+    Args:
+        settings: the resolved DeepSpeed JSON.
+    Raises: ConfigError naming library, version and attribute that has moved.
     """
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=settings, dist_init_required=False
+    )
     read_private(engine, "checkpoint_engine")
-    engine.checkpoint_engine = checkpoint_engine
+    engine.checkpoint_engine = storage
     engine._copy_recovery_script = lambda save_path: None
+    return engine
 
 
 class UpdateGate:
@@ -177,7 +167,7 @@ class UpdateGate:
         Raises: ConfigError if it did not: then a step that is not finite would have been taken.
         """
         if not self._was_asked:
-            raise _moved("deepspeed", "call of DeepSpeedZeroOptimizer.check_overflow within step")
+            raise moved("deepspeed", "call of DeepSpeedZeroOptimizer.check_overflow within step")
 
     def _answer(self, partition_gradients: bool = True) -> None:
         self._was_asked = True
@@ -212,7 +202,7 @@ class ZeroPartitions:
                 continue  # another rank's
             here, there = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
             if here.numel != there.numel:
-                raise _moved("deepspeed", f"mapping of equal sizes ({there.numel} values to {here.numel})")
+                raise moved("deepspeed", f"mapping of equal sizes ({there.numel} values to {here.numel})")
             yield OwnedSlice(parameter, there.start, here.start, here.numel)
 
     def write_back(self) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from promoe_ds.backends.deepspeed_private import expert_group_name
+from promoe_ds.backends.deepspeed_private import MoE, expert_group_name
 from promoe_ds.backends.megatron import MegatronPath
 from promoe_ds.backends.stock_deepspeed import DeepSpeedMoEPath
 from promoe_ds.config import RunConfig

@@ -28,6 +28,7 @@ from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
 from promoe_ds.moe.dispatch import ALL_TO_ALLS_PER_STEP, ExpertFunction, PendingOutput
 from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.private_names import check_parameters
 from promoe_ds.routing.assignment import Assignment
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class MegatronPath:
         self.num_experts, self.top_k = config.routing.num_experts, config.routing.top_k
         self.kind, self.world_size = config.parallel.megatron_dispatcher, dist.get_world_size(group)
         self.layer, self.is_grouped = _build_layer(config, experts, group, device)
+        check_parameters(self.layer, [name for name, _ in self._weights()], library="megatron")
         self.tokens_sent = 0
 
     def begin(self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment) -> PendingOutput:
@@ -150,7 +152,7 @@ def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.Process
     from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronLayer
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
-    from promoe_ds.backends.megatron_private import cpu_construction, prepare_dispatcher
+    from promoe_ds.backends.megatron_private import copy_without_stream, cpu_construction
 
     if config.parallel.megatron_dispatcher == "flex" and device.type != "cuda":
         raise ConfigError("parallel.megatron_dispatcher=flex is DeepEP's, which runs on CUDA devices alone: use alltoall or "
@@ -168,7 +170,7 @@ def _build_layer(config: RunConfig, experts: StackedExperts, group: dist.Process
         raise ConfigError(f"parallel.dispatch=megatron, parallel.megatron_dispatcher={config.parallel.megatron_dispatcher}: "
                           f"Megatron refuses or misses a library ({error}): mend it, or use parallel.dispatch=alltoall") from None
     if on_cpu:
-        prepare_dispatcher(layer)
+        copy_without_stream(layer)
     for module in layer.modules():
         if isinstance(module, RowParallelLinear):
             module.explicit_expert_comm = True  # no tensor parallelism: its result needs no reduction
@@ -220,12 +222,12 @@ def _expert_spec(is_grouped: bool) -> Any:
 @cache
 def _process_groups(group: dist.ProcessGroup) -> ProcessGroupCollection:
     """Return the groups that Megatron's layer asks for: DeepSpeed's for experts, this rank alone for every other kind."""
-    from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from promoe_ds.backends.megatron_private import make_gather_buffer
+
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-        parallel_state._set_global_memory_buffer()  # what `allgather` gathers into
+    make_gather_buffer()
     groups = ProcessGroupCollection()
     groups.ep = groups.tp_ep = group
     for name in ("tp", "cp", "expt_tp", "expt_dp", "tp_cp", "tp_dp_cp"):

@@ -20,7 +20,7 @@ def start_distributed(timeout_seconds: float) -> DistributedContext:
     device = local_device()
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
+    import deepspeed  # once it knows which accelerator to use
 
     from promoe_ds.backends.deepspeed_private import prepare_library
 

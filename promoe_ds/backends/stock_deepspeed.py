@@ -13,9 +13,9 @@ import math
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor, nn
 
+from promoe_ds.backends.deepspeed_private import MOELayer, check_gate, expert_group_name
 from promoe_ds.backends.external import token_choices
 from promoe_ds.moe.dispatch import ALL_TO_ALLS_PER_STEP, ExpertFunction, PendingOutput
 from promoe_ds.routing.assignment import Assignment
@@ -100,10 +100,14 @@ class DeepSpeedMoEPath:
     clock = None
 
     def __init__(self, num_experts: int, top_k: int, capacity_factor: float | None, group: dist.ProcessGroup) -> None:
-        """Build the layer over DeepSpeed's expert-parallel group."""
+        """Build the layer over DeepSpeed's expert-parallel group.
+
+        Raises: ConfigError if the layer asks its gate for something else.
+        """
+        check_gate(PlanGate)
         self.gate, self.experts = PlanGate(num_experts, top_k, capacity_factor, group), SlotExperts()
         self.group, self.world_size = group, dist.get_world_size(group)
-        self.layer = MOELayer(self.gate, self.experts, f"ep_size_{self.world_size}", self.world_size,
+        self.layer = MOELayer(self.gate, self.experts, expert_group_name(self.world_size), self.world_size,
                               num_experts // self.world_size)
         self.layer._set_ep_group(group)
 

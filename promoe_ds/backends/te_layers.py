@@ -31,6 +31,7 @@ from promoe_ds.model.blocks import DiTBlock
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, StackedExperts
 from promoe_ds.moe.padding import pad_groups, pad_rows
+from promoe_ds.private_names import check_parameters
 
 _LOG = get_logger("precision")
 
@@ -122,8 +123,12 @@ class GroupedKernel:
             weight = getattr(experts, name)
             number, out_features, in_features = weight.shape
             bias = name.replace("weight", "bias")
-            self.layers[name] = te.GroupedLinear(number, in_features, out_features, bias=bias in parameters,
-                                                 params_dtype=weight.dtype, device="meta")
+            layer = te.GroupedLinear(number, in_features, out_features, bias=bias in parameters,
+                                     params_dtype=weight.dtype, device="meta")
+            kinds = ("weight", "bias") if bias in parameters else ("weight",)
+            check_parameters(layer, [f"{kind}{expert}" for kind in kinds for expert in range(number)],
+                             library="transformer_engine")
+            self.layers[name] = layer
 
     def __call__(self, experts: StackedExperts, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
         """Run each expert on its rows; as `StackedExperts.forward`.  Sync: one, for the counts."""

@@ -14,6 +14,7 @@ import torch
 from promoe_ds.config import RunConfig
 from promoe_ds.config.precision import PrecisionConfig, fp8_multiple
 from promoe_ds.errors import ConfigError
+from promoe_ds.private_names import read_private
 
 #: Before it grouped products had neither current scaling nor MXFP8, and `te.checkpoint` refused methods.
 LEAST_VERSION = (2, 3)
@@ -111,10 +112,14 @@ def make_recipe(name: str) -> Any:
 
 
 def fp8_context(te: Any, recipe: Any) -> Callable[[], AbstractContextManager]:
-    """Return what makes the context in which Transformer Engine's layers compute in FP8; its name changed over versions."""
+    """Return what makes the context in which Transformer Engine's layers compute in FP8; its name changed over versions.
+
+    Raises: ConfigError if it has changed again.
+    """
     if hasattr(te, "autocast"):
         return lambda: te.autocast(enabled=True, recipe=recipe)
-    return lambda: te.fp8_autocast(enabled=True, fp8_recipe=recipe)
+    before = read_private(te, "fp8_autocast", library="transformer_engine")
+    return lambda: before(enabled=True, fp8_recipe=recipe)
 
 
 def megatron_fp8(config: RunConfig) -> dict[str, str]:

@@ -12,11 +12,9 @@ from typing import IO, Any, cast
 
 import torch
 import xxhash
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
+from promoe_ds.backends.deepspeed_private import LossScaler, TorchCheckpointEngine, fragment_address
 from promoe_ds.checkpoint.manifest import FileRecord
 from promoe_ds.checkpoint.torch_file import load_torch
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from promoe_ds.errors import CheckpointError
 from promoe_ds.file_kind import SAFETENSORS, TORCH, identify
 from promoe_ds.model.shards import bytes_of
+from promoe_ds.torch_private import fake_tensors, file_offset
 
 _LIBC = ctypes.CDLL(None)
 _BLOCK = 1 << 22
@@ -145,7 +145,7 @@ class TorchFileWriter:
         try:
             with torch.serialization.skip_data():
                 torch.save(content, path)
-            with FakeTensorMode():
+            with fake_tensors():
                 self.content: Any = torch.load(path, weights_only=True)
             self._file = path.open("r+b")
         except (OSError, RuntimeError) as error:
@@ -159,7 +159,7 @@ class TorchFileWriter:
                 f"{tuple(place.shape)} {place.dtype}"
             )
         try:
-            self._file.seek(place.untyped_storage()._checkpoint_offset)
+            self._file.seek(file_offset(place))
             self._file.write(bytes_of(value.contiguous()))
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written ({error})") from None

@@ -61,7 +61,8 @@ def main(arguments: Sequence[str]) -> None:
     """Arguments to request to packed latents, or to their check."""
     options = parse_arguments(arguments)
     configure_logging(rank_from_environment())
-    from promoe_ds.data.encode import EncodeRequest, encode, verify
+    from promoe_ds.data.encode import EncodeRequest, encode
+    from promoe_ds.data.shards import verify
     from promoe_ds.distributed.context import join_processes
     from promoe_ds.distributed.process_group import stop_distributed
 

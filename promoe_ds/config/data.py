@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from promoe_ds.config.section import Section, Switch
 
-#: Data sets that lie in a folder.
-_ON_DISK = ("latents", "images")
+#: Data sets that are read from a folder, and what it holds.
+ON_DISK = {"latents": "the folder of *.safetensors shards", "images": "a tree of images, one folder a class"}
 
 
 class DataConfig(Section):
@@ -32,7 +32,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> DataConfig:
-        if self.dataset not in _ON_DISK:
+        if self.dataset not in ON_DISK:
             if self.path is not None:
                 raise ValueError(f"path={self.path!r} has no use for dataset={self.dataset}: leave it out")
             if self.flip is True:

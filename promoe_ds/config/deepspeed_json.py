@@ -189,7 +189,7 @@ def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchP
                               f"(parallel.ep_size={config.parallel.ep_size}) under ZeRO {stage}; leave it out")
     _fill_auto(resolved, config, batches, source)
     if stage == 0:
-        # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: train/clipping.py clips.
+        # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: the trainer clips.
         resolved["gradient_clipping"] = 0.0
     resolved["zero_allow_untested_optimizer"] = True  # AdamW with the moving average in its state
     resolved["zero_force_ds_cpu_optimizer"] = False  # the same AdamW on the host, where its state is offloaded

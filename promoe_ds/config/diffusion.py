@@ -29,9 +29,7 @@ class DiffusionConfig(Section):
     def _ddpm_fits(self) -> DiffusionConfig:
         if self.objective != "ddpm":
             return self
-        for name in ("sigma_mean", "sigma_std", "shift"):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}={getattr(self, name)} has no use for objective=ddpm: leave it out")
+        self.refuse_set("sigma_mean", "sigma_std", "shift", use="objective=ddpm")
         if self.num_train_timesteps <= _MIN_DDPM_TIMESTEPS:
             raise ValueError(f"num_train_timesteps={self.num_train_timesteps}: the linear schedule of objective=ddpm needs more "
                              f"than {_MIN_DDPM_TIMESTEPS}, or its last step would keep nothing of the image")

@@ -38,12 +38,10 @@ class ParallelConfig(Section):
         if self.dispatch == "local" and self.ep_size > 1:
             raise ValueError(f"dispatch=local keeps all experts on one rank, ep_size={self.ep_size} shards them: "
                              "use dispatch=alltoall (or auto), or ep_size=1")
-        for field, value, dispatch in (("capacity_factor", self.capacity_factor, "deepspeed_moe"),
-                                       ("megatron_dispatcher", self.megatron_dispatcher, "megatron"),
-                                       ("comm_dtype", self.comm_dtype, "alltoall")):
-            if value != type(self).model_fields[field].default and self.resolved_dispatch != dispatch:
-                raise ValueError(f"{field}={value} is read by dispatch={dispatch} alone, this is "
-                                 f"dispatch={self.resolved_dispatch}: leave it out, or use that dispatch")
+        readers = {"capacity_factor": "deepspeed_moe", "megatron_dispatcher": "megatron", "comm_dtype": "alltoall"}
+        for field, reader in readers.items():
+            if self.resolved_dispatch != reader:
+                self.refuse_set(field, use=f"dispatch={self.resolved_dispatch} (it is read by {reader})")
         if self.dispatch == "megatron":
             self._megatron_fits()
         return self

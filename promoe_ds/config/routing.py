@@ -97,14 +97,12 @@ class RoutingConfig(Section):
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
         if self.traits.single_choice and self.top_k > 1:
             raise ValueError(f"top_k={self.top_k}: method={self.method} gives every token one expert (Sec. 4.3): set top_k=1")
-        for field, info in type(self).model_fields.items():
+        for field in type(self).model_fields:
             readers = [name for name, method in METHODS.items() if field in method.reads]
-            if readers and self.method not in readers and getattr(self, field) != info.default:
-                raise ValueError(f"{field}={getattr(self, field)} has no use for method={self.method} "
-                                 f"(it is read by {', '.join(readers)}): leave it out")
-        for field in ("shared_expert_width", "shared_expert_type"):
-            if self.num_shared_experts == 0 and getattr(self, field) is not None:
-                raise ValueError(f"{field}={getattr(self, field)} has no use for num_shared_experts=0: leave it out")
+            if readers and self.method not in readers:
+                self.refuse_set(field, use=f"method={self.method} (it is read by {', '.join(readers)})")
+        if self.num_shared_experts == 0:
+            self.refuse_set("shared_expert_width", "shared_expert_type", use="num_shared_experts=0")
         if self.method == "classification" and self.superclass_map is None:
             raise ValueError("method=classification needs superclass_map: a packaged map's name or the path of a YAML file")
         return self

@@ -35,6 +35,15 @@ class Section(BaseModel):
             raise ValueError("true and false have no meaning here")
         return value
 
+    def refuse_set(self, *fields: str, use: str) -> None:
+        """Raise ValueError for a field that is not at its default although nothing reads it; `use` says where.
+
+        A saved config states every field and must be read again, so defaults pass.
+        """
+        for field in fields:
+            if (value := getattr(self, field)) != type(self).model_fields[field].default:
+                raise ValueError(f"{field}={value} has no use for {use}: leave it out")
+
 
 def explain(error: ValidationError, source: str, describe: Callable[[Mapping[str, Any]], str]) -> ConfigError:
     """Return what is wrong with a file's values as one error: one line for one problem, else a line for each."""

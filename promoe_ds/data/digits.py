@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
+from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import DataError
 from promoe_ds.randomness import generator
 
@@ -42,3 +46,23 @@ def load_digits_split(heldout_fraction: float, *, heldout: bool) -> Digits:
         is_heldout[members[:round(heldout_fraction * len(members))]] = True
     chosen = is_heldout if heldout else ~is_heldout
     return Digits(images[chosen], labels[chosen])
+
+
+class TrainingDigits:
+    """The digits that are not held out, in memory."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        """Load them.
+
+        Raises: DataError if scikit-learn is missing.
+        """
+        self._digits = load_digits_split(config.data.heldout_fraction, heldout=False)
+        self._scale, self._null = np.float32(config.data.latent_scale), config.model.null_label
+
+    def __len__(self) -> int:
+        return len(self._digits.labels)
+
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, ClassCondition]:
+        """Return the chosen images, (B, 1, 8, 8) fp32, and their labels."""
+        labels = torch.from_numpy(self._digits.labels[indices])
+        return torch.from_numpy(self._digits.images[indices] * self._scale), ClassCondition(labels, self._null)

@@ -9,20 +9,24 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+from torch import Tensor
 
-from promoe_ds.data.images import COMPOSED, TURNED, CorruptFiles, Tree, TreeReader, read_image, scan_tree
-from promoe_ds.data.index import INDEX, UNFINISHED, LatentIndex, ShardRecord, read_index
-from promoe_ds.data.latents import NPZ_SUFFIX, read_npz_moments
+from promoe_ds.data.images import COMPOSED, TURNED, read_image
+from promoe_ds.data.index import UNFINISHED, LatentIndex, ShardRecord, read_index
+from promoe_ds.data.listing import some_of
+from promoe_ds.data.npz import NPZ_SUFFIX, read_npz_moments
 from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.shards import Shard, ShardContent, describe_shard, write_shard
+from promoe_ds.data.shards import Shard, ShardContent, write_shard
+from promoe_ds.data.trees import CorruptFiles, Tree, TreeReader, scan_tree
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
@@ -62,18 +66,11 @@ def encode(request: EncodeRequest, team: DistributedContext) -> LatentIndex:
     Raises: DataError for images that cannot be read, beyond `max_corrupt` of a rank or of all together; ConfigError for a request
         that cannot be, or an output folder that holds something else.
     """
-    tree = scan_tree(request.source, (NPZ_SUFFIX,), split=request.split) if request.from_npz else scan_tree(
-        request.source, split=request.split)
-    # Read into the memory of every rank at once: rank 0 alone fetches a hub id from the network first.
-    vae = None if request.from_npz else _load(request, team)
-    sides, *shape = _cached_shape(request, tree) if vae is None else (2, *_encoded_shape(request, vae.identity))
-    request = replace(request, flip=request.flip and sides == 2)
-    # Of cached moments no more is known than the name that the user gives, and their channels.
-    identity = vae.identity if vae else VaeIdentity(name=request.vae_name, latent_channels=shape[0] // 2)
-    settings = _settings(request, tree, identity)
+    source = _cached(request) if request.from_npz else _images(request, team)
+    tree, settings = source.tree, _settings(request, source)
     if (done := team.on_main(lambda: _claim(request, settings))) is not None:
         return done
-    work = _Worker(request, tree, vae, tuple(shape))
+    work = _Worker(request, source)
     shards = -(-len(tree) // request.shard_size)
     todo = team.on_main(lambda: missing_shards(request.out, shards))
     total = sum(len(work.files_of(number)) for number in todo)
@@ -94,50 +91,87 @@ def missing_shards(out: Path, shards: int) -> list[int]:
     return [number for number in range(shards) if not is_complete(out / _shard_name(number))]
 
 
-def _load(request: EncodeRequest, team: DistributedContext) -> Vae:
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What is packed: the files of a tree, of which autoencoder.
+
+    shape: of a record, (2 Z, H, W). sides: 2 with the mirrored image, else 1.
+    read: returns what a file holds. moments: returns those of a batch, by side.
+    changes: what `read` changed of images.
+    """
+
+    tree: Tree
+    identity: VaeIdentity
+    shape: tuple[int, ...]
+    sides: int
+    read: Callable[[Path], np.ndarray]
+    moments: Callable[[np.ndarray], Sequence[Tensor]]
+    changes: list[str] = field(default_factory=list)
+
+
+def _images(request: EncodeRequest, team: DistributedContext) -> _Source:
+    """Return a tree of images and the autoencoder that encodes them.
+
+    Raises: DataError for a tree or an autoencoder that cannot be read; ConfigError for a size that
+        the autoencoder would cut.
+    """
+    tree = scan_tree(request.source, split=request.split)
+
     def load() -> Vae:
         return Vae(request.vae, device=team.device, dtype=DTYPES[request.vae_dtype], name=request.vae_name)
 
+    # Into the memory of every rank at once: rank 0 alone fetches a hub id from the network first.
     first = load() if team.is_main else None
     team.barrier()
-    return first or load()
-
-
-def _encoded_shape(request: EncodeRequest, identity: VaeIdentity) -> tuple[int, int, int]:
-    """Return the shape of an image's moments, (2 Z, H, W).
-
-    Raises: ConfigError for a size that the autoencoder would cut.
-    """
+    vae, changes = first or load(), list[str]()
+    identity = vae.identity
     if request.image_size % identity.downsampling:
         raise ConfigError(f"--image-size {request.image_size}: must be a multiple of the {identity.downsampling} pixels that "
                           f"{identity.name} makes one latent of")
+
+    def moments(images_BHWC: np.ndarray) -> list[Tensor]:
+        sides = [images_BHWC, images_BHWC[:, :, ::-1].copy()][:1 + request.flip]
+        return [vae.encode(side) for side in sides]
+
     side = request.image_size // identity.downsampling
-    return 2 * identity.latent_channels, side, side
+    return _Source(
+        tree=tree, identity=identity, shape=(2 * identity.latent_channels, side, side),
+        sides=1 + request.flip, moments=moments, changes=changes,
+        read=partial(read_image, size=request.image_size, changes=changes))
 
 
-def _cached_shape(request: EncodeRequest, tree: Tree) -> tuple[int, int, int, int]:
-    """Return the shape of the first cached moments that can be read, (1 or 2 sides, 2 Z, H, W): all others must have it.
+def _cached(request: EncodeRequest) -> _Source:
+    """Return a tree of cached moments; all have the shape of the first that can be read.
 
     Raises: ConfigError if their autoencoder is not named; DataError if there are more unreadable ones than allowed.
     """
+    tree = scan_tree(request.source, (NPZ_SUFFIX,), split=request.split)
     if request.vae_name is None:
         raise ConfigError("--from-npz: the files do not say which autoencoder they come from: name it with --vae-name, as recipes "
                           "do in data.vae")
     corrupt = CorruptFiles(request.max_corrupt, "--max-corrupt")
     for name in tree.names:
         try:
-            return read_npz_moments(tree.root / name).shape
+            shape = read_npz_moments(tree.root / name).shape
+            break
         except DataError as error:
             corrupt.add(shown(name), str(error))
-    raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
+    else:
+        raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
+    sides = min(shape[0], 1 + request.flip)
+    # No more is known than the name that the user gives, and the channels.
+    return _Source(
+        tree=tree, identity=VaeIdentity(name=request.vae_name, latent_channels=shape[1] // 2),
+        shape=shape[1:], sides=sides, read=partial(read_npz_moments, shape=shape),
+        moments=lambda values: torch.from_numpy(values).unbind(1)[:sides])
 
 
-def _settings(request: EncodeRequest, tree: Tree, identity: VaeIdentity) -> dict[str, Any]:
+def _settings(request: EncodeRequest, source: _Source) -> dict[str, Any]:
     """Return what must agree between the calls that fill one folder."""
-    listing = xxhash.xxh3_64(os.fsencode("\n".join(tree.names))).hexdigest()
-    return {"files": len(tree), "listing": listing, "image_size": None if request.from_npz else request.image_size,
-            "flipped": request.flip, "dtype": request.dtype, "vae_dtype": None if request.from_npz else request.vae_dtype,
-            "shard_size": request.shard_size, "vae": identity.as_json()}
+    listing = xxhash.xxh3_64(os.fsencode("\n".join(source.tree.names))).hexdigest()
+    return {"files": len(source.tree), "listing": listing, "image_size": None if request.from_npz else request.image_size,
+            "flipped": source.sides == 2, "dtype": request.dtype, "vae_dtype": None if request.from_npz else request.vae_dtype,
+            "shard_size": request.shard_size, "vae": asdict(source.identity)}
 
 
 def _differing(before: dict[str, Any], settings: dict[str, Any]) -> str:
@@ -173,58 +207,44 @@ def _claim(request: EncodeRequest, settings: dict[str, Any]) -> LatentIndex | No
 class _Worker:
     """Encodes shards of one rank."""
 
-    def __init__(self, request: EncodeRequest, tree: Tree, vae: Vae | None, shape: tuple[int, ...]) -> None:
-        self._request, self._tree, self._vae, self._shape = request, tree, vae, shape
-        self._changes: list[str] = []
-
-        def read(path: Path) -> np.ndarray:
-            return (read_npz_moments(path, (1 + request.flip, *shape)) if vae is None
-                    else read_image(path, request.image_size, self._changes))
-
-        self._reader = TreeReader(tree, read, request.workers)
+    def __init__(self, request: EncodeRequest, source: _Source) -> None:
+        self._request, self._source = request, source
+        self._reader = TreeReader(source.tree, source.read, request.workers)
         self._corrupt = CorruptFiles(request.max_corrupt, "--max-corrupt")
 
     def files_of(self, number: int) -> range:
         """Return the indices of a shard's files."""
-        return range(number * self._request.shard_size, min((number + 1) * self._request.shard_size, len(self._tree)))
+        start = number * self._request.shard_size
+        return range(start, min(start + self._request.shard_size, len(self._source.tree)))
 
     def encode_shard(self, number: int) -> None:
         """Encode one shard; it is empty if none of its files can be read."""
         path, indices = self._request.out / _shard_name(number), self.files_of(number)
-        empty = torch.empty(0, *self._shape, dtype=DTYPES[self._request.dtype])
-        kept, moments, twins, skipped = [], [empty], [empty], []
-        self._changes.clear()
+        tree, dtype = self._source.tree, DTYPES[self._request.dtype]
+        sides = [[torch.empty(0, *self._source.shape, dtype=dtype)] for _ in range(self._source.sides)]
+        kept, skipped = [], []
+        self._source.changes.clear()
         for start in range(indices.start, indices.stop, self._request.batch_size):
             batch = range(start, min(start + self._request.batch_size, indices.stop))
             good = []
             for index, value in zip(batch, self._reader.try_all(batch), strict=True):
                 if isinstance(value, DataError):
-                    skipped.append(shown(self._tree.names[index]))
+                    skipped.append(shown(tree.names[index]))
                     self._corrupt.add(skipped[-1], str(value))
                 else:
                     good.append(value)
                     kept.append(index)
-            if good:
-                plain, mirrored = self._moments(np.stack(good))
-                moments.append(plain)
-                twins += [mirrored] if self._request.flip else []
-        content = ShardContent(kind=_KIND, records=torch.cat(moments), flipped=torch.cat(twins) if self._request.flip else None,
-                               labels=torch.from_numpy(self._tree.labels[kept]), names=[self._tree.names[i] for i in kept])
+            for parts, part in zip(sides, self._source.moments(np.stack(good)) if good else (), strict=bool(good)):
+                parts.append(part.cpu().to(dtype))
+        records = [torch.cat(parts) for parts in sides]
+        content = ShardContent(kind=_KIND, records=records[0], flipped=records[1] if len(records) > 1 else None,
+                               labels=torch.from_numpy(tree.labels[kept]), names=[tree.names[i] for i in kept])
         try:
             record = write_shard(path, content)
             write_json(path.with_suffix(".json"),
-                       {"record": asdict(record), "skipped": skipped, "changes": Counter(self._changes)})
+                       {"record": asdict(record), "skipped": skipped, "changes": Counter(self._source.changes)})
         except OSError as error:
             raise DataError(f"{path}: could not be written: {error}. Free the disk and run the same command again") from None
-
-    def _moments(self, values: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return moments of images, or as they were cached, and those of the mirrored images, as stored."""
-        dtype = DTYPES[self._request.dtype]
-        if self._vae is None:
-            pair = (*torch.from_numpy(values).unbind(1), None)
-        else:
-            pair = (self._vae.encode(values), self._vae.encode(values[:, :, ::-1].copy()) if self._request.flip else None)
-        return pair[0].cpu().to(dtype), None if pair[1] is None else pair[1].cpu().to(dtype)
 
 
 def _finish(request: EncodeRequest, settings: dict[str, Any], tree: Tree, shards: int) -> LatentIndex:
@@ -233,7 +253,7 @@ def _finish(request: EncodeRequest, settings: dict[str, Any], tree: Tree, shards
     skipped = [name for entry in entries for name in entry["skipped"]]
     if len(skipped) > request.max_corrupt:
         raise DataError(f"{len(skipped)} files could not be read, --max-corrupt={request.max_corrupt} are allowed: "
-                        f"{', '.join(skipped[:5])}{' ...' if len(skipped) > 5 else ''}. Repair them and encode into a new "
+                        f"{some_of(skipped)}. Repair them and encode into a new "
                         "folder, or run again with a higher limit: nothing is encoded twice")
     records = tuple(ShardRecord(**entry["record"]) for entry in entries)
     if not sum(record.count for record in records):
@@ -244,11 +264,11 @@ def _finish(request: EncodeRequest, settings: dict[str, Any], tree: Tree, shards
     if changes:
         _LOG.info("%s: %d images with transparent pixels were composed over white, %d turned upright as their EXIF data say",
                   tree.root, changes[COMPOSED], changes[TURNED])
-    if unread := [shown(name) for name, count in zip(tree.classes, counts, strict=True) if not count]:
+    if unread := [name for name, count in zip(tree.classes, counts, strict=True) if not count]:
         _LOG.warning("%s: no image of %d classes could be read, their labels never occur: %s", tree.root, len(unread),
-                     ", ".join(unread[:5]))
+                     some_of(unread))
     index = LatentIndex(
-        kind=_KIND, shape=opened[0].shape[1:], dtype=request.dtype, flipped=request.flip, image_size=settings["image_size"],
+        kind=_KIND, shape=opened[0].shape[1:], dtype=request.dtype, flipped=settings["flipped"], image_size=settings["image_size"],
         vae=VaeIdentity(**settings["vae"]), classes=tuple(map(shown, tree.classes)), class_counts=tuple(counts.tolist()),
         shards=records, skipped=tuple(skipped),
         encoding={name: settings[name] for name in ("files", "listing", "shard_size", "vae_dtype")},
@@ -257,38 +277,6 @@ def _finish(request: EncodeRequest, settings: dict[str, Any], tree: Tree, shards
     for leftover in (request.out / UNFINISHED, *(request.out.glob("shard-*.json"))):
         leftover.unlink()
     return index
-
-
-def verify(folder: Path, team: DistributedContext) -> LatentIndex:
-    """Read every shard of a finished folder and hold it against the index, each rank a share of them.
-
-    Raises: DataError naming the shards, and the first records, that are not what was written.
-    """
-    index = read_index(folder)
-    if index is None:
-        raise DataError(f"{folder}: no {INDEX} there: nothing to verify against")
-    problems = [problem for record in index.shards[team.rank::team.world_size] for problem in _problems(folder, record)]
-    if problems := [problem for found in team.gather(problems) for problem in found]:
-        raise DataError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
-    return index
-
-
-def _problems(folder: Path, record: ShardRecord) -> Iterator[str]:
-    path = folder / record.file
-    if not path.is_file():
-        yield f"{path}: missing"
-        return
-    if describe_shard(path, record.count, name=record.file) == record:
-        return
-    yield f"{path}: its checksum is not that of {INDEX}"
-    try:
-        shard = Shard(path)
-        out = np.empty(shard.record_bytes, dtype=np.uint8)
-        for row in range(len(shard)):
-            for flip in range(1 + shard.flipped):
-                shard.copy_record(row, bool(flip), out)
-    except DataError as error:
-        yield str(error)
 
 
 def _shard_name(number: int) -> str:

@@ -6,8 +6,7 @@ Letters: H, W size in pixels, C colour channels.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
@@ -16,13 +15,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 from promoe_ds.data.listing import image_formats
-from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.trees import Tree
-from promoe_ds.data.trees import scan_tree as scan_tree
-from promoe_ds.errors import DataError
-from promoe_ds.logs import get_logger, rank_from_environment
+from promoe_ds.data.reading import reading
 
-_LOG = get_logger("data")
 _T = TypeVar("_T")
 
 #: What `plain_image` notes of a picture that it changed.
@@ -48,23 +42,6 @@ _BIG_PIXELS = 2**24
 #: Pixels of a picture enlarged before its square is cut: a thin one would take gigabytes.
 _MAX_ENLARGED = 2**26
 _ONE_BIG = threading.Lock()
-
-
-def check_classes(where: Path, count: int, num_classes: int) -> None:
-    """Hold a data set's classes against the recipe's.
-
-    Raises: DataError for more of them; fewer are told, once, by rank 0.
-    """
-    if count > num_classes:
-        raise DataError(f"{shown(where)}: {count} classes, but model.num_classes={num_classes}")
-    if count < num_classes and rank_from_environment() == 0:
-        _LOG.warning(
-            "%s: %d classes of model.num_classes=%d: the labels from %d on never occur",
-            where,
-            count,
-            num_classes,
-            count,
-        )
 
 
 def plain_image(image: Image.Image, changes: list[str] | None = None) -> Image.Image:
@@ -158,48 +135,3 @@ def read_image(path: Path, size: int, changes: list[str] | None = None) -> np.nd
     Raises: DataError naming a file that is no whole image.
     """
     return read_picture(path, lambda image: center_crop(image, size), changes)
-
-
-class CorruptFiles:
-    """Counts unreadable files, by name, up to a limit."""
-
-    def __init__(self, limit: int, setting: str) -> None:
-        """Allow `limit` of them, as `setting` says."""
-        self._limit, self._setting = limit, setting
-        self.problems: dict[str, str] = {}
-
-    def add(self, name: str, problem: str) -> None:
-        """Name and count one; again the same costs nothing.
-
-        Raises: DataError, naming the latest, when the limit is passed.
-        """
-        if name in self.problems:
-            return
-        self.problems[name] = problem
-        if len(self.problems) > self._limit:
-            raise DataError(
-                f"{problem}; that makes {len(self.problems)} unreadable files, "
-                f"{self._setting}={self._limit} are allowed: repair or remove them, or raise it"
-            )
-        _LOG.warning(
-            "skipped %s (%d of %s=%d)", problem, len(self.problems), self._setting, self._limit
-        )
-
-
-class TreeReader:
-    """Reads files of a tree in several threads: decoders release Python's lock."""
-
-    def __init__(self, tree: Tree, read: Callable[[Path], np.ndarray], workers: int) -> None:
-        """Read with `read`, which raises DataError for a file that it cannot."""
-        self._tree, self._read = tree, read
-        self._pool = ThreadPoolExecutor(workers)
-
-    def try_all(self, indices: Sequence[int]) -> list[np.ndarray | DataError]:
-        """Return what each file holds, or what is wrong with it."""
-        return list(self._pool.map(self._try, indices))
-
-    def _try(self, index: int) -> np.ndarray | DataError:
-        try:
-            return self._read(self._tree.root / self._tree.names[index])
-        except DataError as error:
-            return error

@@ -11,9 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.data.images import check_classes
+from promoe_ds.config.section import name_and_message
 from promoe_ds.data.reading import reading
+from promoe_ds.data.trees import check_classes
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.errors import DataError
 from promoe_ds.files import write_json
@@ -45,6 +48,8 @@ class LatentIndex:
     `encoding` is what else two calls that fill one folder must share: number and checksum of the source's file names, images a
     shard, type of the autoencoder's computation.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     kind: str
     shape: tuple[int, int, int]
@@ -87,22 +92,13 @@ def read_index(folder: Path) -> LatentIndex | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        count, vae = values.pop("count"), values.pop("vae")
-        index = LatentIndex(**{**values, "shape": tuple(values["shape"]), "vae": None if vae is None else VaeIdentity(**vae),
-                               "classes": tuple(values["classes"]), "class_counts": tuple(values["class_counts"]),
-                               "skipped": tuple(values["skipped"]),
-                               "shards": tuple(ShardRecord(**shard) for shard in values["shards"])})
-        shards = index.shards
-        numbers = [count, *index.shape, *index.class_counts, *(n for shard in shards for n in (shard.count, shard.bytes))]
-        texts = [*index.classes, *index.skipped, *(text for shard in shards for text in (shard.file, shard.checksum))]
-        if wrong := [each for kind, found in ((int, numbers), (str, texts)) for each in found if type(each) is not kind]:
-            raise ValueError(f"{wrong[0]!r} is of another type than what belongs there")
-        if index.count != count:
+        count = values.pop("count")
+        try:
+            index = TypeAdapter(LatentIndex).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            raise ValueError(": ".join(name_and_message(error.errors()[0]))) from None
+        if index.count != count or not isinstance(count, int):
             raise ValueError(f"count is {count}, its shards hold {index.count}")
-        if len(index.shape) != 3:
-            raise ValueError(f"shape is {index.shape}")
-        if index.vae is not None and not isinstance(index.vae.scaling_factor, int | float | None):
-            raise ValueError(f"scaling_factor is {index.vae.scaling_factor!r}")
     for shard in index.shards:
         if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
             raise DataError(f"{path}: the file name {shard.file!r} leaves the folder")
@@ -126,17 +122,25 @@ def check_index(index: LatentIndex, folder: Path, config: RunConfig) -> None:
             raise DataError(f"{path}: does not say which autoencoder the latents come from, the recipe wants data.vae={data.vae}: "
                             "pack them anew with --vae-name")
         return
-    if index.vae.scaling_factor is not None and abs(index.vae.scaling_factor - data.latent_scale) > _TOLERANCE:
-        raise DataError(f"{path}: {index.vae.name} scales its latents by {index.vae.scaling_factor}, but data.latent_scale="
-                        f"{data.latent_scale}")
+    check_scale(index.vae, config, f"{path}: ")
     if data.vae is not None and not _is_meant(index.vae, data.vae):
         weights = index.vae.fingerprint or "weights unknown"
         raise DataError(f"{path}: the latents were encoded by {index.vae.name} ({weights}), the recipe wants "
                         f"data.vae={data.vae}: encode them anew, or set data.vae to the one that they come from")
 
 
+def check_scale(vae: VaeIdentity, config: RunConfig, where: str = "") -> None:
+    """Hold an autoencoder's scale, if known, against the recipe's.
+
+    Raises: DataError naming both.
+    """
+    scale = config.data.latent_scale
+    if vae.scaling_factor is not None and abs(vae.scaling_factor - scale) > _TOLERANCE:
+        raise DataError(f"{where}{vae.name} scales its latents by {vae.scaling_factor}, but data.latent_scale={scale}")
+
+
 def trust_vae(where: Path, config: RunConfig) -> None:
-    """Tell, once, by rank 0, that latents without an index cannot show that they come from the recipe's autoencoder."""
+    """Warn, by rank 0, that latents without an index cannot show that they come from the recipe's autoencoder."""
     if config.data.vae is not None and rank_from_environment() == 0:
         _LOG.warning("%s: nothing there says which autoencoder the latents come from; that it is data.vae=%s is taken on trust",
                      where, config.data.vae)

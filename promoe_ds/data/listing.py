@@ -10,6 +10,7 @@ import os
 import stat
 from collections import Counter, deque
 from collections.abc import Collection
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,6 +31,16 @@ _LEFTOVERS = set(
 #: library or a system.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _NAMED = 3
+#: What is said of the files and folders that were met, with their number.
+_NOTES = _OTHERS, _LEFT, _LISTED, _BROKEN, _OUTSIDE = (
+    "left out {} files of other kinds",
+    "skipped {} hidden files and leftovers of other programs",
+    "left out {} links to what is listed already",
+    "left out {} links to nothing",
+    "followed {} links to files and folders elsewhere",
+)
+#: Of these, kinds are named instead of single files.
+_COUNTED = (_OTHERS, _LEFT)
 
 
 @lru_cache(maxsize=1)
@@ -72,23 +83,26 @@ class FileList:
         self.folders: list[str] = []
         self.kind = "readable image" if suffixes is None else f"{', '.join(suffixes)} file"
         self._suffixes = image_suffixes() if suffixes is None else suffixes
-        self._leftovers: Counter[str] = Counter()
-        self._others: Counter[str] = Counter()
-        self._listed: list[str] = []
-        self._outside: list[str] = []
-        self._broken: list[str] = []
+        self._notes = {note: Counter[str]() for note in _NOTES}
         self._seen: set[tuple[int, int]] = set()
-        self._links: deque[str] = deque()
-        self._file_links: list[tuple[str, tuple[int, int], bool]] = []
+        self._links = deque[str]()
+        self._file_links: list[tuple[str, os.stat_result]] = []
         self._enter("")
         while self._links:
             self._follow(self._links.popleft())
         self._add_file_links()
         self.names.sort()
-        self._report()
+        parts = [
+            f"{note.format(found.total())} ({_some(found, counted=note in _COUNTED)})"
+            for note, found in self._notes.items()
+            if found
+        ]
+        if parts and rank_from_environment() == 0:
+            _LOG.warning("%s: %s", shown(root), "; ".join(parts))
         if not self.names:
-            others = f": found {_counted(self._others)}" if self._others else ""
-            raise DataError(f"{root}: no {self.kind} below it{others}")
+            others = self._notes[_OTHERS]
+            found = f": found {_some(others, counted=True)}" if others else ""
+            raise DataError(f"{root}: no {self.kind} below it{found}")
 
     def _enter(self, start: str) -> None:
         """List a folder and all below it, without following links."""
@@ -104,14 +118,15 @@ class FileList:
                     f"{shown(self.root / folder)}: cannot be listed ({error.strerror}): make it "
                     "readable, or move it out of the tree"
                 ) from None
-            if (status.st_dev, status.st_ino) in self._seen:
-                self._listed.append(folder)
+            if _inode(status) in self._seen:
+                self._notes[_LISTED][folder] += 1
                 continue
-            self._seen.add((status.st_dev, status.st_ino))
+            self._seen.add(_inode(status))
             for entry in entries:
                 name = f"{folder}{os.sep}{entry.name}" if folder else entry.name
                 if is_leftover(entry.name):
-                    self._leftovers["._*" if entry.name.startswith("._") else entry.name] += 1
+                    left = "._*" if entry.name.startswith("._") else entry.name
+                    self._notes[_LEFT][left] += 1
                 elif entry.is_symlink():
                     self._links.append(name)
                 elif entry.is_dir():
@@ -120,12 +135,15 @@ class FileList:
                 else:
                     self._add(name, entry.is_file())
 
-    def _add(self, name: str, is_file: bool) -> None:
+    def _add(self, name: str, is_file: bool) -> bool:
+        """Add a file if it is of the kinds; return whether it is."""
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (Path costs minutes for millions)
-        if is_file and suffix in self._suffixes:
+        if wanted := is_file and suffix in self._suffixes:
             self.names.append(name)
         else:
-            self._others[(suffix or "without extension") if is_file else "pipes and devices"] += 1
+            other = (suffix or "without extension") if is_file else "pipes and devices"
+            self._notes[_OTHERS][other] += 1
+        return wanted
 
     def _follow(self, link: str) -> None:
         path = self.root / link
@@ -134,70 +152,50 @@ class FileList:
         except (OSError, RuntimeError):  # to nothing, or to itself
             if path.suffix.lower() in self._suffixes:
                 self.names.append(link)  # an unreadable image, to be named and counted as such
-                return
-            if os.sep not in link and not path.suffix:
+            elif os.sep not in link and not path.suffix:
                 raise DataError(
                     f"{shown(path)}: is a link to nothing: restore its target, or remove it"
                 ) from None
-            self._broken.append(link)
-            return
-        if not stat.S_ISDIR(status.st_mode):
-            self._file_links.append(
-                (link, (status.st_dev, status.st_ino), stat.S_ISREG(status.st_mode))
-            )
+            else:
+                self._notes[_BROKEN][link] += 1
             return
         target, root = path.resolve(), self.root.resolve()
-        if (status.st_dev, status.st_ino) in self._seen or root.is_relative_to(target):
-            self._listed.append(link)
-            return
-        self._outside += [] if target.is_relative_to(root) else [link]
-        self.folders += [] if os.sep in link else [link]
-        self._enter(link)
+        if not stat.S_ISDIR(status.st_mode):
+            self._file_links.append((link, status))
+        elif _inode(status) in self._seen or root.is_relative_to(target):
+            self._notes[_LISTED][link] += 1
+        else:
+            if not target.is_relative_to(root):
+                self._notes[_OUTSIDE][link] += 1
+            self.folders += [] if os.sep in link else [link]
+            self._enter(link)
 
     def _add_file_links(self) -> None:
         """Add links to files that are not in the tree by themselves, each of them once."""
         known = set()
         for name in self.names if self._file_links else ():
-            try:
-                status = os.stat(self.root / name)  # noqa: PTH116
-                known.add((status.st_dev, status.st_ino))
-            except OSError:  # a link to nothing
-                continue
-        for name, key, is_file in sorted(self._file_links):
-            if key in known:
-                self._listed.append(name)
-                continue
-            before = len(self.names)
-            self._add(name, is_file)
-            if len(self.names) > before:
-                known.add(key)
-                self._outside.append(name)
-
-    def _report(self) -> None:
-        found = [
-            ("left out {} files of other kinds", self._others),
-            ("skipped {} hidden files and leftovers of other programs", self._leftovers),
-            ("left out {} links to what is listed already", self._listed),
-            ("left out {} links to nothing", self._broken),
-            ("followed {} links to files and folders elsewhere", self._outside),
-        ]
-        parts = [
-            f"{what.format(values.total())} ({_counted(values)})"
-            if isinstance(values, Counter)
-            else f"{what.format(len(values))} ({some_of(values)})"
-            for what, values in found
-            if values
-        ]
-        if parts and rank_from_environment() == 0:
-            _LOG.warning("%s: %s", shown(self.root), "; ".join(parts))
+            with suppress(OSError):  # a link to nothing
+                known.add(_inode(os.stat(self.root / name)))  # noqa: PTH116
+        for name, status in sorted(self._file_links):
+            if _inode(status) in known:
+                self._notes[_LISTED][name] += 1
+            elif self._add(name, stat.S_ISREG(status.st_mode)):
+                known.add(_inode(status))
+                self._notes[_OUTSIDE][name] += 1
 
 
 def some_of(names: Collection[str]) -> str:
     """Return the first names, for a message."""
-    return ", ".join(map(shown, list(names)[:_NAMED])) + (" ..." if len(names) > _NAMED else "")
+    return _some(Counter(names), counted=False)
 
 
-def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {shown(name)}" for name, count in counts.most_common(_NAMED)) + (
-        " ..." if len(counts) > _NAMED else ""
-    )
+def _some(names: Counter[str], *, counted: bool) -> str:
+    parts = [
+        f"{count} {shown(name)}" if counted else shown(name)
+        for name, count in names.most_common(_NAMED)
+    ]
+    return ", ".join(parts) + (" ..." if len(names) > _NAMED else "")
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

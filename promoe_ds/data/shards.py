@@ -7,6 +7,7 @@ records' sources, joined by line feeds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from promoe_ds.data.index import ShardRecord
+from promoe_ds.data.dataset import first_not_finite
+from promoe_ds.data.index import INDEX, LatentIndex, ShardRecord, read_index
 from promoe_ds.data.reading import reading, shown
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import DataError
 from promoe_ds.file_kind import SAFETENSORS
 
@@ -132,11 +135,36 @@ def describe_shard(path: Path, count: int, *, name: str) -> ShardRecord:
     return ShardRecord(file=name, count=count, bytes=path.stat().st_size, checksum=digest.hexdigest())
 
 
-def first_not_finite(records_BCHW: Tensor) -> int | None:
-    """Return the place of the first record with a value that is not finite; None if there is none."""
-    if torch.isfinite(records_BCHW).all():
-        return None
-    return int((~torch.isfinite(records_BCHW)).flatten(1).any(dim=1).nonzero()[0])
+def verify(folder: Path, team: DistributedContext) -> LatentIndex:
+    """Read every shard of a finished folder and hold it against the index, each rank a share of them.
+
+    Raises: DataError naming the shards, and the first records, that are not what was written.
+    """
+    index = read_index(folder)
+    if index is None:
+        raise DataError(f"{folder}: no {INDEX} there: nothing to verify against")
+    problems = [problem for record in index.shards[team.rank::team.world_size] for problem in _problems(folder, record)]
+    if problems := [problem for found in team.gather(problems) for problem in found]:
+        raise DataError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
+    return index
+
+
+def _problems(folder: Path, record: ShardRecord) -> Iterator[str]:
+    path = folder / record.file
+    if not path.is_file():
+        yield f"{path}: missing"
+        return
+    if describe_shard(path, record.count, name=record.file) == record:
+        return
+    yield f"{path}: its checksum is not that of {INDEX}"
+    try:
+        shard = Shard(path)
+        out = np.empty(shard.record_bytes, dtype=np.uint8)
+        for row in range(len(shard)):
+            for flip in range(1 + shard.flipped):
+                shard.copy_record(row, bool(flip), out)
+    except DataError as error:
+        yield str(error)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Trees of class folders: which folders are classes, and in which order.
+"""Trees of class folders: which folders are classes, in which order, and how their files are read.
 
 A class's label is its place among the sorted folders of the first level; docs/inputs.md states the
 rules.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,3 +159,62 @@ def _warn_of_order(root: Path, classes: list[str]) -> None:
 
 def _with_numbers(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def check_classes(where: Path, count: int, num_classes: int) -> None:
+    """Hold a data set's classes against the recipe's.
+
+    Raises: DataError for more of them; rank 0 warns of fewer.
+    """
+    if count > num_classes:
+        raise DataError(f"{shown(where)}: {count} classes, but model.num_classes={num_classes}")
+    if count < num_classes and rank_from_environment() == 0:
+        _LOG.warning(
+            "%s: %d classes of model.num_classes=%d: the labels from %d on never occur",
+            *(where, count, num_classes, count),
+        )
+
+
+class CorruptFiles:
+    """Counts unreadable files, by name, up to a limit."""
+
+    def __init__(self, limit: int, setting: str) -> None:
+        """Allow `limit` of them, as `setting` says."""
+        self._limit, self._setting = limit, setting
+        self.problems: dict[str, str] = {}
+
+    def add(self, name: str, problem: str) -> None:
+        """Name and count one; again the same costs nothing.
+
+        Raises: DataError, naming the latest, when the limit is passed.
+        """
+        if name in self.problems:
+            return
+        self.problems[name] = problem
+        if len(self.problems) > self._limit:
+            raise DataError(
+                f"{problem}; that makes {len(self.problems)} unreadable files, "
+                f"{self._setting}={self._limit} are allowed: repair or remove them, or raise it"
+            )
+        _LOG.warning(
+            "skipped %s (%d of %s=%d)", problem, len(self.problems), self._setting, self._limit
+        )
+
+
+class TreeReader:
+    """Reads files of a tree in several threads: decoders release Python's lock."""
+
+    def __init__(self, tree: Tree, read: Callable[[Path], np.ndarray], workers: int) -> None:
+        """Read with `read`, which raises DataError for a file that it cannot."""
+        self._tree, self._read = tree, read
+        self._pool = ThreadPoolExecutor(workers)
+
+    def try_all(self, indices: Sequence[int]) -> list[np.ndarray | DataError]:
+        """Return what each file holds, or what is wrong with it."""
+        return list(self._pool.map(self._try, indices))
+
+    def _try(self, index: int) -> np.ndarray | DataError:
+        try:
+            return self._read(self._tree.root / self._tree.names[index])
+        except DataError as error:
+            return error

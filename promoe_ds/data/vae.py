@@ -5,9 +5,10 @@ Letters: B images, Z latent channels, H, W size, C colour channels.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,13 @@ import xxhash
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from promoe_ds.data.precision import without_tf32
 from promoe_ds.data.reading import reading
 from promoe_ds.errors import DataError
 
 #: Images of a pass of the decoder: one alone has enough work for a GPU, and hundreds of megabytes of activations.
 DECODED_AT_ONCE = 8
+#: Whether figures and pixels are computed with TF32, for the files that state how they came about.
+TF32 = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +39,21 @@ class VaeIdentity:
     scaling_factor: float | None = None
     downsampling: int | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
-
     def is_called(self, wanted: str) -> bool:
         """Whether `wanted` is its name or fingerprint."""
         return wanted in (self.name, self.fingerprint)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolve and multiply fp32 in fp32, which cuDNN rounds to TF32 by default; afterwards as the process had it."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = TF32
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 class Vae:

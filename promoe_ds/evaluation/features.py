@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.checkpoint.manifest import checksum
-from promoe_ds.data.precision import without_tf32
-from promoe_ds.data.vae import fingerprint_of
+from promoe_ds.data.vae import fingerprint_of, without_tf32
 from promoe_ds.errors import ConfigError
 from promoe_ds.file_kind import SCRIPT, identify
 from promoe_ds.versions import versions_of

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from promoe_ds.data.precision import TF32
+from promoe_ds.data.vae import TF32
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor, load_extractor

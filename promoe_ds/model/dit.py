@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.model.blocks import DiTBlock, FinalLayer
-from promoe_ds.model.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_positions
+from promoe_ds.model.embeddings import ConditionEmbedding, LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_positions
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import partition_samples
@@ -41,7 +41,7 @@ class DiT(nn.Module):
         self.config = config
         self.patch_embedding = PatchEmbedding(model.patch_size, model.in_channels, model.hidden_size)
         self.timestep_embedding = TimestepEmbedding(model.hidden_size)
-        self.label_embedding = LabelEmbedding(model.num_classes, model.hidden_size)
+        self.label_embedding: ConditionEmbedding[Any] = LabelEmbedding(model.num_classes, model.hidden_size)
         self.blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))
         self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels)
         self.register_buffer("positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False)

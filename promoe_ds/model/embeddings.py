@@ -6,6 +6,7 @@ Letters: B images, S tokens per image, D width, Z latent channels, H, W latent s
 from __future__ import annotations
 
 import math
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.accounting import TIMESTEP_FREQUENCIES
 
 MAX_PERIOD = 10_000.0
+Conditions = TypeVar("Conditions", bound=Condition)
 
 
 class PatchEmbedding(nn.Module):
@@ -64,19 +66,19 @@ class TimestepEmbedding(nn.Module):
         return self.down(nn.functional.silu(self.up(sinusoids.to(self.up.weight.dtype))))
 
 
-class ConditionEmbedding(nn.Module):
+class ConditionEmbedding(nn.Module, Generic[Conditions]):
     """What the network makes of a condition."""
 
-    def vector(self, condition: Condition) -> Tensor:
+    def vector(self, condition: Conditions) -> Tensor:
         """Return (B, D), which is added to the timestep's embedding."""
         raise NotImplementedError
 
-    def context(self, condition: Condition) -> Tensor | None:
+    def context(self, condition: Conditions) -> Tensor | None:
         """Return tokens (B, L, D) for attention's keys and values, or None where the vector is all."""
         return None
 
 
-class LabelEmbedding(ConditionEmbedding):
+class LabelEmbedding(ConditionEmbedding[ClassCondition]):
     """One vector for each class and one, the last, for the null label."""
 
     def __init__(self, num_classes: int, width: int) -> None:

@@ -5,7 +5,6 @@ Letters: B images, S tokens per image, D width, E routed experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -17,9 +16,10 @@ from promoe_ds.routing.assignment import Assignment, RoutingPlan, RoutingStats, 
 from promoe_ds.routing.losses import ReduceSum, identity_reduce
 from promoe_ds.routing.partition import Partition
 from promoe_ds.routing.scores import NORM_EPS, at_least_fp32
+from promoe_ds.torch_private import KeepsBuffersPrecise
 
 
-class Router(nn.Module):
+class Router(KeepsBuffersPrecise):
     """Decides which tokens visit which experts.
 
     A subclass implements `forward` and `expert_keys_ED`; one with running state (thresholds, centroids) keeps it in
@@ -57,16 +57,6 @@ class Router(nn.Module):
 
     def reset_state(self) -> None:
         """Put the running state at its start, e.g. after materialising from the meta device."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in self._buffers.items():
-            kept = before[name]
-            if buffer is not None and kept is not None and buffer.dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = (torch.empty_like(buffer, dtype=kept.dtype) if kept.is_meta
-                                       else kept.to(buffer.device))
-        return self
 
     def _plan_token_choice(self, gates_BSK: Tensor, expert_ids_BSK: Tensor,
                            partition: Partition) -> tuple[Assignment, RoutingStats]:

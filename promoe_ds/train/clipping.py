@@ -32,9 +32,3 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], expert_group: dist.Proc
     if expert_group is not None:
         dist.all_reduce(experts, group=expert_group)
     return (dense + experts).sqrt()
-
-
-def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients by max_norm / norm where the norm is larger."""
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)

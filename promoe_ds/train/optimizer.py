@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from promoe_ds.config.optimizer import OptimizerConfig
 
@@ -44,4 +45,4 @@ class AdamWithEma(torch.optim.AdamW):
             self.state[parameter][name] = value if self.averages[name].exponent is None else parameter.detach().clone()
         for name, average in self.averages.items() if owned else ():
             decay = average.decay_at(self.updates + 1 - self.averages_since.get(name, 0))
-            torch._foreach_lerp_([self.state[p][name] for p in owned], owned, 1.0 - decay)
+            get_ema_multi_avg_fn(decay)([self.state[p][name] for p in owned], owned, None)

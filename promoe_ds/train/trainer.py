@@ -7,15 +7,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
 from promoe_ds.backends.deepspeed_private import (
+    DeepSpeedEngine,
     UpdateGate,
+    build_engine,
     make_expert_groups,
     support_optimizer,
-    use_checkpoint_engine,
 )
 from promoe_ds.backends.expert_parallel import mark_experts, shard_experts, share_centroids
 from promoe_ds.backends.parameter_groups import parameter_groups
@@ -30,7 +30,7 @@ from promoe_ds.distributed.host_topology import check_placement
 from promoe_ds.logs import get_logger
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.dit import DiT
-from promoe_ds.train.clipping import clip_gradients, global_grad_norm
+from promoe_ds.train.clipping import global_grad_norm
 from promoe_ds.train.health import HealthWatch, agree
 from promoe_ds.train.loader import BatchLoader, Place
 from promoe_ds.train.optimizer import AdamWithEma
@@ -55,7 +55,7 @@ class Trainer:
     batches: BatchPlan
     context: DistributedContext
     dataset: LatentDataset
-    engine: deepspeed.DeepSpeedEngine
+    engine: DeepSpeedEngine
     optimizer: AdamWithEma
     health: HealthWatch
     routing: RoutingAccumulator
@@ -91,9 +91,8 @@ class Trainer:
         _LOG.info("optimizer: torch's fused AdamW, its state %s",
                   "on the host" if deepspeed_plan.offloads else "with the weights")
         support_optimizer(AdamWithEma)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_plan.json,
-                                          dist_init_required=False)
-        use_checkpoint_engine(engine, RecordingStorage(background=config.train.async_checkpoint))
+        engine = build_engine(module, optimizer, deepspeed_plan.json,
+                              RecordingStorage(background=config.train.async_checkpoint))
         health, routing = HealthWatch(module, context), RoutingAccumulator(config, network, context)
         give_superclasses(network, config)
         return cls(
@@ -190,7 +189,7 @@ class Trainer:
         optimizer, max_norm = self.engine.optimizer, self.config.optimizer.max_grad_norm
         optimizer.overflow = skip or not bool(torch.isfinite(norm))
         if max_norm > 0 and not optimizer.overflow:
-            clip_gradients(parameters, norm, max_norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
-from promoe_ds.data.build import LatentDataset
+from promoe_ds.data import LatentDataset
 from promoe_ds.diffusion import DiffusionBatch, build_objective
 from promoe_ds.errors import DataError
 from promoe_ds.model.dit import DiT

@@ -179,9 +179,9 @@ def test_dense_ignores_top_k_beyond_num_experts() -> None:
 
 
 @pytest.mark.parametrize(("parallel", "message"), [
-    ({"capacity_factor": 2.0}, "capacity_factor=2.0 is read by dispatch=deepspeed_moe alone, this is dispatch=local"),
-    ({"megatron_dispatcher": "flex", "ep_size": 2}, "megatron_dispatcher=flex is read by dispatch=megatron alone"),
-    ({"comm_dtype": "bf16"}, "comm_dtype=bf16 is read by dispatch=alltoall alone, this is dispatch=local"),
+    ({"capacity_factor": 2.0}, "capacity_factor=2.0 has no use for dispatch=local (it is read by deepspeed_moe)"),
+    ({"megatron_dispatcher": "flex", "ep_size": 2}, "megatron_dispatcher=flex has no use for dispatch=alltoall"),
+    ({"comm_dtype": "bf16"}, "comm_dtype=bf16 has no use for dispatch=local (it is read by alltoall)"),
     ({"dispatch": "megatron", "expert_backend": "loop"}, "expert_backend=loop has no use for dispatch=megatron"),
     ({"dispatch": "megatron", "activation_checkpointing": "selective"}, "selective cannot reach inside Megatron's layer"),
     ({"dispatch": "megatron", "megatron_dispatcher": "flex"}, "flex needs several ranks that share experts: set ep_size above 1"),

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from promoe_ds.data import LatentDataset, build_dataset, sample_indices
-from promoe_ds.data.encode import EncodeRequest, encode, missing_shards, verify
-from promoe_ds.data.images import read_image, scan_tree
+from promoe_ds.data.encode import EncodeRequest, encode, missing_shards
+from promoe_ds.data.images import read_image
 from promoe_ds.data.index import read_index
-from promoe_ds.data.shards import Shard, ShardContent, write_shard
+from promoe_ds.data.shards import Shard, ShardContent, verify, write_shard
+from promoe_ds.data.trees import scan_tree
 from promoe_ds.data.vae import Vae
 from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError

@@ -18,13 +18,12 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from promoe_ds.data.images import (
     COMPOSED,
     TURNED,
-    CorruptFiles,
     center_crop,
-    check_classes,
     plain_image,
     read_image,
     read_picture,
 )
+from promoe_ds.data.trees import CorruptFiles, check_classes
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.sources import FolderImages
 
@@ -52,7 +51,7 @@ def test_center_crop_equals_adms(size: tuple[int, int]) -> None:
 
 def test_classes_fewer_than_the_recipes_are_told_by_rank_0_and_more_refused(monkeypatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr("promoe_ds.data.images._LOG.warning", lambda message, *values: told.append(message % values))
+    monkeypatch.setattr("promoe_ds.data.trees._LOG.warning", lambda message, *values: told.append(message % values))
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         check_classes(Path("tree"), 3, 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from promoe_ds.config.data import DataConfig
 from promoe_ds.data import LatentDataset, build_dataset
+from promoe_ds.data.build import DATASETS
 from promoe_ds.errors import DataError
 
 from ..builders import random_tensor, small_config
@@ -190,10 +192,14 @@ def test_fast_dit_features_are_refused_and_train_once_converted_as_documented(tm
     exec(documented.split("```python")[1].split("```")[0].replace("50_000", "5"), {})
     found, found_labels = labelled(open_folder(tmp_path / "latents").take(np.arange(12)))
     torch.testing.assert_close(found, torch.from_numpy(latents))
-    assert found_labels.tolist() == labels.tolist()
+    assert found_labels.labels_B.tolist() == labels.tolist()
 
 
 # Synthetic.
+
+
+def test_every_data_set_of_a_recipe_can_be_opened() -> None:
+    assert get_args(DataConfig.model_fields["dataset"].annotation) == tuple(DATASETS)
 
 
 def test_synthetic_sample_depends_on_seed_and_index_only() -> None:

@@ -6,21 +6,40 @@ import importlib
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
+from promoe_ds import torch_private
 from promoe_ds.backends import deepspeed_private
-from promoe_ds.backends.deepspeed_private import NAMES, UpdateGate, ZeroPartitions, check_names
+from promoe_ds.backends.deepspeed_private import UpdateGate, ZeroPartitions, check_gate
+from promoe_ds.backends.stock_deepspeed import PlanGate
+from promoe_ds.checkpoint.torch_file import TorchFile
 from promoe_ds.errors import ConfigError
+from promoe_ds.private_names import check_names, check_parameters, find_private
+from promoe_ds.torch_private import KeepsBuffersPrecise
+
+CORNERS = [torch_private, deepspeed_private]
+if find_spec("megatron"):
+    from promoe_ds.backends import megatron_private
+
+    CORNERS.append(megatron_private)
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path, names in NAMES.items() for name in names]
+    ("corner", "path", "name"),
+    [
+        (corner, path, name)
+        for corner in CORNERS
+        for path, names in corner.NAMES.items()
+        for name in names
+    ],
 )
-def test_check_names_reports_each_name_that_has_moved(path, name, monkeypatch) -> None:
-    check_names()
+def test_check_names_reports_each_name_that_has_moved(corner, path, name, monkeypatch) -> None:
+    check_names(corner.NAMES)
     owner = importlib.import_module(path)
     *parts, attribute = name.split(".")
     for part in parts:
@@ -29,9 +48,51 @@ def test_check_names_reports_each_name_that_has_moved(path, name, monkeypatch) -
         if attribute in vars(where):
             monkeypatch.delattr(where, attribute)
     with pytest.raises(ConfigError) as error:
-        check_names()
-    library = path.partition(".")[0]
-    assert f"{library} {version(library)}" in str(error.value) and attribute in str(error.value)
+        check_names(corner.NAMES)
+    library = path.partition(".")[0].replace("megatron", "megatron.core")
+    version = importlib.import_module(library).__version__
+    assert f"{library} {version} has no" in str(error.value) and attribute in str(error.value)
+
+
+def test_module_that_has_moved_is_named_and_one_that_is_missing_is_not_taken_for_it(
+    monkeypatch,
+) -> None:
+    with pytest.raises(ConfigError, match=r"torch .* has no torch\.nowhere"):
+        find_private("torch.nowhere", "name")
+    with pytest.raises(ModuleNotFoundError):
+        find_private("no_such_library.part", "name")
+
+
+def test_parameter_that_has_moved_is_named() -> None:
+    check_parameters(nn.Linear(1, 1), ["weight", "bias"], library="torch")
+    with pytest.raises(ConfigError, match=r"torch .*Linear\.weight0"):
+        check_parameters(nn.Linear(1, 1), ["weight0"], library="torch")
+
+
+def test_gate_of_other_arguments_is_reported(monkeypatch) -> None:
+    check_gate(PlanGate)
+    monkeypatch.setattr(
+        deepspeed_private.TopKGate, "forward", lambda self, tokens, used_token: None
+    )
+    with pytest.raises(
+        ConfigError, match=r"TopKGate\.forward\(used_token, sparse_routes, use_tutel\)"
+    ):
+        check_gate(PlanGate)
+
+
+def test_cast_that_goes_another_way_is_reported(monkeypatch) -> None:
+    monkeypatch.delattr(nn.Module, "_apply")
+    with pytest.raises(ConfigError, match=r"torch .*_apply"):
+        KeepsBuffersPrecise()
+
+
+def test_file_without_offsets_is_reported(tmp_path, monkeypatch) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.pt")
+    with TorchFile(tmp_path / "a.pt") as file:
+        assert file.read(file.content["a"]).tolist() == [1, 1, 1]
+        monkeypatch.setattr(torch.UntypedStorage, "_checkpoint_offset", property(), raising=False)
+        with pytest.raises(ConfigError, match=r"torch .*_checkpoint_offset"):
+            file.read(file.content["a"])
 
 
 def test_prepared_library_compiles_nothing_and_takes_our_optimizer() -> None:

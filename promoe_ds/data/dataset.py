@@ -1,0 +1,137 @@
+"""What every data set is, and what those on disk draw anew each time a sample is taken: its mirror image, its latent.
+
+Letters: B samples, C channels on disk, Z latent channels, H, W latent size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from promoe_ds.condition import ClassCondition, Condition
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.errors import DataError
+from promoe_ds.randomness import generator, hashes
+
+#: Bounds of the logarithm of the posterior's variance, as diffusers' DiagonalGaussianDistribution has them.
+_LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
+
+
+class LatentDataset(Protocol):
+    """An indexable set of latents and their conditions."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Condition]:
+        """Return fp32 latents (B, Z, H, W), scaled as the network wants them, and their conditions.
+
+        `positions` in the training stream (see `order`) decide what is drawn anew each time, if
+        anything is; without them nothing is drawn.
+        """
+
+
+class SyntheticLatents:
+    """Standard-normal latents with random labels, to time a step; nothing can be learned."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        """Use the recipe's shapes, classes and seed."""
+        self._model, self._seed = config.model, config.train.seed
+        self._count = config.data.synthetic_samples
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(
+        self, indices: np.ndarray, positions: np.ndarray | None = None
+    ) -> tuple[Tensor, ClassCondition]:
+        """Return the latents and labels of these indices, always the same."""
+        model, latents, labels = self._model, [], []
+        shape = model.in_channels, model.input_size, model.input_size
+        for index in indices:
+            draw = generator(self._seed, "synthetic", int(index))
+            latents.append(draw.standard_normal(shape, dtype=np.float32))
+            labels.append(draw.integers(model.num_classes))
+        condition = ClassCondition(torch.tensor(labels, dtype=torch.int64), model.null_label)
+        return torch.from_numpy(np.stack(latents)), condition
+
+
+class DrawnLatents(ABC):
+    """Latents or posteriors of classes, mirrored and drawn by position.
+
+    kind: `moments` of posteriors, or `latents`.
+    """
+
+    kind = "moments"
+
+    def __init__(self, config: RunConfig, where: Path, *, has_twins: bool) -> None:
+        """Take scale, seed and mirroring from the recipe.
+
+        Raises: DataError if mirrored samples are asked for and there are none (`has_twins`).
+        """
+        if config.data.flip is True and not has_twins:
+            raise DataError(
+                f"{where}: holds no mirrored latents, but data.flip=true: encode them with both, or "
+                "leave data.flip out"
+            )
+        self._flip = has_twins and config.data.flip is not False
+        self._scale, self._seed = config.data.latent_scale, config.train.seed
+        self._null = config.model.null_label
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    @abstractmethod
+    def read(self, indices: np.ndarray, flips: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return unscaled records (B, C, H, W), fp32, mirrored where `flips` says so, and labels (B,).
+
+        Raises: DataError naming what cannot be read or is not finite.
+        """
+
+    def take(
+        self, indices: np.ndarray, positions: np.ndarray | None = None
+    ) -> tuple[Tensor, ClassCondition]:
+        """Return scaled fp32 latents (B, Z, H, W) on the CPU and their classes.
+
+        Raises: DataError naming what cannot be read or is not finite.
+        """
+        flips = np.zeros(len(indices), dtype=bool)
+        if self._flip and positions is not None:
+            flips = (hashes(self._seed, "flip", positions) & np.uint64(1)).astype(bool)
+        latents, labels = self.read(np.asarray(indices), flips)
+        if self.kind == "moments":
+            latents = draw_latents(latents, self._seed, positions)
+        return latents.mul_(self._scale), ClassCondition(labels, self._null)
+
+
+def draw_latents(moments_BCHW: Tensor, seed: int, positions: np.ndarray | None) -> Tensor:
+    """Draw latents: mean + exp(log variance / 2) * normal noise; means where `positions` is None.
+
+    Source: Kingma & Welling (2014); published code: the same, noise by the process. Here it is a
+    function of (seed, position), drawn by torch: a third of numpy's time, which would be most of a
+    loader's. torch takes the low 32 bits of a seed, so a noise comes again, for another sample,
+    about every four billion draws.
+    Args:
+        moments_BCHW: fp32, C = 2 Z: means, then logarithms of the variances.
+    Returns: (B, Z, H, W), fp32.
+    """
+    mean, log_variance = moments_BCHW.chunk(2, dim=1)
+    if positions is None:
+        return mean.contiguous()
+    noise, source = torch.empty(mean.shape), torch.Generator()
+    keys = hashes(seed, "posterior", positions).tolist()
+    for row, key in zip(noise.unbind(0), keys, strict=True):
+        row.normal_(generator=source.manual_seed(key >> 1))
+    return log_variance.clamp(*_LOG_VARIANCE_BOUNDS).mul_(0.5).exp_().mul_(noise).add_(mean)
+
+
+def first_not_finite(records_BCHW: Tensor) -> int | None:
+    """Return the place of the first record with a value that is not finite; None if there is none."""
+    if torch.isfinite(records_BCHW).all():
+        return None
+    return int((~torch.isfinite(records_BCHW)).flatten(1).any(dim=1).nonzero()[0])
