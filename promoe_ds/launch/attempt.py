@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from promoe_ds.launch.environment import (
     deepspeed_command,
@@ -163,9 +162,13 @@ def kill_leftovers_on(hosts: Sequence[str], folder: Path, patience: float) -> di
     Returns: the hosts that did not answer, and why.
     """
     with connected(hosts, {}) as agents:
-        request: dict[str, Any] = {"folder": str(folder), "patience": patience}
-        request["timeout"] = patience + _KILL_SECONDS
-        answers = on_all(agents, lambda agent: agent.ask("kill_leftovers", **request))
+        limit, where = patience + _KILL_SECONDS, str(folder)
+        answers = on_all(
+            agents,
+            lambda agent: agent.ask(
+                "kill_leftovers", timeout=limit, folder=where, patience=patience
+            ),
+        )
     for host, answer in answers.items():
         if isinstance(answer, RemoteError):
             _LOG.error(
