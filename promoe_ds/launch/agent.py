@@ -116,7 +116,7 @@ def main() -> None:
         request = json.loads(line)
         answer: dict[str, Any]
         try:
-            answer = {"answer": _ACTIONS[request.pop("action")](**request)}
+            answer: dict[str, Any] = {"answer": _ACTIONS[request.pop("action")](**request)}
         except Exception as error:  # the launcher reports it with the host's name
             answer = {"failed": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

@@ -162,11 +162,11 @@ def kill_leftovers_on(hosts: Sequence[str], folder: Path, patience: float) -> di
     Returns: the hosts that did not answer, and why.
     """
     with connected(hosts, {}) as agents:
-        seconds = patience + _KILL_SECONDS
+        limit, where = patience + _KILL_SECONDS, str(folder)
         answers = on_all(
             agents,
             lambda agent: agent.ask(
-                "kill_leftovers", timeout=seconds, folder=str(folder), patience=patience
+                "kill_leftovers", timeout=limit, folder=where, patience=patience
             ),
         )
     for host, answer in answers.items():

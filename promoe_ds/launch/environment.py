@@ -85,25 +85,21 @@ def shell_arguments(arguments: Iterable[str]) -> list[str]:
     return result
 
 
-def require_plain_path(what: str, path: str) -> None:
-    """Refuse a path that DeepSpeed would put into a shell line unquoted.
-
-    Raises: LaunchError.
-    """
-    if shlex.quote(path) != path:
-        raise LaunchError(
-            f"{what} {path!r} has characters with a meaning for a shell: move it to a plain path"
-        )
-
-
 def require_launchable(run_dir: Path) -> None:
     """Refuse a place from which DeepSpeed cannot start ranks on other hosts.
 
     Raises: LaunchError naming the path.
     """
-    require_plain_path("the folder", str(Path.cwd()))
-    require_plain_path("--run-dir", str(run_dir.absolute()))
-    require_plain_path("the Python interpreter", sys.executable)
+    paths = {
+        "the folder": str(Path.cwd()),
+        "--run-dir": str(run_dir.absolute()),
+        "the Python interpreter": sys.executable,
+    }
+    for what, path in paths.items():  # DeepSpeed puts them into a shell line unquoted
+        if shlex.quote(path) != path:
+            raise LaunchError(
+                f"{what} {path!r} has characters that a shell expands: move it to a plain path"
+            )
     if not deepspeed_command().exists():
         raise LaunchError(
             f"{deepspeed_command()} does not exist: install deepspeed into the environment of "

@@ -37,8 +37,8 @@ def run_job(job: Job) -> FailureReport:
     patience = job.config.supervision.launcher_timeout_seconds
     with locked(folder / LAUNCHER_LOCK, patience) as left_behind:
         if left_behind:  # its ranks need at most so long to see that it is gone
-            for left in sorted(folder.glob("attempt_*"))[-1:]:
-                kill_leftovers_on(job.host_names, left, patience)
+            for last in sorted(folder.glob("attempt_*"))[-1:]:
+                kill_leftovers_on(job.host_names, last, patience)
         current, hosts, before = job, check_hosts(job, environment), ""
         for number in range(job.max_restarts + 1):
             answers = _wait_for_hosts(job, shutdown) if number else {}
@@ -103,14 +103,10 @@ def _prepare(
     interface = choose_interface(job.interface, environment, hosts)
     variables = dict.fromkeys(INTERFACE_VARIABLES, interface)
     settings, parallel = job.config.supervision, job.config.parallel
-    arguments = job.arguments
-    if restart and any(
-        CHECKPOINT_NAME.match(path.name) for path in (job.run_dir / CHECKPOINTS).glob("*")
-    ):
-        arguments += (
-            "--resume",
-            "auto",
-        )  # the last one counts: what the user named was for the first start
+    arguments, checkpoints = job.arguments, (job.run_dir / CHECKPOINTS).glob("*")
+    if restart and any(CHECKPOINT_NAME.match(path.name) for path in checkpoints):
+        # The last one counts: what the user named was for the first start.
+        arguments = (*arguments, "--resume", "auto")
     wait = max(settings.step_timeout_seconds, parallel.timeout_seconds) + _MARGIN_SECONDS
     # A shutdown request may find ranks in set-up or in an evaluation; they agree at the end of the
     # next step.

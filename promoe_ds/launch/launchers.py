@@ -166,7 +166,11 @@ def _outer_launcher(env: Mapping[str, str]) -> _Outer | None:
             )
         mpi.append(
             _Outer(
-                size, values[0], values[1], read_number(env, local_rank), read_number(env, local_size, least=1)
+                size,
+                values[0],
+                values[1],
+                read_number(env, local_rank),
+                read_number(env, local_size, least=1),
             )
         )
     # Those of one process may be left from a shell that srun or mpirun started.

@@ -49,7 +49,11 @@ def locked(
     token, before = secrets.token_hex(8), wait_until_free(path, period, patience)
     if before is not None:
         _set_aside(path, before)
-    _write_new(path, _holder(token, 0))
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(_holder(token, 0)))
+    except FileExistsError:
+        raise _taken(path, _read(path)) from None
     ended = threading.Event()
     renewer = threading.Thread(
         target=_renew,
@@ -98,14 +102,6 @@ def _set_aside(path: Path, before: dict) -> None:
             raise _taken(path, found)
         aside.unlink()
         _LOG.warning("%s: taken over from %s, which is gone", path, _name(before))
-
-
-def _write_new(path: Path, values: dict) -> None:
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(values))
-    except FileExistsError:
-        raise _taken(path, _read(path)) from None
 
 
 def _renew(

@@ -124,17 +124,14 @@ def _check_config(job: Job, hosts: _Hosts) -> None:
     }
     for host, answer in hosts.ask("config", **request):
         if answer["hash"] != here:
-            hosts.add(
-                host,
-                "reads another recipe or DeepSpeed JSON than this host",
-                "let all hosts read the same files",
-            )
+            problem = "reads another recipe or DeepSpeed JSON than this host"
+            hosts.add(host, problem, "let all hosts read the same files")
 
 
 def _check_software(hosts: _Hosts, described: Mapping[str, dict[str, Any]]) -> None:
     """Compare software with this host's; find two names of one machine."""
     here = installed_software()
-    machines: dict[tuple[Any, ...], str] = {}
+    machines: dict[tuple, str] = {}
     for host, answer in described.items():
         for name, there in answer["software"].items():
             if there != here[name]:
@@ -152,9 +149,11 @@ def _check_run_directory(job: Job, hosts: _Hosts) -> None:
     folder.mkdir(exist_ok=True, mode=0o700)
     (folder / "token").write_text(token)
     need = _bytes_needed(job)
-    for host, answer in hosts.each(
-        lambda agent: agent.ask("run_directory", name=agent.host, folder=str(folder), token=token)
-    ):
+
+    def ask(agent: Agent) -> dict[str, Any]:
+        return agent.ask("run_directory", folder=str(folder), name=agent.host, token=token)
+
+    for host, answer in hosts.each(ask):
         seen_by = folder / f"seen_by_{host}"
         if not (answer["seen"] and seen_by.exists() and seen_by.read_text() == token):
             problem = f"--run-dir {job.run_dir} is another folder there than here"

@@ -116,6 +116,5 @@ def _names(command: list[str], *names: str) -> bool:
 
 
 def _is_shell_with_command(command: list[str]) -> bool:
-    if len(command) < 2 or Path(command[0]).name.lstrip("-") not in _SHELLS:
-        return False
-    return command[1].startswith("-") and "c" in command[1]
+    shell, option = [*command, "", ""][:2]
+    return Path(shell).name.lstrip("-") in _SHELLS and option.startswith("-") and "c" in option

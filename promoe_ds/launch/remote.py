@@ -60,8 +60,10 @@ class Agent:
         )
         python = [sys.executable, "-m", "promoe_ds.launch.agent"]
         command = ssh_command(host, ["sh", "-c", _WITH_EXPORTS, "promoe", str(Path.cwd()), *python])
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        pipe = subprocess.PIPE  # in a session of its own: Ctrl-C here is for the launcher alone
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
         self._send(exports)
 
     def ask(self, action: str, *, timeout: float = ANSWER_SECONDS, **values: Any) -> dict[str, Any]:
@@ -85,13 +87,8 @@ class Agent:
 
     def close(self) -> None:
         """End the agent and its connection."""
-        with suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(3)
-        except subprocess.TimeoutExpired:
+        with suppress(OSError), self._process:  # which closes its pipes, and so ends the agent
             self._process.kill()
-            self._process.wait()
 
     def _send(self, line: str) -> None:
         with suppress(OSError):  # it is gone: reading its answer finds out why

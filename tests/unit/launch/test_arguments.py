@@ -73,6 +73,8 @@ def test_error_of_a_job_is_the_last_line_of_its_log(tmp_path, monkeypatch) -> No
 def test_interpreter_that_a_shell_would_split_or_without_deepspeed_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     require_launchable(tmp_path)
+    with pytest.raises(LaunchError, match=r"--run-dir '.*/a b'"):
+        require_launchable(tmp_path / "a b")
     monkeypatch.setattr(environment.sys, "executable", "/opt/my env/bin/python")
     with pytest.raises(LaunchError, match="/opt/my env/bin/python"):
         require_launchable(tmp_path)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from promoe_ds.errors import LaunchError
 from promoe_ds.launch.environment import (
     job_environment,
-    require_plain_path,
     runner_environment,
     shell_arguments,
     write_environment,
@@ -92,9 +91,3 @@ def test_environment_file_quotes_are_taken_off_or_refused(tmp_path, monkeypatch,
 
 def test_runner_environment_hides_what_deepspeed_would_export_unescaped() -> None:
     assert runner_environment({"PYTHONPATH": "$(id)", "UCX_TLS": "x", "PATH": "/bin", "NCCL_DEBUG": "a;b"}) == {"PATH": "/bin"}
-
-
-def test_path_with_metacharacters_is_refused() -> None:
-    require_plain_path("the folder", "/data/run_1-a.b")
-    with pytest.raises(LaunchError, match="the folder '/data/a b'"):
-        require_plain_path("the folder", "/data/a b")
