@@ -46,7 +46,7 @@ class PackedLatents:
                 _check_size(file, record.bytes)
         elif (folder / UNFINISHED).is_file():
             raise DataError(f"{folder}: these latents are not complete, there is {UNFINISHED} and no {INDEX}: run "
-                            "tools/encode_latents.py again with the same arguments, it goes on where it stopped")
+                            "promoe-encode again with the same arguments, it goes on where it stopped")
         else:
             trust_vae(folder, config)
             files = shard_files(folder)
@@ -118,7 +118,7 @@ class NpzLatents:
     """A tree of class folders with one npz file an image: `latent`, `latent_flip` or `moments`, `moments_flip`, or without twins.
 
     Both name posteriors' moments (2 Z, H, W), unscaled. Slow: for anything but a trial, pack them once with
-    `tools/encode_latents.py --from-npz`. The files do not say which autoencoder they come from.
+    `promoe-encode --from-npz`. The files do not say which autoencoder they come from.
     """
 
     def __init__(self, config: RunConfig, tree: Tree) -> None:
