@@ -19,7 +19,7 @@ from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="promoe_ds.cli.sample", description="Draw samples from an exported model.")
-    parser.add_argument("--model", type=Path, required=True, help="export folder (promoe-convert --to single)")
+    parser.add_argument("--model", type=Path, required=True, help="export folder (tools/convert_checkpoint.py --to single)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--classes", help="comma-separated labels; all classes if left out")
     parser.add_argument("--labels", choices=["balanced", "random"], default="balanced",
