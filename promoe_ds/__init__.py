@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from promoe_ds.model.export import load_model
     from promoe_ds.pipeline import ProMoEPipeline, ProMoETransformer2DModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["ProMoEPipeline", "ProMoETransformer2DModel", "__version__", "load_model"]
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from promoe_ds import __version__
 from promoe_ds.config.loader import release_of
 from promoe_ds.errors import ConfigError
 
@@ -17,7 +18,7 @@ DEEPSPEED_RANGE = ("0.19.8", "0.20")
 
 def package_versions() -> dict[str, str]:
     """Return the versions that a checkpoint's reader may want to know."""
-    return {"promoe_ds": version("promoe_ds"), "torch": torch.__version__, "deepspeed": version("deepspeed"),
+    return {"promoe_ds": __version__, "torch": torch.__version__, "deepspeed": version("deepspeed"),
             "python": platform.python_version()}
 
 
@@ -46,7 +47,7 @@ def device_name(device: torch.device) -> str:
 
 def versions_of(*packages: str) -> dict[str, str]:
     """Return the versions of those packages that are installed, of this one, torch and Python; none is imported."""
-    found = {"promoe_ds": version("promoe_ds"), "torch": torch.__version__, "python": platform.python_version()}
+    found = {"promoe_ds": __version__, "torch": torch.__version__, "python": platform.python_version()}
     for package in packages:
         try:
             found[package] = version(package)

@@ -127,7 +127,7 @@ def plan_layouts(options: argparse.Namespace) -> dict[str, Any]:
     with fake_world(cluster.ranks):
         given = plan_step(config, layout, cluster)
         _print(["The recipe as it is", "", *plan_lines(given)])
-        result = {"recipe": given.as_json()}
+        result: dict[str, Any] = {"recipe": given.as_json()}
         if not options.no_search:
             best, choices = best_layout(config, layout, cluster)
             _print(["", "", "The fastest that fits", "", *plan_lines(best), "", *choice_lines(choices)])

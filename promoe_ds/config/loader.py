@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from promoe_ds import __version__
 from promoe_ds.config.old_names import with_new_names
 from promoe_ds.config.placement import read_placement
 from promoe_ds.config.schema import RunConfig
@@ -76,16 +76,16 @@ def config_from_dict(values: Mapping[str, Any], *, source: str, written_by: obje
     try:
         return RunConfig.model_validate(with_new_names(values)[0])
     except ValidationError as error:
-        problem, own = explain(error, source, _describe), version("promoe_ds")
-        if isinstance(written_by, str) and release_of(written_by) > release_of(own):
-            raise ConfigError(f"{source} was written by promoe_ds {written_by}, this is {own}: update promoe_ds. "
+        problem = explain(error, source, _describe)
+        if isinstance(written_by, str) and release_of(written_by) > release_of(__version__):
+            raise ConfigError(f"{source} was written by promoe_ds {written_by}, this is {__version__}: update promoe_ds. "
                               f"{problem}") from None
         raise problem from None
 
 
 def saved_text(config: RunConfig) -> str:
     """Return a config as a run directory keeps it: YAML, with the version that wrote it."""
-    return f"{_WRITTEN_BY}{version('promoe_ds')}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
+    return f"{_WRITTEN_BY}{__version__}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
 
 
 def read_saved(path: Path) -> RunConfig:

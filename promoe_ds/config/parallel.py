@@ -28,7 +28,7 @@ class ParallelConfig(Section):
         "none", description="selective: hidden layers of feed-forwards and experts; full: all but routing")
     compile: bool = Field(False, description="torch.compile attention and feed-forwards; routing and exchange stay eager")
     timeout_seconds: float = Field(600.0, gt=0, description="of every collective")
-    expert_placement: str | None = Field(None, description="file of tools/expert_load.py: at the next resume, the order in which "
+    expert_placement: str | None = Field(None, description="file of promoe-load: at the next resume, the order in which "
                                                            "the experts of every layer lie over the ranks")
     expert_order: tuple[tuple[int, ...], ...] | None = Field(None, description="of every MoE layer: what expert_placement said "
                                                              "when it was loaded; not to be set, kept with the run")

@@ -1,7 +1,7 @@
 """Expert placements: in which order the experts of every layer lie over the ranks of an expert-parallel group.
 
 A placement is a JSON file `{"format": 1, "ep_size": 2, "layers": {"1": [2, 0, 3, 1], ...}}`, written by
-`tools/expert_load.py --placement`. An expert's number is the one that it had at the start of the run, whatever placements
+`promoe-load --placement`. An expert's number is the one that it had at the start of the run, whatever placements
 followed: applying a file twice changes nothing.
 """
 
@@ -31,10 +31,10 @@ def read_placement(config: RunConfig) -> tuple[tuple[int, ...], ...]:
     except OSError as error:
         raise ConfigError(f"{where} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{where} is no placement ({type(error).__name__}: {error}): let tools/expert_load.py RUN_DIR "
+        raise ConfigError(f"{where} is no placement ({type(error).__name__}: {error}): let promoe-load RUN_DIR "
                           "--placement FILE write one") from None
     if found != FORMAT:
-        raise ConfigError(f"{where}: format {found} is not {FORMAT}: write the file anew with tools/expert_load.py")
+        raise ConfigError(f"{where}: format {found} is not {FORMAT}: write the file anew with promoe-load")
     if unknown := sorted(set(layers) ^ {str(block) for block in blocks}):
         problem = "is not in it" if unknown[0] not in layers else "has no experts in this run"
         raise ConfigError(f"{where}: layer {unknown[0]} {problem}: it was written for another architecture; this run has experts "

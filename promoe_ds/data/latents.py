@@ -55,7 +55,7 @@ class PackedLatents(DrawnLatents):
                 _check_size(file, record.bytes)
         elif (folder / UNFINISHED).is_file():
             raise DataError(f"{folder}: these latents are not complete, there is {UNFINISHED} and no {INDEX}: run "
-                            "tools/encode_latents.py again with the same arguments, it goes on where it stopped")
+                            "promoe-encode again with the same arguments, it goes on where it stopped")
         else:
             trust_vae(folder, config)
             files = shard_files(folder)

@@ -28,7 +28,7 @@ class NpzLatents(DrawnLatents):
     """Moments (2 Z, H, W), unscaled, of files named `latent` and `latent_flip`, or `moments` and `moments_flip`.
 
     The mirrored twins may be missing. Slow: for anything but a trial, pack the files once with
-    `tools/encode_latents.py --from-npz`. They do not say which autoencoder they come from.
+    `promoe-encode --from-npz`. They do not say which autoencoder they come from.
     """
 
     def __init__(self, config: RunConfig, tree: Tree) -> None:

@@ -71,7 +71,7 @@ def read_export_config(folder: Path) -> RunConfig:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         hint = ""
         if (folder / "checkpoints").is_dir():
-            hint = f". It is a run: convert it first, tools/convert_checkpoint.py {folder} EXPORT --to single"
+            hint = f". It is a run: convert it first, promoe-convert {folder} EXPORT --to single"
         raise CheckpointError(f"{folder} is no export: {path}: {error}{hint}") from None
 
 
@@ -96,7 +96,7 @@ def load_model(export_dir: str | Path, device: str | torch.device = "cpu", dtype
     """Load an export in evaluation mode.
 
     Args:
-        export_dir: folder written by `tools/convert_checkpoint.py --to single`.
+        export_dir: folder written by `promoe-convert --to single`.
         device: where the module goes.
         dtype: of the weights; as stored (fp32) if left out.
     Returns: the network; `module(latents_BZHW, timestep_B, labels_B)` returns (B, out_channels, H, W). Timesteps run from 0

@@ -48,7 +48,7 @@ class Assumptions:
     )
     cores_per_gpu: int = 8
     disk_bytes_per_second: float = 500e6  # of one process
-    encode_batch: int = 32  # images, as tools/encode_latents.py has it
+    encode_batch: int = 32  # images, as promoe-encode has it
 
     @property
     def convolution_flops(self) -> float:

@@ -119,8 +119,8 @@ def _check_can_be_planned(config: RunConfig) -> None:
     dispatch = config.parallel.resolved_dispatch
     if dispatch not in ("local", "alltoall"):
         raise ConfigError(
-            f"parallel.dispatch={dispatch}: only local and deepspeed can be planned; "
-            "plan with deepspeed, which sends the same rows"
+            f"parallel.dispatch={dispatch}: only local and alltoall can be planned; "
+            "plan with alltoall, which sends the same rows"
         )
     values = config.model_dump(mode="json")
     for section, field, planned in _PLANNED:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from promoe_ds import __version__
 from promoe_ds.config import config_from_dict, count_parameters, training_flops_per_image
 from promoe_ds.errors import ConfigError, DataError, TrainingError
 from promoe_ds.reports.comparison.candidates import (
@@ -258,11 +259,11 @@ def _describe(
 
 def environment_of(request: ComparisonRequest) -> dict[str, Any]:
     """Return what times depend on; every result holds what it was made under."""
-    versions = {name: metadata.version(name) for name in ("promoe_ds", "torch", "deepspeed")}
+    versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
     return {
         "jobs": request.jobs,
         "ranks": request.ranks,
-        "versions": {**versions, "python": platform.python_version()},
+        "versions": {"promoe_ds": __version__, **versions, "python": platform.python_version()},
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),

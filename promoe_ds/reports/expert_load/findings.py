@@ -109,17 +109,18 @@ def _unevenness(view: RunView) -> list[Finding]:
 
 
 def _time(view: RunView) -> list[Finding]:
-    lost = view.time_lost(view.present_uneven)
-    if lost is None or view.log.ep_size == 1 or lost < TIME_LOST:
+    kinds = (view.present_uneven, view.advised_uneven, view.present.uneven_L)
+    lost, advised, remaining = map(view.time_lost, kinds)
+    if lost is None or advised is None or remaining is None:
         return []
-    advised = view.time_lost(view.advised_uneven)
+    if view.log.ep_size == 1 or lost < TIME_LOST:
+        return []
     if lost - advised >= _WORTH_A_RESUME:
         advice = (
             f"the advised placement is estimated to bring that to {advised:.1%}: write it with --placement FILE and resume "
             "with parallel.expert_placement=FILE"
         )
     else:
-        remaining = view.time_lost(view.present.uneven_L)
         advice = (
             f"no other order of the experts on as many ranks was found that gains {_WORTH_A_RESUME:.0%} of a step. Summed "
             f"over log intervals {remaining:.1%} remains, of experts heavier than others; the rest of what is measured "
