@@ -18,7 +18,7 @@ LIBRARIES: dict[str, set[str]] = {
     "condition": {"torch"}, "config": {"pydantic", "yaml"}, "routing": {"torch"}, "moe": {"torch"},
     "model": {"torch", "numpy", "safetensors", "xxhash"}, "diffusion": {"torch", "numpy", "diffusers"},
     # Images are decoded by Pillow and encoded by diffusers' autoencoder. Tensors and records carry xxhash checksums.
-    "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash", "tqdm", "pydantic"},
+    "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash", "pydantic"},
     # Runs on the launching host, before any rank, and must not need torch there.
     "launch": {"psutil"}, "run_files": set(), "distributed": {"torch", "numpy"}}
 #: The rooms from the lowest up; a room imports from those above it in this list and from none below.

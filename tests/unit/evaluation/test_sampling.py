@@ -18,7 +18,7 @@ from torch import Tensor
 
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.evaluation import sampling as drawing
+from promoe_ds.evaluation import sampling
 from promoe_ds.evaluation.images import SampleFolder
 from promoe_ds.evaluation.sample_job import SampleRequest, choose_labels, draw_samples, make_plan
 from promoe_ds.evaluation.sampling import LatentSampler, aligned_passes, even_passes
@@ -52,7 +52,7 @@ def draw(export: Path, **request: Any) -> Tensor:
 ])
 def test_sampling_plan_is_the_recipes_unless_asked_otherwise(tmp_path, monkeypatch, diffusion, request_, expected) -> None:
     plans = []
-    monkeypatch.setattr(drawing, "sample_latents", lambda model, noise, labels, plan, generators: plans.append(plan) or noise)
+    monkeypatch.setattr(sampling, "sample_latents", lambda model, noise, labels, plan, generators: plans.append(plan) or noise)
     export = make_export(tmp_path, diffusion=diffusion, sampling={"steps": 7, "cfg_scale": 2.0})
     draw(export, num=1, **request_)
     assert [(plan.solver, plan.steps, plan.cfg_scale) for plan in plans] == [expected]
@@ -74,7 +74,7 @@ def test_every_sampler_splits_guidance_where_the_method_mixes_samples(tmp_path, 
 
 def test_sampling_plan_keeps_the_recipes_solver(tmp_path, monkeypatch) -> None:
     plans = []
-    monkeypatch.setattr(drawing, "sample_latents", lambda model, noise, labels, plan, generators: plans.append(plan) or noise)
+    monkeypatch.setattr(sampling, "sample_latents", lambda model, noise, labels, plan, generators: plans.append(plan) or noise)
     export = make_export(tmp_path, diffusion=DDPM, sampling={"steps": 7, "solver": "ddim"})
     draw(export, num=1)
     draw(export, num=1, solver="auto")
