@@ -42,7 +42,9 @@ class RecordingStorage(TorchCheckpointEngine):
         super().__init__()
         self.records: dict[str, FileRecord] = {}
         self.failure: str | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        )
         self._writes: list[Future[None]] = []
 
     @property
@@ -66,14 +68,19 @@ class RecordingStorage(TorchCheckpointEngine):
         if self._thread is None:
             self._write(_storable(state_dict, copy=False), Path(path))
         else:
-            self._writes.append(self._thread.submit(self._write, _storable(state_dict, copy=True), Path(path)))
+            self._writes.append(
+                self._thread.submit(self._write, _storable(state_dict, copy=True), Path(path))
+            )
 
     def _write(self, state: Any, path: Path) -> None:
         if self.failure is not None:
             return
         writer = None
         try:
-            with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="checksum") as helper:
+            with (
+                path.open("wb") as file,
+                ThreadPoolExecutor(1, thread_name_prefix="checksum") as helper,
+            ):
                 writer = _ChecksumWriter(file, helper)
                 torch.save(state, cast("IO[bytes]", writer))
                 file.flush()
@@ -132,7 +139,9 @@ class _ChecksumWriter(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data)
         self.bytes += view.nbytes
-        summing = self._helper.submit(self.checksum.update, view) if view.nbytes > _LARGE_BLOCK else None
+        summing = (
+            self._helper.submit(self.checksum.update, view) if view.nbytes > _LARGE_BLOCK else None
+        )
         try:
             if summing is None:
                 self.checksum.update(view)

@@ -33,11 +33,15 @@ def with_placement_of(config: RunConfig, checkpoint: Path | None) -> RunConfig:
     """
     if config.parallel.expert_placement is not None:
         if checkpoint is None:
-            raise ConfigError(f"parallel.expert_placement={config.parallel.expert_placement} moves trained experts, but this run "
-                              "starts at step 0: leave it out, or --resume from a checkpoint")
+            raise ConfigError(
+                f"parallel.expert_placement={config.parallel.expert_placement} moves trained experts, but this run "
+                "starts at step 0: leave it out, or --resume from a checkpoint"
+            )
         return config
     order = None if checkpoint is None else _saved_order(read_manifest(checkpoint))
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"expert_order": order})})
+    return config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"expert_order": order})}
+    )
 
 
 def moves_experts(manifest: Manifest, config: RunConfig) -> bool:
@@ -69,15 +73,21 @@ class RelabelledCheckpoint:
             low, high = max(start, place * per_expert), min(stop, (place + 1) * per_expert)
             if low < high:
                 shift = (self._sources[name][place] - place) * per_expert
-                self._checkpoint.read_into(out_N[low - start:high - start], kind, name, low + shift)
+                self._checkpoint.read_into(
+                    out_N[low - start : high - start], kind, name, low + shift
+                )
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the routers' running state."""
-        return {name: value[torch.tensor(self._sources[name])] if name in self._sources else value
-                for name, value in self._checkpoint.buffers().items()}
+        return {
+            name: value[torch.tensor(self._sources[name])] if name in self._sources else value
+            for name, value in self._checkpoint.buffers().items()
+        }
 
 
-def relabelled(checkpoint: ShardedCheckpoint, manifest: Manifest, network: DiT) -> ShardedCheckpoint | RelabelledCheckpoint:
+def relabelled(
+    checkpoint: ShardedCheckpoint, manifest: Manifest, network: DiT
+) -> ShardedCheckpoint | RelabelledCheckpoint:
     """Return the checkpoint with its experts in the order of the network's config."""
     config = network.config
     if not moves_experts(manifest, config):
@@ -92,7 +102,10 @@ def relabelled(checkpoint: ShardedCheckpoint, manifest: Manifest, network: DiT) 
         names = [f"routed.{name}" for name in EXPERT_PARAMETERS[config.routing.expert_type]]
         names += [f"router.{name}" for name in layer.router.per_expert]
         sources |= {f"blocks.{block}.moe.{name}": moved for name in names}
-    _LOG.info("resume: experts move to the places of parallel.expert_placement=%s", config.parallel.expert_placement)
+    _LOG.info(
+        "resume: experts move to the places of parallel.expert_placement=%s",
+        config.parallel.expert_placement,
+    )
     return RelabelledCheckpoint(checkpoint, sources)
 
 

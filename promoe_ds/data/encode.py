@@ -26,7 +26,7 @@ from promoe_ds.data.reading import reading, shown
 from promoe_ds.data.shards import Shard, ShardContent, describe_shard, write_shard
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.distributed.team import Team
-from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.errors import ConfigError, DataError, differences, first_few
 from promoe_ds.files import write_json
 from promoe_ds.logs import get_logger
 from promoe_ds.versions import versions_of
@@ -141,25 +141,20 @@ def _settings(request: EncodeRequest, tree: Tree, identity: VaeIdentity) -> dict
             "shard_size": request.shard_size, "vae": identity.as_json()}
 
 
-def _differing(before: dict[str, Any], settings: dict[str, Any]) -> str:
-    return "; ".join(f"{name} was {before.get(name)!r} and is {value!r}" for name, value in settings.items()
-                     if before.get(name) != value)
-
-
 def _claim(request: EncodeRequest, settings: dict[str, Any]) -> LatentIndex | None:
     """Take the output folder, or recognise what is in it; return the index if nothing is left to do."""
     out, path = request.out, request.out / UNFINISHED
     try:
         if (index := read_index(out)) is not None:
-            if differing := _differing({**asdict(index), **index.encoding}, settings):
-                raise ConfigError(f"--out {out} already holds other latents: {differing}. Choose another folder")
+            if differing := differences({**asdict(index), **index.encoding}, settings):
+                raise ConfigError(f"--out {out} already holds other latents: {'; '.join(differing)}. Choose another folder")
             _LOG.info("%s: complete already", out)
             return index
         if path.is_file():
             before = _read_json(path)
-            if differing := _differing(before, settings):
-                raise ConfigError(f"--out {out} holds an encoding begun otherwise: {differing}. Choose another folder, or use the "
-                                  "same arguments and files")
+            if differing := differences(before, settings):
+                raise ConfigError(f"--out {out} holds an encoding begun otherwise: {'; '.join(differing)}. Choose another "
+                                  "folder, or use the same arguments and files")
             _LOG.info("%s: going on with the encoding found there", out)
             return None
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -270,7 +265,7 @@ def verify(folder: Path, team: Team) -> LatentIndex:
         raise DataError(f"{folder}: no {INDEX} there: nothing to verify against")
     problems = [problem for record in index.shards[team.rank::team.world_size] for problem in _problems(folder, record)]
     if problems := [problem for found in team.gather(problems) for problem in found]:
-        raise DataError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
+        raise DataError(first_few(problems))
     return index
 
 

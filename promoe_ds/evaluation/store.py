@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from promoe_ds.data.reading import reading
-from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.errors import ConfigError, DataError, differences
 from promoe_ds.evaluation.images import image_name, save_png
-from promoe_ds.files import json_text, write_json
+from promoe_ds.files import json_text, replacing, write_json
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("sample")
@@ -73,9 +73,8 @@ class SampleStore:
             raise ConfigError(f"--out {self.folder}: {error}") from None
 
     def _compare(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
-        differing = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in settings.items()
-                     if name not in _FREE and before.get(name) != value]
-        if differing:
+        fixed = {name: value for name, value in settings.items() if name not in _FREE}
+        if differing := differences(before, fixed):
             raise ConfigError(f"--out {self.folder} holds samples drawn otherwise: {'; '.join(differing)}. Choose another folder")
         if before["num"] > settings["num"] or (before["num"] < settings["num"] and (self.folder / LATENTS_FILE).is_file()):
             raise ConfigError(f"--out {self.folder} holds {before['num']} samples, {settings['num']} are asked for: choose "
@@ -95,15 +94,13 @@ class SampleStore:
 
         Raises: ConfigError if it cannot be written.
         """
-        path = self._path(index)
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            if self.as_images:
-                save_png(temporary, value)
-            else:
-                with temporary.open("wb") as file:
-                    np.save(file, value)
-            temporary.replace(path)
+            with replacing(self._path(index)) as temporary:
+                if self.as_images:
+                    save_png(temporary, value)
+                else:
+                    with temporary.open("wb") as file:
+                        np.save(file, value)
         except OSError as error:
             raise ConfigError(f"--out {self.folder}: {error}. Free the disk and run the same command again") from None
 

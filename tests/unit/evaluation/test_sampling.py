@@ -264,8 +264,8 @@ def test_sampling_records_what_decides_the_images(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"seed": 1}, "holds samples drawn otherwise: seed was 0 and is 1. Choose another folder"),
-    ({"steps": 4, "cfg_scale": 3.0}, "holds samples drawn otherwise: steps was 3 and is 4; cfg_scale was 1.5 and is 3.0"),
+    ({"seed": 1}, "seed is 0 there and 1 here"),
+    ({"steps": 4, "cfg_scale": 3.0}, "steps is 3 there and 4 here; cfg_scale is 1.5 there and 3.0 here"),
     ({"num": 3}, "holds 9 samples, 3 are asked for: choose another folder"),
 ])
 def test_sampling_into_other_samples_is_refused(tmp_path, values, message) -> None:
