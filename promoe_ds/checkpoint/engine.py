@@ -29,15 +29,16 @@ _LARGE_BLOCK = 1 << 20
 class RecordingStorage(TorchCheckpointEngine):
     """Writes flushed files and remembers their sizes and checksums; reads tensors and plain records only.
 
-    A failed write is remembered, not raised: DeepSpeed's save has barriers in it, where the other ranks would wait for
-    ever. The trainer asks all ranks afterwards.
+    A failed write is remembered, not raised: DeepSpeed's save has barriers in it, where the other
+    ranks would wait for ever. The trainer asks all ranks afterwards.
     """
 
     def __init__(self, *, background: bool = False) -> None:
         """Start with no record.
 
         Args:
-            background: `save` copies to host memory and returns; a thread writes. `wait` before the records are read.
+            background: `save` copies to host memory and returns; a thread writes. `wait` before the
+                records are read.
         """
         super().__init__()
         self.records: dict[str, FileRecord] = {}
@@ -87,13 +88,15 @@ class RecordingStorage(TorchCheckpointEngine):
                 os.fsync(file.fileno())
             self.records[path.name] = FileRecord(writer.bytes, writer.checksum.hexdigest())
         except (OSError, RuntimeError) as error:
-            # torch reports a failed write as an inner inconsistency of its archive; the writer knows the cause.
+            # torch reports a failed write as an inner inconsistency of its archive; the writer
+            # knows the cause.
             self.failure = f"{path}: {(writer and writer.failure) or error}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file.
 
-        Raises: CheckpointError if it is missing, damaged, or holds anything but tensors and plain records.
+        Raises: CheckpointError if it is missing, damaged, or holds anything but tensors and plain
+            records.
         """
         return load_trusted(Path(path), map_location=map_location)
 

@@ -1,8 +1,9 @@
 """Moving experts to other ranks at a resume: they are relabelled in everything that a checkpoint holds, results unchanged.
 
-The experts of a layer lie in order over the ranks of an expert-parallel group, so another placement is another order. The
-router's tensors follow it, so that a token finds the same expert under its new number. The order in force is kept with the
-run (`parallel.expert_order`), in the first numbers of the experts, and stands in routing.jsonl.
+The experts of a layer lie in order over the ranks of an expert-parallel group, so another placement
+is another order. The router's tensors follow it, so that a token finds the same expert under its
+new number. The order in force is kept with the run (`parallel.expert_order`), in the first numbers
+of the experts, and stands in routing.jsonl.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ Order = tuple[tuple[int, ...], ...]
 def with_placement_of(config: RunConfig, checkpoint: Path | None) -> RunConfig:
     """Return the config with the order that experts will have: the one asked for, else the checkpoint's.
 
-    Raises: ConfigError if a placement is asked for and there is no checkpoint whose experts could be moved.
+    Raises: ConfigError if a placement is asked for and there is no checkpoint whose experts could
+        be moved.
     """
     if config.parallel.expert_placement is not None:
         if checkpoint is None:
@@ -58,7 +60,8 @@ class RelabelledCheckpoint:
         """Read from `checkpoint`.
 
         Args:
-            sources: name of a tensor of experts -> where each place's expert lies in the checkpoint.
+            sources: name of a tensor of experts -> where each place's expert lies in the
+                checkpoint.
         """
         self._checkpoint, self._sources = checkpoint, sources
         self.kinds, self.optimizer_step = checkpoint.kinds, checkpoint.optimizer_step

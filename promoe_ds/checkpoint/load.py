@@ -23,7 +23,8 @@ _LOG = get_logger("checkpoint")
 #: Settings of the optimizer that are read at every step.
 _SCHEDULE = ("lr", "schedule", "warmup_steps", "min_lr", "schedule_steps")
 
-#: What a resumed run may change: nothing that would make it another run. `_report_changes` says what leaves a trace.
+#: What a resumed run may change: nothing that would make it another run. `_report_changes` says
+#: what leaves a trace.
 FREE_FIELDS = {
     "optimizer": {"schedule_steps"},
     "data": {"path", "vae", "workers", "max_corrupt"},
@@ -86,10 +87,11 @@ def load_checkpoint(trainer: TrainingState, folder: Path, *, same_run: bool) -> 
     """Load a sound checkpoint into the trainer; all ranks call this together.
 
     Args:
-        same_run: whether it must be this very run's (`--resume auto`): then only FREE_FIELDS may differ. Otherwise only the
-            architecture and the objective must agree.
-    Another layout (ranks, expert parallelism, ZeRO stage, precision, order) is resharded, and so are other settings of the
-    optimizer, since DeepSpeed puts the saved ones back; the same is loaded by DeepSpeed itself.
+        same_run: whether it must be this very run's (`--resume auto`): then only FREE_FIELDS may
+            differ. Otherwise only the architecture and the objective must agree.
+    Another layout (ranks, expert parallelism, ZeRO stage, precision, order) is resharded, and so
+    are other settings of the optimizer, since DeepSpeed puts the saved ones back; the same is
+    loaded by DeepSpeed itself.
     Raises: CheckpointError naming the fields that do not fit.
     """
     manifest = read_manifest(folder)

@@ -65,7 +65,8 @@ class Layout:
 class Manifest:
     """The whole of manifest.json.
 
-    averages_since: the step at which a moving average began, of those that began later than training.
+    averages_since: the step at which a moving average began, of those that began later than
+        training.
     wandb_id: of the run at Weights & Biases, "" where it has none.
     dataset_size: samples of the data set, on which their order depends; None where it is not known.
     """
@@ -109,7 +110,8 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
-    Raises: CheckpointError if there is none, it cannot be understood, is damaged, or of another step than its folder.
+    Raises: CheckpointError if there is none, it cannot be understood, is damaged, or of another
+        step than its folder.
     """
     path = folder / MANIFEST
     try:

@@ -1,6 +1,7 @@
 """Resuming on other ranks, expert parallelism or ZeRO stage: every rank fills what it owns from the files of any layout.
 
-Only plain copies happen, in fp32: weights, moments and moving averages are bit for bit those that were saved.
+Only plain copies happen, in fp32: weights, moments and moving averages are bit for bit those that
+    were saved.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ class _Owned:
 def load_resharded(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
     """Fill the trainer's weights, optimizer state, averages and routers' state from a checkpoint of any layout.
 
-    A checkpoint without moments gives a fresh optimizer state, one without averages starts them at the weights: a
-    conversion without --with-optimizer makes such ones, and the log says so. Averages are known by how they forget, whatever
-    their names: another order of `optimizer.ema_decays` is no other average. All ranks call this together.
+    A checkpoint without moments gives a fresh optimizer state, one without averages starts them at
+    the weights: a conversion without --with-optimizer makes such ones, and the log says so.
+    Averages are known by how they forget, whatever
+    their names: another order of `optimizer.ema_decays` is no other average. All ranks call this
+        together.
     Raises: CheckpointError naming the tensor that does not fit.
     """
     on_all_ranks(lambda: _fill(trainer, folder, manifest))

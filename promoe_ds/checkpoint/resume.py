@@ -1,7 +1,8 @@
 """Which checkpoint a run goes on from: its own newest sound one, the one that was named, or none; an error where that is in doubt.
 
-A run that was started from a named checkpoint remembers it (`start.json`): the same command given again, by hand or by a
-scheduler that repeats it, goes on with what the run has reached, and `auto` never falls back to step 0.
+A run that was started from a named checkpoint remembers it (`start.json`): the same command given
+again, by hand or by a scheduler that repeats it, goes on with what the run has reached, and `auto`
+never falls back to step 0.
 """
 
 from __future__ import annotations
@@ -54,11 +55,14 @@ class _Start:
 def choose_checkpoint(request: str, run_dir: Path, ranks: Ranks) -> Choice:
     """Resolve `--resume`; all ranks call this together.
 
-    Checkpoints of the run's own that are later than the one it goes on from are renamed: damaged, or another branch's.
+    Checkpoints of the run's own that are later than the one it goes on from are renamed: damaged,
+    or another branch's.
     Args:
-        request: "none", "auto" (newest sound one of this run) or the path of a checkpoint or of a run directory.
-    Raises: CheckpointError if a path has no sound checkpoint, or one that this run does not stem from; or if the run must not
-        start from step 0, because it has checkpoints of which none is sound, or was started from one by path.
+        request: "none", "auto" (newest sound one of this run) or the path of a checkpoint or of a
+            run directory.
+    Raises: CheckpointError if a path has no sound checkpoint, or one that this run does not stem
+        from; or if the run must not start from step 0, because it has checkpoints of which none is
+        sound, or was started from one by path.
     """
     root = run_dir / "checkpoints"
     if request == "none":

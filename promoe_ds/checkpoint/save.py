@@ -51,8 +51,9 @@ def layout_of(trainer: TrainingState) -> Layout:
 class Saver:
     """Saves a trainer's checkpoints, one at a time.
 
-    With `train.async_checkpoint` each rank copies its share to host memory and writes it while training goes on. At most one
-    checkpoint is in flight; `poll`, after every step, completes it once all ranks have written, or raises what went wrong.
+    With `train.async_checkpoint` each rank copies its share to host memory and writes it while
+    training goes on. At most one checkpoint is in flight; `poll`, after every step, completes it
+    once all ranks have written, or raises what went wrong.
     """
 
     def __init__(self, trainer: TrainingState, root: Path) -> None:
@@ -63,8 +64,10 @@ class Saver:
     def save(self) -> None:
         """Save the trainer as it is now; all ranks call this together.  A save in flight is waited for.
 
-        Order: shards into `step_N.tmp`, manifest, rename to `step_N`, `latest`, then old checkpoints beyond keep_last go.
-        Raises: CheckpointError on every rank if any rank could not write; what was complete before stays so.
+        Order: shards into `step_N.tmp`, manifest, rename to `step_N`, `latest`, then old
+            checkpoints beyond keep_last go.
+        Raises: CheckpointError on every rank if any rank could not write; what was complete before
+            stays so.
         """
         self.finish()
         self._pending = _begin(self._trainer, self._root)

@@ -31,7 +31,8 @@ def write_pipeline_configs(
     """Write all of a pipeline's folder but the network's weights.
 
     Args:
-        vae: a folder or hub name of an AutoencoderKL, which is copied; without one, latents are all that can be drawn.
+        vae: a folder or hub name of an AutoencoderKL, which is copied; without one, latents are all
+            that can be drawn.
     Raises: CheckpointError naming the autoencoder that cannot be loaded.
     """
     version = diffusers.__version__

@@ -1,9 +1,10 @@
 """A moving average of another length, chosen after training, from the power-function averages that were kept.
 
-Source: EDM2 (Karras et al., 2024), Sec. 3.2 and Appendix C. An average at step t is a weighted mean of the weights after each
-step; averages of several lengths and steps are mixed so that the mix's weighting is nearest, in the least-squares sense, to
-the weighting asked for. Differs: the sums are over the steps themselves, not integrals, and the mix's weights add up to 1, so
-that nothing is lost of what all weights have in common.
+Source: EDM2 (Karras et al., 2024), Sec. 3.2 and Appendix C. An average at step t is a weighted mean
+of the weights after each step; averages of several lengths and steps are mixed so that the mix's
+weighting is nearest, in the least-squares sense, to the weighting asked for. Differs: the sums are
+over the steps themselves, not integrals, and the mix's weights add up to 1, so that nothing is lost
+of what all weights have in common.
 """
 
 from __future__ import annotations
@@ -71,10 +72,11 @@ class PosthocSource:
         """Choose the mix.
 
         Args:
-            path: a run directory, or one checkpoint of it: the average is that of its step, from all checkpoints up to it.
+            path: a run directory, or one checkpoint of it: the average is that of its step, from
+                all checkpoints up to it.
             length: relative standard deviation of the profile, as `optimizer.ema_sigma_rels`.
-        Raises: CheckpointError if the run kept no power-function averages, a checkpoint is not sound, or the profile asked
-            for cannot be had from what was kept.
+        Raises: CheckpointError if the run kept no power-function averages, a checkpoint is not
+            sound, or the profile asked for cannot be had from what was kept.
         """
         if not 0 < length < LONGEST_POWER_LENGTH:
             raise CheckpointError(

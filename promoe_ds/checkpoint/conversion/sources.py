@@ -48,7 +48,8 @@ class SourceInfo:
     """What is known of a source beside its tensors.
 
     averages_since: the steps at which averages began that began later than training.
-    largest_file: bytes, where the source is cut into files by training; it bounds a reader's memory.
+    largest_file: bytes, where the source is cut into files by training; it bounds a reader's
+        memory.
     """
 
     path: Path

@@ -246,7 +246,8 @@ class TrainingTarget:
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor; return `digest` of it. The routers' running state belongs to the weights alone.
 
-        Raises: CheckpointError if an average comes with another running state: the layout has room for one.
+        Raises: CheckpointError if an average comes with another running state: the layout has room
+            for one.
         """
         if name in self._content.buffers:
             known = self._running_state.setdefault(name, value)

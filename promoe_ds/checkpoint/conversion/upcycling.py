@@ -1,9 +1,10 @@
 """A dense model becomes a mixture of experts: the dense feed-forwards dealt out, routers started at real tokens.
 
-How the feed-forward is dealt out is `model/upcycle.py`'s. Here the dense model sees a batch of images; at every block that gets
-experts, its tokens start the prototypes (k-means) and give the mean gate that a conditional token will get, against which the
-routed experts' outputs are scaled. So the layer's output is the dense one exactly for null samples, and on average for the
-others, as far as the widths allow.
+How the feed-forward is dealt out is `model/upcycle.py`'s. Here the dense model sees a batch of
+images; at every block that gets experts, its tokens start the prototypes (k-means) and give the
+mean gate that a conditional token will get, against which the routed experts' outputs are scaled.
+So the layer's output is the dense one exactly for null samples, and on average for the others, as
+far as the widths allow.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from promoe_ds.routing import ClassificationRouter, KMeansRouter, Router
 from promoe_ds.routing.clustering import cluster_tokens
 from promoe_ds.routing.partition import Partition, partition_samples
 
-#: Below this mean gate, outputs are not scaled against it: prototypes that are nowhere near the tokens say nothing.
+#: Below this mean gate, outputs are not scaled against it: prototypes that are nowhere near the
+#: tokens say nothing.
 _SMALLEST_GATE = 0.05
 
 
@@ -50,8 +52,10 @@ _SMALLEST_GATE = 0.05
 class UpcycleRequest:
     """What to make of a dense checkpoint.
 
-    to: "deepspeed" (a start for training) or "single"; weights: "ema" or "raw", the source's default if None.
-    prototypes: "kmeans" of the tokens of `images` training images, or "random" (the recipe's initial ones, unscaled outputs).
+    to: "deepspeed" (a start for training) or "single"; weights: "ema" or "raw", the source's
+        default if None.
+    prototypes: "kmeans" of the tokens of `images` training images, or "random" (the recipe's
+        initial ones, unscaled outputs).
     noise: added to routed experts' incoming weights, relative to their spread.
     """
 
@@ -92,7 +96,8 @@ def upcycle(
 
     Args:
         source_path, source_config: as for `open_source`; config: the MoE recipe.
-    Returns: what was written, and how the two models agree on the batch (None with prototypes="random").
+    Returns: what was written, and how the two models agree on the batch (None with
+        prototypes="random").
     Raises: CheckpointError, ConfigError or DataError naming what does not fit.
     """
     refuse_existing(request.destination)
