@@ -27,20 +27,23 @@ _LARGE_BLOCK = 1 << 20
 class RecordingStorage(TorchCheckpointEngine):
     """Writes flushed files and remembers their sizes and checksums; reads tensors and plain records only.
 
-    A failed write is remembered, not raised: DeepSpeed's save has barriers in it, where the other ranks would wait for
-    ever. The trainer asks all ranks afterwards.
+    A failed write is remembered, not raised: DeepSpeed's save has barriers in it, where the other
+    ranks would wait for ever. The trainer asks all ranks afterwards.
     """
 
     def __init__(self, *, background: bool = False) -> None:
         """Start with no record.
 
         Args:
-            background: `save` copies to host memory and returns; a thread writes. `wait` before the records are read.
+            background: `save` copies to host memory and returns; a thread writes. `wait` before the
+                records are read.
         """
         super().__init__()
         self.records: dict[str, FileRecord] = {}
         self.failure: str | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        )
         self._writes: list[Future[None]] = []
 
     @property
@@ -64,27 +67,34 @@ class RecordingStorage(TorchCheckpointEngine):
         if self._thread is None:
             self._write(_storable(state_dict, copy=False), Path(path))
         else:
-            self._writes.append(self._thread.submit(self._write, _storable(state_dict, copy=True), Path(path)))
+            self._writes.append(
+                self._thread.submit(self._write, _storable(state_dict, copy=True), Path(path))
+            )
 
     def _write(self, state: Any, path: Path) -> None:
         if self.failure is not None:
             return
         writer = None
         try:
-            with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="checksum") as helper:
+            with (
+                path.open("wb") as file,
+                ThreadPoolExecutor(1, thread_name_prefix="checksum") as helper,
+            ):
                 writer = _ChecksumWriter(file, helper)
                 torch.save(state, cast("IO[bytes]", writer))
                 file.flush()
                 os.fsync(file.fileno())
             self.records[path.name] = FileRecord(writer.bytes, writer.checksum.hexdigest())
         except (OSError, RuntimeError) as error:
-            # torch reports a failed write as an inner inconsistency of its archive; the writer knows the cause.
+            # torch reports a failed write as an inner inconsistency of its archive; the writer
+            # knows the cause.
             self.failure = f"{path}: {(writer and writer.failure) or error}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file.
 
-        Raises: CheckpointError if it is missing, damaged, or holds anything but tensors and plain records.
+        Raises: CheckpointError if it is missing, damaged, or holds anything but tensors and plain
+            records.
         """
         return load_trusted(Path(path), map_location=map_location)
 
@@ -130,7 +140,9 @@ class _ChecksumWriter(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data)
         self.bytes += view.nbytes
-        summing = self._helper.submit(self.checksum.update, view) if view.nbytes > _LARGE_BLOCK else None
+        summing = (
+            self._helper.submit(self.checksum.update, view) if view.nbytes > _LARGE_BLOCK else None
+        )
         try:
             if summing is None:
                 self.checksum.update(view)

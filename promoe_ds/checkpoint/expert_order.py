@@ -1,8 +1,9 @@
 """Moving experts to other ranks at a resume: they are relabelled in everything that a checkpoint holds, results unchanged.
 
-The experts of a layer lie in order over the ranks of an expert-parallel group, so another placement is another order. The
-router's tensors follow it, so that a token finds the same expert under its new number. The order in force is kept with the
-run (`parallel.expert_order`), in the first numbers of the experts, and stands in routing.jsonl.
+The experts of a layer lie in order over the ranks of an expert-parallel group, so another placement
+is another order. The router's tensors follow it, so that a token finds the same expert under its
+new number. The order in force is kept with the run (`parallel.expert_order`), in the first numbers
+of the experts, and stands in routing.jsonl.
 """
 
 from __future__ import annotations
@@ -29,15 +30,20 @@ Order = tuple[tuple[int, ...], ...]
 def with_placement_of(config: RunConfig, checkpoint: Path | None) -> RunConfig:
     """Return the config with the order that experts will have: the one asked for, else the checkpoint's.
 
-    Raises: ConfigError if a placement is asked for and there is no checkpoint whose experts could be moved.
+    Raises: ConfigError if a placement is asked for and there is no checkpoint whose experts could
+        be moved.
     """
     if config.parallel.expert_placement is not None:
         if checkpoint is None:
-            raise ConfigError(f"parallel.expert_placement={config.parallel.expert_placement} moves trained experts, but this run "
-                              "starts at step 0: leave it out, or --resume from a checkpoint")
+            raise ConfigError(
+                f"parallel.expert_placement={config.parallel.expert_placement} moves trained experts, but this run "
+                "starts at step 0: leave it out, or --resume from a checkpoint"
+            )
         return config
     order = None if checkpoint is None else _saved_order(read_manifest(checkpoint))
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"expert_order": order})})
+    return config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"expert_order": order})}
+    )
 
 
 def moves_experts(manifest: Manifest, config: RunConfig) -> bool:
@@ -54,7 +60,8 @@ class RelabelledCheckpoint:
         """Read from `checkpoint`.
 
         Args:
-            sources: name of a tensor of experts -> where each place's expert lies in the checkpoint.
+            sources: name of a tensor of experts -> where each place's expert lies in the
+                checkpoint.
         """
         self._checkpoint, self._sources = checkpoint, sources
         self.kinds, self.optimizer_step = checkpoint.kinds, checkpoint.optimizer_step
@@ -69,15 +76,21 @@ class RelabelledCheckpoint:
             low, high = max(start, place * per_expert), min(stop, (place + 1) * per_expert)
             if low < high:
                 shift = (self._sources[name][place] - place) * per_expert
-                self._checkpoint.read_into(out_N[low - start:high - start], kind, name, low + shift)
+                self._checkpoint.read_into(
+                    out_N[low - start : high - start], kind, name, low + shift
+                )
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the routers' running state."""
-        return {name: value[torch.tensor(self._sources[name])] if name in self._sources else value
-                for name, value in self._checkpoint.buffers().items()}
+        return {
+            name: value[torch.tensor(self._sources[name])] if name in self._sources else value
+            for name, value in self._checkpoint.buffers().items()
+        }
 
 
-def relabelled(checkpoint: ShardedCheckpoint, manifest: Manifest, network: DiT) -> ShardedCheckpoint | RelabelledCheckpoint:
+def relabelled(
+    checkpoint: ShardedCheckpoint, manifest: Manifest, network: DiT
+) -> ShardedCheckpoint | RelabelledCheckpoint:
     """Return the checkpoint with its experts in the order of the network's config."""
     config = network.config
     if not moves_experts(manifest, config):
@@ -92,7 +105,10 @@ def relabelled(checkpoint: ShardedCheckpoint, manifest: Manifest, network: DiT) 
         names = [f"routed.{name}" for name in EXPERT_PARAMETERS[config.routing.expert_type]]
         names += [f"router.{name}" for name in layer.router.per_expert]
         sources |= {f"blocks.{block}.moe.{name}": moved for name in names}
-    _LOG.info("resume: experts move to the places of parallel.expert_placement=%s", config.parallel.expert_placement)
+    _LOG.info(
+        "resume: experts move to the places of parallel.expert_placement=%s",
+        config.parallel.expert_placement,
+    )
     return RelabelledCheckpoint(checkpoint, sources)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from promoe_ds.run_files import CHECKPOINT_NAME
 MANIFEST = "manifest.json"
 FORMAT = 2
 UNFINISHED = ".tmp"
-#: Younger than the format: a manifest without it is taken as it is.
+#: The file of a run directory that holds the run's id at Weights & Biases.
+WANDB_ID = "wandb_run_id"
+#: Newer than the format: a manifest without it is taken as it is.
 _OWN_CHECKSUM = "xxh3"
 _BLOCK = 1 << 22
 
@@ -38,8 +41,8 @@ class FileRecord:
 class Layout:
     """What the shards of a checkpoint depend on.
 
-    aligned: parameters lie in another order than the network's own, those of odd sizes last (`is_reordered`); of checkpoints
-    that do not say it, false.
+    aligned: parameters are in another order than the network's own, those of odd sizes last
+        (`is_reordered`); false for checkpoints that do not say it.
     """
 
     world_size: int
@@ -59,7 +62,8 @@ class Layout:
 class Manifest:
     """The whole of manifest.json.
 
-    averages_since: the step at which a moving average began, of those that began later than training.
+    averages_since: the step at which a moving average began, of those that began later than
+        training.
     wandb_id: of the run at Weights & Biases, "" where it has none.
     dataset_size: samples of the data set, on which their order depends; None where it is not known.
     """
@@ -80,13 +84,19 @@ class Manifest:
         Raises: CheckpointError if it cannot be understood, or a newer version wrote it.
         """
         try:
-            return config_from_dict(self.config, source=str(folder / MANIFEST), written_by=self.versions.get("promoe_ds"))
+            return config_from_dict(
+                self.config,
+                source=str(folder / MANIFEST),
+                written_by=self.versions.get("promoe_ds"),
+            )
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
 
     def write(self, folder: Path) -> None:
         """Write to `folder`, flushed to the disk, with a checksum of the manifest itself."""
-        values = json.loads(json.dumps({"format": FORMAT, **asdict(self)}))  # as a reader will have them
+        values = json.loads(
+            json.dumps({"format": FORMAT, **asdict(self)})
+        )  # as a reader will have them
         text = json.dumps({**values, _OWN_CHECKSUM: _checksum_of(values)}, indent=1)
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(text)
@@ -97,19 +107,26 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
-    Raises: CheckpointError if there is none, it cannot be understood, is damaged, or of another step than its folder.
+    Raises: CheckpointError if there is none, it cannot be understood, is damaged, or of another
+        step than its folder.
     """
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {values['format']} is not {FORMAT}; use the version that wrote it")
+            raise CheckpointError(
+                f"{path}: format {values['format']} is not {FORMAT}; use the version that wrote it"
+            )
         if values.pop(_OWN_CHECKSUM, own := _checksum_of(values)) != own:
             raise CheckpointError(f"{path} does not match its own checksum")
         named = CHECKPOINT_NAME.match(folder.resolve().name)
         if named and int(named[1]) != values["step"]:
-            raise CheckpointError(f"{path}: says step {values['step']!r}, its folder's name another")
-        files = {_safe_name(name, path): FileRecord(**record) for name, record in values["files"].items()}
+            raise CheckpointError(
+                f"{path}: says step {values['step']!r}, its folder's name another"
+            )
+        files = {
+            _safe_name(name, path): FileRecord(**record) for name, record in values["files"].items()
+        }
         if not files:
             raise CheckpointError(f"{path}: lists no file")
         return Manifest(
@@ -119,18 +136,24 @@ def read_manifest(folder: Path) -> Manifest:
             layout=_read_layout(values["layout"]),
             config=with_new_names(values["config"])[0],
             versions=dict(values["versions"]),
-            averages_since={name: int(step) for name, step in values.get("averages_since", {}).items()},
-            dataset_size=None if values.get("dataset_size") is None else _count(values, "dataset_size"),
+            averages_since={
+                name: int(step) for name, step in values.get("averages_since", {}).items()
+            },
+            dataset_size=None
+            if values.get("dataset_size") is None
+            else _count(values, "dataset_size"),
             wandb_id=str(values.get("wandb_id", "")),
         )
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
+        raise CheckpointError(
+            f"{path}: cannot be understood ({type(error).__name__}: {error})"
+        ) from None
 
 
 def find_problems(folder: Path, files: dict[str, FileRecord]) -> list[str]:
-    """Hold files against their records; return a line for each that differs or cannot be read.
+    """Compare files with their records; return a line for each that differs or cannot be read.
 
     Args:
         files: the whole manifest's or a share of it.
@@ -173,7 +196,11 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Return the finished checkpoint folders under `root`, newest first, whether sound or not."""
     if not root.is_dir():
         return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := CHECKPOINT_NAME.match(path.name)) and path.is_dir()]
+    found = [
+        (int(match[1]), path)
+        for path in root.iterdir()
+        if (match := CHECKPOINT_NAME.match(path.name)) and path.is_dir()
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -196,7 +223,9 @@ def named_checkpoints(path: Path) -> list[Path]:
         return [path]
     candidates = list_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if not candidates:
-        raise CheckpointError(f"{path}: neither a complete checkpoint (no {MANIFEST}) nor a run directory with one")
+        raise CheckpointError(
+            f"{path}: neither a complete checkpoint (no {MANIFEST}) nor a run directory with one"
+        )
     return candidates
 
 
@@ -207,9 +236,20 @@ def _pointed_at(path: Path) -> Path:
     except (OSError, UnicodeDecodeError):
         name = ""
     if not CHECKPOINT_NAME.match(name):
-        raise CheckpointError(f"{path}: is a file and does not name a checkpoint, as RUN/checkpoints/latest does: give a "
-                              "checkpoint's folder or a run directory")
+        raise CheckpointError(
+            f"{path}: is a file and does not name a checkpoint, as RUN/checkpoints/latest does: give a "
+            "checkpoint's folder or a run directory"
+        )
     return path.parent / name
+
+
+def read_wandb_id(run_dir: Path) -> str:
+    """Return the id of a run at Weights & Biases, "" before it has one."""
+    try:
+        text = (run_dir / WANDB_ID).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return text if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text) else ""
 
 
 def list_unfinished(root: Path) -> list[Path]:

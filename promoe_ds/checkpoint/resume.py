@@ -1,7 +1,8 @@
 """Which checkpoint a run goes on from: its own newest sound one, the one that was named, or none; an error where that is in doubt.
 
-A run that was started from a named checkpoint remembers it (`start.json`): the same command given again, by hand or by a
-scheduler that repeats it, goes on with what the run has reached, and `auto` never falls back to step 0.
+A run that was started from a named checkpoint remembers it (`start.json`): the same command given
+again, by hand or by a scheduler that repeats it, goes on with what the run has reached, and `auto`
+never falls back to step 0.
 """
 
 from __future__ import annotations
@@ -54,11 +55,14 @@ class _Start:
 def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) -> Choice:
     """Resolve `--resume`; all ranks call this together.
 
-    Checkpoints of the run's own that are later than the one it goes on from are renamed: damaged, or another branch's.
+    Checkpoints of the run's own that are later than the one it goes on from are renamed: damaged,
+    or another branch's.
     Args:
-        request: "none", "auto" (newest sound one of this run) or the path of a checkpoint or of a run directory.
-    Raises: CheckpointError if a path has no sound checkpoint, or one that this run does not stem from; or if the run must not
-        start from step 0, because it has checkpoints of which none is sound, or was started from one by path.
+        request: "none", "auto" (newest sound one of this run) or the path of a checkpoint or of a
+            run directory.
+    Raises: CheckpointError if a path has no sound checkpoint, or one that this run does not stem
+        from; or if the run must not start from step 0, because it has checkpoints of which none is
+        sound, or was started from one by path.
     """
     root = run_dir / "checkpoints"
     if request == "none":
@@ -66,35 +70,52 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
         return Choice()
     own, start = on_main(ranks, lambda: (list_checkpoints(root), _read_start(run_dir)))
     if request == "auto":
-        return _go_on(own, root, ranks, start)
+        return _continue_run(own, root, ranks, start)
     named = on_main(ranks, lambda: str(Path(request).resolve()))
     reached = [folder for folder in own if start is not None and step_of(folder) >= start.step]
     if start is not None and start.named == named and reached:
-        _LOG.info("resume: this run was started from %s before and goes on with its own checkpoints; to start from there anew, "
-                  "take another --run-dir", request)
-        return _go_on(reached, root, ranks, start)
+        _LOG.info(
+            "resume: this run was started from %s before and goes on with its own checkpoints; to start from there anew, "
+            "take another --run-dir",
+            request,
+        )
+        return _continue_run(reached, root, ranks, start)
     folder = _choose_named(Path(request), ranks)
     if on_main(ranks, lambda: folder.resolve().parent == root.resolve()):
         on_main(ranks, lambda: _set_later_aside(root, read_manifest(folder).step))
     elif own:
-        raise CheckpointError(f"--resume {request}: {run_dir} already holds checkpoints of its own, up to {own[0].name}, and was "
-                              "not started from there: go on by --resume auto, or take another --run-dir")
+        raise CheckpointError(
+            f"--resume {request}: {run_dir} already holds checkpoints of its own, up to {own[0].name}, and was "
+            "not started from there: go on by --resume auto, or take another --run-dir"
+        )
     _LOG.info("resume: taking %s", folder)
-    on_main(ranks, lambda: write_json(run_dir / _START, {"named": named, "step": read_manifest(folder).step}))
+    on_main(
+        ranks,
+        lambda: write_json(run_dir / _START, {"named": named, "step": read_manifest(folder).step}),
+    )
     return Choice(folder=folder, same_run=False)
 
 
-def _go_on(candidates: list[Path], root: Path, ranks: DistributedContext, start: _Start | None) -> Choice:
+def _continue_run(
+    candidates: list[Path], root: Path, ranks: DistributedContext, start: _Start | None
+) -> Choice:
     skipped = [f"{path} (the save never ended)" for path in from_main(list_unfinished(root))]
     chosen, problems = _newest_sound(candidates, ranks)
-    _tell_skipped([*skipped, *problems], ranks)
+    _report_skipped([*skipped, *problems], ranks)
     if chosen is None and candidates:
-        raise CheckpointError(f"--resume auto: none of the checkpoints under {root} is sound: {'; '.join(problems)}. Restore "
-                              "one, name another with --resume DIR, or start anew in another --run-dir")
+        raise CheckpointError(
+            f"--resume auto: none of the checkpoints under {root} is sound: {'; '.join(problems)}. Restore "
+            "one, name another with --resume DIR, or start anew in another --run-dir"
+        )
     if chosen is None and start is not None:
-        raise CheckpointError(f"--resume auto: this run was started from {start.named} and has no checkpoint of its own under "
-                              f"{root}: name that again (--resume {start.named}), or start anew in another --run-dir")
-    _LOG.info("resume: %s", f"taking {chosen}" if chosen else f"no checkpoint under {root}, starting from step 0")
+        raise CheckpointError(
+            f"--resume auto: this run was started from {start.named} and has no checkpoint of its own under "
+            f"{root}: name that again (--resume {start.named}), or start anew in another --run-dir"
+        )
+    _LOG.info(
+        "resume: %s",
+        f"taking {chosen}" if chosen else f"no checkpoint under {root}, starting from step 0",
+    )
     if chosen is not None:
         on_main(ranks, lambda: _set_later_aside(root, step_of(chosen)))
     return Choice(folder=chosen)
@@ -103,10 +124,18 @@ def _go_on(candidates: list[Path], root: Path, ranks: DistributedContext, start:
 def _set_later_aside(root: Path, step: int) -> None:
     for folder in list_checkpoints(root):
         if step_of(folder) > step:
-            names = (folder.with_name(f"{folder.name}{_ABANDONED}{f'_{number}' * (number > 1)}") for number in count(1))
+            names = (
+                folder.with_name(f"{folder.name}{_ABANDONED}{f'_{number}' * (number > 1)}")
+                for number in count(1)
+            )
             aside = next(path for path in names if not path.exists())
             folder.rename(aside)
-            _LOG.warning("resume: the run goes on from step %d; %s is set aside as %s", step, folder, aside.name)
+            _LOG.warning(
+                "resume: the run goes on from step %d; %s is set aside as %s",
+                step,
+                folder,
+                aside.name,
+            )
 
 
 def _choose_named(path: Path, ranks: DistributedContext) -> Path:
@@ -114,11 +143,11 @@ def _choose_named(path: Path, ranks: DistributedContext) -> Path:
     chosen, problems = _newest_sound(candidates, ranks)
     if chosen is None:
         raise CheckpointError(f"--resume {path}: {'; '.join(problems)}")
-    _tell_skipped(problems, ranks)
+    _report_skipped(problems, ranks)
     return chosen
 
 
-def _tell_skipped(lines: list[str], ranks: DistributedContext) -> None:
+def _report_skipped(lines: list[str], ranks: DistributedContext) -> None:
     for line in lines if ranks.is_main else ():
         _LOG.warning("resume: skipped %s", line)
 
@@ -137,7 +166,7 @@ def _problems(folder: Path, ranks: DistributedContext) -> list[str]:
     """Verify a checkpoint, each rank a share of its files; return the same list on all ranks."""
     try:
         files = read_manifest(folder).files
-        mine = dict(sorted(files.items())[ranks.rank::ranks.world_size])
+        mine = dict(sorted(files.items())[ranks.rank :: ranks.world_size])
         problems = find_problems(folder, mine)
     except CheckpointError as error:
         problems = [str(error)]
@@ -153,6 +182,7 @@ def _read_start(run_dir: Path) -> _Start | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error}); it says which checkpoint the run "
-                              "was started from: remove it to go on by --resume auto") from None
-
+        raise CheckpointError(
+            f"{path}: cannot be understood ({type(error).__name__}: {error}); it says which checkpoint the run "
+            "was started from: remove it to go on by --resume auto"
+        ) from None

@@ -11,8 +11,16 @@ import torch.distributed as dist
 
 from promoe_ds.backends.parameter_groups import is_reordered
 from promoe_ds.checkpoint.engine import RecordingStorage
-from promoe_ds.checkpoint.manifest import UNFINISHED, FileRecord, Layout, Manifest, list_checkpoints, step_folder, step_of
-from promoe_ds.checkpoint.tracker_id import read_wandb_id
+from promoe_ds.checkpoint.manifest import (
+    UNFINISHED,
+    FileRecord,
+    Layout,
+    Manifest,
+    list_checkpoints,
+    read_wandb_id,
+    step_folder,
+    step_of,
+)
 from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.config.schema import TrainConfig
 from promoe_ds.distributed.context import from_main, gather_objects
@@ -29,17 +37,23 @@ _DELETED = ".deleted"
 def layout_of(trainer: TrainingState) -> Layout:
     """Return the layout that a run's checkpoints have."""
     config, plan = trainer.config, trainer.deepspeed_plan
-    return Layout(world_size=trainer.context.world_size, ep_size=config.parallel.ep_size, dispatch=config.parallel.expert_storage,
-                  zero_stage=plan.zero_stage, precision=plan.precision,
-                  data_before_expert=bool(plan.json.get("use_data_before_expert_parallelism", False)),
-                  aligned=is_reordered(trainer.module, config.optimizer, plan.precision))
+    return Layout(
+        world_size=trainer.context.world_size,
+        ep_size=config.parallel.ep_size,
+        dispatch=config.parallel.expert_storage,
+        zero_stage=plan.zero_stage,
+        precision=plan.precision,
+        data_before_expert=bool(plan.json.get("use_data_before_expert_parallelism", False)),
+        aligned=is_reordered(trainer.module, config.optimizer, plan.precision),
+    )
 
 
 class Saver:
     """Saves a trainer's checkpoints, one at a time.
 
-    With `train.async_checkpoint` each rank copies its share to host memory and writes it while training goes on. At most one
-    checkpoint is in flight; `poll`, after every step, completes it once all ranks have written, or raises what went wrong.
+    With `train.async_checkpoint` each rank copies its share to host memory and writes it while
+    training goes on. At most one checkpoint is in flight; `poll`, after every step, completes it
+    once all ranks have written, or raises what went wrong.
     """
 
     def __init__(self, trainer: TrainingState, root: Path) -> None:
@@ -50,8 +64,10 @@ class Saver:
     def save(self) -> None:
         """Save the trainer as it is now; all ranks call this together.  A save in flight is waited for.
 
-        Order: shards into `step_N.tmp`, manifest, rename to `step_N`, `latest`, then old checkpoints beyond keep_last go.
-        Raises: CheckpointError on every rank if any rank could not write; what was complete before stays so.
+        Order: shards into `step_N.tmp`, manifest, rename to `step_N`, `latest`, then old
+            checkpoints beyond keep_last go.
+        Raises: CheckpointError on every rank if any rank could not write; what was complete before
+            stays so.
         """
         self.finish()
         self._pending = _begin(self._trainer, self._root)
@@ -65,7 +81,9 @@ class Saver:
         """
         if self._pending is None:
             return
-        busy = torch.tensor(float(self._pending.storage.is_writing), device=self._trainer.context.device)
+        busy = torch.tensor(
+            float(self._pending.storage.is_writing), device=self._trainer.context.device
+        )
         dist.all_reduce(busy, op=dist.ReduceOp.MAX)
         if not busy.item():
             self.finish()
@@ -102,7 +120,12 @@ def _begin(trainer: TrainingState, root: Path) -> _Pending:
     failure = from_main(_clear(unfinished) if trainer.context.is_main else None)
     if failure is None:
         trainer.engine.save_checkpoint(str(root), tag=unfinished.name, save_latest=False)
-    return _Pending(storage=trainer.engine.checkpoint_engine, step=trainer.step, samples_seen=trainer.samples_seen, failure=failure)
+    return _Pending(
+        storage=trainer.engine.checkpoint_engine,
+        step=trainer.step,
+        samples_seen=trainer.samples_seen,
+        failure=failure,
+    )
 
 
 def _complete(trainer: TrainingState, root: Path, pending: _Pending) -> Path:
@@ -110,19 +133,29 @@ def _complete(trainer: TrainingState, root: Path, pending: _Pending) -> Path:
     unfinished, final = root / f"{pending.folder}{UNFINISHED}", root / pending.folder
     pending.storage.wait()
     records, failures = {}, [pending.failure] if pending.failure else []
-    for rank, (files, problem) in enumerate(gather_objects((pending.storage.records, pending.storage.failure))):
+    for rank, (files, problem) in enumerate(
+        gather_objects((pending.storage.records, pending.storage.failure))
+    ):
         records.update(files)
         failures += [f"rank {rank}: {problem}"] if problem else []
     if not failures:
-        failure = from_main(_finish(trainer, root, pending, records) if trainer.context.is_main else None)
+        failure = from_main(
+            _finish(trainer, root, pending, records) if trainer.context.is_main else None
+        )
         failures = [failure] if failure else []
     if failures:
         if trainer.context.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         sound = list_checkpoints(root)
-        remains = f"the newest complete checkpoint is {sound[0]}" if sound else "there is no complete checkpoint yet"
-        raise CheckpointError(f"step {pending.step}: the checkpoint could not be written: {'; '.join(failures)}. "
-                              f"Free or enlarge the disk, or take a --run-dir that all hosts share, and resume; {remains}")
+        remains = (
+            f"the newest complete checkpoint is {sound[0]}"
+            if sound
+            else "there is no complete checkpoint yet"
+        )
+        raise CheckpointError(
+            f"step {pending.step}: the checkpoint could not be written: {'; '.join(failures)}. "
+            f"Free or enlarge the disk, or take a --run-dir that all hosts share, and resume; {remains}"
+        )
     return final
 
 
@@ -136,17 +169,25 @@ def _clear(folder: Path) -> str | None:
     return None
 
 
-def _finish(trainer: TrainingState, root: Path, pending: _Pending, records: dict[str, FileRecord]) -> str | None:
+def _finish(
+    trainer: TrainingState, root: Path, pending: _Pending, records: dict[str, FileRecord]
+) -> str | None:
     """Make the written shards a checkpoint; rank 0 only. Return what went wrong."""
     unfinished, final = root / f"{pending.folder}{UNFINISHED}", root / pending.folder
     try:
         if problem := _find_unseen(unfinished, records):
             return f"rank 0: {problem}"
         manifest = Manifest(
-            step=pending.step, samples_seen=pending.samples_seen, config=trainer.config.model_dump(mode="json"),
-            layout=layout_of(trainer), files=records, versions=package_versions(),
-            averages_since=dict(trainer.optimizer.averages_since), dataset_size=len(trainer.dataset),
-            wandb_id=read_wandb_id(root.parent))
+            step=pending.step,
+            samples_seen=pending.samples_seen,
+            config=trainer.config.model_dump(mode="json"),
+            layout=layout_of(trainer),
+            files=records,
+            versions=package_versions(),
+            averages_since=dict(trainer.optimizer.averages_since),
+            dataset_size=len(trainer.dataset),
+            wandb_id=read_wandb_id(root.parent),
+        )
         manifest.write(unfinished)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
@@ -173,9 +214,11 @@ def _prune(root: Path, newest: int, train: TrainConfig) -> None:
     for left in root.glob(f"*{_DELETED}"):
         shutil.rmtree(left, ignore_errors=True)
     written = [folder for folder in list_checkpoints(root) if step_of(folder) <= newest]
-    for old in written[train.keep_last:]:
+    for old in written[train.keep_last :]:
         if not train.keep_every or step_of(old) % train.keep_every:
-            gone = old.with_name(f"{old.name}{_DELETED}")  # first: half a deletion must not look like a checkpoint
+            gone = old.with_name(
+                f"{old.name}{_DELETED}"
+            )  # first: half a deletion must not look like a checkpoint
             if not gone.exists():
                 old.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)

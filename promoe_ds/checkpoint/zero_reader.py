@@ -150,9 +150,7 @@ class ShardedCheckpoint:
         Raises: CheckpointError naming the file or tensor that is missing or does not fit.
         """
         if kind not in self.kinds:
-            raise CheckpointError(
-                f"{self.folder}: has no {kind}, only {', '.join(self.kinds)}"
-            )
+            raise CheckpointError(f"{self.folder}: has no {kind}, only {', '.join(self.kinds)}")
         if name not in self.shapes:
             raise CheckpointError(f"{self.folder}: has no {name}")
         position, stop = 0, start + out_N.numel()
@@ -269,7 +267,9 @@ def _find_tensors(open_file: _Open, layout: Layout, model: Any, config: RunConfi
     if is_sharded:
         names = [f"expp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(layout.ep_size)]
         files = {name: open_file(name) for name in names}
-    states = {file: dict(_named_states(content.get("optimizer"))) for file, content in files.items()}
+    states = {
+        file: dict(_named_states(content.get("optimizer"))) for file, content in files.items()
+    }
     every = [state for named in states.values() for state in named.values()]
     for kind in every[0] if every else ():
         if kind != "step" and all(kind in state for state in every):
@@ -311,10 +311,13 @@ def _expert_tensors(
         contents = [open_file(file) for file in files]
         for parameter in EXPERT_PARAMETERS[config.routing.expert_type]:
             name = f"blocks.{block}.moe.routed.{parameter}"
-            yield name, [
-                (f"{file}:{parameter}", content[expert_file_key(f"{PREFIX}{name}", expert)])
-                for expert, (file, content) in enumerate(zip(files, contents, strict=True))
-            ]
+            yield (
+                name,
+                [
+                    (f"{file}:{parameter}", content[expert_file_key(f"{PREFIX}{name}", expert)])
+                    for expert, (file, content) in enumerate(zip(files, contents, strict=True))
+                ],
+            )
 
 
 def _named_states(optimizer: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:

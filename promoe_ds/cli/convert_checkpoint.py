@@ -26,39 +26,91 @@ from pathlib import Path
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.logs import configure_logging
 
-_MOMENTS_ARE_OF_RAW = "--weights --with-optimizer: the moments belong to the raw weights; leave one out"
+_MOMENTS_ARE_OF_RAW = (
+    "--weights --with-optimizer: the moments belong to the raw weights; leave one out"
+)
 #: Options that do not go together, and why.
 _CONFLICTS = (
     ({"ema_sigma_rel", "weights"}, "--ema-sigma-rel chooses the weights: leave --weights out"),
-    ({"to_diffusers", "with_optimizer"},
-     "--with-optimizer: a diffusers pipeline has weights only; use --to single, official or deepspeed"),
+    (
+        {"to_diffusers", "with_optimizer"},
+        "--with-optimizer: a diffusers pipeline has weights only; use --to single, official or deepspeed",
+    ),
     ({"to_official", "weights", "with_optimizer"}, _MOMENTS_ARE_OF_RAW),
     ({"to_deepspeed", "weights", "with_optimizer"}, _MOMENTS_ARE_OF_RAW),
     ({"to_deepspeed", "rounding"}, "--dtype: training keeps its weights in fp32; leave it out"),
-    ({"rounding", "with_optimizer"},
-     "--dtype --with-optimizer: no run continues exactly from rounded weights; leave one out"),
+    (
+        {"rounding", "with_optimizer"},
+        "--dtype --with-optimizer: no run continues exactly from rounded weights; leave one out",
+    ),
 )
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument("destination", type=Path, metavar="DESTINATION", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--to", required=True, choices=["single", "official", "diffusers", "deepspeed"], help="target format")
-    parser.add_argument("--weights", metavar="ema|raw|NAME", help="which weights: the first moving average, the trained ones, or "
-                        "an average by its name; by default ema for single and diffusers, all as they are for the others")
-    parser.add_argument("--ema-sigma-rel", type=float, metavar="LENGTH", help="a moving average of another length, mixed from the "
-                        "power-function averages of a run's checkpoints (optimizer.ema_sigma_rels), e.g. 0.08")
-    parser.add_argument("--with-optimizer", action="store_true", help="AdamW's moments and all sets of weights as well")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights written")
-    parser.add_argument("--max-shard-size", type=float, default=2.0, metavar="GB", help="largest safetensors file (default 2)")
-    parser.add_argument("--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers")
+    parser.add_argument(
+        "destination",
+        type=Path,
+        metavar="DESTINATION",
+        help="folder to write; must not exist, or be empty",
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=["single", "official", "diffusers", "deepspeed"],
+        help="target format",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="ema|raw|NAME",
+        help="which weights: the first moving average, the trained ones, or "
+        "an average by its name; by default ema for single and diffusers, all as they are for the others",
+    )
+    parser.add_argument(
+        "--ema-sigma-rel",
+        type=float,
+        metavar="LENGTH",
+        help="a moving average of another length, mixed from the "
+        "power-function averages of a run's checkpoints (optimizer.ema_sigma_rels), e.g. 0.08",
+    )
+    parser.add_argument(
+        "--with-optimizer",
+        action="store_true",
+        help="AdamW's moments and all sets of weights as well",
+    )
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights written"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=float,
+        default=2.0,
+        metavar="GB",
+        help="largest safetensors file (default 2)",
+    )
+    parser.add_argument(
+        "--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers"
+    )
     parser.add_argument("--recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="change a value of --recipe")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
-                        help="read the target back and compare every value (default)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a value of --recipe",
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read the target back and compare every value (default)",
+    )
     options = parser.parse_args(arguments)
     if not 0 < options.max_shard_size < math.inf:
         parser.error(f"--max-shard-size {options.max_shard_size:g}: must be a number above 0")
@@ -83,17 +135,29 @@ def main(arguments: Sequence[str]) -> None:
     from promoe_ds.config import load_config
 
     config = load_config(options.recipe, options.overrides) if options.recipe else None
-    request = Request(destination=options.destination, to=options.to, weights=options.weights, dtype=options.dtype,
-                      with_optimizer=options.with_optimizer, verify=options.verify, vae=options.vae,
-                      ema_sigma_rel=options.ema_sigma_rel,
-                      max_shard_bytes=int(options.max_shard_size * 10**9))
+    request = Request(
+        destination=options.destination,
+        to=options.to,
+        weights=options.weights,
+        dtype=options.dtype,
+        with_optimizer=options.with_optimizer,
+        verify=options.verify,
+        vae=options.vae,
+        ema_sigma_rel=options.ema_sigma_rel,
+        max_shard_bytes=int(options.max_shard_size * 10**9),
+    )
     report = convert(options.source, request, config)
-    kinds = ", ".join(kind if kind == source else f"{kind} (from {source})" for kind, source in report.kinds.items())
+    kinds = ", ".join(
+        kind if kind == source else f"{kind} (from {source})"
+        for kind, source in report.kinds.items()
+    )
     verdict = "read back and compared" if report.verified else "not read back"
-    sys.stdout.write(f"{report.destination}: {report.parameters:,} parameters, step {report.step}: {kinds}\n"
-                     f"{report.note}{chr(10) * bool(report.note)}"
-                     f"from {report.source} ({report.source_format}): {report.values:,} values, each read once; "
-                     f"{report.bytes:,} bytes written, {verdict}\n")
+    sys.stdout.write(
+        f"{report.destination}: {report.parameters:,} parameters, step {report.step}: {kinds}\n"
+        f"{report.note}{chr(10) * bool(report.note)}"
+        f"from {report.source} ({report.source_format}): {report.values:,} values, each read once; "
+        f"{report.bytes:,} bytes written, {verdict}\n"
+    )
 
 
 run = partial(run_entry, main)

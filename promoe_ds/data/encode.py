@@ -29,7 +29,7 @@ from promoe_ds.data.shards import Shard, ShardContent, write_shard
 from promoe_ds.data.trees import CorruptFiles, Tree, TreeReader, scan_tree
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
-from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.errors import ConfigError, DataError, differences
 from promoe_ds.files import write_json
 from promoe_ds.logs import Progress, get_logger
 from promoe_ds.versions import versions_of
@@ -174,25 +174,20 @@ def _settings(request: EncodeRequest, source: _Source) -> dict[str, Any]:
             "shard_size": request.shard_size, "vae": asdict(source.identity)}
 
 
-def _differing(before: dict[str, Any], settings: dict[str, Any]) -> str:
-    return "; ".join(f"{name} was {before.get(name)!r} and is {value!r}" for name, value in settings.items()
-                     if before.get(name) != value)
-
-
 def _claim(request: EncodeRequest, settings: dict[str, Any]) -> LatentIndex | None:
     """Take the output folder, or recognise what is in it; return the index if nothing is left to do."""
     out, path = request.out, request.out / UNFINISHED
     try:
         if (index := read_index(out)) is not None:
-            if differing := _differing({**asdict(index), **index.encoding}, settings):
-                raise ConfigError(f"--out {out} already holds other latents: {differing}. Choose another folder")
+            if differing := differences({**asdict(index), **index.encoding}, settings):
+                raise ConfigError(f"--out {out} already holds other latents: {'; '.join(differing)}. Choose another folder")
             _LOG.info("%s: complete already", out)
             return index
         if path.is_file():
             before = _read_json(path)
-            if differing := _differing(before, settings):
-                raise ConfigError(f"--out {out} holds an encoding begun otherwise: {differing}. Choose another folder, or use the "
-                                  "same arguments and files")
+            if differing := differences(before, settings):
+                raise ConfigError(f"--out {out} holds an encoding begun otherwise: {'; '.join(differing)}. Choose another "
+                                  "folder, or use the same arguments and files")
             _LOG.info("%s: going on with the encoding found there", out)
             return None
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

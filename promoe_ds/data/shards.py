@@ -24,6 +24,7 @@ from promoe_ds.data.reading import reading, shown
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import DataError
 from promoe_ds.file_kind import SAFETENSORS
+from promoe_ds.files import replacing
 
 KINDS = ("latents", "moments")
 _FLIP = "_flip"
@@ -119,11 +120,9 @@ def write_shard(path: Path, content: ShardContent) -> ShardRecord:
                "names": torch.frombuffer(bytearray("\n".join(map(shown, content.names)).encode() or b"\n"), dtype=torch.uint8)}
     if len(variants) > 1:
         tensors[content.kind + _FLIP] = variants[1]
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    record = describe_shard(temporary, len(content.labels), name=path.name)
-    temporary.replace(path)
-    return record
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
+        return describe_shard(temporary, len(content.labels), name=path.name)
 
 
 def describe_shard(path: Path, count: int, *, name: str) -> ShardRecord:

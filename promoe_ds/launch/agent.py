@@ -114,7 +114,6 @@ def main() -> None:
     answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     for line in sys.stdin:
         request = json.loads(line)
-        answer: dict[str, Any]
         try:
             answer: dict[str, Any] = {"answer": _ACTIONS[request.pop("action")](**request)}
         except Exception as error:  # the launcher reports it with the host's name

@@ -17,7 +17,7 @@ from torch import Tensor
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
-from promoe_ds.files import json_text
+from promoe_ds.files import write_json
 from promoe_ds.model.build import build_model
 from promoe_ds.model.dit import DiT
 from promoe_ds.model.shards import ShardReader, ShardWriter
@@ -52,7 +52,7 @@ def save_export(folder: Path, state: Mapping[str, Tensor], config: RunConfig, or
 def write_export_config(folder: Path, config: RunConfig, origin: Mapping[str, Any]) -> None:
     """Write an export's `config.json`: the resolved config and where the weights come from."""
     values = {"format": _FORMAT, "config": config.model_dump(mode="json"), "origin": dict(origin)}
-    (folder / CONFIG_FILE).write_text(json_text(values, indent=1), encoding="utf-8")
+    write_json(folder / CONFIG_FILE, values)
 
 
 def read_export_config(folder: Path) -> RunConfig:

@@ -13,6 +13,7 @@ from promoe_ds.config import RunConfig
 from promoe_ds.config.loader import read_saved, saved_text
 from promoe_ds.distributed.context import DistributedContext, from_main
 from promoe_ds.errors import CheckpointError, ConfigError, PromoeError
+from promoe_ds.files import replace_text
 from promoe_ds.launch.heartbeat import attempt_folder
 from promoe_ds.launch.lock import locked, wait_until_free
 from promoe_ds.logs import configure_logging
@@ -81,6 +82,4 @@ def _open(run_dir: Path, config: RunConfig, resume: str) -> None:
             raise CheckpointError(f"--run-dir {run_dir} already holds another run: {'; '.join(differing)}. To continue "
                                   f"it with other settings, branch: --resume {run_dir} --run-dir NEW")
     (run_dir / "checkpoints").mkdir(exist_ok=True)
-    temporary = saved.with_suffix(".tmp")
-    temporary.write_text(saved_text(config), encoding="utf-8")
-    temporary.replace(saved)
+    replace_text(saved, saved_text(config))

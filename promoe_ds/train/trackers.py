@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from promoe_ds.checkpoint.tracker_id import WANDB_ID, read_wandb_id
+from promoe_ds.checkpoint.manifest import WANDB_ID, read_wandb_id
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import ConfigError
 from promoe_ds.load_stats import max_over_mean, variation

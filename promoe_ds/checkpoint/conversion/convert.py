@@ -91,9 +91,7 @@ def convert(source_path: Path, request: Request, config: RunConfig | None = None
     return convert_source(PosthocSource(source_path, request.ema_sigma_rel), request)
 
 
-def open_source(
-    path: Path, config: RunConfig | None = None, *, flag: str = "--recipe"
-) -> Source:
+def open_source(path: Path, config: RunConfig | None = None, *, flag: str = "--recipe") -> Source:
     """Recognise a checkpoint's format and open it.
 
     Args:
@@ -125,8 +123,7 @@ def refuse_existing(destination: Path) -> None:
             "folder, or choose another destination"
         )
     if destination.exists() and (
-        not destination.is_dir()
-        or any(path.name != _UNFINISHED for path in destination.iterdir())
+        not destination.is_dir() or any(path.name != _UNFINISHED for path in destination.iterdir())
     ):
         raise CheckpointError(
             f"{destination} exists already: choose another destination or remove it"
@@ -207,9 +204,7 @@ def _notes(source: Source, request: Request, kinds: dict[str, str]) -> list[str]
     notes, config = [], source.info.config
     # diffusers' scheduler of a flow takes Euler's steps.
     if request.to == "diffusers" and config.resolved_solver not in ("euler", "ddpm", "ddim"):
-        notes.append(
-            f"the recipe samples with {config.resolved_solver}, the pipeline with euler"
-        )
+        notes.append(f"the recipe samples with {config.resolved_solver}, the pipeline with euler")
     if request.to == "deepspeed":
         if any(POSITIONS in source.names(taken) for taken in kinds.values()):
             notes.append(

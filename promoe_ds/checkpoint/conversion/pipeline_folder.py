@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEule
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
-from promoe_ds.files import json_text
+from promoe_ds.files import write_json
 from promoe_ds.model.export import writer_of
 
 MODEL_INDEX = "model_index.json"
@@ -25,31 +25,46 @@ _CLASS = ("promoe_ds", "ProMoETransformer2DModel")
 KEY_PREFIX = "denoiser."
 
 
-def write_pipeline_configs(folder: Path, config: RunConfig, origin: Mapping[str, Any], vae: str | None) -> None:
+def write_pipeline_configs(
+    folder: Path, config: RunConfig, origin: Mapping[str, Any], vae: str | None
+) -> None:
     """Write all of a pipeline's folder but the network's weights.
 
     Args:
-        vae: a folder or hub name of an AutoencoderKL, which is copied; without one, latents are all that can be drawn.
+        vae: a folder or hub name of an AutoencoderKL, which is copied; without one, latents are all
+            that can be drawn.
     Raises: CheckpointError naming the autoencoder that cannot be loaded.
     """
     version = diffusers.__version__
-    index: dict[str, Any] = {"_class_name": "ProMoEPipeline", "_diffusers_version": version, TRANSFORMER: list(_CLASS),
-                             "vae": [None, None]}
+    index: dict[str, Any] = {
+        "_class_name": "ProMoEPipeline",
+        "_diffusers_version": version,
+        TRANSFORMER: list(_CLASS),
+        "vae": [None, None],
+    }
     scheduler = _scheduler(config)
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     if vae is not None:
         try:
-            network = AutoencoderKL.from_pretrained(vae, use_safetensors=True, low_cpu_mem_usage=False)
+            network = AutoencoderKL.from_pretrained(
+                vae, use_safetensors=True, low_cpu_mem_usage=False
+            )
             network.save_pretrained(folder / "vae")
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"--vae {vae}: no AutoencoderKL in safetensors could be loaded from there "
-                                  f"({str(error).splitlines()[0]})") from None
+            raise CheckpointError(
+                f"--vae {vae}: no AutoencoderKL in safetensors could be loaded from there "
+                f"({str(error).splitlines()[0]})"
+            ) from None
         index["vae"] = ["diffusers", "AutoencoderKL"]
-    network = {"_class_name": _CLASS[1], "_diffusers_version": version, "run": config.model_dump(mode="json"),
-               "origin": dict(origin)}
-    (folder / TRANSFORMER / "config.json").write_text(json_text(network, indent=1), encoding="utf-8")
-    (folder / MODEL_INDEX).write_text(json_text(index, indent=1), encoding="utf-8")
+    network = {
+        "_class_name": _CLASS[1],
+        "_diffusers_version": version,
+        "run": config.model_dump(mode="json"),
+        "origin": dict(origin),
+    }
+    write_json(folder / TRANSFORMER / "config.json", network)
+    write_json(folder / MODEL_INDEX, index)
 
 
 def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -63,17 +78,25 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         if values["_class_name"] != _CLASS[1]:
             raise CheckpointError(f"{path}: is of a {values['_class_name']}, not of a {_CLASS[1]}")
         origin = dict(values.get("origin") or {})
-        return config_from_dict(values["run"], source=str(path), written_by=writer_of(origin)), origin
+        return config_from_dict(
+            values["run"], source=str(path), written_by=writer_of(origin)
+        ), origin
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be understood ({type(error).__name__}: {error})") from None
+        raise CheckpointError(
+            f"{path}: cannot be understood ({type(error).__name__}: {error})"
+        ) from None
 
 
-def _scheduler(config: RunConfig) -> FlowMatchEulerDiscreteScheduler | DDPMScheduler | DDIMScheduler:
+def _scheduler(
+    config: RunConfig,
+) -> FlowMatchEulerDiscreteScheduler | DDPMScheduler | DDIMScheduler:
     """Return the scheduler that stands for the recipe's solver, Euler's for every solver of a flow."""
     timesteps = config.diffusion.num_train_timesteps
     if config.diffusion.objective == "rectified_flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=timesteps, shift=config.diffusion.shift)
+        return FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=timesteps, shift=config.diffusion.shift
+        )
     kind = DDPMScheduler if config.resolved_solver == "ddpm" else DDIMScheduler
     return kind(num_train_timesteps=timesteps, beta_schedule="linear", clip_sample=False)

@@ -1,9 +1,10 @@
 """A moving average of another length, chosen after training, from the power-function averages that were kept.
 
-Source: EDM2 (Karras et al., 2024), Sec. 3.2 and Appendix C. An average at step t is a weighted mean of the weights after each
-step; averages of several lengths and steps are mixed so that the mix's weighting is nearest, in the least-squares sense, to
-the weighting asked for. Differs: the sums are over the steps themselves, not integrals, and the mix's weights add up to 1, so
-that nothing is lost of what all weights have in common.
+Source: EDM2 (Karras et al., 2024), Sec. 3.2 and Appendix C. An average at step t is a weighted mean
+of the weights after each step; averages of several lengths and steps are mixed so that the mix's
+weighting is nearest, in the least-squares sense, to the weighting asked for. Differs: the sums are
+over the steps themselves, not integrals, and the mix's weights add up to 1, so that nothing is lost
+of what all weights have in common.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ def mixing_weights(held: list[Profile], wanted: Profile) -> tuple[np.ndarray, fl
     count = len(held)
     products = np.zeros((count + 1, count + 1))
     for begin in range(0, wanted.step, _CHUNK):
-        rows = np.stack([profile.weights(begin, min(begin + _CHUNK, wanted.step)) for profile in (*held, wanted)])
+        rows = np.stack(
+            [
+                profile.weights(begin, min(begin + _CHUNK, wanted.step))
+                for profile in (*held, wanted)
+            ]
+        )
         products += rows @ rows.T
     products /= products[count, count]
     # Least squares under the condition that the weights add up to 1.
@@ -66,49 +72,85 @@ class PosthocSource:
         """Choose the mix.
 
         Args:
-            path: a run directory, or one checkpoint of it: the average is that of its step, from all checkpoints up to it.
+            path: a run directory, or one checkpoint of it: the average is that of its step, from
+                all checkpoints up to it.
             length: relative standard deviation of the profile, as `optimizer.ema_sigma_rels`.
-        Raises: CheckpointError if the run kept no power-function averages, a checkpoint is not sound, or the profile asked
-            for cannot be had from what was kept.
+        Raises: CheckpointError if the run kept no power-function averages, a checkpoint is not
+            sound, or the profile asked for cannot be had from what was kept.
         """
         if not 0 < length < LONGEST_POWER_LENGTH:
-            raise CheckpointError(f"--ema-sigma-rel {length:g}: must be between 0 and {LONGEST_POWER_LENGTH:.3f}")
+            raise CheckpointError(
+                f"--ema-sigma-rel {length:g}: must be between 0 and {LONGEST_POWER_LENGTH:.3f}"
+            )
         last = find_checkpoint(path)
         last = last if last.name.strip(".") else last.resolve()  # `.` and `..` name no neighbours
         self._newest = TrainingSource(last)
-        before = [folder for folder in list_checkpoints(last.parent) if step_of(folder) < self._newest.info.step]
+        before = [
+            folder
+            for folder in list_checkpoints(last.parent)
+            if step_of(folder) < self._newest.info.step
+        ]
         self._sources = [self._newest, *map(TrainingSource, before)]
         self._terms, misfit = self._mix(length)
         self._kind = power_average(length)
         self.kinds, self.optimizer_step = (self._kind,), None
         info = self._newest.info
         mixed = {f"{source.info.step}/{part}": weight for weight, source, part in self._terms}
-        self.info = replace(info, origin={**info.origin, "ema_sigma_rel": length, "misfit": misfit, "mixed": mixed},
-                             note=f"mixed from {len(mixed)} averages, {misfit:.2%} off the one asked for")
+        self.info = replace(
+            info,
+            origin={**info.origin, "ema_sigma_rel": length, "misfit": misfit, "mixed": mixed},
+            note=f"mixed from {len(mixed)} averages, {misfit:.2%} off the one asked for",
+        )
 
     def _mix(self, length: float) -> tuple[list[tuple[float, TrainingSource, str]], float]:
         """Return the averages to mix, each with its weight, and the misfit."""
         lengths = self._newest.info.config.optimizer.ema_sigma_rels
         if not lengths:
-            raise CheckpointError(f"{self._newest.info.path}: holds no power-function averages (optimizer.ema_sigma_rels is "
-                                  "empty): a length can be chosen only of a run that kept them")
-        begins = {source.info.averages_since.get(power_average(kept), 0) for source in self._sources for kept in lengths
-                  if power_average(kept) in source.kinds}
-        if len(begins) != 1 or len({source.info.config.parallel.expert_order for source in self._sources}) > 1:
-            raise CheckpointError(f"{self._newest.info.path.parent}: averages that began at different "
-                                  f"steps ({', '.join(map(str, sorted(begins)))}), or experts moved in between, cannot be mixed")
-        held = [(source, kept) for source in self._sources for kept in lengths if power_average(kept) in source.kinds]
+            raise CheckpointError(
+                f"{self._newest.info.path}: holds no power-function averages (optimizer.ema_sigma_rels is "
+                "empty): a length can be chosen only of a run that kept them"
+            )
+        begins = {
+            source.info.averages_since.get(power_average(kept), 0)
+            for source in self._sources
+            for kept in lengths
+            if power_average(kept) in source.kinds
+        }
+        if (
+            len(begins) != 1
+            or len({source.info.config.parallel.expert_order for source in self._sources}) > 1
+        ):
+            raise CheckpointError(
+                f"{self._newest.info.path.parent}: averages that began at different "
+                f"steps ({', '.join(map(str, sorted(begins)))}), or experts moved in between, cannot be mixed"
+            )
+        held = [
+            (source, kept)
+            for source in self._sources
+            for kept in lengths
+            if power_average(kept) in source.kinds
+        ]
         (begin,) = begins
         weights, misfit = mixing_weights(
-            [Profile(step=source.info.step - begin, exponent=power_exponent(kept)) for source, kept in held],
-            Profile(step=self._newest.info.step - begin, exponent=power_exponent(length)))
+            [
+                Profile(step=source.info.step - begin, exponent=power_exponent(kept))
+                for source, kept in held
+            ],
+            Profile(step=self._newest.info.step - begin, exponent=power_exponent(length)),
+        )
         if misfit > LARGEST_MISFIT:
             kept = f"lengths {', '.join(f'{one:g}' for one in lengths)}, steps " + ", ".join(
-                str(source.info.step) for source in reversed(self._sources))
-            raise CheckpointError(f"--ema-sigma-rel {length:g}: the nearest mix of what was kept ({kept}) is {misfit:.0%} off "
-                                  "it: ask for a length nearer to them, or keep more checkpoints (train.keep_every)")
-        return [(float(weight), source, power_average(kept)) for weight, (source, kept) in zip(weights, held, strict=True)
-                if abs(weight) > _NEGLIGIBLE], misfit
+                str(source.info.step) for source in reversed(self._sources)
+            )
+            raise CheckpointError(
+                f"--ema-sigma-rel {length:g}: the nearest mix of what was kept ({kept}) is {misfit:.0%} off "
+                "it: ask for a length nearer to them, or keep more checkpoints (train.keep_every)"
+            )
+        return [
+            (float(weight), source, power_average(kept))
+            for weight, (source, kept) in zip(weights, held, strict=True)
+            if abs(weight) > _NEGLIGIBLE
+        ], misfit
 
     def names(self, kind: str) -> list[str]:
         """Return the rank-blind names that `kind` has."""
@@ -122,7 +164,9 @@ class PosthocSource:
         """Return one whole tensor, mixed in fp64; the routers' running state is the newest checkpoint's."""
         if name not in self._newest.shapes:
             return self._newest.read(self._terms[0][2], name)
-        return torch.as_tensor(sum(weight * source.read(part, name).double() for weight, source, part in self._terms)).float()
+        return torch.as_tensor(
+            sum(weight * source.read(part, name).double() for weight, source, part in self._terms)
+        ).float()
 
     def check(self, kind: str) -> int:
         """Raise CheckpointError unless every value of every average mixed was read once; return how many."""

@@ -47,14 +47,16 @@ class OfficialSource(StateSource):
         try:
             self._tensors, note = _read_sections(path, content)
             step = int(content.get("step", 0))
-            super().__init__(SourceInfo(
-                path=path,
-                format="official",
-                config=config,
-                step=step,
-                note=note,
-                samples_seen=step * config.train.global_batch_size,
-            ))
+            super().__init__(
+                SourceInfo(
+                    path=path,
+                    format="official",
+                    config=config,
+                    step=step,
+                    note=note,
+                    samples_seen=step * config.train.global_batch_size,
+                )
+            )
             self._keys = {
                 name: published_shapes(name, shape, config) for name, shape in self._shapes.items()
             }

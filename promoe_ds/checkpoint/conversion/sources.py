@@ -48,7 +48,8 @@ class SourceInfo:
     """What is known of a source beside its tensors.
 
     averages_since: the steps at which averages began that began later than training.
-    largest_file: bytes, where the source is cut into files by training; it bounds a reader's memory.
+    largest_file: bytes, where the source is cut into files by training; it bounds a reader's
+        memory.
     """
 
     path: Path
@@ -216,15 +217,17 @@ class ExportSource(_SafetensorsSource):
         config, origin = read_export_config(folder), read_export_origin(folder)
         _check_origin(folder / CONFIG_FILE, origin)
         step = origin.get("step", 0)
-        super().__init__(SourceInfo(
-            path=folder,
-            format="single",
-            config=config,
-            step=step,
-            samples_seen=origin.get("samples_seen", step * config.train.global_batch_size),
-            origin=origin,
-            averages_since=origin.get("averages_since", {}),
-        ))
+        super().__init__(
+            SourceInfo(
+                path=folder,
+                format="single",
+                config=config,
+                step=step,
+                samples_seen=origin.get("samples_seen", step * config.train.global_batch_size),
+                origin=origin,
+                averages_since=origin.get("averages_since", {}),
+            )
+        )
         self.optimizer_step = origin.get("optimizer_step")
         reader = ShardReader(folder, WEIGHTS_STEM, check=check)
         self._add(origin.get("kind", WEIGHTS), reader, "", reader.shapes)
@@ -248,14 +251,16 @@ class PipelineSource(_SafetensorsSource):
         """Open a pipeline folder."""
         config, origin = read_pipeline_config(folder)
         _check_origin(folder / TRANSFORMER / CONFIG_FILE, origin)
-        super().__init__(SourceInfo(
-            path=folder,
-            format="diffusers",
-            config=config,
-            origin=origin,
-            step=origin.get("step", 0),
-            samples_seen=origin.get("samples_seen", 0),
-        ))
+        super().__init__(
+            SourceInfo(
+                path=folder,
+                format="diffusers",
+                config=config,
+                origin=origin,
+                step=origin.get("step", 0),
+                samples_seen=origin.get("samples_seen", 0),
+            )
+        )
         reader = ShardReader(folder / TRANSFORMER, PIPELINE_STEM, check=check)
         self._add(origin.get("kind", WEIGHTS), reader, KEY_PREFIX, reader.shapes)
 

@@ -9,7 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from promoe_ds.checkpoint.conversion.pipeline_folder import KEY_PREFIX, PIPELINE_STEM, TRANSFORMER, write_pipeline_configs
+from promoe_ds.checkpoint.conversion.pipeline_folder import (
+    KEY_PREFIX,
+    PIPELINE_STEM,
+    TRANSFORMER,
+    write_pipeline_configs,
+)
 from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum, step_folder
 from promoe_ds.checkpoint.torch_file import TorchFileWriter
 from promoe_ds.checkpoint.zero_reader import MODEL_STATES, MOMENTS, PREFIX, WEIGHTS, is_weights
@@ -67,10 +72,18 @@ class SingleTarget:
         self._folder, self._content = folder, content
         self._model, *training = content.kinds
         self._weights = ShardWriter(folder, WEIGHTS_STEM, max_bytes=max_bytes)
-        self._training = ShardWriter(folder, TRAINING_STEM, max_bytes=max_bytes) if training else None
-        self._origin = {**content.origin, "kind": self._model, "training_state": training, "step": content.step,
-                        "samples_seen": content.samples_seen, "optimizer_step": content.optimizer_step,
-                        "averages_since": content.averages_since}
+        self._training = (
+            ShardWriter(folder, TRAINING_STEM, max_bytes=max_bytes) if training else None
+        )
+        self._origin = {
+            **content.origin,
+            "kind": self._model,
+            "training_state": training,
+            "step": content.step,
+            "samples_seen": content.samples_seen,
+            "optimizer_step": content.optimizer_step,
+            "averages_since": content.averages_since,
+        }
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor; return `digest` of it."""
@@ -96,8 +109,13 @@ class PipelineTarget:
         (folder / TRANSFORMER).mkdir()
         self._weights = ShardWriter(folder / TRANSFORMER, PIPELINE_STEM, max_bytes=max_bytes)
         kind = next(iter(content.kinds))
-        origin = {**content.origin, "kind": kind, "step": content.step, "samples_seen": content.samples_seen,
-                  "own_positions": OUR_POSITIONS in content.kinds[kind]}
+        origin = {
+            **content.origin,
+            "kind": kind,
+            "step": content.step,
+            "samples_seen": content.samples_seen,
+            "own_positions": OUR_POSITIONS in content.kinds[kind],
+        }
         write_pipeline_configs(folder, content.config, origin, vae)
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
@@ -130,13 +148,17 @@ class OfficialTarget:
             }
         order = [key for key in skeleton["model_state_dict"] if is_published_parameter(key)]
         if MOMENTS[0] in content.kinds:
-            skeleton["optimizer_state_dict"] = self._optimizer(content, skeleton["model_state_dict"], order)
+            skeleton["optimizer_state_dict"] = self._optimizer(
+                content, skeleton["model_state_dict"], order
+            )
         self._writer = TorchFileWriter(folder / f"ckpt_step_{content.step}.pth", skeleton)
         written = self._writer.content
         self._places = {kind: written[section] for kind, section in sections.items()}
         for kind in MOMENTS if MOMENTS[0] in content.kinds else ():
             states = written["optimizer_state_dict"]["state"]
-            self._places[kind] = {key: states[index][kind] for index, key in enumerate(order) if index in states}
+            self._places[kind] = {
+                key: states[index][kind] for index, key in enumerate(order) if index in states
+            }
         for kind, section in sections.items():
             if OUR_POSITIONS not in content.kinds[kind]:
                 self._writer.write(written[section][POSITIONS], self._positions)
@@ -158,13 +180,32 @@ class OfficialTarget:
             del pieces[POSITIONS]
         return pieces
 
-    def _optimizer(self, content: Content, model: dict[str, Tensor], order: list[str]) -> dict[str, Any]:
+    def _optimizer(
+        self, content: Content, model: dict[str, Tensor], order: list[str]
+    ) -> dict[str, Any]:
         settings = content.config.optimizer
-        group = {"lr": settings.lr, "betas": tuple(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay,
-                 "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False,
-                 "fused": True, "decoupled_weight_decay": True, "params": list(range(len(order)))}
-        state = {index: {"step": torch.empty(()), **{kind: torch.empty(model[key].shape) for kind in MOMENTS}}
-                 for index, key in enumerate(order) if key != POSITIONS}
+        group = {
+            "lr": settings.lr,
+            "betas": tuple(settings.betas),
+            "eps": settings.eps,
+            "weight_decay": settings.weight_decay,
+            "amsgrad": False,
+            "maximize": False,
+            "foreach": None,
+            "capturable": False,
+            "differentiable": False,
+            "fused": True,
+            "decoupled_weight_decay": True,
+            "params": list(range(len(order))),
+        }
+        state = {
+            index: {
+                "step": torch.empty(()),
+                **{kind: torch.empty(model[key].shape) for kind in MOMENTS},
+            }
+            for index, key in enumerate(order)
+            if key != POSITIONS
+        }
         return {"state": state, "param_groups": [group]}
 
 
@@ -179,14 +220,25 @@ class TrainingTarget:
         self._folder.mkdir()
         self._states = [kind for kind in content.kinds if kind != WEIGHTS]
         parameters = [name for name in content.kinds[WEIGHTS] if name not in content.buffers]
-        skeleton: dict[str, Any] = {"module": {f"{PREFIX}{name}": content.empty(WEIGHTS, name) for name in content.kinds[WEIGHTS]}}
+        skeleton: dict[str, Any] = {
+            "module": {
+                f"{PREFIX}{name}": content.empty(WEIGHTS, name) for name in content.kinds[WEIGHTS]
+            }
+        }
         if self._states:
             step = {} if content.optimizer_step is None else {"step": torch.empty(())}
             skeleton["optimizer"] = {
-                "param_groups": [{"params": list(range(len(parameters))),
-                                  "param_names": [f"{PREFIX}{name}" for name in parameters]}],
-                "state": {index: {**step, **{kind: content.empty(kind, name) for kind in self._states}}
-                          for index, name in enumerate(parameters)}}
+                "param_groups": [
+                    {
+                        "params": list(range(len(parameters))),
+                        "param_names": [f"{PREFIX}{name}" for name in parameters],
+                    }
+                ],
+                "state": {
+                    index: {**step, **{kind: content.empty(kind, name) for kind in self._states}}
+                    for index, name in enumerate(parameters)
+                },
+            }
         self._writer = TorchFileWriter(self._folder / MODEL_STATES, skeleton)
         self._index = {name: index for index, name in enumerate(parameters)}
         self._writer.write_steps(self._writer.content.get("optimizer"), content.optimizer_step)
@@ -194,26 +246,38 @@ class TrainingTarget:
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor; return `digest` of it. The routers' running state belongs to the weights alone.
 
-        Raises: CheckpointError if an average comes with another running state: the layout has room for one.
+        Raises: CheckpointError if an average comes with another running state: the layout has room
+            for one.
         """
         if name in self._content.buffers:
             known = self._running_state.setdefault(name, value)
             if not torch.equal(known, value):
-                raise CheckpointError(f"{name} of {kind} differs from that of the weights, and a deepspeed checkpoint holds one: "
-                                      "take one set of weights with --weights")
+                raise CheckpointError(
+                    f"{name} of {kind} differs from that of the weights, and a deepspeed checkpoint holds one: "
+                    "take one set of weights with --weights"
+                )
         if kind == WEIGHTS:
             self._writer.write(self._writer.content["module"][f"{PREFIX}{name}"], value)
         elif name in self._index:
-            self._writer.write(self._writer.content["optimizer"]["state"][self._index[name]][kind], value)
+            self._writer.write(
+                self._writer.content["optimizer"]["state"][self._index[name]][kind], value
+            )
         return digest(value)
 
     def close(self) -> None:
         """Flush, then write the manifest and the pointer to it."""
         self._writer.close()
         path = self._folder / MODEL_STATES
-        layout = Layout(world_size=1, ep_size=1, dispatch="converted", zero_stage=0, precision="fp32")
-        Manifest(step=self._content.step, samples_seen=self._content.samples_seen, layout=layout,
-                 config=self._content.config.model_dump(mode="json"), versions=package_versions(),
-                 averages_since=self._content.averages_since,
-                 files={MODEL_STATES: FileRecord(path.stat().st_size, checksum(path))}).write(self._folder)
+        layout = Layout(
+            world_size=1, ep_size=1, dispatch="converted", zero_stage=0, precision="fp32"
+        )
+        Manifest(
+            step=self._content.step,
+            samples_seen=self._content.samples_seen,
+            layout=layout,
+            config=self._content.config.model_dump(mode="json"),
+            versions=package_versions(),
+            averages_since=self._content.averages_since,
+            files={MODEL_STATES: FileRecord(path.stat().st_size, checksum(path))},
+        ).write(self._folder)
         replace_text(self._root / "latest", self._folder.name)

@@ -1,9 +1,10 @@
 """A dense model becomes a mixture of experts: the dense feed-forwards dealt out, routers started at real tokens.
 
-How the feed-forward is dealt out is `model/upcycle.py`'s. Here the dense model sees a batch of images; at every block that gets
-experts, its tokens start the prototypes (k-means) and tell the mean gate that a conditional token will get, against which the
-routed experts' outputs are scaled. So the layer's output is the dense one exactly for null samples, and on average for the
-others, as far as the widths allow.
+How the feed-forward is dealt out is `model/upcycle.py`'s. Here the dense model sees a batch of
+images; at every block that gets experts, its tokens start the prototypes (k-means) and give the
+mean gate that a conditional token will get, against which the routed experts' outputs are scaled.
+So the layer's output is the dense one exactly for null samples, and on average for the others, as
+far as the widths allow.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.checkpoint.conversion.convert import Conversion, Request, convert_source, find_weights, open_source, refuse_existing
+from promoe_ds.checkpoint.conversion.convert import (
+    Conversion,
+    Request,
+    convert_source,
+    find_weights,
+    open_source,
+    refuse_existing,
+)
 from promoe_ds.checkpoint.conversion.sources import Source, SourceInfo
 from promoe_ds.checkpoint.zero_reader import WEIGHTS
 from promoe_ds.config.schema import RunConfig
@@ -35,7 +43,8 @@ from promoe_ds.routing import ClassificationRouter, KMeansRouter, Router
 from promoe_ds.routing.clustering import cluster_tokens
 from promoe_ds.routing.partition import Partition, partition_samples
 
-#: Below this mean gate, outputs are not scaled against it: prototypes that are nowhere near the tokens say nothing.
+#: Below this mean gate, outputs are not scaled against it: prototypes that are nowhere near the
+#: tokens say nothing.
 _SMALLEST_GATE = 0.05
 
 
@@ -43,8 +52,10 @@ _SMALLEST_GATE = 0.05
 class UpcycleRequest:
     """What to make of a dense checkpoint.
 
-    to: "deepspeed" (a start for training) or "single"; weights: "ema" or "raw", the source's default if None.
-    prototypes: "kmeans" of the tokens of `images` training images, or "random" (the recipe's initial ones, unscaled outputs).
+    to: "deepspeed" (a start for training) or "single"; weights: "ema" or "raw", the source's
+        default if None.
+    prototypes: "kmeans" of the tokens of `images` training images, or "random" (the recipe's
+        initial ones, unscaled outputs).
     noise: added to routed experts' incoming weights, relative to their spread.
     """
 
@@ -75,13 +86,18 @@ class _RouterStart:
     gate_scale: float
 
 
-def upcycle(source_path: Path, config: RunConfig, request: UpcycleRequest,
-            source_config: RunConfig | None = None) -> tuple[Conversion, Agreement | None]:
+def upcycle(
+    source_path: Path,
+    config: RunConfig,
+    request: UpcycleRequest,
+    source_config: RunConfig | None = None,
+) -> tuple[Conversion, Agreement | None]:
     """Write a MoE checkpoint from a dense one.
 
     Args:
         source_path, source_config: as for `open_source`; config: the MoE recipe.
-    Returns: what was written, and how the two models agree on the batch (None with prototypes="random").
+    Returns: what was written, and how the two models agree on the batch (None with
+        prototypes="random").
     Raises: CheckpointError, ConfigError or DataError naming what does not fit.
     """
     refuse_existing(request.destination)
@@ -94,7 +110,9 @@ def upcycle(source_path: Path, config: RunConfig, request: UpcycleRequest,
         source = open_source(source_path, source_config)  # a source is read once
     starts = _start_routers(config, dense, batch)
     upcycled = _UpcycledSource(source, kind, config, starts, request.noise)
-    report = convert_source(upcycled, Request(destination=request.destination, to=request.to, weights="raw"))
+    report = convert_source(
+        upcycled, Request(destination=request.destination, to=request.to, weights="raw")
+    )
     if dense is None or batch is None:
         return report, None
     return report, _compare(dense, load_network(open_source(request.destination), WEIGHTS), batch)
@@ -104,7 +122,9 @@ def load_network(source: Source, kind: str) -> DiT:
     """Build the network of a source, whole, in evaluation mode."""
     with torch.device("meta"):
         network = build_model(source.info.config)
-    return fill_network(network, {name: source.read(kind, name).float() for name in source.names(kind)})
+    return fill_network(
+        network, {name: source.read(kind, name).float() for name in source.names(kind)}
+    )
 
 
 class _UpcycledSource:
@@ -112,15 +132,37 @@ class _UpcycledSource:
 
     kinds, optimizer_step = (WEIGHTS,), None
 
-    def __init__(self, dense: Source, kind: str, config: RunConfig, starts: dict[int, _RouterStart], noise: float) -> None:
-        self._dense, self._kind, self._config, self._starts, self._noise = dense, kind, config, starts, noise
+    def __init__(
+        self,
+        dense: Source,
+        kind: str,
+        config: RunConfig,
+        starts: dict[int, _RouterStart],
+        noise: float,
+    ) -> None:
+        self._dense, self._kind, self._config, self._starts, self._noise = (
+            dense,
+            kind,
+            config,
+            starts,
+            noise,
+        )
         self._deal = deal_units(config)
         self._shapes = state_shapes(config, own_positions=POSITIONS in dense.names(kind))
         self._feed_forward: tuple[int, dict[str, Tensor]] = (-1, {})
-        origin = {**dense.info.origin, "upcycled_from": str(dense.info.path), "source_kind": kind,
-                  "gate_scales": {str(index): start.gate_scale for index, start in starts.items()}}
-        self.info = replace(dense.info, config=config, origin=origin, averages_since={},
-                             note=_describe(config, self._deal, starts.values(), noise))
+        origin = {
+            **dense.info.origin,
+            "upcycled_from": str(dense.info.path),
+            "source_kind": kind,
+            "gate_scales": {str(index): start.gate_scale for index, start in starts.items()},
+        }
+        self.info = replace(
+            dense.info,
+            config=config,
+            origin=origin,
+            averages_since={},
+            note=_describe(config, self._deal, starts.values(), noise),
+        )
 
     def names(self, kind: str) -> list[str]:
         return list(self._shapes)
@@ -135,11 +177,20 @@ class _UpcycledSource:
         if ".moe.router." in name:
             return self._starts[block].state[name.split(".moe.router.")[1]]
         if self._feed_forward[0] != block:
-            values = {ours: self._dense.read(self._kind, f"blocks.{block}.feed_forward.{theirs}").float()
-                      for ours, theirs in DENSE_PARAMETERS.items()}
+            values = {
+                ours: self._dense.read(self._kind, f"blocks.{block}.feed_forward.{theirs}").float()
+                for ours, theirs in DENSE_PARAMETERS.items()
+            }
             self._feed_forward = (block, values)
-        return upcycled_parameter(name, self._shapes[name], self._feed_forward[1], self._deal, noise=self._noise,
-                                  gate_scale=self._starts[block].gate_scale, seed=self._config.train.seed)
+        return upcycled_parameter(
+            name,
+            self._shapes[name],
+            self._feed_forward[1],
+            self._deal,
+            noise=self._noise,
+            gate_scale=self._starts[block].gate_scale,
+            seed=self._config.train.seed,
+        )
 
     def check(self, kind: str) -> int:
         return self._dense.check(self._kind)
@@ -147,10 +198,14 @@ class _UpcycledSource:
 
 def _check_fit(info: SourceInfo, config: RunConfig) -> None:
     if info.config.routing.method != "dense":
-        raise CheckpointError(f"{info.path}: is no dense model (routing.method={info.config.routing.method}): only a dense "
-                              "feed-forward can be dealt out to experts")
+        raise CheckpointError(
+            f"{info.path}: is no dense model (routing.method={info.config.routing.method}): only a dense "
+            "feed-forward can be dealt out to experts"
+        )
     if config.routing.method == "dense":
-        raise ConfigError(f"--recipe {config.name}: routing.method=dense has no experts: name a recipe that has")
+        raise ConfigError(
+            f"--recipe {config.name}: routing.method=dense has no experts: name a recipe that has"
+        )
     there, here = (
         {
             **{f"model.{name}": value for name, value in each.model if name != "preset"},
@@ -166,17 +221,27 @@ def _training_batch(config: RunConfig, images: int) -> DiffusionBatch:
     """Take the recipe's first training images, noised and with labels dropped as in training."""
     dataset, seed = build_dataset(config), config.train.seed
     clean, condition = dataset.take(sample_indices(len(dataset), seed=seed, start=0, count=images))
-    return draw_batch(clean, condition, build_objective(config.diffusion), seed=seed, step=0, slots=range(images))
+    return draw_batch(
+        clean, condition, build_objective(config.diffusion), seed=seed, step=0, slots=range(images)
+    )
 
 
-def _start_routers(config: RunConfig, dense: DiT | None, batch: DiffusionBatch | None) -> dict[int, _RouterStart]:
+def _start_routers(
+    config: RunConfig, dense: DiT | None, batch: DiffusionBatch | None
+) -> dict[int, _RouterStart]:
     """Make every layer's router, at the tokens that the dense model has there, if it is given."""
     if dense is None or batch is None:
         if config.routing.method == "kmeans":
-            raise ConfigError("--prototypes random: routing.method=kmeans has no random start: use --prototypes kmeans")
-        return {index: _RouterStart(state=_initial_router(config, index).state_dict(), gate_scale=1.0)
-                for index in config.moe_block_indices}
-    partition = partition_samples(batch.condition, has_unconditional_expert=config.routing.num_unconditional_experts > 0)
+            raise ConfigError(
+                "--prototypes random: routing.method=kmeans has no random start: use --prototypes kmeans"
+            )
+        return {
+            index: _RouterStart(state=_initial_router(config, index).state_dict(), gate_scale=1.0)
+            for index in config.moe_block_indices
+        }
+    partition = partition_samples(
+        batch.condition, has_unconditional_expert=config.routing.num_unconditional_experts > 0
+    )
     starts: dict[int, _RouterStart] = {}
 
     def hook(index: int):
@@ -185,38 +250,57 @@ def _start_routers(config: RunConfig, dense: DiT | None, batch: DiffusionBatch |
 
         return start
 
-    handles = [dense.blocks[index].feed_forward.register_forward_pre_hook(hook(index)) for index in config.moe_block_indices]
+    handles = [
+        dense.blocks[index].feed_forward.register_forward_pre_hook(hook(index))
+        for index in config.moe_block_indices
+    ]
     _predict(dense, batch)
     for handle in handles:
         handle.remove()
     return starts
 
 
-def _start_router(config: RunConfig, index: int, tokens_BSD: Tensor, partition: Partition) -> _RouterStart:
+def _start_router(
+    config: RunConfig, index: int, tokens_BSD: Tensor, partition: Partition
+) -> _RouterStart:
     router = _initial_router(config, index)
     directions = "centroids" if isinstance(router, KMeansRouter) else "prototypes"
     pool_TD, state = partition.take_routed(tokens_BSD).flatten(0, 1), router.state_dict()
     if directions in state:
         if len(pool_TD) < config.routing.num_experts:
-            raise ConfigError(f"--images: the batch has {len(pool_TD)} conditional tokens for routing.num_experts="
-                              f"{config.routing.num_experts}: take more images")
-        uniforms = generator(config.train.seed, "init", zlib.crc32(b"upcycle"), index).random(config.routing.num_experts)
-        centroids_ED = cluster_tokens(pool_TD, torch.from_numpy(uniforms), spherical=directions == "prototypes")
-        if directions == "prototypes":  # the length that prototypes have at first: it sets how fast they turn
+            raise ConfigError(
+                f"--images: the batch has {len(pool_TD)} conditional tokens for routing.num_experts="
+                f"{config.routing.num_experts}: take more images"
+            )
+        uniforms = generator(config.train.seed, "init", zlib.crc32(b"upcycle"), index).random(
+            config.routing.num_experts
+        )
+        centroids_ED = cluster_tokens(
+            pool_TD, torch.from_numpy(uniforms), spherical=directions == "prototypes"
+        )
+        if (
+            directions == "prototypes"
+        ):  # the length that prototypes have at first: it sets how fast they turn
             centroids_ED *= state[directions].norm(dim=-1).mean()
         state[directions].copy_(centroids_ED)  # the router's own: state_dict shares memory
     with torch.no_grad():
         plan = router.train()(tokens_BSD, partition)
     mean_gate = (plan.assignment.gates_N.sum() / max(1, len(pool_TD))).item()
-    return _RouterStart(state=state, gate_scale=1 / mean_gate if mean_gate > _SMALLEST_GATE else 1.0)
+    return _RouterStart(
+        state=state, gate_scale=1 / mean_gate if mean_gate > _SMALLEST_GATE else 1.0
+    )
 
 
 def _initial_router(config: RunConfig, index: int) -> Router:
     router = build_router(config)
     router.reset_state()
     for name, parameter in router.named_parameters():
-        fill_parameter(parameter, f"blocks.{index}.moe.router.{name}", config.train.seed,
-                       gate=router.initial_gate)
+        fill_parameter(
+            parameter,
+            f"blocks.{index}.moe.router.{name}",
+            config.train.seed,
+            gate=router.initial_gate,
+        )
     if isinstance(router, ClassificationRouter) and config.routing.superclasses is not None:
         router.set_superclasses(config.routing.superclasses)
     return router
@@ -224,15 +308,33 @@ def _initial_router(config: RunConfig, index: int) -> Router:
 
 def _describe(config: RunConfig, deal: Deal, starts: Iterable[_RouterStart], noise: float) -> str:
     """Say what is preserved."""
-    routed = ("exactly" if deal.rest_units == 0 else
-              f"in part only: --noise {noise:g} was added" if noise else
-              "on average over the gates" if deal.routed_is_exact and any(start.gate_scale != 1 for start in starts) else
-              "in part only: " + ("gates differ from 1" if deal.routed_is_exact else f"an expert holds {config.expert_width} of "
-                                  f"{deal.rest_units} hidden units" if deal.routed else "SwiGLU experts start silent"))
-    null = ("routed like the others" if not config.routing.num_unconditional_experts else
-            "exactly" if deal.unconditional_is_exact else "in part only")
-    return (f"{deal.shared_units} hidden units to the shared experts, {deal.rest_units} to each of the others; the dense function "
-            f"is kept for null samples: {null}; for conditional tokens: {routed}")
+    routed = (
+        "exactly"
+        if deal.rest_units == 0
+        else f"in part only: --noise {noise:g} was added"
+        if noise
+        else "on average over the gates"
+        if deal.routed_is_exact and any(start.gate_scale != 1 for start in starts)
+        else "in part only: "
+        + (
+            "gates differ from 1"
+            if deal.routed_is_exact
+            else f"an expert holds {config.expert_width} of {deal.rest_units} hidden units"
+            if deal.routed
+            else "SwiGLU experts start silent"
+        )
+    )
+    null = (
+        "routed like the others"
+        if not config.routing.num_unconditional_experts
+        else "exactly"
+        if deal.unconditional_is_exact
+        else "in part only"
+    )
+    return (
+        f"{deal.shared_units} hidden units to the shared experts, {deal.rest_units} to each of the others; the dense function "
+        f"is kept for null samples: {null}; for conditional tokens: {routed}"
+    )
 
 
 @torch.no_grad()

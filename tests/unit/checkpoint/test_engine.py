@@ -37,11 +37,16 @@ def test_save_records_size_and_checksum_of_what_lies_on_disk(tmp_path) -> None:
 
 def test_save_enums_become_numbers_so_that_no_call_is_stored(tmp_path) -> None:
     storage, path = RecordingStorage(), tmp_path / "a.pt"
-    state = {"zero_stage": ZeroStageEnum.gradients, "nested": [{"stage": ZeroStageEnum.weights}],
-             "slices": {"w": fragment_address(numel=3, start=1)}}
+    state = {
+        "zero_stage": ZeroStageEnum.gradients,
+        "nested": [{"stage": ZeroStageEnum.weights}],
+        "slices": {"w": fragment_address(numel=3, start=1)},
+    }
     storage.save(state, str(path))
     unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    assert set(unsafe) <= {f"{record.__module__}.{record.__qualname__}" for record in ALLOWED_RECORDS}
+    assert set(unsafe) <= {
+        f"{record.__module__}.{record.__qualname__}" for record in ALLOWED_RECORDS
+    }
     loaded = storage.load(str(path))
     assert loaded["zero_stage"] == ZeroStageEnum.gradients
     assert not isinstance(loaded["zero_stage"], Enum)
@@ -60,7 +65,9 @@ def test_save_failure_is_remembered_not_raised(tmp_path) -> None:
 
 def test_save_in_the_background_writes_what_was_there_when_it_was_asked(tmp_path) -> None:
     storage, value = RecordingStorage(background=True), torch.arange(1_000_000.0)
-    state = OrderedDict(w=value, part=value[10:13], nested=[{"stage": ZeroStageEnum.gradients}], size=(2, 3))
+    state = OrderedDict(
+        w=value, part=value[10:13], nested=[{"stage": ZeroStageEnum.gradients}], size=(2, 3)
+    )
     storage.save(state, str(tmp_path / "a.pt"))
     value.zero_()
     storage.wait()
@@ -69,7 +76,9 @@ def test_save_in_the_background_writes_what_was_there_when_it_was_asked(tmp_path
     assert torch.equal(loaded["w"], torch.arange(1_000_000.0))
     assert loaded["part"].tolist() == [10, 11, 12]
     assert (loaded["nested"], loaded["size"]) == ([{"stage": 2}], (2, 3))
-    assert storage.records["a.pt"].xxh3 == xxhash.xxh3_64_hexdigest((tmp_path / "a.pt").read_bytes())
+    assert storage.records["a.pt"].xxh3 == xxhash.xxh3_64_hexdigest(
+        (tmp_path / "a.pt").read_bytes()
+    )
 
 
 def test_save_in_the_background_failure_is_remembered(tmp_path) -> None:

@@ -34,10 +34,25 @@ def save(folder: Path) -> Manifest:
     for name, content in CONTENT.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    files = {name: FileRecord(len(content), checksum(folder / name)) for name, content in CONTENT.items()}
-    layout = Layout(world_size=4, ep_size=2, dispatch="deepspeed", zero_stage=2, precision="bf16", data_before_expert=True)
-    manifest = Manifest(step=12, samples_seen=3072, layout=layout, config={"train": {"seed": 3}}, files=files,
-                        versions={"torch": "2.13"})
+    files = {
+        name: FileRecord(len(content), checksum(folder / name)) for name, content in CONTENT.items()
+    }
+    layout = Layout(
+        world_size=4,
+        ep_size=2,
+        dispatch="deepspeed",
+        zero_stage=2,
+        precision="bf16",
+        data_before_expert=True,
+    )
+    manifest = Manifest(
+        step=12,
+        samples_seen=3072,
+        layout=layout,
+        config={"train": {"seed": 3}},
+        files=files,
+        versions={"torch": "2.13"},
+    )
     manifest.write(folder)
     return manifest
 
@@ -85,7 +100,9 @@ def test_manifest_cut_file_is_named_with_sizes(tmp_path: Path) -> None:
 def test_manifest_flipped_bit_is_named(tmp_path: Path, position: int) -> None:
     content = bytearray(CONTENT["a.pt"])
     content[position] ^= 1
-    assert problems(tmp_path, "a.pt", bytes(content)) == [f"{tmp_path / 'a.pt'} does not match its checksum"]
+    assert problems(tmp_path, "a.pt", bytes(content)) == [
+        f"{tmp_path / 'a.pt'} does not match its checksum"
+    ]
 
 
 def test_manifest_folder_in_place_of_a_file_is_missing(tmp_path: Path) -> None:
@@ -118,18 +135,25 @@ def test_checksum_is_xxh3_over_many_blocks(tmp_path: Path) -> None:
 
 
 def test_manifest_missing_is_no_complete_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"{re.escape(str(tmp_path))}: no manifest.json: not a complete checkpoint"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{re.escape(str(tmp_path))}: no manifest.json: not a complete checkpoint",
+    ):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"{}"])
 def test_manifest_unreadable_is_named(tmp_path: Path, text: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(text)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(str(tmp_path / MANIFEST))}: cannot be understood"):
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(str(tmp_path / MANIFEST))}: cannot be understood"
+    ):
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("field", ["step", "samples_seen", "layout", "config", "files", "versions", "format"])
+@pytest.mark.parametrize(
+    "field", ["step", "samples_seen", "layout", "config", "files", "versions", "format"]
+)
 def test_manifest_field_missing_is_named(tmp_path: Path, field: str) -> None:
     save(tmp_path)
     change(tmp_path, **{field: None})
@@ -137,12 +161,25 @@ def test_manifest_field_missing_is_named(tmp_path: Path, field: str) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("step", "twelve"), ("samples_seen", []), ("layout", {"world_size": 1}), ("layout", {"unknown": 1}), ("layout", 3),
-    ("config", 3), ("files", ["a.pt"]), ("files", {"a.pt": 700}), ("files", {"a.pt": {"bytes": 1}}),
-    ("files", {"a.pt": {"bytes": 1, "xxh3": "2", "md5": 3}}), ("versions", 5),
-])
-def test_manifest_field_of_another_type_is_not_understood(tmp_path: Path, field: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", "twelve"),
+        ("samples_seen", []),
+        ("layout", {"world_size": 1}),
+        ("layout", {"unknown": 1}),
+        ("layout", 3),
+        ("config", 3),
+        ("files", ["a.pt"]),
+        ("files", {"a.pt": 700}),
+        ("files", {"a.pt": {"bytes": 1}}),
+        ("files", {"a.pt": {"bytes": 1, "xxh3": "2", "md5": 3}}),
+        ("versions", 5),
+    ],
+)
+def test_manifest_field_of_another_type_is_not_understood(
+    tmp_path: Path, field: str, value: Any
+) -> None:
     save(tmp_path)
     change(tmp_path, **{field: value})
     with pytest.raises(CheckpointError, match="cannot be understood"):
@@ -151,10 +188,14 @@ def test_manifest_field_of_another_type_is_not_understood(tmp_path: Path, field:
 
 @pytest.mark.parametrize("name", ["step", "samples_seen"])
 @pytest.mark.parametrize("value", [-3, 2.5, True, "12"])
-def test_manifest_count_that_is_none_is_not_understood(tmp_path: Path, name: str, value: Any) -> None:
+def test_manifest_count_that_is_none_is_not_understood(
+    tmp_path: Path, name: str, value: Any
+) -> None:
     save(tmp_path)
     change(tmp_path, **{name: value})
-    with pytest.raises(CheckpointError, match=f"cannot be understood .*{name}={value!r} is no number of 0 or more"):
+    with pytest.raises(
+        CheckpointError, match=f"cannot be understood .*{name}={value!r} is no number of 0 or more"
+    ):
         read_manifest(tmp_path)
 
 
@@ -179,7 +220,9 @@ def test_manifest_of_another_step_than_its_folder_is_refused(tmp_path: Path) -> 
     folder.mkdir()
     save(folder)
     change(folder)
-    with pytest.raises(CheckpointError, match=r"manifest\.json: says step 12, its folder's name another"):
+    with pytest.raises(
+        CheckpointError, match=r"manifest\.json: says step 12, its folder's name another"
+    ):
         read_manifest(folder)
     assert read_manifest(folder.rename(tmp_path / "best")).step == 12
 
@@ -188,7 +231,9 @@ def test_manifest_of_another_step_than_its_folder_is_refused(tmp_path: Path) -> 
 def test_manifest_other_format_is_refused(tmp_path: Path, value: Any) -> None:
     save(tmp_path)
     change(tmp_path, format=value)
-    with pytest.raises(CheckpointError, match=f"format {value} is not 2; use the version that wrote it"):
+    with pytest.raises(
+        CheckpointError, match=f"format {value} is not 2; use the version that wrote it"
+    ):
         read_manifest(tmp_path)
 
 
@@ -196,7 +241,9 @@ def test_manifest_other_format_is_refused(tmp_path: Path, value: Any) -> None:
 def test_manifest_file_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     save(tmp_path)
     change(tmp_path, files={name: {"bytes": 1, "xxh3": "2"}})
-    with pytest.raises(CheckpointError, match=re.escape(f"the file name {name!r} leaves the checkpoint's folder")):
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"the file name {name!r} leaves the checkpoint's folder")
+    ):
         read_manifest(tmp_path)
 
 
@@ -217,14 +264,22 @@ def test_checkpoints_are_listed_newest_first_by_number(tmp_path: Path) -> None:
     for name in ("step_0000200.tmp", "step_x", "other", "latest_step_7"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_0000300").write_text("a file")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_12345678", "step_0000100", "step_30", "step_0000020",
-                                                                 "step_0000005"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step_12345678",
+        "step_0000100",
+        "step_30",
+        "step_0000020",
+        "step_0000005",
+    ]
 
 
 def test_checkpoints_unfinished_are_listed_apart(tmp_path: Path) -> None:
     for name in ("step_0000002.tmp", "step_0000001.tmp", "step_0000003", "other.tmp"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in list_unfinished(tmp_path)] == ["step_0000001.tmp", "step_0000002.tmp"]
+    assert [path.name for path in list_unfinished(tmp_path)] == [
+        "step_0000001.tmp",
+        "step_0000002.tmp",
+    ]
 
 
 def test_checkpoints_of_a_missing_folder_are_none(tmp_path: Path) -> None:

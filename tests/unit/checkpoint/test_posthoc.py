@@ -21,9 +21,13 @@ def test_profile_is_the_unrolled_average(length: float) -> None:
     for update in range(1, steps + 1):
         average += (1 - (1 - 1 / update) ** power) * (np.eye(steps)[update - 1] - average)
     one = profile(steps, length)
-    np.testing.assert_allclose(np.concatenate([one.weights(0, 7), one.weights(7, steps)]), average, rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(
+        np.concatenate([one.weights(0, 7), one.weights(7, steps)]), average, rtol=1e-10, atol=1e-15
+    )
     assert one.weights(0, steps + 9).sum() == pytest.approx(1)
-    deviation = np.sqrt((average * np.arange(steps) ** 2).sum() - (average * np.arange(steps)).sum() ** 2)
+    deviation = np.sqrt(
+        (average * np.arange(steps) ** 2).sum() - (average * np.arange(steps)).sum() ** 2
+    )
     assert deviation / steps == pytest.approx(length, rel=0.05)  # continuous time against steps
 
 

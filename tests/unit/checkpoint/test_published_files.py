@@ -62,10 +62,20 @@ def averaged_tables() -> dict[int, Tensor]:
 def published(steps: int = 0, config: RunConfig = CONFIG) -> dict[str, Any]:
     """Return a file's content: trained and averaged weights, whose table is `steps` old."""
     raw, average = (to_official(network_of(config, seed).state_dict(), config) for seed in (0, 1))
-    return {"step": steps, "model_state_dict": raw, "ema_model_state_dict": average | {"pos_embed": averaged_tables()[steps]}}
+    return {
+        "step": steps,
+        "model_state_dict": raw,
+        "ema_model_state_dict": average | {"pos_embed": averaged_tables()[steps]},
+    }
 
 
-def go(content: Any, folder: Path, to: str = "single", config: RunConfig | None = CONFIG, **options: Any) -> Any:
+def go(
+    content: Any,
+    folder: Path,
+    to: str = "single",
+    config: RunConfig | None = CONFIG,
+    **options: Any,
+) -> Any:
     """Convert a file with this content, or what is at this path."""
     source = content if isinstance(content, Path) else folder / "file.pth"
     folder.mkdir(exist_ok=True)
@@ -83,18 +93,26 @@ def sampled(content: dict[str, Tensor], config: RunConfig = CONFIG) -> Tensor:
 
 
 @pytest.mark.parametrize("steps", STEPS)
-def test_averaged_position_table_is_kept_and_written_back_bit_for_bit(tmp_path: Path, steps: int) -> None:
+def test_averaged_position_table_is_kept_and_written_back_bit_for_bit(
+    tmp_path: Path, steps: int
+) -> None:
     content = published(steps)
     table = content["ema_model_state_dict"]["pos_embed"]
     assert torch.equal(table, published()["model_state_dict"]["pos_embed"]) == (steps == 0)
     go(content, tmp_path)
     model = load_model(tmp_path / "single")
-    torch.testing.assert_close(model(*INPUTS), sampled(content["ema_model_state_dict"]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        model(*INPUTS), sampled(content["ema_model_state_dict"]), rtol=1e-6, atol=1e-6
+    )
     assert ("positions" in model.state_dict()) == (steps > 0)
     go(tmp_path / "single", tmp_path, "official", None)
-    again = torch.load(next((tmp_path / "official").glob("*.pth")), weights_only=True)["ema_model_state_dict"]
+    again = torch.load(next((tmp_path / "official").glob("*.pth")), weights_only=True)[
+        "ema_model_state_dict"
+    ]
     assert again.keys() == content["ema_model_state_dict"].keys()
-    assert all(torch.equal(again[key], value) for key, value in content["ema_model_state_dict"].items())
+    assert all(
+        torch.equal(again[key], value) for key, value in content["ema_model_state_dict"].items()
+    )
 
 
 def test_averaged_position_table_survives_every_format(tmp_path: Path) -> None:
@@ -102,21 +120,32 @@ def test_averaged_position_table_survives_every_format(tmp_path: Path) -> None:
     go(content, tmp_path, "official")
     again = torch.load(next((tmp_path / "official").glob("*.pth")), weights_only=True)
     for section in ("model_state_dict", "ema_model_state_dict"):
-        assert all(torch.equal(again[section][key], value) for key, value in content[section].items())
+        assert all(
+            torch.equal(again[section][key], value) for key, value in content[section].items()
+        )
     go(content, tmp_path, "diffusers")
     pipeline = ProMoEPipeline.from_pretrained(tmp_path / "diffusers")
     expected = sampled(content["ema_model_state_dict"])
     torch.testing.assert_close(pipeline.transformer(*INPUTS).sample, expected, rtol=1e-6, atol=1e-6)
     go(tmp_path / "diffusers", tmp_path, "single", None)
-    torch.testing.assert_close(load_model(tmp_path / "single")(*INPUTS), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        load_model(tmp_path / "single")(*INPUTS), expected, rtol=1e-6, atol=1e-6
+    )
     assert "position table" in go(content, tmp_path, "deepspeed").note
 
 
 def test_averaged_position_table_is_kept_by_upcycling(tmp_path: Path) -> None:
     dense = small_config(routing={"method": "dense"})
-    state = to_official(network_of(dense, 0).state_dict(), dense) | {"pos_embed": averaged_tables()[20_000]}
+    state = to_official(network_of(dense, 0).state_dict(), dense) | {
+        "pos_embed": averaged_tables()[20_000]
+    }
     torch.save(state, tmp_path / "dense.pth")
-    _, agreement = upcycle(tmp_path / "dense.pth", CONFIG, UpcycleRequest(destination=tmp_path / "moe", to="single"), dense)
+    _, agreement = upcycle(
+        tmp_path / "dense.pth",
+        CONFIG,
+        UpcycleRequest(destination=tmp_path / "moe", to="single"),
+        dense,
+    )
     assert agreement.null < 1e-6
 
 
@@ -140,33 +169,73 @@ def prefixed(prefix: str) -> dict[str, Any]:
     return with_sections(lambda state: {prefix + key: value for key, value in state.items()})
 
 
-@pytest.mark.parametrize(("content", "kind"), [
-    ({"ema_model_state_dict": WHOLE["ema_model_state_dict"]}, "ema"),
-    ({"model_state_dict": WHOLE["model_state_dict"]}, "weights"),
-    (WHOLE["ema_model_state_dict"], "weights"), ({"state_dict": WHOLE["model_state_dict"]}, "weights"),
-    ({"model": WHOLE["model_state_dict"], "ema": WHOLE["ema_model_state_dict"], "opt": {}}, "ema"),
-    *((prefixed(prefix), "ema")
-      for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module.")),
-    (with_sections(lambda state: {key.replace("blocks.0.", "blocks.0._orig_mod."): v for key, v in state.items()}), "ema"),
-    (with_sections(lambda state: {key: v.half() for key, v in state.items()}), "ema"),
-    (with_sections(lambda state: {key: v.bfloat16() for key, v in state.items()}), "ema"),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_parts_prefixes_and_precisions_of_a_published_file_are_read(tmp_path: Path, content: Any, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ({"ema_model_state_dict": WHOLE["ema_model_state_dict"]}, "ema"),
+        ({"model_state_dict": WHOLE["model_state_dict"]}, "weights"),
+        (WHOLE["ema_model_state_dict"], "weights"),
+        ({"state_dict": WHOLE["model_state_dict"]}, "weights"),
+        (
+            {"model": WHOLE["model_state_dict"], "ema": WHOLE["ema_model_state_dict"], "opt": {}},
+            "ema",
+        ),
+        *(
+            (prefixed(prefix), "ema")
+            for prefix in (
+                "module.",
+                "_orig_mod.",
+                "module._orig_mod.",
+                "_orig_mod.module.",
+                "module.module.",
+            )
+        ),
+        (
+            with_sections(
+                lambda state: {
+                    key.replace("blocks.0.", "blocks.0._orig_mod."): v for key, v in state.items()
+                }
+            ),
+            "ema",
+        ),
+        (with_sections(lambda state: {key: v.half() for key, v in state.items()}), "ema"),
+        (with_sections(lambda state: {key: v.bfloat16() for key, v in state.items()}), "ema"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_parts_prefixes_and_precisions_of_a_published_file_are_read(
+    tmp_path: Path, content: Any, kind: str
+) -> None:
     report = go(content, tmp_path)
     assert list(report.kinds) == [kind]
-    section = content if "pos_embed" in content else next(
-        content[name] for name in ("ema_model_state_dict", "ema", "model_state_dict", "state_dict") if name in content)
+    section = (
+        content
+        if "pos_embed" in content
+        else next(
+            content[name]
+            for name in ("ema_model_state_dict", "ema", "model_state_dict", "state_dict")
+            if name in content
+        )
+    )
     found = to_official(load_model(tmp_path / "single").state_dict(), CONFIG)
-    assert all(torch.equal(found[key.replace("module.", "").replace("_orig_mod.", "")], value.float())
-               for key, value in section.items())
+    assert all(
+        torch.equal(found[key.replace("module.", "").replace("_orig_mod.", "")], value.float())
+        for key, value in section.items()
+    )
     has_prefix = any("module." in key or "_orig_mod." in key for key in section)
     assert ("prefix" in report.note) == has_prefix
 
 
 def test_diffmoe_file_in_half_precision_holds_its_decay_rounded(tmp_path: Path) -> None:
-    config = small_config(**of_method("diff_moe", num_unconditional_experts=0, num_shared_experts=0))
+    config = small_config(
+        **of_method("diff_moe", num_unconditional_experts=0, num_shared_experts=0)
+    )
     state = to_official(network_of(config, 0).state_dict(), config)
-    go({"model_state_dict": {key: value.bfloat16() for key, value in state.items()}}, tmp_path, config=config)
+    go(
+        {"model_state_dict": {key: value.bfloat16() for key, value in state.items()}},
+        tmp_path,
+        config=config,
+    )
 
 
 def test_parameter_with_and_without_a_prefix_is_ambiguous(tmp_path: Path) -> None:
@@ -184,8 +253,12 @@ class Runs:
 
 def write_other(path: Path, kind: str) -> None:
     """Write a file that is no file of torch."""
-    texts = {"pointer": "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "empty": "", "text": "Not found\n",
-             "page": "\n<!DOCTYPE html><html></html>"}
+    texts = {
+        "pointer": "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n",
+        "empty": "",
+        "text": "Not found\n",
+        "page": "\n<!DOCTYPE html><html></html>",
+    }
     if kind in texts:
         path.write_text(texts[kind])
     elif kind == "safetensors":
@@ -205,8 +278,19 @@ def write_other(path: Path, kind: str) -> None:
         torch.save({"model_state_dict": {"x": Runs()}}, path)
 
 
-OTHERS = {"pointer": "git lfs pull", "empty": "empty file", "text": "text file", "page": "web page", "safetensors": "safetensors",
-          "legacy": "before 1.6", "pickle": "pickle", "gzip": "gzip", "cut": "cut off", "script": "TorchScript", "code": "eval"}
+OTHERS = {
+    "pointer": "git lfs pull",
+    "empty": "empty file",
+    "text": "text file",
+    "page": "web page",
+    "safetensors": "safetensors",
+    "legacy": "before 1.6",
+    "pickle": "pickle",
+    "gzip": "gzip",
+    "cut": "cut off",
+    "script": "TorchScript",
+    "code": "eval",
+}
 
 
 def read_export(path: Path) -> None:
@@ -215,12 +299,21 @@ def read_export(path: Path) -> None:
     ShardReader(path.parent, "model")
 
 
-@pytest.mark.parametrize("reader", [
-    lambda path: convert(path, Request(destination=path.parent / "out", to="single"), CONFIG), load_trusted, read_export, Shard,
-    lambda path: load_extractor(str(path), "cpu"),
-], ids=["convert", "checkpoint", "export", "latents", "extractor"])
+@pytest.mark.parametrize(
+    "reader",
+    [
+        lambda path: convert(path, Request(destination=path.parent / "out", to="single"), CONFIG),
+        load_trusted,
+        read_export,
+        Shard,
+        lambda path: load_extractor(str(path), "cpu"),
+    ],
+    ids=["convert", "checkpoint", "export", "latents", "extractor"],
+)
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_file_is_named_for_what_it_is_by_every_reader(tmp_path: Path, request, kind: str, reader: Any) -> None:
+def test_other_file_is_named_for_what_it_is_by_every_reader(
+    tmp_path: Path, request, kind: str, reader: Any
+) -> None:
     path = tmp_path / "file.pth"
     write_other(path, kind)
     name = request.node.callspec.id
@@ -229,31 +322,47 @@ def test_other_file_is_named_for_what_it_is_by_every_reader(tmp_path: Path, requ
     with pytest.raises(PromoeError) as told:
         reader(path)
     message = str(told.value)
-    expected = "file of torch.save" if kind == "code" and not name.startswith(("code-convert", "code-checkpoint")) else OTHERS[kind]
+    expected = (
+        "file of torch.save"
+        if kind == "code" and not name.startswith(("code-convert", "code-checkpoint"))
+        else OTHERS[kind]
+    )
     if not (kind == "safetensors" and "latents" in name):
         assert expected in message.replace(str(tmp_path), "")
     assert "weights_only" not in message and "\n" not in message
 
 
-@pytest.mark.parametrize("change", [{"format": 99}, {"train": {"warp": 9}}, {"routing": {"method": "of_2030"}}])
+@pytest.mark.parametrize(
+    "change", [{"format": 99}, {"train": {"warp": 9}}, {"routing": {"method": "of_2030"}}]
+)
 @pytest.mark.parametrize("to", ["single", "deepspeed", "diffusers"])
-def test_checkpoint_of_a_newer_version_says_so(tmp_path: Path, to: str, change: dict[str, Any]) -> None:
+def test_checkpoint_of_a_newer_version_says_so(
+    tmp_path: Path, to: str, change: dict[str, Any]
+) -> None:
     go(WHOLE, tmp_path, to)
-    path = next(path for name in ("manifest.json", "transformer/config.json", "config.json")
-                for path in (tmp_path / to).rglob(name) if path.parent.name != "scheduler")
+    path = next(
+        path
+        for name in ("manifest.json", "transformer/config.json", "config.json")
+        for path in (tmp_path / to).rglob(name)
+        if path.parent.name != "scheduler"
+    )
     values = json.loads(path.read_text())
     if "format" in change:
         if to == "diffusers":
             return  # its format is diffusers' own
         values |= change
     else:
-        versions = values["versions"] if to == "deepspeed" else values["origin"].setdefault("versions", {})
+        versions = (
+            values["versions"] if to == "deepspeed" else values["origin"].setdefault("versions", {})
+        )
         versions["promoe_ds"] = "99.0"
         config = values["run" if to == "diffusers" else "config"]
         for section, fields in change.items():
             config[section] |= fields
     if to == "deepspeed":
-        values["xxh3"] = manifest._checksum_of({key: value for key, value in values.items() if key != "xxh3"})
+        values["xxh3"] = manifest._checksum_of(
+            {key: value for key, value in values.items() if key != "xxh3"}
+        )
     path.write_text(json.dumps(values))
     with pytest.raises(PromoeError) as told:
         go(tmp_path / to, tmp_path, "official", None)
@@ -266,5 +375,7 @@ def test_checkpoint_of_a_newer_version_says_so(tmp_path: Path, to: str, change: 
 def test_average_that_is_mostly_its_start_is_reported_by_the_conversion(tmp_path: Path) -> None:
     for step, reported in ((900, True), (50_000, False)):
         content = {**WHOLE, "step": step}
-        assert ("of the average ema" in go(content, tmp_path / str(step), "single").note) == reported
+        assert (
+            "of the average ema" in go(content, tmp_path / str(step), "single").note
+        ) == reported
         assert go(content, tmp_path / str(step), "official", weights="raw").note == ""

@@ -196,15 +196,15 @@ def test_encoded_on_the_fly_not_finite_names_the_image(made: Path, monkeypatch) 
 
 def test_encode_into_a_folder_begun_otherwise_is_refused(made: Path, tmp_path: Path) -> None:
     others = save_images(tmp_path / "others", classes=("n01", "n02", "n04"))
-    for values, message in (({"dtype": "float16"}, "dtype was 'float32' and is 'float16'"), ({"shard_size": 5}, "shard_size was 4"),
-                            ({"vae_dtype": "bfloat16"}, "vae_dtype was 'float32' and is 'bfloat16'"),
-                            ({"source": others}, r"listing was '\w+' and is '\w+'")):
+    for values, message in (({"dtype": "float16"}, "dtype is 'float32'"), ({"shard_size": 5}, "shard_size is 4"),
+                            ({"vae_dtype": "bfloat16"}, "vae_dtype is 'float32'"),
+                            ({"source": others}, r"listing is '\w+'")):
         with pytest.raises(ConfigError, match=f"latents already holds other latents: {message}.*Choose another folder"):
             encode(request(made, "latents", **values), single_process())
     tmp_path /= "out"
     tmp_path.mkdir()
     (tmp_path / "encoding.json").write_text(json.dumps({"files": 15}))
-    with pytest.raises(ConfigError, match=r"holds an encoding begun otherwise: listing was None and is"):
+    with pytest.raises(ConfigError, match=r"listing is None"):
         encode(request(made, tmp_path), single_process())
     (tmp_path / "encoding.json").rename(tmp_path / "other.txt")
     with pytest.raises(ConfigError, match="is no empty folder and holds no latents"):
