@@ -1,4 +1,6 @@
-"""Which checkpoint a run continues from: its own newest sound one, the one that was named, or none; an error where that is in doubt.
+"""Which checkpoint a run continues from: its newest sound one, a named one, or none.
+
+Where that is in doubt, it is an error.
 
 A run that was started from a named checkpoint remembers it (`start.json`): the same command given
 again, by hand or by a scheduler that repeats it, continues with what the run has reached, and `auto`
