@@ -1,9 +1,9 @@
 """Moving experts to other ranks at a resume: they are relabelled in everything that a checkpoint holds, results unchanged.
 
-The experts of a layer lie in order over the ranks of an expert-parallel group, so another placement
+The experts of a layer are in order over the ranks of an expert-parallel group, so another placement
 is another order. The router's tensors follow it, so that a token finds the same expert under its
 new number. The order in force is kept with the run (`parallel.expert_order`), in the first numbers
-of the experts, and stands in routing.jsonl.
+of the experts, and is in routing.jsonl.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RelabelledCheckpoint:
         """Read from `checkpoint`.
 
         Args:
-            sources: name of a tensor of experts -> where each place's expert lies in the
+            sources: name of a tensor of experts -> where each place's expert is in the
                 checkpoint.
         """
         self._checkpoint, self._sources = checkpoint, sources

@@ -145,7 +145,7 @@ def _owned_values(trainer: TrainingState, step: int) -> Iterator[_Owned]:
 
 
 def kept_averages(manifest: Manifest, config: OptimizerConfig) -> dict[str, str]:
-    """Return the averages that a run goes on with: their names -> the names that they have in a checkpoint."""
+    """Return the averages that a run continues: their names -> the names that they have in a checkpoint."""
     saved = {
         average: name
         for name, average in OptimizerConfig.model_validate(

@@ -1,7 +1,9 @@
-"""Which checkpoint a run goes on from: its own newest sound one, the one that was named, or none; an error where that is in doubt.
+"""Which checkpoint a run continues from: its newest sound one, a named one, or none.
+
+Where that is in doubt, it is an error.
 
 A run that was started from a named checkpoint remembers it (`start.json`): the same command given
-again, by hand or by a scheduler that repeats it, goes on with what the run has reached, and `auto`
+again, by hand or by a scheduler that repeats it, continues with what the run has reached, and `auto`
 never falls back to step 0.
 """
 
@@ -34,7 +36,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Where a run goes on.
+    """Where a run continues.
 
     folder: the checkpoint, None for step 0.
     same_run: whether the run has come by it itself; else it starts a branch.
@@ -55,7 +57,7 @@ class _Start:
 def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) -> Choice:
     """Resolve `--resume`; all ranks call this together.
 
-    Checkpoints of the run's own that are later than the one it goes on from are renamed: damaged,
+    Checkpoints of the run's own that are later than the one it continues from are renamed: damaged,
     or another branch's.
     Args:
         request: "none", "auto" (newest sound one of this run) or the path of a checkpoint or of a

@@ -1,4 +1,4 @@
-"""Saving: a checkpoint is complete or ignored, written at once or while training goes on."""
+"""Saving: a checkpoint is complete or ignored, written at once or while training continues."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Saver:
     """Saves a trainer's checkpoints, one at a time.
 
     With `train.async_checkpoint` each rank copies its share to host memory and writes it while
-    training goes on. At most one checkpoint is in flight; `poll`, after every step, completes it
+    training continues. At most one checkpoint is in flight; `poll`, after every step, completes it
     once all ranks have written, or raises what went wrong.
     """
 

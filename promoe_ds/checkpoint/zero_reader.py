@@ -150,9 +150,9 @@ class ShardedCheckpoint:
         Raises: CheckpointError naming the file or tensor that is missing or does not fit.
         """
         if kind not in self.kinds:
-            raise CheckpointError(f"{self.folder}: has no {kind}, only {', '.join(self.kinds)}")
+            raise CheckpointError(f"{self.folder}: holds no {kind}, only {', '.join(self.kinds)}")
         if name not in self.shapes:
-            raise CheckpointError(f"{self.folder}: has no {name}")
+            raise CheckpointError(f"{self.folder}: holds no {name}")
         position, stop = 0, start + out_N.numel()
         for key, begin, count in self._contents.pieces[kind][name]:
             low, high = max(start, position), min(stop, position + count)
@@ -237,7 +237,7 @@ def _find_slices(open_file: _Open, layout: Layout, model: Any, folder: Path) -> 
         for file, shard, state in zip(files, shards, states, strict=True):
             for group, flat in enumerate(shard["single_partition_of_fp32_groups"]):
                 if kind != WEIGHTS and kind not in state.get(group, {}):
-                    raise CheckpointError(f"{folder / file}: the optimizer state has no {kind}")
+                    raise CheckpointError(f"{folder / file}: the optimizer state holds no {kind}")
                 tensors[kind][f"{file}:{group}"] = flat if kind == WEIGHTS else state[group][kind]
     return _Contents(
         shapes=shapes,
