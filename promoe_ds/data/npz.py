@@ -5,6 +5,7 @@ Letters: B samples, Z latent channels, H, W latent size.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from promoe_ds.errors import DataError
 #: code and of DiffMoE; both are moments.
 NPZ_NAMES = (("latent", "latent_flip"), ("moments", "moments_flip"))
 NPZ_SUFFIX = ".npz"
+#: numpy parses headers by `ast`, whose recursion count threads of CPython 3.11 share: it fails at random.
+_PARSING = threading.Lock()
 
 
 class NpzLatents(DrawnLatents):
@@ -68,7 +71,7 @@ def read_npz_moments(path: Path, shape: tuple[int, ...] | None = None) -> np.nda
     Raises: DataError naming a file that is damaged, of another kind or, where `shape` is given, of
         another shape.
     """
-    with reading(path, "latent file"), np.load(path, allow_pickle=False) as data:
+    with reading(path, "latent file"), _PARSING, np.load(path, allow_pickle=False) as data:
         names = next((names for names in NPZ_NAMES if names[0] in data), None)
         if names is None:
             raise DataError(
