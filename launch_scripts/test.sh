@@ -37,4 +37,4 @@ fi
 ruff check .
 mypy
 # Two tests that compute and one that waits, a file's tests together, in the order of tests/conftest.py.
-exec python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder "$@"
+exec python -m pytest -n 3 --dist loadscope --no-loadscope-reorder "$@"

@@ -51,18 +51,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="every combination, not only those that cover each part")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Keep a file's tests together on one worker, and all tests on several hosts, which mostly wait."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "multihost" if nodeid.startswith("tests/multihost/") else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the further combinations out unless --all; keep what shares fixtures together; begin with what waits."""
+    """Leave the further combinations out unless --all; begin with what waits."""
     if not config.getoption("--all"):
         further = [item for item in items if item.get_closest_marker("combinations")]
         config.hook.pytest_deselected(items=further)
         items[:] = [item for item in items if item not in set(further)]
     items.sort(key=lambda item: _ORDER.get(item.path.relative_to(REPOSITORY / "tests").parts[0], len(_ORDER)))
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            together = "multihost" if item.get_closest_marker("multihost") else str(item.path.relative_to(REPOSITORY))
-            item.add_marker(pytest.mark.xdist_group(together))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
