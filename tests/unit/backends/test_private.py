@@ -181,4 +181,5 @@ def test_training_under_a_moved_library_ends_at_its_first_step(tmp_path, monkeyp
             ]
         )
     stop_distributed()
+    deepspeed_private.forget_expert_groups()  # DeepSpeed would give the ended group to the next engine
     assert not list((tmp_path / "run/checkpoints").iterdir())
