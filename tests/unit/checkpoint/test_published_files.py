@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from promoe_ds import load_model
@@ -230,12 +230,16 @@ def test_diffmoe_file_in_half_precision_holds_its_decay_rounded(tmp_path: Path) 
     config = small_config(
         **of_method("diff_moe", num_unconditional_experts=0, num_shared_experts=0)
     )
-    state = to_official(network_of(config, 0).state_dict(), config)
+    network = network_of(config, 0)
+    state = to_official(network.state_dict(), config)
     go(
         {"model_state_dict": {key: value.bfloat16() for key, value in state.items()}},
         tmp_path,
         config=config,
     )
+    written = load_file(tmp_path / "single" / "model.safetensors")
+    for name, value in network.named_parameters():
+        assert torch.equal(written[name].float(), value.bfloat16().float()), name
 
 
 def test_parameter_with_and_without_a_prefix_is_ambiguous(tmp_path: Path) -> None:
