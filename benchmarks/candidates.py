@@ -93,7 +93,9 @@ def session_of(config: RunConfig, *, bf16: bool, zero: dict[str, Any] | None = N
     from promoe_ds.distributed.process_group import local_device
     from promoe_ds.train.trainer import Trainer
 
-    ranks = DistributedContext(rank=dist.get_rank(), world_size=dist.get_world_size(), device=local_device())
+    ranks = DistributedContext(
+        rank=dist.get_rank(), world_size=dist.get_world_size(), device=local_device()
+    )
     batches = plan_batches(config, ranks.world_size)
     values = {
         "zero_optimization": zero or {"stage": 2, "overlap_comm": bf16},

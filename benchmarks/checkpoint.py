@@ -101,14 +101,21 @@ def _lines(figures: dict[str, Any]) -> list[str]:
     saved, plain = figures["save_seconds"], figures["plain_save_seconds"]
     allowed = 1.5 * mega["largest_file_bytes"] + _ALLOWANCE / _MEGA
     return [
-        f"{figures['parameters']:,} parameters in {mega['checkpoint_bytes']:,.0f} MB, largest file "
-        f"{mega['largest_file_bytes']:,.0f} MB",
+        (
+            f"{figures['parameters']:,} parameters in {mega['checkpoint_bytes']:,.0f} MB, largest"
+            f" file {mega['largest_file_bytes']:,.0f} MB"
+        ),
         f"copy     {figures['copy_seconds']:8.1f} s {copied:8.0f} MB/s",
-        f"convert  {figures['convert_seconds']:8.1f} s {converted:8.0f} MB/s of the checkpoint "
-        f"({converted / copied:.2f} of the copy), {mega['written_bytes']:,.0f} MB written and read back",
+        (
+            f"convert  {figures['convert_seconds']:8.1f} s {converted:8.0f} MB/s of the checkpoint"
+            f" ({converted / copied:.2f} of the copy), {mega['written_bytes']:,.0f} MB written and"
+            " read back"
+        ),
         f"peak resident memory {mega['peak_resident_bytes']:,.0f} MB, allowed {allowed:,.0f} MB",
-        f"save of {_SAVED_BYTES / _MEGA:,.0f} MB {saved:.2f} s, torch.save without checksum {plain:.2f} s "
-        f"({saved / plain:.3f} of it, medians of {_SAVE_ROUNDS})",
+        (
+            f"save of {_SAVED_BYTES / _MEGA:,.0f} MB {saved:.2f} s, torch.save without checksum"
+            f" {plain:.2f} s ({saved / plain:.3f} of it, medians of {_SAVE_ROUNDS})"
+        ),
     ]
 
 
@@ -188,7 +195,8 @@ def write_checkpoint(config: RunConfig, root: Path, *, ranks: int) -> Path:
                 folder / f"layer_{layer}_expert_{expert}_{MODEL_STATES}",
             )
     for rank in range(ranks):
-        # One group: flat values, their states, where each parameter is in them, over how many ranks.
+        # One group: flat values, their states, where each parameter is in them, over how many
+        # ranks.
         groups = [_slice(dense, ranks, rank), _slice(routed, ranks // ep_size, rank // ep_size)]
         flats, states, mappings, counts = zip(*groups, strict=True)
         torch.save(

@@ -26,7 +26,8 @@ _NPZ_SHARE = 8
 def benchmark_data(
     folder: Path, *, rounds: int = 7, records: int = 8192, index_records: int = IMAGENET_IMAGES
 ) -> Result:
-    """Time the loaders on synthetic latents; all but one draw flips and posteriors as training does.
+    """Time the loaders on synthetic latents; all but one draw flips and posteriors as training
+    does.
 
     Figures: medians over rounds, in records a second of one process: by the clock, and by the
     processor time of all its threads; and seconds and megabytes of a process of its own that opens
@@ -72,13 +73,17 @@ def benchmark_data(
             "index_megabytes": megabytes,
         },
         text=[
-            f"{records} records of {'x'.join(map(str, _SHAPE))} fp32, batches of {_BATCH} in "
-            f"shuffled order, page cache warm, median of {rounds} rounds",
+            (
+                f"{records} records of {'x'.join(map(str, _SHAPE))} fp32, batches of {_BATCH} in "
+                f"shuffled order, page cache warm, median of {rounds} rounds"
+            ),
             f"{'records a second':32}{'by the clock':>14}{'by processor time':>20}",
             *(f"{name:32}{wall[name]:14,.0f}{cpu[name]:20,.0f}" for name in wall),
             f"{'packed over npz, 8 threads':32}{over[0]:14.1f}{over[1]:20.1f}",
-            f"opening {index_records:,} records in {shards} shards: {seconds:.2f} s, "
-            f"{megabytes:.0f} MB in all for the process",
+            (
+                f"opening {index_records:,} records in {shards} shards: {seconds:.2f} s, "
+                f"{megabytes:.0f} MB in all for the process"
+            ),
         ],
     )
 

@@ -1,4 +1,5 @@
-"""Everything that needs a GPU, in one command: parity, agreement of training, speed, memory, kernels.
+"""Everything that needs a GPU, in one command: parity, agreement of training, speed, memory,
+kernels.
 
 Every function takes the device, so that unit tests run them, small, without one.
 """

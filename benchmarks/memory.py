@@ -118,12 +118,19 @@ def benchmark_memory(*, recipe: str, ranks: int, images: int = 4) -> Result:
             "ranks": [asdict(rank) for rank in found.ranks],
         },
         text=[
-            f"planned   {plan.total_memory / 1e6:10,.1f} MB a rank ({kinds}; fullest: {plan.phase})",
+            (
+                f"planned   {plan.total_memory / 1e6:10,.1f} MB a rank ({kinds}; fullest:"
+                f" {plan.phase})"
+            ),
             f"measured  {measured / 1e6:10,.1f} MB, {found.memory_ratio:.3f} of the plan",
-            f"plain     {plain / 1e6:10,.1f} MB (data parallel, full copy as moving average): "
-            f"measured is {measured / plain:.3f} of it",
-            f"exchange  {found.measured_exchange:,} bytes sent in a step, planned for the rows "
-            f"routed {found.planned_exchange:,.0f}",
+            (
+                f"plain     {plain / 1e6:10,.1f} MB (data parallel, full copy as moving average): "
+                f"measured is {measured / plain:.3f} of it"
+            ),
+            (
+                f"exchange  {found.measured_exchange:,} bytes sent in a step, planned for the rows "
+                f"routed {found.planned_exchange:,.0f}"
+            ),
         ],
     )
 
@@ -170,7 +177,9 @@ def measure_ranks(
     return on_ranks(world_size, measure_rank, config, zero, environment=_ALLOCATOR)
 
 
-def measure_rank(ranks: DistributedContext, config: RunConfig, zero: dict[str, Any] | None) -> RankMeasurement:
+def measure_rank(
+    ranks: DistributedContext, config: RunConfig, zero: dict[str, Any] | None
+) -> RankMeasurement:
     """Train a few steps as one rank and return its resident memory and traffic."""
     rows: list[int] = []
     # Libraries load and compile on first use: that is no cost of the model.

@@ -49,7 +49,8 @@ def on_ranks(
     *arguments: Any,
     environment: Mapping[str, str] | None = None,
 ) -> list[_T]:
-    """Return work(DistributedContext, *arguments) of every rank of a new process group of one thread each.
+    """Return work(DistributedContext, *arguments) of every rank of a new process group of one
+    thread each.
 
     Raises: TrainingError with the traceback of a rank that failed.
     """

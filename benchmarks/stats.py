@@ -1,4 +1,6 @@
-"""What the routing statistics cost: their share of a training step, and the report of a long run."""
+"""What the routing statistics cost: their share of a training step, and the report of a long
+run.
+"""
 
 from __future__ import annotations
 
@@ -168,8 +170,11 @@ def benchmark_report(run: SyntheticRun, folder: Path) -> Result:
         settings=settings,
         figures=figures,
         text=[
-            f"report of {run.steps:,} steps × {len(run.layers)} layers × {run.experts} experts × "
-            f"{run.bins} bins: {figures['log_lines']:,} lines, {figures['log_bytes'] / 1e6:,.0f} MB",
+            (
+                f"report of {run.steps:,} steps × {len(run.layers)} layers × {run.experts} experts"
+                f" × {run.bins} bins: {figures['log_lines']:,} lines,"
+                f" {figures['log_bytes'] / 1e6:,.0f} MB"
+            ),
             f"built in {figures['seconds']:.1f} s, {figures['report_bytes'] / 1e6:.2f} MB",
         ],
     )

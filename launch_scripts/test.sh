@@ -35,6 +35,7 @@ if ! command -v chromium > /dev/null; then
     install_packages "of reports in a browser" chromium
 fi
 ruff check .
+ruff format --check .
 mypy
 # Two tests that compute and one that waits, a file's tests together, in the order of tests/conftest.py.
 exec python -m pytest -n 3 --dist loadscope --no-loadscope-reorder "$@"

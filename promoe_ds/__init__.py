@@ -1,7 +1,7 @@
 """promoe_ds: distributed training of ProMoE diffusion transformers.
 
-`load_model(export_dir)` loads a single export, `ProMoEPipeline.from_pretrained(folder)` a diffusers pipeline; neither needs
-deepspeed, megatron or transformer-engine.
+`load_model(export_dir)` loads a single export, `ProMoEPipeline.from_pretrained(folder)` a diffusers
+pipeline; neither needs deepspeed, megatron or transformer-engine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def __getattr__(name: str) -> Any:
         from promoe_ds.model.export import load_model
 
         return load_model
-    # diffusers looks up a pipeline's parts, and the base class that says how to load them, in their package.
+    # diffusers looks up a pipeline's parts, and the base class that says how to load them, in their
+    # package.
     if name in ("ProMoEPipeline", "ProMoETransformer2DModel", "ModelMixin"):
         import promoe_ds.pipeline
 

@@ -1,6 +1,7 @@
 """What samples are conditioned on: one frozen value on its way from the data to the router.
 
-Routing asks for `is_null_B` alone, the network's `ConditionEmbedding` for what is inside. Letters: B images.
+Routing asks for `is_null_B` alone, the network's `ConditionEmbedding` for what is inside. Letters:
+B images.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Condition(ABC):
 
     @abstractmethod
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return the condition with a function applied to each tensor, whose first dimension is B."""
+        """Return the condition with a function applied to each tensor, whose first dimension is
+        B.
+        """
 
     @abstractmethod
     def cat(self, others: Sequence[Self]) -> Self:
@@ -87,4 +90,6 @@ class ClassCondition(Condition):
 
     def cat(self, others: Sequence[ClassCondition]) -> ClassCondition:
         """Return these labels and the others'."""
-        return ClassCondition(torch.cat([self.labels_B, *(each.labels_B for each in others)]), self.null_label)
+        return ClassCondition(
+            torch.cat([self.labels_B, *(each.labels_B for each in others)]), self.null_label
+        )

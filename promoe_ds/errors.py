@@ -87,8 +87,11 @@ def first_few(problems: Sequence[str], shown: int = 5) -> str:
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return `NAME is SAVED there and CURRENT here` for each current setting that differs."""
-    return [f"{name} is {_short(saved.get(name))} there and {_short(value)} here"
-            for name, value in current.items() if saved.get(name) != value]
+    return [
+        f"{name} is {_short(saved.get(name))} there and {_short(value)} here"
+        for name, value in current.items()
+        if saved.get(name) != value
+    ]
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,6 @@
-"""What a file is, by its first bytes: for messages about files that are not what their name says."""
+"""What a file is, by its first bytes: for messages about files that are not what their name
+says.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ SAFETENSORS = "a safetensors file"
 
 #: How files begin that no reader of checkpoints takes, and what to do about each.
 _BEGINNINGS = (
-    (b"version https://git-lfs", "a Git LFS pointer in place of the file: run `git lfs pull` in its repository"),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer in place of the file: run `git lfs pull` in its repository",
+    ),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
     (b"\xfd7zXZ", "an xz archive: unpack it first"),
     (b"(\xb5/\xfd", "a zstd archive: unpack it first"),
@@ -21,8 +26,10 @@ _BEGINNINGS = (
     (b"\x93NUMPY", "a NumPy array"),
     (b"\x89HDF", "an HDF5 file"),
     # The number that torch.save put in front before it wrote zip archives.
-    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
-     "a torch file of before 1.6: load it with torch and save it again with torch.save"),
+    (
+        b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
+        "a torch file of before 1.6: load it with torch and save it again with torch.save",
+    ),
     (b"\x80", "a plain pickle, which could run code: save its tensors with torch.save"),
 )
 _HEAD = 512
@@ -64,7 +71,9 @@ def identify(file: Path | BinaryIO) -> str:
 def _identify_zip(file: BinaryIO) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
-            leaves = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
+            leaves = {name.partition("/")[2] for name in archive.namelist()} | set(
+                archive.namelist()
+            )
     except zipfile.BadZipFile:
         return "a zip archive that is cut off or damaged: copy or download it again"
     finally:

@@ -1,4 +1,6 @@
-"""Files that are replaced in one move, and JSON without NaN and infinities, which it has no words for."""
+"""Files that are replaced in one move, and JSON without NaN and infinities, which it has no words
+for.
+"""
 
 from __future__ import annotations
 

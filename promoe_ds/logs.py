@@ -11,15 +11,27 @@ from pathlib import Path
 
 _ROOT = "promoe_ds"
 #: What launchers call a process's rank; RANK is what `complete_environment` makes of the others.
-_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "MVP_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+_RANKS = (
+    "RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_RANK",
+    "MVP_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "PMIX_RANK",
+    "SLURM_PROCID",
+)
 
 
 class _LogFile(logging.FileHandler):
-    """Where it cannot be written, as on a full disk, it ends with one line instead of a traceback a message."""
+    """Where it cannot be written, as on a full disk, it ends with one line instead of a traceback a
+    message.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
         logging.getLogger(_ROOT).removeHandler(self)
-        logging.getLogger(_ROOT).warning("%s cannot be written any more (%s)", self.baseFilename, sys.exc_info()[1])
+        logging.getLogger(_ROOT).warning(
+            "%s cannot be written any more (%s)", self.baseFilename, sys.exc_info()[1]
+        )
 
 
 def rank_from_environment() -> int:
@@ -65,9 +77,13 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Logs on rank 0 how far a long job is, now and then: amount, speed and the time that is left."""
+    """Logs on rank 0 how far a long job is, now and then: amount, speed and the time that is
+    left.
+    """
 
-    def __init__(self, logger: logging.Logger, total: float, unit: str, *, every_seconds: float = 10.0) -> None:
+    def __init__(
+        self, logger: logging.Logger, total: float, unit: str, *, every_seconds: float = 10.0
+    ) -> None:
         """Start the clock. Amounts are `unit`s; whole numbers are shown as such."""
         self._logger, self._total, self._unit, self._every = logger, total, unit, every_seconds
         self._done: float = 0
@@ -81,5 +97,14 @@ class Progress:
             return
         self._last, speed = now, self._done / (now - self._start)
         digits = 0 if isinstance(self._total, int) else 1
-        self._logger.info("%.*f/%.*f %s  %.3g %s/s  %s left", digits, self._done, digits, self._total, self._unit,
-                          speed, self._unit, duration((self._total - self._done) / speed))
+        self._logger.info(
+            "%.*f/%.*f %s  %.3g %s/s  %s left",
+            digits,
+            self._done,
+            digits,
+            self._total,
+            self._unit,
+            speed,
+            self._unit,
+            duration((self._total - self._done) / speed),
+        )

@@ -1,7 +1,7 @@
 """How the files `*_private.py` reach the insides of a library, which can move with any release.
 
-Each keeps a table `NAMES` of what it uses. A run under a library that has moved ends with the library, its version and
-the name, and never computes in another way.
+Each keeps a table `NAMES` of what it uses. A run under a library that has moved ends with the
+library, its version and the name, and never computes in another way.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from promoe_ds.errors import ConfigError
 
 def moved(path: str, name: str) -> ConfigError:
     """Return the error that says what the library of a dotted path no longer has."""
-    library = path.partition(".")[0].replace("megatron", "megatron.core")  # which alone has a version
+    library = path.partition(".")[0].replace(
+        "megatron", "megatron.core"
+    )  # which alone has a version
     version = getattr(importlib.import_module(library), "__version__", "")
-    return ConfigError(f"{library} {version} has no {name}, on which this package relies: install the versions of "
-                       "launch_scripts/constraints.txt")
+    return ConfigError(
+        f"{library} {version} has no {name}, on which this package relies: install the versions of "
+        "launch_scripts/constraints.txt"
+    )
 
 
 def read_private(owner: Any, name: str, *, library: str) -> Any:
@@ -41,14 +45,21 @@ def find_private(module: str, name: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}.") or "." not in error.name:
+        if (
+            error.name is None
+            or not f"{module}.".startswith(f"{error.name}.")
+            or "." not in error.name
+        ):
             raise  # the library, or what it needs, is not installed
         raise moved(module, module) from None
-    return reduce(lambda owner, part: read_private(owner, part, library=module), name.split("."), found)
+    return reduce(
+        lambda owner, part: read_private(owner, part, library=module), name.split("."), found
+    )
 
 
 def check_parameters(module: Any, names: Iterable[str], *, library: str) -> None:
-    """Check that a library's module has parameters of these dotted names: `functional_call` would not miss one.
+    """Check that a library's module has parameters of these dotted names: `functional_call` would
+    not miss one.
 
     Raises: ConfigError naming library, version and parameter.
     """

@@ -41,7 +41,15 @@ class KeepsBuffersPrecise(nn.Module):
         for name, kept in before.items():
             buffer = self.get_buffer(name)
             if buffer.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, torch.empty_like(buffer, dtype=kept.dtype) if kept.is_meta else kept.to(buffer.device))
+                setattr(
+                    self,
+                    name,
+                    (
+                        torch.empty_like(buffer, dtype=kept.dtype)
+                        if kept.is_meta
+                        else kept.to(buffer.device)
+                    ),
+                )
         return self
 
 
@@ -55,7 +63,8 @@ def fake_tensors() -> AbstractContextManager[Any]:
 
 
 def file_offset(fake: Tensor) -> int:
-    """Return where in its file the storage of a tensor begins that was loaded within `fake_tensors`.
+    """Return where in its file the storage of a tensor begins that was loaded within
+    `fake_tensors`.
 
     Raises: ConfigError naming torch's version and the attribute.
     """

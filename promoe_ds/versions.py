@@ -12,18 +12,24 @@ from promoe_ds import __version__
 from promoe_ds.config.loader import release_of
 from promoe_ds.errors import ConfigError
 
-#: The first version of DeepSpeed that skips steps whose norm is infinite under ZeRO, and the first that is untested.
+#: The first version of DeepSpeed that skips steps whose norm is infinite under ZeRO, and the first
+# that is untested.
 DEEPSPEED_RANGE = ("0.19.8", "0.20")
 
 
 def package_versions() -> dict[str, str]:
     """Return the versions that a checkpoint's reader may want to know."""
-    return {"promoe_ds": __version__, "torch": torch.__version__, "deepspeed": version("deepspeed"),
-            "python": platform.python_version()}
+    return {
+        "promoe_ds": __version__,
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+        "python": platform.python_version(),
+    }
 
 
 def check_deepspeed() -> None:
-    """Check the installed DeepSpeed before it is imported; name the CPU to it where there is no GPU.
+    """Check the installed DeepSpeed before it is imported; name the CPU to it where there is no
+    GPU.
 
     DeepSpeed would find the CPU itself, and warn.
     Raises: ConfigError if there is none, or another than this package works with.
@@ -36,8 +42,11 @@ def check_deepspeed() -> None:
     except PackageNotFoundError:
         found = "no version"
     if not release_of(least) <= release_of(found) < release_of(below):
-        raise ConfigError(f"{found} of deepspeed is installed, training needs at least {least} (earlier ones step on infinite "
-                          f"gradients under ZeRO) and less than {below}: pip install 'deepspeed>={least},<{below}'")
+        raise ConfigError(
+            f"{found} of deepspeed is installed, training needs at least {least} (earlier ones step"
+            f" on infinite gradients under ZeRO) and less than {below}: pip install"
+            f" 'deepspeed>={least},<{below}'"
+        )
 
 
 def device_name(device: torch.device) -> str:
@@ -46,8 +55,14 @@ def device_name(device: torch.device) -> str:
 
 
 def versions_of(*packages: str) -> dict[str, str]:
-    """Return the versions of those packages that are installed, of this one, torch and Python; none is imported."""
-    found = {"promoe_ds": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    """Return the versions of those packages that are installed, of this one, torch and Python; none
+    is imported.
+    """
+    found = {
+        "promoe_ds": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     for package in packages:
         try:
             found[package] = version(package)

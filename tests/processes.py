@@ -1,7 +1,9 @@
-"""Processes of the tests: forked from one that has imported torch and DeepSpeed already, and none is left behind.
+"""Processes of the tests: forked from one that has imported torch and DeepSpeed already, and none
+is left behind.
 
-A fork is a process like any other (its own session, environment, folder, output and exit code); what it saves is the seconds
-that each interpreter needs to import torch and DeepSpeed. Whatever is about starting itself runs in an interpreter of its own.
+A fork is a process like any other (its own session, environment, folder, output and exit code);
+what it saves is the seconds that each interpreter needs to import torch and DeepSpeed. Whatever is
+about starting itself runs in an interpreter of its own.
 """
 
 from __future__ import annotations
@@ -26,18 +28,40 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
-#: Every process of a session of tests has the first in its environment, every one that a test started the second.
+#: Every process of a session of tests has the first in its environment, every one that a test
+# started the second.
 SESSION, TEST = "TESTS_SESSION", "TESTS_TEST"
-#: What a rank or a command imports sooner or later, torch.compile's libraries through DeepSpeed's Muon for one.
-_PRELOADED = ("torch", "setuptools", "sklearn.datasets", "diffusers", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer",
-              "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
-              "megatron.core.transformer.moe.moe_layer", "promoe_ds.train.loop", "promoe_ds.checkpoint.conversion",
-              "promoe_ds.distributed.context", "promoe_ds.evaluation.sample_job", "promoe_ds.evaluation.metrics", "promoe_ds.data")
+#: What a rank or a command imports sooner or later, torch.compile's libraries through DeepSpeed's
+# Muon for one.
+_PRELOADED = (
+    "torch",
+    "setuptools",
+    "sklearn.datasets",
+    "diffusers",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "megatron.core.transformer.moe.moe_layer",
+    "promoe_ds.train.loop",
+    "promoe_ds.checkpoint.conversion",
+    "promoe_ds.distributed.context",
+    "promoe_ds.evaluation.sample_job",
+    "promoe_ds.evaluation.metrics",
+    "promoe_ds.data",
+)
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a process of the tests: one thread, no GPU, this Python's commands first."""
-    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    """Return the environment of a process of the tests: one thread, no GPU, this Python's commands
+    first.
+    """
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     return {**os.environ, **own, **more}
 
 
@@ -50,18 +74,30 @@ def free_port() -> int:
             return port
 
 
-def run(command: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float,
-        **options: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; where that does not come in time, nothing of it is left."""
     mark = uuid.uuid4().hex
-    process = subprocess.Popen(command, cwd=cwd, env={**env, TEST: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**env, TEST: mark},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         sweep(TEST, mark)
         output, errors = process.communicate()
-        raise AssertionError(f"{command} did not end within {timeout} s:\n{output[-3000:]}\n{errors[-3000:]}") from None
+        raise AssertionError(
+            f"{command} did not end within {timeout} s:\n{output[-3000:]}\n{errors[-3000:]}"
+        ) from None
     finally:
         sweep(TEST, mark)
         process.wait()
@@ -73,22 +109,34 @@ def sweep(name: str, value: str) -> None:
     wanted = f"{name}={value}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if int(folder.name) != os.getpid() and wanted in (folder / "environ").read_bytes().split(b"\0"):
+            if int(folder.name) != os.getpid() and wanted in (
+                folder / "environ"
+            ).read_bytes().split(b"\0"):
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
 class Forks:
     """Forked processes that run together; all are killed when the block ends."""
 
-    def __init__(self, task: Callable[..., Any], arguments: Sequence[Any], environments: Sequence[Mapping[str, str]], *,
-                 cwd: Path = REPOSITORY) -> None:
+    def __init__(
+        self,
+        task: Callable[..., Any],
+        arguments: Sequence[Any],
+        environments: Sequence[Mapping[str, str]],
+        *,
+        cwd: Path = REPOSITORY,
+    ) -> None:
         """Start `task(*arguments)` once for each of `environments`, in the folder `cwd`."""
         _serve()
         context = multiprocessing.get_context("forkserver")
         self._folder = tempfile.TemporaryDirectory(prefix="forks")
         self._processes = [
-            context.Process(target=_begin, args=(task, tuple(arguments), dict(env), str(cwd), self._path(number, "")))
-            for number, env in enumerate(environments)]
+            context.Process(
+                target=_begin,
+                args=(task, tuple(arguments), dict(env), str(cwd), self._path(number, "")),
+            )
+            for number, env in enumerate(environments)
+        ]
         for process in self._processes:
             process.start()
 
@@ -114,7 +162,8 @@ class Forks:
         return any(process.is_alive() for process in self._processes)
 
     def wait(self, timeout: float) -> list[int]:
-        """Return all exit codes (-N: killed by signal N); once one has failed, the others have ten seconds more.
+        """Return all exit codes (-N: killed by signal N); once one has failed, the others have ten
+        seconds more.
 
         Raises: AssertionError, with what they wrote, if one still runs after `timeout` seconds.
         """
@@ -139,7 +188,11 @@ class Forks:
 
     def texts(self) -> str:
         """Return the last words of all."""
-        return "\n".join(self.text(number, kind)[-3000:] for number in range(len(self._processes)) for kind in ("output", "errors"))
+        return "\n".join(
+            self.text(number, kind)[-3000:]
+            for number in range(len(self._processes))
+            for kind in ("output", "errors")
+        )
 
     def _path(self, number: int, kind: str) -> str:
         return f"{self._folder.name}/{number}_{kind}"
@@ -147,22 +200,40 @@ class Forks:
 
 def ranks(world_size: int, task: Callable[..., Any], *arguments: Any, **env: str) -> Forks:
     """Start `task(*arguments)` on ranks that find each other by what a launcher sets."""
-    common = environment(WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **env)
-    return Forks(task, arguments, [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)])
+    common = environment(
+        WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **env
+    )
+    return Forks(
+        task,
+        arguments,
+        [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)],
+    )
 
 
-def run_ranks(world_size: int, task: Callable[..., Any], *arguments: Any, timeout: float = 240) -> None:
+def run_ranks(
+    world_size: int, task: Callable[..., Any], *arguments: Any, timeout: float = 240
+) -> None:
     """Run `task(*arguments)` on ranks to its end, which must be a good one."""
     with ranks(world_size, task, *arguments) as forks:
         assert forks.wait(timeout) == [0] * world_size, forks.texts()
 
 
-def run_python(arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float,
-               limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `python -m MODULE ...` or `python SCRIPT ...` in a fork; `limit`: bytes of the largest file that it may write."""
+def run_python(
+    arguments: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout: float,
+    limit: int | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ...` or `python SCRIPT ...` in a fork; `limit`: bytes of the largest
+    file that it may write.
+    """
     with Forks(_run_program, (tuple(arguments), limit), [env], cwd=cwd) as forks:
         (code,) = forks.wait(timeout)
-        return subprocess.CompletedProcess(arguments, code, forks.text(0, "output"), forks.text(0, "errors"))
+        return subprocess.CompletedProcess(
+            arguments, code, forks.text(0, "output"), forks.text(0, "errors")
+        )
 
 
 @functools.cache
@@ -179,10 +250,14 @@ def _serve() -> None:
         os.environ.update(before)
 
 
-def _begin(task: Callable[..., Any], arguments: tuple, env: dict[str, str], cwd: str, path: str) -> None:
+def _begin(
+    task: Callable[..., Any], arguments: tuple, env: dict[str, str], cwd: str, path: str
+) -> None:
     """Make a fork what a process is that was just started; then run its task."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive the tests
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: it does not outlive the tests
     os.setsid()
     os.environ.clear()
     os.environ.update(env)

@@ -1,7 +1,9 @@
 """Every use of DeepSpeed's insides in this package.
 
-`NAMES` is read as soon as this file is imported; `UpdateGate` and `ZeroPartitions` check what exists only in an
-engine: a run under a DeepSpeed that has moved ends at its first step and never trains in another way.
+`NAMES` is read as soon as this file is imported; `UpdateGate` and `ZeroPartitions` check what
+exists only in an
+engine: a run under a DeepSpeed that has moved ends at its first step and never trains in another
+way.
 """
 
 from __future__ import annotations
@@ -24,30 +26,47 @@ from promoe_ds import private_names, torch_private
 from promoe_ds.private_names import check_names, find_private, moved
 from promoe_ds.torch_private import set_group_timeouts
 
-_STORAGE, _GROUPS = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine", "deepspeed.utils.groups"
+_STORAGE, _GROUPS = (
+    "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine",
+    "deepspeed.utils.groups",
+)
 #: module -> attributes; a dot goes into a class.
 NAMES = {
     "deepspeed.moe.layer": ("MoE",),
     "deepspeed.moe.sharded_moe": ("MOELayer._set_ep_group", "TopKGate.forward"),
     "deepspeed.ops": ("_probe_compatible_ops",),
     "deepspeed.runtime.engine": (
-        "DeepSpeedEngine._copy_recovery_script", "DeepSpeedEngine.save_checkpoint"),
+        "DeepSpeedEngine._copy_recovery_script",
+        "DeepSpeedEngine.save_checkpoint",
+    ),
     "deepspeed.runtime.compiler": ("compile", "dummy_decorator"),
     "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
     "deepspeed.runtime.zero.stage_1_and_2": (
-        "DeepSpeedZeroOptimizer.check_overflow", "DeepSpeedZeroOptimizer.update_lp_params"),
-    _STORAGE: ("TorchCheckpointEngine.save", "TorchCheckpointEngine.load", "TorchCheckpointEngine.create"),
+        "DeepSpeedZeroOptimizer.check_overflow",
+        "DeepSpeedZeroOptimizer.update_lp_params",
+    ),
+    _STORAGE: (
+        "TorchCheckpointEngine.save",
+        "TorchCheckpointEngine.load",
+        "TorchCheckpointEngine.create",
+    ),
     "deepspeed.runtime.fp16.loss_scaler": ("LossScaler",),
     "deepspeed.utils.tensor_fragment": ("fragment_address",),
     _GROUPS: (
-        "_create_expert_and_data_parallel", "_get_expert_parallel_group",
-        "_get_expert_data_parallel_group", "_WORLD_GROUP", "_EXPERT_PARALLEL_GROUP",
-        "_EXPERT_PARALLEL_GROUP_RANKS", "_EXPERT_DATA_PARALLEL_GROUP",
-        "_EXPERT_DATA_PARALLEL_GROUP_RANKS"),
+        "_create_expert_and_data_parallel",
+        "_get_expert_parallel_group",
+        "_get_expert_data_parallel_group",
+        "_WORLD_GROUP",
+        "_EXPERT_PARALLEL_GROUP",
+        "_EXPERT_PARALLEL_GROUP_RANKS",
+        "_EXPERT_DATA_PARALLEL_GROUP",
+        "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
+    ),
 }
 check_names(NAMES)
 read_private = partial(private_names.read_private, library="deepspeed")
-#: Its class of modules that hold experts; its layer and gate; its storage; records in its files beside tensors.
+#: Its class of modules that hold experts; its layer and gate; its storage; records in its files
+# beside tensors.
 MoE: Any = find_private("deepspeed.moe.layer", "MoE")
 MOELayer: Any = find_private("deepspeed.moe.sharded_moe", "MOELayer")
 TopKGate: Any = find_private("deepspeed.moe.sharded_moe", "TopKGate")
@@ -59,8 +78,8 @@ fragment_address: Any = find_private("deepspeed.utils.tensor_fragment", "fragmen
 def prepare_library(timeout_seconds: float) -> None:
     """Check the names; give groups that DeepSpeed makes itself our time-out; compile nothing.
 
-    Without it such groups take torch's default of half an hour, and DeepSpeed's shared-memory all-reduce for CPUs
-    is compiled at first use, for a minute.
+    Without it such groups take torch's default of half an hour, and DeepSpeed's shared-memory
+    all-reduce for CPUs is compiled at first use, for a minute.
     """
     check_names(torch_private.NAMES)
     _import_muon()
@@ -81,8 +100,8 @@ def support_optimizer(kind: type) -> None:
 def _import_muon() -> None:
     """Import DeepSpeed's Muon without compiling its kernels.
 
-    ZeRO asks of every optimizer whether it is Muon, which this package does not offer. Compiling them
-    loads torch.compile's libraries: almost two seconds of each rank's start.
+    ZeRO asks of every optimizer whether it is Muon, which this package does not offer. Compiling
+    them loads torch.compile's libraries: almost two seconds of each rank's start.
     """
     from deepspeed.runtime import compiler
 
@@ -93,10 +112,16 @@ def _import_muon() -> None:
         compiler.compile = original
 
 
-def make_expert_groups(ep_size: int, timeout_seconds: float, *, data_before_expert: bool = False) -> dist.ProcessGroup:
-    """Make DeepSpeed's expert-parallel and expert-data-parallel groups; return this rank's expert-parallel one."""
+def make_expert_groups(
+    ep_size: int, timeout_seconds: float, *, data_before_expert: bool = False
+) -> dist.ProcessGroup:
+    """Make DeepSpeed's expert-parallel and expert-data-parallel groups; return this rank's
+    expert-parallel one.
+    """
     groups = deepspeed.utils.groups
-    groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=data_before_expert)
+    groups._create_expert_and_data_parallel(
+        ep_size, use_data_before_expert_parallel_=data_before_expert
+    )
     name = expert_group_name(ep_size)
     expert_group = groups._get_expert_parallel_group(name)
     set_group_timeouts(timeout_seconds, expert_group, groups._get_expert_data_parallel_group(name))
@@ -112,8 +137,12 @@ def forget_expert_groups() -> None:
     """Forget the groups that DeepSpeed keeps by name: they ended with their process group."""
     groups = deepspeed.utils.groups
     groups._WORLD_GROUP = None
-    for kept in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS,
-                 groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS):
+    for kept in (
+        groups._EXPERT_PARALLEL_GROUP,
+        groups._EXPERT_PARALLEL_GROUP_RANKS,
+        groups._EXPERT_DATA_PARALLEL_GROUP,
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    ):
         kept.clear()
 
 
@@ -130,10 +159,11 @@ def check_gate(gate: type[nn.Module]) -> None:
 def build_engine(
     module: nn.Module, optimizer: Optimizer, settings: dict[str, Any], storage: Any
 ) -> DeepSpeedEngine:
-    """Build the engine of one rank, which reads and writes its files through `storage` alone; all ranks together.
+    """Build the engine of one rank, which reads and writes its files through `storage` alone; all
+    ranks together.
 
-    Rank 0 would also copy converters into each checkpoint, which cannot read expert-parallel shards.
-    Args:
+    Rank 0 would also copy converters into each checkpoint, which cannot read expert-parallel
+    shards. Args:
         settings: the resolved DeepSpeed JSON.
     Raises: ConfigError naming library, version and attribute that has moved.
     """
@@ -176,7 +206,9 @@ class UpdateGate:
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """Where a part of one parameter is: `numel` values from `start` in the parameter, from `flat_start` in the flat."""
+    """Where a part of one parameter is: `numel` values from `start` in the parameter, from
+    `flat_start` in the flat.
+    """
 
     parameter: nn.Parameter
     start: int
@@ -202,9 +234,13 @@ class ZeroPartitions:
                 continue  # another rank's
             here, there = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
             if here.numel != there.numel:
-                raise moved("deepspeed", f"mapping of equal sizes ({there.numel} values to {here.numel})")
+                raise moved(
+                    "deepspeed", f"mapping of equal sizes ({there.numel} values to {here.numel})"
+                )
             yield OwnedSlice(parameter, there.start, here.start, here.numel)
 
     def write_back(self) -> None:
-        """Copy the masters into the weights of every rank.  Collectives: ZeRO's gathering of the weights."""
+        """Copy the masters into the weights of every rank.  Collectives: ZeRO's gathering of the
+        weights.
+        """
         self._optimizer.update_lp_params()

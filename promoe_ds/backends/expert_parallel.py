@@ -1,8 +1,9 @@
 """The seam to DeepSpeed's expert parallelism: what its engine must see, kept in one file.
 
-DeepSpeed recognises experts by `isinstance(module, deepspeed.moe.layer.MoE)` and by two attributes on their parameters.
-`ShardedExperts` is such a module around this rank's stacked experts and nothing else: prototypes, shared and
-unconditional experts stay outside, as ordinary data-parallel parameters under the names of the rank-blind model.
+DeepSpeed recognises experts by `isinstance(module, deepspeed.moe.layer.MoE)` and by two attributes
+on their parameters. `ShardedExperts` is such a module around this rank's stacked experts and
+nothing else: prototypes, shared and unconditional experts stay outside, as ordinary data-parallel
+parameters under the names of the rank-blind model.
 """
 
 from __future__ import annotations
@@ -31,11 +32,17 @@ class ShardedExperts(StackedExperts, MoE):
     """This rank's share of a layer's routed experts, recognisable to DeepSpeed."""
 
     def __init__(self, full: StackedExperts, *, ep_size: int, ep_rank: int) -> None:
-        """Keep experts ep_rank * e ... of `full` (on the meta device); DeepSpeed's own MoE layer is not built."""
+        """Keep experts ep_rank * e ... of `full` (on the meta device); DeepSpeed's own MoE layer is
+        not built.
+        """
         nn.Module.__init__(self)
         num_experts = full.num_local_experts
         self.expert_type, self.backend = full.expert_type, full.backend
-        self.ep_size, self.num_experts, self.num_local_experts = ep_size, num_experts, num_experts // ep_size
+        self.ep_size, self.num_experts, self.num_local_experts = (
+            ep_size,
+            num_experts,
+            num_experts // ep_size,
+        )
         self.first_expert = ep_rank * self.num_local_experts
         self.expert_group_name = expert_group_name(ep_size)
         self.enable_expert_tensor_parallelism = False
@@ -55,29 +62,40 @@ class ShardedExperts(StackedExperts, MoE):
             parameter.group_name = self.expert_group_name
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Nothing to do: `make_expert_groups` has made the groups that DeepSpeed looks up by name."""
+        """Nothing to do: `make_expert_groups` has made the groups that DeepSpeed looks up by
+        name.
+        """
 
 
 def shard_experts(network: DiT, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Replace every layer's routed experts (on the meta device) by this rank's share and connect the path to the others.
+    """Replace every layer's routed experts (on the meta device) by this rank's share and connect
+    the path to the others.
 
     Raises: ConfigError if the path needs what is not installed.
     """
     for layer in network.moe_layers().values():
-        layer.routed = ShardedExperts(layer.routed, ep_size=dist.get_world_size(group), ep_rank=dist.get_rank(group))
+        layer.routed = ShardedExperts(
+            layer.routed, ep_size=dist.get_world_size(group), ep_rank=dist.get_rank(group)
+        )
         layer.dispatcher = _expert_path(network.config, layer.routed, group, device)
 
 
-def _expert_path(config: RunConfig, experts: ShardedExperts, group: dist.ProcessGroup, device: torch.device) -> ExpertPath:
+def _expert_path(
+    config: RunConfig, experts: ShardedExperts, group: dist.ProcessGroup, device: torch.device
+) -> ExpertPath:
     if config.parallel.resolved_dispatch == "deepspeed_moe":
-        return DeepSpeedMoEPath(config.routing.num_experts, config.routing.top_k, config.parallel.capacity_factor, group)
+        return DeepSpeedMoEPath(
+            config.routing.num_experts, config.routing.top_k, config.parallel.capacity_factor, group
+        )
     if config.parallel.resolved_dispatch == "megatron":
         return MegatronPath(config, experts, group, device)
     return AllToAllDispatcher(group, COMM_DTYPES[config.parallel.comm_dtype])
 
 
 def share_centroids(network: DiT) -> None:
-    """Let every router sum its centroids over all data-parallel ranks (`routing.rcl_scope: global`)."""
+    """Let every router sum its centroids over all data-parallel ranks (`routing.rcl_scope:
+    global`).
+    """
     for layer in network.moe_layers().values():
         layer.router.reduce_sum = all_reduce_sum(None)
 
@@ -97,12 +115,16 @@ def _unstack(module: ShardedExperts, state: dict[str, Tensor], prefix: str, meta
 
 def _restack(module: ShardedExperts, state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
     for name in EXPERT_PARAMETERS[module.expert_type]:
-        keys = [f"{prefix}{_DEEPSPEED_KEY}{expert}.{name}" for expert in range(module.num_local_experts)]
+        keys = [
+            f"{prefix}{_DEEPSPEED_KEY}{expert}.{name}" for expert in range(module.num_local_experts)
+        ]
         if all(key in state for key in keys):
             state[f"{prefix}{name}"] = torch.stack([state.pop(key) for key in keys])
 
 
 def expert_file_key(name: str, expert: int) -> str:
-    """Return the key under which a checkpoint's expert file holds `...routed.<parameter>` of one global expert."""
+    """Return the key under which a checkpoint's expert file holds `...routed.<parameter>` of one
+    global expert.
+    """
     module, parameter = name.rsplit(".", 1)
     return f"{module}.{_DEEPSPEED_KEY}{expert}.{parameter}"

@@ -1,7 +1,9 @@
-"""What the expert paths through other libraries' layers have in common: our router's decision, seen token by token.
+"""What the expert paths through other libraries' layers have in common: our router's decision, seen
+token by token.
 
-Such layers ask for the K choices of every token; an assignment lists rows by expert. Where experts choose, tokens have
-unequal numbers of rows, which these layers cannot express: the config refuses them.
+Such layers ask for the K choices of every token; an assignment lists rows by expert. Where experts
+choose, tokens have unequal numbers of rows, which these layers cannot express: the config refuses
+them.
 Letters: N rows, S tokens that have rows, K choices of each.
 """
 
@@ -33,6 +35,8 @@ def token_choices(assignment: Assignment, top_k: int) -> TokenChoices:
     """Sort an assignment by token, K rows each.  Sync: none."""
     counts_E = assignment.tokens_per_expert_E
     num_rows = assignment.token_ids_N.numel()
-    expert_N = torch.repeat_interleave(torch.arange(counts_E.numel(), device=counts_E.device), counts_E, output_size=num_rows)
+    expert_N = torch.repeat_interleave(
+        torch.arange(counts_E.numel(), device=counts_E.device), counts_E, output_size=num_rows
+    )
     rows_SK = torch.argsort(assignment.token_ids_N, stable=True).view(-1, top_k)
     return TokenChoices(assignment.token_ids_N[rows_SK[:, 0]], rows_SK, expert_N)

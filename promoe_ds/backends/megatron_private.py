@@ -1,7 +1,9 @@
-"""Every use of Megatron-core's insides in this package; `NAMES` is read as soon as this file is imported.
+"""Every use of Megatron-core's insides in this package; `NAMES` is read as soon as this file is
+imported.
 
-Among them are stand-ins for what Megatron's MoE layer asks of CUDA, for processes without it: its own modules, and
-nothing else in the process, see a current device that is the CPU; copies to the host need no stream there.
+Among them are stand-ins for what Megatron's MoE layer asks of CUDA, for processes without it: its
+own modules, and nothing else in the process, see a current device that is the CPU; copies to the
+host need no stream there.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from promoe_ds import private_names
 from promoe_ds.errors import ConfigError
 from promoe_ds.private_names import check_names, find_private
 
-_DISPATCHERS, _STATE = "megatron.core.transformer.moe.token_dispatcher", "megatron.core.parallel_state"
+_DISPATCHERS, _STATE = (
+    "megatron.core.transformer.moe.token_dispatcher",
+    "megatron.core.parallel_state",
+)
 #: Modules that ask for the current device: of the buffers of their collectives.
 _ASK_FOR_DEVICE = ("megatron.core.tensor_parallel.mappings", "megatron.core.utils")
 #: module -> attributes; a dot goes into a class.
@@ -53,8 +58,10 @@ def cpu_construction() -> Iterator[None]:
     Raises: ConfigError where there is CUDA and the process runs on the CPU nevertheless.
     """
     if torch.cuda.is_available():
-        raise ConfigError("parallel.dispatch=megatron on the CPU needs a process that sees no CUDA device: set "
-                          "CUDA_VISIBLE_DEVICES= (empty), or leave DS_ACCELERATOR=cpu out to run on the GPU")
+        raise ConfigError(
+            "parallel.dispatch=megatron on the CPU needs a process that sees no CUDA device: set "
+            "CUDA_VISIBLE_DEVICES= (empty), or leave DS_ACCELERATOR=cpu out to run on the GPU"
+        )
     for module in _ASK_FOR_DEVICE:
         vars(sys.modules[module])["torch"] = _TorchWithoutCuda()
     before = _AllToAllDispatcher.cuda_dtoh_stream
@@ -66,7 +73,8 @@ def cpu_construction() -> Iterator[None]:
 
 
 def copy_without_stream(layer: Any) -> None:
-    """Replace this layer's copies from device to host, which go over a stream, by reading the numbers at once.
+    """Replace this layer's copies from device to host, which go over a stream, by reading the
+    numbers at once.
 
     Raises: ConfigError naming library, version and attribute.
     """

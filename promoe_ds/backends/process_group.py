@@ -12,7 +12,8 @@ from promoe_ds.distributed.process_group import join_process_group, local_device
 
 
 def start_distributed(timeout_seconds: float) -> DistributedContext:
-    """Join the process group: nccl where there is CUDA, gloo elsewhere or where DS_ACCELERATOR=cpu asks for it.
+    """Join the process group: nccl where there is CUDA, gloo elsewhere or where DS_ACCELERATOR=cpu
+    asks for it.
 
     Call after `complete_environment`.
     Raises: ConfigError if rank 0 cannot be reached, or DeepSpeed's insides have moved.
@@ -27,6 +28,10 @@ def start_distributed(timeout_seconds: float) -> DistributedContext:
     prepare_library(timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     join_process_group(backend, timeout_seconds)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False,
-                               timeout=timedelta(seconds=timeout_seconds))
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
     return DistributedContext(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)

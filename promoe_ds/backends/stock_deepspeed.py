@@ -1,10 +1,11 @@
-"""The stock DeepSpeed path (`parallel.dispatch=deepspeed_moe`): our router as the gate of an unmodified `MOELayer`.
+"""The stock DeepSpeed path (`parallel.dispatch=deepspeed_moe`): our router as the gate of an
+unmodified `MOELayer`.
 
-DeepSpeed's layer sends C slots to every expert from every rank, filled or not. Without `parallel.capacity_factor`, C is the
-fullest expert's count over all ranks of the group (dropless by padding); with it, C is fixed and rows beyond it are dropped,
-lowest gates first.
-Letters: T tokens of this rank, D width, E routed experts, e those on this rank, K choices per token, N rows, C slots per
-expert and rank, W ranks of the expert-parallel group.
+DeepSpeed's layer sends C slots to every expert from every rank, filled or not. Without
+`parallel.capacity_factor`, C is the fullest expert's count over all ranks of the group (dropless by
+padding); with it, C is fixed and rows beyond it are dropped, lowest gates first.
+Letters: T tokens of this rank, D width, E routed experts, e those on this rank, K choices per
+token, N rows, C slots per expert and rank, W ranks of the expert-parallel group.
 """
 
 from __future__ import annotations
@@ -25,21 +26,36 @@ _NO_EXPERT = -1
 
 
 class PlanGate(nn.Module):
-    """A gate that gives DeepSpeed's layer the decision that our router has made, labels included."""
+    """A gate that gives DeepSpeed's layer the decision that our router has made, labels
+    included.
+    """
 
-    def __init__(self, num_experts: int, top_k: int, capacity_factor: float | None, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, num_experts: int, top_k: int, capacity_factor: float | None, group: dist.ProcessGroup
+    ) -> None:
         """Take E, K and the slots over an even share (None: as many as needed)."""
         super().__init__()
-        self.num_experts, self.top_k, self.capacity_factor, self.group = num_experts, top_k, capacity_factor, group
+        self.num_experts, self.top_k, self.capacity_factor, self.group = (
+            num_experts,
+            top_k,
+            capacity_factor,
+            group,
+        )
         self.assignment: Assignment | None = None
         self.capacity: Tensor | None = None
 
-    def forward(self, tokens_TD: Tensor, used_token: Tensor | None = None, sparse_routes: bool = True,
-                use_tutel: bool = False) -> tuple[Tensor, Tensor, int, Tensor, Tensor, Tensor, Tensor]:
-        """Return DeepSpeed's tuple: loss, C, E, experts_KT (-1: none), slots_KT, gates_KT, counts_E.
+    def forward(
+        self,
+        tokens_TD: Tensor,
+        used_token: Tensor | None = None,
+        sparse_routes: bool = True,
+        use_tutel: bool = False,
+    ) -> tuple[Tensor, Tensor, int, Tensor, Tensor, Tensor, Tensor]:
+        """Return DeepSpeed's tuple: loss, C, E, experts_KT (-1: none), slots_KT, gates_KT,
+        counts_E.
 
-        The losses of our router are added elsewhere, in the open: the loss here is 0. Tokens of unconditional samples have no
-        route, so `used_token` has nothing to add.
+        The losses of our router are added elsewhere, in the open: the loss here is 0. Tokens of
+        unconditional samples have no route, so `used_token` has nothing to add.
         """
         assignment, num_tokens = self.assignment, tokens_TD.shape[0]
         choices = token_choices(assignment, self.top_k)
@@ -51,9 +67,19 @@ class PlanGate(nn.Module):
         slots_KT = torch.zeros_like(experts_KT)
         slots_KT[:, choices.token_ids_S] = slot_N[choices.rows_SK].T
         gates_KT = assignment.gates_N.new_zeros(experts_KT.shape)
-        gates_KT = gates_KT.index_copy(1, choices.token_ids_S, assignment.gates_N[choices.rows_SK].T)
+        gates_KT = gates_KT.index_copy(
+            1, choices.token_ids_S, assignment.gates_N[choices.rows_SK].T
+        )
         loss = gates_KT.new_zeros(())
-        return loss, self.capacity, self.num_experts, experts_KT, slots_KT, gates_KT, assignment.tokens_per_expert_E
+        return (
+            loss,
+            self.capacity,
+            self.num_experts,
+            experts_KT,
+            slots_KT,
+            gates_KT,
+            assignment.tokens_per_expert_E,
+        )
 
     def _set_ep_group(self, group: dist.ProcessGroup) -> None:
         """Nothing to do: the group is known."""
@@ -61,14 +87,18 @@ class PlanGate(nn.Module):
     def _find_capacity(self, counts_E: Tensor, num_tokens: int) -> Tensor:
         """Return C, the same on all ranks of the group; without a factor this is a collective."""
         if self.capacity_factor is not None:
-            slots = max(1, math.ceil(self.capacity_factor * num_tokens * self.top_k / self.num_experts))
+            slots = max(
+                1, math.ceil(self.capacity_factor * num_tokens * self.top_k / self.num_experts)
+            )
             return counts_E.new_tensor(slots)
         largest = counts_E.max()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
         return largest.clamp_min(1)
 
     def _slots(self, assignment: Assignment, expert_N: Tensor) -> Tensor:
-        """Number each expert's rows: in their order, or by falling gate where some may be dropped."""
+        """Number each expert's rows: in their order, or by falling gate where some may be
+        dropped.
+        """
         counts_E = assignment.tokens_per_expert_E
         first_N = (counts_E.cumsum(0) - counts_E)[expert_N]
         places_N = torch.arange(expert_N.numel(), device=expert_N.device)
@@ -80,7 +110,9 @@ class PlanGate(nn.Module):
 
 
 class SlotExperts(nn.Module):
-    """Our experts as DeepSpeed's layer calls them: on W * C slots each, empty ones included, whose results nobody reads."""
+    """Our experts as DeepSpeed's layer calls them: on W * C slots each, empty ones included, whose
+    results nobody reads.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,32 +122,51 @@ class SlotExperts(nn.Module):
         """Map (W, e, C, D) to (W, e, C, D)."""
         ranks, num_local, capacity, width = slots_WeCD.shape
         rows_RD = slots_WeCD.transpose(0, 1).reshape(-1, width)
-        counts_e = torch.full((num_local,), ranks * capacity, dtype=torch.int64, device=rows_RD.device)
-        return self.function(rows_RD, counts_e).view(num_local, ranks, capacity, width).transpose(0, 1)
+        counts_e = torch.full(
+            (num_local,), ranks * capacity, dtype=torch.int64, device=rows_RD.device
+        )
+        return (
+            self.function(rows_RD, counts_e).view(num_local, ranks, capacity, width).transpose(0, 1)
+        )
 
 
 class DeepSpeedMoEPath:
-    """Takes tokens through DeepSpeed's own `MOELayer`. Its exchange is synchronous: nothing overlaps with it."""
+    """Takes tokens through DeepSpeed's own `MOELayer`. Its exchange is synchronous: nothing
+    overlaps with it.
+    """
 
     clock = None
 
-    def __init__(self, num_experts: int, top_k: int, capacity_factor: float | None, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, num_experts: int, top_k: int, capacity_factor: float | None, group: dist.ProcessGroup
+    ) -> None:
         """Build the layer over DeepSpeed's expert-parallel group.
 
         Raises: ConfigError if the layer asks its gate for something else.
         """
         check_gate(PlanGate)
-        self.gate, self.experts = PlanGate(num_experts, top_k, capacity_factor, group), SlotExperts()
+        self.gate, self.experts = (
+            PlanGate(num_experts, top_k, capacity_factor, group),
+            SlotExperts(),
+        )
         self.group, self.world_size = group, dist.get_world_size(group)
-        self.layer = MOELayer(self.gate, self.experts, expert_group_name(self.world_size), self.world_size,
-                              num_experts // self.world_size)
+        self.layer = MOELayer(
+            self.gate,
+            self.experts,
+            expert_group_name(self.world_size),
+            self.world_size,
+            num_experts // self.world_size,
+        )
         self.layer._set_ep_group(group)
 
-    def begin(self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment) -> PendingOutput:
+    def begin(
+        self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment
+    ) -> PendingOutput:
         """Run the layer when the result is called.
 
         Sync: one, for C.  Collectives: three (C, slots out, slots back).
         """
+
         def finish(base_TD: Tensor) -> Tensor:
             self.gate.assignment, self.experts.function = assignment, experts
             output_TD = self.layer(tokens_TD, None)

@@ -25,7 +25,8 @@ _LARGE_BLOCK = 1 << 20
 
 
 class RecordingStorage(TorchCheckpointEngine):
-    """Writes flushed files and remembers their sizes and checksums; reads tensors and plain records only.
+    """Writes flushed files and remembers their sizes and checksums; reads tensors and plain records
+    only.
 
     A failed write is remembered, not raised: DeepSpeed's save has barriers in it, where the other
     ranks would wait for ever. The trainer asks all ranks afterwards.
@@ -127,7 +128,9 @@ def _storable(value: Any, *, copy: bool) -> Any:
 
 
 class _ChecksumWriter(io.RawIOBase):
-    """A write-only file that keeps count and checksum of what passes; large blocks are summed up while they are written."""
+    """A write-only file that keeps count and checksum of what passes; large blocks are summed up
+    while they are written.
+    """
 
     def __init__(self, file: Any, helper: ThreadPoolExecutor) -> None:
         self._file, self._helper = file, helper

@@ -1,4 +1,5 @@
-"""Moving experts to other ranks at a resume: they are relabelled in everything that a checkpoint holds, results unchanged.
+"""Moving experts to other ranks at a resume: they are relabelled in everything that a checkpoint
+holds, results unchanged.
 
 The experts of a layer are in order over the ranks of an expert-parallel group, so another placement
 is another order. The router's tensors follow it, so that a token finds the same expert under its
@@ -28,7 +29,8 @@ Order = tuple[tuple[int, ...], ...]
 
 
 def with_placement_of(config: RunConfig, checkpoint: Path | None) -> RunConfig:
-    """Return the config with the order that experts will have: the one asked for, else the checkpoint's.
+    """Return the config with the order that experts will have: the one asked for, else the
+    checkpoint's.
 
     Raises: ConfigError if a placement is asked for and there is no checkpoint whose experts could
         be moved.
@@ -36,8 +38,9 @@ def with_placement_of(config: RunConfig, checkpoint: Path | None) -> RunConfig:
     if config.parallel.expert_placement is not None:
         if checkpoint is None:
             raise ConfigError(
-                f"parallel.expert_placement={config.parallel.expert_placement} moves trained experts, but this run "
-                "starts at step 0: leave it out, or --resume from a checkpoint"
+                f"parallel.expert_placement={config.parallel.expert_placement} moves trained"
+                " experts, but this run starts at step 0: leave it out, or --resume from a"
+                " checkpoint"
             )
         return config
     order = None if checkpoint is None else _saved_order(read_manifest(checkpoint))
@@ -67,7 +70,9 @@ class RelabelledCheckpoint:
         self.kinds, self.optimizer_step = checkpoint.kinds, checkpoint.optimizer_step
 
     def read_into(self, out_N: Tensor, kind: str, name: str, start: int) -> None:
-        """Fill a flat tensor with the values [start, start + N) of a whole parameter in its new order."""
+        """Fill a flat tensor with the values [start, start + N) of a whole parameter in its new
+        order.
+        """
         if name not in self._sources:
             self._checkpoint.read_into(out_N, kind, name, start)
             return

@@ -137,30 +137,32 @@ def _report_changes(
     )
     if before != trainer.batches.micro_batch:
         _LOG.warning(
-            "resume: the micro-batch was %d and is %d: losses and choices taken over a pass change with it "
-            "(docs/methods.md)",
+            "resume: the micro-batch was %d and is %d: losses and choices taken over a pass change"
+            " with it (docs/methods.md)",
             before,
             trainer.batches.micro_batch,
         )
     scale, saved_scale = trainer.config.data.latent_scale, saved.data.latent_scale
     if saved_scale != scale:
         _LOG.warning(
-            "resume: data.latent_scale was %g and is %g: unless the latents are of another autoencoder, the network sees "
-            "them at a scale that it was not trained on",
+            "resume: data.latent_scale was %g and is %g: unless the latents are of another"
+            " autoencoder, the network sees them at a scale that it was not trained on",
             saved_scale,
             scale,
         )
     if same_run and manifest.dataset_size not in (None, len(trainer.dataset)):
         _LOG.warning(
-            "resume: the data set had %d samples and has %d: their order is another from here on, some come again or "
-            "never in this epoch",
+            "resume: the data set had %d samples and has %d: their order is another from here on,"
+            " some come again or never in this epoch",
             manifest.dataset_size,
             len(trainer.dataset),
         )
 
 
 def _changed_schedule(saved: RunConfig, config: RunConfig, step: int) -> str:
-    """Return what becomes of the learning rate from `step` on, and how to keep it; nothing if it is as before."""
+    """Return what becomes of the learning rate from `step` on, and how to keep it; nothing if it is
+    as before.
+    """
 
     def rates(run: RunConfig) -> list[float]:
         return [
@@ -178,14 +180,17 @@ def _changed_schedule(saved: RunConfig, config: RunConfig, step: int) -> str:
     }
     keep["schedule_steps"] = saved.optimizer.schedule_steps or saved.train.max_steps
     return (
-        f"the learning rate of step {step} was to be {before:.3g} and is {now:.3g}: the schedule has changed (train.max_steps "
-        f"was {saved.train.max_steps} and is {config.train.max_steps}). To keep the old one: --set "
+        f"the learning rate of step {step} was to be {before:.3g} and is {now:.3g}: the schedule"
+        f" has changed (train.max_steps was {saved.train.max_steps} and is"
+        f" {config.train.max_steps}). To keep the old one: --set "
         + " ".join(f"optimizer.{name}={value}" for name, value in keep.items())
     )
 
 
 def _beside_schedule(config: OptimizerConfig) -> OptimizerConfig:
-    """Return the optimizer's settings without those that every step sets anew: DeepSpeed brings back the others as saved."""
+    """Return the optimizer's settings without those that every step sets anew: DeepSpeed brings
+    back the others as saved.
+    """
     return config.model_copy(
         update={name: OptimizerConfig.model_fields[name].default for name in _SCHEDULE}
     )

@@ -1,4 +1,5 @@
-"""A checkpoint is complete or ignored: the manifest, written last, lists every file with size and checksum.
+"""A checkpoint is complete or ignored: the manifest, written last, lists every file with size and
+checksum.
 
 No torch here: whether a checkpoint can be trusted is decided before any of its tensors is opened.
 """
@@ -54,8 +55,11 @@ class Layout:
     aligned: bool = False
 
     def __str__(self) -> str:
-        return (f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, expert storage {self.dispatch}, "
-                f"ZeRO {self.zero_stage}, {self.precision}{', aligned' if self.aligned else ''}")
+        return (
+            f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, expert storage"
+            f" {self.dispatch}, ZeRO {self.zero_stage},"
+            f" {self.precision}{', aligned' if self.aligned else ''}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +143,9 @@ def read_manifest(folder: Path) -> Manifest:
             averages_since={
                 name: int(step) for name, step in values.get("averages_since", {}).items()
             },
-            dataset_size=None
-            if values.get("dataset_size") is None
-            else _count(values, "dataset_size"),
+            dataset_size=(
+                None if values.get("dataset_size") is None else _count(values, "dataset_size")
+            ),
             wandb_id=str(values.get("wandb_id", "")),
         )
     except FileNotFoundError:
@@ -213,7 +217,8 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def named_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints that a user's path names: itself alone, that of a file `latest`, or all of a run, newest first.
+    """Return the checkpoints that a user's path names: itself alone, that of a file `latest`, or
+    all of a run, newest first.
 
     Raises: CheckpointError if there is none. Whether they are sound is another question.
     """
@@ -237,8 +242,8 @@ def _pointed_at(path: Path) -> Path:
         name = ""
     if not CHECKPOINT_NAME.match(name):
         raise CheckpointError(
-            f"{path}: is a file and does not name a checkpoint, as RUN/checkpoints/latest does: give a "
-            "checkpoint's folder or a run directory"
+            f"{path}: is a file and does not name a checkpoint, as RUN/checkpoints/latest does:"
+            " give a checkpoint's folder or a run directory"
         )
     return path.parent / name
 
@@ -258,7 +263,9 @@ def list_unfinished(root: Path) -> list[Path]:
 
 
 def _checksum_of(values: dict[str, Any]) -> str:
-    """Return the XXH3 of a manifest's fields, whatever the white space between them and their order."""
+    """Return the XXH3 of a manifest's fields, whatever the white space between them and their
+    order.
+    """
     content = {name: value for name, value in values.items() if name != _OWN_CHECKSUM}
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
 

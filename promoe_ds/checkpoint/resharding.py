@@ -1,4 +1,5 @@
-"""Resuming on other ranks, expert parallelism or ZeRO stage: every rank fills what it owns from the files of any layout.
+"""Resuming on other ranks, expert parallelism or ZeRO stage: every rank fills what it owns from the
+files of any layout.
 
 Only plain copies happen, in fp32: weights, moments and moving averages are bit for bit those that
     were saved.
@@ -29,7 +30,9 @@ _LOG = get_logger("checkpoint")
 
 @dataclass(frozen=True)
 class _Owned:
-    """Values of one parameter that this rank keeps: where they lie in the whole parameter, and in this rank's tensors."""
+    """Values of one parameter that this rank keeps: where they lie in the whole parameter, and in
+    this rank's tensors.
+    """
 
     name: str
     start: int
@@ -38,7 +41,8 @@ class _Owned:
 
 @torch.no_grad()
 def load_resharded(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
-    """Fill the trainer's weights, optimizer state, averages and routers' state from a checkpoint of any layout.
+    """Fill the trainer's weights, optimizer state, averages and routers' state from a checkpoint of
+    any layout.
 
     A checkpoint without moments gives a fresh optimizer state, one without averages starts them at
     the weights: a conversion without --with-optimizer makes such ones, and the log says so.
@@ -89,7 +93,8 @@ def _report_losses(
     kept = kept_averages(manifest, trainer.config.optimizer).values()
     if dropped := [f"{name} ({average})" for name, average in before.items() if name not in kept]:
         _LOG.warning(
-            "resume: the averages %s are given up: optimizer.ema_decays and ema_sigma_rels no longer name them",
+            "resume: the averages %s are given up: optimizer.ema_decays and ema_sigma_rels no"
+            " longer name them",
             ", ".join(dropped),
         )
     if missing:
@@ -98,8 +103,8 @@ def _report_losses(
             for kind in missing
         ]
         _LOG.warning(
-            "resume: %s holds no %s: the optimizer's moments start at zero, averages at the weights, where they are "
-            "missing",
+            "resume: %s holds no %s: the optimizer's moments start at zero, averages at the"
+            " weights, where they are missing",
             folder,
             ", ".join(named),
         )
@@ -145,7 +150,9 @@ def _owned_values(trainer: TrainingState, step: int) -> Iterator[_Owned]:
 
 
 def kept_averages(manifest: Manifest, config: OptimizerConfig) -> dict[str, str]:
-    """Return the averages that a run continues: their names -> the names that they have in a checkpoint."""
+    """Return the averages that a run continues: their names -> the names that they have in a
+    checkpoint.
+    """
     saved = {
         average: name
         for name, average in OptimizerConfig.model_validate(
@@ -163,7 +170,9 @@ def _state_kinds(trainer: TrainingState) -> tuple[str, ...]:
 def _fresh_state(
     states: dict, parameter: Tensor, step: int, kinds: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Make the optimizer state of one parameter or flat slice, as AdamWithEma would at its first update; return its `kinds`."""
+    """Make the optimizer state of one parameter or flat slice, as AdamWithEma would at its first
+    update; return its `kinds`.
+    """
     values = {kind: torch.zeros_like(parameter.data) for kind in kinds}
     states[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **values}
     return values

@@ -3,8 +3,8 @@
 Where that is in doubt, it is an error.
 
 A run that was started from a named checkpoint remembers it (`start.json`): the same command given
-again, by hand or by a scheduler that repeats it, continues with what the run has reached, and `auto`
-never falls back to step 0.
+again, by hand or by a scheduler that repeats it, continues with what the run has reached, and
+`auto` never falls back to step 0.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """The checkpoint that a run was started from: its path as it was named, absolute, and its step."""
+    """The checkpoint that a run was started from: its path as it was named, absolute, and its
+    step.
+    """
 
     named: str
     step: int
@@ -77,8 +79,8 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
     reached = [folder for folder in own if start is not None and step_of(folder) >= start.step]
     if start is not None and start.named == named and reached:
         _LOG.info(
-            "resume: this run was started from %s before and goes on with its own checkpoints; to start from there anew, "
-            "take another --run-dir",
+            "resume: this run was started from %s before and goes on with its own checkpoints; to"
+            " start from there anew, take another --run-dir",
             request,
         )
         return _continue_run(reached, root, ranks, start)
@@ -87,8 +89,9 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
         on_main(ranks, lambda: _set_later_aside(root, read_manifest(folder).step))
     elif own:
         raise CheckpointError(
-            f"--resume {request}: {run_dir} already holds checkpoints of its own, up to {own[0].name}, and was "
-            "not started from there: go on by --resume auto, or take another --run-dir"
+            f"--resume {request}: {run_dir} already holds checkpoints of its own, up to"
+            f" {own[0].name}, and was not started from there: go on by --resume auto, or take"
+            " another --run-dir"
         )
     _LOG.info("resume: taking %s", folder)
     on_main(
@@ -106,13 +109,14 @@ def _continue_run(
     _report_skipped([*skipped, *problems], ranks)
     if chosen is None and candidates:
         raise CheckpointError(
-            f"--resume auto: none of the checkpoints under {root} is sound: {'; '.join(problems)}. Restore "
-            "one, name another with --resume DIR, or start anew in another --run-dir"
+            f"--resume auto: none of the checkpoints under {root} is sound: {'; '.join(problems)}."
+            " Restore one, name another with --resume DIR, or start anew in another --run-dir"
         )
     if chosen is None and start is not None:
         raise CheckpointError(
-            f"--resume auto: this run was started from {start.named} and has no checkpoint of its own under "
-            f"{root}: name that again (--resume {start.named}), or start anew in another --run-dir"
+            f"--resume auto: this run was started from {start.named} and has no checkpoint of its"
+            f" own under {root}: name that again (--resume {start.named}), or start anew in another"
+            " --run-dir"
         )
     _LOG.info(
         "resume: %s",
@@ -154,7 +158,9 @@ def _report_skipped(lines: list[str], ranks: DistributedContext) -> None:
         _LOG.warning("resume: skipped %s", line)
 
 
-def _newest_sound(candidates: list[Path], ranks: DistributedContext) -> tuple[Path | None, list[str]]:
+def _newest_sound(
+    candidates: list[Path], ranks: DistributedContext
+) -> tuple[Path | None, list[str]]:
     skipped: list[str] = []
     for candidate in candidates:
         problems = _problems(candidate, ranks)
@@ -185,6 +191,6 @@ def _read_start(run_dir: Path) -> _Start | None:
         return None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(
-            f"{path}: cannot be understood ({type(error).__name__}: {error}); it says which checkpoint the run "
-            "was started from: remove it to go on by --resume auto"
+            f"{path}: cannot be understood ({type(error).__name__}: {error}); it says which"
+            " checkpoint the run was started from: remove it to go on by --resume auto"
         ) from None

@@ -62,7 +62,8 @@ class Saver:
         self._pending: _Pending | None = None
 
     def save(self) -> None:
-        """Save the trainer as it is now; all ranks call this together.  A save in flight is waited for.
+        """Save the trainer as it is now; all ranks call this together.  A save in flight is waited
+        for.
 
         Order: shards into `step_N.tmp`, manifest, rename to `step_N`, `latest`, then old
             checkpoints beyond keep_last go.
@@ -75,7 +76,8 @@ class Saver:
             self.finish()
 
     def poll(self) -> None:
-        """Complete the save in flight if every rank has written its share; all ranks call this together.
+        """Complete the save in flight if every rank has written its share; all ranks call this
+        together.
 
         Raises: as `save`.  Collectives: one while a save is in flight, more when it ends.
         """
@@ -89,7 +91,8 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save in flight, if there is one, and complete it; all ranks call this together.
+        """Wait for the save in flight, if there is one, and complete it; all ranks call this
+        together.
 
         Raises: as `save`.
         """
@@ -153,8 +156,8 @@ def _complete(trainer: TrainingState, root: Path, pending: _Pending) -> Path:
             else "there is no complete checkpoint yet"
         )
         raise CheckpointError(
-            f"step {pending.step}: the checkpoint could not be written: {'; '.join(failures)}. "
-            f"Free or enlarge the disk, or take a --run-dir that all hosts share, and resume; {remains}"
+            f"step {pending.step}: the checkpoint could not be written: {'; '.join(failures)}. Free"
+            f" or enlarge the disk, or take a --run-dir that all hosts share, and resume; {remains}"
         )
     return final
 
@@ -199,18 +202,25 @@ def _finish(
 
 
 def _find_unseen(folder: Path, records: dict[str, FileRecord]) -> str | None:
-    """Say which file is not there as the rank that wrote it has it: on another host's disk, it is no part of this checkpoint."""
+    """Say which file is not there as the rank that wrote it has it: on another host's disk, it is
+    no part of this checkpoint.
+    """
     for name, record in sorted(records.items()):
         path = folder / name
         if not path.is_file():
             return f"{path} was written by another rank and is not there"
         if path.stat().st_size != record.bytes:
-            return f"{path} has {path.stat().st_size} bytes, the rank that wrote it says {record.bytes}"
+            return (
+                f"{path} has {path.stat().st_size} bytes, the rank that wrote it says"
+                f" {record.bytes}"
+            )
     return None
 
 
 def _prune(root: Path, newest: int, train: TrainConfig) -> None:
-    """Delete what is beyond `train.keep_last` of the checkpoints up to step `newest`, which was just written and stays."""
+    """Delete what is beyond `train.keep_last` of the checkpoints up to step `newest`, which was
+    just written and stays.
+    """
     for left in root.glob(f"*{_DELETED}"):
         shutil.rmtree(left, ignore_errors=True)
     written = [folder for folder in list_checkpoints(root) if step_of(folder) <= newest]

@@ -55,7 +55,9 @@ def check_progress(content: dict[str, Any], folder: Path, manifest: Manifest) ->
 
 
 def is_weights(kind: str) -> bool:
-    """Whether a kind is a set of weights, raw or averaged; those have the routers' running state."""
+    """Whether a kind is a set of weights, raw or averaged; those have the routers' running
+    state.
+    """
     return kind == WEIGHTS or kind.startswith(EMA)
 
 
@@ -280,9 +282,9 @@ def _find_tensors(open_file: _Open, layout: Layout, model: Any, config: RunConfi
                         parts[kind].setdefault(name, []).append((f"{file}:{name}", state[kind]))
     return _Contents(
         shapes={
-            name: (len(values), *values[0][1].shape)
-            if name in experts
-            else tuple(values[0][1].shape)
+            name: (
+                (len(values), *values[0][1].shape) if name in experts else tuple(values[0][1].shape)
+            )
             for name, values in parts[WEIGHTS].items()
         },
         tensors={

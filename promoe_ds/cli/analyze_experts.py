@@ -1,6 +1,6 @@
 """Analyse what a model's experts specialise in, from an export and a batch of its data.
 
-    promoe-experts EXPORT_DIR      EXPORT_DIR/experts.html and EXPORT_DIR/experts.json
+promoe-experts EXPORT_DIR      EXPORT_DIR/experts.html and EXPORT_DIR/experts.json
 """
 
 from __future__ import annotations
@@ -20,22 +20,46 @@ from promoe_ds.model.export import load_model
 from promoe_ds.reports.page import write_charts
 from promoe_ds.reports.specialisation.analysis import Settings, analyse
 from promoe_ds.reports.specialisation.collect import draw_images
-from promoe_ds.reports.specialisation.page import check_place, layer_charts, overview_charts, write_report
+from promoe_ds.reports.specialisation.page import (
+    check_place,
+    layer_charts,
+    overview_charts,
+    write_report,
+)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("export_dir", type=Path, help="folder of promoe-convert --to single")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; its numbers go beside it as .json")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="also every figure as PNG and its numbers as CSV")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page; its numbers go beside it as .json"
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="DIR", help="also every figure as PNG and its numbers as CSV"
+    )
     parser.add_argument("--images", type=int, default=64, help="images of the batch")
-    parser.add_argument("--data-path", metavar="DIR", help="folder of latents, if not where training had it")
-    parser.add_argument("--sigmas", type=float, nargs="+", default=list(defaults.sigmas), help="noise levels")
-    parser.add_argument("--tokens", type=int, default=defaults.tokens, help="tokens of a level for t-SNE and k-means")
-    parser.add_argument("--singular-vectors", type=int, default=defaults.singular_vectors, metavar="K")
-    parser.add_argument("--rounds", type=int, default=defaults.rounds, help="shufflings that say what chance is")
+    parser.add_argument(
+        "--data-path", metavar="DIR", help="folder of latents, if not where training had it"
+    )
+    parser.add_argument(
+        "--sigmas", type=float, nargs="+", default=list(defaults.sigmas), help="noise levels"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=defaults.tokens,
+        help="tokens of a level for t-SNE and k-means",
+    )
+    parser.add_argument(
+        "--singular-vectors", type=int, default=defaults.singular_vectors, metavar="K"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=defaults.rounds, help="shufflings that say what chance is"
+    )
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(arguments)
@@ -44,7 +68,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Arguments to the page and its numbers.
 
-    Raises: ConfigError for values that cannot be; DataError for data or an export that cannot be read.
+    Raises: ConfigError for values that cannot be; DataError for data or an export that cannot be
+    read.
     """
     options = parse_arguments(arguments)
     out = options.out or options.export_dir / "experts.html"
@@ -56,21 +81,41 @@ def main(arguments: Sequence[str]) -> None:
     config = network.config
     if options.data_path is not None:
         if config.data.dataset not in ("latents", "images"):
-            raise ConfigError(f"--data-path {options.data_path}: the model's data, {config.data.dataset}, is in no folder: leave "
-                              "it out")
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": options.data_path})})
+            raise ConfigError(
+                f"--data-path {options.data_path}: the model's data, {config.data.dataset}, is in"
+                " no folder: leave it out"
+            )
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"path": options.data_path})}
+        )
     batch = draw_images(build_dataset(config), options.images, options.seed)
-    settings = Settings(sigmas=tuple(options.sigmas), tokens=options.tokens, singular_vectors=options.singular_vectors,
-                        rounds=options.rounds, seed=options.seed)
+    settings = Settings(
+        sigmas=tuple(options.sigmas),
+        tokens=options.tokens,
+        singular_vectors=options.singular_vectors,
+        rounds=options.rounds,
+        seed=options.seed,
+    )
     analysis = analyse(network, batch, settings, name=options.export_dir.resolve().name)
     for layer in analysis.layers:
-        found = ", ".join(f"{kind} {each.score:+.3f} (p {each.p_value:.3f})" for kind, each in layer.information.items())
+        found = ", ".join(
+            f"{kind} {each.score:+.3f} (p {each.p_value:.3f})"
+            for kind, each in layer.information.items()
+        )
         sys.stdout.write(f"layer {layer.layer}: the expert depends, beyond chance, on: {found}\n")
     write_report(analysis, out)
-    sys.stdout.write(f"report: {out} (one file, opens offline); numbers: {out.with_suffix('.json')}\n")
+    sys.stdout.write(
+        f"report: {out} (one file, opens offline); numbers: {out.with_suffix('.json')}\n"
+    )
     if options.export is not None:
-        charts = [*overview_charts(analysis), *(chart for layer in analysis.layers for chart in layer_charts(analysis, layer))]
-        sys.stdout.write(f"exported {write_charts(options.export, charts)} figures as PNG and CSV to {options.export}\n")
+        charts = [
+            *overview_charts(analysis),
+            *(chart for layer in analysis.layers for chart in layer_charts(analysis, layer)),
+        ]
+        sys.stdout.write(
+            f"exported {write_charts(options.export, charts)} figures as PNG and CSV to"
+            f" {options.export}\n"
+        )
 
 
 def check(options: argparse.Namespace) -> None:
@@ -78,7 +123,11 @@ def check(options: argparse.Namespace) -> None:
 
     Raises: ConfigError naming the flag.
     """
-    for name, value, least in (("--images", options.images, 2), ("--tokens", options.tokens, 20), ("--rounds", options.rounds, 1)):
+    for name, value, least in (
+        ("--images", options.images, 2),
+        ("--tokens", options.tokens, 20),
+        ("--rounds", options.rounds, 1),
+    ):
         if value < least:
             raise ConfigError(f"{name} {value}: must be at least {least}")
     if not 0 <= options.seed < 2**32:

@@ -1,10 +1,11 @@
-"""Compare recipes at equal activated parameters, data order and seeds; a table and plots as one HTML and one JSON.
+"""Compare recipes at equal activated parameters, data order and seeds; a table and plots as one
+HTML and one JSON.
 
     promoe-compare --recipes digits_promoe --variant no_rcl=digits_promoe,routing.rcl_weight=0 \\
         --steps 900 --seeds 0,1,2 --out runs/comparison
 
-The first candidate is the one that the others are compared with. The same command continues what is unfinished; with
-candidates or seeds added, only those are trained.
+The first candidate is the one that the others are compared with. The same command continues what is
+unfinished; with candidates or seeds added, only those are trained.
 """
 
 from __future__ import annotations
@@ -27,21 +28,53 @@ _INTERRUPTED = 130
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", default="", help="comma-separated names of packaged recipes, or paths of .yaml files")
-    parser.add_argument("--variant", dest="variants", action="append", default=[], metavar="NAME=RECIPE,SECTION.FIELD=VALUE,...",
-                        help="a recipe with overrides, under a name of its own; may be repeated")
-    parser.add_argument("--set", dest="overrides", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE",
-                        help="overrides for all candidates")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipes",
+        default="",
+        help="comma-separated names of packaged recipes, or paths of .yaml files",
+    )
+    parser.add_argument(
+        "--variant",
+        dest="variants",
+        action="append",
+        default=[],
+        metavar="NAME=RECIPE,SECTION.FIELD=VALUE,...",
+        help="a recipe with overrides, under a name of its own; may be repeated",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="overrides for all candidates",
+    )
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps of every run")
     parser.add_argument("--seeds", default="0", help="comma-separated, e.g. 0,1,2")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment: report and runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; 1 where one GPU serves them all")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the experiment: report and runs"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time; 1 where one GPU serves them all"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
     parser.add_argument("--deepspeed_config", type=Path, default=ComparisonRequest.deepspeed_config)
-    parser.add_argument("--samples", type=int, default=500, help="drawn from every run of a digits recipe")
-    parser.add_argument("--sample-seed", type=int, default=0, help="of the initial noise, equal for all")
-    parser.add_argument("--tolerance", type=float, default=0.05, help="how far activated parameters may be apart, 0.05 = 5%%")
+    parser.add_argument(
+        "--samples", type=int, default=500, help="drawn from every run of a digits recipe"
+    )
+    parser.add_argument(
+        "--sample-seed", type=int, default=0, help="of the initial noise, equal for all"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.05,
+        help="how far activated parameters may be apart, 0.05 = 5%%",
+    )
     return parser.parse_args(arguments)
 
 
@@ -52,14 +85,24 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = parse_arguments(arguments)
     configure_logging(0)
-    # Also where a shell or a batch system starts us with interrupts ignored, or ends us with SIGTERM: children end with us.
+    # Also where a shell or a batch system starts us with interrupts ignored, or ends us with
+    # SIGTERM: children end with us.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     request = ComparisonRequest(
-        recipes=tuple(name.strip() for name in options.recipes.split(",") if name.strip()), variants=tuple(options.variants),
-        overrides=tuple(options.overrides), steps=options.steps, seeds=_parse_seeds(options.seeds), out=options.out,
-        jobs=options.jobs, ranks=options.ranks, deepspeed_config=options.deepspeed_config, samples=options.samples,
-        sample_seed=options.sample_seed, tolerance=options.tolerance)
+        recipes=tuple(name.strip() for name in options.recipes.split(",") if name.strip()),
+        variants=tuple(options.variants),
+        overrides=tuple(options.overrides),
+        steps=options.steps,
+        seeds=_parse_seeds(options.seeds),
+        out=options.out,
+        jobs=options.jobs,
+        ranks=options.ranks,
+        deepspeed_config=options.deepspeed_config,
+        samples=options.samples,
+        sample_seed=options.sample_seed,
+        tolerance=options.tolerance,
+    )
     try:
         for path in compare(request):
             sys.stdout.write(f"wrote {path}\n")
@@ -72,7 +115,9 @@ def _parse_seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--seeds {text}: expected comma-separated integers, e.g. 0,1,2") from None
+        raise ConfigError(
+            f"--seeds {text}: expected comma-separated integers, e.g. 0,1,2"
+        ) from None
 
 
 run = partial(run_entry, main)

@@ -1,15 +1,17 @@
-"""Convert checkpoints between formats: one process, no GPU needed, no engine started, one tensor in memory at a time.
+"""Convert checkpoints between formats: one process, no GPU needed, no engine started, one tensor in
+memory at a time.
 
     promoe-convert runs/digits_promoe exports/digits --to single
     promoe-convert ckpt_step_500000.pth start --to deepspeed --recipe promoe_b
 
-SOURCE is a checkpoint folder, a run directory (its newest checkpoint), a single export, a diffusers pipeline, or a `.pth`
-file of the published code, whose architecture --recipe names. Formats:
+SOURCE is a checkpoint folder, a run directory (its newest checkpoint), a single export, a diffusers
+pipeline, or a `.pth` file of the published code, whose architecture --recipe names. Formats:
 
     single     a folder for one GPU: promoe_ds.load_model reads it without deepspeed
     official   ckpt_step_N.pth as the published code writes and reads it
     diffusers  a ProMoEPipeline's folder
-    deepspeed  a folder to --resume from, on any number of ranks: it continues at the same step with --with-optimizer, and
+    deepspeed  a folder to --resume from, on any number of ranks: it continues at the same step with
+    --with-optimizer, and
                starts a new run from the weights without
 """
 
@@ -34,7 +36,10 @@ _CONFLICTS = (
     ({"ema_sigma_rel", "weights"}, "--ema-sigma-rel chooses the weights: leave --weights out"),
     (
         {"to_diffusers", "with_optimizer"},
-        "--with-optimizer: a diffusers pipeline has weights only; use --to single, official or deepspeed",
+        (
+            "--with-optimizer: a diffusers pipeline has weights only; use --to single, official or"
+            " deepspeed"
+        ),
     ),
     ({"to_official", "weights", "with_optimizer"}, _MOMENTS_ARE_OF_RAW),
     ({"to_deepspeed", "weights", "with_optimizer"}, _MOMENTS_ARE_OF_RAW),
@@ -67,15 +72,19 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         metavar="ema|raw|NAME",
-        help="which weights: the first moving average, the trained ones, or "
-        "an average by its name; by default ema for single and diffusers, all as they are for the others",
+        help=(
+            "which weights: the first moving average, the trained ones, or an average by its name;"
+            " by default ema for single and diffusers, all as they are for the others"
+        ),
     )
     parser.add_argument(
         "--ema-sigma-rel",
         type=float,
         metavar="LENGTH",
-        help="a moving average of another length, mixed from the "
-        "power-function averages of a run's checkpoints (optimizer.ema_sigma_rels), e.g. 0.08",
+        help=(
+            "a moving average of another length, mixed from the "
+            "power-function averages of a run's checkpoints (optimizer.ema_sigma_rels), e.g. 0.08"
+        ),
     )
     parser.add_argument(
         "--with-optimizer",

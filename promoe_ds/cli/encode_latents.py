@@ -1,12 +1,15 @@
-"""Encode a tree of images into packed latents, plain and mirrored: one process, or many under torchrun or deepspeed.
+"""Encode a tree of images into packed latents, plain and mirrored: one process, or many under
+torchrun or deepspeed.
 
-    torchrun --nproc-per-node 8 -m promoe_ds.cli.encode_latents --images imagenet/train --out latents \\
+    torchrun --nproc-per-node 8 -m promoe_ds.cli.encode_latents --images imagenet/train --out
+    latents \\
         --vae stabilityai/sd-vae-ft-mse
-    promoe-encode --from-npz sd-vae-ft-mse_Latents_256img_npz --vae-name stabilityai/sd-vae-ft-mse --out latents
-    promoe-encode --verify latents
+    promoe-encode --from-npz sd-vae-ft-mse_Latents_256img_npz --vae-name stabilityai/sd-vae-ft-mse
+    --out latents promoe-encode --verify latents
 
-The same command goes on after an interruption, on any number of processes. --from-npz packs the cache of the published code
-(`.latent.npz`) or of DiffMoE. The folder's format is in docs/imagenet.md; `--set data.path=latents` trains on it.
+The same command goes on after an interruption, on any number of processes. --from-npz packs the
+cache of the published code (`.latent.npz`) or of DiffMoE. The folder's format is in
+docs/imagenet.md; `--set data.path=latents` trains on it.
 """
 
 from __future__ import annotations
@@ -22,24 +25,67 @@ from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--images", type=Path, metavar="DIR", help="tree of images, one folder a class, any depth below; or the "
-                      "folder above with train and val")
-    task.add_argument("--from-npz", type=Path, metavar="DIR", help="tree of .npz files, one an image, one folder a class")
-    task.add_argument("--verify", type=Path, metavar="DIR", help="only read finished latents and check every byte")
+    task.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help=(
+            "tree of images, one folder a class, any depth below; or the "
+            "folder above with train and val"
+        ),
+    )
+    task.add_argument(
+        "--from-npz",
+        type=Path,
+        metavar="DIR",
+        help="tree of .npz files, one an image, one folder a class",
+    )
+    task.add_argument(
+        "--verify", type=Path, metavar="DIR", help="only read finished latents and check every byte"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--vae", metavar="DIR_OR_ID", help="AutoencoderKL: folder or hub id")
-    parser.add_argument("--vae-name", metavar="NAME", help="what the index calls it, if not by --vae: recipes name it in data.vae")
-    parser.add_argument("--split", default="train", choices=["train", "val", "test"], help="where DIR holds these folders")
+    parser.add_argument(
+        "--vae-name",
+        metavar="NAME",
+        help="what the index calls it, if not by --vae: recipes name it in data.vae",
+    )
+    parser.add_argument(
+        "--split",
+        default="train",
+        choices=["train", "val", "test"],
+        help="where DIR holds these folders",
+    )
     parser.add_argument("--image-size", type=int, default=256, help="pixels a side after the crop")
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="also encode the mirrored image")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of what is stored")
-    parser.add_argument("--vae-dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
-    parser.add_argument("--batch-size", type=int, default=32, help="images a process encodes at once")
+    parser.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also encode the mirrored image",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "float16", "bfloat16"],
+        help="of what is stored",
+    )
+    parser.add_argument(
+        "--vae-dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images a process encodes at once"
+    )
     parser.add_argument("--shard-size", type=int, default=4096, help="images a file")
-    parser.add_argument("--workers", type=int, default=8, help="threads a process that decode images")
-    parser.add_argument("--max-corrupt", type=int, default=0, help="unreadable images that are named and skipped")
+    parser.add_argument(
+        "--workers", type=int, default=8, help="threads a process that decode images"
+    )
+    parser.add_argument(
+        "--max-corrupt", type=int, default=0, help="unreadable images that are named and skipped"
+    )
     parser.add_argument("--device", help="this process's GPU where there is one, else cpu")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -48,7 +94,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if options.images is not None and options.vae is None:
         parser.error("--images needs --vae")
     if options.from_npz is not None and options.vae_name is None:
-        parser.error("--from-npz needs --vae-name: the files do not say which autoencoder they come from")
+        parser.error(
+            "--from-npz needs --vae-name: the files do not say which autoencoder they come from"
+        )
     if options.from_npz is not None and (options.vae is not None or not options.flip):
         parser.error("--from-npz encodes nothing: leave --vae and --no-flip out")
     for name in ("image_size", "batch_size", "shard_size", "workers"):
@@ -69,14 +117,43 @@ def main(arguments: Sequence[str]) -> None:
     team, log = join_processes(options.device), get_logger("encode")
     if options.verify is not None:
         index = verify(options.verify, team)
-        log.info("%s: all %d records of %d shards are what was written", options.verify, index.count, len(index.shards))
+        log.info(
+            "%s: all %d records of %d shards are what was written",
+            options.verify,
+            index.count,
+            len(index.shards),
+        )
     else:
-        fields = ("out", "vae", "vae_name", "split", "image_size", "flip", "dtype", "vae_dtype", "batch_size", "shard_size",
-                  "workers", "max_corrupt")
-        index = encode(EncodeRequest(source=options.images or options.from_npz, from_npz=options.from_npz is not None,
-                                     **{name: getattr(options, name) for name in fields}), team)
-        log.info("%s: %d records of %d classes in %d shards, %d images skipped", options.out, index.count, len(index.classes),
-                 len(index.shards), len(index.skipped))
+        fields = (
+            "out",
+            "vae",
+            "vae_name",
+            "split",
+            "image_size",
+            "flip",
+            "dtype",
+            "vae_dtype",
+            "batch_size",
+            "shard_size",
+            "workers",
+            "max_corrupt",
+        )
+        index = encode(
+            EncodeRequest(
+                source=options.images or options.from_npz,
+                from_npz=options.from_npz is not None,
+                **{name: getattr(options, name) for name in fields},
+            ),
+            team,
+        )
+        log.info(
+            "%s: %d records of %d classes in %d shards, %d images skipped",
+            options.out,
+            index.count,
+            len(index.classes),
+            len(index.shards),
+            len(index.skipped),
+        )
     stop_distributed()
 
 

@@ -1,4 +1,6 @@
-"""Judge samples of a digits model: promoe-evaluate-digits SAMPLES_DIR [--out report.json] [--require 0.85]."""
+"""Judge samples of a digits model: promoe-evaluate-digits SAMPLES_DIR [--out report.json]
+[--require 0.85].
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("samples", type=Path, help="samples.npz or the folder that holds it")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
-    parser.add_argument("--require", type=float, default=0.0, help="fail if fewer samples are recognised")
+    parser.add_argument(
+        "--require", type=float, default=0.0, help="fail if fewer samples are recognised"
+    )
     return parser.parse_args(arguments)
 
 
@@ -32,7 +36,9 @@ def main(arguments: Sequence[str]) -> None:
     from promoe_ds.evaluation.digits import judge_samples
 
     report = judge_samples(options.samples)
-    by_class = "  ".join(f"{label}: {share:.0%}" for label, share in report.accuracy_by_class.items())
+    by_class = "  ".join(
+        f"{label}: {share:.0%}" for label, share in report.accuracy_by_class.items()
+    )
     sys.stdout.write(f"""{report.samples} samples
   recognised as their label by a classifier trained on real digits: {report.accuracy:.1%}
     (the same classifier on real digits it has not seen: {report.accuracy_on_real:.1%})
@@ -44,7 +50,10 @@ uniform noise: {report.frechet_of_noise:.3f})
     if options.out is not None:
         options.out.write_text(json_text(asdict(report), indent=1), encoding="utf-8")
     if report.accuracy < options.require:
-        raise DataError(f"only {report.accuracy:.1%} of the samples were recognised, {options.require:.1%} are required")
+        raise DataError(
+            f"only {report.accuracy:.1%} of the samples were recognised, {options.require:.1%} are"
+            " required"
+        )
 
 
 run = partial(run_entry, main)

@@ -1,8 +1,10 @@
-"""Plan a run before it starts: promoe-plan --recipe NAME --nodes N --gpus-per-node G [--gpu h100] [--pipeline].
+"""Plan a run before it starts: promoe-plan --recipe NAME --nodes N --gpus-per-node G [--gpu h100]
+[--pipeline].
 
-Prints parameters, memory of a rank, bytes sent over each link and a predicted step time, of the recipe as it is and of
-the fastest layout that fits; with --pipeline disk, time and memory of every step from ImageNet's archives to the figures of
-docs/imagenet.md. Nothing is trained and no device is needed: shapes go through the real layers.
+Prints parameters, memory of a rank, bytes sent over each link and a predicted step time, of the
+recipe as it is and of the fastest layout that fits; with --pipeline disk, time and memory of every
+step from ImageNet's archives to the figures of docs/imagenet.md. Nothing is trained and no device
+is needed: shapes go through the real layers.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
     config = load_config(options.recipe, options.overrides)
     if config.data.dataset != "latents":
         raise ConfigError(
-            f"--recipe {options.recipe}: data.dataset={config.data.dataset}, the pipeline trains on latents"
+            f"--recipe {options.recipe}: data.dataset={config.data.dataset}, the pipeline trains on"
+            " latents"
         )
     assumptions = Assumptions(device=DEVICES[options.gpu])
     steps = plan_pipeline(
@@ -130,7 +133,9 @@ def plan_layouts(options: argparse.Namespace) -> dict[str, Any]:
         result: dict[str, Any] = {"recipe": given.as_json()}
         if not options.no_search:
             best, choices = best_layout(config, layout, cluster)
-            _print(["", "", "The fastest that fits", "", *plan_lines(best), "", *choice_lines(choices)])
+            _print(
+                ["", "", "The fastest that fits", "", *plan_lines(best), "", *choice_lines(choices)]
+            )
             result |= {"best": best.as_json(), "tried": [vars(choice) for choice in choices]}
     return result
 

@@ -1,8 +1,9 @@
 """Make a mixture of experts of a dense model: promoe-upcycle SOURCE DESTINATION --recipe promoe_b
 
-SOURCE is a dense checkpoint of any format that promoe-convert reads; DESTINATION is then trained with
-`--resume DESTINATION`. The shared experts take the first hidden units of every dense feed-forward, all other experts the rest;
-prototypes start at the k-means centroids of real tokens. docs/checkpoints.md says what of the dense function is kept.
+SOURCE is a dense checkpoint of any format that promoe-convert reads; DESTINATION is then trained
+with `--resume DESTINATION`. The shared experts take the first hidden units of every dense
+feed-forward, all other experts the rest; prototypes start at the k-means centroids of real tokens.
+docs/checkpoints.md says what of the dense function is kept.
 """
 
 from __future__ import annotations
@@ -20,19 +21,56 @@ from promoe_ds.cli.entry import run_entry
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument("destination", type=Path, metavar="DESTINATION", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--recipe", required=True, metavar="NAME_OR_PATH", help="of the mixture of experts")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="change a value of --recipe")
-    parser.add_argument("--to", choices=["deepspeed", "single"], default="deepspeed", help="target format")
-    parser.add_argument("--weights", choices=["ema", "raw"], help="of the dense model; ema where it has one, if left out")
-    parser.add_argument("--prototypes", choices=["kmeans", "random"], default="kmeans",
-                        help="where routers start; random needs no data, and leaves outputs unscaled")
-    parser.add_argument("--images", type=int, default=64, help="of the recipe's data, whose tokens are clustered")
-    parser.add_argument("--noise", type=float, default=0.0, help="on routed experts' incoming weights, relative to their spread")
-    parser.add_argument("--source-recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file of the published code")
+    parser.add_argument(
+        "destination",
+        type=Path,
+        metavar="DESTINATION",
+        help="folder to write; must not exist, or be empty",
+    )
+    parser.add_argument(
+        "--recipe", required=True, metavar="NAME_OR_PATH", help="of the mixture of experts"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a value of --recipe",
+    )
+    parser.add_argument(
+        "--to", choices=["deepspeed", "single"], default="deepspeed", help="target format"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=["ema", "raw"],
+        help="of the dense model; ema where it has one, if left out",
+    )
+    parser.add_argument(
+        "--prototypes",
+        choices=["kmeans", "random"],
+        default="kmeans",
+        help="where routers start; random needs no data, and leaves outputs unscaled",
+    )
+    parser.add_argument(
+        "--images", type=int, default=64, help="of the recipe's data, whose tokens are clustered"
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="on routed experts' incoming weights, relative to their spread",
+    )
+    parser.add_argument(
+        "--source-recipe",
+        metavar="NAME_OR_PATH",
+        help="architecture of a .pth file of the published code",
+    )
     options = parser.parse_args(arguments)
     if options.images < 1:
         parser.error(f"--images {options.images}: must be at least 1")
@@ -48,15 +86,35 @@ def main(arguments: Sequence[str]) -> None:
     from promoe_ds.checkpoint.conversion import UpcycleRequest, upcycle
     from promoe_ds.config import load_config
 
-    request = UpcycleRequest(destination=options.destination, to=options.to, weights=options.weights, images=options.images,
-                             prototypes=options.prototypes, noise=options.noise)
+    request = UpcycleRequest(
+        destination=options.destination,
+        to=options.to,
+        weights=options.weights,
+        images=options.images,
+        prototypes=options.prototypes,
+        noise=options.noise,
+    )
     source_config = load_config(options.source_recipe) if options.source_recipe else None
-    report, agreement = upcycle(options.source, load_config(options.recipe, options.overrides), request, source_config)
-    sys.stdout.write(f"{report.destination}: {report.parameters:,} parameters from {report.values:,}\n{report.note}\n")
+    report, agreement = upcycle(
+        options.source, load_config(options.recipe, options.overrides), request, source_config
+    )
+    sys.stdout.write(
+        f"{report.destination}: {report.parameters:,} parameters from"
+        f" {report.values:,}\n{report.note}\n"
+    )
     if agreement is not None:
-        measured = [f"{name} {value:.2e}" for name, value in (("null samples", agreement.null),
-                                                               ("conditional samples", agreement.conditional)) if value is not None]
-        sys.stdout.write(f"difference of predictions on {options.images} training images, relative: {', '.join(measured)}\n")
+        measured = [
+            f"{name} {value:.2e}"
+            for name, value in (
+                ("null samples", agreement.null),
+                ("conditional samples", agreement.conditional),
+            )
+            if value is not None
+        ]
+        sys.stdout.write(
+            f"difference of predictions on {options.images} training images, relative:"
+            f" {', '.join(measured)}\n"
+        )
 
 
 run = partial(run_entry, main)

@@ -1,7 +1,7 @@
 """Sizes known before anything is built: parameters and floating-point operations.
 
-Both are functions of the config alone and need no torch; tests compare the counts with built models and the operations with
-`torch.utils.flop_counter`.
+Both are functions of the config alone and need no torch; tests compare the counts with built models
+and the operations with `torch.utils.flop_counter`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class ParameterCount:
     @property
     def activated(self) -> int:
         """What one conditional token uses: everything but the experts it is not sent to."""
-        unused = self.routed - self.moe_layers * self.top_k * self.routed_per_expert + self.unconditional
+        unused = (
+            self.routed - self.moe_layers * self.top_k * self.routed_per_expert + self.unconditional
+        )
         return self.total - unused
 
 
@@ -53,11 +55,23 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     unconditional = routing.num_unconditional_experts * config.expert_width
     dense = _outside_blocks(config) + model.depth * _block_without_feed_forward(config)
     dense += (model.depth - layers) * _feed_forward(width, int(model.mlp_ratio * width))
-    dense += layers * (_router_parameters(config) + (_feed_forward(width, shared, config.shared_expert_type) if shared else 0))
+    dense += layers * (
+        _router_parameters(config)
+        + (_feed_forward(width, shared, config.shared_expert_type) if shared else 0)
+    )
     return ParameterCount(
-        dense=dense, routed=layers * routing.num_experts * expert, routed_per_expert=expert, top_k=routing.top_k,
-        unconditional=layers * _feed_forward(width, unconditional, routing.expert_type) if unconditional else 0, moe_layers=layers,
-        position_embedding=model.tokens_per_image * width)
+        dense=dense,
+        routed=layers * routing.num_experts * expert,
+        routed_per_expert=expert,
+        top_k=routing.top_k,
+        unconditional=(
+            layers * _feed_forward(width, unconditional, routing.expert_type)
+            if unconditional
+            else 0
+        ),
+        moe_layers=layers,
+        position_embedding=model.tokens_per_image * width,
+    )
 
 
 def forward_flops_per_image(config: RunConfig) -> int:
@@ -72,11 +86,17 @@ def forward_flops_per_image(config: RunConfig) -> int:
     per_token = model.in_channels * patch * width + depth * (4 * width * width + 2 * tokens * width)
     per_token += (depth - moe_layers) * 2 * width * int(model.mlp_ratio * width)
     active = routing.top_k * config.expert_width * _MATRICES[routing.expert_type]
-    active += routing.num_shared_experts * config.shared_expert_width * _MATRICES[config.shared_expert_type]
+    active += (
+        routing.num_shared_experts
+        * config.shared_expert_width
+        * _MATRICES[config.shared_expert_type]
+    )
     router_per_token, router_per_image = _router_products(config)
     per_token += moe_layers * (width * active + router_per_token)
     per_token += width * patch * model.out_channels
-    per_image = TIMESTEP_FREQUENCIES * width + width * width + depth * 6 * width * width + 2 * width * width
+    per_image = (
+        TIMESTEP_FREQUENCIES * width + width * width + depth * 6 * width * width + 2 * width * width
+    )
     per_image += moe_layers * router_per_image
     return 2 * (tokens * per_token + per_image)
 
@@ -92,7 +112,11 @@ def _feed_forward(width: int, hidden: int, expert_type: str = "gelu") -> int:
 
 
 def _router_parameters(config: RunConfig) -> int:
-    width, experts, target = config.model.hidden_size, config.routing.num_experts, config.target_patch_values
+    width, experts, target = (
+        config.model.hidden_size,
+        config.routing.num_experts,
+        config.target_patch_values,
+    )
     if config.routing.method == "kmeans":
         return 0
     biases = {"diff_moe": width + experts, "expert_race": width + target, "classification": experts}
@@ -101,7 +125,11 @@ def _router_parameters(config: RunConfig) -> int:
 
 def _router_products(config: RunConfig) -> tuple[int, int]:
     """Multiply-adds of one layer's router: per token and per image."""
-    width, experts, method = config.model.hidden_size, config.routing.num_experts, config.routing.method
+    width, experts, method = (
+        config.model.hidden_size,
+        config.routing.num_experts,
+        config.routing.method,
+    )
     if method == "classification":
         return 0, width * experts
     if method == "diff_moe":

@@ -9,24 +9,48 @@ from pydantic import Field, model_validator
 from promoe_ds.config.section import Section, Switch
 
 #: Data sets that are read from a folder, and what it holds.
-ON_DISK = {"latents": "the folder of *.safetensors shards", "images": "a tree of images, one folder a class"}
+ON_DISK = {
+    "latents": "the folder of *.safetensors shards",
+    "images": "a tree of images, one folder a class",
+}
 
 
 class DataConfig(Section):
     """Where samples come from."""
 
-    dataset: Literal["digits", "latents", "images", "synthetic"] = Field("digits", description="scikit-learn's digits; encoded "
-                                                                         "latents; images, encoded on the fly; or noise, to time")
+    dataset: Literal["digits", "latents", "images", "synthetic"] = Field(
+        "digits",
+        description=(
+            "scikit-learn's digits; encoded latents; images, encoded on the fly; or noise, to time"
+        ),
+    )
     path: str | None = Field(None, description="folder of `latents`, or of a tree of `images`")
     latent_scale: float = Field(1.0, gt=0, description="latents are multiplied by it")
-    vae: str | None = Field(None, description="AutoencoderKL: folder, hub id or fingerprint; what latents must come from, and what "
-                                              "encodes images and decodes samples")
-    vae_dtype: Literal["bf16", "fp32"] = Field("bf16", description="of the autoencoder that encodes images on the fly")
-    flip: Switch = Field("auto", description="mirror half of the samples; auto: images, and latents with a "
-                                                                   "mirrored twin")
-    workers: int = Field(8, gt=0, description="threads a rank that read images or single latent files")
-    max_corrupt: int = Field(0, ge=0, description="unreadable images a rank replaces by the next one before it stops; counted anew "
-                                                       "by each rank and after each start")
+    vae: str | None = Field(
+        None,
+        description=(
+            "AutoencoderKL: folder, hub id or fingerprint; what latents must come from, and what "
+            "encodes images and decodes samples"
+        ),
+    )
+    vae_dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of the autoencoder that encodes images on the fly"
+    )
+    flip: Switch = Field(
+        "auto",
+        description="mirror half of the samples; auto: images, and latents with a mirrored twin",
+    )
+    workers: int = Field(
+        8, gt=0, description="threads a rank that read images or single latent files"
+    )
+    max_corrupt: int = Field(
+        0,
+        ge=0,
+        description=(
+            "unreadable images a rank replaces by the next one before it stops; counted anew "
+            "by each rank and after each start"
+        ),
+    )
     heldout_fraction: float = Field(0.2, gt=0, lt=1, description="of digits, never trained on")
     synthetic_samples: int = Field(4096, gt=0, description="length of the data set `synthetic`")
 
@@ -34,9 +58,14 @@ class DataConfig(Section):
     def _fields_fit(self) -> DataConfig:
         if self.dataset not in ON_DISK:
             if self.path is not None:
-                raise ValueError(f"path={self.path!r} has no use for dataset={self.dataset}: leave it out")
+                raise ValueError(
+                    f"path={self.path!r} has no use for dataset={self.dataset}: leave it out"
+                )
             if self.flip is True:
                 raise ValueError(f"flip=true has no use for dataset={self.dataset}: leave it out")
         if self.dataset == "images" and self.vae is None:
-            raise ValueError("dataset=images encodes on the fly: set vae to the folder or hub id of an AutoencoderKL")
+            raise ValueError(
+                "dataset=images encodes on the fly: set vae to the folder or hub id of an"
+                " AutoencoderKL"
+            )
         return self

@@ -1,4 +1,6 @@
-"""The DeepSpeed JSON: ZeRO, precision and communication only; the rest is "auto", filled from the recipe."""
+"""The DeepSpeed JSON: ZeRO, precision and communication only; the rest is "auto", filled from the
+recipe.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    create_model,
+)
 
 from promoe_ds.config.batching import BatchPlan
 from promoe_ds.config.loader import dotted_names
@@ -32,12 +43,23 @@ _OWNED_BY_RECIPE = {
 }
 
 
-_TAKE_AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-              "bf16.enabled")
+_TAKE_AUTO = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+)
 #: Elements of a bucket, which DeepSpeed allocates at once: 40 GB of fp32.
 _LARGEST_BUCKET = 10**10
-_SCATTERED = "the shards of the weights and of their moving average could not be told apart in a checkpoint; leave it out"
-_NO_TIMERS = "DeepSpeed's timers need a model that returns bare tensors; metrics.jsonl and train.log have the times of a step"
+_SCATTERED = (
+    "the shards of the weights and of their moving average could not be told apart in a checkpoint;"
+    " leave it out"
+)
+_NO_TIMERS = (
+    "DeepSpeed's timers need a model that returns bare tensors; metrics.jsonl and train.log have"
+    " the times of a step"
+)
 _NO_SCALING = "it is for fp16, whose sums overflow; leave it out"
 
 
@@ -47,16 +69,21 @@ def _or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
 
 def _only(allowed: Any, reason: str) -> AfterValidator:
     """Return a check for what this trainer supports in one way alone."""
+
     def check(value: Any) -> Any:
         if value != allowed:
             raise ValueError(f"this is not supported: {reason}")
         return value
+
     return AfterValidator(check)
 
 
 def _check_stage(stage: int) -> int:
     if stage not in (0, 1, 2):
-        raise ValueError("this is not supported: DeepSpeed refuses expert parallelism under ZeRO 3; use 0, 1 or 2")
+        raise ValueError(
+            "this is not supported: DeepSpeed refuses expert parallelism under ZeRO 3; use 0, 1"
+            " or 2"
+        )
     return stage
 
 
@@ -74,12 +101,15 @@ def _section(name: str, **types: Any) -> type[_Keys]:
 
 _AUTO = WrapValidator(_or_auto)
 #: People write 5e8 for 500000000, which JSON makes a float.
-_WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+_WHOLE = BeforeValidator(
+    lambda value: int(value) if isinstance(value, float) and value.is_integer() else value
+)
 _Count = Annotated[int, Field(gt=0), _WHOLE]
 _Bucket = Annotated[_Count, Field(le=_LARGEST_BUCKET)]
 _CommDtype = Literal["fp32", "bf16", "fp16"] | None
 
-#: What the file may say: batch sizes as "auto", ZeRO, precision, communication, DeepSpeed's own logging.
+#: What the file may say: batch sizes as "auto", ZeRO, precision, communication, DeepSpeed's own
+# logging.
 _File = _section(
     "File",
     train_batch_size=Annotated[_Count, _AUTO],
@@ -97,25 +127,39 @@ _File = _section(
         allgather_bucket_size=Annotated[_Bucket, Field(multiple_of=2)],
         parameter_alignment=bool,
         round_robin_gradients=Annotated[bool, _only(False, _SCATTERED)],
-        offload_optimizer=_section("OffloadOptimizer", device=Literal["cpu", "none"], pin_memory=bool) | None,
-        offload_param=_section("OffloadParam", device=Annotated[str, _only("none", _SCATTERED)]) | None,
-        use_multi_rank_bucket_allreduce=bool),
+        offload_optimizer=_section(
+            "OffloadOptimizer", device=Literal["cpu", "none"], pin_memory=bool
+        )
+        | None,
+        offload_param=_section("OffloadParam", device=Annotated[str, _only("none", _SCATTERED)])
+        | None,
+        use_multi_rank_bucket_allreduce=bool,
+    ),
     bf16=_section("Bf16", enabled=Annotated[bool, _AUTO]),
     communication_data_type=_CommDtype,
     seq_parallel_communication_data_type=_CommDtype,
     prescale_gradients=Annotated[bool, _only(False, _NO_SCALING)],
     gradient_predivide_factor=Annotated[float, _only(1.0, _NO_SCALING)],
     use_data_before_expert_parallelism=bool,
-    comms_logger=_section("CommsLogger", enabled=bool, prof_all=bool, prof_ops=list[str], verbose=bool, debug=bool),
+    comms_logger=_section(
+        "CommsLogger", enabled=bool, prof_all=bool, prof_ops=list[str], verbose=bool, debug=bool
+    ),
     wall_clock_breakdown=Annotated[bool, _only(False, _NO_TIMERS)],
     memory_breakdown=bool,
     flops_profiler=_section(
-        "FlopsProfiler", enabled=Annotated[bool, _only(False, _NO_TIMERS)],
-        recompute_fwd_factor=Annotated[float, Field(ge=0)], profile_step=_Count,
-        module_depth=Annotated[int, Field(ge=-1), _WHOLE], top_modules=_Count, detailed=bool, output_file=str | None),
+        "FlopsProfiler",
+        enabled=Annotated[bool, _only(False, _NO_TIMERS)],
+        recompute_fwd_factor=Annotated[float, Field(ge=0)],
+        profile_step=_Count,
+        module_depth=Annotated[int, Field(ge=-1), _WHOLE],
+        top_modules=_Count,
+        detailed=bool,
+        output_file=str | None,
+    ),
     steps_per_print=_Count | None,
     dump_state=bool,
-    zero_allow_untested_optimizer=bool)
+    zero_allow_untested_optimizer=bool,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +188,10 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"--deepspeed_config {path} is not strict JSON: {error}. JSON has no comments, no comma before a "
-                          "closing bracket, and strings in double quotes alone") from None
+        raise ConfigError(
+            f"--deepspeed_config {path} is not strict JSON: {error}. JSON has no comments, no comma"
+            " before a closing bracket, and strings in double quotes alone"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed_config {path} is not strict JSON: {error}") from None
     if not isinstance(values, dict):
@@ -153,13 +199,16 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchPlan, *, source: str) -> DeepSpeedPlan:
+def resolve_deepspeed(
+    values: dict[str, Any], config: RunConfig, batches: BatchPlan, *, source: str
+) -> DeepSpeedPlan:
     """Fill every "auto", refuse wrong types, contradictions and what cannot work with this trainer.
 
     Args:
         values: as `read_deepspeed_json` returns them; not changed.
         source: the file's name, for messages.
-    Raises: ConfigError naming the key and its value, and both places for a value stated twice and differently.
+    Raises: ConfigError naming the key and its value, and both places for a value stated twice and
+    differently.
     """
     stated = dict(values)
     for key, owner in _OWNED_BY_RECIPE.items():
@@ -177,52 +226,80 @@ def resolve_deepspeed(values: dict[str, Any], config: RunConfig, batches: BatchP
             zero.pop(key, None)
     bf16 = _resolve_bf16(resolved, config, source)
     if bf16 and stage == 0:
-        raise ConfigError(f"{source}: bf16.enabled with zero_optimization.stage=0 leaves experts out of the gradient norm "
-                          "in DeepSpeed: use stage 1 or 2, or fp32")
+        raise ConfigError(
+            f"{source}: bf16.enabled with zero_optimization.stage=0 leaves experts out of the"
+            " gradient norm in DeepSpeed: use stage 1 or 2, or fp32"
+        )
     if "offload_optimizer" in zero and stage == 0:
-        raise ConfigError(f"{source}: zero_optimization.offload_optimizer needs stage 1 or 2, which cut the optimizer's "
-                          "state into shards; this is stage 0")
-    needed = ("reduce_scatter", "contiguous_gradients")[:stage] if config.parallel.resolved_dispatch != "local" else ()
+        raise ConfigError(
+            f"{source}: zero_optimization.offload_optimizer needs stage 1 or 2, which cut the"
+            " optimizer's state into shards; this is stage 0"
+        )
+    needed = (
+        ("reduce_scatter", "contiguous_gradients")[:stage]
+        if config.parallel.resolved_dispatch != "local"
+        else ()
+    )
     for key in needed:
         if not zero.get(key, True):
-            raise ConfigError(f"{source}: zero_optimization.{key}=false: DeepSpeed refuses it for experts that are shared out "
-                              f"(parallel.ep_size={config.parallel.ep_size}) under ZeRO {stage}; leave it out")
+            raise ConfigError(
+                f"{source}: zero_optimization.{key}=false: DeepSpeed refuses it for experts that"
+                f" are shared out (parallel.ep_size={config.parallel.ep_size}) under ZeRO {stage};"
+                " leave it out"
+            )
     _fill_auto(resolved, config, batches, source)
     if stage == 0:
-        # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: the trainer clips.
+        # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: the
+        # trainer clips.
         resolved["gradient_clipping"] = 0.0
     resolved["zero_allow_untested_optimizer"] = True  # AdamW with the moving average in its state
-    resolved["zero_force_ds_cpu_optimizer"] = False  # the same AdamW on the host, where its state is offloaded
+    resolved["zero_force_ds_cpu_optimizer"] = (
+        False  # the same AdamW on the host, where its state is offloaded
+    )
     resolved.setdefault("steps_per_print", 10**9)
     return DeepSpeedPlan(json=resolved, zero_stage=stage, precision="bf16" if bf16 else "fp32")
 
 
 def _resolve_bf16(resolved: dict[str, Any], config: RunConfig, source: str) -> bool:
-    """Let recipe and file agree on bf16 weights, which FP8 has, too; write the answer into the file's section."""
+    """Let recipe and file agree on bf16 weights, which FP8 has, too; write the answer into the
+    file's section.
+    """
     compute = config.precision.compute
     stated = resolved.get("bf16", {}).get("enabled", "auto" if compute != "auto" else False)
     if stated == compute == "auto":
-        raise ConfigError(f"{source}: bf16.enabled is \"auto\" and so is the recipe's precision.compute: state one of them")
+        raise ConfigError(
+            f'{source}: bf16.enabled is "auto" and so is the recipe\'s precision.compute: state one'
+            " of them"
+        )
     if compute != "auto" and stated not in ("auto", compute != "fp32"):
-        raise ConfigError(f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute} of the "
-                          "recipe: say \"auto\" there, or make them agree")
+        raise ConfigError(
+            f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute}"
+            ' of the recipe: say "auto" there, or make them agree'
+        )
     enabled = compute != "fp32" if stated == "auto" else stated
     if enabled or resolved.get("bf16"):
         resolved["bf16"] = {"enabled": enabled}
     return enabled
 
 
-def _fill_auto(resolved: dict[str, Any], config: RunConfig, batches: BatchPlan, source: str) -> None:
+def _fill_auto(
+    resolved: dict[str, Any], config: RunConfig, batches: BatchPlan, source: str
+) -> None:
     owned = {
         "train_batch_size": ("train.global_batch_size", batches.global_batch),
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", batches.micro_batch),
-        "gradient_accumulation_steps": ("train.global_batch_size / (train.micro_batch_size * ranks)", batches.accumulation),
+        "gradient_accumulation_steps": (
+            "train.global_batch_size / (train.micro_batch_size * ranks)",
+            batches.accumulation,
+        ),
         "gradient_clipping": ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
     }
     for key, (name, value) in owned.items():
         if (stated := resolved.get(key, "auto")) not in ("auto", value):
-            raise ConfigError(f"{source}: {key}={stated} contradicts {name}={value} of the recipe: say \"auto\" there, or "
-                              "make them equal")
+            raise ConfigError(
+                f'{source}: {key}={stated} contradicts {name}={value} of the recipe: say "auto"'
+                " there, or make them equal"
+            )
         resolved[key] = value
 
 
@@ -234,14 +311,20 @@ def _describe(problem: Mapping[str, Any]) -> str:
         names = [*dotted_names(_File), *_File.model_fields, *_OWNED_BY_RECIPE]
         beside = sorted({each for each in names if each.rpartition(".")[0] == section})
         close = difflib.get_close_matches(name, beside, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(beside)}" if beside else "leave it out"
+        hint = (
+            f"did you mean {close[0]}?"
+            if close
+            else f"known are {', '.join(beside)}"
+            if beside
+            else "leave it out"
+        )
         return f"{name} is no setting that this trainer knows; {hint}"
     if kind == "missing":
         return f"{name}: must be set"
     if kind == "model_type":
         return f"{name}={json.dumps(value)}: must be an object, {{...}}"
     if value == "auto":
-        message = f"\"auto\" has no meaning here; only for {', '.join(_TAKE_AUTO)}"
+        message = f'"auto" has no meaning here; only for {", ".join(_TAKE_AUTO)}'
     elif isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
         message += ", without quotes"
     return f"{name}={json.dumps(value)}: {message}"

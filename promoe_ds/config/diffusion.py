@@ -16,14 +16,26 @@ SOLVERS = {"rectified_flow": ("euler", "heun", "unipc", "dpmpp"), "ddpm": ("ddpm
 
 
 class DiffusionConfig(Section):
-    """Rectified flow with logit-normal noise levels (Esser et al., 2024), or DDPM as trained by DiT."""
+    """Rectified flow with logit-normal noise levels (Esser et al., 2024), or DDPM as trained by
+    DiT.
+    """
 
-    objective: Literal["rectified_flow", "ddpm"] = Field("rectified_flow", description="predicts velocity | noise and variance")
-    sigma_mean: float = Field(0.0, description="of the normal under the logistic function; rectified flow only")
+    objective: Literal["rectified_flow", "ddpm"] = Field(
+        "rectified_flow", description="predicts velocity | noise and variance"
+    )
+    sigma_mean: float = Field(
+        0.0, description="of the normal under the logistic function; rectified flow only"
+    )
     sigma_std: float = Field(1.0, gt=0, description="rectified flow only")
-    num_train_timesteps: int = Field(1000, gt=0, description="timestep = sigma * num_train_timesteps; length of DDPM's chain")
-    shift: float = Field(1.0, gt=0, description="of the sampler's sigmas, applied once; rectified flow only")
-    label_dropout: float = Field(0.1, ge=0, le=1, description="probability of the null label in training")
+    num_train_timesteps: int = Field(
+        1000, gt=0, description="timestep = sigma * num_train_timesteps; length of DDPM's chain"
+    )
+    shift: float = Field(
+        1.0, gt=0, description="of the sampler's sigmas, applied once; rectified flow only"
+    )
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="probability of the null label in training"
+    )
 
     @model_validator(mode="after")
     def _ddpm_fits(self) -> DiffusionConfig:
@@ -31,8 +43,11 @@ class DiffusionConfig(Section):
             return self
         self.refuse_set("sigma_mean", "sigma_std", "shift", use="objective=ddpm")
         if self.num_train_timesteps <= _MIN_DDPM_TIMESTEPS:
-            raise ValueError(f"num_train_timesteps={self.num_train_timesteps}: the linear schedule of objective=ddpm needs more "
-                             f"than {_MIN_DDPM_TIMESTEPS}, or its last step would keep nothing of the image")
+            raise ValueError(
+                f"num_train_timesteps={self.num_train_timesteps}: the linear schedule of"
+                f" objective=ddpm needs more than {_MIN_DDPM_TIMESTEPS}, or its last step would"
+                " keep nothing of the image"
+            )
         return self
 
     @property
@@ -48,13 +63,22 @@ class DiffusionConfig(Section):
     def sampling_problem(self, *, solver: str | None = None, steps: int | None = None) -> str:
         """Return why a model of this objective cannot be sampled so, or nothing.
 
-        The text starts with the field's bare name, for the caller to say whether a recipe or a command line set it.
+        The text starts with the field's bare name, for the caller to say whether a recipe or a
+        command line set it.
         """
         if solver not in (None, "auto", *self.solvers):
             *others, last = self.solvers
-            return (f"solver={solver} cannot sample diffusion.objective={self.objective}: set it to "
-                    f"{', '.join(others)} or {last}, or to auto")
-        if self.objective == "ddpm" and steps is not None and not 2 <= steps <= self.num_train_timesteps:
-            return (f"steps={steps}: diffusion.objective=ddpm is sampled in 2 ... diffusion.num_train_timesteps="
-                    f"{self.num_train_timesteps} steps")
+            return (
+                f"solver={solver} cannot sample diffusion.objective={self.objective}: set it to "
+                f"{', '.join(others)} or {last}, or to auto"
+            )
+        if (
+            self.objective == "ddpm"
+            and steps is not None
+            and not 2 <= steps <= self.num_train_timesteps
+        ):
+            return (
+                f"steps={steps}: diffusion.objective=ddpm is sampled in 2 ..."
+                f" diffusion.num_train_timesteps={self.num_train_timesteps} steps"
+            )
         return ""

@@ -39,9 +39,10 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Args:
         recipe: the name of a packaged recipe or the path of a YAML file. A recipe may name another
             one under `base`, whose values it inherits and overrides.
-        overrides: as after `--set`; values are YAML (`true`, `3`, `[0.9, 0.95]`, `null`), read by the field's type.
-    Raises: ConfigError naming the dotted field, its value and, for a typing error, the nearest valid name; or what is wrong
-    with a file that the recipe names.
+        overrides: as after `--set`; values are YAML (`true`, `3`, `[0.9, 0.95]`, `null`), read by
+        the field's type.
+    Raises: ConfigError naming the dotted field, its value and, for a typing error, the nearest
+    valid name; or what is wrong with a file that the recipe names.
     """
     path = _recipe_path(recipe)
     values = _read_with_base(path, seen=())
@@ -49,7 +50,8 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(values, override)
     config = config_from_dict(values, source=str(recipe))
-    # The run keeps what the files said: they may change or go away, the run's targets and its experts' order may not.
+    # The run keeps what the files said: they may change or go away, the run's targets and its
+    # experts' order may not.
     if config.routing.method == "classification":
         routing = config.routing.model_copy(update={"superclasses": read_superclasses(config)})
         config = config.model_copy(update={"routing": routing})
@@ -64,12 +66,15 @@ def release_of(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
-def config_from_dict(values: Mapping[str, Any], *, source: str, written_by: object = None) -> RunConfig:
+def config_from_dict(
+    values: Mapping[str, Any], *, source: str, written_by: object = None
+) -> RunConfig:
     """Validate nested values, e.g. those saved in a run or a checkpoint.
 
     Args:
         written_by: the version of this package that the source names as its writer, if it does.
-    Raises: ConfigError, one line for one problem, else a line for each; it says so if a newer version wrote the values.
+    Raises: ConfigError, one line for one problem, else a line for each; it says so if a newer
+    version wrote the values.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source} must be a mapping of sections, found {type(values).__name__}")
@@ -78,14 +83,17 @@ def config_from_dict(values: Mapping[str, Any], *, source: str, written_by: obje
     except ValidationError as error:
         problem = explain(error, source, _describe)
         if isinstance(written_by, str) and release_of(written_by) > release_of(__version__):
-            raise ConfigError(f"{source} was written by promoe_ds {written_by}, this is {__version__}: update promoe_ds. "
-                              f"{problem}") from None
+            raise ConfigError(
+                f"{source} was written by promoe_ds {written_by}, this is {__version__}: update"
+                f" promoe_ds. {problem}"
+            ) from None
         raise problem from None
 
 
 def saved_text(config: RunConfig) -> str:
     """Return a config as a run directory keeps it: YAML, with the version that wrote it."""
-    return f"{_WRITTEN_BY}{__version__}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
+    values = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return f"{_WRITTEN_BY}{__version__}\n{values}"
 
 
 def read_saved(path: Path) -> RunConfig:
@@ -98,11 +106,16 @@ def read_saved(path: Path) -> RunConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     first = text.partition("\n")[0]
-    return config_from_dict(read_yaml(text, str(path)), source=str(path),
-                            written_by=first.removeprefix(_WRITTEN_BY) if first.startswith(_WRITTEN_BY) else None)
+    return config_from_dict(
+        read_yaml(text, str(path)),
+        source=str(path),
+        written_by=first.removeprefix(_WRITTEN_BY) if first.startswith(_WRITTEN_BY) else None,
+    )
 
 
-def change_config(config: RunConfig, *, name: str | None = None, **sections: Mapping[str, Any]) -> RunConfig:
+def change_config(
+    config: RunConfig, *, name: str | None = None, **sections: Mapping[str, Any]
+) -> RunConfig:
     """Return a config with the fields of some sections changed, validated anew.
 
     Raises: ConfigError as `config_from_dict`.
@@ -133,7 +146,10 @@ def nearest_name(name: str) -> str | None:
     if longer := [valid for valid in names if valid.startswith(f"{name}_")]:
         return longer[0]
     # Fields of the same section come last and win among equal last parts.
-    by_leaf = {valid.rpartition(".")[2]: valid for valid in sorted(names, key=lambda n: n.startswith(f"{section}."))}
+    by_leaf = {
+        valid.rpartition(".")[2]: valid
+        for valid in sorted(names, key=lambda n: n.startswith(f"{section}."))
+    }
     close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)
     return by_leaf[close[0]] if close else None
 
@@ -148,7 +164,11 @@ def _recipe_path(recipe: str | Path) -> Path:
     if packaged.is_file():
         return packaged
     close = difflib.get_close_matches(str(recipe), list_recipes(), n=1)
-    hint = f"did you mean {close[0]}?" if close else f"give the path of a .yaml file, or one of {', '.join(list_recipes())}"
+    hint = (
+        f"did you mean {close[0]}?"
+        if close
+        else f"give the path of a .yaml file, or one of {', '.join(list_recipes())}"
+    )
     raise ConfigError(f"--recipe {recipe}: no packaged recipe of that name; {hint}")
 
 
@@ -188,7 +208,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     value = read_yaml(text, f"--set {override}: the value")
     section, dot, leaf = name.rpartition(".")
     given = _renewed({section: {leaf: value}} if dot else {name: value}, f"--set {override}")
-    if (name := next(f"{section}.{leaf}" for leaf in given[section]) if dot else name) not in dotted_names():
+    if (
+        name := next(f"{section}.{leaf}" for leaf in given[section]) if dot else name
+    ) not in dotted_names():
         raise ConfigError(_unknown(f"--set {name}", name))
     values.update(_merged(values, given))
 
@@ -202,7 +224,11 @@ def _renewed(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _unknown(where: str, name: str) -> str:
     nearest = nearest_name(name)
-    hint = f"did you mean {nearest}?" if nearest else "`python -m promoe_ds.cli.train --fields` lists all"
+    hint = (
+        f"did you mean {nearest}?"
+        if nearest
+        else "`python -m promoe_ds.cli.train --fields` lists all"
+    )
     return f"{where}: no such field; {hint}"
 
 

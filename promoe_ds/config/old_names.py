@@ -12,7 +12,9 @@ FIELDS = {
     ("parallel", "exchange_dtype"): "comm_dtype",
 }
 #: (section, field) -> {old value: value}.
-VALUES = {("parallel", "dispatch"): {"deepspeed": "alltoall", "deepspeed_capacity": "deepspeed_moe"}}
+VALUES = {
+    ("parallel", "dispatch"): {"deepspeed": "alltoall", "deepspeed_capacity": "deepspeed_moe"}
+}
 
 
 def with_new_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -24,11 +26,17 @@ def with_new_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     for (section, old), new in FIELDS.items():
         fields = result.get(section)
         if isinstance(fields, Mapping) and old in fields and new not in fields:
-            result[section] = {new if name == old else name: value for name, value in fields.items()}
+            result[section] = {
+                new if name == old else name: value for name, value in fields.items()
+            }
             notes.append(f"{section}.{old} is now {section}.{new}")
     for (section, field), table in VALUES.items():
         fields = result.get(section)
-        if isinstance(fields, Mapping) and isinstance(value := fields.get(field), str) and value in table:
+        if (
+            isinstance(fields, Mapping)
+            and isinstance(value := fields.get(field), str)
+            and value in table
+        ):
             result[section] = {**fields, field: table[value]}
             notes.append(f"{section}.{field}={value} is now {table[value]}")
     return result, notes

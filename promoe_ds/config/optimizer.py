@@ -24,7 +24,8 @@ _PowerLength = Annotated[float, Field(gt=0, lt=LONGEST_POWER_LENGTH)]
 
 @dataclass(frozen=True, kw_only=True)
 class Average:
-    """How a moving average forgets: by a constant decay, or as a power function tau^exponent of the training so far.
+    """How a moving average forgets: by a constant decay, or as a power function tau^exponent of the
+    training so far.
 
     warmup: whether the decay grows to its value; an average is the same one with it and without.
     """
@@ -44,10 +45,13 @@ class Average:
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
     def initial_share(self, updates: int) -> float:
-        """Return how much of the average is still the weights that it started from, after some updates."""
+        """Return how much of the average is still the weights that it started from, after some
+        updates.
+        """
         if self.exponent is not None:
             return 0.0
-        grown = 0  # updates in which the decay still grew; their product is 10! / ((t + 2) ... (t + 10))
+        # updates in which the decay still grew; their product is 10! / ((t + 2) ... (t + 10))
+        grown = 0
         if self.warmup:
             grown = min(updates, max(0, math.ceil((10 * self.decay - 1) / (1 - self.decay)) - 1))
         growing = math.factorial(10) / math.prod(grown + k for k in range(2, 11)) if grown else 1.0
@@ -57,12 +61,17 @@ class Average:
         return f"decay {self.decay}" if self.exponent is None else f"gamma {self.exponent:.4g}"
 
     def warning(self, name: str, updates: int) -> str:
-        """Return a line that says so, if much of the average `name` is what it started from after some updates."""
+        """Return a line that says so, if much of the average `name` is what it started from after
+        some updates.
+        """
         share = self.initial_share(updates)
         if share < NOTED_SHARE:
             return ""
-        return (f"after {updates} updates {share:.0%} of the average {name} ({self}) is the weights that it started from: take "
-                "the raw weights, or train with optimizer.ema_warmup=true or a lower decay in optimizer.ema_decays")
+        return (
+            f"after {updates} updates {share:.0%} of the average {name} ({self}) is the weights"
+            " that it started from: take the raw weights, or train with optimizer.ema_warmup=true"
+            " or a lower decay in optimizer.ema_decays"
+        )
 
 
 class OptimizerConfig(Section):
@@ -71,19 +80,46 @@ class OptimizerConfig(Section):
     lr: float = Field(1e-4, gt=0, description="learning rate after the warm-up")
     betas: tuple[_Fraction, _Fraction] = Field((0.9, 0.999), description="of AdamW")
     eps: float = Field(1e-8, gt=0, description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="on matrices only, never on biases or prototypes")
-    max_grad_norm: float = Field(0.5, ge=0, description="of the global gradient norm; 0 switches clipping off")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate grows to lr, linearly")
+    weight_decay: float = Field(
+        0.0, ge=0, description="on matrices only, never on biases or prototypes"
+    )
+    max_grad_norm: float = Field(
+        0.5, ge=0, description="of the global gradient norm; 0 switches clipping off"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the learning rate after the warm-up"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="steps in which the learning rate grows to lr, linearly"
+    )
     min_lr: float = Field(0.0, ge=0, description="where linear and cosine end")
-    schedule_steps: int | None = Field(None, gt=0, description="where linear and cosine end, as a step; train.max_steps if left "
-                                                               "out")
-    ema_decays: tuple[_Fraction, ...] = Field((0.9999,), min_length=1, description="of the moving averages of the weights, kept "
-                                              "side by side; the first is the one that samples are drawn from")
-    ema_warmup: bool = Field(False, description="let these decays grow from 0.18, min(decay, (1 + t) / (10 + t)) at update t: "
-                                                "for short runs, of whose average the initial weights are a large part")
-    ema_sigma_rels: tuple[_PowerLength, ...] = Field((), description="relative lengths of power-function averages, from which "
-                                                        "another length can be had after training; EDM2 keeps 0.05 and 0.1")
+    schedule_steps: int | None = Field(
+        None,
+        gt=0,
+        description="where linear and cosine end, as a step; train.max_steps if left out",
+    )
+    ema_decays: tuple[_Fraction, ...] = Field(
+        (0.9999,),
+        min_length=1,
+        description=(
+            "of the moving averages of the weights, kept "
+            "side by side; the first is the one that samples are drawn from"
+        ),
+    )
+    ema_warmup: bool = Field(
+        False,
+        description=(
+            "let these decays grow from 0.18, min(decay, (1 + t) / (10 + t)) at update t: "
+            "for short runs, of whose average the initial weights are a large part"
+        ),
+    )
+    ema_sigma_rels: tuple[_PowerLength, ...] = Field(
+        (),
+        description=(
+            "relative lengths of power-function averages, from which "
+            "another length can be had after training; EDM2 keeps 0.05 and 0.1"
+        ),
+    )
 
     @model_validator(mode="after")
     def _lr_fits(self) -> OptimizerConfig:
@@ -96,19 +132,34 @@ class OptimizerConfig(Section):
         for name in ("ema_decays", "ema_sigma_rels"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{name}={list(values)} holds one average twice: every name can stand for one only")
+                raise ValueError(
+                    f"{name}={list(values)} holds one average twice: every name can stand for one"
+                    " only"
+                )
         if len(self.averages) < len(self.ema_decays) + len(self.ema_sigma_rels):
-            raise ValueError(f"ema_decays={list(self.ema_decays)}, ema_sigma_rels={list(self.ema_sigma_rels)}: the names "
-                             f"{', '.join(self.averages)} keep six digits, and two are the same: take values that differ in these")
+            raise ValueError(
+                f"ema_decays={list(self.ema_decays)}, ema_sigma_rels={list(self.ema_sigma_rels)}:"
+                f" the names {', '.join(self.averages)} keep six digits, and two are the same: take"
+                " values that differ in these"
+            )
         return self
 
     @property
     def averages(self) -> dict[str, Average]:
-        """The moving averages by name: `ema` for the first decay, `ema_<decay>` for the others, `ema_power_<length>`."""
+        """The moving averages by name: `ema` for the first decay, `ema_<decay>` for the others,
+        `ema_power_<length>`.
+        """
         names = (EMA, *(f"{EMA}_{decay:g}" for decay in self.ema_decays[1:]))
-        return {**{name: Average(decay=decay, warmup=self.ema_warmup)
-                   for name, decay in zip(names, self.ema_decays, strict=True)},
-                **{power_average(length): Average(exponent=power_exponent(length)) for length in self.ema_sigma_rels}}
+        return {
+            **{
+                name: Average(decay=decay, warmup=self.ema_warmup)
+                for name, decay in zip(names, self.ema_decays, strict=True)
+            },
+            **{
+                power_average(length): Average(exponent=power_exponent(length))
+                for length in self.ema_sigma_rels
+            },
+        }
 
 
 def power_average(length: float) -> str:
@@ -117,9 +168,11 @@ def power_average(length: float) -> str:
 
 
 def power_exponent(length: float) -> float:
-    """Return gamma of the power function tau^gamma whose standard deviation is `length` times the training so far.
+    """Return gamma of the power function tau^gamma whose standard deviation is `length` times the
+    training so far.
 
-    Source: EDM2 (Karras et al., 2024), Sec. 3.1: length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    Source: EDM2 (Karras et al., 2024), Sec. 3.1: length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma +
+    3)).
     Raises: ValueError unless 0 < length < 12^-0.5.
     """
     if not 0 < length < LONGEST_POWER_LENGTH:

@@ -12,28 +12,43 @@ Fp8Recipe = Literal["delayed", "current", "block", "mxfp8"]
 
 
 def fp8_multiple(recipe: str) -> int:
-    """Return what rows and widths of a recipe's matrix products must be multiples of: MXFP8 scales blocks of 32 numbers."""
+    """Return what rows and widths of a recipe's matrix products must be multiples of: MXFP8 scales
+    blocks of 32 numbers.
+    """
     return 32 if recipe == "mxfp8" else 16
 
 
 class PrecisionConfig(Section):
     """fp32, bf16, or bf16 weights with FP8 matrix products; and whose kernels."""
 
-    compute: Literal["auto", "fp32", "bf16", "fp8"] = Field("auto", description="auto: as bf16.enabled of the DeepSpeed JSON says")
+    compute: Literal["auto", "fp32", "bf16", "fp8"] = Field(
+        "auto", description="auto: as bf16.enabled of the DeepSpeed JSON says"
+    )
     fp8_recipe: Literal["auto", Fp8Recipe] = Field(
-        "auto", description="how FP8 numbers are scaled; auto: mxfp8 where the device has it, else current")
-    kernels: Literal["auto", "torch", "transformer_engine"] = Field("auto", description="auto: transformer_engine for fp8")
+        "auto",
+        description="how FP8 numbers are scaled; auto: mxfp8 where the device has it, else current",
+    )
+    kernels: Literal["auto", "torch", "transformer_engine"] = Field(
+        "auto", description="auto: transformer_engine for fp8"
+    )
 
     @model_validator(mode="after")
     def _choices_fit(self) -> PrecisionConfig:
         if self.fp8_recipe != "auto" and self.compute != "fp8":
-            raise ValueError(f"fp8_recipe={self.fp8_recipe} has no use for compute={self.compute}: set compute=fp8, or leave it "
-                             "out")
+            raise ValueError(
+                f"fp8_recipe={self.fp8_recipe} has no use for compute={self.compute}: set"
+                " compute=fp8, or leave it out"
+            )
         if self.compute == "fp8" and self.kernels == "torch":
-            raise ValueError("kernels=torch has no FP8 path (compute=fp8): use kernels=transformer_engine, or compute=bf16")
+            raise ValueError(
+                "kernels=torch has no FP8 path (compute=fp8): use kernels=transformer_engine, or"
+                " compute=bf16"
+            )
         return self
 
     @property
     def uses_transformer_engine(self) -> bool:
         """Whether attention, feed-forwards and experts run on Transformer Engine."""
-        return self.kernels == "transformer_engine" or (self.kernels == "auto" and self.compute == "fp8")
+        return self.kernels == "transformer_engine" or (
+            self.kernels == "auto" and self.compute == "fp8"
+        )

@@ -1,4 +1,6 @@
-"""Every field of a recipe, as a person reads it: what `--fields` prints and docs/recipes.md holds."""
+"""Every field of a recipe, as a person reads it: what `--fields` prints and docs/recipes.md
+holds.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 @dataclass(frozen=True, kw_only=True)
 class FieldFacts:
-    """One field: its dotted name, what it takes, what it is if left out ("" where it must be set), what it means."""
+    """One field: its dotted name, what it takes, what it is if left out ("" where it must be set),
+    what it means.
+    """
 
     name: str
     takes: str
@@ -27,11 +31,16 @@ class FieldFacts:
 
 
 def list_fields() -> dict[str, list[FieldFacts]]:
-    """Return the fields of every section, by section and in order; those of the recipe itself stand under ""."""
+    """Return the fields of every section, by section and in order; those of the recipe itself stand
+    under "".
+    """
     found: dict[str, list[FieldFacts]] = {"": []}
     for name, info in RunConfig.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            found[name] = [_facts(f"{name}.{leaf}", each) for leaf, each in info.annotation.model_fields.items()]
+            found[name] = [
+                _facts(f"{name}.{leaf}", each)
+                for leaf, each in info.annotation.model_fields.items()
+            ]
         else:
             found[""].append(_facts(name, info))
     return found
@@ -47,10 +56,24 @@ def field_tables() -> str:
     """Return all sections as Markdown, a table each."""
     parts = []
     for section, fields in list_fields().items():
-        rows = [f"| `{each.name}` | {_cell(each.takes)} | {_cell(each.default or 'must be set')} | {each.meaning} |"
-                for each in fields]
-        parts.append("\n".join([f"## {section or 'The recipe'}", "", section_purpose(section), "",
-                                "| field | takes | if left out | |", "|---|---|---|---|", *rows]))
+        rows = [
+            f"| `{each.name}` | {_cell(each.takes)} | {_cell(each.default or 'must be set')} |"
+            f" {each.meaning} |"
+            for each in fields
+        ]
+        parts.append(
+            "\n".join(
+                [
+                    f"## {section or 'The recipe'}",
+                    "",
+                    section_purpose(section),
+                    "",
+                    "| field | takes | if left out | |",
+                    "|---|---|---|---|",
+                    *rows,
+                ]
+            )
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -61,7 +84,10 @@ def field_lines(section: str = "") -> str:
     """
     tables = list_fields()
     if section and section not in tables:
-        raise ConfigError(f"--fields {section}: no such section; there are {', '.join(name for name in tables if name)}")
+        raise ConfigError(
+            f"--fields {section}: no such section; there are"
+            f" {', '.join(name for name in tables if name)}"
+        )
     lines = []
     for name in [section] if section else tables:
         for each in tables[name]:
@@ -76,8 +102,12 @@ def _cell(text: str) -> str:
 
 def _facts(name: str, info: FieldInfo) -> FieldFacts:
     default = "" if info.is_required() else _plain(info.get_default(call_default_factory=True))
-    return FieldFacts(name=name, takes=_describe_type(info.annotation, info.metadata), default=default,
-                      meaning=info.description or "")
+    return FieldFacts(
+        name=name,
+        takes=_describe_type(info.annotation, info.metadata),
+        default=default,
+        meaning=info.description or "",
+    )
 
 
 def _describe_type(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
@@ -88,9 +118,13 @@ def _describe_type(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     if origin is Literal:
         return " | ".join(_plain(value) for value in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(_describe_type(each, metadata) if each is not type(None) else "null" for each in arguments)
+        return " | ".join(
+            _describe_type(each, metadata) if each is not type(None) else "null"
+            for each in arguments
+        )
     if origin is tuple:
-        return f"[{', '.join('...' if each is Ellipsis else _describe_type(each) for each in arguments)}]"
+        inner = ("..." if each is Ellipsis else _describe_type(each) for each in arguments)
+        return f"[{', '.join(inner)}]"
     if origin is dict:
         return "mapping"
     return " ".join([annotation.__name__, *_bounds(metadata)])
@@ -100,8 +134,14 @@ def _bounds(metadata: typing.Sequence[Any]) -> list[str]:
     """Return the limits among a type's annotations."""
     limits = []
     for each in metadata:
-        for part in getattr(each, "metadata", [each]):  # a pydantic Field inside Annotated carries its own
-            limits += [f"{sign} {_plain(getattr(part, bound))}" for bound, sign in _BOUNDS.items() if hasattr(part, bound)]
+        for part in getattr(
+            each, "metadata", [each]
+        ):  # a pydantic Field inside Annotated carries its own
+            limits += [
+                f"{sign} {_plain(getattr(part, bound))}"
+                for bound, sign in _BOUNDS.items()
+                if hasattr(part, bound)
+            ]
     return limits
 
 

@@ -9,15 +9,25 @@ from pydantic import Field, model_validator
 
 from promoe_ds.config.section import Section
 
-RoutingMethod = Literal["dense", "token_choice", "expert_choice", "dit_moe", "ec_dit", "diff_moe", "expert_race",
-                        "classification", "kmeans"]
+RoutingMethod = Literal[
+    "dense",
+    "token_choice",
+    "expert_choice",
+    "dit_moe",
+    "ec_dit",
+    "diff_moe",
+    "expert_race",
+    "classification",
+    "kmeans",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What the rest of a run must know of a routing method before any router is built.
 
-    reads: fields of RoutingConfig that not every method reads; elsewhere a value other than the default is refused.
+    reads: fields of RoutingConfig that not every method reads; elsewhere a value other than the
+    default is refused.
     tokens_choose: every token asks for top_k experts; otherwise the experts choose among tokens.
     single_choice: every token has one expert, so top_k is 1.
     mixes_samples: outputs depend on the other samples of a pass in evaluation, too.
@@ -55,36 +65,73 @@ METHODS: dict[RoutingMethod, Method] = {
 class RoutingConfig(Section):
     """The feed-forward: dense, or a mixture of experts and the router that serves it.
 
-    Every method takes unconditional experts (step 1 of ProMoE's router) and shared experts. Where experts choose, top_k is
-    the number of experts that a token has on average.
+    Every method takes unconditional experts (step 1 of ProMoE's router) and shared experts. Where
+    experts choose, top_k is the number of experts that a token has on average.
     """
 
-    method: RoutingMethod = Field("token_choice", description="token_choice and expert_choice are ProMoE's")
-    moe_blocks: Literal["interleave", "all"] = Field("interleave", description="odd blocks, or every block")
-    num_experts: int = Field(12, gt=0, description="E: routed experts on all ranks, unconditional ones excluded")
-    top_k: int = Field(1, gt=0, description="K: routed experts per conditional token, or their average")
+    method: RoutingMethod = Field(
+        "token_choice", description="token_choice and expert_choice are ProMoE's"
+    )
+    moe_blocks: Literal["interleave", "all"] = Field(
+        "interleave", description="odd blocks, or every block"
+    )
+    num_experts: int = Field(
+        12, gt=0, description="E: routed experts on all ranks, unconditional ones excluded"
+    )
+    top_k: int = Field(
+        1, gt=0, description="K: routed experts per conditional token, or their average"
+    )
     num_shared_experts: int = Field(1, ge=0, description="N_s of Eq. 5")
-    num_unconditional_experts: int = Field(1, ge=0, description="N_u of Eq. 5; 0 routes null samples too")
-    expert_width: int | None = Field(None, gt=0, description="F; mlp_ratio * D / (1 + N_s) if left out")
+    num_unconditional_experts: int = Field(
+        1, ge=0, description="N_u of Eq. 5; 0 routes null samples too"
+    )
+    expert_width: int | None = Field(
+        None, gt=0, description="F; mlp_ratio * D / (1 + N_s) if left out"
+    )
     shared_expert_width: int | None = Field(None, gt=0, description="as expert_width if left out")
-    expert_type: Literal["gelu", "swiglu"] = Field("gelu", description="GELU-tanh with biases, or SwiGLU without")
-    shared_expert_type: Literal["gelu", "swiglu"] | None = Field(None, description="as expert_type if left out")
-    activation: Literal["identity", "sigmoid", "softmax"] = Field("identity", description="A of Eq. 2")
+    expert_type: Literal["gelu", "swiglu"] = Field(
+        "gelu", description="GELU-tanh with biases, or SwiGLU without"
+    )
+    shared_expert_type: Literal["gelu", "swiglu"] | None = Field(
+        None, description="as expert_type if left out"
+    )
+    activation: Literal["identity", "sigmoid", "softmax"] = Field(
+        "identity", description="A of Eq. 2"
+    )
     score_scale: float = Field(1.0, gt=0, description="alpha of Eq. 4")
     rcl_weight: float = Field(1.0, ge=0, description="lambda_RCL; 0 switches the loss off")
     rcl_temperature: float = Field(0.07, gt=0, description="tau of Eq. 6")
-    rcl_scope: Literal["rank", "global"] = Field("global", description="centroids of this rank, or of all ranks")
-    rcl_assignments: Literal["all", "first"] = Field("all", description="all K choices form the centroids, or the best")
+    rcl_scope: Literal["rank", "global"] = Field(
+        "global", description="centroids of this rank, or of all ranks"
+    )
+    rcl_assignments: Literal["all", "first"] = Field(
+        "all", description="all K choices form the centroids, or the best"
+    )
     balance_weight: float = Field(0.0, ge=0, description="coefficient of the load-balancing loss")
-    balance_level: Literal["batch", "sample"] = Field("batch", description="what the loss asks to be even: a pass, or each image")
+    balance_level: Literal["batch", "sample"] = Field(
+        "batch", description="what the loss asks to be even: a pass, or each image"
+    )
     capacity_weight: float = Field(0.01, gt=0, description="of DiffMoE's capacity predictor's loss")
     threshold_decay: float = Field(0.95, ge=0, lt=1, description="of running thresholds, per step")
-    similarity_weight: float = Field(1e-4, ge=0, description="of Expert Race's router similarity loss")
-    per_layer_weight: float = Field(1e-2, ge=0, description="of Expert Race's per-layer regularisation")
-    classification_weight: float = Field(1.0, ge=0, description="of the routing classification loss (Sec. 4.2)")
-    superclass_map: str | None = Field(None, description="name or path of a map from superclasses to classes")
-    superclasses: tuple[int, ...] | None = Field(None, description="of every class: what superclass_map said when the recipe was "
-                                                                   "loaded; not to be set, kept with the run")
+    similarity_weight: float = Field(
+        1e-4, ge=0, description="of Expert Race's router similarity loss"
+    )
+    per_layer_weight: float = Field(
+        1e-2, ge=0, description="of Expert Race's per-layer regularisation"
+    )
+    classification_weight: float = Field(
+        1.0, ge=0, description="of the routing classification loss (Sec. 4.2)"
+    )
+    superclass_map: str | None = Field(
+        None, description="name or path of a map from superclasses to classes"
+    )
+    superclasses: tuple[int, ...] | None = Field(
+        None,
+        description=(
+            "of every class: what superclass_map said when the recipe was "
+            "loaded; not to be set, kept with the run"
+        ),
+    )
 
     @property
     def traits(self) -> Method:
@@ -96,13 +143,21 @@ class RoutingConfig(Section):
         if self.method != "dense" and self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
         if self.traits.single_choice and self.top_k > 1:
-            raise ValueError(f"top_k={self.top_k}: method={self.method} gives every token one expert (Sec. 4.3): set top_k=1")
+            raise ValueError(
+                f"top_k={self.top_k}: method={self.method} gives every token one expert (Sec. 4.3):"
+                " set top_k=1"
+            )
         for field in type(self).model_fields:
             readers = [name for name, method in METHODS.items() if field in method.reads]
             if readers and self.method not in readers:
-                self.refuse_set(field, use=f"method={self.method} (it is read by {', '.join(readers)})")
+                self.refuse_set(
+                    field, use=f"method={self.method} (it is read by {', '.join(readers)})"
+                )
         if self.num_shared_experts == 0:
             self.refuse_set("shared_expert_width", "shared_expert_type", use="num_shared_experts=0")
         if self.method == "classification" and self.superclass_map is None:
-            raise ValueError("method=classification needs superclass_map: a packaged map's name or the path of a YAML file")
+            raise ValueError(
+                "method=classification needs superclass_map: a packaged map's name or the path of a"
+                " YAML file"
+            )
         return self

@@ -1,4 +1,6 @@
-"""YAML whose plain values stay text: what `010`, `1e-4`, `on` or `2024-01-01` means is for the type of its field to say."""
+"""YAML whose plain values stay text: what `010`, `1e-4`, `on` or `2024-01-01` means is for the type
+of its field to say.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,16 @@ class _TextLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML reads it)
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is given twice", key.start_mark
+                )
             seen.add(key.value if isinstance(key.value, str) else id(key))
         return super().construct_mapping(node, deep)
 

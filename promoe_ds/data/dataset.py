@@ -1,4 +1,5 @@
-"""What every data set is, and what those on disk draw anew each time a sample is taken: its mirror image, its latent.
+"""What every data set is, and what those on disk draw anew each time a sample is taken: its mirror
+image, its latent.
 
 Letters: B samples, C channels on disk, Z latent channels, H, W latent size.
 """
@@ -18,7 +19,8 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import DataError
 from promoe_ds.randomness import generator, hashes
 
-#: Bounds of the logarithm of the posterior's variance, as diffusers' DiagonalGaussianDistribution has them.
+#: Bounds of the logarithm of the posterior's variance, as diffusers' DiagonalGaussianDistribution
+# has them.
 _LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 
 
@@ -27,7 +29,9 @@ class LatentDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, Condition]:
+    def take(
+        self, indices: np.ndarray, positions: np.ndarray | None = None
+    ) -> tuple[Tensor, Condition]:
         """Return fp32 latents (B, Z, H, W), scaled as the network wants them, and their conditions.
 
         `positions` in the training stream (see `order`) decide what is drawn anew each time, if
@@ -75,8 +79,8 @@ class DrawnLatents(ABC):
         """
         if config.data.flip is True and not has_twins:
             raise DataError(
-                f"{where}: holds no mirrored latents, but data.flip=true: encode them with both, or "
-                "leave data.flip out"
+                f"{where}: holds no mirrored latents, but data.flip=true: encode them with both, or"
+                " leave data.flip out"
             )
         self._flip = has_twins and config.data.flip is not False
         self._scale, self._seed = config.data.latent_scale, config.train.seed
@@ -88,7 +92,8 @@ class DrawnLatents(ABC):
 
     @abstractmethod
     def read(self, indices: np.ndarray, flips: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return unscaled records (B, C, H, W), fp32, mirrored where `flips` says so, and labels (B,).
+        """Return unscaled records (B, C, H, W), fp32, mirrored where `flips` says so, and labels
+        (B,).
 
         Raises: DataError naming what cannot be read or is not finite.
         """
@@ -131,7 +136,9 @@ def draw_latents(moments_BCHW: Tensor, seed: int, positions: np.ndarray | None) 
 
 
 def first_not_finite(records_BCHW: Tensor) -> int | None:
-    """Return the place of the first record with a value that is not finite; None if there is none."""
+    """Return the place of the first record with a value that is not finite; None if there is
+    none.
+    """
     if torch.isfinite(records_BCHW).all():
         return None
     return int((~torch.isfinite(records_BCHW)).flatten(1).any(dim=1).nonzero()[0])

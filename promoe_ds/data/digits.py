@@ -36,14 +36,16 @@ def load_digits_split(heldout_fraction: float, *, heldout: bool) -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError("data.dataset=digits needs scikit-learn: pip install 'promoe_ds[report]'") from None
+        raise DataError(
+            "data.dataset=digits needs scikit-learn: pip install 'promoe_ds[report]'"
+        ) from None
     bundle = load_digits()
     images = (bundle.images / (_LARGEST_VALUE / 2) - 1.0).astype(np.float32)[:, None]
     labels = bundle.target.astype(np.int64)
     is_heldout = np.zeros(len(labels), dtype=bool)
     for digit in range(10):
         members = generator(_SPLIT_SEED, "data", digit).permutation(np.flatnonzero(labels == digit))
-        is_heldout[members[:round(heldout_fraction * len(members))]] = True
+        is_heldout[members[: round(heldout_fraction * len(members))]] = True
     chosen = is_heldout if heldout else ~is_heldout
     return Digits(images[chosen], labels[chosen])
 
@@ -62,7 +64,11 @@ class TrainingDigits:
     def __len__(self) -> int:
         return len(self._digits.labels)
 
-    def take(self, indices: np.ndarray, positions: np.ndarray | None = None) -> tuple[Tensor, ClassCondition]:
+    def take(
+        self, indices: np.ndarray, positions: np.ndarray | None = None
+    ) -> tuple[Tensor, ClassCondition]:
         """Return the chosen images, (B, 1, 8, 8) fp32, and their labels."""
         labels = torch.from_numpy(self._digits.labels[indices])
-        return torch.from_numpy(self._digits.images[indices] * self._scale), ClassCondition(labels, self._null)
+        return torch.from_numpy(self._digits.images[indices] * self._scale), ClassCondition(
+            labels, self._null
+        )

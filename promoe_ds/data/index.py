@@ -1,7 +1,8 @@
 """The index of a folder of packed latents: `index.json`.
 
-It says what is there and what it belongs to: records and checksum of each shard, classes, the autoencoder, the resolution,
-and which images were skipped. The format is documented in docs/imagenet.md.
+It says what is there and what it belongs to: records and checksum of each shard, classes, the
+autoencoder, the resolution, and which images were skipped. The format is documented in
+docs/imagenet.md.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class ShardRecord:
 class LatentIndex:
     """What `index.json` says.
 
-    `encoding` is what else two calls that fill one folder must share: number and checksum of the source's file names, images a
-    shard, type of the autoencoder's computation.
+    `encoding` is what else two calls that fill one folder must share: number and checksum of the
+    source's file names, images a shard, type of the autoencoder's computation.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -108,25 +109,35 @@ def read_index(folder: Path) -> LatentIndex | None:
 def check_index(index: LatentIndex, folder: Path, config: RunConfig) -> None:
     """Hold what the latents belong to against the recipe.
 
-    Raises: DataError naming both sides: another resolution, scale, number of classes, or autoencoder.
+    Raises: DataError naming both sides: another resolution, scale, number of classes, or
+    autoencoder.
     """
     model, data, path = config.model, config.data, folder / INDEX
-    found, wanted = (index.latent_channels, *index.shape[1:]), (model.in_channels, model.input_size, model.input_size)
+    found, wanted = (
+        (index.latent_channels, *index.shape[1:]),
+        (model.in_channels, model.input_size, model.input_size),
+    )
     if found != wanted:
         size = f", from images of {index.image_size} pixels" if index.image_size else ""
-        raise DataError(f"{path}: latents are {_shape(found)}{size}, the recipe's model.in_channels and model.input_size say "
-                        f"{_shape(wanted)}: encode at that size, or change the recipe")
+        raise DataError(
+            f"{path}: latents are {_shape(found)}{size}, the recipe's model.in_channels and"
+            f" model.input_size say {_shape(wanted)}: encode at that size, or change the recipe"
+        )
     check_classes(path, len(index.classes), model.num_classes)
     if index.vae is None:
         if data.vae is not None:
-            raise DataError(f"{path}: does not say which autoencoder the latents come from, the recipe wants data.vae={data.vae}: "
-                            "pack them anew with --vae-name")
+            raise DataError(
+                f"{path}: does not say which autoencoder the latents come from, the recipe wants"
+                f" data.vae={data.vae}: pack them anew with --vae-name"
+            )
         return
     check_scale(index.vae, config, f"{path}: ")
     if data.vae is not None and not _is_meant(index.vae, data.vae):
         weights = index.vae.fingerprint or "weights unknown"
-        raise DataError(f"{path}: the latents were encoded by {index.vae.name} ({weights}), the recipe wants "
-                        f"data.vae={data.vae}: encode them anew, or set data.vae to the one that they come from")
+        raise DataError(
+            f"{path}: the latents were encoded by {index.vae.name} ({weights}), the recipe wants "
+            f"data.vae={data.vae}: encode them anew, or set data.vae to the one that they come from"
+        )
 
 
 def check_scale(vae: VaeIdentity, config: RunConfig, where: str = "") -> None:
@@ -136,14 +147,23 @@ def check_scale(vae: VaeIdentity, config: RunConfig, where: str = "") -> None:
     """
     scale = config.data.latent_scale
     if vae.scaling_factor is not None and abs(vae.scaling_factor - scale) > _TOLERANCE:
-        raise DataError(f"{where}{vae.name} scales its latents by {vae.scaling_factor}, but data.latent_scale={scale}")
+        raise DataError(
+            f"{where}{vae.name} scales its latents by {vae.scaling_factor}, but"
+            f" data.latent_scale={scale}"
+        )
 
 
 def trust_vae(where: Path, config: RunConfig) -> None:
-    """Warn, by rank 0, that latents without an index cannot show that they come from the recipe's autoencoder."""
+    """Warn, by rank 0, that latents without an index cannot show that they come from the recipe's
+    autoencoder.
+    """
     if config.data.vae is not None and rank_from_environment() == 0:
-        _LOG.warning("%s: nothing there says which autoencoder the latents come from; that it is data.vae=%s is taken on trust",
-                     where, config.data.vae)
+        _LOG.warning(
+            "%s: nothing there says which autoencoder the latents come from; that it is data.vae=%s"
+            " is taken on trust",
+            where,
+            config.data.vae,
+        )
 
 
 def _is_meant(identity: VaeIdentity, wanted: str) -> bool:

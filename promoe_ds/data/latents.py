@@ -1,7 +1,7 @@
 """Packed latents on disk, read memory-mapped.
 
-A folder of packed shards holds `*.safetensors`, taken in the order of their names (see `shards`), and `index.json` if this
-package wrote it (see `index`). Values are unscaled, of any float dtype.
+A folder of packed shards holds `*.safetensors`, taken in the order of their names (see `shards`),
+and `index.json` if this package wrote it (see `index`). Values are unscaled, of any float dtype.
 Letters: B samples, C channels on disk, Z latent channels, H, W latent size.
 """
 
@@ -33,8 +33,10 @@ def open_latents(config: RunConfig, device: torch.device) -> PackedLatents | Npz
     try:
         tree = scan_tree(folder, (NPZ_SUFFIX,))
     except DataError as error:
-        raise DataError(f"data.path={folder}: no *.safetensors shard there, and no tree of {NPZ_SUFFIX} files: {error}. "
-                        "docs/inputs.md lists what is read, and converts .npy features") from None
+        raise DataError(
+            f"data.path={folder}: no *.safetensors shard there, and no tree of {NPZ_SUFFIX} files:"
+            f" {error}. docs/inputs.md lists what is read, and converts .npy features"
+        ) from None
     return NpzLatents(config, tree)
 
 
@@ -54,8 +56,10 @@ class PackedLatents(DrawnLatents):
             for file, record in zip(files, index.shards, strict=True):
                 _check_size(file, record.bytes)
         elif (folder / UNFINISHED).is_file():
-            raise DataError(f"{folder}: these latents are not complete, there is {UNFINISHED} and no {INDEX}: run "
-                            "promoe-encode again with the same arguments, it goes on where it stopped")
+            raise DataError(
+                f"{folder}: these latents are not complete, there is {UNFINISHED} and no {INDEX}:"
+                " run promoe-encode again with the same arguments, it goes on where it stopped"
+            )
         else:
             trust_vae(folder, config)
             files = shard_files(folder)
@@ -67,9 +71,15 @@ class PackedLatents(DrawnLatents):
         for position, shard in enumerate(self._shards):
             _check_shard(shard, config)
             if (shard.kind, shard.dtype, shard.flipped) != (first.kind, first.dtype, first.flipped):
-                raise DataError(f"{shard.path}: holds {_described(shard)}, {first.path.name} {_described(first)}")
+                raise DataError(
+                    f"{shard.path}: holds {_described(shard)}, {first.path.name}"
+                    f" {_described(first)}"
+                )
             if index is not None and len(shard) != index.shards[position].count:
-                raise DataError(f"{shard.path}: {len(shard)} records, {INDEX} says {index.shards[position].count}")
+                raise DataError(
+                    f"{shard.path}: {len(shard)} records, {INDEX} says"
+                    f" {index.shards[position].count}"
+                )
         super().__init__(config, folder, has_twins=first.flipped)
         self._labels = torch.cat([shard.labels.long() for shard in self._shards])
         self._starts = np.cumsum([0, *map(len, self._shards)])
@@ -98,13 +108,17 @@ class PackedLatents(DrawnLatents):
         rows = raw.view(len(indices), -1).view(torch.uint8).numpy()
         places = np.searchsorted(self._ends, indices, side="right")
         local = indices - self._starts[places]
-        for out, shard, row, flip in zip(rows, places.tolist(), local.tolist(), flips.tolist(), strict=True):
+        for out, shard, row, flip in zip(
+            rows, places.tolist(), local.tolist(), flips.tolist(), strict=True
+        ):
             self._shards[shard].copy_record(row, flip, out)
         return raw.float()
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Return a folder's shards in the order of their names, but for hidden files, which other systems leave beside them."""
+    """Return a folder's shards in the order of their names, but for hidden files, which other
+    systems leave beside them.
+    """
     return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
 
 
@@ -112,21 +126,31 @@ def _check_size(file: Path, size: int) -> None:
     if not file.is_file():
         raise DataError(f"{file}: missing, {INDEX} lists it")
     if file.stat().st_size != size:
-        raise DataError(f"{file}: {file.stat().st_size} bytes, {INDEX} says {size}: copy or encode this shard anew")
+        raise DataError(
+            f"{file}: {file.stat().st_size} bytes, {INDEX} says {size}: copy or encode this shard"
+            " anew"
+        )
 
 
 def _check_shard(shard: Shard, config: RunConfig) -> None:
     size, labels = config.model.input_size, shard.labels
     shape = (config.model.in_channels * (2 if shard.kind == "moments" else 1), size, size)
     if shard.shape[1:] != shape or labels.shape != shard.shape[:1]:
-        raise DataError(f"{shard.path}: {shard.kind} {shard.shape} and labels {tuple(labels.shape)} do not fit the recipe's (n, "
-                        f"{', '.join(map(str, shape))}) and (n,)")
+        raise DataError(
+            f"{shard.path}: {shard.kind} {shard.shape} and labels {tuple(labels.shape)} do not fit"
+            f" the recipe's (n, {', '.join(map(str, shape))}) and (n,)"
+        )
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise DataError(f"{shard.path}: labels are {labels.dtype}, expected integers")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < config.model.num_classes:
-        raise DataError(f"{shard.path}: labels reach from {int(labels.min())} to {int(labels.max())}, but "
-                        f"model.num_classes={config.model.num_classes}")
+        raise DataError(
+            f"{shard.path}: labels reach from {int(labels.min())} to {int(labels.max())}, but "
+            f"model.num_classes={config.model.num_classes}"
+        )
 
 
 def _described(shard: Shard) -> str:
-    return f"{shard.kind} as {str(shard.dtype).removeprefix('torch.')}, {'with' if shard.flipped else 'without'} mirrored twins"
+    return (
+        f"{shard.kind} as {str(shard.dtype).removeprefix('torch.')},"
+        f" {'with' if shard.flipped else 'without'} mirrored twins"
+    )

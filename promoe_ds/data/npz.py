@@ -23,12 +23,14 @@ from promoe_ds.errors import DataError
 #: code and of DiffMoE; both are moments.
 NPZ_NAMES = (("latent", "latent_flip"), ("moments", "moments_flip"))
 NPZ_SUFFIX = ".npz"
-#: numpy parses headers by `ast`, whose recursion count threads of CPython 3.11 share: it fails at random.
+#: numpy parses headers by `ast`, whose recursion count threads of CPython 3.11 share: it fails at
+# random.
 _PARSING = threading.Lock()
 
 
 class NpzLatents(DrawnLatents):
-    """Moments (2 Z, H, W), unscaled, of files named `latent` and `latent_flip`, or `moments` and `moments_flip`.
+    """Moments (2 Z, H, W), unscaled, of files named `latent` and `latent_flip`, or `moments` and
+    `moments_flip`.
 
     The mirrored twins may be missing. Slow: for anything but a trial, pack the files once with
     `promoe-encode --from-npz`. They do not say which autoencoder they come from.
@@ -66,7 +68,8 @@ class NpzLatents(DrawnLatents):
 
 
 def read_npz_moments(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Return a file's moments and, where it holds them, the mirrored image's: (1 or 2, 2 Z, H, W) fp32.
+    """Return a file's moments and, where it holds them, the mirrored image's: (1 or 2, 2 Z, H, W)
+    fp32.
 
     Raises: DataError naming a file that is damaged, of another kind or, where `shape` is given, of
         another shape.

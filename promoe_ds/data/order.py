@@ -1,4 +1,6 @@
-"""The order of training: a function of (seed, epoch), the same for any number of ranks or workers."""
+"""The order of training: a function of (seed, epoch), the same for any number of ranks or
+workers.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,11 @@ from promoe_ds.randomness import generator
 
 
 def sample_indices(num_samples: int, *, seed: int, start: int, count: int) -> np.ndarray:
-    """Return the data set indices at the positions start ... start + count - 1 of the endless training stream.
+    """Return the data set indices at the positions start ... start + count - 1 of the endless
+    training stream.
 
-    Epoch k holds the positions k * num_samples ... (k + 1) * num_samples - 1, each sample once, shuffled by (seed, k); a
-    batch may straddle two epochs. To resume, the position suffices.
+    Epoch k holds the positions k * num_samples ... (k + 1) * num_samples - 1, each sample once,
+    shuffled by (seed, k); a batch may straddle two epochs. To resume, the position suffices.
     """
     positions = np.arange(start, start + count)
     indices = np.empty(count, dtype=np.int64)

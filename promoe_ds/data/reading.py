@@ -20,8 +20,8 @@ def shown(name: str | Path) -> str:
 def reading(path: Path, what: str, *, kind: str | None = None) -> Iterator[None]:
     """Turn whatever a decoder raises into one error.
 
-    Decoders of damaged files raise any kind: IndexError, RuntimeError, struct.error, zlib.error, MemoryError.
-    Args:
+    Decoders of damaged files raise any kind: IndexError, RuntimeError, struct.error, zlib.error,
+    MemoryError. Args:
         kind: of `identify` that the file should be: where it is another, the message says which.
     Raises: DataError naming the file, what it should be, and the decoder's complaint.
     """

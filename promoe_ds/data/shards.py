@@ -1,8 +1,8 @@
 """One shard of packed latents: a safetensors file, mapped, each record under its own checksum.
 
-Tensors: `latents` or `moments` (n, C, H, W) and, where there are mirrored twins, `latents_flip` or `moments_flip`; `labels`
-(n,); written by this package also `checksums` (n, 1 or 2), the xxh3_64 of each record's bytes as int64, and `names`, the
-records' sources, joined by line feeds.
+Tensors: `latents` or `moments` (n, C, H, W) and, where there are mirrored twins, `latents_flip` or
+`moments_flip`; `labels` (n,); written by this package also `checksums` (n, 1 or 2), the xxh3_64 of
+each record's bytes as int64, and `names`, the records' sources, joined by line feeds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ _CHUNK_BYTES = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class ShardContent:
-    """What goes into a shard: records (n, C, H, W), their mirrored twins if any, labels (n,), names of their sources."""
+    """What goes into a shard: records (n, C, H, W), their mirrored twins if any, labels (n,), names
+    of their sources.
+    """
 
     kind: str
     records: Tensor
@@ -55,21 +57,44 @@ class Shard:
             with safe_open(path, framework="pt") as file:
                 keys = set(file.keys())
                 self.kind = next((kind for kind in KINDS if kind in keys), KINDS[0])
-                variants = [file.get_tensor(name) for name in (self.kind, self.kind + _FLIP) if name in keys or name in KINDS]
+                variants = [
+                    file.get_tensor(name)
+                    for name in (self.kind, self.kind + _FLIP)
+                    if name in keys or name in KINDS
+                ]
                 self.labels = file.get_tensor("labels")
-                checksums = file.get_tensor("checksums").numpy().view(np.uint64) if "checksums" in keys else None
-            self.dtype, self.shape, self.flipped = variants[0].dtype, tuple(variants[0].shape), len(variants) > 1
+                checksums = (
+                    file.get_tensor("checksums").numpy().view(np.uint64)
+                    if "checksums" in keys
+                    else None
+                )
+            self.dtype, self.shape, self.flipped = (
+                variants[0].dtype,
+                tuple(variants[0].shape),
+                len(variants) > 1,
+            )
             if not self.dtype.is_floating_point:
-                raise DataError(f"{path}: {self.kind} are {_name(self.dtype)}, expected floats: if they are quantised, store the "
-                                "floats that they encode")
-            if self.flipped and (variants[1].shape, variants[1].dtype) != (variants[0].shape, variants[0].dtype):
-                raise DataError(f"{path}: {self.kind}{_FLIP} {tuple(variants[1].shape)} {_name(variants[1].dtype)} does not fit "
-                                f"{self.kind} {self.shape} {_name(self.dtype)}: store both in one shape and type")
+                raise DataError(
+                    f"{path}: {self.kind} are {_name(self.dtype)}, expected floats: if they are"
+                    " quantised, store the floats that they encode"
+                )
+            if self.flipped and (variants[1].shape, variants[1].dtype) != (
+                variants[0].shape,
+                variants[0].dtype,
+            ):
+                raise DataError(
+                    f"{path}: {self.kind}{_FLIP} {tuple(variants[1].shape)}"
+                    f" {_name(variants[1].dtype)} does not fit {self.kind} {self.shape}"
+                    f" {_name(self.dtype)}: store both in one shape and type"
+                )
             # As bytes: numpy knows no bfloat16, and copies rows several times faster than torch.
             self._bytes = [_as_bytes(variant) for variant in variants]
         self._checksums = checksums
         if checksums is not None and checksums.shape != (self.shape[0], len(variants)):
-            raise DataError(f"{path}: checksums {checksums.shape} do not fit {self.shape[0]} records of {len(variants)}")
+            raise DataError(
+                f"{path}: checksums {checksums.shape} do not fit {self.shape[0]} records of"
+                f" {len(variants)}"
+            )
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -90,9 +115,14 @@ class Shard:
         Raises: DataError naming a record that is not what was written.
         """
         record = self._bytes[int(flip)][row]
-        if self._checksums is not None and xxhash.xxh3_64_intdigest(record) != self._checksums[row, int(flip)]:
-            raise DataError(f"{self.path}: record {row} ({self.name(row)}){', mirrored,' if flip else ''} is damaged: its checksum "
-                            "does not match; encode this shard anew")
+        if (
+            self._checksums is not None
+            and xxhash.xxh3_64_intdigest(record) != self._checksums[row, int(flip)]
+        ):
+            raise DataError(
+                f"{self.path}: record {row} ({self.name(row)}){', mirrored,' if flip else ''} is"
+                " damaged: its checksum does not match; encode this shard anew"
+            )
         out[:] = record
 
     def name(self, row: int) -> str:
@@ -109,15 +139,28 @@ def write_shard(path: Path, content: ShardContent) -> ShardRecord:
 
     Raises: DataError naming a record that is not finite.
     """
-    variants = [content.records.contiguous(), *([content.flipped.contiguous()] if content.flipped is not None else [])]
+    variants = [
+        content.records.contiguous(),
+        *([content.flipped.contiguous()] if content.flipped is not None else []),
+    ]
     for variant in variants:
         if (bad := first_not_finite(variant)) is not None:
-            raise DataError(f"{shown(content.names[bad])}: its latent is not finite as {_name(variant.dtype)}: store or compute "
-                            "in a wider type")
-    digests = np.array([[xxhash.xxh3_64_intdigest(row) for row in _as_bytes(variant)] for variant in variants], dtype=np.uint64)
-    tensors = {content.kind: variants[0], "labels": content.labels,
-               "checksums": torch.from_numpy(digests.reshape(len(variants), -1).T.copy().view(np.int64)),
-               "names": torch.frombuffer(bytearray("\n".join(map(shown, content.names)).encode() or b"\n"), dtype=torch.uint8)}
+            raise DataError(
+                f"{shown(content.names[bad])}: its latent is not finite as {_name(variant.dtype)}:"
+                " store or compute in a wider type"
+            )
+    digests = np.array(
+        [[xxhash.xxh3_64_intdigest(row) for row in _as_bytes(variant)] for variant in variants],
+        dtype=np.uint64,
+    )
+    tensors = {
+        content.kind: variants[0],
+        "labels": content.labels,
+        "checksums": torch.from_numpy(digests.reshape(len(variants), -1).T.copy().view(np.int64)),
+        "names": torch.frombuffer(
+            bytearray("\n".join(map(shown, content.names)).encode() or b"\n"), dtype=torch.uint8
+        ),
+    }
     if len(variants) > 1:
         tensors[content.kind + _FLIP] = variants[1]
     with replacing(path) as temporary:
@@ -131,20 +174,30 @@ def describe_shard(path: Path, count: int, *, name: str) -> ShardRecord:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
-    return ShardRecord(file=name, count=count, bytes=path.stat().st_size, checksum=digest.hexdigest())
+    return ShardRecord(
+        file=name, count=count, bytes=path.stat().st_size, checksum=digest.hexdigest()
+    )
 
 
 def verify(folder: Path, team: DistributedContext) -> LatentIndex:
-    """Read every shard of a finished folder and hold it against the index, each rank a share of them.
+    """Read every shard of a finished folder and hold it against the index, each rank a share of
+    them.
 
     Raises: DataError naming the shards, and the first records, that are not what was written.
     """
     index = read_index(folder)
     if index is None:
         raise DataError(f"{folder}: no {INDEX} there: nothing to verify against")
-    problems = [problem for record in index.shards[team.rank::team.world_size] for problem in _problems(folder, record)]
+    problems = [
+        problem
+        for record in index.shards[team.rank :: team.world_size]
+        for problem in _problems(folder, record)
+    ]
     if problems := [problem for found in team.gather(problems) for problem in found]:
-        raise DataError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
+        raise DataError(
+            "; ".join(problems[:5])
+            + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        )
     return index
 
 
@@ -172,4 +225,8 @@ def _name(dtype: torch.dtype) -> str:
 
 def _as_bytes(tensor: Tensor) -> np.ndarray:
     """Return (n, bytes of a record) uint8, a view."""
-    return tensor.reshape(len(tensor), -1).view(torch.uint8).numpy() if tensor.numel() else np.empty((len(tensor), 0), np.uint8)
+    return (
+        tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
+        if tensor.numel()
+        else np.empty((len(tensor), 0), np.uint8)
+    )

@@ -19,7 +19,8 @@ from torch import Tensor
 from promoe_ds.data.reading import reading
 from promoe_ds.errors import DataError
 
-#: Images of a pass of the decoder: one alone has enough work for a GPU, and hundreds of megabytes of activations.
+#: Images of a pass of the decoder: one alone has enough work for a GPU, and hundreds of megabytes
+# of activations.
 DECODED_AT_ONCE = 8
 #: Whether figures and pixels are computed with TF32, for the files that state how they came about.
 TF32 = False
@@ -29,8 +30,8 @@ TF32 = False
 class VaeIdentity:
     """Which autoencoder latents belong to.
 
-    `fingerprint` is the checksum of its weights; `name` what the user calls it; `downsampling` pixels per latent pixel. Of
-    another trainer's cache only the name is known.
+    `fingerprint` is the checksum of its weights; `name` what the user calls it; `downsampling`
+    pixels per latent pixel. Of another trainer's cache only the name is known.
     """
 
     name: str
@@ -46,7 +47,9 @@ class VaeIdentity:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Convolve and multiply fp32 in fp32, which cuDNN rounds to TF32 by default; afterwards as the process had it."""
+    """Convolve and multiply fp32 in fp32, which cuDNN rounds to TF32 by default; afterwards as the
+    process had it.
+    """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
     cudnn.allow_tf32 = matmul.allow_tf32 = TF32
@@ -59,8 +62,14 @@ def without_tf32() -> Iterator[None]:
 class Vae:
     """A frozen autoencoder on a device."""
 
-    def __init__(self, source: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                 name: str | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        name: str | None = None,
+    ) -> None:
         """Load it.
 
         Args:
@@ -69,31 +78,49 @@ class Vae:
         Raises: DataError if there is no AutoencoderKL, or one that shifts its latents.
         """
         if not Path(source).is_dir() and source.count("/") != 1:
-            raise DataError(f"{source}: no such folder, and no hub id (owner/name) of an AutoencoderKL")
+            raise DataError(
+                f"{source}: no such folder, and no hub id (owner/name) of an AutoencoderKL"
+            )
         with reading(Path(source), "AutoencoderKL in safetensors"):
-            network = AutoencoderKL.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
+            network = AutoencoderKL.from_pretrained(
+                source, use_safetensors=True, low_cpu_mem_usage=False
+            )
         config = network.config
         if shift := config.get("shift_factor"):
-            raise DataError(f"{source}: shifts its latents by shift_factor={shift}, this package only scales them "
-                            "(data.latent_scale): take an autoencoder without a shift")
+            raise DataError(
+                f"{source}: shifts its latents by shift_factor={shift}, this package only scales"
+                " them (data.latent_scale): take an autoencoder without a shift"
+            )
         self.identity = VaeIdentity(
-            name=name or source, fingerprint=fingerprint_of(network), scaling_factor=float(config.scaling_factor),
-            downsampling=2 ** (len(config.block_out_channels) - 1), latent_channels=int(config.latent_channels))
+            name=name or source,
+            fingerprint=fingerprint_of(network),
+            scaling_factor=float(config.scaling_factor),
+            downsampling=2 ** (len(config.block_out_channels) - 1),
+            latent_channels=int(config.latent_channels),
+        )
         # torch's own cast: diffusers' warns of an empty list of modules.
-        self._network = torch.nn.Module.to(network.requires_grad_(False).eval(), device=device, dtype=dtype)
+        self._network = torch.nn.Module.to(
+            network.requires_grad_(False).eval(), device=device, dtype=dtype
+        )
         self._device, self._dtype = device, dtype
 
     @torch.no_grad()
     @without_tf32()
     def encode(self, images_BHWC: np.ndarray) -> Tensor:
-        """Return the posteriors' moments (B, 2 Z, H, W) of uint8 images, fp32, on the device: means, then log variances."""
-        pixels = torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        """Return the posteriors' moments (B, 2 Z, H, W) of uint8 images, fp32, on the device:
+        means, then log variances.
+        """
+        pixels = (
+            torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        )
         return self._network.encode(pixels.to(self._dtype)).latent_dist.parameters.float()
 
     @torch.no_grad()
     @without_tf32()
     def decode(self, latents_BZHW: Tensor) -> Tensor:
-        """Return images (B, C, H, W), about -1 ... 1, fp32, of unscaled latents; a few at a time, whatever B is."""
+        """Return images (B, C, H, W), about -1 ... 1, fp32, of unscaled latents; a few at a time,
+        whatever B is.
+        """
         parts = latents_BZHW.to(self._device, self._dtype).split(DECODED_AT_ONCE)
         return torch.cat([self._network.decode(part).sample.float() for part in parts])
 

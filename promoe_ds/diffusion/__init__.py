@@ -1,9 +1,19 @@
-"""Diffusion: noise levels, training objectives, guidance and samplers. Takes callables, never imports the model."""
+"""Diffusion: noise levels, training objectives, guidance and samplers. Takes callables, never
+imports the model.
+"""
 
 from promoe_ds.diffusion.build import build_objective
 from promoe_ds.diffusion.guidance import choose_scale, guided
 from promoe_ds.diffusion.objective import DiffusionBatch, Objective, draw_batch
 from promoe_ds.diffusion.sampler import SamplingPlan, sample_latents
 
-__all__ = ["DiffusionBatch", "Objective", "SamplingPlan", "build_objective", "choose_scale", "draw_batch", "guided",
-           "sample_latents"]
+__all__ = [
+    "DiffusionBatch",
+    "Objective",
+    "SamplingPlan",
+    "build_objective",
+    "choose_scale",
+    "draw_batch",
+    "guided",
+    "sample_latents",
+]

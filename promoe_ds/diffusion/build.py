@@ -9,7 +9,10 @@ from promoe_ds.diffusion.ddpm import Ddpm
 from promoe_ds.diffusion.objective import Objective
 from promoe_ds.diffusion.rectified_flow import RectifiedFlow
 
-_OBJECTIVES: dict[str, Callable[[DiffusionConfig], Objective]] = {"rectified_flow": RectifiedFlow, "ddpm": Ddpm}
+_OBJECTIVES: dict[str, Callable[[DiffusionConfig], Objective]] = {
+    "rectified_flow": RectifiedFlow,
+    "ddpm": Ddpm,
+}
 
 
 def build_objective(config: DiffusionConfig) -> Objective:

@@ -15,7 +15,8 @@ from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, posterior_variance
 from promoe_ds.diffusion.objective import DiffusionBatch, target_error
 
-#: lambda of Nichol & Dhariwal (2021), Eq. 16. The bound sums over the chain, a batch estimates the mean: hence * J.
+#: lambda of Nichol & Dhariwal (2021), Eq. 16. The bound sums over the chain, a batch estimates the
+# mean: hence * J.
 VLB_WEIGHT = 1e-3
 #: Half a level of 8-bit pixels that are scaled to -1 ... 1.
 HALF_PIXEL = 1 / 255
@@ -33,27 +34,40 @@ class Ddpm:
         self.config = config
         alpha_bar_J = linear_alpha_bar(config.num_train_timesteps)
         betas_J = betas_of(alpha_bar_J)
-        # The last step back has no variance, and no logarithm of it: DiT lends it that of the step before.
+        # The last step back has no variance, and no logarithm of it: DiT lends it that of the step
+        # before.
         posterior_J = posterior_variance(alpha_bar_J)
         posterior_J[0] = posterior_J[1]
-        self._tables = {name: torch.from_numpy(values).float() for name, values in {
-            "signal": np.sqrt(alpha_bar_J), "noise": np.sqrt(1.0 - alpha_bar_J),
-            "mean_per_noise": betas_J / np.sqrt((1.0 - betas_J) * (1.0 - alpha_bar_J)),
-            "log_variance_low": np.log(posterior_J), "log_variance_high": np.log(betas_J)}.items()}
+        self._tables = {
+            name: torch.from_numpy(values).float()
+            for name, values in {
+                "signal": np.sqrt(alpha_bar_J),
+                "noise": np.sqrt(1.0 - alpha_bar_J),
+                "mean_per_noise": betas_J / np.sqrt((1.0 - betas_J) * (1.0 - alpha_bar_J)),
+                "log_variance_low": np.log(posterior_J),
+                "log_variance_high": np.log(betas_J),
+            }.items()
+        }
 
     def draw_sigma(self, random: np.random.Generator) -> float:
-        """Draw a timestep, uniform in 0 ... num_train_timesteps - 1, as its share of num_train_timesteps.
+        """Draw a timestep, uniform in 0 ... num_train_timesteps - 1, as its share of
+        num_train_timesteps.
 
         Source: Ho et al. (2020), Algorithm 1; official DiT: the same.
         """
-        return int(random.integers(self.config.num_train_timesteps)) / self.config.num_train_timesteps
+        return (
+            int(random.integers(self.config.num_train_timesteps)) / self.config.num_train_timesteps
+        )
 
     def noised(self, batch: DiffusionBatch) -> Tensor:
         """Return sqrt(alpha_bar) * clean + sqrt(1 - alpha_bar) * noise.
 
         Source: Ho et al. (2020), Eq. 4; official DiT: the same.
         """
-        return self._at("signal", batch) * batch.clean_BZHW + self._at("noise", batch) * batch.noise_BZHW
+        return (
+            self._at("signal", batch) * batch.clean_BZHW
+            + self._at("noise", batch) * batch.noise_BZHW
+        )
 
     def timestep(self, batch: DiffusionBatch) -> Tensor:
         """Return the integer timesteps, as floats."""
@@ -66,21 +80,28 @@ class Ddpm:
     def losses(self, prediction_BZHW: Tensor, batch: DiffusionBatch) -> dict[str, Tensor]:
         """Return the squared error of the noise and the weighted variational bound, `vlb`.
 
-        Source: Nichol & Dhariwal (2021), Eq. 16; official DiT: mse + vb, the same for its 1000 timesteps.
-        Args:
+        Source: Nichol & Dhariwal (2021), Eq. 16; official DiT: mse + vb, the same for its 1000
+        timesteps. Args:
             prediction_BZHW: (B, 2 Z, H, W), any float dtype.
         Gradient: `diffusion` reaches the first Z channels only, `vlb` the others only.
         """
         predicted, variance = prediction_BZHW.float().chunk(2, dim=1)
         bound_B = self._bound(predicted.detach(), variance, batch)
         weight = VLB_WEIGHT * self.config.num_train_timesteps
-        return {"diffusion": target_error(predicted, self.target(batch)), "vlb": weight * bound_B.mean()}
+        return {
+            "diffusion": target_error(predicted, self.target(batch)),
+            "vlb": weight * bound_B.mean(),
+        }
 
-    def _bound(self, predicted_BZHW: Tensor, variance_BZHW: Tensor, batch: DiffusionBatch) -> Tensor:
-        """Return each image's term of the variational bound at its timestep, in bits per dimension, (B,).
+    def _bound(
+        self, predicted_BZHW: Tensor, variance_BZHW: Tensor, batch: DiffusionBatch
+    ) -> Tensor:
+        """Return each image's term of the variational bound at its timestep, in bits per dimension,
+        (B,).
 
-        Source: Ho et al. (2020), Eq. 5; official DiT: the same; differs: the difference of the true and the predicted mean is
-        formed from that of the noises (Eq. 12), where both means would cancel in fp32.
+        Source: Ho et al. (2020), Eq. 5; official DiT: the same; differs: the difference of the true
+        and the predicted mean is formed from that of the noises (Eq. 12), where both means would
+        cancel in fp32.
         """
         low, high = self._at("log_variance_low", batch), self._at("log_variance_high", batch)
         # Nichol & Dhariwal (2021), Eq. 15; -1 ... 1 spans the range, as in DiT.
@@ -99,26 +120,37 @@ class Ddpm:
         return self._tables[name][self.timestep(batch).long()].view(-1, 1, 1, 1)
 
 
-def gaussian_divergence(mean_difference: Tensor, log_variance_true: Tensor, log_variance_model: Tensor) -> Tensor:
+def gaussian_divergence(
+    mean_difference: Tensor, log_variance_true: Tensor, log_variance_model: Tensor
+) -> Tensor:
     """Return KL(true || model) of normal distributions, elementwise, in nats."""
     wider = log_variance_model - log_variance_true
     # expm1: the two variances of early steps agree in all but their last digits.
-    return 0.5 * (wider + torch.expm1(-wider) + mean_difference.square() * torch.exp(-log_variance_model))
+    return 0.5 * (
+        wider + torch.expm1(-wider) + mean_difference.square() * torch.exp(-log_variance_model)
+    )
 
 
 def pixel_log_likelihood(pixels: Tensor, mean_error: Tensor, log_variance: Tensor) -> Tensor:
-    """Return the logarithm of a normal distribution's mass on the 8-bit level of each pixel, in nats.
+    """Return the logarithm of a normal distribution's mass on the 8-bit level of each pixel, in
+    nats.
 
-    Source: Ho et al. (2020), Eq. 13; official DiT: the same with a fast approximation of the normal distribution; differs:
-    the exact one.
+    Source: Ho et al. (2020), Eq. 13; official DiT: the same with a fast approximation of the normal
+    distribution; differs: the exact one.
     Args:
-        pixels: in -1 ... 1; mean_error: pixels minus the distribution's mean; log_variance: of the distribution.
+        pixels: in -1 ... 1; mean_error: pixels minus the distribution's mean; log_variance: of the
+        distribution.
     """
     scale = torch.exp(-0.5 * log_variance)
     # The mass is symmetric about the mean; below it, fp32 keeps the digits of small probabilities.
     distance = -mean_error.abs()
-    inside = _normal_mass_below(scale * (distance + HALF_PIXEL)) - _normal_mass_below(scale * (distance - HALF_PIXEL))
-    black, white = _normal_mass_below(scale * (mean_error + HALF_PIXEL)), _normal_mass_below(scale * (HALF_PIXEL - mean_error))
+    inside = _normal_mass_below(scale * (distance + HALF_PIXEL)) - _normal_mass_below(
+        scale * (distance - HALF_PIXEL)
+    )
+    black, white = (
+        _normal_mass_below(scale * (mean_error + HALF_PIXEL)),
+        _normal_mass_below(scale * (HALF_PIXEL - mean_error)),
+    )
     mass = torch.where(pixels < -EDGE, black, torch.where(pixels > EDGE, white, inside))
     return mass.clamp_min(_MIN_PROBABILITY).log()
 

@@ -1,6 +1,7 @@
 """What a training objective is, the batch that it works on, and the draws that make one.
 
-One time convention: sigma 0 is data, 1 is noise; the timestep, near sigma * num_train_timesteps, is what the network sees.
+One time convention: sigma 0 is data, 1 is noise; the timestep, near sigma * num_train_timesteps, is
+what the network sees.
 Letters: B images, Z latent channels, H, W latent size.
 """
 
@@ -48,8 +49,12 @@ class DiffusionBatch:
         return found
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> DiffusionBatch:
-        return DiffusionBatch(function(self.clean_BZHW), function(self.noise_BZHW), function(self.sigma_B),
-                              self.condition.map(function))
+        return DiffusionBatch(
+            function(self.clean_BZHW),
+            function(self.noise_BZHW),
+            function(self.sigma_B),
+            self.condition.map(function),
+        )
 
 
 class Objective(Protocol):
@@ -70,15 +75,24 @@ class Objective(Protocol):
         """Return what the first Z channels are to predict, (B, Z, H, W)."""
 
     def losses(self, prediction_BZHW: Tensor, batch: DiffusionBatch) -> dict[str, Tensor]:
-        """Return the terms of the loss by name, scalars that add up to it; `diffusion` is the squared error of the target."""
+        """Return the terms of the loss by name, scalars that add up to it; `diffusion` is the
+        squared error of the target.
+        """
 
 
-def draw_batch(clean_BZHW: Tensor, condition: Condition, objective: Objective, *, seed: int, step: int,
-               slots: Sequence[int]) -> DiffusionBatch:
+def draw_batch(
+    clean_BZHW: Tensor,
+    condition: Condition,
+    objective: Objective,
+    *,
+    seed: int,
+    step: int,
+    slots: Sequence[int],
+) -> DiffusionBatch:
     """Draw noise, noise levels and condition dropout for samples of one optimizer step.
 
-    Source: official; differs: each draw is a function of (seed, stream, step, slot of the global batch), hence of no rank,
-    micro-batch or resume.
+    Source: official; differs: each draw is a function of (seed, stream, step, slot of the global
+    batch), hence of no rank, micro-batch or resume.
     Args:
         clean_BZHW: latents; condition: theirs; slots: their places in the global batch.
     """
@@ -86,9 +100,16 @@ def draw_batch(clean_BZHW: Tensor, condition: Condition, objective: Objective, *
     for noise_ZHW, random in zip(noise_BZHW, generators(seed, "noise", step, slots), strict=True):
         random.standard_normal(dtype=np.float32, out=noise_ZHW)
     sigma = [objective.draw_sigma(random) for random in generators(seed, "sigma", step, slots)]
-    dropped = [random.random() < objective.config.label_dropout for random in generators(seed, "label_drop", step, slots)]
-    return DiffusionBatch(clean_BZHW, torch.from_numpy(noise_BZHW), torch.tensor(sigma, dtype=torch.float32),
-                          condition.drop(torch.tensor(dropped)))
+    dropped = [
+        random.random() < objective.config.label_dropout
+        for random in generators(seed, "label_drop", step, slots)
+    ]
+    return DiffusionBatch(
+        clean_BZHW,
+        torch.from_numpy(noise_BZHW),
+        torch.tensor(sigma, dtype=torch.float32),
+        condition.drop(torch.tensor(dropped)),
+    )
 
 
 def target_error(predicted_BZHW: Tensor, target_BZHW: Tensor) -> Tensor:

@@ -24,7 +24,10 @@ class RectifiedFlow:
 
         Source: Esser et al. (2024), Sec. 3.1; official: the same.
         """
-        return 1.0 / (1.0 + np.exp(-(self.config.sigma_mean + self.config.sigma_std * random.standard_normal())))
+        return 1.0 / (
+            1.0
+            + np.exp(-(self.config.sigma_mean + self.config.sigma_std * random.standard_normal()))
+        )
 
     def noised(self, batch: DiffusionBatch) -> Tensor:
         """Return the point at sigma on the straight path: (1 - sigma) * clean + sigma * noise."""
@@ -40,6 +43,8 @@ class RectifiedFlow:
         return batch.noise_BZHW - batch.clean_BZHW
 
     def losses(self, prediction_BZHW: Tensor, batch: DiffusionBatch) -> dict[str, Tensor]:
-        """Return the squared error of the velocity; channels beyond the latents' (learned variance) are ignored."""
-        predicted = prediction_BZHW[:, :batch.clean_BZHW.shape[1]].float()
+        """Return the squared error of the velocity; channels beyond the latents' (learned variance)
+        are ignored.
+        """
+        predicted = prediction_BZHW[:, : batch.clean_BZHW.shape[1]].float()
         return {"diffusion": target_error(predicted, self.target(batch))}

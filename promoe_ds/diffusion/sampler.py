@@ -50,20 +50,37 @@ class SamplingPlan:
     def of(cls, config: RunConfig, **given: Any) -> SamplingPlan:
         """Return how a recipe samples; what is given and not None takes the place of its values."""
         values: dict[str, Any] = {
-            "steps": config.sampling.steps, "cfg_scale": config.sampling.cfg_scale, "shift": config.diffusion.shift,
+            "steps": config.sampling.steps,
+            "cfg_scale": config.sampling.cfg_scale,
+            "shift": config.diffusion.shift,
             "solver": config.resolved_solver,
-            "num_train_timesteps": config.diffusion.num_train_timesteps, "two_passes": config.routing.traits.mixes_samples}
+            "num_train_timesteps": config.diffusion.num_train_timesteps,
+            "two_passes": config.routing.traits.mixes_samples,
+        }
         return cls(**values | {name: value for name, value in given.items() if value is not None})
 
-    def guided(self, denoiser: Denoiser, latents_BZHW: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Return the guided prediction at one timestep, a scalar, of all latents; guides as many channels as they have."""
-        return guided(denoiser, latents_BZHW, timestep.expand(len(latents_BZHW)), condition,
-                      scale=self.cfg_scale, channels=latents_BZHW.shape[1], two_passes=self.two_passes)
+    def guided(
+        self, denoiser: Denoiser, latents_BZHW: Tensor, timestep: Tensor, condition: Condition
+    ) -> Tensor:
+        """Return the guided prediction at one timestep, a scalar, of all latents; guides as many
+        channels as they have.
+        """
+        return guided(
+            denoiser,
+            latents_BZHW,
+            timestep.expand(len(latents_BZHW)),
+            condition,
+            scale=self.cfg_scale,
+            channels=latents_BZHW.shape[1],
+            two_passes=self.two_passes,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Integrator:
-    """A scheduler, the timesteps that the network is told at its steps, and what its `step` takes beside them."""
+    """A scheduler, the timesteps that the network is told at its steps, and what its `step` takes
+    beside them.
+    """
 
     scheduler: SchedulerMixin
     timesteps: Tensor
@@ -72,7 +89,9 @@ class _Integrator:
 
 
 def sigma_schedule(steps: int) -> np.ndarray:
-    """Return the unshifted noise levels of `steps` steps, from 1 downwards; the final 0 is the scheduler's."""
+    """Return the unshifted noise levels of `steps` steps, from 1 downwards; the final 0 is the
+    scheduler's.
+    """
     return np.linspace(1.0, 0.0, steps + 1)[:-1]
 
 
@@ -86,32 +105,45 @@ def shifted_sigmas(steps: int, shift: float) -> np.ndarray:
 
 
 def initial_noise(shape: Sequence[int], *, seed: int, indices: Sequence[int]) -> Tensor:
-    """Return fp32 noise (len(indices), *shape) in which image i is a function of (seed, i) alone."""
-    draws = [random.standard_normal(tuple(shape), dtype=np.float32) for random in generators(seed, "sample", 0, indices)]
+    """Return fp32 noise (len(indices), *shape) in which image i is a function of (seed, i)
+    alone.
+    """
+    draws = [
+        random.standard_normal(tuple(shape), dtype=np.float32)
+        for random in generators(seed, "sample", 0, indices)
+    ]
     return torch.from_numpy(np.stack(draws))
 
 
 def image_generators(*, seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """Return one generator an image, for the noise that `ddpm` adds at every step; a function of (seed, i) alone.
+    """Return one generator an image, for the noise that `ddpm` adds at every step; a function of
+    (seed, i) alone.
 
-    torch's generator of the CPU takes the low 32 bits of a seed: of 50,000 images a pair shares this noise one time in four, but
-    never the noise that it starts from.
+    torch's generator of the CPU takes the low 32 bits of a seed: of 50,000 images a pair shares
+    this noise one time in four, but never the noise that it starts from.
     """
     seeds = [int(random.integers(2**63)) for random in generators(seed, "sample", 1, indices)]
     return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 @torch.no_grad()
-def sample_latents(denoiser: Denoiser, noise_BZHW: Tensor, condition: Condition, plan: SamplingPlan,
-                   generators: Sequence[torch.Generator] = ()) -> Tensor:
+def sample_latents(
+    denoiser: Denoiser,
+    noise_BZHW: Tensor,
+    condition: Condition,
+    plan: SamplingPlan,
+    generators: Sequence[torch.Generator] = (),
+) -> Tensor:
     """Integrate from noise to data.
 
-    Source: official samplers of ProMoE (euler) and DiT (ddpm, ddim with eta 0, no clipping); differs: the flow's shift is
-    applied once (by the scheduler), not twice. heun: Karras et al. (2022), Algorithm 1, on the same noise levels; it asks the
-    network twice a step but for the last. unipc (Zhao et al., 2023, B(h) of second order) and dpmpp (DPM-Solver++ 2M, Lu et
-    al., 2022) are diffusers' on the same noise levels; their first step starts just below 1, where log(1 - sigma) ends.
-    Args:
-        denoiser: predicts velocity (flow) or noise (ddim) in its first Z channels; ddpm: 2 Z channels, noise and variance.
+    Source: official samplers of ProMoE (euler) and DiT (ddpm, ddim with eta 0, no clipping);
+    differs: the flow's shift is applied once (by the scheduler), not twice. heun: Karras et al.
+    (2022), Algorithm 1, on the same noise levels; it asks the network twice a step but for the
+    last. unipc (Zhao et al., 2023, B(h) of second order) and dpmpp (DPM-Solver++ 2M, Lu et al.,
+    2022) are diffusers' on the same noise levels; their first step starts just below 1, where log(1
+    - sigma) ends. Args:
+        denoiser: predicts velocity (flow) or noise (ddim) in its first Z channels; ddpm: 2 Z
+        channels, noise and variance.
         noise_BZHW: fp32 start.
         condition: of each image.
         generators: one an image, see `image_generators`; only ddpm draws from them.
@@ -127,18 +159,26 @@ def sample_latents(denoiser: Denoiser, noise_BZHW: Tensor, condition: Condition,
     latents = noise_BZHW
     for step, timestep in zip(integrator.scheduler.timesteps, integrator.timesteps, strict=True):
         prediction = plan.guided(denoiser, latents, timestep, condition)
-        prediction = prediction[:, :channels * integrator.channels_per_latent].float()
-        latents = integrator.scheduler.step(prediction, step, latents, **integrator.options).prev_sample
+        prediction = prediction[:, : channels * integrator.channels_per_latent].float()
+        latents = integrator.scheduler.step(
+            prediction, step, latents, **integrator.options
+        ).prev_sample
     return latents
 
 
-def _euler(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=plan.num_train_timesteps, shift=plan.shift)
+def _euler(
+    plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]
+) -> _Integrator:
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=plan.num_train_timesteps, shift=plan.shift
+    )
     scheduler.set_timesteps(sigmas=sigma_schedule(plan.steps).tolist(), device=noise_BZHW.device)
     return _Integrator(scheduler=scheduler, timesteps=scheduler.timesteps)
 
 
-def _sample_heun(denoiser: Denoiser, noise_BZHW: Tensor, condition: Condition, plan: SamplingPlan) -> Tensor:
+def _sample_heun(
+    denoiser: Denoiser, noise_BZHW: Tensor, condition: Condition, plan: SamplingPlan
+) -> Tensor:
     """Integrate by Heun's method; the last step, to noise level 0, is Euler's.
 
     diffusers' own Heun scheduler ends one step above 0 and shifts twice, see `shifted_sigmas`.
@@ -146,62 +186,105 @@ def _sample_heun(denoiser: Denoiser, noise_BZHW: Tensor, condition: Condition, p
     channels = noise_BZHW.shape[1]
 
     def velocity(latents: Tensor, sigma: float) -> Tensor:
-        timestep = torch.tensor(sigma * plan.num_train_timesteps, dtype=torch.float32, device=latents.device)
+        timestep = torch.tensor(
+            sigma * plan.num_train_timesteps, dtype=torch.float32, device=latents.device
+        )
         return plan.guided(denoiser, latents, timestep, condition)[:, :channels].float()
 
     latents, sigmas = noise_BZHW, [*shifted_sigmas(plan.steps, plan.shift).tolist(), 0.0]
     for here, there in pairwise(sigmas):
         first = velocity(latents, here)
         predicted = latents + (there - here) * first
-        latents = predicted if there == 0 else latents + (there - here) * (first + velocity(predicted, there)) / 2
+        latents = (
+            predicted
+            if there == 0
+            else latents + (there - here) * (first + velocity(predicted, there)) / 2
+        )
     return latents
 
 
-def _multistep(kind: type[UniPCMultistepScheduler] | type[DPMSolverMultistepScheduler], plan: SamplingPlan,
-               device: torch.device) -> _Integrator:
-    """Return diffusers' solver on our noise levels: its own end early, and are rounded to whole timesteps for the network."""
-    scheduler = kind(num_train_timesteps=plan.num_train_timesteps, prediction_type="flow_prediction", use_flow_sigmas=True,
-                     solver_order=2, final_sigmas_type="zero")
+def _multistep(
+    kind: type[UniPCMultistepScheduler] | type[DPMSolverMultistepScheduler],
+    plan: SamplingPlan,
+    device: torch.device,
+) -> _Integrator:
+    """Return diffusers' solver on our noise levels: its own end early, and are rounded to whole
+    timesteps for the network.
+    """
+    scheduler = kind(
+        num_train_timesteps=plan.num_train_timesteps,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        solver_order=2,
+        final_sigmas_type="zero",
+    )
     scheduler.set_timesteps(plan.steps, device=device)
     sigmas = shifted_sigmas(plan.steps, plan.shift)
     sigmas[0] = min(sigmas[0], 1.0 - _BELOW_ONE)
     scheduler.sigmas = torch.from_numpy(np.concatenate([sigmas, [0.0]])).float()
     scheduler.set_begin_index(0)  # the steps are counted: rounded timesteps may occur twice
-    timesteps = torch.from_numpy(shifted_sigmas(plan.steps, plan.shift) * plan.num_train_timesteps).float()
+    timesteps = torch.from_numpy(
+        shifted_sigmas(plan.steps, plan.shift) * plan.num_train_timesteps
+    ).float()
     return _Integrator(scheduler=scheduler, timesteps=timesteps.to(device))
 
 
-def _unipc(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
+def _unipc(
+    plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]
+) -> _Integrator:
     return _multistep(UniPCMultistepScheduler, plan, noise_BZHW.device)
 
 
-def _dpmpp(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
+def _dpmpp(
+    plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]
+) -> _Integrator:
     return _multistep(DPMSolverMultistepScheduler, plan, noise_BZHW.device)
 
 
-def _ddpm(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
+def _ddpm(
+    plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]
+) -> _Integrator:
     if len(generators) != len(noise_BZHW):
-        raise ValueError(f"solver 'ddpm' needs a generator for each of the {len(noise_BZHW)} images, got {len(generators)}")
+        raise ValueError(
+            f"solver 'ddpm' needs a generator for each of the {len(noise_BZHW)} images, got"
+            f" {len(generators)}"
+        )
     scheduler, timesteps = _respaced(DDPMScheduler, plan, variance_type="learned_range")
-    return _Integrator(scheduler=scheduler, timesteps=timesteps.to(noise_BZHW.device), channels_per_latent=2,
-                       options={"generator": list(generators)})
+    return _Integrator(
+        scheduler=scheduler,
+        timesteps=timesteps.to(noise_BZHW.device),
+        channels_per_latent=2,
+        options={"generator": list(generators)},
+    )
 
 
-def _ddim(plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]) -> _Integrator:
+def _ddim(
+    plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]
+) -> _Integrator:
     scheduler, timesteps = _respaced(DDIMScheduler, plan)
-    return _Integrator(scheduler=scheduler, timesteps=timesteps.to(noise_BZHW.device), options={"eta": 0.0})
+    return _Integrator(
+        scheduler=scheduler, timesteps=timesteps.to(noise_BZHW.device), options={"eta": 0.0}
+    )
 
 
-def _respaced(kind: type[DDPMScheduler] | type[DDIMScheduler], plan: SamplingPlan,
-              **options: Any) -> tuple[DDPMScheduler | DDIMScheduler, Tensor]:
-    """Return a scheduler of the chain in `plan.steps` steps, and the network's timesteps, most noise first.
+def _respaced(
+    kind: type[DDPMScheduler] | type[DDIMScheduler], plan: SamplingPlan, **options: Any
+) -> tuple[DDPMScheduler | DDIMScheduler, Tensor]:
+    """Return a scheduler of the chain in `plan.steps` steps, and the network's timesteps, most
+    noise first.
 
-    Source: Nichol & Dhariwal (2021), Sec. 4; official DiT: the same. The scheduler walks every level of a shorter chain:
-    were it told to skip levels of the long one, diffusers' DDIM would take its previous level at a constant, rounded stride.
+    Source: Nichol & Dhariwal (2021), Sec. 4; official DiT: the same. The scheduler walks every
+    level of a shorter chain: were it told to skip levels of the long one, diffusers' DDIM would
+    take its previous level at a constant, rounded stride.
     """
     timesteps = respaced_timesteps(plan.num_train_timesteps, plan.steps)
     alpha_bar_J = linear_alpha_bar(plan.num_train_timesteps)[timesteps]
-    scheduler = kind(num_train_timesteps=plan.steps, trained_betas=betas_of(alpha_bar_J), clip_sample=False, **options)
+    scheduler = kind(
+        num_train_timesteps=plan.steps,
+        trained_betas=betas_of(alpha_bar_J),
+        clip_sample=False,
+        **options,
+    )
     # From fp32 betas, 1 - alpha_bar of the last steps would keep four digits.
     scheduler.alphas_cumprod = torch.from_numpy(alpha_bar_J)
     scheduler.set_timesteps(plan.steps)

@@ -47,7 +47,8 @@ class DistributedContext:
     def wait_patiently(self) -> None:
         """Let barriers outlast the time-out of other collectives; all ranks call this together.
 
-        A rank that dies ends them all the same: its connections break, and the launcher ends the others.
+        A rank that dies ends them all the same: its connections break, and the launcher ends the
+        others.
         """
         self._waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
@@ -83,12 +84,17 @@ def single_process(device: torch.device | str = "cpu") -> DistributedContext:
     return DistributedContext(rank=0, world_size=1, device=torch.device(device))
 
 
-def join_processes(device: str | None = None, *, timeout_seconds: float = 1800.0) -> DistributedContext:
-    """Join the job that the launcher started: gloo for what lies in memory, nccl for what lies on GPUs.
+def join_processes(
+    device: str | None = None, *, timeout_seconds: float = 1800.0
+) -> DistributedContext:
+    """Join the job that the launcher started: gloo for what lies in memory, nccl for what lies on
+    GPUs.
 
     Args:
-        device: of this process; if left out, or just "cuda", its own GPU where there are any, else the CPU.
-        timeout_seconds: of every collective but barriers, which wait for as long as a rank's share of the work takes.
+        device: of this process; if left out, or just "cuda", its own GPU where there are any, else
+        the CPU.
+        timeout_seconds: of every collective but barriers, which wait for as long as a rank's share
+        of the work takes.
     Raises: ConfigError if the launcher's variables do not fit, or there is no such device.
     """
     if device is not None:
@@ -102,14 +108,19 @@ def join_processes(device: str | None = None, *, timeout_seconds: float = 1800.0
         own = torch.device(device)
     if world_size == 1:
         return single_process(own)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+    )
     context = DistributedContext(rank=dist.get_rank(), world_size=world_size, device=own)
     context.wait_patiently()
     return context
 
 
 def gather_objects(value: object) -> list:
-    """Return every rank's small picklable value, by rank. For rare events and messages, not for tensors."""
+    """Return every rank's small picklable value, by rank. For rare events and messages, not for
+    tensors.
+    """
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -123,7 +134,8 @@ def from_main(value: _T) -> _T:
 
 
 def on_main(ranks: DistributedContext, action: Callable[[], _T], *, flag: str = "") -> _T:
-    """Run something on rank 0 alone; return its small picklable value on every rank.  Collectives: one.
+    """Run something on rank 0 alone; return its small picklable value on every rank.  Collectives:
+    one.
 
     Raises: CheckpointError on every rank if it fails there, its message after `flag`.
     """
@@ -140,7 +152,8 @@ def on_main(ranks: DistributedContext, action: Callable[[], _T], *, flag: str = 
 
 
 def on_all_ranks(action: Callable[[], None]) -> None:
-    """Run something that may fail on one rank alone, so that it fails on all.  Collectives: one, after it.
+    """Run something that may fail on one rank alone, so that it fails on all.  Collectives: one,
+    after it.
 
     Raises: CheckpointError with every rank's message.
     """

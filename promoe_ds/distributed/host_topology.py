@@ -1,7 +1,7 @@
 """Where expert-parallel groups lie: the exchange is cheap inside a host and dear between hosts.
 
-Groups whose ranks share a host exchange tokens over its own links; the replicas of an expert on other hosts then meet once a
-step, to average gradients (expert-data parallelism).
+Groups whose ranks share a host exchange tokens over its own links; the replicas of an expert on
+other hosts then meet once a step, to average gradients (expert-data parallelism).
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ _LOG = get_logger("placement")
 
 
 def check_placement(group: dist.ProcessGroup, *, required: bool) -> None:
-    """Log how many hosts the expert-parallel groups span; all ranks call this together.  Collectives: one.
+    """Log how many hosts the expert-parallel groups span; all ranks call this together.
+    Collectives: one.
 
     Args:
-        group: this rank's; required: whether each must lie on one host (`parallel.expert_groups=node`).
+        group: this rank's; required: whether each must lie on one host
+        (`parallel.expert_groups=node`).
     Raises: ConfigError on every rank if they must and do not.
     """
     gathered = gather_objects((socket.gethostname(), tuple(dist.get_process_group_ranks(group))))
@@ -35,7 +37,8 @@ def check_placement(group: dist.ProcessGroup, *, required: bool) -> None:
 
 
 def spanning_problem(hosts: Sequence[str], groups: Sequence[Sequence[int]]) -> str:
-    """Return "" if each group of ranks lies on one host, else the first that does not, and what to change.
+    """Return "" if each group of ranks lies on one host, else the first that does not, and what to
+    change.
 
     Args:
         hosts: host name by rank.
@@ -48,12 +51,24 @@ def spanning_problem(hosts: Sequence[str], groups: Sequence[Sequence[int]]) -> s
     fewest = min(hosts.count(host) for host in hosts)
     listed = ", ".join(f"{rank} on {hosts[rank]}" for rank in spanning)
     stride = world_size // ep_size
-    for is_strided, other in ((False, [range(first, first + ep_size) for first in range(0, world_size, ep_size)]),
-                              (True, [range(first, world_size, stride) for first in range(stride)])):
+    for is_strided, other in (
+        (False, [range(first, first + ep_size) for first in range(0, world_size, ep_size)]),
+        (True, [range(first, world_size, stride) for first in range(stride)]),
+    ):
         if all(len({hosts[rank] for rank in ranks}) == 1 for ranks in other):
-            remedy = f"set use_data_before_expert_parallelism to {str(is_strided).lower()} in the DeepSpeed JSON"
+            remedy = (
+                f"set use_data_before_expert_parallelism to {str(is_strided).lower()} in the"
+                " DeepSpeed JSON"
+            )
             break
     else:
-        fitting = [size for size in range(1, fewest + 1) if ep_size % size == 0 and fewest % size == 0]
-        remedy = f"lower parallel.ep_size to {fitting[-1]}, which divides the {fewest} ranks of a host"
-    return f"the expert group of ranks {listed} spans hosts, tokens cross the network in every layer; {remedy}"
+        fitting = [
+            size for size in range(1, fewest + 1) if ep_size % size == 0 and fewest % size == 0
+        ]
+        remedy = (
+            f"lower parallel.ep_size to {fitting[-1]}, which divides the {fewest} ranks of a host"
+        )
+    return (
+        f"the expert group of ranks {listed} spans hosts, tokens cross the network in every layer;"
+        f" {remedy}"
+    )

@@ -1,4 +1,6 @@
-"""Process groups under any launcher: `deepspeed`, `torchrun`, `srun`, `mpirun` and plain `python -m`."""
+"""Process groups under any launcher: `deepspeed`, `torchrun`, `srun`, `mpirun` and plain `python
+-m`.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +17,44 @@ from promoe_ds.launch.launchers import LOCAL_RANKS, read_number, read_place
 
 
 def complete_environment() -> int:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT to what the launcher says, in its own variables or these.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT to what the launcher says, in its
+    own variables or these.
 
     Returns: WORLD_SIZE.
     Raises: ConfigError if that is incomplete, no number or contradictory.
     """
     place = read_place(os.environ)
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank),
-                      MASTER_ADDR=place.address, MASTER_PORT=str(place.port or _free_port()))
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_RANK=str(place.local_rank),
+        MASTER_ADDR=place.address,
+        MASTER_PORT=str(place.port or _free_port()),
+    )
     return place.world_size
 
 
 def join_process_group(backend: str, timeout_seconds: float) -> None:
-    """Join torch's process group; under torchrun it is left to whoever asks for it, with torchrun's own store.
+    """Join torch's process group; under torchrun it is left to whoever asks for it, with torchrun's
+    own store.
 
     Raises: ConfigError if rank 0 cannot listen on MASTER_ADDR and MASTER_PORT.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(backend, store=_open_store(rank, world_size, timeout), rank=rank, world_size=world_size,
-                                timeout=timeout)
+        dist.init_process_group(
+            backend,
+            store=_open_store(rank, world_size, timeout),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
 
 
 def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Open the store by which ranks find each other; on rank 0 it listens on MASTER_ADDR alone, where torch's own would listen
-    on every address of the host.
+    """Open the store by which ranks find each other; on rank 0 it listens on MASTER_ADDR alone,
+    where torch's own would listen on every address of the host.
 
     Raises: ConfigError if rank 0 cannot listen there.
     """
@@ -51,44 +65,67 @@ def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     try:
         listener = socket.create_server((host, port), backlog=4096, family=family)
     except OSError as error:
-        raise ConfigError(f"rank 0 cannot listen on MASTER_ADDR={host}, MASTER_PORT={port} ({os.strerror(error.errno or 0)}): take "
-                          "an address of its host and a free port (deepspeed: --master_addr, --master_port)") from None
+        raise ConfigError(
+            f"rank 0 cannot listen on MASTER_ADDR={host}, MASTER_PORT={port}"
+            f" ({os.strerror(error.errno or 0)}): take an address of its host and a free port"
+            " (deepspeed: --master_addr, --master_port)"
+        ) from None
     address = listener.getsockname()[0]
-    hosts = max(read_number(os.environ, name) or 1 for name in ("SLURM_STEP_NUM_NODES", "CROSS_SIZE"))
+    hosts = max(
+        read_number(os.environ, name) or 1 for name in ("SLURM_STEP_NUM_NODES", "CROSS_SIZE")
+    )
     if hosts > 1 and ipaddress.ip_address(address).is_loopback:
-        raise ConfigError(f"MASTER_ADDR={host} is {address} on its own host, where the other {hosts - 1} hosts cannot reach it: "
-                          "give its address in the network instead, or correct /etc/hosts")
-    return dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
-                         master_listen_fd=listener.detach())
+        raise ConfigError(
+            f"MASTER_ADDR={host} is {address} on its own host, where the other {hosts - 1} hosts"
+            " cannot reach it: give its address in the network instead, or correct /etc/hosts"
+        )
+    return dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def _family(host: str) -> socket.AddressFamily:
     try:
         return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
     except OSError:
-        raise ConfigError(f"MASTER_ADDR={host} is no name or address that this host knows") from None
+        raise ConfigError(
+            f"MASTER_ADDR={host} is no name or address that this host knows"
+        ) from None
 
 
 def local_device() -> torch.device:
-    """Return this process's device, set as torch's current one: its GPU, or the CPU where DS_ACCELERATOR=cpu asks for it.
+    """Return this process's device, set as torch's current one: its GPU, or the CPU where
+    DS_ACCELERATOR=cpu asks for it.
 
     Call after `complete_environment`.
     """
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
         return torch.device("cpu")
-    device = torch.device("cuda", _device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
+    device = torch.device(
+        "cuda", _device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
+    )
     torch.cuda.set_device(device)
     return device
 
 
 def _device_index(local_rank: int, visible: int) -> int:
-    """Return the device of a local rank; a launcher that shows each process one device calls it 0."""
+    """Return the device of a local rank; a launcher that shows each process one device calls it
+    0.
+    """
     if local_rank < visible:
         return local_rank
     if visible == 1 and any(name in os.environ for name in LOCAL_RANKS):
         return 0
-    raise ConfigError(f"local rank {local_rank} has no device: {visible} visible. Launch at most as many ranks a host, or set "
-                      "DS_ACCELERATOR=cpu")
+    raise ConfigError(
+        f"local rank {local_rank} has no device: {visible} visible. Launch at most as many ranks a"
+        " host, or set DS_ACCELERATOR=cpu"
+    )
 
 
 def stop_distributed() -> None:
@@ -111,7 +148,9 @@ def check_device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if torch.device(name).type == "meta":
-        raise ConfigError(f"--device {name}: computes nothing: name cpu, or cuda for this process's GPU")
+        raise ConfigError(
+            f"--device {name}: computes nothing: name cpu, or cuda for this process's GPU"
+        )
     return name
 
 

@@ -29,7 +29,9 @@ _OUTPUTS = ("pool", "spatial", "logits")
 
 @dataclass(frozen=True)
 class Features:
-    """Of some images: pooled (N, d) fp32; where the network has them, spatial (N, s) and class probabilities (N, c) fp64."""
+    """Of some images: pooled (N, d) fp32; where the network has them, spatial (N, s) and class
+    probabilities (N, c) fp64.
+    """
 
     pool: np.ndarray
     spatial: np.ndarray | None
@@ -38,17 +40,28 @@ class Features:
     @property
     def is_finite(self) -> bool:
         """Whether all of them are."""
-        return all(values is None or np.isfinite(values).all() for values in (self.pool, self.spatial, self.probabilities))
+        return all(
+            values is None or np.isfinite(values).all()
+            for values in (self.pool, self.spatial, self.probabilities)
+        )
 
 
 class Extractor:
     """A network that turns uint8 images into features."""
 
-    def __init__(self, network: nn.Module, identity: dict[str, Any], device: torch.device, *, colour: bool = True) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        identity: dict[str, Any],
+        device: torch.device,
+        *,
+        colour: bool = True,
+    ) -> None:
         """Use `network` on `device`.
 
         Args:
-            network: takes uint8 (N, C, H, W) of any size; returns pooled features (N, d), or a tuple or dictionary of `pool`,
+            network: takes uint8 (N, C, H, W) of any size; returns pooled features (N, d), or a
+            tuple or dictionary of `pool`,
                 `spatial` (N, C', H', W') and `logits` (N, c), each but the first possibly None.
             identity: what makes its figures comparable; the checksum of the weights is added.
             colour: whether it wants three channels: grey images are repeated.
@@ -63,29 +76,46 @@ class Extractor:
 
         Raises: ConfigError if the network fails, or returns something else.
         """
-        images = torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).to(self._device)
+        images = (
+            torch.from_numpy(np.ascontiguousarray(images_NHWC)).permute(0, 3, 1, 2).to(self._device)
+        )
         if self._colour and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         try:
             with without_tf32():
                 outputs = self._network(images)
         except Exception as error:  # a network of the user's own may raise anything
-            raise ConfigError(f"extractor {self.identity['name']}: failed on uint8 images {tuple(images.shape)}: "
-                              f"{_describe(error)}") from error
+            raise ConfigError(
+                f"extractor {self.identity['name']}: failed on uint8 images {tuple(images.shape)}: "
+                f"{_describe(error)}"
+            ) from error
         if isinstance(outputs, Tensor):
             outputs = (outputs,)
         if isinstance(outputs, dict):
             outputs = tuple(outputs.get(name) for name in _OUTPUTS)
         pool, spatial, logits = (*outputs, None, None)[:3]
         for value in (pool, spatial, logits):
-            if value is not None and not (isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(images)):
-                found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ConfigError(f"extractor {self.identity['name']}: returned {found} for {len(images)} images, expected a "
-                                  "tensor of as many rows, or pool, spatial and logits")
+            if value is not None and not (
+                isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(images)
+            ):
+                found = (
+                    f"a tensor {tuple(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else type(value).__name__
+                )
+                raise ConfigError(
+                    f"extractor {self.identity['name']}: returned {found} for {len(images)} images,"
+                    " expected a tensor of as many rows, or pool, spatial and logits"
+                )
         if pool is None:
-            raise ConfigError(f"extractor {self.identity['name']}: returned no pooled features (pool)")
-        return Features(_rows(pool), None if spatial is None else _rows(_adm_spatial(spatial)),
-                        None if logits is None else logits.double().softmax(dim=1).cpu().numpy())
+            raise ConfigError(
+                f"extractor {self.identity['name']}: returned no pooled features (pool)"
+            )
+        return Features(
+            _rows(pool),
+            None if spatial is None else _rows(_adm_spatial(spatial)),
+            None if logits is None else logits.double().softmax(dim=1).cpu().numpy(),
+        )
 
     def probe(self, size: int, channels: int) -> Features:
         """Return the features of one blank image: what this network has, and of which sizes."""
@@ -96,9 +126,11 @@ def load_extractor(source: str, device: torch.device | str) -> Extractor:
     """Load an extractor.
 
     Args:
-        source: `inception` (torch-fidelity's TensorFlow-compatible network, whose weights it downloads), `inception:FILE` (the
-            same with its weights in FILE), `pixels` (the values themselves), `FILE.pt` (TorchScript) or `FILE.py:NAME` (a class
-            or function there that returns a module; the file is run).
+        source: `inception` (torch-fidelity's TensorFlow-compatible network, whose weights it
+        downloads), `inception:FILE` (the
+            same with its weights in FILE), `pixels` (the values themselves), `FILE.pt`
+            (TorchScript) or `FILE.py:NAME` (a class or function there that returns a module; the
+            file is run).
     Raises: ConfigError if it cannot be loaded, saying why.
     """
     kind, _, rest = source.partition(":")
@@ -108,40 +140,61 @@ def load_extractor(source: str, device: torch.device | str) -> Extractor:
     if source == PIXELS:
         return Extractor(_Pixels(), {"name": PIXELS}, device, colour=False)
     if kind.endswith(".py") and rest:
-        return Extractor(_from_python(Path(kind), rest), {"name": source, "checksum": _checksum(Path(kind))}, device)
+        return Extractor(
+            _from_python(Path(kind), rest),
+            {"name": source, "checksum": _checksum(Path(kind))},
+            device,
+        )
     path = Path(source)
     if not path.is_file():
-        raise ConfigError(f"extractor {source}: no such file, and neither inception nor pixels nor FILE.py:NAME")
+        raise ConfigError(
+            f"extractor {source}: no such file, and neither inception nor pixels nor FILE.py:NAME"
+        )
     try:
         if (kind := identify(path)) != SCRIPT:
             raise ValueError(f"it is {kind}")
         network = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(f"extractor {source}: no TorchScript archive that can be read: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"extractor {source}: no TorchScript archive that can be read:"
+            f" {str(error).splitlines()[0]}"
+        ) from None
     return Extractor(network, {"name": source, "checksum": _checksum(path)}, device)
 
 
 class _TensorflowInception(nn.Module):
-    """Inception of 2015 with TensorFlow 1's resize: `pool_3`, `mixed_6/conv`, and logits without bias, as ADM reads them.
+    """Inception of 2015 with TensorFlow 1's resize: `pool_3`, `mixed_6/conv`, and logits without
+    bias, as ADM reads them.
 
-    `mixed_6/conv` is the first branch of torch-fidelity's `Mixed_6d`; the numbering of several ports leads to `Mixed_6e`,
-    whose sFID is another number.
+    `mixed_6/conv` is the first branch of torch-fidelity's `Mixed_6d`; the numbering of several
+    ports leads to `Mixed_6e`, whose sFID is another number.
     """
 
     def __init__(self, weights: str | None) -> None:
         super().__init__()
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except (ImportError, RuntimeError, AttributeError) as error:  # torchvision of another build fails in its own ways
-            raise ConfigError(f"extractor inception: torch-fidelity cannot be imported ({type(error).__name__}: "
-                              f"{str(error).splitlines()[0]}): pip install 'promoe_ds[eval]' beside a torchvision made for this "
-                              "torch, or name a network of your own") from None
+        except (
+            ImportError,
+            RuntimeError,
+            AttributeError,
+        ) as error:  # torchvision of another build fails in its own ways
+            raise ConfigError(
+                f"extractor inception: torch-fidelity cannot be imported ({type(error).__name__}:"
+                f" {str(error).splitlines()[0]}): pip install 'promoe_ds[eval]' beside a"
+                " torchvision made for this torch, or name a network of your own"
+            ) from None
         try:
-            self._network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
-                                                        feature_extractor_weights_path=weights)
+            self._network = FeatureExtractorInceptionV3(
+                "inception-v3-compat",
+                ["2048", "logits_unbiased"],
+                feature_extractor_weights_path=weights,
+            )
         except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"extractor inception: its weights cannot be loaded ({str(error).splitlines()[0]}): give them as "
-                              "inception:FILE") from None
+            raise ConfigError(
+                f"extractor inception: its weights cannot be loaded ({str(error).splitlines()[0]}):"
+                " give them as inception:FILE"
+            ) from None
         self._spatial: Tensor | None = None
         self._network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
@@ -163,7 +216,9 @@ class _Pixels(nn.Module):
 
 
 def _adm_spatial(spatial: Tensor) -> Tensor:
-    """Return the first channels of a map (N, C', H', W'), channels last as in TensorFlow; rows as they are."""
+    """Return the first channels of a map (N, C', H', W'), channels last as in TensorFlow; rows as
+    they are.
+    """
     return spatial[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1) if spatial.ndim == 4 else spatial
 
 
@@ -183,14 +238,21 @@ def _from_python(path: Path, name: str) -> nn.Module:
     except Exception as error:  # the user's own code
         raise ConfigError(f"extractor {path}:{name}: {_describe(error)}") from error
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"extractor {path}:{name}: {name} there is no class or function that returns a torch.nn.Module")
+        raise ConfigError(
+            f"extractor {path}:{name}: {name} there is no class or function that returns a"
+            " torch.nn.Module"
+        )
     return network
 
 
 def _inception_identity(weights: str) -> dict[str, Any]:
-    identity = {"name": INCEPTION, "network": "torch-fidelity inception-v3-compat",
-                "features": "2048, Mixed_6d.branch1x1[:, :7], logits_unbiased",
-                "resize": "TensorFlow 1 bilinear to 299, in the network", **versions_of("torch-fidelity")}
+    identity = {
+        "name": INCEPTION,
+        "network": "torch-fidelity inception-v3-compat",
+        "features": "2048, Mixed_6d.branch1x1[:, :7], logits_unbiased",
+        "resize": "TensorFlow 1 bilinear to 299, in the network",
+        **versions_of("torch-fidelity"),
+    }
     return {**identity, "checksum": _checksum(Path(weights))} if weights else identity
 
 
@@ -198,7 +260,10 @@ def _describe(error: Exception) -> str:
     """Return an error of a user's code as one line, with the place that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''} ({frames[-1].filename}, line {frames[-1].lineno})"
+    return (
+        f"{type(error).__name__}: {lines[-1] if lines else ''} ({frames[-1].filename}, line"
+        f" {frames[-1].lineno})"
+    )
 
 
 def _checksum(path: Path) -> str:

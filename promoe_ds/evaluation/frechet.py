@@ -27,13 +27,16 @@ def fit_gaussian(features_Nd: np.ndarray) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Return |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0; 0 for equal Gaussians, NaN if one is not finite.
+    """Return |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0; 0 for equal Gaussians,
+    NaN if one is not finite.
 
-    Source: Heusel et al. (2017), Eq. 6; ADM: a matrix root of A B. Differs: the trace of that root is the sum of the singular
-    values of A^(1/2) B^(1/2), exact where the root of a product is not: for covariances of fewer images than features, which
-    are singular. No offset is ever added.
+    Source: Heusel et al. (2017), Eq. 6; ADM: a matrix root of A B. Differs: the trace of that root
+    is the sum of the singular values of A^(1/2) B^(1/2), exact where the root of a product is not:
+    for covariances of fewer images than features, which are singular. No offset is ever added.
     """
-    if not all(np.isfinite(values).all() for one in (a, b) for values in (one.mean, one.covariance)):
+    if not all(
+        np.isfinite(values).all() for one in (a, b) for values in (one.mean, one.covariance)
+    ):
         return float("nan")
     cross = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
     difference = a.mean - b.mean
@@ -43,10 +46,17 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def warn_of_few(where: Path, count: int, features: int) -> None:
-    """Warn of a Gaussian of no more images than features: its covariance is singular, its distance depends on their number."""
+    """Warn of a Gaussian of no more images than features: its covariance is singular, its distance
+    depends on their number.
+    """
     if count <= features:
-        _LOG.warning("%s: %d images for %d features: the Fréchet distance of so few images is biased, compare it only with "
-                     "distances of as many", where, count, features)
+        _LOG.warning(
+            "%s: %d images for %d features: the Fréchet distance of so few images is biased,"
+            " compare it only with distances of as many",
+            where,
+            count,
+            features,
+        )
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

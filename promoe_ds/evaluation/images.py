@@ -46,7 +46,9 @@ def draws_pixels(config: RunConfig) -> bool:
 
 
 def to_uint8(images_NCHW: np.ndarray) -> np.ndarray:
-    """Map [-1, 1] to uint8, (N, H, W, C): clamp(127.5 * x + 128, 0, 255), truncated, as published."""
+    """Map [-1, 1] to uint8, (N, H, W, C): clamp(127.5 * x + 128, 0, 255), truncated, as
+    published.
+    """
     return np.clip(127.5 * images_NCHW + 128.0, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 

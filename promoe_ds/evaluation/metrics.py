@@ -173,7 +173,10 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
 
 
 def _known(
-    request: EvaluateRequest, reference: Reference | None, extractor: Extractor, team: DistributedContext
+    request: EvaluateRequest,
+    reference: Reference | None,
+    extractor: Extractor,
+    team: DistributedContext,
 ) -> tuple[dict[Wanted, Any], dict[str, Any] | None]:
     """Return the reference's statistics and its description."""
     if reference is None:

@@ -45,8 +45,8 @@ class OnlineEvaluation:
         if not draws_pixels(config):
             if config.data.vae is None:
                 raise ConfigError(
-                    "evaluation.every: latents must be decoded to be evaluated: set data.vae to the "
-                    "folder or hub id of their autoencoder"
+                    "evaluation.every: latents must be decoded to be evaluated: set data.vae to the"
+                    " folder or hub id of their autoencoder"
                 )
             self._vae = Vae(config.data.vae, device=ranks.device)
         size = model.input_size * (1 if self._vae is None else self._vae.identity.downsampling)
@@ -64,7 +64,8 @@ class OnlineEvaluation:
         self._plan = SamplingPlan.of(config, steps=settings.steps, cfg_scale=scale)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        """Return this step's figures, NaN where the samples have none; all ranks call this together.
+        """Return this step's figures, NaN where the samples have none; all ranks call this
+        together.
 
         Every rank makes equally many passes, as experts on several ranks need, the last ones
         possibly for nothing.

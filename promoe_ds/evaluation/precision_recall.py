@@ -1,4 +1,5 @@
-"""Improved precision and recall: shares of a set in the other's manifold (Kynkäänniemi et al., 2019).
+"""Improved precision and recall: shares of a set in the other's manifold (Kynkäänniemi et al.,
+2019).
 
 Letters: N images, M images of the other set, d features.
 """
@@ -72,7 +73,9 @@ def _blocks(rows: int, columns: int, team: DistributedContext) -> list[range]:
 
 
 def _squared_distances(a_Nd: Tensor, b_Md: Tensor) -> Tensor:
-    """Return (N, M): fp64, or, of fp32 values, fp32 rounded to half precision where all is finite."""
+    """Return (N, M): fp64, or, of fp32 values, fp32 rounded to half precision where all is
+    finite.
+    """
     if a_Nd.dtype == torch.float32:
         a_half, b_half = a_Nd.half(), b_Md.half()
         norms_N, norms_M = (

@@ -1,4 +1,6 @@
-"""An export on many ranks, each with its share of the routed experts: models that no single device holds. Needs no deepspeed."""
+"""An export on many ranks, each with its share of the routed experts: models that no single device
+holds. Needs no deepspeed.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,21 @@ from promoe_ds.routing.assignment import Assignment
 
 
 class RankwiseDispatcher(AllToAllDispatcher):
-    """The exact-size exchange, without sorting what arrives: rows stay grouped by the rank that sent them."""
+    """The exact-size exchange, without sorting what arrives: rows stay grouped by the rank that
+    sent them.
+    """
 
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
-        """Send every row to its expert's rank; `tokens_per_expert_e` is (W * e,), expert by expert of rank after rank."""
+        """Send every row to its expert's rank; `tokens_per_expert_e` is (W * e,), expert by expert
+        of rank after rank.
+        """
         return self.start(tokens_TD, assignment, sort=False)
 
 
 class RankwiseExperts(nn.Module):
-    """Experts that compute the rows of each sending rank apart: the products have the shapes that they have on one rank."""
+    """Experts that compute the rows of each sending rank apart: the products have the shapes that
+    they have on one rank.
+    """
 
     def __init__(self, experts: StackedExperts) -> None:
         """Wrap this rank's experts."""
@@ -44,20 +52,32 @@ class RankwiseExperts(nn.Module):
 
 
 def load_sharded_model(
-    export: Path, team: DistributedContext, *, ep_size: int, dtype: torch.dtype | None = None, exact: bool = True
+    export: Path,
+    team: DistributedContext,
+    *,
+    ep_size: int,
+    dtype: torch.dtype | None = None,
+    exact: bool = True,
 ) -> DiT:
     """Load an export with this rank's experts only; all ranks call this together.
 
-    Consecutive ranks share a set of experts. They exchange rows in every pass: all must make equally many passes.
-    Args:
+    Consecutive ranks share a set of experts. They exchange rows in every pass: all must make
+    equally many passes. Args:
         ep_size: ranks that share a set.
         exact: whether experts compute the rows of each rank apart, see `sampling`.
-    Raises: ConfigError if ep_size does not fit; CheckpointError naming what is missing in the export.
+    Raises: ConfigError if ep_size does not fit; CheckpointError naming what is missing in the
+    export.
     """
     config = read_export_config(export)
-    if config.routing.method == "dense" or config.routing.num_experts % ep_size or team.world_size % ep_size:
-        raise ConfigError(f"--ep-size {ep_size} must divide the model's {config.routing.num_experts} routed experts and the "
-                          f"{team.world_size} processes (dense models have no experts)")
+    if (
+        config.routing.method == "dense"
+        or config.routing.num_experts % ep_size
+        or team.world_size % ep_size
+    ):
+        raise ConfigError(
+            f"--ep-size {ep_size} must divide the model's {config.routing.num_experts} routed"
+            f" experts and the {team.world_size} processes (dense models have no experts)"
+        )
     group = _expert_group(team, ep_size)
     reader = ShardReader(export, WEIGHTS_STEM)
     check_shapes(reader.shapes, config)
@@ -68,8 +88,10 @@ def load_sharded_model(
         if isinstance(layer, StackedExperts):
             share = layer.num_local_experts // ep_size
             first = share * dist.get_rank(group)
-            state |= {f"{name}.{parameter}": reader.read_rows(f"{name}.{parameter}", first, share)
-                      for parameter in EXPERT_PARAMETERS[layer.expert_type]}
+            state |= {
+                f"{name}.{parameter}": reader.read_rows(f"{name}.{parameter}", first, share)
+                for parameter in EXPERT_PARAMETERS[layer.expert_type]
+            }
             layer.keep(first, share)
     state |= {name: reader.read(name) for name in reader.shapes if name not in state}
     fill_network(network, state)

@@ -164,7 +164,10 @@ def summarise(
 
 
 def _features_of(
-    images: NpzImages | FolderImages, extractor: Extractor, team: DistributedContext, batch_size: int
+    images: NpzImages | FolderImages,
+    extractor: Extractor,
+    team: DistributedContext,
+    batch_size: int,
 ) -> Iterator[tuple[range, np.ndarray, Features]]:
     """Yield this rank's batches; at least one, possibly with no rows that count, so that all know
     the sizes."""

@@ -51,7 +51,9 @@ class SelfAttention(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and a feed-forward (dense or experts), both under adaLN-Zero."""
 
-    def __init__(self, width: int, attention: SelfAttention, feed_forward: FeedForward | MoELayer) -> None:
+    def __init__(
+        self, width: int, attention: SelfAttention, feed_forward: FeedForward | MoELayer
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
         self.attention = attention
@@ -65,11 +67,14 @@ class DiTBlock(nn.Module):
         self.recompute = self.recompute_hidden = False
         self.checkpoint: Recompute = recomputed
 
-    def forward(self, x_BSD: Tensor, condition_BD: Tensor, partition: Partition) -> tuple[Tensor, RoutingPlan | None]:
+    def forward(
+        self, x_BSD: Tensor, condition_BD: Tensor, partition: Partition
+    ) -> tuple[Tensor, RoutingPlan | None]:
         """Map (B, S, D) to (B, S, D) and return the layer's routing plan, None for a dense block.
 
-        With `recompute` the two halves are recomputed in the backward pass. Routing stands between them and is not: its
-        decision, losses and statistics exist once. With `recompute_hidden` a dense feed-forward is recomputed alone.
+        With `recompute` the two halves are recomputed in the backward pass. Routing stands between
+        them and is not: its decision, losses and statistics exist once. With `recompute_hidden` a
+        dense feed-forward is recomputed alone.
         """
         x_BSD, tokens_BSD, gate_BD = self._run(self._attend, x_BSD, condition_BD)
         if not self.is_moe:
@@ -78,7 +83,8 @@ class DiTBlock(nn.Module):
         return self._run(self._apply_experts, x_BSD, tokens_BSD, gate_BD, partition, plan), plan
 
     def compile_dense(self, backend: str = "inductor") -> None:
-        """Compile attention and the feed-forwards that every rank runs whole; routing, exchange and routed experts stay eager.
+        """Compile attention and the feed-forwards that every rank runs whole; routing, exchange and
+        routed experts stay eager.
 
         The rows of an unconditional expert change from batch to batch: its shapes are dynamic.
         """
@@ -92,17 +98,31 @@ class DiTBlock(nn.Module):
             self.moe.unconditional.compile(backend=backend, dynamic=True)
 
     def _attend(self, x_BSD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(F.silu(condition_BD)).chunk(6, dim=-1)
-        x_BSD = x_BSD + gate_a[:, None] * self.attention(modulate(self.attention_norm(x_BSD), shift_a, scale_a))
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(
+            F.silu(condition_BD)
+        ).chunk(6, dim=-1)
+        x_BSD = x_BSD + gate_a[:, None] * self.attention(
+            modulate(self.attention_norm(x_BSD), shift_a, scale_a)
+        )
         return x_BSD, modulate(self.feed_forward_norm(x_BSD), shift_f, scale_f), gate_f
 
     def _apply_dense(self, x_BSD: Tensor, tokens_BSD: Tensor, gate_BD: Tensor) -> Tensor:
         hidden = self.recompute_hidden and self.training
-        output_BSD = self.checkpoint(self.feed_forward, tokens_BSD) if hidden else self.feed_forward(tokens_BSD)
+        output_BSD = (
+            self.checkpoint(self.feed_forward, tokens_BSD)
+            if hidden
+            else self.feed_forward(tokens_BSD)
+        )
         return x_BSD + gate_BD[:, None] * output_BSD
 
-    def _apply_experts(self, x_BSD: Tensor, tokens_BSD: Tensor, gate_BD: Tensor, partition: Partition,
-                       plan: RoutingPlan) -> Tensor:
+    def _apply_experts(
+        self,
+        x_BSD: Tensor,
+        tokens_BSD: Tensor,
+        gate_BD: Tensor,
+        partition: Partition,
+        plan: RoutingPlan,
+    ) -> Tensor:
         return x_BSD + gate_BD[:, None] * self.moe.apply_experts(tokens_BSD, partition, plan)
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:

@@ -13,7 +13,8 @@ from promoe_ds.moe.layer import MoELayer
 def build_model(config: RunConfig) -> DiT:
     """Build the whole network, all experts on this process, uninitialised.
 
-    Use `torch.device("meta")` around it for models that do not fit; `backends.expert_parallel` then keeps this rank's experts.
+    Use `torch.device("meta")` around it for models that do not fit; `backends.expert_parallel` then
+    keeps this rank's experts.
     """
     blocks = [_build_block(config, index) for index in range(config.model.depth)]
     network = DiT(config, blocks)
@@ -30,7 +31,11 @@ def _build_block(config: RunConfig, index: int) -> DiTBlock:
     attention = SelfAttention(model.hidden_size, model.num_heads, qk_norm=model.qk_norm)
     if config.is_moe_block(index):
         return DiTBlock(model.hidden_size, attention, build_moe_layer(config))
-    return DiTBlock(model.hidden_size, attention, FeedForward(model.hidden_size, int(model.mlp_ratio * model.hidden_size)))
+    return DiTBlock(
+        model.hidden_size,
+        attention,
+        FeedForward(model.hidden_size, int(model.mlp_ratio * model.hidden_size)),
+    )
 
 
 def build_moe_layer(config: RunConfig) -> MoELayer:
@@ -40,7 +45,15 @@ def build_moe_layer(config: RunConfig) -> MoELayer:
     unconditional = routing.num_unconditional_experts * config.expert_width
     return MoELayer(
         router=build_router(config),
-        routed=StackedExperts(routing.num_experts, width, config.expert_width, expert_type=routing.expert_type,
-                              backend=config.expert_backend),
+        routed=StackedExperts(
+            routing.num_experts,
+            width,
+            config.expert_width,
+            expert_type=routing.expert_type,
+            backend=config.expert_backend,
+        ),
         shared=FEED_FORWARDS[config.shared_expert_type](width, shared) if shared else None,
-        unconditional=FEED_FORWARDS[routing.expert_type](width, unconditional) if unconditional else None)
+        unconditional=(
+            FEED_FORWARDS[routing.expert_type](width, unconditional) if unconditional else None
+        ),
+    )

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.model.blocks import DiTBlock, FinalLayer
-from promoe_ds.model.embeddings import ConditionEmbedding, LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_positions
+from promoe_ds.model.embeddings import (
+    ConditionEmbedding,
+    LabelEmbedding,
+    PatchEmbedding,
+    TimestepEmbedding,
+    sincos_positions,
+)
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import partition_samples
@@ -23,7 +29,9 @@ from promoe_ds.routing.partition import partition_samples
 
 @dataclass(frozen=True)
 class DenoiserOutput:
-    """A forward pass as training sees it: the prediction and each MoE layer's plan, by block index."""
+    """A forward pass as training sees it: the prediction and each MoE layer's plan, by block
+    index.
+    """
 
     prediction_BZHW: Tensor
     plans: dict[int, RoutingPlan]
@@ -39,12 +47,18 @@ class DiT(nn.Module):
         super().__init__()
         model = config.model
         self.config = config
-        self.patch_embedding = PatchEmbedding(model.patch_size, model.in_channels, model.hidden_size)
+        self.patch_embedding = PatchEmbedding(
+            model.patch_size, model.in_channels, model.hidden_size
+        )
         self.timestep_embedding = TimestepEmbedding(model.hidden_size)
-        self.label_embedding: ConditionEmbedding[Any] = LabelEmbedding(model.num_classes, model.hidden_size)
+        self.label_embedding: ConditionEmbedding[Any] = LabelEmbedding(
+            model.num_classes, model.hidden_size
+        )
         self.blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))
         self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels)
-        self.register_buffer("positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False)
+        self.register_buffer(
+            "positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False
+        )
         self.register_load_state_dict_pre_hook(_take_own_positions)
 
     def keep_own_positions(self) -> None:
@@ -61,25 +75,34 @@ class DiT(nn.Module):
         """Return the MoE layers by block index."""
         return {index: block.moe for index, block in enumerate(self.blocks) if block.is_moe}
 
-    def forward(self, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition | Tensor) -> Tensor:
+    def forward(
+        self, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition | Tensor
+    ) -> Tensor:
         """Predict; what samplers call.
 
         Args:
             latents_BZHW: noised latents.
-            timestep_B: float, as the objective gives it: sigma * num_train_timesteps, or DDPM's integer.
-            condition: of each sample; labels int64 in 0 ... num_classes stand for a ClassCondition, num_classes is null.
-        Returns: (B, out_channels, H, W) in the latents' dtype; the first Z channels are the prediction.
+            timestep_B: float, as the objective gives it: sigma * num_train_timesteps, or DDPM's
+            integer.
+            condition: of each sample; labels int64 in 0 ... num_classes stand for a ClassCondition,
+            num_classes is null.
+        Returns: (B, out_channels, H, W) in the latents' dtype; the first Z channels are the
+        prediction.
         """
         return self.denoise(latents_BZHW, timestep_B, condition).prediction_BZHW
 
-    def denoise(self, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition | Tensor) -> DenoiserOutput:
+    def denoise(
+        self, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition | Tensor
+    ) -> DenoiserOutput:
         """Predict and keep the routing plans; arguments as `forward`.
 
         Source: DiT with the feed-forward of Eq. 5; official: the same, in fp32.
         """
         if isinstance(condition, Tensor):
             condition = ClassCondition(condition, self.config.model.null_label)
-        partition = partition_samples(condition, has_unconditional_expert=self.config.routing.num_unconditional_experts > 0)
+        partition = partition_samples(
+            condition, has_unconditional_expert=self.config.routing.num_unconditional_experts > 0
+        )
         dtype = self.patch_embedding.proj.weight.dtype
         x_BSD = self.patch_embedding(latents_BZHW.to(dtype)) + self.positions.to(dtype)
         condition_BD = self.timestep_embedding(timestep_B) + self.label_embedding.vector(condition)
@@ -92,7 +115,9 @@ class DiT(nn.Module):
         return DenoiserOutput(self._unpatchify(patches).to(latents_BZHW.dtype), plans)
 
     def patchify(self, latents_BZHW: Tensor) -> Tensor:
-        """Return the latents' patches (B, S, patch * patch * Z), values in the order of the network's own output."""
+        """Return the latents' patches (B, S, patch * patch * Z), values in the order of the
+        network's own output.
+        """
         model = self.config.model
         grid, patch = model.input_size // model.patch_size, model.patch_size
         tiles = latents_BZHW.reshape(len(latents_BZHW), -1, grid, patch, grid, patch)
@@ -102,7 +127,9 @@ class DiT(nn.Module):
         model = self.config.model
         grid = model.input_size // model.patch_size
         tiles = patches.view(-1, grid, grid, model.patch_size, model.patch_size, model.out_channels)
-        return tiles.permute(0, 5, 1, 3, 2, 4).reshape(-1, model.out_channels, model.input_size, model.input_size)
+        return tiles.permute(0, 5, 1, 3, 2, 4).reshape(
+            -1, model.out_channels, model.input_size, model.input_size
+        )
 
 
 def _take_own_positions(network: DiT, state: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -34,12 +34,14 @@ class PatchEmbedding(nn.Module):
 def sincos_positions(width: int, grid: int) -> Tensor:
     """Return fixed 2-D positions (grid * grid, width), fp32.
 
-    Source: MAE / DiT; the half of `width` for the column comes first, then that for the row, each sin then cos.
-    Args:
+    Source: MAE / DiT; the half of `width` for the column comes first, then that for the row, each
+    sin then cos. Args:
         width: a multiple of 4.
         grid: patches per side.
     """
-    rows, columns = np.meshgrid(np.arange(grid, dtype=np.float64), np.arange(grid, dtype=np.float64), indexing="ij")
+    rows, columns = np.meshgrid(
+        np.arange(grid, dtype=np.float64), np.arange(grid, dtype=np.float64), indexing="ij"
+    )
     omega = MAX_PERIOD ** -(np.arange(width // 4, dtype=np.float64) / (width / 4))
     halves = []
     for coordinate in (columns, rows):
@@ -57,7 +59,9 @@ class TimestepEmbedding(nn.Module):
         self.down = nn.Linear(width, width)
 
     def forward(self, timestep_B: Tensor) -> Tensor:
-        """Return (B, D). The sinusoids are computed in fp32; `timestep` (sigma * 1000) is not rounded."""
+        """Return (B, D). The sinusoids are computed in fp32; `timestep` (sigma * 1000) is not
+        rounded.
+        """
         half = TIMESTEP_FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=timestep_B.device)
         frequencies = torch.exp(-math.log(MAX_PERIOD) * steps / half)
@@ -74,7 +78,9 @@ class ConditionEmbedding(nn.Module, Generic[Conditions]):
         raise NotImplementedError
 
     def context(self, condition: Conditions) -> Tensor | None:
-        """Return tokens (B, L, D) for attention's keys and values, or None where the vector is all."""
+        """Return tokens (B, L, D) for attention's keys and values, or None where the vector is
+        all.
+        """
         return None
 
 

@@ -1,7 +1,9 @@
-"""The single export: a folder with `config.json` and weights that one GPU or CPU loads, without deepspeed.
+"""The single export: a folder with `config.json` and weights that one GPU or CPU loads, without
+deepspeed.
 
-The weights are `model.safetensors`, or several such files with an index where they are large. An export may also keep the
-state of training (`training_state.safetensors`), which nothing but conversion reads.
+The weights are `model.safetensors`, or several such files with an index where they are large. An
+export may also keep the state of training (`training_state.safetensors`), which nothing but
+conversion reads.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ CONFIG_FILE = "config.json"
 _FORMAT = 1
 
 
-def save_export(folder: Path, state: Mapping[str, Tensor], config: RunConfig, origin: Mapping[str, Any]) -> None:
+def save_export(
+    folder: Path, state: Mapping[str, Tensor], config: RunConfig, origin: Mapping[str, Any]
+) -> None:
     """Write an export.
 
     Args:
         state: rank-blind names; its keys and shapes must be exactly those of the config's model.
         origin: where the weights come from (step, ema or raw, versions), kept in config.json.
-    Raises: CheckpointError naming a missing, left-over or misshapen tensor, or the file that cannot be written.
+    Raises: CheckpointError naming a missing, left-over or misshapen tensor, or the file that cannot
+    be written.
     """
     check_state(state, config)
     try:
@@ -64,8 +69,13 @@ def read_export_config(folder: Path) -> RunConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if (found := values.get("format", _FORMAT)) != _FORMAT:
-            raise CheckpointError(f"{path}: format {found} is not {_FORMAT}: use the version of promoe_ds that wrote it")
-        return config_from_dict(values["config"], source=str(path), written_by=writer_of(values.get("origin")))
+            raise CheckpointError(
+                f"{path}: format {found} is not {_FORMAT}: use the version of promoe_ds that"
+                " wrote it"
+            )
+        return config_from_dict(
+            values["config"], source=str(path), written_by=writer_of(values.get("origin"))
+        )
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -82,7 +92,8 @@ def writer_of(origin: Any) -> Any:
 
 
 def read_export_origin(folder: Path) -> dict[str, Any]:
-    """Return where an export's weights come from, as `save_export` was told; call after `read_export_config`.
+    """Return where an export's weights come from, as `save_export` was told; call after
+    `read_export_config`.
 
     Raises: CheckpointError if that cannot be understood.
     """
@@ -92,15 +103,19 @@ def read_export_origin(folder: Path) -> dict[str, Any]:
     return origin
 
 
-def load_model(export_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiT:
+def load_model(
+    export_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> DiT:
     """Load an export in evaluation mode.
 
     Args:
         export_dir: folder written by `promoe-convert --to single`.
         device: where the module goes.
         dtype: of the weights; as stored (fp32) if left out.
-    Returns: the network; `module(latents_BZHW, timestep_B, labels_B)` returns (B, out_channels, H, W). Timesteps run from 0
-        (data) to `diffusion.num_train_timesteps` (noise; 1000): sigma times that number. Labels are classes, `num_classes` is none.
+    Returns: the network; `module(latents_BZHW, timestep_B, labels_B)` returns (B, out_channels, H,
+    W). Timesteps run from 0
+        (data) to `diffusion.num_train_timesteps` (noise; 1000): sigma times that number. Labels are
+        classes, `num_classes` is none.
     Raises: CheckpointError naming what is missing or does not fit.
     """
     folder = Path(export_dir)
@@ -113,7 +128,9 @@ def load_model(export_dir: str | Path, device: str | torch.device = "cpu", dtype
 
 
 def fill_network(network: DiT, state: Mapping[str, Tensor]) -> DiT:
-    """Give a network that was built on the meta device its tensors, which become its own; return it in evaluation mode."""
+    """Give a network that was built on the meta device its tensors, which become its own; return it
+    in evaluation mode.
+    """
     network.load_state_dict(state, assign=True)
     if POSITIONS not in state:
         network.positions = torch.empty(network.positions.shape)

@@ -21,11 +21,11 @@ PROTOTYPE_STD = 0.02
 def initialise(network: DiT, seed: int) -> None:
     """Fill every parameter and the position table.
 
-    Source: DiT and the published code: Xavier-uniform matrices, zero biases, normal(0, 0.02) embeddings, timestep layers
-    and prototypes, zero modulation and output layers, so that an untrained network returns exactly 0;
-    gates as `Router.initial_gate` says.
-    Differs: each expert's weights depend on its global id, so that any number of ranks starts alike.
-    Args:
+    Source: DiT and the published code: Xavier-uniform matrices, zero biases, normal(0, 0.02)
+    embeddings, timestep layers and prototypes, zero modulation and output layers, so that an
+    untrained network returns exactly 0; gates as `Router.initial_gate` says.
+    Differs: each expert's weights depend on its global id, so that any number of ranks starts
+    alike. Args:
         network: on a real device.
         seed: of the stream `init`.
     """
@@ -44,8 +44,11 @@ def initialise(network: DiT, seed: int) -> None:
 
 
 @torch.no_grad()
-def fill_parameter(parameter: Tensor, name: str, seed: int, *, gate: str | float = "xavier") -> None:
-    """Fill one parameter with its initial value; a stack of routed experts, if whole, with that of each.
+def fill_parameter(
+    parameter: Tensor, name: str, seed: int, *, gate: str | float = "xavier"
+) -> None:
+    """Fill one parameter with its initial value; a stack of routed experts, if whole, with that of
+    each.
 
     Args:
         name: dotted, in the whole network.
@@ -89,10 +92,14 @@ def _xavier(weight: Tensor, name: str, seed: int, *, expert: int) -> None:
 
 
 def _uniform(weight: Tensor, bound: float, name: str, seed: int, *, expert: int) -> None:
-    draw = generator(seed, "init", zlib.crc32(name.encode()), expert).random(weight.numel(), dtype="float32")
+    draw = generator(seed, "init", zlib.crc32(name.encode()), expert).random(
+        weight.numel(), dtype="float32"
+    )
     weight.copy_(torch.from_numpy(draw * (2 * bound) - bound).view(weight.shape))
 
 
 def _normal(weight: Tensor, std: float, name: str, seed: int) -> None:
-    draw = generator(seed, "init", zlib.crc32(name.encode()), 0).standard_normal(weight.numel(), dtype="float32")
+    draw = generator(seed, "init", zlib.crc32(name.encode()), 0).standard_normal(
+        weight.numel(), dtype="float32"
+    )
     weight.copy_(torch.from_numpy(draw * std).view(weight.shape))

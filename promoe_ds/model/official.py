@@ -1,9 +1,10 @@
 """Names of the published implementation's checkpoints and ours, both ways.
 
-Published layout of a MoE feed-forward: the router's parameters, `experts.0 ... experts.E-1` routed, `experts.E`
-unconditional (where there is one), `shared_expert` (ProMoE) or `shared_experts` (baselines). ProMoE's experts are
-`up_proj`, `down_proj`, the baselines' `fc1`, `fc2`; SwiGLU ones `gate_proj`, `up_proj`, `down_proj`. Ours stacks the routed
-experts. Methods that were never published (Expert Race, the two of Sec. 4.2) have no such layout.
+Published layout of a MoE feed-forward: the router's parameters, `experts.0 ... experts.E-1` routed,
+`experts.E` unconditional (where there is one), `shared_expert` (ProMoE) or `shared_experts`
+(baselines). ProMoE's experts are `up_proj`, `down_proj`, the baselines' `fc1`, `fc2`; SwiGLU ones
+`gate_proj`, `up_proj`, `down_proj`. Ours stacks the routed experts. Methods that were never
+published (Expert Race, the two of Sec. 4.2) have no such layout.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ _PROMOE = (
     (".mlp.shared_expert.up_proj.", ".moe.shared.up."),
     (".mlp.shared_expert.down_proj.", ".moe.shared.down."),
 )
-_BASELINE = tuple((published.replace("shared_expert.", "shared_experts."), ours) for published, ours in _PROMOE[1:])
+_BASELINE = tuple(
+    (published.replace("shared_expert.", "shared_experts."), ours)
+    for published, ours in _PROMOE[1:]
+)
 _GATE = ((".mlp.gate_weight", ".moe.router.gate_weight"),)
 #: What each method's layers add to _RENAMES.
 _METHOD_RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -55,19 +59,51 @@ _METHOD_RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (".mlp.capacity_predictor.2.", ".moe.router.predictor.down."),
     ),
 }
-#: DiffMoE's shared experts are plain feed-forwards as published; gated ones are named as the other baselines'.
-_DIFF_MOE_SHARED = {"gelu": ((".mlp.shared_experts.fc1.", ".moe.shared.up."), (".mlp.shared_experts.fc2.", ".moe.shared.down.")),
-                    "swiglu": _BASELINE}
+#: DiffMoE's shared experts are plain feed-forwards as published; gated ones are named as the other
+# baselines'.
+_DIFF_MOE_SHARED = {
+    "gelu": (
+        (".mlp.shared_experts.fc1.", ".moe.shared.up."),
+        (".mlp.shared_experts.fc2.", ".moe.shared.down."),
+    ),
+    "swiglu": _BASELINE,
+}
 _PROMOE_METHODS = ("token_choice", "expert_choice")
-_EXPERT = re.compile(r"^(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)$")
+_EXPERT = re.compile(
+    r"^(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)$"
+)
 POSITIONS = "pos_embed"
 #: The order in which the published modules register what they hold.
 _TOP_ORDER = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
 _BLOCK_ORDER = ("attn", "mlp", "adaLN_modulation")
-_MLP_ORDER = ("fc1", "fc2", "cluster_centers", "gate_weight", "expert_threshold", "ema_decay", "experts", "gate",
-              "capacity_predictor", "shared_expert", "shared_experts")
-_LEAF_ORDER = ("qkv", "q_norm", "k_norm", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "proj", "linear",
-               "adaLN_modulation", "weight", "bias")
+_MLP_ORDER = (
+    "fc1",
+    "fc2",
+    "cluster_centers",
+    "gate_weight",
+    "expert_threshold",
+    "ema_decay",
+    "experts",
+    "gate",
+    "capacity_predictor",
+    "shared_expert",
+    "shared_experts",
+)
+_LEAF_ORDER = (
+    "qkv",
+    "q_norm",
+    "k_norm",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "fc1",
+    "fc2",
+    "proj",
+    "linear",
+    "adaLN_modulation",
+    "weight",
+    "bias",
+)
 #: DiffMoE keeps a hyperparameter, `routing.threshold_decay`, among its buffers.
 _DECAY = ".mlp.ema_decay"
 
@@ -89,7 +125,8 @@ def from_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, T
 def rename_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
     """Translate published names, whole or a part (e.g. one layer), into ours; experts are stacked.
 
-    Raises: CheckpointError naming a key that has no place here, or an expert that is missing or misshapen.
+    Raises: CheckpointError naming a key that has no place here, or an expert that is missing or
+    misshapen.
     """
     result: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
@@ -105,31 +142,46 @@ def rename_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str,
             result[_renamed(key, config)] = value
         elif match["layer"] not in layers:
             raise CheckpointError(f"{key}: no such parameter in this architecture")
-        elif int(match["expert"]) == config.routing.num_experts and config.routing.num_unconditional_experts:
-            result[f"{match['block']}.moe.unconditional.{layers[match['layer']]}.{match['kind']}"] = value
+        elif (
+            int(match["expert"]) == config.routing.num_experts
+            and config.routing.num_unconditional_experts
+        ):
+            result[
+                f"{match['block']}.moe.unconditional.{layers[match['layer']]}.{match['kind']}"
+            ] = value
         else:
             name = f"{match['block']}.moe.routed.{layers[match['layer']]}_{match['kind']}"
             stacks.setdefault(name, {})[int(match["expert"])] = value
     for name, experts in stacks.items():
         if sorted(experts) != list(range(config.routing.num_experts)):
-            raise CheckpointError(f"{name}: expected the experts 0 ... {config.routing.num_experts - 1}, found {sorted(experts)}")
+            raise CheckpointError(
+                f"{name}: expected the experts 0 ... {config.routing.num_experts - 1}, found"
+                f" {sorted(experts)}"
+            )
         shapes = {tuple(weight.shape) for weight in experts.values()}
         if len(shapes) > 1:
-            raise CheckpointError(f"{name}: the experts have the shapes {sorted(shapes)}, expected one")
+            raise CheckpointError(
+                f"{name}: the experts have the shapes {sorted(shapes)}, expected one"
+            )
         result[name] = torch.stack([experts[i] for i in range(config.routing.num_experts)])
     return result
 
 
 def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
-    """Translate our state dict into the published names, with the position table, computed or its own.
+    """Translate our state dict into the published names, with the position table, computed or its
+    own.
 
     The inverse of `from_official`.
     """
     if config.routing.num_unconditional_experts > 1:
-        raise CheckpointError(f"routing.num_unconditional_experts={config.routing.num_unconditional_experts}: the official layout "
-                              "has room for one")
+        raise CheckpointError(
+            f"routing.num_unconditional_experts={config.routing.num_unconditional_experts}: the"
+            " official layout has room for one"
+        )
     model, layers = config.model, _expert_layers(config)
-    result = {POSITIONS: sincos_positions(model.hidden_size, model.input_size // model.patch_size)[None]}
+    result = {
+        POSITIONS: sincos_positions(model.hidden_size, model.input_size // model.patch_size)[None]
+    }
     for name, value in state.items():
         block, _, leaf = name.partition(".moe.routed.")
         if name == OUR_POSITIONS:
@@ -141,34 +193,52 @@ def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Ten
         elif ".moe.unconditional." in name:
             block, _, leaf = name.partition(".moe.unconditional.")
             layer, kind = leaf.split(".")
-            result[f"{block}.mlp.experts.{config.routing.num_experts}.{layers[layer]}.{kind}"] = value
+            result[f"{block}.mlp.experts.{config.routing.num_experts}.{layers[layer]}.{kind}"] = (
+                value
+            )
         else:
             result[_renamed(name, config, reverse=True)] = value
             if name.endswith(".moe.router.thresholds"):
-                result[name.replace(".moe.router.thresholds", _DECAY)] = torch.tensor([config.routing.threshold_decay])
+                result[name.replace(".moe.router.thresholds", _DECAY)] = torch.tensor(
+                    [config.routing.threshold_decay]
+                )
     return result
 
 
-def published_shapes(name: str, shape: tuple[int, ...], config: RunConfig) -> dict[str, tuple[int, ...]]:
+def published_shapes(
+    name: str, shape: tuple[int, ...], config: RunConfig
+) -> dict[str, tuple[int, ...]]:
     """Return the published keys that hold one tensor of ours, and their shapes.
 
     One key, an expert each for a stack, or two: DiffMoE's decay.
     """
     with torch.device("meta"):
         pieces = to_official({name: torch.empty(shape)}, config)
-    return {key: tuple(value.shape) for key, value in pieces.items() if key != POSITIONS or name == OUR_POSITIONS}
+    return {
+        key: tuple(value.shape)
+        for key, value in pieces.items()
+        if key != POSITIONS or name == OUR_POSITIONS
+    }
 
 
 def published_order(key: str) -> tuple[Any, ...]:
-    """Return what sorts published keys as the published modules register them, by which its optimizer numbers them."""
+    """Return what sorts published keys as the published modules register them, by which its
+    optimizer numbers them.
+    """
     parts = key.split(".")
     if parts[0] != "blocks":
         return (_TOP_ORDER.index(parts[0]), _leaf_order(parts[1:]))
     inner = parts[3] if parts[2] == "mlp" and len(parts) > 3 else ""
     expert = int(parts[4]) if inner == "experts" else 0
     rest = parts[5:] if inner == "experts" else parts[3:]
-    return (_TOP_ORDER.index("blocks"), int(parts[1]), _BLOCK_ORDER.index(parts[2]),
-            _MLP_ORDER.index(inner) if inner in _MLP_ORDER else 0, expert, _leaf_order(rest))
+    return (
+        _TOP_ORDER.index("blocks"),
+        int(parts[1]),
+        _BLOCK_ORDER.index(parts[2]),
+        _MLP_ORDER.index(inner) if inner in _MLP_ORDER else 0,
+        expert,
+        _leaf_order(rest),
+    )
 
 
 def is_published_parameter(key: str) -> bool:
@@ -177,7 +247,10 @@ def is_published_parameter(key: str) -> bool:
 
 
 def _leaf_order(parts: list[str]) -> tuple[int, ...]:
-    return tuple(_LEAF_ORDER.index(part) if part in _LEAF_ORDER else int(part) if part.isdigit() else 0 for part in parts)
+    return tuple(
+        _LEAF_ORDER.index(part) if part in _LEAF_ORDER else int(part) if part.isdigit() else 0
+        for part in parts
+    )
 
 
 def _expert_layers(config: RunConfig) -> dict[str, str]:
@@ -190,7 +263,9 @@ def _expert_layers(config: RunConfig) -> dict[str, str]:
 def _renamed(key: str, config: RunConfig, *, reverse: bool = False) -> str:
     method = config.routing.method
     if method not in _METHOD_RENAMES:
-        raise CheckpointError(f"routing.method={method} was never published: it has no official layout")
+        raise CheckpointError(
+            f"routing.method={method} was never published: it has no official layout"
+        )
     shared = _DIFF_MOE_SHARED[config.shared_expert_type] if method == "diff_moe" else ()
     for published, ours in (*_METHOD_RENAMES[method], *shared, *_RENAMES):
         old, new = (ours, published) if reverse else (published, ours)
@@ -201,17 +276,24 @@ def _renamed(key: str, config: RunConfig, *, reverse: bool = False) -> str:
 
 def _check_decay(key: str, value: Tensor, config: RunConfig) -> None:
     if not torch.allclose(value, torch.tensor(config.routing.threshold_decay, dtype=value.dtype)):
-        raise CheckpointError(f"{key} is {value.item():g}, but routing.threshold_decay={config.routing.threshold_decay}")
+        raise CheckpointError(
+            f"{key} is {value.item():g}, but"
+            f" routing.threshold_decay={config.routing.threshold_decay}"
+        )
 
 
 def _own_positions(value: Tensor, config: RunConfig) -> Tensor | None:
     """Return a published position table (S, D) in fp32, None if it is the computed one.
 
-    Averaging shrinks a constant in fp32 (decay 0.9999: to 0.99983 of it), half precision rounds it: a
-    table within one percent is the same table.
+    Averaging shrinks a constant in fp32 (decay 0.9999: to 0.99983 of it), half precision rounds it:
+    a table within one percent is the same table.
     """
     model = config.model
     ours = sincos_positions(model.hidden_size, model.input_size // model.patch_size)
-    if value.shape != (1, *ours.shape) or not torch.allclose(value[0].float(), ours, rtol=1e-2, atol=1e-5):
-        raise CheckpointError(f"pos_embed of shape {tuple(value.shape)} is not the fixed table of this architecture")
+    if value.shape != (1, *ours.shape) or not torch.allclose(
+        value[0].float(), ours, rtol=1e-2, atol=1e-5
+    ):
+        raise CheckpointError(
+            f"pos_embed of shape {tuple(value.shape)} is not the fixed table of this architecture"
+        )
     return None if torch.equal(value[0].float(), ours) else value[0].float()

@@ -1,4 +1,5 @@
-"""Tensors in safetensors files: one, or several of bounded size with an index, by the conventions of the Hugging Face hub.
+"""Tensors in safetensors files: one, or several of bounded size with an index, by the conventions
+of the Hugging Face hub.
 
 A file's metadata also holds the XXH3 of each tensor's bytes, which other readers pass over.
 """
@@ -25,7 +26,9 @@ _CHECKSUMS = "xxh3_64"
 
 
 class ShardReader:
-    """Reads tensors by name from `STEM.safetensors`, or from the files that `STEM.safetensors.index.json` lists."""
+    """Reads tensors by name from `STEM.safetensors`, or from the files that
+    `STEM.safetensors.index.json` lists.
+    """
 
     def __init__(self, folder: Path, stem: str, *, check: bool = True) -> None:
         """Read names and shapes.
@@ -48,7 +51,9 @@ class ShardReader:
                 if single:
                     self._files[name] = single
                 elif self._files.get(name) != file:
-                    raise CheckpointError(f"{folder / file}: holds {name}, which the index does not place there")
+                    raise CheckpointError(
+                        f"{folder / file}: holds {name}, which the index does not place there"
+                    )
                 self.shapes[name] = tuple(handle.get_slice(name).get_shape())
                 self.dtypes[name] = handle.get_slice(name).get_dtype()
             self._checksums |= self._read_checksums(file) if check else {}
@@ -56,23 +61,27 @@ class ShardReader:
             raise CheckpointError(f"{folder}: {sorted(missing)[0]} is in the index and in no file")
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, mapped from its file, after holding it against its checksum where the file has one.
+        """Return one tensor, mapped from its file, after holding it against its checksum where the
+        file has one.
 
         Raises: CheckpointError if there is none of that name, it cannot be read, or it is damaged.
         """
         with self._reading(name) as handle:
             value = handle.get_tensor(name)
         if name in self._checksums and self._checksums[name] != digest(value):
-            raise CheckpointError(f"{self._folder / self._files[name]}: {name} does not match its checksum")
+            raise CheckpointError(
+                f"{self._folder / self._files[name]}: {name} does not match its checksum"
+            )
         return value
 
     def read_rows(self, name: str, first: int, count: int) -> Tensor:
-        """Return entries [first, first + count) of a tensor's first axis, in memory of their own; no checksum covers them.
+        """Return entries [first, first + count) of a tensor's first axis, in memory of their own;
+        no checksum covers them.
 
         Raises: CheckpointError if there is no tensor of that name, or it cannot be read.
         """
         with self._reading(name) as handle:
-            return handle.get_slice(name)[first:first + count].clone()
+            return handle.get_slice(name)[first : first + count].clone()
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every name and tensor."""
@@ -90,7 +99,9 @@ class ShardReader:
         try:
             yield self._handle(self._files[name])
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self._folder / self._files[name]}: cannot be read: {error}") from None
+            raise CheckpointError(
+                f"{self._folder / self._files[name]}: cannot be read: {error}"
+            ) from None
 
     def _read_checksums(self, file: str) -> dict[str, str]:
         """Return name -> checksum of a file's tensors; none where another program wrote it."""
@@ -98,7 +109,9 @@ class ShardReader:
         try:
             return dict(json.loads(text))
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self._folder / file}: {_CHECKSUMS} cannot be understood ({error})") from None
+            raise CheckpointError(
+                f"{self._folder / file}: {_CHECKSUMS} cannot be understood ({error})"
+            ) from None
 
     def _handle(self, file: str) -> safe_open:
         """Return the open file, one at a time: what is mapped counts as memory."""
@@ -110,13 +123,17 @@ class ShardReader:
                 raise CheckpointError(f"{self._folder / file}: cannot be read: {error}") from None
             except SafetensorError as error:
                 kind = identify(self._folder / file)
-                raise CheckpointError(f"{self._folder / file}: cannot be read: "
-                                      f"{error if kind == SAFETENSORS else f'it is {kind}'}") from None
+                raise CheckpointError(
+                    f"{self._folder / file}: cannot be read: "
+                    f"{error if kind == SAFETENSORS else f'it is {kind}'}"
+                ) from None
         return self._open[1]
 
 
 class ShardWriter:
-    """Writes tensors one by one; a file is written whenever it is full, so that one file's worth is held at most."""
+    """Writes tensors one by one; a file is written whenever it is full, so that one file's worth is
+    held at most.
+    """
 
     def __init__(self, folder: Path, stem: str, *, max_bytes: int = MAX_SHARD_BYTES) -> None:
         """Write into `folder`, which exists."""
@@ -141,7 +158,9 @@ class ShardWriter:
         return self._checksums[name]
 
     def close(self) -> None:
-        """Write the rest, give the files their names, and an index if they are several.  Once; later calls do nothing."""
+        """Write the rest, give the files their names, and an index if they are several.  Once;
+        later calls do nothing.
+        """
         if self._is_closed:
             return
         self._is_closed = True
@@ -156,12 +175,18 @@ class ShardWriter:
             path.rename(self._folder / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        _index_path(self._folder, self._stem).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        _index_path(self._folder, self._stem).write_text(
+            json.dumps(index, indent=1), encoding="utf-8"
+        )
 
     def _flush(self) -> None:
         path = self._folder / f"{self._stem}.part{len(self._written)}"
         try:
-            save_file(self._pending, path, metadata={"format": "pt", _CHECKSUMS: json.dumps(self._checksums)})
+            save_file(
+                self._pending,
+                path,
+                metadata={"format": "pt", _CHECKSUMS: json.dumps(self._checksums)},
+            )
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be written: {error}") from None
         self._written.append((path, list(self._pending)))
@@ -183,16 +208,22 @@ def _index_path(folder: Path, stem: str) -> Path:
 
 
 def _read_index(folder: Path, stem: str) -> dict[str, str]:
-    """Return name -> file; for a single file the names are not known yet: one entry without a name."""
+    """Return name -> file; for a single file the names are not known yet: one entry without a
+    name.
+    """
     single, index = f"{stem}.safetensors", _index_path(folder, stem)
     if (folder / single).is_file():
         return {"": single}
     try:
         files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except FileNotFoundError:
-        raise CheckpointError(f"{folder / single}: there is no such file, nor {index.name}") from None
+        raise CheckpointError(
+            f"{folder / single}: there is no such file, nor {index.name}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: cannot be understood ({type(error).__name__}: {error})") from None
+        raise CheckpointError(
+            f"{index}: cannot be understood ({type(error).__name__}: {error})"
+        ) from None
     for file in files.values():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{index}: the file name {file!r} leaves the folder")

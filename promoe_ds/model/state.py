@@ -16,12 +16,15 @@ POSITIONS = "positions"
 
 
 def buffer_names(config: RunConfig) -> list[str]:
-    """Return the names of what a model keeps beside its parameters: the running state of its routers."""
+    """Return the names of what a model keeps beside its parameters: the running state of its
+    routers.
+    """
     return list(state_shapes(config, buffers_only=True))
 
 
-def state_shapes(config: RunConfig, *, buffers_only: bool = False,
-                 own_positions: bool = False) -> dict[str, tuple[int, ...]]:
+def state_shapes(
+    config: RunConfig, *, buffers_only: bool = False, own_positions: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of all that a model keeps, or of the running state of its routers alone.
 
     Args:
@@ -30,7 +33,11 @@ def state_shapes(config: RunConfig, *, buffers_only: bool = False,
     with torch.device("meta"):
         network = build_model(config)
     parameters = {name for name, _ in network.named_parameters()} if buffers_only else ()
-    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items() if name not in parameters}
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in network.state_dict().items()
+        if name not in parameters
+    }
     return shapes | ({POSITIONS: tuple(network.positions.shape)} if own_positions else {})
 
 
@@ -48,9 +55,16 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: RunConfig) -> No
         raise CheckpointError(first_few(problems))
 
 
-def shape_problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+def shape_problems(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     """Return a line for each tensor that is missing, left over or misshapen."""
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} has no place in this architecture" for name in found if name not in expected]
-    return problems + [f"{name} has shape {found[name]} instead of {shape}" for name, shape in expected.items()
-                       if name in found and found[name] != shape]
+    problems += [
+        f"{name} has no place in this architecture" for name in found if name not in expected
+    ]
+    return problems + [
+        f"{name} has shape {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]

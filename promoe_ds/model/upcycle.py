@@ -1,10 +1,12 @@
-"""From a dense feed-forward to the experts of a MoE layer (sparse upcycling, Komatsuzaki et al., 2023).
+"""From a dense feed-forward to the experts of a MoE layer (sparse upcycling, Komatsuzaki et al.,
+2023).
 
-A feed-forward of U hidden units is a sum over its units, so it can be dealt out: the shared experts take the first units, every
-routed and unconditional expert the rest. A part wider than its units repeats them, each copy with its share of the outgoing
-weights, so that their sum is unchanged. Routed experts narrower than the rest take consecutive windows of it, expert after
-expert, around and around. Where the shared experts can hold all units, the others start silent (zero outgoing weights). SwiGLU
-parts cannot express GELU units and start silent, too.
+A feed-forward of U hidden units is a sum over its units, so it can be dealt out: the shared experts
+take the first units, every routed and unconditional expert the rest. A part wider than its units
+repeats them, each copy with its share of the outgoing weights, so that their sum is unchanged.
+Routed experts narrower than the rest take consecutive windows of it, expert after expert, around
+and around. Where the shared experts can hold all units, the others start silent (zero outgoing
+weights). SwiGLU parts cannot express GELU units and start silent, too.
 
 Letters: D width, F hidden width of an expert, E routed experts.
 """
@@ -21,7 +23,12 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.model.init import fill_parameter
 
 #: Names of a dense feed-forward's parameters, as a MoE layer's stacked experts call them.
-DENSE_PARAMETERS = {"up_weight": "up.weight", "up_bias": "up.bias", "down_weight": "down.weight", "down_bias": "down.bias"}
+DENSE_PARAMETERS = {
+    "up_weight": "up.weight",
+    "up_bias": "up.bias",
+    "down_weight": "down.weight",
+    "down_bias": "down.bias",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,8 @@ class Share:
     """What one expert, or one group of experts that is one feed-forward, takes over.
 
     units: (F,) int64, the dense hidden unit that each of its own units copies.
-    silent: whether its outgoing weights are zero; has_bias: whether it brings the dense output bias.
+    silent: whether its outgoing weights are zero; has_bias: whether it brings the dense output
+    bias.
     """
 
     units: Tensor
@@ -37,21 +45,26 @@ class Share:
     has_bias: bool
 
     def parameters(self, dense: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-        """Return up_weight (F, D), up_bias (F,), down_weight (D, F), down_bias (D,), the output times `scale`.
+        """Return up_weight (F, D), up_bias (F,), down_weight (D, F), down_bias (D,), the output
+        times `scale`.
 
         Args:
             dense: the dense feed-forward's, under the same names.
         """
         copies = torch.bincount(self.units)[self.units]
         factor = 0.0 if self.silent else scale
-        return {"up_weight": dense["up_weight"][self.units], "up_bias": dense["up_bias"][self.units],
-                "down_weight": dense["down_weight"][:, self.units] * (factor / copies),
-                "down_bias": dense["down_bias"] * (factor if self.has_bias else 0.0)}
+        return {
+            "up_weight": dense["up_weight"][self.units],
+            "up_bias": dense["up_bias"][self.units],
+            "down_weight": dense["down_weight"][:, self.units] * (factor / copies),
+            "down_bias": dense["down_bias"] * (factor if self.has_bias else 0.0),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deal:
-    """How a dense feed-forward is dealt out over a MoE layer; None for parts that the layer does not have or that are SwiGLU.
+    """How a dense feed-forward is dealt out over a MoE layer; None for parts that the layer does
+    not have or that are SwiGLU.
 
     shared_units, rest_units: hidden units held by the shared experts, and left to the others.
     """
@@ -64,13 +77,19 @@ class Deal:
 
     @property
     def routed_is_exact(self) -> bool:
-        """Whether a conditional token keeps the dense output whatever its expert, given gates that add up to 1."""
-        return self.rest_units == 0 or (self.routed is not None and len(self.routed[0].units) >= self.rest_units)
+        """Whether a conditional token keeps the dense output whatever its expert, given gates that
+        add up to 1.
+        """
+        return self.rest_units == 0 or (
+            self.routed is not None and len(self.routed[0].units) >= self.rest_units
+        )
 
     @property
     def unconditional_is_exact(self) -> bool:
         """Whether a null token keeps the dense output."""
-        return self.rest_units == 0 or (self.unconditional is not None and len(self.unconditional.units) >= self.rest_units)
+        return self.rest_units == 0 or (
+            self.unconditional is not None and len(self.unconditional.units) >= self.rest_units
+        )
 
 
 def deal_units(config: RunConfig) -> Deal:
@@ -80,7 +99,11 @@ def deal_units(config: RunConfig) -> Deal:
         config: the MoE recipe; its dense width is mlp_ratio * D.
     """
     routing, dense = config.routing, int(config.model.mlp_ratio * config.model.hidden_size)
-    shared_width = routing.num_shared_experts * config.shared_expert_width if config.shared_expert_type == "gelu" else 0
+    shared_width = (
+        routing.num_shared_experts * config.shared_expert_width
+        if config.shared_expert_type == "gelu"
+        else 0
+    )
     held = min(shared_width, dense)
     rest = dense - held
 
@@ -92,20 +115,40 @@ def deal_units(config: RunConfig) -> Deal:
     stride = width if width < (rest or dense) else 0
     unconditional = routing.num_unconditional_experts * width
     return Deal(
-        shared=Share(units=torch.arange(shared_width) % held, silent=False, has_bias=True) if held else None,
-        routed=tuple(share(width, expert * stride) for expert in range(routing.num_experts)) if is_gelu else None,
-        unconditional=share(unconditional, 0) if is_gelu and unconditional else None, shared_units=held, rest_units=rest)
+        shared=(
+            Share(units=torch.arange(shared_width) % held, silent=False, has_bias=True)
+            if held
+            else None
+        ),
+        routed=(
+            tuple(share(width, expert * stride) for expert in range(routing.num_experts))
+            if is_gelu
+            else None
+        ),
+        unconditional=share(unconditional, 0) if is_gelu and unconditional else None,
+        shared_units=held,
+        rest_units=rest,
+    )
 
 
-def upcycled_parameter(name: str, shape: tuple[int, ...], dense: Mapping[str, Tensor], deal: Deal, *, gate_scale: float,
-                       noise: float, seed: int) -> Tensor:
+def upcycled_parameter(
+    name: str,
+    shape: tuple[int, ...],
+    dense: Mapping[str, Tensor],
+    deal: Deal,
+    *,
+    gate_scale: float,
+    noise: float,
+    seed: int,
+) -> Tensor:
     """Return one parameter of a MoE layer's experts.
 
     Args:
         name: rank-blind, `blocks.<i>.moe.<routed|shared|unconditional>.<...>`; shape: its shape.
         dense: the block's dense feed-forward, under the names of DENSE_PARAMETERS.
         gate_scale: what routed experts' outputs are multiplied by, against their gates.
-        noise: standard deviation added to routed experts' incoming weights, relative to theirs; tells copies apart.
+        noise: standard deviation added to routed experts' incoming weights, relative to theirs;
+        tells copies apart.
         seed: of initial weights and noise.
     """
     part, leaf = name.split(".moe.")[1].split(".", 1)

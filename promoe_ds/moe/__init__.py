@@ -4,4 +4,12 @@ from promoe_ds.moe.dispatch import AllToAllDispatcher, Dispatcher, ExpertPath, L
 from promoe_ds.moe.experts import FeedForward, StackedExperts
 from promoe_ds.moe.layer import MoELayer
 
-__all__ = ["AllToAllDispatcher", "Dispatcher", "ExpertPath", "FeedForward", "LocalDispatcher", "MoELayer", "StackedExperts"]
+__all__ = [
+    "AllToAllDispatcher",
+    "Dispatcher",
+    "ExpertPath",
+    "FeedForward",
+    "LocalDispatcher",
+    "MoELayer",
+    "StackedExperts",
+]

@@ -1,4 +1,6 @@
-"""The collectives that a forward pass needs, with gradients. The one place of the model that knows process groups."""
+"""The collectives that a forward pass needs, with gradients. The one place of the model that knows
+process groups.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from promoe_ds.moe.comm_dtype import SAME, CommDtype
 def all_reduce_sum(group: dist.ProcessGroup | None) -> Callable[[Tensor], Tensor]:
     """Return a differentiable sum over the ranks of `group` (None: all ranks).
 
-    Gradient: the all-reduced sum of the ranks' gradients, so that a loss which every rank computes from the sum and
-    which the ranks then average has its true gradient.
+    Gradient: the all-reduced sum of the ranks' gradients, so that a loss which every rank computes
+    from the sum and which the ranks then average has its true gradient.
     """
     return lambda tensor: _AllReduceSum.apply(tensor, group)
 
@@ -46,8 +48,9 @@ EXCHANGES = ("counts", "dispatch", "combine", "combine_backward", "dispatch_back
 class WaitClock:
     """Sums up the time for which a rank's computation stood still for its exchanges, by name.
 
-    Transfers that hide behind computation take none. On a GPU it is the time that the compute stream waits, measured by
-    events which are read when the sums are taken, so that nothing is synchronised before.
+    Transfers that hide behind computation take none. On a GPU it is the time that the compute
+    stream waits, measured by events which are read when the sums are taken, so that nothing is
+    synchronised before.
     """
 
     def __init__(self) -> None:
@@ -58,7 +61,9 @@ class WaitClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing inside: passes that train nothing, in an evaluation or when routers start, wait, too."""
+        """Count nothing inside: passes that train nothing, in an evaluation or when routers start,
+        wait, too.
+        """
         self._is_paused = True
         try:
             yield
@@ -104,10 +109,12 @@ def exchange_counts(counts_WE: Tensor, group: dist.ProcessGroup) -> Tensor:
 class AllToAll:
     """One all-to-all of rows, startable and finishable apart so that other work can run in between.
 
-    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; wire: how a row looks on its way. `clock` counts the
-    waiting for it under `name`, and under `name`_backward for that of the gradients. `start` and `finish` are one
-    differentiable pair: the backward pass starts the reverse exchange at `finish` and ends it at `start`, and whatever was
-    computed between them in the forward pass is differentiated while the gradients travel.
+    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; wire: how a row looks on
+    its way. `clock` counts the waiting for it under `name`, and under `name`_backward for that of
+    the gradients. `start` and `finish` are one
+    differentiable pair: the backward pass starts the reverse exchange at `finish` and ends it at
+    `start`, and whatever was computed between them in the forward pass is differentiated while the
+    gradients travel.
     """
 
     rows_out: list[int]
@@ -123,21 +130,33 @@ class AllToAll:
     _like: tuple[int, torch.dtype] | None = field(default=None, repr=False)
 
     def start(self, rows: Tensor) -> Tensor:
-        """Begin sending (sum(rows_out), width) rows; the result is a ticket without values, for `finish`."""
+        """Begin sending (sum(rows_out), width) rows; the result is a ticket without values, for
+        `finish`.
+        """
         return _StartExchange.apply(rows, self)
 
     def finish(self, ticket: Tensor) -> Tensor:
-        """Wait for the rows that `start` promised: (sum(rows_in), width) in the dtype of those sent."""
+        """Wait for the rows that `start` promised: (sum(rows_in), width) in the dtype of those
+        sent.
+        """
         return _FinishExchange.apply(ticket, self)
 
     def launch(self, rows: Tensor, *, reverse: bool) -> Tensor:
-        """Start moving `rows`, against the direction where `reverse`; return a ticket with as many rows as will arrive."""
-        sizes_out, sizes_in = (self.rows_in, self.rows_out) if reverse else (self.rows_out, self.rows_in)
+        """Start moving `rows`, against the direction where `reverse`; return a ticket with as many
+        rows as will arrive.
+        """
+        sizes_out, sizes_in = (
+            (self.rows_in, self.rows_out) if reverse else (self.rows_out, self.rows_in)
+        )
         self._name = f"{self.name}_backward" if reverse else self.name
         self._like = rows.shape[1], rows.dtype
-        self._sent = self.wire.pack(rows, is_gradient=reverse).contiguous()  # kept alive until the transfer ends
+        self._sent = self.wire.pack(
+            rows, is_gradient=reverse
+        ).contiguous()  # kept alive until the transfer ends
         self._received = self._sent.new_empty(sum(sizes_in), self._sent.shape[1])
-        self._work = dist.all_to_all_single(self._received, self._sent, sizes_in, sizes_out, group=self.group, async_op=True)
+        self._work = dist.all_to_all_single(
+            self._received, self._sent, sizes_in, sizes_out, group=self.group, async_op=True
+        )
         return rows.new_empty(sum(sizes_in), 0)
 
     def wait(self, *, reverse: bool) -> Tensor:
@@ -170,6 +189,7 @@ class _FinishExchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # Autograd wants a gradient of the ticket's shape here; the real one is under way inside the exchange.
+        # Autograd wants a gradient of the ticket's shape here; the real one is under way inside the
+        # exchange.
         ctx.exchange.launch(gradient, reverse=True)
         return gradient.new_empty(gradient.shape[0], 0), None

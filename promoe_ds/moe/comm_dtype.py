@@ -1,7 +1,7 @@
 """How a row of an exchange looks on its way: as it is, in bf16, or in FP8 with a scale of its own.
 
-What arrives has the dtype of what was sent, and its gradient travels back the same way. A narrower wire rounds both; the
-gradient is that of the unrounded exchange (straight through).
+What arrives has the dtype of what was sent, and its gradient travels back the same way. A narrower
+wire rounds both; the gradient is that of the unrounded exchange (straight through).
 Letters: N rows, D width.
 """
 
@@ -22,7 +22,9 @@ class CommDtype(Protocol):
     def pack(self, rows_ND: Tensor, *, is_gradient: bool) -> Tensor:
         """Return the rows as they travel, (N, elements)."""
 
-    def unpack(self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool) -> Tensor:
+    def unpack(
+        self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool
+    ) -> Tensor:
         """Return (N, width) rows of `dtype`."""
 
     def row_bytes(self, width: int, element_size: int) -> int:
@@ -33,7 +35,9 @@ class _Same:
     def pack(self, rows_ND: Tensor, *, is_gradient: bool) -> Tensor:
         return rows_ND
 
-    def unpack(self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool) -> Tensor:
+    def unpack(
+        self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool
+    ) -> Tensor:
         return packed
 
     def row_bytes(self, width: int, element_size: int) -> int:
@@ -44,7 +48,9 @@ class _Bf16:
     def pack(self, rows_ND: Tensor, *, is_gradient: bool) -> Tensor:
         return rows_ND.to(torch.bfloat16)
 
-    def unpack(self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool) -> Tensor:
+    def unpack(
+        self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool
+    ) -> Tensor:
         return packed.to(dtype)
 
     def row_bytes(self, width: int, element_size: int) -> int:
@@ -52,9 +58,11 @@ class _Bf16:
 
 
 class _Fp8:
-    """Values as e4m3, gradients, which need range, as e5m2; each row is scaled to the format's largest number.
+    """Values as e4m3, gradients, which need range, as e5m2; each row is scaled to the format's
+    largest number.
 
-    A row with a number that is not finite arrives as NaN, so that the check of the gradients still finds it.
+    A row with a number that is not finite arrives as NaN, so that the check of the gradients still
+    finds it.
     """
 
     def pack(self, rows_ND: Tensor, *, is_gradient: bool) -> Tensor:
@@ -62,9 +70,13 @@ class _Fp8:
         rows = rows_ND.float()
         largest_N1 = rows.abs().amax(dim=1, keepdim=True)
         scale_N1 = (largest_N1 / torch.finfo(dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
-        return torch.cat([(rows / scale_N1).to(dtype).view(torch.uint8), scale_N1.view(torch.uint8)], dim=1)
+        return torch.cat(
+            [(rows / scale_N1).to(dtype).view(torch.uint8), scale_N1.view(torch.uint8)], dim=1
+        )
 
-    def unpack(self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool) -> Tensor:
+    def unpack(
+        self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool
+    ) -> Tensor:
         scale_N1 = packed[:, width:].contiguous().view(torch.float32)
         values_ND = packed[:, :width].contiguous().view(self._format(is_gradient)).float()
         return (values_ND * scale_N1).to(dtype)

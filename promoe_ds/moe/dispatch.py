@@ -1,8 +1,9 @@
 """Dispatchers: move the rows of an assignment to the ranks that hold their experts, and back.
 
-They hold no parameters. Whatever moves the tokens, results and gradients are those of `LocalDispatcher`.
-Letters: T tokens of this rank, D width, E routed experts on all ranks, e those on this rank, N rows sent,
-R rows received, W ranks of the expert-parallel group.
+They hold no parameters. Whatever moves the tokens, results and gradients are those of
+`LocalDispatcher`.
+Letters: T tokens of this rank, D width, E routed experts on all ranks, e those on this rank, N rows
+sent, R rows received, W ranks of the expert-parallel group.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ class Dispatched:
 PendingDispatch = Callable[[], Dispatched]
 #: Routed experts: rows sorted by local expert and their counts in, rows out.
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]
-#: Ends the routed experts' work: takes what their weighted rows are added to, (T, D), and returns the sum.
+#: Ends the routed experts' work: takes what their weighted rows are added to, (T, D), and returns
+# the sum.
 PendingOutput = Callable[[Tensor], Tensor]
 
 
 class ExpertPath(Protocol):
-    """The way of tokens through the routed experts and back; what a layer asks for, whoever moves the rows."""
+    """The way of tokens through the routed experts and back; what a layer asks for, whoever moves
+    the rows.
+    """
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -53,23 +57,33 @@ class ExpertPath(Protocol):
     def clock(self) -> WaitClock | None:
         """Of the waiting for exchanges, if any."""
 
-    def begin(self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment) -> PendingOutput:
-        """Start; calling the result ends it. What is computed in between may overlap with the exchange."""
+    def begin(
+        self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment
+    ) -> PendingOutput:
+        """Start; calling the result ends it. What is computed in between may overlap with the
+        exchange.
+        """
 
     def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
-        """Bytes that this rank's rows take between ranks in a pass, forward and backward, a scalar int64.  Sync: none."""
+        """Bytes that this rank's rows take between ranks in a pass, forward and backward, a scalar
+        int64.  Sync: none.
+        """
 
 
 class Dispatcher(ABC):
     """An expert path in three steps: move rows to their experts, compute, move them back."""
 
-    def begin(self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment) -> PendingOutput:
+    def begin(
+        self, experts: ExpertFunction, tokens_TD: Tensor, assignment: Assignment
+    ) -> PendingOutput:
         """Start moving rows; the result waits for them, computes and combines."""
         pending = self.dispatch(tokens_TD, assignment)
 
         def finish(base_TD: Tensor) -> Tensor:
             arrived = pending()
-            return self.combine(experts(arrived.rows_RD, arrived.tokens_per_expert_e), arrived.handle, base_TD)
+            return self.combine(
+                experts(arrived.rows_RD, arrived.tokens_per_expert_e), arrived.handle, base_TD
+            )
 
         return finish
 
@@ -79,11 +93,15 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def combine(self, rows_RD: Tensor, handle: object, base_TD: Tensor) -> Tensor:
-        """Return base_TD plus every row, weighted by its gate, at its token. Accumulates in fp32."""
+        """Return base_TD plus every row, weighted by its gate, at its token. Accumulates in
+        fp32.
+        """
 
     @abstractmethod
     def rows_leaving(self, assignment: Assignment) -> Tensor:
-        """Rows of an assignment that live on other ranks, a scalar int64 on the device.  Sync: none."""
+        """Rows of an assignment that live on other ranks, a scalar int64 on the device.  Sync:
+        none.
+        """
 
     def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
         """Four crossings of each row: out and back, forward and backward."""
@@ -121,7 +139,8 @@ class _ExchangeHandle:
 class AllToAllDispatcher(Dispatcher):
     """Dropless, exact-size all-to-all over DeepSpeed's expert-parallel group.
 
-    Rank w of the group holds the experts w*e ... (w+1)*e - 1. The exchange carries exactly the rows that live
+    Rank w of the group holds the experts w*e ... (w+1)*e - 1. The exchange carries exactly the rows
+    that live
     elsewhere, both ways: no padding, no capacity.
     """
 
@@ -134,17 +153,29 @@ class AllToAllDispatcher(Dispatcher):
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Send every row to its expert's rank.
 
-        Sync: one, for the E counts sent and the E counts received.  Collectives: two (counts, rows).
+        Sync: one, for the E counts sent and the E counts received.  Collectives: two (counts,
+        rows).
         """
         return self.start(tokens_TD, assignment)
 
-    def start(self, tokens_TD: Tensor, assignment: Assignment, *, sort: bool = True) -> PendingDispatch:
-        """As `dispatch`; without `sort` the rows stay in the order of the ranks that sent them, the counts (W * e,) alike."""
+    def start(
+        self, tokens_TD: Tensor, assignment: Assignment, *, sort: bool = True
+    ) -> PendingDispatch:
+        """As `dispatch`; without `sort` the rows stay in the order of the ranks that sent them, the
+        counts (W * e,) alike.
+        """
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
         with self.clock.waiting("counts", tokens_TD.device):
             received_We = exchange_counts(sent_We, self.group)
         rows_out, rows_in = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
-        exchange = AllToAll(rows_out=rows_out, rows_in=rows_in, group=self.group, name="dispatch", clock=self.clock, wire=self.wire)
+        exchange = AllToAll(
+            rows_out=rows_out,
+            rows_in=rows_in,
+            group=self.group,
+            name="dispatch",
+            clock=self.clock,
+            wire=self.wire,
+        )
         pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
 
         def finish() -> Dispatched:
@@ -161,8 +192,14 @@ class AllToAllDispatcher(Dispatcher):
         assert isinstance(handle, _ExchangeHandle)
         if handle.order_R is not None:
             rows_RD = torch.zeros_like(rows_RD).index_copy(0, handle.order_R, rows_RD)
-        back = AllToAll(rows_out=handle.exchange.rows_in, rows_in=handle.exchange.rows_out, group=self.group, name="combine",
-                        clock=self.clock, wire=self.wire)
+        back = AllToAll(
+            rows_out=handle.exchange.rows_in,
+            rows_in=handle.exchange.rows_out,
+            group=self.group,
+            name="combine",
+            clock=self.clock,
+            wire=self.wire,
+        )
         return add_weighted_rows(base_TD, back.finish(back.start(rows_RD)), handle.assignment)
 
     def rows_leaving(self, assignment: Assignment) -> Tensor:
@@ -172,37 +209,59 @@ class AllToAllDispatcher(Dispatcher):
 
     def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
         """Four crossings of each row, as it looks on the wire."""
-        return ALL_TO_ALLS_PER_STEP * self.wire.row_bytes(width, element_size) * self.rows_leaving(assignment)
+        return (
+            ALL_TO_ALLS_PER_STEP
+            * self.wire.row_bytes(width, element_size)
+            * self.rows_leaving(assignment)
+        )
 
 
 def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) -> Tensor:
-    """Add gate * row to base at each row's token, accumulated in fp32; base is consumed, the result has its dtype."""
-    total_TD = _AddWeightedRows.apply(at_least_fp32(base_TD), rows_ND, assignment.gates_N, assignment.token_ids_N)
+    """Add gate * row to base at each row's token, accumulated in fp32; base is consumed, the result
+    has its dtype.
+    """
+    total_TD = _AddWeightedRows.apply(
+        at_least_fp32(base_TD), rows_ND, assignment.gates_N, assignment.token_ids_N
+    )
     return total_TD.to(base_TD.dtype)
 
 
 class _AddWeightedRows(torch.autograd.Function):
-    """base[token] += gate * row, in place; the backward pass weighs the gathered gradient in place, too."""
+    """base[token] += gate * row, in place; the backward pass weighs the gathered gradient in place,
+    too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, base_TD: Tensor, rows_ND: Tensor, gates_N: Tensor, token_ids_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, base_TD: Tensor, rows_ND: Tensor, gates_N: Tensor, token_ids_N: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(rows_ND, gates_N, token_ids_N)
         ctx.mark_dirty(base_TD)
-        return base_TD.index_add_(0, token_ids_N, rows_ND.to(base_TD.dtype) * gates_N[:, None].to(base_TD.dtype))
+        return base_TD.index_add_(
+            0, token_ids_N, rows_ND.to(base_TD.dtype) * gates_N[:, None].to(base_TD.dtype)
+        )
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, gates_N, token_ids_N = ctx.saved_tensors
         grad_ND = grad_TD.index_select(0, token_ids_N)
-        grad_gates = torch.bmm(grad_ND[:, None], rows_ND.to(grad_ND.dtype)[:, :, None]).flatten().to(gates_N.dtype)
+        grad_gates = (
+            torch.bmm(grad_ND[:, None], rows_ND.to(grad_ND.dtype)[:, :, None])
+            .flatten()
+            .to(gates_N.dtype)
+        )
         return grad_TD, grad_ND.mul_(gates_N[:, None]).to(rows_ND.dtype), grad_gates, None
 
 
 def _by_local_expert(received_We: Tensor, num_rows: int) -> Tensor | None:
-    """Return the order that sorts arrived rows, grouped by source rank, by local expert; None if they are sorted."""
+    """Return the order that sorts arrived rows, grouped by source rank, by local expert; None if
+    they are sorted.
+    """
     world_size, num_local = received_We.shape
     if world_size == 1 or num_local == 1:
         return None
     experts_We = torch.arange(num_local, device=received_We.device).expand(world_size, -1)
-    expert_R = torch.repeat_interleave(experts_We.reshape(-1), received_We.reshape(-1), output_size=num_rows)
+    expert_R = torch.repeat_interleave(
+        experts_We.reshape(-1), received_We.reshape(-1), output_size=num_rows
+    )
     return torch.argsort(expert_R, stable=True)

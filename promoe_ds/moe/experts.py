@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class FeedForward(nn.Module):
     """down(gelu_tanh(up(x))) with biases: the dense, shared and unconditional feed-forward.
 
-    A sum of n such experts of width F is one of width n*F, so N_s shared or N_u unconditional experts (Eq. 5) are one
-    module here.
+    A sum of n such experts of width F is one of width n*F, so N_s shared or N_u unconditional
+    experts (Eq. 5) are one module here.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -31,7 +31,9 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """down(silu(gate(x)) * up(x)) without biases: SwiGLU (Shazeer, 2020). Sums of n are one of n times the width, too."""
+    """down(silu(gate(x)) * up(x)) without biases: SwiGLU (Shazeer, 2020). Sums of n are one of n
+    times the width, too.
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -48,23 +50,30 @@ class GatedFeedForward(nn.Module):
 FEED_FORWARDS: dict[str, type[nn.Module]] = {"gelu": FeedForward, "swiglu": GatedFeedForward}
 
 #: Names of the stacked parameters by expert type.
-EXPERT_PARAMETERS = {"gelu": ("up_weight", "up_bias", "down_weight", "down_bias"),
-                     "swiglu": ("gate_weight", "up_weight", "down_weight")}
+EXPERT_PARAMETERS = {
+    "gelu": ("up_weight", "up_bias", "down_weight", "down_bias"),
+    "swiglu": ("gate_weight", "up_weight", "down_weight"),
+}
 
 
 def expert_shapes(expert_type: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of each parameter of one expert."""
-    shapes = {"gate_weight": (hidden, width), "up_weight": (hidden, width), "up_bias": (hidden,),
-              "down_weight": (width, hidden), "down_bias": (width,)}
+    shapes = {
+        "gate_weight": (hidden, width),
+        "up_weight": (hidden, width),
+        "up_bias": (hidden,),
+        "down_weight": (width, hidden),
+        "down_bias": (width,),
+    }
     return {name: shapes[name] for name in EXPERT_PARAMETERS[expert_type]}
 
 
 class StackedExperts(nn.Module):
     """The routed experts held by one process, as stacked parameters.
 
-    `first_expert` says which ones they are: local expert i is the routed expert first_expert + i. It names weights, for
-    initialisation and conversion; the computation does not use it. A `kernel`, where the engine sets one, computes instead of
-    the products here.
+    `first_expert` says which ones they are: local expert i is the routed expert first_expert + i.
+    It names weights, for initialisation and conversion; the computation does not use it. A
+    `kernel`, where the engine sets one, computes instead of the products here.
     """
 
     kernel: Callable[[StackedExperts, Tensor, Tensor], Tensor] | None = None
@@ -74,8 +83,16 @@ class StackedExperts(nn.Module):
     down_weight: Tensor
     down_bias: Tensor
 
-    def __init__(self, num_experts: int, width: int, hidden: int, *, expert_type: str = "gelu", backend: str = "grouped_mm",
-                 first_expert: int = 0) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        *,
+        expert_type: str = "gelu",
+        backend: str = "grouped_mm",
+        first_expert: int = 0,
+    ) -> None:
         """Create uninitialised experts (`model.init` fills them).
 
         Args:
@@ -94,10 +111,14 @@ class StackedExperts(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
 
     def keep(self, first: int, count: int) -> None:
-        """Keep the experts first ... first + count - 1 only, uninitialised: another process holds the others."""
+        """Keep the experts first ... first + count - 1 only, uninitialised: another process holds
+        the others.
+        """
         self.first_expert, self.num_local_experts = self.first_expert + first, count
         for name, parameter in list(self.named_parameters()):
-            self.register_parameter(name, nn.Parameter(parameter.new_empty(count, *parameter.shape[1:])))
+            self.register_parameter(
+                name, nn.Parameter(parameter.new_empty(count, *parameter.shape[1:]))
+            )
 
     def forward(self, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
         """Run each expert on its rows.
@@ -113,7 +134,11 @@ class StackedExperts(nn.Module):
             return self.kernel(self, rows_RD, tokens_per_expert_e)
         products = BACKENDS[self.backend](tokens_per_expert_e, rows_RD.shape[0])
         function = _ExpertFeedForward if self.expert_type == "gelu" else _GatedExpertFeedForward
-        return function.apply(rows_RD, *(getattr(self, name) for name in EXPERT_PARAMETERS[self.expert_type]), products)
+        return function.apply(
+            rows_RD,
+            *(getattr(self, name) for name in EXPERT_PARAMETERS[self.expert_type]),
+            products,
+        )
 
 
 class _GroupedGemm:
@@ -140,7 +165,9 @@ class _GroupedGemm:
 
 
 class _Loop:
-    """Products of one expert after the other, into slices of one result; the counts go to the host."""
+    """Products of one expert after the other, into slices of one result; the counts go to the
+    host.
+    """
 
     def __init__(self, counts_e: Tensor, num_rows: int) -> None:
         self._counts = counts_e.tolist()
@@ -148,13 +175,21 @@ class _Loop:
     def linear(self, x_RI: Tensor, weight_eOI: Tensor, bias_eO: Tensor | None = None) -> Tensor:
         result = x_RI.new_empty(x_RI.shape[0], weight_eOI.shape[1])
         biases = bias_eO if bias_eO is not None else [None] * len(self._counts)
-        for x, weight, bias, out in zip(self._rows(x_RI), weight_eOI, biases, self._rows(result), strict=True):
-            torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+        for x, weight, bias, out in zip(
+            self._rows(x_RI), weight_eOI, biases, self._rows(result), strict=True
+        ):
+            (
+                torch.mm(x, weight.T, out=out)
+                if bias is None
+                else torch.addmm(bias, x, weight.T, out=out)
+            )
         return result
 
     def grad_input(self, grad_RO: Tensor, weight_eOI: Tensor) -> Tensor:
         result = grad_RO.new_empty(grad_RO.shape[0], weight_eOI.shape[2])
-        for grad, weight, out in zip(self._rows(grad_RO), weight_eOI, self._rows(result), strict=True):
+        for grad, weight, out in zip(
+            self._rows(grad_RO), weight_eOI, self._rows(result), strict=True
+        ):
             torch.mm(grad, weight, out=out)
         return result
 
@@ -181,8 +216,15 @@ class _ExpertFeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor,
-                products: _GroupedGemm | _Loop) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows_RD: Tensor,
+        up: Tensor,
+        up_bias: Tensor,
+        down: Tensor,
+        down_bias: Tensor,
+        products: _GroupedGemm | _Loop,
+    ) -> Tensor:
         pre_RF = products.linear(rows_RD, up, up_bias)
         hidden_RF = F.gelu(pre_RF, approximate="tanh")
         ctx.save_for_backward(rows_RD, pre_RF, hidden_RF, up, down)
@@ -193,18 +235,37 @@ class _ExpertFeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, pre_RF, hidden_RF, up, down = ctx.saved_tensors
         products = ctx.products
-        grad_RD = grad_RD.contiguous()  # grouped GEMM takes no expanded gradient, as that of a sum is
-        grad_RF = torch.ops.aten.gelu_backward(products.grad_input(grad_RD, down), pre_RF, approximate="tanh")
+        grad_RD = (
+            grad_RD.contiguous()
+        )  # grouped GEMM takes no expanded gradient, as that of a sum is
+        grad_RF = torch.ops.aten.gelu_backward(
+            products.grad_input(grad_RD, down), pre_RF, approximate="tanh"
+        )
         grad_rows = products.grad_input(grad_RF, up) if ctx.needs_input_grad[0] else None
-        return (grad_rows, products.grad_weight(grad_RF, rows_RD), products.grad_bias(grad_RF),
-                products.grad_weight(grad_RD, hidden_RF), products.grad_bias(grad_RD), None)
+        return (
+            grad_rows,
+            products.grad_weight(grad_RF, rows_RD),
+            products.grad_bias(grad_RF),
+            products.grad_weight(grad_RD, hidden_RF),
+            products.grad_bias(grad_RD),
+            None,
+        )
 
 
 class _GatedExpertFeedForward(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)) of every expert on its rows, with the backward pass written out, as above."""
+    """down(silu(gate(x)) * up(x)) of every expert on its rows, with the backward pass written out,
+    as above.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, gate: Tensor, up: Tensor, down: Tensor, products: _GroupedGemm | _Loop) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows_RD: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        products: _GroupedGemm | _Loop,
+    ) -> Tensor:
         pre_RF, linear_RF = products.linear(rows_RD, gate), products.linear(rows_RD, up)
         ctx.save_for_backward(rows_RD, pre_RF, linear_RF, gate, up, down)
         ctx.products = products
@@ -221,9 +282,16 @@ class _GatedExpertFeedForward(torch.autograd.Function):
         grad_pre_RF = torch.ops.aten.silu_backward(grad_RF * linear_RF, pre_RF)
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_rows = products.grad_input(grad_pre_RF, gate).add_(products.grad_input(grad_linear_RF, up))
-        return (grad_rows, products.grad_weight(grad_pre_RF, rows_RD), products.grad_weight(grad_linear_RF, rows_RD),
-                products.grad_weight(grad_RD, silu_RF * linear_RF), None)
+            grad_rows = products.grad_input(grad_pre_RF, gate).add_(
+                products.grad_input(grad_linear_RF, up)
+            )
+        return (
+            grad_rows,
+            products.grad_weight(grad_pre_RF, rows_RD),
+            products.grad_weight(grad_linear_RF, rows_RD),
+            products.grad_weight(grad_RD, silu_RF * linear_RF),
+            None,
+        )
 
 
 #: The implementations of `parallel.expert_backend`.

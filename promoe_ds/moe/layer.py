@@ -23,10 +23,17 @@ from promoe_ds.routing.scores import at_least_fp32
 class MoELayer(nn.Module):
     """Shared expert + routed experts for conditional tokens + unconditional expert for the others.
 
-    Rank-blind: which experts are here and what moves the tokens is given from outside (`routed`, `dispatcher`).
+    Rank-blind: which experts are here and what moves the tokens is given from outside (`routed`,
+    `dispatcher`).
     """
 
-    def __init__(self, router: Router, routed: StackedExperts, shared: nn.Module | None, unconditional: nn.Module | None) -> None:
+    def __init__(
+        self,
+        router: Router,
+        routed: StackedExperts,
+        shared: nn.Module | None,
+        unconditional: nn.Module | None,
+    ) -> None:
         super().__init__()
         self.router = router
         self.routed = routed
@@ -37,7 +44,9 @@ class MoELayer(nn.Module):
         self.checkpoint: Recompute = recomputed
 
     def route(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
-        """Decide where the tokens go. Call once per pass; `apply_experts` may be recomputed, this never is."""
+        """Decide where the tokens go. Call once per pass; `apply_experts` may be recomputed, this
+        never is.
+        """
         plan = self.router(tokens_BSD, partition)
         if not self.training:
             return plan
@@ -47,32 +56,49 @@ class MoELayer(nn.Module):
     def apply_experts(self, tokens_BSD: Tensor, partition: Partition, plan: RoutingPlan) -> Tensor:
         """Compute Eq. 5 for a plan already made.
 
-        Source: Eq. 5 and Algorithm 1, steps 2, 4 and 6; official: the same; differs: combines in fp32.
-        Args:
+        Source: Eq. 5 and Algorithm 1, steps 2, 4 and 6; official: the same; differs: combines in
+        fp32. Args:
             tokens_BSD: tokens entering the layer.
         Returns: (B, S, D) in the dtype of the tokens.
         Gradient: reaches tokens, every expert and, through the gates, the router.
         """
         tokens_TD = tokens_BSD.flatten(0, 1)
-        add_routed = self.dispatcher.begin(partial(self._run, self.routed), tokens_TD, plan.assignment)
+        add_routed = self.dispatcher.begin(
+            partial(self._run, self.routed), tokens_TD, plan.assignment
+        )
         # Replicated experts need no exchange: they compute while the routed rows travel.
-        output_TD = self._replicated(tokens_TD, partition.unconditional_token_ids(tokens_BSD.shape[1]))
+        output_TD = self._replicated(
+            tokens_TD, partition.unconditional_token_ids(tokens_BSD.shape[1])
+        )
         output_TD = add_routed(output_TD)
         return output_TD.to(tokens_BSD.dtype).view_as(tokens_BSD)
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> tuple[Tensor, RoutingPlan]:
-        """Route and compute; returns the output (B, S, D) and the plan with its losses and statistics."""
+        """Route and compute; returns the output (B, S, D) and the plan with its losses and
+        statistics.
+        """
         plan = self.route(tokens_BSD, partition)
         return self.apply_experts(tokens_BSD, partition, plan), plan
 
     def _replicated(self, tokens_TD: Tensor, unconditional_token_ids: Tensor) -> Tensor:
-        output_TD = at_least_fp32(torch.zeros_like(tokens_TD) if self.shared is None else self._run(self.shared, tokens_TD))
+        output_TD = at_least_fp32(
+            torch.zeros_like(tokens_TD)
+            if self.shared is None
+            else self._run(self.shared, tokens_TD)
+        )
         if self.unconditional is None:
             return output_TD
-        # Always run, on no tokens if need be: a parameter without gradient on one rank would break the reduction.
+        # Always run, on no tokens if need be: a parameter without gradient on one rank would break
+        # the reduction.
         rows = self._run(self.unconditional, tokens_TD.index_select(0, unconditional_token_ids))
         return output_TD.index_add_(0, unconditional_token_ids, rows.to(output_TD.dtype))
 
     def _run(self, experts: nn.Module, *args: Tensor) -> Tensor:
-        """Run experts; with `recompute_hidden` their hidden layer is recomputed in the backward pass, after the exchange."""
-        return self.checkpoint(experts, *args) if self.recompute_hidden and self.training else experts(*args)
+        """Run experts; with `recompute_hidden` their hidden layer is recomputed in the backward
+        pass, after the exchange.
+        """
+        return (
+            self.checkpoint(experts, *args)
+            if self.recompute_hidden and self.training
+            else experts(*args)
+        )

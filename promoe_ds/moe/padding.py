@@ -1,4 +1,5 @@
-"""Rows grouped by expert, each group filled up to a multiple: what FP8 matrix products ask for, undone exactly.
+"""Rows grouped by expert, each group filled up to a multiple: what FP8 matrix products ask for,
+undone exactly.
 
 Letters: e experts, R rows, P rows after padding.
 """
@@ -15,7 +16,8 @@ from torch import Tensor
 class PaddedGroups:
     """Where rows lie among padded groups.
 
-    sizes: rows of each group after padding, a multiple of the alignment, never 0: every expert computes.
+    sizes: rows of each group after padding, a multiple of the alignment, never 0: every expert
+    computes.
     places_R: int64, the place of each row among the P padded ones.
     """
 
@@ -24,7 +26,9 @@ class PaddedGroups:
 
     def pad(self, rows_RD: Tensor) -> Tensor:
         """Return (P, D) rows, zeros between the groups."""
-        return rows_RD.new_zeros(sum(self.sizes), rows_RD.shape[1]).index_copy(0, self.places_R, rows_RD)
+        return rows_RD.new_zeros(sum(self.sizes), rows_RD.shape[1]).index_copy(
+            0, self.places_R, rows_RD
+        )
 
     def unpad(self, rows_PD: Tensor) -> Tensor:
         """Return the (R, D) rows that are not padding, in their order."""
@@ -32,19 +36,26 @@ class PaddedGroups:
 
 
 def pad_groups(counts: list[int], multiple: int, device: torch.device) -> PaddedGroups:
-    """Plan the padding of groups of `counts` rows to multiples of `multiple`, at least one multiple each."""
+    """Plan the padding of groups of `counts` rows to multiples of `multiple`, at least one multiple
+    each.
+    """
     sizes = tuple(max(multiple, -(-count // multiple) * multiple) for count in counts)
     shifts, shift = [], 0
     for count, size in zip(counts, sizes, strict=True):
         shifts.append(shift)
         shift += size - count
     places = torch.arange(sum(counts), device=device)
-    places += torch.repeat_interleave(torch.tensor(shifts, device=device), torch.tensor(counts, device=device),
-                                      output_size=sum(counts))
+    places += torch.repeat_interleave(
+        torch.tensor(shifts, device=device),
+        torch.tensor(counts, device=device),
+        output_size=sum(counts),
+    )
     return PaddedGroups(sizes, places)
 
 
 def pad_rows(rows_RD: Tensor, multiple: int) -> Tensor:
-    """Return the rows filled up with zeros to a multiple of `multiple`, at least one multiple; the same tensor if they are."""
+    """Return the rows filled up with zeros to a multiple of `multiple`, at least one multiple; the
+    same tensor if they are.
+    """
     missing = max(multiple, -(-rows_RD.shape[0] // multiple) * multiple) - rows_RD.shape[0]
     return rows_RD if missing == 0 else torch.nn.functional.pad(rows_RD, (0, 0, 0, missing))

@@ -20,7 +20,9 @@ from promoe_ds.model.export import writer_of
 
 
 class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
-    """A DiT of any method of this package, loaded and saved by diffusers; its tensors are the export's, under `denoiser.`."""
+    """A DiT of any method of this package, loaded and saved by diffusers; its tensors are the
+    export's, under `denoiser.`.
+    """
 
     @register_to_config
     def __init__(self, run: dict[str, Any], origin: dict[str, Any] | None = None) -> None:
@@ -32,22 +34,32 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         Raises: ConfigError if the config cannot be understood.
         """
         super().__init__()
-        self.run_config = config_from_dict(run, source="the transformer's config.json", written_by=writer_of(origin))
+        self.run_config = config_from_dict(
+            run, source="the transformer's config.json", written_by=writer_of(origin)
+        )
         self.denoiser = build_model(self.run_config)
         self.denoiser.reset_positions()
         if (origin or {}).get("own_positions"):
             self.denoiser.keep_own_positions()
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Condition | Tensor,
-                return_dict: bool = True) -> Transformer2DModelOutput | tuple[Tensor]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Condition | Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict.
 
         Args:
             hidden_states: noised latents (B, Z, H, W).
             timestep: (B,) or a number; 1000 * sigma of the rectified flow, or a DDPM timestep.
             class_labels: (B,) int64; the number of classes stands for none.
-        Returns: (B, out_channels, H, W): the velocity (or noise) first, then what else the network was trained to put out.
+        Returns: (B, out_channels, H, W): the velocity (or noise) first, then what else the network
+        was trained to put out.
         """
-        timestep_B = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
+        timestep_B = torch.as_tensor(timestep, device=hidden_states.device).expand(
+            len(hidden_states)
+        )
         sample = self.denoiser(hidden_states, timestep_B, class_labels)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

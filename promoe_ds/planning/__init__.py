@@ -1,1 +1,3 @@
-"""Memory, traffic and time of a run before it starts: shapes go through the real layers, no data, no weights."""
+"""Memory, traffic and time of a run before it starts: shapes go through the real layers, no data,
+no weights.
+"""

@@ -18,9 +18,11 @@ from promoe_ds.planning.zero import states_of_config
 #: Published sizes of ILSVRC 2012: images and bytes of the two archives.
 TRAIN_IMAGES, VAL_IMAGES = 1_281_167, 50_000
 TRAIN_BYTES, VAL_BYTES = 147_897_477_120, 6_744_924_160
-#: Floating-point operations of Stable Diffusion's AutoencoderKL for one image of 256 pixels, by torch's counter.
+#: Floating-point operations of Stable Diffusion's AutoencoderKL for one image of 256 pixels, by
+# torch's counter.
 ENCODER_FLOPS, DECODER_FLOPS = 272.722e9, 622.187e9
-#: Bytes alive at its fullest moment for one such image, fp32, no gradient: counted on tensors without memory.
+#: Bytes alive at its fullest moment for one such image, fp32, no gradient: counted on tensors
+# without memory.
 ENCODER_BYTES, DECODER_BYTES = 167.8e6, 205.5e6
 _VAE_WEIGHTS = 4 * 83_653_863
 #: Of Inception v3 for one image of 299 pixels: 5.7e9 multiply-adds (Szegedy et al., 2016).
@@ -60,7 +62,8 @@ class Assumptions:
 class PipelineStep:
     """One step: bytes left on disk, seconds, bytes on each GPU and in each process's memory.
 
-    Memory is weights, buffers and the autoencoder's activations; not the other networks', nor frameworks.
+    Memory is weights, buffers and the autoencoder's activations; not the other networks', nor
+    frameworks.
     """
 
     name: str
@@ -103,8 +106,9 @@ def pipeline_lines(steps: list[PipelineStep]) -> list[str]:
     return [
         f"{'step':10}{'disk':>12}{'time':>10}{'GPU memory':>14}{'host memory':>14}",
         *(
-            f"{step.name:10}{step.disk / 1e9:9,.1f} GB{_duration(step.seconds):>10}{step.device / 1e9:11,.1f} GB"
-            f"{step.host / 1e9:11,.1f} GB"
+            f"{step.name:10}{step.disk / 1e9:9,.1f}"
+            f" GB{_duration(step.seconds):>10}{step.device / 1e9:11,.1f}"
+            f" GB{step.host / 1e9:11,.1f} GB"
             for step in steps
         ),
     ]

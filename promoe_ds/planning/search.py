@@ -63,19 +63,22 @@ def best_layout(
             return plan, ranked
     least = min(tried, key=lambda choice: choice.bytes)
     raise ConfigError(
-        f"{config.name} on {ranks} x {cluster.device.name}: no layout fits into "
-        f"{(1 - RESERVE) * cluster.device.memory / 1e9:.1f} GB a device; the smallest need is {least.bytes / 1e9:.1f} GB "
-        f"(ep_size={least.ep_size}, micro_batch_size={least.micro_batch}, "
-        f"activation_checkpointing={least.activation_checkpointing}). "
-        "Use more or larger devices, or a smaller recipe"
+        f"{config.name} on {ranks} x {cluster.device.name}: no layout fits into"
+        f" {(1 - RESERVE) * cluster.device.memory / 1e9:.1f} GB a device; the smallest need is"
+        f" {least.bytes / 1e9:.1f} GB (ep_size={least.ep_size},"
+        f" micro_batch_size={least.micro_batch},"
+        f" activation_checkpointing={least.activation_checkpointing}). Use more or larger devices,"
+        " or a smaller recipe"
     )
 
 
 def choice_lines(choices: list[Choice], *, limit: int = 8) -> list[str]:
     """Return the table of the layouts tried, fastest first."""
     return [
-        f"{'ep':>4}{'micro-batch':>13}{'checkpointing':>15}{'GB a rank':>11}{'ms a step':>11}"
-        "   (estimates, fastest first)",
+        (
+            f"{'ep':>4}{'micro-batch':>13}{'checkpointing':>15}{'GB a rank':>11}{'ms a step':>11}"
+            "   (estimates, fastest first)"
+        ),
         *(
             f"{choice.ep_size:>4}{choice.micro_batch:>13}"
             f"{choice.activation_checkpointing:>15}{choice.bytes / 1e9:>11.1f}"

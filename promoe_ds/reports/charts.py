@@ -1,6 +1,8 @@
-"""Charts of every report, as Vega-Lite specifications over a table of their numbers: lines, bars, dots.
+"""Charts of every report, as Vega-Lite specifications over a table of their numbers: lines, bars,
+dots.
 
-A page draws them with the Vega libraries that vl-convert brings along; that library also makes PNGs of them.
+A page draws them with the Vega libraries that vl-convert brings along; that library also makes PNGs
+of them.
 """
 
 from __future__ import annotations
@@ -171,7 +173,8 @@ def bar_chart(
     """Draw a bar a row, to the left of zero if negative.
 
     Args:
-        bars: name, length (NaN: none), words after it; mark: a dashed line at this length, and its name.
+        bars: name, length (NaN: none), words after it; mark: a dashed line at this length, and its
+        name.
         columns: further numbers of each bar, for its table; by_name: each name has its colour.
     """
     columns, names = columns or {}, [name for name, *_ in bars]

@@ -112,9 +112,14 @@ def load_log(run_dir: Path) -> RoutingLog:
         reason = (
             f"has no routing record: {shown}"
             if problems
-            else "has no complete line: the run was interrupted in its first log step"
-            if is_cut
-            else "is empty: the run has no MoE layer or did not reach its first log step (train.log_every)"
+            else (
+                "has no complete line: the run was interrupted in its first log step"
+                if is_cut
+                else (
+                    "is empty: the run has no MoE layer or did not reach its first log step"
+                    " (train.log_every)"
+                )
+            )
         )
         raise DataError(f"{path} {reason}")
     notes = []

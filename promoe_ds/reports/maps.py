@@ -79,10 +79,12 @@ def map_over_time(
         label = {"labelExpr": _GROUP, "labelOffset": -4, "labelBaseline": "top"}
         axis |= {"values": list(by_group.values()), **marks, **label}
     encoding = {
-        "x": {**steps_axis("step"), "field": "from", "title": "step"}, "x2": {"field": "step"},
+        "x": {**steps_axis("step"), "field": "from", "title": "step"},
+        "x2": {"field": "step"},
         "y": nominal("row", sort=list(rows), title=None, axis=axis),
-        "color": quantitative("load", **LOAD_COLOR), "tooltip": tooltip("row", step=",", load=".3~g"),
-    }  # fmt: skip
+        "color": quantitative("load", **LOAD_COLOR),
+        "tooltip": tooltip("row", step=",", load=".3~g"),
+    }
     high = min(12.0, max(3.0, 420.0 / len(rows)), _MAP_HEIGHT / len(rows))
     spec = {"height": high * len(rows), "mark": "rect", "encoding": encoding}
     spec["transform"] = [{"fold": list(rows), "as": ["row", "load"]}]
@@ -101,17 +103,23 @@ def tile_chart(
     wide, tall = columns * (side + 1) - 1, -(-len(tiles) // columns) * (side + 2)
     share = quantitative("share", scale={"domain": [0, 1], "range": "ramp"})
     cells = {
-        **plane(wide, tall), "x2": {"field": "x2"}, "y2": {"field": "y2"}, "color": share,
+        **plane(wide, tall),
+        "x2": {"field": "x2"},
+        "y2": {"field": "y2"},
+        "color": share,
         "tooltip": tooltip("map", "row", "column", share=".1%"),
-    }  # fmt: skip
+    }
     ends = [{"calculate": f"datum.{axis} + 1", "as": f"{axis}2"} for axis in "xy"]
     first = [{"op": "min", "field": axis, "as": axis} for axis in "xy"]
     mark = {"type": "text", "align": "left", "baseline": "bottom", "dy": -2, "style": "muted"}
     layer = [
         {"transform": ends, "mark": "rect", "encoding": cells},
-        {"transform": [{"aggregate": first, "groupby": ["map"]}], "mark": mark,
-         "encoding": {**plane(wide, tall), "text": {"field": "map"}}},
-    ]  # fmt: skip
+        {
+            "transform": [{"aggregate": first, "groupby": ["map"]}],
+            "mark": mark,
+            "encoding": {**plane(wide, tall), "text": {"field": "map"}},
+        },
+    ]
     spec = {"width": WIDTH - 20, "height": (WIDTH - 20) * tall / wide, "layer": layer}
     return Chart(title=title, note=note, rows=rows, spec=spec)
 

@@ -35,9 +35,10 @@ class Page:
     def add(self, kind: str, **values: Any) -> None:
         """Add a part, unless it has nothing to show.
 
-        Kinds: heading (text), text (text), cards (items: name, value, words, level), findings (items: level, tag, title,
-        text), warning (title, text, items), figures (items, of `figures`), details (title, text, items, is_open), table (rows,
-        the first is the head), terms (items: term, text), pictures (items: caption, url, width, height).
+        Kinds: heading (text), text (text), cards (items: name, value, words, level), findings
+        (items: level, tag, title, text), warning (title, text, items), figures (items, of
+        `figures`), details (title, text, items, is_open), table (rows, the first is the head),
+        terms (items: term, text), pictures (items: caption, url, width, height).
         """
         if any(values.values()):
             self.parts.append({"kind": kind, **values})

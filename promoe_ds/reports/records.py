@@ -113,7 +113,9 @@ class LayerDetail(Struct, frozen=True):
 
 
 class Line(Struct, frozen=True):
-    """One layer and noise level of a log interval; schema 1 had only the fields without a default."""
+    """One layer and noise level of a log interval; schema 1 had only the fields without a
+    default.
+    """
 
     step: Positive
     layer: Count
@@ -160,7 +162,8 @@ _LINE, _HEAD = msgspec.json.Decoder(Line), msgspec.json.Decoder(_Head)
 def decode(text: bytes) -> Line:
     """Read a line.
 
-    Raises: ValueError saying what is wrong with it; NewerSchemaError for a version that this package does not know.
+    Raises: ValueError saying what is wrong with it; NewerSchemaError for a version that this
+    package does not know.
     """
     try:
         line = _LINE.decode(text)
@@ -175,8 +178,8 @@ def decode(text: bytes) -> Line:
             raise
     if schema not in KNOWN_SCHEMAS:
         raise NewerSchemaError(
-            f"schema {schema} is not one of {', '.join(map(str, KNOWN_SCHEMAS))}: a newer version of "
-            "promoe_ds wrote the file, read it with that one"
+            f"schema {schema} is not one of {', '.join(map(str, KNOWN_SCHEMAS))}: a newer version"
+            " of promoe_ds wrote the file, read it with that one"
         )
     return line
 

@@ -17,19 +17,38 @@ Spec = dict[str, Any]
 #: Colours of light and dark pages and charts.
 THEMES: dict[str, dict[str, str]] = {
     "light": {
-        "bg": "#f5f5f2", "card": "#ffffff", "fg": "#1c1e21", "muted": "#5f656e", "grid": "#e3e4e8",
-        "over": "#ee9758", "under": "#6d9fe6", "even": "#f4f4f1", "accent": "#0b7d6c",
-        "good": "#1b7d46", "warn": "#a86200", "bad": "#c22f2a",
+        "bg": "#f5f5f2",
+        "card": "#ffffff",
+        "fg": "#1c1e21",
+        "muted": "#5f656e",
+        "grid": "#e3e4e8",
+        "over": "#ee9758",
+        "under": "#6d9fe6",
+        "even": "#f4f4f1",
+        "accent": "#0b7d6c",
+        "good": "#1b7d46",
+        "warn": "#a86200",
+        "bad": "#c22f2a",
     },
     "dark": {
-        "bg": "#121417", "card": "#1b1e23", "fg": "#e9eaec", "muted": "#a0a6af", "grid": "#343940",
-        "over": "#b65c20", "under": "#2f66ba", "even": "#23272d", "accent": "#44c9b3",
-        "good": "#5bc98a", "warn": "#f0b04b", "bad": "#ff7d76",
+        "bg": "#121417",
+        "card": "#1b1e23",
+        "fg": "#e9eaec",
+        "muted": "#a0a6af",
+        "grid": "#343940",
+        "over": "#b65c20",
+        "under": "#2f66ba",
+        "even": "#23272d",
+        "accent": "#44c9b3",
+        "good": "#5bc98a",
+        "warn": "#f0b04b",
+        "bad": "#ff7d76",
     },
-}  # fmt: skip
+}
 #: Colours of series, readable on both themes; of more series the hues go around.
 _SERIES = (
-    "#3f80db #e5720f #2fa062 #cc4778 #8d63d2 #b58d0c #1aa3b8 #d9594c #7a9a2e #a8623a #6573d6 #8a8f98"
+    "#3f80db #e5720f #2fa062 #cc4778 #8d63d2 #b58d0c #1aa3b8 #d9594c #7a9a2e #a8623a #6573d6"
+    " #8a8f98"
 ).split()
 #: Colours through which an ordered sequence goes.
 _RAMP = "#3f80db #1aa3b8 #2fa062 #b58d0c #e5720f #cc3b50".split()
@@ -70,12 +89,17 @@ def vega_config(theme: str) -> Spec:
     diverging = [color[name] for name in ("under", "even", "over")]
     legend = {"orient": "bottom", "symbolLimit": 0, "labelLimit": 280, "gradientLength": 120}
     return {
-        "background": "transparent", "font": "system-ui, sans-serif", "view": {"stroke": None},
-        "style": styles, "axis": {**words, **lines}, "legend": {**words, **legend},
-        "mark": {"color": color["under"]}, "text": {"color": color["fg"], "fontSize": 10},
+        "background": "transparent",
+        "font": "system-ui, sans-serif",
+        "view": {"stroke": None},
+        "style": styles,
+        "axis": {**words, **lines},
+        "legend": {**words, **legend},
+        "mark": {"color": color["under"]},
+        "text": {"color": color["fg"], "fontSize": 10},
         "title": {"color": color["fg"], "subtitleColor": color["muted"]},
         "range": {"diverging": diverging, "ramp": [color["even"], color["accent"]]},
-    }  # fmt: skip
+    }
 
 
 def palette(count: int, *, is_ordered: bool = False) -> list[str]:

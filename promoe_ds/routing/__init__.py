@@ -1,6 +1,12 @@
 """Routing: pure functions and parameter-light routers. No process groups, no experts."""
 
-from promoe_ds.routing.assignment import Assignment, RoutingPlan, RoutingStats, assign_pairs, assign_token_choice
+from promoe_ds.routing.assignment import (
+    Assignment,
+    RoutingPlan,
+    RoutingStats,
+    assign_pairs,
+    assign_token_choice,
+)
 from promoe_ds.routing.batch_pool import BatchPoolRouter
 from promoe_ds.routing.classification import ClassificationRouter
 from promoe_ds.routing.expert_choice import LinearExpertChoiceRouter, PrototypeExpertChoiceRouter
@@ -12,6 +18,21 @@ from promoe_ds.routing.router import Router
 from promoe_ds.routing.two_step import TwoStepRouter, TwoStepSettings
 
 __all__ = [
-    "Assignment", "BatchPoolRouter", "ClassificationRouter", "ExpertRaceRouter", "KMeansRouter", "LinearExpertChoiceRouter",
-    "LinearGateRouter", "Partition", "PrototypeExpertChoiceRouter", "Router", "RoutingPlan", "RoutingStats", "TwoStepRouter",
-    "TwoStepSettings", "assign_pairs", "assign_token_choice", "partition_samples"]
+    "Assignment",
+    "BatchPoolRouter",
+    "ClassificationRouter",
+    "ExpertRaceRouter",
+    "KMeansRouter",
+    "LinearExpertChoiceRouter",
+    "LinearGateRouter",
+    "Partition",
+    "PrototypeExpertChoiceRouter",
+    "Router",
+    "RoutingPlan",
+    "RoutingStats",
+    "TwoStepRouter",
+    "TwoStepSettings",
+    "assign_pairs",
+    "assign_token_choice",
+    "partition_samples",
+]

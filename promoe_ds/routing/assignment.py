@@ -1,6 +1,7 @@
 """The value in which every router ends: a list of (token, expert, gate), sorted by expert.
 
-Letters: B images, S tokens per image, T = B*S, E routed experts, K choices per token, N rows of the list.
+Letters: B images, S tokens per image, T = B*S, E routed experts, K choices per token, N rows of the
+list.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from promoe_ds.routing.scores import at_least_fp32
 class Assignment:
     """Which tokens visit which routed experts.
 
-    token_ids_N: int64 rows of the flattened tokens (T, D), sorted by expert, within an expert in token order.
+    token_ids_N: int64 rows of the flattened tokens (T, D), sorted by expert, within an expert in
+    token order.
     gates_N: fp32 combine weights, differentiable.
     tokens_per_expert_E: int64 counts; their sum is N.
     """
@@ -30,12 +32,14 @@ class Assignment:
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """What a routing decision leaves for the log; small tensors on the device, never synchronised here.
+    """What a routing decision leaves for the log; small tensors on the device, never synchronised
+    here.
 
     tokens_per_expert_BE: int64, assignments of each sample to each expert.
     gate_sums_BE: sum of the gates of each sample's assignments to each expert.
     is_routed_B: whether the sample was routed (False: unconditional expert).
-    prototype_similarity: scalar, mean cosine between the experts' directions (`Router.expert_keys_ED`).
+    prototype_similarity: scalar, mean cosine between the experts' directions
+    (`Router.expert_keys_ED`).
     token_sums_ED: sum of each expert's tokens as they enter the layer, fp32; in training only.
     """
 
@@ -56,9 +60,12 @@ class RoutingPlan:
     """A router's whole answer for one layer and batch.
 
     aux_losses: by name, already weighted; empty in evaluation.
-    observation: what the router's running state learns from this pass, in training only. Observations are additive: the
-        trainer sums them over passes and ranks and hands the total to `Router.update_running_state`.
-    target_patches_BSP: the router's own prediction of the training target's patches, for a loss that only the trainer,
+    observation: what the router's running state learns from this pass, in training only.
+    Observations are additive: the
+        trainer sums them over passes and ranks and hands the total to
+        `Router.update_running_state`.
+    target_patches_BSP: the router's own prediction of the training target's patches, for a loss
+    that only the trainer,
         who knows the target, can take (Expert Race's per-layer regularisation).
     """
 
@@ -69,8 +76,9 @@ class RoutingPlan:
     target_patches_BSP: Tensor | None = None
 
 
-def assign_token_choice(gates_RSK: Tensor, expert_ids_RSK: Tensor, routed_ids: Tensor,
-                        tokens_per_expert_E: Tensor) -> Assignment:
+def assign_token_choice(
+    gates_RSK: Tensor, expert_ids_RSK: Tensor, routed_ids: Tensor, tokens_per_expert_E: Tensor
+) -> Assignment:
     """Turn each token's K choices into the sorted list.
 
     Args:
@@ -86,12 +94,23 @@ def assign_token_choice(gates_RSK: Tensor, expert_ids_RSK: Tensor, routed_ids: T
     token = order if top_k == 1 else order // top_k
     sample = token // tokens_per_image
     token_ids_N = routed_ids[sample] * tokens_per_image + token % tokens_per_image
-    return Assignment(token_ids_N=token_ids_N, gates_N=gates_RSK.reshape(-1)[order], tokens_per_expert_E=tokens_per_expert_E)
+    return Assignment(
+        token_ids_N=token_ids_N,
+        gates_N=gates_RSK.reshape(-1)[order],
+        tokens_per_expert_E=tokens_per_expert_E,
+    )
 
 
-def assign_pairs(token_ids_N: Tensor, expert_ids_N: Tensor, gates_N: Tensor, *, num_tokens: int,
-                 tokens_per_expert_E: Tensor) -> Assignment:
-    """Turn (token, expert) pairs in any order into the sorted list; how methods end in which experts choose.
+def assign_pairs(
+    token_ids_N: Tensor,
+    expert_ids_N: Tensor,
+    gates_N: Tensor,
+    *,
+    num_tokens: int,
+    tokens_per_expert_E: Tensor,
+) -> Assignment:
+    """Turn (token, expert) pairs in any order into the sorted list; how methods end in which
+    experts choose.
 
     Args:
         token_ids_N: int64 rows of the flattened tokens.
@@ -102,7 +121,11 @@ def assign_pairs(token_ids_N: Tensor, expert_ids_N: Tensor, gates_N: Tensor, *, 
     Gradient: reaches gates_N.  Sync: none.
     """
     order = torch.argsort(expert_ids_N * num_tokens + token_ids_N)
-    return Assignment(token_ids_N=token_ids_N[order], gates_N=gates_N[order], tokens_per_expert_E=tokens_per_expert_E)
+    return Assignment(
+        token_ids_N=token_ids_N[order],
+        gates_N=gates_N[order],
+        tokens_per_expert_E=tokens_per_expert_E,
+    )
 
 
 def expert_of_rows(assignment: Assignment) -> Tensor:
@@ -114,12 +137,17 @@ def expert_of_rows(assignment: Assignment) -> Tensor:
 
 @torch.no_grad()
 def sum_tokens_by_expert(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
-    """Return the sum of every expert's tokens, (E, D) in at least fp32; their mean is Eq. 6's centroid.  Sync: none."""
+    """Return the sum of every expert's tokens, (E, D) in at least fp32; their mean is Eq. 6's
+    centroid.  Sync: none.
+    """
     tokens, counts_E = at_least_fp32(tokens_TD), assignment.tokens_per_expert_E
     if tokens.is_cuda:
         return sum_by_product(tokens, assignment)
-    # Experts are bags of rows; on a processor this is several times faster than a product, on a GPU far slower.
-    return F.embedding_bag(assignment.token_ids_N, tokens, counts_E.cumsum(0) - counts_E, mode="sum")
+    # Experts are bags of rows; on a processor this is several times faster than a product, on a GPU
+    # far slower.
+    return F.embedding_bag(
+        assignment.token_ids_N, tokens, counts_E.cumsum(0) - counts_E, mode="sum"
+    )
 
 
 def sum_by_product(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
@@ -131,7 +159,9 @@ def sum_by_product(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
         return membership.view(-1, num_tokens) @ tokens_TD
 
 
-def count_pairs(sample_ids_N: Tensor, expert_ids_N: Tensor, *, num_samples: int, num_experts: int) -> Tensor:
+def count_pairs(
+    sample_ids_N: Tensor, expert_ids_N: Tensor, *, num_samples: int, num_experts: int
+) -> Tensor:
     """Return how often each sample meets each expert, int64 (B, E).  Sync: none."""
     counts = torch.zeros(num_samples * num_experts, dtype=torch.int64, device=sample_ids_N.device)
     counts.scatter_add_(0, sample_ids_N * num_experts + expert_ids_N, torch.ones_like(sample_ids_N))

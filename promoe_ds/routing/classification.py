@@ -18,20 +18,28 @@ from promoe_ds.routing.scores import linear_fp32
 
 
 class ClassificationRouter(Router):
-    """Sends all tokens of a sample to the expert of the superclass that their mean is classified as."""
+    """Sends all tokens of a sample to the expert of the superclass that their mean is classified
+    as.
+    """
 
     per_expert = ("classifier.weight", "classifier.bias")
 
     def __init__(self, width: int, *, num_experts: int, loss_weight: float) -> None:
-        """Create the classifier, uninitialised; `set_superclasses` gives it its labels, which only training needs."""
+        """Create the classifier, uninitialised; `set_superclasses` gives it its labels, which only
+        training needs.
+        """
         super().__init__(num_experts, top_k=1)
         self.loss_weight = loss_weight
         self.classifier = nn.Linear(width, num_experts)
         self._superclass_of: Tensor | None = None
 
     def set_superclasses(self, superclass_of: Sequence[int]) -> None:
-        """Take the superclass of every class, in the order of the classes; the null label has none."""
-        self._superclass_of = torch.tensor([*superclass_of, 0], device=self.classifier.weight.device)
+        """Take the superclass of every class, in the order of the classes; the null label has
+        none.
+        """
+        self._superclass_of = torch.tensor(
+            [*superclass_of, 0], device=self.classifier.weight.device
+        )
 
     def expert_keys_ED(self) -> Tensor:
         """Return the classifier's rows."""
@@ -40,8 +48,9 @@ class ClassificationRouter(Router):
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
 
-        Source: Sec. 4.2, explicit routing guidance; the gate is the softmax of the affinity scores. Null samples that have
-        no expert of their own follow the classifier and do not count in its loss.
+        Source: Sec. 4.2, explicit routing guidance; the gate is the softmax of the affinity scores.
+        Null samples that have no expert of their own follow the classifier and do not count in its
+        loss.
         Returns: RoutingPlan; the cross-entropy, already weighted, only in training mode.
         Gradient: reaches tokens and classifier.  Sync: none.  Collectives: none.
         Raises: RuntimeError in training without `set_superclasses`.
@@ -50,14 +59,19 @@ class ClassificationRouter(Router):
         logits_BE = linear_fp32(mean_BD, self.classifier)
         gate_B, expert_B = logits_BE.softmax(dim=-1).max(dim=-1)
         shape = (*tokens_BSD.shape[:2], 1)
-        assignment, stats = self._plan_token_choice(gate_B[:, None, None].expand(shape), expert_B[:, None, None].expand(shape),
-                                                    partition)
+        assignment, stats = self._plan_token_choice(
+            gate_B[:, None, None].expand(shape), expert_B[:, None, None].expand(shape), partition
+        )
         aux_losses = {}
         if self.training and self.loss_weight > 0:
             if self._superclass_of is None or partition.group_B is None:
-                raise RuntimeError("training a ClassificationRouter needs set_superclasses first, and classes")
+                raise RuntimeError(
+                    "training a ClassificationRouter needs set_superclasses first, and classes"
+                )
             targets_B = self._superclass_of[partition.group_B]
-            aux_losses["classification"] = self.loss_weight * classification_loss(logits_BE, targets_B, ~partition.is_null_B)
+            aux_losses["classification"] = self.loss_weight * classification_loss(
+                logits_BE, targets_B, ~partition.is_null_B
+            )
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)
 
 

@@ -1,4 +1,5 @@
-"""Expert choice within each sample: ProMoE's variant with prototypes, and EC-DiT's with a linear gate (Sun et al., 2024).
+"""Expert choice within each sample: ProMoE's variant with prototypes, and EC-DiT's with a linear
+gate (Sun et al., 2024).
 
 Letters: B images, S tokens per image, D width, E routed experts, C slots per expert and image.
 """
@@ -17,29 +18,39 @@ from promoe_ds.routing.two_step import PrototypeRouter
 
 
 class PrototypeExpertChoiceRouter(PrototypeRouter):
-    """ProMoE with expert choice: each prototype takes its nearest tokens of every conditional sample."""
+    """ProMoE with expert choice: each prototype takes its nearest tokens of every conditional
+    sample.
+    """
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
 
-        Source: Sec. 4.1 with experts choosing; official: at least one token per expert and sample, a softmax runs over the
-        tokens; differs: no.
+        Source: Sec. 4.1 with experts choosing; official: at least one token per expert and sample,
+        a softmax runs over the tokens; differs: no.
         Returns: RoutingPlan; the contrastive loss, already weighted, only in training mode.
-        Gradient: reaches tokens and prototypes.  Sync: none.  Collectives: one in `reduce_sum` where it is global.
+        Gradient: reaches tokens and prototypes.  Sync: none.  Collectives: one in `reduce_sum`
+        where it is global.
         """
         settings, tokens = self.settings, partition.take_routed(tokens_BSD)
-        capacity = min(max(1, expert_capacity(tokens.shape[1], self.num_experts, self.top_k)), tokens.shape[1])
-        scores_BSE = activate(cosine_scores(tokens, self.prototypes, settings.score_scale), settings.activation, dim=1)
+        capacity = min(
+            max(1, expert_capacity(tokens.shape[1], self.num_experts, self.top_k)), tokens.shape[1]
+        )
+        scores_BSE = activate(
+            cosine_scores(tokens, self.prototypes, settings.score_scale), settings.activation, dim=1
+        )
         assignment, stats, chosen_BEC = self._plan_expert_choice(scores_BSE, capacity, partition)
         aux_losses = {}
         if self.training and settings.rcl_weight > 0:
             aux_losses["rcl"] = settings.rcl_weight * expert_choice_contrastive_loss(
-                tokens, chosen_BEC, self.prototypes, settings.rcl_temperature, self.reduce_sum)
+                tokens, chosen_BEC, self.prototypes, settings.rcl_temperature, self.reduce_sum
+            )
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)
 
 
 class LinearExpertChoiceRouter(GateRouter):
-    """EC-DiT: each expert takes a fixed share of every sample's tokens; even by construction, no loss."""
+    """EC-DiT: each expert takes a fixed share of every sample's tokens; even by construction, no
+    loss.
+    """
 
     initial_gate = 0.006
 
@@ -53,8 +64,11 @@ class LinearExpertChoiceRouter(GateRouter):
         tokens = partition.take_routed(tokens_BSD)
         capacity = expert_capacity(tokens.shape[1], self.num_experts, self.top_k)
         if capacity < 1:
-            raise RoutingError(f"top_k={self.top_k} of {tokens.shape[1]} tokens gives each of num_experts={self.num_experts} "
-                               "experts less than one: raise top_k or lower num_experts")
+            raise RoutingError(
+                f"top_k={self.top_k} of {tokens.shape[1]} tokens gives each of"
+                f" num_experts={self.num_experts} experts less than one: raise top_k or lower"
+                " num_experts"
+            )
         scores_BSE = linear_scores(tokens, self.gate_weight).softmax(dim=-1)
         assignment, stats, _ = self._plan_expert_choice(scores_BSE, capacity, partition)
         return RoutingPlan(assignment=assignment, aux_losses={}, stats=stats)

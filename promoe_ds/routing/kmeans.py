@@ -37,8 +37,11 @@ class KMeansRouter(Router):
         self.centroids.zero_()
 
     @torch.no_grad()
-    def seed(self, tokens_BSD: Tensor, partition: Partition, permutation: Callable[[int], Tensor]) -> None:
-        """Start the centroids at E tokens of routed samples, without replacement where there are enough.
+    def seed(
+        self, tokens_BSD: Tensor, partition: Partition, permutation: Callable[[int], Tensor]
+    ) -> None:
+        """Start the centroids at E tokens of routed samples, without replacement where there are
+        enough.
 
         Source: Sec. 4.2, centroids initialised "by randomly sampling tokens".
         Args:
@@ -53,7 +56,8 @@ class KMeansRouter(Router):
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
 
-        Source: Sec. 4.2, implicit routing guidance: affinities are negative Euclidean distances; the paper does not state
+        Source: Sec. 4.2, implicit routing guidance: affinities are negative Euclidean distances;
+        the paper does not state
         their activation: the gate is their softmax, nearly 1 where clusters are apart.
         Returns: RoutingPlan, in training with the observation of `update_running_state`.
         Gradient: reaches tokens through the gates.  Sync: none.  Collectives: none.
@@ -61,8 +65,12 @@ class KMeansRouter(Router):
         scores_BSE = (-euclidean_distances(tokens_BSD, self.centroids)).softmax(dim=-1)
         gates_BS1, expert_ids_BS1 = choose_top_k(scores_BSE, 1)
         assignment, stats = self._plan_token_choice(gates_BS1, expert_ids_BS1, partition)
-        observation = self._observe(tokens_BSD.detach(), expert_ids_BS1, partition) if self.training else None
-        return RoutingPlan(assignment=assignment, aux_losses={}, stats=stats, observation=observation)
+        observation = (
+            self._observe(tokens_BSD.detach(), expert_ids_BS1, partition) if self.training else None
+        )
+        return RoutingPlan(
+            assignment=assignment, aux_losses={}, stats=stats, observation=observation
+        )
 
     @torch.no_grad()
     def update_running_state(self, observation: Tensor) -> None:
@@ -76,17 +84,26 @@ class KMeansRouter(Router):
         self.centroids.copy_(torch.where(counts_E1 > 0, means_ED, self.centroids))
 
     def _observe(self, tokens_BSD: Tensor, expert_ids_BS1: Tensor, partition: Partition) -> Tensor:
-        membership_BSE = F.one_hot(expert_ids_BS1[..., 0], self.num_experts) * partition.is_routed_B[:, None, None]
+        membership_BSE = (
+            F.one_hot(expert_ids_BS1[..., 0], self.num_experts)
+            * partition.is_routed_B[:, None, None]
+        )
         tokens_TD = at_least_fp32(tokens_BSD.flatten(0, 1))
         membership_TE = membership_BSE.flatten(0, 1).to(tokens_TD.dtype)
         return torch.cat([membership_TE.T @ tokens_TD, membership_TE.sum(dim=0)[:, None]], dim=1)
 
 
 def euclidean_distances(tokens_D: Tensor, centroids_ED: Tensor) -> Tensor:
-    """Return |token - centroid| in at least fp32, (..., E).  Gradient: reaches tokens, zero at distance 0."""
+    """Return |token - centroid| in at least fp32, (..., E).  Gradient: reaches tokens, zero at
+    distance 0.
+    """
     with torch.autocast(tokens_D.device.type, enabled=False):
         tokens = at_least_fp32(tokens_D)
-        # Never through a matrix product, as torch does above 25 rows: a token at its centroid would not be at distance 0.
-        distances = torch.cdist(tokens.reshape(-1, tokens.shape[-1]), centroids_ED.to(tokens.dtype),
-                                compute_mode="donot_use_mm_for_euclid_dist")
+        # Never through a matrix product, as torch does above 25 rows: a token at its centroid would
+        # not be at distance 0.
+        distances = torch.cdist(
+            tokens.reshape(-1, tokens.shape[-1]),
+            centroids_ED.to(tokens.dtype),
+            compute_mode="donot_use_mm_for_euclid_dist",
+        )
         return distances.view(*tokens.shape[:-1], len(centroids_ED))

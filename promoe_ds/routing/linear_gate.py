@@ -15,11 +15,15 @@ from promoe_ds.routing.scores import linear_scores
 
 
 class LinearGateRouter(GateRouter):
-    """Sends every token to the K experts of highest probability, weighted by it, kept even by a loss."""
+    """Sends every token to the K experts of highest probability, weighted by it, kept even by a
+    loss.
+    """
 
     initial_gate = "linear"
 
-    def __init__(self, width: int, *, num_experts: int, top_k: int, balance_weight: float, balance_level: str) -> None:
+    def __init__(
+        self, width: int, *, num_experts: int, top_k: int, balance_weight: float, balance_level: str
+    ) -> None:
         """Create the gate, uninitialised.
 
         Raises: RoutingError if K > E.
@@ -30,7 +34,8 @@ class LinearGateRouter(GateRouter):
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
 
-        Source: DiT-MoE's gate as published for the comparison: probabilities are not renormalised over the K chosen.
+        Source: DiT-MoE's gate as published for the comparison: probabilities are not renormalised
+        over the K chosen.
         Returns: RoutingPlan; the load-balancing loss, already weighted, only in training mode.
         Gradient: reaches tokens and gate.  Sync: none.  Collectives: none.
         """
@@ -40,6 +45,11 @@ class LinearGateRouter(GateRouter):
         aux_losses = {}
         if self.training and self.balance_weight > 0:
             aux_losses["balance"] = self.balance_weight * load_balance_loss(
-                scores_BSE, stats.tokens_per_expert_BE, partition.is_routed_B, top_k=self.top_k, level=self.balance_level,
-                scores_are_probabilities=True)
+                scores_BSE,
+                stats.tokens_per_expert_BE,
+                partition.is_routed_B,
+                top_k=self.top_k,
+                level=self.balance_level,
+                scores_are_probabilities=True,
+            )
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)

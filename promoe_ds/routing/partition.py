@@ -15,7 +15,8 @@ from promoe_ds.condition import Condition
 
 @dataclass(frozen=True)
 class Partition:
-    """Which samples of a batch are routed and which go to the unconditional expert; and their condition after dropout.
+    """Which samples of a batch are routed and which go to the unconditional expert; and their
+    condition after dropout.
 
     The index lists have lengths that the host knows: everything after them has static shapes.
     """
@@ -33,7 +34,9 @@ class Partition:
         return self.unconditional_ids.numel() == 0
 
     def take_routed(self, x_B: Tensor) -> Tensor:
-        """Return the entries (samples first) of `x_B` that are routed, without a copy where all are."""
+        """Return the entries (samples first) of `x_B` that are routed, without a copy where all
+        are.
+        """
         return x_B if self.all_routed else x_B.index_select(0, self.routed_ids)
 
     def unconditional_token_ids(self, tokens_per_image: int) -> Tensor:
@@ -45,10 +48,11 @@ class Partition:
 def partition_samples(condition: Condition, *, has_unconditional_expert: bool = True) -> Partition:
     """Split a batch into conditional samples and those under the null condition.
 
-    Source: Sec. 4.1, Algorithm 1 lines 2-6; differs: the condition says what is null, the published code tests 1000.
-    Args:
+    Source: Sec. 4.1, Algorithm 1 lines 2-6; differs: the condition says what is null, the published
+    code tests 1000. Args:
         condition: of every sample, after dropout.
-        has_unconditional_expert: without one (N_u = 0) null samples are routed like any other, as published.
+        has_unconditional_expert: without one (N_u = 0) null samples are routed like any other, as
+        published.
     Returns: Partition.
     Sync: one, for the number of null samples; once per forward pass, not per layer.
     """
@@ -56,5 +60,10 @@ def partition_samples(condition: Condition, *, has_unconditional_expert: bool = 
     leaves_B = is_null_B if has_unconditional_expert else torch.zeros_like(is_null_B)
     order = torch.argsort(leaves_B, stable=True)
     num_routed = is_null_B.numel() - int(leaves_B.sum())
-    return Partition(is_routed_B=~leaves_B, routed_ids=order[:num_routed], unconditional_ids=order[num_routed:],
-                     is_null_B=is_null_B, group_B=condition.group_B)
+    return Partition(
+        is_routed_B=~leaves_B,
+        routed_ids=order[:num_routed],
+        unconditional_ids=order[num_routed:],
+        is_null_B=is_null_B,
+        group_B=condition.group_B,
+    )

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.errors import RoutingError
-from promoe_ds.routing.assignment import Assignment, RoutingPlan, RoutingStats, assign_pairs, assign_token_choice, count_pairs
+from promoe_ds.routing.assignment import (
+    Assignment,
+    RoutingPlan,
+    RoutingStats,
+    assign_pairs,
+    assign_token_choice,
+    count_pairs,
+)
 from promoe_ds.routing.losses import ReduceSum, identity_reduce
 from promoe_ds.routing.partition import Partition
 from promoe_ds.routing.scores import NORM_EPS, at_least_fp32
@@ -22,9 +29,10 @@ from promoe_ds.torch_private import KeepsBuffersPrecise
 class Router(KeepsBuffersPrecise):
     """Decides which tokens visit which experts.
 
-    A subclass implements `forward` and `expert_keys_ED`; one with running state (thresholds, centroids) keeps it in
-    buffers, reports observations in its plans and implements `update_running_state` and `reset_state`. Buffers stay in
-    fp32 when the module is cast to half precision: a running average of 0.95 would stand still in bf16.
+    A subclass implements `forward` and `expert_keys_ED`; one with running state (thresholds,
+    centroids) keeps it in buffers, reports observations in its plans and implements
+    `update_running_state` and `reset_state`. Buffers stay in fp32 when the module is cast to half
+    precision: a running average of 0.95 would stand still in bf16.
     per_expert: names of the parameters and buffers whose first dimension counts the experts.
     initial_gate: how `gate_weight` starts: "xavier" as other matrices, "linear" as torch's linear
         layer (uniform within 1 / sqrt(D)), or the standard deviation of a normal distribution.
@@ -45,56 +53,102 @@ class Router(KeepsBuffersPrecise):
         self.reduce_sum: ReduceSum = identity_reduce
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
-        """Route one batch: which routed experts each token of a routed sample visits, losses and statistics."""
+        """Route one batch: which routed experts each token of a routed sample visits, losses and
+        statistics.
+        """
         raise NotImplementedError
 
     def expert_keys_ED(self) -> Tensor:
-        """Return a vector per expert whose mutual similarity says how alike the experts' tokens are; logged."""
+        """Return a vector per expert whose mutual similarity says how alike the experts' tokens
+        are; logged.
+        """
         raise NotImplementedError
 
     def update_running_state(self, observation: Tensor) -> None:
-        """Update the running state from a step's observations, summed over passes and ranks.  Sync: none."""
+        """Update the running state from a step's observations, summed over passes and ranks.  Sync:
+        none.
+        """
 
     def reset_state(self) -> None:
         """Put the running state at its start, e.g. after materialising from the meta device."""
 
-    def _plan_token_choice(self, gates_BSK: Tensor, expert_ids_BSK: Tensor,
-                           partition: Partition) -> tuple[Assignment, RoutingStats]:
-        """Build the list and its statistics from every token's K choices; those of unrouted samples do not count."""
-        counts_BE = _count_choices(expert_ids_BSK, self.num_experts) * partition.is_routed_B[:, None]
-        assignment = assign_token_choice(partition.take_routed(gates_BSK), partition.take_routed(expert_ids_BSK),
-                                         partition.routed_ids, counts_BE.sum(dim=0))
+    def _plan_token_choice(
+        self, gates_BSK: Tensor, expert_ids_BSK: Tensor, partition: Partition
+    ) -> tuple[Assignment, RoutingStats]:
+        """Build the list and its statistics from every token's K choices; those of unrouted samples
+        do not count.
+        """
+        counts_BE = (
+            _count_choices(expert_ids_BSK, self.num_experts) * partition.is_routed_B[:, None]
+        )
+        assignment = assign_token_choice(
+            partition.take_routed(gates_BSK),
+            partition.take_routed(expert_ids_BSK),
+            partition.routed_ids,
+            counts_BE.sum(dim=0),
+        )
         gate_sums_BE = gates_BSK.new_zeros(counts_BE.shape)
         gate_sums_BE.scatter_add_(1, expert_ids_BSK.flatten(1), gates_BSK.detach().flatten(1))
-        return assignment, self._stats(counts_BE, gate_sums_BE * partition.is_routed_B[:, None], partition)
+        return assignment, self._stats(
+            counts_BE, gate_sums_BE * partition.is_routed_B[:, None], partition
+        )
 
-    def _plan_expert_choice(self, scores_BSE: Tensor, capacity: int,
-                            partition: Partition) -> tuple[Assignment, RoutingStats, Tensor]:
-        """Let every expert choose C tokens of each routed sample; also returns their places chosen_BEC in 0 ... S-1."""
+    def _plan_expert_choice(
+        self, scores_BSE: Tensor, capacity: int, partition: Partition
+    ) -> tuple[Assignment, RoutingStats, Tensor]:
+        """Let every expert choose C tokens of each routed sample; also returns their places
+        chosen_BEC in 0 ... S-1.
+        """
         num_samples, tokens_per_image, _ = scores_BSE.shape
         gates_BEC, chosen_BEC = choose_tokens(scores_BSE, capacity)
         sample_B = torch.arange(num_samples, device=scores_BSE.device)[:, None, None]
         expert_E = torch.arange(self.num_experts, device=scores_BSE.device)[None, :, None]
-        token_ids_N = pool_token_ids(partition, (sample_B * tokens_per_image + chosen_BEC).flatten(), tokens_per_image)
-        assignment, stats = self._plan_pairs(token_ids_N, expert_E.expand_as(chosen_BEC).flatten(), gates_BEC.flatten(),
-                                             partition, tokens_per_image)
+        token_ids_N = pool_token_ids(
+            partition, (sample_B * tokens_per_image + chosen_BEC).flatten(), tokens_per_image
+        )
+        assignment, stats = self._plan_pairs(
+            token_ids_N,
+            expert_E.expand_as(chosen_BEC).flatten(),
+            gates_BEC.flatten(),
+            partition,
+            tokens_per_image,
+        )
         return assignment, stats, chosen_BEC
 
-    def _plan_pairs(self, token_ids_N: Tensor, expert_ids_N: Tensor, gates_N: Tensor, partition: Partition,
-                    tokens_per_image: int) -> tuple[Assignment, RoutingStats]:
-        """Build the list and its statistics from (token, expert, gate) pairs in any order; ids of the whole batch."""
+    def _plan_pairs(
+        self,
+        token_ids_N: Tensor,
+        expert_ids_N: Tensor,
+        gates_N: Tensor,
+        partition: Partition,
+        tokens_per_image: int,
+    ) -> tuple[Assignment, RoutingStats]:
+        """Build the list and its statistics from (token, expert, gate) pairs in any order; ids of
+        the whole batch.
+        """
         num_samples = partition.is_routed_B.numel()
         sample_ids_N = token_ids_N // tokens_per_image
-        counts_BE = count_pairs(sample_ids_N, expert_ids_N, num_samples=num_samples, num_experts=self.num_experts)
-        assignment = assign_pairs(token_ids_N, expert_ids_N, gates_N, num_tokens=num_samples * tokens_per_image,
-                                  tokens_per_expert_E=counts_BE.sum(dim=0))
+        counts_BE = count_pairs(
+            sample_ids_N, expert_ids_N, num_samples=num_samples, num_experts=self.num_experts
+        )
+        assignment = assign_pairs(
+            token_ids_N,
+            expert_ids_N,
+            gates_N,
+            num_tokens=num_samples * tokens_per_image,
+            tokens_per_expert_E=counts_BE.sum(dim=0),
+        )
         gate_sums_BE = gates_N.new_zeros(counts_BE.numel())
         gate_sums_BE.index_add_(0, sample_ids_N * self.num_experts + expert_ids_N, gates_N.detach())
         return assignment, self._stats(counts_BE, gate_sums_BE.view_as(counts_BE), partition)
 
     def _stats(self, counts_BE: Tensor, gate_sums_BE: Tensor, partition: Partition) -> RoutingStats:
-        return RoutingStats(tokens_per_expert_BE=counts_BE, gate_sums_BE=gate_sums_BE, is_routed_B=partition.is_routed_B,
-                            prototype_similarity=mean_prototype_similarity(self.expert_keys_ED().detach()))
+        return RoutingStats(
+            tokens_per_expert_BE=counts_BE,
+            gate_sums_BE=gate_sums_BE,
+            is_routed_B=partition.is_routed_B,
+            prototype_similarity=mean_prototype_similarity(self.expert_keys_ED().detach()),
+        )
 
 
 class GateRouter(Router):
@@ -116,9 +170,11 @@ class GateRouter(Router):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int) -> int:
-    """Return C = int(T / E * K): how many of T tokens an expert takes so that a token has K experts on average.
+    """Return C = int(T / E * K): how many of T tokens an expert takes so that a token has K experts
+    on average.
 
-    Source: the published code, whose quotient is a float: where T / E * K is a whole number, C may be one less.
+    Source: the published code, whose quotient is a float: where T / E * K is a whole number, C may
+    be one less.
     """
     return int(num_tokens / num_experts * top_k)
 
@@ -127,12 +183,20 @@ def pool_token_ids(partition: Partition, pool_ids_N: Tensor, tokens_per_image: i
     """Translate rows of the routed samples' flattened tokens into rows of the whole batch's."""
     if partition.all_routed:
         return pool_ids_N
-    return partition.routed_ids[pool_ids_N // tokens_per_image] * tokens_per_image + pool_ids_N % tokens_per_image
+    return (
+        partition.routed_ids[pool_ids_N // tokens_per_image] * tokens_per_image
+        + pool_ids_N % tokens_per_image
+    )
 
 
 def similarity_matrix(first_ED: Tensor, second_ED: Tensor) -> Tensor:
-    """Return the cosine of every vector of the first with every one of the second, in at least fp32; 0 with a zero vector."""
-    first, second = (F.normalize(at_least_fp32(vectors), dim=-1, eps=NORM_EPS) for vectors in (first_ED, second_ED))
+    """Return the cosine of every vector of the first with every one of the second, in at least
+    fp32; 0 with a zero vector.
+    """
+    first, second = (
+        F.normalize(at_least_fp32(vectors), dim=-1, eps=NORM_EPS)
+        for vectors in (first_ED, second_ED)
+    )
     return first @ second.to(first.dtype).T
 
 
@@ -140,7 +204,8 @@ def mean_prototype_similarity(prototypes_ED: Tensor) -> Tensor:
     """Return the mean cosine between different prototypes, a scalar; 0 for a single one."""
     num_experts = prototypes_ED.shape[0]
     directions = F.normalize(at_least_fp32(prototypes_ED), dim=-1, eps=NORM_EPS)
-    # The sum of all cosines is the squared length of the summed directions; E of them are each with itself.
+    # The sum of all cosines is the squared length of the summed directions; E of them are each with
+    # itself.
     total = directions.sum(dim=0).square().sum() - directions.square().sum()
     return total / max(1, num_experts * (num_experts - 1))
 
@@ -154,7 +219,9 @@ def choose_top_k(scores_BSE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def choose_tokens(scores_BSE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Return each expert's C highest scores in each sample and their tokens' places, (B, E, C) both, highest first."""
+    """Return each expert's C highest scores in each sample and their tokens' places, (B, E, C)
+    both, highest first.
+    """
     return scores_BSE.transpose(1, 2).topk(capacity, dim=-1)
 
 

@@ -1,4 +1,5 @@
-"""Scores of tokens for experts, cosine (step 2, prototypical routing) and linear, and their activation.
+"""Scores of tokens for experts, cosine (step 2, prototypical routing) and linear, and their
+activation.
 
 Letters: B images, S tokens per image, D width, E routed experts.
 """
@@ -15,7 +16,9 @@ NORM_EPS = 1e-12
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
-    """Return `tensor` in fp32, or in fp64 where it already is: routing never runs in half precision."""
+    """Return `tensor` in fp32, or in fp64 where it already is: routing never runs in half
+    precision.
+    """
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -53,7 +56,8 @@ def linear_scores(tokens_D: Tensor, gate_weight_ED: Tensor) -> Tensor:
 
 
 def linear_fp32(tokens_D: Tensor, layer: nn.Linear) -> Tensor:
-    """Apply a router's layer in fp32 whatever its weights' type and the autocast (fp64 for fp64 tokens).
+    """Apply a router's layer in fp32 whatever its weights' type and the autocast (fp64 for fp64
+    tokens).
 
     Args:
         tokens_D: (..., in), any float dtype.
@@ -66,7 +70,9 @@ def linear_fp32(tokens_D: Tensor, layer: nn.Linear) -> Tensor:
 
 
 class _Cosine(torch.autograd.Function):
-    """Cosines of tokens with unit directions, without a normalised copy of the tokens in either pass."""
+    """Cosines of tokens with unit directions, without a normalised copy of the tokens in either
+    pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, tokens_D: Tensor, expert_keys_ED: Tensor) -> Tensor:
@@ -74,7 +80,9 @@ class _Cosine(torch.autograd.Function):
         inverse_norms = norms.clamp_min(NORM_EPS).reciprocal()
         cosines_E = (tokens_D @ expert_keys_ED.T).mul_(inverse_norms)
         # Below the floor the norm is a constant and has no gradient.
-        ctx.save_for_backward(tokens_D, expert_keys_ED, cosines_E, inverse_norms, inverse_norms * (norms >= NORM_EPS))
+        ctx.save_for_backward(
+            tokens_D, expert_keys_ED, cosines_E, inverse_norms, inverse_norms * (norms >= NORM_EPS)
+        )
         return cosines_E
 
     @staticmethod
@@ -82,12 +90,15 @@ class _Cosine(torch.autograd.Function):
         tokens_D, expert_keys_ED, cosines_E, inverse_norms, norm_slopes = ctx.saved_tensors
         grad_E = grad_E * inverse_norms
         grad_tokens = grad_E @ expert_keys_ED
-        grad_tokens.addcmul_(tokens_D, (grad_E * cosines_E).sum(dim=-1, keepdim=True) * norm_slopes, value=-1.0)
+        grad_tokens.addcmul_(
+            tokens_D, (grad_E * cosines_E).sum(dim=-1, keepdim=True) * norm_slopes, value=-1.0
+        )
         return grad_tokens, grad_E.flatten(0, -2).T @ tokens_D.flatten(0, -2)
 
 
 def activate(scores_E: Tensor, activation: str, *, dim: int = -1) -> Tensor:
-    """Apply the score activation A; a softmax runs over `dim`: the experts (last) where tokens choose.
+    """Apply the score activation A; a softmax runs over `dim`: the experts (last) where tokens
+    choose.
 
     Source: Eq. 2 and Table 7.
     Raises: ValueError for an unknown activation.

@@ -33,7 +33,9 @@ class TwoStepSettings:
 
 
 class PrototypeRouter(Router):
-    """A router whose scores are cosines with learned prototypes, one an expert (step 2 of ProMoE's)."""
+    """A router whose scores are cosines with learned prototypes, one an expert (step 2 of
+    ProMoE's).
+    """
 
     per_expert = ("prototypes",)
 
@@ -57,8 +59,8 @@ class TwoStepRouter(PrototypeRouter):
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
 
-        Source: Algorithm 1, steps 1, 3 and 5; official: the same; differs: scores in fp32, no loop over experts.
-        Args:
+        Source: Algorithm 1, steps 1, 3 and 5; official: the same; differs: scores in fp32, no loop
+        over experts. Args:
             tokens_BSD: tokens entering the layer, any float dtype.
             partition: step 1's answer; unconditional samples get no rows and no part in the losses.
         Returns: RoutingPlan; the auxiliary losses, already weighted, only in training mode.
@@ -66,25 +68,47 @@ class TwoStepRouter(PrototypeRouter):
         Sync: none.  Collectives: one in `reduce_sum` where it is global.
         """
         settings = self.settings
-        scores_BSE = activate(cosine_scores(tokens_BSD, self.prototypes, settings.score_scale), settings.activation)
+        scores_BSE = activate(
+            cosine_scores(tokens_BSD, self.prototypes, settings.score_scale), settings.activation
+        )
         gates_BSK, expert_ids_BSK = choose_top_k(scores_BSE, settings.top_k)
         assignment, stats = self._plan_token_choice(gates_BSK, expert_ids_BSK, partition)
         aux_losses = {}
         if self.training:
-            aux_losses = self._aux_losses(tokens_BSD, scores_BSE, expert_ids_BSK, stats.tokens_per_expert_BE, partition)
+            aux_losses = self._aux_losses(
+                tokens_BSD, scores_BSE, expert_ids_BSK, stats.tokens_per_expert_BE, partition
+            )
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)
 
-    def _aux_losses(self, tokens_BSD: Tensor, scores_BSE: Tensor, expert_ids_BSK: Tensor, counts_BE: Tensor,
-                    partition: Partition) -> dict[str, Tensor]:
+    def _aux_losses(
+        self,
+        tokens_BSD: Tensor,
+        scores_BSE: Tensor,
+        expert_ids_BSK: Tensor,
+        counts_BE: Tensor,
+        partition: Partition,
+    ) -> dict[str, Tensor]:
         settings, losses = self.settings, {}
         if settings.rcl_weight > 0:
-            chosen = expert_ids_BSK if settings.rcl_assignments == "all" else expert_ids_BSK[..., :1]
+            chosen = (
+                expert_ids_BSK if settings.rcl_assignments == "all" else expert_ids_BSK[..., :1]
+            )
             membership = torch.zeros_like(scores_BSE).scatter_(-1, chosen, 1.0)
             membership = membership * partition.is_routed_B[:, None, None]
             losses["rcl"] = settings.rcl_weight * routing_contrastive_loss(
-                tokens_BSD.flatten(0, 1), membership.flatten(0, 1), self.prototypes, settings.rcl_temperature, self.reduce_sum)
+                tokens_BSD.flatten(0, 1),
+                membership.flatten(0, 1),
+                self.prototypes,
+                settings.rcl_temperature,
+                self.reduce_sum,
+            )
         if settings.balance_weight > 0:
             losses["balance"] = settings.balance_weight * load_balance_loss(
-                scores_BSE, counts_BE, partition.is_routed_B, top_k=settings.top_k, level=settings.balance_level,
-                scores_are_probabilities=settings.activation == "softmax")
+                scores_BSE,
+                counts_BE,
+                partition.is_routed_B,
+                top_k=settings.top_k,
+                level=settings.balance_level,
+                scores_are_probabilities=settings.activation == "softmax",
+            )
         return losses

@@ -1,6 +1,7 @@
 """The true global gradient norm under expert parallelism, for ZeRO 0.
 
-ZeRO 1 and 2 compute it themselves, rightly. Without ZeRO, DeepSpeed averages per-rank norms of ranks that hold different
+ZeRO 1 and 2 compute it themselves, rightly. Without ZeRO, DeepSpeed averages per-rank norms of
+ranks that hold different
 experts: 7.2 for gradients whose norm is 10.9.
 """
 
@@ -13,8 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def global_grad_norm(parameters: Iterable[nn.Parameter], expert_group: dist.ProcessGroup | None) -> Tensor:
-    """Return the norm over all ranks' parameters: routed experts summed over the ranks that own them, the rest once.
+def global_grad_norm(
+    parameters: Iterable[nn.Parameter], expert_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Return the norm over all ranks' parameters: routed experts summed over the ranks that own
+    them, the rest once.
 
     Args:
         parameters: with gradients already averaged over their data-parallel ranks.
@@ -27,7 +31,9 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], expert_group: dist.Proc
     for parameter in parameters:
         if parameter.grad is not None:
             is_dense = getattr(parameter, "allreduce", True)
-            squares[is_dense].append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square())
+            squares[is_dense].append(
+                torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
+            )
     dense, experts = (torch.stack(squares[kind]).sum() for kind in (True, False))
     if expert_group is not None:
         dist.all_reduce(experts, group=expert_group)

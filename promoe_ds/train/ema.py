@@ -1,4 +1,6 @@
-"""Looking at the averaged weights in the middle of training: they change places with the trained ones, and back, exactly."""
+"""Looking at the averaged weights in the middle of training: they change places with the trained
+ones, and back, exactly.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from promoe_ds.train.trainer import Trainer
 
 @contextmanager
 def averaged_network(trainer: Trainer) -> Iterator[DiT]:
-    """Yield the network in evaluation mode with the first average of the weights; all ranks call this together.
+    """Yield the network in evaluation mode with the first average of the weights; all ranks call
+    this together.
 
-    Every rank swaps the values that it owns, in place; one tensor's worth of memory is needed beside them. Before the first
-    update there is no average, and the weights are what it would start from.
+    Every rank swaps the values that it owns, in place; one tensor's worth of memory is needed
+    beside them. Before the first update there is no average, and the weights are what it would
+    start from.
     Collectives: ZeRO's gathering of the weights, twice.
     """
     network = trainer.network

@@ -10,16 +10,20 @@ from promoe_ds.distributed.context import DistributedContext, gather_objects
 
 
 def agree(flag: Tensor, *flags: bool) -> list[bool]:
-    """Return for each flag whether it is set on any rank; the first is a tensor.  Sync: one.  Collectives: one."""
+    """Return for each flag whether it is set on any rank; the first is a tensor.  Sync: one.
+    Collectives: one.
+    """
     values = torch.stack([flag, *(flag.new_tensor(each) for each in flags)]).float()
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return [bool(value) for value in values.tolist()]
 
 
 class HealthWatch:
-    """Sums every gradient as it is made, before ranks mix theirs, so that the guilty rank and parameter are known.
+    """Sums every gradient as it is made, before ranks mix theirs, so that the guilty rank and
+    parameter are known.
 
-    A sum is finite exactly when all terms are (short of overflow): one read of each gradient, nothing stored.
+    A sum is finite exactly when all terms are (short of overflow): one read of each gradient,
+    nothing stored.
     """
 
     def __init__(self, network: nn.Module, context: DistributedContext) -> None:
@@ -38,7 +42,9 @@ class HealthWatch:
         self._loss += loss.detach()
 
     def is_bad(self) -> Tensor:
-        """Return whether anything of this step was not finite on this rank: a bool scalar.  Sync: none."""
+        """Return whether anything of this step was not finite on this rank: a bool scalar.  Sync:
+        none.
+        """
         return self._bad().any()
 
     def finish(self, step: int, *, is_bad: bool) -> str:
@@ -50,10 +56,17 @@ class HealthWatch:
         """
         problem = ""
         if is_bad:
-            # Exchanged rows carry a bad gradient to other ranks' experts: the earliest in the backward pass is the cause.
-            (_, rank, text), *others = sorted(found for found in gather_objects(self._find()) if found)
-            spread = (f", later also on rank{'s' * (len(others) > 1)} {', '.join(str(o[1]) for o in others)}"
-                      if others else "")
+            # Exchanged rows carry a bad gradient to other ranks' experts: the earliest in the
+            # backward pass is the cause.
+            (_, rank, text), *others = sorted(
+                found for found in gather_objects(self._find()) if found
+            )
+            spread = (
+                f", later also on rank{'s' * (len(others) > 1)}"
+                f" {', '.join(str(o[1]) for o in others)}"
+                if others
+                else ""
+            )
             problem = f"step {step}: rank {rank}: {text} is not finite{spread}"
         self._sums.zero_()
         self._loss.zero_()
@@ -68,9 +81,13 @@ class HealthWatch:
         self._sums[index] += gradient.detach().sum(dtype=torch.float32)
 
     def _find(self) -> tuple[int, int, str] | None:
-        """Return when in the backward pass (-1: before it), on which rank and what went wrong first here."""
+        """Return when in the backward pass (-1: before it), on which rank and what went wrong first
+        here.
+        """
         flags = self._bad().tolist()
-        position, index = next(((at, i) for at, i in enumerate(self._order) if flags[i]), (len(self._order), None))
+        position, index = next(
+            ((at, i) for at, i in enumerate(self._order) if flags[i]), (len(self._order), None)
+        )
         parts = ["the loss"] if flags[-1] else []
         parts += [f"the gradient of {self._names[index]}"] if index is not None else []
         return (-1 if flags[-1] else position, self._rank, " and ".join(parts)) if parts else None

@@ -1,4 +1,6 @@
-"""Batches made ahead of the step that needs them; each is a function of the seed and its place in the training stream."""
+"""Batches made ahead of the step that needs them; each is a function of the seed and its place in
+the training stream.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _AHEAD = 2
 
 @dataclass(frozen=True)
 class Place:
-    """Where a batch is in training: the step, the samples of all ranks before that step, the pass within it."""
+    """Where a batch is in training: the step, the samples of all ranks before that step, the pass
+    within it.
+    """
 
     step: int
     samples_seen: int
@@ -56,7 +60,8 @@ class BatchLoader:
         self._waiting: deque[tuple[Place, Future[DiffusionBatch]]] = deque()
 
     def take(self, place: Place) -> DiffusionBatch:
-        """Return the batch of a place, in pinned memory where the device is a GPU, and go on with the next ones.
+        """Return the batch of a place, in pinned memory where the device is a GPU, and go on with
+        the next ones.
 
         Raises: what making this batch raised, in the step that needed it.
         """
@@ -88,7 +93,9 @@ class BatchLoader:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def samples(self, place: Place, slots: range) -> tuple[Tensor, Condition]:
-        """Return the latents and conditions of some slots of a step's global batch, before dropout."""
+        """Return the latents and conditions of some slots of a step's global batch, before
+        dropout.
+        """
         start = place.samples_seen + slots.start
         indices = sample_indices(
             len(self._dataset), seed=self._config.train.seed, count=len(slots), start=start

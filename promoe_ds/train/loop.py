@@ -23,7 +23,8 @@ class FinishedStep:
     result: StepResult
     #: Whether training ends here.
     is_last: bool
-    #: What actions have measured, for the log line; actions run in the order in which they were added.
+    #: What actions have measured, for the log line; actions run in the order in which they were
+    # added.
     figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -34,13 +35,16 @@ class TrainingLoop:
     """Runs steps to the end, and after each the actions that are due."""
 
     def __init__(self, trainer: Trainer, supervisor: Supervisor) -> None:
-        """Train with `trainer` from the step that it has reached; the supervisor may ask for a shutdown."""
+        """Train with `trainer` from the step that it has reached; the supervisor may ask for a
+        shutdown.
+        """
         self._trainer, self._supervisor = trainer, supervisor
         self._actions: list[tuple[int, bool, Action]] = []
         self._skipped_in_a_row = 0
 
     def every(self, steps: int, action: Action, *, at_end: bool = True) -> None:
-        """Run `action` after every step whose number `steps` divides, and (`at_end`) after the last one.
+        """Run `action` after every step whose number `steps` divides, and (`at_end`) after the last
+        one.
 
         All ranks run it, in the same order: it may hold collectives.
         """
@@ -49,11 +53,14 @@ class TrainingLoop:
     def run(self) -> None:
         """Train until `train.max_steps`, `train.stop_after_steps` or a shutdown request.
 
-        Raises: TrainingError after too many updates in a row that were not finite; Preempted after a shutdown request.
+        Raises: TrainingError after too many updates in a row that were not finite; Preempted after
+        a shutdown request.
         """
         trainer, settings = self._trainer, self._trainer.config.train
         trainer.shutdown_requested = self._supervisor.shutdown_requested
-        last = min(settings.max_steps, trainer.step + (settings.stop_after_steps or settings.max_steps))
+        last = min(
+            settings.max_steps, trainer.step + (settings.stop_after_steps or settings.max_steps)
+        )
         if trainer.step >= settings.max_steps:
             _LOG.info("nothing to do: step %d of %d is reached", trainer.step, settings.max_steps)
         stop_requested = False
@@ -69,19 +76,29 @@ class TrainingLoop:
                 if trainer.step % steps == 0 or (at_end and finished.is_last):
                     action(finished)
         if stop_requested and trainer.step < settings.max_steps:
-            raise Preempted(f"shutdown requested ({self._supervisor.stop_reason}): saved step {trainer.step} of "
-                            f"{settings.max_steps} and ended; resume with --resume auto")
+            raise Preempted(
+                f"shutdown requested ({self._supervisor.stop_reason}): saved step {trainer.step} of"
+                f" {settings.max_steps} and ended; resume with --resume auto"
+            )
         if trainer.step < settings.max_steps:
-            _LOG.info("stopped after step %d of %d (train.stop_after_steps)", trainer.step, settings.max_steps)
+            _LOG.info(
+                "stopped after step %d of %d (train.stop_after_steps)",
+                trainer.step,
+                settings.max_steps,
+            )
 
     def _count_skipped(self, result: StepResult) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
         if not result.skipped:
             return
         if self._trainer.context.is_main:
-            _LOG.warning("skipped the update, %d in a row: %s", self._skipped_in_a_row, result.problem)
+            _LOG.warning(
+                "skipped the update, %d in a row: %s", self._skipped_in_a_row, result.problem
+            )
         most = self._trainer.config.train.max_nonfinite_steps
         if self._skipped_in_a_row >= most:
-            raise TrainingError(f"{self._skipped_in_a_row} updates in a row were not finite "
-                                f"(train.max_nonfinite_steps={most}); {result.problem}. Branch from a checkpoint "
-                                "before it, with a lower optimizer.lr: --resume CHECKPOINT --run-dir NEW")
+            raise TrainingError(
+                f"{self._skipped_in_a_row} updates in a row were not finite "
+                f"(train.max_nonfinite_steps={most}); {result.problem}. Branch from a checkpoint "
+                "before it, with a lower optimizer.lr: --resume CHECKPOINT --run-dir NEW"
+            )

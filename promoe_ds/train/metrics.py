@@ -29,11 +29,20 @@ _BLOCK_BYTES = 1 << 20
 class MetricsWriter:
     """Writes one line per log step, on rank 0; on the other ranks it does nothing."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, ranks: DistributedContext, *, start_step: int,
-                 wandb_id: str = "") -> None:
-        """Open the files; lines of steps after `start_step`, left by an interrupted process, are dropped.
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        ranks: DistributedContext,
+        *,
+        start_step: int,
+        wandb_id: str = "",
+    ) -> None:
+        """Open the files; lines of steps after `start_step`, left by an interrupted process, are
+        dropped.
 
-        Raises: ConfigError if a tracker is asked for and missing; CheckpointError if a log cannot be written.
+        Raises: ConfigError if a tracker is asked for and missing; CheckpointError if a log cannot
+        be written.
         """
         self._config, self._ranks, self._run_dir = config, ranks, run_dir
         self._flops = training_flops_per_image(config)
@@ -52,12 +61,16 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens meanwhile, an evaluation or a checkpoint, out of the speed of training."""
+        """Leave what happens meanwhile, an evaluation or a checkpoint, out of the speed of
+        training.
+        """
         since = time.perf_counter()
         yield
         self._since += time.perf_counter() - since
 
-    def write(self, step: int, scalars: dict[str, float], routing_lines: list[dict[str, Any]]) -> None:
+    def write(
+        self, step: int, scalars: dict[str, float], routing_lines: list[dict[str, Any]]
+    ) -> None:
         """Record a log step.
 
         Args:
@@ -70,16 +83,37 @@ class MetricsWriter:
         if not self._ranks.is_main:
             return
         flops = images_per_second * self._flops
-        line = {"step": step, **scalars, "images_per_second": images_per_second, "tflops": flops / 1e12,
-                "mfu": flops / (self._peak * self._ranks.world_size) if self._peak else None, **_memory(self._ranks.device)}
+        line = {
+            "step": step,
+            **scalars,
+            "images_per_second": images_per_second,
+            "tflops": flops / 1e12,
+            "mfu": flops / (self._peak * self._ranks.world_size) if self._peak else None,
+            **_memory(self._ranks.device),
+        }
         append_lines(self._run_dir / "metrics.jsonl", [line])
         append_lines(self._run_dir / "routing.jsonl", routing_lines)
         self._trackers.write(step, line, routing_lines)
-        terms = "  ".join(f"{name} {value:.4f}" for name, value in scalars.items()
-                          if name.startswith("loss") or name == "frechet_distance")
-        left = (self._config.train.max_steps - step) * self._config.train.global_batch_size / images_per_second
-        _LOG.info("step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s  %s left", step, self._config.train.max_steps, terms,
-                  scalars["grad_norm"], scalars["lr"], images_per_second, duration(left))
+        terms = "  ".join(
+            f"{name} {value:.4f}"
+            for name, value in scalars.items()
+            if name.startswith("loss") or name == "frechet_distance"
+        )
+        left = (
+            (self._config.train.max_steps - step)
+            * self._config.train.global_batch_size
+            / images_per_second
+        )
+        _LOG.info(
+            "step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s  %s left",
+            step,
+            self._config.train.max_steps,
+            terms,
+            scalars["grad_norm"],
+            scalars["lr"],
+            images_per_second,
+            duration(left),
+        )
 
     def _restart_clock(self) -> None:
         self._since, self._images = time.perf_counter(), 0
@@ -98,15 +132,17 @@ def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json_text(line) + "\n" for line in lines)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror}): free or enlarge the disk, then resume with "
-                              "--resume auto") from None
+        raise CheckpointError(
+            f"{path} could not be written ({error.strerror}): free or enlarge the disk, then resume"
+            " with --resume auto"
+        ) from None
 
 
 def drop_lines_after(path: Path, step: int) -> None:
     """Cut off the lines of steps after `step`, and broken ones among them.
 
-    Steps only grow in a log, so it is read from its end, back to the newest line that stays: a resume takes no longer and no
-    more memory however long the run has been.
+    Steps only grow in a log, so it is read from its end, back to the newest line that stays: a
+    resume takes no longer and no more memory however long the run has been.
     Raises: CheckpointError if it cannot be read or written.
     """
     if not path.is_file():
@@ -114,7 +150,9 @@ def drop_lines_after(path: Path, step: int) -> None:
     try:
         _drop_lines_after(path, step)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror}): correct its rights, or free the disk") from None
+        raise CheckpointError(
+            f"{path} could not be written ({error.strerror}): correct its rights, or free the disk"
+        ) from None
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

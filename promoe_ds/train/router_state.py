@@ -1,4 +1,6 @@
-"""Routers' running state (thresholds, centroids): learned once a step, from all passes of all ranks together."""
+"""Routers' running state (thresholds, centroids): learned once a step, from all passes of all ranks
+together.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from promoe_ds.routing import ClassificationRouter, KMeansRouter, Partition, Rou
 
 
 class RouterState:
-    """Collects the observations of a step's plans and hands their sum over the ranks to the routers."""
+    """Collects the observations of a step's plans and hands their sum over the ranks to the
+    routers.
+    """
 
     def __init__(self, network: DiT) -> None:
         """Watch the network's routers."""
@@ -27,10 +31,13 @@ class RouterState:
         for index, plan in plans.items():
             if plan.observation is not None:
                 seen = self._observations.get(index)
-                self._observations[index] = plan.observation if seen is None else seen + plan.observation
+                self._observations[index] = (
+                    plan.observation if seen is None else seen + plan.observation
+                )
 
     def update_running_state(self, *, skip: bool) -> None:
-        """End a step: update every router, or forget what was seen where the step is skipped; start anew.
+        """End a step: update every router, or forget what was seen where the step is skipped; start
+        anew.
 
         Collectives: one, where a router has state.
         """
@@ -39,8 +46,11 @@ class RouterState:
             return
         total = torch.cat([observation.flatten() for observation in observations.values()])
         dist.all_reduce(total)
-        for (index, observation), part in zip(observations.items(), total.split([o.numel() for o in observations.values()]),
-                                              strict=True):
+        for (index, observation), part in zip(
+            observations.items(),
+            total.split([o.numel() for o in observations.values()]),
+            strict=True,
+        ):
             self._routers[index].update_running_state(part.view_as(observation))
 
 
@@ -50,7 +60,10 @@ def give_superclasses(network: DiT, config: RunConfig) -> None:
         return
     superclasses = config.routing.superclasses
     if superclasses is None:
-        raise ConfigError("routing.superclasses is empty: load the recipe with promoe_ds.config.load_config, which reads the map")
+        raise ConfigError(
+            "routing.superclasses is empty: load the recipe with promoe_ds.config.load_config,"
+            " which reads the map"
+        )
     for row, layer in enumerate(network.moe_layers().values()):
         assert isinstance(layer.router, ClassificationRouter)
         order = config.expert_order_of(row) or range(config.routing.num_experts)
@@ -59,10 +72,14 @@ def give_superclasses(network: DiT, config: RunConfig) -> None:
 
 
 @torch.no_grad()
-def seed_centroids(network: DiT, condition: Condition, noised_BZHW: Tensor, timestep_B: Tensor, seed: int) -> None:
-    """Start k-means routers at tokens of a first batch, the same on every rank; nothing to do for other methods.
+def seed_centroids(
+    network: DiT, condition: Condition, noised_BZHW: Tensor, timestep_B: Tensor, seed: int
+) -> None:
+    """Start k-means routers at tokens of a first batch, the same on every rank; nothing to do for
+    other methods.
 
-    A layer's centroids are set before it routes, so that deeper layers see the tokens that training will show them.
+    A layer's centroids are set before it routes, so that deeper layers see the tokens that training
+    will show them.
     Collectives: those of a forward pass, and one broadcast a layer.
     """
     hooks = []

@@ -1,7 +1,9 @@
-"""Routing statistics: accumulated on the device, reduced once per log interval, written as routing.jsonl.
+"""Routing statistics: accumulated on the device, reduced once per log interval, written as
+routing.jsonl.
 
-The format is documented in docs/routing_stats.md. Letters: B images, S tokens per image, D width, E routed experts,
-L MoE layers, Q timestep bins, N rows of an assignment, P passes, w ranks of an expert-parallel group, X exchanges.
+The format is documented in docs/routing_stats.md. Letters: B images, S tokens per image, D width, E
+routed experts, L MoE layers, Q timestep bins, N rows of an assignment, P passes, w ranks of an
+expert-parallel group, X exchanges.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _COUNT_BYTES = 8
 
 
 class RoutingAccumulator:
-    """Counts of one log interval. Fed with plans, which exist once per pass whatever is recomputed."""
+    """Counts of one log interval. Fed with plans, which exist once per pass whatever is
+    recomputed.
+    """
 
     def __init__(self, config: RunConfig, network: DiT, ranks: DistributedContext) -> None:
         """Prepare counters for the network's MoE layers."""
@@ -47,14 +51,17 @@ class RoutingAccumulator:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=ranks.device)
 
-        # Columns: tokens and sums of gates of each expert, routed tokens, unconditional tokens. Doubles count to 2**53.
+        # Columns: tokens and sums of gates of each expert, routed tokens, unconditional tokens.
+        # Doubles count to 2**53.
         self._counts_LQC = zeros(layers, self._bins, 2 * experts + 2)
         self._similarity_L, self._bytes_L = zeros(layers), zeros(layers)
         self._token_sums_LED = zeros(layers, experts, config.model.hidden_size)
         self._sent_PLw: list[Tensor] = []
         self._passes = 0
 
-    def add(self, plans: dict[int, RoutingPlan], sigma_B: Tensor, group_B: Tensor | None = None) -> None:
+    def add(
+        self, plans: dict[int, RoutingPlan], sigma_B: Tensor, group_B: Tensor | None = None
+    ) -> None:
         """Count one pass.  Sync: none.
 
         Args:
@@ -70,17 +77,30 @@ class RoutingAccumulator:
         for row, (index, layer) in enumerate(self._layers.items()):
             plan, stats = plans[index], plans[index].stats
             routed_B1 = stats.is_routed_B.double()[:, None]
-            columns_BC = torch.cat([stats.tokens_per_expert_BE.double(), stats.gate_sums_BE.double(), tokens * routed_B1,
-                                    tokens * (1 - routed_B1)], dim=1)
+            columns_BC = torch.cat(
+                [
+                    stats.tokens_per_expert_BE.double(),
+                    stats.gate_sums_BE.double(),
+                    tokens * routed_B1,
+                    tokens * (1 - routed_B1),
+                ],
+                dim=1,
+            )
             self._counts_LQC[row] += in_bin_QB @ columns_BC
             self._similarity_L[row] += stats.prototype_similarity.double()
             if stats.token_sums_ED is not None:
                 self._token_sums_LED[row] += stats.token_sums_ED
             element_size = next(layer.routed.parameters()).element_size()
-            self._bytes_L[row] += layer.dispatcher.bytes_exchanged(plan.assignment, width, element_size)
+            self._bytes_L[row] += layer.dispatcher.bytes_exchanged(
+                plan.assignment, width, element_size
+            )
             self._tables.add(row, plan, group_B)
         if self._group is not None:
-            self._sent_PLw.append(torch.stack([_sent(plans[index], self._config.parallel.ep_size) for index in self._layers]))
+            self._sent_PLw.append(
+                torch.stack(
+                    [_sent(plans[index], self._config.parallel.ep_size) for index in self._layers]
+                )
+            )
         self._passes += 1
 
     @contextmanager
@@ -93,18 +113,26 @@ class RoutingAccumulator:
             yield
 
     def reduce(self, *, step: int, steps: int, last: bool = False) -> list[dict[str, Any]]:
-        """Sum over ranks, return the lines of routing.jsonl on rank 0, none elsewhere, and start anew.
+        """Sum over ranks, return the lines of routing.jsonl on rank 0, none elsewhere, and start
+        anew.
 
         Collectives: one; two more where experts are sharded.
 
         Args:
             step: steps finished; steps: how many of them were counted.
-            last: whether the process ends here, so that tables which cover several intervals are due.
+            last: whether the process ends here, so that tables which cover several intervals are
+            due.
         """
         if not self._layers or not self._passes:
             return []
-        parts = [self._counts_LQC, self._similarity_L / self._passes, self._bytes_L, self._token_sums_LED, self._waits(),
-                 *self._tables.due(steps, last=last)]
+        parts = [
+            self._counts_LQC,
+            self._similarity_L / self._passes,
+            self._bytes_L,
+            self._token_sums_LED,
+            self._waits(),
+            *self._tables.due(steps, last=last),
+        ]
         flat = torch.cat([part.flatten().double() for part in parts])
         dist.all_reduce(flat)
         fullest_L, passes = self._fullest_rank(), self._passes
@@ -114,20 +142,37 @@ class RoutingAccumulator:
             return []
         pieces = flat.split([part.numel() for part in parts])
         counts, similarity, traffic, sums, seconds, *tables = (
-            piece.view_as(part).cpu() for piece, part in zip(pieces, parts, strict=True))
+            piece.view_as(part).cpu() for piece, part in zip(pieces, parts, strict=True)
+        )
         world_size, lines = dist.get_world_size(), []
         for row, (index, layer) in enumerate(self._layers.items()):
             head = {"schema": SCHEMA_VERSION, "step": step, "steps": steps, "layer": index}
-            tail = {"prototype_similarity": similarity[row].item() / world_size, "layer_bytes_exchanged": int(traffic[row])}
+            tail = {
+                "prototype_similarity": similarity[row].item() / world_size,
+                "layer_bytes_exchanged": int(traffic[row]),
+            }
             for bin_ in range(self._bins):
-                lines.append({**head, "timestep_bin": bin_, "timestep_bins": self._bins,
-                              **_describe(counts[row, bin_]), **tail})
-            tokens_E = counts[row, :, :self._config.routing.num_experts].sum(dim=0)
+                lines.append(
+                    {
+                        **head,
+                        "timestep_bin": bin_,
+                        "timestep_bins": self._bins,
+                        **_describe(counts[row, bin_]),
+                        **tail,
+                    }
+                )
+            tokens_E = counts[row, :, : self._config.routing.num_experts].sum(dim=0)
             lines[-self._bins]["layer_detail"] = {
-                "passes": passes, **self._describe_placement(row, tokens_E, fullest_L),
-                "exchanges": self._describe_exchanges(row, int(traffic[row]), seconds[row] / world_size, passes * world_size),
-                **_describe_prototypes(layer, sums[row], tokens_E, with_matrix=self._matrix_is_due(step)),
-                **self._tables.describe(row, tables, steps_of_tables)}
+                "passes": passes,
+                **self._describe_placement(row, tokens_E, fullest_L),
+                "exchanges": self._describe_exchanges(
+                    row, int(traffic[row]), seconds[row] / world_size, passes * world_size
+                ),
+                **_describe_prototypes(
+                    layer, sums[row], tokens_E, with_matrix=self._matrix_is_due(step)
+                ),
+                **self._tables.describe(row, tables, steps_of_tables),
+            }
         return lines
 
     def _start_anew(self) -> None:
@@ -137,13 +182,22 @@ class RoutingAccumulator:
         self._passes = 0
 
     def _waits(self) -> Tensor:
-        """Return the seconds that this rank has waited, (L, X); zeros where nobody measures them."""
-        waits = [dict.fromkeys(EXCHANGES, 0.0) if clock is None else clock.take() for clock in self._clocks]
-        return torch.tensor([[by_name[name] for name in EXCHANGES] for by_name in waits], dtype=torch.float64,
-                            device=self._ranks.device)
+        """Return the seconds that this rank has waited, (L, X); zeros where nobody measures
+        them.
+        """
+        waits = [
+            dict.fromkeys(EXCHANGES, 0.0) if clock is None else clock.take()
+            for clock in self._clocks
+        ]
+        return torch.tensor(
+            [[by_name[name] for name in EXCHANGES] for by_name in waits],
+            dtype=torch.float64,
+            device=self._ranks.device,
+        )
 
     def _fullest_rank(self) -> Tensor | None:
-        """Return the rows of the fullest of all ranks, summed pass by pass (L,); None where every rank has all experts.
+        """Return the rows of the fullest of all ranks, summed pass by pass (L,); None where every
+        rank has all experts.
 
         Collectives: two, whose size does not grow with the number of ranks.
         """
@@ -156,47 +210,88 @@ class RoutingAccumulator:
         return fullest_PL.sum(dim=0)
 
     def _matrix_is_due(self, step: int) -> bool:
-        """Say whether a step's lines carry E x E cosines: by the step alone, so that a resumed run writes the same lines."""
-        train, every = self._config.train, self._config.counts_every(self._config.routing.num_experts**2)
+        """Say whether a step's lines carry E x E cosines: by the step alone, so that a resumed run
+        writes the same lines.
+        """
+        train, every = (
+            self._config.train,
+            self._config.counts_every(self._config.routing.num_experts**2),
+        )
         return step // train.log_every % every == 0 or step == train.max_steps
 
-    def _describe_placement(self, row: int, tokens_E: Tensor, fullest_L: Tensor | None) -> dict[str, Any]:
-        ep_size, ranks, total = self._config.parallel.ep_size, self._ranks.world_size, int(tokens_E.sum())
+    def _describe_placement(
+        self, row: int, tokens_E: Tensor, fullest_L: Tensor | None
+    ) -> dict[str, Any]:
+        ep_size, ranks, total = (
+            self._config.parallel.ep_size,
+            self._ranks.world_size,
+            int(tokens_E.sum()),
+        )
         by_ep_rank = [int(n) for n in tokens_E.view(ep_size, -1).sum(dim=1).tolist()]
         uneven = fullest_L[row].item() * ranks / total if fullest_L is not None and total else None
         order = self._config.expert_order_of(row)
-        return {"ranks": ranks, "ep_size": ep_size, "tokens_per_ep_rank": by_ep_rank,
-                "rank_max_over_mean": uneven, **({"experts": list(order)} if order else {})}
+        return {
+            "ranks": ranks,
+            "ep_size": ep_size,
+            "tokens_per_ep_rank": by_ep_rank,
+            "rank_max_over_mean": uneven,
+            **({"experts": list(order)} if order else {}),
+        }
 
-    def _describe_exchanges(self, row: int, layer_bytes: int, seconds_X: Tensor,
-                            rank_passes: int) -> dict[str, dict[str, float | None]]:
-        if self._group is not None and self._clocks[row] is None:  # of a backend that moves the rows by itself
+    def _describe_exchanges(
+        self, row: int, layer_bytes: int, seconds_X: Tensor, rank_passes: int
+    ) -> dict[str, dict[str, float | None]]:
+        if (
+            self._group is not None and self._clocks[row] is None
+        ):  # of a backend that moves the rows by itself
             return {name: {"bytes": None, "seconds": None} for name in EXCHANGES}
         ep_size = self._config.parallel.ep_size
-        counts_bytes = rank_passes * _COUNT_BYTES * self._config.routing.num_experts * (ep_size - 1) // ep_size
-        sizes = {name: layer_bytes // (len(EXCHANGES) - 1) for name in EXCHANGES} | {"counts": counts_bytes}
-        return {name: {"bytes": sizes[name], "seconds": _significant(seconds)}
-                for name, seconds in zip(EXCHANGES, seconds_X.tolist(), strict=True)}
+        counts_bytes = (
+            rank_passes * _COUNT_BYTES * self._config.routing.num_experts * (ep_size - 1) // ep_size
+        )
+        sizes = {name: layer_bytes // (len(EXCHANGES) - 1) for name in EXCHANGES} | {
+            "counts": counts_bytes
+        }
+        return {
+            name: {"bytes": sizes[name], "seconds": _significant(seconds)}
+            for name, seconds in zip(EXCHANGES, seconds_X.tolist(), strict=True)
+        }
 
 
 class _Tables:
-    """Optional counts by class (the last row is the null label) and by patch: (L, classes + 1, E) and (L, S, E)."""
+    """Optional counts by class (the last row is the null label) and by patch: (L, classes + 1, E)
+    and (L, S, E).
+    """
 
     def __init__(self, config: RunConfig, layers: int, device: torch.device) -> None:
         self._experts, self._patches = config.routing.num_experts, config.model.tokens_per_image
-        rows = {"tokens_per_class": config.counts_classes * (config.model.num_classes + 1),
-                "tokens_per_position": config.counts_positions * self._patches}
-        self._counts = {name: torch.zeros(layers, size, self._experts, dtype=torch.float64, device=device)
-                        for name, size in rows.items() if size}
-        self._every = config.counts_every(self._experts * max(config.counts_classes * config.model.num_classes,
-                                                              config.counts_positions * self._patches))
+        rows = {
+            "tokens_per_class": config.counts_classes * (config.model.num_classes + 1),
+            "tokens_per_position": config.counts_positions * self._patches,
+        }
+        self._counts = {
+            name: torch.zeros(layers, size, self._experts, dtype=torch.float64, device=device)
+            for name, size in rows.items()
+            if size
+        }
+        self._every = config.counts_every(
+            self._experts
+            * max(
+                config.counts_classes * config.model.num_classes,
+                config.counts_positions * self._patches,
+            )
+        )
         self._intervals, self._steps, self._is_due = 0, 0, False
 
     def add(self, row: int, plan: RoutingPlan, group_B: Tensor | None) -> None:
         if "tokens_per_class" in self._counts and group_B is not None:
-            self._counts["tokens_per_class"][row].index_add_(0, group_B, plan.stats.tokens_per_expert_BE.double())
+            self._counts["tokens_per_class"][row].index_add_(
+                0, group_B, plan.stats.tokens_per_expert_BE.double()
+            )
         if "tokens_per_position" in self._counts:
-            cells_N = plan.assignment.token_ids_N % self._patches * self._experts + expert_of_rows(plan.assignment)
+            cells_N = plan.assignment.token_ids_N % self._patches * self._experts + expert_of_rows(
+                plan.assignment
+            )
             table = self._counts["tokens_per_position"][row].view(-1)
             table.scatter_add_(0, cells_N, torch.ones_like(cells_N, dtype=table.dtype))
 
@@ -219,10 +314,14 @@ class _Tables:
         """Return one layer's tables.
 
         Args:
-            reduced: those of all layers that were due, summed over the ranks; steps: how many they cover.
+            reduced: those of all layers that were due, summed over the ranks; steps: how many they
+            cover.
         """
         names = self._counts if reduced else ()
-        return {name: {"steps": steps, "counts": table[row].long().tolist()} for name, table in zip(names, reduced, strict=True)}
+        return {
+            name: {"steps": steps, "counts": table[row].long().tolist()}
+            for name, table in zip(names, reduced, strict=True)
+        }
 
 
 def _sent(plan: RoutingPlan, ep_size: int) -> Tensor:
@@ -234,26 +333,48 @@ def _describe(columns: Tensor) -> dict[str, Any]:
     tokens = [int(x) for x in columns[:experts].tolist()]
     gates = columns[experts:-2].tolist()
     routed, unconditional = columns[-2:].tolist()
-    return {"tokens_per_expert": tokens, "gate_sum_per_expert": [_significant(x) for x in gates],
-            "conditional_tokens": int(routed), "unconditional_tokens": int(unconditional),
-            "gate_mean": sum(gates) / sum(tokens) if any(tokens) else None, **load_summary(tokens)}
+    return {
+        "tokens_per_expert": tokens,
+        "gate_sum_per_expert": [_significant(x) for x in gates],
+        "conditional_tokens": int(routed),
+        "unconditional_tokens": int(unconditional),
+        "gate_mean": sum(gates) / sum(tokens) if any(tokens) else None,
+        **load_summary(tokens),
+    }
 
 
-def _describe_prototypes(layer: MoELayer, sums_ED: Tensor, tokens_E: Tensor, *, with_matrix: bool) -> dict[str, Any]:
-    """Describe the prototypes as they are now, and how near each is to the centroid of its tokens and to the others'."""
+def _describe_prototypes(
+    layer: MoELayer, sums_ED: Tensor, tokens_E: Tensor, *, with_matrix: bool
+) -> dict[str, Any]:
+    """Describe the prototypes as they are now, and how near each is to the centroid of its tokens
+    and to the others'.
+    """
     expert_keys_ED, is_used_E = layer.router.expert_keys_ED().detach().double().cpu(), tokens_E > 0
     to_centroid_EE = similarity_matrix(expert_keys_ED, sums_ED)
     is_other_EE = is_used_E & ~torch.eye(len(tokens_E), dtype=torch.bool)
     others_E = is_other_EE.sum(dim=1)
-    matrix = {"prototype_similarity_matrix": _cosines(similarity_matrix(expert_keys_ED, expert_keys_ED))} if with_matrix else {}
-    return {**matrix, "prototype_to_centroid": _cosines(to_centroid_EE.diagonal(), is_used_E),
-            "prototype_to_other_centroids": _cosines(to_centroid_EE.where(is_other_EE, 0.0).sum(dim=1) / others_E, others_E > 0)}
+    matrix = (
+        {"prototype_similarity_matrix": _cosines(similarity_matrix(expert_keys_ED, expert_keys_ED))}
+        if with_matrix
+        else {}
+    )
+    return {
+        **matrix,
+        "prototype_to_centroid": _cosines(to_centroid_EE.diagonal(), is_used_E),
+        "prototype_to_other_centroids": _cosines(
+            to_centroid_EE.where(is_other_EE, 0.0).sum(dim=1) / others_E, others_E > 0
+        ),
+    }
 
 
 def _cosines(values: Tensor, is_known: Tensor | None = None) -> list[Any]:
     """Return cosines as they stand in the log; None for one that is not known."""
     rounded = values.round(decimals=_COSINE_DECIMALS).tolist()
-    return rounded if is_known is None else [x if known else None for x, known in zip(rounded, is_known.tolist(), strict=True)]
+    return (
+        rounded
+        if is_known is None
+        else [x if known else None for x, known in zip(rounded, is_known.tolist(), strict=True)]
+    )
 
 
 def _significant(value: float) -> float:

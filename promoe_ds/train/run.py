@@ -1,4 +1,6 @@
-"""One run, from a config to its end: run directory, checkpoint to resume from, trainer, and what happens every N steps."""
+"""One run, from a config to its end: run directory, checkpoint to resume from, trainer, and what
+happens every N steps.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +42,16 @@ class Run:
     deepspeed_plan: DeepSpeedPlan
     run_dir: Path
     resume: str
-    #: Judges the averaged weights every `evaluation.every` steps; its figures join that step's log line.
+    #: Judges the averaged weights every `evaluation.every` steps; its figures join that step's log
+    # line.
     evaluate: Evaluate | None = None
 
 
 def train(run: Run, context: DistributedContext, supervisor: Supervisor | None = None) -> None:
     """Train to the end, or to `train.stop_after_steps`, from what the run directory holds.
 
-    Raises: PromoeError of the kind that fits, the same on every rank; Preempted after a shutdown request.
+    Raises: PromoeError of the kind that fits, the same on every rank; Preempted after a shutdown
+    request.
     """
     supervisor = supervisor or Supervisor(run.config.supervision)
     supervisor.know_peers()
@@ -58,7 +62,9 @@ def train(run: Run, context: DistributedContext, supervisor: Supervisor | None =
 def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> None:
     choice = choose_checkpoint(run.resume, run.run_dir, context)
     config = with_placement_of(run.config, choice.folder)
-    trainer = Trainer.build(config, run.deepspeed_plan, context, build_dataset(config, context.device))
+    trainer = Trainer.build(
+        config, run.deepspeed_plan, context, build_dataset(config, context.device)
+    )
     if choice.folder is None:
         trainer.start_routers()
     else:
@@ -66,8 +72,13 @@ def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> Non
     trainer.check_scale()
     _describe(trainer)
     same_run = choice.folder is not None and choice.same_run
-    writer = MetricsWriter(run.run_dir, config, context, start_step=trainer.step,
-                           wandb_id=read_manifest(choice.folder).wandb_id if same_run and context.is_main else "")
+    writer = MetricsWriter(
+        run.run_dir,
+        config,
+        context,
+        start_step=trainer.step,
+        wandb_id=read_manifest(choice.folder).wandb_id if same_run and context.is_main else "",
+    )
     saver = Saver(trainer, run.run_dir / "checkpoints")
     try:
         _Actions(trainer, writer, saver, supervisor, run.evaluate).loop().run()
@@ -82,8 +93,14 @@ def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> Non
 class _Actions:
     """What happens beside training."""
 
-    def __init__(self, trainer: Trainer, writer: MetricsWriter, saver: Saver, supervisor: Supervisor,
-                 evaluate: Evaluate | None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        writer: MetricsWriter,
+        saver: Saver,
+        supervisor: Supervisor,
+        evaluate: Evaluate | None,
+    ) -> None:
         self._trainer, self._writer, self._saver = trainer, writer, saver
         self._supervisor, self._evaluate, self._logged = supervisor, evaluate, trainer.step
 
@@ -102,16 +119,23 @@ class _Actions:
         self._saver.poll()
 
     def _judge(self, finished: FinishedStep) -> None:
-        if finished.result.stop_requested:  # there are minutes left, and they belong to the checkpoint
+        if (
+            finished.result.stop_requested
+        ):  # there are minutes left, and they belong to the checkpoint
             if self._trainer.context.is_main:
                 _LOG.warning("shutdown requested: no evaluation at step %d", finished.step)
             return
-        with self._writer.paused(), self._supervisor.evaluating(), self._trainer.routing.waits_paused():
+        with (
+            self._writer.paused(),
+            self._supervisor.evaluating(),
+            self._trainer.routing.waits_paused(),
+        ):
             finished.figures |= self._evaluate(self._trainer)
 
     def _log(self, finished: FinishedStep) -> None:
-        lines = self._trainer.routing.reduce(step=finished.step, steps=finished.step - self._logged,
-                                             last=finished.is_last)
+        lines = self._trainer.routing.reduce(
+            step=finished.step, steps=finished.step - self._logged, last=finished.is_last
+        )
         self._writer.write(finished.step, {**_reduced(finished.result), **finished.figures}, lines)
         self._logged = finished.step
 
@@ -128,13 +152,27 @@ def _reduced(result: StepResult) -> dict[str, float]:
     values = torch.stack([result.terms[name].float() for name in names])
     dist.all_reduce(values)
     means = dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))
-    return {"loss": sum(means.values()), **{f"loss_{name}": value for name, value in means.items()},
-            "lr": result.lr, "grad_norm": result.grad_norm}
+    return {
+        "loss": sum(means.values()),
+        **{f"loss_{name}": value for name, value in means.items()},
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+    }
 
 
 def _describe(trainer: Trainer) -> None:
     config, plan, batches = trainer.config, trainer.deepspeed_plan, trainer.batches
-    _LOG.info("%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d, accumulation %d, "
-              "from step %d", config.name, trainer.context.world_size, config.parallel.ep_size,
-              config.parallel.resolved_dispatch, config.experts_by, plan.zero_stage, plan.precision,
-              batches.micro_batch, batches.accumulation, trainer.step)
+    _LOG.info(
+        "%s: %d ranks, ep_size %d, dispatch %s, experts by %s, ZeRO %d, %s, micro-batch %d,"
+        " accumulation %d, from step %d",
+        config.name,
+        trainer.context.world_size,
+        config.parallel.ep_size,
+        config.parallel.resolved_dispatch,
+        config.experts_by,
+        plan.zero_stage,
+        plan.precision,
+        batches.micro_batch,
+        batches.accumulation,
+        trainer.step,
+    )

@@ -22,12 +22,15 @@ from promoe_ds.train.watchdog import end_rank
 
 
 @contextmanager
-def run_directory(run_dir: Path, config: RunConfig, context: DistributedContext, *, resume: str) -> Iterator[None]:
-    """Hold the run directory for this training: create it with `config.yaml`, or check that it is this run's.
+def run_directory(
+    run_dir: Path, config: RunConfig, context: DistributedContext, *, resume: str
+) -> Iterator[None]:
+    """Hold the run directory for this training: create it with `config.yaml`, or check that it is
+    this run's.
 
     All ranks call this together; rank 0 holds the lock and writes `train.log`.
-    Raises: LockedError if another training has it; CheckpointError if it is another run's or cannot be written: the same
-    on every rank.
+    Raises: LockedError if another training has it; CheckpointError if it is another run's or cannot
+    be written: the same on every rank.
     """
     problem: PromoeError | None = None
     with ExitStack() as held:
@@ -50,19 +53,35 @@ def run_directory(run_dir: Path, config: RunConfig, context: DistributedContext,
 def _require_free(run_dir: Path) -> None:
     """Refuse a folder with anything in it that is not a run's."""
     ours = (LAUNCH_FOLDER, STACKS_FOLDER, TRAINING_LOCK)
-    if run_dir.is_dir() and not (run_dir / "config.yaml").is_file() and any(
-            path.name not in ours and not path.name.startswith(f"{TRAINING_LOCK}.") for path in run_dir.iterdir()):
-        raise CheckpointError(f"--run-dir {run_dir} is not empty and holds no run of this package: use another directory")
+    if (
+        run_dir.is_dir()
+        and not (run_dir / "config.yaml").is_file()
+        and any(
+            path.name not in ours and not path.name.startswith(f"{TRAINING_LOCK}.")
+            for path in run_dir.iterdir()
+        )
+    ):
+        raise CheckpointError(
+            f"--run-dir {run_dir} is not empty and holds no run of this package: use another"
+            " directory"
+        )
 
 
 def _lock(run_dir: Path, config: RunConfig, held: ExitStack) -> None:
-    """Take the run directory; ranks of an earlier attempt of the same launcher get the time to end."""
-    longest, restarted = config.parallel.timeout_seconds / 2, attempt_folder() is not None  # others wait in a collective
+    """Take the run directory; ranks of an earlier attempt of the same launcher get the time to
+    end.
+    """
+    longest, restarted = (
+        config.parallel.timeout_seconds / 2,
+        attempt_folder() is not None,
+    )  # others wait in a collective
     period = min(config.supervision.launcher_timeout_seconds, longest)
     if not restarted:
         wait_until_free(run_dir / LAUNCH_FOLDER / LAUNCHER_LOCK, period)
     patience = min(3 * period, longest) if restarted else 0.0
-    held.enter_context(locked(run_dir / TRAINING_LOCK, period, patience=patience, on_loss=partial(end_rank, 0)))
+    held.enter_context(
+        locked(run_dir / TRAINING_LOCK, period, patience=patience, on_loss=partial(end_rank, 0))
+    )
 
 
 def _open(run_dir: Path, config: RunConfig, resume: str) -> None:
@@ -70,16 +89,24 @@ def _open(run_dir: Path, config: RunConfig, resume: str) -> None:
     started = (run_dir / "metrics.jsonl").exists() or list_checkpoints(run_dir / "checkpoints")
     if saved.is_file() and started:
         if resume == "none":
-            raise CheckpointError(f"--run-dir {run_dir} already holds a run and --resume none would overwrite it: use "
-                                  "--resume auto to continue it, or another directory")
+            raise CheckpointError(
+                f"--run-dir {run_dir} already holds a run and --resume none would overwrite it: use"
+                " --resume auto to continue it, or another directory"
+            )
         try:
             before = read_saved(saved)
         except ConfigError as error:
-            raise CheckpointError(f"{saved} is damaged, or of another version: {error}. A checkpoint's manifest.json has the "
-                                  "config, too") from None
-        differing = differing_fields(before.model_dump(mode="json"), config, architecture_only=False)
+            raise CheckpointError(
+                f"{saved} is damaged, or of another version: {error}. A checkpoint's manifest.json"
+                " has the config, too"
+            ) from None
+        differing = differing_fields(
+            before.model_dump(mode="json"), config, architecture_only=False
+        )
         if differing:
-            raise CheckpointError(f"--run-dir {run_dir} already holds another run: {'; '.join(differing)}. To continue "
-                                  f"it with other settings, branch: --resume {run_dir} --run-dir NEW")
+            raise CheckpointError(
+                f"--run-dir {run_dir} already holds another run: {'; '.join(differing)}. To"
+                f" continue it with other settings, branch: --resume {run_dir} --run-dir NEW"
+            )
     (run_dir / "checkpoints").mkdir(exist_ok=True)
     replace_text(saved, saved_text(config))

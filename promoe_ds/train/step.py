@@ -26,7 +26,9 @@ class TrainingOutput:
 class TrainingModule(nn.Module):
     """What DeepSpeed's engine wraps: a batch in, the loss out."""
 
-    def __init__(self, denoiser: DiT, compute_context: Callable[[], AbstractContextManager] = nullcontext) -> None:
+    def __init__(
+        self, denoiser: DiT, compute_context: Callable[[], AbstractContextManager] = nullcontext
+    ) -> None:
         """Train `denoiser`, whose passes run in a context that `compute_context` makes."""
         super().__init__()
         self.denoiser, self.compute_context = denoiser, compute_context
@@ -35,11 +37,14 @@ class TrainingModule(nn.Module):
     def forward(self, batch: DiffusionBatch) -> TrainingOutput:
         """Return diffusion loss plus the auxiliary losses of all layers, added in the open.
 
-        Source: Sec. 4.3, L = Eq. 1 + lambda_RCL * Eq. 6, summed over the MoE layers; official: the auxiliary losses enter
-        the gradient alone, with weight 1; differs: accumulation and scaling treat them as the rest of the loss.
+        Source: Sec. 4.3, L = Eq. 1 + lambda_RCL * Eq. 6, summed over the MoE layers; official: the
+        auxiliary losses enter the gradient alone, with weight 1; differs: accumulation and scaling
+        treat them as the rest of the loss.
         """
         with self.compute_context():
-            output = self.denoiser.denoise(self.objective.noised(batch), self.objective.timestep(batch), batch.condition)
+            output = self.denoiser.denoise(
+                self.objective.noised(batch), self.objective.timestep(batch), batch.condition
+            )
         terms = self.objective.losses(output.prediction_BZHW, batch)
         for plan in output.plans.values():
             for name, value in plan.aux_losses.items():
@@ -47,22 +52,33 @@ class TrainingModule(nn.Module):
         terms |= self._per_layer_terms(output.plans, batch)
         return TrainingOutput(torch.stack(list(terms.values())).sum(), terms, output.plans)
 
-    def _per_layer_terms(self, plans: dict[int, RoutingPlan], batch: DiffusionBatch) -> dict[str, Tensor]:
-        """Hold each router's own prediction of the target, where it makes one, against the target: the mean over layers.
+    def _per_layer_terms(
+        self, plans: dict[int, RoutingPlan], batch: DiffusionBatch
+    ) -> dict[str, Tensor]:
+        """Hold each router's own prediction of the target, where it makes one, against the target:
+        the mean over layers.
 
         Source: per-layer regularisation of Expert Race (arXiv 2503.16057, Sec. 6).
         """
-        predictions = [plan.target_patches_BSP for plan in plans.values() if plan.target_patches_BSP is not None]
+        predictions = [
+            plan.target_patches_BSP
+            for plan in plans.values()
+            if plan.target_patches_BSP is not None
+        ]
         if not predictions:
             return {}
         target_BSP = self.denoiser.patchify(self.objective.target(batch)).float()
-        errors = torch.stack([(prediction - target_BSP).square().mean() for prediction in predictions])
+        errors = torch.stack(
+            [(prediction - target_BSP).square().mean() for prediction in predictions]
+        )
         return {"per_layer": self.denoiser.config.routing.per_layer_weight * errors.mean()}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves for the log. Terms are this rank's means over its micro-steps, on the device."""
+    """What a step leaves for the log. Terms are this rank's means over its micro-steps, on the
+    device.
+    """
 
     terms: dict[str, Tensor]
     grad_norm: float

@@ -1,4 +1,6 @@
-"""TensorBoard and Weights & Biases: the same scalars and load histograms to either, where asked for."""
+"""TensorBoard and Weights & Biases: the same scalars and load histograms to either, where asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Those of a run; one that raises is closed for good with a warning: no record is worth a training."""
+    """Those of a run; one that raises is closed for good with a warning: no record is worth a
+    training.
+    """
 
     def __init__(self, trackers: dict[str, Tracker] | None = None) -> None:
         """Write to trackers, by name."""
@@ -52,7 +56,9 @@ class Trackers:
                 _warn(name, error)
 
 
-def open_trackers(config: RunConfig, run_dir: Path, start_step: int, wandb_id: str = "") -> Trackers:
+def open_trackers(
+    config: RunConfig, run_dir: Path, start_step: int, wandb_id: str = ""
+) -> Trackers:
     """Return the trackers that a run asks for; one that cannot start is left out with a warning.
 
     Args:
@@ -61,7 +67,10 @@ def open_trackers(config: RunConfig, run_dir: Path, start_step: int, wandb_id: s
     """
     openers: dict[str, Callable[[], Tracker | None]] = {
         "TensorBoard": lambda: _open_tensorboard(config, run_dir, start_step),
-        "Weights & Biases": lambda: _Wandb(config, run_dir, wandb_id) if config.logging.wandb else None}
+        "Weights & Biases": lambda: (
+            _Wandb(config, run_dir, wandb_id) if config.logging.wandb else None
+        ),
+    }
     trackers: dict[str, Tracker] = {}
     for name, opener in openers.items():
         try:
@@ -75,23 +84,38 @@ def open_trackers(config: RunConfig, run_dir: Path, start_step: int, wandb_id: s
 
 
 def _warn(name: str, error: Exception) -> None:
-    _LOG.warning("%s fails (%s: %s): it records nothing more, training goes on", name, type(error).__name__, error)
+    _LOG.warning(
+        "%s fails (%s: %s): it records nothing more, training goes on",
+        name,
+        type(error).__name__,
+        error,
+    )
 
 
-def flatten(line: dict[str, Any], routing_lines: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, list[int]]]:
+def flatten(
+    line: dict[str, Any], routing_lines: list[dict[str, Any]]
+) -> tuple[dict[str, float], dict[str, list[int]]]:
     """Return the scalars and histograms of a log step, by name.
 
     Args:
         line: of metrics.jsonl; routing_lines: of routing.jsonl.
     """
-    scalars = {f"train/{name}": value for name, value in line.items() if name != "step" and value is not None}
+    scalars = {
+        f"train/{name}": value
+        for name, value in line.items()
+        if name != "step" and value is not None
+    }
     histograms: dict[str, list[int]] = {}
     for entry in routing_lines:
         layer = f"layer_{entry['layer']}"
         if entry["load_max_over_mean"] is not None:
-            scalars[f"load_max_over_mean/{layer}/bin_{entry['timestep_bin']}"] = entry["load_max_over_mean"]
+            scalars[f"load_max_over_mean/{layer}/bin_{entry['timestep_bin']}"] = entry[
+                "load_max_over_mean"
+            ]
         before = histograms.get(f"expert_load/{layer}", [0] * len(entry["tokens_per_expert"]))
-        histograms[f"expert_load/{layer}"] = [a + b for a, b in zip(before, entry["tokens_per_expert"], strict=True)]
+        histograms[f"expert_load/{layer}"] = [
+            a + b for a, b in zip(before, entry["tokens_per_expert"], strict=True)
+        ]
         if detail := entry.get("layer_detail"):
             scalars[f"prototype_similarity/{layer}"] = entry["prototype_similarity"]
             own = [value for value in detail["prototype_to_centroid"] if value is not None]
@@ -100,12 +124,19 @@ def flatten(line: dict[str, Any], routing_lines: list[dict[str, Any]]) -> tuple[
                 scalars[f"exchange_bytes/{layer}"] = entry["layer_bytes_exchanged"]
                 waits = [each["seconds"] for each in detail["exchanges"].values()]
                 scalars |= {} if None in waits else {f"exchange_wait_seconds/{layer}": sum(waits)}
-                scalars |= {} if detail["rank_max_over_mean"] is None else {f"rank_load/{layer}": detail["rank_max_over_mean"]}
+                scalars |= (
+                    {}
+                    if detail["rank_max_over_mean"] is None
+                    else {f"rank_load/{layer}": detail["rank_max_over_mean"]}
+                )
     for name, tokens in histograms.items():
         layer = name.rpartition("/")[2]
         scalars[f"dead_experts/{layer}"] = tokens.count(0)
         if any(tokens):
-            load = {"load_max_over_mean": max_over_mean(np.array(tokens)), "load_cv": variation(np.array(tokens))}
+            load = {
+                "load_max_over_mean": max_over_mean(np.array(tokens)),
+                "load_cv": variation(np.array(tokens)),
+            }
             scalars |= {f"{field}/{layer}": float(value) for field, value in load.items()}
     return scalars, histograms
 
@@ -122,8 +153,17 @@ class _TensorBoard:
             edges = [expert + 0.5 for expert in range(len(tokens))]
             sums = sum(expert * count for expert, count in enumerate(tokens))
             squares = sum(expert**2 * count for expert, count in enumerate(tokens))
-            self._board.add_histogram_raw(name, min=-0.5, max=edges[-1], num=sum(tokens), sum=sums, sum_squares=squares,
-                                          bucket_limits=edges, bucket_counts=tokens, global_step=step)
+            self._board.add_histogram_raw(
+                name,
+                min=-0.5,
+                max=edges[-1],
+                num=sum(tokens),
+                sum=sums,
+                sum_squares=squares,
+                bucket_limits=edges,
+                bucket_counts=tokens,
+                global_step=step,
+            )
 
     def close(self) -> None:
         self._board.close()
@@ -134,20 +174,33 @@ class _Wandb:
         try:
             import wandb
         except ImportError:
-            raise ConfigError("logging.wandb=true needs wandb: pip install 'promoe_ds[tracking]'") from None
+            raise ConfigError(
+                "logging.wandb=true needs wandb: pip install 'promoe_ds[tracking]'"
+            ) from None
         self._wandb = wandb
-        # Random, not of the path: an emptied folder is another run, a moved or restored one is the same.
+        # Random, not of the path: an emptied folder is another run, a moved or restored one is the
+        # same.
         name = read_wandb_id(run_dir) or inherited_id or secrets.token_hex(8)
-        self._run = wandb.init(project=config.logging.wandb_project, name=run_dir.name, dir=str(run_dir),
-                               config=config.model_dump(mode="json"), resume="allow", id=name)
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=config.model_dump(mode="json"),
+            resume="allow",
+            id=name,
+        )
         (run_dir / WANDB_ID).write_text(f"{name}\n", encoding="utf-8")
         # W&B's own count only grows: it would refuse the steps that a resumed run repeats.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, scalars: dict[str, float], histograms: dict[str, list[int]]) -> None:
-        bars = {name: self._wandb.Histogram(np_histogram=(np.array(tokens), np.arange(len(tokens) + 1) - 0.5))
-                for name, tokens in histograms.items()}
+        bars = {
+            name: self._wandb.Histogram(
+                np_histogram=(np.array(tokens), np.arange(len(tokens) + 1) - 0.5)
+            )
+            for name, tokens in histograms.items()
+        }
         self._run.log({"step": step, **scalars, **bars})
 
     def close(self) -> None:
@@ -161,7 +214,9 @@ def _open_tensorboard(config: RunConfig, run_dir: Path, start_step: int) -> _Ten
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         if config.logging.tensorboard is True:
-            raise ConfigError("logging.tensorboard=true needs tensorboard: pip install 'promoe_ds[tracking]'") from None
+            raise ConfigError(
+                "logging.tensorboard=true needs tensorboard: pip install 'promoe_ds[tracking]'"
+            ) from None
         _LOG.info("logging.tensorboard=auto: tensorboard is not installed, off")
         return None
     return _TensorBoard(SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1))

@@ -1,4 +1,6 @@
-"""The trainer of one rank: model, experts' shards, optimizer, DeepSpeed engine; and one step of it."""
+"""The trainer of one rank: model, experts' shards, optimizer, DeepSpeed engine; and one step of
+it.
+"""
 
 from __future__ import annotations
 
@@ -70,11 +72,18 @@ class Trainer:
         """Take the decision about each update from ZeRO, where there is ZeRO; open the loader."""
         has_zero = self.deepspeed_plan.zero_stage > 0
         self._gate = UpdateGate(self.engine.optimizer) if has_zero else None
-        self.loader = BatchLoader(self.dataset, self.module.objective, self.config, self.batches, self.context)
+        self.loader = BatchLoader(
+            self.dataset, self.module.objective, self.config, self.batches, self.context
+        )
 
     @classmethod
-    def build(cls, config: RunConfig, deepspeed_plan: DeepSpeedPlan, context: DistributedContext,
-              dataset: LatentDataset) -> Trainer:
+    def build(
+        cls,
+        config: RunConfig,
+        deepspeed_plan: DeepSpeedPlan,
+        context: DistributedContext,
+        dataset: LatentDataset,
+    ) -> Trainer:
         """Build model and engine; every rank calls this together.
 
         Weights are a function of the seed, not of the layout.
@@ -84,21 +93,39 @@ class Trainer:
             require_transformer_engine(config.precision, context.device)
         network, expert_group = _build_sharded_network(config, deepspeed_plan, context)
         uses_te = config.precision.uses_transformer_engine
-        compute = use_transformer_engine(network, config, context.device) if uses_te else nullcontext
+        compute = (
+            use_transformer_engine(network, config, context.device) if uses_te else nullcontext
+        )
         module = TrainingModule(network, compute).train()
         optimizer = AdamWithEma(
-            parameter_groups(module, config.optimizer, deepspeed_plan.precision), config.optimizer)
-        _LOG.info("optimizer: torch's fused AdamW, its state %s",
-                  "on the host" if deepspeed_plan.offloads else "with the weights")
+            parameter_groups(module, config.optimizer, deepspeed_plan.precision), config.optimizer
+        )
+        _LOG.info(
+            "optimizer: torch's fused AdamW, its state %s",
+            "on the host" if deepspeed_plan.offloads else "with the weights",
+        )
         support_optimizer(AdamWithEma)
-        engine = build_engine(module, optimizer, deepspeed_plan.json,
-                              RecordingStorage(background=config.train.async_checkpoint))
+        engine = build_engine(
+            module,
+            optimizer,
+            deepspeed_plan.json,
+            RecordingStorage(background=config.train.async_checkpoint),
+        )
         health, routing = HealthWatch(module, context), RoutingAccumulator(config, network, context)
         give_superclasses(network, config)
         return cls(
-            config=config, deepspeed_plan=deepspeed_plan, batches=plan_batches(config, context.world_size),
-            context=context, dataset=dataset, engine=engine, optimizer=optimizer, health=health, routing=routing,
-            router_state=RouterState(network), expert_group=expert_group)
+            config=config,
+            deepspeed_plan=deepspeed_plan,
+            batches=plan_batches(config, context.world_size),
+            context=context,
+            dataset=dataset,
+            engine=engine,
+            optimizer=optimizer,
+            health=health,
+            routing=routing,
+            router_state=RouterState(network),
+            expert_group=expert_group,
+        )
 
     @property
     def module(self) -> TrainingModule:
@@ -111,31 +138,46 @@ class Trainer:
         return self.module.denoiser
 
     def start_routers(self) -> None:
-        """Start routers that learn from data, before the first step of a run: the same on any number of ranks."""
+        """Start routers that learn from data, before the first step of a run: the same on any
+        number of ranks.
+        """
         slots = range(min(self.batches.global_batch, _STARTING_SAMPLES))
         objective = self.module.objective
         batch = self.loader.make(self._place(0), slots).to(self.context.device)
         # Their own condition: dropout could leave no sample for the centroids to start from.
         condition = self.loader.samples(self._place(0), slots)[1].to(self.context.device)
         with self.routing.waits_paused():
-            seed_centroids(self.network, condition, objective.noised(batch), objective.timestep(batch),
-                           self.config.train.seed)
+            seed_centroids(
+                self.network,
+                condition,
+                objective.noised(batch),
+                objective.timestep(batch),
+                self.config.train.seed,
+            )
 
     def check_scale(self) -> None:
-        """Warn, by rank 0, of a first batch whose standard deviation is far from 1: scaled twice, or not at all."""
+        """Warn, by rank 0, of a first batch whose standard deviation is far from 1: scaled twice,
+        or not at all.
+        """
         slots = range(min(self.batches.global_batch, _STARTING_SAMPLES))
         deviation = self.loader.samples(self._place(0), slots)[0].std().item()
         least, most = _USUAL_DEVIATIONS
         if self.context.is_main and not least <= deviation <= most:
-            _LOG.warning("the first batch has a standard deviation of %.3g, about 1 is usual: check data.latent_scale=%g "
-                         "(latents that were stored scaled need 1)", deviation, self.config.data.latent_scale)
+            _LOG.warning(
+                "the first batch has a standard deviation of %.3g, about 1 is usual: check"
+                " data.latent_scale=%g (latents that were stored scaled need 1)",
+                deviation,
+                self.config.data.latent_scale,
+            )
 
     def close(self) -> None:
         """End the thread that makes batches."""
         self.loader.close()
 
     def train_step(self) -> StepResult:
-        """Run one optimizer step; all ranks skip it together where a loss or gradient is not finite."""
+        """Run one optimizer step; all ranks skip it together where a loss or gradient is not
+        finite.
+        """
         lr = self._set_learning_rate()
         terms: dict[str, torch.Tensor] = {}
         problem, stop, norm = "", False, None
@@ -157,8 +199,13 @@ class Trainer:
             # Every gradient is finite, their norm overflows: the update was left out as well.
             problem = f"step {self.step - 1}: the norm of all gradients is not finite"
         self.router_state.update_running_state(skip=bool(problem))
-        return StepResult(terms=terms, grad_norm=float("nan") if problem else float(norm), lr=lr, problem=problem,
-                          stop_requested=stop)
+        return StepResult(
+            terms=terms,
+            grad_norm=float("nan") if problem else float(norm),
+            lr=lr,
+            problem=problem,
+            stop_requested=stop,
+        )
 
     def _set_learning_rate(self) -> float:
         lr = learning_rate(self.step, self.config.train.max_steps, self.config.optimizer)
@@ -193,16 +240,22 @@ class Trainer:
         return norm
 
 
-def _build_sharded_network(config: RunConfig, plan: DeepSpeedPlan,
-                           context: DistributedContext) -> tuple[DiT, dist.ProcessGroup | None]:
-    """Build the network with this rank's experts; cut on the meta device, before any memory is taken."""
+def _build_sharded_network(
+    config: RunConfig, plan: DeepSpeedPlan, context: DistributedContext
+) -> tuple[DiT, dist.ProcessGroup | None]:
+    """Build the network with this rank's experts; cut on the meta device, before any memory is
+    taken.
+    """
     with torch.device("meta"):
         network = build_model(config)
     expert_group = None
     if config.parallel.resolved_dispatch != "local":
         data_before_expert = bool(plan.json.get("use_data_before_expert_parallelism", False))
-        expert_group = make_expert_groups(config.parallel.ep_size, config.parallel.timeout_seconds,
-                                          data_before_expert=data_before_expert)
+        expert_group = make_expert_groups(
+            config.parallel.ep_size,
+            config.parallel.timeout_seconds,
+            data_before_expert=data_before_expert,
+        )
         check_placement(expert_group, required=config.parallel.expert_groups == "node")
         shard_experts(network, expert_group, context.device)
     if config.routing.rcl_scope == "global" and context.world_size > 1:

@@ -1,4 +1,6 @@
-"""The comparison as a user runs it: two candidates and two seeds, resumed, enlarged, with a run that fails."""
+"""The comparison as a user runs it: two candidates and two seeds, resumed, enlarged, with a run
+that fails.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,40 @@ import pytest
 
 from .commands import REPOSITORY, ZERO2, run
 
-TINY = ("model.hidden_size=32", "model.depth=2", "model.num_heads=2", "train.global_batch_size=8", "sampling.steps=2")
+TINY = (
+    "model.hidden_size=32",
+    "model.depth=2",
+    "model.num_heads=2",
+    "train.global_batch_size=8",
+    "sampling.steps=2",
+)
 CANDIDATES = ("digits_promoe", "dense")
 
 
 def _compare(folder: Path, seeds: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, str(REPOSITORY / "tools" / "compare.py"), "--recipes", "digits_promoe", "--variant",
-               "dense=digits_promoe,routing.method=dense", "--steps", "24", "--seeds", seeds, "--out", "out", "--samples", "20",
-               "--deepspeed_config", ZERO2, "--set", *TINY, *options, cwd=folder, timeout=500)
+    return run(
+        sys.executable,
+        str(REPOSITORY / "tools" / "compare.py"),
+        "--recipes",
+        "digits_promoe",
+        "--variant",
+        "dense=digits_promoe,routing.method=dense",
+        "--steps",
+        "24",
+        "--seeds",
+        seeds,
+        "--out",
+        "out",
+        "--samples",
+        "20",
+        "--deepspeed_config",
+        ZERO2,
+        "--set",
+        *TINY,
+        *options,
+        cwd=folder,
+        timeout=500,
+    )
 
 
 def _read(folder: Path) -> dict:
@@ -30,13 +58,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Compare two candidates with two seeds."""
     folder = tmp_path_factory.mktemp("compare")
     done = _compare(folder, "0,1")
-    assert done.returncode == 0, done.stderr + "".join(log.read_text() for log in folder.glob("out/logs/*"))
+    assert done.returncode == 0, done.stderr + "".join(
+        log.read_text() for log in folder.glob("out/logs/*")
+    )
     assert done.stdout.splitlines() == ["wrote out/comparison.json", "wrote out/comparison.html"]
     return folder
 
 
 def _times(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.glob("out/runs/*/*") if path.suffix in (".json", ".jsonl", ".yaml")}
+    return {
+        path: path.stat().st_mtime_ns
+        for path in folder.glob("out/runs/*/*")
+        if path.suffix in (".json", ".jsonl", ".yaml")
+    }
 
 
 def test_compare_json_has_every_figure_of_every_run(folder) -> None:
@@ -47,7 +81,11 @@ def test_compare_json_has_every_figure_of_every_run(folder) -> None:
         for result in entry["seeds"].values():
             assert result["checkpoint_step"] == 24
             assert [step for step, _ in result["loss_curve"]] == list(range(1, 25))
-            assert (result["images"]["samples"], result["step_ms"] > 0, 0 <= result["accuracy"] <= 1) == (20, True, True)
+            assert (
+                result["images"]["samples"],
+                result["step_ms"] > 0,
+                0 <= result["accuracy"] <= 1,
+            ) == (20, True, True)
         assert entry["summary"]["final_loss"]["n"] == entry["summary"]["frechet"]["n"] == 2
     promoe, dense = comparison["contenders"]
     assert (len(promoe["seeds"]["0"]["layers"]), dense["seeds"]["0"]["layers"]) == (1, None)
@@ -56,9 +94,14 @@ def test_compare_json_has_every_figure_of_every_run(folder) -> None:
 
 
 def test_compare_runs_of_a_seed_share_data_and_noise_not_those_of_two(folder) -> None:
-    """At step 1 all models put out zeros (adaLN-Zero): equal batches and noise have equal losses."""
-    first = {(entry["name"], seed): result["loss_curve"][0][1] for entry in _read(folder)["contenders"]
-             for seed, result in entry["seeds"].items()}
+    """At step 1 all models put out zeros (adaLN-Zero): equal batches and noise have equal
+    losses.
+    """
+    first = {
+        (entry["name"], seed): result["loss_curve"][0][1]
+        for entry in _read(folder)["contenders"]
+        for seed, result in entry["seeds"].items()
+    }
     for seed in "01":
         assert first["digits_promoe", seed] == pytest.approx(first["dense", seed], rel=1e-6)
     assert first["dense", "0"] != pytest.approx(first["dense", "1"], rel=1e-3)
@@ -88,7 +131,11 @@ def test_compare_added_seed_with_a_failing_run_keeps_the_rest(folder) -> None:
     before = _times(folder)
     done = _compare(folder, "0,1,2")
     assert done.returncode == 5, done.stderr
-    told = [line for line in done.stderr.splitlines() if "dense, seed 2: training ended with exit code 4" in line]
+    told = [
+        line
+        for line in done.stderr.splitlines()
+        if "dense, seed 2: training ended with exit code 4" in line
+    ]
     assert len(told) == 2  # when it happened, and at the end
     assert "is not empty and holds no run of this package" in told[0]
     assert "log: out/logs/dense-seed2.log" in told[0]

@@ -1,4 +1,6 @@
-"""docs/imagenet.md from a folder of images to metrics.json, as a user types it, with a tiny autoencoder."""
+"""docs/imagenet.md from a folder of images to metrics.json, as a user types it, with a tiny
+autoencoder.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,21 @@ from ..unit.evaluation.test_metrics import TinyNetwork
 from .commands import REPOSITORY, ZERO2, run
 
 RECIPE = {
-    "model": {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3},
-    "routing": {"num_experts": 4}, "data": {"dataset": "latents", "latent_scale": 0.5, "vae": "tiny", "path": "latents"},
+    "model": {
+        "input_size": 4,
+        "patch_size": 2,
+        "in_channels": 1,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 3,
+    },
+    "routing": {"num_experts": 4},
+    "data": {"dataset": "latents", "latent_scale": 0.5, "vae": "tiny", "path": "latents"},
     "train": {"max_steps": 4, "global_batch_size": 8, "log_every": 2, "checkpoint_every": 4},
-    "logging": {"tensorboard": False}, "sampling": {"steps": 3, "cfg_scale": 1.5}}
+    "logging": {"tensorboard": False},
+    "sampling": {"steps": 3, "cfg_scale": 1.5},
+}
 TWO = ("torchrun", "--standalone", "--nproc-per-node=2")
 
 
@@ -34,25 +47,98 @@ def test_pipeline_from_images_to_figures(tmp_path: Path) -> None:
     torch.jit.script(TinyNetwork()).save(str(tmp_path / "net.pt"))
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
     encode = str(REPOSITORY / "tools" / "encode_latents.py")
-    told = command(tmp_path, *TWO, encode, "--images", "imagenet", "--vae", "vae", "--vae-name", "tiny", "--out", "latents",
-                   "--image-size", "8", "--shard-size", "7")
+    told = command(
+        tmp_path,
+        *TWO,
+        encode,
+        "--images",
+        "imagenet",
+        "--vae",
+        "vae",
+        "--vae-name",
+        "tiny",
+        "--out",
+        "latents",
+        "--image-size",
+        "8",
+        "--shard-size",
+        "7",
+    )
     assert "latents: 24 records of 3 classes in 4 shards, 0 images skipped" in told
-    assert "all 24 records of 4 shards are what was written" in command(tmp_path, sys.executable, encode, "--verify", "latents")
-    # The recipe's name of the autoencoder is no folder: to decode while training, it is told one of the same weights.
-    told = command(tmp_path, *TWO, "-m", "promoe_ds.cli.train", "--recipe", "tiny.yaml", "--deepspeed_config", ZERO2, "--run-dir",
-                   "run", "--set", "data.vae=vae", "evaluation.every=4", "evaluation.reference=imagenet/val",
-                   "evaluation.samples=12", "evaluation.extractor=net.pt", "evaluation.steps=2", "parallel.ep_size=2")
+    assert "all 24 records of 4 shards are what was written" in command(
+        tmp_path, sys.executable, encode, "--verify", "latents"
+    )
+    # The recipe's name of the autoencoder is no folder: to decode while training, it is told one of
+    # the same weights.
+    told = command(
+        tmp_path,
+        *TWO,
+        "-m",
+        "promoe_ds.cli.train",
+        "--recipe",
+        "tiny.yaml",
+        "--deepspeed_config",
+        ZERO2,
+        "--run-dir",
+        "run",
+        "--set",
+        "data.vae=vae",
+        "evaluation.every=4",
+        "evaluation.reference=imagenet/val",
+        "evaluation.samples=12",
+        "evaluation.extractor=net.pt",
+        "evaluation.steps=2",
+        "parallel.ep_size=2",
+    )
     assert "frechet_distance" in told
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert ["frechet_distance" in line for line in lines] == [False, True]
-    command(tmp_path, sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), "run", "export", "--to", "single")
-    command(tmp_path, *TWO, "-m", "promoe_ds.cli.sample", "--model", "export", "--vae", "vae", "--out", "samples",
-            "--num-samples", "13")
+    command(
+        tmp_path,
+        sys.executable,
+        str(REPOSITORY / "tools" / "convert_checkpoint.py"),
+        "run",
+        "export",
+        "--to",
+        "single",
+    )
+    command(
+        tmp_path,
+        *TWO,
+        "-m",
+        "promoe_ds.cli.sample",
+        "--model",
+        "export",
+        "--vae",
+        "vae",
+        "--out",
+        "samples",
+        "--num-samples",
+        "13",
+    )
     assert len(list((tmp_path / "samples").glob("img*_class*.png"))) == 13
-    told = command(tmp_path, *TWO, "-m", "promoe_ds.cli.evaluate", "--samples", "samples", "--reference", "imagenet/val",
-                   "--extractor", "net.pt", "--out", "metrics.json")
+    told = command(
+        tmp_path,
+        *TWO,
+        "-m",
+        "promoe_ds.cli.evaluate",
+        "--samples",
+        "samples",
+        "--reference",
+        "imagenet/val",
+        "--extractor",
+        "net.pt",
+        "--out",
+        "metrics.json",
+    )
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert list(report["metrics"]) == ["fid", "sfid", "is", "precision", "recall"] and "fid" in told
-    assert (report["samples"]["count"], report["reference"]["images"], report["protocol"]["processes"]) == (13, 12, 2)
+    assert (
+        report["samples"]["count"],
+        report["reference"]["images"],
+        report["protocol"]["processes"],
+    ) == (13, 12, 2)
     index = json.loads((tmp_path / "latents" / "index.json").read_text())
     assert report["samples"]["settings"]["vae"] == index["vae"]["fingerprint"]

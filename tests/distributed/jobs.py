@@ -15,10 +15,21 @@ from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from ..processes import Forks, ranks
 from .worker import run_worker
 
-#: A network of the smallest size that has everything: dense and MoE blocks, shared and unconditional experts.
-TINY = ("model.hidden_size=32", "model.depth=4", "model.num_heads=2", "train.global_batch_size=16", "train.log_every=1",
-        "train.max_steps=20", "train.checkpoint_every=100", "optimizer.max_grad_norm=0.5", "optimizer.warmup_steps=4",
-        "logging.tensorboard=off", "parallel.timeout_seconds=60")
+#: A network of the smallest size that has everything: dense and MoE blocks, shared and
+# unconditional experts.
+TINY = (
+    "model.hidden_size=32",
+    "model.depth=4",
+    "model.num_heads=2",
+    "train.global_batch_size=16",
+    "train.log_every=1",
+    "train.max_steps=20",
+    "train.checkpoint_every=100",
+    "optimizer.max_grad_norm=0.5",
+    "optimizer.warmup_steps=4",
+    "logging.tensorboard=off",
+    "parallel.timeout_seconds=60",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +51,9 @@ class Job:
 
 
 def run_jobs(world_size: int, jobs: list[Job], folder: Path, *, timeout: int = 400) -> list[str]:
-    """Run jobs one after the other on `world_size` processes; return each one's error message ("" for none)."""
+    """Run jobs one after the other on `world_size` processes; return each one's error message (""
+    for none).
+    """
     target = folder / f"errors_{world_size}.json"
     target.unlink(missing_ok=True)
     with start_jobs(world_size, jobs, folder) as forks:
@@ -50,7 +63,12 @@ def run_jobs(world_size: int, jobs: list[Job], folder: Path, *, timeout: int = 4
 
 def start_jobs(world_size: int, jobs: list[Job], folder: Path) -> Forks:
     """Start jobs on `world_size` processes and return at once."""
-    return ranks(world_size, run_worker, [job.as_json() for job in jobs], folder / f"errors_{world_size}.json")
+    return ranks(
+        world_size,
+        run_worker,
+        [job.as_json() for job in jobs],
+        folder / f"errors_{world_size}.json",
+    )
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -62,7 +80,9 @@ def routing(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out how long ranks waited for exchanges, and the tables over several intervals, which end where a process ends."""
+    """Leave out how long ranks waited for exchanges, and the tables over several intervals, which
+    end where a process ends.
+    """
     kept = []
     for line in lines:
         detail = dict(line.pop("layer_detail", {}))
@@ -83,7 +103,9 @@ def state(run_dir: Path, kind: str = "weights") -> dict[str, torch.Tensor]:
 
 
 def without_key_bias(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Drop the key third of every qkv bias: its true gradient is zero, Adam follows rounding noise there."""
+    """Drop the key third of every qkv bias: its true gradient is zero, Adam follows rounding noise
+    there.
+    """
     result = {}
     for name, value in tensors.items():
         if name.endswith("qkv.bias"):

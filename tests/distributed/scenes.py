@@ -1,4 +1,6 @@
-"""Small layers and batches that every way of moving tokens is tried on: usual ones, and the corners of routing."""
+"""Small layers and batches that every way of moving tokens is tried on: usual ones, and the corners
+of routing.
+"""
 
 from __future__ import annotations
 

@@ -15,15 +15,25 @@ from promoe_ds.evaluation.sharded_model import load_sharded_model
 
 
 def run_task(kind: str, values: dict, team: DistributedContext) -> str:
-    """Run one task; return "", the message of the error that ended it, or the experts' parameters that are held here."""
-    values = {name: Path(value) if name in ("model", "out", "samples", "reference", "source") else value
-              for name, value in values.items()}
+    """Run one task; return "", the message of the error that ended it, or the experts' parameters
+    that are held here.
+    """
+    values = {
+        name: Path(value) if name in ("model", "out", "samples", "reference", "source") else value
+        for name, value in values.items()
+    }
     try:
         if kind == "sample":
             draw_samples(SampleRequest(**values), team)
         elif kind == "share":
             network = load_sharded_model(values["model"], team, ep_size=values["ep_size"])
-            return str(sum(p.numel() for layer in network.moe_layers().values() for p in layer.routed.parameters()))
+            return str(
+                sum(
+                    p.numel()
+                    for layer in network.moe_layers().values()
+                    for p in layer.routed.parameters()
+                )
+            )
         elif kind == "encode":
             encode(EncodeRequest(**values), team)
         else:

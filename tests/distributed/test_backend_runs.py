@@ -1,4 +1,6 @@
-"""Training runs over every expert path, and with every option of scale: the same losses, norms, weights and averages."""
+"""Training runs over every expert path, and with every option of scale: the same losses, norms,
+weights and averages.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,16 @@ from promoe_ds.checkpoint.manifest import list_checkpoints
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 
-pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core: pip install '.[megatron]'")
+pytestmark = pytest.mark.skipif(
+    find_spec("megatron") is None, reason="needs megatron-core: pip install '.[megatron]'"
+)
 
 STEPS = 8
-CAPACITY, MEGATRON, GATHER = (("parallel.dispatch=deepspeed_moe",), ("parallel.dispatch=megatron",),
-                              ("parallel.dispatch=megatron", "parallel.megatron_dispatcher=allgather"))
+CAPACITY, MEGATRON, GATHER = (
+    ("parallel.dispatch=deepspeed_moe",),
+    ("parallel.dispatch=megatron",),
+    ("parallel.dispatch=megatron", "parallel.megatron_dispatcher=allgather"),
+)
 TWO_CHOICES = ("routing.top_k=2", "routing.balance_weight=0.01")
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 #: Name -> ranks, ep_size, overrides, ZeRO section. Each is held against `plain` (or `plain_k2`).
@@ -51,8 +58,12 @@ EXACT = tuple(name for name in RUNS if name not in (*ROUNDED, "plain", "plain_k2
 def _job(folder: Path, name: str, *more: str) -> Job:
     _, ep_size, overrides, zero = RUNS[name]
     deepspeed = {"zero_optimization": {"stage": 2, **zero}} if zero else {}
-    return Job(run_dir=folder, deepspeed=deepspeed, zero_stage=zero.get("stage", 2),
-               overrides=(f"parallel.ep_size={ep_size}", f"train.max_steps={STEPS}", *overrides, *more))
+    return Job(
+        run_dir=folder,
+        deepspeed=deepspeed,
+        zero_stage=zero.get("stage", 2),
+        overrides=(f"parallel.ep_size={ep_size}", f"train.max_steps={STEPS}", *overrides, *more),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +87,18 @@ def test_run_any_path_equals_plain(runs, name) -> None:
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
     assert any(line["grad_norm"] > 0.5 for line in found), "clipping was never active"
     for kind in ("weights", "ema"):
-        whole, other = (without_key_bias(state(runs[run], kind)) for run in (_reference(name), name))
+        whole, other = (
+            without_key_bias(state(runs[run], kind)) for run in (_reference(name), name)
+        )
         assert other.keys() == whole.keys()
         for parameter, value in whole.items():
-            torch.testing.assert_close(other[parameter], value, rtol=1e-4, atol=2e-6, msg=lambda t, n=parameter: f"{n}: {t}")
+            torch.testing.assert_close(
+                other[parameter],
+                value,
+                rtol=1e-4,
+                atol=2e-6,
+                msg=lambda t, n=parameter: f"{n}: {t}",
+            )
 
 
 @pytest.mark.parametrize(("name", "close"), [("wire_bf16", 2e-3), ("wire_fp8", 2e-2)])
@@ -87,16 +106,30 @@ def test_run_narrow_wire_stays_near_and_moves_less(runs, name, close) -> None:
     losses = [[line["loss"] for line in metrics(runs[run])] for run in ("plain", name)]
     assert losses[1] == pytest.approx(losses[0], rel=close)
     assert losses[1] != losses[0]
-    moved = {run: sum(line["layer_bytes_exchanged"] for line in routing(runs[run])
-                      if (line["step"], line["timestep_bin"]) == (1, 0)) for run in ("plain", name)}
+    moved = {
+        run: sum(
+            line["layer_bytes_exchanged"]
+            for line in routing(runs[run])
+            if (line["step"], line["timestep_bin"]) == (1, 0)
+        )
+        for run in ("plain", name)
+    }
     ratio = {"wire_bf16": 1 / 2, "wire_fp8": (32 + 4) / (4 * 32)}[name]  # rows of 32 fp32 numbers
     assert moved[name] == ratio * moved["plain"]
 
 
 def test_run_tight_capacity_drops_rows_and_moves_fixed_slots(runs) -> None:
-    assert metrics(runs["capacity_tight"])[-1]["loss"] != pytest.approx(metrics(runs["plain"])[-1]["loss"], rel=1e-5)
-    moved = [line["layer_bytes_exchanged"] for line in routing(runs["capacity_tight"]) if line["timestep_bin"] == 0]
-    slots = 16  # 0.5 * 8 images * 16 tokens / 4 experts, from each rank to the two experts elsewhere
+    assert metrics(runs["capacity_tight"])[-1]["loss"] != pytest.approx(
+        metrics(runs["plain"])[-1]["loss"], rel=1e-5
+    )
+    moved = [
+        line["layer_bytes_exchanged"]
+        for line in routing(runs["capacity_tight"])
+        if line["timestep_bin"] == 0
+    ]
+    slots = (
+        16  # 0.5 * 8 images * 16 tokens / 4 experts, from each rank to the two experts elsewhere
+    )
     assert set(moved) == {2 * 2 * slots * 4 * 32 * 4}
 
 
@@ -110,23 +143,43 @@ def test_run_path_interrupted_goes_on_over_another(runs, tmp_path, name) -> None
     for folder in ("run", "whole"):
         for before, after in zip(metrics(runs["plain"]), metrics(tmp_path / folder), strict=True):
             assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
-    assert [line["loss"] for line in metrics(tmp_path / "whole")] == [line["loss"] for line in metrics(runs[name])]
+    assert [line["loss"] for line in metrics(tmp_path / "whole")] == [
+        line["loss"] for line in metrics(runs[name])
+    ]
     expected, found = state(runs[name]), state(tmp_path / "whole")
     assert all(torch.equal(found[parameter], value) for parameter, value in expected.items())
 
 
 @pytest.mark.parametrize("name", ["megatron", "capacity", "megatron_whole"])
 def test_run_path_converts_to_one_file(runs, tmp_path, name) -> None:
-    convert(list_checkpoints(runs[name] / "checkpoints")[0], Request(destination=tmp_path / "export", to="single", weights="raw"))
+    convert(
+        list_checkpoints(runs[name] / "checkpoints")[0],
+        Request(destination=tmp_path / "export", to="single", weights="raw"),
+    )
     found, expected = load_model(tmp_path / "export").state_dict(), state(runs[name])
     assert all(torch.equal(found[parameter], value) for parameter, value in expected.items())
 
 
 def test_run_path_in_bf16_stays_near_the_default_one(tmp_path) -> None:
-    folders = {name: tmp_path / name for name in ("plain", "megatron", "capacity", "wire_fp8", "offload")}
-    jobs = [Job(run_dir=folder, overrides=("parallel.ep_size=2", "train.max_steps=4", "precision.compute=bf16", *RUNS[name][2]),
-                deepspeed={"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2, **RUNS[name][3]}})
-            for name, folder in folders.items()]
+    folders = {
+        name: tmp_path / name for name in ("plain", "megatron", "capacity", "wire_fp8", "offload")
+    }
+    jobs = [
+        Job(
+            run_dir=folder,
+            overrides=(
+                "parallel.ep_size=2",
+                "train.max_steps=4",
+                "precision.compute=bf16",
+                *RUNS[name][2],
+            ),
+            deepspeed={
+                "bf16": {"enabled": "auto"},
+                "zero_optimization": {"stage": 2, **RUNS[name][3]},
+            },
+        )
+        for name, folder in folders.items()
+    ]
     assert run_jobs(2, jobs, tmp_path) == [""] * len(jobs)
     plain, *others = ([line["loss"] for line in metrics(folder)] for folder in folders.values())
     for losses in others:
@@ -134,9 +187,22 @@ def test_run_path_in_bf16_stays_near_the_default_one(tmp_path) -> None:
 
 
 def test_run_megatron_flex_without_device_is_refused(tmp_path) -> None:
-    job = Job(run_dir=tmp_path / "run", overrides=("parallel.ep_size=2", *MEGATRON, "parallel.megatron_dispatcher=flex"))
-    eight = Job(run_dir=tmp_path / "fp8", overrides=("precision.compute=fp8",), deepspeed={"bf16": {"enabled": True}})
+    job = Job(
+        run_dir=tmp_path / "run",
+        overrides=("parallel.ep_size=2", *MEGATRON, "parallel.megatron_dispatcher=flex"),
+    )
+    eight = Job(
+        run_dir=tmp_path / "fp8",
+        overrides=("precision.compute=fp8",),
+        deepspeed={"bf16": {"enabled": True}},
+    )
     flex, fp8 = run_jobs(2, [job, eight], tmp_path)
-    assert flex == "parallel.megatron_dispatcher=flex is DeepEP's, which runs on CUDA devices alone: use alltoall or allgather"
-    assert fp8.startswith("precision.compute=fp8, precision.kernels=auto: Transformer Engine runs on CUDA devices alone, this "
-                          "process runs on the cpu")
+    assert (
+        flex
+        == "parallel.megatron_dispatcher=flex is DeepEP's, which runs on CUDA devices alone: use"
+        " alltoall or allgather"
+    )
+    assert fp8.startswith(
+        "precision.compute=fp8, precision.kernels=auto: Transformer Engine runs on CUDA devices"
+        " alone, this process runs on the cpu"
+    )

@@ -1,4 +1,6 @@
-"""Every expert path gives the results and gradients of one process that holds all experts, and moves what it says."""
+"""Every expert path gives the results and gradients of one process that holds all experts, and
+moves what it says.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from promoe_ds.routing import partition_samples
 from ..processes import run_ranks
 from .scenes import EXPERTS, NULL, SCENES, WIDTH, scene, whole_layer
 
-pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core: pip install '.[megatron]'")
+pytestmark = pytest.mark.skipif(
+    find_spec("megatron") is None, reason="needs megatron-core: pip install '.[megatron]'"
+)
 
 #: Name -> what it adds to the parallel section, and to the routing section.
 PATHS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -37,18 +41,34 @@ PATHS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def _config(path: str, top_k: int, ep_size: int) -> RunConfig:
     parallel, routing = PATHS[path]
-    return config_from_dict({
-        "name": "t", "model": {"hidden_size": WIDTH, "depth": 2, "num_heads": 2, "num_classes": NULL},
-        "routing": {"num_experts": EXPERTS, "top_k": top_k, "expert_width": 8, **routing},
-        "parallel": {"ep_size": ep_size, **parallel}, "train": {"max_steps": 1}, "data": {"dataset": "synthetic"}}, source="test")
+    return config_from_dict(
+        {
+            "name": "t",
+            "model": {"hidden_size": WIDTH, "depth": 2, "num_heads": 2, "num_classes": NULL},
+            "routing": {"num_experts": EXPERTS, "top_k": top_k, "expert_width": 8, **routing},
+            "parallel": {"ep_size": ep_size, **parallel},
+            "train": {"max_steps": 1},
+            "data": {"dataset": "synthetic"},
+        },
+        source="test",
+    )
 
 
-def _pass(layer: torch.nn.Module, config: RunConfig, tokens: torch.Tensor, labels: torch.Tensor, weight: int):
+def _pass(
+    layer: torch.nn.Module,
+    config: RunConfig,
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    weight: int,
+):
     partition = partition_samples(
-        ClassCondition(labels, NULL), has_unconditional_expert=config.routing.num_unconditional_experts > 0
+        ClassCondition(labels, NULL),
+        has_unconditional_expert=config.routing.num_unconditional_experts > 0,
     )
     output, plan = layer(tokens.requires_grad_(), partition)
-    ((output * torch.linspace(-1, 1, WIDTH)).sum() + weight * sum(plan.aux_losses.values())).backward()
+    (
+        (output * torch.linspace(-1, 1, WIDTH)).sum() + weight * sum(plan.aux_losses.values())
+    ).backward()
     return output.detach(), plan
 
 
@@ -67,14 +87,26 @@ def _watch_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from megatron.core.tensor_parallel import mappings
 
     moved: list[int] = []
-    exchange, gather, scatter = dist.all_to_all_single, mappings.dist_all_gather_func, mappings.dist_reduce_scatter_func
+    exchange, gather, scatter = (
+        dist.all_to_all_single,
+        mappings.dist_all_gather_func,
+        mappings.dist_reduce_scatter_func,
+    )
 
-    def exchanged(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+    def exchanged(
+        output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False
+    ):
         world_size, here = dist.get_world_size(group), dist.get_rank(group)
-        kept = input.shape[0] // world_size if input_split_sizes is None else int(input_split_sizes[here])
+        kept = (
+            input.shape[0] // world_size
+            if input_split_sizes is None
+            else int(input_split_sizes[here])
+        )
         if input.is_floating_point() or input.dtype == torch.uint8:
             moved.append((input.shape[0] - kept) * input[:1].nbytes if input.numel() else 0)
-        return exchange(output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
+        return exchange(
+            output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op
+        )
 
     def gathered(output, input, group=None):
         if input.is_floating_point():
@@ -103,23 +135,33 @@ def _run_rank(folder: Path) -> None:
         assert isinstance(layer.routed, ShardedExperts)
         layer.routed.to_empty(device="cpu").mark_parameters()
         for weight, parameter in layer.routed.named_parameters():
-            parameter.data.copy_(getattr(full, weight).data[rank * share:(rank + 1) * share])
+            parameter.data.copy_(getattr(full, weight).data[rank * share : (rank + 1) * share])
         layer.router.reduce_sum = all_reduce_sum(None)
         tokens, labels = scene(name, rank)
         moved.clear()
         output, plan = _pass(layer, config, tokens, labels, 1)
         counts_E = plan.assignment.tokens_per_expert_E
         results[path, name, top_k] = {
-            "output": output, "tokens": tokens.grad, "gradients": {name: p.grad for name, p in layer.named_parameters()},
-            "moved": sum(moved), "claimed": int(layer.dispatcher.bytes_exchanged(plan.assignment, WIDTH, 4)),
-            "rows_leaving": int(counts_E.sum() - counts_E[rank * share:(rank + 1) * share].sum())}
+            "output": output,
+            "tokens": tokens.grad,
+            "gradients": {name: p.grad for name, p in layer.named_parameters()},
+            "moved": sum(moved),
+            "claimed": int(layer.dispatcher.bytes_exchanged(plan.assignment, WIDTH, 4)),
+            "rows_leaving": int(counts_E.sum() - counts_E[rank * share : (rank + 1) * share].sum()),
+        }
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def _cases(world_size: int) -> list[tuple[str, str, int]]:
     names = SCENES if world_size == 2 else SCENES[::3]
-    return [(path, name, top_k) for path in PATHS for name in names for top_k in (1, 3) if top_k == 1 or name == "usual"]
+    return [
+        (path, name, top_k)
+        for path in PATHS
+        for name in names
+        for top_k in (1, 3)
+        if top_k == 1 or name == "usual"
+    ]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -138,21 +180,36 @@ def test_path_any_equals_one_process(ranks, subtests) -> None:
             whole = whole_layer(config, name)
             parts = [scene(name, rank) for rank in range(world_size)]
             tokens = torch.cat([part[0] for part in parts])
-            output, _ = _pass(whole, config, tokens, torch.cat([part[1] for part in parts]), world_size)
+            output, _ = _pass(
+                whole, config, tokens, torch.cat([part[1] for part in parts]), world_size
+            )
             found = [rank[case] for rank in ranks]
             torch.testing.assert_close(torch.cat([one["output"] for one in found]), output, **close)
-            torch.testing.assert_close(torch.cat([one["tokens"] for one in found]), tokens.grad, **close)
+            torch.testing.assert_close(
+                torch.cat([one["tokens"] for one in found]), tokens.grad, **close
+            )
             for weight, parameter in whole.named_parameters():
                 pieces = [one["gradients"][weight] for one in found]
                 gradient = torch.cat(pieces) if weight.startswith("routed.") else sum(pieces)
-                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda t, n=weight: f"{n}: {t}")
+                torch.testing.assert_close(
+                    gradient,
+                    parameter.grad,
+                    rtol=1e-4,
+                    atol=1e-4,
+                    msg=lambda t, n=weight: f"{n}: {t}",
+                )
 
 
 def test_path_moves_the_bytes_it_says(ranks, subtests) -> None:
-    """deepspeed: exactly the rows whose expert lives elsewhere; Megatron's all-to-all: those and their gates."""
+    """deepspeed: exactly the rows whose expert lives elsewhere; Megatron's all-to-all: those and
+    their gates.
+    """
     for case in _cases(len(ranks)):
         with subtests.test("-".join(map(str, case))):
-            moved, claimed, rows = (sum(rank[case][name] for rank in ranks) for name in ("moved", "claimed", "rows_leaving"))
+            moved, claimed, rows = (
+                sum(rank[case][name] for rank in ranks)
+                for name in ("moved", "claimed", "rows_leaving")
+            )
             ideal = 4 * 4 * WIDTH * rows  # four crossings of WIDTH fp32 numbers
             assert moved == claimed
             if case[0] == "exact":

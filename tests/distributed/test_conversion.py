@@ -1,4 +1,6 @@
-"""Conversion of real checkpoints: round trips bit for bit, the export is the live model, nothing is lost on the way."""
+"""Conversion of real checkpoints: round trips bit for bit, the export is the live model, nothing is
+lost on the way.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Train a few steps on several layouts, with several methods."""
     folder = tmp_path_factory.mktemp("conversion")
     for ranks in (1, 2):
-        jobs = [Job(run_dir=folder / name, recipe=recipe, zero_stage=stage, bf16=bf16, overrides=(*overrides, "train.max_steps=3"))
-                for name, (world, stage, bf16, recipe, overrides) in RUNS.items() if world == ranks]
+        jobs = [
+            Job(
+                run_dir=folder / name,
+                recipe=recipe,
+                zero_stage=stage,
+                bf16=bf16,
+                overrides=(*overrides, "train.max_steps=3"),
+            )
+            for name, (world, stage, bf16, recipe, overrides) in RUNS.items()
+            if world == ranks
+        ]
         assert run_jobs(ranks, jobs, folder) == [""] * len(jobs)
     return {name: folder / name for name in RUNS}
 
@@ -48,7 +59,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def contents(path: Path, config=None) -> dict[tuple[str, str], torch.Tensor]:
     """Read everything that a checkpoint of any format holds."""
     source = open_source(path, config)
-    values = {(kind, name): source.read(kind, name).clone() for kind in source.kinds for name in source.names(kind)}
+    values = {
+        (kind, name): source.read(kind, name).clone()
+        for kind in source.kinds
+        for name in source.names(kind)
+    }
     for kind in source.kinds:
         source.check(kind)
     return values
@@ -69,7 +84,13 @@ def assert_equal(found: dict, expected: dict) -> None:
 def test_round_trip_over_official_is_bit_exact(runs, tmp_path, name) -> None:
     go(runs[name], tmp_path / "official", "official", with_optimizer=True)
     config = open_source(runs[name]).info.config
-    go(tmp_path / "official" / "ckpt_step_3.pth", tmp_path / "back", "deepspeed", config, with_optimizer=True)
+    go(
+        tmp_path / "official" / "ckpt_step_3.pth",
+        tmp_path / "back",
+        "deepspeed",
+        config,
+        with_optimizer=True,
+    )
     assert_equal(contents(tmp_path / "back"), contents(runs[name]))
     info = open_source(tmp_path / "back").info
     assert (info.step, info.samples_seen) == (3, 48)
@@ -90,7 +111,10 @@ def test_export_equals_official_and_live_model(runs, tmp_path) -> None:
     config = read_export_config(tmp_path / "a")
     go(tmp_path / "official" / "ckpt_step_3.pth", tmp_path / "b", "single", config)
     a, b = load_model(tmp_path / "a"), load_model(tmp_path / "b")
-    latents, timestep = torch.randn(4, config.model.in_channels, 8, 8), torch.tensor([0.0, 20.0, 500.0, 999.0])
+    latents, timestep = (
+        torch.randn(4, config.model.in_channels, 8, 8),
+        torch.tensor([0.0, 20.0, 500.0, 999.0]),
+    )
     labels = torch.tensor([0, 1, config.model.null_label, 3])
     with torch.no_grad():
         assert torch.equal(a(latents, timestep, labels), b(latents, timestep, labels))
@@ -104,43 +128,63 @@ def test_round_trip_over_diffusers_is_bit_exact_and_draws_the_same(runs, tmp_pat
         go(run_dir, folder / "single", "single")
         go(folder / "pipeline", folder / "back", "single")
         assert_equal(contents(folder / "back"), contents(folder / "single"))
-    code = ("import os, sys; sys.modules['deepspeed'] = None\n"
-            "import numpy as np, torch\n"
-            "from promoe_ds import ProMoEPipeline, load_model\n"
-            "from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples\n"
-            "from pathlib import Path\n"
-            "def check():\n"
-            "  pipeline = ProMoEPipeline.from_pretrained('pipeline')\n"
-            "  x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([10.0, 500.0, 990.0]), torch.tensor([1, 10, 3])\n"
-            "  with torch.no_grad():\n"
-            "      assert torch.equal(pipeline.transformer(x, t, y).sample, load_model('single')(x, t, y))\n"
-            "  images = pipeline([0, 1, 2, 3], num_inference_steps=3, guidance_scale=1.5, seed=5, output_type='np').images\n"
-            "  draw_samples(SampleRequest(model=Path('single'), out=Path('out'), num=4, steps=3, cfg_scale=1.5, seed=5,\n"
-            "                             classes=(0, 1, 2, 3), exact=False))\n"  # one batch, as the pipeline's
-            "  drawn = np.load('out/samples.npz')['arr_0']\n"
-            "  assert np.array_equal((images * 255).round().astype('uint8'), drawn)\n"
-            "  pipeline.save_pretrained('again')\n"
-            "  again = ProMoEPipeline.from_pretrained('again')\n"
-            "  assert all(torch.equal(a, b) for a, b in zip(again.transformer.state_dict().values(),\n"
-            "                                               pipeline.transformer.state_dict().values(), strict=True))\n"
-            "for folder in sys.argv[1:]:\n"
-            "  os.chdir(folder)\n"
-            "  check()\n")
-    done = run([sys.executable, "-c", code, *(str(tmp_path / name) for name in runs)], cwd=tmp_path, env=environment(), timeout=400)
+    code = (
+        "import os, sys; sys.modules['deepspeed'] = None\n"
+        "import numpy as np, torch\n"
+        "from promoe_ds import ProMoEPipeline, load_model\n"
+        "from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples\n"
+        "from pathlib import Path\n"
+        "def check():\n"
+        "  pipeline = ProMoEPipeline.from_pretrained('pipeline')\n"
+        "  x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([10.0, 500.0, 990.0]), torch.tensor([1,"
+        " 10, 3])\n"
+        "  with torch.no_grad():\n"
+        "      assert torch.equal(pipeline.transformer(x, t, y).sample, load_model('single')(x, t,"
+        " y))\n"
+        "  images = pipeline([0, 1, 2, 3], num_inference_steps=3, guidance_scale=1.5, seed=5,"
+        " output_type='np').images\n"
+        "  draw_samples(SampleRequest(model=Path('single'), out=Path('out'), num=4, steps=3,"
+        " cfg_scale=1.5, seed=5,\n"
+        # one batch, as the pipeline's
+        "                             classes=(0, 1, 2, 3), exact=False))\n"
+        "  drawn = np.load('out/samples.npz')['arr_0']\n"
+        "  assert np.array_equal((images * 255).round().astype('uint8'), drawn)\n"
+        "  pipeline.save_pretrained('again')\n"
+        "  again = ProMoEPipeline.from_pretrained('again')\n"
+        "  assert all(torch.equal(a, b) for a, b in zip(again.transformer.state_dict().values(),\n"
+        "                                               pipeline.transformer.state_dict().values(),"
+        " strict=True))\n"
+        "for folder in sys.argv[1:]:\n"
+        "  os.chdir(folder)\n"
+        "  check()\n"
+    )
+    done = run(
+        [sys.executable, "-c", code, *(str(tmp_path / name) for name in runs)],
+        cwd=tmp_path,
+        env=environment(),
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_published_file_opens_with_plain_torch(runs, tmp_path) -> None:
     go(runs["zero2_ep2"], tmp_path / "official", "official", with_optimizer=True)
     content = torch.load(tmp_path / "official" / "ckpt_step_3.pth", weights_only=True)
-    assert list(content) == ["step", "model_state_dict", "ema_model_state_dict", "optimizer_state_dict"]
+    assert list(content) == [
+        "step",
+        "model_state_dict",
+        "ema_model_state_dict",
+        "optimizer_state_dict",
+    ]
     names, states = list(content["model_state_dict"]), content["optimizer_state_dict"]["state"]
     assert names[0] == "pos_embed"
     assert 0 not in states
     assert len(states) == len(names) - 1
     for index, state in states.items():
         assert state["exp_avg"].shape == content["model_state_dict"][names[index]].shape
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(value) for value in content["model_state_dict"].values()])
+    optimizer = torch.optim.AdamW(
+        [torch.nn.Parameter(value) for value in content["model_state_dict"].values()]
+    )
     optimizer.load_state_dict(content["optimizer_state_dict"])
 
 
@@ -164,19 +208,33 @@ def test_weights_by_name_and_type(runs, tmp_path) -> None:
     assert list(tmp_path.glob("*.unfinished")) == []
 
 
-def test_foreign_architecture_of_a_published_file_is_refused_even_unverified(runs, tmp_path) -> None:
+def test_foreign_architecture_of_a_published_file_is_refused_even_unverified(
+    runs, tmp_path
+) -> None:
     go(runs["zero2_ep2"], tmp_path / "official", "official", with_optimizer=True)
     file = tmp_path / "official" / "ckpt_step_3.pth"
     wider = open_source(runs["zero2_ep2"]).info.config
-    wider = wider.model_copy(update={"routing": wider.routing.model_copy(update={"expert_width": 96})})
-    with pytest.raises(CheckpointError, match=r"weights: .* has shape \(64, 32\) instead of \(96, 32\)"):
+    wider = wider.model_copy(
+        update={"routing": wider.routing.model_copy(update={"expert_width": 96})}
+    )
+    with pytest.raises(
+        CheckpointError, match=r"weights: .* has shape \(64, 32\) instead of \(96, 32\)"
+    ):
         go(file, tmp_path / "x", "single", wider, verify=False)
     content = torch.load(file, weights_only=True)
-    for change, message in (({"step": "three"}, "is not laid out as"), ({"model_state_dict": [1]}, "is not laid out as"),
-                            ({"optimizer_state_dict": {"state": {1: {}}}}, "holds the state of 1 parameters")):
+    for change, message in (
+        ({"step": "three"}, "is not laid out as"),
+        ({"model_state_dict": [1]}, "is not laid out as"),
+        ({"optimizer_state_dict": {"state": {1: {}}}}, "holds the state of 1 parameters"),
+    ):
         torch.save({**content, **change}, tmp_path / "broken.pth")
         with pytest.raises(CheckpointError, match=rf"broken\.pth.*{message}"):
-            go(tmp_path / "broken.pth", tmp_path / "x", "single", open_source(runs["zero2_ep2"]).info.config)
+            go(
+                tmp_path / "broken.pth",
+                tmp_path / "x",
+                "single",
+                open_source(runs["zero2_ep2"]).info.config,
+            )
 
 
 def test_left_over_and_missing_state_of_an_export_is_named(runs, tmp_path) -> None:
@@ -195,12 +253,16 @@ def test_value_beyond_fp16_is_named(runs, tmp_path) -> None:
     tensors = load_file(file)
     tensors["final_layer.linear.bias"][0] = 1e6
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match=r"ema of final_layer\.linear\.bias reaches 1e\+06, beyond fp16"):
+    with pytest.raises(
+        CheckpointError, match=r"ema of final_layer\.linear\.bias reaches 1e\+06, beyond fp16"
+    ):
         go(tmp_path / "single", tmp_path / "x", "single", dtype="fp16")
 
 
 def test_file_that_the_manifest_does_not_list_is_not_read(runs, tmp_path) -> None:
-    checkpoint = Path(shutil.copytree(list_checkpoints(runs["zero2_ep2"] / "checkpoints")[0], tmp_path / "c"))
+    checkpoint = Path(
+        shutil.copytree(list_checkpoints(runs["zero2_ep2"] / "checkpoints")[0], tmp_path / "c")
+    )
     path = checkpoint / "manifest.json"
     values = json.loads(path.read_text())
     del values["files"]["zero_pp_rank_1_mp_rank_00_optim_states.pt"], values["xxh3"]
@@ -211,18 +273,27 @@ def test_file_that_the_manifest_does_not_list_is_not_read(runs, tmp_path) -> Non
 
 def test_running_state_of_an_average_that_differs_is_named(runs, tmp_path) -> None:
     go(runs["diffmoe"], tmp_path / "official", "official")
-    file, config = tmp_path / "official" / "ckpt_step_3.pth", open_source(runs["diffmoe"]).info.config
+    file, config = (
+        tmp_path / "official" / "ckpt_step_3.pth",
+        open_source(runs["diffmoe"]).info.config,
+    )
     content = torch.load(file, weights_only=True)
     name = next(key for key in content["ema_model_state_dict"] if key.endswith("expert_threshold"))
     content["ema_model_state_dict"][name] = content["ema_model_state_dict"][name] + 1
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="a deepspeed checkpoint holds one: take one set of weights"):
+    with pytest.raises(
+        CheckpointError, match="a deepspeed checkpoint holds one: take one set of weights"
+    ):
         go(tmp_path / "other.pth", tmp_path / "x", "deepspeed", config)
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
 def test_damaged_source_is_refused_by_name(runs, tmp_path, how) -> None:
-    checkpoint = Path(shutil.copytree(list_checkpoints(runs["zero2_ep2"] / "checkpoints")[0], tmp_path / "damaged"))
+    checkpoint = Path(
+        shutil.copytree(
+            list_checkpoints(runs["zero2_ep2"] / "checkpoints")[0], tmp_path / "damaged"
+        )
+    )
     file = checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = bytearray(file.read_bytes())
     if how == "missing":
@@ -241,42 +312,75 @@ def test_damaged_source_is_refused_by_name(runs, tmp_path, how) -> None:
 def test_damaged_export_is_refused_by_name(runs, tmp_path, to) -> None:
     config = open_source(runs["zero2_ep2"]).info.config if to == "official" else None
     go(runs["zero2_ep2"], tmp_path / "export", to)
-    file = max((path for path in (tmp_path / "export").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    file = max(
+        (path for path in (tmp_path / "export").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{file.name}.* does not match its (checksum|CRC-32)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{file.name}.* does not match its (checksum|CRC-32)"
+    ):
         go(file if to == "official" else tmp_path / "export", tmp_path / "x", "deepspeed", config)
     assert not (tmp_path / "x").exists()
 
 
 def test_new_run_starts_from_converted_weights_on_other_ranks(runs, tmp_path) -> None:
     go(runs["zero2_ep2"], tmp_path / "start", "deepspeed")
-    assert json.loads((tmp_path / "start" / "step_0000000" / "manifest.json").read_text())["step"] == 0
-    job = Job(run_dir=tmp_path / "run", resume=str(tmp_path / "start"), overrides=("parallel.ep_size=2", "train.max_steps=2"))
+    assert (
+        json.loads((tmp_path / "start" / "step_0000000" / "manifest.json").read_text())["step"] == 0
+    )
+    job = Job(
+        run_dir=tmp_path / "run",
+        resume=str(tmp_path / "start"),
+        overrides=("parallel.ep_size=2", "train.max_steps=2"),
+    )
     assert run_jobs(2, [job], tmp_path) == [""]
     assert "step 2" in (tmp_path / "run" / "train.log").read_text()
 
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train with several averages and many checkpoints, and keep the length that will be asked for as well."""
+    """Train with several averages and many checkpoints, and keep the length that will be asked for
+    as well.
+    """
     folder = tmp_path_factory.mktemp("averaged")
-    overrides = ("parallel.ep_size=2", "train.max_steps=24", "train.checkpoint_every=4", "train.keep_last=1", "train.keep_every=4",
-                 "optimizer.ema_decays=[0.9,0.5]", "optimizer.ema_sigma_rels=[0.05,0.15]")
+    overrides = (
+        "parallel.ep_size=2",
+        "train.max_steps=24",
+        "train.checkpoint_every=4",
+        "train.keep_last=1",
+        "train.keep_every=4",
+        "optimizer.ema_decays=[0.9,0.5]",
+        "optimizer.ema_sigma_rels=[0.05,0.15]",
+    )
     longer = (*overrides[:-1], "optimizer.ema_sigma_rels=[0.1]")
-    jobs = [Job(run_dir=folder / "run", overrides=overrides), Job(run_dir=folder / "oracle", overrides=longer)]
+    jobs = [
+        Job(run_dir=folder / "run", overrides=overrides),
+        Job(run_dir=folder / "oracle", overrides=longer),
+    ]
     assert run_jobs(2, jobs, folder) == ["", ""]
     return folder
 
 
 def test_averages_of_several_decays_are_exported_by_name(averaged, tmp_path) -> None:
     everything = contents(averaged / "run")
-    assert {kind for kind, _ in everything} == {"weights", "ema", "ema_0.5", "ema_power_0.05", "ema_power_0.15", "exp_avg",
-                                                "exp_avg_sq"}
+    assert {kind for kind, _ in everything} == {
+        "weights",
+        "ema",
+        "ema_0.5",
+        "ema_power_0.05",
+        "ema_power_0.15",
+        "exp_avg",
+        "exp_avg_sq",
+    }
     for kind in ("ema", "ema_0.5", "ema_power_0.05"):
         go(averaged / "run", tmp_path / kind, "single", weights=kind)
-        assert_equal(contents(tmp_path / kind), {key: value for key, value in everything.items() if key[0] == kind})
+        assert_equal(
+            contents(tmp_path / kind),
+            {key: value for key, value in everything.items() if key[0] == kind},
+        )
     go(averaged / "run", tmp_path / "all", "single", with_optimizer=True)
     go(tmp_path / "all", tmp_path / "back", "deepspeed", with_optimizer=True)
     assert_equal(contents(tmp_path / "back"), everything)
@@ -285,15 +389,22 @@ def test_averages_of_several_decays_are_exported_by_name(averaged, tmp_path) -> 
 def test_average_of_another_length_is_nearly_the_one_kept_in_training(averaged, tmp_path) -> None:
     report = go(averaged / "run", tmp_path / "mixed", "single", ema_sigma_rel=0.1)
     assert report.kinds == {"ema_power_0.1": "ema_power_0.1"}
-    mixed, everything, oracle = contents(tmp_path / "mixed"), contents(averaged / "run"), contents(averaged / "oracle")
+    mixed, everything, oracle = (
+        contents(tmp_path / "mixed"),
+        contents(averaged / "run"),
+        contents(averaged / "oracle"),
+    )
     far, near = 0.0, 0.0
     for (kind, name), value in mixed.items():
         if not name.endswith("qkv.bias"):
             near += (value - oracle[kind, name]).square().sum().item()
             far += (everything["ema_power_0.05", name] - oracle[kind, name]).square().sum().item()
     assert near < 0.05**2 * far
-    for options, message in (({"ema_sigma_rel": 0.29}, "between 0 and 0.289"), ({"ema_sigma_rel": 0.005}, "off it: ask for"),
-                             ({"ema_sigma_rel": 0.1, "with_optimizer": True}, "leave --with-optimizer out")):
+    for options, message in (
+        ({"ema_sigma_rel": 0.29}, "between 0 and 0.289"),
+        ({"ema_sigma_rel": 0.005}, "off it: ask for"),
+        ({"ema_sigma_rel": 0.1, "with_optimizer": True}, "leave --with-optimizer out"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             go(averaged / "run", tmp_path / "x", "single", **options)
 

@@ -1,4 +1,6 @@
-"""A rank that does not come: the others give up after `parallel.timeout_seconds`, in the expert group too."""
+"""A rank that does not come: the others give up after `parallel.timeout_seconds`, in the expert
+group too.
+"""
 
 from __future__ import annotations
 

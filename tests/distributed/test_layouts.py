@@ -1,4 +1,6 @@
-"""The same losses, norms and weights whatever the ranks, the expert parallelism and the ZeRO stage."""
+"""The same losses, norms and weights whatever the ranks, the expert parallelism and the ZeRO
+stage.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,22 @@ from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
 STAGES = (0, 1, 2)
 #: Every layout under ZeRO 2, and every stage where experts are spread over all ranks and over some.
-COVERING = [(layout, stage) for layout in LAYOUTS for stage in STAGES if stage == 2 or layout in ((2, 2), (4, 2))]
-CASES = pytest.mark.parametrize(("layout", "stage"), [
-    pytest.param(layout, stage, marks=() if (layout, stage) in COVERING else pytest.mark.combinations)
-    for layout in LAYOUTS for stage in STAGES])
+COVERING = [
+    (layout, stage)
+    for layout in LAYOUTS
+    for stage in STAGES
+    if stage == 2 or layout in ((2, 2), (4, 2))
+]
+CASES = pytest.mark.parametrize(
+    ("layout", "stage"),
+    [
+        pytest.param(
+            layout, stage, marks=() if (layout, stage) in COVERING else pytest.mark.combinations
+        )
+        for layout in LAYOUTS
+        for stage in STAGES
+    ],
+)
 STEPS = 12
 
 
@@ -29,8 +43,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, asked) -> dict[tuple[int, int
         for (ranks, ep_size), stage in sorted({*COVERING, *asked("layout", "stage")}):
             if ranks == world_size:
                 found[ranks, ep_size, stage] = folder / f"w{ranks}_ep{ep_size}_z{stage}"
-                jobs.append(Job(run_dir=found[ranks, ep_size, stage], zero_stage=stage,
-                                overrides=(f"parallel.ep_size={ep_size}", f"train.max_steps={STEPS}")))
+                jobs.append(
+                    Job(
+                        run_dir=found[ranks, ep_size, stage],
+                        zero_stage=stage,
+                        overrides=(f"parallel.ep_size={ep_size}", f"train.max_steps={STEPS}"),
+                    )
+                )
         assert run_jobs(world_size, jobs, folder) == [""] * len(jobs)
     return found
 
@@ -50,11 +69,16 @@ def test_layout_any_ranks_and_stage_equals_one_rank(runs, layout, stage) -> None
 @pytest.mark.parametrize("kind", ["weights", "ema"])
 @CASES
 def test_layout_any_ranks_and_stage_ends_with_same_state(runs, layout, stage, kind) -> None:
-    reference, other = (without_key_bias(state(runs[key], kind)) for key in ((1, 1, 2), (*layout, stage)))
+    reference, other = (
+        without_key_bias(state(runs[key], kind)) for key in ((1, 1, 2), (*layout, stage))
+    )
     assert reference.keys() == other.keys()
     for name, value in reference.items():
-        # Twelve Adam steps of lr 1e-3 move a weight by 1.2e-2 at most; rounding of the sums over ranks stays far below.
-        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
+        # Twelve Adam steps of lr 1e-3 move a weight by 1.2e-2 at most; rounding of the sums over
+        # ranks stays far below.
+        torch.testing.assert_close(
+            other[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -67,9 +91,15 @@ def test_routing_counts_any_layout_add_up_exactly(runs, layout) -> None:
     for step in range(1, STEPS + 1):
         for layer in (1, 3):
             here = [line for line in lines if (line["step"], line["layer"]) == (step, layer)]
-            assert sum(line["conditional_tokens"] + line["unconditional_tokens"] for line in here) == 16 * tokens_per_image
-    same = [(a["conditional_tokens"], a["unconditional_tokens"]) == (b["conditional_tokens"], b["unconditional_tokens"])
-            for a, b in zip(reference, lines, strict=True)]
+            assert (
+                sum(line["conditional_tokens"] + line["unconditional_tokens"] for line in here)
+                == 16 * tokens_per_image
+            )
+    same = [
+        (a["conditional_tokens"], a["unconditional_tokens"])
+        == (b["conditional_tokens"], b["unconditional_tokens"])
+        for a, b in zip(reference, lines, strict=True)
+    ]
     assert all(same)
 
 
@@ -78,4 +108,6 @@ def test_exchange_bytes_two_ranks_counts_rows_that_left(runs) -> None:
     lines = [line for line in routing(runs[2, 2, 2]) if line["timestep_bin"] == 0]
     row_bytes = 4 * 32 * 4  # four crossings of 32 fp32 numbers
     assert all(line["layer_bytes_exchanged"] % row_bytes == 0 for line in lines)
-    assert 0 < sum(line["layer_bytes_exchanged"] for line in lines) < len(lines) * 16 * 16 * row_bytes
+    assert (
+        0 < sum(line["layer_bytes_exchanged"] for line in lines) < len(lines) * 16 * 16 * row_bytes
+    )

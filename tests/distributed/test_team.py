@@ -1,4 +1,6 @@
-"""Sampling, encoding and judging on 1, 2 and 4 processes: the same images bit for bit, the same files, the same figures."""
+"""Sampling, encoding and judging on 1, 2 and 4 processes: the same images bit for bit, the same
+files, the same figures.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,10 @@ MODELS = {
     "ddpm": {"routing": {"num_experts": 4}, "diffusion": {"objective": "ddpm"}},
 }
 #: What each number of ranks draws: batch sizes and sets of experts cut over ranks.
-LAYOUTS = {2: ({"batch_size": 1}, {"batch_size": 8}, {"ep_size": 2}),
-           4: ({"batch_size": 8}, {"ep_size": 4}, {"ep_size": 2, "batch_size": 1})}
+LAYOUTS = {
+    2: ({"batch_size": 1}, {"batch_size": 8}, {"ep_size": 2}),
+    4: ({"batch_size": 8}, {"ep_size": 4}, {"ep_size": 2, "batch_size": 1}),
+}
 
 
 def run_team(world_size: int, tasks: list[tuple[str, dict]], folder: Path) -> list[list[str]]:
@@ -52,84 +56,185 @@ def drawn(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("team")
     for name, sections in MODELS.items():
         # Small weights: a chain of wild noise predictions would overflow.
-        network = random_network(model={"in_channels": 4, "hidden_size": 48, "depth": 4, "num_heads": 4}, **sections)
+        network = random_network(
+            model={"in_channels": 4, "hidden_size": 48, "depth": 4, "num_heads": 4}, **sections
+        )
         randomise(network, std=0.1)
         save_export(folder / name, network.state_dict(), network.config, origin={})
     pixels = random_network(model={"hidden_size": 48, "num_heads": 4})
     save_export(folder / "pixels", pixels.state_dict(), pixels.config, origin={})
-    latent = random_network(data={"latent_scale": SCALE, "dataset": "latents"}, model={"hidden_size": 48, "num_heads": 4})
+    latent = random_network(
+        data={"latent_scale": SCALE, "dataset": "latents"},
+        model={"hidden_size": 48, "num_heads": 4},
+    )
     save_export(folder / "latent", latent.state_dict(), latent.config, origin={})
     save_vae(folder / "vae")
     save_images(folder / "images")
     torch.jit.script(TinyNetwork()).save(str(folder / "tiny.pt"))
     random = np.random.default_rng(0)
     for name in ("samples", "reference"):
-        np.savez(folder / f"{name}.npz", arr_0=random.integers(0, 256, (53, 9, 9, 3), dtype=np.uint8))
+        np.savez(
+            folder / f"{name}.npz", arr_0=random.integers(0, 256, (53, 9, 9, 3), dtype=np.uint8)
+        )
     for world_size, layouts in LAYOUTS.items():
-        tasks = [("sample", {"model": folder / name, "out": folder / f"{name}_{world_size}_{number}", **COMMON, **layout})
-                 for name in MODELS for number, layout in enumerate(layouts)]
-        tasks.append(("sample", {"model": folder / "latent", "vae": str(folder / "vae"), **COMMON,
-                                 "out": folder / f"latent_{world_size}"}))
+        tasks = [
+            (
+                "sample",
+                {
+                    "model": folder / name,
+                    "out": folder / f"{name}_{world_size}_{number}",
+                    **COMMON,
+                    **layout,
+                },
+            )
+            for name in MODELS
+            for number, layout in enumerate(layouts)
+        ]
+        tasks.append(
+            (
+                "sample",
+                {
+                    "model": folder / "latent",
+                    "vae": str(folder / "vae"),
+                    **COMMON,
+                    "out": folder / f"latent_{world_size}",
+                },
+            )
+        )
         tasks.append(("encode", encoding(folder, f"encoded_{world_size}")))
-        tasks.append(("evaluate", {"samples": folder / "samples.npz", "reference": folder / "reference.npz", "batch_size": 5,
-                                   "extractor": str(folder / "tiny.pt"), "out": folder / f"metrics_{world_size}.json"}))
-        tasks.append(("sample", {"model": folder / "pixels", "out": folder / f"bad_{world_size}", **COMMON, "ep_size": 3}))
+        tasks.append(
+            (
+                "evaluate",
+                {
+                    "samples": folder / "samples.npz",
+                    "reference": folder / "reference.npz",
+                    "batch_size": 5,
+                    "extractor": str(folder / "tiny.pt"),
+                    "out": folder / f"metrics_{world_size}.json",
+                },
+            )
+        )
+        tasks.append(
+            (
+                "sample",
+                {
+                    "model": folder / "pixels",
+                    "out": folder / f"bad_{world_size}",
+                    **COMMON,
+                    "ep_size": 3,
+                },
+            )
+        )
         tasks.insert(0, ("share", {"model": folder / "token_choice", "ep_size": world_size}))
         messages = run_team(world_size, tasks, folder)
         layers = load_model(folder / "token_choice").moe_layers().values()
-        routed = sum(parameter.numel() for layer in layers for parameter in layer.routed.parameters())
-        assert {rank[0] for rank in messages} == {str(routed // world_size)}  # this rank's experts only
+        routed = sum(
+            parameter.numel() for layer in layers for parameter in layer.routed.parameters()
+        )
+        assert {rank[0] for rank in messages} == {
+            str(routed // world_size)
+        }  # this rank's experts only
         assert {message for rank in messages for message in rank[1:-1]} == {""}
-        assert all("--ep-size 3 must divide the model's 4 routed experts" in rank[-1] for rank in messages)
+        assert all(
+            "--ep-size 3 must divide the model's 4 routed experts" in rank[-1] for rank in messages
+        )
     return folder
 
 
 def encoding(folder: Path, out: str) -> dict:
-    return {"source": folder / "images", "vae": str(folder / "vae"), "vae_name": "tiny", "out": folder / out, "image_size": 8,
-            "shard_size": 4, "batch_size": 3}
+    return {
+        "source": folder / "images",
+        "vae": str(folder / "vae"),
+        "vae_name": "tiny",
+        "out": folder / out,
+        "image_size": 8,
+        "shard_size": 4,
+        "batch_size": 3,
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_samples_of_1_2_and_4_ranks_any_batch_and_ep_size_are_equal_bit_for_bit(drawn: Path, name: str) -> None:
+def test_samples_of_1_2_and_4_ranks_any_batch_and_ep_size_are_equal_bit_for_bit(
+    drawn: Path, name: str
+) -> None:
     for batch_size in (1, 8):
-        draw_samples(SampleRequest(model=drawn / name, out=drawn / f"{name}_1_{batch_size}", batch_size=batch_size, **COMMON))
+        draw_samples(
+            SampleRequest(
+                model=drawn / name,
+                out=drawn / f"{name}_1_{batch_size}",
+                batch_size=batch_size,
+                **COMMON,
+            )
+        )
     expected = latents_of(drawn / f"{name}_1_1")
     assert len({sample.numpy().tobytes() for sample in expected}) == COMMON["num"]
-    found = [f"{name}_1_8", *(f"{name}_{world}_{number}" for world, layouts in LAYOUTS.items() for number in range(len(layouts)))]
-    assert {folder: torch.equal(latents_of(drawn / folder), expected) for folder in found} == dict.fromkeys(found, True)
+    found = [
+        f"{name}_1_8",
+        *(
+            f"{name}_{world}_{number}"
+            for world, layouts in LAYOUTS.items()
+            for number in range(len(layouts))
+        ),
+    ]
+    assert {
+        folder: torch.equal(latents_of(drawn / folder), expected) for folder in found
+    } == dict.fromkeys(found, True)
 
 
 def test_samples_that_are_not_exact_do_differ_in_their_last_digits(drawn: Path) -> None:
     """The test above could not fail were all shapes rounded alike."""
-    draw_samples(SampleRequest(model=drawn / "token_choice", out=drawn / "inexact", batch_size=11, **COMMON | {"exact": False}))
+    draw_samples(
+        SampleRequest(
+            model=drawn / "token_choice",
+            out=drawn / "inexact",
+            batch_size=11,
+            **COMMON | {"exact": False},
+        )
+    )
     found, expected = latents_of(drawn / "inexact"), latents_of(drawn / "token_choice_2_0")
     assert not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_decoded_samples_of_any_ranks_are_the_same_files(drawn: Path) -> None:
-    draw_samples(SampleRequest(model=drawn / "latent", vae=str(drawn / "vae"), out=drawn / "latent_1", **COMMON))
+    draw_samples(
+        SampleRequest(
+            model=drawn / "latent", vae=str(drawn / "vae"), out=drawn / "latent_1", **COMMON
+        )
+    )
     names = sorted(path.name for path in (drawn / "latent_1").glob("*.png"))
     assert len(names) == COMMON["num"] and names[3] == "img000003_class3.png"
     for world_size in (2, 4):
         for name in (*names, "samples.npz"):
-            assert (drawn / f"latent_{world_size}" / name).read_bytes() == (drawn / "latent_1" / name).read_bytes()
+            assert (drawn / f"latent_{world_size}" / name).read_bytes() == (
+                drawn / "latent_1" / name
+            ).read_bytes()
     with np.load(drawn / "latent_4" / "samples.npz") as data:
-        assert data["arr_0"].shape == (11, 8, 8, 3) and data["labels"].tolist() == [i % 10 for i in range(11)]
+        assert data["arr_0"].shape == (11, 8, 8, 3) and data["labels"].tolist() == [
+            i % 10 for i in range(11)
+        ]
 
 
 def test_encoding_on_any_ranks_gives_the_same_files(drawn: Path) -> None:
     with one_thread():  # as many threads as the ranks had
         encode(EncodeRequest(**encoding(drawn, "encoded_1")), single_process())
     for world_size in (2, 4):
-        files = {path.name: path.read_bytes() for path in (drawn / f"encoded_{world_size}").iterdir()}
+        files = {
+            path.name: path.read_bytes() for path in (drawn / f"encoded_{world_size}").iterdir()
+        }
         assert files == {path.name: path.read_bytes() for path in (drawn / "encoded_1").iterdir()}
 
 
 def test_figures_of_any_ranks_are_equal(drawn: Path) -> None:
-    request = EvaluateRequest(samples=drawn / "samples.npz", reference=drawn / "reference.npz", batch_size=64,
-                              extractor=str(drawn / "tiny.pt"))
+    request = EvaluateRequest(
+        samples=drawn / "samples.npz",
+        reference=drawn / "reference.npz",
+        batch_size=64,
+        extractor=str(drawn / "tiny.pt"),
+    )
     expected = evaluate(request, single_process())["metrics"]
     for world_size in (2, 4):
         found = json.loads((drawn / f"metrics_{world_size}.json").read_text())["metrics"]
-        assert found == pytest.approx(expected, rel=1e-5)  # fp32 features of other batches; sums in other order
+        assert found == pytest.approx(
+            expected, rel=1e-5
+        )  # fp32 features of other batches; sums in other order

@@ -1,4 +1,6 @@
-"""Activation checkpointing, gradient accumulation, expert backends and the RCL's scope under expert parallelism."""
+"""Activation checkpointing, gradient accumulation, expert backends and the RCL's scope under expert
+parallelism.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import torch
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias, without_times
 
 EP2 = ("parallel.ep_size=2", "train.max_steps=8")
-#: RCL is taken over the samples of one pass: accumulation cuts them, so it is off where accumulation is compared.
+#: RCL is taken over the samples of one pass: accumulation cuts them, so it is off where
+# accumulation is compared.
 NO_RCL = ("routing.rcl_weight=0", "routing.balance_weight=0")
 VARIANTS = {
     "plain": (),
@@ -27,20 +30,39 @@ VARIANTS = {
 #: What the DeepSpeed JSON lets through and changes no number, each as it is not by default.
 EVERY_KEY = {
     "zero_optimization": {
-        "stage": 2, "overlap_comm": True, "reduce_bucket_size": 1e3, "allgather_partitions": False, "allgather_bucket_size": 2,
-        "parameter_alignment": True, "use_multi_rank_bucket_allreduce": False,
-        "offload_optimizer": {"device": "cpu", "pin_memory": False}, "offload_param": None},
-    "communication_data_type": "fp32", "comms_logger": {"enabled": True, "verbose": True, "debug": True},
-    "flops_profiler": {"enabled": False, "profile_step": 2}, "memory_breakdown": True, "dump_state": True, "steps_per_print": 1,
-    "use_data_before_expert_parallelism": True, "zero_allow_untested_optimizer": False, "fp16": {"enabled": False},
-    "wall_clock_breakdown": False, "prescale_gradients": False, "gradient_predivide_factor": 1.0, "train_batch_size": "auto",
+        "stage": 2,
+        "overlap_comm": True,
+        "reduce_bucket_size": 1e3,
+        "allgather_partitions": False,
+        "allgather_bucket_size": 2,
+        "parameter_alignment": True,
+        "use_multi_rank_bucket_allreduce": False,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        "offload_param": None,
+    },
+    "communication_data_type": "fp32",
+    "comms_logger": {"enabled": True, "verbose": True, "debug": True},
+    "flops_profiler": {"enabled": False, "profile_step": 2},
+    "memory_breakdown": True,
+    "dump_state": True,
+    "steps_per_print": 1,
+    "use_data_before_expert_parallelism": True,
+    "zero_allow_untested_optimizer": False,
+    "fp16": {"enabled": False},
+    "wall_clock_breakdown": False,
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "train_batch_size": "auto",
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("variants")
-    jobs = {name: Job(run_dir=folder / name, overrides=(*EP2, *overrides)) for name, overrides in VARIANTS.items()}
+    jobs = {
+        name: Job(run_dir=folder / name, overrides=(*EP2, *overrides))
+        for name, overrides in VARIANTS.items()
+    }
     jobs["every_key"] = Job(run_dir=folder / "every_key", overrides=EP2, deepspeed=EVERY_KEY)
     assert run_jobs(2, list(jobs.values()), folder) == [""] * len(jobs)
     return {name: job.run_dir for name, job in jobs.items()}
@@ -69,7 +91,9 @@ def test_accumulation_equals_one_pass(runs) -> None:
     assert _losses(runs["accumulated"]) == pytest.approx(_losses(runs["once"]), rel=1e-5)
     expected, found = (without_key_bias(state(runs[name])) for name in ("once", "accumulated"))
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
     # Counts of all passes of a step add up, each once.
     for before, after in zip(routing(runs["once"]), routing(runs["accumulated"]), strict=True):
         assert after["conditional_tokens"] == before["conditional_tokens"]
@@ -83,7 +107,9 @@ def test_rcl_scope_rank_differs_from_global(runs) -> None:
 
 def test_loss_terms_add_up_and_balance_counts_twice_for_two_choices(runs) -> None:
     for line in metrics(runs["balance"]):
-        assert line["loss"] == pytest.approx(line["loss_diffusion"] + line["loss_rcl"] + line["loss_balance"], rel=1e-9)
+        assert line["loss"] == pytest.approx(
+            line["loss_diffusion"] + line["loss_rcl"] + line["loss_balance"], rel=1e-9
+        )
         assert line["loss_balance"] >= 2 * 0.01 * 0.5  # two layers, each about its coefficient
     for line in routing(runs["balance"]):
         assert sum(line["tokens_per_expert"]) == 2 * line["conditional_tokens"]

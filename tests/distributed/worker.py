@@ -1,4 +1,5 @@
-"""One rank of a distributed test: runs the real training loop for several jobs in one process group.
+"""One rank of a distributed test: runs the real training loop for several jobs in one process
+group.
 
 Forked by `jobs.run_jobs`; a job is a run directory, overrides, a ZeRO stage and, if asked, a fault.
 """
@@ -42,15 +43,23 @@ class _NanGradient(torch.autograd.Function):
 
 def run_job(job: dict, ranks: DistributedContext) -> str:
     """Run one job; return "" or the message of the error that ended it."""
-    values = {"zero_optimization": {"stage": job["zero_stage"]}, "bf16": {"enabled": job["bf16"]}, **job["deepspeed"]}
+    values = {
+        "zero_optimization": {"stage": job["zero_stage"]},
+        "bf16": {"enabled": job["bf16"]},
+        **job["deepspeed"],
+    }
     fault = job["fault"]
     is_write = fault is not None and fault["kind"] == "write"
     RectifiedFlow.losses = _poisoned_losses(fault, ranks) if fault and not is_write else REAL_LOSSES
     RecordingStorage._write = _slow_write(fault, ranks) if is_write else REAL_WRITE
     try:
         config = load_config(job["recipe"], job["overrides"])
-        plan = resolve_deepspeed(values, config, plan_batches(config, ranks.world_size), source="job")
-        run = Run(config=config, deepspeed_plan=plan, run_dir=Path(job["run_dir"]), resume=job["resume"])
+        plan = resolve_deepspeed(
+            values, config, plan_batches(config, ranks.world_size), source="job"
+        )
+        run = Run(
+            config=config, deepspeed_plan=plan, run_dir=Path(job["run_dir"]), resume=job["resume"]
+        )
         if job["resave_to"]:
             _resave(run, ranks, Path(job["resave_to"]))
         else:
@@ -76,7 +85,10 @@ def _poisoned_losses(fault: dict, ranks: DistributedContext):
         if ranks.rank != fault["rank"] or call not in fault["calls"]:
             return REAL_LOSSES(self, prediction, batch)
         if fault["kind"] == "loss":
-            return {name: value * float("nan") for name, value in REAL_LOSSES(self, prediction, batch).items()}
+            return {
+                name: value * float("nan")
+                for name, value in REAL_LOSSES(self, prediction, batch).items()
+            }
         return REAL_LOSSES(self, _NanGradient.apply(prediction), batch)
 
     return losses

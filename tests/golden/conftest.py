@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-GOLDEN_DIR = Path(os.environ.get("PROMOE_GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden"))
+GOLDEN_DIR = Path(
+    os.environ.get("PROMOE_GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden")
+)
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,18 @@ class Case:
         return getattr(torch, self.sidecar["compute_dtype"])
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Return the tensors under `prefix.`, floating inputs and states cast to the compute dtype."""
+        """Return the tensors under `prefix.`, floating inputs and states cast to the compute
+        dtype.
+        """
         data = load_file(self.path.with_suffix(".safetensors"))
         cast = prefix in ("state", "in")
-        return {key.removeprefix(f"{prefix}."): value.to(self.dtype) if cast and value.is_floating_point() else value
-                for key, value in data.items() if key.startswith(f"{prefix}.")}
+        return {
+            key.removeprefix(f"{prefix}."): (
+                value.to(self.dtype) if cast and value.is_floating_point() else value
+            )
+            for key, value in data.items()
+            if key.startswith(f"{prefix}.")
+        }
 
 
 def all_cases() -> list[Case]:
@@ -50,5 +59,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if cases:
         metafunc.parametrize("case", cases, ids=str)
     else:
-        reason = f"no reference case of level {marker.args[0]!r} in {GOLDEN_DIR} (set PROMOE_GOLDEN_DIR)"
+        reason = (
+            f"no reference case of level {marker.args[0]!r} in {GOLDEN_DIR} (set PROMOE_GOLDEN_DIR)"
+        )
         metafunc.parametrize("case", [pytest.param(None, marks=pytest.mark.skip(reason=reason))])

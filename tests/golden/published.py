@@ -23,7 +23,9 @@ METHODS = {
 
 
 def method_of(model_class: str) -> str:
-    """Return the method of a `model_class` or `kind`; a checkpoint's or trajectory's carries its level behind a comma."""
+    """Return the method of a `model_class` or `kind`; a checkpoint's or trajectory's carries its
+    level behind a comma.
+    """
     for suffix in (", checkpoint", ", training trajectory", ", sampling"):
         model_class = model_class.removesuffix(suffix)
     return METHODS[model_class]
@@ -32,14 +34,39 @@ def method_of(model_class: str) -> str:
 def model_config(hyper: dict[str, Any], method: str) -> RunConfig:
     """Return the config of a whole-model case."""
     assert hyper["null_label"] == hyper["num_classes"]
-    model = {key: hyper[key] for key in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads",
-                                         "mlp_ratio", "qk_norm", "num_classes", "learn_sigma")}
-    return _config(model, routing_of(hyper["moe"], method, model["hidden_size"]) if method != "dense" else {"method": "dense"})
+    model = {
+        key: hyper[key]
+        for key in (
+            "input_size",
+            "patch_size",
+            "in_channels",
+            "hidden_size",
+            "depth",
+            "num_heads",
+            "mlp_ratio",
+            "qk_norm",
+            "num_classes",
+            "learn_sigma",
+        )
+    }
+    return _config(
+        model,
+        (
+            routing_of(hyper["moe"], method, model["hidden_size"])
+            if method != "dense"
+            else {"method": "dense"}
+        ),
+    )
 
 
 def layer_config(hyper: dict[str, Any], method: str) -> RunConfig:
     """Return a config whose MoE layers are those of a layer case."""
-    model = {"hidden_size": hyper["hidden_size"], "depth": 2, "num_heads": 1, "num_classes": hyper.get("null_label", 1000)}
+    model = {
+        "hidden_size": hyper["hidden_size"],
+        "depth": 2,
+        "num_heads": 1,
+        "num_classes": hyper.get("null_label", 1000),
+    }
     return _config(model, routing_of(hyper, method, hyper["hidden_size"]))
 
 
@@ -49,37 +76,65 @@ def routing_of(hyper: dict[str, Any], method: str, width: int) -> dict[str, Any]
         return _baseline(hyper, method, width)
     blocks = hyper.get("moe_blocks", "odd block indices (1, 3, ...)")
     routing = {
-        "method": method, "moe_blocks": "interleave" if blocks.startswith("odd") else "all",
-        "num_experts": hyper["num_routed_experts"], "expert_width": hyper["expert_intermediate_size"],
-        "shared_expert_width": hyper["shared_expert_intermediate_size"] if hyper["use_shared_expert"] else None,
+        "method": method,
+        "moe_blocks": "interleave" if blocks.startswith("odd") else "all",
+        "num_experts": hyper["num_routed_experts"],
+        "expert_width": hyper["expert_intermediate_size"],
+        "shared_expert_width": (
+            hyper["shared_expert_intermediate_size"] if hyper["use_shared_expert"] else None
+        ),
         "top_k": hyper["top_k"] if "top_k" in hyper else hyper["expert_capacity_factor"],
-        "activation": hyper["router_weight_mode"], "num_shared_experts": int(hyper["use_shared_expert"]),
+        "activation": hyper["router_weight_mode"],
+        "num_shared_experts": int(hyper["use_shared_expert"]),
         "num_unconditional_experts": int(hyper["use_unconditional_expert"]),
-        "rcl_weight": hyper["routing_contrastive_weight"], "rcl_temperature": hyper["routing_contrastive_temperature"],
+        "rcl_weight": hyper["routing_contrastive_weight"],
+        "rcl_temperature": hyper["routing_contrastive_temperature"],
         "rcl_scope": "rank",
     }
     if method == "token_choice":
-        routing |= {"rcl_assignments": "all" if hyper["routing_contrastive_counts_all_top_k"] else "first",
-                    "balance_weight": hyper["load_balance_coefficient"] or 0,
-                    "balance_level": "sample" if hyper["load_balance_per_sample"] else "batch"}
+        routing |= {
+            "rcl_assignments": "all" if hyper["routing_contrastive_counts_all_top_k"] else "first",
+            "balance_weight": hyper["load_balance_coefficient"] or 0,
+            "balance_level": "sample" if hyper["load_balance_per_sample"] else "batch",
+        }
     return routing
 
 
 def _baseline(hyper: dict[str, Any], method: str, width: int) -> dict[str, Any]:
     shared = hyper.get("shared_expert_width_multiple", hyper.get("num_shared_experts", 0)) or 0
     routing: dict[str, Any] = {
-        "method": method, "num_experts": hyper["num_experts"], "num_unconditional_experts": 0, "num_shared_experts": shared,
-        "shared_expert_type": "swiglu" if shared else None, "shared_expert_width": width if shared else None,
+        "method": method,
+        "num_experts": hyper["num_experts"],
+        "num_unconditional_experts": 0,
+        "num_shared_experts": shared,
+        "shared_expert_type": "swiglu" if shared else None,
+        "shared_expert_width": width if shared else None,
         "expert_width": hyper.get("expert_intermediate_size"),
-        "top_k": next(hyper[name] for name in ("top_k", "capacity", "capacity_or_top_k") if name in hyper)}
+        "top_k": next(
+            hyper[name] for name in ("top_k", "capacity", "capacity_or_top_k") if name in hyper
+        ),
+    }
     if method == "dit_moe":
-        routing |= {"balance_weight": hyper.get("load_balance_coefficient") or 0,
-                    "balance_level": "sample" if hyper.get("load_balance_per_sample") else "batch"}
+        routing |= {
+            "balance_weight": hyper.get("load_balance_coefficient") or 0,
+            "balance_level": "sample" if hyper.get("load_balance_per_sample") else "batch",
+        }
     if method == "diff_moe":
-        routing |= {"capacity_weight": hyper["capacity_prediction_weight"], "threshold_decay": hyper["threshold_ema_decay"]}
+        routing |= {
+            "capacity_weight": hyper["capacity_prediction_weight"],
+            "threshold_decay": hyper["threshold_ema_decay"],
+        }
     return routing
 
 
 def _config(model: dict[str, Any], routing: dict[str, Any]) -> RunConfig:
-    return config_from_dict({"name": "golden", "model": model, "routing": routing, "train": {"max_steps": 1},
-                             "data": {"dataset": "synthetic"}}, source="golden case")
+    return config_from_dict(
+        {
+            "name": "golden",
+            "model": model,
+            "routing": routing,
+            "train": {"max_steps": 1},
+            "data": {"dataset": "synthetic"},
+        },
+        source="golden case",
+    )

@@ -1,4 +1,6 @@
-"""Parity of MoE layers with the published implementation: outputs, choices, losses, every gradient."""
+"""Parity of MoE layers with the published implementation: outputs, choices, losses, every
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from promoe_ds.routing import partition_samples
 from .conftest import Case
 from .published import layer_config, method_of
 
-#: Grouped GEMM has no float64: it is held against the same numbers in float32, within that type's rounding.
+#: Grouped GEMM has no float64: it is held against the same numbers in float32, within that type's
+# rounding.
 FLOAT32_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -27,14 +30,17 @@ def test_layer_equals_published(case: Case, backend: str) -> None:
     close.pop("note", None)
     layer = build_moe_layer(config).to(dtype).train(side["mode"] == "train")
     layer.routed.backend = backend
-    state = rename_official({f"blocks.1.mlp.{k}": v for k, v in case.tensors("state").items()}, config)
+    state = rename_official(
+        {f"blocks.1.mlp.{k}": v for k, v in case.tensors("state").items()}, config
+    )
     layer.load_state_dict({k.removeprefix("blocks.1.moe."): v for k, v in state.items()})
     inputs, expected = _cast(case.tensors("in"), dtype), _cast(case.tensors("out"), dtype)
     hidden = inputs["hidden"].requires_grad_()
     # The baselines know no conditional routing: every label is a class.
     labels = inputs.get("labels", torch.zeros(len(hidden), dtype=torch.int64))
     partition = partition_samples(
-        ClassCondition(labels, config.model.null_label), has_unconditional_expert=config.routing.num_unconditional_experts > 0
+        ClassCondition(labels, config.model.null_label),
+        has_unconditional_expert=config.routing.num_unconditional_experts > 0,
     )
     output, plan = layer(hidden, partition)
     torch.testing.assert_close(output, expected["hidden"], **close)
@@ -45,41 +51,66 @@ def test_layer_equals_published(case: Case, backend: str) -> None:
     _check_losses(plan.aux_losses, side["aux_loss"], config.routing, close)
     objective = (output * inputs["objective_weights"]).sum() + sum(plan.aux_losses.values())
     objective.backward()
-    assert objective.item() == pytest.approx(side["objective_value"], rel=close["rtol"], abs=close["atol"])
-    torch.testing.assert_close(hidden.grad, _cast(case.tensors("grad_input"), dtype)["hidden"], **close)
-    gradients = _cast(rename_official({f"blocks.1.mlp.{k}": v for k, v in case.tensors("grad").items()}, config), dtype)
+    assert objective.item() == pytest.approx(
+        side["objective_value"], rel=close["rtol"], abs=close["atol"]
+    )
+    torch.testing.assert_close(
+        hidden.grad, _cast(case.tensors("grad_input"), dtype)["hidden"], **close
+    )
+    gradients = _cast(
+        rename_official({f"blocks.1.mlp.{k}": v for k, v in case.tensors("grad").items()}, config),
+        dtype,
+    )
     for name, parameter in layer.named_parameters():
         reference = gradients.get(f"blocks.1.moe.{name}")
         if reference is None:
-            assert _stands_in(name, side["parameters_without_gradient"]), f"{name}: no reference gradient"
+            assert _stands_in(name, side["parameters_without_gradient"]), (
+                f"{name}: no reference gradient"
+            )
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        torch.testing.assert_close(gradient, reference if reference is not None else torch.zeros_like(parameter), **close,
-                                   msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient,
+            reference if reference is not None else torch.zeros_like(parameter),
+            **close,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
     _check_observation(layer, plan, expected, close)
 
 
 def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
 
 
 def _stands_in(name: str, published: list[str]) -> bool:
-    leaf = name.removeprefix("router.").replace("predictor.up", "capacity_predictor.0").replace("predictor.down",
-                                                                                               "capacity_predictor.2")
+    leaf = (
+        name.removeprefix("router.")
+        .replace("predictor.up", "capacity_predictor.0")
+        .replace("predictor.down", "capacity_predictor.2")
+    )
     return leaf in published
 
 
 def _check_choices(layer, hidden, partition, case: Case, expected, close) -> None:
-    """What was chosen, in whichever form the case states it; lists are compared as sets: ours is sorted by expert."""
+    """What was chosen, in whichever form the case states it; lists are compared as sets: ours is
+    sorted by expert.
+    """
     plan = layer.route(hidden.detach(), partition)
     num_experts = plan.assignment.tokens_per_expert_E.numel()
     batch, tokens, _ = hidden.shape
     gates = torch.zeros(batch * tokens, num_experts + 1, dtype=hidden.dtype)
-    experts = torch.repeat_interleave(torch.arange(num_experts), plan.assignment.tokens_per_expert_E)
+    experts = torch.repeat_interleave(
+        torch.arange(num_experts), plan.assignment.tokens_per_expert_E
+    )
     gates[plan.assignment.token_ids_N, experts] = plan.assignment.gates_N.detach()
     gates.view(batch, tokens, -1)[partition.unconditional_ids, :, num_experts] = 1.0
     if "expert_indices" in expected:
         reference = torch.zeros_like(gates).view(batch, tokens, -1)
-        reference.scatter_add_(-1, expected["expert_indices"].long(), expected["router_weights"].to(hidden.dtype))
+        reference.scatter_add_(
+            -1, expected["expert_indices"].long(), expected["router_weights"].to(hidden.dtype)
+        )
         torch.testing.assert_close(gates.view(batch, tokens, -1), reference, **close)
     if "selection_mask" in expected:
         chosen = (gates.view(batch, tokens, -1)[..., :num_experts] != 0).to(hidden.dtype)

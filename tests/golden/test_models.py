@@ -1,4 +1,6 @@
-"""Parity of whole models, checkpoints, training trajectories, sampling and parameter counts with the published ones."""
+"""Parity of whole models, checkpoints, training trajectories, sampling and parameter counts with
+the published ones.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def _load(case: Case, state: dict[str, torch.Tensor] | None = None, **optimizer:
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=optimizer)})
     network = build_model(config)
     network.reset_positions()
-    network.load_state_dict(from_official(case.tensors("state") if state is None else state, config))
+    network.load_state_dict(
+        from_official(case.tensors("state") if state is None else state, config)
+    )
     return network
 
 
@@ -40,11 +44,15 @@ def test_model_equals_published(case: Case) -> None:
     network, close = _load(case), _tolerance(case)
     inputs, expected = case.tensors("in"), case.tensors("out")
     with torch.no_grad():
-        torch.testing.assert_close(network.eval()(inputs["x"], inputs["t"], inputs["y"]), expected["eval"], **close)
+        torch.testing.assert_close(
+            network.eval()(inputs["x"], inputs["t"], inputs["y"]), expected["eval"], **close
+        )
     module = TrainingModule(network).train()
     batch = _batch(inputs["train_z"], inputs["train_noise"], inputs["u"], inputs["train_y"])
     output = module(batch)
-    prediction = network.denoise(module.objective.noised(batch), module.objective.timestep(batch), batch.condition).prediction_BZHW
+    prediction = network.denoise(
+        module.objective.noised(batch), module.objective.timestep(batch), batch.condition
+    ).prediction_BZHW
     torch.testing.assert_close(prediction, expected["train"], **close)
     assert output.terms["diffusion"].item() == pytest.approx(case.sidecar["mse"], rel=close["rtol"])
     for block, value in case.sidecar["aux_loss_per_moe_block"].items():
@@ -52,38 +60,56 @@ def test_model_equals_published(case: Case) -> None:
         assert total == pytest.approx(value, rel=close["rtol"], abs=close["atol"])
     for block, value in (case.sidecar["capacity_prediction_bce_per_moe_block"] or {}).items():
         loss = output.plans[int(block)].aux_losses["capacity"].item()
-        assert loss == pytest.approx(value * network.config.routing.capacity_weight, rel=close["rtol"])
+        assert loss == pytest.approx(
+            value * network.config.routing.capacity_weight, rel=close["rtol"]
+        )
     output.loss.backward()
     _check_gradients(case, network, close)
     _check_running_state(network, output.plans, expected, close)
 
 
-def _check_running_state(network: DiT, plans, expected: dict[str, torch.Tensor], close: dict[str, float]) -> None:
+def _check_running_state(
+    network: DiT, plans, expected: dict[str, torch.Tensor], close: dict[str, float]
+) -> None:
     """Routers' buffers after one training pass of one process, where the case states them."""
-    stated = {name.removeprefix("after_train."): value for name, value in expected.items() if name.startswith("after_train.")}
+    stated = {
+        name.removeprefix("after_train."): value
+        for name, value in expected.items()
+        if name.startswith("after_train.")
+    }
     for index, layer in network.moe_layers().items():
         if plans[index].observation is not None:
             layer.router.update_running_state(plans[index].observation)
     state = to_official(network.state_dict(), network.config)
     for name, value in stated.items():
-        torch.testing.assert_close(state[name], value, **close, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            state[name], value, **close, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def _check_gradients(case: Case, network: DiT, close: dict[str, float]) -> None:
-    gradients = to_official({name: p.grad for name, p in network.named_parameters()}, network.config)
+    gradients = to_official(
+        {name: p.grad for name, p in network.named_parameters()}, network.config
+    )
     norms = case.sidecar["gradient_norms"]
     assert set(gradients) == set(norms)
     for name, norm in norms.items():
         if norm is not None:
-            assert gradients[name].norm().item() == pytest.approx(norm, rel=close["rtol"], abs=close["atol"]), name
+            assert gradients[name].norm().item() == pytest.approx(
+                norm, rel=close["rtol"], abs=close["atol"]
+            ), name
     for name, expected in case.tensors("grad").items():
         if norms[name] is not None:
-            torch.testing.assert_close(gradients[name], expected, **close, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                gradients[name], expected, **close, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 @pytest.mark.golden_level("checkpoint")
 def test_published_checkpoint_reproduces_its_output(case: Case) -> None:
-    checkpoint = torch.load(case.path.parent / case.sidecar["checkpoint_file"], map_location="cpu", weights_only=True)
+    checkpoint = torch.load(
+        case.path.parent / case.sidecar["checkpoint_file"], map_location="cpu", weights_only=True
+    )
     assert checkpoint["step"] == case.sidecar["step"]
     inputs, expected = case.tensors("in"), case.tensors("out")
     for key, name in (("ema_model_state_dict", "ema"), ("model_state_dict", "model")):
@@ -93,27 +119,47 @@ def test_published_checkpoint_reproduces_its_output(case: Case) -> None:
         torch.testing.assert_close(output, expected[name], **_tolerance(case))
         round_trip = to_official(network.state_dict(), network.config)
         assert round_trip.keys() == checkpoint[key].keys()
-        assert all(torch.equal(value, checkpoint[key][k]) for k, value in round_trip.items() if k != "pos_embed")
+        assert all(
+            torch.equal(value, checkpoint[key][k])
+            for k, value in round_trip.items()
+            if k != "pos_embed"
+        )
 
 
 @pytest.mark.golden_level("training trajectory")
 def test_trajectory_equals_published(case: Case) -> None:
-    """The optimizer, the clipping and the moving average of training, step by step, without an engine."""
+    """The optimizer, the clipping and the moving average of training, step by step, without an
+    engine.
+    """
     side = case.sidecar
     training, tolerance = side["training"], side["tolerance"]
-    network = _load(case, lr=training["lr"], betas=tuple(training["betas"]), eps=training["eps"],
-                    ema_decays=(training["ema_decay"],), weight_decay=training["weight_decay"])
+    network = _load(
+        case,
+        lr=training["lr"],
+        betas=tuple(training["betas"]),
+        eps=training["eps"],
+        ema_decays=(training["ema_decay"],),
+        weight_decay=training["weight_decay"],
+    )
     module = TrainingModule(network).train()
-    optimizer = AdamWithEma(parameter_groups(module, network.config.optimizer), network.config.optimizer)
+    optimizer = AdamWithEma(
+        parameter_groups(module, network.config.optimizer), network.config.optimizer
+    )
     inputs, expected = case.tensors("in"), case.tensors("out")
     initial_labels = network.label_embedding.table.weight.detach().clone()
     for step in range(training["steps"]):
         output = module(_batch(*(inputs[name][step] for name in ("z", "noise", "u", "y"))))
         output.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), training["clip_total_gradient_norm"])
-        assert output.terms["diffusion"].item() == pytest.approx(expected["mse"][step].item(), rel=tolerance["mse"])
+        norm = torch.nn.utils.clip_grad_norm_(
+            module.parameters(), training["clip_total_gradient_norm"]
+        )
+        assert output.terms["diffusion"].item() == pytest.approx(
+            expected["mse"][step].item(), rel=tolerance["mse"]
+        )
         aux = torch.stack([sum(plan.aux_losses.values()) for plan in output.plans.values()])
-        torch.testing.assert_close(aux.detach(), expected["aux"][step], rtol=tolerance["aux"], atol=tolerance["aux"])
+        torch.testing.assert_close(
+            aux.detach(), expected["aux"][step], rtol=tolerance["aux"], atol=tolerance["aux"]
+        )
         assert norm.item() == pytest.approx(expected["gradient_norm"][step].item(), rel=1e-3)
         optimizer.step()
         optimizer.zero_grad()
@@ -123,11 +169,16 @@ def test_trajectory_equals_published(case: Case) -> None:
         network.load_state_dict(state)
         with torch.no_grad():
             output = network.eval()(inputs["eval_x"], inputs["eval_t"], inputs["eval_y"])
-        torch.testing.assert_close(output, expected[name], rtol=tolerance["eval_final"], atol=tolerance["eval_final"])
+        torch.testing.assert_close(
+            output, expected[name], rtol=tolerance["eval_final"], atol=tolerance["eval_final"]
+        )
 
 
 def _check_final(case: Case, network: DiT, initial_labels: torch.Tensor) -> None:
-    final, rounding = case.tensors("final"), case.sidecar["float64_rerun"]["max_abs_diff_final_per_parameter"]
+    final, rounding = (
+        case.tensors("final"),
+        case.sidecar["float64_rerun"]["max_abs_diff_final_per_parameter"],
+    )
     rows = case.tensors("in")["label_rows"]
     weights = to_official(network.state_dict(), network.config)
     labels = weights.pop("y_embedder.embedding_table.weight")
@@ -142,7 +193,9 @@ def _check_final(case: Case, network: DiT, initial_labels: torch.Tensor) -> None
             value, expected = torch.cat([q, v]), torch.cat([q_expected, v_expected])
         # The reference's own float32 rounding after these steps, times ten; at least 1e-5.
         close = max(1e-5, 10 * (rounding.get(name) or 0.0))
-        torch.testing.assert_close(value, expected, rtol=1e-3, atol=close, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            value, expected, rtol=1e-3, atol=close, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.golden_level("sampling")
@@ -154,13 +207,22 @@ def test_sampling_equals_published(case: Case) -> None:
         seen = []
 
         def denoiser(latents, timestep, labels, seen=seen):
-            seen.append((latents[:len(inputs["noise"])].clone(), timestep[0].item()))
+            seen.append((latents[: len(inputs["noise"])].clone(), timestep[0].item()))
             return network(latents, timestep, labels)
 
-        plan = SamplingPlan(steps=sampling["steps"], cfg_scale=scale, shift=sampling["sample_shift"])
-        latents = sample_latents(denoiser, inputs["noise"], ClassCondition(inputs["y"], network.config.model.null_label), plan)
+        plan = SamplingPlan(
+            steps=sampling["steps"], cfg_scale=scale, shift=sampling["sample_shift"]
+        )
+        latents = sample_latents(
+            denoiser,
+            inputs["noise"],
+            ClassCondition(inputs["y"], network.config.model.null_label),
+            plan,
+        )
         torch.testing.assert_close(latents, expected[f"latent_cfg{scale}"], **_tolerance(case))
-        torch.testing.assert_close(torch.tensor([t for _, t in seen]), expected["timesteps"], **_tolerance(case))
+        torch.testing.assert_close(
+            torch.tensor([t for _, t in seen]), expected["timesteps"], **_tolerance(case)
+        )
         path = torch.stack([latent for latent, _ in seen[1:]] + [latents])
         torch.testing.assert_close(path, expected[f"path_cfg{scale}"], **_tolerance(case))
 
@@ -170,11 +232,18 @@ def test_parameter_counts_equal_published(case: Case, subtests) -> None:
     for name, row in case.sidecar["counts"].items():
         with subtests.test(name):
             count = count_parameters(_published_config(row))
-            for ours, theirs in (("total", "total_parameters"), ("activated", "activated_parameters"),
-                                 ("trainable", "trainable_parameters"), ("position_embedding", "fixed_position_embedding")):
+            for ours, theirs in (
+                ("total", "total_parameters"),
+                ("activated", "activated_parameters"),
+                ("trainable", "trainable_parameters"),
+                ("position_embedding", "fixed_position_embedding"),
+            ):
                 assert getattr(count, ours) == row[theirs], ours
             with torch.device("meta"):
-                assert sum(p.numel() for p in build_model(_published_config(row)).parameters()) == row["trainable_parameters"]
+                assert (
+                    sum(p.numel() for p in build_model(_published_config(row)).parameters())
+                    == row["trainable_parameters"]
+                )
 
 
 def _published_config(row: dict) -> RunConfig:
@@ -183,5 +252,13 @@ def _published_config(row: dict) -> RunConfig:
     routing: dict = {"method": method}
     if method in ("dit_moe", "ec_dit", "diff_moe"):
         routing |= {"num_experts": 8, "num_shared_experts": 0, "num_unconditional_experts": 0}
-    return config_from_dict({"name": "count", "model": sizes, "routing": routing, "train": {"max_steps": 1},
-                             "data": {"dataset": "latents"}}, source="golden count")
+    return config_from_dict(
+        {
+            "name": "count",
+            "model": sizes,
+            "routing": routing,
+            "train": {"max_steps": 1},
+            "data": {"dataset": "latents"},
+        },
+        source="golden count",
+    )

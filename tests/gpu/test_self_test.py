@@ -1,4 +1,6 @@
-"""The self-test of `tools/benchmark.py gpu`, judged: parity, agreement of training, speed. One run for all tests."""
+"""The self-test of `tools/benchmark.py gpu`, judged: parity, agreement of training, speed. One run
+for all tests.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ import torch
 
 from benchmarks.gpu import benchmark_gpu
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 #: Largest relative error against float64, by what the name of a comparison holds.
 TOLERANCES = {"fp32": 1e-2, "fp8": 0.15, "": 0.05}
@@ -22,7 +27,9 @@ def found() -> dict[str, Any]:
 
 def _needs_large_device() -> None:
     if not any(name in torch.cuda.get_device_name() for name in ("H100", "H200", "B200")):
-        pytest.skip(f"the claim is about one H100 or larger, this is {torch.cuda.get_device_name()}")
+        pytest.skip(
+            f"the claim is about one H100 or larger, this is {torch.cuda.get_device_name()}"
+        )
 
 
 def test_self_test_no_part_fails(found: dict[str, Any]) -> None:
@@ -58,8 +65,12 @@ def test_step_in_fp8_is_faster(found: dict[str, Any]) -> None:
     assert bf16["milliseconds"] >= 1.15 * fp8["milliseconds"]
 
 
-def test_layer_is_nearly_as_fast_as_a_dense_one_and_faster_than_a_loop(found: dict[str, Any]) -> None:
+def test_layer_is_nearly_as_fast_as_a_dense_one_and_faster_than_a_loop(
+    found: dict[str, Any],
+) -> None:
     _needs_large_device()
-    dense, moe, loop = (found["layer"][name]["wall_ms"] for name in ("dense", "moe", "per_expert_loop"))
+    dense, moe, loop = (
+        found["layer"][name]["wall_ms"] for name in ("dense", "moe", "per_expert_loop")
+    )
     assert moe <= dense / 0.85
     assert loop >= 2 * moe

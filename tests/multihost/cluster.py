@@ -1,7 +1,10 @@
-"""Several hosts on one Linux machine: each has its own network, processes, name and ssh server; a bridge joins them.
+"""Several hosts on one Linux machine: each has its own network, processes, name and ssh server; a
+bridge joins them.
 
-What is shared is the file system, as on a cluster. Everything hangs from processes that die with this one, and namespaces
-with their last process: there is nothing to clean up after a crash, and any number of clusters can live side by side.
+What is shared is the file system, as on a cluster. Everything hangs from processes that die with
+this one, and namespaces
+with their last process: there is nothing to clean up after a crash, and any number of clusters can
+live side by side.
 """
 
 from __future__ import annotations
@@ -66,15 +69,24 @@ def why_not() -> str:
     if not sys.platform.startswith("linux"):
         return "network namespaces need Linux"
     if any(character.isspace() for character in f"{Path(__file__)}{sys.executable}"):
-        return "DeepSpeed's runner for several hosts does not quote the folder that it starts in, and this one's path has a blank"
+        return (
+            "DeepSpeed's runner for several hosts does not quote the folder that it starts in, and"
+            " this one's path has a blank"
+        )
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [name for name in (*_COMMANDS, _SSHD) if shutil.which(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (apt-get install pdsh openssh-server iproute2)"
     script = "ip link add br0 type bridge && ip link add veth0 type veth peer name veth1"
-    trial = subprocess.run(["unshare", *_NAMESPACES, "--fork", "sh", "-c", script], capture_output=True, text=True)
-    return f"namespaces, bridges or veth are not to be had: {trial.stderr.strip()}" if trial.returncode else ""
+    trial = subprocess.run(
+        ["unshare", *_NAMESPACES, "--fork", "sh", "-c", script], capture_output=True, text=True
+    )
+    return (
+        f"namespaces, bridges or veth are not to be had: {trial.stderr.strip()}"
+        if trial.returncode
+        else ""
+    )
 
 
 class Cluster:
@@ -91,8 +103,10 @@ class Cluster:
         """Start all hosts; return when each answers by ssh."""
         self.root.mkdir(parents=True)
         _make_key(self.root / "key")
-        (self.root / "hosts").write_text("127.0.0.1 localhost\n" +
-                                         "".join(f"{address} {name}\n" for name, address in self.addresses.items()))
+        (self.root / "hosts").write_text(
+            "127.0.0.1 localhost\n"
+            + "".join(f"{address} {name}\n" for name, address in self.addresses.items())
+        )
         try:
             self._pids["switch"] = self._keep("sleep", "infinity")
             self._in_switch("ip link add br0 type bridge forward_delay 0 && ip link set br0 up")
@@ -108,23 +122,35 @@ class Cluster:
     def __exit__(self, *unused: object) -> None:
         """End every process of every host."""
         for keeper in self._keepers:
-            keeper.kill()  # --kill-child: the namespace's first process goes with it, and all others with that
+            # --kill-child: the namespace's first process goes with it, and all others with that
+            keeper.kill()
             keeper.wait()
 
     def home(self, name: str) -> Path:
         """Return a host's home folder."""
         return self.root / name / "home"
 
-    def popen(self, name: str, *command: str, cwd: Path, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
+    def popen(
+        self, name: str, *command: str, cwd: Path, env: dict[str, str] | None = None, **options
+    ) -> subprocess.Popen:
         """Start a command on a host."""
-        inside = ["sh", "-c", f"cd {shlex.quote(str(cwd))} && exec \"$@\"", "sh", *command]
-        environment = {"HOME": str(self.home(name)), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **(env or {})}
-        return subprocess.Popen([*self._enter(name), *inside], env=environment, text=True, **options)
+        inside = ["sh", "-c", f'cd {shlex.quote(str(cwd))} && exec "$@"', "sh", *command]
+        environment = {
+            "HOME": str(self.home(name)),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **(env or {}),
+        }
+        return subprocess.Popen(
+            [*self._enter(name), *inside], env=environment, text=True, **options
+        )
 
-    def run(self, name: str, *command: str, cwd: Path = Path("/"), timeout: float = 240.0,
-            **options) -> subprocess.CompletedProcess:
+    def run(
+        self, name: str, *command: str, cwd: Path = Path("/"), timeout: float = 240.0, **options
+    ) -> subprocess.CompletedProcess:
         """Run a command on a host to its end."""
-        process = self.popen(name, *command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        process = self.popen(
+            name, *command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        )
         try:
             output, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -133,12 +159,19 @@ class Cluster:
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def processes(self, name: str, part: str) -> dict[int, str]:
-        """Return the processes of a host whose command line holds `part`, by their id on this machine."""
+        """Return the processes of a host whose command line holds `part`, by their id on this
+        machine.
+        """
         space, found = (Path("/proc") / str(self._pids[name]) / "ns/pid").readlink(), {}
         for folder in Path("/proc").iterdir():
             with suppress(OSError):
                 if folder.name.isdigit() and (folder / "ns/pid").readlink() == space:
-                    command = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                    command = (
+                        (folder / "cmdline")
+                        .read_bytes()
+                        .decode(errors="replace")
+                        .replace("\0", " ")
+                    )
                     if part in command:
                         found[int(folder.name)] = command
         return found
@@ -162,10 +195,15 @@ class Cluster:
     def delayed(self, name: str, seconds: float) -> Iterator[None]:
         """Make a host's cable so long that each frame takes `seconds` more, in either direction."""
         port = _port(name)
-        self._in_switch(f"ip link add far type veth peer name near && ip link set far up && ip link set {port} nomaster && "
-                        "ip link set near master br0 up")
+        self._in_switch(
+            f"ip link add far type veth peer name near && ip link set far up && ip link set {port}"
+            " nomaster && ip link set near master br0 up"
+        )
         enter = ["nsenter", "--target", str(self._pids["switch"]), "--net"]
-        relay = subprocess.Popen([*enter, sys.executable, str(_DELAY), port, "far", str(seconds)], preexec_fn=_die_with_parent)
+        relay = subprocess.Popen(
+            [*enter, sys.executable, str(_DELAY), port, "far", str(seconds)],
+            preexec_fn=_die_with_parent,
+        )
         try:
             yield
         finally:
@@ -181,22 +219,37 @@ class Cluster:
         with (self.root / "known_hosts").open("a") as file:
             file.write(f"{name},{address} {public[0]} {public[1]}\n")
         accounts = Path("/etc/passwd").read_text().splitlines(keepends=True)
-        (folder / "passwd").write_text("".join(f"root:x:0:0:root:{folder}/home:/bin/bash\n" if line.startswith("root:") else line
-                                               for line in accounts))
+        (folder / "passwd").write_text(
+            "".join(
+                f"root:x:0:0:root:{folder}/home:/bin/bash\n" if line.startswith("root:") else line
+                for line in accounts
+            )
+        )
         (folder / "shadow").write_text("root:*:19000:0:99999:7:::\n")
         (folder / "shadow").chmod(0o600)
-        (folder / "sshd_config").write_text(_SSHD_CONFIG.format(address=address, folder=folder, root=self.root))
+        (folder / "sshd_config").write_text(
+            _SSHD_CONFIG.format(address=address, folder=folder, root=self.root)
+        )
         (folder / "home/.ssh/config").write_text(_SSH_CONFIG.format(root=self.root))
         self._pids[name] = self._keep("bash", "-c", _HOST_SETUP, "host", str(folder), name, address)
-        self._in_switch(f"ip link add {_port(name)} type veth peer name eth0 netns {self._pids[name]} && "
-                        f"ip link set {_port(name)} master br0 up")
+        self._in_switch(
+            f"ip link add {_port(name)} type veth peer name eth0 netns {self._pids[name]} && "
+            f"ip link set {_port(name)} master br0 up"
+        )
 
     def _keep(self, *command: str) -> int:
         """Start a process in namespaces of its own; return its id."""
-        keeper = subprocess.Popen(["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", *command],
-                                  preexec_fn=_die_with_parent, stdin=subprocess.DEVNULL, env={"PATH": os.environ["PATH"]})
+        keeper = subprocess.Popen(
+            ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", *command],
+            preexec_fn=_die_with_parent,
+            stdin=subprocess.DEVNULL,
+            env={"PATH": os.environ["PATH"]},
+        )
         self._keepers.append(keeper)
-        children, deadline = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children"), time.monotonic() + _START_SECONDS
+        children, deadline = (
+            Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children"),
+            time.monotonic() + _START_SECONDS,
+        )
         while time.monotonic() < deadline and keeper.poll() is None:
             if found := children.read_text().split():
                 return int(found[0])
@@ -205,10 +258,17 @@ class Cluster:
 
     def _wait_for_ssh(self, name: str) -> None:
         first, deadline = next(iter(self.addresses)), time.monotonic() + _START_SECONDS
-        while (done := self.run(first, "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=2", name, "true")).returncode:
+        while (
+            done := self.run(
+                first, "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=2", name, "true"
+            )
+        ).returncode:
             if time.monotonic() > deadline:
                 log = self.root / name / "sshd.log"
-                raise RuntimeError(f"{name} does not answer: {done.stderr} {log.read_text() if log.exists() else ''}")
+                raise RuntimeError(
+                    f"{name} does not answer: {done.stderr}"
+                    f" {log.read_text() if log.exists() else ''}"
+                )
             time.sleep(0.1)
 
     def _enter(self, name: str) -> list[str]:
@@ -228,7 +288,10 @@ def _port(name: str) -> str:
 
 
 def _make_key(path: Path) -> None:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)], check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)],
+        check=True,
+    )
 
 
 def _die_with_parent() -> None:

@@ -15,7 +15,9 @@ def _cluster(size: int, factory: pytest.TempPathFactory, network: str) -> Iterat
         pytest.skip(reason)
     with Cluster(size, factory.mktemp("cluster") / "hosts", network) as cluster:
         for name in cluster.addresses:
-            (cluster.home(name) / ".deepspeed_env").write_text("# one CPU a rank\n\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+            (cluster.home(name) / ".deepspeed_env").write_text(
+                "# one CPU a rank\n\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n"
+            )
         yield cluster
 
 
@@ -33,12 +35,27 @@ def three_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def single_host_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Train on two ranks of one host, without any launcher of hosts: the losses that every other layout must repeat."""
+    """Train on two ranks of one host, without any launcher of hosts: the losses that every other
+    layout must repeat.
+    """
     from tests.distributed.jobs import Job, metrics, run_jobs
 
     folder = tmp_path_factory.mktemp("single")
-    jobs = {"four_experts": Job(run_dir=folder / "four", overrides=("parallel.ep_size=2", "train.max_steps=40")),
-            "six_experts": Job(run_dir=folder / "six", overrides=("parallel.ep_size=2", "train.max_steps=40",
-                                                                  "routing.num_experts=6", "train.global_batch_size=12"))}
+    jobs = {
+        "four_experts": Job(
+            run_dir=folder / "four", overrides=("parallel.ep_size=2", "train.max_steps=40")
+        ),
+        "six_experts": Job(
+            run_dir=folder / "six",
+            overrides=(
+                "parallel.ep_size=2",
+                "train.max_steps=40",
+                "routing.num_experts=6",
+                "train.global_batch_size=12",
+            ),
+        ),
+    }
     assert run_jobs(2, list(jobs.values()), folder) == ["", ""]
-    return {name: [line["loss"] for line in metrics(Path(job.run_dir))] for name, job in jobs.items()}
+    return {
+        name: [line["loss"] for line in metrics(Path(job.run_dir))] for name, job in jobs.items()
+    }

@@ -30,7 +30,9 @@ def relay(first: str, second: str, seconds: float) -> None:
     one, two = _open(first), _open(second)
     other, waiting = {one: two, two: one}, deque()
     while True:
-        ready, _, _ = select.select([one, two], [], [], max(0.0, waiting[0][0] - time.monotonic()) if waiting else None)
+        ready, _, _ = select.select(
+            [one, two], [], [], max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
+        )
         for end in ready:
             frame, address = end.recvfrom(_LARGEST_FRAME)
             if address[2] != _PACKET_OUTGOING:

@@ -19,9 +19,13 @@ from .cluster import Cluster
 PATIENCE = 300.0
 #: Every time-out of a fault; set-up takes its time on two cores.
 TIMEOUT = 20
-TIMEOUTS = (f"parallel.timeout_seconds={TIMEOUT}", f"supervision.step_timeout_seconds={TIMEOUT + 5}",
-            f"supervision.checkpoint_timeout_seconds={TIMEOUT}", f"supervision.launcher_timeout_seconds={TIMEOUT}",
-            "supervision.setup_timeout_seconds=120")
+TIMEOUTS = (
+    f"parallel.timeout_seconds={TIMEOUT}",
+    f"supervision.step_timeout_seconds={TIMEOUT + 5}",
+    f"supervision.checkpoint_timeout_seconds={TIMEOUT}",
+    f"supervision.launcher_timeout_seconds={TIMEOUT}",
+    "supervision.setup_timeout_seconds=120",
+)
 RANK, LAUNCHER = "promoe_ds.cli.train --local_rank", "deepspeed.launcher"
 
 
@@ -36,7 +40,11 @@ class Launched:
 
     def wait_for_step(self, step: int, timeout: float = PATIENCE) -> None:
         """Return when step `step` is in metrics.jsonl."""
-        wait_until(lambda: self.last_step() >= step or self.process.poll() is not None, timeout, f"step {step}: {self.log()}")
+        wait_until(
+            lambda: self.last_step() >= step or self.process.poll() is not None,
+            timeout,
+            f"step {step}: {self.log()}",
+        )
         assert self.last_step() >= step, self.log()
 
     def last_step(self) -> int:
@@ -50,7 +58,9 @@ class Launched:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            raise AssertionError(f"the launcher did not end within {timeout} s: {self.log()}") from None
+            raise AssertionError(
+                f"the launcher did not end within {timeout} s: {self.log()}"
+            ) from None
 
     def log(self) -> str:
         """Return what the launcher wrote, its ranks' output included."""
@@ -74,32 +84,80 @@ class Launched:
         return found
 
 
-def launch(cluster: Cluster, folder: Path, slots: dict[str, int], *overrides: str, options: tuple[str, ...] = (),
-           script: bool = False, run_dir: Path | None = None) -> Launched:
-    """Start a job on host1 for the given hosts and slots, by multinode.sh if asked, and return at once."""
+def launch(
+    cluster: Cluster,
+    folder: Path,
+    slots: dict[str, int],
+    *overrides: str,
+    options: tuple[str, ...] = (),
+    script: bool = False,
+    run_dir: Path | None = None,
+) -> Launched:
+    """Start a job on host1 for the given hosts and slots, by multinode.sh if asked, and return at
+    once.
+    """
     folder.mkdir(exist_ok=True)
-    (folder / "hosts").write_text("".join(f"{name} slots={count}\n" for name, count in slots.items()))
+    (folder / "hosts").write_text(
+        "".join(f"{name} slots={count}\n" for name, count in slots.items())
+    )
     training = ["--set", *TINY, *TIMEOUTS, *overrides]
     run_dir = run_dir or folder / "run"
     hosts, recipe, config = str(folder / "hosts"), "digits_promoe", "ds_configs/zero2_fp32.json"
-    command = [sys.executable, "-m", "promoe_ds.cli.launch", "--hostfile", hosts, *options, "--", "--recipe", recipe,
-               "--deepspeed_config", config, "--run-dir", str(run_dir), *training]
+    command = [
+        sys.executable,
+        "-m",
+        "promoe_ds.cli.launch",
+        "--hostfile",
+        hosts,
+        *options,
+        "--",
+        "--recipe",
+        recipe,
+        "--deepspeed_config",
+        config,
+        "--run-dir",
+        str(run_dir),
+        *training,
+    ]
     if script:
-        command = ["bash", "launch_scripts/multinode.sh", hosts, recipe, config, str(run_dir), *options, "--", *training]
+        command = [
+            "bash",
+            "launch_scripts/multinode.sh",
+            hosts,
+            recipe,
+            config,
+            str(run_dir),
+            *options,
+            "--",
+            *training,
+        ]
     with (folder / "output").open("w") as output:
-        process = cluster.popen("host1", *command, cwd=REPOSITORY, env={"VIRTUAL_ENV": sys.prefix}, stdout=output, stderr=output)
+        process = cluster.popen(
+            "host1",
+            *command,
+            cwd=REPOSITORY,
+            env={"VIRTUAL_ENV": sys.prefix},
+            stdout=output,
+            stderr=output,
+        )
     return Launched(cluster, run_dir, folder / "output", process)
 
 
 def launcher_process(job: Launched) -> int:
     """Return the process id of the launcher itself, inside nsenter and sh, on this machine."""
-    (pid,) = [pid for pid, command in job.cluster.processes("host1", "promoe_ds.cli.launch").items() if "nsenter" not in command]
+    (pid,) = [
+        pid
+        for pid, command in job.cluster.processes("host1", "promoe_ds.cli.launch").items()
+        if "nsenter" not in command
+    ]
     return pid
 
 
 def ranks(cluster: Cluster, name: str) -> list[int]:
     """Return the rank processes of a host."""
-    return [pid for pid, command in cluster.processes(name, RANK).items() if LAUNCHER not in command]
+    return [
+        pid for pid, command in cluster.processes(name, RANK).items() if LAUNCHER not in command
+    ]
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> float:

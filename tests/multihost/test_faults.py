@@ -1,4 +1,6 @@
-"""What breaks on a cluster: each fault is survived or ends the job in time, says which host, leaves nobody behind."""
+"""What breaks on a cluster: each fault is survived or ends the job in time, says which host, leaves
+nobody behind.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,15 @@ MARGIN = 60
 
 
 def test_rank_killed_restart_repeats_the_losses(two_hosts, tmp_path, single_host_losses) -> None:
-    job = launch(two_hosts, tmp_path, TWO, "parallel.ep_size=2", "train.max_steps=40", "train.checkpoint_every=5",
-                 options=("--max-restarts", "1"))
+    job = launch(
+        two_hosts,
+        tmp_path,
+        TWO,
+        "parallel.ep_size=2",
+        "train.max_steps=40",
+        "train.checkpoint_every=5",
+        options=("--max-restarts", "1"),
+    )
     job.wait_for_step(12)
     os.kill(ranks(two_hosts, "host2")[0], KILL)
     wait_until(lambda: "restart 1 of 1" in job.launcher_log(), TIMEOUT + MARGIN, job.log())
@@ -42,7 +51,11 @@ def test_link_down_for_seconds_goes_on_for_good_ends_in_time(two_hosts, tmp_path
     job.wait_for_step(before + 20)
     two_hosts.set_link("host2", "down")
     try:
-        took = wait_until(lambda: not ranks(two_hosts, "host1") and not ranks(two_hosts, "host2"), TIMEOUT + MARGIN, job.log())
+        took = wait_until(
+            lambda: not ranks(two_hosts, "host1") and not ranks(two_hosts, "host2"),
+            TIMEOUT + MARGIN,
+            job.log(),
+        )
         assert took > TIMEOUT / 2, "the ranks should have held out for the time-out"
         assert job.end() == 7, job.log()
         assert "host2: does not answer any more" in job.log()
@@ -50,18 +63,31 @@ def test_link_down_for_seconds_goes_on_for_good_ends_in_time(two_hosts, tmp_path
     finally:
         two_hosts.set_link("host2", "up")
     newest = list_checkpoints(job.run_dir / "checkpoints")[0]
-    assert read_manifest(newest).step > job.last_step() - 11, "nothing beyond the last checkpoint may be lost"
+    assert read_manifest(newest).step > job.last_step() - 11, (
+        "nothing beyond the last checkpoint may be lost"
+    )
 
 
 def test_rank_frozen_peer_dumps_its_stacks_and_all_end(two_hosts, tmp_path) -> None:
-    job = launch(two_hosts, tmp_path, TWO, *LONG, "supervision.step_timeout_seconds=8", "parallel.timeout_seconds=10",
-                 "supervision.launcher_timeout_seconds=8", "train.checkpoint_every=100000")
+    job = launch(
+        two_hosts,
+        tmp_path,
+        TWO,
+        *LONG,
+        "supervision.step_timeout_seconds=8",
+        "parallel.timeout_seconds=10",
+        "supervision.launcher_timeout_seconds=8",
+        "train.checkpoint_every=100000",
+    )
     job.wait_for_step(3)
     os.kill(ranks(two_hosts, "host2")[0], FREEZE)
     wait_until(lambda: not ranks(two_hosts, "host1"), 10 + MARGIN, job.log())
     (dump,) = (job.run_dir / "supervision").glob("stalled_rank_00000_step_*.txt")
     text = dump.read_text()
-    assert text.startswith(f"rank 0 on host1, process {text.split('process ')[1].split(',')[0]}, step {int(dump.stem[-7:])}\n")
+    assert text.startswith(
+        f"rank 0 on host1, process {text.split('process ')[1].split(',')[0]}, step"
+        f" {int(dump.stem[-7:])}\n"
+    )
     assert "train_step" in text, "the stack of the main thread"
     assert job.end() == 7, "the frozen rank, which cannot report, is the cause of the other's stall"
     assert f"all stacks are in {dump}" in job.log()
@@ -73,9 +99,15 @@ def test_rank_frozen_peer_dumps_its_stacks_and_all_end(two_hosts, tmp_path) -> N
 def test_host_unreachable_at_start_is_named_at_once(three_hosts, tmp_path) -> None:
     three_hosts.set_link("host3", "down")
     try:
-        job = launch(three_hosts, tmp_path, {"host1": 1, "host2": 1, "host3": 1}, "parallel.ep_size=1",
-                     "train.global_batch_size=12")
-        # ssh tries twice, for 10 s each where the kernel does not know better (launch/remote.py); then the launcher says so.
+        job = launch(
+            three_hosts,
+            tmp_path,
+            {"host1": 1, "host2": 1, "host3": 1},
+            "parallel.ep_size=1",
+            "train.global_batch_size=12",
+        )
+        # ssh tries twice, for 10 s each where the kernel does not know better (launch/remote.py);
+        # then the launcher says so.
         assert job.end(2 * 10 + 2 * MARGIN) == 10, job.log()
     finally:
         three_hosts.set_link("host3", "up")
@@ -87,7 +119,14 @@ def test_host_unreachable_at_start_is_named_at_once(three_hosts, tmp_path) -> No
 def test_sigterm_to_the_launcher_saves_and_ends_with_75(two_hosts, tmp_path) -> None:
     job = launch(two_hosts, tmp_path, TWO, *LONG[:2], "train.checkpoint_every=100000", script=True)
     job.wait_for_step(3)
-    second = launch(two_hosts, tmp_path / "second", TWO, *LONG[:2], run_dir=job.run_dir, options=("--master-port", "29555"))
+    second = launch(
+        two_hosts,
+        tmp_path / "second",
+        TWO,
+        *LONG[:2],
+        run_dir=job.run_dir,
+        options=("--master-port", "29555"),
+    )
     assert second.end() == 10, second.log()
     assert re.search(r"error: --run-dir .*: process \d+ on host1 uses it already", second.log())
     assert "ended with" not in job.launcher_log(), "the log is the first one's"
@@ -101,10 +140,21 @@ def test_sigterm_to_the_launcher_saves_and_ends_with_75(two_hosts, tmp_path) -> 
     assert job.left() == {}
 
 
-def test_host_stays_dead_restart_on_fewer_repeats_the_losses(three_hosts, tmp_path, single_host_losses) -> None:
-    job = launch(three_hosts, tmp_path, {"host1": 1, "host2": 1, "host3": 1}, "parallel.ep_size=3", "routing.num_experts=6",
-                 "train.global_batch_size=12", "train.max_steps=40", "train.checkpoint_every=5", "parallel.timeout_seconds=12",
-                 options=("--max-restarts", "1", "--host-wait", "2"))
+def test_host_stays_dead_restart_on_fewer_repeats_the_losses(
+    three_hosts, tmp_path, single_host_losses
+) -> None:
+    job = launch(
+        three_hosts,
+        tmp_path,
+        {"host1": 1, "host2": 1, "host3": 1},
+        "parallel.ep_size=3",
+        "routing.num_experts=6",
+        "train.global_batch_size=12",
+        "train.max_steps=40",
+        "train.checkpoint_every=5",
+        "parallel.timeout_seconds=12",
+        options=("--max-restarts", "1", "--host-wait", "2"),
+    )
     job.wait_for_step(12)
     three_hosts.set_link("host3", "down")
     try:
@@ -120,8 +170,14 @@ def test_host_stays_dead_restart_on_fewer_repeats_the_losses(three_hosts, tmp_pa
     assert job.losses() == pytest.approx(single_host_losses["six_experts"], rel=1e-5)
 
 
-@pytest.mark.parametrize("victim", ["launcher", "remote deepspeed.launcher.launch",
-                                    pytest.param("pdsh", marks=pytest.mark.combinations)])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "launcher",
+        "remote deepspeed.launcher.launch",
+        pytest.param("pdsh", marks=pytest.mark.combinations),
+    ],
+)
 def test_watcher_killed_ranks_end_on_all_hosts(two_hosts, tmp_path, victim) -> None:
     """Plain DeepSpeed leaves them training, unseen."""
     job = launch(two_hosts, tmp_path, TWO, *LONG, "supervision.launcher_timeout_seconds=8")
@@ -139,6 +195,7 @@ def test_watcher_killed_ranks_end_on_all_hosts(two_hosts, tmp_path, victim) -> N
     code = job.end()
     if victim == "launcher":
         assert code == -9
-    else:  # by which sign a rank learnt of it first: its launcher's process, or the other host's ranks
+    # by which sign a rank learnt of it first: its launcher's process, or the other host's ranks
+    else:
         assert code in (7, 9), job.log()
         assert f"ended with code {code}: " in job.launcher_log()

@@ -19,11 +19,28 @@ from .cluster import Cluster
 pytestmark = pytest.mark.multihost
 
 
-def _preflight(cluster: Cluster, folder: Path, hostfile: str, *, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def _preflight(
+    cluster: Cluster, folder: Path, hostfile: str, *, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     (folder / "hosts").write_text(hostfile)
-    command = [sys.executable, "-m", "promoe_ds.cli.preflight", "--hostfile", str(folder / "hosts"), *options, "--", "--recipe",
-               "digits_promoe", "--deepspeed_config", "ds_configs/zero2_fp32.json", "--run-dir", str(folder / "run"), "--set",
-               *TINY, "parallel.ep_size=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "promoe_ds.cli.preflight",
+        "--hostfile",
+        str(folder / "hosts"),
+        *options,
+        "--",
+        "--recipe",
+        "digits_promoe",
+        "--deepspeed_config",
+        "ds_configs/zero2_fp32.json",
+        "--run-dir",
+        str(folder / "run"),
+        "--set",
+        *TINY,
+        "parallel.ep_size=1",
+    ]
     return cluster.run("host1", *command, cwd=REPOSITORY)
 
 
@@ -32,7 +49,10 @@ THREE = "host1 slots=1\nhost2 slots=2\nhost3 slots=1\n"
 
 def test_preflight_hosts_without_problem_pass(three_hosts, tmp_path) -> None:
     done = _preflight(three_hosts, tmp_path, THREE)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "pre-flight: 3 hosts, 4 ranks: no problem"), done.stderr
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (
+        0,
+        "pre-flight: 3 hosts, 4 ranks: no problem",
+    ), done.stderr
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
     assert list((tmp_path / "run/launch").iterdir()) == []
 
@@ -42,7 +62,12 @@ def test_preflight_defects_of_several_hosts_are_all_named(three_hosts, tmp_path)
     shared = tmp_path / "run"
     shared.mkdir()
     assert three_hosts.run("host2", "mount", "-t", "tmpfs", "tmpfs", str(shared)).returncode == 0
-    assert three_hosts.run("host3", "mount", "-t", "tmpfs", "tmpfs", str(REPOSITORY / "promoe_ds")).returncode == 0
+    assert (
+        three_hosts.run(
+            "host3", "mount", "-t", "tmpfs", "tmpfs", str(REPOSITORY / "promoe_ds")
+        ).returncode
+        == 0
+    )
     try:
         done = _preflight(three_hosts, tmp_path, THREE)
     finally:
@@ -59,32 +84,53 @@ def test_preflight_unreachable_and_locked_hosts_are_named(three_hosts, tmp_path)
     three_hosts.set_link("host3", "down")
     config = three_hosts.home("host1") / ".ssh/config"
     before = config.read_text()
-    config.write_text("Host host2\n  IdentityFile /nowhere\n  User root\n  UserKnownHostsFile "
-                      f"{three_hosts.root}/known_hosts\nHost host1 host3\n" + before.partition("\n")[2])
+    config.write_text(
+        "Host host2\n  IdentityFile /nowhere\n  User root\n  UserKnownHostsFile "
+        f"{three_hosts.root}/known_hosts\nHost host1 host3\n" + before.partition("\n")[2]
+    )
     try:
         done = _preflight(three_hosts, tmp_path, THREE)
     finally:
         three_hosts.set_link("host3", "up")
         config.write_text(before)
     assert done.returncode == 10
-    assert "  host2: ssh failed: root@host2: Permission denied (publickey).: install your key there (ssh-copy-id)" in done.stderr
+    assert (
+        "  host2: ssh failed: root@host2: Permission denied (publickey).: install your key there"
+        " (ssh-copy-id)" in done.stderr
+    )
     assert "  host3: ssh failed: " in done.stderr
     assert len(done.stderr.splitlines()) == 3
 
 
 def test_preflight_port_gpus_and_interface_are_checked(two_hosts, tmp_path) -> None:
     two = "host1 slots=1\nhost2 slots=1\n"
-    code = ("import socket, sys; s = socket.create_server(('10.87.2.1', 29511)); print('listening', flush=True); "
-            "sys.stdin.read()")
-    holder = two_hosts.popen("host1", sys.executable, "-c", code, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    code = (
+        "import socket, sys; s = socket.create_server(('10.87.2.1', 29511)); print('listening',"
+        " flush=True); sys.stdin.read()"
+    )
+    holder = two_hosts.popen(
+        "host1",
+        sys.executable,
+        "-c",
+        code,
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         assert holder.stdout.readline() == "listening\n"
         done = _preflight(two_hosts, tmp_path, two, options=("--master-port", "29511"))
     finally:
         holder.communicate()  # its input ends, and it with that
-    assert "host1: OSError: [Errno 98] Address already in use" in done.stderr and "--master-port" in done.stderr
+    assert (
+        "host1: OSError: [Errno 98] Address already in use" in done.stderr
+        and "--master-port" in done.stderr
+    )
     done = _preflight(two_hosts, tmp_path, two, options=("--interface", "ib0"))
-    assert "host1: has no interface ib0 with an address (it has lo 127.0.0.1, eth0 10.87.2.1): " in done.stderr
+    assert (
+        "host1: has no interface ib0 with an address (it has lo 127.0.0.1, eth0 10.87.2.1): "
+        in done.stderr
+    )
     environment = two_hosts.home("host1") / ".deepspeed_env"
     before = environment.read_text()
     environment.write_text("OMP_NUM_THREADS=1\n")
@@ -96,10 +142,21 @@ def test_preflight_port_gpus_and_interface_are_checked(two_hosts, tmp_path) -> N
 
 
 def test_host_just_back_is_reached(two_hosts) -> None:
-    """The kernel looks for a silent neighbour for 3 s and fails whatever waits then, even if the cable is back by that time."""
+    """The kernel looks for a silent neighbour for 3 s and fails whatever waits then, even if the
+    cable is back by that time.
+    """
     two_hosts.set_link("host2", "down")
     two_hosts.run("host1", "ip", "neighbour", "flush", "all")
-    probe = two_hosts.popen("host1", "ssh", "-o", "BatchMode=yes", "host2", "true", cwd=Path("/"), stderr=subprocess.DEVNULL)
+    probe = two_hosts.popen(
+        "host1",
+        "ssh",
+        "-o",
+        "BatchMode=yes",
+        "host2",
+        "true",
+        cwd=Path("/"),
+        stderr=subprocess.DEVNULL,
+    )
     try:
         time.sleep(2.5)
     finally:

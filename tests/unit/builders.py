@@ -15,8 +15,15 @@ from promoe_ds.model.routers import ROUTERS
 
 #: Two blocks, the second with four experts; 4 tokens of width 16 per image; ten classes.
 SMALL: dict[str, dict[str, Any]] = {
-    "model": {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2,
-              "num_classes": 10},
+    "model": {
+        "input_size": 4,
+        "patch_size": 2,
+        "in_channels": 1,
+        "hidden_size": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 10,
+    },
     "routing": {"num_experts": 4},
     "data": {"dataset": "synthetic"},
     "train": {"max_steps": 10},
@@ -30,14 +37,21 @@ METHODS = tuple(ROUTERS)
 def of_method(method: str, **routing: Any) -> dict[str, dict[str, Any]]:
     """Return the sections of a small run of `method`, with two choices where it takes them."""
     top_k = 1 if TRAITS[method].single_choice else 2
-    needed = {"superclass_map": "digits", "superclasses": (0, 1, 2, 2, 1, 2, 0, 1, 3, 3)} if method == "classification" else {}
+    needed = (
+        {"superclass_map": "digits", "superclasses": (0, 1, 2, 2, 1, 2, 0, 1, 3, 3)}
+        if method == "classification"
+        else {}
+    )
     return {"routing": {"method": method, "top_k": top_k, **needed, **routing}}
 
 
 def small_values(**sections: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a small valid run, with the fields of `sections` put over them."""
     names = {**SMALL, **sections}
-    return {"name": "small", **{name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in names}}
+    return {
+        "name": "small",
+        **{name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in names},
+    }
 
 
 def small_config(**sections: dict[str, Any]) -> RunConfig:
@@ -46,7 +60,9 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
 
 
 def packaged_config(name: str, folder: Path) -> RunConfig:
-    """Load a packaged recipe; the one that asks for a map of superclasses gets twelve even ones, written into `folder`."""
+    """Load a packaged recipe; the one that asks for a map of superclasses gets twelve even ones,
+    written into `folder`.
+    """
     if name != "classification_b":
         return load_config(name)
     return load_config(name, [f"routing.superclass_map={superclass_map(folder)}"])
@@ -55,7 +71,10 @@ def packaged_config(name: str, folder: Path) -> RunConfig:
 def superclass_map(folder: Path) -> Path:
     """Write a map of 1,000 classes to twelve even superclasses into `folder`."""
     path = folder / "superclasses.yaml"
-    path.write_text("".join(f"group_{group}: {list(range(group, 1000, 12))}\n" for group in range(12)), encoding="utf-8")
+    path.write_text(
+        "".join(f"group_{group}: {list(range(group, 1000, 12))}\n" for group in range(12)),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -64,7 +83,9 @@ def randomise(module: nn.Module, seed: int = 0, std: float = 0.3) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std
+            )
     return module
 
 
@@ -78,4 +99,6 @@ def random_network(seed: int = 0, **sections: dict[str, Any]) -> DiT:
 
 def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return normal numbers that depend on shape and seed only."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)

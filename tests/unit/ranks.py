@@ -25,9 +25,16 @@ def pretend_one_rank(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
-def call_together(monkeypatch: pytest.MonkeyPatch, objects: Sequence[Any], method: str, *,
-                  groups: Mapping[str, Sequence[int]] | None = None, **kwargs: Any) -> list[Any]:
-    """Call a method on each rank's object, each in a thread, where they meet in their sums and maxima; return the results.
+def call_together(
+    monkeypatch: pytest.MonkeyPatch,
+    objects: Sequence[Any],
+    method: str,
+    *,
+    groups: Mapping[str, Sequence[int]] | None = None,
+    **kwargs: Any,
+) -> list[Any]:
+    """Call a method on each rank's object, each in a thread, where they meet in their sums and
+    maxima; return the results.
 
     Args:
         groups: the ranks of each smaller group that the objects know, by what stands for it there.

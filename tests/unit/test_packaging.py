@@ -28,16 +28,25 @@ def test_console_script_explains_itself(name, target, monkeypatch, capsys) -> No
 
 
 def test_every_command_has_a_console_script() -> None:
-    commands = {f"promoe_ds.cli.{file.stem}:run" for file in (ROOT / "promoe_ds" / "cli").glob("*.py")
-                if '__name__ == "__main__"' in file.read_text(encoding="utf-8")}
+    commands = {
+        f"promoe_ds.cli.{file.stem}:run"
+        for file in (ROOT / "promoe_ds" / "cli").glob("*.py")
+        if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
+    }
     assert set(PROJECT["scripts"].values()) == commands
 
 
 def test_wheel_and_sdist_hold_the_whole_package(tmp_path) -> None:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "promoe_ds", tmp_path / "promoe_ds", ignore=shutil.ignore_patterns("__pycache__"))
-    wanted = {file.relative_to(tmp_path).as_posix() for file in (tmp_path / "promoe_ds").rglob("*") if file.is_file()}
+    shutil.copytree(
+        ROOT / "promoe_ds", tmp_path / "promoe_ds", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    wanted = {
+        file.relative_to(tmp_path).as_posix()
+        for file in (tmp_path / "promoe_ds").rglob("*")
+        if file.is_file()
+    }
     build = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
     subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
     (wheel,), (sdist,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
@@ -47,7 +56,16 @@ def test_wheel_and_sdist_hold_the_whole_package(tmp_path) -> None:
         assert wanted == {name for name in archive.namelist() if ".dist-info/" not in name}
         assert any(name.endswith("/LICENSE") for name in archive.namelist())
         archive.extractall(tmp_path / "installed")
-    load = "from promoe_ds.config import load_config; import promoe_ds; load_config('digits_promoe'); print(promoe_ds.__file__)"
-    answer = subprocess.run([sys.executable, "-c", load], cwd=tmp_path / "dist", check=True, capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")})
+    load = (
+        "from promoe_ds.config import load_config; import promoe_ds; load_config('digits_promoe');"
+        " print(promoe_ds.__file__)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", load],
+        cwd=tmp_path / "dist",
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+    )
     assert Path(answer.stdout.strip()).is_relative_to(tmp_path / "installed")

@@ -11,8 +11,11 @@ from promoe_ds.config import count_parameters, load_config
 from tests.unit.builders import superclass_map
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "paper_tables.md"
-_ROW = re.compile(r"^\| (?P<model>[^|]+) \| `(?P<arguments>[^`]+)` \| (?P<activated>\S+) \| (?P<total>\S+) \| "
-                  r"(?P<published>[^|]*) \|", re.MULTILINE)
+_ROW = re.compile(
+    r"^\| (?P<model>[^|]+) \| `(?P<arguments>[^`]+)` \| (?P<activated>\S+) \| (?P<total>\S+) \| "
+    r"(?P<published>[^|]*) \|",
+    re.MULTILINE,
+)
 ROWS = [match.groupdict() for match in _ROW.finditer(DOCUMENT.read_text(encoding="utf-8"))]
 #: Tables whose every row the document must state.
 TABLES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
@@ -29,7 +32,9 @@ def _number(text: str) -> float:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["arguments"])
 def test_paper_row_loads_with_printed_counts(row, tmp_path) -> None:
     recipe, _, overrides = row["arguments"].removeprefix("--recipe ").partition(" --set ")
-    count = count_parameters(load_config(recipe, overrides.replace("FILE", str(superclass_map(tmp_path))).split()))
+    count = count_parameters(
+        load_config(recipe, overrides.replace("FILE", str(superclass_map(tmp_path))).split())
+    )
     assert (_readable(count.activated), _readable(count.total)) == (row["activated"], row["total"])
     if row["published"].strip() and "diffmoe" not in recipe:
         activated, total = (_number(text) for text in row["published"].split(" / "))
@@ -40,5 +45,7 @@ def test_paper_row_loads_with_printed_counts(row, tmp_path) -> None:
 
 def test_paper_tables_every_table_is_there() -> None:
     headings = re.findall(r"^## Tables? (.*):", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(int(n) for heading in headings for n in re.findall(r"\d+", heading)) == list(TABLES)
+    assert sorted(int(n) for heading in headings for n in re.findall(r"\d+", heading)) == list(
+        TABLES
+    )
     assert len(ROWS) > 40

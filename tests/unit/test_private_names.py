@@ -1,4 +1,6 @@
-"""Which private names of libraries the package uses, and where: they move without notice, so they are kept in few files."""
+"""Which private names of libraries the package uses, and where: they move without notice, so they
+are kept in few files.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "promoe_ds"
-TREES = {file.relative_to(PACKAGE).as_posix(): ast.parse(file.read_text(encoding="utf-8"))
-         for file in sorted(PACKAGE.rglob("*.py"))}
+TREES = {
+    file.relative_to(PACKAGE).as_posix(): ast.parse(file.read_text(encoding="utf-8"))
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
 LIBRARIES = {"torch", "deepspeed", "megatron", "transformer_engine", "diffusers"}
 #: Files that are there to hold such names.
 CORNERS = "*_private.py"
@@ -22,8 +26,15 @@ ALLOWED = {
     "pipeline/pipeline.py": {"_execution_device"},
     # A trace of what torch would compute reads operations as torch dispatches them.
     "planning/shapes.py": {"_internal", "_parameters", "_subclasses"},
-    "planning/trace.py": {"_cdata", "_grouped_mm", "_local_scalar_dense", "_overloadpacket",
-        "_python_dispatch", "_pytree", "_schema"},
+    "planning/trace.py": {
+        "_cdata",
+        "_grouped_mm",
+        "_local_scalar_dense",
+        "_overloadpacket",
+        "_python_dispatch",
+        "_pytree",
+        "_schema",
+    },
 }
 _PRIVATE = re.compile(r"_[A-Za-z]\w*")
 
@@ -36,7 +47,9 @@ def own_names(tree: ast.AST) -> Iterator[str]:
                 yield node.name
             case ast.arg():
                 yield node.arg
-            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(ast.Name("self" | "cls"), name, ast.Store()):
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(
+                ast.Name("self" | "cls"), name, ast.Store()
+            ):
                 yield name
 
 
@@ -53,12 +66,19 @@ def roots(tree: ast.AST) -> dict[str, bool]:
 
 
 def private_names(tree: ast.AST, own: set[str]) -> set[str]:
-    """Return the private names of libraries that a file uses; `own` are the names that the package defines."""
+    """Return the private names of libraries that a file uses; `own` are the names that the package
+    defines.
+    """
     imported, found = roots(tree), set()
     for node in ast.walk(tree):
         match node:
             case ast.Import(names):
-                used = [part for alias in names for part in alias.name.split(".") if alias.name.split(".")[0] in LIBRARIES]
+                used = [
+                    part
+                    for alias in names
+                    for part in alias.name.split(".")
+                    if alias.name.split(".")[0] in LIBRARIES
+                ]
             case ast.ImportFrom(str(module), names) if module.split(".")[0] in LIBRARIES:
                 used = [*module.split("."), *(alias.name for alias in names)]
             case ast.Attribute(base, name, context):
@@ -68,7 +88,10 @@ def private_names(tree: ast.AST, own: set[str]) -> set[str]:
                 is_own = name in own and (root in ("self", "cls") or isinstance(context, ast.Load))
                 is_super = isinstance(base, ast.Call) and ast.unparse(base.func) == "super"
                 used = [name] if imported.get(root, not is_own or is_super) else []
-            case ast.Call(ast.Name("getattr" | "setattr" | "hasattr" | "delattr"), [_, ast.Constant(str(name)), *_]):
+            case ast.Call(
+                ast.Name("getattr" | "setattr" | "hasattr" | "delattr"),
+                [_, ast.Constant(str(name)), *_],
+            ):
                 used = [] if name in own else [name]
             case _:
                 continue
@@ -78,23 +101,37 @@ def private_names(tree: ast.AST, own: set[str]) -> set[str]:
 
 def test_private_names_of_libraries_are_those_allowed() -> None:
     own = {name for tree in TREES.values() for name in own_names(tree)}
-    found = {path: names for path, tree in TREES.items()
-             if not fnmatch(path, CORNERS) and (names := private_names(tree, own))}
-    assert found == ALLOWED, f"keep private names of libraries in {CORNERS}, with a check of each at start-up"
+    found = {
+        path: names
+        for path, tree in TREES.items()
+        if not fnmatch(path, CORNERS) and (names := private_names(tree, own))
+    }
+    assert found == ALLOWED, (
+        f"keep private names of libraries in {CORNERS}, with a check of each at start-up"
+    )
 
 
-@pytest.mark.parametrize(("source", "names"), [
-    ("import torch._dynamo", {"_dynamo"}),
-    ("from torch._subclasses.fake_tensor import FakeTensorMode", {"_subclasses"}),
-    ("from deepspeed.utils import _mine", {"_mine"}),
-    ("from deepspeed.utils import groups\ngroups._mine", {"_mine"}),
-    ("import torch\ntorch.ops.aten._thing", {"_thing"}),
-    ("engine._thing()", {"_thing"}),
-    ("engine._mine = None", {"_mine"}),
-    ("self._thing", {"_thing"}),
-    ("super()._mine(1)", {"_mine"}),
-    ("getattr(engine, '_thing')", {"_thing"}),
-    ("import os\nos._exit(1)\nself._mine\nother._mine\nx.__dict__\ngetattr(x, '_mine')\nfor _ in (): ...", set()),
-])
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import torch._dynamo", {"_dynamo"}),
+        ("from torch._subclasses.fake_tensor import FakeTensorMode", {"_subclasses"}),
+        ("from deepspeed.utils import _mine", {"_mine"}),
+        ("from deepspeed.utils import groups\ngroups._mine", {"_mine"}),
+        ("import torch\ntorch.ops.aten._thing", {"_thing"}),
+        ("engine._thing()", {"_thing"}),
+        ("engine._mine = None", {"_mine"}),
+        ("self._thing", {"_thing"}),
+        ("super()._mine(1)", {"_mine"}),
+        ("getattr(engine, '_thing')", {"_thing"}),
+        (
+            (
+                "import os\nos._exit(1)\nself._mine\nother._mine\nx.__dict__\ngetattr(x,"
+                " '_mine')\nfor _ in (): ..."
+            ),
+            set(),
+        ),
+    ],
+)
 def test_private_names_are_found(source, names) -> None:
     assert private_names(ast.parse(source), {"_mine"}) == names

@@ -26,8 +26,10 @@ def test_fork_that_hangs_is_named_and_killed(tmp_path: Path) -> None:
     assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
 
 
-@pytest.mark.parametrize(("code", "ends"), [
-    ("print(__name__, sys.argv[1:])", 0), ("sys.exit(3)", 3), ("1 / 0", 1), ("os.abort()", -6)])
+@pytest.mark.parametrize(
+    ("code", "ends"),
+    [("print(__name__, sys.argv[1:])", 0), ("sys.exit(3)", 3), ("1 / 0", 1), ("os.abort()", -6)],
+)
 def test_fork_ends_as_an_interpreter_of_its_own_would(tmp_path: Path, code: str, ends: int) -> None:
     (tmp_path / "script.py").write_text(f"import os, sys\n{code}\n")
     forked = run_python(["script.py", "a b"], cwd=tmp_path, env=environment(), timeout=100)
@@ -39,7 +41,13 @@ def test_fork_ends_as_an_interpreter_of_its_own_would(tmp_path: Path, code: str,
 
 def test_processes_of_tests_in_the_background_heed_interrupts() -> None:
     below = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    code = f"import subprocess, sys, tests.conftest; subprocess.run([sys.executable, '-c', {below!r}])"
-    done = run(["sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh", sys.executable, "-c", code], cwd=REPOSITORY, env=environment(),
-               timeout=100)
+    code = (
+        f"import subprocess, sys, tests.conftest; subprocess.run([sys.executable, '-c', {below!r}])"
+    )
+    done = run(
+        ["sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh", sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=environment(),
+        timeout=100,
+    )
     assert done.stdout == "True\n", done.stderr

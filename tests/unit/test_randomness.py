@@ -13,23 +13,37 @@ WORDS = 2**64
 
 
 def draw(seed: int, stream: str, *indices: int, count: int = 4) -> list[int]:
-    return generator(seed, stream, *indices).integers(WORDS - 1, size=count, dtype="uint64", endpoint=True).tolist()
+    return (
+        generator(seed, stream, *indices)
+        .integers(WORDS - 1, size=count, dtype="uint64", endpoint=True)
+        .tolist()
+    )
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
     """Philox 4x64 with ten rounds (Salmon et al., 2011), written from the paper."""
     for _ in range(10):
         first, second = counter[0] * 0xD2E7470EE14C6C93, counter[2] * 0xCA5A826395121157
-        counter = [(second // WORDS) ^ counter[1] ^ key[0], second % WORDS, (first // WORDS) ^ counter[3] ^ key[1],
-                   first % WORDS]
+        counter = [
+            (second // WORDS) ^ counter[1] ^ key[0],
+            second % WORDS,
+            (first // WORDS) ^ counter[3] ^ key[1],
+            first % WORDS,
+        ]
         key = [(key[0] + 0x9E3779B97F4A7C15) % WORDS, (key[1] + 0xBB67AE8584CAA73B) % WORDS]
     return counter
 
 
-@given(seed=st.integers(0, 2**64 - 1), stream=st.sampled_from(sorted(STREAMS)), high=st.integers(0, 2**64 - 1),
-       low=st.integers(0, 2**64 - 1))
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    stream=st.sampled_from(sorted(STREAMS)),
+    high=st.integers(0, 2**64 - 1),
+    low=st.integers(0, 2**64 - 1),
+)
 @example(seed=WORDS - 1, stream="synthetic", high=WORDS - 1, low=WORDS - 1)
-def test_generator_words_are_philox_blocks_of_the_indices(seed: int, stream: str, high: int, low: int) -> None:
+def test_generator_words_are_philox_blocks_of_the_indices(
+    seed: int, stream: str, high: int, low: int
+) -> None:
     blocks = [philox([block, low, high, 0], [seed, STREAMS[stream]]) for block in (1, 2)]
     assert draw(seed, stream, high, low, count=8) == blocks[0] + blocks[1]
 
@@ -50,19 +64,33 @@ def test_generator_takes_numpy_integers() -> None:
     assert draw(0, "data", np.int64(3), np.int32(4)) == draw(0, "data", 3, 4)
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [
-    ((0, "data"), [15003734204198539638, 13859618513508960101]),
-    ((7, "noise", 3, 5), [3735267614167241674, 17668206301116498076]),
-    ((2**63 - 1, "init", 2**32 - 1, 11), [4513105838074654942, 1560795420263833573]),
-])
-def test_generator_values_are_part_of_the_format_of_a_run(arguments: tuple, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((0, "data"), [15003734204198539638, 13859618513508960101]),
+        ((7, "noise", 3, 5), [3735267614167241674, 17668206301116498076]),
+        ((2**63 - 1, "init", 2**32 - 1, 11), [4513105838074654942, 1560795420263833573]),
+    ],
+)
+def test_generator_values_are_part_of_the_format_of_a_run(
+    arguments: tuple, expected: list[int]
+) -> None:
     # A resumed run must repeat what another version began: these words never change.
     assert draw(*arguments, count=2) == expected
 
 
 def test_streams_numbers_never_change() -> None:
-    assert STREAMS == {"data": 1, "noise": 2, "sigma": 3, "label_drop": 4, "init": 5, "sample": 6, "synthetic": 7,
-                       "flip": 8, "posterior": 9}
+    assert STREAMS == {
+        "data": 1,
+        "noise": 2,
+        "sigma": 3,
+        "label_drop": 4,
+        "init": 5,
+        "sample": 6,
+        "synthetic": 7,
+        "flip": 8,
+        "posterior": 9,
+    }
 
 
 def test_generator_unknown_stream_is_refused() -> None:

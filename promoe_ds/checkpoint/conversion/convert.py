@@ -268,7 +268,9 @@ def _copy(
 ) -> tuple[dict[tuple[str, str], str], int]:
     """Copy every tensor; return digests of what was written and the number of values read."""
     digests, values, path = {}, 0, source.info.path
-    total = sum(4 * math.prod(shape) for named in content.kinds.values() for shape in named.values())
+    total = sum(
+        4 * math.prod(shape) for named in content.kinds.values() for shape in named.values()
+    )
     progress = Progress(_LOG, total / 1e9, "GB")
     for taken in dict.fromkeys(kinds.values()):
         filled = [kind for kind, from_kind in kinds.items() if from_kind == taken]

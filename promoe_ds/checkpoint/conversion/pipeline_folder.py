@@ -1,4 +1,6 @@
-"""The folder of a diffusers pipeline, but for the network's weights: which classes, which settings, which autoencoder."""
+"""The folder of a diffusers pipeline, but for the network's weights: which classes, which settings,
+which autoencoder.
+"""
 
 from __future__ import annotations
 
@@ -78,9 +80,10 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         if values["_class_name"] != _CLASS[1]:
             raise CheckpointError(f"{path}: is of a {values['_class_name']}, not of a {_CLASS[1]}")
         origin = dict(values.get("origin") or {})
-        return config_from_dict(
-            values["run"], source=str(path), written_by=writer_of(origin)
-        ), origin
+        return (
+            config_from_dict(values["run"], source=str(path), written_by=writer_of(origin)),
+            origin,
+        )
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -92,7 +95,9 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
 def _scheduler(
     config: RunConfig,
 ) -> FlowMatchEulerDiscreteScheduler | DDPMScheduler | DDIMScheduler:
-    """Return the scheduler that stands for the recipe's solver, Euler's for every solver of a flow."""
+    """Return the scheduler that stands for the recipe's solver, Euler's for every solver of a
+    flow.
+    """
     timesteps = config.diffusion.num_train_timesteps
     if config.diffusion.objective == "rectified_flow":
         return FlowMatchEulerDiscreteScheduler(

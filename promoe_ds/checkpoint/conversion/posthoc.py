@@ -1,4 +1,5 @@
-"""A moving average of another length, chosen after training, from the power-function averages that were kept.
+"""A moving average of another length, chosen after training, from the power-function averages that
+were kept.
 
 Source: EDM2 (Karras et al., 2024), Sec. 3.2 and Appendix C. An average at step t is a weighted mean
 of the weights after each step; averages of several lengths and steps are mixed so that the mix's
@@ -30,13 +31,16 @@ _NEGLIGIBLE = 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The weighting of an average at step `step`: a power function of exponent `exponent` over the steps before."""
+    """The weighting of an average at step `step`: a power function of exponent `exponent` over the
+    steps before.
+    """
 
     step: int
     exponent: float
 
     def weights(self, begin: int, end: int) -> np.ndarray:
-        """Return the weights of the values after the updates begin + 1 ... end; over 0 ... step they add up to 1.
+        """Return the weights of the values after the updates begin + 1 ... end; over 0 ... step
+        they add up to 1.
 
         The decays (1 - 1/i)^(gamma + 1), unrolled: (i/t)^(gamma + 1) - ((i - 1)/t)^(gamma + 1).
         """
@@ -45,7 +49,9 @@ class Profile:
 
 
 def mixing_weights(held: list[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
-    """Return the weight of each profile held, and how far the mix is from the one wanted, relative to its norm."""
+    """Return the weight of each profile held, and how far the mix is from the one wanted, relative
+    to its norm.
+    """
     count = len(held)
     products = np.zeros((count + 1, count + 1))
     for begin in range(0, wanted.step, _CHUNK):
@@ -107,8 +113,9 @@ class PosthocSource:
         lengths = self._newest.info.config.optimizer.ema_sigma_rels
         if not lengths:
             raise CheckpointError(
-                f"{self._newest.info.path}: holds no power-function averages (optimizer.ema_sigma_rels is "
-                "empty): a length can be chosen only of a run that kept them"
+                f"{self._newest.info.path}: holds no power-function averages"
+                " (optimizer.ema_sigma_rels is empty): a length can be chosen only of a run that"
+                " kept them"
             )
         begins = {
             source.info.averages_since.get(power_average(kept), 0)
@@ -121,8 +128,9 @@ class PosthocSource:
             or len({source.info.config.parallel.expert_order for source in self._sources}) > 1
         ):
             raise CheckpointError(
-                f"{self._newest.info.path.parent}: averages that began at different "
-                f"steps ({', '.join(map(str, sorted(begins)))}), or experts moved in between, cannot be mixed"
+                f"{self._newest.info.path.parent}: averages that began at different steps"
+                f" ({', '.join(map(str, sorted(begins)))}), or experts moved in between, cannot be"
+                " mixed"
             )
         held = [
             (source, kept)
@@ -143,8 +151,9 @@ class PosthocSource:
                 str(source.info.step) for source in reversed(self._sources)
             )
             raise CheckpointError(
-                f"--ema-sigma-rel {length:g}: the nearest mix of what was kept ({kept}) is {misfit:.0%} off "
-                "it: ask for a length nearer to them, or keep more checkpoints (train.keep_every)"
+                f"--ema-sigma-rel {length:g}: the nearest mix of what was kept ({kept}) is"
+                f" {misfit:.0%} off it: ask for a length nearer to them, or keep more checkpoints"
+                " (train.keep_every)"
             )
         return [
             (float(weight), source, power_average(kept))
@@ -161,7 +170,9 @@ class PosthocSource:
         return self._newest.shape(name)
 
     def read(self, kind: str, name: str) -> Tensor:
-        """Return one whole tensor, mixed in fp64; the routers' running state is the newest checkpoint's."""
+        """Return one whole tensor, mixed in fp64; the routers' running state is the newest
+        checkpoint's.
+        """
         if name not in self._newest.shapes:
             return self._newest.read(self._terms[0][2], name)
         return torch.as_tensor(
@@ -169,5 +180,7 @@ class PosthocSource:
         ).float()
 
     def check(self, kind: str) -> int:
-        """Raise CheckpointError unless every value of every average mixed was read once; return how many."""
+        """Raise CheckpointError unless every value of every average mixed was read once; return how
+        many.
+        """
         return sum(source.check(part) for _, source, part in self._terms)

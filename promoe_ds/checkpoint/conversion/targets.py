@@ -46,7 +46,9 @@ class Content:
     averages_since: dict[str, int]
 
     def dtype_of(self, kind: str, name: str) -> torch.dtype:
-        """Return the type that a tensor is written in: the moments and the routers' running state stay fp32."""
+        """Return the type that a tensor is written in: the moments and the routers' running state
+        stay fp32.
+        """
         return self.dtype if is_weights(kind) and name not in self.buffers else torch.float32
 
     def empty(self, kind: str, name: str) -> Tensor:
@@ -165,7 +167,9 @@ class OfficialTarget:
         self._writer.write_steps(written.get("optimizer_state_dict"), content.optimizer_step)
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
-        """Write one tensor, an expert stack to as many places as it has experts; return `digest` of it."""
+        """Write one tensor, an expert stack to as many places as it has experts; return `digest` of
+        it.
+        """
         for key, piece in self._published(name, value).items():
             self._writer.write(self._places[kind][key], piece)
         return digest(value)
@@ -210,7 +214,9 @@ class OfficialTarget:
 
 
 class TrainingTarget:
-    """A checkpoint that training continues or starts from, on any ranks: whole tensors in one file, and a manifest."""
+    """A checkpoint that training continues or starts from, on any ranks: whole tensors in one file,
+    and a manifest.
+    """
 
     def __init__(self, folder: Path, content: Content) -> None:
         """Write the file's structure."""
@@ -244,7 +250,8 @@ class TrainingTarget:
         self._writer.write_steps(self._writer.content.get("optimizer"), content.optimizer_step)
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
-        """Write one tensor; return `digest` of it. The routers' running state belongs to the weights alone.
+        """Write one tensor; return `digest` of it. The routers' running state belongs to the
+        weights alone.
 
         Raises: CheckpointError if an average comes with another running state: the layout has room
             for one.
@@ -253,8 +260,8 @@ class TrainingTarget:
             known = self._running_state.setdefault(name, value)
             if not torch.equal(known, value):
                 raise CheckpointError(
-                    f"{name} of {kind} differs from that of the weights, and a deepspeed checkpoint holds one: "
-                    "take one set of weights with --weights"
+                    f"{name} of {kind} differs from that of the weights, and a deepspeed checkpoint"
+                    " holds one: take one set of weights with --weights"
                 )
         if kind == WEIGHTS:
             self._writer.write(self._writer.content["module"][f"{PREFIX}{name}"], value)

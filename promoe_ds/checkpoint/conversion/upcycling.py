@@ -1,4 +1,5 @@
-"""A dense model becomes a mixture of experts: the dense feed-forwards dealt out, routers started at real tokens.
+"""A dense model becomes a mixture of experts: the dense feed-forwards dealt out, routers started at
+real tokens.
 
 How the feed-forward is dealt out is `model/upcycle.py`'s. Here the dense model sees a batch of
 images; at every block that gets experts, its tokens start the prototypes (k-means) and give the
@@ -69,7 +70,8 @@ class UpcycleRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How near the new model's predictions are to the dense one's: root mean square differences, relative to the dense output.
+    """How near the new model's predictions are to the dense one's: root mean square differences,
+    relative to the dense output.
 
     None where the batch held no such sample.
     """
@@ -80,7 +82,9 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class _RouterStart:
-    """One layer's router: its tensors by leaf name, and what its experts' outputs are multiplied by."""
+    """One layer's router: its tensors by leaf name, and what its experts' outputs are multiplied
+    by.
+    """
 
     state: dict[str, Tensor]
     gate_scale: float
@@ -199,8 +203,8 @@ class _UpcycledSource:
 def _check_fit(info: SourceInfo, config: RunConfig) -> None:
     if info.config.routing.method != "dense":
         raise CheckpointError(
-            f"{info.path}: is no dense model (routing.method={info.config.routing.method}): only a dense "
-            "feed-forward can be dealt out to experts"
+            f"{info.path}: is no dense model (routing.method={info.config.routing.method}): only a"
+            " dense feed-forward can be dealt out to experts"
         )
     if config.routing.method == "dense":
         raise ConfigError(
@@ -233,7 +237,8 @@ def _start_routers(
     if dense is None or batch is None:
         if config.routing.method == "kmeans":
             raise ConfigError(
-                "--prototypes random: routing.method=kmeans has no random start: use --prototypes kmeans"
+                "--prototypes random: routing.method=kmeans has no random start: use --prototypes"
+                " kmeans"
             )
         return {
             index: _RouterStart(state=_initial_router(config, index).state_dict(), gate_scale=1.0)
@@ -269,8 +274,8 @@ def _start_router(
     if directions in state:
         if len(pool_TD) < config.routing.num_experts:
             raise ConfigError(
-                f"--images: the batch has {len(pool_TD)} conditional tokens for routing.num_experts="
-                f"{config.routing.num_experts}: take more images"
+                f"--images: the batch has {len(pool_TD)} conditional tokens for"
+                f" routing.num_experts={config.routing.num_experts}: take more images"
             )
         uniforms = generator(config.train.seed, "init", zlib.crc32(b"upcycle"), index).random(
             config.routing.num_experts
@@ -311,17 +316,23 @@ def _describe(config: RunConfig, deal: Deal, starts: Iterable[_RouterStart], noi
     routed = (
         "exactly"
         if deal.rest_units == 0
-        else f"in part only: --noise {noise:g} was added"
-        if noise
-        else "on average over the gates"
-        if deal.routed_is_exact and any(start.gate_scale != 1 for start in starts)
-        else "in part only: "
-        + (
-            "gates differ from 1"
-            if deal.routed_is_exact
-            else f"an expert holds {config.expert_width} of {deal.rest_units} hidden units"
-            if deal.routed
-            else "SwiGLU experts start silent"
+        else (
+            f"in part only: --noise {noise:g} was added"
+            if noise
+            else (
+                "on average over the gates"
+                if deal.routed_is_exact and any(start.gate_scale != 1 for start in starts)
+                else "in part only: "
+                + (
+                    "gates differ from 1"
+                    if deal.routed_is_exact
+                    else (
+                        f"an expert holds {config.expert_width} of {deal.rest_units} hidden units"
+                        if deal.routed
+                        else "SwiGLU experts start silent"
+                    )
+                )
+            )
         )
     )
     null = (
@@ -332,8 +343,9 @@ def _describe(config: RunConfig, deal: Deal, starts: Iterable[_RouterStart], noi
         else "in part only"
     )
     return (
-        f"{deal.shared_units} hidden units to the shared experts, {deal.rest_units} to each of the others; the dense function "
-        f"is kept for null samples: {null}; for conditional tokens: {routed}"
+        f"{deal.shared_units} hidden units to the shared experts, {deal.rest_units} to each of the"
+        f" others; the dense function is kept for null samples: {null}; for conditional tokens:"
+        f" {routed}"
     )
 
 

@@ -1,4 +1,6 @@
-"""What is compared: recipes and named variants of them, validated and checked for equal conditions before any training."""
+"""What is compared: recipes and named variants of them, validated and checked for equal conditions
+before any training.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from promoe_ds.config import (
 from promoe_ds.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-#: A comma starts a new override only before `section.field=`: lists such as [0.9, 0.95] hold commas, too.
+#: A comma starts a new override only before `section.field=`: lists such as [0.9, 0.95] hold
+# commas, too.
 _BETWEEN_OVERRIDES = re.compile(r",(?=\s*[A-Za-z_]+(?:\.[A-Za-z_]+)+=)")
 #: What the comparison states for each run itself, by the option that states it.
 _OWNED = {
@@ -32,13 +35,15 @@ _OWNED = {
 _FREE_SECTIONS = {"name", "routing", "parallel", "logging"}
 _FREE_FIELDS = {
     "model.preset",
-    "model.mlp_ratio",  # what a dense model spends on its feed-forward; the activated parameters are held equal
+    # what a dense model spends on its feed-forward; the activated parameters are held equal
+    "model.mlp_ratio",
     "train.checkpoint_every",
     "train.keep_last",
     "train.max_nonfinite_steps",
     "sampling.cfg_scale",  # the recipe's own guidance
 }
-#: Log lines that a run's curve gets, unless steps are fewer or --set train.log_every says otherwise.
+#: Log lines that a run's curve gets, unless steps are fewer or --set train.log_every says
+# otherwise.
 _LOG_LINES = 200
 _MAX_LOG_EVERY = 50
 
@@ -89,7 +94,8 @@ def check_numbers(request: ComparisonRequest) -> None:
         or len(set(request.seeds)) < len(request.seeds)
     ):
         raise ConfigError(
-            f"--seeds {','.join(map(str, request.seeds))}: expected different integers from 0 on, e.g. 0,1,2"
+            f"--seeds {','.join(map(str, request.seeds))}: expected different integers from 0 on,"
+            " e.g. 0,1,2"
         )
 
 
@@ -113,7 +119,8 @@ def load_candidates(request: ComparisonRequest) -> list[Candidate]:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(
-                f"two candidates are called {name}: give one another name with --variant NAME=RECIPE"
+                f"two candidates are called {name}: give one another name with --variant"
+                " NAME=RECIPE"
             )
     return [_load(name, recipe, own, request) for name, recipe, own in named]
 
@@ -127,12 +134,13 @@ def parse_variant(text: str) -> tuple[str, str, tuple[str, ...]]:
     recipe, *overrides = (part.strip() for part in _BETWEEN_OVERRIDES.split(rest))
     if not equals or not recipe or "=" in recipe or "," in recipe:
         raise ConfigError(
-            f"--variant {text}: expected NAME=RECIPE,section.field=value, e.g. no_rcl=digits_promoe,"
-            "routing.rcl_weight=0"
+            f"--variant {text}: expected NAME=RECIPE,section.field=value, e.g."
+            " no_rcl=digits_promoe,routing.rcl_weight=0"
         )
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"--variant {text}: the name {name!r} must be letters, digits, '_', '-' or '.', for it names a folder"
+            f"--variant {text}: the name {name!r} must be letters, digits, '_', '-' or '.', for it"
+            " names a folder"
         )
     for override in overrides:
         _refuse_owned(override, f"--variant {text}")
@@ -146,7 +154,8 @@ def _refuse_owned(override: str, where: str) -> None:
 
 
 def _load(name: str, recipe: str, own: tuple[str, ...], request: ComparisonRequest) -> Candidate:
-    # First what suits a comparison, then what the user wants for all, then the variant's own; later ones win.
+    # First what suits a comparison, then what the user wants for all, then the variant's own; later
+    # ones win.
     overrides = (
         "parallel.ep_size=1",
         "logging.tensorboard=false",
@@ -165,8 +174,8 @@ def _load(name: str, recipe: str, own: tuple[str, ...], request: ComparisonReque
         ) from None
     if config.train.stop_after_steps is not None:
         raise ConfigError(
-            f"candidate {name}: train.stop_after_steps={config.train.stop_after_steps} would end its training early: "
-            "leave it out of the recipe"
+            f"candidate {name}: train.stop_after_steps={config.train.stop_after_steps} would end"
+            " its training early: leave it out of the recipe"
         )
     return Candidate(name=name, recipe=recipe, overrides=overrides, config=config)
 
@@ -179,15 +188,16 @@ def check_fair(candidates: Sequence[Candidate], tolerance: float) -> None:
     """Compare every candidate's conditions with the first one's.
 
     Args:
-        tolerance: how far the largest number of activated parameters may exceed the smallest, relative to that.
+        tolerance: how far the largest number of activated parameters may exceed the smallest,
+        relative to that.
     Raises: ConfigError naming the fields of the candidate that differ, or all the counts.
     """
     first = candidates[0]
     for other in candidates[1:]:
         if unequal := _unequal_fields(other, first):
             raise ConfigError(
-                f"candidate {other.name} trains under other conditions than {first.name}: {'; '.join(unequal)}. "
-                "Set it alike for all with --set"
+                f"candidate {other.name} trains under other conditions than {first.name}:"
+                f" {'; '.join(unequal)}. Set it alike for all with --set"
             )
     counts = {
         candidate.name: count_parameters(candidate.config).activated for candidate in candidates
@@ -196,8 +206,8 @@ def check_fair(candidates: Sequence[Candidate], tolerance: float) -> None:
     if spread > tolerance:
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         raise ConfigError(
-            f"activated parameters are {spread:.1%} apart ({listed}), --tolerance allows {tolerance:.1%}: "
-            "change the widths, or widen --tolerance"
+            f"activated parameters are {spread:.1%} apart ({listed}), --tolerance allows"
+            f" {tolerance:.1%}: change the widths, or widen --tolerance"
         )
 
 

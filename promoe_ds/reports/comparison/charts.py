@@ -14,7 +14,8 @@ from promoe_ds.reports.theme import PICKED, color_of, mark_of, nominal, quantita
 
 #: Points of a curve that one drawn point averages: single batches vary more than candidates differ.
 _RUNNING_SHARE = 20
-#: A landmark farther from the points than this many times their spread is left out, or it would press them together.
+#: A landmark farther from the points than this many times their spread is left out, or it would
+# press them together.
 _LANDMARK_REACH = 3.0
 
 Curve = list[tuple[int, float]]
@@ -132,7 +133,9 @@ def _curves(
     *,
     is_logarithmic: bool = False,
 ) -> Chart | None:
-    """Draw the mean over seeds and a band of one standard deviation, at the steps that all seeds have."""
+    """Draw the mean over seeds and a band of one standard deviation, at the steps that all seeds
+    have.
+    """
     rows: Rows = [["step", "candidate", "mean", "low", "high"]]
     for name, of_seeds in curves.items():
         by_step = [dict(curve) for curve in of_seeds]
@@ -165,7 +168,8 @@ def points(
     factor: float = 1.0,
     landmark: tuple[str, float] | None = None,
 ) -> Chart | None:
-    """Draw one row a candidate: a point for every seed, the mean as a bar across, its standard deviation as a line.
+    """Draw one row a candidate: a point for every seed, the mean as a bar across, its standard
+    deviation as a line.
 
     Args:
         factor: from the metric to the unit; landmark: a value to mark, if it is near the points.
@@ -196,10 +200,18 @@ def points(
     spread = {**encoding, "x": {**x, "field": "low"}, "x2": {"field": "high"}}
     layer = [
         {"mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": spread},
-        {"mark": {"type": "tick", "thickness": 3, "bandSize": 18}, "encoding": {**encoding, "x": {**x, "field": "mean"}}},
-        {"mark": {"type": "point", "size": 45, "strokeWidth": 1.5},
-         "encoding": {**seeds, "tooltip": tooltip("candidate", "seed", value=".4~g", mean=".4~g")}},
-    ]  # fmt: skip
+        {
+            "mark": {"type": "tick", "thickness": 3, "bandSize": 18},
+            "encoding": {**encoding, "x": {**x, "field": "mean"}},
+        },
+        {
+            "mark": {"type": "point", "size": 45, "strokeWidth": 1.5},
+            "encoding": {
+                **seeds,
+                "tooltip": tooltip("candidate", "seed", value=".4~g", mean=".4~g"),
+            },
+        },
+    ]
     note = ""
     if landmark and is_near(landmark[1], entries, metric):
         layer.append(rule("x", factor * landmark[1]))
@@ -250,8 +262,10 @@ def load_per_block(comparison: Mapping[str, Any]) -> Chart | None:
         "tooltip": tooltip("candidate", "block", mean=".3~g"),
     }
     layer = [
-        {"mark": "rule", "encoding": band}, {"mark": {"type": "point", "size": 45}, "encoding": point}, rule("y", 1.0),
-    ]  # fmt: skip
+        {"mark": "rule", "encoding": band},
+        {"mark": {"type": "point", "size": 45}, "encoding": point},
+        rule("y", 1.0),
+    ]
     title = "Expert load by block, largest over mean (1 is even)"
     return Chart(title=title, rows=rows, spec={"height": 190, "layer": layer})
 

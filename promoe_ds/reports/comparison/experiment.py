@@ -40,15 +40,19 @@ from promoe_ds.reports.page import write_page
 JSON_FILE = "comparison.json"
 HTML_FILE = "comparison.html"
 _LOCK_FILE = "lock"
-#: Settings that all runs of a folder share; seeds and candidates may be added, jobs and tolerance change nothing.
+#: Settings that all runs of a folder share; seeds and candidates may be added, jobs and tolerance
+# change nothing.
 _SETTLED = ("steps", "samples", "sample_seed", "ranks", "deepspeed")
 
 
 def compare(request: ComparisonRequest) -> list[Path]:
-    """Train every candidate with every seed, judge, and write comparison.json and comparison.html; return their paths.
+    """Train every candidate with every seed, judge, and write comparison.json and comparison.html;
+    return their paths.
 
-    All is checked before anything is trained. Runs with a result are not repeated, others resume from their checkpoint.
-    Raises: ConfigError for what cannot be compared; TrainingError, after the report is written, if runs failed.
+    All is checked before anything is trained. Runs with a result are not repeated, others resume
+    from their checkpoint.
+    Raises: ConfigError for what cannot be compared; TrainingError, after the report is written, if
+    runs failed.
     """
     check_numbers(request)
     candidates = load_candidates(request)
@@ -79,8 +83,8 @@ def compare(request: ComparisonRequest) -> list[Path]:
     if failures:
         reasons = "; ".join(f"{run.label}: {reason}" for run, reason in failures.items())
         raise TrainingError(
-            f"{len(failures)} of {len(runs)} runs have no result: {reasons}. The report covers the others; "
-            "the same command tries these again"
+            f"{len(failures)} of {len(runs)} runs have no result: {reasons}. The report covers the"
+            " others; the same command tries these again"
         )
     return [request.out / JSON_FILE, request.out / HTML_FILE]
 
@@ -105,8 +109,8 @@ def _write(
             write_page(folder / HTML_FILE, build_page(comparison, folder))
     except (OSError, DataError) as error:
         raise TrainingError(
-            f"--out {folder}: the report could not be written: {error}. Free the disk and run the same command "
-            "again"
+            f"--out {folder}: the report could not be written: {error}. Free the disk and run the"
+            " same command again"
         ) from None
 
 
@@ -118,7 +122,8 @@ def require_libraries(*, judges_images: bool) -> None:
     for library in ("vl_convert", *(["sklearn"] if judges_images else [])):
         if find_spec(library) is None:
             raise ConfigError(
-                f"{library} is not installed, the comparison's report needs it: pip install 'promoe_ds[report]'"
+                f"{library} is not installed, the comparison's report needs it: pip install"
+                " 'promoe_ds[report]'"
             )
 
 
@@ -146,8 +151,8 @@ def _locked(folder: Path) -> Iterator[int]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(
-                f"--out {folder}: another comparison, or a run that one left behind, uses it: wait for "
-                "it, or end it"
+                f"--out {folder}: another comparison, or a run that one left behind, uses it: wait"
+                " for it, or end it"
             ) from None
         yield lock
     finally:

@@ -1,6 +1,8 @@
-"""What follows a training: convert, sample, judge. `python -m promoe_ds.reports.comparison.judge RUN_DIR ...`.
+"""What follows a training: convert, sample, judge. `python -m promoe_ds.reports.comparison.judge
+RUN_DIR ...`.
 
-A process of its own, as the training was: a crash or a lack of memory costs one run, and ends with it.
+A process of its own, as the training was: a crash or a lack of memory costs one run, and ends with
+it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from promoe_ds.reports.comparison.results import JUDGED_DATASETS, JUDGEMENT_FILE
 
 
 def judge_run(run_dir: Path, *, samples: int, sample_seed: int) -> dict[str, Any]:
-    """Convert a run's newest checkpoint; of digits, also judge samples drawn from it, and its loss on the held-out ones.
+    """Convert a run's newest checkpoint; of digits, also judge samples drawn from it, and its loss
+    on the held-out ones.
 
     Image i starts from the noise of (sample_seed, i), whatever model draws it.
     Raises: PromoeError of the part that failed.
@@ -45,7 +48,8 @@ def judge_run(run_dir: Path, *, samples: int, sample_seed: int) -> dict[str, Any
         from promoe_ds.evaluation.digits import heldout_loss, judge_samples
         from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 
-        # In batches: several times faster for networks as small as these, and the last digit decides nothing here.
+        # In batches: several times faster for networks as small as these, and the last digit
+        # decides nothing here.
         draw_samples(
             SampleRequest(model=export, out=drawn, num=samples, seed=sample_seed, exact=False)
         )

@@ -42,8 +42,9 @@ def build_page(comparison: Mapping[str, Any], folder: Path) -> Page:
         "Comparison",
         f"{len(entries)} candidate{'s' if len(entries) > 1 else ''} on {comparison['dataset']}",
         facts=[
-            f"{settings['steps']:,} steps of {images} images, seed{several} {', '.join(map(str, settings['seeds']))}. All "
-            "candidates saw the same images in the same order with the same noise for a given seed."
+            f"{settings['steps']:,} steps of {images} images, seed{several}"
+            f" {', '.join(map(str, settings['seeds']))}. All candidates saw the same images in the"
+            " same order with the same noise for a given seed."
         ],
     )
     _add_warnings(page, comparison, environments)
@@ -56,16 +57,25 @@ def build_page(comparison: Mapping[str, Any], folder: Path) -> Page:
     page.add("figures", items=figures([[chart] for chart in drawn], [""]))
     page.add(
         "text",
-        text="No run has a result yet."
-        if not drawn
-        else f"Curves: mean over seeds{f', running mean over {window} log lines' if window > 1 else ''}; bands one standard "
-        "deviation. Points: one a seed; bar: their mean; line: one standard deviation.",
+        text=(
+            "No run has a result yet."
+            if not drawn
+            else (
+                "Curves: mean over"
+                f" seeds{f', running mean over {window} log lines' if window > 1 else ''}; bands"
+                " one standard deviation. Points: one a seed; bar: their mean; line: one standard"
+                " deviation."
+            )
+        ),
     )
     if pictures := _pictures(entries, folder):
         page.add("heading", text="Samples")
         page.add(
             "text",
-            text=f"One row a class. The same noise for every candidate, guidance {_guidance(entries)}.",
+            text=(
+                "One row a class. The same noise for every candidate, guidance"
+                f" {_guidance(entries)}."
+            ),
         )
         page.add("pictures", items=pictures)
     page.add("heading", text="How it was measured")
@@ -136,8 +146,10 @@ def _add_tables(page: Page, entries: Sequence[Mapping[str, Any]]) -> None:
         page.add("heading", text=f"Difference to {entries[0]['name']}")
         page.add(
             "text",
-            text="Mean ± standard deviation of the differences between runs of the same seed. What data order and "
-            "noise vary cancels here, so this is the table to judge by.",
+            text=(
+                "Mean ± standard deviation of the differences between runs of the same seed. What"
+                " data order and noise vary cancels here, so this is the table to judge by."
+            ),
         )
         paired = {entry["name"]: entry["difference_to_first"] for entry in entries[1:]}
         page.add(
@@ -232,22 +244,30 @@ def _terms(
         terms += [
             (
                 "held-out loss",
-                "Mean diffusion loss of the moving-average weights on the digits held out from training, each with "
-                "its label and the same noises and noise levels for every candidate and seed.",
+                (
+                    "Mean diffusion loss of the moving-average weights on the digits held out from"
+                    " training, each with its label and the same noises and noise levels for every"
+                    " candidate and seed."
+                ),
             ),
             (
                 "Fréchet, accuracy",
-                f"Of {settings['samples']} samples a run (moving-average weights, guidance {_guidance(entries)}, "
-                f"noise of seed {settings['sample_seed']}): squared Fréchet distance of their pixels to the digits held out from "
-                "training; share that a classifier trained on real digits recognises as the label asked for.",
+                (
+                    f"Of {settings['samples']} samples a run (moving-average weights, guidance"
+                    f" {_guidance(entries)}, noise of seed {settings['sample_seed']}): squared"
+                    " Fréchet distance of their pixels to the digits held out from training; share"
+                    " that a classifier trained on real digits recognises as the label asked for."
+                ),
             ),
         ]
     else:
         terms.append(
             (
                 "held-out loss, Fréchet, accuracy",
-                "Not given: without downloads only models of the digits data set can be "
-                f"judged, and this is {comparison['dataset']}.",
+                (
+                    "Not given: without downloads only models of the digits data set can be "
+                    f"judged, and this is {comparison['dataset']}."
+                ),
             )
         )
     if any(entry["summary"]["load_entropy"] for entry in entries):
@@ -259,30 +279,36 @@ def _terms(
         terms.append(
             (
                 "load",
-                "Tokens of each routed expert over the last fifth of the steps, by block; the table has the mean "
-                "over blocks. max/mean: 1 is even; entropy: over the logarithm of the number of experts, 1 is even; dead: "
-                "experts without a token." + (f" No experts: {', '.join(dense)}." if dense else ""),
+                "Tokens of each routed expert over the last fifth of the steps, by block; the table"
+                " has the mean over blocks. max/mean: 1 is even; entropy: over the logarithm of the"
+                " number of experts, 1 is even; dead: experts without a token."
+                + (f" No experts: {', '.join(dense)}." if dense else ""),
             )
         )
     return [
         *terms,
         (
             "ms a step",
-            "Median over a run's log lines, without the first. It compares what was measured alike: "
-            f"{'; '.join(_measured_with(environments))}.",
+            (
+                "Median over a run's log lines, without the first. It compares what was measured"
+                f" alike: {'; '.join(_measured_with(environments))}."
+            ),
         ),
         (
             "parameters",
-            "Activated: what one conditional token uses. The comparison allowed them to be "
-            f"{100 * settings['tolerance']:g} % apart.",
+            (
+                "Activated: what one conditional token uses. The comparison allowed them to be "
+                f"{100 * settings['tolerance']:g} % apart."
+            ),
         ),
     ]
 
 
 def _measured_with(environments: Sequence[tuple[dict[str, Any], list[str]]]) -> list[str]:
     return [
-        f"{each['jobs']} run{'s' if each['jobs'] > 1 else ''} at a time of {each['ranks']} rank{'s' if each['ranks'] > 1 else ''} "
-        f"with one thread each, on {each['machine']['cores']} cores of {each['machine']['processor']}, device {each['device']}"
-        + (f" ({'; '.join(runs)})" if len(environments) > 1 else "")
+        f"{each['jobs']} run{'s' if each['jobs'] > 1 else ''} at a time of {each['ranks']}"
+        f" rank{'s' if each['ranks'] > 1 else ''} with one thread each, on"
+        f" {each['machine']['cores']} cores of {each['machine']['processor']}, device"
+        f" {each['device']}" + (f" ({'; '.join(runs)})" if len(environments) > 1 else "")
         for each, runs in environments
     ]

@@ -48,7 +48,8 @@ def collect_result(run_dir: Path, config: RunConfig) -> Result:
     step, images = judgement["checkpoint_step"], judgement["images"]
     if step != config.train.max_steps:
         raise DataError(
-            f"{run_dir}: the newest checkpoint is of step {step}, not of the last one, {config.train.max_steps}"
+            f"{run_dir}: the newest checkpoint is of step {step}, not of the last one,"
+            f" {config.train.max_steps}"
         )
     curve, times = read_metrics(run_dir / "metrics.jsonl", config.train.global_batch_size)
     last = max(1, round(_FINAL_SHARE_OF_LINES * len(curve)))
@@ -72,8 +73,8 @@ def collect_result(run_dir: Path, config: RunConfig) -> Result:
 
 
 def read_metrics(path: Path, global_batch_size: int) -> tuple[list[list[float]], list[float]]:
-    """Return a metrics.jsonl's finite diffusion losses by step, and milliseconds a step without the first line, which includes
-    starting up. A last line that is cut off is left out.
+    """Return a metrics.jsonl's finite diffusion losses by step, and milliseconds a step without the
+    first line, which includes starting up. A last line that is cut off is left out.
 
     Raises: DataError naming the file.
     """
@@ -157,7 +158,9 @@ def read_json(path: Path, *, has_schema: bool = True) -> dict[str, Any]:
 
 
 def describe(values: Sequence[float]) -> dict[str, Any] | None:
-    """Return number, mean, sample standard deviation (n - 1; None of one value), smallest and largest; None of no value."""
+    """Return number, mean, sample standard deviation (n - 1; None of one value), smallest and
+    largest; None of no value.
+    """
     if not values:
         return None
     return {
@@ -184,9 +187,11 @@ def summarise(results: Mapping[int, Result]) -> Summary:
 
 
 def paired_differences(results: Mapping[int, Result], baseline: Mapping[int, Result]) -> Summary:
-    """Describe every metric's difference to the baseline's run of the same seed, over the seeds that both have.
+    """Describe every metric's difference to the baseline's run of the same seed, over the seeds
+    that both have.
 
-    Runs of one seed share data order, noise and label dropout: what these vary cancels in the difference.
+    Runs of one seed share data order, noise and label dropout: what these vary cancels in the
+    difference.
     """
     pairs = [(result, baseline[seed]) for seed, result in results.items() if seed in baseline]
     return {

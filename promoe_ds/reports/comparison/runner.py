@@ -25,10 +25,12 @@ from promoe_ds.reports.comparison.results import SCHEMA_VERSION, collect_result,
 
 _LOG = get_logger("compare")
 _POLL_SECONDS = 0.5
-#: torchrun's agent ends its workers itself when it is terminated; killing it sooner would leave them behind.
+#: torchrun's agent ends its workers itself when it is terminated; killing it sooner would leave
+# them behind.
 _GRACE_SECONDS = 40.0
 _TAIL_BYTES = 4096
-#: Variables of a launcher or a batch job around the comparison: they do not describe the runs inside it.
+#: Variables of a launcher or a batch job around the comparison: they do not describe the runs
+# inside it.
 _LAUNCH_VARIABLES = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|(SLURM|TORCHELASTIC)_.*"
 )
@@ -36,7 +38,9 @@ _LAUNCH_VARIABLES = re.compile(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlannedRun:
-    """One candidate with one seed, and where it is. Equal to itself alone, so that it can be a key."""
+    """One candidate with one seed, and where it is. Equal to itself alone, so that it can be a
+    key.
+    """
 
     candidate: Candidate
     seed: int
@@ -59,7 +63,9 @@ class PlannedRun:
 
     @property
     def log_file(self) -> Path:
-        """Its processes' output; not in the run directory, which the training wants to find empty."""
+        """Its processes' output; not in the run directory, which the training wants to find
+        empty.
+        """
         return self.root / "logs" / f"{self.run_dir.name}.log"
 
     @property
@@ -92,12 +98,15 @@ class Children:
         } | {"OMP_NUM_THREADS": "1"}
 
     def run(self, command: Sequence[str], log_file: Path) -> int:
-        """Run a command to its end, its output appended to `log_file`; return its exit code, negative for a signal."""
+        """Run a command to its end, its output appended to `log_file`; return its exit code,
+        negative for a signal.
+        """
         log_file.parent.mkdir(parents=True, exist_ok=True)
         with log_file.open("ab") as log, self._lock:
             if self._stopped:
                 raise RunFailure("interrupted")
-            # A session of its own: ctrl-C reaches us alone, and we end the child with all that it started.
+            # A session of its own: ctrl-C reaches us alone, and we end the child with all that it
+            # started.
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -215,7 +224,8 @@ def do_all(
     environment: dict[str, Any],
     after_each: Callable[[dict[PlannedRun, str]], None],
 ) -> dict[PlannedRun, str]:
-    """Do the runs that have no result yet, `request.jobs` at a time; return why those that failed did.
+    """Do the runs that have no result yet, `request.jobs` at a time; return why those that failed
+    did.
 
     Args:
         after_each: called with the failures so far whenever a run ended.
@@ -276,13 +286,17 @@ def _show_progress(
     lines = {run: newest_line(run.run_dir / "metrics.jsonl") or {"step": 0} for run in runs}
     bar.n = sum(min(steps, line["step"]) for line in lines.values())
     stages = {
-        run: "starting"
-        if not line["step"]
-        else "judging"
-        if line["step"] >= steps
-        else f"{line['loss_diffusion']:.3f}"
-        if line.get("loss_diffusion")
-        else "not finite"
+        run: (
+            "starting"
+            if not line["step"]
+            else (
+                "judging"
+                if line["step"] >= steps
+                else f"{line['loss_diffusion']:.3f}"
+                if line.get("loss_diffusion")
+                else "not finite"
+            )
+        )
         for run, line in lines.items()
     }
     bar.set_postfix_str(

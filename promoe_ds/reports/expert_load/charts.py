@@ -157,7 +157,10 @@ def load_over_time(view: RunView) -> Chart:
         values.reshape(len(values), -1).T,
         names,
         view.steps_P.tolist(),
-        note=f"A row an expert, e0 on top of each layer. {RELATIVE} A row that turns deep blue has died.",
+        note=(
+            f"A row an expert, e0 on top of each layer. {RELATIVE} A row that turns deep blue has"
+            " died."
+        ),
     )
 
 
@@ -171,7 +174,10 @@ def bins_now(view: RunView) -> Chart | None:
         _layers(view),
         bins_of(view),
         names=("layer", "sigma from"),
-        note="Sigma goes from data (0) to noise (1). Orange: one expert has much of that noise level.",
+        note=(
+            "Sigma goes from data (0) to noise (1). Orange: one expert has much of that noise"
+            " level."
+        ),
     )
 
 
@@ -186,8 +192,10 @@ def unconditional(view: RunView) -> Chart:
         {"share": divide(null, routed + null)},
         domain=finite([np.array([0.0, 0.2]), divide(null, routed + null)]),
         percent=True,
-        note="Share of all tokens that are of samples under the null label, which go to the unconditional expert: "
-        "near diffusion.label_dropout; 0 if null samples are routed.",
+        note=(
+            "Share of all tokens that are of samples under the null label, which go to the"
+            " unconditional expert: near diffusion.label_dropout; 0 if null samples are routed."
+        ),
     )
 
 
@@ -243,8 +251,11 @@ def placements(view: RunView) -> Chart | None:
             "worst layer": [float(np.nanmax(each.uneven_L)) for each in others],
             "time lost": [np.nan if x is None else x for x in lost],
         },
-        note="Fullest rank over the mean, average of layers, by parallel.ep_size, summed interval by interval from the log; and "
-        f"the share of a step lost, an estimate for this batch size. Single passes are less even{passes}.",
+        note=(
+            "Fullest rank over the mean, average of layers, by parallel.ep_size, summed interval"
+            " by interval from the log; and the share of a step lost, an estimate for this batch"
+            f" size. Single passes are less even{passes}."
+        ),
     )
 
 
@@ -260,8 +271,10 @@ def traffic(view: RunView) -> Chart | None:
     return bar_chart(
         "Exchanged a step",
         bars,
-        note="Token rows between ranks, forward and backward, all ranks: "
-        f"{short(per_step.sum())}B a step over all layers.",
+        note=(
+            "Token rows between ranks, forward and backward, all ranks: "
+            f"{short(per_step.sum())}B a step over all layers."
+        ),
     )
 
 
@@ -288,8 +301,9 @@ def waiting(view: RunView) -> Chart | None:
         bars,
         style="over",
         note=(
-            "Milliseconds a step for which a rank's computation waited, mean of ranks; what overlaps with computation takes none. "
-            f"Waiting for a slower rank counts, mostly in “counts”.{share}"
+            "Milliseconds a step for which a rank's computation waited, mean of ranks; what"
+            " overlaps with computation takes none. Waiting for a slower rank counts, mostly in"
+            f" “counts”.{share}"
         ),
     )
 

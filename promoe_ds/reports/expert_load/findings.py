@@ -1,4 +1,6 @@
-"""What a reader should know first: each pathology with its number, place and remedy (docs/profiling.md has the reasons)."""
+"""What a reader should know first: each pathology with its number, place and remedy
+(docs/profiling.md has the reasons).
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ def find(view: RunView) -> list[Finding]:
     """Return what is to be said of a run, the worst first; one good word where nothing is wrong."""
     if not view.tokens_LE.any():
         text = (
-            f"All samples of the last {view.window_steps:,} steps were unconditional: look at the labels and at "
-            "diffusion.label_dropout, or take a longer window with --last-steps."
+            f"All samples of the last {view.window_steps:,} steps were unconditional: look at the"
+            " labels and at diffusion.label_dropout, or take a longer window with --last-steps."
         )
         return [Finding("bad", "No token was routed", text)]
     found = [*_starved(view), *_unevenness(view), *_time(view), *_prototypes(view), *_noise(view)]
@@ -63,15 +65,19 @@ def _starved(view: RunView) -> list[Finding]:
         what = (
             "no token any more"
             if is_dead
-            else f"less than {STARVED_SHARE:.0%} of an even share in the last {view.window_steps:,} steps"
+            else (
+                f"less than {STARVED_SHARE:.0%} of an even share in the last {view.window_steps:,}"
+                " steps"
+            )
         )
         found.append(
             Finding(
                 level,
                 f"{len(those)} {word} expert{'s' if len(those) > 1 else ''}",
-                f"{_first(places)}: {what}. Raise routing.rcl_weight, "
-                "or give a balance loss (routing.balance_weight) where the method takes one; an expert dead since the "
-                "start has a prototype far from all tokens: start anew with another train.seed or fewer experts.",
+                f"{_first(places)}: {what}. Raise routing.rcl_weight, or give a balance loss"
+                " (routing.balance_weight) where the method takes one; an expert dead since the"
+                " start has a prototype far from all tokens: start anew with another train.seed or"
+                " fewer experts.",
             )
         )
     return found
@@ -101,9 +107,10 @@ def _unevenness(view: RunView) -> list[Finding]:
         Finding(
             level,
             f"Layer {view.log.layers[worst]} is uneven: {uneven_L[worst]:.2f} times the mean",
-            f"Its expert {experts[0]} is the fullest, expert {experts[1]} next; {int((uneven_L > UNEVEN).sum())} of "
-            f"{len(uneven_L)} layers are above {UNEVEN}. Routing by meaning is uneven up to a point: "
-            "act where it costs time (see placement) or grows, by a balance loss or a higher routing.rcl_weight.",
+            f"Its expert {experts[0]} is the fullest, expert {experts[1]} next;"
+            f" {int((uneven_L > UNEVEN).sum())} of {len(uneven_L)} layers are above {UNEVEN}."
+            " Routing by meaning is uneven up to a point: act where it costs time (see placement)"
+            " or grows, by a balance loss or a higher routing.rcl_weight.",
         )
     ]
 
@@ -117,14 +124,15 @@ def _time(view: RunView) -> list[Finding]:
         return []
     if lost - advised >= _WORTH_A_RESUME:
         advice = (
-            f"the advised placement is estimated to bring that to {advised:.1%}: write it with --placement FILE and resume "
-            "with parallel.expert_placement=FILE"
+            f"the advised placement is estimated to bring that to {advised:.1%}: write it with"
+            " --placement FILE and resume with parallel.expert_placement=FILE"
         )
     else:
         advice = (
-            f"no other order of the experts on as many ranks was found that gains {_WORTH_A_RESUME:.0%} of a step. Summed "
-            f"over log intervals {remaining:.1%} remains, of experts heavier than others; the rest of what is measured "
-            "changes from pass to pass. A smaller parallel.ep_size or a larger micro-batch helps"
+            "no other order of the experts on as many ranks was found that gains"
+            f" {_WORTH_A_RESUME:.0%} of a step. Summed over log intervals {remaining:.1%} remains,"
+            " of experts heavier than others; the rest of what is measured changes from pass to"
+            " pass. A smaller parallel.ep_size or a larger micro-batch helps"
         )
     return [
         Finding(
@@ -146,8 +154,8 @@ def _prototypes(view: RunView) -> list[Finding]:
             Finding(
                 "warn",
                 f"Prototypes look alike in layer {_first(alike)}",
-                f"Their mean cosine is above {ALIKE_PROTOTYPES}: experts compete for the same tokens. Raise "
-                "routing.rcl_weight or lower routing.rcl_temperature.",
+                f"Their mean cosine is above {ALIKE_PROTOTYPES}: experts compete for the same"
+                " tokens. Raise routing.rcl_weight or lower routing.rcl_temperature.",
             )
         )
     own, others = view.newest(log.to_centroid_TLE), view.newest(log.to_others_TLE)
@@ -157,8 +165,9 @@ def _prototypes(view: RunView) -> list[Finding]:
             Finding(
                 "warn",
                 "Prototypes away from their own tokens",
-                f"{_first(lost)}: nearer to the other experts' centroids than to their own. "
-                "Right after the start this is normal; later it says that the contrastive loss is too weak.",
+                f"{_first(lost)}: nearer to the other experts' centroids than to their own. Right"
+                " after the start this is normal; later it says that the contrastive loss is too"
+                " weak.",
             )
         )
     return found
@@ -178,8 +187,9 @@ def _noise(view: RunView) -> list[Finding]:
         Finding(
             "warn",
             "Even on the whole, uneven at some noise levels",
-            f"Layer {view.log.layers[row]} at sigma {bin_ / view.log.bins:.1f} to {(bin_ + 1) / view.log.bins:.1f} has "
-            f"{by_bin_LQ[row, bin_]:.1f} times the mean on one expert ({len(places)} such places). Experts divide the "
-            "noise levels among them; sampling visits one level at a time, so its steps are less even than training's.",
+            f"Layer {view.log.layers[row]} at sigma {bin_ / view.log.bins:.1f} to"
+            f" {(bin_ + 1) / view.log.bins:.1f} has {by_bin_LQ[row, bin_]:.1f} times the mean on"
+            f" one expert ({len(places)} such places). Experts divide the noise levels among them;"
+            " sampling visits one level at a time, so its steps are less even than training's.",
         )
     ]

@@ -146,7 +146,10 @@ def _centroids(view: RunView, row: int) -> Chart | None:
         bars,
         by_name=True,
         columns={"with others": others.tolist()},
-        note="Cosine of each prototype with the centroid of its own tokens, and the mean with the other experts'.",
+        note=(
+            "Cosine of each prototype with the centroid of its own tokens, and the mean with the"
+            " other experts'."
+        ),
     )
 
 

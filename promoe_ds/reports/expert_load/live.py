@@ -114,7 +114,8 @@ def _screen(follower: Follower, console: Console) -> RenderableType:
 
 
 def draw(view: RunView, width: int, height: int) -> list[RenderableType]:
-    """Return the newest log step and the findings of the kept ones, so that it fits into a terminal.
+    """Return the newest log step and the findings of the kept ones, so that it fits into a
+    terminal.
 
     Args:
         height: rows there are; if the layers take more, the least even ones are shown.
@@ -142,7 +143,9 @@ def draw(view: RunView, width: int, height: int) -> list[RenderableType]:
 
 
 def _table(view: RunView, width: int, rows: list[int]) -> tuple[Table, int]:
-    """Return a row a layer, with as many columns as there is room for, and how many experts one block stands for."""
+    """Return a row a layer, with as many columns as there is room for, and how many experts one
+    block stands for.
+    """
     needed, optional = _columns(view)
     # Every column but the last has a gap behind it; the curve takes a third of its width at least.
     rest = width - sum(len(name) + 1 for name in ("layer", *needed)) - _KEPT // 3 - 1
@@ -182,7 +185,8 @@ def _table(view: RunView, width: int, rows: list[int]) -> tuple[Table, int]:
 
 
 def _columns(view: RunView) -> tuple[dict[str, tuple], dict[str, tuple]]:
-    """Return the columns that are always there, and others in the order in which they are preferred.
+    """Return the columns that are always there, and others in the order in which they are
+    preferred.
 
     Each as wide as its name: values by layer, form, and the limits above which they are coloured.
     """
@@ -210,7 +214,9 @@ def _style(value: float, warn: float = np.inf, bad: float = np.inf) -> str:
 
 
 def _blocks(view: RunView, row: int, few: int) -> Text:
-    """Draw a block an expert (or a few): half high is an even share, red has none or much too much."""
+    """Draw a block an expert (or a few): half high is an even share, red has none or much too
+    much.
+    """
     load_E, text = relative(view.log.tokens_TLE[-1, row]), Text()
     for place in range(0, len(load_E), few):
         ours = load_E[place : place + few]

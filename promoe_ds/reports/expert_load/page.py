@@ -78,7 +78,10 @@ def build_page(views: Sequence[RunView]) -> Page:
         )
     page.add(
         "text",
-        text="Formulas and fields: docs/routing_stats.md. What to do about each finding: docs/profiling.md.",
+        text=(
+            "Formulas and fields: docs/routing_stats.md. What to do about each finding:"
+            " docs/profiling.md."
+        ),
     )
     return page
 
@@ -247,6 +250,6 @@ def _unlogged_tables(view: RunView, is_named: bool) -> str:
     if not words:
         return ""
     return (
-        f"{head} logged: {' and '.join(words)}. Large tables must be asked for; logging.counts_every sets how many "
-        "log intervals share one."
+        f"{head} logged: {' and '.join(words)}. Large tables must be asked for;"
+        " logging.counts_every sets how many log intervals share one."
     )

@@ -1,4 +1,5 @@
-"""Which experts should share a rank: the advice, and what other placements and sizes would give, from the log alone.
+"""Which experts should share a rank: the advice, and what other placements and sizes would give,
+from the log alone.
 
 Letters: T log intervals, L MoE layers, E routed experts, W ranks of an expert-parallel group.
 """
@@ -19,7 +20,8 @@ from promoe_ds.reports.log import RoutingLog
 _WORTH_MOVING = 0.005
 #: An exchange of two experts has to gain this part of the fullest rank's load.
 _WORTH_EXCHANGING = 2e-4
-#: Stretches of time, times pairs of experts, that exchanges are judged by; the result is judged by all intervals.
+#: Stretches of time, times pairs of experts, that exchanges are judged by; the result is judged by
+# all intervals.
 _MOST_STRETCHES, _MOST_JUDGED = 32, 1 << 17
 
 
@@ -27,7 +29,8 @@ _MOST_STRETCHES, _MOST_JUDGED = 32, 1 << 17
 class Candidate:
     """A placement: what a number of ranks and an order of experts would give.
 
-    order_LE: the experts place by place; uneven_L: fullest rank over the mean, summed interval by interval.
+    order_LE: the experts place by place; uneven_L: fullest rank over the mean, summed interval by
+    interval.
     """
 
     ep_size: int
@@ -49,7 +52,9 @@ class Candidate:
 
 
 def balance(load_E: np.ndarray, ep_size: int) -> list[int]:
-    """Return an order of experts over ranks, equally many on each: the heaviest expert to the emptiest rank that has room."""
+    """Return an order of experts over ranks, equally many on each: the heaviest expert to the
+    emptiest rank that has room.
+    """
     experts = len(load_E)
     room = [experts // ep_size] * ep_size
     ranks: list[list[int]] = [[] for _ in range(ep_size)]
@@ -61,7 +66,9 @@ def balance(load_E: np.ndarray, ep_size: int) -> list[int]:
 
 
 def unevenness(tokens_TLE: np.ndarray, order_LE: np.ndarray, ep_size: int) -> np.ndarray:
-    """Return each layer's largest over mean load of a rank (L,), both summed over intervals; NaN without tokens."""
+    """Return each layer's largest over mean load of a rank (L,), both summed over intervals; NaN
+    without tokens.
+    """
     placed = np.take_along_axis(tokens_TLE, np.broadcast_to(order_LE, tokens_TLE.shape), axis=2)
     by_rank = placed.reshape(*placed.shape[:2], ep_size, -1).sum(axis=3).astype(float)
     mean_L = by_rank.mean(axis=2).sum(axis=0)
@@ -71,7 +78,8 @@ def unevenness(tokens_TLE: np.ndarray, order_LE: np.ndarray, ep_size: int) -> np
 
 
 def candidates(log: RoutingLog, window: slice, advised: Candidate) -> list[Candidate]:
-    """Return, for every number of ranks that divides the experts, the plain order and the advised one.
+    """Return, for every number of ranks that divides the experts, the plain order and the advised
+    one.
 
     Args:
         advised: that of the present number of ranks, which is known.
@@ -90,13 +98,15 @@ def candidates(log: RoutingLog, window: slice, advised: Candidate) -> list[Candi
 
 
 def advise(log: RoutingLog, window: slice, ep_size: int) -> np.ndarray:
-    """Return the advised order of every layer's experts (L, E): the present one where none was found that is worth a move.
+    """Return the advised order of every layer's experts (L, E): the present one where none was
+    found that is worth a move.
 
     Raises: ConfigError if `ep_size` does not divide the experts.
     """
     if ep_size < 1 or log.experts % ep_size:
         raise ConfigError(
-            f"--ep-size {ep_size} does not divide the {log.experts} experts: every rank holds equally many"
+            f"--ep-size {ep_size} does not divide the {log.experts} experts: every rank holds"
+            " equally many"
         )
     tokens_TLE = log.tokens_TLE[window].astype(float)
     stretches = max(1, min(_MOST_STRETCHES, len(tokens_TLE), _MOST_JUDGED // log.experts**2))
@@ -122,7 +132,9 @@ def _fullest(tokens_TE: np.ndarray, order: list[int], ep_size: int) -> float:
 
 
 def exchange(tokens_TE: np.ndarray, order: list[int], ep_size: int) -> list[int]:
-    """Exchange pairs of experts of two ranks, the best pair first, while that lowers the fullest rank's load, summed over time."""
+    """Exchange pairs of experts of two ranks, the best pair first, while that lowers the fullest
+    rank's load, summed over time.
+    """
     order_E, rank_E = np.array(order), np.arange(len(order)) // (len(order) // ep_size)
     is_pair_EE = rank_E[:, None] != rank_E
     while True:
@@ -142,10 +154,13 @@ def exchange(tokens_TE: np.ndarray, order: list[int], ep_size: int) -> list[int]
 
 
 def _fullest_besides(loads_TW: np.ndarray) -> np.ndarray:
-    """Return the largest load of the ranks other than two (T, W, W), -inf where there are no others."""
+    """Return the largest load of the ranks other than two (T, W, W), -inf where there are no
+    others.
+    """
     ranks = np.arange(loads_TW.shape[1])
     result = np.full((*loads_TW.shape, len(ranks)), -np.inf)
-    # From the third largest up: each larger one overwrites wherever it is not one of the two itself.
+    # From the third largest up: each larger one overwrites wherever it is not one of the two
+    # itself.
     for place in np.argsort(loads_TW, axis=1)[:, -3:].T:
         is_other = (place[:, None, None] != ranks[:, None]) & (place[:, None, None] != ranks)
         result = np.where(

@@ -1,4 +1,5 @@
-"""A run as its report looks at it: the log, the window that counts as now, and what follows from them.
+"""A run as its report looks at it: the log, the window that counts as now, and what follows from
+them.
 
 Letters: T log intervals, P points in time, L MoE layers, Q timestep bins, E routed experts.
 """
@@ -23,7 +24,8 @@ from promoe_ds.reports.log import RoutingLog, load_log
 
 #: An expert is starved below this part of an even share.
 STARVED_SHARE = 0.1
-#: It is dead without a token in the whole window, or in so many of the newest intervals that span such a part of the steps.
+#: It is dead without a token in the whole window, or in so many of the newest intervals that span
+# such a part of the steps.
 _DEAD_INTERVALS, _DEAD_SPAN = 3, 0.01
 #: Points that a curve or a map over time has at most.
 _MOST_POINTS = 120
@@ -33,7 +35,8 @@ _MOST_POINTS = 120
 class Starved:
     """An expert without tokens (dead), or with hardly any.
 
-    since: the step after which it has had none (or stayed below STARVED_SHARE); where the log begins if is_always.
+    since: the step after which it has had none (or stayed below STARVED_SHARE); where the log
+    begins if is_always.
     """
 
     layer: int
@@ -48,9 +51,9 @@ class Starved:
 class RunView:
     """One run.
 
-    window: intervals that count as now; config: None if it cannot be used; images_per_second: median over the window, None
-    if not logged; notes: what was left out or corrected; name: of the run directory, with as much of its path as differs
-    from the runs that it is shown beside.
+    window: intervals that count as now; config: None if it cannot be used; images_per_second:
+    median over the window, None if not logged; notes: what was left out or corrected; name: of the
+    run directory, with as much of its path as differs from the runs that it is shown beside.
     """
 
     log: RoutingLog
@@ -117,7 +120,9 @@ class RunView:
 
     @cached_property
     def starved(self) -> list[Starved]:
-        """Dead and starved experts, dead ones first: of the window, and those that died within it."""
+        """Dead and starved experts, dead ones first: of the window, and those that died within
+        it.
+        """
         log, found = self.log, []
         for row, layer in enumerate(log.layers):
             has_tokens_T = np.asarray(log.tokens_TLE[:, row].any(axis=1))
@@ -193,15 +198,18 @@ class RunView:
         return np.take_along_axis(values_T[self.window], last[None], axis=0)[0]
 
     def time_lost(self, uneven_L: np.ndarray) -> float | None:
-        """Return the estimated share of a step for which ranks wait because the fullest one has more rows than the mean.
+        """Return the estimated share of a step for which ranks wait because the fullest one has
+        more rows than the mean.
 
-        With x = (operations of the rows above the mean on the fullest rank, all layers) / (operations of a rank's share of the
-        batch), x / (1 + x) of the time is lost, at equal speed per operation. None if it cannot be known.
+        With x = (operations of the rows above the mean on the fullest rank, all layers) /
+        (operations of a rank's share of the batch), x / (1 + x) of the time is lost, at equal speed
+        per operation. None if it cannot be known.
         """
         if self.config is None or not self.window_steps or np.isnan(uneven_L).all():
             return None
         rows_L = self.tokens_LE.sum(axis=1) / self.window_steps
-        # Operations over all ranks, if all had the fullest one's rows, above the real ones; six a parameter and row.
+        # Operations over all ranks, if all had the fullest one's rows, above the real ones; six a
+        # parameter and row.
         extra = float(
             np.nansum(rows_L * (uneven_L - 1.0))
             * 6.0
@@ -225,8 +233,8 @@ class RunView:
     def advised_uneven(self) -> np.ndarray:
         """What the advised placement is estimated to give, pass by pass as `present_uneven`.
 
-        The measured unevenness also has what comes and goes from pass to pass, which no order removes: an order changes it by
-        the factor by which it changes that of whole intervals.
+        The measured unevenness also has what comes and goes from pass to pass, which no order
+        removes: an order changes it by the factor by which it changes that of whole intervals.
         """
         before, after = self.present.uneven_L, self.advised.uneven_L
         return self.present_uneven * np.divide(
@@ -278,7 +286,8 @@ def _read_config(path: Path, log: RoutingLog) -> tuple[RunConfig | None, list[st
     except (OSError, PromoeError) as error:
         reason = "is missing" if isinstance(error, OSError) else "cannot be read as a config"
         return None, [
-            f"config.yaml {reason}: sizes, and what depends on them (time lost to imbalance), are left out"
+            f"config.yaml {reason}: sizes, and what depends on them (time lost to imbalance), are"
+            " left out"
         ]
     if list(config.moe_block_indices) != log.layers or config.routing.num_experts != log.experts:
         return None, ["config.yaml describes other layers or experts than the log: it is not used"]
@@ -300,7 +309,9 @@ def _speed(path: Path, first_step: int) -> float | None:
 
 
 def _last(was_T: np.ndarray, steps_T: np.ndarray, log: RoutingLog) -> tuple[int, int]:
-    """Return the step at which something was last so (where the log begins if never), and the number of intervals after it."""
+    """Return the step at which something was last so (where the log begins if never), and the
+    number of intervals after it.
+    """
     places = np.flatnonzero(was_T)
     if not len(places):
         return int(log.steps_T[0] - log.covered_T[0]), len(was_T)

@@ -15,7 +15,8 @@ STYLES = {"bad": "bold red", "warn": "yellow", "good": "green"}
 
 
 def load_table(view: RunView, window: slice, *, covered: str) -> Table:
-    """Return one row a layer: each expert's share, evenness, split by condition, prototypes, traffic.
+    """Return one row a layer: each expert's share, evenness, split by condition, prototypes,
+    traffic.
 
     Args:
         window: intervals that are summed; covered: these in words.
@@ -54,7 +55,8 @@ def placement_table(view: RunView) -> Table:
         # Beside sums of whole intervals, which all the others are.
         rows.insert(0, (view.log.ep_size, "present, pass by pass", view.present_uneven))
     return _table(
-        f"Placements (fullest rank over the mean, last {view.window_steps:,} steps; time by estimate)",
+        f"Placements (fullest rank over the mean, last {view.window_steps:,} steps; time by"
+        " estimate)",
         ["ep_size", "placement", "max/mean", "worst layer", "time lost"],
         [
             [

@@ -25,7 +25,9 @@ _CLUSTERS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Noise levels, tokens kept of each for t-SNE and k-means, singular vectors, rounds of shuffling."""
+    """Noise levels, tokens kept of each for t-SNE and k-means, singular vectors, rounds of
+    shuffling.
+    """
 
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     tokens: int = 800
@@ -38,8 +40,8 @@ class Settings:
 class LayerAnalysis:
     """One layer in numbers.
 
-    similarity_EE: overlap of the experts' output subspaces; ratios: inter/intra distance by level, of k-means clusters, of
-    experts and of classes; tsne_n2: at the middle level.
+    similarity_EE: overlap of the experts' output subspaces; ratios: inter/intra distance by level,
+    of k-means clusters, of experts and of classes; tsne_n2: at the middle level.
     """
 
     layer: int
@@ -121,7 +123,8 @@ def _analyse_layer(
         from sklearn.manifold import TSNE
     except ImportError:
         raise ConfigError(
-            "scikit-learn is not installed, t-SNE and k-means need it: pip install 'promoe_ds[report]'"
+            "scikit-learn is not installed, t-SNE and k-means need it: pip install"
+            " 'promoe_ds[report]'"
         ) from None
     labels_n = batch.labels_B.numpy()[seen.places_n // seen.experts_MBS.shape[2]]
     ratios: dict[str, list[float]] = {"k-means clusters": [], "experts": [], "classes": []}

@@ -39,8 +39,9 @@ class Batch:
 class Observations:
     """What one layer did.
 
-    experts_MBS: each token's expert with the largest gate, -1 for none; tokens_MnD: some tokens as they enter the layer, the
-    same places at every level; places_n: their places in the flattened (B, S).
+    experts_MBS: each token's expert with the largest gate, -1 for none; tokens_MnD: some tokens as
+    they enter the layer, the same places at every level; places_n: their places in the flattened
+    (B, S).
     """
 
     experts_MBS: np.ndarray
@@ -96,7 +97,9 @@ def observe(
 def _route(
     network: DiT, batch: Batch, sigma: float, part: slice, places_n: np.ndarray
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """Route some images; return, by layer, each token's best expert and the tokens of the places that lie in them."""
+    """Route some images; return, by layer, each token's best expert and the tokens of the places
+    that lie in them.
+    """
     device, condition, entering = network.positions.device, batch.condition.select(part), {}
     one = DiffusionBatch(
         batch.clean_BZHW[part],
@@ -127,7 +130,9 @@ def _route(
 
 
 def best_expert(assignment: Assignment, num_tokens: int) -> np.ndarray:
-    """Return the expert that weighs most in each token, int64 (T,); -1 for a token without expert."""
+    """Return the expert that weighs most in each token, int64 (T,); -1 for a token without
+    expert.
+    """
     tokens_N, gates_N = (
         assignment.token_ids_N.cpu().numpy(),
         assignment.gates_N.float().cpu().numpy(),

@@ -15,11 +15,13 @@ from promoe_ds.errors import ConfigError
 
 
 def subspace_similarity(down_weight_EDF: Tensor, k: int) -> np.ndarray:
-    """Return how much the subspaces that experts write to overlap, (E, E): 1 is the same, k / D is chance.
+    """Return how much the subspaces that experts write to overlap, (E, E): 1 is the same, k / D is
+    chance.
 
-    Source: Fig. 1(b), similarity of the top-k left singular vectors of the experts' weights; the paper does not give the
-    formula: here |U_i^T U_j|_F^2 / k, the mean squared cosine of the principal angles, of the down projections, whose left
-    singular vectors lie in the residual stream that all experts share.
+    Source: Fig. 1(b), similarity of the top-k left singular vectors of the experts' weights; the
+    paper does not give the
+    formula: here |U_i^T U_j|_F^2 / k, the mean squared cosine of the principal angles, of the down
+    projections, whose left singular vectors lie in the residual stream that all experts share.
     Raises: ConfigError if k exceeds the rank.
     """
     largest = min(down_weight_EDF.shape[1:])
@@ -40,8 +42,8 @@ def subspace_similarity(down_weight_EDF: Tensor, k: int) -> np.ndarray:
 def _written_subspace(weight_DF: Tensor, k: int) -> Tensor:
     """Return an orthonormal basis (D, k) of the span of the top-k left singular vectors.
 
-    They are the eigenvectors of W Wᵀ; where W is narrow, W takes those of the smaller WᵀW there. Either is several times
-    faster than all singular vectors.
+    They are the eigenvectors of W Wᵀ; where W is narrow, W takes those of the smaller WᵀW there.
+    Either is several times faster than all singular vectors.
     """
     width, hidden = weight_DF.shape
     if width <= hidden:
@@ -51,10 +53,12 @@ def _written_subspace(weight_DF: Tensor, k: int) -> Tensor:
 
 
 def inter_intra_ratio(tokens_ND: np.ndarray, groups_N: np.ndarray) -> float:
-    """Return the mean distance between groups' centroids over the mean distance of a token from its own.
+    """Return the mean distance between groups' centroids over the mean distance of a token from its
+    own.
 
     NaN below two groups, and where all tokens lie on their centroids.
-    Source: Fig. 1(a), where the groups are clusters of k-means: large is compact and apart, below 1 is diffuse.
+    Source: Fig. 1(a), where the groups are clusters of k-means: large is compact and apart, below 1
+    is diffuse.
     """
     names = np.unique(groups_N)
     if len(names) < 2:
@@ -70,8 +74,10 @@ def inter_intra_ratio(tokens_ND: np.ndarray, groups_N: np.ndarray) -> float:
 class Information:
     """What an attribute tells of the expert.
 
-    share: mutual information over the entropy of the expert, 0 ... 1; chance: the same with the attribute shuffled, its mean;
-    chance_high: its 95th percentile; score: share - chance; p_value: how often chance reaches it, at least 1 / (rounds + 1).
+    share: mutual information over the entropy of the expert, 0 ... 1; chance: the same with the
+    attribute shuffled, its mean;
+    chance_high: its 95th percentile; score: share - chance; p_value: how often chance reaches it,
+    at least 1 / (rounds + 1).
     """
 
     share: float
@@ -86,7 +92,9 @@ class Information:
 
 
 def mutual_information(experts_N: np.ndarray, values_N: np.ndarray) -> float:
-    """Return I(expert; value) / H(expert) of two integer arrays; 0 where the expert is always the same."""
+    """Return I(expert; value) / H(expert) of two integer arrays; 0 where the expert is always the
+    same.
+    """
     size = int(values_N.max()) + 1
     joint = np.bincount(
         experts_N * size + values_N, minlength=(int(experts_N.max()) + 1) * size
@@ -108,9 +116,11 @@ def _plogp(p: np.ndarray) -> float:
 def specialisation(
     experts_MBS: np.ndarray, labels_B: np.ndarray, *, rounds: int, seed: int
 ) -> dict[str, Information]:
-    """Return what class, noise level and position tell of the expert, each against its own kind of chance.
+    """Return what class, noise level and position tell of the expert, each against its own kind of
+    chance.
 
-    Tokens of an image are alike, so classes are shuffled as whole images, noise levels within an image, positions within an
+    Tokens of an image are alike, so classes are shuffled as whole images, noise levels within an
+    image, positions within an
     image and level: the shuffled data keeps every other tie.
     """
     random = np.random.default_rng(seed)

@@ -17,9 +17,17 @@ from promoe_ds.reports.theme import WIDTH, color_of, linear_color, png_url, tool
 
 _SHOWN_IMAGES = 4
 _RATIO_NOTES = {
-    "k-means clusters": "Clusters of k-means (10), as in the paper's Fig. 1(a): far above 1 if tokens form clusters.",
-    "experts": "Tokens grouped by their expert: high if each expert's tokens are a group of their own.",
-    "classes": "Tokens grouped by the class of their image: low if patches of a class differ more than classes do.",
+    "k-means clusters": (
+        "Clusters of k-means (10), as in the paper's Fig. 1(a): far above 1 if tokens form"
+        " clusters."
+    ),
+    "experts": (
+        "Tokens grouped by their expert: high if each expert's tokens are a group of their own."
+    ),
+    "classes": (
+        "Tokens grouped by the class of their image: low if patches of a class differ more than"
+        " classes do."
+    ),
 }
 
 
@@ -38,15 +46,20 @@ def overview_charts(analysis: Analysis) -> list[Chart]:
             names=("layer", "attribute"),
             color=linear_color(-0.5, 0.5),
             form=".3f",
-            note="Mutual information with the class, the noise level and the patch's place, over the entropy of the expert, "
-            "minus that of shuffled data: 0 is chance, 1 is all.",
+            note=(
+                "Mutual information with the class, the noise level and the patch's place, over the"
+                " entropy of the expert, minus that of shuffled data: 0 is chance, 1 is all."
+            ),
         ),
         bar_chart(
             "Overlap of experts' subspaces",
             overlaps,
             mark=(analysis.chance, f"chance {analysis.chance:.3f}"),
-            note=f"Mean over pairs of experts: |UᵢᵀUⱼ|²/k of the top {settings.singular_vectors} left singular vectors of "
-            "the down projections. Lower is more diverse (Fig. 1(b)).",
+            note=(
+                f"Mean over pairs of experts: |UᵢᵀUⱼ|²/k of the top {settings.singular_vectors}"
+                " left singular vectors of the down projections. Lower is more diverse (Fig."
+                " 1(b))."
+            ),
         ),
         *(
             line_chart(
@@ -78,7 +91,10 @@ def layer_charts(analysis: Analysis, layer: LayerAnalysis) -> list[Chart]:
             layer.tsne_n2[is_routed],
             [names[e] for e in experts_n[is_routed]],
             names,
-            note=f"{is_routed.sum()} tokens at sigma {settings.sigmas[middle]:g}, coloured by expert (Fig. 6).",
+            note=(
+                f"{is_routed.sum()} tokens at sigma {settings.sigmas[middle]:g}, coloured by expert"
+                " (Fig. 6)."
+            ),
         ),
         token_maps(analysis, layer, names),
         bar_chart(
@@ -88,8 +104,10 @@ def layer_charts(analysis: Analysis, layer: LayerAnalysis) -> list[Chart]:
                 "chance": [each.chance for each in layer.information.values()],
                 "p": [each.p_value for each in layer.information.values()],
             },
-            note=f"Over the entropy of the expert; chance by {settings.rounds} shufflings: images, levels within an image, places "
-            "within an image and level.",
+            note=(
+                f"Over the entropy of the expert; chance by {settings.rounds} shufflings: images,"
+                " levels within an image, places within an image and level."
+            ),
         ),
         heat_chart(
             f"{title}: overlap of subspaces",
@@ -133,10 +151,18 @@ def token_maps(analysis: Analysis, layer: LayerAnalysis, names: list[str]) -> Ch
     head = {"x": place["x"], "y": {"value": 0}, "text": {"field": "text"}}
     text = {"type": "text", "baseline": "bottom", "dy": -3, "style": "muted"}
     layers = [
-        {"data": {"values": images}, "mark": {"type": "image", "aspect": False}, "encoding": {**place, "url": {"field": "url"}}},
-        {"transform": [{"filter": "datum.expert"}], "mark": {"type": "rect", "opacity": 0.62}, "encoding": experts},
+        {
+            "data": {"values": images},
+            "mark": {"type": "image", "aspect": False},
+            "encoding": {**place, "url": {"field": "url"}},
+        },
+        {
+            "transform": [{"filter": "datum.expert"}],
+            "mark": {"type": "rect", "opacity": 0.62},
+            "encoding": experts,
+        },
         {"data": {"values": heads}, "mark": text, "encoding": head},
-    ]  # fmt: skip
+    ]
     return Chart(
         title=f"Layer {layer.layer}: experts over images",
         rows=_patches(analysis, layer, names, shown, apart),
@@ -184,8 +210,9 @@ def build_page(analysis: Analysis) -> Page:
         "Specialisation of experts",
         analysis.name,
         facts=[
-            f"{len(layers)} layers × {analysis.experts} experts · {len(analysis.batch.labels_B)} images at sigma "
-            f"{', '.join(f'{sigma:g}' for sigma in settings.sigmas)} · seed {settings.seed}"
+            f"{len(layers)} layers × {analysis.experts} experts · {len(analysis.batch.labels_B)}"
+            f" images at sigma {', '.join(f'{sigma:g}' for sigma in settings.sigmas)} · seed"
+            f" {settings.seed}"
         ],
     )
     cards = []
@@ -229,13 +256,15 @@ def build_page(analysis: Analysis) -> Page:
 def check_place(out: Path) -> None:
     """Find out, before a long analysis, whether its page can be written.
 
-    Raises: ConfigError if the numbers beside it would have its name, or without vl-convert; DataError if it or they cannot be
+    Raises: ConfigError if the numbers beside it would have its name, or without vl-convert;
+    DataError if it or they cannot be
         written.
     """
     vl_convert()
     if out.suffix == ".json":
         raise ConfigError(
-            f"--out {out}: the numbers get this name, the page needs another: {out.with_suffix('.html')}"
+            f"--out {out}: the numbers get this name, the page needs another:"
+            f" {out.with_suffix('.html')}"
         )
     try:
         for path in [out] if out.is_dir() else [out, out.with_suffix(".json")]:

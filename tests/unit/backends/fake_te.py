@@ -1,6 +1,8 @@
-"""A stand-in for Transformer Engine on the CPU: its documented signatures, state and demands, exact arithmetic.
+"""A stand-in for Transformer Engine on the CPU: its documented signatures, state and demands, exact
+arithmetic.
 
-What it checks is how we call it: sizes in FP8, host lists of splits, the context, names. It says nothing about FP8 numbers.
+What it checks is how we call it: sizes in FP8, host lists of splits, the context, names. It says
+nothing about FP8 numbers.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ RECIPES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP
 
 
 class _State:
-    """What the library knows of a process: the recipe in force; how its layers were called, under which recipe.
+    """What the library knows of a process: the recipe in force; how its layers were called, under
+    which recipe.
 
-    rounds: whether inputs of products under a recipe are rounded to FP8; without, arithmetic is exact.
+    rounds: whether inputs of products under a recipe are rounded to FP8; without, arithmetic is
+    exact.
     """
 
     def __init__(self) -> None:
@@ -40,7 +44,11 @@ class _State:
             multiple = 32 if self.recipe.name.startswith("MXFP8") else 16
             assert all(split % multiple == 0 for split in splits), splits
             assert rows.shape[1] % multiple == 0
-        return rows.to(torch.float8_e4m3fn).to(rows.dtype) if self.rounds and self.recipe is not None else rows
+        return (
+            rows.to(torch.float8_e4m3fn).to(rows.dtype)
+            if self.rounds and self.recipe is not None
+            else rows
+        )
 
 
 class _Base(nn.Module):
@@ -50,21 +58,37 @@ class _Base(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         raise AssertionError("a checkpoint must not hold foreign state")
 
-    def register_parameter(self, name: str, param: nn.Parameter | None, init_fn: Any = None, **kwargs: Any) -> None:
+    def register_parameter(
+        self, name: str, param: nn.Parameter | None, init_fn: Any = None, **kwargs: Any
+    ) -> None:
         assert init_fn is not None, "the library would initialise this parameter"
         super().register_parameter(name, param)
 
 
 def _make_layers(state: _State) -> tuple[type, ...]:
     """Return the library's layers, which note what they are given in `state`."""
+
     class Linear(_Base):
-        def __init__(self, in_features: int, out_features: int, *, bias: bool = True, params_dtype: torch.dtype | None = None,
-                     device: str = "cuda") -> None:
+        def __init__(
+            self,
+            in_features: int,
+            out_features: int,
+            *,
+            bias: bool = True,
+            params_dtype: torch.dtype | None = None,
+            device: str = "cuda",
+        ) -> None:
             super().__init__()
             assert device == "meta"
-            self.register_parameter("weight", nn.Parameter(torch.empty(out_features, in_features, device=device)), init_fn=1)
+            self.register_parameter(
+                "weight",
+                nn.Parameter(torch.empty(out_features, in_features, device=device)),
+                init_fn=1,
+            )
             if bias:
-                self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device)), init_fn=1)
+                self.register_parameter(
+                    "bias", nn.Parameter(torch.empty(out_features, device=device)), init_fn=1
+                )
             else:
                 self.bias = torch.empty(0)
 
@@ -77,15 +101,25 @@ def _make_layers(state: _State) -> tuple[type, ...]:
             super().__init__()
             self.eps, self.shape = eps, (normalized_shape,)
             for name in ("weight", "bias"):
-                self.register_parameter(name, nn.Parameter(torch.empty(normalized_shape, device=device)), init_fn=1)
+                self.register_parameter(
+                    name, nn.Parameter(torch.empty(normalized_shape, device=device)), init_fn=1
+                )
 
         def forward(self, inp: Tensor) -> Tensor:
             state.rows.append(("norm", inp.shape[0]))
             return F.layer_norm(inp, self.shape, self.weight, self.bias, self.eps)
 
     class GroupedLinear(_Base):
-        def __init__(self, num_gemms: int, in_features: int, out_features: int, *, bias: bool = True,
-                     params_dtype: torch.dtype | None = None, device: str = "cuda") -> None:
+        def __init__(
+            self,
+            num_gemms: int,
+            in_features: int,
+            out_features: int,
+            *,
+            bias: bool = True,
+            params_dtype: torch.dtype | None = None,
+            device: str = "cuda",
+        ) -> None:
             super().__init__()
             assert device == "meta"
             self.num_gemms, self.use_bias = num_gemms, bias
@@ -93,20 +127,33 @@ def _make_layers(state: _State) -> tuple[type, ...]:
                 weight = torch.empty(out_features, in_features, device=device)
                 self.register_parameter(f"weight{i}", nn.Parameter(weight), init_fn=1)
                 if bias:
-                    self.register_parameter(f"bias{i}", nn.Parameter(torch.empty(out_features, device=device)), init_fn=1)
+                    self.register_parameter(
+                        f"bias{i}",
+                        nn.Parameter(torch.empty(out_features, device=device)),
+                        init_fn=1,
+                    )
 
         def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
             assert isinstance(m_splits, list)
             assert len(m_splits) == self.num_gemms
             inp = state.check("grouped", inp, m_splits)
-            return torch.cat([F.linear(rows, getattr(self, f"weight{i}"), getattr(self, f"bias{i}") if self.use_bias else None)
-                              for i, rows in enumerate(inp.split(m_splits))])
+            return torch.cat(
+                [
+                    F.linear(
+                        rows,
+                        getattr(self, f"weight{i}"),
+                        getattr(self, f"bias{i}") if self.use_bias else None,
+                    )
+                    for i, rows in enumerate(inp.split(m_splits))
+                ]
+            )
 
     return Linear, LayerNorm, GroupedLinear
 
 
 def _make_contexts(state: _State) -> tuple[Any, ...]:
     """Return the library's `autocast` and `checkpoint`."""
+
     @contextmanager
     def autocast(enabled: bool = True, recipe: Any = None):
         before, state.recipe = state.recipe, recipe if enabled else None
@@ -115,33 +162,64 @@ def _make_contexts(state: _State) -> tuple[Any, ...]:
 
     def checkpoint(function: Any, *args: Any, use_reentrant: bool = True) -> Any:
         assert not use_reentrant
-        if isinstance(function, nn.Module) and not any(isinstance(module, _Base) for module in function.modules()):
-            return torch_checkpoint(function, *args, use_reentrant=False)  # as the library does: the recipe is gone by then
+        if isinstance(function, nn.Module) and not any(
+            isinstance(module, _Base) for module in function.modules()
+        ):
+            return torch_checkpoint(
+                function, *args, use_reentrant=False
+            )  # as the library does: the recipe is gone by then
         recipe = state.recipe
-        return torch_checkpoint(function, *args, use_reentrant=False,
-                                context_fn=lambda: (autocast(recipe is not None, recipe), autocast(recipe is not None, recipe)))
+        return torch_checkpoint(
+            function,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (
+                autocast(recipe is not None, recipe),
+                autocast(recipe is not None, recipe),
+            ),
+        )
 
     return autocast, checkpoint
 
 
 def _make_questions(capability: tuple[int, int], cuda: float) -> dict[str, Any]:
     """Return what the library answers about a device."""
+
     def answer(can: bool, reason: str) -> Any:
         return lambda return_reason=False: (can, "" if can else reason) if return_reason else can
 
     return {
-        "is_fp8_available": answer(capability >= (8, 9), "Device compute capability 8.9 or higher required for FP8 execution."),
-        "is_fp8_block_scaling_available": answer(capability >= (9, 0) and cuda >= 12.9, "FP8 block scaled GEMM requires compute "
-                                                 "capability 9.0 or higher and CUDA >= 12.9."),
-        "is_mxfp8_available": answer((10, 0) <= capability < (12, 0), "MXFP8 is for compute capability 10.")}
+        "is_fp8_available": answer(
+            capability >= (8, 9),
+            "Device compute capability 8.9 or higher required for FP8 execution.",
+        ),
+        "is_fp8_block_scaling_available": answer(
+            capability >= (9, 0) and cuda >= 12.9,
+            "FP8 block scaled GEMM requires compute capability 9.0 or higher and CUDA >= 12.9.",
+        ),
+        "is_mxfp8_available": answer(
+            (10, 0) <= capability < (12, 0), "MXFP8 is for compute capability 10."
+        ),
+    }
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (9, 0), cuda: float = 12.9,
-            version: str = "2.20.2") -> _State:
+def install(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    capability: tuple[int, int] = (9, 0),
+    cuda: float = 12.9,
+    version: str = "2.20.2",
+) -> _State:
     """Make `transformer_engine` importable for one test, on a device of this compute capability."""
     state = _State()
-    package, torch_part, common = (ModuleType(name) for name in ("transformer_engine", "transformer_engine.pytorch",
-                                                                 "transformer_engine.common"))
+    package, torch_part, common = (
+        ModuleType(name)
+        for name in (
+            "transformer_engine",
+            "transformer_engine.pytorch",
+            "transformer_engine.common",
+        )
+    )
     recipes = ModuleType("transformer_engine.common.recipe")
     for name in RECIPES:
         setattr(recipes, name, lambda name=name: SimpleNamespace(name=name))

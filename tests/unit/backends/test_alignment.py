@@ -1,4 +1,6 @@
-"""Where weights lie in ZeRO's buffers: in bf16 at multiples of 16 bytes, and checkpoints of the former order still load."""
+"""Where weights lie in ZeRO's buffers: in bf16 at multiples of 16 bytes, and checkpoints of the
+former order still load.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +43,32 @@ def open_session(config: RunConfig, *, bf16: bool) -> Iterator[Trainer]:
 
 
 def off_16_bytes(session: Trainer) -> list[str]:
-    return [name for name, p in session.module.named_parameters() if p.numel() % 8 == 0 and p.data_ptr() % 16]
+    return [
+        name
+        for name, p in session.module.named_parameters()
+        if p.numel() % 8 == 0 and p.data_ptr() % 16
+    ]
 
 
 def contents(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     checkpoint = ShardedCheckpoint(folder, read_manifest(folder))
-    values = {(kind, name): checkpoint.read(kind, name) for kind in checkpoint.kinds for name in checkpoint.names(kind)}
+    values = {
+        (kind, name): checkpoint.read(kind, name)
+        for kind in checkpoint.kinds
+        for name in checkpoint.names(kind)
+    }
     return values
 
 
-@pytest.mark.parametrize(("method", "routing"), [("diff_moe", {}), ("diff_moe", {"num_experts": 12}), ("expert_race", {}),
-                                                 ("classification", {})])
+@pytest.mark.parametrize(
+    ("method", "routing"),
+    [
+        ("diff_moe", {}),
+        ("diff_moe", {"num_experts": 12}),
+        ("expert_race", {}),
+        ("classification", {}),
+    ],
+)
 def test_weights_in_bf16_begin_at_16_bytes_whatever_the_routers_biases(method, routing) -> None:
     with open_session(config_of(method, **routing), bf16=True) as session:
         assert parameter_groups.is_reordered(session.module, session.config.optimizer, "bf16")
@@ -89,7 +106,8 @@ def test_resume_from_a_checkpoint_of_the_former_order_is_exact(tmp_path, monkeyp
     assert there.keys() == here.keys()
     assert all(torch.equal(here[key], value) for key, value in there.items())
     assert {name: float(value) for name, value in found.terms.items()} == {
-        name: float(value) for name, value in expected.terms.items()}
+        name: float(value) for name, value in expected.terms.items()
+    }
     with open_session(config, bf16=True) as session:  # its own order is loaded by DeepSpeed itself
         load_checkpoint(session, now, same_run=True)
         again = session.train_step()

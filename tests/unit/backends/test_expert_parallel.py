@@ -1,4 +1,6 @@
-"""Sharded experts: which ones a rank keeps, how DeepSpeed recognises them, and their names in a checkpoint."""
+"""Sharded experts: which ones a rank keeps, how DeepSpeed recognises them, and their names in a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,14 @@ def shards(expert_type: str, ep_size: int) -> list[ShardedExperts]:
     """Shard experts on the meta device and fill each rank's with its own of `whole`."""
     with torch.device("meta"):
         full = StackedExperts(4, WIDTH, HIDDEN, expert_type=expert_type)
-    result = [ShardedExperts(full, ep_size=ep_size, ep_rank=rank).to_empty(device="cpu") for rank in range(ep_size)]
+    result = [
+        ShardedExperts(full, ep_size=ep_size, ep_rank=rank).to_empty(device="cpu")
+        for rank in range(ep_size)
+    ]
     for shard in result:
         first = shard.first_expert
         for name, value in whole(expert_type).named_parameters():
-            getattr(shard, name).data.copy_(value[first:first + shard.num_local_experts])
+            getattr(shard, name).data.copy_(value[first : first + shard.num_local_experts])
     return result
 
 
@@ -42,8 +47,8 @@ def test_shards_together_are_the_whole(expert_type: str, ep_size: int) -> None:
     results = []
     for part in parts:
         here = slice(part.first_expert, part.first_expert + part.num_local_experts)
-        start, length = int(counts[:here.start].sum()), int(counts[here].sum())
-        results.append(part(rows[start:start + length], counts[here]))
+        start, length = int(counts[: here.start].sum()), int(counts[here].sum())
+        results.append(part(rows[start : start + length], counts[here]))
     # Grouped products of fewer experts may add in another order.
     torch.testing.assert_close(torch.cat(results), full(rows, counts), rtol=1e-5, atol=1e-6)
 
@@ -54,16 +59,26 @@ def test_shard_is_recognised_by_deepspeed(expert_type: str) -> None:
     mark_experts(torch.nn.ModuleList([shard]))  # materialising replaced the parameters
     assert isinstance(shard, MoE)
     assert [name for name, _ in shard.named_parameters()] == list(EXPERT_PARAMETERS[expert_type])
-    assert all((parameter.allreduce, parameter.group_name) == (False, "ep_size_2") for parameter in shard.parameters())
+    assert all(
+        (parameter.allreduce, parameter.group_name) == (False, "ep_size_2")
+        for parameter in shard.parameters()
+    )
 
 
 @every_type
 def test_shard_state_has_a_key_per_expert_and_is_restored(expert_type: str) -> None:
     first, second = shards(expert_type, 2)
     state = second.state_dict()
-    assert set(state) == {f"deepspeed_moe.experts.deepspeed_experts.{expert}.{name}" for expert in (0, 1)
-                          for name in EXPERT_PARAMETERS[expert_type]}
-    assert expert_file_key("blocks.1.moe.routed.up_weight", 1) == (
-        "blocks.1.moe.routed.deepspeed_moe.experts.deepspeed_experts.1.up_weight")
+    assert set(state) == {
+        f"deepspeed_moe.experts.deepspeed_experts.{expert}.{name}"
+        for expert in (0, 1)
+        for name in EXPERT_PARAMETERS[expert_type]
+    }
+    assert (
+        expert_file_key("blocks.1.moe.routed.up_weight", 1)
+        == "blocks.1.moe.routed.deepspeed_moe.experts.deepspeed_experts.1.up_weight"
+    )
     first.load_state_dict(state)
-    assert all(torch.equal(getattr(first, name), value) for name, value in second.named_parameters())
+    assert all(
+        torch.equal(getattr(first, name), value) for name, value in second.named_parameters()
+    )

@@ -96,16 +96,24 @@ def test_file_without_offsets_is_reported(tmp_path, monkeypatch) -> None:
 
 
 def test_prepared_library_compiles_nothing_and_takes_our_optimizer() -> None:
-    script = ("import sys\n"
-              "from promoe_ds.backends.deepspeed_private import prepare_library, support_optimizer\n"
-              "from promoe_ds.train.optimizer import AdamWithEma\n"
-              "prepare_library(60)\nsupport_optimizer(AdamWithEma)\n"
-              "from deepspeed.runtime.zero import utils\n"
-              "utils.dist.get_rank = lambda: 1\n"
-              "assert utils.is_zero_supported_optimizer(AdamWithEma.__new__(AdamWithEma))\n"
-              "assert 'torch._inductor.compile_fx' not in sys.modules\n")
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"DS_ACCELERATOR": "cpu"},
-                          capture_output=True, text=True, timeout=120, check=False)
+    script = (
+        "import sys\n"
+        "from promoe_ds.backends.deepspeed_private import prepare_library, support_optimizer\n"
+        "from promoe_ds.train.optimizer import AdamWithEma\n"
+        "prepare_library(60)\nsupport_optimizer(AdamWithEma)\n"
+        "from deepspeed.runtime.zero import utils\n"
+        "utils.dist.get_rank = lambda: 1\n"
+        "assert utils.is_zero_supported_optimizer(AdamWithEma.__new__(AdamWithEma))\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -181,5 +189,6 @@ def test_training_under_a_moved_library_ends_at_its_first_step(tmp_path, monkeyp
             ]
         )
     stop_distributed()
-    deepspeed_private.forget_expert_groups()  # DeepSpeed would give the ended group to the next engine
+    # DeepSpeed would give the ended group to the next engine
+    deepspeed_private.forget_expert_groups()
     assert not list((tmp_path / "run/checkpoints").iterdir())

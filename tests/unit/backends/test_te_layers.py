@@ -1,4 +1,6 @@
-"""Transformer Engine in place of torch's layers: same parameters, names and results; what is missing is said."""
+"""Transformer Engine in place of torch's layers: same parameters, names and results; what is
+missing is said.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,11 @@ CUDA = torch.device("cuda")
 #: Widths that FP8 takes; images of four tokens, so that every product needs padding.
 SECTIONS = {"model": {"hidden_size": 32, "num_heads": 2, "qk_norm": True}}
 KINDS: dict[str, dict[str, Any]] = {
-    "gelu": {}, "swiglu": {"expert_type": "swiglu"}, "dense": {"method": "dense"},
-    "no_unconditional": {"num_unconditional_experts": 0}, "no_shared": {"num_shared_experts": 0},
+    "gelu": {},
+    "swiglu": {"expert_type": "swiglu"},
+    "dense": {"method": "dense"},
+    "no_unconditional": {"num_unconditional_experts": 0},
+    "no_shared": {"num_shared_experts": 0},
 }
 
 
@@ -35,31 +40,50 @@ def network(precision: dict[str, str], **sections: Any) -> DiT:
     return random_network(**SECTIONS, precision=precision, **sections).train()
 
 
-def training_pass(net: DiT, context: Any, labels: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def training_pass(
+    net: DiT, context: Any, labels: list[int]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     net.zero_grad()
     with context():
-        output = net.denoise(random_tensor(3, 1, 4, 4), torch.tensor([10.0, 500.0, 900.0]), torch.tensor(labels))
+        output = net.denoise(
+            random_tensor(3, 1, 4, 4), torch.tensor([10.0, 500.0, 900.0]), torch.tensor(labels)
+        )
     output.prediction_BZHW.square().mean().backward()
-    return output.prediction_BZHW.detach(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return output.prediction_BZHW.detach(), {
+        name: p.grad for name, p in net.named_parameters() if p.grad is not None
+    }
 
 
-@pytest.mark.parametrize("labels", [[1, 10, 3], [10, 10, 10], [1, 2, 3]], ids=["mixed", "all null", "all conditional"])
+@pytest.mark.parametrize(
+    "labels", [[1, 10, 3], [10, 10, 10], [1, 2, 3]], ids=["mixed", "all null", "all conditional"]
+)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("compute", "capability"), [("bf16", (9, 0)), ("fp8", (9, 0)), ("fp8", (10, 0))])
-def test_transformer_engine_layers_give_torchs_results(monkeypatch, compute, capability, kind, labels) -> None:
+@pytest.mark.parametrize(
+    ("compute", "capability"), [("bf16", (9, 0)), ("fp8", (9, 0)), ("fp8", (10, 0))]
+)
+def test_transformer_engine_layers_give_torchs_results(
+    monkeypatch, compute, capability, kind, labels
+) -> None:
     state = install(monkeypatch, capability=capability)
     precision, routing = {"compute": compute, "kernels": "transformer_engine"}, KINDS[kind]
     plain, changed = (network(precision, routing=routing) for _ in range(2))
     before = dict(changed.named_parameters())
     context = te_layers.use_transformer_engine(changed, changed.config, CUDA)
-    assert {name: id(p) for name, p in changed.named_parameters()} == {name: id(p) for name, p in before.items()}
+    assert {name: id(p) for name, p in changed.named_parameters()} == {
+        name: id(p) for name, p in before.items()
+    }
     assert changed.state_dict().keys() == plain.state_dict().keys()
     changed.load_state_dict(plain.state_dict())
-    expected, found = training_pass(plain, te_layers.nullcontext, labels), training_pass(changed, context, labels)
+    expected, found = (
+        training_pass(plain, te_layers.nullcontext, labels),
+        training_pass(changed, context, labels),
+    )
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+        torch.testing.assert_close(
+            found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}"
+        )
     kinds = {name for name, _ in state.rows}
     assert kinds == ({"linear", "norm"} if kind == "dense" else {"linear", "norm", "grouped"})
     assert state.recipe is None
@@ -68,8 +92,13 @@ def test_transformer_engine_layers_give_torchs_results(monkeypatch, compute, cap
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_transformer_engine_recomputation_sees_the_recipe(monkeypatch, mode) -> None:
     state = install(monkeypatch)
-    kept, changed = (network({"compute": "fp8"}, parallel={"activation_checkpointing": each}) for each in ("none", mode))
-    contexts = [te_layers.use_transformer_engine(each, each.config, CUDA) for each in (kept, changed)]
+    kept, changed = (
+        network({"compute": "fp8"}, parallel={"activation_checkpointing": each})
+        for each in ("none", mode)
+    )
+    contexts = [
+        te_layers.use_transformer_engine(each, each.config, CUDA) for each in (kept, changed)
+    ]
     expected = training_pass(kept, contexts[0], [1, 10, 3])
     calls = len(state.rows)
     products = Counter(state.products)
@@ -78,7 +107,10 @@ def test_transformer_engine_recomputation_sees_the_recipe(monkeypatch, mode) -> 
     recomputed = {"grouped"} if mode == "selective" else {"grouped", "linear"}
     again = Counter(state.products) - products
     assert {recipe for _, recipe in again} == {"Float8CurrentScaling"}
-    assert all(again[kind, "Float8CurrentScaling"] >= 2 * products[kind, "Float8CurrentScaling"] for kind in recomputed)
+    assert all(
+        again[kind, "Float8CurrentScaling"] >= 2 * products[kind, "Float8CurrentScaling"]
+        for kind in recomputed
+    )
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
 
@@ -88,8 +120,14 @@ def test_transformer_engine_leaves_high_precision_parts_alone(monkeypatch) -> No
     net = network({"compute": "fp8"})
     te_layers.use_transformer_engine(net, net.config, CUDA)
     kept = {name for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert kept == {"timestep_embedding.up", "timestep_embedding.down", "final_layer.modulation", "final_layer.linear",
-                    "blocks.0.modulation", "blocks.1.modulation"}
+    assert kept == {
+        "timestep_embedding.up",
+        "timestep_embedding.down",
+        "final_layer.modulation",
+        "final_layer.linear",
+        "blocks.0.modulation",
+        "blocks.1.modulation",
+    }
 
 
 def test_training_module_runs_in_its_context() -> None:
@@ -106,20 +144,35 @@ def test_training_module_runs_in_its_context() -> None:
 
     module = TrainingModule(network({}), Context)
     batch = draw_batch(
-        random_tensor(2, 1, 4, 4), ClassCondition(torch.tensor([1, 2]), 10), module.objective, seed=0, step=0, slots=range(2)
+        random_tensor(2, 1, 4, 4),
+        ClassCondition(torch.tensor([1, 2]), 10),
+        module.objective,
+        seed=0,
+        step=0,
+        slots=range(2),
     )
     module(batch)
     assert entered == [1, -1]
 
 
 def fp8_config(recipe: str = "auto", **sections: Any) -> RunConfig:
-    return small_config(**{**SECTIONS, "precision": {"compute": "fp8", "fp8_recipe": recipe}, **sections})
+    return small_config(
+        **{**SECTIONS, "precision": {"compute": "fp8", "fp8_recipe": recipe}, **sections}
+    )
 
 
-@pytest.mark.parametrize(("requested", "capability", "expected"), [
-    ("auto", (8, 9), "current"), ("auto", (9, 0), "current"), ("auto", (10, 0), "mxfp8"), ("auto", (12, 0), "current"),
-    ("delayed", (8, 9), "delayed"), ("block", (9, 0), "block"), ("mxfp8", (10, 0), "mxfp8"),
-])
+@pytest.mark.parametrize(
+    ("requested", "capability", "expected"),
+    [
+        ("auto", (8, 9), "current"),
+        ("auto", (9, 0), "current"),
+        ("auto", (10, 0), "mxfp8"),
+        ("auto", (12, 0), "current"),
+        ("delayed", (8, 9), "delayed"),
+        ("block", (9, 0), "block"),
+        ("mxfp8", (10, 0), "mxfp8"),
+    ],
+)
 def test_recipe_choice_follows_the_library(monkeypatch, requested, capability, expected) -> None:
     install(monkeypatch, capability=capability)
     assert te_support.resolved_recipe(fp8_config(requested)) == expected
@@ -128,13 +181,21 @@ def test_recipe_choice_follows_the_library(monkeypatch, requested, capability, e
 def test_recipe_choice_asks_older_versions_where_they_answer(monkeypatch) -> None:
     install(monkeypatch)
     part = sys.modules["transformer_engine.pytorch"]
-    questions = SimpleNamespace(is_fp8_available=lambda: (True, ""), is_fp8_block_scaling_available=lambda: (False, "No."))
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.fp8", SimpleNamespace(FP8GlobalStateManager=questions))
+    questions = SimpleNamespace(
+        is_fp8_available=lambda: (True, ""), is_fp8_block_scaling_available=lambda: (False, "No.")
+    )
+    monkeypatch.setitem(
+        sys.modules,
+        "transformer_engine.pytorch.fp8",
+        SimpleNamespace(FP8GlobalStateManager=questions),
+    )
     for name in ("is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available"):
         monkeypatch.delattr(part, name)
     questions.is_mxfp8_available = lambda: (False, "")
     assert te_support.resolved_recipe(fp8_config("delayed")) == "delayed"
-    with pytest.raises(ConfigError, match="cannot run block scaling here: No: use delayed or current"):
+    with pytest.raises(
+        ConfigError, match="cannot run block scaling here: No: use delayed or current"
+    ):
         te_support.resolved_recipe(fp8_config("block"))
 
 
@@ -143,15 +204,43 @@ def test_recipe_choice_takes_no_mxfp8_for_widths_that_it_has_not(monkeypatch) ->
     assert te_support.resolved_recipe(fp8_config(routing={"expert_width": 48})) == "current"
 
 
-@pytest.mark.parametrize(("requested", "capability", "cuda", "message"), [
-    ("auto", (8, 0), 12.9, "precision.fp8_recipe=auto: Transformer Engine 2.20.2 cannot run current scaling here: Device compute "
-     "capability 8.9 or higher required for FP8 execution: use precision.compute=bf16"),
-    ("mxfp8", (12, 0), 12.9, "precision.fp8_recipe=mxfp8: Transformer Engine 2.20.2 cannot run mxfp8 scaling here: MXFP8 is for "
-     "compute capability 10: use delayed or current or block"),
-    ("block", (9, 0), 12.6, "precision.fp8_recipe=block: Transformer Engine 2.20.2 cannot run block scaling here: FP8 block scaled "
-     "GEMM requires compute capability 9.0 or higher and CUDA >= 12.9: use delayed or current"),
-])
-def test_recipe_that_the_library_lacks_here_is_refused(monkeypatch, requested, capability, cuda, message) -> None:
+@pytest.mark.parametrize(
+    ("requested", "capability", "cuda", "message"),
+    [
+        (
+            "auto",
+            (8, 0),
+            12.9,
+            (
+                "precision.fp8_recipe=auto: Transformer Engine 2.20.2 cannot run current scaling"
+                " here: Device compute capability 8.9 or higher required for FP8 execution: use"
+                " precision.compute=bf16"
+            ),
+        ),
+        (
+            "mxfp8",
+            (12, 0),
+            12.9,
+            (
+                "precision.fp8_recipe=mxfp8: Transformer Engine 2.20.2 cannot run mxfp8 scaling"
+                " here: MXFP8 is for compute capability 10: use delayed or current or block"
+            ),
+        ),
+        (
+            "block",
+            (9, 0),
+            12.6,
+            (
+                "precision.fp8_recipe=block: Transformer Engine 2.20.2 cannot run block scaling"
+                " here: FP8 block scaled GEMM requires compute capability 9.0 or higher and CUDA >="
+                " 12.9: use delayed or current"
+            ),
+        ),
+    ],
+)
+def test_recipe_that_the_library_lacks_here_is_refused(
+    monkeypatch, requested, capability, cuda, message
+) -> None:
     install(monkeypatch, capability=capability, cuda=cuda)
     with pytest.raises(ConfigError) as error:
         te_support.resolved_recipe(fp8_config(requested))
@@ -161,37 +250,62 @@ def test_recipe_that_the_library_lacks_here_is_refused(monkeypatch, requested, c
 def test_recipe_objects_are_the_librarys(monkeypatch) -> None:
     install(monkeypatch)
     assert [te_support.make_recipe(name).name for name in get_args(Fp8Recipe)] == [
-        "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"]
+        "DelayedScaling",
+        "Float8CurrentScaling",
+        "Float8BlockScaling",
+        "MXFP8BlockScaling",
+    ]
     monkeypatch.delattr(sys.modules["transformer_engine.common.recipe"], "Float8BlockScaling")
-    with pytest.raises(ConfigError, match="fp8_recipe=block: the installed Transformer Engine has no Float8BlockScaling"):
+    with pytest.raises(
+        ConfigError,
+        match="fp8_recipe=block: the installed Transformer Engine has no Float8BlockScaling",
+    ):
         te_support.make_recipe("block")
 
 
 def test_transformer_engine_without_device_or_library_is_refused(monkeypatch) -> None:
     precision = PrecisionConfig(compute="fp8")
-    with pytest.raises(ConfigError, match=r"precision.compute=fp8, precision.kernels=auto: Transformer Engine runs on CUDA "
-                                          r"devices alone, this process runs on the cpu: use a GPU, or set"):
+    with pytest.raises(
+        ConfigError,
+        match=r"precision.compute=fp8, precision.kernels=auto: Transformer Engine runs on CUDA "
+        r"devices alone, this process runs on the cpu: use a GPU, or set",
+    ):
         te_support.require_transformer_engine(precision, torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
-    with pytest.raises(ConfigError, match=rf"ModuleNotFoundError: .*{re.escape(te_support.INSTALL)}"):
+    with pytest.raises(
+        ConfigError, match=rf"ModuleNotFoundError: .*{re.escape(te_support.INSTALL)}"
+    ):
         te_support.require_transformer_engine(precision, CUDA)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("no shared object"), OSError("undefined symbol"), RuntimeError("no driver"),
-                                   AssertionError("a newer torch")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("no shared object"),
+        OSError("undefined symbol"),
+        RuntimeError("no driver"),
+        AssertionError("a newer torch"),
+    ],
+)
 def test_transformer_engine_half_installed_is_named(monkeypatch, error) -> None:
     def refuse(name: str) -> None:
         raise error
 
     monkeypatch.setattr(te_support.importlib, "import_module", refuse)
-    with pytest.raises(ConfigError, match=rf"but it cannot be imported \({type(error).__name__}: {error}\): pip install"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"but it cannot be imported \({type(error).__name__}: {error}\): pip install",
+    ):
         te_support.require_transformer_engine(PrecisionConfig(compute="fp8"), CUDA)
 
 
 @pytest.mark.parametrize("version", ["2.1.0", "1.13.0", "2.2.0+abc"])
 def test_transformer_engine_too_old_is_refused(monkeypatch, version) -> None:
     install(monkeypatch, version=version)
-    with pytest.raises(ConfigError, match=rf"but version {re.escape(version)} is installed, 2.3 is the first with grouped"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"but version {re.escape(version)} is installed, 2.3 is the first with grouped",
+    ):
         te_support.require_transformer_engine(PrecisionConfig(compute="fp8"), CUDA)
 
 

@@ -1,4 +1,6 @@
-"""The benchmark suites, small: what they need a GPU or minutes for runs here in seconds on a CPU."""
+"""The benchmark suites, small: what they need a GPU or minutes for runs here in seconds on a
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +54,18 @@ def tool(*arguments: str) -> None:
 
 def test_self_test_on_a_cpu_fills_every_part() -> None:
     with single_process() as device:
-        test = self_test(device, steps={}, layer_config=small(), parity_config=small(), layer_images=2, training_steps=6)
+        test = self_test(
+            device,
+            steps={},
+            layer_config=small(),
+            parity_config=small(),
+            layer_images=2,
+            training_steps=6,
+        )
     found = test.found
-    assert {"layer, grouped_mm", "layer, loop", "network, fp32", "network, bf16"} <= found["parity"].keys()
+    assert {"layer, grouped_mm", "layer, loop", "network, fp32", "network, bf16"} <= found[
+        "parity"
+    ].keys()
     assert found["parity"]["network, fp32"] < 1e-4
     assert all(0 < error < 0.05 for error in found["parity"].values())
     assert found["losses"]["bf16"] == pytest.approx(found["losses"]["fp32"], rel=0.05)
@@ -67,7 +78,10 @@ def test_self_test_on_a_cpu_fills_every_part() -> None:
 
 
 def test_self_test_runs_on_after_parts_that_fail_and_reports_what_it_finds(monkeypatch) -> None:
-    """Each failing part is one of another kind: out of memory down to one image, an error of a kernel, a missing library."""
+    """Each failing part is one of another kind: out of memory down to one image, an error of a
+    kernel, a missing library.
+    """
+
     def out_of_memory(config: object, images: int, device: object) -> None:
         tried.append(images)
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch more")
@@ -84,17 +98,41 @@ def test_self_test_runs_on_after_parts_that_fail_and_reports_what_it_finds(monke
     monkeypatch.setattr(gpu, "mean_loss", absent)
     monkeypatch.setattr(gpu, "kernel_times", lambda config, images, device: {"gemm": float(images)})
     monkeypatch.setattr(gpu, "load_config", lambda recipe: small())
-    monkeypatch.setattr(gpu, "layer_comparisons", lambda *args: ({"layer, loop": lambda: 0.5}, {"megatron": "is missing"}))
-    monkeypatch.setattr(gpu, "layer_candidates", lambda *args: ({"dense": lambda: None, "moe": kernel}, {}))
-    found = self_test(CPU, steps={"tiny": 4}, layer_config=small(), parity_config=small(), layer_images=2, training_steps=6,
-                      report=reported.append).found
+    monkeypatch.setattr(
+        gpu,
+        "layer_comparisons",
+        lambda *args: ({"layer, loop": lambda: 0.5}, {"megatron": "is missing"}),
+    )
+    monkeypatch.setattr(
+        gpu, "layer_candidates", lambda *args: ({"dense": lambda: None, "moe": kernel}, {})
+    )
+    found = self_test(
+        CPU,
+        steps={"tiny": 4},
+        layer_config=small(),
+        parity_config=small(),
+        layer_images=2,
+        training_steps=6,
+        report=reported.append,
+    ).found
     assert tried == [4, 2, 1] * 3
     assert {name: reason.split(":")[0] for name, reason in found["failed"].items()} == {
-        **{f"network, {name}": "RuntimeError" for name in gpu.PRECISIONS}, "layer, moe": "RuntimeError",
-        **{f"tiny{kind}": "OutOfMemoryError" for kind in (", bf16", ", fp8", " without experts, bf16")}}
+        **{f"network, {name}": "RuntimeError" for name in gpu.PRECISIONS},
+        "layer, moe": "RuntimeError",
+        **{
+            f"tiny{kind}": "OutOfMemoryError"
+            for kind in (", bf16", ", fp8", " without experts, bf16")
+        },
+    }
     assert found["not_available"].keys() == {"megatron", *gpu.PRECISIONS}
-    assert (found["parity"], found["kernels"], list(found["layer"])) == ({"layer, loop": 0.5}, {"gemm": 2.0}, ["dense"])
-    assert all(any(name in line for line in reported) for values in found.values() for name in values)
+    assert (found["parity"], found["kernels"], list(found["layer"])) == (
+        {"layer, loop": 0.5},
+        {"gemm": 2.0},
+        ["dense"],
+    )
+    assert all(
+        any(name in line for line in reported) for values in found.values() for name in values
+    )
 
 
 def test_session_is_gone_before_the_next_one_is_built() -> None:
@@ -121,7 +159,9 @@ def test_session_is_gone_before_the_next_one_is_built() -> None:
 # Candidates.
 
 
-@pytest.mark.parametrize("routing", [{"top_k": 2}, {"top_k": 3, "expert_type": "swiglu"}], ids=["two choices", "swiglu"])
+@pytest.mark.parametrize(
+    "routing", [{"top_k": 2}, {"top_k": 3, "expert_type": "swiglu"}], ids=["two choices", "swiglu"]
+)
 def test_per_expert_loop_computes_what_the_layer_computes(routing: dict[str, Any]) -> None:
     config = small_config(model={"hidden_size": 32}, routing=routing)
     torch.manual_seed(0)
@@ -135,13 +175,17 @@ def test_libraries_layers_of_a_recipe_over_several_ranks_are_built_for_this_proc
     config = load_config("digits_promoe")
     assert config.parallel.ep_size > 1
     with single_process() as device:
-        layers, missing = build_each(LIBRARIES, lambda name: layer_of(with_dispatch(config, name), device, torch.float32))
+        layers, missing = build_each(
+            LIBRARIES, lambda name: layer_of(with_dispatch(config, name), device, torch.float32)
+        )
     assert set(layers) | set(missing) == set(LIBRARIES)
     assert layers["deepspeed_moe"].routed.num_local_experts == config.routing.num_experts
 
 
 def test_dense_twin_of_promoe_s_is_dit_s() -> None:
-    assert count_parameters(without_experts(load_config("promoe_s"))) == count_parameters(load_config("dit_s"))
+    assert count_parameters(without_experts(load_config("promoe_s"))) == count_parameters(
+        load_config("dit_s")
+    )
 
 
 # Timing and processes.
@@ -149,7 +193,11 @@ def test_dense_twin_of_promoe_s_is_dit_s() -> None:
 
 def test_interleave_takes_ratios_round_by_round() -> None:
     order: list[str] = []
-    timings = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b") or sum(range(200000))}, rounds=4, warmup=1)
+    timings = interleave(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b") or sum(range(200000))},
+        rounds=4,
+        warmup=1,
+    )
     assert order == list("abbaabbaab")
     assert timings["a"].wall_ratio == timings["a"].cpu_ratio == 1.0 < timings["b"].wall_ratio
     assert timings["b"].wall_ms_low <= timings["b"].wall_ms <= timings["b"].wall_ms_high
@@ -161,7 +209,9 @@ def rank_of(ranks: DistributedContext, failing: int) -> tuple[int, int]:
     return ranks.rank, ranks.world_size
 
 
-def test_work_on_ranks_returns_in_their_order_and_names_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_on_ranks_returns_in_their_order_and_names_what_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert on_ranks(2, rank_of, -1) == [(0, 2), (1, 2)]
     with pytest.raises(TrainingError, match="ValueError: as it was asked"):
@@ -173,24 +223,38 @@ def test_work_on_ranks_returns_in_their_order_and_names_what_failed(monkeypatch:
 
 
 def test_report_of_a_synthetic_run_is_measured(tmp_path: Path) -> None:
-    figures = benchmark_report(SyntheticRun(steps=500, layers=(1, 3), experts=4, bins=2), tmp_path).figures
-    assert figures["log_lines"] == len((tmp_path / "routing.jsonl").read_text().splitlines()) == 10 * 2 * 2
+    figures = benchmark_report(
+        SyntheticRun(steps=500, layers=(1, 3), experts=4, bins=2), tmp_path
+    ).figures
+    assert (
+        figures["log_lines"]
+        == len((tmp_path / "routing.jsonl").read_text().splitlines())
+        == 10 * 2 * 2
+    )
     assert figures["report_bytes"] == (tmp_path / "expert_load.html").stat().st_size
 
 
 def test_data_are_timed_by_loader_and_the_index_is_opened(tmp_path: Path) -> None:
     result = benchmark_data(tmp_path, rounds=1, records=256, index_records=5000)
-    assert result.figures["wall"].keys() == result.figures["cpu"].keys() == {
-        "packed, means", "packed", "npz, 8 threads", "npz, 1 thread"}
+    assert (
+        result.figures["wall"].keys()
+        == result.figures["cpu"].keys()
+        == {"packed, means", "packed", "npz, 8 threads", "npz, 1 thread"}
+    )
     assert all(rate > 0 for rate in result.figures["wall"].values())
     assert (result.figures["index_shards"], result.figures["index_megabytes"] > 0) == (2, True)
 
 
 @pytest.mark.parametrize("suite", ["moe-layer", "router", "stats", "step", "dispatch"])
-def test_suite_from_the_command_line_names_candidates_and_what_is_missing(suite: str, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_suite_from_the_command_line_names_candidates_and_what_is_missing(
+    suite: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "result.json"
-    recipe.write_text("base: promoe_b\nmodel: {preset: null, hidden_size: 32, depth: 2, num_heads: 2, input_size: 8}\n")
+    recipe.write_text(
+        "base: promoe_b\nmodel: {preset: null, hidden_size: 32, depth: 2, num_heads: 2, input_size:"
+        " 8}\n"
+    )
     tool(suite, "--tokens", "32", "--rounds", "2", "--recipe", str(recipe), "--out", str(out))
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert (result["suite"], result["rounds"]) == (suite, 2)
@@ -213,7 +277,9 @@ def test_gpu_suite_without_a_device_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("option", "path"), [("--out", "{}/result.json"), ("--folder", "{}")])
-def test_folder_that_is_not_there_is_named_before_anything_runs(tmp_path: Path, option: str, path: str) -> None:
+def test_folder_that_is_not_there_is_named_before_anything_runs(
+    tmp_path: Path, option: str, path: str
+) -> None:
     with pytest.raises(ConfigError, match=f"{option} {path.format(tmp_path / 'none')}"):
         tool("report", option, path.format(tmp_path / "none"))
 

@@ -20,9 +20,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> fake_te._State:
-    """Be a machine with Transformer Engine: its device is said to be one of CUDA, and is the CPU."""
-    monkeypatch.setattr("promoe_ds.backends.te_layers.require_transformer_engine",
-                        lambda precision, device: importlib.import_module("transformer_engine.pytorch"))
+    """Be a machine with Transformer Engine: its device is said to be one of CUDA, and is the
+    CPU.
+    """
+    monkeypatch.setattr(
+        "promoe_ds.backends.te_layers.require_transformer_engine",
+        lambda precision, device: importlib.import_module("transformer_engine.pytorch"),
+    )
     return fake_te.install(monkeypatch)
 
 
@@ -45,7 +49,9 @@ def test_parity_of_a_network_that_fp8_does_not_reach_is_an_error(library) -> Non
 def test_parity_of_layers_has_one_of_fp8(library, monkeypatch) -> None:
     library.rounds = True
     monkeypatch.setattr(parity, "LIBRARIES", ())  # they want a process group
-    comparisons, _ = parity.layer_comparisons(small_config(model={"hidden_size": 32}), CPU, torch.float32)
+    comparisons, _ = parity.layer_comparisons(
+        small_config(model={"hidden_size": 32}), CPU, torch.float32
+    )
     errors = {name: compare() for name, compare in comparisons.items()}
     assert {kind for kind, _ in library.products} == {"grouped", "linear"}
     assert {recipe for _, recipe in library.products} == {"Float8CurrentScaling"}

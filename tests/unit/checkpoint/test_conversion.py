@@ -1,4 +1,6 @@
-"""What a conversion refuses, and where it writes: every bad source is one message, and destinations of all kinds are filled."""
+"""What a conversion refuses, and where it writes: every bad source is one message, and destinations
+of all kinds are filled.
+"""
 
 from __future__ import annotations
 
@@ -194,7 +196,9 @@ def test_checkpoint_whose_config_is_another_architecture_s_is_named_before_anyth
 def test_destination_that_is_an_empty_folder_is_filled_and_stays_itself(
     checkpoint, tmp_path, to
 ) -> None:
-    """It may be a mount or a link, which no folder can be renamed to; what a killed conversion left there is no obstacle."""
+    """It may be a mount or a link, which no folder can be renamed to; what a killed conversion left
+    there is no obstacle.
+    """
     folder, link = tmp_path / "disk", tmp_path / "link"
     (folder / ".unfinished").mkdir(parents=True)
     link.symlink_to(folder)

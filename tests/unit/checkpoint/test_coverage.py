@@ -10,14 +10,17 @@ from promoe_ds.errors import CheckpointError
 ALL = [("a", 6, 10), ("a", 0, 3), ("a", 3, 6), ("b",)]
 
 
-@pytest.mark.parametrize(("read", "problem"), [
-    (ALL, None),
-    (ALL[:3], "b[0:4]"),
-    ([("a", 0, 4), ("a", 6, 10), ("b",)], "a[4:6]"),
-    ([("a", 0, 9), ("b",)], "a[9:10]"),
-    ([("a", 0, 6), ("a", 5, 10), ("b",)], "a[5:6]"),
-    ([*ALL, ("b",)], "b[0:4]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("read", "problem"),
+    [
+        (ALL, None),
+        (ALL[:3], "b[0:4]"),
+        ([("a", 0, 4), ("a", 6, 10), ("b",)], "a[4:6]"),
+        ([("a", 0, 9), ("b",)], "a[9:10]"),
+        ([("a", 0, 6), ("a", 5, 10), ("b",)], "a[5:6]"),
+        ([*ALL, ("b",)], "b[0:4]"),
+    ],
+)
 def test_coverage_names_what_was_not_read_once(read, problem: str | None) -> None:
     coverage = Coverage("there", {"a": 10, "b": 4})
     for each in read:

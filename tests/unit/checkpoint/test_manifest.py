@@ -58,7 +58,9 @@ def save(folder: Path) -> Manifest:
 
 
 def change(folder: Path, **values: Any) -> None:
-    """Overwrite fields of a manifest as versions wrote it that kept no checksum of it; a value of None removes the field."""
+    """Overwrite fields of a manifest as versions wrote it that kept no checksum of it; a value of
+    None removes the field.
+    """
     path = folder / MANIFEST
     stored = {**json.loads(path.read_text()), "xxh3": None, **values}
     path.write_text(json.dumps({key: value for key, value in stored.items() if value is not None}))

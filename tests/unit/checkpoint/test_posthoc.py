@@ -1,4 +1,6 @@
-"""Averages chosen after training: what is mixed from those kept is nearly what training itself would have kept."""
+"""Averages chosen after training: what is mixed from those kept is nearly what training itself
+would have kept.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_mixing_an_average_that_is_held_takes_it_alone() -> None:
 
 
 def test_mixing_a_length_between_gives_nearly_its_average_of_any_sequence() -> None:
-    """Hold the mix against the average kept in training, on a drifting, noisy sequence of weights."""
+    """Hold the mix against the average kept in training, on a drifting, noisy sequence of
+    weights.
+    """
     steps = 2000
     weights = 100 + np.cumsum(np.random.default_rng(0).standard_normal((steps, 8)), axis=0)
 

@@ -1,4 +1,6 @@
-"""Files of the published code as they are passed around: averaged tables, parts, prefixes, precisions, other files."""
+"""Files of the published code as they are passed around: averaged tables, parts, prefixes,
+precisions, other files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where a run goes on: never at step 0 by itself, never from a checkpoint that it has left behind, whatever is repeated."""
+"""Where a run goes on: never at step 0 by itself, never from a checkpoint that it has left behind,
+whatever is repeated.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_resume_auto_damaged_newest_is_set_aside_and_never_overwritten(tmp_path:
 def test_resume_path_named_again_goes_on_with_what_the_run_reached(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A scheduler repeats its command: the first checkpoint of the run's own counts from then on."""
+    """A scheduler repeats its command: the first checkpoint of the run's own counts from then
+    on.
+    """
     start, run = save(tmp_path / "start", 7), tmp_path / "run"
     assert choose(start, run) == choose(start, run) == Choice(folder=start, same_run=False)
     own = save(run, 9)

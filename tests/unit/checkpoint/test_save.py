@@ -1,4 +1,6 @@
-"""A checkpoint is declared complete when all of it is there, and what was just written is never pruned."""
+"""A checkpoint is declared complete when all of it is there, and what was just written is never
+pruned.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Files of torch.save by ranges: exact, without running anything, and refused by name if damaged."""
+"""Files of torch.save by ranges: exact, without running anything, and refused by name if
+damaged.
+"""
 
 from __future__ import annotations
 

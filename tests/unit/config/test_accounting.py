@@ -10,11 +10,24 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from promoe_ds.config import RunConfig, count_parameters, list_recipes, load_config, training_flops_per_image
+from promoe_ds.config import (
+    RunConfig,
+    count_parameters,
+    list_recipes,
+    load_config,
+    training_flops_per_image,
+)
 from promoe_ds.config.accounting import forward_flops_per_image
 from promoe_ds.model import DiT, build_model
 
-from ..builders import METHODS, of_method, packaged_config, random_network, random_tensor, small_config
+from ..builders import (
+    METHODS,
+    of_method,
+    packaged_config,
+    random_network,
+    random_tensor,
+    small_config,
+)
 
 #: Total and activated parameters of the published models (ProMoE, Table 2).
 PUBLISHED = {
@@ -36,16 +49,44 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "two unconditional": {"routing": {"num_unconditional_experts": 2}},
     "neither": {"routing": {"num_shared_experts": 0, "num_unconditional_experts": 0}},
     "no learned sigma": {"model": {"learn_sigma": False}},
-    "widths": {"routing": {"expert_width": 24, "shared_expert_width": 40, "num_shared_experts": 2, "top_k": 3}},
-    "shapes": {"model": {"input_size": 6, "patch_size": 3, "in_channels": 3, "mlp_ratio": 2.5, "num_classes": 7}},
+    "widths": {
+        "routing": {
+            "expert_width": 24,
+            "shared_expert_width": 40,
+            "num_shared_experts": 2,
+            "top_k": 3,
+        }
+    },
+    "shapes": {
+        "model": {
+            "input_size": 6,
+            "patch_size": 3,
+            "in_channels": 3,
+            "mlp_ratio": 2.5,
+            "num_classes": 7,
+        }
+    },
 }
 #: Experts of every kind: types, shared and unconditional ones.
 EXPERTS: dict[str, dict[str, Any]] = {
-    "plain": {}, "swiglu": {"expert_type": "swiglu"},
-    "swiglu, two shared gelu": {"expert_type": "swiglu", "shared_expert_type": "gelu", "num_shared_experts": 2},
-    "two shared swiglu of their own width": {"shared_expert_type": "swiglu", "num_shared_experts": 2, "shared_expert_width": 40},
+    "plain": {},
+    "swiglu": {"expert_type": "swiglu"},
+    "swiglu, two shared gelu": {
+        "expert_type": "swiglu",
+        "shared_expert_type": "gelu",
+        "num_shared_experts": 2,
+    },
+    "two shared swiglu of their own width": {
+        "shared_expert_type": "swiglu",
+        "num_shared_experts": 2,
+        "shared_expert_width": 40,
+    },
     "swiglu, three unconditional": {"expert_type": "swiglu", "num_unconditional_experts": 3},
-    "swiglu alone": {"expert_type": "swiglu", "num_shared_experts": 0, "num_unconditional_experts": 0},
+    "swiglu alone": {
+        "expert_type": "swiglu",
+        "num_shared_experts": 0,
+        "num_unconditional_experts": 0,
+    },
 }
 
 
@@ -73,7 +114,9 @@ def test_parameters_of_recipe_equal_those_of_the_built_model(name: str, tmp_path
 
 @pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS.keys())
 @pytest.mark.parametrize("method", METHODS)
-def test_parameters_of_every_method_equal_those_of_the_built_model(method: str, experts: dict[str, Any]) -> None:
+def test_parameters_of_every_method_equal_those_of_the_built_model(
+    method: str, experts: dict[str, Any]
+) -> None:
     check_against_model(small_config(**of_method(method, **experts)))
 
 
@@ -94,14 +137,34 @@ def test_parameters_of_recipe_equal_the_published_ones(name: str) -> None:
 
 @pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
 def test_parameters_activated_of_promoe_are_nearly_those_of_dit(size: str) -> None:
-    moe, dense = count_parameters(load_config(f"promoe_{size}")), count_parameters(load_config(f"dit_{size}"))
+    moe, dense = (
+        count_parameters(load_config(f"promoe_{size}")),
+        count_parameters(load_config(f"dit_{size}")),
+    )
     assert dense.activated == dense.total
-    # The routed half and the shared half make up one dense feed-forward; 12 prototypes and the second bias come on top.
-    assert moe.activated - dense.activated == moe.moe_layers * 13 * load_config(f"promoe_{size}").model.hidden_size
+    # The routed half and the shared half make up one dense feed-forward; 12 prototypes and the
+    # second bias come on top.
+    assert (
+        moe.activated - dense.activated
+        == moe.moe_layers * 13 * load_config(f"promoe_{size}").model.hidden_size
+    )
 
 
-@pytest.mark.parametrize("setting", ["plain", "dense", "all blocks", "odd depth", "no shared", "two shared",
-                                     "two unconditional", "no learned sigma", "widths", "shapes"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "plain",
+        "dense",
+        "all blocks",
+        "odd depth",
+        "no shared",
+        "two shared",
+        "two unconditional",
+        "no learned sigma",
+        "widths",
+        "shapes",
+    ],
+)
 def test_forward_flops_equal_those_counted_by_torch(setting: str) -> None:
     # The loop backend and plain attention run as products that torch's counter knows.
     network = random_network(**SETTINGS[setting], parallel={"expert_backend": "loop"}).eval()
@@ -115,10 +178,14 @@ def test_forward_flops_equal_those_counted_by_torch(setting: str) -> None:
 
 @pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS.keys())
 @pytest.mark.parametrize("method", METHODS)
-def test_forward_flops_of_every_method_equal_those_counted_by_torch(method: str, experts: dict[str, Any]) -> None:
+def test_forward_flops_of_every_method_equal_those_counted_by_torch(
+    method: str, experts: dict[str, Any]
+) -> None:
     # Two methods take as many experts as they state in training only; losses are not counted.
     silent = {"similarity_weight": 0.0} if method == "expert_race" else {}
-    network = random_network(**of_method(method, **experts, **silent), parallel={"expert_backend": "loop"})
+    network = random_network(
+        **of_method(method, **experts, **silent), parallel={"expert_backend": "loop"}
+    )
     network.train(method in ("diff_moe", "expert_race"))
     model, images = network.config.model, 3
     counter = FlopCounterMode(display=False)
@@ -126,14 +193,22 @@ def test_forward_flops_of_every_method_equal_those_counted_by_torch(method: str,
         network(random_tensor(images, 1, 4, 4), torch.full((images,), 500.0), torch.arange(images))
     counted = counter.get_total_flops()
     if method == "kmeans":  # torch's counter knows no distances
-        counted += 2 * images * model.tokens_per_image * model.hidden_size * network.config.routing.num_experts
+        counted += (
+            2
+            * images
+            * model.tokens_per_image
+            * model.hidden_size
+            * network.config.routing.num_experts
+        )
     assert counted == images * forward_flops_per_image(network.config)
 
 
 def test_forward_flops_of_expert_race_include_the_head_of_the_per_layer_loss() -> None:
     width, tokens, patch = 16, 4, 4
-    more, less = (forward_flops_per_image(small_config(**of_method("expert_race", per_layer_weight=weight)))
-                  for weight in (0.1, 0.0))
+    more, less = (
+        forward_flops_per_image(small_config(**of_method("expert_race", per_layer_weight=weight)))
+        for weight in (0.1, 0.0)
+    )
     assert more - less == 2 * tokens * width * patch
 
 

@@ -15,60 +15,136 @@ from promoe_ds.errors import ConfigError
 from ..builders import small_config
 
 
-@pytest.mark.parametrize(("train", "ranks", "expected"), [
-    ({"global_batch_size": 12}, 1, (12, 1)),
-    ({"global_batch_size": 12}, 4, (3, 1)),
-    ({"global_batch_size": 12, "micro_batch_size": 3}, 2, (3, 2)),
-    ({"global_batch_size": 12, "micro_batch_size": 1}, 1, (1, 12)),
-])
-def test_batches_are_cut_into_micro_times_accumulation(train: dict[str, int], ranks: int, expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("train", "ranks", "expected"),
+    [
+        ({"global_batch_size": 12}, 1, (12, 1)),
+        ({"global_batch_size": 12}, 4, (3, 1)),
+        ({"global_batch_size": 12, "micro_batch_size": 3}, 2, (3, 2)),
+        ({"global_batch_size": 12, "micro_batch_size": 1}, 1, (1, 12)),
+    ],
+)
+def test_batches_are_cut_into_micro_times_accumulation(
+    train: dict[str, int], ranks: int, expected: tuple[int, int]
+) -> None:
     plan = plan_batches(small_config(train=train), ranks)
     assert (plan.micro_batch, plan.accumulation) == expected
     assert (plan.global_batch, plan.world_size) == (12, ranks)
 
 
-@pytest.mark.parametrize(("train", "parallel", "ranks", "message"), [
-    ({"global_batch_size": 12}, {}, 5,
-     "train.global_batch_size=12 cannot be cut into 5 equal shares: make it a multiple of the number of ranks"),
-    ({"global_batch_size": 12, "micro_batch_size": 5}, {}, 2,
-     "train.global_batch_size=12 is no multiple of train.micro_batch_size=5 times 2 ranks = 10"),
-    ({"global_batch_size": 12, "micro_batch_size": 24}, {}, 1,
-     "train.global_batch_size=12 is no multiple of train.micro_batch_size=24 times 1 ranks = 24"),
-    ({"global_batch_size": 12}, {"ep_size": 2}, 3,
-     "parallel.ep_size=2 does not divide the number of ranks, 3: launch a multiple of 2 ranks or change parallel.ep_size"),
-    ({"global_batch_size": 12}, {"ep_size": 4}, 2, "parallel.ep_size=4 does not divide the number of ranks, 2"),
-])
-def test_batches_that_contradict_are_refused(train: dict[str, int], parallel: dict[str, int], ranks: int,
-                                             message: str) -> None:
+@pytest.mark.parametrize(
+    ("train", "parallel", "ranks", "message"),
+    [
+        (
+            {"global_batch_size": 12},
+            {},
+            5,
+            (
+                "train.global_batch_size=12 cannot be cut into 5 equal shares: make it a multiple"
+                " of the number of ranks"
+            ),
+        ),
+        (
+            {"global_batch_size": 12, "micro_batch_size": 5},
+            {},
+            2,
+            (
+                "train.global_batch_size=12 is no multiple of train.micro_batch_size=5 times 2"
+                " ranks = 10"
+            ),
+        ),
+        (
+            {"global_batch_size": 12, "micro_batch_size": 24},
+            {},
+            1,
+            (
+                "train.global_batch_size=12 is no multiple of train.micro_batch_size=24 times 1"
+                " ranks = 24"
+            ),
+        ),
+        (
+            {"global_batch_size": 12},
+            {"ep_size": 2},
+            3,
+            (
+                "parallel.ep_size=2 does not divide the number of ranks, 3: launch a multiple of 2"
+                " ranks or change parallel.ep_size"
+            ),
+        ),
+        (
+            {"global_batch_size": 12},
+            {"ep_size": 4},
+            2,
+            "parallel.ep_size=4 does not divide the number of ranks, 2",
+        ),
+    ],
+)
+def test_batches_that_contradict_are_refused(
+    train: dict[str, int], parallel: dict[str, int], ranks: int, message: str
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         plan_batches(small_config(train=train, parallel=parallel), ranks)
 
 
-@pytest.mark.parametrize(("train", "ranks"), [({"global_batch_size": 1}, 1), ({"global_batch_size": 4}, 4),
-                                              ({"global_batch_size": 4, "micro_batch_size": 1}, 2)])
-def test_batches_of_diff_moe_with_less_than_a_token_each_are_refused(train: dict[str, int], ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("train", "ranks"),
+    [
+        ({"global_batch_size": 1}, 1),
+        ({"global_batch_size": 4}, 4),
+        ({"global_batch_size": 4, "micro_batch_size": 1}, 2),
+    ],
+)
+def test_batches_of_diff_moe_with_less_than_a_token_each_are_refused(
+    train: dict[str, int], ranks: int
+) -> None:
     """The pool is one pass's on one rank: more ranks or accumulation make it smaller."""
     config = small_config(train=train, routing={"method": "diff_moe", "num_experts": 6})
-    with pytest.raises(ConfigError, match=re.escape(
-            "routing.top_k=1 of 4 tokens per micro-batch gives each of routing.num_experts=6 experts less than one token "
-            "(method=diff_moe): raise train.micro_batch_size")):
+    with pytest.raises(
+        ConfigError,
+        match=re.escape(
+            "routing.top_k=1 of 4 tokens per micro-batch gives each of routing.num_experts=6"
+            " experts less than one token (method=diff_moe): raise train.micro_batch_size"
+        ),
+    ):
         plan_batches(config, ranks)
 
 
-@pytest.mark.parametrize(("routing", "train"), [
-    ({"method": "diff_moe", "num_experts": 6, "top_k": 2}, {"global_batch_size": 1}),
-    ({"method": "diff_moe", "num_experts": 6}, {"global_batch_size": 2}),
-    ({"method": "token_choice", "num_experts": 6}, {"global_batch_size": 1}),
-])
-def test_batches_with_a_token_for_every_expert_or_none_needed_are_taken(routing: dict[str, Any], train: dict[str, int]) -> None:
-    assert plan_batches(small_config(train=train, routing=routing), 1).micro_batch == train["global_batch_size"]
+@pytest.mark.parametrize(
+    ("routing", "train"),
+    [
+        ({"method": "diff_moe", "num_experts": 6, "top_k": 2}, {"global_batch_size": 1}),
+        ({"method": "diff_moe", "num_experts": 6}, {"global_batch_size": 2}),
+        ({"method": "token_choice", "num_experts": 6}, {"global_batch_size": 1}),
+    ],
+)
+def test_batches_with_a_token_for_every_expert_or_none_needed_are_taken(
+    routing: dict[str, Any], train: dict[str, int]
+) -> None:
+    assert (
+        plan_batches(small_config(train=train, routing=routing), 1).micro_batch
+        == train["global_batch_size"]
+    )
 
 
 @given(micro=st.integers(1, 4), ranks=st.integers(1, 5), accumulation=st.integers(1, 4))
-def test_slots_of_all_ranks_and_passes_are_the_global_batch_once(micro: int, ranks: int, accumulation: int) -> None:
-    config = small_config(train={"global_batch_size": micro * ranks * accumulation, "micro_batch_size": micro})
+def test_slots_of_all_ranks_and_passes_are_the_global_batch_once(
+    micro: int, ranks: int, accumulation: int
+) -> None:
+    config = small_config(
+        train={"global_batch_size": micro * ranks * accumulation, "micro_batch_size": micro}
+    )
     plan = plan_batches(config, ranks)
-    slots = [slot for step in range(plan.accumulation) for rank in range(ranks) for slot in plan.slots(step, rank)]
-    # In this very order: slot g belongs to pass g // (ranks * micro) and there to rank (g // micro) % ranks.
+    slots = [
+        slot
+        for step in range(plan.accumulation)
+        for rank in range(ranks)
+        for slot in plan.slots(step, rank)
+    ]
+    # In this very order: slot g belongs to pass g // (ranks * micro) and there to rank (g // micro)
+    # % ranks.
     assert slots == list(range(plan.global_batch))
-    assert all(len(plan.slots(step, rank)) == micro for step in range(plan.accumulation) for rank in range(ranks))
+    assert all(
+        len(plan.slots(step, rank)) == micro
+        for step in range(plan.accumulation)
+        for rank in range(ranks)
+    )

@@ -1,4 +1,6 @@
-"""Recipes and saved configs of earlier versions: read under the names of today, each with a line that says so."""
+"""Recipes and saved configs of earlier versions: read under the names of today, each with a line
+that says so.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,17 @@ def lines(caplog, monkeypatch):
 
 
 def test_earlier_recipe_is_read_and_each_old_name_reported(lines) -> None:
-    config = load_config(EARLIER / "recipe.yaml", ["optimizer.clip_norm=0.25", "parallel.exchange_dtype=same"])
+    config = load_config(
+        EARLIER / "recipe.yaml", ["optimizer.clip_norm=0.25", "parallel.exchange_dtype=same"]
+    )
     assert (config.optimizer.max_grad_norm, config.optimizer.ema_sigma_rels) == (0.25, (0.1,))
     assert (config.parallel.dispatch, config.parallel.comm_dtype) == ("alltoall", "same")
-    for name in ("optimizer.max_grad_norm", "optimizer.ema_sigma_rels", "parallel.comm_dtype", "is now alltoall"):
+    for name in (
+        "optimizer.max_grad_norm",
+        "optimizer.ema_sigma_rels",
+        "parallel.comm_dtype",
+        "is now alltoall",
+    ):
         assert name in lines.text
 
 
@@ -35,7 +44,9 @@ def test_earlier_runs_config_is_what_its_recipe_says() -> None:
     assert saved == recipe and saved.optimizer.max_grad_norm == 0.5
 
 
-@pytest.mark.parametrize(("old", "new"), [("deepspeed", "alltoall"), ("deepspeed_capacity", "deepspeed_moe")])
+@pytest.mark.parametrize(
+    ("old", "new"), [("deepspeed", "alltoall"), ("deepspeed_capacity", "deepspeed_moe")]
+)
 def test_old_value_of_dispatch_is_read(old: str, new: str) -> None:
     assert load_config("digits_promoe", [f"parallel.dispatch={old}"]).parallel.dispatch == new
 

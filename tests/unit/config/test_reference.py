@@ -1,4 +1,6 @@
-"""What is printed about fields is what the schema says, every field has a meaning, and the document holds it all."""
+"""What is printed about fields is what the schema says, every field has a meaning, and the document
+holds it all.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +21,34 @@ def test_reference_lists_every_name_that_set_takes_with_a_meaning() -> None:
     assert [name for name, each in FIELDS.items() if not each.meaning] == []
 
 
-@pytest.mark.parametrize(("name", "takes", "default"), [
-    ("train.max_steps", "int > 0", ""), ("routing.threshold_decay", "float >= 0 < 1", "0.95"),
-    ("logging.tensorboard", "auto | true | false", "auto"), ("train.keep_every", "int > 0 | null", "null"),
-    ("optimizer.betas", "[float >= 0 < 1, float >= 0 < 1]", "[0.9, 0.999]"), ("train.seed", "int >= 0 < 2^63", "0"),
-    ("optimizer.ema_decays", "[float >= 0 < 1, ...]", "[0.9999]"), ("parallel.expert_order", "[[int, ...], ...] | null", "null"),
-])
+@pytest.mark.parametrize(
+    ("name", "takes", "default"),
+    [
+        ("train.max_steps", "int > 0", ""),
+        ("routing.threshold_decay", "float >= 0 < 1", "0.95"),
+        ("logging.tensorboard", "auto | true | false", "auto"),
+        ("train.keep_every", "int > 0 | null", "null"),
+        ("optimizer.betas", "[float >= 0 < 1, float >= 0 < 1]", "[0.9, 0.999]"),
+        ("train.seed", "int >= 0 < 2^63", "0"),
+        ("optimizer.ema_decays", "[float >= 0 < 1, ...]", "[0.9999]"),
+        ("parallel.expert_order", "[[int, ...], ...] | null", "null"),
+    ],
+)
 def test_reference_states_types_limits_and_defaults(name: str, takes: str, default: str) -> None:
     assert (FIELDS[name].takes, FIELDS[name].default) == (takes, default)
 
 
 def test_reference_document_holds_the_tables() -> None:
-    assert field_tables() in DOCUMENT.read_text(encoding="utf-8"), "docs/recipes.md: put in what field_tables() returns"
+    assert field_tables() in DOCUMENT.read_text(encoding="utf-8"), (
+        "docs/recipes.md: put in what field_tables() returns"
+    )
 
 
 def test_reference_of_one_section_and_of_none() -> None:
-    assert field_lines("sampling").startswith("sampling.steps  (int > 0; default 250)\n    of the solver\n")
-    with pytest.raises(ConfigError, match="--fields foo: no such section; there are model, routing"):
+    assert field_lines("sampling").startswith(
+        "sampling.steps  (int > 0; default 250)\n    of the solver\n"
+    )
+    with pytest.raises(
+        ConfigError, match="--fields foo: no such section; there are model, routing"
+    ):
         field_lines("foo")

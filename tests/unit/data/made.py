@@ -1,4 +1,6 @@
-"""Images and an autoencoder made on the spot: the same code path as real ones, nothing from the network."""
+"""Images and an autoencoder made on the spot: the same code path as real ones, nothing from the
+network.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,28 @@ DOWNSAMPLING, CHANNELS, SCALE = 2, 1, 0.5
 def save_vae(folder: Path, seed: int = 0) -> Path:
     """Save a tiny, randomly initialised AutoencoderKL: 8x8 pixels to 4x4 latents of one channel."""
     torch.manual_seed(seed)
-    AutoencoderKL(in_channels=3, out_channels=3, latent_channels=CHANNELS, block_out_channels=(8, 8), norm_num_groups=4,
-                  down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                  layers_per_block=1, sample_size=8, scaling_factor=SCALE).save_pretrained(folder)
+    AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=CHANNELS,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        sample_size=8,
+        scaling_factor=SCALE,
+    ).save_pretrained(folder)
     return folder
 
 
-def save_images(root: Path, per_class: int = 5, classes: tuple[str, ...] = ("n01", "n02", "n03"), size: tuple[int, int] = (20, 17),
-                suffix: str = "png") -> Path:
+def save_images(
+    root: Path,
+    per_class: int = 5,
+    classes: tuple[str, ...] = ("n01", "n02", "n03"),
+    size: tuple[int, int] = (20, 17),
+    suffix: str = "png",
+) -> Path:
     """Save random images as class folders, every second one a folder deeper."""
     random = np.random.default_rng(0)
     for name in classes:

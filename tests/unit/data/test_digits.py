@@ -14,7 +14,10 @@ from tests.unit.data.made import labelled
 
 
 def rows(digits: Digits) -> list[bytes]:
-    return [image.tobytes() + bytes([label]) for image, label in zip(digits.images, digits.labels, strict=True)]
+    return [
+        image.tobytes() + bytes([label])
+        for image, label in zip(digits.images, digits.labels, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,9 @@ def test_digits_heldout_is_a_fifth_of_each_class(split: tuple[Digits, Digits]) -
 
 def test_digits_split_is_fixed(split: tuple[Digits, Digits]) -> None:
     again = load_digits_split(0.2, heldout=True)
-    assert np.array_equal(again.images, split[1].images) and np.array_equal(again.labels, split[1].labels)
+    assert np.array_equal(again.images, split[1].images) and np.array_equal(
+        again.labels, split[1].labels
+    )
 
 
 def test_digits_larger_heldout_share_contains_the_smaller(split: tuple[Digits, Digits]) -> None:
@@ -57,7 +62,9 @@ def test_digits_larger_heldout_share_contains_the_smaller(split: tuple[Digits, D
 
 
 def test_digits_data_set_holds_the_training_side_scaled(split: tuple[Digits, Digits]) -> None:
-    dataset = build_dataset(load_config("digits_promoe", ["data.latent_scale=0.5", "data.heldout_fraction=0.2"]))
+    dataset = build_dataset(
+        load_config("digits_promoe", ["data.latent_scale=0.5", "data.heldout_fraction=0.2"])
+    )
     images, labels = labelled(dataset.take(np.array([3, 0, 3])))
     assert len(dataset) == len(split[0].labels)
     assert torch.equal(images, torch.from_numpy(split[0].images[[3, 0, 3]] * np.float32(0.5)))

@@ -29,7 +29,9 @@ def write(folder: Path, name: str, latents: Tensor, labels: Tensor) -> Path:
 
 
 def open_folder(folder: Path, scale: float = 1.0) -> LatentDataset:
-    return build_dataset(small_config(data={"dataset": "latents", "path": str(folder), "latent_scale": scale}))
+    return build_dataset(
+        small_config(data={"dataset": "latents", "path": str(folder), "latent_scale": scale})
+    )
 
 
 def raises_saying(message: str) -> Any:
@@ -77,12 +79,18 @@ def test_latents_other_files_of_the_folder_are_ignored(tmp_path: Path) -> None:
 
 
 def test_latents_without_path_says_how_to_set_it() -> None:
-    with raises_saying("data.path is not set: data.dataset=latents needs the folder of *.safetensors shards (--set data.path=DIR)"):
+    with raises_saying(
+        "data.path is not set: data.dataset=latents needs the folder of *.safetensors shards (--set"
+        " data.path=DIR)"
+    ):
         build_dataset(small_config(data={"dataset": "latents"}))
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("file")],
-                         ids=["missing", "empty", "a file"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("file")],
+    ids=["missing", "empty", "a file"],
+)
 def test_latents_no_shard_names_the_folder(tmp_path: Path, make: Any) -> None:
     folder = tmp_path / "latents"
     make(folder)
@@ -90,31 +98,65 @@ def test_latents_no_shard_names_the_folder(tmp_path: Path, make: Any) -> None:
         open_folder(folder)
 
 
-@pytest.mark.parametrize(("latents", "labels"), [
-    ((2, 1, 4, 5), (2,)), ((2, 3, 4, 4), (2,)), ((2, 4, 4), (2,)), ((2, 1, 4, 4), (3,)), ((2, 1, 4, 4), (2, 1)), ((4,), (4,)),
-])
-def test_latents_wrong_shape_names_the_file_and_both_shapes(tmp_path: Path, latents: tuple[int, ...],
-                                                            labels: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("latents", "labels"),
+    [
+        ((2, 1, 4, 5), (2,)),
+        ((2, 3, 4, 4), (2,)),
+        ((2, 4, 4), (2,)),
+        ((2, 1, 4, 4), (3,)),
+        ((2, 1, 4, 4), (2, 1)),
+        ((4,), (4,)),
+    ],
+)
+def test_latents_wrong_shape_names_the_file_and_both_shapes(
+    tmp_path: Path, latents: tuple[int, ...], labels: tuple[int, ...]
+) -> None:
     write(tmp_path, "a.safetensors", random_tensor(1, *SHAPE), torch.tensor([0]))
-    bad = write(tmp_path, "b.safetensors", random_tensor(*latents), torch.zeros(labels, dtype=torch.int64))
-    with raises_saying(f"{bad}: latents {latents} and labels {labels} do not fit the recipe's (n, 1, 4, 4) and (n,)"):
+    bad = write(
+        tmp_path, "b.safetensors", random_tensor(*latents), torch.zeros(labels, dtype=torch.int64)
+    )
+    with raises_saying(
+        f"{bad}: latents {latents} and labels {labels} do not fit the recipe's (n, 1, 4, 4) and"
+        " (n,)"
+    ):
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize(("twin", "words"), [
-    (torch.float16, ("float32", "float16")), (torch.int8, ("float32", "int8")), ((2, 1, 4, 5), ("(2, 1, 4, 4)", "(2, 1, 4, 5)")),
-])
-def test_latents_twins_of_another_shape_or_type_name_both(tmp_path: Path, twin: Any, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("twin", "words"),
+    [
+        (torch.float16, ("float32", "float16")),
+        (torch.int8, ("float32", "int8")),
+        ((2, 1, 4, 5), ("(2, 1, 4, 4)", "(2, 1, 4, 5)")),
+    ],
+)
+def test_latents_twins_of_another_shape_or_type_name_both(
+    tmp_path: Path, twin: Any, words: tuple[str, ...]
+) -> None:
     flipped = torch.zeros(twin) if isinstance(twin, tuple) else torch.zeros(2, *SHAPE, dtype=twin)
-    save_file({"latents": torch.zeros(2, *SHAPE), "latents_flip": flipped, "labels": torch.tensor([0, 1])},
-              tmp_path / "a.safetensors")
+    save_file(
+        {
+            "latents": torch.zeros(2, *SHAPE),
+            "latents_flip": flipped,
+            "labels": torch.tensor([0, 1]),
+        },
+        tmp_path / "a.safetensors",
+    )
     with pytest.raises(DataError, match=r"a\.safetensors") as refusal:
         open_folder(tmp_path)
     assert all(word in str(refusal.value) for word in words)
 
 
-@pytest.mark.parametrize("latents", [torch.zeros(2, *SHAPE, dtype=torch.int8), torch.zeros(2, *SHAPE, dtype=torch.int64),
-                                     torch.zeros(2, *SHAPE, dtype=torch.bool), torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "latents",
+    [
+        torch.zeros(2, *SHAPE, dtype=torch.int8),
+        torch.zeros(2, *SHAPE, dtype=torch.int64),
+        torch.zeros(2, *SHAPE, dtype=torch.bool),
+        torch.tensor(1.0),
+    ],
+)
 def test_latents_that_are_no_rows_of_floats_are_refused(tmp_path: Path, latents: Tensor) -> None:
     write(tmp_path, "a.safetensors", latents, torch.tensor([0, 1]))
     with raises_saying("a.safetensors"):
@@ -126,12 +168,17 @@ def test_latents_tensor_missing_names_file_and_key(tmp_path: Path, key: str) -> 
     tensors = {"latents": random_tensor(1, *SHAPE), "labels": torch.tensor([0])}
     del tensors[key]
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(DataError, match=rf"{re.escape(str(tmp_path / 'a.safetensors'))}: not a readable .*{key}"):
+    with pytest.raises(
+        DataError, match=rf"{re.escape(str(tmp_path / 'a.safetensors'))}: not a readable .*{key}"
+    ):
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"garbage" * 100, lambda data: data[:-8]],
-                         ids=["empty", "garbage", "cut off"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"", lambda data: b"garbage" * 100, lambda data: data[:-8]],
+    ids=["empty", "garbage", "cut off"],
+)
 def test_latents_damaged_file_is_named(tmp_path: Path, damage: Any) -> None:
     write(tmp_path, "a.safetensors", random_tensor(1, *SHAPE), torch.tensor([0]))
     bad = write(tmp_path, "b.safetensors", random_tensor(1, *SHAPE), torch.tensor([0]))
@@ -140,10 +187,16 @@ def test_latents_damaged_file_is_named(tmp_path: Path, damage: Any) -> None:
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize(("labels", "message"), [
-    ([0, 10], "labels reach from 0 to 10, but model.num_classes=10"), ([-1, 3], "labels reach from -1 to 3"),
-])
-def test_latents_label_out_of_range_names_folder_and_range(tmp_path: Path, labels: list[int], message: str) -> None:
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 10], "labels reach from 0 to 10, but model.num_classes=10"),
+        ([-1, 3], "labels reach from -1 to 3"),
+    ],
+)
+def test_latents_label_out_of_range_names_folder_and_range(
+    tmp_path: Path, labels: list[int], message: str
+) -> None:
     write(tmp_path, "a.safetensors", random_tensor(2, *SHAPE), torch.tensor(labels))
     with pytest.raises(DataError, match=rf"{re.escape(str(tmp_path))}.*{re.escape(message)}"):
         open_folder(tmp_path)
@@ -158,14 +211,18 @@ def test_latents_label_out_of_range_names_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_latents_labels_that_are_no_integers_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_latents_labels_that_are_no_integers_are_refused(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     write(tmp_path, "a.safetensors", random_tensor(2, *SHAPE), torch.tensor([0, 1]).to(dtype))
     with raises_saying("a.safetensors"):
         open_folder(tmp_path)
 
 
 def test_latents_labels_of_another_integer_type_come_as_int64(tmp_path: Path) -> None:
-    write(tmp_path, "a.safetensors", random_tensor(2, *SHAPE), torch.tensor([3, 1], dtype=torch.int32))
+    write(
+        tmp_path, "a.safetensors", random_tensor(2, *SHAPE), torch.tensor([3, 1], dtype=torch.int32)
+    )
     try:
         _, labels = labelled(open_folder(tmp_path).take(np.array([0, 1])))
     except DataError:
@@ -179,12 +236,17 @@ def test_latents_only_empty_shards_are_refused(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
-def test_fast_dit_features_are_refused_and_train_once_converted_as_documented(tmp_path: Path, monkeypatch) -> None:
+def test_fast_dit_features_are_refused_and_train_once_converted_as_documented(
+    tmp_path: Path, monkeypatch
+) -> None:
     latents, labels = random_tensor(12, *SHAPE).numpy(), np.arange(12) % 10
-    for folder, values in (("imagenet256_features", latents * np.float32(0.18215)), ("imagenet256_labels", labels)):
+    for folder, values in (
+        ("imagenet256_features", latents * np.float32(0.18215)),
+        ("imagenet256_labels", labels),
+    ):
         (tmp_path / "features" / folder).mkdir(parents=True)
         for number in range(12):
-            np.save(tmp_path / "features" / folder / f"{number}.npy", values[number:number + 1])
+            np.save(tmp_path / "features" / folder / f"{number}.npy", values[number : number + 1])
     with raises_saying("found 24 .npy. docs/inputs.md"):
         open_folder(tmp_path / "features")
     monkeypatch.chdir(tmp_path)
@@ -205,14 +267,20 @@ def test_every_data_set_of_a_recipe_can_be_opened() -> None:
 def test_synthetic_sample_depends_on_seed_and_index_only() -> None:
     dataset = build_dataset(small_config(data={"synthetic_samples": 30}))
     whole, labels = labelled(dataset.take(np.arange(30)))
-    part, part_labels = labelled(build_dataset(small_config(data={"synthetic_samples": 30})).take(np.array([7, 2])))
+    part, part_labels = labelled(
+        build_dataset(small_config(data={"synthetic_samples": 30})).take(np.array([7, 2]))
+    )
     assert len(dataset) == 30
     assert torch.equal(part, whole[[7, 2]]) and part_labels.tolist() == labels[[7, 2]].tolist()
-    other, _ = build_dataset(small_config(data={"synthetic_samples": 30}, train={"seed": 1})).take(np.arange(30))
+    other, _ = build_dataset(small_config(data={"synthetic_samples": 30}, train={"seed": 1})).take(
+        np.arange(30)
+    )
     assert not (other == whole).flatten(1).all(dim=1).any()
 
 
 def test_synthetic_samples_have_the_recipes_shape_and_labels() -> None:
-    latents, labels = labelled(build_dataset(small_config(model={"in_channels": 3})).take(np.arange(200)))
+    latents, labels = labelled(
+        build_dataset(small_config(model={"in_channels": 3})).take(np.arange(200))
+    )
     assert latents.shape == (200, 3, 4, 4) and latents.dtype == torch.float32
     assert set(labels.tolist()) == set(range(10)) and labels.dtype == torch.int64

@@ -1,4 +1,6 @@
-"""DDPM and DDIM along respaced chains: against a float64 loop, on Gaussian data with its exact answer, image by image."""
+"""DDPM and DDIM along respaced chains: against a float64 loop, on Gaussian data with its exact
+answer, image by image.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ import torch
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
-from promoe_ds.diffusion.sampler import SamplingPlan, image_generators, initial_noise, sample_latents
+from promoe_ds.diffusion.sampler import (
+    SamplingPlan,
+    image_generators,
+    initial_noise,
+    sample_latents,
+)
 
 from ..builders import random_tensor
 from .test_noise_chain import chain_by_loop, timesteps_by_loop
@@ -24,17 +31,29 @@ def make_plan(solver: str, steps: int, **values: Any) -> SamplingPlan:
 
 
 def curved(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
-    """Answer elementwise, by image, timestep and label, with noise and variances in and out of their range."""
+    """Answer elementwise, by image, timestep and label, with noise and variances in and out of
+    their range.
+    """
     level = (timestep / 1000).view(-1, 1, 1, 1)
-    noise = 0.45 * latents * level.sqrt() / (0.2 + level) + 0.1 * torch.sin(3 * latents + condition.labels_B.view(-1, 1, 1, 1))
+    noise = 0.45 * latents * level.sqrt() / (0.2 + level) + 0.1 * torch.sin(
+        3 * latents + condition.labels_B.view(-1, 1, 1, 1)
+    )
     return torch.cat([noise, torch.cos(latents + level)], dim=1)
 
 
-def sample(denoiser: Any, plan: SamplingPlan, *, seed: int = 0, indices: range | list[int] = range(3),
-           shape: tuple[int, ...] = SHAPE) -> Tensor:
+def sample(
+    denoiser: Any,
+    plan: SamplingPlan,
+    *,
+    seed: int = 0,
+    indices: range | list[int] = range(3),
+    shape: tuple[int, ...] = SHAPE,
+) -> Tensor:
     condition = ClassCondition(torch.tensor([index % NULL for index in indices]), NULL)
     noise = initial_noise(shape, seed=seed, indices=indices)
-    return sample_latents(denoiser, noise, condition, plan, image_generators(seed=seed, indices=indices))
+    return sample_latents(
+        denoiser, noise, condition, plan, image_generators(seed=seed, indices=indices)
+    )
 
 
 def short_chain(length: int, steps: int) -> tuple[list[int], list[float], list[float]]:
@@ -42,7 +61,11 @@ def short_chain(length: int, steps: int) -> tuple[list[int], list[float], list[f
     _, alpha_bar = chain_by_loop(length)
     timesteps = timesteps_by_loop(length, steps)
     kept = [alpha_bar[t] for t in timesteps]
-    return timesteps, [1 - now / before for now, before in zip(kept, [1.0, *kept[:-1]], strict=True)], kept
+    return (
+        timesteps,
+        [1 - now / before for now, before in zip(kept, [1.0, *kept[:-1]], strict=True)],
+        kept,
+    )
 
 
 def sample_by_loop(length: int, steps: int, solver: str, indices: range) -> Tensor:
@@ -59,16 +82,22 @@ def sample_by_loop(length: int, steps: int, solver: str, indices: range) -> Tens
         if solver == "ddim":
             latents = np.sqrt(before) * image + np.sqrt(1 - before) * noise
             continue
-        latents = (betas[i] * np.sqrt(before) * image + (1 - before) * np.sqrt(1 - betas[i]) * latents) / (1 - alpha_bar[i])
+        latents = (
+            betas[i] * np.sqrt(before) * image + (1 - before) * np.sqrt(1 - betas[i]) * latents
+        ) / (1 - alpha_bar[i])
         if i:
             low, high = np.log(betas[i] * (1 - before) / (1 - alpha_bar[i])), np.log(betas[i])
-            drawn = torch.stack([torch.randn(SHAPE, generator=generator) for generator in generators])
+            drawn = torch.stack(
+                [torch.randn(SHAPE, generator=generator) for generator in generators]
+            )
             latents += torch.exp(0.5 * (low + (variance + 1) / 2 * (high - low))) * drawn
     return latents
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
-@pytest.mark.parametrize(("length", "steps"), [(1000, 2), (1000, 21), (1000, 250), (1000, 1000), (100, 31), (21, 21)])
+@pytest.mark.parametrize(
+    ("length", "steps"), [(1000, 2), (1000, 21), (1000, 250), (1000, 1000), (100, 31), (21, 21)]
+)
 def test_respaced_sampling_equals_float64_loop(length: int, steps: int, solver: str) -> None:
     expected = sample_by_loop(length, steps, solver, range(3))
     result = sample(curved, make_plan(solver, steps, num_train_timesteps=length))
@@ -78,7 +107,9 @@ def test_respaced_sampling_equals_float64_loop(length: int, steps: int, solver: 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 @pytest.mark.parametrize(("length", "steps"), [(1000, 4), (1000, 250), (100, 31)])
-def test_network_is_told_the_timesteps_of_the_long_chain(length: int, steps: int, solver: str) -> None:
+def test_network_is_told_the_timesteps_of_the_long_chain(
+    length: int, steps: int, solver: str
+) -> None:
     seen = []
 
     def denoiser(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
@@ -98,34 +129,50 @@ def test_network_is_told_the_timesteps_of_the_long_chain(length: int, steps: int
 def test_image_does_not_depend_on_its_batch(solver: str, scale: float) -> None:
     plan = make_plan(solver, 10, cfg_scale=scale)
     whole = sample(curved, plan, indices=range(5))
-    cut = torch.cat([sample(curved, plan, indices=part) for part in ([0], range(1, 3), range(3, 5))])
+    cut = torch.cat(
+        [sample(curved, plan, indices=part) for part in ([0], range(1, 3), range(3, 5))]
+    )
     assert torch.equal(cut, whole)
     assert torch.equal(sample(curved, plan, indices=[4, 1]), whole[[4, 1]])
 
 
 def test_noise_of_every_step_and_image_and_seed_differs() -> None:
-    draws = [torch.randn(SHAPE, generator=g) for seed in (0, 1) for g in image_generators(seed=seed, indices=range(3))
-             for _ in range(4)]
-    draws += [noise for seed in (0, 1) for noise in initial_noise(SHAPE, seed=seed, indices=range(3))]
+    draws = [
+        torch.randn(SHAPE, generator=g)
+        for seed in (0, 1)
+        for g in image_generators(seed=seed, indices=range(3))
+        for _ in range(4)
+    ]
+    draws += [
+        noise for seed in (0, 1) for noise in initial_noise(SHAPE, seed=seed, indices=range(3))
+    ]
     assert len({draw.numpy().tobytes() for draw in draws}) == 2 * 3 * 5
 
 
 def test_ddpm_seed_moves_the_samples() -> None:
-    assert not torch.equal(sample(curved, make_plan("ddpm", 5)), sample(curved, make_plan("ddpm", 5), seed=1))
+    assert not torch.equal(
+        sample(curved, make_plan("ddpm", 5)), sample(curved, make_plan("ddpm", 5), seed=1)
+    )
 
 
 def test_ddim_draws_nothing() -> None:
     noise, labels, plan = random_tensor(2, *SHAPE), torch.tensor([0, 1]), make_plan("ddim", 10)
     generators = image_generators(seed=0, indices=range(2))
     first = sample_latents(curved, noise, ClassCondition(labels, NULL), plan)
-    assert torch.equal(sample_latents(curved, noise, ClassCondition(labels, NULL), plan, generators), first)
+    assert torch.equal(
+        sample_latents(curved, noise, ClassCondition(labels, NULL), plan, generators), first
+    )
     untouched = image_generators(seed=0, indices=range(2))
-    assert [g.get_state().tolist() for g in generators] == [g.get_state().tolist() for g in untouched]
+    assert [g.get_state().tolist() for g in generators] == [
+        g.get_state().tolist() for g in untouched
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_ddpm_without_a_generator_for_each_image_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"needs a generator for each of the 2 images, got {count}"):
+    with pytest.raises(
+        ValueError, match=f"needs a generator for each of the 2 images, got {count}"
+    ):
         sample_latents(
             curved,
             random_tensor(2, *SHAPE),
@@ -138,12 +185,17 @@ def test_ddpm_without_a_generator_for_each_image_is_refused(count: int) -> None:
 def test_chain_samplers_keep_fp32_and_no_graph() -> None:
     weight = torch.nn.Parameter(torch.ones((), dtype=torch.bfloat16))
     for solver in ("ddpm", "ddim"):
-        result = sample(lambda x, t, y: torch.cat([x, x], dim=1).bfloat16() * weight, make_plan(solver, 3))
+        result = sample(
+            lambda x, t, y: torch.cat([x, x], dim=1).bfloat16() * weight, make_plan(solver, 3)
+        )
         assert result.dtype == torch.float32 and not result.requires_grad
 
 
 def test_chain_samplers_follow_the_noise_to_its_device() -> None:
-    noise, labels = torch.zeros(2, *SHAPE, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    noise, labels = (
+        torch.zeros(2, *SHAPE, device="meta"),
+        torch.zeros(2, dtype=torch.int64, device="meta"),
+    )
     for solver in ("ddpm", "ddim"):
         result = sample_latents(
             curved,
@@ -158,7 +210,12 @@ def test_chain_samplers_follow_the_noise_to_its_device() -> None:
 def test_chain_samplers_do_not_clip() -> None:
     # Without any noise predicted, the image is the latents, enlarged at every step.
     for solver in ("ddpm", "ddim"):
-        assert sample(lambda x, t, y: torch.zeros_like(x).repeat(1, 2, 1, 1), make_plan(solver, 4)).abs().max() > 50
+        assert (
+            sample(lambda x, t, y: torch.zeros_like(x).repeat(1, 2, 1, 1), make_plan(solver, 4))
+            .abs()
+            .max()
+            > 50
+        )
 
 
 # Guidance.
@@ -180,13 +237,19 @@ def test_ddpm_guidance_moves_the_noise_and_leaves_the_variance_conditional() -> 
 
 
 class NormalDenoiser:
-    """The exact noise, and the exact variance of a step back, for data N(0, s^2) along a chain of some steps."""
+    """The exact noise, and the exact variance of a step back, for data N(0, s^2) along a chain of
+    some steps.
+    """
 
     def __init__(self, deviation: float, steps: int) -> None:
         self.deviation = deviation
         timesteps, betas, alpha_bar = short_chain(1000, steps)
-        self.level = {float(t): (beta, now, before) for t, beta, now, before in
-                      zip(timesteps, betas, alpha_bar, [1.0, *alpha_bar[:-1]], strict=True)}
+        self.level = {
+            float(t): (beta, now, before)
+            for t, beta, now, before in zip(
+                timesteps, betas, alpha_bar, [1.0, *alpha_bar[:-1]], strict=True
+            )
+        }
 
     def __call__(self, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         beta, now, before = self.level[timestep[0].item()]
@@ -195,31 +258,41 @@ class NormalDenoiser:
         if before == 1.0:
             return torch.cat([noise, torch.zeros_like(noise)], dim=1)  # the last step adds no noise
         low, high = np.log(beta * (1 - before) / (1 - now)), np.log(beta)
-        # Of x_{i-1} given x_i: that of the posterior, and that of the image through the posterior's mean.
+        # Of x_{i-1} given x_i: that of the posterior, and that of the image through the posterior's
+        # mean.
         image = self.deviation**2 * (1 - now) / marginal
         exact = np.exp(low) + (beta * np.sqrt(before) / (1 - now)) ** 2 * image
-        return torch.cat([noise, torch.full_like(noise, 2 * (np.log(exact) - low) / (high - low) - 1)], dim=1)
+        return torch.cat(
+            [noise, torch.full_like(noise, 2 * (np.log(exact) - low) / (high - low) - 1)], dim=1
+        )
 
 
 @pytest.mark.parametrize("steps", [4, 50, 1000])
 @pytest.mark.parametrize("deviation", [0.5, 1.5])
 def test_ddpm_of_normal_data_recovers_its_variance(deviation: float, steps: int) -> None:
-    result = sample(NormalDenoiser(deviation, steps), make_plan("ddpm", steps), indices=range(16), shape=(1, 32, 32))
-    # 16,384 numbers: the deviation's standard error is 1 / sqrt(2 n) = 0.55%, times four. The chain itself is exact but for
-    # its last step, which leaves out 1e-4 of variance.
+    result = sample(
+        NormalDenoiser(deviation, steps),
+        make_plan("ddpm", steps),
+        indices=range(16),
+        shape=(1, 32, 32),
+    )
+    # 16,384 numbers: the deviation's standard error is 1 / sqrt(2 n) = 0.55%, times four. The chain
+    # itself is exact but for its last step, which leaves out 1e-4 of variance.
     assert result.std().item() == pytest.approx(deviation, rel=0.022)
     assert result.mean().item() == pytest.approx(0.0, abs=4 * deviation / 128)
 
 
 @pytest.mark.parametrize("deviation", [0.5, 1.5])
 def test_ddim_of_normal_data_recovers_its_variance(deviation: float) -> None:
-    # DDIM scales the noise that it starts from: no statistical error beside the start's own. Its steps have an error of
-    # first order: 1,000 steps come within half a per cent.
+    # DDIM scales the noise that it starts from: no statistical error beside the start's own. Its
+    # steps have an error of first order: 1,000 steps come within half a per cent.
     noise = initial_noise((1, 8, 8), seed=0, indices=[0])
     errors = []
     for steps in (100, 1000):
         plan = make_plan("ddim", steps)
-        result = sample_latents(NormalDenoiser(deviation, steps), noise, ClassCondition(torch.tensor([0]), NULL), plan)
+        result = sample_latents(
+            NormalDenoiser(deviation, steps), noise, ClassCondition(torch.tensor([0]), NULL), plan
+        )
         ratio = (result / noise).double()
         assert ratio.std() < 1e-4 * ratio.mean()  # fp32
         errors.append(abs(ratio.mean().item() / deviation - 1))

@@ -33,7 +33,10 @@ def make_batch(timesteps: list[int], length: int = 1000) -> DiffusionBatch:
     clean = random_tensor(len(timesteps), *SHAPE, seed=0).clamp(-1, 1)
     sigma = torch.tensor([t / length for t in timesteps])
     return DiffusionBatch(
-        clean, random_tensor(len(timesteps), *SHAPE, seed=1), sigma, ClassCondition(torch.arange(len(timesteps)), 10**6)
+        clean,
+        random_tensor(len(timesteps), *SHAPE, seed=1),
+        sigma,
+        ClassCondition(torch.arange(len(timesteps)), 10**6),
     )
 
 
@@ -48,8 +51,11 @@ def make_prediction(batch: DiffusionBatch, error: float = 0.5) -> Tensor:
 
 @pytest.mark.parametrize("length", [21, 1000, 4000])
 def test_sigma_holds_every_timestep_exactly(length: int) -> None:
-    batch = DiffusionBatch(*(torch.zeros(1, 1, 1, 1),) * 2, torch.tensor([t / length for t in range(length)]),
-                           ClassCondition(torch.zeros(1), 10))
+    batch = DiffusionBatch(
+        *(torch.zeros(1, 1, 1, 1),) * 2,
+        torch.tensor([t / length for t in range(length)]),
+        ClassCondition(torch.zeros(1), 10),
+    )
     assert ddpm(length).timestep(batch).tolist() == list(range(length))
 
 
@@ -62,10 +68,14 @@ def test_sigma_falls_into_the_bin_of_its_timestep(bins: int) -> None:
 
 def test_timesteps_are_drawn_uniformly_from_all() -> None:
     objective = ddpm(25)
-    drawn = [round(objective.draw_sigma(generator(0, "sigma", 0, slot)) * 25) for slot in range(5000)]
+    drawn = [
+        round(objective.draw_sigma(generator(0, "sigma", 0, slot)) * 25) for slot in range(5000)
+    ]
     counts = np.bincount(drawn, minlength=25)
     assert len(counts) == 25
-    assert ((counts - 200) ** 2 / 200).sum() < 51.2  # chi squared, 24 degrees of freedom: one in a thousand
+    assert (
+        (counts - 200) ** 2 / 200
+    ).sum() < 51.2  # chi squared, 24 degrees of freedom: one in a thousand
 
 
 def test_noised_equals_closed_form_of_each_image() -> None:
@@ -73,8 +83,10 @@ def test_noised_equals_closed_form_of_each_image() -> None:
     _, alpha_bar = chain_by_loop(1000)
     noised = ddpm().noised(batch)
     for image, t in enumerate(TIMESTEPS):
-        expected = math.sqrt(alpha_bar[t]) * batch.clean_BZHW[image].double() \
+        expected = (
+            math.sqrt(alpha_bar[t]) * batch.clean_BZHW[image].double()
             + math.sqrt(1 - alpha_bar[t]) * batch.noise_BZHW[image].double()
+        )
         torch.testing.assert_close(noised[image].double(), expected, rtol=1e-6, atol=1e-6)  # fp32
 
 
@@ -96,7 +108,9 @@ def test_target_is_the_noise() -> None:
 
 
 def bound_by_loop(batch: DiffusionBatch, prediction: Tensor, length: int) -> list[float]:
-    """Return each image's term of the bound in bits, number by number from the means and variances of both directions."""
+    """Return each image's term of the bound in bits, number by number from the means and variances
+    of both directions.
+    """
     betas, alpha_bar = chain_by_loop(length)
     terms = []
     for image, sigma in enumerate(batch.sigma_B.tolist()):
@@ -104,8 +118,17 @@ def bound_by_loop(batch: DiffusionBatch, prediction: Tensor, length: int) -> lis
         before = alpha_bar[t - 1] if t else 1.0
         posterior = betas[t] * (1 - before) / (1 - alpha_bar[t])
         low = posterior if t else betas[1] * (1 - alpha_bar[0]) / (1 - alpha_bar[1])
-        numbers = zip(*(part.double().flatten().tolist() for part in
-                        (batch.clean_BZHW[image], batch.noise_BZHW[image], *prediction[image].chunk(2))), strict=True)
+        numbers = zip(
+            *(
+                part.double().flatten().tolist()
+                for part in (
+                    batch.clean_BZHW[image],
+                    batch.noise_BZHW[image],
+                    *prediction[image].chunk(2),
+                )
+            ),
+            strict=True,
+        )
         total = 0.0
         for clean, noise, predicted, variance in numbers:
             noised = math.sqrt(alpha_bar[t]) * clean + math.sqrt(1 - alpha_bar[t]) * noise
@@ -116,7 +139,10 @@ def bound_by_loop(batch: DiffusionBatch, prediction: Tensor, length: int) -> lis
             deviation = math.exp(0.5 * (share * math.log(betas[t]) + (1 - share) * math.log(low)))
             mean = of_image * guess + of_noised * noised
             if t:
-                true = Normal(torch.tensor(of_image * clean + of_noised * noised).double(), math.sqrt(posterior))
+                true = Normal(
+                    torch.tensor(of_image * clean + of_noised * noised).double(),
+                    math.sqrt(posterior),
+                )
                 total += kl_divergence(true, Normal(torch.tensor(mean).double(), deviation)).item()
             else:
                 total -= pixel_log_likelihood_by_erf(clean, mean, deviation)
@@ -150,11 +176,14 @@ def test_hybrid_loss_equals_loop(length: int, error: float) -> None:
     squares = (prediction[:, :2].double() - batch.noise_BZHW.double()).square()
     assert losses["diffusion"].item() == pytest.approx(squares.mean().item(), rel=1e-6)  # fp32 sums
     for image in range(len(timesteps)):
-        latents = (part[image:image + 1] for part in (batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B))
+        latents = (
+            part[image : image + 1] for part in (batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B)
+        )
         one = DiffusionBatch(*latents, batch.condition.select(slice(image, image + 1)))
-        (expected,) = bound_by_loop(one, prediction[image:image + 1], length)
-        # Weight 1 at 1000 timesteps, as DiT's mse + vb. fp32; the two ends of the variance's range nearly meet at the last t.
-        value = ddpm(length).losses(prediction[image:image + 1], one)["vlb"].item()
+        (expected,) = bound_by_loop(one, prediction[image : image + 1], length)
+        # Weight 1 at 1000 timesteps, as DiT's mse + vb. fp32; the two ends of the variance's range
+        # nearly meet at the last t.
+        value = ddpm(length).losses(prediction[image : image + 1], one)["vlb"].item()
         assert value == pytest.approx(length / 1000 * expected, rel=1e-4), timesteps[image]
     expected = sum(bound_by_loop(batch, prediction, length)) / len(timesteps)
     assert losses["vlb"].item() == pytest.approx(length / 1000 * expected, rel=1e-4)
@@ -172,7 +201,9 @@ def test_squared_error_reaches_the_noise_channels_only() -> None:
     batch = make_batch(TIMESTEPS)
     prediction = make_prediction(batch).requires_grad_()
     (gradient,) = torch.autograd.grad(ddpm().losses(prediction, batch)["diffusion"], prediction)
-    torch.testing.assert_close(gradient[:, :2], 2 * (prediction[:, :2] - batch.noise_BZHW) / batch.noise_BZHW.numel())
+    torch.testing.assert_close(
+        gradient[:, :2], 2 * (prediction[:, :2] - batch.noise_BZHW) / batch.noise_BZHW.numel()
+    )
     assert not gradient[:, 2:].any()
 
 
@@ -201,8 +232,11 @@ def test_loss_and_gradient_of_far_predictions_are_finite(error: float, variance:
 def test_ddpm_loss_of_bf16_prediction_is_formed_in_fp32() -> None:
     batch = make_batch(TIMESTEPS)
     prediction = make_prediction(batch).bfloat16()
-    for value, expected in zip(ddpm().losses(prediction, batch).values(), ddpm().losses(prediction.float(), batch).values(),
-                               strict=True):
+    for value, expected in zip(
+        ddpm().losses(prediction, batch).values(),
+        ddpm().losses(prediction.float(), batch).values(),
+        strict=True,
+    ):
         assert value.dtype == torch.float32
         assert torch.equal(value, expected)
 
@@ -211,7 +245,10 @@ def test_ddpm_follows_the_batch_to_its_device() -> None:
     objective, batch = ddpm(), make_batch(TIMESTEPS)
     elsewhere = batch.to(torch.device("meta"))
     assert objective.noised(elsewhere).device.type == "meta"
-    assert {value.device.type for value in objective.losses(make_prediction(batch).to("meta"), elsewhere).values()} == {"meta"}
+    assert {
+        value.device.type
+        for value in objective.losses(make_prediction(batch).to("meta"), elsewhere).values()
+    } == {"meta"}
 
 
 # The two elementary functions.
@@ -219,9 +256,13 @@ def test_ddpm_follows_the_batch_to_its_device() -> None:
 
 def test_divergence_equals_torch_distributions() -> None:
     difference, true, model = (random_tensor(200, seed=s) for s in range(3))
-    expected = kl_divergence(Normal(difference.double(), (0.5 * true.double()).exp()),
-                             Normal(0.0, (0.5 * model.double()).exp()))
-    torch.testing.assert_close(gaussian_divergence(difference, true, model).double(), expected, rtol=1e-4, atol=1e-6)  # fp32
+    expected = kl_divergence(
+        Normal(difference.double(), (0.5 * true.double()).exp()),
+        Normal(0.0, (0.5 * model.double()).exp()),
+    )
+    torch.testing.assert_close(
+        gaussian_divergence(difference, true, model).double(), expected, rtol=1e-4, atol=1e-6
+    )  # fp32
 
 
 def test_divergence_of_nearly_equal_variances_keeps_its_digits() -> None:
@@ -239,12 +280,20 @@ def test_pixel_likelihood_equals_erf(deviation: float) -> None:
         # As far as the mass is not floored (six deviations).
         near = (pixels - mean).abs() < 6 * deviation
         value = pixel_log_likelihood(pixels, pixels - mean, log_variance)[near]
-        expected = [pixel_log_likelihood_by_erf(pixel, mean, deviation) for pixel in pixels[near].tolist()]
-        torch.testing.assert_close(value.double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-4)  # fp32
+        expected = [
+            pixel_log_likelihood_by_erf(pixel, mean, deviation) for pixel in pixels[near].tolist()
+        ]
+        torch.testing.assert_close(
+            value.double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-4
+        )  # fp32
 
 
 def test_pixel_likelihood_sums_to_one_over_the_levels() -> None:
     pixels = torch.linspace(-1, 1, 256)
     for mean, deviation in ((-0.99, 0.1), (0.2, 0.01), (1.5, 0.5)):
-        mass = pixel_log_likelihood(pixels, pixels - mean, torch.tensor(2 * math.log(deviation))).exp().sum()
+        mass = (
+            pixel_log_likelihood(pixels, pixels - mean, torch.tensor(2 * math.log(deviation)))
+            .exp()
+            .sum()
+        )
         assert mass.item() == pytest.approx(1.0, abs=1e-5)  # fp32

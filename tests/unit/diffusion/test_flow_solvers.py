@@ -1,4 +1,6 @@
-"""Heun, UniPC and DPM-Solver++ for the flow: exact where they must be, better than Euler where the answer is known."""
+"""Heun, UniPC and DPM-Solver++ for the flow: exact where they must be, better than Euler where the
+answer is known.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def test_heun_error_falls_with_the_square_of_the_step() -> None:
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("solver", SECOND_ORDER)
 def test_second_order_solver_beats_euler_and_converges(solver: str, shift: float) -> None:
-    euler, errors = error_of("euler", 40, shift), [error_of(solver, steps, shift) for steps in (10, 20, 40)]
+    euler, errors = (
+        error_of("euler", 40, shift),
+        [error_of(solver, steps, shift) for steps in (10, 20, 40)],
+    )
     assert errors[2] < euler / 4
     assert errors[0] > errors[1] > errors[2]
 
@@ -67,11 +72,15 @@ def test_second_order_solver_towards_a_point_arrives_there(solver: str, steps: i
         ClassCondition(torch.tensor([0, 1]), 10),
         make_plan(steps=steps, solver=solver, shift=3.0),
     )
-    torch.testing.assert_close(result, target, rtol=2e-5, atol=2e-5)  # fp32, and a start 1e-6 below noise level 1
+    torch.testing.assert_close(
+        result, target, rtol=2e-5, atol=2e-5
+    )  # fp32, and a start 1e-6 below noise level 1
 
 
 @pytest.mark.parametrize(("solver", "calls_a_step"), [("heun", 2), ("unipc", 1), ("dpmpp", 1)])
-def test_second_order_solver_asks_at_the_shifted_noise_levels(solver: str, calls_a_step: int) -> None:
+def test_second_order_solver_asks_at_the_shifted_noise_levels(
+    solver: str, calls_a_step: int
+) -> None:
     seen: list[float] = []
 
     def denoiser(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
@@ -80,11 +89,18 @@ def test_second_order_solver_asks_at_the_shifted_noise_levels(solver: str, calls
         return torch.zeros_like(latents)
 
     sample_latents(
-        denoiser, random_tensor(2, 1, 2, 2), ClassCondition(torch.tensor([0, 1]), 10), make_plan(steps=6, solver=solver, shift=3.0)
+        denoiser,
+        random_tensor(2, 1, 2, 2),
+        ClassCondition(torch.tensor([0, 1]), 10),
+        make_plan(steps=6, solver=solver, shift=3.0),
     )
     levels = (1000 * shifted_sigmas(6, 3.0)).tolist()
     # Heun corrects each step where the next begins, and not the last.
-    expected = levels if calls_a_step == 1 else [levels[0], *(level for level in levels[1:] for _ in range(2))]
+    expected = (
+        levels
+        if calls_a_step == 1
+        else [levels[0], *(level for level in levels[1:] for _ in range(2))]
+    )
     assert seen == pytest.approx(expected, rel=1e-6)  # fp32, not rounded to whole timesteps
 
 
@@ -97,4 +113,6 @@ def test_second_order_solvers_hand_labels_and_guidance_on() -> None:
             ClassCondition(torch.tensor([4, 10]), 10),
             make_plan(steps=4, cfg_scale=2.0, solver=solver),
         )
-        torch.testing.assert_close(result.flatten(), torch.tensor([2.0, -10.0]), rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(
+            result.flatten(), torch.tensor([2.0, -10.0]), rtol=1e-5, atol=2e-5
+        )

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, posterior_variance, respaced_timesteps
+from promoe_ds.diffusion.noise_chain import (
+    betas_of,
+    linear_alpha_bar,
+    posterior_variance,
+    respaced_timesteps,
+)
 
 
 def chain_by_loop(length: int) -> tuple[list[float], list[float]]:
@@ -31,7 +36,9 @@ def timesteps_by_loop(length: int, steps: int) -> list[int]:
 @pytest.mark.parametrize("length", [1000, 21, 250, 4000])
 def test_linear_schedule_equals_loop(length: int) -> None:
     betas, alpha_bar = chain_by_loop(length)
-    assert linear_alpha_bar(length).tolist() == pytest.approx(alpha_bar, rel=1e-12)  # order of the products
+    assert linear_alpha_bar(length).tolist() == pytest.approx(
+        alpha_bar, rel=1e-12
+    )  # order of the products
     # betas come back from a ratio near 1: absolute digits of doubles.
     assert betas_of(linear_alpha_bar(length)).tolist() == pytest.approx(betas, rel=1e-9)
 
@@ -44,7 +51,8 @@ def test_linear_schedule_of_1000_steps_has_the_published_ends() -> None:
 
 @pytest.mark.parametrize("length", [100, 500, 4000])
 def test_linear_schedule_of_other_lengths_ends_about_as_noisy(length: int) -> None:
-    # log alpha_bar = -(sum of betas) - (sum of their squares) / 2 ...; the scale keeps the first sum, 10.05.
+    # log alpha_bar = -(sum of betas) - (sum of their squares) / 2 ...; the scale keeps the first
+    # sum, 10.05.
     assert np.log(linear_alpha_bar(length)[-1]) == pytest.approx(-10.05, rel=0.1)
 
 
@@ -77,4 +85,4 @@ def test_respaced_betas_bridge_the_levels_skipped() -> None:
     kept = 1 - betas_of(alpha_bar[timesteps])
     long = 1 - betas_of(alpha_bar)
     for low, high, share in zip(timesteps[:-1], timesteps[1:], kept[1:], strict=True):
-        assert share == pytest.approx(np.prod(long[low + 1:high + 1]), rel=1e-12)
+        assert share == pytest.approx(np.prod(long[low + 1 : high + 1]), rel=1e-12)

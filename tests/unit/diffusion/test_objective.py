@@ -25,12 +25,16 @@ NULL = 10
 SHAPE = (2, 3, 3)
 
 
-def draw(slots: list[int] | range, *, seed: int = 0, step: int = 0, **config: Any) -> DiffusionBatch:
+def draw(
+    slots: list[int] | range, *, seed: int = 0, step: int = 0, **config: Any
+) -> DiffusionBatch:
     """Draw for samples whose clean latents and labels are functions of the slot."""
     clean = torch.stack([random_tensor(*SHAPE, seed=slot) for slot in slots])
     labels = torch.tensor([slot % NULL for slot in slots])
     objective = build_objective(DiffusionConfig(**config))
-    return draw_batch(clean, ClassCondition(labels, NULL), objective, seed=seed, step=step, slots=slots)
+    return draw_batch(
+        clean, ClassCondition(labels, NULL), objective, seed=seed, step=step, slots=slots
+    )
 
 
 def parts(batch: DiffusionBatch) -> tuple[Tensor, ...]:
@@ -53,9 +57,15 @@ def test_build_objective_follows_the_config(name: str, kind: type) -> None:
 # Draws.
 
 
-@given(cut=st.integers(1, 7), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6),
-       objective=st.sampled_from(["rectified_flow", "ddpm"]))
-def test_draws_do_not_depend_on_how_the_batch_is_cut(cut: int, seed: int, step: int, objective: str) -> None:
+@given(
+    cut=st.integers(1, 7),
+    seed=st.integers(0, 2**63 - 1),
+    step=st.integers(0, 10**6),
+    objective=st.sampled_from(["rectified_flow", "ddpm"]),
+)
+def test_draws_do_not_depend_on_how_the_batch_is_cut(
+    cut: int, seed: int, step: int, objective: str
+) -> None:
     options = {"seed": seed, "step": step, "label_dropout": 0.5, "objective": objective}
     whole = draw(range(8), **options)
     first, second = (draw(part, **options) for part in (range(cut), range(cut, 8)))
@@ -64,7 +74,10 @@ def test_draws_do_not_depend_on_how_the_batch_is_cut(cut: int, seed: int, step: 
 
 
 def test_draws_do_not_depend_on_the_order_of_slots() -> None:
-    forwards, backwards = draw(range(6), label_dropout=0.5), draw(range(5, -1, -1), label_dropout=0.5)
+    forwards, backwards = (
+        draw(range(6), label_dropout=0.5),
+        draw(range(5, -1, -1), label_dropout=0.5),
+    )
     for a, b in zip(parts(forwards), parts(backwards), strict=True):
         assert torch.equal(a, b.flip(0))
 
@@ -89,26 +102,39 @@ def test_draws_come_from_the_named_streams() -> None:
     assert torch.equal(batch.noise_BZHW[0], torch.from_numpy(noise))
     assert batch.sigma_B.item() == pytest.approx(sigma, rel=1e-7)  # rounded to fp32
     dropped = [generator(3, "label_drop", 7, slot).random() < 0.5 for slot in range(20)]
-    assert (draw(range(20), seed=3, step=7, label_dropout=0.5).condition.labels_B == NULL).tolist() == dropped
+    assert (
+        draw(range(20), seed=3, step=7, label_dropout=0.5).condition.labels_B == NULL
+    ).tolist() == dropped
     assert 0 < sum(dropped) < 20
 
 
 def test_draws_have_the_types_that_the_network_wants() -> None:
     batch = draw(range(3))
-    assert [part.dtype for part in parts(batch)] == [torch.float32, torch.float32, torch.float32, torch.int64]
+    assert [part.dtype for part in parts(batch)] == [
+        torch.float32,
+        torch.float32,
+        torch.float32,
+        torch.int64,
+    ]
     assert batch.noise_BZHW.shape == batch.clean_BZHW.shape
 
 
 def test_draws_of_ddpm_share_all_streams_but_sigma_with_the_flow() -> None:
-    flow, ddpm = (draw(range(20), label_dropout=0.5, objective=name) for name in ("rectified_flow", "ddpm"))
-    assert torch.equal(flow.noise_BZHW, ddpm.noise_BZHW) and torch.equal(flow.condition.labels_B, ddpm.condition.labels_B)
+    flow, ddpm = (
+        draw(range(20), label_dropout=0.5, objective=name) for name in ("rectified_flow", "ddpm")
+    )
+    assert torch.equal(flow.noise_BZHW, ddpm.noise_BZHW) and torch.equal(
+        flow.condition.labels_B, ddpm.condition.labels_B
+    )
     assert not torch.equal(flow.sigma_B, ddpm.sigma_B)
 
 
 def test_draws_of_ddpm_timestep_come_from_the_sigma_stream() -> None:
     # Part of the format of a run, as above.
     timesteps = [int(generator(3, "sigma", 7, slot).integers(1000)) for slot in range(50)]
-    assert (draw(range(50), seed=3, step=7, objective="ddpm").sigma_B.double() * 1000).round().tolist() == timesteps
+    assert (
+        draw(range(50), seed=3, step=7, objective="ddpm").sigma_B.double() * 1000
+    ).round().tolist() == timesteps
 
 
 def test_noise_is_standard_normal() -> None:
@@ -122,20 +148,28 @@ def test_sigma_is_logit_normal(mean: float, std: float) -> None:
     sigma = draw(range(3000), sigma_mean=mean, sigma_std=std).sigma_B
     assert sigma.min() > 0 and sigma.max() < 1
     logits = sigma.double().logit()
-    # Four standard errors: 4 / sqrt(3000) = 0.07 of a deviation for the mean, 0.05 for the deviation.
+    # Four standard errors: 4 / sqrt(3000) = 0.07 of a deviation for the mean, 0.05 for the
+    # deviation.
     assert logits.mean().item() == pytest.approx(mean, abs=0.08 * std)
     assert logits.std().item() == pytest.approx(std, rel=0.06)
 
 
 def test_sigma_mean_and_std_move_the_same_normal_draw() -> None:
-    plain, moved = (draw(range(20), sigma_mean=mean, sigma_std=std).sigma_B.double().logit() for mean, std in ((0, 1), (1, 2)))
+    plain, moved = (
+        draw(range(20), sigma_mean=mean, sigma_std=std).sigma_B.double().logit()
+        for mean, std in ((0, 1), (1, 2))
+    )
     # fp32 sigmas near 1 keep few digits of their logit.
     torch.testing.assert_close(moved, 1.0 + 2.0 * plain, rtol=1e-3, atol=1e-3)
 
 
 def test_label_dropout_rate_is_near_its_probability() -> None:
-    dropped = (draw(range(3000), label_dropout=0.1).condition.labels_B == NULL).double().mean().item()
-    assert dropped == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / 3000))  # four standard errors
+    dropped = (
+        (draw(range(3000), label_dropout=0.1).condition.labels_B == NULL).double().mean().item()
+    )
+    assert dropped == pytest.approx(
+        0.1, abs=4 * math.sqrt(0.1 * 0.9 / 3000)
+    )  # four standard errors
 
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.0, list(range(6))), (1.0, [NULL] * 6)])
@@ -148,4 +182,6 @@ def test_label_dropout_keeps_the_other_labels_and_draws() -> None:
     kept = batch.condition.labels_B != NULL
     assert 0 < kept.sum() < 40
     assert torch.equal(batch.condition.labels_B[kept], whole.condition.labels_B[kept])
-    assert torch.equal(batch.noise_BZHW, whole.noise_BZHW) and torch.equal(batch.sigma_B, whole.sigma_B)
+    assert torch.equal(batch.noise_BZHW, whole.noise_BZHW) and torch.equal(
+        batch.sigma_B, whole.sigma_B
+    )

@@ -18,7 +18,9 @@ FLOW = RectifiedFlow(DiffusionConfig())
 
 def make_batch(sigma: list[float]) -> DiffusionBatch:
     clean, noise = (random_tensor(len(sigma), *SHAPE, seed=s) for s in (0, 1))
-    return DiffusionBatch(clean, noise, torch.tensor(sigma), ClassCondition(torch.arange(len(sigma)), 10**6))
+    return DiffusionBatch(
+        clean, noise, torch.tensor(sigma), ClassCondition(torch.arange(len(sigma)), 10**6)
+    )
 
 
 def loss_of(prediction: torch.Tensor, batch: DiffusionBatch) -> torch.Tensor:
@@ -36,20 +38,29 @@ def test_path_ends_are_data_and_noise() -> None:
 
 def test_path_is_the_straight_line_of_each_image() -> None:
     batch = make_batch([0.25, 0.5])
-    expected = [0.75 * batch.clean_BZHW[0] + 0.25 * batch.noise_BZHW[0], 0.5 * batch.clean_BZHW[1] + 0.5 * batch.noise_BZHW[1]]
+    expected = [
+        0.75 * batch.clean_BZHW[0] + 0.25 * batch.noise_BZHW[0],
+        0.5 * batch.clean_BZHW[1] + 0.5 * batch.noise_BZHW[1],
+    ]
     assert torch.equal(FLOW.noised(batch), torch.stack(expected))
 
 
 def test_velocity_is_the_derivative_of_the_path() -> None:
     batch = make_batch([0.25, 0.5])
     assert torch.equal(FLOW.target(batch), batch.noise_BZHW - batch.clean_BZHW)
-    further = DiffusionBatch(batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B + 0.25, batch.condition)
+    further = DiffusionBatch(
+        batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B + 0.25, batch.condition
+    )
     # fp32 rounding of the two points.
-    torch.testing.assert_close((FLOW.noised(further) - FLOW.noised(batch)) / 0.25, FLOW.target(batch), rtol=0, atol=5e-6)
+    torch.testing.assert_close(
+        (FLOW.noised(further) - FLOW.noised(batch)) / 0.25, FLOW.target(batch), rtol=0, atol=5e-6
+    )
 
 
 @pytest.mark.parametrize("num_train_timesteps", [1, 1000])
-def test_flow_timestep_is_sigma_times_num_train_timesteps_not_rounded(num_train_timesteps: int) -> None:
+def test_flow_timestep_is_sigma_times_num_train_timesteps_not_rounded(
+    num_train_timesteps: int,
+) -> None:
     flow = RectifiedFlow(DiffusionConfig(num_train_timesteps=num_train_timesteps))
     batch = make_batch([0.0, 0.12345678, 1.0])
     assert torch.equal(flow.timestep(batch), batch.sigma_B * num_train_timesteps)
@@ -58,8 +69,15 @@ def test_flow_timestep_is_sigma_times_num_train_timesteps_not_rounded(num_train_
 def test_loss_is_the_mean_of_squares_over_all_entries() -> None:
     batch = make_batch([0.25, 0.5])
     prediction = random_tensor(2, *SHAPE, seed=5)
-    squares = [(p - v) ** 2 for p, v in zip(prediction.flatten().tolist(), FLOW.target(batch).flatten().tolist(), strict=True)]
-    assert loss_of(prediction, batch).item() == pytest.approx(sum(squares) / len(squares), rel=1e-6)  # fp32 sums
+    squares = [
+        (p - v) ** 2
+        for p, v in zip(
+            prediction.flatten().tolist(), FLOW.target(batch).flatten().tolist(), strict=True
+        )
+    ]
+    assert loss_of(prediction, batch).item() == pytest.approx(
+        sum(squares) / len(squares), rel=1e-6
+    )  # fp32 sums
 
 
 def test_loss_of_the_true_velocity_is_zero() -> None:
@@ -69,7 +87,9 @@ def test_loss_of_the_true_velocity_is_zero() -> None:
 
 def test_loss_ignores_channels_beyond_the_latents() -> None:
     batch = make_batch([0.25, 0.5])
-    prediction = torch.cat([random_tensor(2, *SHAPE, seed=5), torch.full((2, *SHAPE), torch.nan)], dim=1).requires_grad_()
+    prediction = torch.cat(
+        [random_tensor(2, *SHAPE, seed=5), torch.full((2, *SHAPE), torch.nan)], dim=1
+    ).requires_grad_()
     loss = loss_of(prediction, batch)
     assert torch.equal(loss, loss_of(prediction[:, :2], batch))
     loss.backward()

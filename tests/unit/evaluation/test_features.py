@@ -1,4 +1,6 @@
-"""Networks that turn images into features: every kind that can be named, and what those of the user's own may do wrong."""
+"""Networks that turn images into features: every kind that can be named, and what those of the
+user's own may do wrong.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from .test_metrics import TinyNetwork
 
 def test_extractors_of_every_kind_give_features(tmp_path: Path) -> None:
     torch.jit.script(TinyNetwork()).save(str(tmp_path / "tiny.pt"))
-    (tmp_path / "tiny.py").write_text("from tests.unit.evaluation.test_metrics import TinyNetwork\nnothing = 3\n")
+    (tmp_path / "tiny.py").write_text(
+        "from tests.unit.evaluation.test_metrics import TinyNetwork\nnothing = 3\n"
+    )
     images = np.random.default_rng(0).integers(0, 200, (3, 12, 12, 3), dtype=np.uint8)
     script = load_extractor(str(tmp_path / "tiny.pt"), "cpu")(images)
     python = load_extractor(f"{tmp_path / 'tiny.py'}:TinyNetwork", "cpu")(images)
@@ -39,7 +43,9 @@ def test_inception_extractor_where_torchvision_is_missing_says_what_to_do(monkey
 
 
 def test_inception_extractor_reads_the_spatial_features_of_mixed_6d(monkeypatch) -> None:
-    """A stand-in with torch-fidelity's interface: which outputs are asked for, and which branch is read."""
+    """A stand-in with torch-fidelity's interface: which outputs are asked for, and which branch is
+    read.
+    """
     import sys
     from types import ModuleType
 
@@ -53,7 +59,10 @@ def test_inception_extractor_reads_the_spatial_features_of_mixed_6d(monkeypatch)
     class FeatureExtractorInceptionV3(nn.Module):
         def __init__(self, name, features_list, feature_extractor_weights_path=None):
             super().__init__()
-            assert features_list == ["2048", "logits_unbiased"] and feature_extractor_weights_path == "w.pth"
+            assert (
+                features_list == ["2048", "logits_unbiased"]
+                and feature_extractor_weights_path == "w.pth"
+            )
             self.Mixed_6d, self.Mixed_6e = Block(1.0), Block(2.0)
 
         def forward(self, images):
@@ -68,14 +77,20 @@ def test_inception_extractor_reads_the_spatial_features_of_mixed_6d(monkeypatch)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
     monkeypatch.setattr("promoe_ds.evaluation.features._checksum", lambda path: "")
     found = load_extractor("inception:w.pth", "cpu")(np.zeros((2, 8, 8, 3), dtype=np.uint8))
-    assert found.pool.shape == (2, 2048) and found.spatial.shape == (2, 2023) and (found.spatial == 1.0).all()
+    assert (
+        found.pool.shape == (2, 2048)
+        and found.spatial.shape == (2, 2023)
+        and (found.spatial == 1.0).all()
+    )
     assert found.probabilities.shape == (2, 1008)
 
 
 def test_networks_compute_without_tf32_and_leave_the_setting_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
-        "import torch\nclass Net(torch.nn.Module):\n    def forward(self, x):\n"
-        "        return torch.full((len(x), 2), float(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32))\n")
+        "import torch\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return"
+        " torch.full((len(x), 2), float(torch.backends.cudnn.allow_tf32 or"
+        " torch.backends.cuda.matmul.allow_tf32))\n"
+    )
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
     try:
@@ -85,13 +100,24 @@ def test_networks_compute_without_tf32_and_leave_the_setting_as_it_was(tmp_path:
         torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.mark.parametrize(("body", "message"), [
-    ("return x.float().mean()", r"returned a tensor \(\) for 1 images, expected a tensor of as many rows"),
-    ("return {'spatial': x}", r"returned no pooled features \(pool\)"),
-    ("raise KeyError('layer4')", r"failed on uint8 images \(1, 3, 12, 12\): KeyError: 'layer4' \(.*net\.py, line 4\)"),
-])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "return x.float().mean()",
+            r"returned a tensor \(\) for 1 images, expected a tensor of as many rows",
+        ),
+        ("return {'spatial': x}", r"returned no pooled features \(pool\)"),
+        (
+            "raise KeyError('layer4')",
+            r"failed on uint8 images \(1, 3, 12, 12\): KeyError: 'layer4' \(.*net\.py, line 4\)",
+        ),
+    ],
+)
 def test_extractor_of_ones_own_that_fails_is_told(tmp_path: Path, body: str, message: str) -> None:
-    (tmp_path / "net.py").write_text(f"import torch\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        {body}\n")
+    (tmp_path / "net.py").write_text(
+        f"import torch\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        {body}\n"
+    )
     with pytest.raises(ConfigError, match=message):
         load_extractor(f"{tmp_path / 'net.py'}:Net", "cpu").probe(12, 3)
     (tmp_path / "broken.py").write_text("import torch\n\ndef Net():\n    return torch.nothing\n")

@@ -1,4 +1,6 @@
-"""The loss on held-out digits: the same draws for every model, exact for a model whose answer is known."""
+"""The loss on held-out digits: the same draws for every model, exact for a model whose answer is
+known.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,14 @@ def test_heldout_loss_of_zero_prediction_is_the_mean_square_of_the_velocity() ->
         for slot, image in enumerate(heldout.images):
             noise = generator(5, "noise", draw, slot).standard_normal(image.shape, dtype=np.float32)
             expected.append(np.square(noise - image, dtype=np.float64).mean())
-    assert heldout_loss(model, draws=2, seed=5, batch_size=50) == pytest.approx(np.mean(expected), rel=1e-6)
+    assert heldout_loss(model, draws=2, seed=5, batch_size=50) == pytest.approx(
+        np.mean(expected), rel=1e-6
+    )
     # Every image under its own label, none dropped.
     assert model.labels == 2 * heldout.labels.tolist()
 
 
 def test_heldout_loss_does_not_depend_on_the_batch_size() -> None:
-    assert heldout_loss(_Silent(), draws=1, batch_size=7) == pytest.approx(heldout_loss(_Silent(), draws=1, batch_size=400))
+    assert heldout_loss(_Silent(), draws=1, batch_size=7) == pytest.approx(
+        heldout_loss(_Silent(), draws=1, batch_size=400)
+    )

@@ -33,8 +33,17 @@ def test_grid_has_one_row_a_class_in_order() -> None:
     assert grid[1, 4, 0] == 255  # class 3 has one image only
 
 
-@pytest.mark.parametrize("content", [None, b"garbage", {"labels": np.zeros(3, int)}, {"labels": np.zeros((2, 1), int)},
-                                     {"labels": np.zeros(2)}, {"arr_0": np.zeros((2, 8, 8, 1)), "labels": np.zeros(2, int)}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"garbage",
+        {"labels": np.zeros(3, int)},
+        {"labels": np.zeros((2, 1), int)},
+        {"labels": np.zeros(2)},
+        {"arr_0": np.zeros((2, 8, 8, 1)), "labels": np.zeros(2, int)},
+    ],
+)
 def test_read_samples_missing_or_broken_names_the_file(tmp_path, content) -> None:
     if isinstance(content, bytes):
         (tmp_path / "samples.npz").write_bytes(content)
@@ -58,6 +67,10 @@ def test_judge_real_digits_are_recognised_and_shuffled_labels_are_not(tmp_path) 
 
 
 def test_judge_images_of_another_size_are_refused(tmp_path) -> None:
-    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((4, 16, 16, 1), dtype=np.uint8), labels=np.zeros(4, dtype=int))
+    np.savez(
+        tmp_path / "samples.npz",
+        arr_0=np.zeros((4, 16, 16, 1), dtype=np.uint8),
+        labels=np.zeros(4, dtype=int),
+    )
     with pytest.raises(DataError, match="are no 8x8 digits"):
         judge_samples(tmp_path)

@@ -31,24 +31,37 @@ def test_pipeline_of_latents_of_one_channel_needs_a_vae_for_images() -> None:
     with pytest.raises(ConfigError, match="output_type='np': latents of 1 channels need a vae"):
         latents([0], num_inference_steps=2, output_type="np")
     assert latents([0], num_inference_steps=2, output_type="latent").images.shape == (1, 1, 4, 4)
-    assert make_pipeline()([0], num_inference_steps=2, output_type="np").images.shape == (1, 4, 4, 1)
+    assert make_pipeline()([0], num_inference_steps=2, output_type="np").images.shape == (
+        1,
+        4,
+        4,
+        1,
+    )
 
 
 def test_pipeline_with_a_vae_that_shifts_its_latents_is_refused() -> None:
-    vae = AutoencoderKL(latent_channels=1, block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1159)
+    vae = AutoencoderKL(
+        latent_channels=1, block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1159
+    )
     pipeline = make_pipeline(vae, data={"dataset": "latents", "latent_scale": 0.5})
-    with pytest.raises(ConfigError, match=re.escape("vae: shifts its latents by shift_factor=0.1159")):
+    with pytest.raises(
+        ConfigError, match=re.escape("vae: shifts its latents by shift_factor=0.1159")
+    ):
         pipeline([0], num_inference_steps=2)
 
 
-def test_guidance_by_an_untrained_label_is_refused_where_it_is_asked_for_and_off_where_not() -> None:
+def test_guidance_by_an_untrained_label_is_refused_where_it_is_asked_for_and_off_where_not() -> (
+    None
+):
     pipeline = make_pipeline(diffusion={"label_dropout": 0.0})
     with pytest.raises(ConfigError, match=r"guidance_scale.*label_dropout"):
         pipeline([0], num_inference_steps=2, guidance_scale=1.5)
     assert pipeline._plan(2, None).cfg_scale == 1.0
     config = small_config(diffusion={"label_dropout": 0.0}, evaluation={"cfg_scale": 1.5})
     with pytest.raises(ConfigError, match=r"evaluation\.cfg_scale.*label_dropout"):
-        OnlineEvaluation(config, DistributedContext(rank=0, world_size=1, device=torch.device("cpu")))
+        OnlineEvaluation(
+            config, DistributedContext(rank=0, world_size=1, device=torch.device("cpu"))
+        )
     request = {"model": Path("m"), "out": Path("o")}
     assert make_plan(SampleRequest(**request), config).cfg_scale == 1.0
     with pytest.raises(ConfigError, match=r"--cfg-scale.*label_dropout"):

@@ -17,10 +17,24 @@ REPOSITORY = Path(__file__).parents[3]
 CONFIG = REPOSITORY / "ds_configs/zero2_fp32.json"
 
 
-def _arguments(folder: Path, *options: str, config: Path = CONFIG, run_dir: str = "run") -> list[str]:
+def _arguments(
+    folder: Path, *options: str, config: Path = CONFIG, run_dir: str = "run"
+) -> list[str]:
     (folder / "hosts").write_text("host1 slots=1\n")
-    return ["--hostfile", str(folder / "hosts"), *options, "--", "--recipe", "digits_promoe", "--deepspeed_config", str(config),
-            "--run-dir", str(folder / run_dir), "--set", "parallel.ep_size=1"]
+    return [
+        "--hostfile",
+        str(folder / "hosts"),
+        *options,
+        "--",
+        "--recipe",
+        "digits_promoe",
+        "--deepspeed_config",
+        str(config),
+        "--run-dir",
+        str(folder / run_dir),
+        "--set",
+        "parallel.ep_size=1",
+    ]
 
 
 @pytest.mark.parametrize("port", ["99999", "0", "-1"])
@@ -44,8 +58,16 @@ def test_ep_size_that_does_not_divide_the_ranks_is_refused(tmp_path) -> None:
         launch.parse_arguments([*_arguments(tmp_path), "parallel.ep_size=4"])
 
 
-@pytest.mark.parametrize("hostfile", [
-    "host1 slots=1\nhost2;touch${IFS}oops slots=1\n", "host1 slots=1\nhost1 slots=2\n", "host1 slots=0\n", "", "host1\n"])
+@pytest.mark.parametrize(
+    "hostfile",
+    [
+        "host1 slots=1\nhost2;touch${IFS}oops slots=1\n",
+        "host1 slots=1\nhost1 slots=2\n",
+        "host1 slots=0\n",
+        "",
+        "host1\n",
+    ],
+)
 def test_hostfile_mistake_is_one_line(tmp_path, hostfile) -> None:
     arguments = _arguments(tmp_path)
     (tmp_path / "hosts").write_text(hostfile)
@@ -67,10 +89,14 @@ def test_error_of_a_job_is_the_last_line_of_its_log(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(launch, "run_job", run_job)
     with pytest.raises(PromoeError):
         launch.main(_arguments(tmp_path))
-    assert (tmp_path / "run/launch/launch.log").read_text().splitlines()[-1] == "ended with code 10: no legal layout"
+    assert (tmp_path / "run/launch/launch.log").read_text().splitlines()[
+        -1
+    ] == "ended with code 10: no legal layout"
 
 
-def test_interpreter_that_a_shell_would_split_or_without_deepspeed_is_refused(tmp_path, monkeypatch) -> None:
+def test_interpreter_that_a_shell_would_split_or_without_deepspeed_is_refused(
+    tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     require_launchable(tmp_path)
     with pytest.raises(LaunchError, match=r"--run-dir '.*/a b'"):

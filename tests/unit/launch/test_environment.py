@@ -18,7 +18,10 @@ from promoe_ds.launch.environment import (
 )
 
 #: Nothing that a C string or a line cannot hold.
-TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=0x24F, exclude_categories=["Cc", "Cs"]) | st.just("%"))
+TEXT = st.text(
+    st.characters(min_codepoint=32, max_codepoint=0x24F, exclude_categories=["Cc", "Cs"])
+    | st.just("%")
+)
 
 
 def _as_deepspeed_does(argument: str) -> str:
@@ -36,8 +39,12 @@ def _export(line: str) -> str:
 
 def _shell(script: str) -> str:
     """What pdsh, which makes one % of two, and the shell on a host do to a line."""
-    assert not re.search("%[^%]", script.replace("%%", "").removeprefix("printf '%s").replace(" printf %s ", "")), "pdsh would act"
-    return subprocess.run(["bash", "-c", script.replace("%%", "%")], capture_output=True, check=True).stdout.decode()
+    assert not re.search(
+        "%[^%]", script.replace("%%", "").removeprefix("printf '%s").replace(" printf %s ", "")
+    ), "pdsh would act"
+    return subprocess.run(
+        ["bash", "-c", script.replace("%%", "%")], capture_output=True, check=True
+    ).stdout.decode()
 
 
 @given(st.lists(TEXT, min_size=1, max_size=4))
@@ -50,7 +57,7 @@ def test_arguments_arrive_as_they_are(arguments) -> None:
 def test_environment_values_arrive_as_they_are(tmp_path_factory, value) -> None:
     path = tmp_path_factory.mktemp("environment") / "file"
     write_environment(path, {"NAME": value})
-    assert _shell(f"{_export(path.read_text())} printf %s \"$NAME\"") == value
+    assert _shell(f'{_export(path.read_text())} printf %s "$NAME"') == value
 
 
 @pytest.mark.parametrize("value", ["a\nb", "a\x00b"])
@@ -66,17 +73,36 @@ def test_environment_files_override_the_shell_and_each_other(tmp_path, monkeypat
     monkeypatch.chdir(here)
     (home / ".deepspeed_env").write_text("# ours\n\nNCCL_DEBUG=INFO\nA=home\nB=x=y\n")
     (here / ".deepspeed_env").write_text("A=here\n")
-    assert job_environment({"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth1", "MLFLOW_PASSWORD": "x", "PYTHONPATH": ""}) == {
-        "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth1", "A": "here", "B": "x=y"}
+    assert job_environment(
+        {
+            "NCCL_DEBUG": "WARN",
+            "GLOO_SOCKET_IFNAME": "eth1",
+            "MLFLOW_PASSWORD": "x",
+            "PYTHONPATH": "",
+        }
+    ) == {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth1", "A": "here", "B": "x=y"}
     (here / ".deepspeed_env").write_text("A=here\nexport B\n")
     with pytest.raises(LaunchError, match="line 2: 'export B' is not of the form NAME=VALUE"):
         job_environment({})
 
 
-@pytest.mark.parametrize(("line", "value"), [
-    ('A="x y"', "x y"), ("A='x'", "x"), ('A=""', ""), ("A=it's", "it's"), ('A=say "x"', 'say "x"'),
-    ('A="x', None), ("A='", None), ("A='x\"", None), ('A="x" "y"', None)])
-def test_environment_file_quotes_are_taken_off_or_refused(tmp_path, monkeypatch, line, value, caplog) -> None:
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ('A="x y"', "x y"),
+        ("A='x'", "x"),
+        ('A=""', ""),
+        ("A=it's", "it's"),
+        ('A=say "x"', 'say "x"'),
+        ('A="x', None),
+        ("A='", None),
+        ("A='x\"", None),
+        ('A="x" "y"', None),
+    ],
+)
+def test_environment_file_quotes_are_taken_off_or_refused(
+    tmp_path, monkeypatch, line, value, caplog
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir("/")
     (tmp_path / ".deepspeed_env").write_bytes(f"\ufeff{line}\r\n".encode())
@@ -90,4 +116,6 @@ def test_environment_file_quotes_are_taken_off_or_refused(tmp_path, monkeypatch,
 
 
 def test_runner_environment_hides_what_deepspeed_would_export_unescaped() -> None:
-    assert runner_environment({"PYTHONPATH": "$(id)", "UCX_TLS": "x", "PATH": "/bin", "NCCL_DEBUG": "a;b"}) == {"PATH": "/bin"}
+    assert runner_environment(
+        {"PYTHONPATH": "$(id)", "UCX_TLS": "x", "PATH": "/bin", "NCCL_DEBUG": "a;b"}
+    ) == {"PATH": "/bin"}

@@ -26,19 +26,35 @@ from promoe_ds.launch.remote import RemoteError
 from promoe_ds.launch.shutdown import ShutdownRequest
 
 HOSTS = (Host("host1", 1), Host("host2", 1))
-ATTEMPT = Attempt(folder=Path(), hosts=HOSTS, arguments=(), environment={}, master_address="", master_port=0,
-                  heartbeat_seconds=60, link_seconds=60, failure_seconds=60, shutdown_seconds=60)
+ATTEMPT = Attempt(
+    folder=Path(),
+    hosts=HOSTS,
+    arguments=(),
+    environment={},
+    master_address="",
+    master_port=0,
+    heartbeat_seconds=60,
+    link_seconds=60,
+    failure_seconds=60,
+    shutdown_seconds=60,
+)
 
 
 @pytest.fixture
 def shutdown(monkeypatch, tmp_path) -> Iterator[ShutdownRequest]:
-    """A request of its own, with the signals given back, in a folder whose name no shell would split."""
+    """A request of its own, with the signals given back, in a folder whose name no shell would
+    split.
+    """
     monkeypatch.chdir(tmp_path)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     request = ShutdownRequest(terminal=True)
     monkeypatch.setattr(jobs, "ShutdownRequest", lambda terminal: request)
-    monkeypatch.setattr(jobs, "check_hosts", lambda job, environment: {host.name: _described(host.name) for host in job.hosts})
+    monkeypatch.setattr(
+        jobs,
+        "check_hosts",
+        lambda job, environment: {host.name: _described(host.name) for host in job.hosts},
+    )
     yield request
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -46,6 +62,7 @@ def shutdown(monkeypatch, tmp_path) -> Iterator[ShutdownRequest]:
 
 def _recording(started: list[Attempt]) -> Callable[[Attempt, ShutdownRequest], Outcome]:
     """Stand in for an attempt of which no rank writes a status."""
+
     def run_attempt(attempt: Attempt, shutdown: ShutdownRequest) -> Outcome:
         started.append(attempt)
         return Outcome(code=1, statuses=[], unreachable={})
@@ -56,22 +73,39 @@ def _recording(started: list[Attempt]) -> Callable[[Attempt, ShutdownRequest], O
 def _job(folder: Path, *overrides: str, restarts: int = 2) -> Job:
     (folder / "launch").mkdir(parents=True)
     overrides = ("parallel.ep_size=1", *overrides)
-    return Job(hosts=HOSTS, arguments=(), recipe="digits_promoe", overrides=overrides, deepspeed_config="",
-               config=load_config("digits_promoe", overrides), run_dir=folder, max_restarts=restarts, host_wait=60.0)
+    return Job(
+        hosts=HOSTS,
+        arguments=(),
+        recipe="digits_promoe",
+        overrides=overrides,
+        deepspeed_config="",
+        config=load_config("digits_promoe", overrides),
+        run_dir=folder,
+        max_restarts=restarts,
+        host_wait=60.0,
+    )
 
 
 def _described(host: str) -> dict:
-    return {"interfaces": {"eth0": f"10.0.0.{host[-1]}"}, "addresses": {name: f"10.0.0.{name[-1]}" for name in ("host1", "host2")}}
+    return {
+        "interfaces": {"eth0": f"10.0.0.{host[-1]}"},
+        "addresses": {name: f"10.0.0.{name[-1]}" for name in ("host1", "host2")},
+    }
 
 
 @pytest.mark.parametrize("dead", [set(), {"host2"}, {"host1", "host2"}])
 def test_job_shutdown_between_attempts_starts_none(tmp_path, monkeypatch, shutdown, dead) -> None:
-    """The request comes while the launcher asks the hosts, whether it waits for one of them or not."""
+    """The request comes while the launcher asks the hosts, whether it waits for one of them or
+    not.
+    """
     started: list[Attempt] = []
 
     def on_all(*unused: object) -> dict:
         os.kill(os.getpid(), signal.SIGTERM)
-        return {name: RemoteError("no route") if name in dead else _described(name) for name in ("host1", "host2")}
+        return {
+            name: RemoteError("no route") if name in dead else _described(name)
+            for name in ("host1", "host2")
+        }
 
     monkeypatch.setattr(jobs, "connected", lambda *unused: nullcontext({}))
     monkeypatch.setattr(jobs, "on_all", on_all)
@@ -87,9 +121,17 @@ def test_job_shutdown_between_attempts_starts_none(tmp_path, monkeypatch, shutdo
 def test_job_patience_covers_set_up_evaluation_and_save(tmp_path, monkeypatch, shutdown) -> None:
     started: list[Attempt] = []
     monkeypatch.setattr(jobs, "run_attempt", _recording(started))
-    common = ("supervision.setup_timeout_seconds=100", "supervision.evaluation_timeout_seconds=3000",
-              "supervision.checkpoint_timeout_seconds=20", "supervision.step_timeout_seconds=7", "parallel.timeout_seconds=6")
-    for name, more in (("without", ()), ("with", ("evaluation.every=50", "evaluation.reference=x"))):
+    common = (
+        "supervision.setup_timeout_seconds=100",
+        "supervision.evaluation_timeout_seconds=3000",
+        "supervision.checkpoint_timeout_seconds=20",
+        "supervision.step_timeout_seconds=7",
+        "parallel.timeout_seconds=6",
+    )
+    for name, more in (
+        ("without", ()),
+        ("with", ("evaluation.every=50", "evaluation.reference=x")),
+    ):
         run_job(_job(tmp_path / name, *common, *more, restarts=0))
     assert 6 < started[0].link_seconds < 6 + 15, "as long as an exchange lasts, and hardly longer"
     without, with_evaluation = started[0].shutdown_seconds, started[-1].shutdown_seconds
@@ -101,7 +143,9 @@ def test_ssh_of_ranks_outlasts_their_exchanges(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-p 2222")
     attempt = replace(ATTEMPT, folder=tmp_path, link_seconds=911)
     given = attempts._environment(attempt)["PDSH_SSH_ARGS_APPEND"]
-    assert given.startswith("-p 2222 -o BatchMode=yes") and given.endswith("-o ServerAliveCountMax=183"), "5 s * 183 > 911 s"
+    assert given.startswith("-p 2222 -o BatchMode=yes") and given.endswith(
+        "-o ServerAliveCountMax=183"
+    ), "5 s * 183 > 911 s"
 
 
 def test_attempt_ends_at_once_though_ranks_do_not(tmp_path, monkeypatch, shutdown) -> None:
@@ -119,14 +163,29 @@ def test_attempt_ends_at_once_though_ranks_do_not(tmp_path, monkeypatch, shutdow
     assert time.monotonic() - before < 50
 
 
-@pytest.mark.parametrize(("folder", "expected"), [
-    ("step_0000004", ("--resume", "starts/promoe", "--resume", "auto")), ("step_0000004.tmp", ("--resume", "starts/promoe")),
-    ("step_0000004.abandoned", ("--resume", "starts/promoe")), (None, ("--resume", "starts/promoe")),
-])
-def test_restart_leaves_the_named_start_for_finished_checkpoints_only(tmp_path: Path, folder: str | None, expected: tuple) -> None:
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("step_0000004", ("--resume", "starts/promoe", "--resume", "auto")),
+        ("step_0000004.tmp", ("--resume", "starts/promoe")),
+        ("step_0000004.abandoned", ("--resume", "starts/promoe")),
+        (None, ("--resume", "starts/promoe")),
+    ],
+)
+def test_restart_leaves_the_named_start_for_finished_checkpoints_only(
+    tmp_path: Path, folder: str | None, expected: tuple
+) -> None:
     (tmp_path / "checkpoints" / (folder or "")).mkdir(parents=True)
     config, host = load_config("digits_promoe"), Host(name="localhost", slots=1)
-    job = Job(hosts=(host,), arguments=("--resume", "starts/promoe"), recipe="digits_promoe", overrides=(), deepspeed_config="",
-              config=config, run_dir=tmp_path, interface="lo")
+    job = Job(
+        hosts=(host,),
+        arguments=("--resume", "starts/promoe"),
+        recipe="digits_promoe",
+        overrides=(),
+        deepspeed_config="",
+        config=config,
+        run_dir=tmp_path,
+        interface="lo",
+    )
     hosts = {"localhost": {"interfaces": {"lo": "127.0.0.1"}, "addresses": {}}}
     assert _prepare(job, hosts, {}, tmp_path / "launch", restart=True).arguments == expected

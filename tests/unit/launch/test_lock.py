@@ -17,7 +17,11 @@ from promoe_ds.launch.lock import LockedError, locked, wait_until_free
 
 
 def _left_by_another_host(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({"token": "t", "host": "elsewhere", "space": "pid:[1]", "pid": 1, "count": 0} | changes))
+    path.write_text(
+        json.dumps(
+            {"token": "t", "host": "elsewhere", "space": "pid:[1]", "pid": 1, "count": 0} | changes
+        )
+    )
 
 
 def _age(path: Path, seconds: float) -> None:
@@ -31,14 +35,23 @@ def test_lock_is_given_back(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lock_of_a_running_process_is_refused_and_of_a_killed_one_taken_at_once(tmp_path, caplog) -> None:
-    code = "import sys, time; from pathlib import Path; from promoe_ds.launch.lock import locked\n" \
-           "with locked(Path(sys.argv[1]), 60): print('held', flush=True); time.sleep(60)"
+def test_lock_of_a_running_process_is_refused_and_of_a_killed_one_taken_at_once(
+    tmp_path, caplog
+) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from promoe_ds.launch.lock import locked\n"
+        "with locked(Path(sys.argv[1]), 60): print('held', flush=True); time.sleep(60)"
+    )
     path = tmp_path / "lock"
-    other = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(LockedError, match=f"process {other.pid} on {socket.gethostname()}"), locked(path, 60):
+        with (
+            pytest.raises(LockedError, match=f"process {other.pid} on {socket.gethostname()}"),
+            locked(path, 60),
+        ):
             pass
         with pytest.raises(LockedError):
             wait_until_free(path, 60, patience=0.1)

@@ -14,7 +14,8 @@ from promoe_ds.launch.remote import Agent, RemoteError, connected, on_all, ssh_c
 AGENT = """
 import os, time
 import promoe_ds.launch.agent as agent
-agent._ACTIONS |= {"time": lambda: {"time": os.environ.get("SECRET")}, "port": lambda: time.sleep(60)}
+agent._ACTIONS["time"] = lambda: {"time": os.environ.get("SECRET")}
+agent._ACTIONS["port"] = lambda: time.sleep(60)
 print("Welcome!\\n{}\\n[1]", flush=True)
 agent.main()
 """
@@ -35,10 +36,12 @@ def commands(monkeypatch) -> list[list[str]]:
 
 
 def test_agent_environment_arrives_and_is_on_no_command_line(commands) -> None:
-    secret = "it's a \"$HOME\" `id` \\ 50% secret"
+    secret = 'it\'s a "$HOME" `id` \\ 50% secret'
     with connected(["host"], {"SECRET": secret}) as agents:
         assert agents["host"].ask("time") == {"time": secret}
-        shown = subprocess.run(["ps", "-A", "-ww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            ["ps", "-A", "-ww", "-o", "args"], capture_output=True, text=True, check=True
+        ).stdout
     assert "50% secret" not in shown + str(commands)
 
 
@@ -46,7 +49,9 @@ def test_agent_that_fails_is_reported_beside_one_that_does_not(commands) -> None
     with connected(["broken", "host"], {}) as agents:
         for _ in range(2):
             answers = on_all(agents, lambda agent: agent.ask("time"))
-            assert "code 127: " in str(answers["broken"]) and "/nowhere/python" in str(answers["broken"])
+            assert "code 127: " in str(answers["broken"]) and "/nowhere/python" in str(
+                answers["broken"]
+            )
             assert answers["host"] == {"time": None}
         with pytest.raises(RemoteError, match="KeyError: 'nothing'"):
             agents["host"].ask("nothing")
@@ -64,4 +69,7 @@ def test_agent_that_is_late_is_given_up(commands) -> None:
 
 def test_ssh_holds_a_silent_connection_as_long_as_asked() -> None:
     assert "ServerAliveCountMax=3" in ssh_command("host1", ["true"])
-    assert [ssh_options(seconds)[-1] for seconds in (0.1, 911)] == ["ServerAliveCountMax=1", "ServerAliveCountMax=183"]
+    assert [ssh_options(seconds)[-1] for seconds in (0.1, 911)] == [
+        "ServerAliveCountMax=1",
+        "ServerAliveCountMax=183",
+    ]

@@ -1,4 +1,6 @@
-"""Signals to a launcher, and to a rank whose launcher may be gone before it starts, in real processes."""
+"""Signals to a launcher, and to a rank whose launcher may be gone before it starts, in real
+processes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ BY_DEEPSPEED = {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_RANK": "0", "RANK":
 
 def _start(*command: str, **environment: str) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def test_rank_whose_launcher_is_gone_before_it_begins_ends_with_9(tmp_path) -> None:
@@ -43,10 +47,13 @@ def test_rank_under_a_launcher_behind_a_script_of_the_user_is_no_orphan(tmp_path
     launch = tmp_path / "deepspeed.launcher.launch"
     launch.write_text("import subprocess, sys\nsubprocess.run(sys.argv[1:])\n")
     rank = [sys.executable, "-c", RANK]
-    output, errors = _start(sys.executable, str(launch), *rank, **BY_DEEPSPEED).communicate(timeout=200)
+    output, errors = _start(sys.executable, str(launch), *rank, **BY_DEEPSPEED).communicate(
+        timeout=200
+    )
     assert output == "started 2\n\n", errors
-    output, errors = _start(sys.executable, str(launch), "sh", "-c", '"$@"; exit $?', "sh", *rank,
-                            **BY_DEEPSPEED).communicate(timeout=200)
+    output, errors = _start(
+        sys.executable, str(launch), "sh", "-c", '"$@"; exit $?', "sh", *rank, **BY_DEEPSPEED
+    ).communicate(timeout=200)
     assert output == "started 0\n\n", errors
 
 
@@ -60,7 +67,11 @@ def test_abort_from_inside_a_library_leaves_the_stacks(tmp_path) -> None:
 
 
 def test_signal_before_the_supervisor_is_a_shutdown_request(tmp_path) -> None:
-    rank = _start(sys.executable, "-c", RANK.replace("time.sleep(0.3)", "while not early.reason: time.sleep(0.05)"))
+    rank = _start(
+        sys.executable,
+        "-c",
+        RANK.replace("time.sleep(0.3)", "while not early.reason: time.sleep(0.05)"),
+    )
     assert rank.stdout.readline() == "started 0\n"
     rank.send_signal(signal.SIGTERM)
     output, errors = rank.communicate(timeout=200)

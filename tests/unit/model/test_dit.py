@@ -17,7 +17,10 @@ LABELS = torch.tensor([3, NULL, 0, 7])
 SETTINGS: dict[str, dict[str, Any]] = {
     "moe": {},
     "dense": {"routing": {"method": "dense"}},
-    "qk_norm, all blocks": {"model": {"qk_norm": True, "depth": 3}, "routing": {"moe_blocks": "all", "top_k": 2}},
+    "qk_norm, all blocks": {
+        "model": {"qk_norm": True, "depth": 3},
+        "routing": {"moe_blocks": "all", "top_k": 2},
+    },
     "no learned sigma": {"model": {"learn_sigma": False, "in_channels": 4}},
     "no unconditional": {"routing": {"num_unconditional_experts": 0, "num_shared_experts": 0}},
 }
@@ -71,9 +74,9 @@ def test_network_output_of_an_image_does_not_depend_on_its_batch_mates(setting: 
     latents, timestep, labels = inputs(network)
     together = network(latents.double(), timestep, labels)
     for i in range(len(labels)):
-        alone = network(latents[i:i + 1].double(), timestep[i:i + 1], labels[i:i + 1])
+        alone = network(latents[i : i + 1].double(), timestep[i : i + 1], labels[i : i + 1])
         # Matrix products of another height may add in another order.
-        torch.testing.assert_close(together[i:i + 1], alone, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-9, atol=1e-9)
 
 
 def test_network_depends_on_label_timestep_and_position() -> None:
@@ -87,7 +90,9 @@ def test_network_depends_on_label_timestep_and_position() -> None:
 
 
 def test_network_unpatchify_puts_each_value_in_its_place() -> None:
-    network = random_network(model={"input_size": 6, "patch_size": 2, "in_channels": 3, "learn_sigma": False})
+    network = random_network(
+        model={"input_size": 6, "patch_size": 2, "in_channels": 3, "learn_sigma": False}
+    )
     patches = torch.arange(2 * 9 * 12, dtype=torch.float32).view(2, 9, 12)
     image = network._unpatchify(patches)
     assert image.shape == (2, 3, 6, 6)
@@ -116,10 +121,13 @@ def test_network_positions_are_no_parameter_and_not_saved() -> None:
 # Activation checkpointing.
 
 
-def training_pass(network: DiT, *, flip_prototypes: bool = False) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+def training_pass(
+    network: DiT, *, flip_prototypes: bool = False
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     """Return loss, gradients and the lists of assigned tokens of one training pass.
 
-    flip_prototypes: negate them between forward and backward pass, so that routing anew would decide otherwise.
+    flip_prototypes: negate them between forward and backward pass, so that routing anew would
+    decide otherwise.
     """
     network.train()
     output = network.denoise(*inputs(network))
@@ -131,24 +139,39 @@ def training_pass(network: DiT, *, flip_prototypes: bool = False) -> tuple[Tenso
             layer.router.prototypes.data.neg_()
     loss.backward()
     lists = [plan.assignment for plan in output.plans.values()]
-    assigned = [value for each in lists for value in (each.token_ids_N, each.tokens_per_expert_E, each.gates_N.detach())]
+    assigned = [
+        value
+        for each in lists
+        for value in (each.token_ids_N, each.tokens_per_expert_E, each.gates_N.detach())
+    ]
     return loss.detach(), {name: p.grad for name, p in network.named_parameters()}, assigned
 
 
-CHECKPOINTED = {"moe": {"model": {"depth": 4}, "routing": {"top_k": 2, "balance_weight": 0.1}},
-                "all blocks": {"routing": {"moe_blocks": "all"}}, "dense": {"routing": {"method": "dense"}}}
+CHECKPOINTED = {
+    "moe": {"model": {"depth": 4}, "routing": {"top_k": 2, "balance_weight": 0.1}},
+    "all blocks": {"routing": {"moe_blocks": "all"}},
+    "dense": {"routing": {"method": "dense"}},
+}
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
 @pytest.mark.parametrize("setting", CHECKPOINTED)
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_equals_none_to_the_last_bit(setting: str, backend: str, mode: str) -> None:
-    results = [training_pass(random_network(**CHECKPOINTED[setting],
-                                            parallel={"activation_checkpointing": each, "expert_backend": backend}))
-               for each in ("none", mode)]
+    results = [
+        training_pass(
+            random_network(
+                **CHECKPOINTED[setting],
+                parallel={"activation_checkpointing": each, "expert_backend": backend},
+            )
+        )
+        for each in ("none", mode)
+    ]
     (loss, gradients, assigned), (loss_full, gradients_full, assigned_full) = results
     assert torch.equal(loss, loss_full)
-    assert [name for name in gradients if not torch.equal(gradients[name], gradients_full[name])] == []
+    assert [
+        name for name in gradients if not torch.equal(gradients[name], gradients_full[name])
+    ] == []
     assert all(torch.equal(a, b) for a, b in zip(assigned, assigned_full, strict=True))
 
 
@@ -157,7 +180,8 @@ def test_checkpointing_recompute_does_not_route_again() -> None:
     _, expected, _ = training_pass(random_network(**settings))
     network = random_network(**settings, parallel={"activation_checkpointing": "full"})
     _, gradients, _ = training_pass(network, flip_prototypes=True)
-    # The prototypes' own gradient is formed from their values at the time of the backward pass, recomputed or not.
+    # The prototypes' own gradient is formed from their values at the time of the backward pass,
+    # recomputed or not.
     names = [name for name in expected if not name.endswith("prototypes")]
     assert [name for name in names if not torch.equal(gradients[name], expected[name])] == []
 
@@ -166,11 +190,15 @@ def test_checkpointing_flipped_prototypes_would_have_changed_the_routing() -> No
     network = random_network(**CHECKPOINTED["moe"])
     before = network.denoise(*inputs(network)).plans[1].assignment.tokens_per_expert_E
     network.blocks[1].moe.router.prototypes.data.neg_()
-    assert not torch.equal(network.denoise(*inputs(network)).plans[1].assignment.tokens_per_expert_E, before)
+    assert not torch.equal(
+        network.denoise(*inputs(network)).plans[1].assignment.tokens_per_expert_E, before
+    )
 
 
 @pytest.mark.parametrize(("mode", "attention", "exchanges"), [("full", 2, 2), ("selective", 1, 1)])
-def test_checkpointing_recomputes_experts_but_routes_once(mode: str, attention: int, exchanges: int) -> None:
+def test_checkpointing_recomputes_experts_but_routes_once(
+    mode: str, attention: int, exchanges: int
+) -> None:
     network = random_network(parallel={"activation_checkpointing": mode})
     calls = {"router": 0, "routed": 0, "shared": 0, "dense": 0, "qkv": 0, "dispatch": 0}
 
@@ -186,7 +214,14 @@ def test_checkpointing_recomputes_experts_but_routes_once(mode: str, attention: 
     dispatch = moe.dispatcher.dispatch
     moe.dispatcher.dispatch = lambda *args: (count("dispatch")(), dispatch(*args))[1]
     training_pass(network)
-    assert calls == {"router": 1, "routed": 2, "shared": 2, "dense": 2, "qkv": attention, "dispatch": exchanges}
+    assert calls == {
+        "router": 1,
+        "routed": 2,
+        "shared": 2,
+        "dense": 2,
+        "qkv": attention,
+        "dispatch": exchanges,
+    }
 
 
 def test_checkpointing_keeps_less_the_more_it_recomputes() -> None:
@@ -209,7 +244,9 @@ def test_checkpointing_keeps_less_the_more_it_recomputes() -> None:
 
 @pytest.mark.parametrize("routing", [{}, {"num_shared_experts": 0}, {"method": "dense"}])
 def test_compiled_network_equals_eager(routing: dict[str, Any]) -> None:
-    """The graphs are captured whole and run without a compiler's rounding; weights keep their names."""
+    """The graphs are captured whole and run without a compiler's rounding; weights keep their
+    names.
+    """
     loss, gradients, _ = training_pass(random_network(routing=routing))
     network = random_network(routing=routing)
     for block in network.blocks:
@@ -218,7 +255,9 @@ def test_compiled_network_equals_eager(routing: dict[str, Any]) -> None:
     assert compiled_gradients.keys() == gradients.keys()
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
     for name, value in gradients.items():
-        torch.testing.assert_close(compiled_gradients[name], value, rtol=1e-4, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+        torch.testing.assert_close(
+            compiled_gradients[name], value, rtol=1e-4, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}"
+        )
 
 
 def test_checkpointing_is_off_in_evaluation() -> None:
@@ -229,7 +268,9 @@ def test_checkpointing_is_off_in_evaluation() -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("labels", [[NULL] * 4, [1, 2, 3, 4]], ids=["all unconditional", "all conditional"])
+@pytest.mark.parametrize(
+    "labels", [[NULL] * 4, [1, 2, 3, 4]], ids=["all unconditional", "all conditional"]
+)
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_network_every_parameter_gets_a_gradient(labels: list[int], mode: str) -> None:
     network = random_network(parallel={"activation_checkpointing": mode}).train()

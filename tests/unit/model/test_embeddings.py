@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
-from promoe_ds.model.embeddings import LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_positions
+from promoe_ds.model.embeddings import (
+    LabelEmbedding,
+    PatchEmbedding,
+    TimestepEmbedding,
+    sincos_positions,
+)
 
 from ..builders import random_tensor
 
@@ -23,16 +28,23 @@ def wave(coordinate: float, width: int) -> list[float]:
 @pytest.mark.parametrize(("width", "grid"), [(4, 1), (8, 2), (16, 3), (384, 16)])
 def test_positions_equal_direct_formula(width: int, grid: int) -> None:
     # Token s stands in row s // grid, column s % grid; the column's half comes first.
-    expected = [wave(s % grid, width // 2) + wave(s // grid, width // 2) for s in range(grid * grid)]
+    expected = [
+        wave(s % grid, width // 2) + wave(s // grid, width // 2) for s in range(grid * grid)
+    ]
     positions = sincos_positions(width, grid)
     assert positions.dtype == torch.float32
-    # Computed in fp64 and rounded once; the direct formula's power may differ in the last bit of fp64.
+    # Computed in fp64 and rounded once; the direct formula's power may differ in the last bit of
+    # fp64.
     torch.testing.assert_close(positions, torch.tensor(expected), rtol=0, atol=1e-7)
 
 
 def test_positions_by_hand() -> None:
-    expected = [[0, 1, 0, 1], [math.sin(1), math.cos(1), 0, 1], [0, 1, math.sin(1), math.cos(1)],
-                [math.sin(1), math.cos(1), math.sin(1), math.cos(1)]]
+    expected = [
+        [0, 1, 0, 1],
+        [math.sin(1), math.cos(1), 0, 1],
+        [0, 1, math.sin(1), math.cos(1)],
+        [math.sin(1), math.cos(1), math.sin(1), math.cos(1)],
+    ]
     torch.testing.assert_close(sincos_positions(4, 2), torch.tensor(expected))
 
 
@@ -49,7 +61,9 @@ def test_timestep_embedding_equals_direct_formula_cosine_first(timestep: float) 
     angles = [timestep * 10_000 ** (-i / 128) for i in range(128)]
     expected = torch.tensor([[math.cos(a) for a in angles] + [math.sin(a) for a in angles]])
     # fp32 angles: a relative 1e-7 of up to 1000.
-    torch.testing.assert_close(sinusoids(torch.tensor([timestep])), expected, rtol=0, atol=2e-6 + 2e-7 * timestep)
+    torch.testing.assert_close(
+        sinusoids(torch.tensor([timestep])), expected, rtol=0, atol=2e-6 + 2e-7 * timestep
+    )
 
 
 def test_timestep_embedding_does_not_round_the_timestep() -> None:
@@ -73,7 +87,11 @@ def test_patch_embedding_takes_patches_row_by_row() -> None:
     embedding = PatchEmbedding(patch_size=2, in_channels=3, width=4)
     latents = random_tensor(2, 3, 4, 6)
     weight, bias = embedding.proj.weight.flatten(1), embedding.proj.bias
-    tokens = [latents[:, :, y:y + 2, x:x + 2].flatten(1) @ weight.T + bias for y in (0, 2) for x in (0, 2, 4)]
+    tokens = [
+        latents[:, :, y : y + 2, x : x + 2].flatten(1) @ weight.T + bias
+        for y in (0, 2)
+        for x in (0, 2, 4)
+    ]
     # Convolution and product may add in another order.
     torch.testing.assert_close(embedding(latents), torch.stack(tokens, dim=1), rtol=1e-5, atol=1e-5)
 
@@ -81,4 +99,6 @@ def test_patch_embedding_takes_patches_row_by_row() -> None:
 def test_label_embedding_has_a_last_row_for_the_null_label() -> None:
     embedding = LabelEmbedding(10, 4)
     assert embedding.table.weight.shape == (11, 4)
-    assert torch.equal(embedding.vector(ClassCondition(torch.tensor([10, 0]), 10)), embedding.table.weight[[10, 0]])
+    assert torch.equal(
+        embedding.vector(ClassCondition(torch.tensor([10, 0]), 10)), embedding.table.weight[[10, 0]]
+    )

@@ -57,7 +57,10 @@ def test_init_parameters_of_equal_shape_differ() -> None:
 
 
 def test_init_parameter_does_not_depend_on_other_parts_of_the_network() -> None:
-    small, large = weights(initialised()), weights(initialised(model={"depth": 4, "qk_norm": True}, routing={"top_k": 2}))
+    small, large = (
+        weights(initialised()),
+        weights(initialised(model={"depth": 4, "qk_norm": True}, routing={"top_k": 2})),
+    )
     assert all(torch.equal(value, large[name]) for name, value in small.items())
 
 
@@ -79,30 +82,48 @@ def test_init_experts_of_a_rank_equal_the_rows_of_all() -> None:
 
 @pytest.mark.parametrize("expert_type", ["gelu", "swiglu"])
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
-def test_init_experts_of_all_ranks_together_are_those_of_one(expert_type: str, ep_size: int) -> None:
+def test_init_experts_of_all_ranks_together_are_those_of_one(
+    expert_type: str, ep_size: int
+) -> None:
     whole = initialised(routing={"expert_type": expert_type}).blocks[1].moe.routed
     parts = []
     for rank in range(ep_size):
         network = build_model(small_config(routing={"expert_type": expert_type}))
-        parts.append(StackedExperts(4 // ep_size, 16, 32, expert_type=expert_type, first_expert=rank * 4 // ep_size))
+        parts.append(
+            StackedExperts(
+                4 // ep_size, 16, 32, expert_type=expert_type, first_expert=rank * 4 // ep_size
+            )
+        )
         network.blocks[1].moe.routed = parts[-1]
         initialise(network, 0)
     for name, value in whole.named_parameters():
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), value), name
 
 
-@pytest.mark.parametrize("experts", [
-    {}, {"expert_type": "swiglu"}, {"shared_expert_type": "swiglu", "num_unconditional_experts": 2},
-], ids=["gelu", "swiglu", "shared swiglu"])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        {},
+        {"expert_type": "swiglu"},
+        {"shared_expert_type": "swiglu", "num_unconditional_experts": 2},
+    ],
+    ids=["gelu", "swiglu", "shared swiglu"],
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_init_after_meta_covers_every_parameter_and_buffer(method: str, experts: dict[str, Any]) -> None:
+def test_init_after_meta_covers_every_parameter_and_buffer(
+    method: str, experts: dict[str, Any]
+) -> None:
     with torch.device("meta"):
         network = build_model(small_config(**of_method(method, **experts)))
     network.to_empty(device="cpu")
     for value in (*network.parameters(), *network.buffers()):
         value.data.fill_(torch.nan)  # what memory may hold
     initialise(network, 0)
-    assert [name for name, value in (*network.named_parameters(), *network.named_buffers()) if not value.isfinite().all()] == []
+    assert [
+        name
+        for name, value in (*network.named_parameters(), *network.named_buffers())
+        if not value.isfinite().all()
+    ] == []
     expected = initialised(**of_method(method, **experts)).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
 
@@ -139,31 +160,50 @@ def test_init_untrained_biases_modulation_and_output_are_zero(seed: int) -> None
             assert value.any(), name
 
 
-@pytest.mark.parametrize(("name", "fan_in", "fan_out"), [
-    ("blocks.0.attention.qkv.weight", 64, 192), ("blocks.0.feed_forward.down.weight", 256, 64),
-    ("patch_embedding.proj.weight", 4, 64), (ROUTED + "up_weight", 64, 128), (ROUTED + "down_weight", 128, 64),
-    ("blocks.1.moe.shared.up.weight", 64, 128), (ROUTED + "gate_weight", 64, 128), ("blocks.1.moe.shared.gate.weight", 64, 128),
-    ("blocks.1.moe.router.hidden.weight", 64, 64), ("blocks.1.moe.router.gate_weight", 64, 4),
-])
+@pytest.mark.parametrize(
+    ("name", "fan_in", "fan_out"),
+    [
+        ("blocks.0.attention.qkv.weight", 64, 192),
+        ("blocks.0.feed_forward.down.weight", 256, 64),
+        ("patch_embedding.proj.weight", 4, 64),
+        (ROUTED + "up_weight", 64, 128),
+        (ROUTED + "down_weight", 128, 64),
+        ("blocks.1.moe.shared.up.weight", 64, 128),
+        (ROUTED + "gate_weight", 64, 128),
+        ("blocks.1.moe.shared.gate.weight", 64, 128),
+        ("blocks.1.moe.router.hidden.weight", 64, 64),
+        ("blocks.1.moe.router.gate_weight", 64, 4),
+    ],
+)
 def test_init_matrices_are_xavier_uniform(name: str, fan_in: int, fan_out: int) -> None:
     routing = {"expert_type": "swiglu"} if "gate" in name else {}
     routing |= {"method": "expert_race"} if ".router." in name else {}
     value = weights(initialised(model={"hidden_size": 64}, routing=routing))[name]
     bound = (6 / (fan_in + fan_out)) ** 0.5
     assert value.abs().max() <= bound
-    # 256 draws at least: the largest lies near the bound, the deviation within some percent of bound / sqrt(3).
+    # 256 draws at least: the largest lies near the bound, the deviation within some percent of
+    # bound / sqrt(3).
     assert value.abs().max() > 0.95 * bound
     assert value.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
     assert abs(value.mean().item()) < 0.1 * bound
 
 
-@pytest.mark.parametrize(("method", "std", "is_uniform"), [
-    ("dit_moe", 3**-0.5 / 8, True), ("ec_dit", 0.006, False), ("diff_moe", 0.006, False),
-    ("expert_race", (2 / (64 + 4)) ** 0.5, True),
-])
+@pytest.mark.parametrize(
+    ("method", "std", "is_uniform"),
+    [
+        ("dit_moe", 3**-0.5 / 8, True),
+        ("ec_dit", 0.006, False),
+        ("diff_moe", 0.006, False),
+        ("expert_race", (2 / (64 + 4)) ** 0.5, True),
+    ],
+)
 def test_init_linear_gates_start_as_published(method: str, std: float, is_uniform: bool) -> None:
-    gates = [weights(initialised(seed, model={"hidden_size": 64}, **of_method(method)))["blocks.1.moe.router.gate_weight"]
-             for seed in range(8)]
+    gates = [
+        weights(initialised(seed, model={"hidden_size": 64}, **of_method(method)))[
+            "blocks.1.moe.router.gate_weight"
+        ]
+        for seed in range(8)
+    ]
     value = torch.stack(gates) / std  # 2,048 draws
     assert value.std().item() == pytest.approx(1, rel=0.05)
     # The fourth moment tells the shapes apart (1.8 and 3), so does the largest value.
@@ -171,8 +211,15 @@ def test_init_linear_gates_start_as_published(method: str, std: float, is_unifor
     assert (value.abs().max() <= 3**0.5) == is_uniform
 
 
-@pytest.mark.parametrize("name", ["blocks.1.moe.router.prototypes", "label_embedding.table.weight",
-                                  "timestep_embedding.up.weight", "timestep_embedding.down.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.1.moe.router.prototypes",
+        "label_embedding.table.weight",
+        "timestep_embedding.up.weight",
+        "timestep_embedding.down.weight",
+    ],
+)
 def test_init_embeddings_and_prototypes_are_normal_002(name: str) -> None:
     value = weights(initialised(model={"hidden_size": 64}))[name]
     # 256 draws at least: the estimate lies within 15 percent (over three standard errors).

@@ -44,15 +44,20 @@ def test_official_there_and_back_is_the_same(setting: str) -> None:
 
 PUBLISHED = ("token_choice", "expert_choice", "dit_moe", "ec_dit", "diff_moe")
 EXPERTS: dict[str, dict[str, Any]] = {
-    "plain": {}, "swiglu": {"expert_type": "swiglu"}, "shared swiglu": {"shared_expert_type": "swiglu", "num_shared_experts": 2},
-    "swiglu, shared gelu": {"expert_type": "swiglu", "shared_expert_type": "gelu"}, "no shared": {"num_shared_experts": 0},
+    "plain": {},
+    "swiglu": {"expert_type": "swiglu"},
+    "shared swiglu": {"shared_expert_type": "swiglu", "num_shared_experts": 2},
+    "swiglu, shared gelu": {"expert_type": "swiglu", "shared_expert_type": "gelu"},
+    "no shared": {"num_shared_experts": 0},
     "as published": {"num_shared_experts": 0, "num_unconditional_experts": 0},
 }
 
 
 @pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS.keys())
 @pytest.mark.parametrize("method", PUBLISHED)
-def test_official_of_every_published_method_there_and_back_is_the_same(method: str, experts: dict[str, Any]) -> None:
+def test_official_of_every_published_method_there_and_back_is_the_same(
+    method: str, experts: dict[str, Any]
+) -> None:
     network = random_network(model={"depth": 4, "qk_norm": True}, **of_method(method, **experts))
     for name, buffer in network.named_buffers():
         buffer.copy_(random_tensor(*buffer.shape, seed=len(name)))
@@ -67,32 +72,71 @@ def test_official_of_every_published_method_there_and_back_is_the_same(method: s
 def names_of_moe(method: str, **experts: Any) -> set[str]:
     """Return the published names of a MoE feed-forward, experts but the first and last apart."""
     names = official(**of_method(method, **experts))[0]
-    inner = (name.removeprefix("blocks.1.mlp.") for name in names if name.startswith("blocks.1.mlp."))
-    return {name for name in inner if not name.startswith(("experts.1.", "experts.2.", "experts.3."))}
+    inner = (
+        name.removeprefix("blocks.1.mlp.") for name in names if name.startswith("blocks.1.mlp.")
+    )
+    return {
+        name for name in inner if not name.startswith(("experts.1.", "experts.2.", "experts.3."))
+    }
 
 
 LINEAR = ("weight", "bias")
-BASELINE = {f"experts.{expert}.{layer}.{kind}" for expert in (0, 4) for layer in ("fc1", "fc2") for kind in LINEAR}
+BASELINE = {
+    f"experts.{expert}.{layer}.{kind}"
+    for expert in (0, 4)
+    for layer in ("fc1", "fc2")
+    for kind in LINEAR
+}
 SWIGLU = {f"shared_experts.{layer}_proj.weight" for layer in ("gate", "up", "down")}
 
 
-@pytest.mark.parametrize(("method", "shared", "expected"), [
-    ("dit_moe", "swiglu", {"gate.weight", *SWIGLU}),
-    ("ec_dit", "swiglu", {"gate_weight", *SWIGLU}),
-    ("diff_moe", "swiglu", {"gate_weight", "expert_threshold", "ema_decay", *SWIGLU,
-                            *(f"capacity_predictor.{layer}.{kind}" for layer in (0, 2) for kind in LINEAR)}),
-    ("diff_moe", "gelu", {"gate_weight", "expert_threshold", "ema_decay",
-                          *(f"shared_experts.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in LINEAR),
-                          *(f"capacity_predictor.{layer}.{kind}" for layer in (0, 2) for kind in LINEAR)}),
-])
-def test_official_names_of_the_baselines_are_the_published_ones(method: str, shared: str, expected: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("method", "shared", "expected"),
+    [
+        ("dit_moe", "swiglu", {"gate.weight", *SWIGLU}),
+        ("ec_dit", "swiglu", {"gate_weight", *SWIGLU}),
+        (
+            "diff_moe",
+            "swiglu",
+            {
+                "gate_weight",
+                "expert_threshold",
+                "ema_decay",
+                *SWIGLU,
+                *(f"capacity_predictor.{layer}.{kind}" for layer in (0, 2) for kind in LINEAR),
+            },
+        ),
+        (
+            "diff_moe",
+            "gelu",
+            {
+                "gate_weight",
+                "expert_threshold",
+                "ema_decay",
+                *(f"shared_experts.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in LINEAR),
+                *(f"capacity_predictor.{layer}.{kind}" for layer in (0, 2) for kind in LINEAR),
+            },
+        ),
+    ],
+)
+def test_official_names_of_the_baselines_are_the_published_ones(
+    method: str, shared: str, expected: set[str]
+) -> None:
     assert names_of_moe(method, shared_expert_type=shared) == BASELINE | expected
 
 
 def test_official_names_of_swiglu_experts() -> None:
-    expected = {f"experts.{expert}.{layer}_proj.weight" for expert in (0, 4) for layer in ("gate", "up", "down")}
-    assert names_of_moe("ec_dit", expert_type="swiglu", num_shared_experts=0) == expected | {"gate_weight"}
-    assert names_of_moe("expert_choice", expert_type="swiglu", num_shared_experts=0) == expected | {"cluster_centers"}
+    expected = {
+        f"experts.{expert}.{layer}_proj.weight"
+        for expert in (0, 4)
+        for layer in ("gate", "up", "down")
+    }
+    assert names_of_moe("ec_dit", expert_type="swiglu", num_shared_experts=0) == expected | {
+        "gate_weight"
+    }
+    assert names_of_moe("expert_choice", expert_type="swiglu", num_shared_experts=0) == expected | {
+        "cluster_centers"
+    }
 
 
 @pytest.mark.parametrize("method", ["expert_race", "classification", "kmeans"])
@@ -123,27 +167,57 @@ def test_from_official_of_another_method_names_what_has_no_place() -> None:
 
 def test_from_official_gelu_experts_have_no_gate() -> None:
     state, config = official()
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.experts\.0\.gate_proj\.weight|routed\.gate_weight"):
-        from_official({**state, "blocks.1.mlp.experts.0.gate_proj.weight": torch.zeros(32, 16)}, config)
+    with pytest.raises(
+        CheckpointError, match=r"blocks\.1\.mlp\.experts\.0\.gate_proj\.weight|routed\.gate_weight"
+    ):
+        from_official(
+            {**state, "blocks.1.mlp.experts.0.gate_proj.weight": torch.zeros(32, 16)}, config
+        )
 
 
 def test_official_names_of_a_moe_block_are_the_published_ones() -> None:
     names = {name for name in official(model={"qk_norm": True})[0] if name.startswith("blocks.1.")}
     linear = ("weight", "bias")
-    expected = {f"blocks.1.{layer}.{kind}" for kind in linear for layer in
-                ("attn.qkv", "attn.proj", "attn.q_norm", "attn.k_norm", "adaLN_modulation.1", "mlp.shared_expert.up_proj",
-                 "mlp.shared_expert.down_proj")}
-    expected |= {f"blocks.1.mlp.experts.{expert}.{layer}_proj.{kind}" for expert in range(5) for layer in ("up", "down")
-                 for kind in linear}
+    expected = {
+        f"blocks.1.{layer}.{kind}"
+        for kind in linear
+        for layer in (
+            "attn.qkv",
+            "attn.proj",
+            "attn.q_norm",
+            "attn.k_norm",
+            "adaLN_modulation.1",
+            "mlp.shared_expert.up_proj",
+            "mlp.shared_expert.down_proj",
+        )
+    }
+    expected |= {
+        f"blocks.1.mlp.experts.{expert}.{layer}_proj.{kind}"
+        for expert in range(5)
+        for layer in ("up", "down")
+        for kind in linear
+    }
     assert names == expected | {"blocks.1.mlp.cluster_centers"}
 
 
 def test_official_names_outside_moe_blocks_are_the_published_ones() -> None:
     names = {name for name in official()[0] if not name.startswith("blocks.1.")}
-    expected = {f"{layer}.{kind}" for kind in ("weight", "bias") for layer in
-                ("x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.adaLN_modulation.1",
-                 "final_layer.linear", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.adaLN_modulation.1",
-                 "blocks.0.mlp.fc1", "blocks.0.mlp.fc2")}
+    expected = {
+        f"{layer}.{kind}"
+        for kind in ("weight", "bias")
+        for layer in (
+            "x_embedder.proj",
+            "t_embedder.mlp.0",
+            "t_embedder.mlp.2",
+            "final_layer.adaLN_modulation.1",
+            "final_layer.linear",
+            "blocks.0.attn.qkv",
+            "blocks.0.attn.proj",
+            "blocks.0.adaLN_modulation.1",
+            "blocks.0.mlp.fc1",
+            "blocks.0.mlp.fc2",
+        )
+    }
     assert names == expected | {"pos_embed", "y_embedder.embedding_table.weight"}
 
 
@@ -165,7 +239,9 @@ def raises_saying(message: str) -> Any:
     return pytest.raises(CheckpointError, match=re.escape(message))
 
 
-@pytest.mark.parametrize("key", ["foo.bar", "y_embedder.other.weight", "blocks.1.mlp.router.weight", "optimizer"])
+@pytest.mark.parametrize(
+    "key", ["foo.bar", "y_embedder.other.weight", "blocks.1.mlp.router.weight", "optimizer"]
+)
 def test_from_official_unknown_key_is_named(key: str) -> None:
     state, config = official()
     with raises_saying(f"{key}: no such parameter in this architecture"):
@@ -180,14 +256,18 @@ def test_to_official_unknown_key_is_named() -> None:
 def test_from_official_missing_expert_names_its_stack() -> None:
     state, config = official()
     del state["blocks.1.mlp.experts.2.up_proj.bias"]
-    with raises_saying("blocks.1.moe.routed.up_bias: expected the experts 0 ... 3, found [0, 1, 3]"):
+    with raises_saying(
+        "blocks.1.moe.routed.up_bias: expected the experts 0 ... 3, found [0, 1, 3]"
+    ):
         from_official(state, config)
 
 
 def test_from_official_expert_too_many_names_its_stack() -> None:
     state, config = official()
     state["blocks.1.mlp.experts.5.up_proj.bias"] = state["blocks.1.mlp.experts.0.up_proj.bias"]
-    with raises_saying("blocks.1.moe.routed.up_bias: expected the experts 0 ... 3, found [0, 1, 2, 3, 5]"):
+    with raises_saying(
+        "blocks.1.moe.routed.up_bias: expected the experts 0 ... 3, found [0, 1, 2, 3, 5]"
+    ):
         from_official(state, config)
 
 
@@ -197,23 +277,38 @@ def test_from_official_unconditional_expert_without_place_is_named() -> None:
         from_official(state, small_config(routing={"num_unconditional_experts": 0}))
 
 
-@pytest.mark.parametrize("damage", [lambda p: p + 1e-3, lambda p: p[:, :3], lambda p: p[..., :8], lambda p: p.flip(1)],
-                         ids=["values", "tokens", "width", "order"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda p: p + 1e-3, lambda p: p[:, :3], lambda p: p[..., :8], lambda p: p.flip(1)],
+    ids=["values", "tokens", "width", "order"],
+)
 def test_from_official_other_positions_are_named(damage: Any) -> None:
     state, config = official()
     state["pos_embed"] = damage(state["pos_embed"])
-    with raises_saying(f"pos_embed of shape {tuple(state['pos_embed'].shape)} is not the fixed table of this architecture"):
+    with raises_saying(
+        f"pos_embed of shape {tuple(state['pos_embed'].shape)} is not the fixed table of this"
+        " architecture"
+    ):
         from_official(state, config)
 
 
-@pytest.mark.parametrize("ours", ["patch_embedding.proj.weight", "blocks.1.moe.router.prototypes",
-                                  "blocks.1.moe.routed.up_bias", "blocks.1.moe.unconditional.down.weight"])
+@pytest.mark.parametrize(
+    "ours",
+    [
+        "patch_embedding.proj.weight",
+        "blocks.1.moe.router.prototypes",
+        "blocks.1.moe.routed.up_bias",
+        "blocks.1.moe.unconditional.down.weight",
+    ],
+)
 def test_from_official_missing_key_is_named(ours: str) -> None:
     # The docstring promises an error that names a missing key.
     network = random_network()
     state = network.state_dict()
     whole = to_official(state, network.config)
-    damaged = to_official({name: value for name, value in state.items() if name != ours}, network.config)
+    damaged = to_official(
+        {name: value for name, value in state.items() if name != ours}, network.config
+    )
     names = [ours, *(name for name in whole if name not in damaged)]
     with pytest.raises(CheckpointError, match="|".join(map(re.escape, names))):
         from_official(damaged, network.config)

@@ -1,4 +1,6 @@
-"""Safetensors files of one or several parts: whole, checked against their checksums, refused by name when damaged."""
+"""Safetensors files of one or several parts: whole, checked against their checksums, refused by
+name when damaged.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,12 @@ from safetensors.torch import load_file, save_file
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.shards import ShardReader, ShardWriter
 
-VALUES = {"a.weight": torch.arange(60.0).view(5, 12), "b": torch.randn(300).bfloat16(), "c": torch.tensor(3.0),
-          "d": torch.empty(0, 4)}
+VALUES = {
+    "a.weight": torch.arange(60.0).view(5, 12),
+    "b": torch.randn(300).bfloat16(),
+    "c": torch.tensor(3.0),
+    "d": torch.empty(0, 4),
+}
 
 
 def _write(folder: Path, max_bytes: int = 10**6) -> list[Path]:
@@ -26,19 +32,27 @@ def _write(folder: Path, max_bytes: int = 10**6) -> list[Path]:
 
 def _flip(path: Path, value: torch.Tensor) -> None:
     """Change one bit of a tensor in a file."""
-    content, wanted = bytearray(path.read_bytes()), value.view(-1).view(torch.uint8).numpy().tobytes()
+    content, wanted = (
+        bytearray(path.read_bytes()),
+        value.view(-1).view(torch.uint8).numpy().tobytes(),
+    )
     content[content.index(wanted) + len(wanted) // 2] ^= 4
     path.write_bytes(bytes(content))
 
 
 @pytest.mark.parametrize(("max_bytes", "count"), [(10**6, 1), (400, 3)])
-def test_shards_are_read_back_exactly_by_us_and_by_others(tmp_path, max_bytes: int, count: int) -> None:
+def test_shards_are_read_back_exactly_by_us_and_by_others(
+    tmp_path, max_bytes: int, count: int
+) -> None:
     files = _write(tmp_path, max_bytes)
     assert len(files) == count
     reader = ShardReader(tmp_path, "model")
     found = dict(reader.items())
     assert found.keys() == VALUES.keys() == {name for file in files for name in load_file(file)}
-    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in VALUES.items())
+    assert all(
+        torch.equal(found[name], value) and found[name].dtype == value.dtype
+        for name, value in VALUES.items()
+    )
     assert torch.equal(reader.read_rows("a.weight", 1, 3), VALUES["a.weight"][1:4])
 
 

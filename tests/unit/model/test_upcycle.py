@@ -11,43 +11,76 @@ from promoe_ds.moe.experts import FeedForward
 
 from ..builders import random_tensor, randomise, small_config
 
-#: Name -> routing of a network of dense width 64; whether conditional tokens (gate 1) and null tokens keep the dense function.
+#: Name -> routing of a network of dense width 64; whether conditional tokens (gate 1) and null
+# tokens keep the dense function.
 DEALS = {
     "halves": ({}, True, True),
     "shared_holds_all": ({"shared_expert_width": 64}, True, True),
     "shared_wider_than_dense": ({"shared_expert_width": 100}, True, True),
-    "two_shared": ({"num_shared_experts": 2, "shared_expert_width": 16, "expert_width": 32}, True, True),
+    "two_shared": (
+        {"num_shared_experts": 2, "shared_expert_width": 16, "expert_width": 32},
+        True,
+        True,
+    ),
     "no_shared": ({"num_shared_experts": 0}, True, True),
     "experts_wider_than_the_rest": ({"expert_width": 48, "shared_expert_width": 32}, True, True),
-    "experts_narrower_than_the_rest": ({"expert_width": 8, "shared_expert_width": 32}, False, False),
-    "two_unconditional": ({"expert_width": 16, "shared_expert_width": 32, "num_unconditional_experts": 2}, False, True),
+    "experts_narrower_than_the_rest": (
+        {"expert_width": 8, "shared_expert_width": 32},
+        False,
+        False,
+    ),
+    "two_unconditional": (
+        {"expert_width": 16, "shared_expert_width": 32, "num_unconditional_experts": 2},
+        False,
+        True,
+    ),
     "swiglu_shared": ({"shared_expert_type": "swiglu", "expert_width": 64}, True, True),
     "swiglu_experts": ({"expert_type": "swiglu", "shared_expert_type": "gelu"}, False, False),
 }
 
 
-def build(routing: dict, scale: float = 1.0, noise: float = 0.0) -> tuple[FeedForward, dict[str, torch.Tensor], Deal]:
-    """Return a dense feed-forward, the parameters of the layer made of it, and how it was dealt out."""
+def build(
+    routing: dict, scale: float = 1.0, noise: float = 0.0
+) -> tuple[FeedForward, dict[str, torch.Tensor], Deal]:
+    """Return a dense feed-forward, the parameters of the layer made of it, and how it was dealt
+    out.
+    """
     config = small_config(routing={"num_experts": 3, **routing})
     dense = randomise(FeedForward(16, 64))
-    values = {ours: dense.get_parameter(theirs).detach() for ours, theirs in DENSE_PARAMETERS.items()}
+    values = {
+        ours: dense.get_parameter(theirs).detach() for ours, theirs in DENSE_PARAMETERS.items()
+    }
     deal = deal_units(config)
     options = {"gate_scale": scale, "noise": noise, "seed": 3}
-    layer = {name.removeprefix("blocks.1.moe."): upcycled_parameter(name, shape, values, deal, **options)
-             for name, shape in state_shapes(config).items() if name.startswith("blocks.1.moe.") and ".router." not in name}
+    layer = {
+        name.removeprefix("blocks.1.moe."): upcycled_parameter(name, shape, values, deal, **options)
+        for name, shape in state_shapes(config).items()
+        if name.startswith("blocks.1.moe.") and ".router." not in name
+    }
     return dense, layer, deal
 
 
-def run(layer: dict[str, torch.Tensor], part: str, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+def run(
+    layer: dict[str, torch.Tensor], part: str, x: torch.Tensor, expert: int | None = None
+) -> torch.Tensor:
     """Compute one part by its formula."""
     if f"{part}.up.weight" not in layer and f"{part}.up_weight" not in layer:
         return torch.zeros_like(x)
-    get = {leaf: layer[f"{part}.{leaf}"][expert] if expert is not None else layer[f"{part}.{leaf.replace('_', '.')}"]
-           for leaf in ("gate_weight", "up_weight", "up_bias", "down_weight", "down_bias")
-           if f"{part}.{leaf}" in layer or f"{part}.{leaf.replace('_', '.')}" in layer}
+    get = {
+        leaf: (
+            layer[f"{part}.{leaf}"][expert]
+            if expert is not None
+            else layer[f"{part}.{leaf.replace('_', '.')}"]
+        )
+        for leaf in ("gate_weight", "up_weight", "up_bias", "down_weight", "down_bias")
+        if f"{part}.{leaf}" in layer or f"{part}.{leaf.replace('_', '.')}" in layer
+    }
     hidden = x @ get["up_weight"].T + get.get("up_bias", 0.0)
-    hidden = (torch.nn.functional.silu(x @ get["gate_weight"].T) * hidden if "gate_weight" in get
-              else torch.nn.functional.gelu(hidden, approximate="tanh"))
+    hidden = (
+        torch.nn.functional.silu(x @ get["gate_weight"].T) * hidden
+        if "gate_weight" in get
+        else torch.nn.functional.gelu(hidden, approximate="tanh")
+    )
     return hidden @ get["down_weight"].T + get.get("down_bias", 0.0)
 
 
@@ -59,14 +92,23 @@ def test_deal_parts_add_up_to_the_dense_function_where_it_says_so(name: str) -> 
     expected, shared = dense(x).detach(), run(layer, "shared", x)
     assert (deal.routed_is_exact, deal.unconditional_is_exact) == (conditional, null)
     for expert in range(3):
-        close = torch.allclose(shared + run(layer, "routed", x, expert), expected, rtol=1e-4, atol=1e-4)
+        close = torch.allclose(
+            shared + run(layer, "routed", x, expert), expected, rtol=1e-4, atol=1e-4
+        )
         assert close is conditional, expert
-    assert torch.allclose(shared + run(layer, "unconditional", x), expected, rtol=1e-4, atol=1e-4) is null
+    assert (
+        torch.allclose(shared + run(layer, "unconditional", x), expected, rtol=1e-4, atol=1e-4)
+        is null
+    )
 
 
 def test_deal_narrow_experts_take_windows_that_cover_the_rest() -> None:
-    deal = deal_units(small_config(routing={"num_experts": 4, "expert_width": 8, "shared_expert_width": 32}))
-    assert [one.units.tolist() for one in deal.routed] == [list(range(start, start + 8)) for start in (32, 40, 48, 56)]
+    deal = deal_units(
+        small_config(routing={"num_experts": 4, "expert_width": 8, "shared_expert_width": 32})
+    )
+    assert [one.units.tolist() for one in deal.routed] == [
+        list(range(start, start + 8)) for start in (32, 40, 48, 56)
+    ]
 
 
 def test_deal_scale_multiplies_routed_experts_alone() -> None:

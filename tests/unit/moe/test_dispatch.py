@@ -46,14 +46,20 @@ def test_local_combine_accumulates_in_fp32_for_bf16() -> None:
 def test_local_combine_keeps_fp32_gates_for_bf16_rows() -> None:
     gate = 1.0 + 2**-10  # rounds to 1 in bf16
     base = torch.tensor([[-1.0]], dtype=torch.bfloat16)
-    combined = LocalDispatcher().combine(torch.ones(1, 1, dtype=torch.bfloat16), assignment([0], [gate], [1]), base)
+    combined = LocalDispatcher().combine(
+        torch.ones(1, 1, dtype=torch.bfloat16), assignment([0], [gate], [1]), base
+    )
     assert combined.item() == 2**-10
 
 
 def test_local_combine_fp64_stays_fp64() -> None:
     base = random_tensor(2, 3, dtype=torch.float64)
-    plan = Assignment(torch.tensor([1]), torch.tensor([1.0], dtype=torch.float64), torch.tensor([1]))
-    combined = LocalDispatcher().combine(torch.full((1, 3), 2.0**-40, dtype=torch.float64), plan, base.clone())
+    plan = Assignment(
+        torch.tensor([1]), torch.tensor([1.0], dtype=torch.float64), torch.tensor([1])
+    )
+    combined = LocalDispatcher().combine(
+        torch.full((1, 3), 2.0**-40, dtype=torch.float64), plan, base.clone()
+    )
     assert torch.equal(combined[0], base[0])
     assert torch.equal(combined[1], base[1] + 2.0**-40)  # lost in fp32
 
@@ -84,13 +90,25 @@ def test_weighted_rows_gradients_reach_base_rows_and_gates() -> None:
     ids = torch.tensor([2, 0, 2])
     assert torch.autograd.gradcheck(
         # The base is consumed: a copy keeps gradcheck's own.
-        lambda b, r, g: add_weighted_rows(b.clone(), r, Assignment(ids, g, torch.tensor([3]))), (base, rows, gates))
+        lambda b, r, g: add_weighted_rows(b.clone(), r, Assignment(ids, g, torch.tensor([3]))),
+        (base, rows, gates),
+    )
 
 
-@given(received=st.integers(2, 4).flatmap(lambda experts: st.lists(
-    st.lists(st.integers(0, 3), min_size=experts, max_size=experts), min_size=2, max_size=4)))
+@given(
+    received=st.integers(2, 4).flatmap(
+        lambda experts: st.lists(
+            st.lists(st.integers(0, 3), min_size=experts, max_size=experts), min_size=2, max_size=4
+        )
+    )
+)
 def test_arrived_rows_are_sorted_by_expert_then_by_source(received: list[list[int]]) -> None:
-    arrived = [(expert, rank) for rank, counts in enumerate(received) for expert, n in enumerate(counts) for _ in range(n)]
+    arrived = [
+        (expert, rank)
+        for rank, counts in enumerate(received)
+        for expert, n in enumerate(counts)
+        for _ in range(n)
+    ]
     order = _by_local_expert(torch.tensor(received), len(arrived))
     assert [arrived[i] for i in order.tolist()] == sorted(arrived)
     # Stable: rows of one source and expert keep their order.
@@ -98,5 +116,7 @@ def test_arrived_rows_are_sorted_by_expert_then_by_source(received: list[list[in
 
 
 @pytest.mark.parametrize("received", [[[3, 0, 2]], [[3], [0], [2]]])
-def test_arrived_rows_of_one_source_or_one_expert_are_sorted_already(received: list[list[int]]) -> None:
+def test_arrived_rows_of_one_source_or_one_expert_are_sorted_already(
+    received: list[list[int]],
+) -> None:
     assert _by_local_expert(torch.tensor(received), 5) is None

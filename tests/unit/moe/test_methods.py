@@ -1,4 +1,6 @@
-"""The layer under every routing method and expert type: its plan carried out, gradients, independence of samples."""
+"""The layer under every routing method and expert type: its plan carried out, gradients,
+independence of samples.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,27 @@ from ..routing.plans import METHODS, NULL, ONE_EXPERT, SUPERCLASSES, partition, 
 
 WIDTH, TOKENS, LABELS = 8, 4, [3, NULL, 0, NULL, 7]
 TYPES: dict[str, dict[str, Any]] = {
-    "gelu": {}, "swiglu": {"expert_type": "swiglu"}, "swiglu, shared gelu": {"expert_type": "swiglu", "shared_expert_type": "gelu"},
-    "gelu, two shared swiglu": {"shared_expert_type": "swiglu", "num_shared_experts": 2, "shared_expert_width": 24},
-    "swiglu alone": {"expert_type": "swiglu", "num_shared_experts": 0, "num_unconditional_experts": 0},
+    "gelu": {},
+    "swiglu": {"expert_type": "swiglu"},
+    "swiglu, shared gelu": {"expert_type": "swiglu", "shared_expert_type": "gelu"},
+    "gelu, two shared swiglu": {
+        "shared_expert_type": "swiglu",
+        "num_shared_experts": 2,
+        "shared_expert_width": 24,
+    },
+    "swiglu alone": {
+        "expert_type": "swiglu",
+        "num_shared_experts": 0,
+        "num_unconditional_experts": 0,
+    },
     "swiglu, two unconditional": {"expert_type": "swiglu", "num_unconditional_experts": 2},
 }
 #: Methods under which a sample is never touched by its batch mates in evaluation.
-INDEPENDENT = tuple(method for method in METHODS if not small_config(**of_method(method)).routing.traits.mixes_samples)
+INDEPENDENT = tuple(
+    method
+    for method in METHODS
+    if not small_config(**of_method(method)).routing.traits.mixes_samples
+)
 #: Sums in another order than the loop's.
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -31,14 +47,29 @@ every_method = pytest.mark.parametrize("method", METHODS)
 every_type = pytest.mark.parametrize("types", TYPES.values(), ids=TYPES.keys())
 
 
-def make_layer(method: str, backend: str = "loop", dtype: torch.dtype = torch.float64, **routing: Any) -> MoELayer:
-    routing = {"method": method, "expert_width": 16, "top_k": 1 if method in ONE_EXPERT else 2, **routing}
+def make_layer(
+    method: str, backend: str = "loop", dtype: torch.dtype = torch.float64, **routing: Any
+) -> MoELayer:
+    routing = {
+        "method": method,
+        "expert_width": 16,
+        "top_k": 1 if method in ONE_EXPERT else 2,
+        **routing,
+    }
     if method == "classification":
         routing["superclass_map"] = "digits"
-    config = small_config(model={"hidden_size": WIDTH, "num_heads": 1}, routing=routing, parallel={"expert_backend": backend})
+    config = small_config(
+        model={"hidden_size": WIDTH, "num_heads": 1},
+        routing=routing,
+        parallel={"expert_backend": backend},
+    )
     layer = randomise(build_moe_layer(config))
     for name, buffer in layer.router.named_buffers():
-        buffer.copy_(random_tensor(*buffer.shape, seed=5) if name == "centroids" else torch.full_like(buffer, 0.4))
+        buffer.copy_(
+            random_tensor(*buffer.shape, seed=5)
+            if name == "centroids"
+            else torch.full_like(buffer, 0.4)
+        )
     if isinstance(layer.router, ClassificationRouter):
         layer.router.set_superclasses(SUPERCLASSES)
     return layer.to(dtype)
@@ -57,21 +88,33 @@ def loss_of(plan: RoutingPlan) -> Tensor:
 def one_expert(layer: MoELayer, expert: int, x: Tensor) -> Tensor:
     p = {name: value[expert] for name, value in layer.routed.named_parameters()}
     if layer.routed.expert_type == "swiglu":
-        return (nn.functional.silu(x @ p["gate_weight"].T) * (x @ p["up_weight"].T)) @ p["down_weight"].T
-    return nn.functional.gelu(x @ p["up_weight"].T + p["up_bias"], approximate="tanh") @ p["down_weight"].T + p["down_bias"]
+        return (nn.functional.silu(x @ p["gate_weight"].T) * (x @ p["up_weight"].T)) @ p[
+            "down_weight"
+        ].T
+    return (
+        nn.functional.gelu(x @ p["up_weight"].T + p["up_bias"], approximate="tanh")
+        @ p["down_weight"].T
+        + p["down_bias"]
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
 @every_method
 @every_type
-def test_layer_carries_out_its_plan_token_by_token(method: str, types: dict[str, Any], training: bool) -> None:
-    """Eq. 5: shared plus gate * expert for every row of the list, and the unconditional expert for null samples."""
+def test_layer_carries_out_its_plan_token_by_token(
+    method: str, types: dict[str, Any], training: bool
+) -> None:
+    """Eq. 5: shared plus gate * expert for every row of the list, and the unconditional expert for
+    null samples.
+    """
     layer = make_layer(method, **types).train(training)
     tokens = random_tensor(len(LABELS), TOKENS, WIDTH, dtype=torch.float64)
     output, plan = run(layer, tokens, LABELS)
     expected = torch.zeros_like(tokens) if layer.shared is None else layer.shared(tokens)
     if layer.unconditional is not None:
-        expected = expected + torch.tensor([label == NULL for label in LABELS])[:, None, None] * layer.unconditional(tokens)
+        expected = expected + torch.tensor([label == NULL for label in LABELS])[
+            :, None, None
+        ] * layer.unconditional(tokens)
     rows = list(expected.flatten(0, 1).unbind())
     for token, expert, gate in plan_rows(plan):
         rows[token] = rows[token] + gate * one_expert(layer, expert, tokens.flatten(0, 1)[token])
@@ -84,19 +127,34 @@ def test_layer_carries_out_its_plan_token_by_token(method: str, types: dict[str,
 def test_layer_backends_agree_in_output_and_gradients(method: str, types: dict[str, Any]) -> None:
     results = []
     for backend in ("loop", "grouped_mm"):
-        layer, tokens = make_layer(method, backend, torch.float32, **types), random_tensor(len(LABELS), TOKENS, WIDTH)
+        layer, tokens = (
+            make_layer(method, backend, torch.float32, **types),
+            random_tensor(len(LABELS), TOKENS, WIDTH),
+        )
         output, plan = run(layer, tokens.requires_grad_(), LABELS)
         ((output * random_tensor(*output.shape, seed=3)).sum() + loss_of(plan)).backward()
-        results.append({"output": output.detach(), "tokens": tokens.grad, **{n: p.grad for n, p in layer.named_parameters()}})
+        results.append(
+            {
+                "output": output.detach(),
+                "tokens": tokens.grad,
+                **{n: p.grad for n, p in layer.named_parameters()},
+            }
+        )
     # fp32, the same products added in another order; contrastive losses divide by 0.07.
     for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            results[1][name], value, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @every_method
-@pytest.mark.parametrize("labels", [LABELS, [NULL, NULL], [1]], ids=["mixed", "all unconditional", "one sample"])
+@pytest.mark.parametrize(
+    "labels", [LABELS, [NULL, NULL], [1]], ids=["mixed", "all unconditional", "one sample"]
+)
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
-def test_layer_every_parameter_gets_a_finite_gradient(method: str, labels: list[int], backend: str) -> None:
+def test_layer_every_parameter_gets_a_finite_gradient(
+    method: str, labels: list[int], backend: str
+) -> None:
     layer = make_layer(method, backend, torch.float32, expert_type="swiglu")
     output, plan = run(layer, random_tensor(len(labels), TOKENS, WIDTH).requires_grad_(), labels)
     (output.square().sum() + loss_of(plan)).backward()
@@ -118,7 +176,10 @@ def test_layer_bf16_keeps_the_dtype_of_the_tokens(method: str) -> None:
     output, plan = run(layer, tokens, [0, NULL, 1])
     (output.float().square().sum() + loss_of(plan)).backward()
     assert output.dtype == tokens.grad.dtype == torch.bfloat16
-    assert all(parameter.grad.dtype == torch.bfloat16 and parameter.grad.isfinite().all() for parameter in layer.parameters())
+    assert all(
+        parameter.grad.dtype == torch.bfloat16 and parameter.grad.isfinite().all()
+        for parameter in layer.parameters()
+    )
 
 
 # Who depends on whom, in evaluation.
@@ -126,14 +187,16 @@ def test_layer_bf16_keeps_the_dtype_of_the_tokens(method: str) -> None:
 
 @pytest.mark.parametrize("method", INDEPENDENT)
 @pytest.mark.parametrize("unconditional", [0, 1])
-def test_layer_output_of_a_sample_does_not_depend_on_its_batch_mates(method: str, unconditional: int) -> None:
+def test_layer_output_of_a_sample_does_not_depend_on_its_batch_mates(
+    method: str, unconditional: int
+) -> None:
     layer = make_layer(method, num_unconditional_experts=unconditional).eval()
     tokens = random_tensor(len(LABELS), TOKENS, WIDTH, dtype=torch.float64)
     together, _ = run(layer, tokens, LABELS)
     for place, label in enumerate(LABELS):
-        alone, _ = run(layer, tokens[place:place + 1], [label])
+        alone, _ = run(layer, tokens[place : place + 1], [label])
         # Matrix products of another height may add in another order.
-        torch.testing.assert_close(together[place:place + 1], alone, **FLOAT64)
+        torch.testing.assert_close(together[place : place + 1], alone, **FLOAT64)
 
 
 @every_method

@@ -1,4 +1,6 @@
-"""The plan of the whole pipeline: bytes against files that are written, times in proportion to what they are made of."""
+"""The plan of the whole pipeline: bytes against files that are written, times in proportion to what
+they are made of.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from promoe_ds.config import count_parameters, load_config
 from promoe_ds.config.devices import DEVICES
 from promoe_ds.data.shards import ShardContent, write_shard
 from promoe_ds.data.vae import DECODED_AT_ONCE
-from promoe_ds.planning.pipeline import DECODER_BYTES, ENCODER_BYTES, TRAIN_IMAGES, Assumptions, plan_pipeline
+from promoe_ds.planning.pipeline import (
+    DECODER_BYTES,
+    ENCODER_BYTES,
+    TRAIN_IMAGES,
+    Assumptions,
+    plan_pipeline,
+)
 
 CONFIG = load_config("promoe_b")
 
@@ -25,8 +33,13 @@ def steps(**values) -> dict:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_encode_disk_is_that_of_a_written_shard(tmp_path: Path, dtype: str) -> None:
     records = torch.zeros(2, 64, 8, 32, 32, dtype=getattr(torch, dtype))
-    content = ShardContent(kind="moments", records=records[0], flipped=records[1], labels=torch.zeros(64, dtype=torch.int64),
-                           names=[f"n01440764/n01440764_{number}.JPEG" for number in range(64)])
+    content = ShardContent(
+        kind="moments",
+        records=records[0],
+        flipped=records[1],
+        labels=torch.zeros(64, dtype=torch.int64),
+        names=[f"n01440764/n01440764_{number}.JPEG" for number in range(64)],
+    )
     written = write_shard(tmp_path / "shard.safetensors", content).bytes / 64 * TRAIN_IMAGES
     assert steps(latent_dtype=dtype)["encode"].disk == pytest.approx(written, rel=0.01)
 
@@ -42,14 +55,29 @@ def test_decoder_and_encoder_memory_is_that_of_the_images_of_a_pass() -> None:
     assert plan["sample"].device - weights == pytest.approx(DECODED_AT_ONCE * DECODER_BYTES)
 
 
-def test_tool_plans_the_pipeline_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main(["--recipe", "promoe_b", "--pipeline", "--gpu", "a100", "--out", str(tmp_path / "plan.json")])
+def test_tool_plans_the_pipeline_and_writes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    main(
+        [
+            "--recipe",
+            "promoe_b",
+            "--pipeline",
+            "--gpu",
+            "a100",
+            "--out",
+            str(tmp_path / "plan.json"),
+        ]
+    )
     names = ["unpack", "encode", "train", "convert", "sample", "evaluate"]
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", *names]
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert [step["name"] for step in plan["pipeline"]] == names
     expected = steps(assumptions=Assumptions(device=DEVICES["a100"]))["sample"]
-    assert plan["pipeline"][4]["seconds"] == pytest.approx(expected.seconds) and plan["assumptions"]["device"]["name"] == "a100"
+    assert (
+        plan["pipeline"][4]["seconds"] == pytest.approx(expected.seconds)
+        and plan["assumptions"]["device"]["name"] == "a100"
+    )
 
 
 def test_times_follow_gpus_guidance_and_assumptions() -> None:

@@ -1,4 +1,6 @@
-"""The planner: what a trace counts, how ZeRO cuts, what travels where, what fits; by hand-made sums."""
+"""The planner: what a trace counts, how ZeRO cuts, what travels where, what fits; by hand-made
+sums.
+"""
 
 from __future__ import annotations
 
@@ -43,16 +45,32 @@ def _ranks_that_do_not_exist(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def cluster(nodes: int = 1, gpus_per_node: int = 4, **device: Any) -> Cluster:
-    return Cluster(nodes=nodes, gpus_per_node=gpus_per_node, device=replace(H100, **device), network_bandwidth=50e9)
+    return Cluster(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        device=replace(H100, **device),
+        network_bandwidth=50e9,
+    )
 
 
 def layout(**fields: Any) -> ClusterLayout:
-    return ClusterLayout(**{"world_size": 4, "micro_batch": 4, "zero_stage": 2, "precision": "fp32", "bucket": 1000,
-                            "overlap": False, **fields})
+    return ClusterLayout(
+        **{
+            "world_size": 4,
+            "micro_batch": 4,
+            "zero_stage": 2,
+            "precision": "fp32",
+            "bucket": 1000,
+            "overlap": False,
+            **fields,
+        }
+    )
 
 
 def config(**sections: dict) -> RunConfig:
-    return small_config(**{"model": {"hidden_size": 32, "depth": 4}, "parallel": {"ep_size": 2}, **sections})
+    return small_config(
+        **{"model": {"hidden_size": 32, "depth": 4}, "parallel": {"ep_size": 2}, **sections}
+    )
 
 
 def planned(run: RunConfig | None = None, on: Cluster | None = None, **fields: Any) -> StepPlan:
@@ -71,12 +89,12 @@ def traced(function, *inputs: Tensor) -> ShapeTrace:
 
 def test_trace_peak_is_what_is_live_at_once() -> None:
     def function(x: Tensor) -> None:
-        doubled = x * 2       # one live
+        doubled = x * 2  # one live
         summed = doubled + 1  # two
         del doubled
         view = summed.view(10, 100)
-        view.add_(1)          # views and in-place work take nothing
-        _ = summed * 3        # two
+        view.add_(1)  # views and in-place work take nothing
+        _ = summed * 3  # two
 
     trace = traced(function, torch.zeros(1000))
     assert (dict(trace.peak), trace.live["activations"]) == ({"activations": 2 * 4000}, 0)
@@ -105,10 +123,16 @@ def sent(shapes: PassShapes) -> int:
 
 @pytest.mark.parametrize(("checkpointing", "crossings"), [("none", 4), ("full", 6)])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_pass_sends_rows_once_a_crossing_and_again_where_recomputed(checkpointing: str, crossings: int, top_k: int) -> None:
-    run = config(routing={"top_k": top_k}, parallel={"ep_size": 2, "activation_checkpointing": checkpointing})
+def test_pass_sends_rows_once_a_crossing_and_again_where_recomputed(
+    checkpointing: str, crossings: int, top_k: int
+) -> None:
+    run = config(
+        routing={"top_k": top_k}, parallel={"ep_size": 2, "activation_checkpointing": checkpointing}
+    )
     shapes = trace_pass(run, layout())
-    assert shapes.rows_leaving == 4 * run.model.tokens_per_image * top_k  # two layers, half of the rows
+    assert (
+        shapes.rows_leaving == 4 * run.model.tokens_per_image * top_k
+    )  # two layers, half of the rows
     assert sent(shapes) == crossings * 32 * 4 * shapes.rows_leaving
 
 
@@ -124,7 +148,8 @@ def test_pass_work_is_the_accounted_one() -> None:
     run = config(parallel={"expert_backend": "loop"}, routing={"rcl_weight": 0.0})
     work = trace_pass(run, layout(world_size=1)).trace.work
     images, width, tokens = 4, 32, run.model.tokens_per_image
-    # Accounted: three forward passes. Fused attention makes its scores anew; raw pixels, labels and times need no gradient.
+    # Accounted: three forward passes. Fused attention makes its scores anew; raw pixels, labels and
+    # times need no gradient.
     again = 4 * 2 * images * tokens * tokens * width
     flops = sum(flops for kind in ("matrix", "attention") for flops, _ in work[kind])
     assert flops == pytest.approx(images * training_flops_per_image(run) + again, rel=0.02)
@@ -164,12 +189,19 @@ def test_states_of_a_partition_hold_gradients_of_whole_parameters_that_it_touche
     # 64 elements, sixteen a rank; the middle parameter is touched by all, the first by one.
     exact = states_of_groups([([10, 50, 4], 4)], layout(), 1)
     assert numbers(exact) == (4 * 64, 4 * 60, 12 * 16, 4 * 16)
-    assert numbers(states_of_groups([([10, 50, 3], 4)], layout(), 1))[2:] == (12 * 16, 4 * 16)  # padded
+    assert numbers(states_of_groups([([10, 50, 3], 4)], layout(), 1))[2:] == (
+        12 * 16,
+        4 * 16,
+    )  # padded
 
 
-@pytest.mark.parametrize(("stage", "precision", "expected"), [
-    (0, "fp32", (4, 4, 8, 4)), (2, "fp32", (4, 4, 12, 4)), (2, "bf16", (2, 2, 12, 4))])
-def test_states_of_one_rank_hold_everything(stage: int, precision: str, expected: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("stage", "precision", "expected"),
+    [(0, "fp32", (4, 4, 8, 4)), (2, "fp32", (4, 4, 12, 4)), (2, "bf16", (2, 2, 12, 4))],
+)
+def test_states_of_one_rank_hold_everything(
+    stage: int, precision: str, expected: tuple[int, ...]
+) -> None:
     run = small_config()
     states = states_of_config(run, layout(world_size=1, zero_stage=stage, precision=precision))
     assert numbers(states) == tuple(n * sum(held(run)) for n in expected)
@@ -182,33 +214,49 @@ def test_states_of_zero_2_in_bf16_are_sharded_over_the_replicas() -> None:
     # Half of the experts are here; their two replicas share the state of that half.
     here, owned = dense + routed // 2, dense // 4 + routed // 4
     found = numbers(states_of_config(run, layout(precision="bf16")))
-    assert found == pytest.approx((2 * here, 2 * owned, 12 * owned, 4 * owned), rel=2e-3)  # but for the alignment
+    assert found == pytest.approx(
+        (2 * here, 2 * owned, 12 * owned, 4 * owned), rel=2e-3
+    )  # but for the alignment
 
 
 def test_states_of_zero_1_keep_whole_gradients_beside_those_of_the_partition() -> None:
-    one, two = (states_of_config(small_config(), layout(world_size=2, zero_stage=stage)) for stage in (1, 2))
+    one, two = (
+        states_of_config(small_config(), layout(world_size=2, zero_stage=stage)) for stage in (1, 2)
+    )
     assert one.gradients == one.weights + two.gradients
     assert (one.weights, one.optimizer, one.ema) == (two.weights, two.optimizer, two.ema)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("sections", [{}, {"ema_decays": [0.999, 0.9999], "ema_sigma_rels": [0.05]}])
+@pytest.mark.parametrize(
+    "sections", [{}, {"ema_decays": [0.999, 0.9999], "ema_sigma_rels": [0.05]}]
+)
 def test_states_of_plan_and_dry_run_agree(stage: int, sections: dict) -> None:
     run = config(optimizer=sections)
-    dry, memory = states_of_config(run, layout(zero_stage=stage)), planned(run, zero_stage=stage).memory
+    dry, memory = (
+        states_of_config(run, layout(zero_stage=stage)),
+        planned(run, zero_stage=stage).memory,
+    )
     assert len(run.optimizer.averages) == (3 if sections else 1)
     for kind in ("weights", "optimizer", "ema"):
         assert memory[kind] == pytest.approx(getattr(dry, kind), rel=1e-3), kind
 
 
 def test_states_of_an_offloaded_optimizer_are_on_the_host() -> None:
-    run, values = config(), {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    run, values = (
+        config(),
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    )
     batches = plan_batches(run, 4)
     offloaded = layout_of(batches, resolve_deepspeed(values, run, batches, source="test"))
-    here, there = (plan_step(run, one, cluster()) for one in (replace(offloaded, offload=False), offloaded))
+    here, there = (
+        plan_step(run, one, cluster()) for one in (replace(offloaded, offload=False), offloaded)
+    )
     moved = here.memory["optimizer"] + here.memory["ema"]
     assert (there.memory["optimizer"], there.memory["ema"], here.host) == (0, 0, 0)
-    assert there.host == moved + here.memory["ema"]  # the update's fp32 gradients, as many as one average
+    assert (
+        there.host == moved + here.memory["ema"]
+    )  # the update's fp32 gradients, as many as one average
     assert here.total_memory - there.total_memory >= moved
     assert there.seconds["update"] > here.seconds["update"]
     assert len(plan_lines(there)) == len(plan_lines(here)) + 1
@@ -219,7 +267,10 @@ def test_states_of_an_offloaded_optimizer_are_on_the_host() -> None:
 def test_plan_parameters_of_a_rank_are_its_share() -> None:
     run, plan = config(), planned()
     dense, routed = held(run)
-    assert (plan.parameters_per_rank, plan.flops) == (dense + routed // 2, 16 * training_flops_per_image(run))
+    assert (plan.parameters_per_rank, plan.flops) == (
+        dense + routed // 2,
+        16 * training_flops_per_image(run),
+    )
 
 
 # Links and time.
@@ -235,14 +286,20 @@ def test_ring_crosses_the_border_of_a_node_once_for_all_its_ranks() -> None:
 
 def test_exchange_inside_a_node_stays_there_and_across_nodes_does_not() -> None:
     run = config(parallel={"ep_size": 4})
-    inside, across = (planned(run, on).traffic["exchange"] for on in (cluster(), cluster(nodes=2, gpus_per_node=2)))
+    inside, across = (
+        planned(run, on).traffic["exchange"]
+        for on in (cluster(), cluster(nodes=2, gpus_per_node=2))
+    )
     assert inside.between_nodes == 0
     assert across.inside_node + across.between_nodes == inside.inside_node
     assert across.between_nodes == 2 * across.inside_node  # one neighbour here, two there
 
 
 def test_exchange_of_spread_expert_groups_is_between_nodes() -> None:
-    near, far = (planned(on=cluster(nodes=2, gpus_per_node=2), data_before_expert=spread).traffic for spread in (False, True))
+    near, far = (
+        planned(on=cluster(nodes=2, gpus_per_node=2), data_before_expert=spread).traffic
+        for spread in (False, True)
+    )
     assert near["exchange"].between_nodes == 0 < near["exchange"].inside_node
     assert far["exchange"] == Link(0, near["exchange"].inside_node)
     assert far["gradients"].between_nodes < near["gradients"].between_nodes
@@ -292,8 +349,14 @@ def test_search_where_nothing_fits_names_the_smallest_need() -> None:
 
 
 def test_peak_of_a_device_is_found_by_its_drivers_name() -> None:
-    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H200 NVL": "h200-nvl"}
-    assert {name: bf16_peak(name) for name in names} == {name: DEVICES[key].flops["bf16"] for name, key in names.items()}
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA H200 NVL": "h200-nvl",
+    }
+    assert {name: bf16_peak(name) for name in names} == {
+        name: DEVICES[key].flops["bf16"] for name, key in names.items()
+    }
     assert bf16_peak("Tesla T4") is None
 
 
@@ -306,14 +369,40 @@ def test_cluster_without_nodes_is_refused() -> None:
 def tool():
     torch.distributed.destroy_process_group()  # it makes its own world
     yield main
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
 
 
-def test_tool_prints_tables_and_writes_json(tool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    size = ["train.global_batch_size=8", "model.preset=null", "model.hidden_size=64", "model.num_heads=2", "model.depth=2"]
-    tool(["--recipe", "promoe_s", "--gpus-per-node", "4", "--gpu", "H200", "--out", str(tmp_path / "plan.json"), "--set", *size])
+def test_tool_prints_tables_and_writes_json(
+    tool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    size = [
+        "train.global_batch_size=8",
+        "model.preset=null",
+        "model.hidden_size=64",
+        "model.num_heads=2",
+        "model.depth=2",
+    ]
+    tool(
+        [
+            "--recipe",
+            "promoe_s",
+            "--gpus-per-node",
+            "4",
+            "--gpu",
+            "H200",
+            "--out",
+            str(tmp_path / "plan.json"),
+            "--set",
+            *size,
+        ]
+    )
     plans = json.loads((tmp_path / "plan.json").read_text())
-    assert plans["recipe"]["parameters"]["total"] == count_parameters(load_config("promoe_s", size)).total
+    assert (
+        plans["recipe"]["parameters"]["total"]
+        == count_parameters(load_config("promoe_s", size)).total
+    )
     assert plans["recipe"]["cluster"]["device"]["name"] == "h200"
     kinds = plans["best"]["memory_bytes"]
     names = ("weights", "gradients", "optimizer", "ema", "activations", "exchange", "buckets")

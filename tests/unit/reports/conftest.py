@@ -15,7 +15,9 @@ SURPRISING_NAME = "a<b>&\"c'"
 
 
 def make_run(folder: Path, *, dies: bool = False) -> Path:
-    """Write a run of two layers; in one that dies, an expert of layer 3 gets nothing after step 100, another hardly any."""
+    """Write a run of two layers; in one that dies, an expert of layer 3 gets nothing after step
+    100, another hardly any.
+    """
     lines = []
     for step in range(5, 205, 5):
         for each in interval(step, tokens=[40, 30, 20, 30]):

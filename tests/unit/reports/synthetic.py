@@ -77,7 +77,9 @@ def synthetic_comparison(
     seeds: tuple[int, ...] = (0, 1, 2),
     dataset: str = "digits",
 ) -> dict[str, Any]:
-    """Return a comparison of results by candidate and seed; runs without a result are stated as missing."""
+    """Return a comparison of results by candidate and seed; runs without a result are stated as
+    missing.
+    """
     config = load_config("digits_promoe", ["parallel.ep_size=1"])
     count = count_parameters(config)
     first = next(iter(candidates))
@@ -90,9 +92,9 @@ def synthetic_comparison(
             "parameters": {"total": count.total, "activated": count.activated},
             "summary": summarise(results),
             "training_gflops_per_image": training_flops_per_image(config) / 1e9,
-            "difference_to_first": None
-            if name == first
-            else paired_differences(results, candidates[first]),
+            "difference_to_first": (
+                None if name == first else paired_differences(results, candidates[first])
+            ),
             "seeds": {str(seed): result for seed, result in results.items()},
         }
         for name, results in candidates.items()

@@ -1,4 +1,6 @@
-"""The page and its charts, from synthetic results: what is there, what is missing, nothing unescaped."""
+"""The page and its charts, from synthetic results: what is there, what is missing, nothing
+unescaped.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def _titles(page: Page) -> list[str]:
 def test_page_has_tables_all_charts_and_every_missing_run(tmp_path) -> None:
     page = build_page(_comparison(), tmp_path)
     results, differences = (part["rows"] for part in _parts(page, "table"))
-    # Accuracies 0.97, 0.968, 0.966: mean 96.8, deviation 0.2; the dense one has no experts, the diverged one nothing.
+    # Accuracies 0.97, 0.968, 0.966: mean 96.8, deviation 0.2; the dense one has no experts, the
+    # diverged one nothing.
     column = results[0].index("accuracy, %")
     assert [row[column] for row in results[1:]] == ["96.8 ± 0.2", "95.8 ± 0.3", "–"]
     assert results[2][results[0].index("load entropy")] == "–" and [
@@ -140,13 +143,15 @@ def test_load_per_block_by_hand() -> None:
     comparison = synthetic_comparison(
         {
             "a": {
-                seed: synthetic_result(seed)
-                | {
-                    "layers": [
-                        {"layer": 1, "max_over_mean": value},
-                        {"layer": 3, "max_over_mean": None},
-                    ]
-                }
+                seed: (
+                    synthetic_result(seed)
+                    | {
+                        "layers": [
+                            {"layer": 1, "max_over_mean": value},
+                            {"layer": 3, "max_over_mean": None},
+                        ]
+                    }
+                )
                 for seed, value in enumerate((1.0, 3.0))
             }
         }

@@ -1,4 +1,6 @@
-"""One folder, one experiment: resumption, refusals, failures, with the training replaced by made-up results."""
+"""One folder, one experiment: resumption, refusals, failures, with the training replaced by made-up
+results.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def request_(tmp_path: Path) -> ComparisonRequest:
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace training, judging and drawing the page; return the runs that were done. Runs called `bad` fail."""
+    """Replace training, judging and drawing the page; return the runs that were done. Runs called
+    `bad` fail.
+    """
     runs: list[str] = []
 
     def _do_run(run: PlannedRun, request, children, environment) -> None:

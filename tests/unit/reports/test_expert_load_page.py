@@ -39,12 +39,15 @@ FLAGS = (
     "--hide-scrollbars",
     "--enable-logging=stderr",
 )
-#: Draws all figures, then sends the frame around: width of page and window; figures drawn, of them flat ones.
+#: Draws all figures, then sends the frame around: width of page and window; figures drawn, of them
+# flat ones.
 PROBE = """<script>addEventListener("load", async () => {
   document.querySelectorAll("details").forEach(e => e.open = true)
   await Promise.all([...charts].map(draw))
-  const drawn = [...document.querySelectorAll(".chart canvas")], flat = drawn.filter(e => e.getBoundingClientRect().height < 20)
-  parent.postMessage([document.documentElement.scrollWidth, innerWidth, drawn.length, flat.length].join(), "*")
+  const drawn = [...document.querySelectorAll(".chart canvas")]
+  const flat = drawn.filter(e => e.getBoundingClientRect().height < 20)
+  const width = document.documentElement.scrollWidth
+  parent.postMessage([width, innerWidth, drawn.length, flat.length].join(), "*")
 })</script>"""
 
 
@@ -108,7 +111,9 @@ def test_page_of_an_old_log_shows_what_was_logged_then(tmp_path) -> None:
 
 
 def test_page_of_two_runs_puts_every_chart_under_its_own_name(tmp_path) -> None:
-    """What one run has and the other has not is named in its place, in the overview and layer by layer."""
+    """What one run has and the other has not is named in its place, in the overview and layer by
+    layer.
+    """
     lines = [each for step in (5, 10) for each in interval(step)]
     for each in lines:
         if "layer_detail" in each:
@@ -257,13 +262,15 @@ def test_chart_of_many_rows_shows_the_one_of_a_few_that_is_farthest_from_even() 
     ("width", "scheme"), [(400, "light"), (400, "dark"), (1600, "light"), (1600, "dark")]
 )
 def test_page_in_a_browser_is_whole_without_errors(views, tmp_path, width, scheme) -> None:
-    """The page is laid out by Chromium: no message of its console, nothing wider than the window, the theme's colours."""
+    """The page is laid out by Chromium: no message of its console, nothing wider than the window,
+    the theme's colours.
+    """
     page, frame, shot = tmp_path / "page.html", tmp_path / "frame.html", tmp_path / "shot.png"
     page.write_text(pages.render(build_page(views)) + PROBE)
     # A window is 500 wide at least: the page is in a frame as wide as the screen that is meant.
     frame.write_text(
-        f"<body style=margin:0><iframe src=page.html style='border:0' width={width} height=2400></iframe>"
-        "<script>onmessage=e=>document.body.dataset.probe=e.data</script>"
+        f"<body style=margin:0><iframe src=page.html style='border:0' width={width}"
+        " height=2400></iframe><script>onmessage=e=>document.body.dataset.probe=e.data</script>"
     )
     flags = [
         *FLAGS,

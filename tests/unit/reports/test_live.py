@@ -17,7 +17,9 @@ from .routing_logs import detail, interval, line, write
 
 
 def make_run(folder: Path, layers: int, experts: int) -> Follower:
-    """Write a run of which the last layer's second expert is dead and the first layer is the least even."""
+    """Write a run of which the last layer's second expert is dead and the first layer is the least
+    even.
+    """
     lines, shared = [], detail(experts, prototype_similarity_matrix=None)
     for step in range(5, 135, 5):
         for layer in range(layers):

@@ -146,7 +146,9 @@ def test_log_after_an_interruption_says_which_steps_are_not_covered(tmp_path) ->
 
 
 def test_log_whose_intervals_overlap_counts_what_was_repeated_once(tmp_path) -> None:
-    """A resume with a longer train.log_every: its first interval begins before the last ones that the log holds."""
+    """A resume with a longer train.log_every: its first interval begins before the last ones that
+    the log holds.
+    """
     before = [
         each for step in (10, 20, 30, 40) for each in interval(step, steps=10, tokens=[1, 1, 1, 1])
     ]
@@ -171,8 +173,8 @@ def test_log_with_other_noise_levels_keeps_all_but_the_figures_by_level(tmp_path
     assert log.tokens_TLE[:, 0].tolist() == [[10, 2, 3, 8], [20, 2, 3, 8], [9, 3, 3, 3]]
     assert log.tokens_TLQE[:2].sum() == 0 and log.tokens_TLQE[2, 1].tolist() == [[3, 1, 1, 1]] * 3
     assert log.notes == [
-        "noise levels were cut into 3 bins from step 15 on and otherwise before: figures by noise level begin "
-        "there"
+        "noise levels were cut into 3 bins from step 15 on and otherwise before: figures by noise"
+        " level begin there"
     ]
 
 
@@ -221,14 +223,16 @@ def test_log_lines_of_another_number_of_experts_are_left_out_and_said(tmp_path) 
 def test_log_of_moved_experts_keeps_their_first_numbers(tmp_path) -> None:
     order = [2, 0, 3, 1]
     moved = [
-        {
-            **each,
-            "layer_detail": detail(
-                experts=order, tokens_per_class={"steps": 5, "counts": [[20, 0, 30, 10]]}
-            ),
-        }
-        if each["timestep_bin"] == 0
-        else each
+        (
+            {
+                **each,
+                "layer_detail": detail(
+                    experts=order, tokens_per_class={"steps": 5, "counts": [[20, 0, 30, 10]]}
+                ),
+            }
+            if each["timestep_bin"] == 0
+            else each
+        )
         for each in interval(10, tokens=[20, 0, 30, 10])
     ]
     for each in moved:

@@ -98,7 +98,9 @@ def test_advice_never_makes_it_worse_and_names_every_layer(tmp_path) -> None:
 
 
 def test_advice_is_judged_by_what_it_is_measured_by(tmp_path) -> None:
-    """Sums over the window can hide that two experts take turns: heavy together in each half, even on the whole."""
+    """Sums over the window can hide that two experts take turns: heavy together in each half, even
+    on the whole.
+    """
     lines = []
     for step in range(5, 105, 5):
         tokens = [0, 197, 101, 102] if step > 50 else [200, 0, 101, 102]

@@ -1,4 +1,6 @@
-"""Measures of specialisation against values known by hand and against chance; the page of a small model."""
+"""Measures of specialisation against values known by hand and against chance; the page of a small
+model.
+"""
 
 from __future__ import annotations
 
@@ -216,7 +218,9 @@ def test_token_maps_of_many_experts_show_each_patch_s_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere/page.html", ".", "taken/page.html"])
-def test_place_that_cannot_be_written_is_reported_beforehand(name: str, tmp_path, monkeypatch) -> None:
+def test_place_that_cannot_be_written_is_reported_beforehand(
+    name: str, tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("taken").touch()
     with pytest.raises(DataError, match=r"cannot be written: .*: name another place with --out"):

@@ -11,7 +11,9 @@ Vector = list[float]
 Matrix = list[Vector]
 
 
-def partition(labels: list[int], null_label: int, *, has_unconditional_expert: bool) -> tuple[list[int], list[int]]:
+def partition(
+    labels: list[int], null_label: int, *, has_unconditional_expert: bool
+) -> tuple[list[int], list[int]]:
     """Algorithm 1, step 1: places of routed and of unconditional samples, in order."""
     routed, unconditional = [], []
     for place, label in enumerate(labels):
@@ -84,28 +86,48 @@ def assignment_rows(choices: list[tuple[int, int, float]]) -> list[tuple[int, in
     return sorted(choices, key=lambda row: (row[1], row[0]))
 
 
-def contrastive_loss(tokens: Matrix, membership: list[list[bool]], prototypes: Matrix, temperature: float) -> float:
-    """Eq. 6: cross-entropy of each active prototype's own centroid among all active centroids, averaged."""
+def contrastive_loss(
+    tokens: Matrix, membership: list[list[bool]], prototypes: Matrix, temperature: float
+) -> float:
+    """Eq. 6: cross-entropy of each active prototype's own centroid among all active centroids,
+    averaged.
+    """
     width = len(tokens[0])
     centroids: dict[int, Vector] = {}
     for expert in range(len(prototypes)):
-        members = [token for token, member in zip(tokens, membership, strict=True) if member[expert]]
+        members = [
+            token for token, member in zip(tokens, membership, strict=True) if member[expert]
+        ]
         if members:
-            centroids[expert] = [sum(token[d] for token in members) / len(members) for d in range(width)]
+            centroids[expert] = [
+                sum(token[d] for token in members) / len(members) for d in range(width)
+            ]
     if len(centroids) < 2:
         return 0.0
     total = 0.0
     for expert in centroids:
-        logits = {other: cosine(prototypes[expert], centroid) / temperature for other, centroid in centroids.items()}
+        logits = {
+            other: cosine(prototypes[expert], centroid) / temperature
+            for other, centroid in centroids.items()
+        }
         largest = max(logits.values())
         log_sum = largest + math.log(sum(math.exp(value - largest) for value in logits.values()))
         total += log_sum - logits[expert]
     return total / len(centroids)
 
 
-def balance_loss(samples: list[Matrix], counts: list[list[int]], is_routed: list[bool], *, top_k: int, level: str,
-                 scores_are_probabilities: bool) -> float:
-    """E * sum over experts of (fraction of choices) * (mean probability), over routed tokens only."""
+def balance_loss(
+    samples: list[Matrix],
+    counts: list[list[int]],
+    is_routed: list[bool],
+    *,
+    top_k: int,
+    level: str,
+    scores_are_probabilities: bool,
+) -> float:
+    """E * sum over experts of (fraction of choices) * (mean probability), over routed tokens
+    only.
+    """
     routed = [place for place, is_in in enumerate(is_routed) if is_in]
     if not routed:
         return 0.0
@@ -124,5 +146,7 @@ def balance_loss(samples: list[Matrix], counts: list[list[int]], is_routed: list
 
 def mean_similarity(prototypes: Matrix) -> float:
     """Mean cosine over pairs of different prototypes."""
-    pairs = [cosine(a, b) for i, a in enumerate(prototypes) for j, b in enumerate(prototypes) if i != j]
+    pairs = [
+        cosine(a, b) for i, a in enumerate(prototypes) for j, b in enumerate(prototypes) if i != j
+    ]
     return sum(pairs) / len(pairs) if pairs else 0.0

@@ -1,4 +1,6 @@
-"""What the tests of routers share: a small router of every method, plans as rows, the comparison with an oracle."""
+"""What the tests of routers share: a small router of every method, plans as rows, the comparison
+with an oracle.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,15 @@ _BUILDERS: dict[str, tuple[Callable[..., Router], dict[str, Any]]] = {
     "dit_moe": (LinearGateRouter, {"balance_weight": 0.25, "balance_level": "batch"}),
     "ec_dit": (LinearExpertChoiceRouter, {}),
     "diff_moe": (BatchPoolRouter, {"capacity_weight": 0.5, "threshold_decay": 0.95}),
-    "expert_race": (ExpertRaceRouter, {"activation": "identity", "similarity_weight": 0.25, "patch_values": 3,
-                                       "threshold_decay": 0.95}),
+    "expert_race": (
+        ExpertRaceRouter,
+        {
+            "activation": "identity",
+            "similarity_weight": 0.25,
+            "patch_values": 3,
+            "threshold_decay": 0.95,
+        },
+    ),
     "classification": (_without_top_k(ClassificationRouter), {"loss_weight": 0.5}),
     "kmeans": (_without_top_k(KMeansRouter), {}),
 }
@@ -64,26 +73,41 @@ ONE_EXPERT = tuple(method for method in METHODS if TRAITS[method].single_choice)
 WITH_STATE = ("diff_moe", "expert_race", "kmeans")
 
 
-def make_router(method: str, width: int = 8, *, seed: int = 1, dtype: torch.dtype = torch.float64, num_experts: int = 4,
-                top_k: int = 2, **settings: Any) -> Router:
+def make_router(
+    method: str,
+    width: int = 8,
+    *,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float64,
+    num_experts: int = 4,
+    top_k: int = 2,
+    **settings: Any,
+) -> Router:
     """Build a router with random parameters and running state, in training mode."""
     build, defaults = _BUILDERS[method]
     router = build(width, num_experts=num_experts, top_k=top_k, **{**defaults, **settings})
     randomise(router, seed, std=0.6)
     for name, buffer in router.named_buffers():
         # Thresholds lie among the values that they are compared with, centroids among the tokens.
-        buffer.copy_(random_tensor(*buffer.shape, seed=seed + 1) if name == "centroids"
-                     else 0.3 + 0.4 * random_tensor(*buffer.shape, seed=seed + 1).sigmoid())
+        buffer.copy_(
+            random_tensor(*buffer.shape, seed=seed + 1)
+            if name == "centroids"
+            else 0.3 + 0.4 * random_tensor(*buffer.shape, seed=seed + 1).sigmoid()
+        )
     if isinstance(router, ClassificationRouter):
         router.set_superclasses([superclass % num_experts for superclass in SUPERCLASSES])
     return router.to(dtype).train()
 
 
 def partition(labels: list[int], *, unconditional: bool = True) -> Partition:
-    return partition_samples(ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=unconditional)
+    return partition_samples(
+        ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=unconditional
+    )
 
 
-def route(router: Router, tokens_BSD: Tensor, labels: list[int], *, unconditional: bool = True) -> RoutingPlan:
+def route(
+    router: Router, tokens_BSD: Tensor, labels: list[int], *, unconditional: bool = True
+) -> RoutingPlan:
     return router(tokens_BSD, partition(labels, unconditional=unconditional))
 
 
@@ -91,7 +115,14 @@ def plan_rows(plan: RoutingPlan) -> list[tuple[int, int, float]]:
     """Return the plan's list as (token, expert, gate)."""
     counts = plan.assignment.tokens_per_expert_E
     experts = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    return list(zip(plan.assignment.token_ids_N.tolist(), experts.tolist(), plan.assignment.gates_N.tolist(), strict=True))
+    return list(
+        zip(
+            plan.assignment.token_ids_N.tolist(),
+            experts.tolist(),
+            plan.assignment.gates_N.tolist(),
+            strict=True,
+        )
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +140,27 @@ class Case:
 
     @property
     def tokens_BSD(self) -> Tensor:
-        return random_tensor(len(self.labels), self.tokens, self.width, seed=self.seed, dtype=torch.float64)
+        return random_tensor(
+            len(self.labels), self.tokens, self.width, seed=self.seed, dtype=torch.float64
+        )
 
     @property
     def batch(self) -> Batch:
         """The same for an oracle."""
-        routed, _ = oracles.partition(self.labels, NULL, has_unconditional_expert=self.unconditional)
+        routed, _ = oracles.partition(
+            self.labels, NULL, has_unconditional_expert=self.unconditional
+        )
         return Batch(self.tokens_BSD.tolist(), routed, self.labels)
 
     def router(self, method: str, **settings: Any) -> Router:
-        router = make_router(method, self.width, seed=self.seed + 7, num_experts=self.num_experts, top_k=self.top_k, **settings)
+        router = make_router(
+            method,
+            self.width,
+            seed=self.seed + 7,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            **settings,
+        )
         return router.train(self.training)
 
     def check(self, router: Router, expected: Expected) -> RoutingPlan:
@@ -133,9 +175,16 @@ def cases(draw: st.DrawFn, *, all_experts_in_reach: bool = False) -> Case:
     num_experts = draw(st.integers(1, 5))
     top_k = draw(st.integers(1, num_experts))
     least = -(-num_experts // top_k) if all_experts_in_reach else 1
-    return Case(labels=draw(st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=4)), width=draw(st.integers(2, 5)),
-                tokens=draw(st.integers(least, max(least, 5))), num_experts=num_experts, top_k=top_k,
-                unconditional=draw(st.booleans()), training=draw(st.booleans()), seed=draw(st.integers(0, 2**31)))
+    return Case(
+        labels=draw(st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=4)),
+        width=draw(st.integers(2, 5)),
+        tokens=draw(st.integers(least, max(least, 5))),
+        num_experts=num_experts,
+        top_k=top_k,
+        unconditional=draw(st.booleans()),
+        training=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
 
 
 def check_plan(plan: RoutingPlan, expected: Expected, batch: Batch, router: Router) -> None:
@@ -146,9 +195,13 @@ def check_plan(plan: RoutingPlan, expected: Expected, batch: Batch, router: Rout
     assert [row[2] for row in found] == pytest.approx([row[2] for row in rows], **NEAR)
     counts = counts_of(rows, batch, router.num_experts)
     assert plan.stats.tokens_per_expert_BE.tolist() == counts
-    assert plan.assignment.tokens_per_expert_E.tolist() == [sum(column) for column in zip(*counts, strict=True)]
+    assert plan.assignment.tokens_per_expert_E.tolist() == [
+        sum(column) for column in zip(*counts, strict=True)
+    ]
     assert plan.stats.gate_sums_B.tolist() == pytest.approx(gate_sums_of(rows, batch), **NEAR)
-    assert plan.stats.is_routed_B.tolist() == [place in batch.routed for place in range(len(batch.samples))]
+    assert plan.stats.is_routed_B.tolist() == [
+        place in batch.routed for place in range(len(batch.samples))
+    ]
     similarity = oracles.mean_similarity(router.expert_keys_ED().tolist())
     assert plan.stats.prototype_similarity.item() == pytest.approx(similarity, **NEAR)
     losses = {name: loss.item() for name, loss in plan.aux_losses.items()}
@@ -160,4 +213,6 @@ def check_plan(plan: RoutingPlan, expected: Expected, batch: Batch, router: Rout
 def _check_tensor(found: Tensor | None, expected: Any) -> None:
     assert (found is None) == (expected is None)
     if expected is not None:
-        torch.testing.assert_close(found.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            found.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10
+        )

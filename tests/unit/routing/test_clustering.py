@@ -1,4 +1,6 @@
-"""Offline k-means: finds clusters that are there, is a function of its draws, bears degenerate tokens."""
+"""Offline k-means: finds clusters that are there, is a function of its draws, bears degenerate
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,16 @@ def test_clusters_far_apart_are_found(spherical: bool) -> None:
     label_T = torch.arange(200) % 5
     tokens = centres[label_T] + 0.1 * random_tensor(200, 8)
     found = cluster_tokens(tokens, uniforms(5), spherical=spherical)
-    expected = torch.stack([F.normalize(tokens, dim=-1)[label_T == k].mean(0) if spherical else tokens[label_T == k].mean(0)
-                            for k in range(5)])
+    expected = torch.stack(
+        [
+            (
+                F.normalize(tokens, dim=-1)[label_T == k].mean(0)
+                if spherical
+                else tokens[label_T == k].mean(0)
+            )
+            for k in range(5)
+        ]
+    )
     expected = F.normalize(expected, dim=-1) if spherical else expected
     match = torch.cdist(expected, found).argmin(dim=1)
     assert sorted(match.tolist()) == list(range(5))
@@ -31,7 +41,10 @@ def test_clusters_far_apart_are_found(spherical: bool) -> None:
 
 def test_clusters_are_a_function_of_tokens_and_draws() -> None:
     tokens = random_tensor(300, 6)
-    assert torch.equal(cluster_tokens(tokens, uniforms(7), spherical=True), cluster_tokens(tokens, uniforms(7), spherical=True))
+    assert torch.equal(
+        cluster_tokens(tokens, uniforms(7), spherical=True),
+        cluster_tokens(tokens, uniforms(7), spherical=True),
+    )
 
 
 def test_clusters_of_equal_tokens_are_finite() -> None:

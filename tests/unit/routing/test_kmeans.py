@@ -1,4 +1,6 @@
-"""K-means routing against loops: nearest centroids, their means over passes and ranks, their start."""
+"""K-means routing against loops: nearest centroids, their means over passes and ranks, their
+start.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ from .plans import NULL, Case, cases, make_router, partition, plan_rows, route
 @given(case=cases())
 def test_kmeans_any_batch_equals_oracle(case: Case) -> None:
     router = case.router("kmeans")
-    case.check(router, oracles_methods.kmeans(case.batch, router.centroids.tolist(), training=case.training))
+    case.check(
+        router,
+        oracles_methods.kmeans(case.batch, router.centroids.tolist(), training=case.training),
+    )
 
 
 def test_kmeans_far_clusters_have_gates_of_one() -> None:
@@ -46,8 +51,14 @@ def test_kmeans_gates_move_tokens() -> None:
 # What the centroids learn.
 
 
-@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3), seed=st.integers(0, 2**31), data=st.data())
-def test_centroids_become_the_means_of_their_tokens_over_all_passes(sizes: list[int], seed: int, data: st.DataObject) -> None:
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_centroids_become_the_means_of_their_tokens_over_all_passes(
+    sizes: list[int], seed: int, data: st.DataObject
+) -> None:
     router = make_router("kmeans", width=3, seed=seed)
     before, members = router.centroids.clone(), {expert: [] for expert in range(4)}
     total = torch.zeros(4, 4, dtype=torch.float64)
@@ -59,8 +70,13 @@ def test_centroids_become_the_means_of_their_tokens_over_all_passes(sizes: list[
         for token, expert, _ in plan_rows(plan):
             members[expert].append(tokens.flatten(0, 1)[token].tolist())
     router.update_running_state(total)
-    expected = [oracles.mean(members[expert]) if members[expert] else before[expert].tolist() for expert in range(4)]
-    torch.testing.assert_close(router.centroids, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    expected = [
+        oracles.mean(members[expert]) if members[expert] else before[expert].tolist()
+        for expert in range(4)
+    ]
+    torch.testing.assert_close(
+        router.centroids, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_centroids_all_tokens_on_one_leave_the_others() -> None:
@@ -70,14 +86,18 @@ def test_centroids_all_tokens_on_one_leave_the_others() -> None:
     plan = route(router, tokens, [0, 1])
     assert plan.assignment.tokens_per_expert_E.tolist() == [0, 6, 0, 0]
     router.update_running_state(plan.observation)
-    torch.testing.assert_close(router.centroids[1], tokens.flatten(0, 1).mean(dim=0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        router.centroids[1], tokens.flatten(0, 1).mean(dim=0), rtol=1e-12, atol=1e-12
+    )
     assert torch.equal(router.centroids[[0, 2, 3]], before[[0, 2, 3]])
 
 
 def test_centroids_without_routed_tokens_stay() -> None:
     router = make_router("kmeans")
     before = router.centroids.clone()
-    router.update_running_state(route(router, random_tensor(2, 3, 8, dtype=torch.float64), [NULL, NULL]).observation)
+    router.update_running_state(
+        route(router, random_tensor(2, 3, 8, dtype=torch.float64), [NULL, NULL]).observation
+    )
     assert torch.equal(router.centroids, before)
 
 
@@ -92,11 +112,15 @@ def test_centroids_of_bf16_tokens_are_summed_in_fp32() -> None:
 def test_centroids_repeated_steps_find_the_clusters() -> None:
     router = make_router("kmeans", num_experts=3, width=2)
     centres = torch.tensor([[10.0, 0.0], [0.0, 10.0], [-10.0, -10.0]], dtype=torch.float64)
-    tokens = (centres[:, None] + 0.1 * random_tensor(3, 20, 2, dtype=torch.float64)).flatten(0, 1)[None]
+    tokens = (centres[:, None] + 0.1 * random_tensor(3, 20, 2, dtype=torch.float64)).flatten(0, 1)[
+        None
+    ]
     router.centroids.copy_(tokens[0, [0, 20, 40]])
     for _ in range(3):
         router.update_running_state(route(router, tokens, [0]).observation)
-    torch.testing.assert_close(router.centroids, tokens.view(3, 20, 2).mean(dim=1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        router.centroids, tokens.view(3, 20, 2).mean(dim=1), rtol=1e-12, atol=1e-12
+    )
 
 
 # Their start.
@@ -110,7 +134,9 @@ def test_seed_takes_different_tokens_of_routed_samples() -> None:
     router = make_router("kmeans")
     tokens = random_tensor(3, 2, 8, dtype=torch.float64)
     router.seed(tokens, partition([0, NULL, 1]), backwards)
-    assert torch.equal(router.centroids, torch.stack([tokens[2, 1], tokens[2, 0], tokens[0, 1], tokens[0, 0]]))
+    assert torch.equal(
+        router.centroids, torch.stack([tokens[2, 1], tokens[2, 0], tokens[0, 1], tokens[0, 0]])
+    )
 
 
 def test_seed_fewer_tokens_than_experts_repeats_them() -> None:
@@ -129,20 +155,36 @@ def test_seed_without_routed_samples_leaves_the_centroids() -> None:
 
 def test_seed_leaves_no_graph() -> None:
     router = make_router("kmeans")
-    router.seed(random_tensor(2, 3, 8, dtype=torch.float64).requires_grad_(), partition([0, 1]), backwards)
+    router.seed(
+        random_tensor(2, 3, 8, dtype=torch.float64).requires_grad_(), partition([0, 1]), backwards
+    )
     assert not router.centroids.requires_grad
 
 
 # Distances.
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (6, 4), (40, 4), (40, 30)])  # beyond 25, torch takes matrix products
+@pytest.mark.parametrize(
+    ("tokens", "experts"), [(1, 1), (6, 4), (40, 4), (40, 30)]
+)  # beyond 25, torch takes matrix products
 def test_distances_equal_oracle(tokens: int, experts: int) -> None:
-    tokens_TD, centroids = random_tensor(tokens, 5, dtype=torch.float64), random_tensor(experts, 5, seed=1, dtype=torch.float64)
-    expected = [[oracles.length([x - c for x, c in zip(token, centroid, strict=True)]) for centroid in centroids.tolist()]
-                for token in tokens_TD.tolist()]
-    torch.testing.assert_close(euclidean_distances(tokens_TD, centroids), torch.tensor(expected, dtype=torch.float64),
-                               rtol=1e-10, atol=1e-10)
+    tokens_TD, centroids = (
+        random_tensor(tokens, 5, dtype=torch.float64),
+        random_tensor(experts, 5, seed=1, dtype=torch.float64),
+    )
+    expected = [
+        [
+            oracles.length([x - c for x, c in zip(token, centroid, strict=True)])
+            for centroid in centroids.tolist()
+        ]
+        for token in tokens_TD.tolist()
+    ]
+    torch.testing.assert_close(
+        euclidean_distances(tokens_TD, centroids),
+        torch.tensor(expected, dtype=torch.float64),
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 3, 5)])

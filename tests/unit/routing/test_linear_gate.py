@@ -19,8 +19,16 @@ from .plans import NULL, Case, cases, make_router, plan_rows, route
 
 def check_against_oracle(case: Case, **settings: Any) -> None:
     router = case.router("dit_moe", **settings)
-    case.check(router, oracles_methods.linear_gate(case.batch, router.gate_weight.tolist(), top_k=case.top_k,
-                                                   balance_weight=router.balance_weight, level=router.balance_level))
+    case.check(
+        router,
+        oracles_methods.linear_gate(
+            case.batch,
+            router.gate_weight.tolist(),
+            top_k=case.top_k,
+            balance_weight=router.balance_weight,
+            level=router.balance_level,
+        ),
+    )
 
 
 @given(case=cases(), level=st.sampled_from(["batch", "sample"]))
@@ -33,7 +41,10 @@ def test_linear_gate_gates_are_probabilities_of_all_experts_not_of_the_chosen() 
     plan = route(router, random_tensor(1, 3, 8, dtype=torch.float64), [0])
     torch.testing.assert_close(plan.stats.gate_sums_B, torch.full((1,), 3.0, dtype=torch.float64))
     fewer = make_router("dit_moe", top_k=2)
-    assert route(fewer, random_tensor(1, 3, 8, dtype=torch.float64), [0]).stats.gate_sums_B.item() < 3.0
+    assert (
+        route(fewer, random_tensor(1, 3, 8, dtype=torch.float64), [0]).stats.gate_sums_B.item()
+        < 3.0
+    )
 
 
 def test_linear_gate_longer_token_has_a_sharper_gate() -> None:
@@ -45,7 +56,14 @@ def test_linear_gate_longer_token_has_a_sharper_gate() -> None:
 
 
 def test_linear_gate_balance_weight_zero_has_no_loss() -> None:
-    assert route(make_router("dit_moe", balance_weight=0.0), random_tensor(1, 3, 8, dtype=torch.float64), [0]).aux_losses == {}
+    assert (
+        route(
+            make_router("dit_moe", balance_weight=0.0),
+            random_tensor(1, 3, 8, dtype=torch.float64),
+            [0],
+        ).aux_losses
+        == {}
+    )
 
 
 def test_linear_gate_all_tokens_on_one_expert_have_the_greatest_balance_loss() -> None:

@@ -15,15 +15,25 @@ from . import oracles
 NULL = 10
 
 
-def places(labels: list[int], null_label: int = NULL, *, has_unconditional: bool = True) -> tuple[list[int], list[int]]:
-    partition = partition_samples(ClassCondition(torch.tensor(labels), null_label), has_unconditional_expert=has_unconditional)
+def places(
+    labels: list[int], null_label: int = NULL, *, has_unconditional: bool = True
+) -> tuple[list[int], list[int]]:
+    partition = partition_samples(
+        ClassCondition(torch.tensor(labels), null_label), has_unconditional_expert=has_unconditional
+    )
     return partition.routed_ids.tolist(), partition.unconditional_ids.tolist()
 
 
-@given(labels=st.lists(st.integers(0, NULL), min_size=1, max_size=12), has_unconditional=st.booleans())
+@given(
+    labels=st.lists(st.integers(0, NULL), min_size=1, max_size=12), has_unconditional=st.booleans()
+)
 def test_partition_any_labels_equals_oracle(labels: list[int], has_unconditional: bool) -> None:
-    partition = partition_samples(ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=has_unconditional)
-    routed, unconditional = oracles.partition(labels, NULL, has_unconditional_expert=has_unconditional)
+    partition = partition_samples(
+        ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=has_unconditional
+    )
+    routed, unconditional = oracles.partition(
+        labels, NULL, has_unconditional_expert=has_unconditional
+    )
     assert partition.routed_ids.tolist() == routed
     assert partition.unconditional_ids.tolist() == unconditional
     assert partition.is_routed_B.tolist() == [place in routed for place in range(len(labels))]
@@ -62,17 +72,31 @@ def test_partition_ids_can_index() -> None:
     assert partition.is_routed_B.dtype == torch.bool
 
 
-@given(labels=st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=6), has_unconditional=st.booleans())
-def test_partition_keeps_labels_and_says_which_are_null(labels: list[int], has_unconditional: bool) -> None:
-    partition = partition_samples(ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=has_unconditional)
+@given(
+    labels=st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=6),
+    has_unconditional=st.booleans(),
+)
+def test_partition_keeps_labels_and_says_which_are_null(
+    labels: list[int], has_unconditional: bool
+) -> None:
+    partition = partition_samples(
+        ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=has_unconditional
+    )
     assert partition.group_B.tolist() == labels
     assert partition.is_null_B.tolist() == [label == NULL for label in labels]
 
 
-@pytest.mark.parametrize(("labels", "expected"), [
-    ([3, NULL, 4], [0.0, 2.0]), ([NULL, NULL, NULL], []), ([1, 2, 3], [0.0, 1.0, 2.0]),
-])
-def test_take_routed_takes_the_routed_samples_in_order(labels: list[int], expected: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([3, NULL, 4], [0.0, 2.0]),
+        ([NULL, NULL, NULL], []),
+        ([1, 2, 3], [0.0, 1.0, 2.0]),
+    ],
+)
+def test_take_routed_takes_the_routed_samples_in_order(
+    labels: list[int], expected: list[float]
+) -> None:
     values = torch.arange(3.0)[:, None, None].expand(3, 2, 5)
     taken = partition_samples(ClassCondition(torch.tensor(labels), NULL)).take_routed(values)
     assert taken.shape == (len(expected), 2, 5)
@@ -81,11 +105,20 @@ def test_take_routed_takes_the_routed_samples_in_order(labels: list[int], expect
 
 def test_take_routed_copies_nothing_where_all_are_routed() -> None:
     values = torch.zeros(2, 3)
-    assert partition_samples(ClassCondition(torch.tensor([1, 2]), NULL)).take_routed(values) is values
+    assert (
+        partition_samples(ClassCondition(torch.tensor([1, 2]), NULL)).take_routed(values) is values
+    )
 
 
-@given(labels=st.lists(st.sampled_from([0, NULL]), min_size=1, max_size=5), tokens=st.integers(1, 4))
+@given(
+    labels=st.lists(st.sampled_from([0, NULL]), min_size=1, max_size=5), tokens=st.integers(1, 4)
+)
 def test_unconditional_token_ids_are_the_rest(labels: list[int], tokens: int) -> None:
     partition = partition_samples(ClassCondition(torch.tensor(labels), NULL))
-    expected = [place * tokens + s for place, label in enumerate(labels) if label == NULL for s in range(tokens)]
+    expected = [
+        place * tokens + s
+        for place, label in enumerate(labels)
+        if label == NULL
+        for s in range(tokens)
+    ]
     assert partition.unconditional_token_ids(tokens).tolist() == expected

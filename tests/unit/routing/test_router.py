@@ -19,7 +19,12 @@ from . import oracles
 from .plans import METHODS, NULL, ONE_EXPERT, WITH_STATE, make_router, partition, plan_rows, route
 
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
-BATCHES = {"mixed": [3, NULL, 0], "all conditional": [0, 1, 2], "all unconditional": [NULL, NULL, NULL], "one sample": [5]}
+BATCHES = {
+    "mixed": [3, NULL, 0],
+    "all conditional": [0, 1, 2],
+    "all unconditional": [NULL, NULL, NULL],
+    "one sample": [5],
+}
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -42,18 +47,30 @@ def test_methods_of_these_tests_are_all_that_a_config_knows() -> None:
 
 
 @every_method
-@given(labels=st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=5), unconditional=st.booleans(),
-       training=st.booleans(), seed=st.integers(0, 2**31))
+@given(
+    labels=st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=5),
+    unconditional=st.booleans(),
+    training=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
 @settings(max_examples=15)
-def test_router_any_batch_gives_a_sorted_list_that_agrees_with_its_statistics(method: str, labels: list[int], unconditional: bool,
-                                                                              training: bool, seed: int) -> None:
+def test_router_any_batch_gives_a_sorted_list_that_agrees_with_its_statistics(
+    method: str, labels: list[int], unconditional: bool, training: bool, seed: int
+) -> None:
     router = make_router(method, seed=seed).train(training)
     plan = route(router, batch_of(labels, seed=seed + 3), labels, unconditional=unconditional)
     rows, stats = plan_rows(plan), plan.stats
     order = [(expert, token) for token, expert, _ in rows]
     assert order == sorted(set(order))  # sorted, no pair twice
-    assert stats.tokens_per_expert_BE.sum(dim=0).tolist() == plan.assignment.tokens_per_expert_E.tolist()
-    assert int(plan.assignment.tokens_per_expert_E.sum()) == len(rows) == plan.assignment.gates_N.numel()
+    assert (
+        stats.tokens_per_expert_BE.sum(dim=0).tolist()
+        == plan.assignment.tokens_per_expert_E.tolist()
+    )
+    assert (
+        int(plan.assignment.tokens_per_expert_E.sum())
+        == len(rows)
+        == plan.assignment.gates_N.numel()
+    )
     for place, label in enumerate(labels):
         gates = [gate for token, _, gate in rows if token // 4 == place]
         assert int(stats.tokens_per_expert_BE[place].sum()) == len(gates)
@@ -69,22 +86,36 @@ def test_router_types_of_a_plan(method: str) -> None:
     assignment, stats = plan.assignment, plan.stats
     integers = (assignment.token_ids_N, assignment.tokens_per_expert_E, stats.tokens_per_expert_BE)
     assert [value.dtype for value in integers] == [torch.int64] * 3
-    floats = (assignment.gates_N, stats.gate_sums_B, stats.prototype_similarity, *plan.aux_losses.values())
+    floats = (
+        assignment.gates_N,
+        stats.gate_sums_B,
+        stats.prototype_similarity,
+        *plan.aux_losses.values(),
+    )
     assert {value.dtype for value in floats} == {torch.float32}
     assert all(loss.shape == () for loss in plan.aux_losses.values())
 
 
 @every_method
 def test_router_bf16_keeps_lists_losses_and_observations_in_fp32(method: str) -> None:
-    plan = route(make_router(method, dtype=torch.bfloat16), batch_of([0, NULL, 1]).bfloat16(), [0, NULL, 1])
-    values = (plan.assignment.gates_N, *plan.aux_losses.values(), plan.observation, plan.target_patches_BSP)
+    plan = route(
+        make_router(method, dtype=torch.bfloat16), batch_of([0, NULL, 1]).bfloat16(), [0, NULL, 1]
+    )
+    values = (
+        plan.assignment.gates_N,
+        *plan.aux_losses.values(),
+        plan.observation,
+        plan.target_patches_BSP,
+    )
     assert {value.dtype for value in values if value is not None} == {torch.float32}
 
 
 @every_method
 def test_router_losses_and_observations_only_in_training(method: str) -> None:
     router = make_router(method)
-    assert (route(router, batch_of([0, 1]), [0, 1]).observation is not None) == (method in WITH_STATE)
+    assert (route(router, batch_of([0, 1]), [0, 1]).observation is not None) == (
+        method in WITH_STATE
+    )
     plan = route(router.eval(), batch_of([0, 1]), [0, 1])
     assert (plan.aux_losses, plan.observation, plan.target_patches_BSP) == ({}, None, None)
 
@@ -92,15 +123,25 @@ def test_router_losses_and_observations_only_in_training(method: str) -> None:
 @every_method
 def test_router_statistics_and_observations_hold_no_graph(method: str) -> None:
     plan = route(make_router(method), batch_of([0, 1]).requires_grad_(), [0, 1])
-    stats = (plan.stats.tokens_per_expert_BE, plan.stats.gate_sums_B, plan.stats.prototype_similarity)
-    assert not any(value.requires_grad for value in (*stats, *([] if plan.observation is None else [plan.observation])))
+    stats = (
+        plan.stats.tokens_per_expert_BE,
+        plan.stats.gate_sums_B,
+        plan.stats.prototype_similarity,
+    )
+    assert not any(
+        value.requires_grad
+        for value in (*stats, *([] if plan.observation is None else [plan.observation]))
+    )
     assert plan.assignment.gates_N.requires_grad
 
 
 @every_method
 def test_router_changes_neither_its_input_nor_its_state(method: str) -> None:
     router, tokens = make_router(method), batch_of([3, NULL, 0])
-    before, state = tokens.clone(), {name: value.clone() for name, value in router.state_dict().items()}
+    before, state = (
+        tokens.clone(),
+        {name: value.clone() for name, value in router.state_dict().items()},
+    )
     route(router, tokens, [3, NULL, 0])
     assert torch.equal(tokens, before)
     assert all(torch.equal(value, state[name]) for name, value in router.state_dict().items())
@@ -120,13 +161,21 @@ def test_router_all_unconditional_is_empty_and_trainable(method: str) -> None:
     sum(differentiable(plan)).backward()
     idle = [name for name, parameter in router.named_parameters() if not parameter.grad.any()]
     # Only Expert Race has something to say about null samples: what their target is.
-    assert idle == [name for name, _ in router.named_parameters() if not name.startswith(("hidden", "target_head"))]
+    assert idle == [
+        name
+        for name, _ in router.named_parameters()
+        if not name.startswith(("hidden", "target_head"))
+    ]
 
 
 @every_method
 @pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES.keys())
-def test_router_every_parameter_gets_a_finite_gradient_in_training(method: str, labels: list[int]) -> None:
-    """Zeros, not none, where nothing was routed: a rank without a gradient would break the reduction."""
+def test_router_every_parameter_gets_a_finite_gradient_in_training(
+    method: str, labels: list[int]
+) -> None:
+    """Zeros, not none, where nothing was routed: a rank without a gradient would break the
+    reduction.
+    """
     router = make_router(method)
     sum(differentiable(route(router, batch_of(labels).requires_grad_(), labels))).backward()
     assert [name for name, parameter in router.named_parameters() if parameter.grad is None] == []
@@ -137,7 +186,9 @@ def test_router_every_parameter_gets_a_finite_gradient_in_training(method: str, 
 @pytest.mark.parametrize("num_experts", [1, 3])
 def test_router_one_token_and_every_expert(method: str, num_experts: int) -> None:
     top_k = 1 if method in ONE_EXPERT else num_experts
-    plan = route(make_router(method, num_experts=num_experts, top_k=top_k), batch_of([0], tokens=1), [0])
+    plan = route(
+        make_router(method, num_experts=num_experts, top_k=top_k), batch_of([0], tokens=1), [0]
+    )
     assert [row[0] for row in plan_rows(plan)] == [0] * top_k
     assert sum(differentiable(plan)).isfinite()
 
@@ -154,26 +205,44 @@ def test_router_zero_tokens_have_finite_gradients(method: str) -> None:
 
 ACTIVATIONS = ("identity", "sigmoid", "softmax")
 SMOOTH: list[tuple[str, dict[str, Any]]] = [
-    *(("token_choice", {"activation": a, "balance_weight": 0.5, "rcl_temperature": 0.5}) for a in ACTIVATIONS),
+    *(
+        ("token_choice", {"activation": a, "balance_weight": 0.5, "rcl_temperature": 0.5})
+        for a in ACTIVATIONS
+    ),
     *(("expert_choice", {"activation": a, "rcl_temperature": 0.5}) for a in ACTIVATIONS),
     *(("expert_race", {"activation": a}) for a in ACTIVATIONS),
-    ("dit_moe", {"balance_level": "sample"}), *((method, {}) for method in ("dit_moe", "ec_dit", "diff_moe", *ONE_EXPERT))]
+    ("dit_moe", {"balance_level": "sample"}),
+    *((method, {}) for method in ("dit_moe", "ec_dit", "diff_moe", *ONE_EXPERT)),
+]
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("method", "extra"), SMOOTH, ids=[f"{method} {extra.get('activation', '')}" for method, extra in SMOOTH])
-def test_router_gradients_are_those_of_finite_differences(method: str, extra: dict[str, Any], training: bool) -> None:
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    SMOOTH,
+    ids=[f"{method} {extra.get('activation', '')}" for method, extra in SMOOTH],
+)
+def test_router_gradients_are_those_of_finite_differences(
+    method: str, extra: dict[str, Any], training: bool
+) -> None:
     router = make_router(method, width=4, **extra).train(training)
     tokens = random_tensor(3, 4, 4, dtype=torch.float64).requires_grad_()
     names = [name for name, _ in router.named_parameters()]
-    parameters = tuple(parameter.detach().clone().requires_grad_() for parameter in router.parameters())
+    parameters = tuple(
+        parameter.detach().clone().requires_grad_() for parameter in router.parameters()
+    )
 
     def outputs(tokens_BSD: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         state = dict(zip(names, values, strict=True))
         plan = torch.func.functional_call(router, state, (tokens_BSD, partition([0, NULL, 1])))
-        # DiffMoE's predictor learns from tokens that it is not to move: its loss lacks their gradient on purpose.
+        # DiffMoE's predictor learns from tokens that it is not to move: its loss lacks their
+        # gradient on purpose.
         losses = [loss for name, loss in plan.aux_losses.items() if name != "capacity"]
-        return (plan.assignment.gates_N, *losses, *([] if plan.target_patches_BSP is None else [plan.target_patches_BSP]))
+        return (
+            plan.assignment.gates_N,
+            *losses,
+            *([] if plan.target_patches_BSP is None else [plan.target_patches_BSP]),
+        )
 
     assert torch.autograd.gradcheck(outputs, (tokens, *parameters))
 
@@ -181,7 +250,9 @@ def test_router_gradients_are_those_of_finite_differences(method: str, extra: di
 # What the routers share.
 
 
-@given(labels=st.lists(st.sampled_from([0, NULL]), min_size=1, max_size=5), tokens=st.integers(1, 4))
+@given(
+    labels=st.lists(st.sampled_from([0, NULL]), min_size=1, max_size=5), tokens=st.integers(1, 4)
+)
 def test_pool_token_ids_are_the_places_of_the_routed_tokens(labels: list[int], tokens: int) -> None:
     routed, _ = oracles.partition(labels, NULL, has_unconditional_expert=True)
     places = [place * tokens + s for place in routed for s in range(tokens)]
@@ -204,9 +275,15 @@ def test_prototype_similarity_equals_oracle(num_experts: int) -> None:
     torch.testing.assert_close(mean_prototype_similarity(prototypes), expected, **FLOAT64)
 
 
-@pytest.mark.parametrize(("prototypes", "expected"), [
-    ([[1.0, 0.0], [2.0, 0.0]], 1.0), ([[1.0, 0.0], [-3.0, 0.0]], -1.0), ([[1.0, 0.0], [0.0, 1.0]], 0.0), ([[1.0, 0.0]], 0.0),
-    ([[0.0, 0.0], [1.0, 0.0]], 0.0),
-])
+@pytest.mark.parametrize(
+    ("prototypes", "expected"),
+    [
+        ([[1.0, 0.0], [2.0, 0.0]], 1.0),
+        ([[1.0, 0.0], [-3.0, 0.0]], -1.0),
+        ([[1.0, 0.0], [0.0, 1.0]], 0.0),
+        ([[1.0, 0.0]], 0.0),
+        ([[0.0, 0.0], [1.0, 0.0]], 0.0),
+    ],
+)
 def test_prototype_similarity_by_hand(prototypes: list[list[float]], expected: float) -> None:
     assert mean_prototype_similarity(torch.tensor(prototypes)) == expected

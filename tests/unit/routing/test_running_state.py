@@ -13,8 +13,10 @@ from .plans import METHODS, NULL, WITH_STATE, make_router, plan_rows, route
 
 WITHOUT_STATE = tuple(method for method in METHODS if method not in WITH_STATE)
 CASTS: dict[str, tuple[Any, torch.dtype]] = {
-    "bfloat16": (nn.Module.bfloat16, torch.float32), "half": (nn.Module.half, torch.float32),
-    "float": (nn.Module.float, torch.float32), "double": (nn.Module.double, torch.float64),
+    "bfloat16": (nn.Module.bfloat16, torch.float32),
+    "half": (nn.Module.half, torch.float32),
+    "float": (nn.Module.float, torch.float32),
+    "double": (nn.Module.double, torch.float64),
     "to bfloat16": (lambda module: module.to(torch.bfloat16), torch.float32),
     "to device and half": (lambda module: module.to("cpu", torch.float16), torch.float32),
     "bfloat16 and back": (lambda module: module.bfloat16().float(), torch.float32),
@@ -25,22 +27,31 @@ with_state = pytest.mark.parametrize("method", WITH_STATE)
 
 @with_state
 @pytest.mark.parametrize(("cast", "expected"), CASTS.values(), ids=CASTS.keys())
-def test_buffers_stay_in_fp32_or_become_fp64_inside_any_module(method: str, cast: Any, expected: torch.dtype) -> None:
+def test_buffers_stay_in_fp32_or_become_fp64_inside_any_module(
+    method: str, cast: Any, expected: torch.dtype
+) -> None:
     router = make_router(method, dtype=torch.float32)
     before = {name: value.clone() for name, value in router.named_buffers()}
     cast(nn.Sequential(nn.ModuleDict({"router": router})))
-    assert {name: value.dtype for name, value in router.named_buffers()} == dict.fromkeys(before, expected)
+    assert {name: value.dtype for name, value in router.named_buffers()} == dict.fromkeys(
+        before, expected
+    )
     assert all(torch.equal(value.float(), before[name]) for name, value in router.named_buffers())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_parameters_are_cast(method: str) -> None:
-    assert all(parameter.dtype == torch.bfloat16 for parameter in make_router(method, dtype=torch.float32).bfloat16().parameters())
+    assert all(
+        parameter.dtype == torch.bfloat16
+        for parameter in make_router(method, dtype=torch.float32).bfloat16().parameters()
+    )
 
 
 @with_state
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_buffers_from_the_meta_device_come_to_their_start_in_fp32(method: str, dtype: torch.dtype) -> None:
+def test_buffers_from_the_meta_device_come_to_their_start_in_fp32(
+    method: str, dtype: torch.dtype
+) -> None:
     router = make_router(method, dtype=torch.float32).to("meta").to(dtype)
     assert all(buffer.is_meta for buffer in router.buffers())
     router.to_empty(device="cpu")
@@ -64,9 +75,15 @@ def test_state_is_saved_and_restored_with_the_parameters(method: str) -> None:
 
 @with_state
 def test_state_of_fp32_enters_a_bf16_router_unrounded(method: str) -> None:
-    router, other = make_router(method, dtype=torch.float32), make_router(method, seed=9, dtype=torch.bfloat16)
+    router, other = (
+        make_router(method, dtype=torch.float32),
+        make_router(method, seed=9, dtype=torch.bfloat16),
+    )
     other.load_state_dict(router.state_dict())
-    assert all(torch.equal(value, dict(router.named_buffers())[name]) for name, value in other.named_buffers())
+    assert all(
+        torch.equal(value, dict(router.named_buffers())[name])
+        for name, value in other.named_buffers()
+    )
 
 
 @with_state

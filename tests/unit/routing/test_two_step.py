@@ -22,14 +22,18 @@ from .plans import NULL, plan_rows, route
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
 
 
-def make_router(width: int = 8, seed: int = 1, dtype: torch.dtype = torch.float64, **settings: Any) -> TwoStepRouter:
+def make_router(
+    width: int = 8, seed: int = 1, dtype: torch.dtype = torch.float64, **settings: Any
+) -> TwoStepRouter:
     router = TwoStepRouter(width, TwoStepSettings(**{"num_experts": 4, **settings})).to(dtype)
     with torch.no_grad():
         router.prototypes.copy_(random_tensor(*router.prototypes.shape, seed=seed))
     return router
 
 
-def oracle_plan(router: TwoStepRouter, tokens_BSD: Tensor, labels: list[int], *, unconditional: bool = True):
+def oracle_plan(
+    router: TwoStepRouter, tokens_BSD: Tensor, labels: list[int], *, unconditional: bool = True
+):
     """Return rows, losses, counts and gate sums of a router, by loops."""
     settings, prototypes = router.settings, router.prototypes.tolist()
     routed, _ = oracles.partition(labels, NULL, has_unconditional_expert=unconditional)
@@ -38,7 +42,12 @@ def oracle_plan(router: TwoStepRouter, tokens_BSD: Tensor, labels: list[int], *,
     counts = [[0] * settings.num_experts for _ in labels]
     gate_sums = [0.0] * len(labels)
     for place, sample in enumerate(tokens_BSD.tolist()):
-        samples.append([oracles.scores(token, prototypes, settings.score_scale, settings.activation) for token in sample])
+        samples.append(
+            [
+                oracles.scores(token, prototypes, settings.score_scale, settings.activation)
+                for token in sample
+            ]
+        )
         for s, scores in enumerate(samples[-1]):
             chosen = oracles.best(scores, settings.top_k) if place in routed else []
             counted = chosen if settings.rcl_assignments == "all" else chosen[:1]
@@ -50,37 +59,77 @@ def oracle_plan(router: TwoStepRouter, tokens_BSD: Tensor, labels: list[int], *,
     losses = {}
     if settings.rcl_weight > 0:
         losses["rcl"] = settings.rcl_weight * oracles.contrastive_loss(
-            tokens_BSD.flatten(0, 1).tolist(), membership, prototypes, settings.rcl_temperature)
+            tokens_BSD.flatten(0, 1).tolist(), membership, prototypes, settings.rcl_temperature
+        )
     if settings.balance_weight > 0:
         losses["balance"] = settings.balance_weight * oracles.balance_loss(
-            samples, counts, [place in routed for place in range(len(labels))], top_k=settings.top_k,
-            level=settings.balance_level, scores_are_probabilities=settings.activation == "softmax")
+            samples,
+            counts,
+            [place in routed for place in range(len(labels))],
+            top_k=settings.top_k,
+            level=settings.balance_level,
+            scores_are_probabilities=settings.activation == "softmax",
+        )
     return oracles.assignment_rows(choices), losses, counts, gate_sums
 
 
-def check_against_oracle(router: TwoStepRouter, tokens_BSD: Tensor, labels: list[int], **kwargs: Any) -> None:
+def check_against_oracle(
+    router: TwoStepRouter, tokens_BSD: Tensor, labels: list[int], **kwargs: Any
+) -> None:
     plan = route(router, tokens_BSD, labels, **kwargs)
     rows, losses, counts, gate_sums = oracle_plan(router, tokens_BSD, labels, **kwargs)
     found = plan_rows(plan)
     assert [row[:2] for row in found] == [row[:2] for row in rows]
-    assert [row[2] for row in found] == pytest.approx([row[2] for row in rows], rel=1e-11, abs=1e-11)
-    assert {name: loss.item() for name, loss in plan.aux_losses.items()} == pytest.approx(losses, rel=1e-11, abs=1e-11)
+    assert [row[2] for row in found] == pytest.approx(
+        [row[2] for row in rows], rel=1e-11, abs=1e-11
+    )
+    assert {name: loss.item() for name, loss in plan.aux_losses.items()} == pytest.approx(
+        losses, rel=1e-11, abs=1e-11
+    )
     assert plan.stats.tokens_per_expert_BE.tolist() == counts
     assert plan.stats.gate_sums_B.tolist() == pytest.approx(gate_sums, rel=1e-11, abs=1e-11)
     similarity = oracles.mean_similarity(router.prototypes.tolist())
     assert plan.stats.prototype_similarity.item() == pytest.approx(similarity, rel=1e-11, abs=1e-11)
 
 
-@given(images=st.integers(1, 4), tokens=st.integers(1, 4), width=st.integers(2, 5), experts=st.integers(1, 5),
-       activation=st.sampled_from(["identity", "sigmoid", "softmax"]), scale=st.sampled_from([0.5, 1.0, 4.0]),
-       assignments=st.sampled_from(["all", "first"]), level=st.sampled_from(["batch", "sample"]), unconditional=st.booleans(),
-       seed=st.integers(0, 2**31), data=st.data())
-def test_router_any_setting_equals_oracle(images: int, tokens: int, width: int, experts: int, activation: str, scale: float,
-                                          assignments: str, level: str, unconditional: bool, seed: int,
-                                          data: st.DataObject) -> None:
-    router = make_router(width, seed, num_experts=experts, top_k=data.draw(st.integers(1, experts)), activation=activation,
-                         score_scale=scale, rcl_assignments=assignments, rcl_weight=0.5, balance_weight=0.25,
-                         balance_level=level)
+@given(
+    images=st.integers(1, 4),
+    tokens=st.integers(1, 4),
+    width=st.integers(2, 5),
+    experts=st.integers(1, 5),
+    activation=st.sampled_from(["identity", "sigmoid", "softmax"]),
+    scale=st.sampled_from([0.5, 1.0, 4.0]),
+    assignments=st.sampled_from(["all", "first"]),
+    level=st.sampled_from(["batch", "sample"]),
+    unconditional=st.booleans(),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_router_any_setting_equals_oracle(
+    images: int,
+    tokens: int,
+    width: int,
+    experts: int,
+    activation: str,
+    scale: float,
+    assignments: str,
+    level: str,
+    unconditional: bool,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    router = make_router(
+        width,
+        seed,
+        num_experts=experts,
+        top_k=data.draw(st.integers(1, experts)),
+        activation=activation,
+        score_scale=scale,
+        rcl_assignments=assignments,
+        rcl_weight=0.5,
+        balance_weight=0.25,
+        balance_level=level,
+    )
     labels = data.draw(st.lists(st.sampled_from([0, 9, NULL]), min_size=images, max_size=images))
     tokens_BSD = random_tensor(images, tokens, width, seed=seed + 1, dtype=torch.float64)
     check_against_oracle(router, tokens_BSD, labels, unconditional=unconditional)
@@ -131,7 +180,9 @@ def test_router_one_token() -> None:
 
 
 @pytest.mark.parametrize("assignments", ["all", "first"])
-def test_router_top_k_equal_to_number_of_experts_sends_every_token_everywhere(assignments: str) -> None:
+def test_router_top_k_equal_to_number_of_experts_sends_every_token_everywhere(
+    assignments: str,
+) -> None:
     router = make_router(top_k=4, rcl_assignments=assignments)
     tokens = random_tensor(2, 3, 8, dtype=torch.float64)
     plan = route(router, tokens, [3, NULL])
@@ -148,7 +199,9 @@ def test_router_exact_ties_choose_different_experts_with_the_best_scores(top_k: 
     tokens = random_tensor(2, 5, 8)
     plan = route(router, tokens, [0, 1])
     rows = plan_rows(plan)
-    assert len({row[:2] for row in rows}) == len(rows) == 2 * 5 * top_k  # no expert twice for a token
+    assert (
+        len({row[:2] for row in rows}) == len(rows) == 2 * 5 * top_k
+    )  # no expert twice for a token
     scores = cosine_scores(tokens, router.prototypes).flatten(0, 1)
     assert all(gate == scores[token, expert] for token, expert, gate in rows)
 
@@ -175,7 +228,9 @@ def test_router_gates_are_raw_scores_also_negative_ones() -> None:
     gates = route(router, tokens, [0]).assignment.gates_N
     assert (gates < 0).any()
     scores = cosine_scores(tokens, router.prototypes).flatten(0, 1)
-    assert torch.equal(gates, scores.T.flatten())  # all experts in order, each with its tokens in order
+    assert torch.equal(
+        gates, scores.T.flatten()
+    )  # all experts in order, each with its tokens in order
 
 
 # Losses.
@@ -186,12 +241,26 @@ def test_router_losses_only_in_training_mode() -> None:
     assert route(router, random_tensor(1, 3, 8, dtype=torch.float64), [0]).aux_losses == {}
 
 
-@pytest.mark.parametrize(("settings", "names"), [
-    ({}, {"rcl"}), ({"rcl_weight": 0.0}, set()), ({"balance_weight": 0.1}, {"rcl", "balance"}),
-    ({"rcl_weight": 0.0, "balance_weight": 0.1}, {"balance"}),
-])
-def test_router_weight_zero_switches_a_loss_off(settings: dict[str, float], names: set[str]) -> None:
-    assert set(route(make_router(**settings), random_tensor(1, 3, 8, dtype=torch.float64), [0]).aux_losses) == names
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, {"rcl"}),
+        ({"rcl_weight": 0.0}, set()),
+        ({"balance_weight": 0.1}, {"rcl", "balance"}),
+        ({"rcl_weight": 0.0, "balance_weight": 0.1}, {"balance"}),
+    ],
+)
+def test_router_weight_zero_switches_a_loss_off(
+    settings: dict[str, float], names: set[str]
+) -> None:
+    assert (
+        set(
+            route(
+                make_router(**settings), random_tensor(1, 3, 8, dtype=torch.float64), [0]
+            ).aux_losses
+        )
+        == names
+    )
 
 
 def test_router_weights_multiply_the_losses() -> None:
@@ -273,24 +342,35 @@ def test_router_gradient_of_gates_reaches_chosen_prototypes_only() -> None:
 # Statistics.
 
 
-@given(images=st.integers(1, 5), tokens=st.integers(1, 4), experts=st.integers(1, 4), seed=st.integers(0, 2**31),
-       data=st.data())
-def test_stats_counts_add_up_to_routed_tokens_times_k(images: int, tokens: int, experts: int, seed: int,
-                                                      data: st.DataObject) -> None:
+@given(
+    images=st.integers(1, 5),
+    tokens=st.integers(1, 4),
+    experts=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_stats_counts_add_up_to_routed_tokens_times_k(
+    images: int, tokens: int, experts: int, seed: int, data: st.DataObject
+) -> None:
     top_k = data.draw(st.integers(1, experts))
     router = make_router(num_experts=experts, top_k=top_k, dtype=torch.float32).eval()
     labels = data.draw(st.lists(st.sampled_from([1, NULL]), min_size=images, max_size=images))
     plan = route(router, random_tensor(images, tokens, 8, seed=seed), labels)
     per_sample = [0 if label == NULL else tokens * top_k for label in labels]
     assert plan.stats.tokens_per_expert_BE.sum(dim=1).tolist() == per_sample
-    assert torch.equal(plan.stats.tokens_per_expert_BE.sum(dim=0), plan.assignment.tokens_per_expert_E)
+    assert torch.equal(
+        plan.stats.tokens_per_expert_BE.sum(dim=0), plan.assignment.tokens_per_expert_E
+    )
     assert plan.assignment.token_ids_N.numel() == sum(per_sample)
 
 
 def test_stats_hold_no_graph() -> None:
     plan = route(make_router(), random_tensor(1, 3, 8, dtype=torch.float64).requires_grad_(), [0])
     stats = plan.stats
-    assert not any(t.requires_grad for t in (stats.tokens_per_expert_BE, stats.gate_sums_B, stats.prototype_similarity))
+    assert not any(
+        t.requires_grad
+        for t in (stats.tokens_per_expert_BE, stats.gate_sums_B, stats.prototype_similarity)
+    )
     assert plan.assignment.gates_N.requires_grad
 
 

@@ -22,7 +22,9 @@ def parameters(scale: float = 1.0) -> list[nn.Parameter]:
     return values
 
 
-@pytest.mark.parametrize("experts", [(), (2,), (0, 1, 2)], ids=["dense", "one expert", "experts only"])
+@pytest.mark.parametrize(
+    "experts", [(), (2,), (0, 1, 2)], ids=["dense", "one expert", "experts only"]
+)
 def test_norm_without_group_equals_that_of_torch(experts: tuple[int, ...]) -> None:
     values = parameters()
     for i in experts:

@@ -1,4 +1,6 @@
-"""The loader that works ahead: the same batches whatever was asked before, errors in the step that needed the batch."""
+"""The loader that works ahead: the same batches whatever was asked before, errors in the step that
+needed the batch.
+"""
 
 from __future__ import annotations
 

@@ -24,10 +24,20 @@ from ..ranks import ONE_RANK, pretend_one_rank
 
 
 def made_up_trainer(step, **settings) -> SimpleNamespace:
-    train = SimpleNamespace(max_steps=10, stop_after_steps=None, log_every=2, checkpoint_every=100, max_nonfinite_steps=3)
+    train = SimpleNamespace(
+        max_steps=10,
+        stop_after_steps=None,
+        log_every=2,
+        checkpoint_every=100,
+        max_nonfinite_steps=3,
+    )
     vars(train).update(settings)
-    trainer = SimpleNamespace(step=0, context=ONE_RANK, config=SimpleNamespace(train=train, evaluation=SimpleNamespace(every=2)),
-                              routing=SimpleNamespace(reduce=lambda **unused: [], waits_paused=contextlib.nullcontext))
+    trainer = SimpleNamespace(
+        step=0,
+        context=ONE_RANK,
+        config=SimpleNamespace(train=train, evaluation=SimpleNamespace(every=2)),
+        routing=SimpleNamespace(reduce=lambda **unused: [], waits_paused=contextlib.nullcontext),
+    )
 
     def train_step() -> StepResult:
         trainer.step += 1
@@ -41,14 +51,20 @@ def result(**values) -> StepResult:
     return StepResult(terms={"diffusion": torch.ones(())}, grad_norm=1.0, lr=1.0, **values)
 
 
-def test_loop_leaves_an_evaluations_waits_out_of_the_next_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_leaves_an_evaluations_waits_out_of_the_next_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pretend_one_rank(monkeypatch)
-    network = random_network(train={"max_steps": 3, "log_every": 1}, evaluation={"every": 1, "reference": "somewhere"}).train()
+    network = random_network(
+        train={"max_steps": 3, "log_every": 1}, evaluation={"every": 1, "reference": "somewhere"}
+    ).train()
     layer, clock = network.moe_layers()[1], WaitClock()
     layer.dispatcher.clock = clock
 
     def step(trainer: SimpleNamespace) -> StepResult:
-        plans = network.denoise(random_tensor(2, 1, 4, 4), torch.tensor([100.0, 900.0]), torch.tensor([1, 2])).plans
+        plans = network.denoise(
+            random_tensor(2, 1, 4, 4), torch.tensor([100.0, 900.0]), torch.tensor([1, 2])
+        ).plans
         with clock.waiting("combine_backward", torch.device("cpu")):
             time.sleep(0.002)
         trainer.routing.add(plans, torch.tensor([0.1, 0.9]))
@@ -60,11 +76,19 @@ def test_loop_leaves_an_evaluations_waits_out_of_the_next_interval(monkeypatch: 
         return {}
 
     trainer, writer = made_up_trainer(step), MagicMock()
-    trainer.config, trainer.routing = network.config, RoutingAccumulator(network.config, network, ONE_RANK)
+    trainer.config, trainer.routing = (
+        network.config,
+        RoutingAccumulator(network.config, network, ONE_RANK),
+    )
     run._Actions(trainer, writer, MagicMock(), MagicMock(), evaluate).loop().run()
-    exchanges = [call.args[2][0]["layer_detail"]["exchanges"] for call in writer.write.call_args_list]
+    exchanges = [
+        call.args[2][0]["layer_detail"]["exchanges"] for call in writer.write.call_args_list
+    ]
     assert len(exchanges) == 3
-    assert all(each["combine_backward"]["seconds"] > 0.001 and each["dispatch"]["seconds"] == 0 for each in exchanges)
+    assert all(
+        each["combine_backward"]["seconds"] > 0.001 and each["dispatch"]["seconds"] == 0
+        for each in exchanges
+    )
 
 
 def test_loop_shutdown_at_an_evaluations_step_saves_without_it(tmp_path, monkeypatch) -> None:
@@ -81,7 +105,9 @@ def test_loop_shutdown_at_an_evaluations_step_saves_without_it(tmp_path, monkeyp
     writer.write = lambda *unused: note("log")
     saver.save = lambda: note("save")
     with pytest.raises(Preempted, match="step 4 of 10"):
-        run._Actions(trainer, writer, saver, Supervisor(SupervisionConfig()), lambda _: note("evaluation")).loop().run()
+        run._Actions(
+            trainer, writer, saver, Supervisor(SupervisionConfig()), lambda _: note("evaluation")
+        ).loop().run()
     assert happened == [("evaluation", 2), ("log", 2), ("log", 4), ("save", 4)]
 
 
@@ -95,7 +121,9 @@ def test_loop_every_runs_actions_in_order_and_at_the_end_where_asked() -> None:
 
 
 def test_loop_ends_after_too_many_bad_steps_in_a_row() -> None:
-    trainer = made_up_trainer(lambda trainer: result(problem="" if trainer.step in (3, 7) else "bad"))
+    trainer = made_up_trainer(
+        lambda trainer: result(problem="" if trainer.step in (3, 7) else "bad")
+    )
     with pytest.raises(TrainingError, match="max_nonfinite_steps=3"):
         TrainingLoop(trainer, MagicMock()).run()
     assert trainer.step == 6

@@ -21,7 +21,10 @@ STEPS = 5
 
 
 def parameters() -> list[nn.Parameter]:
-    return [nn.Parameter(random_tensor(*shape, seed=seed)) for seed, shape in enumerate([(4, 3), (5,), (2, 3, 2)])]
+    return [
+        nn.Parameter(random_tensor(*shape, seed=seed))
+        for seed, shape in enumerate([(4, 3), (5,), (2, 3, 2)])
+    ]
 
 
 def set_gradients(values: list[nn.Parameter], step: int) -> None:
@@ -30,7 +33,9 @@ def set_gradients(values: list[nn.Parameter], step: int) -> None:
 
 
 class Trained(AdamWithEma):
-    """The optimizer as the trainer drives it under ZeRO: `updates` set before a step, `step` called once a group."""
+    """The optimizer as the trainer drives it under ZeRO: `updates` set before a step, `step` called
+    once a group.
+    """
 
     def step(self, closure: None = None) -> None:
         every = self.param_groups
@@ -48,14 +53,18 @@ def make_optimizer(values: list[nn.Parameter], decay: float = 0.01, **config: An
 
 
 def state_copy(optimizer: AdamWithEma) -> list[dict[str, Tensor]]:
-    return [{key: value.clone() for key, value in state.items()} for state in optimizer.state.values()]
+    return [
+        {key: value.clone() for key, value in state.items()} for state in optimizer.state.values()
+    ]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])
 def test_optimizer_weights_equal_those_of_torch_adamw(decay: float) -> None:
     ours, theirs = parameters(), parameters()
     optimizer = make_optimizer(ours, decay)
-    reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.8, 0.95), eps=1e-8, weight_decay=decay, fused=True)
+    reference = torch.optim.AdamW(
+        theirs, lr=1e-2, betas=(0.8, 0.95), eps=1e-8, weight_decay=decay, fused=True
+    )
     for step in range(STEPS):
         for values, each in ((ours, optimizer), (theirs, reference)):
             set_gradients(values, step)
@@ -70,10 +79,15 @@ def test_optimizer_average_equals_one_by_hand_from_the_weights_before_the_first_
     for step in range(STEPS):
         set_gradients(values, step)
         optimizer.step()
-        averages = [0.9 * average + 0.1 * p.detach().double() for average, p in zip(averages, values, strict=True)]
+        averages = [
+            0.9 * average + 0.1 * p.detach().double()
+            for average, p in zip(averages, values, strict=True)
+        ]
         for parameter, average in zip(values, averages, strict=True):
             # fp32 against fp64, five steps.
-            torch.testing.assert_close(optimizer.state[parameter][EMA].double(), average, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                optimizer.state[parameter][EMA].double(), average, rtol=1e-6, atol=1e-6
+            )
 
 
 def test_optimizer_average_with_decay_zero_is_the_weights() -> None:
@@ -104,7 +118,9 @@ def test_optimizer_several_averages_equal_those_kept_alone() -> None:
 
 
 def test_optimizer_power_average_is_the_weighted_mean_of_all_weights_so_far() -> None:
-    """(1 - 1/t)^(gamma + 1) unrolled: update i has the weight (i/t)^(gamma + 1) - ((i - 1)/t)^(gamma + 1)."""
+    """(1 - 1/t)^(gamma + 1) unrolled: update i has the weight (i/t)^(gamma + 1) - ((i -
+    1)/t)^(gamma + 1).
+    """
     values = parameters()
     optimizer = make_optimizer(values, ema_sigma_rels=(0.2,))
     seen = []
@@ -116,7 +132,9 @@ def test_optimizer_power_average_is_the_weighted_mean_of_all_weights_so_far() ->
     weights = [(i / STEPS) ** power - ((i - 1) / STEPS) ** power for i in range(1, STEPS + 1)]
     for number, parameter in enumerate(values):
         expected = sum(weight * each[number] for weight, each in zip(weights, seen, strict=True))
-        torch.testing.assert_close(optimizer.state[parameter]["ema_power_0.2"].double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            optimizer.state[parameter]["ema_power_0.2"].double(), expected, rtol=1e-6, atol=1e-6
+        )
 
 
 def test_optimizer_average_with_warmup_decays_by_the_update_in_every_group() -> None:
@@ -126,15 +144,22 @@ def test_optimizer_average_with_warmup_decays_by_the_update_in_every_group() -> 
     for step, decay in enumerate([2 / 11, 3 / 12, 0.3, 0.3]):
         set_gradients(values, step)
         optimizer.step()
-        averages = [decay * average + (1 - decay) * p.detach().double() for average, p in zip(averages, values, strict=True)]
+        averages = [
+            decay * average + (1 - decay) * p.detach().double()
+            for average, p in zip(averages, values, strict=True)
+        ]
         for parameter, average in zip(values, averages, strict=True):
-            torch.testing.assert_close(optimizer.state[parameter][EMA].double(), average, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                optimizer.state[parameter][EMA].double(), average, rtol=1e-6, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.05, 0.3, 0.9, 0.9999])
 @pytest.mark.parametrize("updates", [0, 1, 2, 7, 300])
-def test_initial_share_of_an_average_is_the_product_of_its_decays(decay: float, updates: int, warmup: bool) -> None:
+def test_initial_share_of_an_average_is_the_product_of_its_decays(
+    decay: float, updates: int, warmup: bool
+) -> None:
     average = OptimizerConfig(ema_decays=(decay,), ema_warmup=warmup).averages[EMA]
     product = math.prod(average.decay_at(update) for update in range(1, updates + 1))
     assert average.initial_share(updates) == pytest.approx(product, rel=1e-9, abs=1e-300)
@@ -169,7 +194,9 @@ def test_optimizer_overflow_changes_nothing() -> None:
     optimizer.step()
     assert all(torch.equal(p, w) for p, w in zip(values, weights, strict=True))
     for before, after in zip(state, state_copy(optimizer), strict=True):
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[key], after[key]) for key in before
+        )
 
 
 def test_optimizer_overflow_at_the_first_step_does_not_start_the_average() -> None:
@@ -185,7 +212,9 @@ def test_optimizer_overflow_at_the_first_step_does_not_start_the_average() -> No
     start = values[0].detach().clone()
     optimizer.step()
     expected = 0.9 * start + 0.1 * values[0].detach()
-    torch.testing.assert_close(optimizer.state[values[0]][EMA], expected, rtol=1e-6, atol=1e-6)  # lerp rounds otherwise
+    torch.testing.assert_close(
+        optimizer.state[values[0]][EMA], expected, rtol=1e-6, atol=1e-6
+    )  # lerp rounds otherwise
 
 
 def test_optimizer_parameter_without_gradient_stays_and_has_no_average() -> None:
@@ -231,9 +260,15 @@ def groups_of(weight_decay: float, *, sharded: bool) -> tuple[nn.Module, list[di
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_groups_hold_every_parameter_once_beside_its_name(weight_decay: float, sharded: bool) -> None:
+def test_groups_hold_every_parameter_once_beside_its_name(
+    weight_decay: float, sharded: bool
+) -> None:
     network, groups = groups_of(weight_decay, sharded=sharded)
-    listed = {name: value for group in groups for name, value in zip(group["param_names"], group["params"], strict=True)}
+    listed = {
+        name: value
+        for group in groups
+        for name, value in zip(group["param_names"], group["params"], strict=True)
+    }
     assert sum(len(group["params"]) for group in groups) == len(listed)
     expected = dict(network.named_parameters())
     assert listed.keys() == expected.keys()
@@ -255,13 +290,18 @@ def test_groups_decay_never_reaches_biases_prototypes_norms_or_expert_biases(sha
 
 def test_groups_without_decay_are_one_of_dense_and_one_of_experts() -> None:
     _, groups = groups_of(0.0, sharded=True)
-    assert [(group["name"], group.get("moe", False)) for group in groups] == [("dense", False), ("ep_size_2", True)]
+    assert [(group["name"], group.get("moe", False)) for group in groups] == [
+        ("dense", False),
+        ("ep_size_2", True),
+    ]
 
 
 def test_groups_experts_are_those_that_are_sharded() -> None:
     _, groups = groups_of(0.1, sharded=True)
     experts = {name for group in groups if group.get("moe") for name in group["param_names"]}
-    assert experts == {name for group in groups for name in group["param_names"] if ".routed." in name}
+    assert experts == {
+        name for group in groups for name in group["param_names"] if ".routed." in name
+    }
     assert {group["name"] for group in groups if group.get("moe")} == {"ep_size_2"}
 
 
@@ -283,7 +323,10 @@ def test_groups_leave_out_frozen_parameters() -> None:
 
 
 def rates(steps: int = 12, max_steps: int = 10, **config: Any) -> list[float]:
-    return [learning_rate(step, max_steps, OptimizerConfig(**{"lr": 1.0, **config})) for step in range(steps)]
+    return [
+        learning_rate(step, max_steps, OptimizerConfig(**{"lr": 1.0, **config}))
+        for step in range(steps)
+    ]
 
 
 def test_lr_constant_is_constant() -> None:
@@ -310,9 +353,15 @@ def test_lr_cosine_is_half_a_wave_from_full_to_minimum() -> None:
 @pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5)])
 def test_lr_schedule_begins_after_the_warmup(schedule: str, middle: float) -> None:
     found = rates(schedule=schedule, warmup_steps=2)
-    assert found[2] == 1.0 and found[6] == pytest.approx(middle) and found[10] == pytest.approx(0.0, abs=1e-12)
+    assert (
+        found[2] == 1.0
+        and found[6] == pytest.approx(middle)
+        and found[10] == pytest.approx(0.0, abs=1e-12)
+    )
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_lr_warmup_longer_than_the_run_only_rises(schedule: str) -> None:
-    assert rates(steps=10, schedule=schedule, warmup_steps=20) == [(step + 1) / 20 for step in range(10)]
+    assert rates(steps=10, schedule=schedule, warmup_steps=20) == [
+        (step + 1) / 20 for step in range(10)
+    ]

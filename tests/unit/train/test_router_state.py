@@ -1,4 +1,6 @@
-"""Thresholds and centroids over passes and ranks: one update a step, the same everywhere; superclasses; first centroids."""
+"""Thresholds and centroids over passes and ranks: one update a step, the same everywhere;
+superclasses; first centroids.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def make_network(method: str, **sections: Any) -> DiT:
 def run(network: DiT, seed: int = 0, labels: list[int] = LABELS) -> dict[int, RoutingPlan]:
     latents = random_tensor(len(labels), 1, 4, 4, seed=seed)
     with torch.no_grad():
-        return network.denoise(latents, torch.linspace(100, 900, len(labels)), torch.tensor(labels)).plans
+        return network.denoise(
+            latents, torch.linspace(100, 900, len(labels)), torch.tensor(labels)
+        ).plans
 
 
 def state(network: DiT) -> dict[str, Tensor]:
@@ -48,7 +52,9 @@ def absorbed(network: DiT, plans: list[dict[int, RoutingPlan]]) -> dict[str, Ten
     """Return the state after the routers of a copy absorbed the sum of the plans' observations."""
     network = copy.deepcopy(network)
     for index, layer in network.moe_layers().items():
-        layer.router.update_running_state(torch.stack([plan[index].observation for plan in plans]).sum(dim=0))
+        layer.router.update_running_state(
+            torch.stack([plan[index].observation for plan in plans]).sum(dim=0)
+        )
     return state(network)
 
 
@@ -56,7 +62,9 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys() and found
     for name, value in expected.items():
         # fp32 sums in another order.
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -66,8 +74,9 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @with_state
 @pytest.mark.parametrize("passes", [1, 3])
-def test_state_moves_once_a_step_by_the_observations_of_all_passes(method: str, passes: int,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_moves_once_a_step_by_the_observations_of_all_passes(
+    method: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = make_network(method)
     before, seen = state(network), pretend_one_rank(monkeypatch)
     router_state, plans = RouterState(network), []
@@ -83,8 +92,12 @@ def test_state_moves_once_a_step_by_the_observations_of_all_passes(method: str, 
 
 
 @with_state
-def test_state_of_uneven_ranks_is_that_of_all_their_passes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank has two passes with tokens, the other one with and one without; both end with the same state."""
+def test_state_of_uneven_ranks_is_that_of_all_their_passes(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank has two passes with tokens, the other one with and one without; both end with the
+    same state.
+    """
     first = make_network(method)
     second = copy.deepcopy(first)
     states = [RouterState(first), RouterState(second)]
@@ -101,7 +114,9 @@ def test_state_of_uneven_ranks_is_that_of_all_their_passes(method: str, monkeypa
 
 
 @with_state
-def test_state_of_a_skipped_step_stays_and_is_forgotten(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_of_a_skipped_step_stays_and_is_forgotten(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = make_network(method)
     before, seen = state(network), pretend_one_rank(monkeypatch)
     router_state = RouterState(network)
@@ -130,7 +145,9 @@ def test_state_after_a_step_starts_anew(method: str, monkeypatch: pytest.MonkeyP
 
 
 @with_state
-def test_state_of_batches_without_routed_samples_stays(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_of_batches_without_routed_samples_stays(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = make_network(method)
     before, seen = state(network), pretend_one_rank(monkeypatch)
     router_state = RouterState(network)
@@ -141,7 +158,9 @@ def test_state_of_batches_without_routed_samples_stays(method: str, monkeypatch:
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in WITH_STATE])
-def test_state_of_methods_without_any_needs_no_collective(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_of_methods_without_any_needs_no_collective(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = make_network(method)
     give_superclasses(network, network.config)
     seen = pretend_one_rank(monkeypatch)
@@ -158,7 +177,19 @@ def test_superclasses_of_the_map_reach_every_layer() -> None:
     network = make_network("classification")
     give_superclasses(network, network.config)
     for layer in network.moe_layers().values():
-        assert layer.router._superclass_of.tolist() == [0, 1, 2, 2, 1, 2, 0, 1, 3, 3, 0]  # the null label's is not used
+        assert layer.router._superclass_of.tolist() == [
+            0,
+            1,
+            2,
+            2,
+            1,
+            2,
+            0,
+            1,
+            3,
+            3,
+            0,
+        ]  # the null label's is not used
     assert all(plan.aux_losses["classification"] > 0 for plan in run(network).values())
 
 
@@ -172,11 +203,19 @@ def test_superclasses_never_read_from_a_map_are_refused() -> None:
 # First centroids.
 
 
-def seed_all(network: DiT, monkeypatch: pytest.MonkeyPatch, *, seed: int = 5, labels: list[int] = LABELS) -> list[Tensor]:
+def seed_all(
+    network: DiT, monkeypatch: pytest.MonkeyPatch, *, seed: int = 5, labels: list[int] = LABELS
+) -> list[Tensor]:
     """Seed from one batch; return what was broadcast."""
     sent: list[Tensor] = []
     monkeypatch.setattr(dist, "broadcast", lambda tensor, src: sent.append(tensor.clone()))
-    seed_centroids(network, torch.tensor(labels), random_tensor(len(labels), 1, 4, 4), torch.linspace(100, 900, len(labels)), seed)
+    seed_centroids(
+        network,
+        torch.tensor(labels),
+        random_tensor(len(labels), 1, 4, 4),
+        torch.linspace(100, 900, len(labels)),
+        seed,
+    )
     return sent
 
 
@@ -187,7 +226,10 @@ def tokens_entering(network: DiT) -> dict[int, Tensor]:
     def keep(index: int) -> Any:
         return lambda router, args: met.update({index: args[0][[0, 2, 3]].flatten(0, 1)})
 
-    hooks = [layer.router.register_forward_pre_hook(keep(index)) for index, layer in network.moe_layers().items()]
+    hooks = [
+        layer.router.register_forward_pre_hook(keep(index))
+        for index, layer in network.moe_layers().items()
+    ]
     run(network)
     for hook in hooks:
         hook.remove()
@@ -202,14 +244,18 @@ def test_seed_every_layer_starts_at_tokens_that_it_meets(monkeypatch: pytest.Mon
         centroids = network.blocks[index].moe.router.centroids
         assert torch.equal(centroids, broadcast)
         # A deeper layer's tokens are those behind a first layer that routes by its new centroids.
-        found = [(tokens == centroid).all(dim=1).nonzero().flatten().tolist() for centroid in centroids]
+        found = [
+            (tokens == centroid).all(dim=1).nonzero().flatten().tolist() for centroid in centroids
+        ]
         assert all(len(places) == 1 for places in found)
         assert len({places[0] for places in found}) == 4
 
 
 def test_seed_is_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     network = make_network("kmeans")
-    first, again, other = ([value.clone() for value in seed_all(network, monkeypatch, seed=seed)] for seed in (5, 5, 6))
+    first, again, other = (
+        [value.clone() for value in seed_all(network, monkeypatch, seed=seed)] for seed in (5, 5, 6)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 

@@ -1,4 +1,6 @@
-"""The lines of routing.jsonl: counts and gates of every method by noise level, and the summary of an expert load."""
+"""The lines of routing.jsonl: counts and gates of every method by noise level, and the summary of
+an expert load.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from tests.unit.ranks import ONE_RANK, call_together, pretend_one_rank
 from ..builders import METHODS, of_method, random_network, random_tensor
 
 NULL, BINS = 10, 2
-#: Noise levels and labels of a batch: the last image is all noise and belongs to the upper of two bins.
+#: Noise levels and labels of a batch: the last image is all noise and belongs to the upper of two
+# bins.
 SIGMA, LABELS = [0.1, 0.49, 0.5, 0.7, 1.0], [3, NULL, 0, NULL, 7]
 
 
@@ -37,7 +40,9 @@ def one_of(ranks: int, rank: int) -> DistributedContext:
 
 
 def make_network(method: str) -> DiT:
-    network = random_network(model={"depth": 4}, logging={"timestep_bins": BINS}, **of_method(method)).train()
+    network = random_network(
+        model={"depth": 4}, logging={"timestep_bins": BINS}, **of_method(method)
+    ).train()
     give_superclasses(network, network.config)
     return network
 
@@ -48,13 +53,19 @@ def run(network: DiT, seed: int = 0, labels: list[int] = LABELS) -> dict[int, Ro
         return network.denoise(latents, torch.tensor(SIGMA) * 1000, torch.tensor(labels)).plans
 
 
-def by_hand(passes: list[dict[int, RoutingPlan]], layer: int, bin_: int) -> tuple[list[int], int, int, float | None]:
-    """Tokens per expert, conditional and unconditional tokens and mean gate, from the plans' lists."""
+def by_hand(
+    passes: list[dict[int, RoutingPlan]], layer: int, bin_: int
+) -> tuple[list[int], int, int, float | None]:
+    """Tokens per expert, conditional and unconditional tokens and mean gate, from the plans'
+    lists.
+    """
     tokens, gates, conditional, unconditional = [0] * 4, [], 0, 0
     for plans in passes:
         assignment = plans[layer].assignment
         experts = torch.repeat_interleave(torch.arange(4), assignment.tokens_per_expert_E).tolist()
-        for token, expert, gate in zip(assignment.token_ids_N.tolist(), experts, assignment.gates_N.tolist(), strict=True):
+        for token, expert, gate in zip(
+            assignment.token_ids_N.tolist(), experts, assignment.gates_N.tolist(), strict=True
+        ):
             if (SIGMA[token // 4] >= 0.5) == bool(bin_):
                 tokens[expert] += 1
                 gates.append(gate)
@@ -66,7 +77,9 @@ def by_hand(passes: list[dict[int, RoutingPlan]], layer: int, bin_: int) -> tupl
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_lines_of_two_passes_equal_the_plans_own_lists(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_two_passes_equal_the_plans_own_lists(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = make_network(method)
     pretend_one_rank(monkeypatch)
     accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
@@ -74,18 +87,37 @@ def test_lines_of_two_passes_equal_the_plans_own_lists(method: str, monkeypatch:
     for plans in passes:
         accumulator.add(plans, torch.tensor(SIGMA))
     lines = accumulator.reduce(step=20, steps=10)
-    assert [(line["layer"], line["timestep_bin"]) for line in lines] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert [(line["layer"], line["timestep_bin"]) for line in lines] == [
+        (1, 0),
+        (1, 1),
+        (3, 0),
+        (3, 1),
+    ]
     for line in lines:
-        tokens, conditional, unconditional, gate_mean = by_hand(passes, line["layer"], line["timestep_bin"])
+        tokens, conditional, unconditional, gate_mean = by_hand(
+            passes, line["layer"], line["timestep_bin"]
+        )
         assert line["tokens_per_expert"] == tokens
-        assert (line["conditional_tokens"], line["unconditional_tokens"]) == (conditional, unconditional)
+        assert (line["conditional_tokens"], line["unconditional_tokens"]) == (
+            conditional,
+            unconditional,
+        )
         assert line["gate_mean"] == pytest.approx(gate_mean, rel=1e-5)
-        similarity = sum(plans[line["layer"]].stats.prototype_similarity.item() for plans in passes) / 2
+        similarity = (
+            sum(plans[line["layer"]].stats.prototype_similarity.item() for plans in passes) / 2
+        )
         assert line["prototype_similarity"] == pytest.approx(similarity, rel=1e-5, abs=1e-7)
-        assert (line["step"], line["steps"], line["timestep_bins"], line["layer_bytes_exchanged"]) == (20, 10, BINS, 0)
+        assert (
+            line["step"],
+            line["steps"],
+            line["timestep_bins"],
+            line["layer_bytes_exchanged"],
+        ) == (20, 10, BINS, 0)
 
 
-def test_lines_gate_mean_is_per_assignment_where_tokens_have_several_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_gate_mean_is_per_assignment_where_tokens_have_several_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network = make_network("dit_moe")
     pretend_one_rank(monkeypatch)
     accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
@@ -130,7 +162,9 @@ def test_lines_of_two_ranks_are_their_sums(monkeypatch: pytest.MonkeyPatch) -> N
         tokens, conditional, _, gate_mean = by_hand(passes, line["layer"], line["timestep_bin"])
         assert (line["tokens_per_expert"], line["conditional_tokens"]) == (tokens, conditional)
         assert line["gate_mean"] == pytest.approx(gate_mean, rel=1e-5)
-        similarity = passes[0][line["layer"]].stats.prototype_similarity.item()  # the same weights everywhere
+        similarity = passes[0][
+            line["layer"]
+        ].stats.prototype_similarity.item()  # the same weights everywhere
         assert line["prototype_similarity"] == pytest.approx(similarity, rel=1e-5, abs=1e-7)
 
 
@@ -147,7 +181,9 @@ def test_lines_of_a_dense_network_are_none(monkeypatch: pytest.MonkeyPatch) -> N
 SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "routing.schema.json").read_text())
 
 
-def accumulate(network: DiT, passes: int = 2) -> tuple[RoutingAccumulator, list[dict[int, RoutingPlan]]]:
+def accumulate(
+    network: DiT, passes: int = 2
+) -> tuple[RoutingAccumulator, list[dict[int, RoutingPlan]]]:
     accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
     plans = [run(network, seed) for seed in range(passes)]
     for each in plans:
@@ -156,19 +192,30 @@ def accumulate(network: DiT, passes: int = 2) -> tuple[RoutingAccumulator, list[
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_lines_of_every_method_keep_to_the_schema(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_every_method_keep_to_the_schema(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend_one_rank(monkeypatch)
     validator = jsonschema.Draft202012Validator(SCHEMA)
-    for line in json.loads(json.dumps(accumulate(make_network(method))[0].reduce(step=20, steps=10))):
+    for line in json.loads(
+        json.dumps(accumulate(make_network(method))[0].reduce(step=20, steps=10))
+    ):
         validator.validate(line)
         assert line.keys() | {"layer_detail"} == SCHEMA["$defs"]["Line"]["properties"].keys()
-        assert line.get("layer_detail", {}).keys() <= SCHEMA["$defs"]["LayerDetail"]["properties"].keys()
+        assert (
+            line.get("layer_detail", {}).keys()
+            <= SCHEMA["$defs"]["LayerDetail"]["properties"].keys()
+        )
         with pytest.raises(jsonschema.ValidationError):
-            validator.validate({name: value for name, value in line.items() if name != "tokens_per_expert"})
+            validator.validate(
+                {name: value for name, value in line.items() if name != "tokens_per_expert"}
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_lines_gates_and_tables_equal_the_plans_own_lists(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_gates_and_tables_equal_the_plans_own_lists(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = make_network(method)
     pretend_one_rank(monkeypatch)
     accumulator, passes = accumulate(network)
@@ -178,12 +225,19 @@ def test_lines_gates_and_tables_equal_the_plans_own_lists(method: str, monkeypat
         gates, by_class, by_patch = [0.0] * 4, torch.zeros(NULL + 1, 4), torch.zeros(4, 4)
         for plans in passes:
             assignment = plans[layer].assignment
-            experts = torch.repeat_interleave(torch.arange(4), assignment.tokens_per_expert_E).tolist()
-            for token, expert, gate in zip(assignment.token_ids_N.tolist(), experts, assignment.gates_N.tolist(), strict=True):
+            experts = torch.repeat_interleave(
+                torch.arange(4), assignment.tokens_per_expert_E
+            ).tolist()
+            for token, expert, gate in zip(
+                assignment.token_ids_N.tolist(), experts, assignment.gates_N.tolist(), strict=True
+            ):
                 gates[expert] += gate
                 by_class[LABELS[token // 4], expert] += 1
                 by_patch[token % 4, expert] += 1
-        found = [sum(column) for column in zip(*(line["gate_sum_per_expert"] for line in here), strict=True)]
+        found = [
+            sum(column)
+            for column in zip(*(line["gate_sum_per_expert"] for line in here), strict=True)
+        ]
         assert found == pytest.approx(gates, rel=1e-4, abs=1e-5)
         detail = here[0]["layer_detail"]
         assert detail["tokens_per_class"] == {"steps": 10, "counts": by_class.long().tolist()}
@@ -192,8 +246,12 @@ def test_lines_gates_and_tables_equal_the_plans_own_lists(method: str, monkeypat
         assert "layer_detail" not in here[1]
 
 
-def test_lines_tables_cover_several_intervals_and_what_is_left_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = random_network(model={"depth": 4}, logging={"counts_every": 2}, **of_method("token_choice")).train()
+def test_lines_tables_cover_several_intervals_and_what_is_left_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = random_network(
+        model={"depth": 4}, logging={"counts_every": 2}, **of_method("token_choice")
+    ).train()
     pretend_one_rank(monkeypatch)
     accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
     found = []
@@ -206,7 +264,9 @@ def test_lines_tables_cover_several_intervals_and_what_is_left_at_the_end(monkey
     assert (torch.tensor(found[1]["counts"]) == 2 * once).all() and once.sum() == 3 * 4 * 2
 
 
-def test_lines_prototypes_are_held_against_the_centroids_of_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_prototypes_are_held_against_the_centroids_of_their_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network = make_network("token_choice")
     pretend_one_rank(monkeypatch)
     entered: list[torch.Tensor] = []
@@ -217,19 +277,34 @@ def test_lines_prototypes_are_held_against_the_centroids_of_their_tokens(monkeyp
     sums = torch.zeros(4, 16)
     for plans, tokens in zip(passes, entered, strict=True):
         assignment = plans[1].assignment
-        for row, expert in zip(assignment.token_ids_N.tolist(), torch.repeat_interleave(torch.arange(4),
-                               assignment.tokens_per_expert_E).tolist(), strict=True):
+        for row, expert in zip(
+            assignment.token_ids_N.tolist(),
+            torch.repeat_interleave(torch.arange(4), assignment.tokens_per_expert_E).tolist(),
+            strict=True,
+        ):
             sums[expert] += tokens[row]
     cosines = torch.nn.functional.cosine_similarity(router.prototypes[:, None], sums[None], dim=-1)
     is_fed = sums.any(dim=1).tolist()
     assert not all(is_fed)  # an expert without tokens has no centroid, and counts in no mean
     for expert in range(4):
-        others = [cosines[expert, other].item() for other in range(4) if other != expert and is_fed[other]]
+        others = [
+            cosines[expert, other].item() for other in range(4) if other != expert and is_fed[other]
+        ]
         own = detail["prototype_to_centroid"][expert]
-        assert own == pytest.approx(cosines[expert, expert].item(), abs=1e-4) if is_fed[expert] else own is None
-        assert detail["prototype_to_other_centroids"][expert] == pytest.approx(sum(others) / len(others), abs=1e-4)
-    own = torch.nn.functional.cosine_similarity(router.prototypes[:, None], router.prototypes[None], dim=-1)
-    torch.testing.assert_close(torch.tensor(detail["prototype_similarity_matrix"]), own.detach(), atol=1e-4, rtol=0)
+        assert (
+            own == pytest.approx(cosines[expert, expert].item(), abs=1e-4)
+            if is_fed[expert]
+            else own is None
+        )
+        assert detail["prototype_to_other_centroids"][expert] == pytest.approx(
+            sum(others) / len(others), abs=1e-4
+        )
+    own = torch.nn.functional.cosine_similarity(
+        router.prototypes[:, None], router.prototypes[None], dim=-1
+    )
+    torch.testing.assert_close(
+        torch.tensor(detail["prototype_similarity_matrix"]), own.detach(), atol=1e-4, rtol=0
+    )
 
 
 def test_sums_of_tokens_are_the_same_either_way_and_where_nothing_is_routed() -> None:
@@ -248,8 +323,12 @@ def test_plans_carry_sums_of_tokens_in_training_only() -> None:
 
 
 def sharded(ranks: int, clock: WaitClock | None) -> tuple[DiT, list[RoutingAccumulator]]:
-    """Return a network as two of the ranks share its experts, and each rank's accumulator; a group is named by its first rank."""
-    network = random_network(model={"depth": 4}, parallel={"ep_size": 2}, **of_method("token_choice")).train()
+    """Return a network as two of the ranks share its experts, and each rank's accumulator; a group
+    is named by its first rank.
+    """
+    network = random_network(
+        model={"depth": 4}, parallel={"ep_size": 2}, **of_method("token_choice")
+    ).train()
     accumulators = []
     for rank in range(ranks):
         for layer in network.moe_layers().values():
@@ -258,33 +337,56 @@ def sharded(ranks: int, clock: WaitClock | None) -> tuple[DiT, list[RoutingAccum
     return network, accumulators
 
 
-def test_lines_say_what_each_rank_computed_and_how_uneven_passes_were(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_say_what_each_rank_computed_and_how_uneven_passes_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network, accumulators = sharded(4, WaitClock())
     passes = [[run(network, 10 * rank + seed) for seed in range(3)] for rank in range(4)]
     for accumulator, plans_of_rank in zip(accumulators, passes, strict=True):
         for plans in plans_of_rank:
             accumulator.add(plans, torch.tensor(SIGMA))
-    lines, *_ = call_together(monkeypatch, accumulators, "reduce", step=3, steps=3, groups={"from_0": (0, 1), "from_2": (2, 3)})
+    lines, *_ = call_together(
+        monkeypatch,
+        accumulators,
+        "reduce",
+        step=3,
+        steps=3,
+        groups={"from_0": (0, 1), "from_2": (2, 3)},
+    )
     for layer, line in ((1, lines[0]), (3, lines[10])):
         fullest, of_ep_rank = 0, torch.zeros(2, dtype=torch.int64)
         for seed in range(3):
-            sent = [plans_of_rank[seed][layer].assignment.tokens_per_expert_E.view(2, 2).sum(dim=1) for plans_of_rank in passes]
+            sent = [
+                plans_of_rank[seed][layer].assignment.tokens_per_expert_E.view(2, 2).sum(dim=1)
+                for plans_of_rank in passes
+            ]
             computed = [sent[0] + sent[1], sent[2] + sent[3]]
             fullest += torch.cat(computed).max().item()
             of_ep_rank += sum(computed)
         detail = line["layer_detail"]
         assert detail["tokens_per_ep_rank"] == of_ep_rank.tolist()
-        assert detail["rank_max_over_mean"] == pytest.approx(fullest / (of_ep_rank.sum().item() / 4))
+        assert detail["rank_max_over_mean"] == pytest.approx(
+            fullest / (of_ep_rank.sum().item() / 4)
+        )
         assert (detail["passes"], detail["ranks"], detail["ep_size"]) == (3, 4, 2)
-        assert detail["exchanges"]["counts"]["bytes"] == 3 * 4 * 8 * 4 // 2  # passes, ranks, int64, experts; half stay
+        assert (
+            detail["exchanges"]["counts"]["bytes"] == 3 * 4 * 8 * 4 // 2
+        )  # passes, ranks, int64, experts; half stay
 
 
-def test_lines_of_another_backend_leave_open_what_nobody_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_another_backend_leave_open_what_nobody_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network, accumulators = sharded(2, None)
     accumulators[0].add(run(network), torch.tensor(SIGMA))
     accumulators[1].add(run(network, 1), torch.tensor(SIGMA))
-    lines, _ = call_together(monkeypatch, accumulators, "reduce", step=1, steps=1, groups={"from_0": (0, 1)})
-    assert all(each == {"bytes": None, "seconds": None} for each in lines[0]["layer_detail"]["exchanges"].values())
+    lines, _ = call_together(
+        monkeypatch, accumulators, "reduce", step=1, steps=1, groups={"from_0": (0, 1)}
+    )
+    assert all(
+        each == {"bytes": None, "seconds": None}
+        for each in lines[0]["layer_detail"]["exchanges"].values()
+    )
     jsonschema.Draft202012Validator(SCHEMA).validate(lines[0])
     assert "exchange_wait_seconds/layer_1" not in flatten({"step": 1}, lines)[0]
 
@@ -302,9 +404,13 @@ def test_lines_count_no_waits_of_passes_that_train_nothing(monkeypatch: pytest.M
     assert exchanges["counts"]["seconds"] > 0.001 and exchanges["combine"]["seconds"] == 0
 
 
-def test_lines_large_matrix_comes_by_the_step_wherever_a_run_was_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_large_matrix_comes_by_the_step_wherever_a_run_was_resumed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pretend_one_rank(monkeypatch)
-    network = random_network(routing={"num_experts": 33}, train={"max_steps": 130, "log_every": 3}).train()
+    network = random_network(
+        routing={"num_experts": 33}, train={"max_steps": 130, "log_every": 3}
+    ).train()
 
     def steps_with_matrix(start: int, stop: int) -> list[int]:
         accumulator, found = RoutingAccumulator(network.config, network, ONE_RANK), []
@@ -318,17 +424,27 @@ def test_lines_large_matrix_comes_by_the_step_wherever_a_run_was_resumed(monkeyp
     assert steps_with_matrix(0, 126) == [60, 120]
     assert steps_with_matrix(0, 27) + steps_with_matrix(27, 126) == [60, 120]
     accumulator, _ = accumulate(network, passes=1)
-    assert len(accumulator.reduce(step=130, steps=1)[0]["layer_detail"]["prototype_similarity_matrix"]) == 33  # the run's last
+    assert (
+        len(accumulator.reduce(step=130, steps=1)[0]["layer_detail"]["prototype_similarity_matrix"])
+        == 33
+    )  # the run's last
 
 
-def test_lines_without_a_matrix_are_read_with_the_newest_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_lines_without_a_matrix_are_read_with_the_newest_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pretend_one_rank(monkeypatch)
-    network = random_network(model={"depth": 4}, logging={"counts_every": 2}, train={"log_every": 5}).train()
+    network = random_network(
+        model={"depth": 4}, logging={"counts_every": 2}, train={"log_every": 5}
+    ).train()
     accumulator, lines = RoutingAccumulator(network.config, network, ONE_RANK), []
     for step in (5, 10, 15):
         accumulator.add(run(network), torch.tensor(SIGMA), torch.tensor(LABELS))
         lines.append(accumulator.reduce(step=step, steps=5))
         append_lines(tmp_path / "routing.jsonl", lines[-1])
-    written = [[line["layer_detail"].get("prototype_similarity_matrix") for line in each[::10]] for each in lines]
+    written = [
+        [line["layer_detail"].get("prototype_similarity_matrix") for line in each[::10]]
+        for each in lines
+    ]
     assert written[0] == written[2] == [None, None]
     assert load_log(tmp_path).matrix_LEE.tolist() == written[1]

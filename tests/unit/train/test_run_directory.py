@@ -30,7 +30,10 @@ def test_run_directory_is_one_trainings_at_a_time(tmp_path: Path, monkeypatch) -
         pass
     for _ in range(2):
         with enter():
-            for attempt in ("", str(launcher.parent)):  # a restarted rank waits for the one before, but not for ever
+            for attempt in (
+                "",
+                str(launcher.parent),
+            ):  # a restarted rank waits for the one before, but not for ever
                 monkeypatch.setenv(ATTEMPT_VARIABLE, attempt)
                 with pytest.raises(LockedError), enter():
                     pass

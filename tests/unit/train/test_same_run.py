@@ -7,7 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from promoe_ds.checkpoint.load import FREE_FIELDS, _changed_schedule, _report_changes, differing_fields
+from promoe_ds.checkpoint.load import (
+    FREE_FIELDS,
+    _changed_schedule,
+    _report_changes,
+    differing_fields,
+)
 from promoe_ds.checkpoint.manifest import Layout, Manifest
 from promoe_ds.config.loader import dotted_names
 from promoe_ds.config.schedule import learning_rate
@@ -27,32 +32,51 @@ def test_differing_fields_equal_runs_have_none() -> None:
 def test_differing_fields_names_saved_and_current_value() -> None:
     found = differing_fields(_saved(routing={"top_k": 2}), small_config(), architecture_only=False)
     assert found == ["routing.top_k is 2 there and 1 here"]
-    assert differing_fields(_saved(routing={"top_k": 2}), small_config(), architecture_only=True) == []
+    assert (
+        differing_fields(_saved(routing={"top_k": 2}), small_config(), architecture_only=True) == []
+    )
 
 
 def test_differing_fields_expert_type_is_architecture() -> None:
-    found = differing_fields(_saved(routing={"expert_type": "swiglu"}), small_config(), architecture_only=True)
+    found = differing_fields(
+        _saved(routing={"expert_type": "swiglu"}), small_config(), architecture_only=True
+    )
     assert found == ["routing.expert_type is 'swiglu' there and 'gelu' here"]
 
 
 def test_differing_fields_objective_belongs_to_what_weights_are() -> None:
-    """A network of velocities predicts no noise, whatever its shapes; the sampler's shift and the noise levels may change."""
+    """A network of velocities predicts no noise, whatever its shapes; the sampler's shift and the
+    noise levels may change.
+    """
     saved = _saved(diffusion={"objective": "ddpm", "num_train_timesteps": 500})
     found = differing_fields(saved, small_config(diffusion={"shift": 2.0}), architecture_only=True)
-    assert found == ["diffusion.objective is 'ddpm' there and 'rectified_flow' here",
-                     "diffusion.num_train_timesteps is 500 there and 1000 here"]
+    assert found == [
+        "diffusion.objective is 'ddpm' there and 'rectified_flow' here",
+        "diffusion.num_train_timesteps is 500 there and 1000 here",
+    ]
 
 
 def test_differing_fields_field_younger_than_the_checkpoint_stands_at_its_default() -> None:
     saved = _saved()
     del saved["sampling"]["solver"], saved["routing"]["threshold_decay"]
     assert differing_fields(saved, small_config(), architecture_only=False) == []
-    changed = small_config(routing={"method": "diff_moe", "threshold_decay": 0.5, "num_unconditional_experts": 0})
-    assert "routing.threshold_decay is 0.95 there and 0.5 here" in differing_fields(saved, changed, architecture_only=False)
+    changed = small_config(
+        routing={"method": "diff_moe", "threshold_decay": 0.5, "num_unconditional_experts": 0}
+    )
+    assert "routing.threshold_decay is 0.95 there and 0.5 here" in differing_fields(
+        saved, changed, architecture_only=False
+    )
 
 
 def test_differing_fields_sampler_is_free_and_a_router_s_head_is_architecture() -> None:
-    assert differing_fields(_saved(sampling={"cfg_scale": 3.0, "solver": "euler"}), small_config(), architecture_only=False) == []
+    assert (
+        differing_fields(
+            _saved(sampling={"cfg_scale": 3.0, "solver": "euler"}),
+            small_config(),
+            architecture_only=False,
+        )
+        == []
+    )
     race = {"method": "expert_race", "num_unconditional_experts": 0}
     saved = _saved(routing={**race, "per_layer_weight": 0.0})
     found = differing_fields(saved, small_config(routing=race), architecture_only=True)
@@ -63,54 +87,94 @@ def test_differing_fields_sampler_is_free_and_a_router_s_head_is_architecture() 
 
 def test_changes_that_leave_a_trace_are_told(caplog: pytest.LogCaptureFixture) -> None:
     layout = Layout(world_size=2, ep_size=1, dispatch="local", zero_stage=0, precision="fp32")
-    manifest = Manifest(step=1, samples_seen=8, layout=layout, config=_saved(train={"global_batch_size": 8}), files={}, versions={},
-                        dataset_size=100)
+    manifest = Manifest(
+        step=1,
+        samples_seen=8,
+        layout=layout,
+        config=_saved(train={"global_batch_size": 8}),
+        files={},
+        versions={},
+        dataset_size=100,
+    )
 
     def told(size: int, scale: float, micro_batch: int, **options: bool) -> list[str]:
         caplog.clear()
-        session = SimpleNamespace(dataset=range(size), config=small_config(data={"latent_scale": scale}),
-                                  batches=SimpleNamespace(micro_batch=micro_batch))
+        session = SimpleNamespace(
+            dataset=range(size),
+            config=small_config(data={"latent_scale": scale}),
+            batches=SimpleNamespace(micro_batch=micro_batch),
+        )
         _report_changes(session, manifest, manifest.run_config(Path("step_1")), **options)
         return [record.message.split(":")[1].strip() for record in caplog.records]
 
     assert told(100, 1.0, 4, same_run=True) == []
-    assert told(90, 0.5, 2, same_run=True) == ["the micro-batch was 4 and is 2", "data.latent_scale was 1 and is 0.5",
-                                               "the data set had 100 samples and has 90"]
-    assert told(90, 1.0, 4, same_run=False) == ["settings changed from the checkpoint's"], "a branch may well have other data"
+    assert told(90, 0.5, 2, same_run=True) == [
+        "the micro-batch was 4 and is 2",
+        "data.latent_scale was 1 and is 0.5",
+        "the data set had 100 samples and has 90",
+    ]
+    assert told(90, 1.0, 4, same_run=False) == ["settings changed from the checkpoint's"], (
+        "a branch may well have other data"
+    )
 
 
 COSINE = {"schedule": "cosine", "lr": 1e-3}
 
 
-@pytest.mark.parametrize(("train", "optimizer", "changed"), [
-    ({"max_steps": 20}, {}, True), ({"max_steps": 6}, {}, True), ({"max_steps": 20}, {"schedule_steps": 10}, False),
-    ({}, {"lr": 2e-3}, True), ({}, {"min_lr": 1e-4}, True), ({}, {"warmup_steps": 5}, True), ({}, {"schedule": "linear"}, True),
-    ({"log_every": 2}, {"betas": (0.8, 0.9)}, False),
-])
-def test_schedule_changed_is_reported_with_both_rates_and_the_old_one_comes_back(train, optimizer, changed) -> None:
+@pytest.mark.parametrize(
+    ("train", "optimizer", "changed"),
+    [
+        ({"max_steps": 20}, {}, True),
+        ({"max_steps": 6}, {}, True),
+        ({"max_steps": 20}, {"schedule_steps": 10}, False),
+        ({}, {"lr": 2e-3}, True),
+        ({}, {"min_lr": 1e-4}, True),
+        ({}, {"warmup_steps": 5}, True),
+        ({}, {"schedule": "linear"}, True),
+        ({"log_every": 2}, {"betas": (0.8, 0.9)}, False),
+    ],
+)
+def test_schedule_changed_is_reported_with_both_rates_and_the_old_one_comes_back(
+    train, optimizer, changed
+) -> None:
     saved = small_config(optimizer=COSINE, train={"max_steps": 10})
     now = small_config(optimizer={**COSINE, **optimizer}, train={"max_steps": 10, **train})
     line = _changed_schedule(saved, now, 5)
     assert bool(line) == changed
     if changed:
-        before, here = (learning_rate(5, run.train.max_steps, run.optimizer) for run in (saved, now))
+        before, here = (
+            learning_rate(5, run.train.max_steps, run.optimizer) for run in (saved, now)
+        )
         assert f"{before:.3g}" in line
         assert f"{here:.3g}" in line
-        kept = dict(each.removeprefix("optimizer.").split("=") for each in line.partition("--set ")[2].split())
-        undone = small_config(optimizer={**now.optimizer.model_dump(), **kept}, train={"max_steps": 10, **train})
+        kept = dict(
+            each.removeprefix("optimizer.").split("=")
+            for each in line.partition("--set ")[2].split()
+        )
+        undone = small_config(
+            optimizer={**now.optimizer.model_dump(), **kept}, train={"max_steps": 10, **train}
+        )
         assert not _changed_schedule(saved, undone, 5)
 
 
 def test_schedule_constant_does_not_care_for_the_end() -> None:
-    assert not _changed_schedule(small_config(train={"max_steps": 10}), small_config(train={"max_steps": 20}), 5)
+    assert not _changed_schedule(
+        small_config(train={"max_steps": 10}), small_config(train={"max_steps": 20}), 5
+    )
 
 
 def test_manifest_of_a_newer_version_says_so() -> None:
     layout = Layout(world_size=1, ep_size=1, dispatch="local", zero_stage=0, precision="fp32")
     saved = _saved()
     saved["optimizer"]["momentum_of_tomorrow"] = 1
-    for versions, expected in (({"promoe_ds": "99.1"}, r"99\.1"), ({}, "of_tomorrow"), ({"promoe_ds": None}, "no such field")):
-        manifest = Manifest(step=1, samples_seen=8, layout=layout, config=saved, files={}, versions=versions)
+    for versions, expected in (
+        ({"promoe_ds": "99.1"}, r"99\.1"),
+        ({}, "of_tomorrow"),
+        ({"promoe_ds": None}, "no such field"),
+    ):
+        manifest = Manifest(
+            step=1, samples_seen=8, layout=layout, config=saved, files={}, versions=versions
+        )
         with pytest.raises(CheckpointError, match=expected):
             manifest.run_config(Path("step_1"))
 
@@ -118,6 +182,15 @@ def test_manifest_of_a_newer_version_says_so() -> None:
 def test_free_fields_exist_and_shape_neither_weights_nor_data() -> None:
     names = {f"{section}.{name}" for section, fields in FREE_FIELDS.items() for name in fields}
     assert names <= set(dotted_names())
-    assert not {name for name in names if name.startswith(("model.", "routing.", "diffusion.", "optimizer."))} - {
-        "optimizer.schedule_steps"}
-    assert not names & {"train.seed", "train.global_batch_size", "data.dataset", "data.latent_scale", "data.flip"}
+    assert not {
+        name
+        for name in names
+        if name.startswith(("model.", "routing.", "diffusion.", "optimizer."))
+    } - {"optimizer.schedule_steps"}
+    assert not names & {
+        "train.seed",
+        "train.global_batch_size",
+        "data.dataset",
+        "data.latent_scale",
+        "data.flip",
+    }

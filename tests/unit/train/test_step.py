@@ -17,8 +17,16 @@ from ..builders import METHODS, of_method, random_network, random_tensor
 
 NULL = 10
 #: Terms of every method beside the objective's own.
-TERMS = {"token_choice": {"rcl"}, "expert_choice": {"rcl"}, "dit_moe": set(), "ec_dit": set(), "diff_moe": {"capacity"},
-         "expert_race": {"similarity", "per_layer"}, "classification": {"classification"}, "kmeans": set()}
+TERMS = {
+    "token_choice": {"rcl"},
+    "expert_choice": {"rcl"},
+    "dit_moe": set(),
+    "ec_dit": set(),
+    "diff_moe": {"capacity"},
+    "expert_race": {"similarity", "per_layer"},
+    "classification": {"classification"},
+    "kmeans": set(),
+}
 
 
 def batch_of(labels: list[int], channels: int = 1) -> DiffusionBatch:
@@ -31,9 +39,17 @@ def batch_of(labels: list[int], channels: int = 1) -> DiffusionBatch:
     )
 
 
-def make_module(method: str, model: dict[str, Any] | None = None, diffusion: dict[str, Any] | None = None,
-                **routing: Any) -> TrainingModule:
-    sections = {"model": {"depth": 4, **(model or {})}, "diffusion": diffusion or {}, **of_method(method, **routing)}
+def make_module(
+    method: str,
+    model: dict[str, Any] | None = None,
+    diffusion: dict[str, Any] | None = None,
+    **routing: Any,
+) -> TrainingModule:
+    sections = {
+        "model": {"depth": 4, **(model or {})},
+        "diffusion": diffusion or {},
+        **of_method(method, **routing),
+    }
     network = random_network(**sections).train()
     give_superclasses(network, network.config)
     return TrainingModule(network).train()
@@ -42,8 +58,16 @@ def make_module(method: str, model: dict[str, Any] | None = None, diffusion: dic
 def patches_of(image: Tensor, size: int) -> list[list[float]]:
     """The values of an image's patches, row by row; within a patch row, column, channel."""
     channels, height, width = image.shape
-    return [[image[c, y + dy, x + dx].item() for dy in range(size) for dx in range(size) for c in range(channels)]
-            for y in range(0, height, size) for x in range(0, width, size)]
+    return [
+        [
+            image[c, y + dy, x + dx].item()
+            for dy in range(size)
+            for dx in range(size)
+            for c in range(channels)
+        ]
+        for y in range(0, height, size)
+        for x in range(0, width, size)
+    ]
 
 
 @pytest.mark.parametrize("objective", ["rectified_flow", "ddpm"])
@@ -70,44 +94,70 @@ def test_terms_of_two_layers_are_summed() -> None:
     torch.testing.assert_close(output.terms["capacity"], losses[0] + losses[1])
 
 
-def per_layer_by_hand(module: TrainingModule, batch: DiffusionBatch, output: TrainingOutput) -> float:
+def per_layer_by_hand(
+    module: TrainingModule, batch: DiffusionBatch, output: TrainingOutput
+) -> float:
     network = module.denoiser
     target = module.objective.target(batch)
     errors = []
     for plan in output.plans.values():
-        pairs = [(predicted, value) for b, image in enumerate(target)
-                 for token, values in enumerate(patches_of(image, network.config.model.patch_size))
-                 for predicted, value in zip(plan.target_patches_BSP[b, token].tolist(), values, strict=True)]
+        pairs = [
+            (predicted, value)
+            for b, image in enumerate(target)
+            for token, values in enumerate(patches_of(image, network.config.model.patch_size))
+            for predicted, value in zip(
+                plan.target_patches_BSP[b, token].tolist(), values, strict=True
+            )
+        ]
         errors.append(sum((a - b) ** 2 for a, b in pairs) / len(pairs))
     return network.config.routing.per_layer_weight * sum(errors) / len(errors)
 
 
 @pytest.mark.parametrize("objective", ["rectified_flow", "ddpm"])
 @pytest.mark.parametrize(("channels", "learn_sigma", "weight"), [(1, True, 0.01), (3, True, 0.5)])
-def test_per_layer_term_is_the_mean_error_of_the_layers_predictions(objective: str, channels: int, learn_sigma: bool,
-                                                                    weight: float) -> None:
-    module = make_module("expert_race", {"in_channels": channels, "learn_sigma": learn_sigma}, {"objective": objective},
-                         per_layer_weight=weight)
+def test_per_layer_term_is_the_mean_error_of_the_layers_predictions(
+    objective: str, channels: int, learn_sigma: bool, weight: float
+) -> None:
+    module = make_module(
+        "expert_race",
+        {"in_channels": channels, "learn_sigma": learn_sigma},
+        {"objective": objective},
+        per_layer_weight=weight,
+    )
     batch = batch_of([3, NULL, 0], channels)
     output = module(batch)
-    assert output.terms["per_layer"].item() == pytest.approx(per_layer_by_hand(module, batch, output), rel=1e-5)
+    assert output.terms["per_layer"].item() == pytest.approx(
+        per_layer_by_hand(module, batch, output), rel=1e-5
+    )
 
 
 def test_per_layer_term_of_weight_zero_is_absent() -> None:
-    assert "per_layer" not in make_module("expert_race", per_layer_weight=0.0)(batch_of([3, 0])).terms
+    assert (
+        "per_layer" not in make_module("expert_race", per_layer_weight=0.0)(batch_of([3, 0])).terms
+    )
 
 
 def test_per_layer_term_alone_moves_heads_hidden_layers_and_what_is_below() -> None:
     module = make_module("expert_race")
     module(batch_of([3, NULL, 0])).terms["per_layer"].backward()
-    moved = {name for name, parameter in module.denoiser.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    moved = {
+        name
+        for name, parameter in module.denoiser.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
     for block in (1, 3):
-        assert {f"blocks.{block}.moe.router.{name}" for name in ("hidden.weight", "hidden.bias", "target_head.weight",
-                                                                "target_head.bias")} <= moved
+        assert {
+            f"blocks.{block}.moe.router.{name}"
+            for name in ("hidden.weight", "hidden.bias", "target_head.weight", "target_head.bias")
+        } <= moved
     assert "patch_embedding.proj.weight" in moved and "blocks.1.moe.routed.up_weight" in moved
-    # The gates decide, they predict nothing; the last layer's experts and the output come after every prediction.
+    # The gates decide, they predict nothing; the last layer's experts and the output come after
+    # every prediction.
     assert not any(name.endswith("gate_weight") and ".3." in name for name in moved)
-    assert not any(name.startswith(("blocks.3.moe.routed", "blocks.3.moe.shared", "final_layer")) for name in moved)
+    assert not any(
+        name.startswith(("blocks.3.moe.routed", "blocks.3.moe.shared", "final_layer"))
+        for name in moved
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -33,8 +33,10 @@ from promoe_ds.cli.entry import run_entry
 from promoe_ds.launch.shutdown import EarlySignals
 def main(arguments):
     early = EarlySignals()
-    settings = SupervisionConfig(step_timeout_seconds=float(os.environ.get("STEP_SECONDS", "100")), setup_timeout_seconds=100,
-                                 launcher_timeout_seconds=float(os.environ.get("LAUNCHER_SECONDS", "100")))
+    seconds = lambda name: float(os.environ.get(name, "100"))
+    settings = SupervisionConfig(
+        step_timeout_seconds=seconds("STEP_SECONDS"), setup_timeout_seconds=100,
+        launcher_timeout_seconds=seconds("LAUNCHER_SECONDS"))
     with supervised(settings, Path(sys.argv[1]), early) as supervisor:
         supervisor.begin_step(0); supervisor.end_step(); supervisor.begin_step(7)
         print("ready", flush=True)
@@ -47,28 +49,51 @@ UNTIL_ASKED = "[time.sleep(0.05) for _ in iter(supervisor.shutdown_requested, Tr
 
 
 def _rank(folder: Path, body: str, **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RANK": "3", "LOCAL_RANK": "0", **environment}
-    return subprocess.Popen([sys.executable, "-c", RANK.format(body=body), str(folder)], env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "RANK": "3",
+        "LOCAL_RANK": "0",
+        **environment,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", RANK.format(body=body), str(folder)],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_watchdog_stalled_step_dumps_stacks_and_ends_with_8(tmp_path) -> None:
-    rank = _rank(tmp_path, "lock = threading.Lock(); lock.acquire(); lock.acquire()", STEP_SECONDS="1.5")
+    rank = _rank(
+        tmp_path, "lock = threading.Lock(); lock.acquire(); lock.acquire()", STEP_SECONDS="1.5"
+    )
     _, errors = rank.communicate(timeout=200)
     assert rank.returncode == 8
     (dump,) = (tmp_path / "supervision").iterdir()
     assert dump.name == "stalled_rank_00003_step_0000007.txt"
-    assert dump.read_text().startswith(f"rank 3 on {os.uname().nodename}, process {rank.pid}, step 7\n")
+    assert dump.read_text().startswith(
+        f"rank 3 on {os.uname().nodename}, process {rank.pid}, step 7\n"
+    )
     assert "in main" in dump.read_text()
-    assert f"step 7 took longer than 1.5 s (supervision.step_timeout_seconds): all stacks are in {dump}" in errors
+    assert (
+        "step 7 took longer than 1.5 s (supervision.step_timeout_seconds): all stacks are in"
+        f" {dump}" in errors
+    )
 
 
 def test_watchdog_heartbeat_not_renewed_ends_with_9_and_a_status(tmp_path) -> None:
     attempt = tmp_path / "attempt"
     attempt.mkdir()
     renew_heartbeat(attempt, 1)
-    rank = _rank(tmp_path, "time.sleep(1); supervisor.begin_step(8); time.sleep(1); supervisor.begin_step(9); time.sleep(60)",
-                 LAUNCHER_SECONDS="2", PROMOE_LAUNCH_DIR=str(attempt))
+    rank = _rank(
+        tmp_path,
+        "time.sleep(1); supervisor.begin_step(8); time.sleep(1); supervisor.begin_step(9);"
+        " time.sleep(60)",
+        LAUNCHER_SECONDS="2",
+        PROMOE_LAUNCH_DIR=str(attempt),
+    )
     _, errors = rank.communicate(timeout=200)
     assert rank.returncode == 9, errors
     assert "no heartbeat of the launcher for 2 s" in errors
@@ -79,8 +104,11 @@ def test_watchdog_heartbeat_not_renewed_ends_with_9_and_a_status(tmp_path) -> No
 def test_heartbeat_shutdown_request_reaches_the_rank(tmp_path) -> None:
     renew_heartbeat(tmp_path, 5, "SIGTERM")
     assert read_heartbeat(tmp_path) == (5, "SIGTERM")
-    rank = _rank(tmp_path, f"{UNTIL_ASKED}; print(supervisor.shutdown_requested(), supervisor.stop_reason)",
-                 PROMOE_LAUNCH_DIR=str(tmp_path))
+    rank = _rank(
+        tmp_path,
+        f"{UNTIL_ASKED}; print(supervisor.shutdown_requested(), supervisor.stop_reason)",
+        PROMOE_LAUNCH_DIR=str(tmp_path),
+    )
     output, errors = rank.communicate(timeout=200)
     assert output.splitlines()[-1] == "True SIGTERM", errors
     assert [status.code for status in read_rank_statuses(tmp_path)] == [0]
@@ -120,20 +148,40 @@ def test_signal_after_the_agreed_stop_keeps_the_exit_code(tmp_path) -> None:
 
 
 def test_rank_whose_deepspeed_launcher_is_killed_ends_with_9(tmp_path) -> None:
-    """A stand-in for DeepSpeed's launcher, known by its name on the command line, starts the rank and is killed."""
+    """A stand-in for DeepSpeed's launcher, known by its name on the command line, starts the rank
+    and is killed.
+    """
     attempt, launch = tmp_path / "attempt", tmp_path / "deepspeed.launcher.launch"
     attempt.mkdir()
     launch.write_text("import subprocess, sys\nsubprocess.run(sys.argv[1:])\n")
     body = "[(supervisor.begin_step(n), time.sleep(0.5)) for n in range(100)]"
-    command = [sys.executable, str(launch), sys.executable, "-c", RANK.format(body=body), str(tmp_path)]
+    command = [
+        sys.executable,
+        str(launch),
+        sys.executable,
+        "-c",
+        RANK.format(body=body),
+        str(tmp_path),
+    ]
     code = "import subprocess, sys; subprocess.run(sys.argv[1:])"
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RANK": "0", "LOCAL_RANK": "1", "PROMOE_LAUNCH_DIR": str(attempt)}
-    starter = subprocess.Popen([sys.executable, "-c", code, *command], env=env, text=True, stdout=subprocess.PIPE)
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "RANK": "0",
+        "LOCAL_RANK": "1",
+        "PROMOE_LAUNCH_DIR": str(attempt),
+    }
+    starter = subprocess.Popen(
+        [sys.executable, "-c", code, *command], env=env, text=True, stdout=subprocess.PIPE
+    )
     assert starter.stdout.readline() == "ready\n"
     launcher = int(Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text())
     os.kill(launcher, signal.SIGKILL)
     deadline = time.monotonic() + 1000
-    while not [status for status in read_rank_statuses(attempt) if status.code is not None] and time.monotonic() < deadline:
+    while (
+        not [status for status in read_rank_statuses(attempt) if status.code is not None]
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     (status,) = read_rank_statuses(attempt)
     starter.wait(100)
@@ -142,12 +190,21 @@ def test_rank_whose_deepspeed_launcher_is_killed_ends_with_9(tmp_path) -> None:
 
 
 def test_leftovers_of_an_attempt_are_killed_and_nothing_else(tmp_path) -> None:
-    mine, other = (subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], "PROMOE_LAUNCH_DIR": str(tmp_path / name)})
-                   for name in ("attempt_001", "attempt_0010"))
+    mine, other = (
+        subprocess.Popen(
+            ["sleep", "60"],
+            env={"PATH": os.environ["PATH"], "PROMOE_LAUNCH_DIR": str(tmp_path / name)},
+        )
+        for name in ("attempt_001", "attempt_0010")
+    )
     try:
         deadline = time.monotonic() + 100
-        while [p.pid for p in processes_with("PROMOE_LAUNCH_DIR", str(tmp_path / "attempt_001"))] != [mine.pid]:
-            assert time.monotonic() < deadline  # a process has its environment a moment after it has begun
+        while [
+            p.pid for p in processes_with("PROMOE_LAUNCH_DIR", str(tmp_path / "attempt_001"))
+        ] != [mine.pid]:
+            assert (
+                time.monotonic() < deadline
+            )  # a process has its environment a moment after it has begun
         assert kill_leftover_processes(str(tmp_path / "attempt_001"), patience=0.1) == [mine.pid]
         assert mine.wait(100) == -9
         assert other.poll() is None
@@ -159,9 +216,15 @@ def test_leftovers_of_an_attempt_are_killed_and_nothing_else(tmp_path) -> None:
 
 def test_peer_problem_names_the_rank_at_the_address() -> None:
     places = {"10.0.0.1": "rank 0 on a", "10.0.0.2": "ranks 1, 2 on b"}
-    closed = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:21503")
+    closed = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"
+        " [10.0.0.2]:21503"
+    )
     assert peer_problem(closed, places).startswith("lost ranks 1, 2 on b (")
-    late = RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation to complete")
+    late = RuntimeError(
+        "[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation to"
+        " complete"
+    )
     assert peer_problem(late, places).startswith("a collective with other ranks ")
     assert peer_problem(dist.DistBackendError("NCCL error"), places)
     assert peer_problem(RuntimeError("shape '[2]' is invalid"), places) == ""
@@ -179,5 +242,8 @@ def test_shutdown_request_of_another_rank_is_agreed_with_the_health_of_a_step(mo
     watch = HealthWatch(nn.Linear(2, 1), ONE_RANK)
     assert agree(watch.is_bad(), False) == [False, True]
     assert agree(watch.is_bad(), True) == [False, True]
-    assert [values.tolist() for values in reduced] == [[0.0, 0.0], [0.0, 1.0]], "one collective for both"
+    assert [values.tolist() for values in reduced] == [
+        [0.0, 0.0],
+        [0.0, 1.0],
+    ], "one collective for both"
     assert watch.finish(3, is_bad=False) == ""
