@@ -47,9 +47,9 @@ def list_fields() -> dict[str, list[FieldFacts]]:
 
 
 def section_purpose(section: str) -> str:
-    """Return the first line of a section's docstring."""
+    """Return the first paragraph of a section's docstring."""
     annotation = RunConfig if not section else RunConfig.model_fields[section].annotation
-    return (annotation.__doc__ or "").strip().splitlines()[0]
+    return " ".join((annotation.__doc__ or "").partition("\n\n")[0].split())
 
 
 def field_tables() -> str:

@@ -113,9 +113,7 @@ class LayerDetail(Struct, frozen=True):
 
 
 class Line(Struct, frozen=True):
-    """One layer and noise level of a log interval; schema 1 had only the fields without a
-    default.
-    """
+    """One layer and noise level of a log interval (schema 1: the fields without a default)."""
 
     step: Positive
     layer: Count
