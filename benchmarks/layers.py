@@ -26,10 +26,16 @@ from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.build import build_moe_layer
-from promoe_ds.model.routers import ROUTERS, build_router
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, FEED_FORWARDS, FeedForward
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.routing import ClassificationRouter, Partition, Router, partition_samples
+from promoe_ds.routing import (
+    ROUTERS,
+    ClassificationRouter,
+    Partition,
+    Router,
+    build_router,
+    partition_samples,
+)
 from promoe_ds.train.step import TrainingModule
 
 _Call = Callable[[Tensor], tuple[Tensor, list[Tensor]]]

@@ -41,7 +41,7 @@ class Method:
 
 _PROMOE = ("activation", "score_scale", "rcl_weight", "rcl_temperature", "rcl_scope")
 _BALANCE = ("balance_weight", "balance_level")
-#: Every routing method; its router is built by promoe_ds.model.routers.
+#: Every routing method; its router is the class registered for it in promoe_ds.routing.
 METHODS: dict[RoutingMethod, Method] = {
     "dense": Method(),
     "token_choice": Method(reads=(*_PROMOE, "rcl_assignments", *_BALANCE)),

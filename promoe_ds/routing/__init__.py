@@ -14,10 +14,11 @@ from promoe_ds.routing.kmeans import KMeansRouter
 from promoe_ds.routing.linear_gate import LinearGateRouter
 from promoe_ds.routing.partition import Partition, partition_samples
 from promoe_ds.routing.race import ExpertRaceRouter
-from promoe_ds.routing.router import Router
-from promoe_ds.routing.two_step import TwoStepRouter, TwoStepSettings
+from promoe_ds.routing.router import ROUTERS, Router, build_router
+from promoe_ds.routing.two_step import TwoStepRouter
 
 __all__ = [
+    "ROUTERS",
     "Assignment",
     "BatchPoolRouter",
     "ClassificationRouter",
@@ -31,8 +32,8 @@ __all__ = [
     "RoutingPlan",
     "RoutingStats",
     "TwoStepRouter",
-    "TwoStepSettings",
     "assign_pairs",
     "assign_token_choice",
+    "build_router",
     "partition_samples",
 ]

@@ -11,9 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import GateRouter, expert_capacity, pool_token_ids
+from promoe_ds.routing.router import (
+    GateRouter,
+    expert_capacity,
+    pool_token_ids,
+    register_router,
+)
 from promoe_ds.routing.scores import linear_fp32, linear_scores
 
 
@@ -32,6 +38,7 @@ class CapacityPredictor(nn.Module):
         return linear_fp32(F.silu(linear_fp32(tokens_TD.detach(), self.up)), self.down)
 
 
+@register_router("diff_moe")
 class BatchPoolRouter(GateRouter):
     """Each expert takes the C = floor(T * K / E) tokens of the batch that score highest for it.
 
@@ -43,26 +50,11 @@ class BatchPoolRouter(GateRouter):
     per_expert = ("gate_weight", "thresholds", "predictor.down.weight", "predictor.down.bias")
     initial_gate = 0.006
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        num_experts: int,
-        top_k: int,
-        capacity_weight: float,
-        threshold_decay: float,
-    ) -> None:
-        """Create gate and predictor, uninitialised.
-
-        Args:
-            capacity_weight: of the predictor's loss.
-            threshold_decay: of the running thresholds, per optimizer step.
-        Raises: RoutingError if K > E.
-        """
-        super().__init__(width, num_experts, top_k)
-        self.capacity_weight, self.threshold_decay = capacity_weight, threshold_decay
-        self.predictor = CapacityPredictor(width, num_experts)
-        self.register_buffer("thresholds", torch.zeros(num_experts))
+    def __init__(self, width: int, settings: RoutingConfig) -> None:
+        """Create gate and predictor, uninitialised."""
+        super().__init__(width, settings)
+        self.predictor = CapacityPredictor(width, self.num_experts)
+        self.register_buffer("thresholds", torch.zeros(self.num_experts))
 
     def reset_state(self) -> None:
         """Set the thresholds to 0, where every expert takes every token."""
@@ -106,7 +98,9 @@ class BatchPoolRouter(GateRouter):
         chosen_TE = torch.zeros_like(scores_TE).index_put_(
             (pool_ids_N, expert_ids_N), scores_TE.new_ones(())
         )
-        aux_losses = {"capacity": self.capacity_weight * capacity_loss(logits_TE, chosen_TE)}
+        aux_losses = {
+            "capacity": self.settings.capacity_weight * capacity_loss(logits_TE, chosen_TE)
+        }
         return RoutingPlan(
             assignment=assignment,
             aux_losses=aux_losses,
@@ -116,7 +110,7 @@ class BatchPoolRouter(GateRouter):
 
     def update_running_state(self, observation: Tensor) -> None:
         """Move the thresholds towards the mean observed one: decay * old + (1 - decay) * mean."""
-        move_thresholds(self.thresholds, observation, self.threshold_decay)
+        move_thresholds(self.thresholds, observation, self.settings.threshold_decay)
 
     def _observe(self, predicted_TE: Tensor, capacity: int) -> Tensor:
         lowest_E = (

@@ -12,11 +12,12 @@ from promoe_ds.errors import RoutingError
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.losses import expert_choice_contrastive_loss
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import GateRouter, expert_capacity
+from promoe_ds.routing.router import GateRouter, expert_capacity, register_router
 from promoe_ds.routing.scores import activate, cosine_scores, linear_scores
 from promoe_ds.routing.two_step import PrototypeRouter
 
 
+@register_router("expert_choice")
 class PrototypeExpertChoiceRouter(PrototypeRouter):
     """ProMoE with expert choice: each prototype takes its nearest tokens of every conditional
     sample.
@@ -47,6 +48,7 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)
 
 
+@register_router("ec_dit")
 class LinearExpertChoiceRouter(GateRouter):
     """EC-DiT: each expert takes a fixed share of every sample's tokens; even by construction, no
     loss.

@@ -11,22 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import Router, choose_top_k
+from promoe_ds.routing.router import Router, choose_top_k, register_router
 from promoe_ds.routing.scores import at_least_fp32
 
 
+@register_router("kmeans")
 class KMeansRouter(Router):
     """Sends every token to the expert of its nearest centroid. Nothing is learned by gradient."""
 
     centroids: Tensor
     per_expert = ("centroids",)
 
-    def __init__(self, width: int, *, num_experts: int) -> None:
+    def __init__(self, width: int, settings: RoutingConfig) -> None:
         """Create the centroids at 0; `seed` starts them."""
-        super().__init__(num_experts, top_k=1)
-        self.register_buffer("centroids", torch.zeros(num_experts, width))
+        super().__init__(width, settings)
+        self.register_buffer("centroids", torch.zeros(self.num_experts, width))
 
     def expert_keys_ED(self) -> Tensor:
         """Return the centroids."""

@@ -5,13 +5,15 @@ Letters: B images, S tokens per image, D width, E routed experts.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.errors import RoutingError
+from promoe_ds.config.routing import RoutingConfig, RoutingMethod
+from promoe_ds.config.schema import RunConfig
 from promoe_ds.routing.assignment import (
     Assignment,
     RoutingPlan,
@@ -32,7 +34,7 @@ class Router(KeepsBuffersPrecise):
     A subclass implements `forward` and `expert_keys_ED`; one with running state (thresholds,
     centroids) keeps it in buffers, reports observations in its plans and implements
     `update_running_state` and `reset_state`. Buffers stay in fp32 when the module is cast to half
-    precision: a running average of 0.95 would stand still in bf16.
+    precision: a running average with decay 0.95 would not move in bf16.
     per_expert: names of the parameters and buffers whose first dimension counts the experts.
     initial_gate: how `gate_weight` starts: "xavier" as other matrices, "linear" as torch's linear
         layer (uniform within 1 / sqrt(D)), or the standard deviation of a normal distribution.
@@ -41,16 +43,17 @@ class Router(KeepsBuffersPrecise):
     per_expert: ClassVar[tuple[str, ...]] = ()
     initial_gate: ClassVar[str | float] = "xavier"
 
-    def __init__(self, num_experts: int, top_k: int) -> None:
-        """Take E and K.
-
-        Raises: RoutingError if K > E.
-        """
+    def __init__(self, width: int, settings: RoutingConfig) -> None:
+        """Take the settings, among them E and K; D for the subclasses that have weights."""
         super().__init__()
-        if top_k > num_experts:
-            raise RoutingError(f"top_k={top_k} exceeds num_experts={num_experts}")
-        self.num_experts, self.top_k = num_experts, top_k
+        self.settings = settings
+        self.num_experts, self.top_k = settings.num_experts, settings.top_k
         self.reduce_sum: ReduceSum = identity_reduce
+
+    @classmethod
+    def from_config(cls, config: RunConfig, block: int) -> Self:
+        """Build the router of the MoE layer in transformer block `block`, uninitialised."""
+        return cls(config.model.hidden_size, config.routing)
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch: which routed experts each token of a routed sample visits, losses and
@@ -151,18 +154,35 @@ class Router(KeepsBuffersPrecise):
         )
 
 
+Kind = TypeVar("Kind", bound=type[Router])
+#: The router of every `routing.method` but dense.
+ROUTERS: dict[RoutingMethod, type[Router]] = {}
+
+
+def register_router(method: RoutingMethod) -> Callable[[Kind], Kind]:
+    """Make a class the router of `routing.method`; `config.routing.METHODS` names its settings."""
+
+    def register(kind: Kind) -> Kind:
+        ROUTERS[method] = kind
+        return kind
+
+    return register
+
+
+def build_router(config: RunConfig, block: int = 0) -> Router:
+    """Build the router of one MoE layer, uninitialised (`model.init` fills it)."""
+    return ROUTERS[config.routing.method].from_config(config, block)
+
+
 class GateRouter(Router):
     """A router whose scores come from a linear gate without bias."""
 
     per_expert: ClassVar[tuple[str, ...]] = ("gate_weight",)
 
-    def __init__(self, width: int, num_experts: int, top_k: int) -> None:
-        """Create the gate, uninitialised (`model.init` fills it).
-
-        Raises: RoutingError if K > E.
-        """
-        super().__init__(num_experts, top_k)
-        self.gate_weight = nn.Parameter(torch.empty(num_experts, width))
+    def __init__(self, width: int, settings: RoutingConfig) -> None:
+        """Create the gate, uninitialised."""
+        super().__init__(width, settings)
+        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, width))
 
     def expert_keys_ED(self) -> Tensor:
         """Return the gate's rows."""

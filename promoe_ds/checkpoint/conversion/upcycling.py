@@ -36,11 +36,10 @@ from promoe_ds.model.build import build_model
 from promoe_ds.model.dit import DiT
 from promoe_ds.model.export import fill_network
 from promoe_ds.model.init import fill_parameter
-from promoe_ds.model.routers import build_router
 from promoe_ds.model.state import POSITIONS, state_shapes
 from promoe_ds.model.upcycle import DENSE_PARAMETERS, Deal, deal_units, upcycled_parameter
 from promoe_ds.randomness import generator
-from promoe_ds.routing import ClassificationRouter, KMeansRouter, Router
+from promoe_ds.routing import ClassificationRouter, KMeansRouter, Router, build_router
 from promoe_ds.routing.clustering import cluster_tokens
 from promoe_ds.routing.partition import Partition, partition_samples
 
@@ -297,7 +296,7 @@ def _start_router(
 
 
 def _initial_router(config: RunConfig, index: int) -> Router:
-    router = build_router(config)
+    router = build_router(config, index)
     router.reset_state()
     for name, parameter in router.named_parameters():
         fill_parameter(

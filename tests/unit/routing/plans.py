@@ -4,7 +4,6 @@ with an oracle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +14,13 @@ from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config.routing import METHODS as TRAITS
+from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.routing import (
-    BatchPoolRouter,
+    ROUTERS,
     ClassificationRouter,
-    ExpertRaceRouter,
-    KMeansRouter,
-    LinearExpertChoiceRouter,
-    LinearGateRouter,
     Partition,
-    PrototypeExpertChoiceRouter,
     Router,
     RoutingPlan,
-    TwoStepRouter,
-    TwoStepSettings,
     partition_samples,
 )
 
@@ -42,33 +35,14 @@ NEAR = {"rel": 1e-10, "abs": 1e-10}
 SUPERCLASSES = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
 
 
-def _two_step(router: Callable[..., Router]) -> Callable[..., Router]:
-    return lambda width, **settings: router(width, TwoStepSettings(**settings))
-
-
-def _without_top_k(router: Callable[..., Router]) -> Callable[..., Router]:
-    return lambda width, top_k=1, **settings: router(width, **settings)
-
-
-_BUILDERS: dict[str, tuple[Callable[..., Router], dict[str, Any]]] = {
-    "token_choice": (_two_step(TwoStepRouter), {}),
-    "expert_choice": (_two_step(PrototypeExpertChoiceRouter), {}),
-    "dit_moe": (LinearGateRouter, {"balance_weight": 0.25, "balance_level": "batch"}),
-    "ec_dit": (LinearExpertChoiceRouter, {}),
-    "diff_moe": (BatchPoolRouter, {"capacity_weight": 0.5, "threshold_decay": 0.95}),
-    "expert_race": (
-        ExpertRaceRouter,
-        {
-            "activation": "identity",
-            "similarity_weight": 0.25,
-            "patch_values": 3,
-            "threshold_decay": 0.95,
-        },
-    ),
-    "classification": (_without_top_k(ClassificationRouter), {"loss_weight": 0.5}),
-    "kmeans": (_without_top_k(KMeansRouter), {}),
+#: What routers of these tests have instead of the recipes' defaults.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "dit_moe": {"balance_weight": 0.25},
+    "diff_moe": {"capacity_weight": 0.5},
+    "expert_race": {"similarity_weight": 0.25},
+    "classification": {"classification_weight": 0.5, "superclass_map": "digits"},
 }
-METHODS = tuple(_BUILDERS)
+METHODS = tuple(ROUTERS)
 ONE_EXPERT = tuple(method for method in METHODS if TRAITS[method].single_choice)
 WITH_STATE = ("diff_moe", "expert_race", "kmeans")
 
@@ -81,11 +55,18 @@ def make_router(
     dtype: torch.dtype = torch.float64,
     num_experts: int = 4,
     top_k: int = 2,
+    patch_values: int = 3,
     **settings: Any,
 ) -> Router:
     """Build a router with random parameters and running state, in training mode."""
-    build, defaults = _BUILDERS[method]
-    router = build(width, num_experts=num_experts, top_k=top_k, **{**defaults, **settings})
+    extra = {"patch_values": patch_values} if method == "expert_race" else {}
+    routing = RoutingConfig(
+        method=method,
+        num_experts=num_experts,
+        top_k=1 if method in ONE_EXPERT else top_k,
+        **{**_SETTINGS.get(method, {}), **settings},
+    )
+    router = ROUTERS[method](width, routing, **extra)
     randomise(router, seed, std=0.6)
     for name, buffer in router.named_buffers():
         # Thresholds lie among the values that they are compared with, centroids among the tokens.

@@ -29,7 +29,7 @@ def test_classification_any_batch_equals_oracle(case: Case) -> None:
             router.classifier.bias.tolist(),
             superclass_of,
             null_label=NULL,
-            loss_weight=router.loss_weight,
+            loss_weight=router.settings.classification_weight,
             training=case.training,
         ),
     )
@@ -66,7 +66,7 @@ def test_classification_null_samples_do_not_count_in_the_loss(unconditional: boo
 
 
 def test_classification_training_without_superclasses_is_an_error() -> None:
-    router = ClassificationRouter(8, num_experts=4, loss_weight=1.0)
+    router = ClassificationRouter(8, make_router("classification").settings)
     with pytest.raises(
         RuntimeError, match="training a ClassificationRouter needs set_superclasses first"
     ):
@@ -77,7 +77,9 @@ def test_classification_training_without_superclasses_is_an_error() -> None:
 def test_classification_without_loss_needs_no_superclasses(
     loss_weight: float, training: bool
 ) -> None:
-    router = ClassificationRouter(8, num_experts=4, loss_weight=loss_weight).train(training)
+    router = ClassificationRouter(
+        8, make_router("classification", classification_weight=loss_weight).settings
+    ).train(training)
     assert route(router, random_tensor(1, 4, 8), [0]).aux_losses == {}
 
 

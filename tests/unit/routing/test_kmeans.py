@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from promoe_ds.routing import KMeansRouter
 from promoe_ds.routing.kmeans import euclidean_distances
 
 from ..builders import random_tensor
@@ -36,7 +35,7 @@ def test_kmeans_far_clusters_have_gates_of_one() -> None:
 
 
 def test_kmeans_has_no_parameters() -> None:
-    router = KMeansRouter(8, num_experts=4)
+    router = make_router("kmeans")
     assert list(router.parameters()) == []
     assert set(router.state_dict()) == {"centroids"}
 

@@ -9,9 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promoe_ds.errors import RoutingError
-from promoe_ds.routing import LinearGateRouter
-
 from ..builders import random_tensor
 from . import oracles_methods
 from .plans import NULL, Case, cases, make_router, plan_rows, route
@@ -25,8 +22,8 @@ def check_against_oracle(case: Case, **settings: Any) -> None:
             case.batch,
             router.gate_weight.tolist(),
             top_k=case.top_k,
-            balance_weight=router.balance_weight,
-            level=router.balance_level,
+            balance_weight=router.settings.balance_weight,
+            level=router.settings.balance_level,
         ),
     )
 
@@ -82,8 +79,3 @@ def test_linear_gate_null_samples_do_not_move_the_balance_loss() -> None:
     other = torch.cat([tokens[:1], 5 - tokens[1:2], tokens[2:]])
     losses = [route(router, batch, [0, NULL, 1]).aux_losses["balance"] for batch in (tokens, other)]
     assert torch.equal(*losses)
-
-
-def test_linear_gate_more_choices_than_experts_is_refused() -> None:
-    with pytest.raises(RoutingError, match="top_k=5 exceeds num_experts=4"):
-        LinearGateRouter(8, num_experts=4, top_k=5, balance_weight=0.0, balance_level="batch")

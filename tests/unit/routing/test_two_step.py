@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from promoe_ds.errors import RoutingError
-from promoe_ds.routing import TwoStepRouter, TwoStepSettings
+from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.routing import TwoStepRouter
 from promoe_ds.routing.scores import activate, cosine_scores
 
 from ..builders import random_tensor
@@ -25,7 +25,7 @@ FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
 def make_router(
     width: int = 8, seed: int = 1, dtype: torch.dtype = torch.float64, **settings: Any
 ) -> TwoStepRouter:
-    router = TwoStepRouter(width, TwoStepSettings(**{"num_experts": 4, **settings})).to(dtype)
+    router = TwoStepRouter(width, RoutingConfig(**{"num_experts": 4, **settings})).to(dtype)
     with torch.no_grad():
         router.prototypes.copy_(random_tensor(*router.prototypes.shape, seed=seed))
     return router
@@ -372,11 +372,6 @@ def test_stats_hold_no_graph() -> None:
         for t in (stats.tokens_per_expert_BE, stats.gate_sums_B, stats.prototype_similarity)
     )
     assert plan.assignment.gates_N.requires_grad
-
-
-def test_router_more_choices_than_experts_is_refused() -> None:
-    with pytest.raises(RoutingError, match="top_k=5 exceeds num_experts=4"):
-        TwoStepRouter(8, TwoStepSettings(num_experts=4, top_k=5))
 
 
 def test_router_scores_use_scale_and_activation() -> None:
