@@ -11,14 +11,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from promoe_ds.config.parallel import ResolvedDispatch
+from promoe_ds.config.schema import RunConfig
 from promoe_ds.moe.collectives import AllToAll, WaitClock, exchange_counts
-from promoe_ds.moe.comm_dtype import SAME, CommDtype
+from promoe_ds.moe.comm_dtype import COMM_DTYPES, SAME, CommDtype
+from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.routing.assignment import Assignment
 from promoe_ds.routing.scores import at_least_fp32
 
@@ -68,6 +71,23 @@ class ExpertPath(Protocol):
         """Bytes that this rank's rows take between ranks in a pass, forward and backward, a scalar
         int64.  Sync: none.
         """
+
+
+#: Makes the path to the experts of one layer: this rank's share of those that a group holds.
+PathFactory = Callable[[RunConfig, StackedExperts, dist.ProcessGroup, torch.device], ExpertPath]
+Factory = TypeVar("Factory", bound=PathFactory)
+#: By `parallel.dispatch`, for experts on several ranks; other libraries' are in `backends`.
+DISPATCHERS: dict[ResolvedDispatch, PathFactory] = {}
+
+
+def register_dispatcher(name: ResolvedDispatch) -> Callable[[Factory], Factory]:
+    """Make a class or a function the factory of `parallel.dispatch`."""
+
+    def register(factory: Factory) -> Factory:
+        DISPATCHERS[name] = factory
+        return factory
+
+    return register
 
 
 class Dispatcher(ABC):
@@ -214,6 +234,13 @@ class AllToAllDispatcher(Dispatcher):
             * self.wire.row_bytes(width, element_size)
             * self.rows_leaving(assignment)
         )
+
+
+@register_dispatcher("alltoall")
+def _all_to_all(
+    config: RunConfig, experts: StackedExperts, group: dist.ProcessGroup, device: torch.device
+) -> AllToAllDispatcher:
+    return AllToAllDispatcher(group, COMM_DTYPES[config.parallel.comm_dtype])
 
 
 def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) -> Tensor:
