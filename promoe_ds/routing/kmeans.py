@@ -92,7 +92,9 @@ class KMeansRouter(Router):
         )
         tokens_TD = at_least_fp32(tokens_BSD.flatten(0, 1))
         membership_TE = membership_BSE.flatten(0, 1).to(tokens_TD.dtype)
-        return torch.cat([membership_TE.T @ tokens_TD, membership_TE.sum(dim=0)[:, None]], dim=1)
+        with torch.autocast(tokens_BSD.device.type, enabled=False):
+            sums_ED = membership_TE.T @ tokens_TD
+        return torch.cat([sums_ED, membership_TE.sum(dim=0)[:, None]], dim=1)
 
 
 def euclidean_distances(tokens_D: Tensor, centroids_ED: Tensor) -> Tensor:

@@ -132,8 +132,9 @@ def router_similarity_loss(probabilities_TE: Tensor, chosen_TE: Tensor) -> Tenso
     Gradient: reaches probabilities.  Sync: none.  Collectives: none.
     """
     num_tokens, num_experts = probabilities_TE.shape
-    joint_EE = chosen_TE.T @ chosen_TE
-    similarity_EE = probabilities_TE.T @ probabilities_TE / max(1, num_tokens)
+    with torch.autocast(probabilities_TE.device.type, enabled=False):
+        joint_EE = chosen_TE.T @ chosen_TE
+        similarity_EE = probabilities_TE.T @ probabilities_TE / max(1, num_tokens)
     load_E, pairs_EE = joint_EE.diagonal(), joint_EE - joint_EE.diagonal().diag()
     of_load = num_experts * (load_E * similarity_EE.diagonal()).sum() / load_E.sum().clamp_min(1.0)
     of_pairs = (
