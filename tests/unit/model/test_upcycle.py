@@ -7,7 +7,7 @@ import torch
 
 from promoe_ds.model.state import state_shapes
 from promoe_ds.model.upcycle import DENSE_PARAMETERS, Deal, deal_units, upcycled_parameter
-from promoe_ds.moe.experts import FeedForward
+from promoe_ds.moe.experts import FEED_FORWARDS, FeedForward
 
 from ..builders import random_tensor, randomise, small_config
 
@@ -63,25 +63,16 @@ def build(
 def run(
     layer: dict[str, torch.Tensor], part: str, x: torch.Tensor, expert: int | None = None
 ) -> torch.Tensor:
-    """Compute one part by its formula."""
-    if f"{part}.up.weight" not in layer and f"{part}.up_weight" not in layer:
-        return torch.zeros_like(x)
-    get = {
-        leaf: (
-            layer[f"{part}.{leaf}"][expert]
-            if expert is not None
-            else layer[f"{part}.{leaf.replace('_', '.')}"]
-        )
-        for leaf in ("gate_weight", "up_weight", "up_bias", "down_weight", "down_bias")
-        if f"{part}.{leaf}" in layer or f"{part}.{leaf.replace('_', '.')}" in layer
+    """Compute one part, or one expert of the routed part; zero where there is none."""
+    weights = {
+        name.removeprefix(f"{part}.").replace("_", "."): value if expert is None else value[expert]
+        for name, value in layer.items()
+        if name.startswith(f"{part}.")
     }
-    hidden = x @ get["up_weight"].T + get.get("up_bias", 0.0)
-    hidden = (
-        torch.nn.functional.silu(x @ get["gate_weight"].T) * hidden
-        if "gate_weight" in get
-        else torch.nn.functional.gelu(hidden, approximate="tanh")
-    )
-    return hidden @ get["down_weight"].T + get.get("down_bias", 0.0)
+    if not weights:
+        return torch.zeros_like(x)
+    kind = FEED_FORWARDS["swiglu" if "gate.weight" in weights else "gelu"]
+    return torch.func.functional_call(kind(1, 1), weights, (x,))
 
 
 @pytest.mark.parametrize("name", DEALS)
