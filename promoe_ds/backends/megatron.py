@@ -36,12 +36,13 @@ from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
 from promoe_ds.moe.dispatch import (
     ALL_TO_ALLS_PER_STEP,
+    DISPATCHERS,
     ExpertFunction,
     PendingOutput,
-    register_dispatcher,
 )
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.private_names import check_parameters
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import Assignment
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class PlannedRouter(nn.Module):
         return self.decision
 
 
-@register_dispatcher("megatron")
+@register(DISPATCHERS, "megatron")
 class MegatronPath:
     """Takes tokens through a Megatron-core layer. Its own collectives are synchronous: nothing of
     ours overlaps with them.

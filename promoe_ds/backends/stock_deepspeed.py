@@ -21,11 +21,12 @@ from promoe_ds.backends.external import token_choices
 from promoe_ds.config import RunConfig
 from promoe_ds.moe.dispatch import (
     ALL_TO_ALLS_PER_STEP,
+    DISPATCHERS,
     ExpertFunction,
     PendingOutput,
-    register_dispatcher,
 )
 from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import Assignment
 
 #: The route of a token that has none, in DeepSpeed's tuple.
@@ -137,7 +138,7 @@ class SlotExperts(nn.Module):
         )
 
 
-@register_dispatcher("deepspeed_moe")
+@register(DISPATCHERS, "deepspeed_moe")
 class DeepSpeedMoEPath:
     """Takes tokens through DeepSpeed's own `MOELayer`. Its exchange is synchronous: nothing
     overlaps with it.

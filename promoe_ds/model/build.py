@@ -29,13 +29,12 @@ def build_model(config: RunConfig) -> DiT:
 def _build_block(config: RunConfig, index: int) -> DiTBlock:
     model = config.model
     attention = SelfAttention(model.hidden_size, model.num_heads, qk_norm=model.qk_norm)
-    if config.is_moe_block(index):
-        return DiTBlock(model.hidden_size, attention, build_moe_layer(config, index))
-    return DiTBlock(
-        model.hidden_size,
-        attention,
-        FeedForward(model.hidden_size, int(model.mlp_ratio * model.hidden_size)),
+    feed_forward = (
+        build_moe_layer(config, index)
+        if config.is_moe_block(index)
+        else FeedForward(model.hidden_size, int(model.mlp_ratio * model.hidden_size))
     )
+    return DiTBlock(model.hidden_size, attention, feed_forward)
 
 
 def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:

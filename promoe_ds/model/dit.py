@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class DiT(nn.Module):
             model.patch_size, model.in_channels, model.hidden_size
         )
         self.timestep_embedding = TimestepEmbedding(model.hidden_size)
-        self.label_embedding: ConditionEmbedding[Any] = LabelEmbedding(
+        self.label_embedding: ConditionEmbedding = LabelEmbedding(
             model.num_classes, model.hidden_size
         )
         self.blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))

@@ -6,7 +6,6 @@ from promoe_ds.moe.dispatch import (
     Dispatcher,
     ExpertPath,
     LocalDispatcher,
-    register_dispatcher,
 )
 from promoe_ds.moe.experts import FeedForward, StackedExperts
 from promoe_ds.moe.layer import MoELayer
@@ -20,5 +19,4 @@ __all__ = [
     "LocalDispatcher",
     "MoELayer",
     "StackedExperts",
-    "register_dispatcher",
 ]

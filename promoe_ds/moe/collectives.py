@@ -98,23 +98,15 @@ class WaitClock:
         return seconds
 
 
-def exchange_counts(counts_WE: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Exchange row counts, equal sizes: row w of the input goes to rank w of the group."""
-    received = torch.empty_like(counts_WE)
-    dist.all_to_all_single(received, counts_WE.contiguous(), group=group)
-    return received
-
-
 @dataclass
 class AllToAll:
     """One all-to-all of rows, startable and finishable apart so that other work can run in between.
 
     rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; wire: how a row looks on
     its way. `clock` counts the waiting for it under `name`, and under `name`_backward for that of
-    the gradients. `start` and `finish` are one
-    differentiable pair: the backward pass starts the reverse exchange at `finish` and ends it at
-    `start`, and whatever was computed between them in the forward pass is differentiated while the
-    gradients travel.
+    the gradients. `start` and `finish` are one differentiable pair: the backward pass starts the
+    reverse exchange at `finish` and ends it at `start`, and whatever was computed between them in
+    the forward pass is differentiated while the gradients travel.
     """
 
     rows_out: list[int]
@@ -123,11 +115,8 @@ class AllToAll:
     name: str
     clock: WaitClock
     wire: CommDtype = SAME
-    _name: str = field(default="", repr=False)
-    _work: Any = field(default=None, repr=False)
-    _sent: Tensor | None = field(default=None, repr=False)
-    _received: Tensor | None = field(default=None, repr=False)
-    _like: tuple[int, torch.dtype] | None = field(default=None, repr=False)
+    #: The work, what is sent (kept alive until it ends), what arrives, an empty tensor like it.
+    _under_way: tuple[Any, Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
 
     def start(self, rows: Tensor) -> Tensor:
         """Begin sending (sum(rows_out), width) rows; the result is a ticket without values, for
@@ -148,26 +137,22 @@ class AllToAll:
         sizes_out, sizes_in = (
             (self.rows_in, self.rows_out) if reverse else (self.rows_out, self.rows_in)
         )
-        self._name = f"{self.name}_backward" if reverse else self.name
-        self._like = rows.shape[1], rows.dtype
-        self._sent = self.wire.pack(
-            rows, is_gradient=reverse
-        ).contiguous()  # kept alive until the transfer ends
-        self._received = self._sent.new_empty(sum(sizes_in), self._sent.shape[1])
-        self._work = dist.all_to_all_single(
-            self._received, self._sent, sizes_in, sizes_out, group=self.group, async_op=True
+        sent = self.wire.pack(rows, is_gradient=reverse).contiguous()
+        received = sent.new_empty(sum(sizes_in), sent.shape[1])
+        work = dist.all_to_all_single(
+            received, sent, sizes_in, sizes_out, group=self.group, async_op=True
         )
+        self._under_way = work, sent, received, rows.new_empty(0, rows.shape[1])
         return rows.new_empty(sum(sizes_in), 0)
 
     def wait(self, *, reverse: bool) -> Tensor:
         """End the transfer under way and return the rows."""
-        assert self._received is not None and self._like is not None
-        with self.clock.waiting(self._name, self._received.device):
-            self._work.wait()
-        width, dtype = self._like
-        rows = self.wire.unpack(self._received, width, dtype, is_gradient=reverse)
-        self._work, self._sent, self._received = None, None, None
-        return rows
+        assert self._under_way is not None
+        work, _, received, like = self._under_way
+        with self.clock.waiting(f"{self.name}_backward" if reverse else self.name, received.device):
+            work.wait()
+        self._under_way = None
+        return self.wire.unpack(received, like.shape[1], like.dtype, is_gradient=reverse)
 
 
 class _StartExchange(torch.autograd.Function):

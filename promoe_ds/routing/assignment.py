@@ -49,11 +49,6 @@ class RoutingStats:
     prototype_similarity: Tensor
     token_sums_ED: Tensor | None = None
 
-    @property
-    def gate_sums_B(self) -> Tensor:
-        """Sum of the gates of each sample's assignments."""
-        return self.gate_sums_BE.sum(dim=1)
-
 
 @dataclass(frozen=True)
 class RoutingPlan:

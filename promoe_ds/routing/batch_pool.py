@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
 from promoe_ds.routing.router import (
+    ROUTERS,
     GateRouter,
     expert_capacity,
     pool_token_ids,
-    register_router,
 )
 from promoe_ds.routing.scores import linear_fp32, linear_scores
 
@@ -38,12 +39,13 @@ class CapacityPredictor(nn.Module):
         return linear_fp32(F.silu(linear_fp32(tokens_TD.detach(), self.up)), self.down)
 
 
-@register_router("diff_moe")
+@register(ROUTERS, "diff_moe")
 class BatchPoolRouter(GateRouter):
     """Each expert takes the C = floor(T * K / E) tokens of the batch that score highest for it.
 
-    In evaluation it takes as many as its predictor says, those with the highest scores: an output
-    then depends on the other samples of the batch, by design.
+    Thresholds start at 0, where every expert takes every token. In evaluation it takes as many as
+    its predictor says, those with the highest scores: an output then depends on the other samples
+    of the batch, by design.
     """
 
     thresholds: Tensor
@@ -55,10 +57,6 @@ class BatchPoolRouter(GateRouter):
         super().__init__(width, settings)
         self.predictor = CapacityPredictor(width, self.num_experts)
         self.register_buffer("thresholds", torch.zeros(self.num_experts))
-
-    def reset_state(self) -> None:
-        """Set the thresholds to 0, where every expert takes every token."""
-        self.thresholds.zero_()
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
@@ -98,6 +96,8 @@ class BatchPoolRouter(GateRouter):
         chosen_TE = torch.zeros_like(scores_TE).index_put_(
             (pool_ids_N, expert_ids_N), scores_TE.new_ones(())
         )
+        predicted_TE, capacity = logits_TE.detach().sigmoid(), pool_ids_EC.shape[1]
+        lowest_E = predicted_TE.topk(capacity, dim=0).values[-1] if capacity else self.thresholds
         aux_losses = {
             "capacity": self.settings.capacity_weight * capacity_loss(logits_TE, chosen_TE)
         }
@@ -105,20 +105,12 @@ class BatchPoolRouter(GateRouter):
             assignment=assignment,
             aux_losses=aux_losses,
             stats=stats,
-            observation=self._observe(logits_TE.detach().sigmoid(), pool_ids_EC.shape[1]),
+            observation=observe_thresholds(lowest_E, any_chosen=capacity > 0),
         )
 
     def update_running_state(self, observation: Tensor) -> None:
         """Move the thresholds towards the mean observed one: decay * old + (1 - decay) * mean."""
         move_thresholds(self.thresholds, observation, self.settings.threshold_decay)
-
-    def _observe(self, predicted_TE: Tensor, capacity: int) -> Tensor:
-        lowest_E = (
-            predicted_TE.topk(capacity, dim=0).values[-1]
-            if capacity
-            else predicted_TE.new_zeros(self.num_experts)
-        )
-        return observe_thresholds(lowest_E, any_chosen=capacity > 0)
 
     def _predicted_choice(self, scores_TE: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         wanted_E = (logits_TE.sigmoid() > self.thresholds).sum(dim=0)

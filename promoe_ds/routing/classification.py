@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import Router, register_router
+from promoe_ds.routing.router import ROUTERS, Router
 from promoe_ds.routing.scores import linear_fp32
 
 
-@register_router("classification")
+@register(ROUTERS, "classification")
 class ClassificationRouter(Router):
     """Sends all tokens of a sample to the expert of the superclass that their mean is classified
     as.

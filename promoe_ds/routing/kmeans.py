@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import Router, choose_top_k, register_router
+from promoe_ds.routing.router import ROUTERS, Router, choose_top_k
 from promoe_ds.routing.scores import at_least_fp32
 
 
-@register_router("kmeans")
+@register(ROUTERS, "kmeans")
 class KMeansRouter(Router):
     """Sends every token to the expert of its nearest centroid. Nothing is learned by gradient."""
 
@@ -33,10 +34,6 @@ class KMeansRouter(Router):
     def expert_keys_ED(self) -> Tensor:
         """Return the centroids."""
         return self.centroids
-
-    def reset_state(self) -> None:
-        """Put all centroids at 0."""
-        self.centroids.zero_()
 
     @torch.no_grad()
     def seed(

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.losses import load_balance_loss
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import GateRouter, choose_top_k, register_router
+from promoe_ds.routing.router import ROUTERS, GateRouter, choose_top_k
 from promoe_ds.routing.scores import linear_scores
 
 
-@register_router("dit_moe")
+@register(ROUTERS, "dit_moe")
 class LinearGateRouter(GateRouter):
     """Sends every token to the K experts of highest probability, weighted by it, kept even by a
     loss.

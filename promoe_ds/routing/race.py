@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.batch_pool import move_thresholds, observe_thresholds
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import GateRouter, pool_token_ids, register_router
+from promoe_ds.routing.router import ROUTERS, GateRouter, pool_token_ids
 from promoe_ds.routing.scores import activate, linear_fp32, linear_scores
 
 
-@register_router("expert_race")
+@register(ROUTERS, "expert_race")
 class ExpertRaceRouter(GateRouter):
     """The K * T highest of all T * E scores win: a token may have any number of experts, an expert
     any number of tokens.
@@ -52,10 +53,6 @@ class ExpertRaceRouter(GateRouter):
         return cls(
             config.model.hidden_size, config.routing, patch_values=config.target_patch_values
         )
-
-    def reset_state(self) -> None:
-        """Set the threshold to 0."""
-        self.threshold.zero_()
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.

@@ -5,8 +5,7 @@ Letters: B images, S tokens per image, D width, E routed experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ class Router(KeepsBuffersPrecise):
 
     A subclass implements `forward` and `expert_keys_ED`; one with running state (thresholds,
     centroids) keeps it in buffers, reports observations in its plans and implements
-    `update_running_state` and `reset_state`. Buffers stay in fp32 when the module is cast to half
+    `update_running_state`. Buffers stay in fp32 when the module is cast to half
     precision: a running average with decay 0.95 would not move in bf16.
     per_expert: names of the parameters and buffers whose first dimension counts the experts.
     initial_gate: how `gate_weight` starts: "xavier" as other matrices, "linear" as torch's linear
@@ -73,7 +72,9 @@ class Router(KeepsBuffersPrecise):
         """
 
     def reset_state(self) -> None:
-        """Put the running state at its start, e.g. after materialising from the meta device."""
+        """Put the running state at 0, its start, e.g. after materialising from the meta device."""
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def _plan_token_choice(
         self, gates_BSK: Tensor, expert_ids_BSK: Tensor, partition: Partition
@@ -81,9 +82,9 @@ class Router(KeepsBuffersPrecise):
         """Build the list and its statistics from every token's K choices; those of unrouted samples
         do not count.
         """
-        counts_BE = (
-            _count_choices(expert_ids_BSK, self.num_experts) * partition.is_routed_B[:, None]
-        )
+        ids_BN, routed_B1 = expert_ids_BSK.flatten(1), partition.is_routed_B[:, None]
+        counts_BE = ids_BN.new_zeros(len(ids_BN), self.num_experts)
+        counts_BE = counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN)) * routed_B1
         assignment = assign_token_choice(
             partition.take_routed(gates_BSK),
             partition.take_routed(expert_ids_BSK),
@@ -91,10 +92,8 @@ class Router(KeepsBuffersPrecise):
             counts_BE.sum(dim=0),
         )
         gate_sums_BE = gates_BSK.new_zeros(counts_BE.shape)
-        gate_sums_BE.scatter_add_(1, expert_ids_BSK.flatten(1), gates_BSK.detach().flatten(1))
-        return assignment, self._stats(
-            counts_BE, gate_sums_BE * partition.is_routed_B[:, None], partition
-        )
+        gate_sums_BE.scatter_add_(1, ids_BN, gates_BSK.detach().flatten(1))
+        return assignment, self._stats(counts_BE, gate_sums_BE * routed_B1, partition)
 
     def _plan_expert_choice(
         self, scores_BSE: Tensor, capacity: int, partition: Partition
@@ -103,7 +102,7 @@ class Router(KeepsBuffersPrecise):
         chosen_BEC in 0 ... S-1.
         """
         num_samples, tokens_per_image, _ = scores_BSE.shape
-        gates_BEC, chosen_BEC = choose_tokens(scores_BSE, capacity)
+        gates_BEC, chosen_BEC = scores_BSE.transpose(1, 2).topk(capacity, dim=-1)
         sample_B = torch.arange(num_samples, device=scores_BSE.device)[:, None, None]
         expert_E = torch.arange(self.num_experts, device=scores_BSE.device)[None, :, None]
         token_ids_N = pool_token_ids(
@@ -154,19 +153,8 @@ class Router(KeepsBuffersPrecise):
         )
 
 
-Kind = TypeVar("Kind", bound=type[Router])
-#: The router of every `routing.method` but dense.
+#: The router of every `routing.method` but dense; `config.routing.METHODS` names its settings.
 ROUTERS: dict[RoutingMethod, type[Router]] = {}
-
-
-def register_router(method: RoutingMethod) -> Callable[[Kind], Kind]:
-    """Make a class the router of `routing.method`; `config.routing.METHODS` names its settings."""
-
-    def register(kind: Kind) -> Kind:
-        ROUTERS[method] = kind
-        return kind
-
-    return register
 
 
 def build_router(config: RunConfig, block: int = 0) -> Router:
@@ -236,16 +224,3 @@ def choose_top_k(scores_BSE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         values, indices = scores_BSE.max(dim=-1, keepdim=True)
         return values, indices
     return scores_BSE.topk(top_k, dim=-1)
-
-
-def choose_tokens(scores_BSE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Return each expert's C highest scores in each sample and their tokens' places, (B, E, C)
-    both, highest first.
-    """
-    return scores_BSE.transpose(1, 2).topk(capacity, dim=-1)
-
-
-def _count_choices(expert_ids_BSK: Tensor, num_experts: int) -> Tensor:
-    ids_BN = expert_ids_BSK.flatten(1)
-    counts = torch.zeros(ids_BN.shape[0], num_experts, dtype=torch.int64, device=ids_BN.device)
-    return counts.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))

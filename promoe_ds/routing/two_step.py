@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.losses import load_balance_loss, routing_contrastive_loss
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import Router, choose_top_k, register_router
+from promoe_ds.routing.router import ROUTERS, Router, choose_top_k
 from promoe_ds.routing.scores import activate, cosine_scores
 
 
@@ -33,7 +34,7 @@ class PrototypeRouter(Router):
         return self.prototypes
 
 
-@register_router("token_choice")
+@register(ROUTERS, "token_choice")
 class TwoStepRouter(PrototypeRouter):
     """Sends every conditional token to the K experts whose prototypes are nearest by cosine."""
 

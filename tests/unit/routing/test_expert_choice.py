@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from promoe_ds.errors import RoutingError
 from promoe_ds.routing.router import expert_capacity
 
 from ..builders import random_tensor
@@ -46,8 +45,3 @@ def test_capacity_rounds_as_published_for_all_sizes() -> None:
 def test_every_expert_takes_equally_many_of_every_routed_sample(method: str) -> None:
     plan = route(make_router(method), random_tensor(3, 6, 8, dtype=torch.float64), [0, NULL, 1])
     assert plan.stats.tokens_per_expert_BE.tolist() == [[3] * 4, [0] * 4, [3] * 4]
-
-
-def test_linear_share_below_one_token_is_refused() -> None:
-    with pytest.raises(RoutingError, match=r"top_k=1 of 3 tokens .* num_experts=4"):
-        route(make_router("ec_dit", top_k=1), random_tensor(1, 3, 8, dtype=torch.float64), [0])

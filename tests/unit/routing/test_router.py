@@ -89,7 +89,7 @@ def test_router_types_of_a_plan(method: str) -> None:
     assert [value.dtype for value in integers] == [torch.int64] * 3
     floats = (
         assignment.gates_N,
-        stats.gate_sums_B,
+        stats.gate_sums_BE,
         stats.prototype_similarity,
         *plan.aux_losses.values(),
     )
@@ -132,7 +132,7 @@ def test_router_statistics_and_observations_hold_no_graph(method: str) -> None:
     plan = route(make_router(method), batch_of([0, 1]).requires_grad_(), [0, 1])
     stats = (
         plan.stats.tokens_per_expert_BE,
-        plan.stats.gate_sums_B,
+        plan.stats.gate_sums_BE,
         plan.stats.prototype_similarity,
     )
     assert not any(
@@ -202,7 +202,7 @@ def test_router_all_unconditional_is_empty_and_trainable(method: str) -> None:
     plan = route(router, batch_of([NULL] * 2).requires_grad_(), [NULL] * 2)
     assert plan_rows(plan) == []
     assert plan.assignment.tokens_per_expert_E.tolist() == [0] * 4
-    assert plan.stats.gate_sums_B.tolist() == [0.0] * 2
+    assert plan.stats.gate_sums_BE.sum(dim=1).tolist() == [0.0] * 2
     assert all(loss == 0 for loss in plan.aux_losses.values())
     sum(differentiable(plan)).backward()
     idle = [name for name, parameter in router.named_parameters() if not parameter.grad.any()]

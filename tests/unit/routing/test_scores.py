@@ -131,11 +131,6 @@ def test_activate_runs_over_the_dimension_asked_for(activation: str, dim: int) -
         torch.testing.assert_close(found.sum(dim=dim), torch.ones_like(found.sum(dim=dim)))
 
 
-def test_activate_unknown_is_refused() -> None:
-    with pytest.raises(ValueError, match="activation 'relu' is none of identity, sigmoid, softmax"):
-        activate(random_tensor(2, 3), "relu")
-
-
 @given(
     tokens=st.integers(0, 6),
     width=st.integers(1, 5),
