@@ -87,7 +87,7 @@ def share_centroids(network: DiT) -> None:
 
 
 def mark_experts(network: nn.Module) -> None:
-    """Mark expert parameters anew, after `to_empty` or a cast replaced them."""
+    """Mark expert parameters again, after `to_empty` or a cast replaced them."""
     for module in network.modules():
         if isinstance(module, ShardedExperts):
             module.mark_parameters()

@@ -79,8 +79,8 @@ class SamplingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Integrator:
-    """A scheduler, the timesteps that the network is told at its steps, and what its `step` takes
-    beside them.
+    """A scheduler, the timesteps that the network gets at its steps, and what else its `step`
+    takes.
     """
 
     scheduler: SchedulerMixin
@@ -142,7 +142,8 @@ def sample_latents(
     (2022), Algorithm 1, on the same noise levels; it asks the network twice a step but for the
     last. unipc (Zhao et al., 2023, B(h) of second order) and dpmpp (DPM-Solver++ 2M, Lu et al.,
     2022) are diffusers' on the same noise levels; their first step starts just below 1, where log(1
-    - sigma) ends. Args:
+    - sigma) ends.
+    Args:
         denoiser: predicts velocity (flow) or noise (ddim) in its first Z channels; ddpm: 2 Z
         channels, noise and variance.
         noise_BZHW: fp32 start.
@@ -263,8 +264,8 @@ def _respaced(
     noise first.
 
     Source: Nichol & Dhariwal (2021), Sec. 4; official DiT: the same. The scheduler walks every
-    level of a shorter chain: were it told to skip levels of the long one, diffusers' DDIM would
-    take its previous level at a constant, rounded stride.
+    level of a shorter chain: skipping levels of the long one, diffusers' DDIM would take its
+    previous level at a constant, rounded stride.
     """
     timesteps = respaced_timesteps(plan.num_train_timesteps, plan.steps)
     alpha_bar_J = linear_alpha_bar(plan.num_train_timesteps)[timesteps]

@@ -57,7 +57,8 @@ def load_sharded_model(
     """Load an export with this rank's experts only; all ranks call this together.
 
     Consecutive ranks share a set of experts. They exchange rows in every pass: all must make
-    equally many passes. Args:
+    equally many passes.
+    Args:
         ep_size: ranks that share a set.
         exact: whether experts compute the rows of each rank apart, see `sampling`.
     Raises: ConfigError if ep_size does not fit; CheckpointError naming what is missing in the

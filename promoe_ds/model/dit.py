@@ -84,7 +84,7 @@ class DiT(nn.Module):
             latents_BZHW: noised latents.
             timestep_B: float, as the objective gives it: sigma * num_train_timesteps, or DDPM's
             integer.
-            condition: of each sample; labels int64 in 0 ... num_classes stand for a ClassCondition,
+            condition: of each sample; labels int64 in 0 ... num_classes mean a ClassCondition,
             num_classes is null.
         Returns: (B, out_channels, H, W) in the latents' dtype; the first Z channels are the
         prediction.

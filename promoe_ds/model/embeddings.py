@@ -33,7 +33,8 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     """Return fixed 2-D positions (grid * grid, width), fp32.
 
     Source: MAE / DiT; the half of `width` for the column comes first, then that for the row, each
-    sin then cos. Args:
+    sin then cos.
+    Args:
         width: a multiple of 4.
         grid: patches per side.
     """

@@ -1,4 +1,4 @@
-"""Initial weights: a function of (seed, parameter name, global expert id), hence of no layout."""
+"""Initial weights: a function of (seed, parameter name, global expert id) and of no layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def initialise(network: DiT, seed: int) -> None:
     embeddings, timestep layers and prototypes, zero modulation and output layers, so that an
     untrained network returns exactly 0; gates as `Router.initial_gate` says.
     Differs: each expert's weights depend on its global id, so that any number of ranks starts
-    alike. Args:
+    alike.
+    Args:
         network: on a real device.
         seed: of the stream `init`.
     """

@@ -46,7 +46,7 @@ EXCHANGES = ("counts", "dispatch", "combine", "combine_backward", "dispatch_back
 
 
 class WaitClock:
-    """Sums up the time for which a rank's computation stood still for its exchanges, by name.
+    """Sums up the time for which a rank's computation waited for its exchanges, by name.
 
     Transfers that hide behind computation take none. On a GPU it is the time that the compute
     stream waits, measured by events which are read when the sums are taken, so that nothing is
@@ -88,7 +88,7 @@ class WaitClock:
         self._events.append((name, begin, end))
 
     def take(self) -> dict[str, float]:
-        """Return the seconds by name and start anew.  Sync: one, on a GPU."""
+        """Return the seconds by name and start at zero again.  Sync: one, on a GPU."""
         if self._events:
             torch.cuda.synchronize()
         for name, start, end in self._events:
@@ -102,8 +102,8 @@ class WaitClock:
 class AllToAll:
     """One all-to-all of rows, startable and finishable apart so that other work can run in between.
 
-    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; wire: how a row looks on
-    its way. `clock` counts the waiting for it under `name`, and under `name`_backward for that of
+    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; comm_dtype: how a row
+    travels. `clock` counts the waiting for it under `name`, and under `name`_backward for that of
     the gradients. `start` and `finish` are one differentiable pair: the backward pass starts the
     reverse exchange at `finish` and ends it at `start`, and whatever was computed between them in
     the forward pass is differentiated while the gradients travel.
@@ -114,7 +114,7 @@ class AllToAll:
     group: dist.ProcessGroup
     name: str
     clock: WaitClock
-    wire: CommDtype = SAME
+    comm_dtype: CommDtype = SAME
     #: The work, what is sent (kept alive until it ends), what arrives, an empty tensor like it.
     _under_way: tuple[Any, Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
 
@@ -131,13 +131,13 @@ class AllToAll:
         return _FinishExchange.apply(ticket, self)
 
     def launch(self, rows: Tensor, *, reverse: bool) -> Tensor:
-        """Start moving `rows`, against the direction where `reverse`; return a ticket with as many
+        """Start moving `rows`, in the other direction where `reverse`; return a ticket with as many
         rows as will arrive.
         """
         sizes_out, sizes_in = (
             (self.rows_in, self.rows_out) if reverse else (self.rows_out, self.rows_in)
         )
-        sent = self.wire.pack(rows, is_gradient=reverse).contiguous()
+        sent = self.comm_dtype.pack(rows, is_gradient=reverse).contiguous()
         received = sent.new_empty(sum(sizes_in), sent.shape[1])
         work = dist.all_to_all_single(
             received, sent, sizes_in, sizes_out, group=self.group, async_op=True
@@ -152,7 +152,7 @@ class AllToAll:
         with self.clock.waiting(f"{self.name}_backward" if reverse else self.name, received.device):
             work.wait()
         self._under_way = None
-        return self.wire.unpack(received, like.shape[1], like.dtype, is_gradient=reverse)
+        return self.comm_dtype.unpack(received, like.shape[1], like.dtype, is_gradient=reverse)
 
 
 class _StartExchange(torch.autograd.Function):

@@ -1,7 +1,7 @@
-"""How a row of an exchange looks on its way: as it is, in bf16, or in FP8 with a scale of its own.
+"""How a row travels in an exchange: as it is, in bf16, or in FP8 with a scale for each row.
 
 What arrives has the dtype of what was sent, and its gradient travels back the same way. A narrower
-wire rounds both; the gradient is that of the unrounded exchange (straight through).
+dtype rounds both; the gradient is that of the unrounded exchange (straight through).
 Letters: N rows, D width.
 """
 
@@ -15,7 +15,7 @@ _SCALE_BYTES = 4
 
 
 class CommDtype:
-    """Packs rows for the way and unpacks them; this one leaves them as they are."""
+    """Packs rows for an exchange and unpacks them; this one leaves them as they are."""
 
     def pack(self, rows_ND: Tensor, *, is_gradient: bool) -> Tensor:
         """Return the rows as they travel, (N, elements)."""
@@ -28,7 +28,7 @@ class CommDtype:
         return packed.to(dtype)
 
     def row_bytes(self, width: int, element_size: int) -> int:
-        """Return the bytes of one row of `width` numbers that have `element_size` bytes at home."""
+        """Return the bytes of one row of `width` numbers that have `element_size` bytes before."""
         return width * element_size
 
 

@@ -142,14 +142,14 @@ class AllToAllDispatcher(Dispatcher):
     Rank w of the group holds the experts w*e ... (w+1)*e - 1. The exchange carries exactly the rows
     that live
     elsewhere, both ways: no padding, no capacity. Where it does not `sort`, they stay in the order
-    of the ranks that sent them, and the counts are (W * e,) alike.
+    of the ranks that sent them, and the counts are (W * e,).
     """
 
     sort = True
 
-    def __init__(self, group: dist.ProcessGroup, wire: CommDtype = SAME) -> None:
-        """Use `group`, whose size must divide the number of experts; rows travel as `wire` says."""
-        self.group, self.wire, self.clock = group, wire, WaitClock()
+    def __init__(self, group: dist.ProcessGroup, comm_dtype: CommDtype = SAME) -> None:
+        """Use `group`, whose size divides the number of experts; rows travel in `comm_dtype`."""
+        self.group, self.comm_dtype, self.clock = group, comm_dtype, WaitClock()
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -170,7 +170,7 @@ class AllToAllDispatcher(Dispatcher):
             group=self.group,
             name="dispatch",
             clock=self.clock,
-            wire=self.wire,
+            comm_dtype=self.comm_dtype,
         )
         pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
 
@@ -194,7 +194,7 @@ class AllToAllDispatcher(Dispatcher):
             group=self.group,
             name="combine",
             clock=self.clock,
-            wire=self.wire,
+            comm_dtype=self.comm_dtype,
         )
         return add_weighted_rows(base_TD, back.finish(back.start(rows_RD)), handle.assignment)
 
@@ -204,10 +204,10 @@ class AllToAllDispatcher(Dispatcher):
         return sent_We.sum() - sent_We[self.rank].sum()
 
     def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
-        """Return four crossings of each row, as it looks on its way."""
+        """Return four crossings of each row, as it travels."""
         return (
             ALL_TO_ALLS_PER_STEP
-            * self.wire.row_bytes(width, element_size)
+            * self.comm_dtype.row_bytes(width, element_size)
             * self.rows_leaving(assignment)
         )
 

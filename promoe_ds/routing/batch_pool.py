@@ -120,7 +120,7 @@ class BatchPoolRouter(GateRouter):
 
 
 def capacity_loss(logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:
-    """Return the mean binary cross-entropy of the predictor against the choice made; 0 without
+    """Return the mean binary cross-entropy of the predictor and the choice made; 0 without
     tokens.
 
     Source: DiffMoE's capacity predictor.

@@ -42,7 +42,8 @@ class TwoStepRouter(PrototypeRouter):
         """Route one batch.
 
         Source: Algorithm 1, steps 1, 3 and 5; official: the same; differs: scores in fp32, no loop
-        over experts. Args:
+        over experts.
+        Args:
             tokens_BSD: tokens entering the layer, any float dtype.
             partition: step 1's answer; unconditional samples get no rows and no part in the losses.
         Returns: RoutingPlan; the auxiliary losses, already weighted, only in training mode.

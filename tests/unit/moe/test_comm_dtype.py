@@ -15,16 +15,16 @@ each_way = pytest.mark.parametrize("is_gradient", [False, True])
 
 def received(kind: str, rows: Tensor, *, is_gradient: bool) -> Tensor:
     """Return the rows as they arrive."""
-    wire = COMM_DTYPES[kind]
-    packed = wire.pack(rows, is_gradient=is_gradient)
-    assert packed.shape[1] * packed.element_size() == wire.row_bytes(
+    comm_dtype = COMM_DTYPES[kind]
+    packed = comm_dtype.pack(rows, is_gradient=is_gradient)
+    assert packed.shape[1] * packed.element_size() == comm_dtype.row_bytes(
         rows.shape[1], rows.element_size()
     )
-    return wire.unpack(packed, rows.shape[1], rows.dtype, is_gradient=is_gradient)
+    return comm_dtype.unpack(packed, rows.shape[1], rows.dtype, is_gradient=is_gradient)
 
 
 @each_way
-def test_wire_same_and_bf16_round_as_the_dtype_does(is_gradient: bool) -> None:
+def test_comm_dtype_same_and_bf16_round_as_the_dtype_does(is_gradient: bool) -> None:
     rows = random_tensor(5, 16)
     assert received("same", rows, is_gradient=is_gradient) is rows
     found = received("bf16", rows, is_gradient=is_gradient)
@@ -34,7 +34,7 @@ def test_wire_same_and_bf16_round_as_the_dtype_does(is_gradient: bool) -> None:
 @each_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_wire_fp8_error_is_half_a_step_of_each_number(
+def test_comm_dtype_fp8_error_is_half_a_step_of_each_number(
     is_gradient: bool, dtype: torch.dtype, size: float
 ) -> None:
     """Three bits of mantissa forward, two for gradients; numbers far below the row's largest lose
@@ -55,7 +55,7 @@ def test_wire_fp8_error_is_half_a_step_of_each_number(
 
 @each_way
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_wire_fp8_row_not_finite_arrives_not_finite_and_alone(
+def test_comm_dtype_fp8_row_not_finite_arrives_not_finite_and_alone(
     is_gradient: bool, bad: float
 ) -> None:
     rows = random_tensor(3, 8)
@@ -66,6 +66,6 @@ def test_wire_fp8_row_not_finite_arrives_not_finite_and_alone(
 
 
 @each_way
-def test_wire_fp8_zero_rows_and_none(is_gradient: bool) -> None:
+def test_comm_dtype_fp8_zero_rows_and_none(is_gradient: bool) -> None:
     assert not received("fp8", torch.zeros(2, 8), is_gradient=is_gradient).any()
     assert received("fp8", torch.zeros(0, 8), is_gradient=is_gradient).shape == (0, 8)
