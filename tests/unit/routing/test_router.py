@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.routing import RoutingPlan
 from promoe_ds.routing.router import choose_top_k, mean_prototype_similarity, pool_token_ids
 
 from ..builders import random_tensor
 from . import oracles
+from .oracles_methods import ORACLES
 from .plans import (
     METHODS,
     NEAR,
@@ -40,11 +42,11 @@ _ACTIVATION = st.sampled_from(ACTIVATIONS)
 _COSINE = {
     "activation": _ACTIVATION,
     "score_scale": st.sampled_from([0.5, 1.0, 4.0]),
-    "rcl_weight": st.sampled_from([0.0, 0.5]),
+    "rcl_weight": st.sampled_from([0.0, 0.5, 2.0]),
     "rcl_temperature": st.sampled_from([0.07, 1.0]),
 }
 _BALANCE = {
-    "balance_weight": st.sampled_from([0.0, 0.25]),
+    "balance_weight": st.sampled_from([0.0, 0.25, 2.0]),
     "balance_level": st.sampled_from(["batch", "sample"]),
 }
 #: The settings that each method's router reads.
@@ -71,11 +73,16 @@ def differentiable(plan: RoutingPlan) -> list[Tensor]:
     return [plan.assignment.gates_N.square().sum(), *plan.aux_losses.values(), *predicted]
 
 
+def test_every_method_of_the_config_has_a_router_and_an_oracle() -> None:
+    assert set(METHODS) == set(TRAITS) - {"dense"} == set(ORACLES)
+
+
 # Plans.
 
 
 @every_method
 @given(data=st.data())
+@settings(max_examples=200)
 def test_router_any_batch_and_setting_equals_oracle(method: str, data: st.DataObject) -> None:
     case = data.draw(cases(all_experts_in_reach=method == "ec_dit"))
     check_against_oracle(case, method, **data.draw(st.fixed_dictionaries(SETTINGS.get(method, {}))))
