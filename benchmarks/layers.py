@@ -263,4 +263,4 @@ def _routing_passes(router: Router, tokens: Tensor, partition: Partition, layers
         plan = router(tokens.detach().requires_grad_(), partition)
         results = [plan.assignment.gates_N.sum(), *plan.aux_losses.values()]
         results += [] if plan.target_patches_BSP is None else [plan.target_patches_BSP.sum()]
-        torch.autograd.backward(results)
+        torch.autograd.backward([result for result in results if result.requires_grad])

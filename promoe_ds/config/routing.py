@@ -19,6 +19,7 @@ RoutingMethod = Literal[
     "expert_race",
     "classification",
     "kmeans",
+    "hash",
 ]
 
 
@@ -31,12 +32,14 @@ class Method:
     tokens_choose: every token asks for top_k experts; otherwise the experts choose among tokens.
     single_choice: every token has one expert, so top_k is 1.
     mixes_samples: outputs depend on the other samples of a pass in evaluation, too.
+    unit_gates: every token's gates add up to 1.
     """
 
     reads: tuple[str, ...] = ()
     tokens_choose: bool = True
     single_choice: bool = False
     mixes_samples: bool = False
+    unit_gates: bool = False
 
 
 _PROMOE = ("activation", "score_scale", "rcl_weight", "rcl_temperature", "rcl_scope")
@@ -59,6 +62,7 @@ METHODS: dict[RoutingMethod, Method] = {
         reads=("classification_weight", "superclass_map", "superclasses"), single_choice=True
     ),
     "kmeans": Method(single_choice=True),
+    "hash": Method(unit_gates=True),
 }
 
 

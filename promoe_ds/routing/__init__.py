@@ -10,6 +10,7 @@ from promoe_ds.routing.assignment import (
 from promoe_ds.routing.batch_pool import BatchPoolRouter
 from promoe_ds.routing.classification import ClassificationRouter
 from promoe_ds.routing.expert_choice import LinearExpertChoiceRouter, PrototypeExpertChoiceRouter
+from promoe_ds.routing.hashing import HashRouter
 from promoe_ds.routing.kmeans import KMeansRouter
 from promoe_ds.routing.linear_gate import LinearGateRouter
 from promoe_ds.routing.partition import Partition, partition_samples
@@ -23,6 +24,7 @@ __all__ = [
     "BatchPoolRouter",
     "ClassificationRouter",
     "ExpertRaceRouter",
+    "HashRouter",
     "KMeansRouter",
     "LinearExpertChoiceRouter",
     "LinearGateRouter",

@@ -317,6 +317,7 @@ def _describe(
     routed = (
         "exactly"
         if split.rest_units == 0
+        or (split.routed_is_exact and config.routing.traits.unit_gates and not noise)
         else (
             f"in part only: --noise {noise:g} was added"
             if noise

@@ -118,7 +118,7 @@ def test_official_names_are_the_published_ones(
     assert state.keys() - inner == outside | {"pos_embed", "y_embedder.embedding_table.weight"}
 
 
-@pytest.mark.parametrize("method", ["expert_race", "classification", "kmeans"])
+@pytest.mark.parametrize("method", ["expert_race", "classification", "kmeans", "hash"])
 def test_official_of_a_method_never_published_is_refused(method: str) -> None:
     network = random_network(**of_method(method))
     message = f"routing.method={method} was never published: it has no official layout"

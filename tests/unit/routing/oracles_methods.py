@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 from promoe_ds.config.routing import RoutingConfig
@@ -332,6 +333,20 @@ def kmeans(batch: Batch, state: State, settings: RoutingConfig, training: bool) 
     return Expected(rows, observation=observation)
 
 
+def hash_layers(batch: Batch, state: State, settings: RoutingConfig, training: bool) -> Expected:
+    """Each position goes to the K experts of the lowest of E draws, the same in every image; here
+    of block 0.
+    """
+    random, rows = Random(0), []
+    for s in range(batch.tokens):
+        chosen = oracles.best(
+            [-random.random() for _ in range(settings.num_experts)], settings.top_k
+        )
+        for place in batch.routed:
+            rows += [(place * batch.tokens + s, expert, 1 / settings.top_k) for expert in chosen]
+    return Expected(rows)
+
+
 ORACLES: dict[str, Callable[[Batch, State, RoutingConfig, bool], Expected]] = {
     "token_choice": token_choice,
     "expert_choice": prototype_expert_choice,
@@ -341,4 +356,5 @@ ORACLES: dict[str, Callable[[Batch, State, RoutingConfig, bool], Expected]] = {
     "expert_race": expert_race,
     "classification": classification,
     "kmeans": kmeans,
+    "hash": hash_layers,
 }

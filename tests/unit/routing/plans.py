@@ -46,6 +46,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 METHODS = tuple(ROUTERS)
 ONE_EXPERT = tuple(method for method in METHODS if TRAITS[method].single_choice)
+#: Those whose gates depend on the tokens.
+LOOKING = tuple(method for method in METHODS if method != "hash")
 WITH_STATE = ("diff_moe", "expert_race", "kmeans")
 
 
