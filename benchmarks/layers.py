@@ -26,10 +26,16 @@ from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.build import build_moe_layer
-from promoe_ds.model.routers import ROUTERS, build_router
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, FEED_FORWARDS, FeedForward
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.routing import ClassificationRouter, Partition, Router, partition_samples
+from promoe_ds.routing import (
+    ROUTERS,
+    ClassificationRouter,
+    Partition,
+    Router,
+    build_router,
+    partition_samples,
+)
 from promoe_ds.train.step import TrainingModule
 
 _Call = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
@@ -257,4 +263,4 @@ def _routing_passes(router: Router, tokens: Tensor, partition: Partition, layers
         plan = router(tokens.detach().requires_grad_(), partition)
         results = [plan.assignment.gates_N.sum(), *plan.aux_losses.values()]
         results += [] if plan.target_patches_BSP is None else [plan.target_patches_BSP.sum()]
-        torch.autograd.backward(results)
+        torch.autograd.backward([result for result in results if result.requires_grad])

@@ -163,7 +163,8 @@ def build_engine(
     ranks together.
 
     Rank 0 would also copy converters into each checkpoint, which cannot read expert-parallel
-    shards. Args:
+    shards.
+    Args:
         settings: the resolved DeepSpeed JSON.
     Raises: ConfigError naming library, version and attribute that has moved.
     """

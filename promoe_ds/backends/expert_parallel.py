@@ -14,14 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from promoe_ds.backends import megatron, stock_deepspeed  # noqa: F401  (they register their paths)
 from promoe_ds.backends.deepspeed_private import MoE, expert_group_name
-from promoe_ds.backends.megatron import MegatronPath
-from promoe_ds.backends.stock_deepspeed import DeepSpeedMoEPath
-from promoe_ds.config import RunConfig
 from promoe_ds.model.dit import DiT
+from promoe_ds.moe import DISPATCHERS
 from promoe_ds.moe.collectives import all_reduce_sum
-from promoe_ds.moe.comm_dtype import COMM_DTYPES
-from promoe_ds.moe.dispatch import AllToAllDispatcher, ExpertPath
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, StackedExperts
 
 #: DeepSpeed writes one file an expert and wants its keys to look like this.
@@ -73,23 +70,12 @@ def shard_experts(network: DiT, group: dist.ProcessGroup, device: torch.device) 
 
     Raises: ConfigError if the path needs what is not installed.
     """
+    make_path = DISPATCHERS[network.config.parallel.resolved_dispatch]
     for layer in network.moe_layers().values():
         layer.routed = ShardedExperts(
             layer.routed, ep_size=dist.get_world_size(group), ep_rank=dist.get_rank(group)
         )
-        layer.dispatcher = _expert_path(network.config, layer.routed, group, device)
-
-
-def _expert_path(
-    config: RunConfig, experts: ShardedExperts, group: dist.ProcessGroup, device: torch.device
-) -> ExpertPath:
-    if config.parallel.resolved_dispatch == "deepspeed_moe":
-        return DeepSpeedMoEPath(
-            config.routing.num_experts, config.routing.top_k, config.parallel.capacity_factor, group
-        )
-    if config.parallel.resolved_dispatch == "megatron":
-        return MegatronPath(config, experts, group, device)
-    return AllToAllDispatcher(group, COMM_DTYPES[config.parallel.comm_dtype])
+        layer.dispatcher = make_path(network.config, layer.routed, group, device)
 
 
 def share_centroids(network: DiT) -> None:
@@ -101,7 +87,7 @@ def share_centroids(network: DiT) -> None:
 
 
 def mark_experts(network: nn.Module) -> None:
-    """Mark expert parameters anew, after `to_empty` or a cast replaced them."""
+    """Mark expert parameters again, after `to_empty` or a cast replaced them."""
     for module in network.modules():
         if isinstance(module, ShardedExperts):
             module.mark_parameters()

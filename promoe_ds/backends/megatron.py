@@ -34,9 +34,15 @@ from promoe_ds.backends.te_support import (
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
-from promoe_ds.moe.dispatch import ALL_TO_ALLS_PER_STEP, ExpertFunction, PendingOutput
+from promoe_ds.moe.dispatch import (
+    ALL_TO_ALLS_PER_STEP,
+    DISPATCHERS,
+    ExpertFunction,
+    PendingOutput,
+)
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.private_names import check_parameters
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import Assignment
 
 if TYPE_CHECKING:
@@ -70,6 +76,7 @@ class PlannedRouter(nn.Module):
         return self.decision
 
 
+@register(DISPATCHERS, "megatron")
 class MegatronPath:
     """Takes tokens through a Megatron-core layer. Its own collectives are synchronous: nothing of
     ours overlaps with them.
@@ -182,7 +189,7 @@ def require_megatron() -> None:
         remedy = (
             "pip install 'promoe_ds[megatron]'"
             if isinstance(error, ImportError)
-            else "mend or remove Transformer Engine, which it imports"
+            else "fix or remove Transformer Engine, which it imports"
         )
         raise ConfigError(
             "parallel.dispatch=megatron needs megatron-core, which cannot be imported"
@@ -230,7 +237,7 @@ def _build_layer(
         raise ConfigError(
             "parallel.dispatch=megatron,"
             f" parallel.megatron_dispatcher={config.parallel.megatron_dispatcher}: Megatron refuses"
-            f" or misses a library ({error}): mend it, or use parallel.dispatch=alltoall"
+            f" or misses a library ({error}): fix it, or use parallel.dispatch=alltoall"
         ) from None
     if on_cpu:
         copy_without_stream(layer)

@@ -22,7 +22,8 @@ def parameter_groups(
     decide. ZeRO lays a group into one buffer, in the group's order, and parameters become views of
     it. In bf16 those whose size is no multiple of 16 bytes, as a router's bias of 12 experts, stand
     last: behind them a matrix would begin where CUDA's grouped GEMM refuses it and other kernels
-    are slow. Args:
+    are slow.
+    Args:
         precision: of the weights, fp32 or bf16.
     Returns: groups with `params`, `param_names`, `weight_decay`, `name` and, for experts, `moe`,
     which DeepSpeed reads.

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from promoe_ds.backends.deepspeed_private import MOELayer, check_gate, expert_group_name
 from promoe_ds.backends.external import token_choices
-from promoe_ds.moe.dispatch import ALL_TO_ALLS_PER_STEP, ExpertFunction, PendingOutput
+from promoe_ds.config import RunConfig
+from promoe_ds.moe.dispatch import (
+    ALL_TO_ALLS_PER_STEP,
+    DISPATCHERS,
+    ExpertFunction,
+    PendingOutput,
+)
+from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import Assignment
 
 #: The route of a token that has none, in DeepSpeed's tuple.
@@ -130,6 +138,7 @@ class SlotExperts(nn.Module):
         )
 
 
+@register(DISPATCHERS, "deepspeed_moe")
 class DeepSpeedMoEPath:
     """Takes tokens through DeepSpeed's own `MOELayer`. Its exchange is synchronous: nothing
     overlaps with it.
@@ -138,24 +147,29 @@ class DeepSpeedMoEPath:
     clock = None
 
     def __init__(
-        self, num_experts: int, top_k: int, capacity_factor: float | None, group: dist.ProcessGroup
+        self,
+        config: RunConfig,
+        experts: StackedExperts,
+        group: dist.ProcessGroup,
+        device: torch.device,
     ) -> None:
         """Build the layer over DeepSpeed's expert-parallel group.
 
         Raises: ConfigError if the layer asks its gate for something else.
         """
         check_gate(PlanGate)
-        self.gate, self.experts = (
-            PlanGate(num_experts, top_k, capacity_factor, group),
-            SlotExperts(),
+        routing = config.routing
+        self.gate = PlanGate(
+            routing.num_experts, routing.top_k, config.parallel.capacity_factor, group
         )
+        self.experts = SlotExperts()
         self.group, self.world_size = group, dist.get_world_size(group)
         self.layer = MOELayer(
             self.gate,
             self.experts,
             expert_group_name(self.world_size),
             self.world_size,
-            num_experts // self.world_size,
+            experts.num_local_experts,
         )
         self.layer._set_ep_group(group)
 

@@ -117,7 +117,7 @@ def _router_parameters(config: RunConfig) -> int:
         config.routing.num_experts,
         config.target_patch_values,
     )
-    if config.routing.method == "kmeans":
+    if config.routing.method in ("kmeans", "hash"):
         return 0
     biases = {"diff_moe": width + experts, "expert_race": width + target, "classification": experts}
     return sum(_router_products(config)) + biases.get(config.routing.method, 0)
@@ -130,6 +130,8 @@ def _router_products(config: RunConfig) -> tuple[int, int]:
         config.routing.num_experts,
         config.routing.method,
     )
+    if method == "hash":
+        return 0, 0
     if method == "classification":
         return 0, width * experts
     if method == "diff_moe":

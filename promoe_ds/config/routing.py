@@ -19,6 +19,7 @@ RoutingMethod = Literal[
     "expert_race",
     "classification",
     "kmeans",
+    "hash",
 ]
 
 
@@ -31,17 +32,19 @@ class Method:
     tokens_choose: every token asks for top_k experts; otherwise the experts choose among tokens.
     single_choice: every token has one expert, so top_k is 1.
     mixes_samples: outputs depend on the other samples of a pass in evaluation, too.
+    unit_gates: every token's gates add up to 1.
     """
 
     reads: tuple[str, ...] = ()
     tokens_choose: bool = True
     single_choice: bool = False
     mixes_samples: bool = False
+    unit_gates: bool = False
 
 
 _PROMOE = ("activation", "score_scale", "rcl_weight", "rcl_temperature", "rcl_scope")
 _BALANCE = ("balance_weight", "balance_level")
-#: Every routing method; its router is built by promoe_ds.model.routers.
+#: Every routing method; its router is the class registered for it in promoe_ds.routing.
 METHODS: dict[RoutingMethod, Method] = {
     "dense": Method(),
     "token_choice": Method(reads=(*_PROMOE, "rcl_assignments", *_BALANCE)),
@@ -59,6 +62,7 @@ METHODS: dict[RoutingMethod, Method] = {
         reads=("classification_weight", "superclass_map", "superclasses"), single_choice=True
     ),
     "kmeans": Method(single_choice=True),
+    "hash": Method(unit_gates=True),
 }
 
 

@@ -16,13 +16,13 @@ from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, posterio
 from promoe_ds.diffusion.objective import DiffusionBatch, target_error
 
 #: lambda of Nichol & Dhariwal (2021), Eq. 16. The bound sums over the chain, a batch estimates the
-# mean: hence * J.
+# mean: therefore * J.
 VLB_WEIGHT = 1e-3
 #: Half a level of 8-bit pixels that are scaled to -1 ... 1.
 HALF_PIXEL = 1 / 255
 #: Beyond this, a pixel is black or white: its level reaches to infinity.
 EDGE = 0.999
-#: Less mass than this is not told apart, and gives no gradient.
+#: Less mass than this counts as this much, and gives no gradient.
 _MIN_PROBABILITY = 1e-12
 
 
@@ -81,7 +81,8 @@ class Ddpm:
         """Return the squared error of the noise and the weighted variational bound, `vlb`.
 
         Source: Nichol & Dhariwal (2021), Eq. 16; official DiT: mse + vb, the same for its 1000
-        timesteps. Args:
+        timesteps.
+        Args:
             prediction_BZHW: (B, 2 Z, H, W), any float dtype.
         Gradient: `diffusion` reaches the first Z channels only, `vlb` the others only.
         """

@@ -28,7 +28,7 @@ def linear_alpha_bar(num_train_timesteps: int) -> np.ndarray:
 def respaced_timesteps(num_train_timesteps: int, steps: int) -> np.ndarray:
     """Return `steps` evenly spaced timesteps, from 0 to num_train_timesteps - 1, int64.
 
-    Source: Nichol & Dhariwal (2021), Sec. 4; official DiT: the same to the last rounding, hence the
+    Source: Nichol & Dhariwal (2021), Sec. 4; official DiT: the same to the last rounding, by a
     running sum: it falls short of an exact half where i * stride would hit it.
     """
     stride = (num_train_timesteps - 1) / (steps - 1)

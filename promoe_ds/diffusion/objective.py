@@ -34,7 +34,7 @@ class DiffusionBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> DiffusionBatch:
-        """Return the batch in memory from which a GPU copies while the host goes on."""
+        """Return the batch in memory from which a GPU copies while the host continues."""
         return self._map(Tensor.pin_memory)
 
     def tensors(self) -> list[Tensor]:
@@ -69,7 +69,7 @@ class Objective(Protocol):
         """Return what the network is shown, (B, Z, H, W)."""
 
     def timestep(self, batch: DiffusionBatch) -> Tensor:
-        """Return the noise levels as the network is told them, (B,) float."""
+        """Return the noise levels as the network gets them, (B,) float."""
 
     def target(self, batch: DiffusionBatch) -> Tensor:
         """Return what the first Z channels are to predict, (B, Z, H, W)."""
@@ -92,7 +92,7 @@ def draw_batch(
     """Draw noise, noise levels and condition dropout for samples of one optimizer step.
 
     Source: official; differs: each draw is a function of (seed, stream, step, slot of the global
-    batch), hence of no rank, micro-batch or resume.
+    batch), and of no rank, micro-batch or resume.
     Args:
         clean_BZHW: latents; condition: theirs; slots: their places in the global batch.
     """

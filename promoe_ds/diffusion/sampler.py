@@ -5,8 +5,9 @@ Letters: B images, J noise levels of a chain, Z latent channels, H, W latent siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -78,8 +79,8 @@ class SamplingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Integrator:
-    """A scheduler, the timesteps that the network is told at its steps, and what its `step` takes
-    beside them.
+    """A scheduler, the timesteps that the network gets at its steps, and what else its `step`
+    takes.
     """
 
     scheduler: SchedulerMixin
@@ -141,7 +142,8 @@ def sample_latents(
     (2022), Algorithm 1, on the same noise levels; it asks the network twice a step but for the
     last. unipc (Zhao et al., 2023, B(h) of second order) and dpmpp (DPM-Solver++ 2M, Lu et al.,
     2022) are diffusers' on the same noise levels; their first step starts just below 1, where log(1
-    - sigma) ends. Args:
+    - sigma) ends.
+    Args:
         denoiser: predicts velocity (flow) or noise (ddim) in its first Z channels; ddpm: 2 Z
         channels, noise and variance.
         noise_BZHW: fp32 start.
@@ -152,16 +154,15 @@ def sample_latents(
     """
     if plan.solver not in (*_INTEGRATORS, "heun"):
         raise ValueError(f"solver {plan.solver!r} is none of {', '.join(_INTEGRATORS)}, heun")
-    channels = noise_BZHW.shape[1]
     if plan.solver == "heun":
         return _sample_heun(denoiser, noise_BZHW, condition, plan)
     integrator = _INTEGRATORS[plan.solver](plan, noise_BZHW, generators)
     latents = noise_BZHW
     for step, timestep in zip(integrator.scheduler.timesteps, integrator.timesteps, strict=True):
         prediction = plan.guided(denoiser, latents, timestep, condition)
-        prediction = prediction[:, : channels * integrator.channels_per_latent].float()
+        channels = noise_BZHW.shape[1] * integrator.channels_per_latent
         latents = integrator.scheduler.step(
-            prediction, step, latents, **integrator.options
+            prediction[:, :channels].float(), step, latents, **integrator.options
         ).prev_sample
     return latents
 
@@ -206,7 +207,8 @@ def _sample_heun(
 def _multistep(
     kind: type[UniPCMultistepScheduler] | type[DPMSolverMultistepScheduler],
     plan: SamplingPlan,
-    device: torch.device,
+    noise_BZHW: Tensor,
+    generators: Sequence[torch.Generator],
 ) -> _Integrator:
     """Return diffusers' solver on our noise levels: its own end early, and are rounded to whole
     timesteps for the network.
@@ -218,7 +220,7 @@ def _multistep(
         solver_order=2,
         final_sigmas_type="zero",
     )
-    scheduler.set_timesteps(plan.steps, device=device)
+    scheduler.set_timesteps(plan.steps, device=noise_BZHW.device)
     sigmas = shifted_sigmas(plan.steps, plan.shift)
     sigmas[0] = min(sigmas[0], 1.0 - _BELOW_ONE)
     scheduler.sigmas = torch.from_numpy(np.concatenate([sigmas, [0.0]])).float()
@@ -226,19 +228,7 @@ def _multistep(
     timesteps = torch.from_numpy(
         shifted_sigmas(plan.steps, plan.shift) * plan.num_train_timesteps
     ).float()
-    return _Integrator(scheduler=scheduler, timesteps=timesteps.to(device))
-
-
-def _unipc(
-    plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]
-) -> _Integrator:
-    return _multistep(UniPCMultistepScheduler, plan, noise_BZHW.device)
-
-
-def _dpmpp(
-    plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]
-) -> _Integrator:
-    return _multistep(DPMSolverMultistepScheduler, plan, noise_BZHW.device)
+    return _Integrator(scheduler=scheduler, timesteps=timesteps.to(noise_BZHW.device))
 
 
 def _ddpm(
@@ -274,8 +264,8 @@ def _respaced(
     noise first.
 
     Source: Nichol & Dhariwal (2021), Sec. 4; official DiT: the same. The scheduler walks every
-    level of a shorter chain: were it told to skip levels of the long one, diffusers' DDIM would
-    take its previous level at a constant, rounded stride.
+    level of a shorter chain: skipping levels of the long one, diffusers' DDIM would take its
+    previous level at a constant, rounded stride.
     """
     timesteps = respaced_timesteps(plan.num_train_timesteps, plan.steps)
     alpha_bar_J = linear_alpha_bar(plan.num_train_timesteps)[timesteps]
@@ -291,4 +281,10 @@ def _respaced(
     return scheduler, torch.from_numpy(timesteps[::-1].copy()).float()
 
 
-_INTEGRATORS = {"euler": _euler, "unipc": _unipc, "dpmpp": _dpmpp, "ddpm": _ddpm, "ddim": _ddim}
+_INTEGRATORS: dict[str, Callable[..., _Integrator]] = {
+    "euler": _euler,
+    "unipc": partial(_multistep, UniPCMultistepScheduler),
+    "dpmpp": partial(_multistep, DPMSolverMultistepScheduler),
+    "ddpm": _ddpm,
+    "ddim": _ddim,
+}

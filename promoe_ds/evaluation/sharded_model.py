@@ -17,9 +17,8 @@ from promoe_ds.model import DiT, build_model
 from promoe_ds.model.export import WEIGHTS_STEM, fill_network, read_export_config
 from promoe_ds.model.shards import ShardReader
 from promoe_ds.model.state import check_shapes
-from promoe_ds.moe.dispatch import AllToAllDispatcher, PendingDispatch
+from promoe_ds.moe.dispatch import AllToAllDispatcher
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, StackedExperts
-from promoe_ds.routing.assignment import Assignment
 
 
 class RankwiseDispatcher(AllToAllDispatcher):
@@ -27,11 +26,7 @@ class RankwiseDispatcher(AllToAllDispatcher):
     sent them.
     """
 
-    def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
-        """Send every row to its expert's rank; `tokens_per_expert_e` is (W * e,), expert by expert
-        of rank after rank.
-        """
-        return self.start(tokens_TD, assignment, sort=False)
+    sort = False
 
 
 class RankwiseExperts(nn.Module):
@@ -62,7 +57,8 @@ def load_sharded_model(
     """Load an export with this rank's experts only; all ranks call this together.
 
     Consecutive ranks share a set of experts. They exchange rows in every pass: all must make
-    equally many passes. Args:
+    equally many passes.
+    Args:
         ep_size: ranks that share a set.
         exact: whether experts compute the rows of each rank apart, see `sampling`.
     Raises: ConfigError if ep_size does not fit; CheckpointError naming what is missing in the

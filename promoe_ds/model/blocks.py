@@ -72,7 +72,7 @@ class DiTBlock(nn.Module):
     ) -> tuple[Tensor, RoutingPlan | None]:
         """Map (B, S, D) to (B, S, D) and return the layer's routing plan, None for a dense block.
 
-        With `recompute` the two halves are recomputed in the backward pass. Routing stands between
+        With `recompute` the two halves are recomputed in the backward pass. Routing is between
         them and is not: its decision, losses and statistics exist once. With `recompute_hidden` a
         dense feed-forward is recomputed alone.
         """

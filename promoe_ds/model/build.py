@@ -5,9 +5,9 @@ from __future__ import annotations
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.model.blocks import DiTBlock, SelfAttention
 from promoe_ds.model.dit import DiT
-from promoe_ds.model.routers import build_router
 from promoe_ds.moe.experts import FEED_FORWARDS, FeedForward, StackedExperts
 from promoe_ds.moe.layer import MoELayer
+from promoe_ds.routing import build_router
 
 
 def build_model(config: RunConfig) -> DiT:
@@ -29,22 +29,21 @@ def build_model(config: RunConfig) -> DiT:
 def _build_block(config: RunConfig, index: int) -> DiTBlock:
     model = config.model
     attention = SelfAttention(model.hidden_size, model.num_heads, qk_norm=model.qk_norm)
-    if config.is_moe_block(index):
-        return DiTBlock(model.hidden_size, attention, build_moe_layer(config))
-    return DiTBlock(
-        model.hidden_size,
-        attention,
-        FeedForward(model.hidden_size, int(model.mlp_ratio * model.hidden_size)),
+    feed_forward = (
+        build_moe_layer(config, index)
+        if config.is_moe_block(index)
+        else FeedForward(model.hidden_size, int(model.mlp_ratio * model.hidden_size))
     )
+    return DiTBlock(model.hidden_size, attention, feed_forward)
 
 
-def build_moe_layer(config: RunConfig) -> MoELayer:
-    """Build one MoE layer: router, routed experts, shared and unconditional expert."""
+def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:
+    """Build a block's MoE layer: router, routed experts, shared and unconditional expert."""
     routing, width = config.routing, config.model.hidden_size
     shared = routing.num_shared_experts * config.shared_expert_width
     unconditional = routing.num_unconditional_experts * config.expert_width
     return MoELayer(
-        router=build_router(config),
+        router=build_router(config, block),
         routed=StackedExperts(
             routing.num_experts,
             width,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class DiT(nn.Module):
             model.patch_size, model.in_channels, model.hidden_size
         )
         self.timestep_embedding = TimestepEmbedding(model.hidden_size)
-        self.label_embedding: ConditionEmbedding[Any] = LabelEmbedding(
+        self.label_embedding: ConditionEmbedding = LabelEmbedding(
             model.num_classes, model.hidden_size
         )
         self.blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))
@@ -84,7 +84,7 @@ class DiT(nn.Module):
             latents_BZHW: noised latents.
             timestep_B: float, as the objective gives it: sigma * num_train_timesteps, or DDPM's
             integer.
-            condition: of each sample; labels int64 in 0 ... num_classes stand for a ClassCondition,
+            condition: of each sample; labels int64 in 0 ... num_classes mean a ClassCondition,
             num_classes is null.
         Returns: (B, out_channels, H, W) in the latents' dtype; the first Z channels are the
         prediction.

@@ -6,7 +6,6 @@ Letters: B images, S tokens per image, D width, Z latent channels, H, W latent s
 from __future__ import annotations
 
 import math
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.accounting import TIMESTEP_FREQUENCIES
 
 MAX_PERIOD = 10_000.0
-Conditions = TypeVar("Conditions", bound=Condition)
 
 
 class PatchEmbedding(nn.Module):
@@ -35,7 +33,8 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     """Return fixed 2-D positions (grid * grid, width), fp32.
 
     Source: MAE / DiT; the half of `width` for the column comes first, then that for the row, each
-    sin then cos. Args:
+    sin then cos.
+    Args:
         width: a multiple of 4.
         grid: patches per side.
     """
@@ -70,21 +69,21 @@ class TimestepEmbedding(nn.Module):
         return self.down(nn.functional.silu(self.up(sinusoids.to(self.up.weight.dtype))))
 
 
-class ConditionEmbedding(nn.Module, Generic[Conditions]):
+class ConditionEmbedding(nn.Module):
     """What the network makes of a condition."""
 
-    def vector(self, condition: Conditions) -> Tensor:
+    def vector(self, condition: Condition) -> Tensor:
         """Return (B, D), which is added to the timestep's embedding."""
         raise NotImplementedError
 
-    def context(self, condition: Conditions) -> Tensor | None:
+    def context(self, condition: Condition) -> Tensor | None:
         """Return tokens (B, L, D) for attention's keys and values, or None where the vector is
         all.
         """
         return None
 
 
-class LabelEmbedding(ConditionEmbedding[ClassCondition]):
+class LabelEmbedding(ConditionEmbedding):
     """One vector for each class and one, the last, for the null label."""
 
     def __init__(self, num_classes: int, width: int) -> None:

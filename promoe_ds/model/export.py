@@ -92,7 +92,7 @@ def writer_of(origin: Any) -> Any:
 
 
 def read_export_origin(folder: Path) -> dict[str, Any]:
-    """Return where an export's weights come from, as `save_export` was told; call after
+    """Return where an export's weights come from, as `save_export` was given it; call after
     `read_export_config`.
 
     Raises: CheckpointError if that cannot be understood.

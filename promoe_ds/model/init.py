@@ -1,4 +1,4 @@
-"""Initial weights: a function of (seed, parameter name, global expert id), hence of no layout."""
+"""Initial weights: a function of (seed, parameter name, global expert id) and of no layout."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.randomness import generator
 from promoe_ds.routing import Router
 
+#: Of embeddings and prototypes.
 EMBEDDING_STD = 0.02
-PROTOTYPE_STD = 0.02
 
 
 @torch.no_grad()
@@ -25,13 +25,15 @@ def initialise(network: DiT, seed: int) -> None:
     embeddings, timestep layers and prototypes, zero modulation and output layers, so that an
     untrained network returns exactly 0; gates as `Router.initial_gate` says.
     Differs: each expert's weights depend on its global id, so that any number of ranks starts
-    alike. Args:
+    alike.
+    Args:
         network: on a real device.
         seed: of the stream `init`.
     """
     for module_name, module in network.named_modules():
         if isinstance(module, StackedExperts):
-            _fill_experts(module, module_name, seed)
+            for name, stack in module.named_parameters():
+                _fill_stack(stack, f"{module_name}.{name}", seed, first_expert=module.first_expert)
             continue
         gate: str | float = "xavier"
         if isinstance(module, Router):
@@ -63,19 +65,14 @@ def fill_parameter(
             _uniform(parameter, parameter.shape[1] ** -0.5, name, seed, expert=0)
         else:
             _normal(parameter, float(gate), name, seed)
-    elif name.endswith("prototypes"):
-        _normal(parameter, PROTOTYPE_STD, name, seed)
     elif "modulation" in name or name.startswith("final_layer.") or name.endswith("bias"):
         parameter.zero_()
-    elif name.startswith(("timestep_embedding.", "label_embedding.")):
+    elif name.startswith(("timestep_embedding.", "label_embedding.")) or name.endswith(
+        ".prototypes"
+    ):
         _normal(parameter, EMBEDDING_STD, name, seed)
     else:
         _xavier(parameter, name, seed, expert=0)
-
-
-def _fill_experts(experts: StackedExperts, name: str, seed: int) -> None:
-    for parameter_name, parameter in experts.named_parameters():
-        _fill_stack(parameter, f"{name}.{parameter_name}", seed, first_expert=experts.first_expert)
 
 
 def _fill_stack(parameter: Tensor, name: str, seed: int, *, first_expert: int) -> None:

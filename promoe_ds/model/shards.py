@@ -34,7 +34,7 @@ class ShardReader:
         """Read names and shapes.
 
         Args:
-            check: whether `read` holds tensors against their checksums.
+            check: whether `read` compares tensors with their checksums.
         Raises: CheckpointError naming the file that is missing, damaged, or outside of the folder.
         """
         self._open: tuple[str, safe_open] | None = None
@@ -61,7 +61,7 @@ class ShardReader:
             raise CheckpointError(f"{folder}: {sorted(missing)[0]} is in the index and in no file")
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, mapped from its file, after holding it against its checksum where the
+        """Return one tensor, mapped from its file, after comparing it with its checksum where the
         file has one.
 
         Raises: CheckpointError if there is none of that name, it cannot be read, or it is damaged.

@@ -16,7 +16,7 @@ POSITIONS = "positions"
 
 
 def buffer_names(config: RunConfig) -> list[str]:
-    """Return the names of what a model keeps beside its parameters: the running state of its
+    """Return the names of what a model keeps besides its parameters: the running state of its
     routers.
     """
     return list(state_shapes(config, buffers_only=True))

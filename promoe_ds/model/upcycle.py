@@ -1,7 +1,7 @@
 """From a dense feed-forward to the experts of a MoE layer (sparse upcycling, Komatsuzaki et al.,
 2023).
 
-A feed-forward of U hidden units is a sum over its units, so it can be dealt out: the shared experts
+A feed-forward of U hidden units is a sum over its units, so it can be split: the shared experts
 take the first units, every routed and unconditional expert the rest. A part wider than its units
 repeats them, each copy with its share of the outgoing weights, so that their sum is unchanged.
 Routed experts narrower than the rest take consecutive windows of it, expert after expert, around
@@ -32,7 +32,7 @@ DENSE_PARAMETERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class UnitPart:
     """What one expert, or one group of experts that is one feed-forward, takes over.
 
     units: (F,) int64, the dense hidden unit that each of its own units copies.
@@ -62,16 +62,16 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deal:
-    """How a dense feed-forward is dealt out over a MoE layer; None for parts that the layer does
+class UnitSplit:
+    """How a dense feed-forward is split over a MoE layer; None for parts that the layer does
     not have or that are SwiGLU.
 
     shared_units, rest_units: hidden units held by the shared experts, and left to the others.
     """
 
-    shared: Share | None
-    routed: tuple[Share, ...] | None
-    unconditional: Share | None
+    shared: UnitPart | None
+    routed: tuple[UnitPart, ...] | None
+    unconditional: UnitPart | None
     shared_units: int
     rest_units: int
 
@@ -92,7 +92,7 @@ class Deal:
         )
 
 
-def deal_units(config: RunConfig) -> Deal:
+def split_units(config: RunConfig) -> UnitSplit:
     """Decide who takes over which hidden units.
 
     Args:
@@ -107,25 +107,25 @@ def deal_units(config: RunConfig) -> Deal:
     held = min(shared_width, dense)
     rest = dense - held
 
-    def share(width: int, offset: int) -> Share:
+    def part_of(width: int, offset: int) -> UnitPart:
         units = torch.arange(offset, offset + width) % (rest or dense) + (held if rest else 0)
-        return Share(units=units, silent=rest == 0, has_bias=held == 0)
+        return UnitPart(units=units, silent=rest == 0, has_bias=held == 0)
 
     is_gelu, width = routing.expert_type == "gelu", config.expert_width
     stride = width if width < (rest or dense) else 0
     unconditional = routing.num_unconditional_experts * width
-    return Deal(
+    return UnitSplit(
         shared=(
-            Share(units=torch.arange(shared_width) % held, silent=False, has_bias=True)
+            UnitPart(units=torch.arange(shared_width) % held, silent=False, has_bias=True)
             if held
             else None
         ),
         routed=(
-            tuple(share(width, expert * stride) for expert in range(routing.num_experts))
+            tuple(part_of(width, expert * stride) for expert in range(routing.num_experts))
             if is_gelu
             else None
         ),
-        unconditional=share(unconditional, 0) if is_gelu and unconditional else None,
+        unconditional=part_of(unconditional, 0) if is_gelu and unconditional else None,
         shared_units=held,
         rest_units=rest,
     )
@@ -135,7 +135,7 @@ def upcycled_parameter(
     name: str,
     shape: tuple[int, ...],
     dense: Mapping[str, Tensor],
-    deal: Deal,
+    split: UnitSplit,
     *,
     gate_scale: float,
     noise: float,
@@ -155,13 +155,13 @@ def upcycled_parameter(
     initial = torch.empty(shape)
     fill_parameter(initial, name, seed)
     if part == "routed":
-        if deal.routed is None:
+        if split.routed is None:
             return torch.zeros(shape) if leaf == "down_weight" else initial
-        value = torch.stack([one.parameters(dense, gate_scale)[leaf] for one in deal.routed])
+        value = torch.stack([one.parameters(dense, gate_scale)[leaf] for one in split.routed])
         if leaf == "up_weight" and noise > 0:
             value += initial * (noise * value.std() / initial.std())
         return value
-    owner = deal.shared if part == "shared" else deal.unconditional
+    owner = split.shared if part == "shared" else split.unconditional
     if owner is None:
         return torch.zeros(shape) if leaf == "down.weight" else initial
     return owner.parameters(dense)[leaf.replace(".", "_")]

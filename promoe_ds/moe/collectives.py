@@ -46,7 +46,7 @@ EXCHANGES = ("counts", "dispatch", "combine", "combine_backward", "dispatch_back
 
 
 class WaitClock:
-    """Sums up the time for which a rank's computation stood still for its exchanges, by name.
+    """Sums up the time for which a rank's computation waited for its exchanges, by name.
 
     Transfers that hide behind computation take none. On a GPU it is the time that the compute
     stream waits, measured by events which are read when the sums are taken, so that nothing is
@@ -88,7 +88,7 @@ class WaitClock:
         self._events.append((name, begin, end))
 
     def take(self) -> dict[str, float]:
-        """Return the seconds by name and start anew.  Sync: one, on a GPU."""
+        """Return the seconds by name and start at zero again.  Sync: one, on a GPU."""
         if self._events:
             torch.cuda.synchronize()
         for name, start, end in self._events:
@@ -98,23 +98,15 @@ class WaitClock:
         return seconds
 
 
-def exchange_counts(counts_WE: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Exchange row counts, equal sizes: row w of the input goes to rank w of the group."""
-    received = torch.empty_like(counts_WE)
-    dist.all_to_all_single(received, counts_WE.contiguous(), group=group)
-    return received
-
-
 @dataclass
 class AllToAll:
     """One all-to-all of rows, startable and finishable apart so that other work can run in between.
 
-    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; wire: how a row looks on
-    its way. `clock` counts the waiting for it under `name`, and under `name`_backward for that of
-    the gradients. `start` and `finish` are one
-    differentiable pair: the backward pass starts the reverse exchange at `finish` and ends it at
-    `start`, and whatever was computed between them in the forward pass is differentiated while the
-    gradients travel.
+    rows_out[w]: rows sent to rank w; rows_in[w]: rows received from it; comm_dtype: how a row
+    travels. `clock` counts the waiting for it under `name`, and under `name`_backward for that of
+    the gradients. `start` and `finish` are one differentiable pair: the backward pass starts the
+    reverse exchange at `finish` and ends it at `start`, and whatever was computed between them in
+    the forward pass is differentiated while the gradients travel.
     """
 
     rows_out: list[int]
@@ -122,12 +114,9 @@ class AllToAll:
     group: dist.ProcessGroup
     name: str
     clock: WaitClock
-    wire: CommDtype = SAME
-    _name: str = field(default="", repr=False)
-    _work: Any = field(default=None, repr=False)
-    _sent: Tensor | None = field(default=None, repr=False)
-    _received: Tensor | None = field(default=None, repr=False)
-    _like: tuple[int, torch.dtype] | None = field(default=None, repr=False)
+    comm_dtype: CommDtype = SAME
+    #: The work, what is sent (kept alive until it ends), what arrives, an empty tensor like it.
+    _under_way: tuple[Any, Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
 
     def start(self, rows: Tensor) -> Tensor:
         """Begin sending (sum(rows_out), width) rows; the result is a ticket without values, for
@@ -142,32 +131,28 @@ class AllToAll:
         return _FinishExchange.apply(ticket, self)
 
     def launch(self, rows: Tensor, *, reverse: bool) -> Tensor:
-        """Start moving `rows`, against the direction where `reverse`; return a ticket with as many
+        """Start moving `rows`, in the other direction where `reverse`; return a ticket with as many
         rows as will arrive.
         """
         sizes_out, sizes_in = (
             (self.rows_in, self.rows_out) if reverse else (self.rows_out, self.rows_in)
         )
-        self._name = f"{self.name}_backward" if reverse else self.name
-        self._like = rows.shape[1], rows.dtype
-        self._sent = self.wire.pack(
-            rows, is_gradient=reverse
-        ).contiguous()  # kept alive until the transfer ends
-        self._received = self._sent.new_empty(sum(sizes_in), self._sent.shape[1])
-        self._work = dist.all_to_all_single(
-            self._received, self._sent, sizes_in, sizes_out, group=self.group, async_op=True
+        sent = self.comm_dtype.pack(rows, is_gradient=reverse).contiguous()
+        received = sent.new_empty(sum(sizes_in), sent.shape[1])
+        work = dist.all_to_all_single(
+            received, sent, sizes_in, sizes_out, group=self.group, async_op=True
         )
+        self._under_way = work, sent, received, rows.new_empty(0, rows.shape[1])
         return rows.new_empty(sum(sizes_in), 0)
 
     def wait(self, *, reverse: bool) -> Tensor:
         """End the transfer under way and return the rows."""
-        assert self._received is not None and self._like is not None
-        with self.clock.waiting(self._name, self._received.device):
-            self._work.wait()
-        width, dtype = self._like
-        rows = self.wire.unpack(self._received, width, dtype, is_gradient=reverse)
-        self._work, self._sent, self._received = None, None, None
-        return rows
+        assert self._under_way is not None
+        work, _, received, like = self._under_way
+        with self.clock.waiting(f"{self.name}_backward" if reverse else self.name, received.device):
+            work.wait()
+        self._under_way = None
+        return self.comm_dtype.unpack(received, like.shape[1], like.dtype, is_gradient=reverse)
 
 
 class _StartExchange(torch.autograd.Function):

@@ -1,13 +1,11 @@
-"""How a row of an exchange looks on its way: as it is, in bf16, or in FP8 with a scale of its own.
+"""How a row travels in an exchange: as it is, in bf16, or in FP8 with a scale for each row.
 
 What arrives has the dtype of what was sent, and its gradient travels back the same way. A narrower
-wire rounds both; the gradient is that of the unrounded exchange (straight through).
+dtype rounds both; the gradient is that of the unrounded exchange (straight through).
 Letters: N rows, D width.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,48 +14,33 @@ from torch import Tensor
 _SCALE_BYTES = 4
 
 
-class CommDtype(Protocol):
-    """Packs rows for the way and unpacks them."""
+class CommDtype:
+    """Packs rows for an exchange and unpacks them; this one leaves them as they are."""
 
     def pack(self, rows_ND: Tensor, *, is_gradient: bool) -> Tensor:
         """Return the rows as they travel, (N, elements)."""
-
-    def unpack(
-        self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool
-    ) -> Tensor:
-        """Return (N, width) rows of `dtype`."""
-
-    def row_bytes(self, width: int, element_size: int) -> int:
-        """Return the bytes of one row of `width` numbers that have `element_size` bytes at home."""
-
-
-class _Same:
-    def pack(self, rows_ND: Tensor, *, is_gradient: bool) -> Tensor:
         return rows_ND
 
     def unpack(
         self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool
     ) -> Tensor:
-        return packed
+        """Return (N, width) rows of `dtype`."""
+        return packed.to(dtype)
 
     def row_bytes(self, width: int, element_size: int) -> int:
+        """Return the bytes of one row of `width` numbers that have `element_size` bytes before."""
         return width * element_size
 
 
-class _Bf16:
+class _Bf16(CommDtype):
     def pack(self, rows_ND: Tensor, *, is_gradient: bool) -> Tensor:
         return rows_ND.to(torch.bfloat16)
-
-    def unpack(
-        self, packed: Tensor, width: int, dtype: torch.dtype, *, is_gradient: bool
-    ) -> Tensor:
-        return packed.to(dtype)
 
     def row_bytes(self, width: int, element_size: int) -> int:
         return 2 * width
 
 
-class _Fp8:
+class _Fp8(CommDtype):
     """Values as e4m3, gradients, which need range, as e5m2; each row is scaled to the format's
     largest number.
 
@@ -89,6 +72,6 @@ class _Fp8:
         return torch.float8_e5m2 if is_gradient else torch.float8_e4m3fn
 
 
-SAME: CommDtype = _Same()
+SAME = CommDtype()
 #: The choices of `parallel.comm_dtype`.
 COMM_DTYPES: dict[str, CommDtype] = {"same": SAME, "bf16": _Bf16(), "fp8": _Fp8()}

@@ -17,8 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from promoe_ds.moe.collectives import AllToAll, WaitClock, exchange_counts
-from promoe_ds.moe.comm_dtype import SAME, CommDtype
+from promoe_ds.config.parallel import ResolvedDispatch
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.moe.collectives import AllToAll, WaitClock
+from promoe_ds.moe.comm_dtype import COMM_DTYPES, SAME, CommDtype
+from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import Assignment
 from promoe_ds.routing.scores import at_least_fp32
 
@@ -70,6 +74,12 @@ class ExpertPath(Protocol):
         """
 
 
+#: Makes the path to the experts of one layer: this rank's share of those that a group holds.
+PathFactory = Callable[[RunConfig, StackedExperts, dist.ProcessGroup, torch.device], ExpertPath]
+#: By `parallel.dispatch`, for experts on several ranks; other libraries' are in `backends`.
+DISPATCHERS: dict[ResolvedDispatch, PathFactory] = {}
+
+
 class Dispatcher(ABC):
     """An expert path in three steps: move rows to their experts, compute, move them back."""
 
@@ -97,16 +107,6 @@ class Dispatcher(ABC):
         fp32.
         """
 
-    @abstractmethod
-    def rows_leaving(self, assignment: Assignment) -> Tensor:
-        """Rows of an assignment that live on other ranks, a scalar int64 on the device.  Sync:
-        none.
-        """
-
-    def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
-        """Four crossings of each row: out and back, forward and backward."""
-        return ALL_TO_ALLS_PER_STEP * width * element_size * self.rows_leaving(assignment)
-
 
 class LocalDispatcher(Dispatcher):
     """One rank holds all experts: nothing moves."""
@@ -124,7 +124,7 @@ class LocalDispatcher(Dispatcher):
         assert isinstance(handle, Assignment)
         return add_weighted_rows(base_TD, rows_RD, handle)
 
-    def rows_leaving(self, assignment: Assignment) -> Tensor:
+    def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
         """None."""
         return assignment.tokens_per_expert_E.new_zeros(())
 
@@ -141,12 +141,15 @@ class AllToAllDispatcher(Dispatcher):
 
     Rank w of the group holds the experts w*e ... (w+1)*e - 1. The exchange carries exactly the rows
     that live
-    elsewhere, both ways: no padding, no capacity.
+    elsewhere, both ways: no padding, no capacity. Where it does not `sort`, they stay in the order
+    of the ranks that sent them, and the counts are (W * e,).
     """
 
-    def __init__(self, group: dist.ProcessGroup, wire: CommDtype = SAME) -> None:
-        """Use `group`, whose size must divide the number of experts; rows travel as `wire` says."""
-        self.group, self.wire, self.clock = group, wire, WaitClock()
+    sort = True
+
+    def __init__(self, group: dist.ProcessGroup, comm_dtype: CommDtype = SAME) -> None:
+        """Use `group`, whose size divides the number of experts; rows travel in `comm_dtype`."""
+        self.group, self.comm_dtype, self.clock = group, comm_dtype, WaitClock()
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -156,17 +159,10 @@ class AllToAllDispatcher(Dispatcher):
         Sync: one, for the E counts sent and the E counts received.  Collectives: two (counts,
         rows).
         """
-        return self.start(tokens_TD, assignment)
-
-    def start(
-        self, tokens_TD: Tensor, assignment: Assignment, *, sort: bool = True
-    ) -> PendingDispatch:
-        """As `dispatch`; without `sort` the rows stay in the order of the ranks that sent them, the
-        counts (W * e,) alike.
-        """
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
         with self.clock.waiting("counts", tokens_TD.device):
-            received_We = exchange_counts(sent_We, self.group)
+            received_We = torch.empty_like(sent_We)
+            dist.all_to_all_single(received_We, sent_We.contiguous(), group=self.group)
         rows_out, rows_in = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
         exchange = AllToAll(
             rows_out=rows_out,
@@ -174,15 +170,15 @@ class AllToAllDispatcher(Dispatcher):
             group=self.group,
             name="dispatch",
             clock=self.clock,
-            wire=self.wire,
+            comm_dtype=self.comm_dtype,
         )
         pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
 
         def finish() -> Dispatched:
-            order_R = _by_local_expert(received_We, sum(rows_in)) if sort else None
+            order_R = _by_local_expert(received_We, sum(rows_in)) if self.sort else None
             rows = exchange.finish(pending)
             rows = rows if order_R is None else rows.index_select(0, order_R)
-            counts = received_We.sum(dim=0) if sort else received_We.flatten()
+            counts = received_We.sum(dim=0) if self.sort else received_We.flatten()
             return Dispatched(rows, counts, _ExchangeHandle(assignment, exchange, order_R))
 
         return finish
@@ -198,22 +194,29 @@ class AllToAllDispatcher(Dispatcher):
             group=self.group,
             name="combine",
             clock=self.clock,
-            wire=self.wire,
+            comm_dtype=self.comm_dtype,
         )
         return add_weighted_rows(base_TD, back.finish(back.start(rows_RD)), handle.assignment)
 
     def rows_leaving(self, assignment: Assignment) -> Tensor:
-        """All but those of this rank's own experts."""
+        """Return the rows of other ranks' experts, a scalar int64 on the device.  Sync: none."""
         sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
         return sent_We.sum() - sent_We[self.rank].sum()
 
     def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
-        """Four crossings of each row, as it looks on the wire."""
+        """Return four crossings of each row, as it travels."""
         return (
             ALL_TO_ALLS_PER_STEP
-            * self.wire.row_bytes(width, element_size)
+            * self.comm_dtype.row_bytes(width, element_size)
             * self.rows_leaving(assignment)
         )
+
+
+@register(DISPATCHERS, "alltoall")
+def _all_to_all(
+    config: RunConfig, experts: StackedExperts, group: dist.ProcessGroup, device: torch.device
+) -> AllToAllDispatcher:
+    return AllToAllDispatcher(group, COMM_DTYPES[config.parallel.comm_dtype])
 
 
 def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) -> Tensor:

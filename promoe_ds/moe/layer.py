@@ -57,7 +57,8 @@ class MoELayer(nn.Module):
         """Compute Eq. 5 for a plan already made.
 
         Source: Eq. 5 and Algorithm 1, steps 2, 4 and 6; official: the same; differs: combines in
-        fp32. Args:
+        fp32.
+        Args:
             tokens_BSD: tokens entering the layer.
         Returns: (B, S, D) in the dtype of the tokens.
         Gradient: reaches tokens, every expert and, through the gates, the router.

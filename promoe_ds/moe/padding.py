@@ -7,6 +7,7 @@ Letters: e experts, R rows, P rows after padding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PaddedGroups:
-    """Where rows lie among padded groups.
+    """Where rows are among padded groups.
 
     sizes: rows of each group after padding, a multiple of the alignment, never 0: every expert
     computes.
@@ -40,13 +41,10 @@ def pad_groups(counts: list[int], multiple: int, device: torch.device) -> Padded
     each.
     """
     sizes = tuple(max(multiple, -(-count // multiple) * multiple) for count in counts)
-    shifts, shift = [], 0
-    for count, size in zip(counts, sizes, strict=True):
-        shifts.append(shift)
-        shift += size - count
+    paddings = [size - count for count, size in zip(counts, sizes, strict=True)]
     places = torch.arange(sum(counts), device=device)
     places += torch.repeat_interleave(
-        torch.tensor(shifts, device=device),
+        torch.tensor([0, *accumulate(paddings[:-1])], device=device),
         torch.tensor(counts, device=device),
         output_size=sum(counts),
     )

@@ -49,11 +49,6 @@ class RoutingStats:
     prototype_similarity: Tensor
     token_sums_ED: Tensor | None = None
 
-    @property
-    def gate_sums_B(self) -> Tensor:
-        """Sum of the gates of each sample's assignments."""
-        return self.gate_sums_BE.sum(dim=1)
-
 
 @dataclass(frozen=True)
 class RoutingPlan:
@@ -83,7 +78,7 @@ def assign_token_choice(
 
     Args:
         gates_RSK: gates of the routed samples, (samples, S, K).
-        expert_ids_RSK: int64 chosen experts, likewise.
+        expert_ids_RSK: int64 chosen experts, of the same shape.
         routed_ids: int64 (samples,), their places in the batch.
         tokens_per_expert_E: int64 counts of expert_ids_RSK.
     Returns: Assignment of N = samples * S * K rows.
@@ -114,8 +109,8 @@ def assign_pairs(
 
     Args:
         token_ids_N: int64 rows of the flattened tokens.
-        expert_ids_N: int64 routed experts, likewise.
-        gates_N: combine weights, likewise.
+        expert_ids_N: int64 routed experts, (N,).
+        gates_N: combine weights, (N,).
         num_tokens: T.
         tokens_per_expert_E: int64 counts of expert_ids_N.
     Gradient: reaches gates_N.  Sync: none.

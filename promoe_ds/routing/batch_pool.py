@@ -11,9 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import GateRouter, expert_capacity, pool_token_ids
+from promoe_ds.routing.router import (
+    ROUTERS,
+    GateRouter,
+    expert_capacity,
+    pool_token_ids,
+)
 from promoe_ds.routing.scores import linear_fp32, linear_scores
 
 
@@ -32,41 +39,24 @@ class CapacityPredictor(nn.Module):
         return linear_fp32(F.silu(linear_fp32(tokens_TD.detach(), self.up)), self.down)
 
 
+@register(ROUTERS, "diff_moe")
 class BatchPoolRouter(GateRouter):
     """Each expert takes the C = floor(T * K / E) tokens of the batch that score highest for it.
 
-    In evaluation it takes as many as its predictor says, those with the highest scores: an output
-    then depends on the other samples of the batch, by design.
+    Thresholds start at 0, where every expert takes every token. In evaluation it takes as many as
+    its predictor says, those with the highest scores: an output then depends on the other samples
+    of the batch, by design.
     """
 
     thresholds: Tensor
     per_expert = ("gate_weight", "thresholds", "predictor.down.weight", "predictor.down.bias")
     initial_gate = 0.006
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        num_experts: int,
-        top_k: int,
-        capacity_weight: float,
-        threshold_decay: float,
-    ) -> None:
-        """Create gate and predictor, uninitialised.
-
-        Args:
-            capacity_weight: of the predictor's loss.
-            threshold_decay: of the running thresholds, per optimizer step.
-        Raises: RoutingError if K > E.
-        """
-        super().__init__(width, num_experts, top_k)
-        self.capacity_weight, self.threshold_decay = capacity_weight, threshold_decay
-        self.predictor = CapacityPredictor(width, num_experts)
-        self.register_buffer("thresholds", torch.zeros(num_experts))
-
-    def reset_state(self) -> None:
-        """Set the thresholds to 0, where every expert takes every token."""
-        self.thresholds.zero_()
+    def __init__(self, width: int, settings: RoutingConfig) -> None:
+        """Create gate and predictor, uninitialised."""
+        super().__init__(width, settings)
+        self.predictor = CapacityPredictor(width, self.num_experts)
+        self.register_buffer("thresholds", torch.zeros(self.num_experts))
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
@@ -106,25 +96,21 @@ class BatchPoolRouter(GateRouter):
         chosen_TE = torch.zeros_like(scores_TE).index_put_(
             (pool_ids_N, expert_ids_N), scores_TE.new_ones(())
         )
-        aux_losses = {"capacity": self.capacity_weight * capacity_loss(logits_TE, chosen_TE)}
+        predicted_TE, capacity = logits_TE.detach().sigmoid(), pool_ids_EC.shape[1]
+        lowest_E = predicted_TE.topk(capacity, dim=0).values[-1] if capacity else self.thresholds
+        aux_losses = {
+            "capacity": self.settings.capacity_weight * capacity_loss(logits_TE, chosen_TE)
+        }
         return RoutingPlan(
             assignment=assignment,
             aux_losses=aux_losses,
             stats=stats,
-            observation=self._observe(logits_TE.detach().sigmoid(), pool_ids_EC.shape[1]),
+            observation=observe_thresholds(lowest_E, any_chosen=capacity > 0),
         )
 
     def update_running_state(self, observation: Tensor) -> None:
         """Move the thresholds towards the mean observed one: decay * old + (1 - decay) * mean."""
-        move_thresholds(self.thresholds, observation, self.threshold_decay)
-
-    def _observe(self, predicted_TE: Tensor, capacity: int) -> Tensor:
-        lowest_E = (
-            predicted_TE.topk(capacity, dim=0).values[-1]
-            if capacity
-            else predicted_TE.new_zeros(self.num_experts)
-        )
-        return observe_thresholds(lowest_E, any_chosen=capacity > 0)
+        move_thresholds(self.thresholds, observation, self.settings.threshold_decay)
 
     def _predicted_choice(self, scores_TE: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         wanted_E = (logits_TE.sigmoid() > self.thresholds).sum(dim=0)
@@ -134,7 +120,7 @@ class BatchPoolRouter(GateRouter):
 
 
 def capacity_loss(logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:
-    """Return the mean binary cross-entropy of the predictor against the choice made; 0 without
+    """Return the mean binary cross-entropy of the predictor and the choice made; 0 without
     tokens.
 
     Source: DiffMoE's capacity predictor.

@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import Router
+from promoe_ds.routing.router import ROUTERS, Router
 from promoe_ds.routing.scores import linear_fp32
 
 
+@register(ROUTERS, "classification")
 class ClassificationRouter(Router):
     """Sends all tokens of a sample to the expert of the superclass that their mean is classified
     as.
@@ -24,13 +27,12 @@ class ClassificationRouter(Router):
 
     per_expert = ("classifier.weight", "classifier.bias")
 
-    def __init__(self, width: int, *, num_experts: int, loss_weight: float) -> None:
+    def __init__(self, width: int, settings: RoutingConfig) -> None:
         """Create the classifier, uninitialised; `set_superclasses` gives it its labels, which only
         training needs.
         """
-        super().__init__(num_experts, top_k=1)
-        self.loss_weight = loss_weight
-        self.classifier = nn.Linear(width, num_experts)
+        super().__init__(width, settings)
+        self.classifier = nn.Linear(width, self.num_experts)
         self._superclass_of: Tensor | None = None
 
     def set_superclasses(self, superclass_of: Sequence[int]) -> None:
@@ -63,13 +65,14 @@ class ClassificationRouter(Router):
             gate_B[:, None, None].expand(shape), expert_B[:, None, None].expand(shape), partition
         )
         aux_losses = {}
-        if self.training and self.loss_weight > 0:
+        weight = self.settings.classification_weight
+        if self.training and weight > 0:
             if self._superclass_of is None or partition.group_B is None:
                 raise RuntimeError(
                     "training a ClassificationRouter needs set_superclasses first, and classes"
                 )
             targets_B = self._superclass_of[partition.group_B]
-            aux_losses["classification"] = self.loss_weight * classification_loss(
+            aux_losses["classification"] = weight * classification_loss(
                 logits_BE, targets_B, ~partition.is_null_B
             )
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)

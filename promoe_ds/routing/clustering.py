@@ -40,7 +40,7 @@ def cluster_tokens(tokens_TD: Tensor, uniforms_E: Tensor, *, spherical: bool) ->
         counts_E = torch.bincount(nearest_T, minlength=num_clusters)
         sums_ED = torch.zeros_like(centroids_ED).index_add_(0, nearest_T, tokens_TD)
         centroids_ED = sums_ED / counts_E.clamp_min(1)[:, None]
-        # A cluster that lost all its tokens starts anew at those that are farthest from any
+        # A cluster that lost all its tokens starts again at those that are farthest from any
         # centroid.
         empty_E = (counts_E == 0).nonzero()[:, 0]
         farthest = distances_TE.amin(dim=1).topk(len(empty_E)).indices

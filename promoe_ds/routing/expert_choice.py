@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from promoe_ds.errors import RoutingError
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.losses import expert_choice_contrastive_loss
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import GateRouter, expert_capacity
+from promoe_ds.routing.router import ROUTERS, GateRouter, expert_capacity
 from promoe_ds.routing.scores import activate, cosine_scores, linear_scores
 from promoe_ds.routing.two_step import PrototypeRouter
 
 
+@register(ROUTERS, "expert_choice")
 class PrototypeExpertChoiceRouter(PrototypeRouter):
     """ProMoE with expert choice: each prototype takes its nearest tokens of every conditional
     sample.
@@ -47,6 +48,7 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)
 
 
+@register(ROUTERS, "ec_dit")
 class LinearExpertChoiceRouter(GateRouter):
     """EC-DiT: each expert takes a fixed share of every sample's tokens; even by construction, no
     loss.
@@ -58,17 +60,11 @@ class LinearExpertChoiceRouter(GateRouter):
         """Route one batch.
 
         Source: EC-DiT's expert choice as published for the comparison; differs: no.
-        Raises: RoutingError if an expert's share of a sample is less than one token.
+        The config refuses shares of a sample of less than one token.
         Gradient: reaches tokens and gate.  Sync: none.  Collectives: none.
         """
         tokens = partition.take_routed(tokens_BSD)
         capacity = expert_capacity(tokens.shape[1], self.num_experts, self.top_k)
-        if capacity < 1:
-            raise RoutingError(
-                f"top_k={self.top_k} of {tokens.shape[1]} tokens gives each of"
-                f" num_experts={self.num_experts} experts less than one: raise top_k or lower"
-                " num_experts"
-            )
         scores_BSE = linear_scores(tokens, self.gate_weight).softmax(dim=-1)
         assignment, stats, _ = self._plan_expert_choice(scores_BSE, capacity, partition)
         return RoutingPlan(assignment=assignment, aux_losses={}, stats=stats)

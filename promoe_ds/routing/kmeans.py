@@ -11,30 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import Router, choose_top_k
+from promoe_ds.routing.router import ROUTERS, Router, choose_top_k
 from promoe_ds.routing.scores import at_least_fp32
 
 
+@register(ROUTERS, "kmeans")
 class KMeansRouter(Router):
     """Sends every token to the expert of its nearest centroid. Nothing is learned by gradient."""
 
     centroids: Tensor
     per_expert = ("centroids",)
 
-    def __init__(self, width: int, *, num_experts: int) -> None:
+    def __init__(self, width: int, settings: RoutingConfig) -> None:
         """Create the centroids at 0; `seed` starts them."""
-        super().__init__(num_experts, top_k=1)
-        self.register_buffer("centroids", torch.zeros(num_experts, width))
+        super().__init__(width, settings)
+        self.register_buffer("centroids", torch.zeros(self.num_experts, width))
 
     def expert_keys_ED(self) -> Tensor:
         """Return the centroids."""
         return self.centroids
-
-    def reset_state(self) -> None:
-        """Put all centroids at 0."""
-        self.centroids.zero_()
 
     @torch.no_grad()
     def seed(
@@ -90,7 +89,9 @@ class KMeansRouter(Router):
         )
         tokens_TD = at_least_fp32(tokens_BSD.flatten(0, 1))
         membership_TE = membership_BSE.flatten(0, 1).to(tokens_TD.dtype)
-        return torch.cat([membership_TE.T @ tokens_TD, membership_TE.sum(dim=0)[:, None]], dim=1)
+        with torch.autocast(tokens_BSD.device.type, enabled=False):
+            sums_ED = membership_TE.T @ tokens_TD
+        return torch.cat([sums_ED, membership_TE.sum(dim=0)[:, None]], dim=1)
 
 
 def euclidean_distances(tokens_D: Tensor, centroids_ED: Tensor) -> Tensor:

@@ -7,29 +7,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.losses import load_balance_loss
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import GateRouter, choose_top_k
+from promoe_ds.routing.router import ROUTERS, GateRouter, choose_top_k
 from promoe_ds.routing.scores import linear_scores
 
 
+@register(ROUTERS, "dit_moe")
 class LinearGateRouter(GateRouter):
     """Sends every token to the K experts of highest probability, weighted by it, kept even by a
     loss.
     """
 
     initial_gate = "linear"
-
-    def __init__(
-        self, width: int, *, num_experts: int, top_k: int, balance_weight: float, balance_level: str
-    ) -> None:
-        """Create the gate, uninitialised.
-
-        Raises: RoutingError if K > E.
-        """
-        super().__init__(width, num_experts, top_k)
-        self.balance_weight, self.balance_level = balance_weight, balance_level
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
@@ -39,17 +31,18 @@ class LinearGateRouter(GateRouter):
         Returns: RoutingPlan; the load-balancing loss, already weighted, only in training mode.
         Gradient: reaches tokens and gate.  Sync: none.  Collectives: none.
         """
+        settings = self.settings
         scores_BSE = linear_scores(tokens_BSD, self.gate_weight).softmax(dim=-1)
         gates_BSK, expert_ids_BSK = choose_top_k(scores_BSE, self.top_k)
         assignment, stats = self._plan_token_choice(gates_BSK, expert_ids_BSK, partition)
         aux_losses = {}
-        if self.training and self.balance_weight > 0:
-            aux_losses["balance"] = self.balance_weight * load_balance_loss(
+        if self.training and settings.balance_weight > 0:
+            aux_losses["balance"] = settings.balance_weight * load_balance_loss(
                 scores_BSE,
                 stats.tokens_per_expert_BE,
                 partition.is_routed_B,
                 top_k=self.top_k,
-                level=self.balance_level,
+                level=settings.balance_level,
                 scores_are_probabilities=True,
             )
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)

@@ -2,7 +2,7 @@
 
 Letters: B images, S tokens per image, T = B*S, D width, E routed experts, K choices per token.
 Sums over tokens pass through `reduce_sum`, the identity on one rank and a differentiable all-reduce
-over the data-parallel ranks for `scope: global`, so the formulas stand here once for any number of
+over the data-parallel ranks for `scope: global`, so the formulas are the same for any number of
 ranks.
 """
 
@@ -35,7 +35,8 @@ def routing_contrastive_loss(
     others.
 
     Source: Eq. 6; official: the same over one rank's batch; differs: centroids of all ranks through
-    `reduce_sum`. Args:
+    `reduce_sum`.
+    Args:
         tokens_TD: tokens entering the layer.
         membership_TE: 1 where the token forms the expert's centroid, else 0 (also for unconditional
         tokens).
@@ -78,7 +79,8 @@ def expert_choice_contrastive_loss(
 
     Source: Eq. 6 applied to each sample's centroids, as the published expert-choice code does: a
     row of logits per sample and expert; differs: the mean is over the rows of all ranks through
-    `reduce_sum`. Args:
+    `reduce_sum`.
+    Args:
         tokens_BSD: tokens of the routed samples.
         chosen_BEC: int64 places (0 ... S-1) of the C tokens that each expert chose from each
         sample.

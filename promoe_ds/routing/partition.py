@@ -49,7 +49,8 @@ def partition_samples(condition: Condition, *, has_unconditional_expert: bool = 
     """Split a batch into conditional samples and those under the null condition.
 
     Source: Sec. 4.1, Algorithm 1 lines 2-6; differs: the condition says what is null, the published
-    code tests 1000. Args:
+    code tests 1000.
+    Args:
         condition: of every sample, after dropout.
         has_unconditional_expert: without one (N_u = 0) null samples are routed like any other, as
         published.

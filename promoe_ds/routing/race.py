@@ -7,17 +7,23 @@ patch of the target.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.batch_pool import move_thresholds, observe_thresholds
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import GateRouter, pool_token_ids
+from promoe_ds.routing.router import ROUTERS, GateRouter, pool_token_ids
 from promoe_ds.routing.scores import activate, linear_fp32, linear_scores
 
 
+@register(ROUTERS, "expert_race")
 class ExpertRaceRouter(GateRouter):
     """The K * T highest of all T * E scores win: a token may have any number of experts, an expert
     any number of tokens.
@@ -30,39 +36,23 @@ class ExpertRaceRouter(GateRouter):
 
     threshold: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        num_experts: int,
-        top_k: int,
-        activation: str,
-        similarity_weight: float,
-        patch_values: int,
-        threshold_decay: float,
-    ) -> None:
+    def __init__(self, width: int, settings: RoutingConfig, *, patch_values: int) -> None:
         """Create the network, uninitialised.
 
         Args:
-            activation: A of Eq. 2; the race's own choice is identity.
-            similarity_weight: of the router similarity loss.
             patch_values: P, or 0 for no prediction of the target.
-            threshold_decay: of the running threshold, per optimizer step.
-        Raises: RoutingError if K > E.
         """
-        super().__init__(width, num_experts, top_k)
-        self.activation, self.similarity_weight, self.threshold_decay = (
-            activation,
-            similarity_weight,
-            threshold_decay,
-        )
+        super().__init__(width, settings)
         self.hidden = nn.Linear(width, width)
         self.target_head = nn.Linear(width, patch_values) if patch_values else None
         self.register_buffer("threshold", torch.zeros(1))
 
-    def reset_state(self) -> None:
-        """Set the threshold to 0."""
-        self.threshold.zero_()
+    @classmethod
+    def from_config(cls, config: RunConfig, block: int) -> Self:
+        """Build the router; it predicts the target only where a loss asks for it."""
+        return cls(
+            config.model.hidden_size, config.routing, patch_values=config.target_patch_values
+        )
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch.
@@ -79,7 +69,7 @@ class ExpertRaceRouter(GateRouter):
         tokens_per_image = tokens_BSD.shape[1]
         hidden_BSD = F.gelu(linear_fp32(tokens_BSD, self.hidden), approximate="tanh")
         logits_TE = linear_scores(partition.take_routed(hidden_BSD).flatten(0, 1), self.gate_weight)
-        scores_TE = activate(logits_TE, self.activation)
+        scores_TE = activate(logits_TE, self.settings.activation)
         if self.training:
             winning_scores_N, winning_ids_N = scores_TE.flatten().topk(self.top_k * len(scores_TE))
         else:
@@ -99,14 +89,14 @@ class ExpertRaceRouter(GateRouter):
         if not self.training:
             return RoutingPlan(assignment=assignment, aux_losses={}, stats=stats)
         aux_losses = {}
-        if self.similarity_weight > 0:
+        if self.settings.similarity_weight > 0:
             chosen_TE = (
                 torch.zeros_like(scores_TE)
                 .flatten()
                 .index_fill_(0, winning_ids_N, 1.0)
                 .view_as(scores_TE)
             )
-            aux_losses["similarity"] = self.similarity_weight * router_similarity_loss(
+            aux_losses["similarity"] = self.settings.similarity_weight * router_similarity_loss(
                 logits_TE.softmax(dim=-1), chosen_TE
             )
         lowest_1 = winning_scores_N.detach()[-1:] if len(scores_TE) else scores_TE.new_zeros(1)
@@ -122,7 +112,7 @@ class ExpertRaceRouter(GateRouter):
 
     def update_running_state(self, observation: Tensor) -> None:
         """Move the threshold towards the mean observed one: decay * old + (1 - decay) * mean."""
-        move_thresholds(self.threshold, observation, self.threshold_decay)
+        move_thresholds(self.threshold, observation, self.settings.threshold_decay)
 
 
 def router_similarity_loss(probabilities_TE: Tensor, chosen_TE: Tensor) -> Tensor:
@@ -139,8 +129,9 @@ def router_similarity_loss(probabilities_TE: Tensor, chosen_TE: Tensor) -> Tenso
     Gradient: reaches probabilities.  Sync: none.  Collectives: none.
     """
     num_tokens, num_experts = probabilities_TE.shape
-    joint_EE = chosen_TE.T @ chosen_TE
-    similarity_EE = probabilities_TE.T @ probabilities_TE / max(1, num_tokens)
+    with torch.autocast(probabilities_TE.device.type, enabled=False):
+        joint_EE = chosen_TE.T @ chosen_TE
+        similarity_EE = probabilities_TE.T @ probabilities_TE / max(1, num_tokens)
     load_E, pairs_EE = joint_EE.diagonal(), joint_EE - joint_EE.diagonal().diag()
     of_load = num_experts * (load_E * similarity_EE.diagonal()).sum() / load_E.sum().clamp_min(1.0)
     of_pairs = (

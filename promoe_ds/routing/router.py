@@ -5,13 +5,14 @@ Letters: B images, S tokens per image, D width, E routed experts.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.errors import RoutingError
+from promoe_ds.config.routing import RoutingConfig, RoutingMethod
+from promoe_ds.config.schema import RunConfig
 from promoe_ds.routing.assignment import (
     Assignment,
     RoutingPlan,
@@ -31,8 +32,8 @@ class Router(KeepsBuffersPrecise):
 
     A subclass implements `forward` and `expert_keys_ED`; one with running state (thresholds,
     centroids) keeps it in buffers, reports observations in its plans and implements
-    `update_running_state` and `reset_state`. Buffers stay in fp32 when the module is cast to half
-    precision: a running average of 0.95 would stand still in bf16.
+    `update_running_state`. Buffers stay in fp32 when the module is cast to half
+    precision: a running average with decay 0.95 would not move in bf16.
     per_expert: names of the parameters and buffers whose first dimension counts the experts.
     initial_gate: how `gate_weight` starts: "xavier" as other matrices, "linear" as torch's linear
         layer (uniform within 1 / sqrt(D)), or the standard deviation of a normal distribution.
@@ -41,16 +42,17 @@ class Router(KeepsBuffersPrecise):
     per_expert: ClassVar[tuple[str, ...]] = ()
     initial_gate: ClassVar[str | float] = "xavier"
 
-    def __init__(self, num_experts: int, top_k: int) -> None:
-        """Take E and K.
-
-        Raises: RoutingError if K > E.
-        """
+    def __init__(self, width: int, settings: RoutingConfig) -> None:
+        """Take the settings, among them E and K; D for the subclasses that have weights."""
         super().__init__()
-        if top_k > num_experts:
-            raise RoutingError(f"top_k={top_k} exceeds num_experts={num_experts}")
-        self.num_experts, self.top_k = num_experts, top_k
+        self.settings = settings
+        self.num_experts, self.top_k = settings.num_experts, settings.top_k
         self.reduce_sum: ReduceSum = identity_reduce
+
+    @classmethod
+    def from_config(cls, config: RunConfig, block: int) -> Self:
+        """Build the router of the MoE layer in transformer block `block`, uninitialised."""
+        return cls(config.model.hidden_size, config.routing)
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch: which routed experts each token of a routed sample visits, losses and
@@ -70,7 +72,9 @@ class Router(KeepsBuffersPrecise):
         """
 
     def reset_state(self) -> None:
-        """Put the running state at its start, e.g. after materialising from the meta device."""
+        """Put the running state at 0, its start, e.g. after materialising from the meta device."""
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def _plan_token_choice(
         self, gates_BSK: Tensor, expert_ids_BSK: Tensor, partition: Partition
@@ -78,9 +82,9 @@ class Router(KeepsBuffersPrecise):
         """Build the list and its statistics from every token's K choices; those of unrouted samples
         do not count.
         """
-        counts_BE = (
-            _count_choices(expert_ids_BSK, self.num_experts) * partition.is_routed_B[:, None]
-        )
+        ids_BN, routed_B1 = expert_ids_BSK.flatten(1), partition.is_routed_B[:, None]
+        counts_BE = ids_BN.new_zeros(len(ids_BN), self.num_experts)
+        counts_BE = counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN)) * routed_B1
         assignment = assign_token_choice(
             partition.take_routed(gates_BSK),
             partition.take_routed(expert_ids_BSK),
@@ -88,10 +92,8 @@ class Router(KeepsBuffersPrecise):
             counts_BE.sum(dim=0),
         )
         gate_sums_BE = gates_BSK.new_zeros(counts_BE.shape)
-        gate_sums_BE.scatter_add_(1, expert_ids_BSK.flatten(1), gates_BSK.detach().flatten(1))
-        return assignment, self._stats(
-            counts_BE, gate_sums_BE * partition.is_routed_B[:, None], partition
-        )
+        gate_sums_BE.scatter_add_(1, ids_BN, gates_BSK.detach().flatten(1))
+        return assignment, self._stats(counts_BE, gate_sums_BE * routed_B1, partition)
 
     def _plan_expert_choice(
         self, scores_BSE: Tensor, capacity: int, partition: Partition
@@ -100,7 +102,7 @@ class Router(KeepsBuffersPrecise):
         chosen_BEC in 0 ... S-1.
         """
         num_samples, tokens_per_image, _ = scores_BSE.shape
-        gates_BEC, chosen_BEC = choose_tokens(scores_BSE, capacity)
+        gates_BEC, chosen_BEC = scores_BSE.transpose(1, 2).topk(capacity, dim=-1)
         sample_B = torch.arange(num_samples, device=scores_BSE.device)[:, None, None]
         expert_E = torch.arange(self.num_experts, device=scores_BSE.device)[None, :, None]
         token_ids_N = pool_token_ids(
@@ -151,18 +153,24 @@ class Router(KeepsBuffersPrecise):
         )
 
 
+#: The router of every `routing.method` but dense; `config.routing.METHODS` names its settings.
+ROUTERS: dict[RoutingMethod, type[Router]] = {}
+
+
+def build_router(config: RunConfig, block: int = 0) -> Router:
+    """Build the router of one MoE layer, uninitialised (`model.init` fills it)."""
+    return ROUTERS[config.routing.method].from_config(config, block)
+
+
 class GateRouter(Router):
     """A router whose scores come from a linear gate without bias."""
 
     per_expert: ClassVar[tuple[str, ...]] = ("gate_weight",)
 
-    def __init__(self, width: int, num_experts: int, top_k: int) -> None:
-        """Create the gate, uninitialised (`model.init` fills it).
-
-        Raises: RoutingError if K > E.
-        """
-        super().__init__(num_experts, top_k)
-        self.gate_weight = nn.Parameter(torch.empty(num_experts, width))
+    def __init__(self, width: int, settings: RoutingConfig) -> None:
+        """Create the gate, uninitialised."""
+        super().__init__(width, settings)
+        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, width))
 
     def expert_keys_ED(self) -> Tensor:
         """Return the gate's rows."""
@@ -216,16 +224,3 @@ def choose_top_k(scores_BSE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         values, indices = scores_BSE.max(dim=-1, keepdim=True)
         return values, indices
     return scores_BSE.topk(top_k, dim=-1)
-
-
-def choose_tokens(scores_BSE: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Return each expert's C highest scores in each sample and their tokens' places, (B, E, C)
-    both, highest first.
-    """
-    return scores_BSE.transpose(1, 2).topk(capacity, dim=-1)
-
-
-def _count_choices(expert_ids_BSK: Tensor, num_experts: int) -> Tensor:
-    ids_BN = expert_ids_BSK.flatten(1)
-    counts = torch.zeros(ids_BN.shape[0], num_experts, dtype=torch.int64, device=ids_BN.device)
-    return counts.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))

@@ -101,12 +101,11 @@ def activate(scores_E: Tensor, activation: str, *, dim: int = -1) -> Tensor:
     choose.
 
     Source: Eq. 2 and Table 7.
-    Raises: ValueError for an unknown activation.
+    Args:
+        activation: identity, sigmoid or softmax.
     """
     if activation == "identity":
         return scores_E
     if activation == "sigmoid":
         return scores_E.sigmoid()
-    if activation == "softmax":
-        return scores_E.softmax(dim=dim)
-    raise ValueError(f"activation {activation!r} is none of identity, sigmoid, softmax")
+    return scores_E.softmax(dim=dim)

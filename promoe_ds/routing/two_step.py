@@ -5,31 +5,16 @@ Letters: B images, S tokens per image, T = B*S, D width, E routed experts, K cho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.losses import load_balance_loss, routing_contrastive_loss
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import Router, choose_top_k
+from promoe_ds.routing.router import ROUTERS, Router, choose_top_k
 from promoe_ds.routing.scores import activate, cosine_scores
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwoStepSettings:
-    """The router's hyperparameters; fields and units as in `config.routing.RoutingConfig`."""
-
-    num_experts: int
-    top_k: int = 1
-    activation: str = "identity"
-    score_scale: float = 1.0
-    rcl_weight: float = 1.0
-    rcl_temperature: float = 0.07
-    rcl_assignments: str = "all"
-    balance_weight: float = 0.0
-    balance_level: str = "batch"
 
 
 class PrototypeRouter(Router):
@@ -39,13 +24,9 @@ class PrototypeRouter(Router):
 
     per_expert = ("prototypes",)
 
-    def __init__(self, width: int, settings: TwoStepSettings) -> None:
-        """Create the prototypes, uninitialised (`model.init` fills them).
-
-        Raises: RoutingError if K > E.
-        """
-        super().__init__(settings.num_experts, settings.top_k)
-        self.settings = settings
+    def __init__(self, width: int, settings: RoutingConfig) -> None:
+        """Create the prototypes, uninitialised."""
+        super().__init__(width, settings)
         self.prototypes = nn.Parameter(torch.empty(settings.num_experts, width))
 
     def expert_keys_ED(self) -> Tensor:
@@ -53,6 +34,7 @@ class PrototypeRouter(Router):
         return self.prototypes
 
 
+@register(ROUTERS, "token_choice")
 class TwoStepRouter(PrototypeRouter):
     """Sends every conditional token to the K experts whose prototypes are nearest by cosine."""
 
@@ -60,7 +42,8 @@ class TwoStepRouter(PrototypeRouter):
         """Route one batch.
 
         Source: Algorithm 1, steps 1, 3 and 5; official: the same; differs: scores in fp32, no loop
-        over experts. Args:
+        over experts.
+        Args:
             tokens_BSD: tokens entering the layer, any float dtype.
             partition: step 1's answer; unconditional samples get no rows and no part in the losses.
         Returns: RoutingPlan; the auxiliary losses, already weighted, only in training mode.

@@ -161,6 +161,7 @@ METHODS = {
     "diff_moe": {},
     "expert_race": {},
     "kmeans": {},
+    "hash": {"top_k": 2},
     "classification": {"superclass_map": "digits"},
     "swiglu": {"method": "token_choice", "expert_type": "swiglu", "rcl_scope": "rank", "top_k": 2},
     "no_conditional_routing": {"method": "diff_moe", "num_unconditional_experts": 0, "top_k": 2},

@@ -21,6 +21,7 @@ RECIPES = (
     "digits_promoe_ec",
     "digits_classification",
     "digits_kmeans",
+    "digits_hash",
     "digits_promoe_ddpm",
 )
 MIXTURES = tuple(name for name in RECIPES if name != "digits_dit")

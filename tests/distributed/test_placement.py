@@ -16,7 +16,13 @@ from promoe_ds.reports.log import load_log
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
 
-RECIPES = ("digits_promoe", "digits_kmeans", "digits_classification", "digits_diffmoe")
+RECIPES = (
+    "digits_promoe",
+    "digits_kmeans",
+    "digits_classification",
+    "digits_diffmoe",
+    "digits_hash",
+)
 ORDERS = {"1": [2, 0, 3, 1], "3": [1, 3, 0, 2]}
 #: Another one: put over ORDERS, it is what the file says that counts, not the file over what was.
 SECOND = {"1": [3, 2, 1, 0], "3": [1, 3, 0, 2]}

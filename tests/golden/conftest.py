@@ -31,16 +31,18 @@ class Case:
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.sidecar["compute_dtype"])
 
-    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Return the tensors under `prefix.`, floating inputs and states cast to the compute
-        dtype.
+    @property
+    def tolerance(self) -> dict[str, float]:
+        return {name: self.sidecar["tolerance"][name] for name in ("rtol", "atol")}
+
+    def tensors(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Return the tensors under `prefix.`; floating ones cast to `dtype`, else inputs and states
+        to the compute dtype.
         """
         data = load_file(self.path.with_suffix(".safetensors"))
-        cast = prefix in ("state", "in")
+        cast = dtype or (self.dtype if prefix in ("state", "in") else None)
         return {
-            key.removeprefix(f"{prefix}."): (
-                value.to(self.dtype) if cast and value.is_floating_point() else value
-            )
+            key.removeprefix(f"{prefix}."): value.to(cast) if value.is_floating_point() else value
             for key, value in data.items()
             if key.startswith(f"{prefix}.")
         }

@@ -20,54 +20,60 @@ METHODS = {
     "DiffMoE baseline": "diff_moe",
     "DiffMoE baseline MoE layer": "diff_moe",
 }
+#: Fields of the model section that a sidecar names likewise.
+_SIZES = (
+    "input_size",
+    "patch_size",
+    "in_channels",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "qk_norm",
+    "num_classes",
+    "learn_sigma",
+)
 
 
 def method_of(model_class: str) -> str:
-    """Return the method of a `model_class` or `kind`; a checkpoint's or trajectory's carries its
-    level behind a comma.
-    """
-    for suffix in (", checkpoint", ", training trajectory", ", sampling"):
-        model_class = model_class.removesuffix(suffix)
-    return METHODS[model_class]
+    """Return the method of a `model_class` or `kind`, which may carry its level behind a comma."""
+    return next(method for name, method in METHODS.items() if model_class.startswith(name))
 
 
-def model_config(hyper: dict[str, Any], method: str) -> RunConfig:
+def model_config(sidecar: dict[str, Any]) -> RunConfig:
     """Return the config of a whole-model case."""
+    hyper, method = sidecar["hyperparameters"], method_of(sidecar["model_class"])
     assert hyper["null_label"] == hyper["num_classes"]
-    model = {
-        key: hyper[key]
-        for key in (
-            "input_size",
-            "patch_size",
-            "in_channels",
-            "hidden_size",
-            "depth",
-            "num_heads",
-            "mlp_ratio",
-            "qk_norm",
-            "num_classes",
-            "learn_sigma",
-        )
-    }
-    return _config(
-        model,
-        (
-            routing_of(hyper["moe"], method, model["hidden_size"])
-            if method != "dense"
-            else {"method": "dense"}
-        ),
-    )
+    routing = {"method": "dense"}
+    if method != "dense":
+        routing = routing_of(hyper["moe"], method, hyper["hidden_size"])
+    return config_of({key: hyper[key] for key in _SIZES}, routing)
 
 
-def layer_config(hyper: dict[str, Any], method: str) -> RunConfig:
+def layer_config(sidecar: dict[str, Any]) -> RunConfig:
     """Return a config whose MoE layers are those of a layer case."""
+    hyper, method = sidecar["hyperparameters"], method_of(sidecar["model_class"])
     model = {
         "hidden_size": hyper["hidden_size"],
         "depth": 2,
         "num_heads": 1,
         "num_classes": hyper.get("null_label", 1000),
     }
-    return _config(model, routing_of(hyper, method, hyper["hidden_size"]))
+    return config_of(model, routing_of(hyper, method, hyper["hidden_size"]))
+
+
+def config_of(model: dict[str, Any], routing: dict[str, Any]) -> RunConfig:
+    """Return a config of these sections."""
+    return config_from_dict(
+        {
+            "name": "golden",
+            "model": model,
+            "routing": routing,
+            "train": {"max_steps": 1},
+            "data": {"dataset": "synthetic"},
+        },
+        source="golden case",
+    )
 
 
 def routing_of(hyper: dict[str, Any], method: str, width: int) -> dict[str, Any]:
@@ -125,16 +131,3 @@ def _baseline(hyper: dict[str, Any], method: str, width: int) -> dict[str, Any]:
             "threshold_decay": hyper["threshold_ema_decay"],
         }
     return routing
-
-
-def _config(model: dict[str, Any], routing: dict[str, Any]) -> RunConfig:
-    return config_from_dict(
-        {
-            "name": "golden",
-            "model": model,
-            "routing": routing,
-            "train": {"max_steps": 1},
-            "data": {"dataset": "synthetic"},
-        },
-        source="golden case",
-    )

@@ -13,12 +13,11 @@ from promoe_ds.errors import CheckpointError
 from promoe_ds.model.official import published_order
 
 from .conftest import Case
-from .published import method_of, model_config
+from .published import model_config
 
 
 def _parts(case: Case):
-    config = model_config(case.sidecar["hyperparameters"], method_of(case.sidecar["model_class"]))
-    return config, case.path.parent / case.sidecar["checkpoint_file"]
+    return model_config(case.sidecar), case.path.parent / case.sidecar["checkpoint_file"]
 
 
 @pytest.mark.golden_level("checkpoint")
@@ -31,8 +30,7 @@ def test_published_checkpoint_converted_reproduces_its_output(
     inputs = case.tensors("in")
     with torch.no_grad():
         found = load_model(tmp_path / "export")(inputs["x"], inputs["t"], inputs["y"])
-    tolerance = {name: case.sidecar["tolerance"][name] for name in ("rtol", "atol")}
-    torch.testing.assert_close(found, case.tensors("out")[output], **tolerance)
+    torch.testing.assert_close(found, case.tensors("out")[output], **case.tolerance)
 
 
 @pytest.mark.golden_level("checkpoint")

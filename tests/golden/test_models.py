@@ -9,7 +9,7 @@ import torch
 
 from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.condition import ClassCondition
-from promoe_ds.config import RunConfig, config_from_dict, count_parameters
+from promoe_ds.config import count_parameters
 from promoe_ds.diffusion import DiffusionBatch, SamplingPlan, sample_latents
 from promoe_ds.model import DiT, build_model
 from promoe_ds.model.official import from_official, to_official
@@ -17,22 +17,18 @@ from promoe_ds.train.optimizer import AdamWithEma
 from promoe_ds.train.step import TrainingModule
 
 from .conftest import Case
-from .published import METHODS, method_of, model_config
+from .published import config_of, method_of, model_config
+
+Tensors = dict[str, torch.Tensor]
 
 
-def _load(case: Case, state: dict[str, torch.Tensor] | None = None, **optimizer: object) -> DiT:
-    config = model_config(case.sidecar["hyperparameters"], method_of(case.sidecar["model_class"]))
+def _load(case: Case, **optimizer: object) -> DiT:
+    config = model_config(case.sidecar)
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=optimizer)})
     network = build_model(config)
     network.reset_positions()
-    network.load_state_dict(
-        from_official(case.tensors("state") if state is None else state, config)
-    )
+    network.load_state_dict(from_official(case.tensors("state"), config))
     return network
-
-
-def _tolerance(case: Case) -> dict[str, float]:
-    return {name: case.sidecar["tolerance"][name] for name in ("rtol", "atol")}
 
 
 def _batch(clean, noise, u, labels, null_label: int = 1000) -> DiffusionBatch:
@@ -41,7 +37,7 @@ def _batch(clean, noise, u, labels, null_label: int = 1000) -> DiffusionBatch:
 
 @pytest.mark.golden_level("model")
 def test_model_equals_published(case: Case) -> None:
-    network, close = _load(case), _tolerance(case)
+    network, close = _load(case), case.tolerance
     inputs, expected = case.tensors("in"), case.tensors("out")
     with torch.no_grad():
         torch.testing.assert_close(
@@ -55,36 +51,27 @@ def test_model_equals_published(case: Case) -> None:
     ).prediction_BZHW
     torch.testing.assert_close(prediction, expected["train"], **close)
     assert output.terms["diffusion"].item() == pytest.approx(case.sidecar["mse"], rel=close["rtol"])
-    for block, value in case.sidecar["aux_loss_per_moe_block"].items():
-        total = sum(output.plans[int(block)].aux_losses.values()).item()
-        assert total == pytest.approx(value, rel=close["rtol"], abs=close["atol"])
+    near = {"rel": close["rtol"], "abs": close["atol"]}
+    losses = {str(block): plan.aux_losses for block, plan in output.plans.items()}
+    stated = case.sidecar["aux_loss_per_moe_block"]
+    totals = {block: sum(losses[block].values()).item() for block in stated}
+    assert totals == pytest.approx(stated, **near)
     for block, value in (case.sidecar["capacity_prediction_bce_per_moe_block"] or {}).items():
-        loss = output.plans[int(block)].aux_losses["capacity"].item()
-        assert loss == pytest.approx(
-            value * network.config.routing.capacity_weight, rel=close["rtol"]
-        )
+        expected_loss = value * network.config.routing.capacity_weight
+        assert losses[block]["capacity"].item() == pytest.approx(expected_loss, rel=close["rtol"])
     output.loss.backward()
     _check_gradients(case, network, close)
     _check_running_state(network, output.plans, expected, close)
 
 
-def _check_running_state(
-    network: DiT, plans, expected: dict[str, torch.Tensor], close: dict[str, float]
-) -> None:
+def _check_running_state(network: DiT, plans, expected: Tensors, close: dict[str, float]) -> None:
     """Routers' buffers after one training pass of one process, where the case states them."""
-    stated = {
-        name.removeprefix("after_train."): value
-        for name, value in expected.items()
-        if name.startswith("after_train.")
-    }
     for index, layer in network.moe_layers().items():
         if plans[index].observation is not None:
             layer.router.update_running_state(plans[index].observation)
     state = to_official(network.state_dict(), network.config)
-    for name, value in stated.items():
-        torch.testing.assert_close(
-            state[name], value, **close, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    after = {f"after_train.{name}": value for name, value in state.items()}
+    _check_named(after, {name: v for name, v in expected.items() if name in after}, close)
 
 
 def _check_gradients(case: Case, network: DiT, close: dict[str, float]) -> None:
@@ -93,37 +80,15 @@ def _check_gradients(case: Case, network: DiT, close: dict[str, float]) -> None:
     )
     norms = case.sidecar["gradient_norms"]
     assert set(gradients) == set(norms)
-    for name, norm in norms.items():
-        if norm is not None:
-            assert gradients[name].norm().item() == pytest.approx(
-                norm, rel=close["rtol"], abs=close["atol"]
-            ), name
-    for name, expected in case.tensors("grad").items():
-        if norms[name] is not None:
-            torch.testing.assert_close(
-                gradients[name], expected, **close, msg=lambda text, n=name: f"{n}: {text}"
-            )
+    moved = {name: torch.tensor(norm) for name, norm in norms.items() if norm is not None}
+    _check_named({name: value.norm() for name, value in gradients.items()}, moved, close)
+    expected = case.tensors("grad")
+    _check_named(gradients, {name: expected[name] for name in moved.keys() & expected}, close)
 
 
-@pytest.mark.golden_level("checkpoint")
-def test_published_checkpoint_reproduces_its_output(case: Case) -> None:
-    checkpoint = torch.load(
-        case.path.parent / case.sidecar["checkpoint_file"], map_location="cpu", weights_only=True
-    )
-    assert checkpoint["step"] == case.sidecar["step"]
-    inputs, expected = case.tensors("in"), case.tensors("out")
-    for key, name in (("ema_model_state_dict", "ema"), ("model_state_dict", "model")):
-        network = _load(case, checkpoint[key]).eval()
-        with torch.no_grad():
-            output = network(inputs["x"], inputs["t"], inputs["y"])
-        torch.testing.assert_close(output, expected[name], **_tolerance(case))
-        round_trip = to_official(network.state_dict(), network.config)
-        assert round_trip.keys() == checkpoint[key].keys()
-        assert all(
-            torch.equal(value, checkpoint[key][k])
-            for k, value in round_trip.items()
-            if k != "pos_embed"
-        )
+def _check_named(found: Tensors, expected: Tensors, close: dict[str, float]) -> None:
+    """Compare the tensors of these names."""
+    torch.testing.assert_close({name: found[name] for name in expected}, expected, **close)
 
 
 @pytest.mark.golden_level("training trajectory")
@@ -219,46 +184,29 @@ def test_sampling_equals_published(case: Case) -> None:
             ClassCondition(inputs["y"], network.config.model.null_label),
             plan,
         )
-        torch.testing.assert_close(latents, expected[f"latent_cfg{scale}"], **_tolerance(case))
+        torch.testing.assert_close(latents, expected[f"latent_cfg{scale}"], **case.tolerance)
         torch.testing.assert_close(
-            torch.tensor([t for _, t in seen]), expected["timesteps"], **_tolerance(case)
+            torch.tensor([t for _, t in seen]), expected["timesteps"], **case.tolerance
         )
         path = torch.stack([latent for latent, _ in seen[1:]] + [latents])
-        torch.testing.assert_close(path, expected[f"path_cfg{scale}"], **_tolerance(case))
+        torch.testing.assert_close(path, expected[f"path_cfg{scale}"], **case.tolerance)
 
 
 @pytest.mark.golden_level("parameter counts")
 def test_parameter_counts_equal_published(case: Case, subtests) -> None:
     for name, row in case.sidecar["counts"].items():
         with subtests.test(name):
-            count = count_parameters(_published_config(row))
-            for ours, theirs in (
-                ("total", "total_parameters"),
-                ("activated", "activated_parameters"),
-                ("trainable", "trainable_parameters"),
-                ("position_embedding", "fixed_position_embedding"),
-            ):
-                assert getattr(count, ours) == row[theirs], ours
+            sizes = {key: row[key] for key in ("hidden_size", "depth", "num_heads")}
+            method = method_of(row["kind"])
+            routing: dict = {"method": method}
+            if method in ("dit_moe", "ec_dit", "diff_moe"):
+                routing |= {"num_experts": 8, "num_shared_experts": 0}
+                routing |= {"num_unconditional_experts": 0}
+            config = config_of(sizes, routing)
+            count = count_parameters(config)
+            for kind in ("total", "activated", "trainable"):
+                assert getattr(count, kind) == row[f"{kind}_parameters"], kind
+            assert count.position_embedding == row["fixed_position_embedding"]
             with torch.device("meta"):
-                assert (
-                    sum(p.numel() for p in build_model(_published_config(row)).parameters())
-                    == row["trainable_parameters"]
-                )
-
-
-def _published_config(row: dict) -> RunConfig:
-    sizes = {key: row[key] for key in ("hidden_size", "depth", "num_heads")}
-    method = METHODS[row["kind"]]
-    routing: dict = {"method": method}
-    if method in ("dit_moe", "ec_dit", "diff_moe"):
-        routing |= {"num_experts": 8, "num_shared_experts": 0, "num_unconditional_experts": 0}
-    return config_from_dict(
-        {
-            "name": "count",
-            "model": sizes,
-            "routing": routing,
-            "train": {"max_steps": 1},
-            "data": {"dataset": "latents"},
-        },
-        source="golden count",
-    )
+                parameters = build_model(config).parameters()
+            assert sum(value.numel() for value in parameters) == row["trainable_parameters"]

@@ -15,9 +15,8 @@ import torch
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.model.build import build_moe_layer
-from promoe_ds.model.routers import ROUTERS
 from promoe_ds.moe import StackedExperts
-from promoe_ds.routing import partition_samples
+from promoe_ds.routing import ROUTERS, partition_samples
 from tests.cli.commands import REPOSITORY, run, train_arguments
 
 pytestmark = [

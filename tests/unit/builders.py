@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.model import DiT, build_model, initialise
-from promoe_ds.model.routers import ROUTERS
+from promoe_ds.routing import ROUTERS
 
 #: Two blocks, the second with four experts; 4 tokens of width 16 per image; ten classes.
 SMALL: dict[str, dict[str, Any]] = {

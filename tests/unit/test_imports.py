@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "promoe_ds"
 #: Rooms with a closed list of libraries beside the standard one.
 LIBRARIES: dict[str, set[str]] = {
     "errors": set(),
+    "registry": set(),
     "private_names": set(),
     "torch_private": {"torch"},
     "logs": set(),
@@ -40,6 +41,7 @@ LIBRARIES: dict[str, set[str]] = {
 # below.
 ORDER = (
     "errors",
+    "registry",
     "private_names",
     "torch_private",
     "logs",
@@ -65,6 +67,7 @@ ORDER = (
 #: Rooms that need less than the order would let them have.
 NARROW: dict[str, set[str]] = {
     "errors": set(),
+    "registry": set(),
     "private_names": {"errors"},
     "torch_private": {"errors", "private_names"},
     "logs": set(),
@@ -76,8 +79,8 @@ NARROW: dict[str, set[str]] = {
     "condition": set(),
     "config": {"errors", "logs"},
     "versions": {"errors", "config"},
-    "routing": {"errors", "config", "condition", "torch_private"},
-    "moe": {"routing", "config"},
+    "routing": {"errors", "registry", "config", "condition", "torch_private"},
+    "moe": {"registry", "routing", "config"},
     "diffusion": {"config", "randomness", "errors", "condition"},
     "launch": {"errors", "logs", "files", "run_files", "config"},
     "distributed": {"errors", "logs", "config", "launch"},

@@ -1,7 +1,7 @@
-"""A dense model becomes a mixture of experts: the dense feed-forwards dealt out, routers started at
+"""A dense model becomes a mixture of experts: the dense feed-forwards split, routers started at
 real tokens.
 
-How the feed-forward is dealt out is `model/upcycle.py`'s. Here the dense model sees a batch of
+How the feed-forward is split is `model/upcycle.py`'s. Here the dense model sees a batch of
 images; at every block that gets experts, its tokens start the prototypes (k-means) and give the
 mean gate that a conditional token will get, against which the routed experts' outputs are scaled.
 So the layer's output is the dense one exactly for null samples, and on average for the others, as
@@ -36,11 +36,10 @@ from promoe_ds.model.build import build_model
 from promoe_ds.model.dit import DiT
 from promoe_ds.model.export import fill_network
 from promoe_ds.model.init import fill_parameter
-from promoe_ds.model.routers import build_router
 from promoe_ds.model.state import POSITIONS, state_shapes
-from promoe_ds.model.upcycle import DENSE_PARAMETERS, Deal, deal_units, upcycled_parameter
+from promoe_ds.model.upcycle import DENSE_PARAMETERS, UnitSplit, split_units, upcycled_parameter
 from promoe_ds.randomness import generator
-from promoe_ds.routing import ClassificationRouter, KMeansRouter, Router
+from promoe_ds.routing import ClassificationRouter, KMeansRouter, Router, build_router
 from promoe_ds.routing.clustering import cluster_tokens
 from promoe_ds.routing.partition import Partition, partition_samples
 
@@ -151,7 +150,7 @@ class _UpcycledSource:
             starts,
             noise,
         )
-        self._deal = deal_units(config)
+        self._split = split_units(config)
         self._shapes = state_shapes(config, own_positions=POSITIONS in dense.names(kind))
         self._feed_forward: tuple[int, dict[str, Tensor]] = (-1, {})
         origin = {
@@ -165,7 +164,7 @@ class _UpcycledSource:
             config=config,
             origin=origin,
             averages_since={},
-            note=_describe(config, self._deal, starts.values(), noise),
+            note=_describe(config, self._split, starts.values(), noise),
         )
 
     def names(self, kind: str) -> list[str]:
@@ -190,7 +189,7 @@ class _UpcycledSource:
             name,
             self._shapes[name],
             self._feed_forward[1],
-            self._deal,
+            self._split,
             noise=self._noise,
             gate_scale=self._starts[block].gate_scale,
             seed=self._config.train.seed,
@@ -204,7 +203,7 @@ def _check_fit(info: SourceInfo, config: RunConfig) -> None:
     if info.config.routing.method != "dense":
         raise CheckpointError(
             f"{info.path}: is no dense model (routing.method={info.config.routing.method}): only a"
-            " dense feed-forward can be dealt out to experts"
+            " dense feed-forward can be split over experts"
         )
     if config.routing.method == "dense":
         raise ConfigError(
@@ -297,7 +296,7 @@ def _start_router(
 
 
 def _initial_router(config: RunConfig, index: int) -> Router:
-    router = build_router(config)
+    router = build_router(config, index)
     router.reset_state()
     for name, parameter in router.named_parameters():
         fill_parameter(
@@ -311,24 +310,27 @@ def _initial_router(config: RunConfig, index: int) -> Router:
     return router
 
 
-def _describe(config: RunConfig, deal: Deal, starts: Iterable[_RouterStart], noise: float) -> str:
+def _describe(
+    config: RunConfig, split: UnitSplit, starts: Iterable[_RouterStart], noise: float
+) -> str:
     """Say what is preserved."""
     routed = (
         "exactly"
-        if deal.rest_units == 0
+        if split.rest_units == 0
+        or (split.routed_is_exact and config.routing.traits.unit_gates and not noise)
         else (
             f"in part only: --noise {noise:g} was added"
             if noise
             else (
                 "on average over the gates"
-                if deal.routed_is_exact and any(start.gate_scale != 1 for start in starts)
+                if split.routed_is_exact and any(start.gate_scale != 1 for start in starts)
                 else "in part only: "
                 + (
                     "gates differ from 1"
-                    if deal.routed_is_exact
+                    if split.routed_is_exact
                     else (
-                        f"an expert holds {config.expert_width} of {deal.rest_units} hidden units"
-                        if deal.routed
+                        f"an expert holds {config.expert_width} of {split.rest_units} hidden units"
+                        if split.routed
                         else "SwiGLU experts start silent"
                     )
                 )
@@ -339,12 +341,12 @@ def _describe(config: RunConfig, deal: Deal, starts: Iterable[_RouterStart], noi
         "routed like the others"
         if not config.routing.num_unconditional_experts
         else "exactly"
-        if deal.unconditional_is_exact
+        if split.unconditional_is_exact
         else "in part only"
     )
     return (
-        f"{deal.shared_units} hidden units to the shared experts, {deal.rest_units} to each of the"
-        f" others; the dense function is kept for null samples: {null}; for conditional tokens:"
+        f"{split.shared_units} hidden units to the shared experts, {split.rest_units} to each of"
+        f" the others; the dense function is kept for null samples: {null}; for conditional tokens:"
         f" {routed}"
     )
 

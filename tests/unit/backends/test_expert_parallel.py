@@ -4,12 +4,15 @@ checkpoint.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from deepspeed.moe.layer import MoE
 
 from promoe_ds.backends.expert_parallel import ShardedExperts, expert_file_key, mark_experts
-from promoe_ds.moe import StackedExperts
+from promoe_ds.config.parallel import ResolvedDispatch
+from promoe_ds.moe import DISPATCHERS, StackedExperts
 from promoe_ds.moe.experts import EXPERT_PARAMETERS
 
 from ..builders import random_tensor, randomise
@@ -82,3 +85,7 @@ def test_shard_state_has_a_key_per_expert_and_is_restored(expert_type: str) -> N
     assert all(
         torch.equal(getattr(first, name), value) for name, value in second.named_parameters()
     )
+
+
+def test_every_dispatch_of_the_config_has_a_path() -> None:
+    assert set(DISPATCHERS) == set(get_args(ResolvedDispatch)) - {"local"}

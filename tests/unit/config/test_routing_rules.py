@@ -54,6 +54,7 @@ READS = {
     "expert_race": {"activation", "threshold_decay", "similarity_weight", "per_layer_weight"},
     "classification": {"classification_weight", "superclass_map", "superclasses"},
     "kmeans": set(),
+    "hash": set(),
 }
 
 

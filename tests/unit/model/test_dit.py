@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from promoe_ds.model import DiT, build_model, initialise
 
-from ..builders import random_network, random_tensor, small_config
+from ..builders import METHODS, of_method, random_network, random_tensor, randomise, small_config
+from ..routing.plans import NULL, give_state
 
-NULL = 10
 LABELS = torch.tensor([3, NULL, 0, 7])
 SETTINGS: dict[str, dict[str, Any]] = {
     "moe": {},
@@ -33,39 +34,19 @@ def inputs(network: DiT, images: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_network_untrained_returns_exactly_zero(setting: str) -> None:
+def test_network_untrained_returns_zero_and_trained_what_the_config_says(setting: str) -> None:
     network = build_model(small_config(**SETTINGS[setting]))
     initialise(network, 0)
     assert torch.count_nonzero(network(*inputs(network))) == 0
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_network_output_has_the_channels_and_size_of_the_config(setting: str) -> None:
-    network = random_network(**SETTINGS[setting])
-    output = network(*inputs(network))
-    model = network.config.model
-    assert output.shape == (4, model.out_channels, model.input_size, model.input_size)
-    assert output.abs().sum() > 0
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_network_plans_are_those_of_the_moe_blocks(setting: str) -> None:
-    network = random_network(**SETTINGS[setting])
-    output = network.denoise(*inputs(network))
-    assert tuple(output.plans) == tuple(network.moe_layers()) == network.config.moe_block_indices
+    randomise(network)
+    output, config = network.denoise(*inputs(network)), network.config
+    model, has_unconditional = config.model, config.routing.num_unconditional_experts > 0
+    assert output.prediction_BZHW.shape == (4, model.out_channels, *[model.input_size] * 2)
+    assert tuple(output.plans) == tuple(network.moe_layers()) == config.moe_block_indices
+    for plan in output.plans.values():
+        assert plan.stats.is_routed_B.tolist() == [True, not has_unconditional, True, True]
     assert torch.equal(output.prediction_BZHW, network(*inputs(network)))
-
-
-def test_network_ten_classes_null_label_is_not_routed() -> None:
-    network = random_network()
-    plan = network.denoise(*inputs(network)).plans[1]
-    assert plan.stats.is_routed_B.tolist() == [True, False, True, True]
-    assert plan.assignment.token_ids_N.numel() == 3 * network.config.model.tokens_per_image
-
-
-def test_network_without_unconditional_expert_routes_null_samples() -> None:
-    network = random_network(**SETTINGS["no unconditional"])
-    assert network.denoise(*inputs(network)).plans[1].stats.is_routed_B.all()
+    assert "positions" not in network.state_dict()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -83,39 +64,11 @@ def test_network_depends_on_label_timestep_and_position() -> None:
     network = random_network()
     latents, timestep, labels = inputs(network, images=1)
     output = network(latents, timestep, labels)
+    assert network(latents.double(), timestep, labels).dtype == torch.float64
     assert not torch.equal(network(latents, timestep + 1, labels), output)
     assert not torch.equal(network(latents, timestep, labels + 1), output)
     rolled = network(latents.roll(2, dims=-1), timestep, labels).roll(-2, dims=-1)
     assert not torch.allclose(rolled, output, atol=1e-3)  # a patch is not treated alike everywhere
-
-
-def test_network_unpatchify_puts_each_value_in_its_place() -> None:
-    network = random_network(
-        model={"input_size": 6, "patch_size": 2, "in_channels": 3, "learn_sigma": False}
-    )
-    patches = torch.arange(2 * 9 * 12, dtype=torch.float32).view(2, 9, 12)
-    image = network._unpatchify(patches)
-    assert image.shape == (2, 3, 6, 6)
-    for b in range(2):
-        for token in range(9):
-            for value in range(12):
-                # Within a token: row, column, channel.
-                row, column, channel = value // 6, value // 3 % 2, value % 3
-                place = image[b, channel, token // 3 * 2 + row, token % 3 * 2 + column]
-                assert place == patches[b, token, value]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_network_output_has_the_dtype_of_the_latents(dtype: torch.dtype) -> None:
-    network = random_network()
-    latents, timestep, labels = inputs(network)
-    assert network(latents.to(dtype), timestep, labels).dtype == dtype
-
-
-def test_network_positions_are_no_parameter_and_not_saved() -> None:
-    network = random_network()
-    assert "positions" not in dict(network.named_parameters())
-    assert "positions" not in network.state_dict()
 
 
 # Activation checkpointing.
@@ -123,13 +76,15 @@ def test_network_positions_are_no_parameter_and_not_saved() -> None:
 
 def training_pass(
     network: DiT, *, flip_prototypes: bool = False
-) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-    """Return loss, gradients and the lists of assigned tokens of one training pass.
+) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]]:
+    """Return loss, gradients and what the plans of one training pass hold.
 
     flip_prototypes: negate them between forward and backward pass, so that routing anew would
     decide otherwise.
     """
     network.train()
+    for layer in network.moe_layers().values():
+        give_state(layer.router, seed=2)
     output = network.denoise(*inputs(network))
     target = random_tensor(*output.prediction_BZHW.shape, seed=7)
     loss = (output.prediction_BZHW - target).square().mean()
@@ -138,17 +93,18 @@ def training_pass(
         for layer in network.moe_layers().values():
             layer.router.prototypes.data.neg_()
     loss.backward()
-    lists = [plan.assignment for plan in output.plans.values()]
-    assigned = [
+    held = [
         value
-        for each in lists
-        for value in (each.token_ids_N, each.tokens_per_expert_E, each.gates_N.detach())
+        for plan in output.plans.values()
+        for value in (*vars(plan.assignment).values(), plan.observation)
+        if value is not None
     ]
-    return loss.detach(), {name: p.grad for name, p in network.named_parameters()}, assigned
+    return loss.detach(), {name: p.grad for name, p in network.named_parameters()}, held
 
 
-CHECKPOINTED = {
-    "moe": {"model": {"depth": 4}, "routing": {"top_k": 2, "balance_weight": 0.1}},
+CHECKPOINTED: dict[str, dict[str, Any]] = {
+    **{method: of_method(method) for method in METHODS},
+    "balanced": {"model": {"depth": 4}, "routing": {"top_k": 2, "balance_weight": 0.1}},
     "all blocks": {"routing": {"moe_blocks": "all"}},
     "dense": {"routing": {"method": "dense"}},
 }
@@ -158,7 +114,7 @@ CHECKPOINTED = {
 @pytest.mark.parametrize("setting", CHECKPOINTED)
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_equals_none_to_the_last_bit(setting: str, backend: str, mode: str) -> None:
-    results = [
+    (loss, gradients, held), (other_loss, other_gradients, other_held) = (
         training_pass(
             random_network(
                 **CHECKPOINTED[setting],
@@ -166,33 +122,32 @@ def test_checkpointing_equals_none_to_the_last_bit(setting: str, backend: str, m
             )
         )
         for each in ("none", mode)
+    )
+    assert torch.equal(loss, other_loss)
+    assert differing(gradients, other_gradients) == []
+    assert all(torch.equal(a, b) for a, b in zip(held, other_held, strict=True))
+
+
+def differing(first: dict[str, Tensor | None], second: dict[str, Tensor | None]) -> list[str]:
+    """Return the names of what is not equal; no gradient equals no gradient."""
+    return [
+        name
+        for name, value in first.items()
+        if (value is None) != (second[name] is None)
+        or (value is not None and not torch.equal(value, second[name]))
     ]
-    (loss, gradients, assigned), (loss_full, gradients_full, assigned_full) = results
-    assert torch.equal(loss, loss_full)
-    assert [
-        name for name in gradients if not torch.equal(gradients[name], gradients_full[name])
-    ] == []
-    assert all(torch.equal(a, b) for a, b in zip(assigned, assigned_full, strict=True))
 
 
 def test_checkpointing_recompute_does_not_route_again() -> None:
-    settings = CHECKPOINTED["moe"]
-    _, expected, _ = training_pass(random_network(**settings))
+    settings = CHECKPOINTED["balanced"]
+    _, expected, before = training_pass(random_network(**settings))
     network = random_network(**settings, parallel={"activation_checkpointing": "full"})
     _, gradients, _ = training_pass(network, flip_prototypes=True)
     # The prototypes' own gradient is formed from their values at the time of the backward pass,
     # recomputed or not.
-    names = [name for name in expected if not name.endswith("prototypes")]
-    assert [name for name in names if not torch.equal(gradients[name], expected[name])] == []
-
-
-def test_checkpointing_flipped_prototypes_would_have_changed_the_routing() -> None:
-    network = random_network(**CHECKPOINTED["moe"])
-    before = network.denoise(*inputs(network)).plans[1].assignment.tokens_per_expert_E
-    network.blocks[1].moe.router.prototypes.data.neg_()
-    assert not torch.equal(
-        network.denoise(*inputs(network)).plans[1].assignment.tokens_per_expert_E, before
-    )
+    assert all(name.endswith("prototypes") for name in differing(gradients, expected))
+    _, _, after = training_pass(network)
+    assert not torch.equal(before[0], after[0])  # the flipped prototypes route otherwise
 
 
 @pytest.mark.parametrize(("mode", "attention", "exchanges"), [("full", 2, 2), ("selective", 1, 1)])
@@ -200,19 +155,18 @@ def test_checkpointing_recomputes_experts_but_routes_once(
     mode: str, attention: int, exchanges: int
 ) -> None:
     network = random_network(parallel={"activation_checkpointing": mode})
-    calls = {"router": 0, "routed": 0, "shared": 0, "dense": 0, "qkv": 0, "dispatch": 0}
-
-    def count(name: str) -> Any:
-        return lambda *args: calls.__setitem__(name, calls[name] + 1)
-
-    moe = network.blocks[1].moe
-    moe.router.register_forward_pre_hook(count("router"))
-    moe.routed.register_forward_pre_hook(count("routed"))
-    moe.shared.register_forward_pre_hook(count("shared"))
-    network.blocks[0].feed_forward.register_forward_pre_hook(count("dense"))
-    network.blocks[1].attention.qkv.register_forward_pre_hook(count("qkv"))
+    moe, calls = network.blocks[1].moe, Counter[str]()
+    watched = {
+        "router": moe.router,
+        "routed": moe.routed,
+        "shared": moe.shared,
+        "dense": network.blocks[0].feed_forward,
+        "qkv": network.blocks[1].attention.qkv,
+    }
+    for name, module in watched.items():
+        module.register_forward_pre_hook(lambda *args, n=name: calls.update([n]))
     dispatch = moe.dispatcher.dispatch
-    moe.dispatcher.dispatch = lambda *args: (count("dispatch")(), dispatch(*args))[1]
+    moe.dispatcher.dispatch = lambda *args: (calls.update(["dispatch"]), dispatch(*args))[1]
     training_pass(network)
     assert calls == {
         "router": 1,
@@ -222,6 +176,9 @@ def test_checkpointing_recomputes_experts_but_routes_once(
         "qkv": attention,
         "dispatch": exchanges,
     }
+    before = calls["routed"]
+    network.eval()(*inputs(network)).sum().backward()
+    assert calls["routed"] == before + 1  # nothing is recomputed in evaluation
 
 
 def test_checkpointing_keeps_less_the_more_it_recomputes() -> None:
@@ -260,21 +217,33 @@ def test_compiled_network_equals_eager(routing: dict[str, Any]) -> None:
         )
 
 
-def test_checkpointing_is_off_in_evaluation() -> None:
-    network = random_network(parallel={"activation_checkpointing": "full"}).eval()
-    calls = []
-    network.blocks[1].attention.qkv.register_forward_pre_hook(lambda *args: calls.append(1))
-    network(*inputs(network)).sum().backward()
-    assert len(calls) == 1
+# Patches.
+
+
+def test_unpatchify_equals_torchs_fold() -> None:
+    network = random_network(
+        model={"input_size": 6, "patch_size": 2, "in_channels": 3, "learn_sigma": False}
+    )
+    patches = random_tensor(2, 9, 12)
+    # Within a token: row, column, channel; torch's fold wants the channel first.
+    columns = patches.view(2, 9, 4, 3).transpose(2, 3).flatten(2).transpose(1, 2)
+    expected = torch.nn.functional.fold(columns, (6, 6), kernel_size=2, stride=2)
+    assert torch.equal(network._unpatchify(patches), expected)
 
 
 @pytest.mark.parametrize(
-    "labels", [[NULL] * 4, [1, 2, 3, 4]], ids=["all unconditional", "all conditional"]
+    "model",
+    [
+        {},
+        {"input_size": 6, "patch_size": 2, "in_channels": 3},
+        {"input_size": 6, "patch_size": 3},
+        {"input_size": 4, "patch_size": 1, "in_channels": 2},
+    ],
 )
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_network_every_parameter_gets_a_gradient(labels: list[int], mode: str) -> None:
-    network = random_network(parallel={"activation_checkpointing": mode}).train()
-    latents, timestep, _ = inputs(network)
-    output = network.denoise(latents, timestep, torch.tensor(labels))
-    (output.prediction_BZHW.square().mean() + output.plans[1].aux_losses["rcl"]).backward()
-    assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
+def test_patchify_is_the_inverse_of_the_networks_own_unpatchify(model: dict[str, int]) -> None:
+    network = random_network(model={**model, "learn_sigma": False})
+    sizes = network.config.model
+    latents = random_tensor(2, sizes.in_channels, sizes.input_size, sizes.input_size)
+    patches = network.patchify(latents)
+    assert patches.shape == (2, sizes.tokens_per_image, sizes.in_channels * sizes.patch_size**2)
+    assert torch.equal(network._unpatchify(patches), latents)

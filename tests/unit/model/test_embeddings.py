@@ -38,16 +38,6 @@ def test_positions_equal_direct_formula(width: int, grid: int) -> None:
     torch.testing.assert_close(positions, torch.tensor(expected), rtol=0, atol=1e-7)
 
 
-def test_positions_by_hand() -> None:
-    expected = [
-        [0, 1, 0, 1],
-        [math.sin(1), math.cos(1), 0, 1],
-        [0, 1, math.sin(1), math.cos(1)],
-        [math.sin(1), math.cos(1), math.sin(1), math.cos(1)],
-    ]
-    torch.testing.assert_close(sincos_positions(4, 2), torch.tensor(expected))
-
-
 def sinusoids(timestep_B: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return what enters the first linear layer of the timestep embedding."""
     embedding, seen = TimestepEmbedding(8).to(dtype), []
@@ -64,11 +54,6 @@ def test_timestep_embedding_equals_direct_formula_cosine_first(timestep: float) 
     torch.testing.assert_close(
         sinusoids(torch.tensor([timestep])), expected, rtol=0, atol=2e-6 + 2e-7 * timestep
     )
-
-
-def test_timestep_embedding_does_not_round_the_timestep() -> None:
-    first, second = sinusoids(torch.tensor([500.0, 500.4]))
-    assert not torch.equal(first, second)
 
 
 def test_timestep_embedding_bf16_rounds_sinusoids_not_angles() -> None:

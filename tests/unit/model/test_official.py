@@ -33,15 +33,6 @@ def official(**sections: Any) -> tuple[dict[str, Tensor], RunConfig]:
     return to_official(network.state_dict(), network.config), network.config
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_official_there_and_back_is_the_same(setting: str) -> None:
-    network = random_network(**SETTINGS[setting])
-    state = network.state_dict()
-    back = from_official(to_official(state, network.config), network.config)
-    assert back.keys() == state.keys()
-    assert [name for name in state if not torch.equal(back[name], state[name])] == []
-
-
 PUBLISHED = ("token_choice", "expert_choice", "dit_moe", "ec_dit", "diff_moe")
 EXPERTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -53,14 +44,25 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS.keys())
-@pytest.mark.parametrize("method", PUBLISHED)
-def test_official_of_every_published_method_there_and_back_is_the_same(
-    method: str, experts: dict[str, Any]
-) -> None:
-    network = random_network(model={"depth": 4, "qk_norm": True}, **of_method(method, **experts))
+WHOLE: dict[str, dict[str, Any]] = {
+    **SETTINGS,
+    **{
+        f"{method}, {name}": {
+            "model": {"depth": 4, "qk_norm": True},
+            **of_method(method, **experts),
+        }
+        for method in PUBLISHED
+        for name, experts in EXPERTS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("setting", WHOLE)
+def test_official_there_and_back_is_the_same(setting: str) -> None:
+    network = random_network(**WHOLE[setting])
     for name, buffer in network.named_buffers():
-        buffer.copy_(random_tensor(*buffer.shape, seed=len(name)))
+        if name != "positions":
+            buffer.copy_(random_tensor(*buffer.shape, seed=len(name)))
     state = network.state_dict()
     published = to_official(state, network.config)
     assert not any(".moe." in name for name in published)
@@ -69,77 +71,54 @@ def test_official_of_every_published_method_there_and_back_is_the_same(
     assert [name for name in state if not torch.equal(back[name], state[name])] == []
 
 
-def names_of_moe(method: str, **experts: Any) -> set[str]:
-    """Return the published names of a MoE feed-forward, experts but the first and last apart."""
-    names = official(**of_method(method, **experts))[0]
-    inner = (
-        name.removeprefix("blocks.1.mlp.") for name in names if name.startswith("blocks.1.mlp.")
-    )
+def linear(*layers: str) -> set[str]:
+    return {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+def gated(*experts: str) -> set[str]:
     return {
-        name for name in inner if not name.startswith(("experts.1.", "experts.2.", "experts.3."))
+        f"{expert}.{layer}_proj.weight" for expert in experts for layer in ("gate", "up", "down")
     }
 
 
-LINEAR = ("weight", "bias")
-BASELINE = {
-    f"experts.{expert}.{layer}.{kind}"
-    for expert in (0, 4)
-    for layer in ("fc1", "fc2")
-    for kind in LINEAR
-}
-SWIGLU = {f"shared_experts.{layer}_proj.weight" for layer in ("gate", "up", "down")}
+#: Of a MoE feed-forward, of its routed experts the first alone.
+PROMOE = linear("experts.0.up_proj", "experts.0.down_proj", "experts.4.up_proj")
+PROMOE |= linear("experts.4.down_proj", "shared_expert.up_proj", "shared_expert.down_proj")
+BASELINE = linear("experts.0.fc1", "experts.0.fc2", "experts.4.fc1", "experts.4.fc2")
+DIFF_MOE = {"gate_weight", "expert_threshold", "ema_decay"}
+DIFF_MOE |= linear("capacity_predictor.0", "capacity_predictor.2")
+SHARED_SWIGLU = {"shared_expert_type": "swiglu"}
+SWIGLU = {"expert_type": "swiglu", "num_shared_experts": 0}
 
 
 @pytest.mark.parametrize(
-    ("method", "shared", "expected"),
+    ("method", "experts", "expected"),
     [
-        ("dit_moe", "swiglu", {"gate.weight", *SWIGLU}),
-        ("ec_dit", "swiglu", {"gate_weight", *SWIGLU}),
-        (
-            "diff_moe",
-            "swiglu",
-            {
-                "gate_weight",
-                "expert_threshold",
-                "ema_decay",
-                *SWIGLU,
-                *(f"capacity_predictor.{layer}.{kind}" for layer in (0, 2) for kind in LINEAR),
-            },
-        ),
-        (
-            "diff_moe",
-            "gelu",
-            {
-                "gate_weight",
-                "expert_threshold",
-                "ema_decay",
-                *(f"shared_experts.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in LINEAR),
-                *(f"capacity_predictor.{layer}.{kind}" for layer in (0, 2) for kind in LINEAR),
-            },
-        ),
+        ("token_choice", {}, PROMOE | {"cluster_centers"}),
+        ("dit_moe", SHARED_SWIGLU, BASELINE | gated("shared_experts") | {"gate.weight"}),
+        ("ec_dit", SHARED_SWIGLU, BASELINE | gated("shared_experts") | {"gate_weight"}),
+        ("diff_moe", SHARED_SWIGLU, BASELINE | gated("shared_experts") | DIFF_MOE),
+        ("diff_moe", {}, BASELINE | linear("shared_experts.fc1", "shared_experts.fc2") | DIFF_MOE),
+        ("ec_dit", SWIGLU, gated("experts.0", "experts.4") | {"gate_weight"}),
+        ("expert_choice", SWIGLU, gated("experts.0", "experts.4") | {"cluster_centers"}),
     ],
 )
-def test_official_names_of_the_baselines_are_the_published_ones(
-    method: str, shared: str, expected: set[str]
+def test_official_names_are_the_published_ones(
+    method: str, experts: dict[str, Any], expected: set[str]
 ) -> None:
-    assert names_of_moe(method, shared_expert_type=shared) == BASELINE | expected
+    state, _ = official(model={"qk_norm": True}, **of_method(method, **experts))
+    inner = {name for name in state if name.startswith("blocks.1.mlp.")}
+    names = {name.removeprefix("blocks.1.mlp.") for name in inner}
+    assert {name for name in names if not re.match(r"experts\.[123]", name)} == expected
+    block = ("attn.qkv", "attn.proj", "attn.q_norm", "attn.k_norm", "adaLN_modulation.1")
+    outside = linear("x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2")
+    outside |= linear("final_layer.adaLN_modulation.1", "final_layer.linear")
+    outside |= linear(*(f"blocks.{index}.{layer}" for index in (0, 1) for layer in block))
+    outside |= linear("blocks.0.mlp.fc1", "blocks.0.mlp.fc2")
+    assert state.keys() - inner == outside | {"pos_embed", "y_embedder.embedding_table.weight"}
 
 
-def test_official_names_of_swiglu_experts() -> None:
-    expected = {
-        f"experts.{expert}.{layer}_proj.weight"
-        for expert in (0, 4)
-        for layer in ("gate", "up", "down")
-    }
-    assert names_of_moe("ec_dit", expert_type="swiglu", num_shared_experts=0) == expected | {
-        "gate_weight"
-    }
-    assert names_of_moe("expert_choice", expert_type="swiglu", num_shared_experts=0) == expected | {
-        "cluster_centers"
-    }
-
-
-@pytest.mark.parametrize("method", ["expert_race", "classification", "kmeans"])
+@pytest.mark.parametrize("method", ["expert_race", "classification", "kmeans", "hash"])
 def test_official_of_a_method_never_published_is_refused(method: str) -> None:
     network = random_network(**of_method(method))
     message = f"routing.method={method} was never published: it has no official layout"
@@ -159,169 +138,59 @@ def test_official_threshold_decay_is_written_and_held_against_the_config() -> No
     from_official(state, config)  # it is a hyperparameter: a state without it is whole
 
 
-def test_from_official_of_another_method_names_what_has_no_place() -> None:
-    state, _ = official(**of_method("ec_dit"))
-    with raises_saying("blocks.1.mlp.gate_weight: no such parameter in this architecture"):
-        from_official(state, small_config(**of_method("token_choice")))
-
-
-def test_from_official_gelu_experts_have_no_gate() -> None:
-    state, config = official()
-    with pytest.raises(
-        CheckpointError, match=r"blocks\.1\.mlp\.experts\.0\.gate_proj\.weight|routed\.gate_weight"
-    ):
-        from_official(
-            {**state, "blocks.1.mlp.experts.0.gate_proj.weight": torch.zeros(32, 16)}, config
-        )
-
-
-def test_official_names_of_a_moe_block_are_the_published_ones() -> None:
-    names = {name for name in official(model={"qk_norm": True})[0] if name.startswith("blocks.1.")}
-    linear = ("weight", "bias")
-    expected = {
-        f"blocks.1.{layer}.{kind}"
-        for kind in linear
-        for layer in (
-            "attn.qkv",
-            "attn.proj",
-            "attn.q_norm",
-            "attn.k_norm",
-            "adaLN_modulation.1",
-            "mlp.shared_expert.up_proj",
-            "mlp.shared_expert.down_proj",
-        )
-    }
-    expected |= {
-        f"blocks.1.mlp.experts.{expert}.{layer}_proj.{kind}"
-        for expert in range(5)
-        for layer in ("up", "down")
-        for kind in linear
-    }
-    assert names == expected | {"blocks.1.mlp.cluster_centers"}
-
-
-def test_official_names_outside_moe_blocks_are_the_published_ones() -> None:
-    names = {name for name in official()[0] if not name.startswith("blocks.1.")}
-    expected = {
-        f"{layer}.{kind}"
-        for kind in ("weight", "bias")
-        for layer in (
-            "x_embedder.proj",
-            "t_embedder.mlp.0",
-            "t_embedder.mlp.2",
-            "final_layer.adaLN_modulation.1",
-            "final_layer.linear",
-            "blocks.0.attn.qkv",
-            "blocks.0.attn.proj",
-            "blocks.0.adaLN_modulation.1",
-            "blocks.0.mlp.fc1",
-            "blocks.0.mlp.fc2",
-        )
-    }
-    assert names == expected | {"pos_embed", "y_embedder.embedding_table.weight"}
-
-
-def test_official_last_expert_is_the_unconditional_one() -> None:
-    network = random_network()
-    state = to_official(network.state_dict(), network.config)
-    moe = network.blocks[1].moe
-    assert torch.equal(state["blocks.1.mlp.experts.4.up_proj.weight"], moe.unconditional.up.weight)
-    assert torch.equal(state["blocks.1.mlp.experts.2.down_proj.bias"], moe.routed.down_bias[2])
-
-
-def test_official_positions_come_first_with_a_batch_dimension() -> None:
-    state, config = official()
-    assert next(iter(state)) == "pos_embed"
-    assert torch.equal(state["pos_embed"], sincos_positions(config.model.hidden_size, 2)[None])
-
-
 def raises_saying(message: str) -> Any:
     return pytest.raises(CheckpointError, match=re.escape(message))
 
 
-@pytest.mark.parametrize(
-    "key", ["foo.bar", "y_embedder.other.weight", "blocks.1.mlp.router.weight", "optimizer"]
-)
-def test_from_official_unknown_key_is_named(key: str) -> None:
-    state, config = official()
-    with raises_saying(f"{key}: no such parameter in this architecture"):
-        from_official({**state, key: torch.zeros(1)}, config)
-
-
-def test_to_official_unknown_key_is_named() -> None:
-    with raises_saying("head.weight: no such parameter in this architecture"):
-        to_official({"head.weight": torch.zeros(1)}, small_config())
-
-
-def test_from_official_missing_expert_names_its_stack() -> None:
-    state, config = official()
-    del state["blocks.1.mlp.experts.2.up_proj.bias"]
-    with raises_saying(
-        "blocks.1.moe.routed.up_bias: expected the experts 0 ... 3, found [0, 1, 3]"
-    ):
-        from_official(state, config)
-
-
-def test_from_official_expert_too_many_names_its_stack() -> None:
-    state, config = official()
-    state["blocks.1.mlp.experts.5.up_proj.bias"] = state["blocks.1.mlp.experts.0.up_proj.bias"]
-    with raises_saying(
-        "blocks.1.moe.routed.up_bias: expected the experts 0 ... 3, found [0, 1, 2, 3, 5]"
-    ):
-        from_official(state, config)
-
-
-def test_from_official_unconditional_expert_without_place_is_named() -> None:
-    state, _ = official()
-    with raises_saying("expected the experts 0 ... 3, found [0, 1, 2, 3, 4]"):
-        from_official(state, small_config(routing={"num_unconditional_experts": 0}))
+UP, DOWN = "blocks.1.mlp.experts.{}.up_proj.bias", "blocks.1.mlp.experts.4.down_proj"
+TABLE = sincos_positions(16, 2)[None]
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [lambda p: p + 1e-3, lambda p: p[:, :3], lambda p: p[..., :8], lambda p: p.flip(1)],
-    ids=["values", "tokens", "width", "order"],
-)
-def test_from_official_other_positions_are_named(damage: Any) -> None:
-    state, config = official()
-    state["pos_embed"] = damage(state["pos_embed"])
-    with raises_saying(
-        f"pos_embed of shape {tuple(state['pos_embed'].shape)} is not the fixed table of this"
-        " architecture"
-    ):
-        from_official(state, config)
-
-
-@pytest.mark.parametrize(
-    "ours",
+    ("changed", "routing", "named"),
     [
-        "patch_embedding.proj.weight",
-        "blocks.1.moe.router.prototypes",
-        "blocks.1.moe.routed.up_bias",
-        "blocks.1.moe.unconditional.down.weight",
+        ({"foo.bar": torch.zeros(1)}, {}, "foo.bar"),
+        ({"y_embedder.other.weight": torch.zeros(1)}, {}, "y_embedder.other.weight"),
+        ({"blocks.1.mlp.router.weight": torch.zeros(1)}, {}, "blocks.1.mlp.router.weight"),
+        ({"blocks.7.attn.qkv.bias": torch.zeros(48)}, {}, "blocks.7.attention.qkv.bias"),
+        (
+            {"blocks.1.mlp.experts.0.gate_proj.weight": torch.zeros(32, 16)},
+            {},
+            "blocks.1.moe.routed.gate_weight",
+        ),
+        ({"x_embedder.proj.weight": None}, {}, "patch_embedding.proj.weight is missing"),
+        ({"blocks.1.mlp.cluster_centers": None}, {}, "moe.router.prototypes is missing"),
+        ({f"{DOWN}.weight": None}, {}, "blocks.1.moe.unconditional.down.weight is missing"),
+        ({"pos_embed": TABLE + 1e-3}, {}, "pos_embed of shape (1, 4, 16)"),
+        ({"pos_embed": TABLE[:, :3]}, {}, "pos_embed of shape (1, 3, 16)"),
+        ({"pos_embed": TABLE[..., :8]}, {}, "pos_embed of shape (1, 4, 8)"),
+        ({"pos_embed": TABLE.flip(1)}, {}, "pos_embed of shape (1, 4, 16)"),
+        ({UP.format(2): None}, {}, "up_bias: expected the experts 0 ... 3, found [0, 1, 3]"),
+        (
+            {UP.format(5): torch.zeros(32)},
+            {},
+            "up_bias: expected the experts 0 ... 3, found [0, 1, 2, 3, 5]",
+        ),
+        ({}, {"num_unconditional_experts": 0}, "expected the experts 0 ... 3, found [0, 1, 2, 3"),
+        ({UP.format(2): torch.zeros(1)}, {}, "blocks.1.moe.routed.up_bias"),
+        ({}, {"method": "ec_dit"}, "blocks.1.mlp.cluster_centers: no such parameter"),
     ],
 )
-def test_from_official_missing_key_is_named(ours: str) -> None:
-    # The docstring promises an error that names a missing key.
+def test_from_official_what_does_not_fit_is_named(
+    changed: dict[str, Tensor | None], routing: dict[str, Any], named: str
+) -> None:
+    state, _ = official()
+    state = {name: value for name, value in (state | changed).items() if value is not None}
+    with raises_saying(named):
+        from_official(state, small_config(routing=routing))
+
+
+def test_to_official_places_what_it_knows_and_names_what_it_does_not() -> None:
     network = random_network()
-    state = network.state_dict()
-    whole = to_official(state, network.config)
-    damaged = to_official(
-        {name: value for name, value in state.items() if name != ours}, network.config
-    )
-    names = [ours, *(name for name in whole if name not in damaged)]
-    with pytest.raises(CheckpointError, match="|".join(map(re.escape, names))):
-        from_official(damaged, network.config)
-
-
-def test_from_official_key_of_a_block_beyond_the_depth_is_named() -> None:
-    state, config = official()
-    with raises_saying("blocks.7.attention.qkv.bias has no place in this architecture"):
-        from_official({**state, "blocks.7.attn.qkv.bias": torch.zeros(48)}, config)
-
-
-def test_from_official_expert_of_another_shape_is_named() -> None:
-    state, config = official()
-    state["blocks.1.mlp.experts.2.up_proj.bias"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.m.*up_(proj\.)?bias"):
-        from_official(state, config)
+    state, moe = to_official(network.state_dict(), network.config), network.blocks[1].moe
+    assert next(iter(state)) == "pos_embed"
+    assert torch.equal(state["pos_embed"], TABLE)
+    assert torch.equal(state["blocks.1.mlp.experts.4.up_proj.weight"], moe.unconditional.up.weight)
+    assert torch.equal(state["blocks.1.mlp.experts.2.down_proj.bias"], moe.routed.down_bias[2])
+    with raises_saying("head.weight: no such parameter in this architecture"):
+        to_official({"head.weight": torch.zeros(1)}, network.config)

@@ -1,4 +1,4 @@
-"""Dealing out a dense feed-forward: the parts add up to it where they can."""
+"""Splitting a dense feed-forward: the parts add up to it where they can."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from promoe_ds.model.state import state_shapes
-from promoe_ds.model.upcycle import DENSE_PARAMETERS, Deal, deal_units, upcycled_parameter
-from promoe_ds.moe.experts import FeedForward
+from promoe_ds.model.upcycle import DENSE_PARAMETERS, UnitSplit, split_units, upcycled_parameter
+from promoe_ds.moe.experts import FEED_FORWARDS, FeedForward
 
 from ..builders import random_tensor, randomise, small_config
 
 #: Name -> routing of a network of dense width 64; whether conditional tokens (gate 1) and null
 # tokens keep the dense function.
-DEALS = {
+SPLITS = {
     "halves": ({}, True, True),
     "shared_holds_all": ({"shared_expert_width": 64}, True, True),
     "shared_wider_than_dense": ({"shared_expert_width": 100}, True, True),
@@ -41,7 +41,7 @@ DEALS = {
 
 def build(
     routing: dict, scale: float = 1.0, noise: float = 0.0
-) -> tuple[FeedForward, dict[str, torch.Tensor], Deal]:
+) -> tuple[FeedForward, dict[str, torch.Tensor], UnitSplit]:
     """Return a dense feed-forward, the parameters of the layer made of it, and how it was dealt
     out.
     """
@@ -50,47 +50,40 @@ def build(
     values = {
         ours: dense.get_parameter(theirs).detach() for ours, theirs in DENSE_PARAMETERS.items()
     }
-    deal = deal_units(config)
+    split = split_units(config)
     options = {"gate_scale": scale, "noise": noise, "seed": 3}
     layer = {
-        name.removeprefix("blocks.1.moe."): upcycled_parameter(name, shape, values, deal, **options)
+        name.removeprefix("blocks.1.moe."): upcycled_parameter(
+            name, shape, values, split, **options
+        )
         for name, shape in state_shapes(config).items()
         if name.startswith("blocks.1.moe.") and ".router." not in name
     }
-    return dense, layer, deal
+    return dense, layer, split
 
 
 def run(
     layer: dict[str, torch.Tensor], part: str, x: torch.Tensor, expert: int | None = None
 ) -> torch.Tensor:
-    """Compute one part by its formula."""
-    if f"{part}.up.weight" not in layer and f"{part}.up_weight" not in layer:
-        return torch.zeros_like(x)
-    get = {
-        leaf: (
-            layer[f"{part}.{leaf}"][expert]
-            if expert is not None
-            else layer[f"{part}.{leaf.replace('_', '.')}"]
-        )
-        for leaf in ("gate_weight", "up_weight", "up_bias", "down_weight", "down_bias")
-        if f"{part}.{leaf}" in layer or f"{part}.{leaf.replace('_', '.')}" in layer
+    """Compute one part, or one expert of the routed part; zero where there is none."""
+    weights = {
+        name.removeprefix(f"{part}.").replace("_", "."): value if expert is None else value[expert]
+        for name, value in layer.items()
+        if name.startswith(f"{part}.")
     }
-    hidden = x @ get["up_weight"].T + get.get("up_bias", 0.0)
-    hidden = (
-        torch.nn.functional.silu(x @ get["gate_weight"].T) * hidden
-        if "gate_weight" in get
-        else torch.nn.functional.gelu(hidden, approximate="tanh")
-    )
-    return hidden @ get["down_weight"].T + get.get("down_bias", 0.0)
+    if not weights:
+        return torch.zeros_like(x)
+    kind = FEED_FORWARDS["swiglu" if "gate.weight" in weights else "gelu"]
+    return torch.func.functional_call(kind(1, 1), weights, (x,))
 
 
-@pytest.mark.parametrize("name", DEALS)
-def test_deal_parts_add_up_to_the_dense_function_where_it_says_so(name: str) -> None:
-    routing, conditional, null = DEALS[name]
-    dense, layer, deal = build(routing)
+@pytest.mark.parametrize("name", SPLITS)
+def test_split_parts_add_up_to_the_dense_function_where_it_says_so(name: str) -> None:
+    routing, conditional, null = SPLITS[name]
+    dense, layer, split = build(routing)
     x = random_tensor(20, 16)
     expected, shared = dense(x).detach(), run(layer, "shared", x)
-    assert (deal.routed_is_exact, deal.unconditional_is_exact) == (conditional, null)
+    assert (split.routed_is_exact, split.unconditional_is_exact) == (conditional, null)
     for expert in range(3):
         close = torch.allclose(
             shared + run(layer, "routed", x, expert), expected, rtol=1e-4, atol=1e-4
@@ -102,23 +95,23 @@ def test_deal_parts_add_up_to_the_dense_function_where_it_says_so(name: str) -> 
     )
 
 
-def test_deal_narrow_experts_take_windows_that_cover_the_rest() -> None:
-    deal = deal_units(
+def test_split_narrow_experts_take_windows_that_cover_the_rest() -> None:
+    split = split_units(
         small_config(routing={"num_experts": 4, "expert_width": 8, "shared_expert_width": 32})
     )
-    assert [one.units.tolist() for one in deal.routed] == [
+    assert [one.units.tolist() for one in split.routed] == [
         list(range(start, start + 8)) for start in (32, 40, 48, 56)
     ]
 
 
-def test_deal_scale_multiplies_routed_experts_alone() -> None:
+def test_split_scale_multiplies_routed_experts_alone() -> None:
     plain, scaled = build({})[1], build({}, scale=2.5)[1]
     for name, value in plain.items():
         factor = 2.5 if name.startswith("routed.down") else 1.0
         torch.testing.assert_close(scaled[name], factor * value)
 
 
-def test_deal_noise_tells_copies_apart_by_as_much_as_asked() -> None:
+def test_split_noise_tells_copies_apart_by_as_much_as_asked() -> None:
     plain, noisy = build({})[1], build({}, noise=0.1)[1]
     changed = [name for name, value in plain.items() if not torch.equal(noisy[name], value)]
     assert changed == ["routed.up_weight"]

@@ -81,7 +81,7 @@ def test_local_round_trip_gives_each_token_the_sum_of_its_gates() -> None:
 
 
 def test_local_dispatcher_sends_no_bytes() -> None:
-    assert LocalDispatcher().rows_leaving(assignment([0, 1], [1.0, 1.0], [2])).item() == 0
+    assert not LocalDispatcher().bytes_exchanged(assignment([0, 1], [1.0, 1.0], [2]), 8, 4)
 
 
 def test_weighted_rows_gradients_reach_base_rows_and_gates() -> None:

@@ -28,6 +28,10 @@ def length(vector: Vector) -> float:
     return math.sqrt(sum(x * x for x in vector))
 
 
+def distance(a: Vector, b: Vector) -> float:
+    return length([x - y for x, y in zip(a, b, strict=True)])
+
+
 def cosine(a: Vector, b: Vector) -> float:
     """Cosine of two vectors; 0 where one of them has no length."""
     if length(a) == 0 or length(b) == 0:
@@ -92,16 +96,13 @@ def contrastive_loss(
     """Eq. 6: cross-entropy of each active prototype's own centroid among all active centroids,
     averaged.
     """
-    width = len(tokens[0])
     centroids: dict[int, Vector] = {}
     for expert in range(len(prototypes)):
         members = [
             token for token, member in zip(tokens, membership, strict=True) if member[expert]
         ]
         if members:
-            centroids[expert] = [
-                sum(token[d] for token in members) / len(members) for d in range(width)
-            ]
+            centroids[expert] = mean(members)
     if len(centroids) < 2:
         return 0.0
     total = 0.0
@@ -110,9 +111,7 @@ def contrastive_loss(
             other: cosine(prototypes[expert], centroid) / temperature
             for other, centroid in centroids.items()
         }
-        largest = max(logits.values())
-        log_sum = largest + math.log(sum(math.exp(value - largest) for value in logits.values()))
-        total += log_sum - logits[expert]
+        total += math.log(sum(math.exp(value) for value in logits.values())) - logits[expert]
     return total / len(centroids)
 
 

@@ -2,19 +2,25 @@
 its paper.
 
 A batch comes as nested lists: samples[b][s][d]. Expert choices are lists of (token, expert, gate)
-rows, where token is b * S + s; nothing here uses torch.
+rows, where token is b * S + s; nothing here uses torch. An oracle takes the batch, the router's
+state by name, its settings, and whether it trains; in evaluation its losses do not count.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
+
+from promoe_ds.config.routing import RoutingConfig
 
 from . import oracles
 from .oracles import Matrix, Vector
 
 Row = tuple[int, int, float]
+State = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,11 @@ class Expected:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples, which of them are routed, and the label of each."""
+    """Samples, which of them are routed, and each one's superclass, None for a null label."""
 
     samples: list[Matrix]
     routed: list[int]
-    labels: list[int]
+    superclasses: list[int | None]
 
     @property
     def tokens(self) -> int:
@@ -65,30 +71,69 @@ def gate_sums_of(rows: list[Row], batch: Batch) -> Vector:
     ]
 
 
-def linear_gate(
-    batch: Batch, weight: Matrix, *, top_k: int, balance_weight: float, level: str
-) -> Expected:
-    """DiT-MoE: each token takes its K most probable experts."""
-    probabilities = [
-        [oracles.softmax(oracles.linear(token, weight)) for token in sample]
-        for sample in batch.samples
-    ]
+def choose_per_token(
+    scores: list[Matrix], batch: Batch, settings: RoutingConfig, *, probabilities: bool
+) -> tuple[list[Row], dict[str, float]]:
+    """Each token takes its K best experts; scores[b][s][e]. Also the load-balancing loss, if
+    asked for.
+    """
     rows = [
-        (place * batch.tokens + s, expert, probabilities[place][s][expert])
+        (place * batch.tokens + s, expert, scores[place][s][expert])
         for place in batch.routed
         for s in range(batch.tokens)
-        for expert in oracles.best(probabilities[place][s], top_k)
+        for expert in oracles.best(scores[place][s], settings.top_k)
     ]
-    is_routed = [place in batch.routed for place in range(len(batch.samples))]
+    if settings.balance_weight == 0:
+        return rows, {}
     balance = oracles.balance_loss(
-        probabilities,
-        counts_of(rows, batch, len(weight)),
-        is_routed,
-        top_k=top_k,
-        level=level,
-        scores_are_probabilities=True,
+        scores,
+        counts_of(rows, batch, settings.num_experts),
+        [place in batch.routed for place in range(len(batch.samples))],
+        top_k=settings.top_k,
+        level=settings.balance_level,
+        scores_are_probabilities=probabilities,
     )
-    return Expected(rows, {"balance": balance_weight * balance})
+    return rows, {"balance": settings.balance_weight * balance}
+
+
+def token_choice(batch: Batch, state: State, settings: RoutingConfig, training: bool) -> Expected:
+    """ProMoE, Algorithm 1: each token takes the K prototypes of the highest activated cosine."""
+    scores = [
+        [
+            oracles.scores(token, state["prototypes"], settings.score_scale, settings.activation)
+            for token in sample
+        ]
+        for sample in batch.samples
+    ]
+    rows, losses = choose_per_token(
+        scores, batch, settings, probabilities=settings.activation == "softmax"
+    )
+    if settings.rcl_weight > 0:
+        counted = settings.top_k if settings.rcl_assignments == "all" else 1
+        membership = [
+            [
+                place in batch.routed and expert in oracles.best(token_scores, counted)
+                for expert in range(settings.num_experts)
+            ]
+            for place, sample in enumerate(scores)
+            for token_scores in sample
+        ]
+        losses["rcl"] = settings.rcl_weight * oracles.contrastive_loss(
+            [token for sample in batch.samples for token in sample],
+            membership,
+            state["prototypes"],
+            settings.rcl_temperature,
+        )
+    return Expected(rows, losses)
+
+
+def linear_gate(batch: Batch, state: State, settings: RoutingConfig, training: bool) -> Expected:
+    """DiT-MoE: each token takes its K most probable experts."""
+    probabilities = [
+        [oracles.softmax(oracles.linear(token, state["gate_weight"])) for token in sample]
+        for sample in batch.samples
+    ]
+    return Expected(*choose_per_token(probabilities, batch, settings, probabilities=True))
 
 
 def choose_per_sample(
@@ -109,44 +154,50 @@ def choose_per_sample(
     return rows, chosen
 
 
-def linear_expert_choice(batch: Batch, weight: Matrix, *, top_k: int) -> Expected:
+def linear_expert_choice(
+    batch: Batch, state: State, settings: RoutingConfig, training: bool
+) -> Expected:
     """EC-DiT: softmax over experts, floor(S * K / E) tokens each."""
     scores = [
-        [oracles.softmax(oracles.linear(token, weight)) for token in batch.samples[place]]
+        [
+            oracles.softmax(oracles.linear(token, state["gate_weight"]))
+            for token in batch.samples[place]
+        ]
         for place in batch.routed
     ]
-    return Expected(
-        choose_per_sample(scores, batch, math.floor(batch.tokens * top_k / len(weight)))[0]
-    )
+    capacity = math.floor(batch.tokens * settings.top_k / settings.num_experts)
+    return Expected(choose_per_sample(scores, batch, capacity)[0])
 
 
 def prototype_expert_choice(
-    batch: Batch,
-    prototypes: Matrix,
-    *,
-    top_k: int,
-    scale: float,
-    activation: str,
-    rcl_weight: float,
-    temperature: float,
+    batch: Batch, state: State, settings: RoutingConfig, training: bool
 ) -> Expected:
     """ProMoE with expert choice: cosines, a softmax over tokens, at least one token each."""
-    capacity = min(max(1, math.floor(batch.tokens * top_k / len(prototypes))), batch.tokens)
+    prototypes = state["prototypes"]
+    share = math.floor(batch.tokens * settings.top_k / settings.num_experts)
     scores = []
     for place in batch.routed:
         columns = [
             oracles.activated(
-                [scale * oracles.cosine(token, prototype) for token in batch.samples[place]],
-                activation,
+                [
+                    settings.score_scale * oracles.cosine(token, prototype)
+                    for token in batch.samples[place]
+                ],
+                settings.activation,
             )
             for prototype in prototypes
         ]
         scores.append([list(row) for row in zip(*columns, strict=True)])
-    rows, chosen = choose_per_sample(scores, batch, capacity)
+    rows, chosen = choose_per_sample(scores, batch, min(max(1, share), batch.tokens))
+    if settings.rcl_weight == 0:
+        return Expected(rows)
     loss = expert_choice_contrast(
-        [batch.samples[place] for place in batch.routed], chosen, prototypes, temperature
+        [batch.samples[place] for place in batch.routed],
+        chosen,
+        prototypes,
+        settings.rcl_temperature,
     )
-    return Expected(rows, {"rcl": rcl_weight * loss})
+    return Expected(rows, {"rcl": settings.rcl_weight * loss})
 
 
 def expert_choice_contrast(
@@ -164,117 +215,67 @@ def expert_choice_contrast(
     return sum(terms) / len(terms) if terms else 0.0
 
 
-@dataclass(frozen=True)
-class Predictor:
-    """DiffMoE's capacity predictor."""
-
-    up: Matrix
-    up_bias: Vector
-    down: Matrix
-    down_bias: Vector
-
-    def probabilities(self, token: Vector) -> Vector:
-        hidden = [oracles.silu(value) for value in oracles.linear(token, self.up, self.up_bias)]
-        return [
-            oracles.sigmoid(value) for value in oracles.linear(hidden, self.down, self.down_bias)
-        ]
-
-
-def batch_pool(
-    batch: Batch,
-    weight: Matrix,
-    predictor: Predictor,
-    thresholds: Vector,
-    *,
-    top_k: int,
-    capacity_weight: float,
-    training: bool,
-) -> Expected:
+def batch_pool(batch: Batch, state: State, settings: RoutingConfig, training: bool) -> Expected:
     """DiffMoE: each expert takes floor(T * K / E) tokens of the pool, in evaluation as many as its
     predictor says.
     """
-    pool, experts = batch.pool(), len(weight)
-    scores = [oracles.softmax(oracles.linear(token, weight)) for _, token in pool]
-    predicted = [predictor.probabilities(token) for _, token in pool]
-    capacity = math.floor(len(pool) * top_k / experts)
+    pool, experts = batch.pool(), settings.num_experts
+    scores = [oracles.softmax(oracles.linear(token, state["gate_weight"])) for _, token in pool]
+    predicted = [_predicted(token, state) for _, token in pool]
+    capacity = math.floor(len(pool) * settings.top_k / experts)
     rows, lowest, entropy = [], [], 0.0
     for expert in range(experts):
-        wanted = (
-            capacity if training else sum(row[expert] > thresholds[expert] for row in predicted)
-        )
-        taken = oracles.best([row[expert] for row in scores], wanted)
+        column = [row[expert] for row in predicted]
+        wanted = sum(value > state["thresholds"][expert] for value in column)
+        taken = oracles.best([row[expert] for row in scores], capacity if training else wanted)
         rows += [(pool[i][0], expert, scores[i][expert]) for i in taken]
-        lowest.append(
-            sorted((row[expert] for row in predicted), reverse=True)[capacity - 1]
-            if capacity
-            else 0.0
-        )
+        lowest.append(sorted(column, reverse=True)[capacity - 1] if capacity else 0.0)
         entropy -= sum(
-            math.log(row[expert] if i in taken else 1 - row[expert])
-            for i, row in enumerate(predicted)
+            math.log(value if i in taken else 1 - value) for i, value in enumerate(column)
         )
-    if not training:
-        return Expected(rows)
     loss = entropy / (len(pool) * experts) if pool else 0.0
-    return Expected(
-        rows, {"capacity": capacity_weight * loss}, observation=[*lowest, 1.0 if capacity else 0.0]
+    observation = [*lowest, 1.0 if capacity else 0.0]
+    return Expected(rows, {"capacity": settings.capacity_weight * loss}, observation)
+
+
+def _predicted(token: Vector, state: State) -> Vector:
+    """DiffMoE's capacity predictor."""
+    up, down = (
+        (state[f"predictor.{name}.weight"], state[f"predictor.{name}.bias"])
+        for name in ("up", "down")
     )
+    hidden = [oracles.silu(value) for value in oracles.linear(token, *up)]
+    return [oracles.sigmoid(value) for value in oracles.linear(hidden, *down)]
 
 
-@dataclass(frozen=True)
-class RaceNetwork:
-    """Expert Race's router: hidden layer, gate and the head that predicts the target."""
-
-    hidden: Matrix
-    hidden_bias: Vector
-    gate: Matrix
-    target: Matrix
-    target_bias: Vector
-
-    def hidden_of(self, token: Vector) -> Vector:
-        return [
-            oracles.gelu_tanh(value)
-            for value in oracles.linear(token, self.hidden, self.hidden_bias)
-        ]
-
-
-def expert_race(
-    batch: Batch,
-    network: RaceNetwork,
-    threshold: float,
-    *,
-    top_k: int,
-    activation: str,
-    similarity_weight: float,
-    training: bool,
-) -> Expected:
+def expert_race(batch: Batch, state: State, settings: RoutingConfig, training: bool) -> Expected:
     """Expert Race: the K * T highest of all pairs of a token and an expert; in evaluation those
     over the threshold.
     """
-    pool = batch.pool()
-    logits = [oracles.linear(network.hidden_of(token), network.gate) for _, token in pool]
-    scores = [oracles.activated(row, activation) for row in logits]
+
+    def hidden(token: Vector) -> Vector:
+        values = oracles.linear(token, state["hidden.weight"], state["hidden.bias"])
+        return [oracles.gelu_tanh(value) for value in values]
+
+    pool, experts = batch.pool(), settings.num_experts
+    logits = [oracles.linear(hidden(token), state["gate_weight"]) for _, token in pool]
+    scores = [oracles.activated(row, settings.activation) for row in logits]
     pairs = [(i, expert, score) for i, row in enumerate(scores) for expert, score in enumerate(row)]
-    winners = [pair for pair in pairs if pair[2] > threshold]
     if training:
-        winners = sorted(pairs, key=lambda pair: -pair[2])[: top_k * len(pool)]
+        winners = sorted(pairs, key=lambda pair: -pair[2])[: settings.top_k * len(pool)]
+    else:
+        winners = [pair for pair in pairs if pair[2] > state["threshold"][0]]
     rows = [(pool[i][0], expert, score) for i, expert, score in winners]
-    if not training:
-        return Expected(rows)
-    chosen = [
-        [(i, expert) in {pair[:2] for pair in winners} for expert in range(len(network.gate))]
-        for i in range(len(pool))
-    ]
-    loss = similarity_loss([oracles.softmax(row) for row in logits], chosen, len(network.gate))
+    won = {pair[:2] for pair in winners}
+    chosen = [[(i, expert) in won for expert in range(experts)] for i in range(len(pool))]
+    loss = similarity_loss([oracles.softmax(row) for row in logits], chosen, experts)
+    head = state["target_head.weight"], state["target_head.bias"]
     target = [
-        [
-            oracles.linear(network.hidden_of(token), network.target, network.target_bias)
-            for token in sample
-        ]
-        for sample in batch.samples
+        [oracles.linear(hidden(token), *head) for token in sample] for sample in batch.samples
     ]
     observation = [winners[-1][2], 1.0] if winners else [0.0, 0.0]
-    return Expected(rows, {"similarity": similarity_weight * loss}, observation, target)
+    losses = {"similarity": settings.similarity_weight * loss}
+    return Expected(rows, losses if settings.similarity_weight else {}, observation, target)
 
 
 def similarity_loss(probabilities: Matrix, chosen: list[list[bool]], experts: int) -> float:
@@ -296,48 +297,64 @@ def similarity_loss(probabilities: Matrix, chosen: list[list[bool]], experts: in
     return total
 
 
-def classification(
-    batch: Batch,
-    weight: Matrix,
-    bias: Vector,
-    superclass_of: list[int],
-    *,
-    null_label: int,
-    loss_weight: float,
-    training: bool,
-) -> Expected:
+def classification(batch: Batch, state: State, settings: RoutingConfig, training: bool) -> Expected:
     """Sec. 4.2, explicit: a sample's mean token is classified, all its tokens follow."""
     rows, losses = [], []
     for place, sample in enumerate(batch.samples):
-        probabilities = oracles.softmax(oracles.linear(oracles.mean(sample), weight, bias))
+        logits = oracles.linear(
+            oracles.mean(sample), state["classifier.weight"], state["classifier.bias"]
+        )
+        probabilities, superclass = oracles.softmax(logits), batch.superclasses[place]
         expert = oracles.best(probabilities, 1)[0]
         if place in batch.routed:
             rows += [
                 (place * batch.tokens + s, expert, probabilities[expert])
                 for s in range(batch.tokens)
             ]
-        if batch.labels[place] != null_label:
-            losses.append(-math.log(probabilities[superclass_of[batch.labels[place]]]))
+        if superclass is not None:
+            losses.append(-math.log(probabilities[superclass]))
     loss = sum(losses) / len(losses) if losses else 0.0
-    return Expected(rows, {"classification": loss_weight * loss} if training else {})
+    return Expected(rows, {"classification": settings.classification_weight * loss})
 
 
-def kmeans(batch: Batch, centroids: Matrix, *, training: bool) -> Expected:
+def kmeans(batch: Batch, state: State, settings: RoutingConfig, training: bool) -> Expected:
     """Sec. 4.2, implicit: each token goes to its nearest centroid; sums and counts are what the
     centroids learn.
     """
-    rows = []
+    rows, centroids = [], state["centroids"]
     observation = [[0.0] * (len(centroids[0]) + 1) for _ in centroids]
     for place, token in batch.pool():
-        scores = oracles.softmax(
-            [
-                -oracles.length([x - c for x, c in zip(token, centroid, strict=True)])
-                for centroid in centroids
-            ]
-        )
+        scores = oracles.softmax([-oracles.distance(token, centroid) for centroid in centroids])
         expert = oracles.best(scores, 1)[0]
         rows.append((place, expert, scores[expert]))
         observation[expert] = [
             old + new for old, new in zip(observation[expert], [*token, 1.0], strict=True)
         ]
-    return Expected(rows, observation=observation if training else None)
+    return Expected(rows, observation=observation)
+
+
+def hash_layers(batch: Batch, state: State, settings: RoutingConfig, training: bool) -> Expected:
+    """Each position goes to the K experts of the lowest of E draws, the same in every image; here
+    of block 0.
+    """
+    random, rows = Random(0), []
+    for s in range(batch.tokens):
+        chosen = oracles.best(
+            [-random.random() for _ in range(settings.num_experts)], settings.top_k
+        )
+        for place in batch.routed:
+            rows += [(place * batch.tokens + s, expert, 1 / settings.top_k) for expert in chosen]
+    return Expected(rows)
+
+
+ORACLES: dict[str, Callable[[Batch, State, RoutingConfig, bool], Expected]] = {
+    "token_choice": token_choice,
+    "expert_choice": prototype_expert_choice,
+    "dit_moe": linear_gate,
+    "ec_dit": linear_expert_choice,
+    "diff_moe": batch_pool,
+    "expert_race": expert_race,
+    "classification": classification,
+    "kmeans": kmeans,
+    "hash": hash_layers,
+}

@@ -15,15 +15,6 @@ from . import oracles
 NULL = 10
 
 
-def places(
-    labels: list[int], null_label: int = NULL, *, has_unconditional: bool = True
-) -> tuple[list[int], list[int]]:
-    partition = partition_samples(
-        ClassCondition(torch.tensor(labels), null_label), has_unconditional_expert=has_unconditional
-    )
-    return partition.routed_ids.tolist(), partition.unconditional_ids.tolist()
-
-
 @given(
     labels=st.lists(st.integers(0, NULL), min_size=1, max_size=12), has_unconditional=st.booleans()
 )
@@ -38,52 +29,24 @@ def test_partition_any_labels_equals_oracle(labels: list[int], has_unconditional
     assert partition.unconditional_ids.tolist() == unconditional
     assert partition.is_routed_B.tolist() == [place in routed for place in range(len(labels))]
     assert partition.all_routed == (not unconditional)
-
-
-def test_partition_ten_classes_null_label_goes_unconditional() -> None:
-    assert places([10, 3, 9, 10, 0]) == ([1, 2, 4], [0, 3])
-
-
-def test_partition_ten_classes_label_1000_is_no_null() -> None:
-    # The published code tests the literal 1000.
-    assert places([1000, 9]) == ([0, 1], [])
-
-
-def test_partition_all_unconditional_routes_nobody() -> None:
-    assert places([10, 10]) == ([], [0, 1])
-
-
-def test_partition_all_conditional_says_so() -> None:
-    assert partition_samples(ClassCondition(torch.tensor([0, 9]), NULL)).all_routed
-
-
-@pytest.mark.parametrize(("label", "expected"), [(NULL, ([], [0])), (3, ([0], []))])
-def test_partition_one_sample(label: int, expected: tuple[list[int], list[int]]) -> None:
-    assert places([label]) == expected
-
-
-def test_partition_without_unconditional_expert_routes_null_samples() -> None:
-    assert places([10, 3, 10], has_unconditional=False) == ([0, 1, 2], [])
-
-
-def test_partition_ids_can_index() -> None:
-    partition = partition_samples(ClassCondition(torch.tensor([10, 1]), NULL))
-    assert partition.routed_ids.dtype == partition.unconditional_ids.dtype == torch.int64
-    assert partition.is_routed_B.dtype == torch.bool
-
-
-@given(
-    labels=st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=6),
-    has_unconditional=st.booleans(),
-)
-def test_partition_keeps_labels_and_says_which_are_null(
-    labels: list[int], has_unconditional: bool
-) -> None:
-    partition = partition_samples(
-        ClassCondition(torch.tensor(labels), NULL), has_unconditional_expert=has_unconditional
-    )
     assert partition.group_B.tolist() == labels
     assert partition.is_null_B.tolist() == [label == NULL for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("labels", "routed", "unconditional"),
+    [
+        ([10, 3, 9, 10, 0], [1, 2, 4], [0, 3]),
+        ([1000, 9], [0, 1], []),  # the published code tests the literal 1000
+        ([10, 10], [], [0, 1]),
+        ([3], [0], []),
+    ],
+)
+def test_partition_by_hand(labels: list[int], routed: list[int], unconditional: list[int]) -> None:
+    partition = partition_samples(ClassCondition(torch.tensor(labels), NULL))
+    assert partition.routed_ids.tolist() == routed
+    assert partition.unconditional_ids.tolist() == unconditional
+    assert partition.routed_ids.dtype == partition.unconditional_ids.dtype == torch.int64
 
 
 @pytest.mark.parametrize(

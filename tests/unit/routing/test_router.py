@@ -1,4 +1,4 @@
-"""What holds for the routers of every method: lists, statistics, gradients."""
+"""What holds for the routers of every method: oracles, lists, statistics, losses, gradients."""
 
 from __future__ import annotations
 
@@ -10,23 +10,60 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.routing import RoutingPlan
 from promoe_ds.routing.router import choose_top_k, mean_prototype_similarity, pool_token_ids
 
-from .. import builders
 from ..builders import random_tensor
 from . import oracles
-from .plans import METHODS, NULL, ONE_EXPERT, WITH_STATE, make_router, partition, plan_rows, route
+from .oracles_methods import ORACLES
+from .plans import (
+    LOOKING,
+    METHODS,
+    NEAR,
+    NULL,
+    ONE_EXPERT,
+    WITH_STATE,
+    cases,
+    check_against_oracle,
+    make_router,
+    partition,
+    plan_rows,
+    route,
+)
 
-FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
 BATCHES = {
     "mixed": [3, NULL, 0],
     "all conditional": [0, 1, 2],
     "all unconditional": [NULL, NULL, NULL],
     "one sample": [5],
 }
+ACTIVATIONS = ("identity", "sigmoid", "softmax")
+_ACTIVATION = st.sampled_from(ACTIVATIONS)
+_COSINE = {
+    "activation": _ACTIVATION,
+    "score_scale": st.sampled_from([0.5, 1.0, 4.0]),
+    "rcl_weight": st.sampled_from([0.0, 0.5, 2.0]),
+    "rcl_temperature": st.sampled_from([0.07, 1.0]),
+}
+_BALANCE = {
+    "balance_weight": st.sampled_from([0.0, 0.25, 2.0]),
+    "balance_level": st.sampled_from(["batch", "sample"]),
+}
+#: The settings that each method's router reads.
+SETTINGS: dict[str, dict[str, st.SearchStrategy]] = {
+    "token_choice": {**_COSINE, **_BALANCE, "rcl_assignments": st.sampled_from(["all", "first"])},
+    "expert_choice": _COSINE,
+    "dit_moe": _BALANCE,
+    "expert_race": {
+        "activation": _ACTIVATION,
+        "similarity_weight": st.sampled_from([0.0, 0.25]),
+    },
+}
 
 every_method = pytest.mark.parametrize("method", METHODS)
+#: Without gradients there is nothing to say of the others.
+every_looking_method = pytest.mark.parametrize("method", LOOKING)
 
 
 def batch_of(labels: list[int], tokens: int = 4, seed: int = 0) -> Tensor:
@@ -39,45 +76,19 @@ def differentiable(plan: RoutingPlan) -> list[Tensor]:
     return [plan.assignment.gates_N.square().sum(), *plan.aux_losses.values(), *predicted]
 
 
-def test_methods_of_these_tests_are_all_that_a_config_knows() -> None:
-    assert set(METHODS) == set(builders.METHODS)
+def test_every_method_of_the_config_has_a_router_and_an_oracle() -> None:
+    assert set(METHODS) == set(TRAITS) - {"dense"} == set(ORACLES)
 
 
-# Lists and statistics.
+# Plans.
 
 
 @every_method
-@given(
-    labels=st.lists(st.sampled_from([0, 9, NULL]), min_size=1, max_size=5),
-    unconditional=st.booleans(),
-    training=st.booleans(),
-    seed=st.integers(0, 2**31),
-)
-@settings(max_examples=15)
-def test_router_any_batch_gives_a_sorted_list_that_agrees_with_its_statistics(
-    method: str, labels: list[int], unconditional: bool, training: bool, seed: int
-) -> None:
-    router = make_router(method, seed=seed).train(training)
-    plan = route(router, batch_of(labels, seed=seed + 3), labels, unconditional=unconditional)
-    rows, stats = plan_rows(plan), plan.stats
-    order = [(expert, token) for token, expert, _ in rows]
-    assert order == sorted(set(order))  # sorted, no pair twice
-    assert (
-        stats.tokens_per_expert_BE.sum(dim=0).tolist()
-        == plan.assignment.tokens_per_expert_E.tolist()
-    )
-    assert (
-        int(plan.assignment.tokens_per_expert_E.sum())
-        == len(rows)
-        == plan.assignment.gates_N.numel()
-    )
-    for place, label in enumerate(labels):
-        gates = [gate for token, _, gate in rows if token // 4 == place]
-        assert int(stats.tokens_per_expert_BE[place].sum()) == len(gates)
-        assert stats.gate_sums_B[place].item() == pytest.approx(sum(gates), abs=1e-12)
-        assert stats.is_routed_B[place].item() == (label != NULL or not unconditional)
-        if not stats.is_routed_B[place]:
-            assert gates == []
+@given(data=st.data())
+@settings(max_examples=200)
+def test_router_any_batch_and_setting_equals_oracle(method: str, data: st.DataObject) -> None:
+    case = data.draw(cases(all_experts_in_reach=method == "ec_dit"))
+    check_against_oracle(case, method, **data.draw(st.fixed_dictionaries(SETTINGS.get(method, {}))))
 
 
 @every_method
@@ -88,7 +99,7 @@ def test_router_types_of_a_plan(method: str) -> None:
     assert [value.dtype for value in integers] == [torch.int64] * 3
     floats = (
         assignment.gates_N,
-        stats.gate_sums_B,
+        stats.gate_sums_BE,
         stats.prototype_similarity,
         *plan.aux_losses.values(),
     )
@@ -97,17 +108,23 @@ def test_router_types_of_a_plan(method: str) -> None:
 
 
 @every_method
-def test_router_bf16_keeps_lists_losses_and_observations_in_fp32(method: str) -> None:
-    plan = route(
-        make_router(method, dtype=torch.bfloat16), batch_of([0, NULL, 1]).bfloat16(), [0, NULL, 1]
-    )
-    values = (
-        plan.assignment.gates_N,
-        *plan.aux_losses.values(),
-        plan.observation,
-        plan.target_patches_BSP,
-    )
-    assert {value.dtype for value in values if value is not None} == {torch.float32}
+@pytest.mark.parametrize("autocast", [False, True])
+def test_router_bf16_is_computed_in_fp32(method: str, autocast: bool) -> None:
+    router, exact = (make_router(method, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    exact.load_state_dict(router.state_dict())
+    tokens, labels = batch_of([3, NULL, 0]).bfloat16(), [3, NULL, 0]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        plan = route(router, tokens, labels)
+    expected = route(exact, tokens.float(), labels)
+    assert plan_rows(plan) == plan_rows(expected)
+    pairs = [
+        *((plan.aux_losses[name], loss) for name, loss in expected.aux_losses.items()),
+        (plan.observation, expected.observation),
+        (plan.target_patches_BSP, expected.target_patches_BSP),
+    ]
+    for found, value in pairs:
+        if value is not None:
+            assert found.dtype == torch.float32 and torch.equal(found, value)
 
 
 @every_method
@@ -125,14 +142,14 @@ def test_router_statistics_and_observations_hold_no_graph(method: str) -> None:
     plan = route(make_router(method), batch_of([0, 1]).requires_grad_(), [0, 1])
     stats = (
         plan.stats.tokens_per_expert_BE,
-        plan.stats.gate_sums_B,
+        plan.stats.gate_sums_BE,
         plan.stats.prototype_similarity,
     )
     assert not any(
         value.requires_grad
         for value in (*stats, *([] if plan.observation is None else [plan.observation]))
     )
-    assert plan.assignment.gates_N.requires_grad
+    assert plan.assignment.gates_N.requires_grad == (method in LOOKING)
 
 
 @every_method
@@ -147,16 +164,55 @@ def test_router_changes_neither_its_input_nor_its_state(method: str) -> None:
     assert all(torch.equal(value, state[name]) for name, value in router.state_dict().items())
 
 
-# Gradients.
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ONE_EXPERT])
+def test_router_top_k_equal_to_number_of_experts_sends_every_token_everywhere(method: str) -> None:
+    rows = plan_rows(route(make_router(method, top_k=4), batch_of([3, NULL], tokens=3), [3, NULL]))
+    assert [row[:2] for row in rows] == [(token, e) for e in range(4) for token in range(3)]
+
+
+def test_router_all_tokens_may_go_to_one_expert() -> None:
+    router = make_router("token_choice", top_k=1)
+    tokens = router.prototypes[2].detach().expand(2, 3, 8) * torch.arange(1.0, 4.0)[None, :, None]
+    plan = route(router, tokens, [0, 1])
+    assert [row[:2] for row in plan_rows(plan)] == [(token, 2) for token in range(6)]
+    assert plan.aux_losses["rcl"] == 0
+
+
+# Losses.
 
 
 @every_method
+def test_router_null_samples_move_no_loss(method: str) -> None:
+    router, tokens = make_router(method), batch_of([0, NULL, 1])
+    other = torch.cat([tokens[:1], 5 - 3 * tokens[1:2], tokens[2:]])
+    first, second = (route(router, batch, [0, NULL, 1]).aux_losses for batch in (tokens, other))
+    assert first == second
+
+
+@pytest.mark.parametrize("method", ["token_choice", "expert_choice"])
+@pytest.mark.parametrize("labels", [[0, 1], [NULL, NULL]], ids=["conditional", "unconditional"])
+def test_router_contrastive_loss_calls_its_collective_once_on_every_rank(
+    method: str, labels: list[int]
+) -> None:
+    """Other ranks may have routed samples: a rank without any must not leave them waiting."""
+    calls: list[Tensor] = []
+    for weight in (1.0, 0.0):
+        router = make_router(method, rcl_weight=weight)
+        router.reduce_sum = lambda tensor: calls.append(tensor) or tensor
+        route(router, batch_of(labels), labels)
+    assert len(calls) == 1
+
+
+# Gradients.
+
+
+@every_looking_method
 def test_router_all_unconditional_is_empty_and_trainable(method: str) -> None:
     router = make_router(method)
     plan = route(router, batch_of([NULL] * 2).requires_grad_(), [NULL] * 2)
     assert plan_rows(plan) == []
     assert plan.assignment.tokens_per_expert_E.tolist() == [0] * 4
-    assert plan.stats.gate_sums_B.tolist() == [0.0] * 2
+    assert plan.stats.gate_sums_BE.sum(dim=1).tolist() == [0.0] * 2
     assert all(loss == 0 for loss in plan.aux_losses.values())
     sum(differentiable(plan)).backward()
     idle = [name for name, parameter in router.named_parameters() if not parameter.grad.any()]
@@ -168,7 +224,7 @@ def test_router_all_unconditional_is_empty_and_trainable(method: str) -> None:
     ]
 
 
-@every_method
+@every_looking_method
 @pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES.keys())
 def test_router_every_parameter_gets_a_finite_gradient_in_training(
     method: str, labels: list[int]
@@ -193,7 +249,7 @@ def test_router_one_token_and_every_expert(method: str, num_experts: int) -> Non
     assert sum(differentiable(plan)).isfinite()
 
 
-@every_method
+@every_looking_method
 def test_router_zero_tokens_have_finite_gradients(method: str) -> None:
     router, tokens = make_router(method, dtype=torch.float32), batch_of([0, 1]).float()
     tokens[0] = 0
@@ -203,7 +259,6 @@ def test_router_zero_tokens_have_finite_gradients(method: str) -> None:
     assert all(parameter.grad.isfinite().all() for parameter in router.parameters())
 
 
-ACTIVATIONS = ("identity", "sigmoid", "softmax")
 SMOOTH: list[tuple[str, dict[str, Any]]] = [
     *(
         ("token_choice", {"activation": a, "balance_weight": 0.5, "rcl_temperature": 0.5})
@@ -268,11 +323,11 @@ def test_choose_top_k_is_the_best_first(top_k: int) -> None:
     assert torch.equal(values, scores.gather(-1, ids))
 
 
-@pytest.mark.parametrize("num_experts", [1, 2, 5])
-def test_prototype_similarity_equals_oracle(num_experts: int) -> None:
-    prototypes = random_tensor(num_experts, 6, dtype=torch.float64)
-    expected = torch.tensor(oracles.mean_similarity(prototypes.tolist()), dtype=torch.float64)
-    torch.testing.assert_close(mean_prototype_similarity(prototypes), expected, **FLOAT64)
+@given(num_experts=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_prototype_similarity_equals_oracle(num_experts: int, seed: int) -> None:
+    prototypes = random_tensor(num_experts, 6, seed=seed, dtype=torch.float64)
+    expected = oracles.mean_similarity(prototypes.tolist())
+    assert mean_prototype_similarity(prototypes).item() == pytest.approx(expected, **NEAR)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -56,111 +58,77 @@ def test_scores_do_not_depend_on_lengths() -> None:
     )
 
 
+each_score = pytest.mark.parametrize("score", [cosine_scores, linear_scores])
+
+
+@each_score
 @pytest.mark.parametrize("shape", [(2, 8), (2, 3, 8), (8,)])
-def test_scores_keep_leading_shape(shape: tuple[int, ...]) -> None:
-    assert cosine_scores(random_tensor(*shape), random_tensor(5, 8)).shape == (*shape[:-1], 5)
+def test_scores_keep_leading_shape(
+    score: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    assert score(random_tensor(*shape), random_tensor(5, 8)).shape == (*shape[:-1], 5)
 
 
+@each_score
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
-    ("tokens_dtype", "prototypes_dtype", "expected"),
+    ("tokens_dtype", "weight_dtype", "expected"),
     [
         (torch.bfloat16, torch.bfloat16, torch.float32),
         (torch.bfloat16, torch.float32, torch.float32),
         (torch.float16, torch.float32, torch.float32),
-        (torch.float32, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
         (torch.float64, torch.float32, torch.float64),
-        (torch.float64, torch.float64, torch.float64),
     ],
 )
-def test_scores_dtype_is_at_least_fp32(
-    tokens_dtype: torch.dtype, prototypes_dtype: torch.dtype, expected: torch.dtype
+def test_scores_are_those_of_the_same_numbers_in_at_least_fp32(
+    score: Callable[[Tensor, Tensor], Tensor],
+    tokens_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    expected: torch.dtype,
+    autocast: bool,
 ) -> None:
-    scores = cosine_scores(
-        random_tensor(2, 8, dtype=tokens_dtype), random_tensor(3, 8, dtype=prototypes_dtype)
-    )
-    assert scores.dtype == expected
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_scores_bf16_tokens_equal_those_of_the_same_numbers_in_fp32(autocast: bool) -> None:
-    tokens, prototypes = (
-        random_tensor(6, 16, dtype=torch.bfloat16),
-        random_tensor(4, 16, seed=1, dtype=torch.bfloat16),
-    )
+    tokens = random_tensor(6, 16, dtype=tokens_dtype)
+    weight = random_tensor(4, 16, seed=1, dtype=weight_dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        scores = cosine_scores(tokens, prototypes)
-    assert torch.equal(scores, cosine_scores(tokens.float(), prototypes.float()))
+        scores = score(tokens, weight)
+    assert scores.dtype == at_least_fp32(tokens).dtype == expected
+    # Cosines normalise their prototypes in fp32, whatever the tokens are.
+    exact = weight.float() if score is cosine_scores else weight.to(expected)
+    assert torch.equal(scores, score(tokens.to(expected), exact))
 
 
-def test_scores_fp32_tokens_are_not_rounded_by_autocast() -> None:
-    tokens, prototypes = random_tensor(6, 16), random_tensor(4, 16, seed=1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = cosine_scores(tokens, prototypes)
-    assert torch.equal(scores, cosine_scores(tokens, prototypes))
-
-
-def gradients(tokens: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-    tokens, prototypes = tokens.clone().requires_grad_(), prototypes.clone().requires_grad_()
-    scores = cosine_scores(tokens, prototypes)
-    (scores * random_tensor(*scores.shape, seed=9)).sum().backward()
-    return tokens.grad, prototypes.grad
+@each_score
+def test_scores_gradient_is_that_of_finite_differences(
+    score: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    tokens = random_tensor(3, 4, dtype=torch.float64).requires_grad_()
+    weight = random_tensor(2, 4, seed=1, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(score, (tokens, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_zero_token_scores_zero_with_finite_gradients(dtype: torch.dtype) -> None:
-    tokens = random_tensor(3, 8, dtype=dtype)
-    tokens[1] = 0
-    prototypes = random_tensor(4, 8, seed=1, dtype=dtype)
-    assert torch.equal(cosine_scores(tokens, prototypes)[1], torch.zeros(4))
-    for gradient in gradients(tokens, prototypes):
-        assert gradient.isfinite().all()
+def test_scores_of_zero_vectors_are_zero_with_finite_gradients(dtype: torch.dtype) -> None:
+    tokens, prototypes = random_tensor(3, 8, dtype=dtype), random_tensor(4, 8, seed=1, dtype=dtype)
+    tokens[1], prototypes[2] = 0, 0
+    for vectors in (tokens, prototypes):
+        vectors.requires_grad_()
+    scores = cosine_scores(tokens, prototypes)
+    assert not scores[1].any() and not scores[:, 2].any()
+    (scores * random_tensor(3, 4, seed=9)).sum().backward()
+    assert tokens.grad.isfinite().all() and prototypes.grad.isfinite().all()
 
 
-def test_scores_zero_prototype_scores_zero_with_finite_gradients() -> None:
-    prototypes = random_tensor(4, 8, seed=1)
-    prototypes[2] = 0
-    tokens = random_tensor(3, 8)
-    assert torch.equal(cosine_scores(tokens, prototypes)[:, 2], torch.zeros(3))
-    for gradient in gradients(tokens, prototypes):
-        assert gradient.isfinite().all()
-
-
-def test_scores_gradient_is_that_of_finite_differences() -> None:
-    tokens = random_tensor(3, 4, dtype=torch.float64).requires_grad_()
-    prototypes = random_tensor(2, 4, seed=1, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t, p: cosine_scores(t, p, 2.0), (tokens, prototypes))
-
-
-def test_activate_identity_returns_the_scores_themselves() -> None:
-    scores = random_tensor(2, 3)
-    assert activate(scores, "identity") is scores
-
-
-def test_activate_softmax_sums_to_one_over_experts() -> None:
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activate_runs_over_the_dimension_asked_for(activation: str, dim: int) -> None:
+    scores = random_tensor(2, 3, 4)
+    found = activate(scores, activation, dim=dim)
     torch.testing.assert_close(
-        activate(random_tensor(2, 5, 3), "softmax").sum(dim=-1), torch.ones(2, 5)
+        found, activate(scores.movedim(dim, -1), activation).movedim(-1, dim)
     )
-
-
-def test_activate_unknown_is_refused() -> None:
-    with pytest.raises(ValueError, match="activation 'relu' is none of identity, sigmoid, softmax"):
-        activate(random_tensor(2, 3), "relu")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-)
-def test_at_least_fp32_widens_but_never_narrows(dtype: torch.dtype, expected: torch.dtype) -> None:
-    assert at_least_fp32(torch.ones(2, dtype=dtype)).dtype == expected
-
-
-# Linear scores.
+    if activation == "softmax":
+        torch.testing.assert_close(found.sum(dim=dim), torch.ones_like(found.sum(dim=dim)))
 
 
 @given(
@@ -180,51 +148,3 @@ def test_linear_scores_any_sizes_equal_oracle(
         torch.tensor(expected, dtype=torch.float64).view(tokens, experts),
         **FLOAT64,
     )
-
-
-@pytest.mark.parametrize("shape", [(2, 8), (2, 3, 8), (8,)])
-def test_linear_scores_keep_leading_shape(shape: tuple[int, ...]) -> None:
-    assert linear_scores(random_tensor(*shape), random_tensor(5, 8)).shape == (*shape[:-1], 5)
-
-
-@pytest.mark.parametrize(
-    ("tokens_dtype", "weight_dtype", "expected"),
-    [
-        (torch.bfloat16, torch.bfloat16, torch.float32),
-        (torch.bfloat16, torch.float32, torch.float32),
-        (torch.float32, torch.bfloat16, torch.float32),
-        (torch.float64, torch.float32, torch.float64),
-    ],
-)
-@pytest.mark.parametrize("autocast", [False, True])
-def test_linear_scores_are_computed_in_at_least_fp32(
-    tokens_dtype: torch.dtype, weight_dtype: torch.dtype, expected: torch.dtype, autocast: bool
-) -> None:
-    tokens, weight = (
-        random_tensor(6, 16, dtype=tokens_dtype),
-        random_tensor(4, 16, seed=1, dtype=weight_dtype),
-    )
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        scores = linear_scores(tokens, weight)
-    assert scores.dtype == expected
-    assert torch.equal(scores, tokens.to(expected) @ weight.to(expected).T)
-
-
-def test_linear_scores_gradient_is_that_of_finite_differences() -> None:
-    tokens = random_tensor(3, 4, dtype=torch.float64).requires_grad_()
-    weight = random_tensor(2, 4, seed=1, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(linear_scores, (tokens, weight))
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2])
-def test_activate_softmax_runs_over_the_dimension_asked_for(dim: int) -> None:
-    scores = random_tensor(2, 3, 4)
-    found = activate(scores, "softmax", dim=dim)
-    torch.testing.assert_close(found.sum(dim=dim), torch.ones_like(found.sum(dim=dim)))
-    torch.testing.assert_close(found, activate(scores.movedim(dim, -1), "softmax").movedim(-1, dim))
-
-
-@pytest.mark.parametrize("activation", ["identity", "sigmoid"])
-def test_activate_elementwise_does_not_depend_on_the_dimension(activation: str) -> None:
-    scores = random_tensor(2, 3, 4)
-    assert torch.equal(activate(scores, activation, dim=0), activate(scores, activation))

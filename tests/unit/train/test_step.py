@@ -26,6 +26,7 @@ TERMS = {
     "expert_race": {"similarity", "per_layer"},
     "classification": {"classification"},
     "kmeans": set(),
+    "hash": set(),
 }
 
 
