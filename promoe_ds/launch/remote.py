@@ -31,14 +31,9 @@ class RemoteError(Exception):
 
 def ssh_options(patience: float) -> list[str]:
     """Return ssh's options: never ask, hold a silent connection for `patience` seconds."""
-    count = math.ceil(patience / _ALIVE_SECONDS)
-    return [
-        *_CONNECT_OPTIONS,
-        "-o",
-        f"ServerAliveInterval={_ALIVE_SECONDS}",
-        "-o",
-        f"ServerAliveCountMax={count}",
-    ]
+    interval = f"ServerAliveInterval={_ALIVE_SECONDS}"
+    count = f"ServerAliveCountMax={math.ceil(patience / _ALIVE_SECONDS)}"
+    return [*_CONNECT_OPTIONS, "-o", interval, "-o", count]
 
 
 def ssh_command(host: str, arguments: Sequence[str]) -> list[str]:
@@ -110,11 +105,9 @@ class Agent:
     def _why_gone(self) -> str:
         errors = [line.strip() for line in self._process.stderr if line.strip()]
         code, last = self._process.wait(10), errors[-1] if errors else ""
-        return (
-            f"ssh failed: {last or 'connection lost'}"
-            if code == 255
-            else f"the agent ended with code {code}: {last}"
-        )
+        if code == 255:
+            return f"ssh failed: {last or 'connection lost'}"
+        return f"the agent ended with code {code}: {last}"
 
 
 @contextmanager
