@@ -26,7 +26,7 @@ from promoe_ds.launch.heartbeat import (
 )
 from promoe_ds.launch.hostfile import Host, write_hostfile
 from promoe_ds.launch.processes import kill_processes_with
-from promoe_ds.launch.remote import RemoteError, connected, on_all, ssh_options
+from promoe_ds.launch.remote import connected, on_all, ssh_options
 from promoe_ds.launch.shutdown import ShutdownRequest
 from promoe_ds.logs import get_logger
 
@@ -155,22 +155,18 @@ def kill_leftovers_on(hosts: Sequence[str], folder: Path, patience: float) -> di
     Returns: the hosts that did not answer, and why.
     """
     with connected(hosts, {}) as agents:
-        limit, where = patience + _KILL_SECONDS, str(folder)
-        answers = on_all(
+        answers, unreachable = on_all(
             agents,
             lambda agent: agent.ask(
-                "kill_leftovers", timeout=limit, folder=where, patience=patience
+                "kill_leftovers",
+                timeout=patience + _KILL_SECONDS,
+                folder=str(folder),
+                patience=patience,
             ),
         )
+    for host, why in unreachable.items():
+        _LOG.error("%s: %s; its ranks end within supervision.launcher_timeout_seconds", host, why)
     for host, answer in answers.items():
-        if isinstance(answer, RemoteError):
-            _LOG.error(
-                "%s: %s; its ranks end within supervision.launcher_timeout_seconds", host, answer
-            )
-        elif answer["killed"]:
-            _LOG.warning(
-                "%s: killed what was left of the job: processes %s", host, answer["killed"]
-            )
-    return {
-        host: str(answer) for host, answer in answers.items() if isinstance(answer, RemoteError)
-    }
+        if killed := answer["killed"]:
+            _LOG.warning("%s: killed what was left of the job: processes %s", host, killed)
+    return unreachable

@@ -123,14 +123,14 @@ def connected(hosts: Sequence[str], environment: Mapping[str, str]) -> Iterator[
 
 def on_all(
     agents: Mapping[str, Agent], action: Callable[[Agent], _T]
-) -> dict[str, _T | RemoteError]:
-    """Do something with all agents at once; return each one's result, or how it failed."""
-
-    def attempt(agent: Agent) -> _T | RemoteError:
-        try:
-            return action(agent)
-        except RemoteError as error:
-            return error
-
+) -> tuple[dict[str, _T], dict[str, str]]:
+    """Do something with all agents at once; return the results, and the problems of other hosts."""
+    results, problems = {}, {}
     with ThreadPoolExecutor(max_workers=min(_MOST_AT_ONCE, max(1, len(agents)))) as pool:
-        return dict(zip(agents, pool.map(attempt, agents.values()), strict=True))
+        futures = {host: pool.submit(action, agent) for host, agent in agents.items()}
+        for host, future in futures.items():
+            try:
+                results[host] = future.result()
+            except RemoteError as error:
+                problems[host] = str(error)
+    return results, problems

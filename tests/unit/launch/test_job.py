@@ -22,7 +22,6 @@ from promoe_ds.launch.attempt import Attempt, Outcome
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.job import _prepare, run_job
 from promoe_ds.launch.layout import Job
-from promoe_ds.launch.remote import RemoteError
 from promoe_ds.launch.shutdown import ShutdownRequest
 
 HOSTS = (Host("host1", 1), Host("host2", 1))
@@ -104,12 +103,10 @@ def test_job_shutdown_between_attempts_starts_none(
     not.
     """
 
-    def on_all(*unused: object) -> dict:
+    def on_all(*unused: object) -> tuple[dict, dict]:
         os.kill(os.getpid(), signal.SIGTERM)
-        return {
-            name: RemoteError("no route") if name in dead else _described(name)
-            for name in ("host1", "host2")
-        }
+        living = {"host1", "host2"} - dead
+        return {name: _described(name) for name in living}, dict.fromkeys(dead, "no route")
 
     monkeypatch.setattr(jobs, "connected", lambda *unused: nullcontext({}))
     monkeypatch.setattr(jobs, "on_all", on_all)
