@@ -14,6 +14,7 @@ from tests.distributed.jobs import TINY
 from tests.processes import REPOSITORY
 
 from .cluster import Cluster, replaced
+from .launched import launch_command
 
 pytestmark = pytest.mark.multihost
 
@@ -22,24 +23,9 @@ def _preflight(
     cluster: Cluster, folder: Path, hostfile: str, *, options: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess:
     (folder / "hosts").write_text(hostfile)
-    command = [
-        sys.executable,
-        "-m",
-        "promoe_ds.cli.preflight",
-        "--hostfile",
-        str(folder / "hosts"),
-        *options,
-        "--",
-        "--recipe",
-        "digits_promoe",
-        "--deepspeed_config",
-        "ds_configs/zero2_fp32.json",
-        "--run-dir",
-        str(folder / "run"),
-        "--set",
-        *TINY,
-        "parallel.ep_size=1",
-    ]
+    training = ["--set", *TINY, "parallel.ep_size=1"]
+    paths = folder / "hosts", folder / "run"
+    command = launch_command("preflight", *paths, *options, training=training)
     return cluster.run("host1", *command, cwd=REPOSITORY)
 
 
