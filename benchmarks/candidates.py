@@ -1,4 +1,4 @@
-"""What is timed: the trainer's session of a config, and MoE layers, ours and other libraries'."""
+"""What is timed: the trainer of a config, and MoE layers, ours and other libraries'."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from promoe_ds.backends.deepspeed_private import make_expert_groups
+from promoe_ds.backends.expert_parallel import mark_experts, shard_experts
+from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.config import (
     RunConfig,
     change_config,
@@ -19,9 +22,13 @@ from promoe_ds.config import (
     resolve_deepspeed,
 )
 from promoe_ds.config.parallel import EXTERNAL_DISPATCH
+from promoe_ds.data import build_dataset
+from promoe_ds.distributed.context import DistributedContext
+from promoe_ds.distributed.process_group import local_device
 from promoe_ds.errors import ConfigError, PromoeError
 from promoe_ds.model import DiT, build_model, initialise
 from promoe_ds.moe.layer import MoELayer
+from promoe_ds.train.trainer import Trainer
 
 #: `parallel.dispatch` of the layers that other libraries bring.
 LIBRARIES = EXTERNAL_DISPATCH
@@ -30,8 +37,11 @@ _T = TypeVar("_T")
 _INIT_STD = 0.02
 
 
-def mixture_recipe(recipe: str, *, tokens: int, rounds: int) -> RunConfig:
-    """Load a recipe that has experts; refuse numbers that cannot be."""
+def mixture_recipe(recipe: str, *, tokens: int, rounds: int) -> tuple[RunConfig, int]:
+    """Return a recipe that has experts, and how many images so many tokens are, at least 1.
+
+    Raises: ConfigError for a recipe without experts, or a number below 1.
+    """
     for name, value in (("--tokens", tokens), ("--rounds", rounds)):
         if value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
@@ -40,7 +50,7 @@ def mixture_recipe(recipe: str, *, tokens: int, rounds: int) -> RunConfig:
         raise ConfigError(
             f"--recipe {recipe}: has no mixture of experts to time: use e.g. promoe_s"
         )
-    return config
+    return config, max(1, tokens // config.model.tokens_per_image)
 
 
 def for_timing(config: RunConfig, *, micro_batch: int) -> RunConfig:
@@ -82,43 +92,38 @@ def with_precision(config: RunConfig, precision: str) -> RunConfig:
     return change_config(config, precision={"compute": "fp8"}) if precision == "fp8" else config
 
 
-def session_of(config: RunConfig, *, bf16: bool, zero: dict[str, Any] | None = None) -> Any:
-    """Build the trainer's session of a config for this process group.
+def build_trainer(config: RunConfig, *, bf16: bool, zero: dict[str, Any] | None = None) -> Trainer:
+    """Build the trainer of a config for this process group.
 
     Args:
         zero: `zero_optimization` of the DeepSpeed JSON, stage 2 if left out.
     """
-    from promoe_ds.data import build_dataset
-    from promoe_ds.distributed.context import DistributedContext
-    from promoe_ds.distributed.process_group import local_device
-    from promoe_ds.train.trainer import Trainer
-
     ranks = DistributedContext(
         rank=dist.get_rank(), world_size=dist.get_world_size(), device=local_device()
     )
-    batches = plan_batches(config, ranks.world_size)
     values = {
         "zero_optimization": zero or {"stage": 2, "overlap_comm": bf16},
         "bf16": {"enabled": bf16},
     }
+    batches = plan_batches(config, ranks.world_size)
     plan = resolve_deepspeed(values, config, batches, source="benchmark")
     return Trainer.build(config, plan, ranks, build_dataset(config))
 
 
-def in_session(config: RunConfig, body: Callable[[Any], _T], *, bf16: bool) -> _T:
-    """Return body(session) for a session of its own, of which nothing is left in memory afterwards.
+def with_trainer(config: RunConfig, body: Callable[[Trainer], _T], *, bf16: bool) -> _T:
+    """Return body(trainer) for a trainer of its own, of which nothing is left in memory afterwards.
 
-    A session is full of references to itself and can be collected only when no frame holds it any
-    more: neither the body's nor, after an error, those that the error keeps until it has been dealt
-    with. So collection comes after, and again before the next.
+    A trainer is full of references to itself and can be collected only when no frame holds it any
+    more: neither the body's nor, after an error, those that the error keeps until it was handled.
+    So collection comes after, and again before the next.
     """
 
     def run() -> _T:
-        session = session_of(config, bf16=bf16)
+        trainer = build_trainer(config, bf16=bf16)
         try:
-            return body(session)
+            return body(trainer)
         finally:
-            session.engine.destroy()  # its hooks tie it to the process
+            trainer.engine.destroy()  # its hooks tie it to the process
 
     free_memory()
     try:
@@ -150,9 +155,6 @@ def build_each(
 
 def layer_of(config: RunConfig, device: torch.device, dtype: torch.dtype) -> MoELayer:
     """Build one MoE layer whose experts the engine places, on the groups of this process."""
-    from promoe_ds.backends.deepspeed_private import make_expert_groups
-    from promoe_ds.backends.expert_parallel import mark_experts, shard_experts
-
     network = _two_blocks(config)
     parallel = config.parallel
     group = make_expert_groups(parallel.ep_size, parallel.timeout_seconds)
@@ -171,8 +173,6 @@ def fp8_layer(
 
     Raises: ConfigError naming what the recipe, the device or the installation lacks.
     """
-    from promoe_ds.backends.te_layers import use_transformer_engine
-
     network = _two_blocks(with_precision(config, "fp8")).to_empty(device=device)
     initialise(network, 0)
     context = use_transformer_engine(network.to(dtype), network.config, device)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.processes import in_fresh_process
+from benchmarks.processes import in_fresh_process, process_memory
 from benchmarks.timing import Result, interleave, wall_clock
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.data import LatentDataset, build_dataset, sample_indices
@@ -19,7 +19,7 @@ from promoe_ds.data.shards import ShardContent, write_shard
 IMAGENET_IMAGES = 1_281_167
 _SHARD, _BATCH, _CLASSES = 4096, 256, 1000
 _SHAPE, _EMPTY = (8, 32, 32), (8, 2, 2)
-#: One npz file for so many packed records: they are slow, and an eighth of them tells as much.
+#: One npz file for so many packed records: they are slow, and an eighth of them is enough.
 _NPZ_SHARE = 8
 
 
@@ -159,8 +159,4 @@ def _open(folder: Path) -> tuple[float, float]:
     """
     config, started = _config(folder, size=_EMPTY[1]), wall_clock()
     build_dataset(config)
-    seconds = wall_clock() - started
-    # Not getrusage: its maximum is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    return seconds, peak / 1024
+    return wall_clock() - started, process_memory("VmHWM") / 2**20

@@ -18,7 +18,7 @@ from benchmarks.candidates import (
 )
 from benchmarks.layers import conditional, layer_pass
 from benchmarks.processes import on_ranks
-from benchmarks.timing import Result, contest, interleave
+from benchmarks.timing import Result, compare
 from promoe_ds.config import RunConfig
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
@@ -45,8 +45,7 @@ def benchmark_dispatch(
     Raises: ConfigError for more ranks than devices, unless DS_ACCELERATOR=cpu asks for CPUs.
     """
     _check_ranks(ranks)
-    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
-    images = max(1, tokens // config.model.tokens_per_image)
+    config, images = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     return on_ranks(ranks, run_rank, config, images, rounds)[0]
 
 
@@ -64,7 +63,7 @@ def _check_ranks(ranks: int) -> None:
 
 
 def run_rank(ranks: DistributedContext, config: RunConfig, images: int, rounds: int) -> Result:
-    """Be one rank of the contest; all ranks return alike but for their own times."""
+    """Be one rank; the ranks' results differ only in their own times."""
     device, model = ranks.device, config.model
     torch.manual_seed(0)  # the same prototypes everywhere
     router = initialised(build_moe_layer(config)).router.state_dict()
@@ -95,13 +94,7 @@ def run_rank(ranks: DistributedContext, config: RunConfig, images: int, rounds: 
         "images_per_rank": images,
         "bytes_sent": sent,
     }
-    return contest(
-        "dispatch",
-        interleave(together, rounds=rounds),
-        rounds=rounds,
-        settings=settings,
-        missing=missing,
-    )
+    return compare("dispatch", together, rounds=rounds, settings=settings, missing=missing)
 
 
 def _of_all_ranks(count: torch.Tensor) -> int:

@@ -15,8 +15,8 @@ import torch
 from benchmarks.candidates import (
     for_timing,
     free_memory,
-    in_session,
     with_precision,
+    with_trainer,
     without_experts,
 )
 from benchmarks.layers import layer_candidates
@@ -26,6 +26,7 @@ from benchmarks.timing import Result, interleave, wall_clock
 from promoe_ds.config import RunConfig, load_config, training_flops_per_image
 from promoe_ds.config.devices import bf16_peak
 from promoe_ds.errors import ConfigError
+from promoe_ds.train.trainer import Trainer
 
 _T = TypeVar("_T")
 
@@ -216,10 +217,10 @@ def self_test(
 
 def mean_loss(config: RunConfig, precision: str, steps: int) -> float:
     """Train `steps` steps on the same synthetic samples; return the mean loss of the last third."""
-    losses = in_session(
+    losses = with_trainer(
         for_timing(config, micro_batch=8),
         bf16=precision != "fp32",
-        body=lambda session: [float(session.train_step().terms["diffusion"]) for _ in range(steps)],
+        body=lambda trainer: [float(trainer.train_step().terms["diffusion"]) for _ in range(steps)],
     )
     last = losses[-(steps // 3 or 1) :]
     return sum(last) / len(last)
@@ -240,12 +241,12 @@ def timed_step(config: RunConfig, images: int, device: torch.device) -> StepSpee
     """Time steps of one pass of `images` images."""
     cuda = device.type == "cuda"
 
-    def body(session: Any) -> float:
+    def body(trainer: Trainer) -> float:
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        return interleave({"step": session.train_step}, rounds=10, warmup=3)["step"].wall_ms
+        return interleave({"step": trainer.train_step}, rounds=10, warmup=3)["step"].wall_ms
 
-    milliseconds = in_session(for_timing(config, micro_batch=images), body, bf16=cuda)
+    milliseconds = with_trainer(for_timing(config, micro_batch=images), body, bf16=cuda)
     rate = images * training_flops_per_image(config) / (milliseconds / 1e3)
     peak = bf16_peak(torch.cuda.get_device_name(device)) if cuda else None
     return StepSpeed(
@@ -260,16 +261,16 @@ def kernel_times(config: RunConfig, images: int, device: torch.device) -> dict[s
     """Profile one step and return the milliseconds of the kernels that take longest."""
     kind = "cuda" if device.type == "cuda" else "cpu"
 
-    def profiled(session: Any) -> Any:
-        session.train_step()
+    def profiled(trainer: Trainer) -> Any:
+        trainer.train_step()
         with torch.profiler.profile(
             activities=[getattr(torch.profiler.ProfilerActivity, kind.upper())]
         ) as profile:
-            session.train_step()
+            trainer.train_step()
             wall_clock()  # waits for the device
         return profile.key_averages()
 
-    averages = in_session(for_timing(config, micro_batch=images), profiled, bf16=kind == "cuda")
+    averages = with_trainer(for_timing(config, micro_batch=images), profiled, bf16=kind == "cuda")
     field = f"self_{'device' if kind == 'cuda' else 'cpu'}_time_total"
     longest = sorted(averages, key=lambda event: getattr(event, field), reverse=True)[:_TOP_KERNELS]
     return {event.key: getattr(event, field) / 1e3 for event in longest}

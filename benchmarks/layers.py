@@ -19,7 +19,7 @@ from benchmarks.candidates import (
     with_dispatch,
 )
 from benchmarks.processes import single_process
-from benchmarks.timing import Result, contest, interleave
+from benchmarks.timing import Result, compare
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.diffusion import DiffusionBatch
@@ -49,15 +49,13 @@ def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -
     Args:
         tokens: conditional tokens, a multiple of the recipe's tokens per image.
     """
-    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
-    images = max(1, tokens // config.model.tokens_per_image)
-    with single_process() as device:
-        candidates, missing = layer_candidates(config, images, device, torch.float32)
-        timings = interleave(candidates, rounds=rounds)
+    config, images = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     settings = _settings(
         config, tokens=images * config.model.tokens_per_image, active_width=_active_width(config)
     )
-    return contest("moe-layer", timings, rounds=rounds, settings=settings, missing=missing)
+    with single_process() as device:
+        candidates, missing = layer_candidates(config, images, device, torch.float32)
+        return compare("moe-layer", candidates, rounds=rounds, settings=settings, missing=missing)
 
 
 def layer_candidates(
@@ -190,9 +188,8 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> R
     Args:
         tokens: conditional tokens, a multiple of the recipe's tokens per image.
     """
-    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
-    module, batch = training_module(config, tokens)
-    model, images = config.model, len(batch.condition)
+    config, images = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
+    (module, batch), model = training_module(config, images), config.model
     inputs = torch.randn(
         images,
         model.tokens_per_image,
@@ -205,18 +202,13 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> R
         candidates[f"router_losses_{name}"] = lambda router=router: _routing_passes(
             router, inputs, partition, len(config.moe_block_indices)
         )
-    return contest(
-        "router",
-        interleave(candidates, rounds=rounds, warmup=1),
-        rounds=rounds,
-        settings=_settings(config, images=images),
-    )
+    settings = _settings(config, images=images)
+    return compare("router", candidates, rounds=rounds, warmup=1, settings=settings)
 
 
-def training_module(config: RunConfig, tokens: int) -> tuple[TrainingModule, DiffusionBatch]:
-    """Return a network to train, on the CPU, and a batch of so many conditional tokens."""
-    model = config.model
-    images, generator = max(1, tokens // model.tokens_per_image), torch.Generator().manual_seed(0)
+def training_module(config: RunConfig, images: int) -> tuple[TrainingModule, DiffusionBatch]:
+    """Return a network to train, on the CPU, and a batch of so many images with labels."""
+    model, generator = config.model, torch.Generator().manual_seed(0)
     shape = (images, model.in_channels, model.input_size, model.input_size)
     clean, noise = (torch.randn(shape, generator=generator) for _ in range(2))
     batch = DiffusionBatch(

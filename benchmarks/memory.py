@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.candidates import session_of
-from benchmarks.processes import on_ranks
+from benchmarks.candidates import build_trainer
+from benchmarks.processes import on_ranks, process_memory
 from benchmarks.timing import Result
 from promoe_ds.config import RunConfig, change_config, load_config, plan_batches, resolve_deepspeed
 from promoe_ds.config.devices import DEVICES
@@ -189,14 +189,15 @@ def measure_rank(
         routing={"expert_width": None, "shared_expert_width": None},
     )
     _prepared(zero, tiny, ranks, [])()
-    baseline = _resident("VmRSS")
+    _settle()
+    baseline = process_memory("VmRSS")
     step = _prepared(zero, config, ranks, rows)
     step()  # moments and averages are made in the first step
     _settle()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew here
     for _ in range(_STEPS):
         step()
-    peak = _resident("VmHWM")
+    peak = process_memory("VmHWM")
     rows.clear()
     with CollectiveWatch() as watch:
         step()
@@ -209,14 +210,14 @@ def _prepared(
     """Return what trains a step; `rows` gets the rows that each pass of a layer sends away."""
     if zero is None:
         return _plain(config, ranks)
-    session = session_of(config, bf16=False, zero=zero)
-    for layer in session.module.denoiser.moe_layers().values():
+    trainer = build_trainer(config, bf16=False, zero=zero)
+    for layer in trainer.module.denoiser.moe_layers().values():
         layer.router.register_forward_hook(
             lambda router, inputs, plan, layer=layer: rows.append(
                 int(layer.dispatcher.rows_leaving(plan.assignment))
             )
         )
-    return session.train_step
+    return trainer.train_step
 
 
 def _plain(config: RunConfig, ranks: DistributedContext) -> Callable[[], None]:
@@ -250,11 +251,3 @@ def _plain(config: RunConfig, ranks: DistributedContext) -> Callable[[], None]:
 def _settle() -> None:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _resident(name: str) -> int:
-    """Return a figure of /proc/self/status in bytes."""
-    if name == "VmRSS":
-        _settle()
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))

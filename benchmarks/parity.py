@@ -14,10 +14,10 @@ from benchmarks.candidates import (
     build_each,
     for_timing,
     fp8_layer,
-    in_session,
     initialised,
     layer_of,
     with_dispatch,
+    with_trainer,
 )
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, change_config
@@ -123,10 +123,10 @@ def network_parity(config: RunConfig, precision: str, device: torch.device) -> f
     Near ties between prototypes may fall differently: they are part of the error.
     Raises: TrainingError if FP8 was asked for and the prediction is the one without it.
     """
-    return in_session(
+    return with_trainer(
         for_timing(config, micro_batch=_IMAGES),
         bf16=precision != "fp32",
-        body=lambda session: distance_to_float64(session.module, device),
+        body=lambda trainer: distance_to_float64(trainer.module, device),
     )
 
 

@@ -7,12 +7,14 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
 import torch.multiprocessing as mp
 
+from promoe_ds.backends.deepspeed_private import forget_expert_groups
 from promoe_ds.backends.process_group import start_distributed
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.process_group import complete_environment, stop_distributed
@@ -25,8 +27,6 @@ _TIMEOUT_SECONDS = 300.0
 @contextmanager
 def single_process() -> Iterator[torch.device]:
     """Be a process group of one, as the engines want it; gives the device. May be entered again."""
-    from promoe_ds.backends.deepspeed_private import forget_expert_groups
-
     with patch.dict(os.environ):
         complete_environment()
         ranks = start_distributed(_TIMEOUT_SECONDS)
@@ -35,6 +35,15 @@ def single_process() -> Iterator[torch.device]:
         finally:
             stop_distributed()
             forget_expert_groups()
+
+
+def process_memory(name: str) -> int:
+    """Return `VmRSS` or `VmHWM` of this process in bytes.
+
+    Not getrusage: its maximum is inherited from the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
 
 def in_fresh_process(work: Callable[..., _T], *arguments: Any) -> _T:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from benchmarks.candidates import mixture_recipe
 from benchmarks.layers import training_module, training_pass
 from benchmarks.processes import in_fresh_process
-from benchmarks.timing import Result, contest, interleave, wall_clock
+from benchmarks.timing import Result, compare, wall_clock
 from promoe_ds.config import change_config
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.routing.assignment import sum_tokens_by_expert
@@ -108,19 +108,19 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Re
     Args:
         tokens: conditional tokens of a pass, a multiple of the recipe's tokens per image.
     """
-    config = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
+    recipe_config, images = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     config = change_config(
-        config,
+        recipe_config,
         parallel={"ep_size": 1, "dispatch": "local"},
         logging={"class_counts": True, "position_counts": True, "counts_every": 1},
     )
-    module, batch = training_module(config, tokens)
+    module, batch = training_module(config, images)
     ranks = DistributedContext(rank=0, world_size=1, device=torch.device("cpu"))
     accumulator = RoutingAccumulator(config, module.denoiser, ranks)
     plans, model = module(batch).plans, config.model
-    shape = (len(batch.condition), model.tokens_per_image * config.routing.top_k)
+    shape = (images, model.tokens_per_image * config.routing.top_k)
     ids_BN, gates_BN = torch.randint(config.routing.num_experts, shape), torch.rand(shape)
-    entering_TD = torch.randn(shape[0] * model.tokens_per_image, model.hidden_size)
+    entering_TD = torch.randn(images * model.tokens_per_image, model.hidden_size)
 
     def count() -> None:
         for plan in plans.values():
@@ -132,30 +132,22 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Re
         accumulator.add(plans, batch.sigma_B, batch.condition.group_B)
         accumulator.reduce(step=1, steps=1)
 
+    settings = {
+        "recipe": config.name,
+        "tokens": len(entering_TD),
+        "classes": model.num_classes,
+        "log_every": config.train.log_every,
+    }
+    candidates = {
+        "training_step": lambda: training_pass(module, batch),
+        "statistics": count,
+        "statistics_log_line": line,
+    }
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
-        timings = interleave(
-            {
-                "training_step": lambda: training_pass(module, batch),
-                "statistics": count,
-                "statistics_log_line": line,
-            },
-            rounds=rounds,
-            warmup=1,
-        )
+        return compare("stats", candidates, rounds=rounds, warmup=1, settings=settings)
     finally:
         dist.destroy_process_group()
-    return contest(
-        "stats",
-        timings,
-        rounds=rounds,
-        settings={
-            "recipe": config.name,
-            "tokens": len(entering_TD),
-            "classes": model.num_classes,
-            "log_every": config.train.log_every,
-        },
-    )
 
 
 def benchmark_report(run: SyntheticRun, folder: Path) -> Result:

@@ -11,14 +11,14 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.benchmark import timer as wall_clock  # waits for the device first
+
+from promoe_ds.versions import device_name, versions_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,19 @@ class Timing:
     wall_ratio: float
     cpu_ratio: float
 
-    def line(self, name: str) -> str:
-        """Return the figures for a reader."""
-        spread = f"{self.wall_ms:.1f} ({self.wall_ms_low:.1f} - {self.wall_ms_high:.1f})"
-        return (
-            f"{name:30}{spread:>26}{self.cpu_ms:>10.1f}{self.wall_ratio:>12.3f}"
-            f"{self.cpu_ratio:>11.3f}"
-        )
+
+def machine_description() -> dict[str, Any]:
+    """Return processor, threads, device and versions."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **versions_of("deepspeed", "megatron-core", "transformer-engine"),
+        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,7 @@ class Result:
     settings: dict[str, Any]
     figures: dict[str, Any]
     text: list[str]
-    machine: dict[str, Any] = field(default_factory=lambda: machine_description())
+    machine: dict[str, Any] = field(default_factory=machine_description)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values for a JSON file."""
@@ -67,15 +73,17 @@ class Result:
         return [f"{self.suite}: {self.settings}", f"{self.machine}", *self.text]
 
 
-def contest(
+def compare(
     suite: str,
-    timings: dict[str, Timing],
+    candidates: dict[str, Callable[[], Any]],
     *,
     rounds: int,
     settings: dict[str, Any],
+    warmup: int = 2,
     missing: dict[str, str] | None = None,
 ) -> Result:
-    """Return the result of candidates that `interleave` timed; missing: why others were not."""
+    """Time candidates by `interleave`; missing: why others cannot be timed here, by name."""
+    timings = interleave(candidates, rounds=rounds, warmup=warmup)
     baseline, missing = next(iter(timings)), missing or {}
     return Result(
         suite=suite,
@@ -89,7 +97,11 @@ def contest(
         text=[
             f"{rounds} rounds, ratios to {baseline}",
             f"{'':30}{'wall ms (low - high)':>26}{'cpu ms':>10}{'wall ratio':>12}{'cpu ratio':>11}",
-            *(timing.line(name) for name, timing in timings.items()),
+            *(
+                f"{name:30}{f'{t.wall_ms:.1f} ({t.wall_ms_low:.1f} - {t.wall_ms_high:.1f})':>26}"
+                f"{t.cpu_ms:>10.1f}{t.wall_ratio:>12.3f}{t.cpu_ratio:>11.3f}"
+                for name, t in timings.items()
+            ),
             *(f"{name:30}not available: {reason}" for name, reason in missing.items()),
         ],
     )
@@ -100,7 +112,7 @@ def interleave(
 ) -> dict[str, Timing]:
     """Run every candidate once a round; the first one is the baseline.
 
-    The order turns from round to round, so that nobody always runs after the same neighbour.
+    The order changes from round to round, so that none always runs after the same one.
     """
     names = list(candidates)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -125,24 +137,3 @@ def _timing(seconds_R2: np.ndarray, baseline_R2: np.ndarray) -> Timing:
         wall_ratio=float(ratios[0]),
         cpu_ratio=float(ratios[1]),
     )
-
-
-def machine_description() -> dict[str, Any]:
-    """Return processor, threads, device and versions."""
-    versions = {
-        package: metadata.version(package)
-        for package in ("deepspeed", "megatron-core", "transformer-engine")
-        if find_spec(package.replace("-core", "").replace("-", "_"))
-    }
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": (names or [platform.processor() or platform.machine()])[0],
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        **versions,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }

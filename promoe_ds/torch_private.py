@@ -1,4 +1,7 @@
-"""Every use of torch's insides in this package; `NAMES` lists them."""
+"""Every use of torch's insides in this package.
+
+`NAMES` lists what a training needs, `TRACE_NAMES` what planning needs to watch operations.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,14 @@ NAMES = {
     "torch.nn": ("Module._apply",),
     _FAKE_TENSORS: ("FakeTensorMode",),
     _GROUPS: ("_set_pg_timeout", "default_pg_timeout", "default_pg_nccl_timeout"),
+}
+_DISPATCH, _TREES = "torch.utils._python_dispatch", "torch.utils._pytree"
+_FAKE_GROUPS = "torch.testing._internal.distributed.fake_pg"
+TRACE_NAMES = {
+    _FAKE_TENSORS: ("FakeTensorMode",),
+    _DISPATCH: ("TorchDispatchMode",),
+    _TREES: ("tree_leaves",),
+    _FAKE_GROUPS: ("FakeStore",),
 }
 
 
@@ -54,7 +65,7 @@ class KeepsBuffersPrecise(nn.Module):
 
 
 def fake_tensors() -> AbstractContextManager[Any]:
-    """Return the context in which torch.load reads a file's structure alone.
+    """Return the context of tensors without values; torch.load reads a file's structure alone.
 
     Raises: ConfigError naming torch's version and the attribute.
     """
@@ -79,3 +90,43 @@ def set_group_timeouts(timeout_seconds: float, *groups: Any) -> None:
     for name in ("default_pg_timeout", "default_pg_nccl_timeout") if not groups else ():
         find_private(_GROUPS, name)
         setattr(torch.distributed.distributed_c10d, name, timeout)
+
+
+def dispatch_mode() -> Any:
+    """Return the class of contexts whose `__torch_dispatch__` gets every operation inside.
+
+    Raises: ConfigError naming torch's version and what else of `TRACE_NAMES` is missing.
+    """
+    check_names(TRACE_NAMES)
+    return find_private(_DISPATCH, "TorchDispatchMode")
+
+
+def fake_store() -> Any:
+    """Return the store of a process group of torch's backend "fake", and register the backend."""
+    return find_private(_FAKE_GROUPS, "FakeStore")()
+
+
+def traced_operation(name: str) -> Any:
+    """Return one of torch's operations, such as `_grouped_mm.default`."""
+    return find_private("torch", f"ops.aten.{name}")
+
+
+def operation_family(operation: Any) -> Any:
+    """Return what all overloads of an operation have in common, by which torch counts FLOPs."""
+    return read_private(operation, "_overloadpacket", library="torch")
+
+
+def changes_inputs(operation: Any) -> bool:
+    """Return whether an operation writes into one of its inputs."""
+    return bool(read_private(operation, "_schema", library="torch").is_mutable)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dictionaries."""
+    leaves = find_private(_TREES, "tree_leaves")(values)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return what tells a tensor's storage from the other storages that are alive."""
+    return int(read_private(tensor.untyped_storage(), "_cdata", library="torch"))

@@ -104,6 +104,15 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
+def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> float:
+    """Wait for a condition; return how many seconds it took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout, f"not within {timeout} s: {what}"
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
 def sweep(name: str, value: str) -> None:
     """Kill every process that has begun with `name=value` in its environment, this one apart."""
     wanted = f"{name}={value}".encode()

@@ -20,7 +20,7 @@ from promoe_ds.config import (
     read_deepspeed_json,
     resolve_deepspeed,
 )
-from promoe_ds.launch.launchers import read_place
+from promoe_ds.distributed.launchers import read_place
 from promoe_ds.launch.shutdown import EarlySignals
 from promoe_ds.logs import configure_logging, rank_from_environment
 

@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from promoe_ds.distributed.launchers import LOCAL_RANKS, read_number, read_place
 from promoe_ds.errors import ConfigError
-from promoe_ds.launch.launchers import LOCAL_RANKS, read_number, read_place
 
 
 def complete_environment() -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from promoe_ds.launch.environment import (
@@ -25,7 +26,7 @@ from promoe_ds.launch.heartbeat import (
 )
 from promoe_ds.launch.hostfile import Host, write_hostfile
 from promoe_ds.launch.processes import kill_processes_with
-from promoe_ds.launch.remote import RemoteError, connected, on_all, ssh_options
+from promoe_ds.launch.remote import connected, on_all, ssh_options
 from promoe_ds.launch.shutdown import ShutdownRequest
 from promoe_ds.logs import get_logger
 
@@ -90,9 +91,8 @@ def run_attempt(attempt: Attempt, shutdown: ShutdownRequest) -> Outcome:
         runner.wait()
     names = [host.name for host in attempt.hosts]
     unreachable = kill_leftovers_on(names, attempt.folder, attempt.heartbeat_seconds)
-    return Outcome(
-        code=runner.returncode, statuses=read_rank_statuses(attempt.folder), unreachable=unreachable
-    )
+    statuses = read_rank_statuses(attempt.folder)
+    return Outcome(code=runner.returncode, statuses=statuses, unreachable=unreachable)
 
 
 def _watch(runner: subprocess.Popen, attempt: Attempt, shutdown: ShutdownRequest) -> None:
@@ -118,29 +118,23 @@ def _watch(runner: subprocess.Popen, attempt: Attempt, shutdown: ShutdownRequest
 
 
 def _first_failed(attempt: Attempt) -> str:
-    failed = [status for status in read_rank_statuses(attempt.folder) if status.code]
-    return (
-        f"rank {failed[0].rank} on {failed[0].host} ended with code {failed[0].code}"
-        if failed
-        else ""
-    )
+    for status in read_rank_statuses(attempt.folder):
+        if status.code:
+            return f"rank {status.rank} on {status.host} ended with code {status.code}"
+    return ""
 
 
 def _command(attempt: Attempt) -> list[str]:
-    hostfile = str(attempt.folder / "hostfile")
-    master = ["--master_addr", attempt.master_address, "--master_port", str(attempt.master_port)]
-    launcher = [
-        "--hostfile",
-        hostfile,
-        "--force_multi",
-        "--launcher",
-        "pdsh",
-        *master,
-        "--log_level",
-        "warning",
-    ]
-    module = ["--module", "promoe_ds.cli.train", *shell_arguments(attempt.arguments)]
-    return [str(deepspeed_command()), *launcher, *module]
+    options = {
+        "--hostfile": attempt.folder / "hostfile",
+        "--launcher": "pdsh",
+        "--master_addr": attempt.master_address,
+        "--master_port": attempt.master_port,
+        "--log_level": "warning",
+        "--module": "promoe_ds.cli.train",
+    }
+    launcher = [deepspeed_command(), "--force_multi", *chain.from_iterable(options.items())]
+    return [*map(str, launcher), *shell_arguments(attempt.arguments)]
 
 
 def _environment(attempt: Attempt) -> dict[str, str]:
@@ -148,9 +142,8 @@ def _environment(attempt: Attempt) -> dict[str, str]:
     environment[_ENVIRONMENT_VARIABLE] = str(attempt.folder / _ENVIRONMENT)
     # These connections must outlast a broken link as long as the ranks do, and the runner must not
     # outlast the ranks by much.
-    options = ssh_options(attempt.link_seconds)
-    given = environment.get("PDSH_SSH_ARGS_APPEND", "")
-    environment["PDSH_SSH_ARGS_APPEND"] = " ".join([given, *options]).strip()
+    arguments = [environment.get("PDSH_SSH_ARGS_APPEND", ""), *ssh_options(attempt.link_seconds)]
+    environment["PDSH_SSH_ARGS_APPEND"] = " ".join(arguments).strip()
     if accelerator := attempt.environment.get("DS_ACCELERATOR"):
         environment["DS_ACCELERATOR"] = accelerator
     return environment
@@ -162,22 +155,18 @@ def kill_leftovers_on(hosts: Sequence[str], folder: Path, patience: float) -> di
     Returns: the hosts that did not answer, and why.
     """
     with connected(hosts, {}) as agents:
-        limit, where = patience + _KILL_SECONDS, str(folder)
-        answers = on_all(
+        answers, unreachable = on_all(
             agents,
             lambda agent: agent.ask(
-                "kill_leftovers", timeout=limit, folder=where, patience=patience
+                "kill_leftovers",
+                timeout=patience + _KILL_SECONDS,
+                folder=str(folder),
+                patience=patience,
             ),
         )
+    for host, why in unreachable.items():
+        _LOG.error("%s: %s; its ranks end within supervision.launcher_timeout_seconds", host, why)
     for host, answer in answers.items():
-        if isinstance(answer, RemoteError):
-            _LOG.error(
-                "%s: %s; its ranks end within supervision.launcher_timeout_seconds", host, answer
-            )
-        elif answer["killed"]:
-            _LOG.warning(
-                "%s: killed what was left of the job: processes %s", host, answer["killed"]
-            )
-    return {
-        host: str(answer) for host, answer in answers.items() if isinstance(answer, RemoteError)
-    }
+        if killed := answer["killed"]:
+            _LOG.warning("%s: killed what was left of the job: processes %s", host, killed)
+    return unreachable

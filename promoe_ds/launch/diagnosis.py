@@ -37,10 +37,8 @@ def diagnose_failure(hosts: Sequence[Host], outcome: Outcome) -> FailureReport:
     Args:
         hosts: in the order of their ranks.
     """
-    statuses, rank_hosts = (
-        outcome.statuses,
-        [host.name for host in hosts for _ in range(host.slots)],
-    )
+    statuses = outcome.statuses
+    rank_hosts = [host.name for host in hosts for _ in range(host.slots)]
     codes = {status.code for status in statuses}
     complete = len(statuses) == len(rank_hosts)
     if complete and codes == {0}:

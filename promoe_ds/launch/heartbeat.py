@@ -11,7 +11,8 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from promoe_ds.files import write_json
@@ -59,28 +60,24 @@ def write_rank_status(rank: int, code: int | None, message: str) -> None:
     folder = attempt_folder() or _folder(STATUS_VARIABLE)
     if folder is None:
         return
-    status = RankStatus(
-        rank=rank,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        code=code,
-        message=message,
-        time=time.time(),
-    )
-    try:
-        write_json(folder / f"rank_{rank:05d}.json", asdict(status))
-    except OSError:
-        return  # the launcher will report that the rank wrote none
+    status = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "code": code,
+        "message": message,
+        "time": time.time(),
+    }
+    with suppress(OSError):  # the launcher will report that the rank wrote none
+        write_json(folder / f"rank_{rank:05d}.json", status)
 
 
 def read_rank_statuses(folder: Path) -> list[RankStatus]:
     """Return the statuses of all ranks, by rank; a damaged one is left out."""
     statuses = []
     for path in sorted(folder.glob("rank_*.json")):
-        try:
+        with suppress(OSError, ValueError, TypeError):
             statuses.append(RankStatus(**json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):
-            continue
     return statuses
 
 

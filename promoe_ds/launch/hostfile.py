@@ -17,6 +17,7 @@ from promoe_ds.errors import LaunchError
 #: Names go into shell and pdsh command lines: nothing that either would expand.
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _LINE = re.compile(r"(\S+)\s+slots=(\S+)")
+_SLOTS = re.compile(r"[0-9]{1,9}")
 _MOST_SLOTS = 1024
 _MOST_HOSTS = 65536
 
@@ -114,12 +115,7 @@ def _parse_line(line: str, where: str) -> list[Host]:
                 f"{where}: {name!r} is no host name: only letters, digits, dots, hyphens and "
                 "underscores; put user names, ports and IPv6 addresses into ~/.ssh/config"
             )
-    if (
-        not slots.isascii()
-        or not slots.isdigit()
-        or len(slots) > 9
-        or not 1 <= int(slots) <= _MOST_SLOTS
-    ):
+    if not _SLOTS.fullmatch(slots) or not 1 <= int(slots) <= _MOST_SLOTS:
         raise LaunchError(
             f"{where}: slots={slots} must be a number from 1 to {_MOST_SLOTS}: the ranks on "
             f"{text}, one for each GPU"

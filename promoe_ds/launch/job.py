@@ -16,7 +16,7 @@ from promoe_ds.launch.layout import Job, choose_layout
 from promoe_ds.launch.lock import locked
 from promoe_ds.launch.network import INTERFACE_VARIABLES, choose_interface
 from promoe_ds.launch.preflight import check_hosts
-from promoe_ds.launch.remote import RemoteError, connected, on_all
+from promoe_ds.launch.remote import connected, on_all
 from promoe_ds.launch.shutdown import ShutdownRequest
 from promoe_ds.logs import get_logger
 from promoe_ds.run_files import CHECKPOINT_NAME, CHECKPOINTS, LAUNCH_FOLDER, LAUNCHER_LOCK
@@ -41,13 +41,13 @@ def run_job(job: Job) -> FailureReport:
                 kill_leftovers_on(job.host_names, last, patience)
         current, hosts, before = job, check_hosts(job, environment), ""
         for number in range(job.max_restarts + 1):
-            answers = _wait_for_hosts(job, shutdown) if number else {}
+            found, dead = _wait_for_hosts(job, shutdown) if number else (hosts, {})
             if shutdown.reason:
                 message = f"shutdown requested ({shutdown.reason}) while no rank ran{before}"
                 return FailureReport(Preempted.exit_code, message, restart=False)
             if number:
-                current, hosts = _job_for_restart(job, answers)
-            attempt = _prepare(current, hosts, environment, folder, restart=number > 0)
+                current = _job_for_restart(job, dead)
+            attempt = _prepare(current, found, environment, folder, restart=number > 0)
             report = diagnose_failure(current.hosts, run_attempt(attempt, shutdown))
             if shutdown.reason or not report.restart or number == job.max_restarts:
                 break
@@ -61,35 +61,37 @@ def run_job(job: Job) -> FailureReport:
     return report
 
 
-def _wait_for_hosts(job: Job, shutdown: ShutdownRequest) -> dict[str, dict[str, Any] | RemoteError]:
-    """Return the hosts' descriptions; those that do not answer are given `host_wait` seconds.
+def _wait_for_hosts(
+    job: Job, shutdown: ShutdownRequest
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return the hosts' descriptions, and the problems of those that do not answer in `host_wait`
+    seconds.
 
     A shutdown request ends the wait.
     """
     deadline = time.monotonic() + job.host_wait
     while True:
         with connected(job.host_names, {}) as agents:
-            answers = on_all(agents, lambda agent: agent.ask("describe", names=job.host_names))
-        all_answer = not any(isinstance(answer, RemoteError) for answer in answers.values())
-        if all_answer or shutdown.reason or time.monotonic() > deadline:
-            return answers
+            found, dead = on_all(agents, lambda agent: agent.ask("describe", names=job.host_names))
+        if not dead or shutdown.reason or time.monotonic() > deadline:
+            return found, dead
         time.sleep(_RETRY_SECONDS)
 
 
-def _job_for_restart(
-    job: Job, answers: Mapping[str, dict[str, Any] | RemoteError]
-) -> tuple[Job, dict[str, Any]]:
-    """Return the job on hosts that answered, and their descriptions."""
-    dead = {host: answer for host, answer in answers.items() if isinstance(answer, RemoteError)}
+def _job_for_restart(job: Job, dead: Mapping[str, str]) -> Job:
+    """Return the job without dead hosts.
+
+    Raises: LaunchError if none is left, with each one's problem.
+    """
     problems = [f"{host}: {problem}" for host, problem in dead.items()]
-    if len(dead) == len(answers):
+    if len(dead) == len(job.hosts):
         raise LaunchError(
             f'{"; ".join(problems)}. Repair or remove these hosts (docs/multinode.md, "Keys")'
         )
     smaller = choose_layout(job, [host for host in job.hosts if host.name not in dead])
     for problem in problems:
         _LOG.warning("continuing without %s", problem)
-    return smaller, {host: answers[host] for host in smaller.host_names}
+    return smaller
 
 
 def _prepare(
@@ -100,6 +102,7 @@ def _prepare(
     *,
     restart: bool,
 ) -> Attempt:
+    hosts = {host: hosts[host] for host in job.host_names}
     interface = choose_interface(job.interface, environment, hosts)
     variables = dict.fromkeys(INTERFACE_VARIABLES, interface)
     settings, parallel = job.config.supervision, job.config.parallel

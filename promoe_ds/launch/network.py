@@ -16,12 +16,11 @@ INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 def local_interfaces() -> dict[str, str]:
     """Return the first IPv4 address of every interface of this host that has one."""
-    found: dict[str, str] = {}
-    for name, addresses in psutil.net_if_addrs().items():
-        for address in addresses:
-            if address.family == socket.AF_INET:
-                found.setdefault(name, address.address)
-    return found
+    found = {
+        name: [one.address for one in addresses if one.family == socket.AF_INET]
+        for name, addresses in psutil.net_if_addrs().items()
+    }
+    return {name: addresses[0] for name, addresses in found.items() if addresses}
 
 
 def resolve(names: Sequence[str]) -> dict[str, str]:

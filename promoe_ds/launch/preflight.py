@@ -15,7 +15,7 @@ from promoe_ds.launch.agent import config_hash, installed_software
 from promoe_ds.launch.environment import require_launchable
 from promoe_ds.launch.layout import Job
 from promoe_ds.launch.network import choose_interface
-from promoe_ds.launch.remote import Agent, RemoteError, connected, on_all
+from promoe_ds.launch.remote import Agent, connected, on_all
 from promoe_ds.run_files import CHECKPOINTS, LAUNCH_FOLDER
 
 _T = TypeVar("_T")
@@ -46,12 +46,11 @@ class _Hosts:
 
     def each(self, action: Callable[[Agent], _T]) -> Iterator[tuple[str, _T]]:
         """Do something with all hosts at once; yield their results. A failure is a problem."""
-        for host, answer in on_all(self.agents, action).items():
-            if not isinstance(answer, RemoteError):
-                yield host, answer
-                continue
-            remedies = (remedy for sign, remedy in _REMEDIES.items() if sign in str(answer))
-            self.add(host, str(answer), next(remedies, "repair it or remove it from the hostfile"))
+        results, problems = on_all(self.agents, action)
+        for host, problem in problems.items():
+            remedies = (remedy for sign, remedy in _REMEDIES.items() if sign in problem)
+            self.add(host, problem, next(remedies, "repair it or remove it from the hostfile"))
+        yield from results.items()
 
     def ask(self, action: str, **values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         """Send all hosts the same request; yield each one's answer."""
@@ -117,12 +116,8 @@ def _clock_offset(agent: Agent) -> float:
 
 def _check_config(job: Job, hosts: _Hosts) -> None:
     here = config_hash(job.config, read_deepspeed_json(job.deepspeed_config))
-    request = {
-        "recipe": job.recipe,
-        "overrides": job.overrides,
-        "deepspeed_config": job.deepspeed_config,
-    }
-    for host, answer in hosts.ask("config", **request):
+    source = {"recipe": job.recipe, "deepspeed_config": job.deepspeed_config}
+    for host, answer in hosts.ask("config", overrides=job.overrides, **source):
         if answer["hash"] != here:
             problem = "reads another recipe or DeepSpeed JSON than this host"
             hosts.add(host, problem, "let all hosts read the same files")
@@ -149,11 +144,10 @@ def _check_run_directory(job: Job, hosts: _Hosts) -> None:
     folder.mkdir(exist_ok=True, mode=0o700)
     (folder / "token").write_text(token)
     need = _bytes_needed(job)
-
-    def ask(agent: Agent) -> dict[str, Any]:
-        return agent.ask("run_directory", folder=str(folder), name=agent.host, token=token)
-
-    for host, answer in hosts.each(ask):
+    answers = hosts.each(
+        lambda agent: agent.ask("run_directory", folder=str(folder), name=agent.host, token=token)
+    )
+    for host, answer in answers:
         seen_by = folder / f"seen_by_{host}"
         if not (answer["seen"] and seen_by.exists() and seen_by.read_text() == token):
             problem = f"--run-dir {job.run_dir} is another folder there than here"

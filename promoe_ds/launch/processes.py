@@ -57,24 +57,20 @@ def broken_link(chain: tuple[int, ...]) -> str:
     child = os.getpid()
     for pid in chain:
         if _parent(child) != pid:
-            first = child == os.getpid()
-            return (
-                f"launcher process {pid}"
-                if first
-                else f"process {pid}, which started this rank's launcher,"
-            )
+            if child == os.getpid():
+                return f"launcher process {pid}"
+            return f"process {pid}, which started this rank's launcher,"
         child = pid
     return ""
 
 
 def processes_with(variable: str, value: str) -> list[psutil.Process]:
     """Return the processes that were started with a variable of that value, this one left out."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # it ended meanwhile, or is another user's
-            if process.pid != os.getpid() and process.environ().get(variable) == value:
-                found.append(process)
-    return found
+    return [
+        process
+        for process in psutil.process_iter(["environ"])  # None for another user's
+        if process.pid != os.getpid() and (process.info["environ"] or {}).get(variable) == value
+    ]
 
 
 def kill_processes_with(variable: str, value: str) -> list[int]:

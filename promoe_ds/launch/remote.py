@@ -31,14 +31,9 @@ class RemoteError(Exception):
 
 def ssh_options(patience: float) -> list[str]:
     """Return ssh's options: never ask, hold a silent connection for `patience` seconds."""
-    count = math.ceil(patience / _ALIVE_SECONDS)
-    return [
-        *_CONNECT_OPTIONS,
-        "-o",
-        f"ServerAliveInterval={_ALIVE_SECONDS}",
-        "-o",
-        f"ServerAliveCountMax={count}",
-    ]
+    interval = f"ServerAliveInterval={_ALIVE_SECONDS}"
+    count = f"ServerAliveCountMax={math.ceil(patience / _ALIVE_SECONDS)}"
+    return [*_CONNECT_OPTIONS, "-o", interval, "-o", count]
 
 
 def ssh_command(host: str, arguments: Sequence[str]) -> list[str]:
@@ -110,11 +105,9 @@ class Agent:
     def _why_gone(self) -> str:
         errors = [line.strip() for line in self._process.stderr if line.strip()]
         code, last = self._process.wait(10), errors[-1] if errors else ""
-        return (
-            f"ssh failed: {last or 'connection lost'}"
-            if code == 255
-            else f"the agent ended with code {code}: {last}"
-        )
+        if code == 255:
+            return f"ssh failed: {last or 'connection lost'}"
+        return f"the agent ended with code {code}: {last}"
 
 
 @contextmanager
@@ -130,14 +123,14 @@ def connected(hosts: Sequence[str], environment: Mapping[str, str]) -> Iterator[
 
 def on_all(
     agents: Mapping[str, Agent], action: Callable[[Agent], _T]
-) -> dict[str, _T | RemoteError]:
-    """Do something with all agents at once; return each one's result, or how it failed."""
-
-    def attempt(agent: Agent) -> _T | RemoteError:
-        try:
-            return action(agent)
-        except RemoteError as error:
-            return error
-
+) -> tuple[dict[str, _T], dict[str, str]]:
+    """Do something with all agents at once; return the results, and the problems of other hosts."""
+    results, problems = {}, {}
     with ThreadPoolExecutor(max_workers=min(_MOST_AT_ONCE, max(1, len(agents)))) as pool:
-        return dict(zip(agents, pool.map(attempt, agents.values()), strict=True))
+        futures = {host: pool.submit(action, agent) for host, agent in agents.items()}
+        for host, future in futures.items():
+            try:
+                results[host] = future.result()
+            except RemoteError as error:
+                problems[host] = str(error)
+    return results, problems

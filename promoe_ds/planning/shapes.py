@@ -6,12 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from promoe_ds.backends.expert_parallel import mark_experts, shard_experts, share_centroids
 from promoe_ds.backends.parameter_groups import parameter_groups
@@ -24,6 +22,7 @@ from promoe_ds.planning.cluster import ClusterLayout
 from promoe_ds.planning.trace import ShapeTrace
 from promoe_ds.planning.zero import GradientStaging, States, states_of_groups
 from promoe_ds.routing.assignment import RoutingPlan
+from promoe_ds.torch_private import fake_store, fake_tensors
 from promoe_ds.train.router_state import give_superclasses
 from promoe_ds.train.step import TrainingModule
 
@@ -56,11 +55,9 @@ def fake_world(world_size: int) -> Iterator[None]:
     DeepSpeed's and torch's own group functions work inside. Fake worlds do not nest.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     if dist.is_initialized():
         raise ConfigError("this process is in a process group already: plan in another process")
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=fake_store())
     try:
         yield
     finally:
@@ -85,7 +82,7 @@ def trace_pass(
         group = expert_group or dist.new_group(layout.expert_ranks(ep_size))
     leaving: list[int] = []
     network = _local_network(config, layout, group)
-    with FakeTensorMode():
+    with fake_tensors():
         _materialise(network)
         module = TrainingModule(network).train()
         groups = [
@@ -148,11 +145,11 @@ def _local_network(
 def _materialise(network: DiT) -> None:
     """Put fake tensors in the place of meta ones; `to_empty` cannot, inside the fake mode."""
     for module in network.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for kind in tables:
-            for name, old in [item for item in kind.items() if item[1] is not None]:
-                new = torch.empty(old.shape, dtype=old.dtype)
-                kind[name] = nn.Parameter(new) if kind is module._parameters else new
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(fake))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     mark_experts(network)
     give_superclasses(network, network.config)
 

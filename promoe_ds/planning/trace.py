@@ -17,13 +17,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-_HOST_READ = torch.ops.aten._local_scalar_dense.default
+from promoe_ds.torch_private import (
+    changes_inputs,
+    dispatch_mode,
+    operation_family,
+    storage_key,
+    tensors_in,
+    traced_operation,
+)
+
+_DispatchMode: Any = dispatch_mode()
+_HOST_READ = traced_operation("_local_scalar_dense.default")
 _UNBIND = torch.ops.aten.unbind.int
-_GROUPED_GEMM = torch.ops.aten._grouped_mm.default
+_GROUPED_GEMM = traced_operation("_grouped_mm.default")
 #: Products of fused attention on a CPU, which torch's counter does not know.
 _ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu": 2,
@@ -49,7 +57,7 @@ class Sent:
         return {member: size for member, size in pairs if member != rank}
 
 
-class CollectiveWatch(TorchDispatchMode):
+class CollectiveWatch(_DispatchMode):
     """Notes every collective of what runs inside; changes nothing."""
 
     def __init__(self) -> None:
@@ -87,14 +95,14 @@ class ShapeTrace(CollectiveWatch):
         self.work: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self._known = {_key(tensor) for tensor in known}
+        self._known = {storage_key(tensor) for tensor in known}
         self._storages: dict[int, tuple[str, int]] = {}
         self._answers: dict[int, int] = {}
         self._peak_bytes = 0
 
     def label(self, tensor: Tensor, label: str) -> Tensor:
         """Count a tensor's storage under another label from now on."""
-        key = _key(tensor)
+        key = storage_key(tensor)
         if key in self._storages:
             old, size = self._storages[key]
             self.live[old] -= size
@@ -114,7 +122,7 @@ class ShapeTrace(CollectiveWatch):
             return self._see(func, args, kwargs, _grouped_gemm_shape(*args, **kwargs))
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace == "c10d":
-            for tensor in _tensors(args):
+            for tensor in tensors_in(args):
                 self.label(tensor, "exchange")
         elif func.namespace == "aten":
             self._see(func, args, kwargs, result)
@@ -125,17 +133,19 @@ class ShapeTrace(CollectiveWatch):
         return result
 
     def _see(self, func: Any, args: tuple, kwargs: dict, result: Any) -> Any:
-        outputs, inputs = _tensors(result), _tensors((args, kwargs))
+        outputs, inputs = tensors_in(result), tensors_in((args, kwargs))
         for tensor in outputs:
-            key, storage = _key(tensor), tensor.untyped_storage()
+            key, storage = storage_key(tensor), tensor.untyped_storage()
             if key not in self._known and key not in self._storages:
                 self._storages[key] = ("activations", storage.nbytes())
                 self.live["activations"] += storage.nbytes()
                 weakref.finalize(storage, self._forget, key)
         if (total := self.live.total()) > self._peak_bytes:
             self._peak_bytes, self.peak = total, self.live.copy()
-        read = {_key(tensor) for tensor in inputs}
-        is_view = not func._schema.is_mutable and all(_key(tensor) in read for tensor in outputs)
+        read = {storage_key(tensor) for tensor in inputs}
+        is_view = not changes_inputs(func) and all(
+            storage_key(tensor) in read for tensor in outputs
+        )
         if outputs and not is_view:
             unique = {id(tensor): tensor for tensor in inputs + outputs}.values()
             kind, flops = _flops(func, args, kwargs, result)
@@ -149,9 +159,9 @@ class ShapeTrace(CollectiveWatch):
 
 def _sent_by(func: Any, args: tuple) -> Sent:
     """Read what a collective operation of torch sends from its arguments."""
-    name = func._overloadpacket.__name__
+    name = operation_family(func).__name__
     if name != "alltoall_base_":
-        return Sent(name, (sum(t.numel() * t.element_size() for t in _tensors(args)),))
+        return Sent(name, (sum(t.numel() * t.element_size() for t in tensors_in(args)),))
     _, tensor, group, _, sizes = args[:5]
     members = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
     row = math.prod(tensor.shape[1:]) * tensor.element_size()
@@ -159,14 +169,6 @@ def _sent_by(func: Any, args: tuple) -> Sent:
     return Sent(
         name, tuple(count * row for count in counts), members, floating=tensor.is_floating_point()
     )
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _grouped_gemm_shape(
@@ -180,14 +182,15 @@ def _grouped_gemm_shape(
 
 def _flops(func: Any, args: tuple, kwargs: dict, result: Any) -> tuple[str, int]:
     """Return the kind of an operation and its floating-point operations."""
-    name = func._overloadpacket.__name__
+    family = operation_family(func)
+    name = family.__name__
     if func is _GROUPED_GEMM:
         return "matrix", 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[-1]
     if name in _ATTENTION:
         heads = args[1] if name.endswith("backward") else args[0]
         batch, num_heads, tokens, width = heads.shape
         return "attention", _ATTENTION[name] * 2 * batch * num_heads * tokens * tokens * width
-    counter = flop_registry.get(func._overloadpacket)
+    counter = flop_registry.get(family)
     if counter is None:
         return "other", 0
     kind = "attention" if "attention" in name else "matrix"

@@ -1,10 +1,9 @@
 """Several hosts on one Linux machine: each has its own network, processes, name and ssh server; a
 bridge joins them.
 
-What is shared is the file system, as on a cluster. Everything hangs from processes that die with
-this one, and namespaces
+They share the file system, as on a cluster. All their processes die with this one, and namespaces
 with their last process: there is nothing to clean up after a crash, and any number of clusters can
-live side by side.
+run side by side.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 _COMMANDS = ("unshare", "nsenter", "ip", "tc", "ssh", "ssh-keygen", "pdsh")
 _SSHD = "/usr/sbin/sshd"
@@ -82,11 +83,7 @@ def why_not() -> str:
     trial = subprocess.run(
         ["unshare", *_NAMESPACES, "--fork", "sh", "-c", script], capture_output=True, text=True
     )
-    return (
-        f"namespaces, bridges or veth are not to be had: {trial.stderr.strip()}"
-        if trial.returncode
-        else ""
-    )
+    return f"no namespaces, bridges or veth: {trial.stderr.strip()}" if trial.returncode else ""
 
 
 class Cluster:
@@ -148,48 +145,46 @@ class Cluster:
         self, name: str, *command: str, cwd: Path = Path("/"), timeout: float = 240.0, **options
     ) -> subprocess.CompletedProcess:
         """Run a command on a host to its end."""
-        process = self.popen(
-            name, *command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-        )
+        pipe = subprocess.PIPE
+        process = self.popen(name, *command, cwd=cwd, stdout=pipe, stderr=pipe, **options)
         try:
             output, errors = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
+        finally:
             process.kill()
-            raise
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def processes(self, name: str, part: str) -> dict[int, str]:
         """Return the processes of a host whose command line holds `part`, by their id on this
         machine.
         """
-        space, found = (Path("/proc") / str(self._pids[name]) / "ns/pid").readlink(), {}
-        for folder in Path("/proc").iterdir():
+        space, found = Path(f"/proc/{self._pids[name]}/ns/pid").readlink(), {}
+        for process in psutil.process_iter(["cmdline"]):
+            command = " ".join(process.info["cmdline"] or ())
             with suppress(OSError):
-                if folder.name.isdigit() and (folder / "ns/pid").readlink() == space:
-                    command = (
-                        (folder / "cmdline")
-                        .read_bytes()
-                        .decode(errors="replace")
-                        .replace("\0", " ")
-                    )
-                    if part in command:
-                        found[int(folder.name)] = command
+                if part in command and Path(f"/proc/{process.pid}/ns/pid").readlink() == space:
+                    found[process.pid] = command
         return found
 
-    def set_link(self, name: str, state: str) -> None:
-        """Pull (`down`) or plug (`up`) a host's cable."""
-        self._in_switch(f"ip link set {_port(name)} {state}")
+    @contextmanager
+    def unplugged(self, name: str) -> Iterator[None]:
+        """Pull a host's cable, and plug it in again."""
+        self._in_switch(f"ip link set {_port(name)} down")
+        try:
+            yield
+        finally:
+            self._in_switch(f"ip link set {_port(name)} up")
 
-    def limit(self, name: str, rate: str) -> None:
+    @contextmanager
+    def limited(self, name: str, rate: str) -> Iterator[None]:
         """Limit what a host sends and receives, e.g. to `20mbit`."""
         shape = f"root tbf rate {rate} burst 32kb latency 400ms"
-        self._in_switch(f"tc qdisc replace dev {_port(name)} {shape}")
-        self._checked(self._enter(name), f"tc qdisc replace dev eth0 {shape}")
-
-    def unlimit(self, name: str) -> None:
-        """Take the limits off again."""
-        self._in_switch(f"tc qdisc del dev {_port(name)} root")
-        self._checked(self._enter(name), "tc qdisc del dev eth0 root")
+        self._in_switch(f"tc qdisc add dev {_port(name)} {shape}")
+        self._checked(self._enter(name), f"tc qdisc add dev eth0 {shape}")
+        try:
+            yield
+        finally:
+            self._in_switch(f"tc qdisc del dev {_port(name)} root")
+            self._checked(self._enter(name), "tc qdisc del dev eth0 root")
 
     @contextmanager
     def delayed(self, name: str, seconds: float) -> Iterator[None]:
@@ -246,13 +241,10 @@ class Cluster:
             env={"PATH": os.environ["PATH"]},
         )
         self._keepers.append(keeper)
-        children, deadline = (
-            Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children"),
-            time.monotonic() + _START_SECONDS,
-        )
+        deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline and keeper.poll() is None:
-            if found := children.read_text().split():
-                return int(found[0])
+            if found := psutil.Process(keeper.pid).children():
+                return found[0].pid
             time.sleep(0.02)
         raise RuntimeError(f"no namespace for {command}")
 
@@ -281,6 +273,17 @@ class Cluster:
     def _checked(enter: list[str], script: str) -> None:
         done = subprocess.run([*enter, "sh", "-c", script], capture_output=True, text=True)
         assert done.returncode == 0, f"{script}: {done.stderr}"
+
+
+@contextmanager
+def replaced(path: Path, text: str) -> Iterator[None]:
+    """Write a file, and write its former content back."""
+    before = path.read_text()
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.write_text(before)
 
 
 def _port(name: str) -> str:

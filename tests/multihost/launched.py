@@ -5,13 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.distributed.jobs import TINY, metrics
-from tests.processes import REPOSITORY
+from tests.processes import REPOSITORY, wait_until
 
 from .cluster import Cluster
 
@@ -84,6 +82,15 @@ class Launched:
         return found
 
 
+def launch_command(
+    program: str, hostfile: Path, run_dir: Path, *options: str, training: list[str]
+) -> list[str]:
+    """Return the command of `promoe_ds.cli.launch` or `preflight`."""
+    start = [sys.executable, "-m", f"promoe_ds.cli.{program}", "--hostfile", str(hostfile)]
+    recipe = ["--recipe", "digits_promoe", "--deepspeed_config", "ds_configs/zero2_fp32.json"]
+    return [*start, *options, "--", *recipe, "--run-dir", str(run_dir), *training]
+
+
 def launch(
     cluster: Cluster,
     folder: Path,
@@ -102,35 +109,12 @@ def launch(
     )
     training = ["--set", *TINY, *TIMEOUTS, *overrides]
     run_dir = run_dir or folder / "run"
-    hosts, recipe, config = str(folder / "hosts"), "digits_promoe", "ds_configs/zero2_fp32.json"
-    command = [
-        sys.executable,
-        "-m",
-        "promoe_ds.cli.launch",
-        "--hostfile",
-        hosts,
-        *options,
-        "--",
-        "--recipe",
-        recipe,
-        "--deepspeed_config",
-        config,
-        "--run-dir",
-        str(run_dir),
-        *training,
-    ]
     if script:
-        command = [
-            "bash",
-            "launch_scripts/multinode.sh",
-            hosts,
-            recipe,
-            config,
-            str(run_dir),
-            *options,
-            "--",
-            *training,
-        ]
+        positional = (folder / "hosts", "digits_promoe", "ds_configs/zero2_fp32.json", run_dir)
+        command = ["bash", "launch_scripts/multinode.sh", *map(str, positional)]
+        command += [*options, "--", *training]
+    else:
+        command = launch_command("launch", folder / "hosts", run_dir, *options, training=training)
     with (folder / "output").open("w") as output:
         process = cluster.popen(
             "host1",
@@ -158,15 +142,6 @@ def ranks(cluster: Cluster, name: str) -> list[int]:
     return [
         pid for pid, command in cluster.processes(name, RANK).items() if LAUNCHER not in command
     ]
-
-
-def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> float:
-    """Wait for a condition; return how many seconds it took."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < timeout, f"not within {timeout} s: {what}"
-        time.sleep(0.1)
-    return time.monotonic() - started
 
 
 KILL, TERM, FREEZE = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP

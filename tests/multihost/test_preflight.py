@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ from promoe_ds.launch.remote import ssh_command
 from tests.distributed.jobs import TINY
 from tests.processes import REPOSITORY
 
-from .cluster import Cluster
+from .cluster import Cluster, replaced
+from .launched import launch_command
 
 pytestmark = pytest.mark.multihost
 
@@ -23,24 +23,9 @@ def _preflight(
     cluster: Cluster, folder: Path, hostfile: str, *, options: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess:
     (folder / "hosts").write_text(hostfile)
-    command = [
-        sys.executable,
-        "-m",
-        "promoe_ds.cli.preflight",
-        "--hostfile",
-        str(folder / "hosts"),
-        *options,
-        "--",
-        "--recipe",
-        "digits_promoe",
-        "--deepspeed_config",
-        "ds_configs/zero2_fp32.json",
-        "--run-dir",
-        str(folder / "run"),
-        "--set",
-        *TINY,
-        "parallel.ep_size=1",
-    ]
+    training = ["--set", *TINY, "parallel.ep_size=1"]
+    paths = folder / "hosts", folder / "run"
+    command = launch_command("preflight", *paths, *options, training=training)
     return cluster.run("host1", *command, cwd=REPOSITORY)
 
 
@@ -61,18 +46,14 @@ def test_preflight_defects_of_several_hosts_are_all_named(three_hosts, tmp_path)
     """One host's run directory is its own, another has no package."""
     shared = tmp_path / "run"
     shared.mkdir()
-    assert three_hosts.run("host2", "mount", "-t", "tmpfs", "tmpfs", str(shared)).returncode == 0
-    assert (
-        three_hosts.run(
-            "host3", "mount", "-t", "tmpfs", "tmpfs", str(REPOSITORY / "promoe_ds")
-        ).returncode
-        == 0
-    )
+    hidden = {"host2": str(shared), "host3": str(REPOSITORY / "promoe_ds")}
+    for host, folder in hidden.items():
+        assert three_hosts.run(host, "mount", "-t", "tmpfs", "tmpfs", folder).returncode == 0
     try:
         done = _preflight(three_hosts, tmp_path, THREE)
     finally:
-        three_hosts.run("host2", "umount", str(shared))
-        three_hosts.run("host3", "umount", str(REPOSITORY / "promoe_ds"))
+        for host, folder in hidden.items():
+            three_hosts.run(host, "umount", folder)
     assert done.returncode == 10, done.stdout
     assert f"  host2: --run-dir {shared} is another folder there than here: " in done.stderr
     assert "  host3: the agent ended with code 1: " in done.stderr
@@ -81,18 +62,14 @@ def test_preflight_defects_of_several_hosts_are_all_named(three_hosts, tmp_path)
 
 
 def test_preflight_unreachable_and_locked_hosts_are_named(three_hosts, tmp_path) -> None:
-    three_hosts.set_link("host3", "down")
     config = three_hosts.home("host1") / ".ssh/config"
-    before = config.read_text()
-    config.write_text(
+    locked = (
         "Host host2\n  IdentityFile /nowhere\n  User root\n  UserKnownHostsFile "
-        f"{three_hosts.root}/known_hosts\nHost host1 host3\n" + before.partition("\n")[2]
+        f"{three_hosts.root}/known_hosts\nHost host1 host3\n"
+        + config.read_text().partition("\n")[2]
     )
-    try:
+    with replaced(config, locked), three_hosts.unplugged("host3"):
         done = _preflight(three_hosts, tmp_path, THREE)
-    finally:
-        three_hosts.set_link("host3", "up")
-        config.write_text(before)
     assert done.returncode == 10
     assert (
         "  host2: ssh failed: root@host2: Permission denied (publickey).: install your key there"
@@ -131,13 +108,8 @@ def test_preflight_port_gpus_and_interface_are_checked(two_hosts, tmp_path) -> N
         "host1: has no interface ib0 with an address (it has lo 127.0.0.1, eth0 10.87.2.1): "
         in done.stderr
     )
-    environment = two_hosts.home("host1") / ".deepspeed_env"
-    before = environment.read_text()
-    environment.write_text("OMP_NUM_THREADS=1\n")
-    try:
+    with replaced(two_hosts.home("host1") / ".deepspeed_env", "OMP_NUM_THREADS=1\n"):
         done = _preflight(two_hosts, tmp_path, two)
-    finally:
-        environment.write_text(before)
     assert "host2: 0 GPUs, but slots=1: " in done.stderr
 
 
@@ -145,29 +117,11 @@ def test_host_just_back_is_reached(two_hosts) -> None:
     """The kernel looks for a silent neighbour for 3 s and fails whatever waits then, even if the
     cable is back by that time.
     """
-    two_hosts.set_link("host2", "down")
-    two_hosts.run("host1", "ip", "neighbour", "flush", "all")
-    probe = two_hosts.popen(
-        "host1",
-        "ssh",
-        "-o",
-        "BatchMode=yes",
-        "host2",
-        "true",
-        cwd=Path("/"),
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    quiet = {"cwd": Path("/"), "stderr": subprocess.DEVNULL}
+    with two_hosts.unplugged("host2"):
+        two_hosts.run("host1", "ip", "neighbour", "flush", "all")
+        probe = two_hosts.popen("host1", "ssh", "-o", "BatchMode=yes", "host2", "true", **quiet)
         time.sleep(2.5)
-    finally:
-        two_hosts.set_link("host2", "up")
     done = two_hosts.run("host1", *ssh_command("host2", ["true"]))
     assert probe.wait(120) == 255, "the probe should have failed, or there was nothing to survive"
     assert done.returncode == 0, done.stderr
-
-
-def test_hosts_are_separate(two_hosts) -> None:
-    """The fixture's own promise: names, networks and processes of their own."""
-    assert two_hosts.run("host2", "hostname").stdout == "host2\n" != f"{socket.gethostname()}\n"
-    assert "eth0" in two_hosts.run("host1", "ip", "-o", "address").stdout
-    assert len(two_hosts.run("host1", "ps", "ax").stdout.splitlines()) < 10

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .cluster import Cluster
+from .cluster import Cluster, replaced
 from .launched import PATIENCE, TERM, Launched, launch, launcher_process, ranks, wait_until
 
 pytestmark = pytest.mark.multihost
@@ -39,9 +39,7 @@ def test_one_rank_a_host_equals_single_host_and_values_arrive(
     two_hosts, tmp_path, single_host_losses
 ) -> None:
     environment = two_hosts.home("host1") / ".deepspeed_env"
-    before = environment.read_text()
-    environment.write_text(f"{before}NASTY={NASTY}\n")
-    try:
+    with replaced(environment, f"{environment.read_text()}NASTY={NASTY}\n"):
         job = launch(
             two_hosts,
             tmp_path,
@@ -59,8 +57,6 @@ def test_one_rank_a_host_equals_single_host_and_values_arrive(
                 f"/proc/{rank}/cmdline"
             ).read_text().split("\0")
             assert _listening(rank) == {address}
-    finally:
-        environment.write_text(before)
     assert job.end() == 0, job.log()
     assert job.losses() == pytest.approx(single_host_losses["four_experts"], rel=1e-5)
     assert (
@@ -116,20 +112,16 @@ def test_step_time_of_limited_and_delayed_links_is_what_bytes_and_exchanges_ask_
     job.wait_for_step(5)
     free, sent = _measure(two_hosts, job, 25)
     lines = [f"no limit: {free * 1e3:.0f} ms a step, {sent / 1e6:.2f} MB sent by a host"]
-    try:
-        for megabits in (100, 30):
-            two_hosts.limit("host2", f"{megabits}mbit")
+    for megabits in (100, 30):
+        with two_hosts.limited("host2", f"{megabits}mbit"):
             limited, sent = _measure(two_hosts, job, 12)
-            # Both directions run at once and are equally full: a step cannot be shorter than one
-            # takes.
-            wire = 8 * sent / (megabits * 1e6)
-            lines.append(
-                f"{megabits} Mbit/s: {limited * 1e3:.0f} ms a step, {sent / 1e6:.2f} MB,"
-                f" {wire * 1e3:.0f} ms on the wire"
-            )
-            assert limited > 0.8 * wire, lines
-    finally:
-        two_hosts.unlimit("host2")
+        # Both directions run at once and are equally full: a step cannot be shorter than one takes.
+        wire = 8 * sent / (megabits * 1e6)
+        lines.append(
+            f"{megabits} Mbit/s: {limited * 1e3:.0f} ms a step, {sent / 1e6:.2f} MB,"
+            f" {wire * 1e3:.0f} ms on the wire"
+        )
+        assert limited > 0.8 * wire, lines
     late_steps = []
     for milliseconds in (1, 21):
         with two_hosts.delayed("host2", milliseconds / 1e3):

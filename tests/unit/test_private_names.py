@@ -24,17 +24,6 @@ CORNERS = "*_private.py"
 ALLOWED = {
     # Diffusers' protocol for pipelines: where to compute, whatever its offloading hooks do.
     "pipeline/pipeline.py": {"_execution_device"},
-    # A trace of what torch would compute reads operations as torch dispatches them.
-    "planning/shapes.py": {"_internal", "_parameters", "_subclasses"},
-    "planning/trace.py": {
-        "_cdata",
-        "_grouped_mm",
-        "_local_scalar_dense",
-        "_overloadpacket",
-        "_python_dispatch",
-        "_pytree",
-        "_schema",
-    },
 }
 _PRIVATE = re.compile(r"_[A-Za-z]\w*")
 

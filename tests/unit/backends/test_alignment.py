@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.candidates import for_timing, session_of
+from benchmarks.candidates import build_trainer, for_timing
 from benchmarks.processes import single_process
 from promoe_ds.backends import parameter_groups
 from promoe_ds.checkpoint.load import load_checkpoint
@@ -36,16 +36,16 @@ def config_of(method: str, **routing: int) -> RunConfig:
 
 
 @contextmanager
-def open_session(config: RunConfig, *, bf16: bool) -> Iterator[Trainer]:
-    session = session_of(config, bf16=bf16)
-    yield session
-    session.engine.destroy()
+def open_trainer(config: RunConfig, *, bf16: bool) -> Iterator[Trainer]:
+    trainer = build_trainer(config, bf16=bf16)
+    yield trainer
+    trainer.engine.destroy()
 
 
-def off_16_bytes(session: Trainer) -> list[str]:
+def off_16_bytes(trainer: Trainer) -> list[str]:
     return [
         name
-        for name, p in session.module.named_parameters()
+        for name, p in trainer.module.named_parameters()
         if p.numel() % 8 == 0 and p.data_ptr() % 16
     ]
 
@@ -70,35 +70,35 @@ def contents(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     ],
 )
 def test_weights_in_bf16_begin_at_16_bytes_whatever_the_routers_biases(method, routing) -> None:
-    with open_session(config_of(method, **routing), bf16=True) as session:
-        assert parameter_groups.is_reordered(session.module, session.config.optimizer, "bf16")
-        assert off_16_bytes(session) == []
-        session.train_step()
-        assert off_16_bytes(session) == []
+    with open_trainer(config_of(method, **routing), bf16=True) as trainer:
+        assert parameter_groups.is_reordered(trainer.module, trainer.config.optimizer, "bf16")
+        assert off_16_bytes(trainer) == []
+        trainer.train_step()
+        assert off_16_bytes(trainer) == []
 
 
 def test_order_of_weights_without_odd_sizes_and_in_fp32_is_the_networks() -> None:
-    with open_session(config_of("token_choice"), bf16=True) as session:
-        assert not parameter_groups.is_reordered(session.module, session.config.optimizer, "bf16")
-    with open_session(config_of("diff_moe"), bf16=False) as session:
-        assert not parameter_groups.is_reordered(session.module, session.config.optimizer, "fp32")
+    with open_trainer(config_of("token_choice"), bf16=True) as trainer:
+        assert not parameter_groups.is_reordered(trainer.module, trainer.config.optimizer, "bf16")
+    with open_trainer(config_of("diff_moe"), bf16=False) as trainer:
+        assert not parameter_groups.is_reordered(trainer.module, trainer.config.optimizer, "fp32")
 
 
 def test_resume_from_a_checkpoint_of_the_former_order_is_exact(tmp_path, monkeypatch) -> None:
     config = config_of("diff_moe", num_experts=12)
     with monkeypatch.context() as before:
         before.setattr(parameter_groups, "_ALIGNED", 1)
-        with open_session(config, bf16=True) as session:
-            assert off_16_bytes(session)
-            session.train_step()
-            Saver(session, tmp_path / "former").save()
-            expected = session.train_step()
+        with open_trainer(config, bf16=True) as trainer:
+            assert off_16_bytes(trainer)
+            trainer.train_step()
+            Saver(trainer, tmp_path / "former").save()
+            expected = trainer.train_step()
     former = tmp_path / "former" / "step_0000001"
     assert not read_manifest(former).layout.aligned
-    with open_session(config, bf16=True) as session:
-        load_checkpoint(session, former, same_run=True)
-        Saver(session, tmp_path / "now").save()
-        found = session.train_step()
+    with open_trainer(config, bf16=True) as trainer:
+        load_checkpoint(trainer, former, same_run=True)
+        Saver(trainer, tmp_path / "now").save()
+        found = trainer.train_step()
     now = tmp_path / "now" / "step_0000001"
     assert read_manifest(now).layout.aligned
     there, here = contents(former), contents(now)
@@ -108,7 +108,7 @@ def test_resume_from_a_checkpoint_of_the_former_order_is_exact(tmp_path, monkeyp
     assert {name: float(value) for name, value in found.terms.items()} == {
         name: float(value) for name, value in expected.terms.items()
     }
-    with open_session(config, bf16=True) as session:  # its own order is loaded by DeepSpeed itself
-        load_checkpoint(session, now, same_run=True)
-        again = session.train_step()
+    with open_trainer(config, bf16=True) as trainer:  # its own order is loaded by DeepSpeed itself
+        load_checkpoint(trainer, now, same_run=True)
+        again = trainer.train_step()
     assert float(again.grad_norm) == float(found.grad_norm)

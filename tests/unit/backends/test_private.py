@@ -21,24 +21,19 @@ from promoe_ds.errors import ConfigError
 from promoe_ds.private_names import check_names, check_parameters, find_private
 from promoe_ds.torch_private import KeepsBuffersPrecise
 
-CORNERS = [torch_private, deepspeed_private]
+TABLES = [torch_private.NAMES, torch_private.TRACE_NAMES, deepspeed_private.NAMES]
 if find_spec("megatron"):
     from promoe_ds.backends import megatron_private
 
-    CORNERS.append(megatron_private)
+    TABLES.append(megatron_private.NAMES)
 
 
 @pytest.mark.parametrize(
-    ("corner", "path", "name"),
-    [
-        (corner, path, name)
-        for corner in CORNERS
-        for path, names in corner.NAMES.items()
-        for name in names
-    ],
+    ("table", "path", "name"),
+    [(table, path, name) for table in TABLES for path, names in table.items() for name in names],
 )
-def test_check_names_reports_each_name_that_has_moved(corner, path, name, monkeypatch) -> None:
-    check_names(corner.NAMES)
+def test_check_names_reports_each_name_that_has_moved(table, path, name, monkeypatch) -> None:
+    check_names(table)
     owner = importlib.import_module(path)
     *parts, attribute = name.split(".")
     for part in parts:
@@ -47,7 +42,7 @@ def test_check_names_reports_each_name_that_has_moved(corner, path, name, monkey
         if attribute in vars(where):
             monkeypatch.delattr(where, attribute)
     with pytest.raises(ConfigError) as error:
-        check_names(corner.NAMES)
+        check_names(table)
     library = path.partition(".")[0].replace("megatron", "megatron.core")
     version = importlib.import_module(library).__version__
     assert f"{library} {version} has no" in str(error.value) and attribute in str(error.value)
@@ -93,6 +88,17 @@ def test_file_without_offsets_is_reported(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.UntypedStorage, "_checkpoint_offset", property(), raising=False)
     with pytest.raises(ConfigError, match=r"torch .*_checkpoint_offset"):
         torch_private.file_offset(place)
+
+
+def test_operation_that_tells_nothing_of_itself_is_reported() -> None:
+    for read, name in (
+        (torch_private.operation_family, "_overloadpacket"),
+        (torch_private.changes_inputs, "_schema"),
+    ):
+        with pytest.raises(ConfigError, match=rf"torch .*{name}"):
+            read(SimpleNamespace())
+    with pytest.raises(ConfigError, match=r"torch .*aten\._nowhere"):
+        torch_private.traced_operation("_nowhere.default")
 
 
 def test_prepared_library_compiles_nothing_and_takes_our_optimizer() -> None:

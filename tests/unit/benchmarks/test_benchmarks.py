@@ -18,10 +18,10 @@ from benchmarks.candidates import (
     LIBRARIES,
     build_each,
     for_timing,
-    in_session,
     initialised,
     layer_of,
     with_dispatch,
+    with_trainer,
     without_experts,
 )
 from benchmarks.data import benchmark_data
@@ -135,21 +135,21 @@ def test_self_test_runs_on_after_parts_that_fail_and_reports_what_it_finds(monke
     )
 
 
-def test_session_is_gone_before_the_next_one_is_built() -> None:
+def test_trainer_is_gone_before_the_next_one_is_built() -> None:
     seen: list[weakref.ref] = []
     alive: list[bool] = []
 
-    def body(session: Any) -> None:
+    def body(trainer: Any) -> None:
         alive.extend(each() is not None for each in seen)
-        seen.append(weakref.ref(session.module))
-        session.train_step()
+        seen.append(weakref.ref(trainer.module))
+        trainer.train_step()
         if len(seen) == 2:
             raise MemoryError("as if memory had run out")
 
     with single_process():
         for attempt in range(3):
             try:
-                in_session(for_timing(small(), micro_batch=2), body, bf16=False)
+                with_trainer(for_timing(small(), micro_batch=2), body, bf16=False)
             except MemoryError:
                 assert attempt == 1
     assert (len(seen), alive) == (3, [False] * 3)

@@ -43,11 +43,6 @@ def test_list_of_hosts_is_expanded(text: str, names: list[str]) -> None:
     assert expand_hosts(text) == names
 
 
-def test_hostfile_missing_is_an_error_not_a_single_host(tmp_path) -> None:
-    with pytest.raises(LaunchError, match=r"hosts: no such file.*single_node\.sh"):
-        read_hostfile(tmp_path / "hosts")
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -113,7 +108,9 @@ def test_hostfile_bad_line_is_named(tmp_path, line, message) -> None:
         read_hostfile(tmp_path / "hosts")
 
 
-def test_hostfile_without_hosts_is_refused(tmp_path) -> None:
+def test_hostfile_missing_or_without_hosts_is_an_error_not_a_single_host(tmp_path) -> None:
+    with pytest.raises(LaunchError, match=r"hosts: no such file.*single_node\.sh"):
+        read_hostfile(tmp_path / "hosts")
     (tmp_path / "hosts").write_text("# nobody\n")
     with pytest.raises(LaunchError, match="no host in it"):
         read_hostfile(tmp_path / "hosts")

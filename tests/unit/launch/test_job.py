@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,6 @@ from promoe_ds.launch.attempt import Attempt, Outcome
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.job import _prepare, run_job
 from promoe_ds.launch.layout import Job
-from promoe_ds.launch.remote import RemoteError
 from promoe_ds.launch.shutdown import ShutdownRequest
 
 HOSTS = (Host("host1", 1), Host("host2", 1))
@@ -60,14 +59,17 @@ def shutdown(monkeypatch, tmp_path) -> Iterator[ShutdownRequest]:
         signal.signal(number, handler)
 
 
-def _recording(started: list[Attempt]) -> Callable[[Attempt, ShutdownRequest], Outcome]:
-    """Stand in for an attempt of which no rank writes a status."""
+@pytest.fixture
+def started(monkeypatch) -> list[Attempt]:
+    """Return the attempts that were started, of none of which a rank writes a status."""
+    found: list[Attempt] = []
 
     def run_attempt(attempt: Attempt, shutdown: ShutdownRequest) -> Outcome:
-        started.append(attempt)
+        found.append(attempt)
         return Outcome(code=1, statuses=[], unreachable={})
 
-    return run_attempt
+    monkeypatch.setattr(jobs, "run_attempt", run_attempt)
+    return found
 
 
 def _job(folder: Path, *overrides: str, restarts: int = 2) -> Job:
@@ -94,22 +96,20 @@ def _described(host: str) -> dict:
 
 
 @pytest.mark.parametrize("dead", [set(), {"host2"}, {"host1", "host2"}])
-def test_job_shutdown_between_attempts_starts_none(tmp_path, monkeypatch, shutdown, dead) -> None:
+def test_job_shutdown_between_attempts_starts_none(
+    tmp_path, monkeypatch, shutdown, started, dead
+) -> None:
     """The request comes while the launcher asks the hosts, whether it waits for one of them or
     not.
     """
-    started: list[Attempt] = []
 
-    def on_all(*unused: object) -> dict:
+    def on_all(*unused: object) -> tuple[dict, dict]:
         os.kill(os.getpid(), signal.SIGTERM)
-        return {
-            name: RemoteError("no route") if name in dead else _described(name)
-            for name in ("host1", "host2")
-        }
+        living = {"host1", "host2"} - dead
+        return {name: _described(name) for name in living}, dict.fromkeys(dead, "no route")
 
     monkeypatch.setattr(jobs, "connected", lambda *unused: nullcontext({}))
     monkeypatch.setattr(jobs, "on_all", on_all)
-    monkeypatch.setattr(jobs, "run_attempt", _recording(started))
     before = time.monotonic()
     report = run_job(_job(tmp_path))
     assert (report.code, report.restart, len(started)) == (75, False, 1)
@@ -118,9 +118,7 @@ def test_job_shutdown_between_attempts_starts_none(tmp_path, monkeypatch, shutdo
     assert not (tmp_path / "launch/launcher.json").exists()
 
 
-def test_job_patience_covers_set_up_evaluation_and_save(tmp_path, monkeypatch, shutdown) -> None:
-    started: list[Attempt] = []
-    monkeypatch.setattr(jobs, "run_attempt", _recording(started))
+def test_job_patience_covers_set_up_evaluation_and_save(tmp_path, shutdown, started) -> None:
     common = (
         "supervision.setup_timeout_seconds=100",
         "supervision.evaluation_timeout_seconds=3000",
@@ -176,16 +174,7 @@ def test_restart_leaves_the_named_start_for_finished_checkpoints_only(
     tmp_path: Path, folder: str | None, expected: tuple
 ) -> None:
     (tmp_path / "checkpoints" / (folder or "")).mkdir(parents=True)
-    config, host = load_config("digits_promoe"), Host(name="localhost", slots=1)
-    job = Job(
-        hosts=(host,),
-        arguments=("--resume", "starts/promoe"),
-        recipe="digits_promoe",
-        overrides=(),
-        deepspeed_config="",
-        config=config,
-        run_dir=tmp_path,
-        interface="lo",
-    )
-    hosts = {"localhost": {"interfaces": {"lo": "127.0.0.1"}, "addresses": {}}}
-    assert _prepare(job, hosts, {}, tmp_path / "launch", restart=True).arguments == expected
+    job = replace(_job(tmp_path), arguments=("--resume", "starts/promoe"))
+    hosts = {host.name: _described(host.name) for host in HOSTS}
+    attempt = _prepare(job, hosts, {}, tmp_path / "launch", restart=True)
+    assert attempt.arguments == expected

@@ -24,10 +24,6 @@ def _left_by_another_host(path: Path, **changes: object) -> None:
     )
 
 
-def _age(path: Path, seconds: float) -> None:
-    os.utime(path, (time.time() - seconds,) * 2)
-
-
 def test_lock_is_given_back(tmp_path) -> None:
     for _ in range(2):
         with locked(tmp_path / "lock", 60) as left_behind:
@@ -90,7 +86,7 @@ def test_lock_renewed_from_another_host_is_refused_and_an_old_one_taken(tmp_path
 def test_lock_not_renewed_for_long_or_damaged_is_taken_without_waiting(tmp_path, content) -> None:
     path, before = tmp_path / "lock", time.monotonic()
     path.write_text(content)
-    _age(path, 100)
+    os.utime(path, (time.time() - 100,) * 2)
     with locked(path, 60) as left_behind:
         assert left_behind
     assert time.monotonic() - before < 10 and list(tmp_path.iterdir()) == []

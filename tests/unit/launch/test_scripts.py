@@ -7,12 +7,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[3]
+from tests.processes import REPOSITORY, wait_until
+
 #: A step whose ranks write the statuses `RANK:CODE` and ends with a code. One rank on each of two
 # nodes.
 _SRUN = """#!/bin/bash
@@ -109,18 +109,11 @@ def _run_ranks(folder: Path, rank: str) -> subprocess.Popen:
     return subprocess.Popen(["bash", "-c", script], cwd=REPOSITORY, env=_environment(folder))
 
 
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 100
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_run_ranks_stop_reaches_ranks_that_were_not_there_yet(tmp_path) -> None:
     runner = _run_ranks(
         tmp_path, f"trap 'kill $!; touch {tmp_path}/saved; exit 75' TERM; sleep 90 & wait"
     )
-    _wait_for(tmp_path / "launched")
+    wait_until((tmp_path / "launched").exists, 100, "launched")
     runner.send_signal(signal.SIGTERM)
     assert runner.wait(100) == 75
     assert (tmp_path / "saved").exists()
@@ -128,7 +121,7 @@ def test_run_ranks_stop_reaches_ranks_that_were_not_there_yet(tmp_path) -> None:
 
 def test_run_ranks_killed_by_a_request_before_it_could_take_it_counts_as_stopped(tmp_path) -> None:
     requested = _run_ranks(tmp_path, f"touch {tmp_path}/started; sleep 0.3; exit 241")
-    _wait_for(tmp_path / "started")
+    wait_until((tmp_path / "started").exists, 100, "started")
     requested.send_signal(signal.SIGUSR1)
     assert requested.wait(100) == 75
     (tmp_path / "unrequested").mkdir()
@@ -144,7 +137,7 @@ def test_run_ranks_end_while_a_signal_is_handled_keeps_its_code(tmp_path) -> Non
         tmp_path, trapped=str(tmp_path / "trapped"), ready=str(tmp_path / "ready")
     )
     waiting = subprocess.Popen(["bash", "-c", script], cwd=REPOSITORY, env=environment)
-    _wait_for(tmp_path / "ready")
+    wait_until((tmp_path / "ready").exists, 100, "ready")
     waiting.send_signal(signal.SIGTERM)
     assert waiting.wait(100) == 75
     assert (tmp_path / "trapped").exists()

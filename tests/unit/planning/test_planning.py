@@ -1,80 +1,32 @@
-"""The planner: what a trace counts, how ZeRO cuts, what travels where, what fits; by hand-made
-sums.
-"""
+"""The planner: what a trace counts, how ZeRO cuts, what travels where; by hand-made sums."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from promoe_ds.cli.plan import main
 from promoe_ds.config import (
     RunConfig,
     count_parameters,
-    load_config,
     plan_batches,
     resolve_deepspeed,
     training_flops_per_image,
 )
-from promoe_ds.config.devices import DEVICES, bf16_peak
 from promoe_ds.errors import ConfigError
-from promoe_ds.planning.cluster import Cluster, ClusterLayout, layout_of
+from promoe_ds.planning.cluster import layout_of
 from promoe_ds.planning.estimate import Efficiency, Link, _ring
-from promoe_ds.planning.planner import RESERVE, StepPlan, plan_lines, plan_step
-from promoe_ds.planning.search import _estimate, best_layout, choice_lines
-from promoe_ds.planning.shapes import PassShapes, fake_world, trace_pass
+from promoe_ds.planning.planner import plan_lines, plan_step
+from promoe_ds.planning.shapes import trace_pass
 from promoe_ds.planning.trace import ShapeTrace
 from promoe_ds.planning.zero import States, states_of_config, states_of_groups
 
 from ..builders import METHODS, of_method, small_config
+from .scenes import cluster, config, layout, planned
 
-H100 = DEVICES["h100"]
-
-
-@pytest.fixture(autouse=True)
-def _ranks_that_do_not_exist(request: pytest.FixtureRequest) -> Iterator[None]:
-    with fake_world(getattr(request, "param", 4)):
-        yield
-
-
-def cluster(nodes: int = 1, gpus_per_node: int = 4, **device: Any) -> Cluster:
-    return Cluster(
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        device=replace(H100, **device),
-        network_bandwidth=50e9,
-    )
-
-
-def layout(**fields: Any) -> ClusterLayout:
-    return ClusterLayout(
-        **{
-            "world_size": 4,
-            "micro_batch": 4,
-            "zero_stage": 2,
-            "precision": "fp32",
-            "bucket": 1000,
-            "overlap": False,
-            **fields,
-        }
-    )
-
-
-def config(**sections: dict) -> RunConfig:
-    return small_config(
-        **{"model": {"hidden_size": 32, "depth": 4}, "parallel": {"ep_size": 2}, **sections}
-    )
-
-
-def planned(run: RunConfig | None = None, on: Cluster | None = None, **fields: Any) -> StepPlan:
-    return plan_step(run or config(), layout(**fields), on or cluster())
+pytestmark = pytest.mark.usefixtures("ranks")
 
 
 # What a trace counts.
@@ -117,10 +69,6 @@ def test_trace_counts_products_and_ignores_views() -> None:
 # One pass of the network.
 
 
-def sent(shapes: PassShapes) -> int:
-    return shapes.trace.rows_sent(0)
-
-
 @pytest.mark.parametrize(("checkpointing", "crossings"), [("none", 4), ("full", 6)])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_pass_sends_rows_once_a_crossing_and_again_where_recomputed(
@@ -133,15 +81,15 @@ def test_pass_sends_rows_once_a_crossing_and_again_where_recomputed(
     assert (
         shapes.rows_leaving == 4 * run.model.tokens_per_image * top_k
     )  # two layers, half of the rows
-    assert sent(shapes) == crossings * 32 * 4 * shapes.rows_leaving
+    assert shapes.trace.rows_sent(0) == crossings * 32 * 4 * shapes.rows_leaving
 
 
-@pytest.mark.parametrize("_ranks_that_do_not_exist", [2], indirect=True)
+@pytest.mark.parametrize("ranks", [2], indirect=True)
 @pytest.mark.parametrize("method", METHODS)
 def test_pass_of_every_method_sends_the_rows_that_it_lists(method: str) -> None:
     run = small_config(**{**of_method(method), "parallel": {"ep_size": 2}})
     shapes = trace_pass(run, layout(world_size=2))
-    assert sent(shapes) == 4 * run.model.hidden_size * 4 * shapes.rows_leaving > 0
+    assert shapes.trace.rows_sent(0) == 4 * run.model.hidden_size * 4 * shapes.rows_leaving > 0
 
 
 def test_pass_work_is_the_accounted_one() -> None:
@@ -214,6 +162,7 @@ def test_states_of_zero_2_in_bf16_are_sharded_over_the_replicas() -> None:
     # Half of the experts are here; their two replicas share the state of that half.
     here, owned = dense + routed // 2, dense // 4 + routed // 4
     found = numbers(states_of_config(run, layout(precision="bf16")))
+    assert planned(run).parameters_per_rank == here
     assert found == pytest.approx(
         (2 * here, 2 * owned, 12 * owned, 4 * owned), rel=2e-3
     )  # but for the alignment
@@ -233,21 +182,16 @@ def test_states_of_zero_1_keep_whole_gradients_beside_those_of_the_partition() -
 )
 def test_states_of_plan_and_dry_run_agree(stage: int, sections: dict) -> None:
     run = config(optimizer=sections)
-    dry, memory = (
-        states_of_config(run, layout(zero_stage=stage)),
-        planned(run, zero_stage=stage).memory,
+    dry = states_of_config(run, layout(zero_stage=stage))
+    memory = planned(run, zero_stage=stage).memory
+    assert (memory["weights"], memory["optimizer"], memory["ema"]) == pytest.approx(
+        (dry.weights, dry.optimizer, dry.ema), rel=1e-3
     )
-    assert len(run.optimizer.averages) == (3 if sections else 1)
-    for kind in ("weights", "optimizer", "ema"):
-        assert memory[kind] == pytest.approx(getattr(dry, kind), rel=1e-3), kind
 
 
 def test_states_of_an_offloaded_optimizer_are_on_the_host() -> None:
-    run, values = (
-        config(),
-        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-    )
-    batches = plan_batches(run, 4)
+    run, batches = config(), plan_batches(config(), 4)
+    values = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     offloaded = layout_of(batches, resolve_deepspeed(values, run, batches, source="test"))
     here, there = (
         plan_step(run, one, cluster()) for one in (replace(offloaded, offload=False), offloaded)
@@ -262,15 +206,6 @@ def test_states_of_an_offloaded_optimizer_are_on_the_host() -> None:
     assert len(plan_lines(there)) == len(plan_lines(here)) + 1
     dry = states_of_config(run, offloaded)
     assert (dry.host, dry.device) == (dry.optimizer + dry.ema, dry.weights + dry.gradients)
-
-
-def test_plan_parameters_of_a_rank_are_its_share() -> None:
-    run, plan = config(), planned()
-    dense, routed = held(run)
-    assert (plan.parameters_per_rank, plan.flops) == (
-        dense + routed // 2,
-        16 * training_flops_per_image(run),
-    )
 
 
 # Links and time.
@@ -309,114 +244,5 @@ def test_predicted_time_follows_the_device() -> None:
     plan, slow = (planned(on=cluster(flops={"fp32": rate})) for rate in (1e9, 0.5e9))
     assert slow.seconds["matrix"] == pytest.approx(2 * plan.seconds["matrix"], rel=0.01)
     perfect = plan_step(config(), layout(), cluster(), efficiency=Efficiency(1.0, 1.0, 1.0, 1.0))
-    assert 0 < perfect.mfu < 1
+    assert 0 < perfect.mfu < 1 and perfect.flops == 16 * training_flops_per_image(config())
     assert perfect.images_per_second == pytest.approx(16 / perfect.total_seconds)
-
-
-# The search.
-
-
-def test_search_estimate_of_a_deep_network_is_that_of_its_full_trace() -> None:
-    run = config(model={"hidden_size": 32, "depth": 12})
-    plan = planned(run, micro_batch=64)
-    estimate = _estimate(run, layout(micro_batch=64), cluster())
-    assert estimate == pytest.approx((plan.total_memory, plan.total_seconds), rel=0.02)
-
-
-def searched(images: int = 64, **device: float) -> tuple[StepPlan, list]:
-    run = config(model={"hidden_size": 32, "depth": 2}, train={"global_batch_size": images})
-    return best_layout(run, layout(), cluster(**device))
-
-
-def test_search_takes_the_largest_micro_batch_that_fits() -> None:
-    roomy, _ = searched()
-    tight, tried = searched(memory=0.8 * roomy.total_memory)
-    assert roomy.layout.micro_batch == tight.layout.micro_batch * tight.layout.accumulation == 16
-    assert tight.fits and tight.total_memory < roomy.total_memory
-    assert [choice.seconds for choice in tried] == sorted(choice.seconds for choice in tried)
-    capacity = (1 - RESERVE) * tight.cluster.device.memory
-    assert {choice.fits for choice in tried} == {True, False}
-    assert all(choice.fits == (choice.bytes <= capacity) for choice in tried)
-    assert len(choice_lines(tried, limit=3)) == 4
-
-
-def test_search_where_nothing_fits_names_the_smallest_need() -> None:
-    with pytest.raises(ConfigError, match=r"smallest need is .* GB \(ep_size=4"):
-        searched(images=4, memory=1000.0)
-
-
-# Bad input, and the tool.
-
-
-def test_peak_of_a_device_is_found_by_its_drivers_name() -> None:
-    names = {
-        "NVIDIA H100 80GB HBM3": "h100",
-        "NVIDIA H100 PCIe": "h100-pcie",
-        "NVIDIA H200 NVL": "h200-nvl",
-    }
-    assert {name: bf16_peak(name) for name in names} == {
-        name: DEVICES[key].flops["bf16"] for name, key in names.items()
-    }
-    assert bf16_peak("Tesla T4") is None
-
-
-def test_cluster_without_nodes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--nodes 0"):
-        cluster(nodes=0)
-
-
-@pytest.fixture
-def tool():
-    torch.distributed.destroy_process_group()  # it makes its own world
-    yield main
-    torch.distributed.init_process_group(
-        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
-    )
-
-
-def test_tool_prints_tables_and_writes_json(
-    tool, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    size = [
-        "train.global_batch_size=8",
-        "model.preset=null",
-        "model.hidden_size=64",
-        "model.num_heads=2",
-        "model.depth=2",
-    ]
-    tool(
-        [
-            "--recipe",
-            "promoe_s",
-            "--gpus-per-node",
-            "4",
-            "--gpu",
-            "H200",
-            "--out",
-            str(tmp_path / "plan.json"),
-            "--set",
-            *size,
-        ]
-    )
-    plans = json.loads((tmp_path / "plan.json").read_text())
-    assert (
-        plans["recipe"]["parameters"]["total"]
-        == count_parameters(load_config("promoe_s", size)).total
-    )
-    assert plans["recipe"]["cluster"]["device"]["name"] == "h200"
-    kinds = plans["best"]["memory_bytes"]
-    names = ("weights", "gradients", "optimizer", "ema", "activations", "exchange", "buckets")
-    assert kinds["total"] == sum(kinds[name] for name in names)
-    estimate = min(choice["seconds"] for choice in plans["tried"])
-    assert plans["best"]["predicted"]["seconds"]["total"] == pytest.approx(estimate, rel=0.02)
-    assert "fits" in capsys.readouterr().out
-
-
-def test_tool_names_what_it_cannot_plan(tool, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(ConfigError, match=r"train\.global_batch_size=256 .* 21 "):
-        tool(["--recipe", "promoe_s", "--nodes", "3", "--gpus-per-node", "7"])
-    for option, name in (("--gpu", "h10"), ("--network", "infiniband")):
-        with pytest.raises(SystemExit) as stop:
-            tool(["--recipe", "promoe_s", option, name])
-        assert stop.value.code == 2
-        assert f"{option}: invalid choice: '{name}'" in capsys.readouterr().err

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from promoe_ds.distributed.launchers import _MPI, read_place
 from promoe_ds.errors import ConfigError
-from promoe_ds.launch.launchers import _MPI, read_place
 from promoe_ds.logs import _RANKS, rank_from_environment
 
 TORCH = {
