@@ -6,7 +6,7 @@ Letters: T log intervals, L MoE layers, Q timestep bins, E routed experts, X exc
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -282,7 +282,7 @@ class Columns:
         )
 
     def _move_back(
-        self, by_expert: Sequence[np.ndarray], steps: np.ndarray, layers: np.ndarray
+        self, by_expert: Iterable[np.ndarray], steps: np.ndarray, layers: np.ndarray
     ) -> None:
         """Reorder values (T, L, ..., E), which go by place, by the experts' first numbers."""
         for (step, layer), order in self.orders.items():

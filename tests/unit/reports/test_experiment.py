@@ -5,8 +5,8 @@ results.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from promoe_ds.errors import ConfigError, DataError, TrainingError
 from promoe_ds.reports.comparison import page, runner
 from promoe_ds.reports.comparison.candidates import ComparisonRequest, load_candidates
 from promoe_ds.reports.comparison.experiment import compare
-from promoe_ds.reports.comparison.results import write_json
 from promoe_ds.reports.comparison.runner import (
-    Children,
+    PARTS,
     PlannedRun,
     RunFailure,
+    do_run,
     judge_command,
     newest_line,
     train_command,
@@ -51,23 +51,23 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """
     runs: list[str] = []
 
-    def _do_run(run: PlannedRun, request, children, environment) -> None:
+    def _train(run: PlannedRun, request: ComparisonRequest) -> list[str]:
         runs.append(run.run_dir.name)
-        if run.candidate.name == "bad":
-            raise RunFailure(f"training ended with exit code 5; log: {run.log_file}")
-        run.run_dir.mkdir(parents=True)
-        write_json(
-            run.result_file,
-            {
-                **synthetic_result(run.seed),
-                "schema": 1,
-                "contender": run.candidate.name,
-                "config": run.config.model_dump(mode="json"),
-                "environment": environment,
-            },
-        )
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        return ["sh", "-c", f"exit {5 if run.candidate.name == 'bad' else 0}"]
 
-    monkeypatch.setattr(runner, "do_run", _do_run)
+    monkeypatch.setitem(PARTS, "training", _train)
+    monkeypatch.setitem(PARTS, "judging", lambda run, request: ["true"])
+    monkeypatch.setattr(runner, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(
+        runner,
+        "collect_result",
+        lambda run_dir, config: {
+            name: value
+            for name, value in synthetic_result(config.train.seed).items()
+            if name not in ("seed", "samples", "sample_seed", "environment")
+        },
+    )
     monkeypatch.setattr(
         page,
         "build_page",
@@ -190,18 +190,13 @@ def test_compare_foreign_folder_is_left_alone(request_, done) -> None:
 
 
 def test_compare_folder_in_use_is_refused(request_, done, monkeypatch) -> None:
-    inner: list[str] = []
+    def _collect(run_dir, config) -> dict:
+        compare(request_)
+        pytest.fail("two comparisons in one folder")
 
-    def _do_run(run, request, children, environment) -> None:
-        with pytest.raises(ConfigError, match="another comparison") as caught:
-            compare(request)
-        inner.append(str(caught.value))
-        raise RunFailure("enough")
-
-    monkeypatch.setattr(runner, "do_run", _do_run)
-    with pytest.raises(TrainingError):
+    monkeypatch.setattr(runner, "collect_result", _collect)
+    with pytest.raises(TrainingError, match="another comparison"):
         compare(replace(request_, variants=(), seeds=(0,)))
-    assert len(inner) == 1
 
 
 @pytest.mark.parametrize("library", ["vl_convert", "sklearn"])
@@ -259,51 +254,49 @@ def test_commands_are_the_real_entry_with_everything_that_is_equal(request_) -> 
         "2",
         "-m",
     ]
-    assert judge_command(run, request_)[-4:] == ["--samples", "500", "--sample-seed", "0"]
+    assert judge_command(run, request_)[-2:] == ["500", "0"]
 
 
 def test_do_run_failed_child_names_deed_code_reason_and_log(request_, monkeypatch) -> None:
     run = _planned(request_)
     script = "import sys; sys.stderr.write('error: the disk is full\\n'); sys.exit(4)"
-    monkeypatch.setattr(
-        runner, "train_command", lambda run, request: [sys.executable, "-c", script]
-    )
+    monkeypatch.setitem(PARTS, "training", lambda run, request: [sys.executable, "-c", script])
     run.log_file.parent.mkdir(parents=True)
     run.log_file.write_text("error: of an earlier attempt\n")
     with pytest.raises(RunFailure) as caught:
-        runner.do_run(run, request_, Children(), {})
+        for process in do_run(run, request_, {}, ()):
+            process.wait()
     assert (
         str(caught.value)
         == f"training ended with exit code 4 (the disk is full); log: {run.log_file}"
     )
 
 
-def test_children_stop_ends_those_under_way_and_starts_no_other(tmp_path) -> None:
-    children, codes = Children(), []
-    script = "import pathlib, time; pathlib.Path('started').touch(); time.sleep(60)"
-    started = tmp_path / "started"
-    command = [sys.executable, "-c", script.replace("'started'", repr(str(started)))]
-    thread = threading.Thread(
-        target=lambda: codes.append(children.run(command, tmp_path / "logs" / "log"))
+def test_compare_interrupted_ends_those_under_way(request_, done, monkeypatch) -> None:
+    started: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+    monkeypatch.setitem(PARTS, "training", lambda run, request: ["sleep", "60"])
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda *given, **more: started.append(popen(*given, **more)) or started[-1],
     )
-    thread.start()
-    while not started.exists():
-        thread.join(0.05)
-    children.stop()
-    thread.join(30)
-    assert codes == [-15]
-    with pytest.raises(RunFailure, match="interrupted"):
-        children.run(command, tmp_path / "logs" / "log")
+
+    def _interrupt(*given) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Progress, "add", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compare(request_)
+    assert [process.returncode for process in started] == [-15, -15]
 
 
-def test_children_know_nothing_of_a_launcher_around_them(tmp_path, monkeypatch) -> None:
+def test_children_know_nothing_of_a_launcher_around_them(request_, monkeypatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.setenv(name, "2")
-    script = (
-        "import os, sys; sys.exit('RANK' in os.environ or 'SLURM_STEP_NUM_TASKS' in os.environ "
-        "or os.environ['OMP_NUM_THREADS'] != '1')"
-    )
-    assert Children().run([sys.executable, "-c", script], tmp_path / "log") == 0
+    script = 'test -z "$RANK$SLURM_STEP_NUM_TASKS" && test $OMP_NUM_THREADS = 1'
+    monkeypatch.setitem(PARTS, "training", lambda run, request: ["sh", "-c", script])
+    assert next(do_run(_planned(request_), request_, {}, ())).wait() == 0
 
 
 def test_newest_line_of_a_growing_file_is_the_last_whole_one(tmp_path) -> None:
@@ -312,4 +305,4 @@ def test_newest_line_of_a_growing_file_is_the_last_whole_one(tmp_path) -> None:
     path.write_text('{"step": 1')
     assert newest_line(path) is None
     path.write_text('{"step": 1}\n' * 1000 + '{"step": 2}\n{"step": 3, "lo')
-    assert newest_line(path) == {"step": 2}
+    assert newest_line(path).step == 2

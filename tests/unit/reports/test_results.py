@@ -14,7 +14,6 @@ from promoe_ds.reports.comparison.results import (
     collect_result,
     describe,
     load_by_layer,
-    paired_differences,
     read_json,
     read_metrics,
     summarise,
@@ -64,14 +63,14 @@ def test_paired_differences_pair_by_seed_by_hand() -> None:
     mine = {0: _result(final_loss=5.0), 1: _result(final_loss=7.0), 2: _result(final_loss=100.0)}
     first = {1: _result(final_loss=4.0), 0: _result(final_loss=3.0), 3: _result(final_loss=0.0)}
     # Seeds 0 and 1: 2 and 3; seed 2 has no partner.
-    assert paired_differences(mine, first)["final_loss"] == {
+    assert summarise(mine, first)["final_loss"] == {
         "n": 2,
         "mean": 2.5,
         "sd": pytest.approx(math.sqrt(0.5)),
         "min": 2.0,
         "max": 3.0,
     }
-    assert paired_differences(mine, first)["accuracy"] is None
+    assert summarise(mine, first)["accuracy"] is None
 
 
 def _write_run(folder: Path, *, step: int = 10) -> Path:
@@ -195,7 +194,8 @@ def test_read_metrics_leaves_out_what_is_not_finite_and_a_cut_line(tmp_path) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no line with a finite loss"), ("{\n{}\n", "line 1: not JSON")]
+    ("text", "message"),
+    [("", "no line with a finite loss"), ("{\n{}\n", "metrics.jsonl: line 1: ")],
 )
 def test_read_metrics_damaged_file_is_named(tmp_path, text, message) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
