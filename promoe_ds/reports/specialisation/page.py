@@ -11,7 +11,7 @@ from PIL import Image
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.reports.charts import Chart, bar_chart, line_chart, scatter_chart, vl_convert
 from promoe_ds.reports.maps import heat_chart, plane
-from promoe_ds.reports.page import Page, figures, write_page
+from promoe_ds.reports.page import Page, Part, figures, part, write_page
 from promoe_ds.reports.specialisation.analysis import Analysis, LayerAnalysis
 from promoe_ds.reports.theme import WIDTH, color_of, linear_color, png_url, tooltip
 
@@ -206,7 +206,16 @@ def _gray(image_ZHW: np.ndarray) -> Image.Image:
 def build_page(analysis: Analysis) -> Page:
     """Return the page."""
     settings, layers = analysis.settings, analysis.layers
-    page = Page(
+    overlap = np.mean([each.overlap for each in layers])
+    cards = []
+    for kind in layers[0].information:
+        best = max(layers, key=lambda layer: layer.information[kind].score)
+        found = best.information[kind]
+        words = f"beyond chance, at most (layer {best.layer})"
+        level = "good" if found.share > found.chance_high else ""
+        cards.append((f"Expert and {kind}", f"{found.score:.3f}", words, level))
+    cards.append(("Overlap of subspaces", f"{overlap:.3f}", f"chance {analysis.chance:.3f}", ""))
+    return Page(
         "Specialisation of experts",
         analysis.name,
         facts=[
@@ -214,43 +223,28 @@ def build_page(analysis: Analysis) -> Page:
             f" images at sigma {', '.join(f'{sigma:g}' for sigma in settings.sigmas)} · seed"
             f" {settings.seed}"
         ],
-    )
-    cards = []
-    for kind in layers[0].information:
-        best = max(layers, key=lambda layer: layer.information[kind].score)
-        found = best.information[kind]
-        cards.append(
-            (
-                f"Expert and {kind}",
-                f"{found.score:.3f}",
-                f"beyond chance, at most (layer {best.layer})",
-                "good" if found.share > found.chance_high else "",
-            )
-        )
-    overlap = np.mean([each.overlap for each in layers])
-    page.add(
-        "cards",
-        items=[
-            *cards,
-            ("Overlap of subspaces", f"{overlap:.3f}", f"chance {analysis.chance:.3f}", ""),
+        parts=[
+            *part("cards", items=cards),
+            *part("heading", text="All layers"),
+            *_figures(overview_charts(analysis)),
+            *part("heading", text="Layer by layer"),
+            *(
+                {
+                    "kind": "details",
+                    "title": f"Layer {layer.layer}",
+                    "text": "",
+                    "is_open": True,
+                    "items": _figures(layer_charts(analysis, layer)),
+                }
+                for layer in layers
+            ),
+            *part("text", text="How each number is made, and what it says: docs/profiling.md."),
         ],
     )
-    page.add("heading", text="All layers")
-    page.add(
-        "figures", items=figures([[chart] for chart in overview_charts(analysis)], [analysis.name])
-    )
-    page.add("heading", text="Layer by layer")
-    for layer in layers:
-        items = figures([[chart] for chart in layer_charts(analysis, layer)], [analysis.name])
-        page.add(
-            "details",
-            title=f"Layer {layer.layer}",
-            text="",
-            is_open=True,
-            items=[{"kind": "figures", "items": items}],
-        )
-    page.add("text", text="How each number is made, and what it says: docs/profiling.md.")
-    return page
+
+
+def _figures(charts: list[Chart]) -> list[Part]:
+    return part("figures", items=figures([[chart] for chart in charts], [""]))
 
 
 def check_place(out: Path) -> None:
