@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from promoe_ds.load_stats import entropy, max_over_mean, relative, variation
+from promoe_ds.load_stats import divide, entropy, max_over_mean, relative, variation
 from promoe_ds.reports.charts import Chart, bar_chart, finite, line_chart
-from promoe_ds.reports.expert_load.run import RunView, divide
+from promoe_ds.reports.expert_load.run import RunView
 from promoe_ds.reports.log import EXCHANGES
 from promoe_ds.reports.maps import heat_chart, map_over_time
 from promoe_ds.reports.theme import short

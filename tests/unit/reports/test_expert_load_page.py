@@ -124,8 +124,8 @@ def test_page_of_two_runs_puts_every_chart_under_its_own_name(tmp_path) -> None:
     )
     third = write(tmp_path / "two", [each for step in (5, 10) for each in interval(step)])
     text = pages.render(build_page(open_runs([first, third])))
-    assert re.findall(r"<i>(\w+)</i>Load of each rank<small>(\w+)", text) == [
-        ("run", "Not"),
+    assert re.findall(r"<i>([\w/]+)</i>Load of each rank<small>(\w+)", text) == [
+        ("one/run", "Not"),
         ("two", "Rows"),
     ]
     views = open_runs([second, first])

@@ -15,9 +15,14 @@ import torch
 from promoe_ds.data import build_dataset
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.reports.page import render, write_charts
-from promoe_ds.reports.specialisation import collect
-from promoe_ds.reports.specialisation.analysis import Settings, analyse
-from promoe_ds.reports.specialisation.collect import best_expert, draw_images, observe
+from promoe_ds.reports.specialisation import analysis as analysis_module
+from promoe_ds.reports.specialisation.analysis import (
+    Settings,
+    analyse,
+    best_expert,
+    draw_images,
+    observe,
+)
 from promoe_ds.reports.specialisation.measures import (
     inter_intra_ratio,
     mutual_information,
@@ -140,7 +145,7 @@ def test_observe_keeps_no_more_tokens_than_asked_for(monkeypatch: pytest.MonkeyP
     )
     most = []
     monkeypatch.setattr(
-        collect,
+        analysis_module,
         "best_expert",
         lambda *given, real=best_expert: (
             most.append(sum(tokens() is not None for tokens in entered)) or real(*given)
