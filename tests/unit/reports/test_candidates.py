@@ -104,12 +104,6 @@ def test_load_logs_often_enough_and_not_too_often(steps, log_every) -> None:
     assert _load(steps=steps)[0].config.train.log_every == log_every
 
 
-def test_load_recipe_path_is_called_by_its_stem(tmp_path) -> None:
-    (tmp_path / "mine.yaml").write_text("base: digits_promoe\n")
-    (candidate,) = _load(recipes=(str(tmp_path / "mine.yaml"),))
-    assert candidate.name == "mine"
-
-
 @pytest.mark.parametrize(
     ("variants", "options", "message"),
     [

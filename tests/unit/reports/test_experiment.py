@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from promoe_ds.errors import ConfigError, DataError, TrainingError
+from promoe_ds.errors import ConfigError, TrainingError
 from promoe_ds.reports.comparison import page, runner
 from promoe_ds.reports.comparison.candidates import ComparisonRequest, load_candidates
 from promoe_ds.reports.comparison.experiment import compare
@@ -81,25 +81,15 @@ def _read(request: ComparisonRequest) -> dict:
 
 
 def test_compare_writes_both_files_and_does_a_seed_of_all_before_the_next(request_, done) -> None:
-    assert compare(replace(request_, jobs=1)) == [
-        request_.out / "comparison.json",
-        request_.out / "comparison.html",
-    ]
+    out = request_.out
+    assert compare(replace(request_, jobs=1)) == [out / "comparison.json", out / "comparison.html"]
     assert done == ["digits_promoe-seed0", "no_rcl-seed0", "digits_promoe-seed1", "no_rcl-seed1"]
-    comparison = _read(request_)
-    first, second = comparison["contenders"]
-    assert (first["difference_to_first"], list(second["seeds"]), comparison["missing"]) == (
-        None,
-        ["0", "1"],
-        [],
-    )
+    first, second = _read(request_)["contenders"]
+    assert (first["difference_to_first"], list(second["seeds"])) == (None, ["0", "1"])
     assert second["difference_to_first"]["final_loss"]["n"] == 2
-    assert (first["parameters"]["activated"], comparison["settings"]["seeds"]) == (
-        second["parameters"]["activated"],
-        [0, 1],
-    )
+    assert first["parameters"]["activated"] == second["parameters"]["activated"]
     assert {"processor", "cores"} <= first["seeds"]["0"]["environment"]["machine"].keys()
-    assert "<h1>0 missing</h1>" in (request_.out / "comparison.html").read_text()
+    assert "<h1>0 missing</h1>" in (out / "comparison.html").read_text()
 
 
 def test_compare_again_repeats_nothing_and_takes_more_seeds_and_candidates(request_, done) -> None:
@@ -160,14 +150,20 @@ def test_compare_candidate_left_out_and_changed_is_refused_by_its_result(request
         compare(replace(request_, variants=("no_rcl=digits_promoe,routing.rcl_weight=0.5",)))
 
 
-def test_compare_failed_run_is_reported_the_others_go_on_and_it_is_tried_again(
+def test_compare_failed_run_is_reported_the_others_continue_and_it_is_tried_again(
     request_, done
 ) -> None:
     bad = replace(request_, variants=("bad=digits_promoe,routing.rcl_weight=0",))
-    with pytest.raises(TrainingError, match="2 of 4 runs have no result: bad, seed") as caught:
-        compare(bad)
-    assert "bad, seed 0: training ended with exit code 5; log: " in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="2 of 4 runs have no result") as caught:
+            compare(bad)
+        assert "bad, seed 0: training ended with exit code 5; log: " in str(caught.value)
+    assert sorted(done) == [
+        *["bad-seed0"] * 2,
+        *["bad-seed1"] * 2,
+        "digits_promoe-seed0",
+        "digits_promoe-seed1",
+    ]
     comparison = _read(bad)
     assert [(run["contender"], run["seed"]) for run in comparison["missing"]] == [
         ("bad", 0),
@@ -175,10 +171,6 @@ def test_compare_failed_run_is_reported_the_others_go_on_and_it_is_tried_again(
     ]
     assert list(comparison["contenders"][0]["seeds"]) == ["0", "1"]
     assert "<h1>2 missing</h1>" in (bad.out / "comparison.html").read_text()
-    done.clear()
-    with pytest.raises(TrainingError):
-        compare(bad)
-    assert sorted(done) == ["bad-seed0", "bad-seed1"]
 
 
 def test_compare_foreign_folder_is_left_alone(request_, done) -> None:
@@ -222,38 +214,21 @@ def test_compare_full_disk_is_one_message(request_, done, monkeypatch) -> None:
         compare(request_)
 
 
-def test_compare_damaged_record_says_so(request_, done) -> None:
-    compare(request_)
-    (request_.out / "comparison.json").write_text("{")
-    with pytest.raises(DataError, match=r"comparison\.json: cannot be read"):
-        compare(request_)
-
-
 def _planned(request: ComparisonRequest) -> PlannedRun:
     return PlannedRun(candidate=load_candidates(request)[1], seed=4, root=request.out)
 
 
 def test_commands_are_the_real_entry_with_everything_that_is_equal(request_) -> None:
     run = _planned(request_)
-    command = train_command(run, request_)
-    assert command[1:3] == ["-m", "promoe_ds.cli.train"]
-    assert command[command.index("--run-dir") + 1] == str(request_.out / "runs" / "no_rcl-seed4")
-    assert command[command.index("--resume") + 1] == "auto"
-    assert {
+    words = " ".join(train_command(run, replace(request_, ranks=2)))
+    for part in (
+        "-m torch.distributed.run --standalone --nproc_per_node 2 -m promoe_ds.cli.train",
+        f"--run-dir {request_.out}/runs/no_rcl-seed4 --resume auto",
         "parallel.ep_size=1",
-        "routing.rcl_weight=0",
-        "train.max_steps=20",
-        "train.seed=4",
-    } <= set(command)
-    several = train_command(run, replace(request_, ranks=2))
-    assert several[1:7] == [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-    ]
+        "routing.rcl_weight=0 train.max_steps=20 train.seed=4",
+    ):
+        assert part in words
+    assert train_command(run, request_)[1:3] == ["-m", "promoe_ds.cli.train"]
     assert judge_command(run, request_)[-2:] == ["500", "0"]
 
 

@@ -7,12 +7,13 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.errors import ConfigError
 from promoe_ds.reports import page as pages
 from promoe_ds.reports.charts import Chart, csv_text, line_chart
 from promoe_ds.reports.expert_load.charts import overview_charts
@@ -169,10 +170,8 @@ def test_page_of_many_layers_and_experts_stays_readable(tmp_path) -> None:
     )
 
 
-def test_page_that_cannot_be_written_says_so(views, tmp_path, monkeypatch) -> None:
-    with pytest.raises(DataError, match="name another place with --out"):
-        write_report(tmp_path / "nowhere" / "x.html", views)
-    monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
+def test_page_without_its_library_says_so(views, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(ConfigError, match=r"promoe_ds\[report\]"):
         write_report(tmp_path / "x.html", views)
 

@@ -208,18 +208,6 @@ def test_log_without_a_record_is_refused_with_a_reason(tmp_path, content, messag
         load_log(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["nowhere", ""])
-def test_log_that_is_not_there_names_the_folder(tmp_path, name) -> None:
-    with pytest.raises(DataError, match="no routing statistics there"):
-        load_log(tmp_path / name)
-
-
-def test_log_lines_of_another_number_of_experts_are_left_out_and_said(tmp_path) -> None:
-    log = load_log(write(tmp_path, [*interval(5), line(10, 1, 0, [1, 2])]))
-    assert log.steps_T.tolist() == [5]
-    assert log.notes == ["1 line left out (line 5: has 2 experts, the lines before it 4)"]
-
-
 def test_log_of_moved_experts_keeps_their_first_numbers(tmp_path) -> None:
     order = [2, 0, 3, 1]
     moved = [

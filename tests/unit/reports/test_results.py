@@ -12,7 +12,6 @@ from promoe_ds.errors import DataError
 from promoe_ds.reports.comparison.results import (
     METRICS,
     collect_result,
-    describe,
     load_by_layer,
     read_json,
     read_metrics,
@@ -34,22 +33,6 @@ def _metric_line(step: int, loss: float | None, images_per_second: float = 100.0
         "loss_diffusion": loss,
         "images_per_second": images_per_second,
     }
-
-
-def test_describe_by_hand() -> None:
-    # 1, 2, 6: mean 3, squares 4 + 1 + 9 = 14 over n - 1 = 2.
-    assert describe([1.0, 2.0, 6.0]) == {
-        "n": 3,
-        "mean": 3.0,
-        "sd": pytest.approx(math.sqrt(7)),
-        "min": 1.0,
-        "max": 6.0,
-    }
-
-
-def test_describe_one_value_has_no_deviation_and_none_has_nothing() -> None:
-    assert describe([]) is None
-    assert describe([4.0]) == {"n": 1, "mean": 4.0, "sd": None, "min": 4.0, "max": 4.0}
 
 
 def test_summarise_leaves_out_what_a_run_has_not() -> None:
