@@ -68,7 +68,7 @@ def map_over_time(
     if few > 1:
         note = f"{note} Each row is {few} experts: the one farthest from even."
         groups = [slice(start, start + few) for start in range(0, len(rows), few)]
-        values_RT = np.stack([_farthest(values_RT[group]) for group in groups])
+        values_RT = np.stack([farthest_from_even(values_RT[group]) for group in groups])
         rows = [f"{rows[group][0]}…" for group in groups]
     starts = zip([0, *steps[:-1]], steps, values_RT.T.tolist(), strict=True)
     table = [["from", "step", *rows], *([start, step, *values] for start, step, values in starts)]
@@ -132,7 +132,7 @@ def plane(wide: float, tall: float) -> Spec:
     }
 
 
-def _farthest(values_RT: np.ndarray) -> np.ndarray:
-    """Return, at each time, the load whose logarithm is farthest from even."""
-    distance = np.nan_to_num(np.abs(np.log(np.maximum(values_RT, 1e-6))))
-    return np.take_along_axis(values_RT, distance.argmax(axis=0)[None], axis=0)[0]
+def farthest_from_even(values_R: np.ndarray) -> np.ndarray:
+    """Return, in each column, the load whose logarithm is farthest from even: none before all."""
+    distance = np.nan_to_num(np.abs(np.log(np.maximum(values_R, 1e-6))))
+    return np.take_along_axis(values_R, distance.argmax(axis=0)[None], axis=0)[0]

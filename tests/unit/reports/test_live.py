@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console, Group
 
 from promoe_ds.errors import DataError
-from promoe_ds.reports.expert_load import live
-from promoe_ds.reports.expert_load.live import Follower, draw
+from promoe_ds.reports.expert_load import terminal
+from promoe_ds.reports.expert_load.terminal import Follower, draw
 
 from .routing_logs import detail, interval, line, write
 
@@ -34,7 +34,7 @@ def make_run(folder: Path, layers: int, experts: int) -> Follower:
 
 def shown(follower: Follower, width: int, height: int) -> list[str]:
     console = Console(width=width, height=height, file=io.StringIO(), color_system=None)
-    console.print(Group(*draw(follower.view(), width, height)))
+    console.print(Group(*draw(follower.view, width, height)))
     return console.file.getvalue().splitlines()
 
 
@@ -87,10 +87,10 @@ def test_view_of_values_that_were_not_finite_has_gaps(tmp_path) -> None:
 
 def test_view_of_a_long_log_begins_near_its_end(tmp_path, monkeypatch) -> None:
     folder = write(tmp_path, [each for step in range(5, 505, 5) for each in interval(step)])
-    monkeypatch.setattr(live, "_TAIL", 30_000)
+    monkeypatch.setattr(terminal, "_TAIL", 30_000)
     follower = Follower(folder)
     follower.look()
-    log = follower.view().log
+    log = follower.view.log
     assert 3 < len(log.steps_T) < 24 and log.steps_T[-1] == 500
     assert log.tokens_TLE[0].tolist() == [
         [2 * log.steps_T[0], 2, 3, 8],
@@ -99,17 +99,17 @@ def test_view_of_a_long_log_begins_near_its_end(tmp_path, monkeypatch) -> None:
     with (folder / "routing.jsonl").open("a") as file:
         file.writelines(json.dumps(each) + "\n" for each in interval(505))
     follower.look()
-    assert follower.view().log.steps_T.tolist() == [*log.steps_T.tolist(), 505]
+    assert follower.view.log.steps_T.tolist() == [*log.steps_T.tolist(), 505]
 
 
 def test_view_goes_on_with_what_is_written_and_starts_anew_after_a_resume(
     tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(live, "_KEPT", 2)
+    monkeypatch.setattr(terminal, "_KEPT", 2)
     follower = Follower(write(tmp_path, [*interval(5), "{broken"]))
     follower.look()
-    first = follower.view()
-    assert first is follower.view()  # nothing new: nothing is computed again
+    first = follower.view
+    assert first is follower.view  # nothing new: nothing is computed again
     with (tmp_path / "routing.jsonl").open("a") as file:
         file.write(
             (write(tmp_path / "more", interval(10, tokens=[1, 2])) / "routing.jsonl").read_text()[
@@ -117,10 +117,10 @@ def test_view_goes_on_with_what_is_written_and_starts_anew_after_a_resume(
             ]
         )
     follower.look()
-    assert follower.view().log.experts == 2  # of the newest line
+    assert follower.view.log.experts == 2  # of the newest line
     write(tmp_path, interval(5))
     follower.look()
-    assert follower.view().log.steps_T.tolist() == [5]
+    assert follower.view.log.steps_T.tolist() == [5]
     write(tmp_path, [{**each, "schema": 9} for step in (5, 10) for each in interval(step)])
     with pytest.raises(DataError, match="schema 9 is not one of 1, 2"):
         follower.look()
