@@ -17,6 +17,11 @@ def divide(values: np.ndarray, by: np.ndarray) -> np.ndarray:
     return np.divide(values, by, out=np.full(shape, np.nan), where=by > 0)
 
 
+def known_mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Return the mean of the values that are not NaN, NaN where all are."""
+    return divide(np.nansum(values, axis=axis), (~np.isnan(values)).sum(axis=axis))
+
+
 def shares(tokens_E: np.ndarray) -> np.ndarray:
     """Return loads over their sum (..., E)."""
     return divide(tokens_E, tokens_E.sum(axis=-1, keepdims=True))

@@ -196,7 +196,7 @@ def bar_chart(
     scale = {"domain": [low, high + (high - low or 1.0) * part / (1 - part)], "nice": False}
     axis = {"tickCount": 4, "format": "~s" if high >= 1e3 else "~g"}
     y = nominal("name", sort=names, title=None, axis=NO_AXIS)
-    bar = {
+    bar: Spec = {
         "x": quantitative("value", title=None, axis=axis, scale=scale),
         "y": y,
         "tooltip": [nominal(name) for name in rows[0][:-1]],
@@ -227,7 +227,12 @@ def scatter_chart(
     """Draw points coloured by group; the axes have no meaning and no marks."""
     x, y = (quantitative(axis, axis=None, scale={"zero": False}) for axis in "xy")
     points = zip(points_N2.tolist(), groups, strict=True)
-    encoding = {"x": x, "y": y, "color": color_of("group", names), "tooltip": {"field": "group"}}
+    encoding: Spec = {
+        "x": x,
+        "y": y,
+        "color": color_of("group", names),
+        "tooltip": {"field": "group"},
+    }
     spec = {"height": WIDTH, "mark": {"type": "circle", "size": 18}, "encoding": encoding}
     rows = [["x", "y", "group"], *([x, y, group] for (x, y), group in points)]
     return Chart(title=title, note=note, rows=rows, spec=spec)

@@ -147,47 +147,38 @@ def _cards(view: RunView) -> list[tuple[str, str, str, str]]:
     log, uneven_L = view.log, max_over_mean(view.tokens_LE)
     if np.isnan(uneven_L).all():
         return [("Tokens routed", "0", "none in the window", "bad")]
-    worst = int(np.nanargmax(uneven_L))
+    worst, average = int(np.nanargmax(uneven_L)), np.nanmean(uneven_L)
     dead, starved = (sum(view.starved_L(is_dead=is_dead)) for is_dead in (True, False))
     tokens = int(log.routed_TL[view.window].sum() + log.null_TL[view.window].sum())
-    cards = [
-        (
-            "Most uneven layer",
+    null = log.null_TL[view.window].sum() / max(1, tokens)
+    cards = {
+        "Most uneven layer": (
             f"{uneven_L[worst]:.2f}×",
-            f"of the mean, layer {log.layers[worst]}; average {np.nanmean(uneven_L):.2f}",
+            f"of the mean, layer {log.layers[worst]}; average {average:.2f}",
             _level(uneven_L[worst], UNEVEN, VERY_UNEVEN),
         ),
-        ("Entropy", f"{np.nanmean(entropy(view.tokens_LE)):.3f}", "mean of layers, 1 is even", ""),
-        (
-            "Dead experts",
+        "Entropy": (
+            f"{np.nanmean(entropy(view.tokens_LE)):.3f}",
+            "mean of layers, 1 is even",
+            "",
+        ),
+        "Dead experts": (
             str(dead),
             f"of {log.experts * len(log.layers)}; {starved} starved",
             "bad" if dead else "warn" if starved else "good",
         ),
-    ]
+    }
     lost = view.time_lost(view.present_uneven)
     if log.ep_size == 1:
-        cards.append(("Lost to imbalance", "none", "every rank has all experts", "good"))
+        cards["Lost to imbalance"] = ("none", "every rank has all experts", "good")
     elif lost is not None:
-        cards.append(
-            (
-                "Lost to imbalance",
-                f"{lost:.1%}",
-                "of a step's time, estimated",
-                _level(lost, TIME_LOST, MUCH_TIME_LOST),
-            )
-        )
+        level = _level(lost, TIME_LOST, MUCH_TIME_LOST)
+        cards["Lost to imbalance"] = (f"{lost:.1%}", "of a step's time, estimated", level)
     if view.window_steps and log.bytes_TL.any():
-        cards.append(
-            (
-                "Exchanged a step",
-                f"{log.bytes_TL[view.window].sum() / view.window_steps / 1e6:,.2f} MB",
-                "all layers and ranks, both ways",
-                "",
-            )
-        )
-    null = log.null_TL[view.window].sum() / max(1, tokens)
-    return [*cards, ("Unconditional", f"{null:.1%}", f"of {tokens / 1e6:,.1f} M tokens now", "")]
+        megabytes = log.bytes_TL[view.window].sum() / view.window_steps / 1e6
+        cards["Exchanged a step"] = (f"{megabytes:,.2f} MB", "all layers and ranks, both ways", "")
+    cards["Unconditional"] = (f"{null:.1%}", f"of {tokens / 1e6:,.1f} M tokens now", "")
+    return [(name, *card) for name, card in cards.items()]
 
 
 def _level(value: float, warn: float, bad: float) -> str:

@@ -18,7 +18,7 @@ from promoe_ds.config import RunConfig, training_flops_per_image
 from promoe_ds.config.accounting import count_parameters
 from promoe_ds.config.loader import read_saved
 from promoe_ds.errors import PromoeError
-from promoe_ds.load_stats import divide, shares
+from promoe_ds.load_stats import divide, known_mean, shares
 from promoe_ds.reports.expert_load.placement import Candidate, advise, candidates
 from promoe_ds.reports.log import RoutingLog, load_log
 from promoe_ds.reports.records import Metrics, read_lines
@@ -206,8 +206,7 @@ class RunView:
     @cached_property
     def measured_uneven(self) -> np.ndarray:
         """Each layer's fullest rank over the mean, pass by pass (L,), NaN if not logged."""
-        values = self.log.rank_uneven_TL[self.window]
-        return divide(np.nansum(values, axis=0), (~np.isnan(values)).sum(axis=0))
+        return known_mean(self.log.rank_uneven_TL[self.window], axis=0)
 
     @cached_property
     def present_uneven(self) -> np.ndarray:
