@@ -274,10 +274,16 @@ def test_children_know_nothing_of_a_launcher_around_them(request_, monkeypatch) 
     assert next(do_run(_planned(request_), request_, {}, ())).wait() == 0
 
 
-def test_newest_line_of_a_growing_file_is_the_last_whole_one(tmp_path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert newest_line(path) is None
-    path.write_text('{"step": 1')
-    assert newest_line(path) is None
-    path.write_text('{"step": 1}\n' * 1000 + '{"step": 2}\n{"step": 3, "lo')
-    assert newest_line(path).step == 2
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ("", None),
+        ('{"step": 1', None),
+        ('{"step": 1}\n' * 1000 + '{"step": 2}\n{"step": 3, "lo', 2),
+    ],
+)
+def test_newest_line_of_a_growing_file_is_the_last_whole_one(tmp_path, text, step) -> None:
+    assert newest_line(tmp_path / "metrics.jsonl") is None
+    (tmp_path / "metrics.jsonl").write_text(text)
+    line = newest_line(tmp_path / "metrics.jsonl")
+    assert (line and line.step) == step

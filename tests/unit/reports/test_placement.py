@@ -59,15 +59,18 @@ def test_balance_is_near_the_best_of_all(kind: str, ep_size: int) -> None:
         assert fullest(load_E, order, ep_size) <= 1.03 * best_of_all(load_E, ep_size)
 
 
-def test_unevenness_by_hand() -> None:
-    tokens_TLE = np.array([[[6, 2, 1, 1]], [[1, 1, 2, 6]]])
-    order_LE = np.array([[0, 1, 2, 3]])
-    assert unevenness(tokens_TLE, order_LE, 2) == pytest.approx(
-        [16 / 10]
-    )  # 8 of a mean of 5, twice
-    assert unevenness(tokens_TLE, np.array([[0, 3, 1, 2]]), 2) == pytest.approx([14 / 10])
-    assert unevenness(tokens_TLE, order_LE, 1) == pytest.approx([1.0])
-    assert np.isnan(unevenness(np.zeros((2, 1, 4)), order_LE, 2)).all()
+@pytest.mark.parametrize(
+    ("order", "ep_size", "expected"),
+    [
+        ([0, 1, 2, 3], 2, 16 / 10),  # 8 of a mean of 5, twice
+        ([0, 3, 1, 2], 2, 14 / 10),
+        ([0, 1, 2, 3], 1, 1.0),
+    ],
+)
+def test_unevenness_by_hand(order, ep_size, expected) -> None:
+    tokens_TLE = np.array([[[6, 2, 1, 1], [0] * 4], [[1, 1, 2, 6], [0] * 4]])
+    found = unevenness(tokens_TLE, np.array([order] * 2), ep_size)
+    np.testing.assert_allclose(found, [expected, np.nan])
 
 
 def test_advice_never_makes_it_worse_and_names_every_layer(tmp_path) -> None:
