@@ -50,15 +50,12 @@ def _analysis(images: int, sigmas: tuple[float, ...], **sections) -> Analysis:
 
 
 def test_subspaces_equal_apart_and_by_chance() -> None:
-    weights = torch.zeros(3, 6, 4)
-    weights[0, :2, :2] = weights[1, :2, :2] = torch.eye(2)  # the same plane
-    weights[2, 2:4, :2] = torch.eye(2)
-    np.testing.assert_allclose(
-        subspace_similarity(weights, 2), [[1, 1, 0], [1, 1, 0], [0, 0, 1]], atol=1e-12
-    )
-    random = subspace_similarity(
-        torch.randn(12, 200, 40, generator=torch.Generator().manual_seed(0)), 10
-    )
+    plane, other = torch.zeros(2, 6, 4)
+    plane[:2, :2] = other[2:4, :2] = torch.eye(2)
+    found = subspace_similarity(torch.stack([plane, plane, other]), 2)
+    np.testing.assert_allclose(found, [[1, 1, 0], [1, 1, 0], [0, 0, 1]], atol=1e-12)
+    weights = torch.randn(12, 200, 40, generator=torch.Generator().manual_seed(0))
+    random = subspace_similarity(weights, 10)
     assert random[~np.eye(12, dtype=bool)].mean() == pytest.approx(10 / 200, rel=0.15)
 
 
@@ -71,21 +68,31 @@ def test_subspaces_are_those_of_the_singular_vectors(shape: tuple[int, int, int]
         np.testing.assert_allclose(subspace_similarity(weights, k), expected, atol=1e-9)
 
 
-def test_inter_intra_ratio_by_hand() -> None:
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ([3, 3, 7, 7], 10.0),
+        ([0, 0, 0, 0], np.nan),
+        ([0, 1, 2, 3], np.nan),  # a group each: nothing is away from its centroid
+    ],
+)
+def test_inter_intra_ratio_by_hand(groups, expected) -> None:
     tokens = np.array([[0.0, 1], [0, -1], [10, 1], [10, -1]])
-    assert inter_intra_ratio(tokens, np.array([3, 3, 7, 7])) == pytest.approx(10.0)
-    assert np.isnan(inter_intra_ratio(tokens, np.zeros(4, int)))
-    assert np.isnan(
-        inter_intra_ratio(tokens, np.arange(4))
-    )  # a group each: nothing lies apart from its centroid
+    assert inter_intra_ratio(tokens, np.array(groups)) == pytest.approx(expected, nan_ok=True)
 
 
-def test_mutual_information_by_hand() -> None:
-    experts = np.array([0, 0, 1, 1, 2, 2, 3, 3])
-    assert mutual_information(experts, experts) == pytest.approx(1.0)
-    assert mutual_information(experts, experts // 2) == pytest.approx(0.5)
-    assert mutual_information(experts, np.array([0, 1] * 4)) == pytest.approx(0.0, abs=1e-12)
-    assert mutual_information(np.zeros(8, int), experts) == 0.0
+@pytest.mark.parametrize(
+    ("experts", "values", "expected"),
+    [
+        ([0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 1, 1, 2, 2, 3, 3], 1.0),
+        ([0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 0, 0, 1, 1, 1, 1], 0.5),
+        ([0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4, 0.0),
+        ([0] * 8, [0, 0, 1, 1, 2, 2, 3, 3], 0.0),
+    ],
+)
+def test_mutual_information_by_hand(experts, values, expected) -> None:
+    found = mutual_information(np.array(experts), np.array(values))
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("cause", ["class", "noise level", "position", "nothing"])
