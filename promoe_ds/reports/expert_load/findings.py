@@ -69,7 +69,7 @@ def _starved(view: RunView) -> Iterator[Finding]:
                 f"{len(those)} {word} expert{'s' if len(those) > 1 else ''}",
                 f"{_first(places)}: {what}. Raise routing.rcl_weight, or give a balance loss"
                 " (routing.balance_weight) where the method takes one; an expert dead since the"
-                " start has a prototype far from all tokens: start anew with another train.seed or"
+                " start has a prototype far from all tokens: start again with another train.seed or"
                 " fewer experts.",
             )
 
