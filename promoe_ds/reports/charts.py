@@ -194,7 +194,7 @@ def bar_chart(
     # The words after the bars take a part of the width.
     part = min(0.75, 0.04 + 0.024 * max(len(words) for *_, words in bars))
     scale = {"domain": [low, high + (high - low or 1.0) * part / (1 - part)], "nice": False}
-    axis = {"tickCount": 4, "format": "~s" if high >= 1e3 else "~g"}
+    axis = {"tickCount": 4, "format": "~s" if high >= 1e3 else ".4~g"}
     y = nominal("name", sort=names, title=None, axis=NO_AXIS)
     bar: Spec = {
         "x": quantitative("value", title=None, axis=axis, scale=scale),
