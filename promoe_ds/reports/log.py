@@ -134,11 +134,7 @@ def load_log(run_dir: Path) -> RoutingLog:
 
 def by_first_number(values: np.ndarray, order: Sequence[int] | None) -> np.ndarray:
     """Return values, whose last dimension goes by place, by the experts' first numbers."""
-    if order is None:
-        return values
-    result = np.empty_like(values)
-    result[..., list(order)] = values
-    return result
+    return values if order is None else values[..., np.argsort(order)]
 
 
 @dataclass

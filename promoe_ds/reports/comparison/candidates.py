@@ -133,8 +133,8 @@ def parse_variant(text: str) -> tuple[str, str, tuple[str, ...]]:
         )
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"--variant {text}: the name {name!r} must be letters, digits, '_', '-' or '.', because it"
-            " names a folder"
+            f"--variant {text}: the name {name!r} must be letters, digits, '_', '-' or '.', because"
+            " it names a folder"
         )
     for override in overrides:
         _refuse_owned(override, f"--variant {text}")
