@@ -100,9 +100,7 @@ def test_page_of_a_run_without_its_other_files_says_what_is_left_out(tmp_path) -
 
 
 def test_page_of_an_old_log_shows_what_was_logged_then(tmp_path) -> None:
-    view = RunView.open(
-        write(tmp_path / "old", [old(each) for step in (5, 10) for each in interval(step)])
-    )
+    view = RunView.open(write(tmp_path / "old", [old(each) for each in interval(5, 10)]))
     titles = titles_of(pages.render(build_page([view])))
     assert "Load over training" in titles and "Layer 3: load by noise level" in titles
     assert not any(
@@ -115,15 +113,12 @@ def test_page_of_two_runs_puts_every_chart_under_its_own_name(tmp_path) -> None:
     """What one run has and the other has not is named in its place, in the overview and layer by
     layer.
     """
-    lines = [each for step in (5, 10) for each in interval(step)]
-    for each in lines:
-        if "layer_detail" in each:
-            each["layer_detail"] |= {"ep_size": 1, "rank_max_over_mean": None}
+    lines = interval(5, 10, details={"ep_size": 1, "rank_max_over_mean": None})
     first, second = (
         write(tmp_path / "one" / "run", lines),
         write(tmp_path / "old" / "run", [old(each) for each in lines]),
     )
-    third = write(tmp_path / "two", [each for step in (5, 10) for each in interval(step)])
+    third = write(tmp_path / "two", interval(5, 10))
     text = pages.render(build_page(open_runs([first, third])))
     assert re.findall(r"<i>([\w/]+)</i>Load of each rank<small>(\w+)", text) == [
         ("one/run", "Not"),

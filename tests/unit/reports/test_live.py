@@ -75,7 +75,7 @@ def test_view_of_experts_that_died_before_it_began_says_no_more_than_it_knows(tm
 
 
 def test_view_of_values_that_were_not_finite_has_gaps(tmp_path) -> None:
-    lines = [each for step in (10, 20) for each in interval(step, prototype_similarity=None)]
+    lines = interval(10, 20, prototype_similarity=None)
     rows = shown(looked(write(tmp_path, lines)), 160, 24)
     assert any(row.split()[0] == "1" and "–" in row for row in rows if row.strip())
 
@@ -108,6 +108,6 @@ def test_view_follows_what_is_written_and_starts_anew_after_a_resume(tmp_path, m
     write(tmp_path, interval(5))
     follower.look()
     assert follower.view.log.steps_T.tolist() == [5]
-    write(tmp_path, [{**each, "schema": 9} for step in (5, 10) for each in interval(step)])
+    write(tmp_path, [{**each, "schema": 9} for each in interval(5, 10)])
     with pytest.raises(DataError, match="schema 9 is not one of 1, 2"):
         follower.look()

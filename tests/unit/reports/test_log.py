@@ -30,7 +30,7 @@ def test_published_schema_is_that_of_the_reader() -> None:
 
 
 def test_log_holds_every_count_where_it_belongs(tmp_path) -> None:
-    log = load_log(write(tmp_path, [*interval(5), *interval(10)]))
+    log = load_log(write(tmp_path, interval(5, 10)))
     assert (log.layers, log.steps_T.tolist(), log.covered_T.tolist(), log.bins, log.experts) == (
         [1, 3],
         [5, 10],
@@ -99,7 +99,7 @@ def test_log_holds_every_count_where_it_belongs(tmp_path) -> None:
     ],
 )
 def test_log_broken_line_is_named_and_left_out(tmp_path, change, field) -> None:
-    lines = [*interval(5), *interval(10)]
+    lines = interval(5, 10)
     log = load_log(write(tmp_path, [*lines[:4], {**lines[4], **change}, *lines[5:]]))
     assert log.notes[0].startswith("1 line left out (line 5: ") and field in log.notes[0]
     assert log.tokens_TLQE[1, :, 0].tolist() == [[0] * 4, [10, 3, 1, 4]]
@@ -112,32 +112,28 @@ def test_log_fields_of_a_later_minor_change_are_ignored_and_old_ones_may_lack(tm
     assert load_log(write(tmp_path, lines)).covered_T.tolist() == [0]
 
 
-def _intervals(*steps: int, **more) -> list[dict]:
-    return [each for step in steps for each in interval(step, **more)]
-
-
-_TENS = _intervals(10, 20, 30, 40, steps=10, tokens=[1, 1, 1, 1])
+_TENS = interval(10, 20, 30, 40, length=10, tokens=[1, 1, 1, 1])
 
 
 @pytest.mark.parametrize(
     ("lines", "steps", "covered", "second", "note"),
     [
         (
-            [*_intervals(5, 10), json.dumps(interval(15)[0])[:50]],
+            [*interval(5, 10), json.dumps(interval(15)[0])[:50]],
             [5, 10],
             10,
             [20, 2, 3, 8],
             "the last line is cut off: the run was interrupted, or is writing it now",
         ),
         (
-            [*_intervals(5, 10, 15), *interval(10, tokens=[7] * 4), *interval(20, steps=10)],
+            [*interval(5, 10, 15), *interval(10, tokens=[7] * 4), *interval(20, length=10)],
             [5, 10, 20],
             20,
             [14] * 4,
             "the run went back from step 15 to 5; repeated steps count once",
         ),
         (
-            [*interval(5), *interval(10, steps=2)],
+            [*interval(5), *interval(10, length=2)],
             [5, 10],
             7,
             [20, 2, 3, 8],
@@ -146,14 +142,14 @@ _TENS = _intervals(10, 20, 30, 40, steps=10, tokens=[1, 1, 1, 1])
         # A resume with a longer train.log_every: its first interval begins before the last ones
         # that the log holds, or within one.
         (
-            [*_TENS, *interval(100, steps=80)],
+            [*_TENS, *interval(100, length=80)],
             [10, 20, 100],
             100,
             [2] * 4,
             "the run went back from step 40 to 20; repeated steps count once",
         ),
         (
-            [*_TENS, *interval(100, steps=65)],
+            [*_TENS, *interval(100, length=65)],
             [10, 20, 30, 40, 100],
             105,
             [2] * 4,
@@ -172,7 +168,7 @@ def test_log_after_an_interruption_counts_each_step_once_as_it_was_done_last(
 
 def test_log_with_other_noise_levels_keeps_all_but_the_figures_by_level(tmp_path) -> None:
     """logging.timestep_bins may change at a resume: only what goes by level begins anew."""
-    lines = _intervals(5, 10)
+    lines = interval(5, 10)
     lines += [line(15, layer, bin_, [3, 1, 1, 1], bins=3) for layer in (1, 3) for bin_ in (0, 1, 2)]
     log = load_log(write(tmp_path, lines))
     assert (log.steps_T.tolist(), log.covered_T.sum(), log.bins) == ([5, 10, 15], 15, 3)
@@ -212,23 +208,13 @@ def test_log_without_a_record_is_refused_with_a_reason(tmp_path, content, messag
 
 
 def test_log_of_moved_experts_keeps_their_first_numbers(tmp_path) -> None:
-    order = [2, 0, 3, 1]
-    moved = [
-        (
-            {
-                **each,
-                "layer_detail": detail(
-                    experts=order, tokens_per_class={"steps": 5, "counts": [[20, 0, 30, 10]]}
-                ),
-            }
-            if each["timestep_bin"] == 0
-            else each
-        )
-        for each in interval(10, tokens=[20, 0, 30, 10])
-    ]
-    for each in moved:
-        if "layer_detail" in each:
-            each["layer_detail"]["prototype_similarity_matrix"][0][1] = 0.7
+    order, tokens = [2, 0, 3, 1], [20, 0, 30, 10]
+    details = {
+        "experts": order,
+        "tokens_per_class": {"steps": 5, "counts": [tokens]},
+        "prototype_similarity_matrix": [[1, 0.7, 0, 0], *[[0] * 4] * 3],
+    }
+    moved = interval(10, tokens=tokens, details=details)
     log = load_log(write(tmp_path, [*interval(5), *moved]))
     assert log.tokens_TLQE[1, 0, 0].tolist() == [0, 10, 20, 30]
     assert log.order_LE.tolist() == [order, order]
@@ -239,16 +225,13 @@ def test_log_of_moved_experts_keeps_their_first_numbers(tmp_path) -> None:
 
 @pytest.mark.parametrize(("asked", "first"), [(None, 185), (7, 195), (1, 200)])
 def test_log_window_is_the_last_tenth_or_as_asked(tmp_path, asked, first) -> None:
-    log = load_log(write(tmp_path, _intervals(*range(5, 205, 5))))
+    log = load_log(write(tmp_path, interval(*range(5, 205, 5))))
     assert log.steps_T[log.window(asked)].tolist() == list(range(first, 205, 5))
 
 
 def test_log_many_tables_are_thinned_and_lose_no_count(tmp_path) -> None:
-    lines = [each for step in range(5, 1005, 5) for each in interval(step, layers=(1,))]
-    for each in lines:
-        if "layer_detail" in each:
-            each["layer_detail"]["tokens_per_class"] = {"steps": 5, "counts": [[1, 2, 3, 4]]}
-    log = load_log(write(tmp_path, lines))
+    details = {"tokens_per_class": {"steps": 5, "counts": [[1, 2, 3, 4]]}}
+    log = load_log(write(tmp_path, interval(*range(5, 1005, 5), layers=(1,), details=details)))
     assert len(log.tables["tokens_per_class"][1]) <= 64
     assert log.table("tokens_per_class", 1, slice(0, None)).tolist() == [[200, 400, 600, 800]]
 

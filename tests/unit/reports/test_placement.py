@@ -97,16 +97,14 @@ def test_advice_is_judged_by_what_it_is_measured_by(tmp_path) -> None:
     """Sums over the window can hide that two experts take turns: heavy together in each half, even
     on the whole.
     """
-    lines = []
-    for step in range(5, 105, 5):
-        tokens = [0, 197, 101, 102] if step > 50 else [200, 0, 101, 102]
-        lines += [line(step, 1, bin_, tokens) for bin_ in (0, 1)]
+    halves = ((range(5, 55, 5), [200, 0, 101, 102]), (range(55, 105, 5), [0, 197, 101, 102]))
+    lines = [
+        each for steps, tokens in halves for each in interval(*steps, layers=(1,), tokens=tokens)
+    ]
     log = load_log(write(tmp_path, lines))
-    whole = slice(0, None)
-    assert fullest(log.tokens_TLE.sum(axis=0)[0], [0, 2, 1, 3], 2) < fullest(
-        log.tokens_TLE.sum(axis=0)[0], [0, 1, 2, 3], 2
-    )
-    assert advise(log, whole, 2).tolist() == [[0, 1, 2, 3]]
+    total_E = log.tokens_TLE.sum(axis=0)[0]
+    assert fullest(total_E, [0, 2, 1, 3], 2) < fullest(total_E, [0, 1, 2, 3], 2)
+    assert advise(log, slice(0, None), 2).tolist() == [[0, 1, 2, 3]]
 
 
 def test_advice_is_never_worse_and_moves_nothing_for_next_to_nothing(tmp_path) -> None:
