@@ -82,9 +82,7 @@ def test_view_of_values_that_were_not_finite_has_gaps(tmp_path) -> None:
 
 def test_view_of_a_long_log_begins_near_its_end(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(terminal, "_TAIL", 30_000)
-    follower = looked(
-        write(tmp_path, [each for step in range(5, 505, 5) for each in interval(step)])
-    )
+    follower = looked(write(tmp_path, interval(*range(5, 505, 5))))
     steps, tokens_LE = follower.view.log.steps_T.tolist(), follower.view.log.tokens_TLE[0]
     assert 3 < len(steps) < 24 and steps[-1] == 500
     assert tokens_LE.tolist() == [[2 * steps[0], 2, 3, 8], [2 * steps[0], 6, 3, 8]]  # whole
