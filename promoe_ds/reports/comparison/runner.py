@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.config import RunConfig
+from promoe_ds.config import RunConfig, change_config
 from promoe_ds.errors import PromoeError
 from promoe_ds.files import write_json
 from promoe_ds.logs import Progress, get_logger
@@ -70,10 +70,7 @@ class PlannedRun:
     @property
     def config(self) -> RunConfig:
         """Its config, with its seed."""
-        config = self.candidate.config
-        return config.model_copy(
-            update={"train": config.train.model_copy(update={"seed": self.seed})}
-        )
+        return change_config(self.candidate.config, train={"seed": self.seed})
 
 
 class RunFailure(Exception):  # noqa: N818 - it is reported and counted, the other runs continue
