@@ -11,10 +11,20 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def divide(values: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Return values / by, NaN where `by` is not positive."""
+    shape = np.broadcast_shapes(np.shape(values), np.shape(by))
+    return np.divide(values, by, out=np.full(shape, np.nan), where=by > 0)
+
+
+def known_mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Return the mean of the values that are not NaN, NaN where all are."""
+    return divide(np.nansum(values, axis=axis), (~np.isnan(values)).sum(axis=axis))
+
+
 def shares(tokens_E: np.ndarray) -> np.ndarray:
     """Return loads over their sum (..., E)."""
-    total = tokens_E.sum(axis=-1, keepdims=True)
-    return np.divide(tokens_E, total, out=np.full(tokens_E.shape, np.nan), where=total > 0)
+    return divide(tokens_E, tokens_E.sum(axis=-1, keepdims=True))
 
 
 def relative(tokens_E: np.ndarray) -> np.ndarray:
@@ -24,8 +34,7 @@ def relative(tokens_E: np.ndarray) -> np.ndarray:
 
 def max_over_mean(tokens_E: np.ndarray) -> np.ndarray:
     """Return the largest load over the mean one: 1 is even, E is all on one expert."""
-    total, largest = tokens_E.sum(axis=-1), tokens_E.max(axis=-1) * tokens_E.shape[-1]
-    return np.divide(largest, total, out=np.full(total.shape, np.nan), where=total > 0)
+    return divide(tokens_E.max(axis=-1) * tokens_E.shape[-1], tokens_E.sum(axis=-1))
 
 
 def variation(tokens_E: np.ndarray) -> np.ndarray:

@@ -89,8 +89,8 @@ class Progress:
         self._done: float = 0
         self._start = self._last = time.monotonic()
 
-    def add(self, amount: float) -> None:
-        """Count what was done."""
+    def add(self, amount: float, note: str = "") -> None:
+        """Count what was done; `note` ends the line."""
         self._done = min(self._done + amount, self._total)
         now = time.monotonic()
         if now - self._last < self._every or not self._done:
@@ -98,7 +98,7 @@ class Progress:
         self._last, speed = now, self._done / (now - self._start)
         digits = 0 if isinstance(self._total, int) else 1
         self._logger.info(
-            "%.*f/%.*f %s  %.3g %s/s  %s left",
+            "%.*f/%.*f %s  %.3g %s/s  %s left%s",
             digits,
             self._done,
             digits,
@@ -107,4 +107,5 @@ class Progress:
             speed,
             self._unit,
             duration((self._total - self._done) / speed),
+            f"  {note}" if note else "",
         )

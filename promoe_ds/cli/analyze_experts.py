@@ -18,8 +18,7 @@ from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.model.export import load_model
 from promoe_ds.reports.page import write_charts
-from promoe_ds.reports.specialisation.analysis import Settings, analyse
-from promoe_ds.reports.specialisation.collect import draw_images
+from promoe_ds.reports.specialisation.analysis import Settings, analyse, draw_images
 from promoe_ds.reports.specialisation.page import (
     check_place,
     layer_charts,

@@ -20,11 +20,15 @@ from rich.console import Console
 
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.reports.expert_load.live import follow
 from promoe_ds.reports.expert_load.page import export, write_report
 from promoe_ds.reports.expert_load.placement import advise, unevenness, write_placement
 from promoe_ds.reports.expert_load.run import RunView, open_runs
-from promoe_ds.reports.expert_load.terminal import findings_text, load_table, placement_table
+from promoe_ds.reports.expert_load.terminal import (
+    findings_text,
+    follow,
+    load_table,
+    placement_table,
+)
 
 #: What --follow has nothing to do with.
 _OF_A_REPORT = ("compare", "out", "export", "last_steps", "no_html", "placement", "ep_size")

@@ -51,10 +51,13 @@ class Chart:
     def vega_lite(self) -> Spec:
         """Return the specification with its data."""
         head, *rows = self.rows
-        kinds = {}
-        for place, name in enumerate(head):
-            is_number = all(isinstance(row[place], (int, float, type(None))) for row in rows)
-            kinds[name] = "number" if is_number else "string"
+        columns = zip(*rows, strict=True) if rows else ([],) * len(head)
+        kinds = {
+            name: "number"
+            if all(isinstance(x, (int, float, type(None))) for x in cells)
+            else "string"
+            for name, cells in zip(head, columns, strict=True)
+        }
         data = {"values": csv_text(self.rows), "format": {"type": "csv", "parse": kinds}}
         fit = {"type": "fit-x", "contains": "padding"}
         return {"width": "container", "autosize": fit, **self.spec, "data": data}
@@ -117,17 +120,16 @@ def line_chart(
     """
     names = list(series)
     rows = [[x[0], *names], *([at, *row] for at, *row in zip(x[1], *series.values(), strict=True))]
+    form = "%" if percent else ".4~g"
     scale = {"zero": False, **({"domain": list(domain), "nice": True} if domain else {})}
-    y = quantitative("value", title=None, axis={"format": "%" if percent else ".4~g"}, scale=scale)
-    color = color_of("line", names, is_ordered=is_ordered)
+    legend = {} if len(names) > 1 else {"legend": None}
     encoding = {
         "x": steps_axis(x[0]),
-        "y": y,
-        "color": color if len(names) > 1 else {**color, "legend": None},
+        "y": quantitative("value", title=None, axis={"format": form}, scale=scale),
+        "color": {**color_of("line", names, is_ordered=is_ordered), **legend},
     }
-    reference = [] if even is None else [rule("y", even)]
     layer = [
-        *reference,
+        *([] if even is None else [rule("y", even)]),
         *lines(encoding, tooltip("line", x[0], value=".1%" if percent else ".4~g"), "line"),
     ]
     spec = {"height": 170, "transform": [{"fold": names, "as": ["line", "value"]}], "layer": layer}
@@ -143,10 +145,13 @@ def steps_axis(column: str) -> Spec:
 def lines(encoding: Spec, shown: list[Spec], column: str) -> list[Spec]:
     """Return layers of lines: a click in the legend shows one alone, the pointer shows values."""
     picked = {"name": "shown", "select": {"type": "point", "fields": [column]}, "bind": "legend"}
-    line = {"mark": {"type": "line", "strokeWidth": 1.7}, "params": [picked]}
-    points = {name: part for name, part in encoding.items() if name != "strokeDash"}
+    points = {name: each for name, each in encoding.items() if name != "strokeDash"}
     return [
-        {**line, "encoding": {**encoding, "opacity": PICKED}},
+        {
+            "mark": {"type": "line", "strokeWidth": 1.7},
+            "params": [picked],
+            "encoding": {**encoding, "opacity": PICKED},
+        },
         {
             "mark": {"type": "circle", "opacity": 0, "size": 60},
             "encoding": {**points, "tooltip": shown},
@@ -156,8 +161,11 @@ def lines(encoding: Spec, shown: list[Spec], column: str) -> list[Spec]:
 
 def rule(axis: str, value: float) -> Spec:
     """Return a dashed line across a chart, in a layer with data of its own."""
-    mark = {"type": "rule", "style": "reference"}
-    return {"mark": mark, "data": {"values": [{}]}, "encoding": {axis: {"datum": value}}}
+    return {
+        "mark": {"type": "rule", "style": "reference"},
+        "data": {"values": [{}]},
+        "encoding": {axis: {"datum": value}},
+    }
 
 
 def bar_chart(
@@ -181,25 +189,31 @@ def bar_chart(
     rows: Rows = [["name", "value", *columns, "words"]]
     for (name, value, words), *more in zip(bars, *columns.values(), strict=True):
         rows.append([name, value, *more, words])
-    known = [value for _, value, _ in bars if not np.isnan(value)] + [mark[0] if mark else 0.0]
-    low, high = min(0.0, *known), max(0.0, *known)
+    ends = [*(value for _, value, _ in bars if not np.isnan(value)), mark[0] if mark else 0.0, 0.0]
+    low, high = min(ends), max(ends)
+    # The words after the bars take a part of the width.
     part = min(0.75, 0.04 + 0.024 * max(len(words) for *_, words in bars))
     scale = {"domain": [low, high + (high - low or 1.0) * part / (1 - part)], "nice": False}
-    axis = {"tickCount": 4, "format": "~s" if high >= 1e3 else "~g"}
+    axis = {"tickCount": 4, "format": "~s" if high >= 1e3 else ".4~g"}
     y = nominal("name", sort=names, title=None, axis=NO_AXIS)
-    bar: dict[str, Any] = {"x": quantitative("value", title=None, axis=axis, scale=scale), "y": y}
-    bar["tooltip"] = [nominal(name) for name in rows[0][:-1]]
-    if by_name:
-        bar["color"] = {**color_of("name", names), "legend": None}
+    bar: Spec = {
+        "x": quantitative("value", title=None, axis=axis, scale=scale),
+        "y": y,
+        "tooltip": [nominal(name) for name in rows[0][:-1]],
+        **({"color": {**color_of("name", names), "legend": None}} if by_name else {}),
+    }
     text = {"x": {"value": "width"}, "y": y, "text": {"field": "words"}}
     layer = [
         {"mark": {"type": "bar", "style": style, "cornerRadius": 2}, "encoding": bar},
         {"mark": {"type": "text", "align": "right", "style": "muted"}, "encoding": text},
         *([rule("x", mark[0])] if mark else []),
     ]
-    note += f" Dashed: {mark[1]}." if mark else ""
-    spec = {"height": min(19, max(9, 456 / len(bars))) * len(bars), "layer": layer}
-    return Chart(title=title, note=note, rows=rows, spec=spec)
+    return Chart(
+        title=title,
+        note=note + (f" Dashed: {mark[1]}." if mark else ""),
+        rows=rows,
+        spec={"height": min(19, max(9, 456 / len(bars))) * len(bars), "layer": layer},
+    )
 
 
 def scatter_chart(
@@ -213,7 +227,12 @@ def scatter_chart(
     """Draw points coloured by group; the axes have no meaning and no marks."""
     x, y = (quantitative(axis, axis=None, scale={"zero": False}) for axis in "xy")
     points = zip(points_N2.tolist(), groups, strict=True)
-    encoding = {"x": x, "y": y, "color": color_of("group", names), "tooltip": {"field": "group"}}
+    encoding: Spec = {
+        "x": x,
+        "y": y,
+        "color": color_of("group", names),
+        "tooltip": {"field": "group"},
+    }
     spec = {"height": WIDTH, "mark": {"type": "circle", "size": 18}, "encoding": encoding}
     rows = [["x", "y", "group"], *([x, y, group] for (x, y), group in points)]
     return Chart(title=title, note=note, rows=rows, spec=spec)

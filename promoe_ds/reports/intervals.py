@@ -7,74 +7,61 @@ from dataclasses import dataclass
 import numpy as np
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class KeptLines:
     """The lines that count, and where each belongs.
 
-    kept: their places, in order; keys: theirs; at: interval and layer of each; order, starts: the
-    lines sorted by interval and layer, and where each of these begins.
+    kept: their places in the file; at: interval, layer and bin of each; shape: how many there are
+    of these; covered_T, bins_T: steps and bins of each interval.
     """
 
     kept: np.ndarray
-    keys: np.ndarray
-    steps: np.ndarray
-    layers: np.ndarray
-    at: tuple[np.ndarray, np.ndarray]
-    order: np.ndarray
-    starts: np.ndarray
+    at: tuple[np.ndarray, np.ndarray, np.ndarray]
+    shape: tuple[int, int, int]
+    steps_T: np.ndarray
+    layers_L: np.ndarray
+    covered_T: np.ndarray
+    bins_T: np.ndarray
 
     @classmethod
     def of(cls, keys: np.ndarray, notes: list[str]) -> KeptLines:
-        """Leave out what was repeated later, and all but the last of equal lines."""
+        """Leave out what was repeated later.
+
+        Args:
+            keys: step, steps covered, layer, bin and number of bins of every line.
+        """
         kept = np.flatnonzero(_newest_branch(keys, notes))
-        steps, step_index = np.unique(keys[kept, 0], return_inverse=True)
+        steps_T, step_index = np.unique(keys[kept, 0], return_inverse=True)
         # A step has one number of bins: that of its last line.
-        bins_T = np.zeros(len(steps), dtype=np.int64)
+        bins_T = np.zeros_like(steps_T)
         bins_T[step_index] = keys[kept, 4]
         kept = kept[keys[kept, 4] == bins_T[step_index]]
-        step_index = np.searchsorted(steps, keys[kept, 0])
-        layers, layer_index = np.unique(keys[kept, 2], return_inverse=True)
-        shape = (len(steps), len(layers), int(bins_T.max()))
-        places = np.ravel_multi_index((step_index, layer_index, keys[kept, 3]), shape)
-        unique = np.sort(len(kept) - 1 - np.unique(places[::-1], return_index=True)[1])
-        if missing := int(bins_T.sum()) * len(layers) - len(unique):
+        layers_L, layer_index = np.unique(keys[kept, 2], return_inverse=True)
+        at = np.searchsorted(steps_T, keys[kept, 0]), layer_index, keys[kept, 3]
+        covered_T = np.zeros_like(steps_T)
+        covered_T[at[0]] = keys[kept, 1]
+        shape = len(steps_T), len(layers_L), int(bins_T.max())
+        found = len(np.unique(np.ravel_multi_index(at, shape)))
+        if missing := int(bins_T.sum()) * len(layers_L) - found:
             notes.append(
                 f"{missing:,} line{'s' if missing > 1 else ''} of a layer and bin "
                 f"{'are' if missing > 1 else 'is'} missing and count as no tokens"
             )
-        at = step_index[unique], layer_index[unique]
-        flat = at[0] * len(layers) + at[1]
-        order = np.argsort(flat, kind="stable")
-        return cls(
-            kept=kept[unique],
-            keys=keys[kept[unique]],
-            steps=steps,
-            layers=layers,
-            at=at,
-            order=order,
-            starts=np.flatnonzero(np.diff(flat[order], prepend=-1)),
-        )
+        _note_coverage(steps_T, covered_T, notes)
+        return cls(kept, at, shape, steps_T, layers_L, covered_T, bins_T)
 
-    def total(self, values: np.ndarray) -> np.ndarray:
-        """Sum the kept lines' values of every interval and layer (T, L, ...)."""
-        return self._place(np.add.reduceat(values[self.order], self.starts, axis=0), 0)
-
-    def mean(self, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Average the kept lines' values that are not NaN, by weight; NaN without weight (T, L)."""
-        weights = np.where(np.isnan(values), 0, weights)
-        sums, total = self.total(np.nan_to_num(values) * weights), self.total(weights)
-        return np.divide(sums, total, out=np.full(total.shape, np.nan), where=total > 0)
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Return the lines' values by interval, layer and bin (T, L, Q, ...), the last of equal
+        lines; 0 where there is none.
+        """
+        result = np.zeros((*self.shape, *values.shape[1:]), dtype=values.dtype)
+        result[self.at] = values[self.kept]
+        return result
 
     def last(self, values: np.ndarray, missing: float) -> np.ndarray:
-        """Return the last kept line's value of every interval and layer (T, L)."""
-        ends = np.append(self.starts[1:], len(self.order)) - 1
-        return self._place(values[self.order[ends]], missing)
-
-    def _place(self, values: np.ndarray, missing: float) -> np.ndarray:
-        shape = (len(self.steps), len(self.layers), *values.shape[1:])
-        result = np.full(shape, missing, dtype=values.dtype)
-        first = self.order[self.starts]
-        result[self.at[0][first], self.at[1][first]] = values
+        """Return the last line's value of every interval and layer (T, L)."""
+        result = np.full(self.shape[:2], missing, dtype=values.dtype)
+        result[self.at[:2]] = values[self.kept]
         return result
 
 
@@ -100,16 +87,15 @@ def _newest_branch(keys: np.ndarray, notes: list[str]) -> np.ndarray:
     return kept
 
 
-def note_coverage(steps: np.ndarray, covered: np.ndarray, notes: list[str]) -> None:
+def _note_coverage(steps_T: np.ndarray, covered_T: np.ndarray, notes: list[str]) -> None:
     """Say which steps no interval covers, and which two do."""
-    before = np.concatenate([[0], steps[:-1]])
-    twice = int(np.maximum(0, before - (steps - covered)).sum())
-    if gap := int(np.maximum(0, steps - covered - before).sum()):
+    gaps_T = np.diff(steps_T, prepend=0) - covered_T
+    if gap := int(gaps_T.clip(min=0).sum()):
         notes.append(
-            f"{gap:,} of {steps[-1]:,} steps are not covered: they ended in an "
+            f"{gap:,} of {steps_T[-1]:,} steps are not covered: they ended in an "
             "interruption or before this log began"
         )
-    if twice:
+    if twice := int(-gaps_T.clip(max=0).sum()):
         notes.append(
-            f"{twice:,} of {steps[-1]:,} steps count twice: a resume began within a log interval"
+            f"{twice:,} of {steps_T[-1]:,} steps count twice: a resume began within a log interval"
         )

@@ -6,7 +6,7 @@ Letters: T log intervals, L MoE layers, Q timestep bins, E routed experts, X exc
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from promoe_ds.errors import DataError
-from promoe_ds.reports.intervals import KeptLines, note_coverage
+from promoe_ds.load_stats import divide
+from promoe_ds.reports.intervals import KeptLines
 from promoe_ds.reports.records import TABLES, Exchanges, LayerDetail, Line, log_file, read_lines
 
 EXCHANGES = Exchanges.__struct_fields__
@@ -99,52 +100,41 @@ def load_log(run_dir: Path) -> RoutingLog:
     Raises: DataError if there is no such file, nothing in it, or a newer schema.
     """
     path, columns = log_file(run_dir), Columns()
-    problems, schemas, is_cut = [], [0, 0, 0], False
+    problems, schemas, is_cut = [], [], False
     for number, _, line, problem in read_lines(path):
         if line is not None and not (problem := columns.take(line)):
-            schemas[line.schema] += 1
+            schemas.append(line.schema)
         elif problem:
             problems.append(f"line {number:,}: {problem}")
         else:
             is_cut = True
     shown = "; ".join(problems[:_SHOWN_PROBLEMS])
-    if not columns.keys:
-        reason = (
-            f"has no routing record: {shown}"
-            if problems
-            else (
-                "has no complete line: the run was interrupted in its first log step"
-                if is_cut
-                else (
-                    "is empty: the run has no MoE layer or did not reach its first log step"
-                    " (train.log_every)"
-                )
-            )
-        )
+    if not schemas:
+        reason = "is empty: the run has no MoE layer or did not reach its first log step"
+        if problems:
+            reason = f"has no routing record: {shown}"
+        elif is_cut:
+            reason = "has no complete line: the run was interrupted in its first log step"
         raise DataError(f"{path} {reason}")
     notes = []
     if problems:
-        count = f"{len(problems):,} line{'s' if len(problems) > 1 else ''}"
+        more = "; …" if len(problems) > _SHOWN_PROBLEMS else ""
         notes.append(
-            f"{count} left out ({shown}{'; …' if len(problems) > _SHOWN_PROBLEMS else ''})"
+            f"{len(problems):,} line{'s' if len(problems) > 1 else ''} left out ({shown}{more})"
         )
     if is_cut:
         notes.append("the last line is cut off: the run was interrupted, or is writing it now")
-    if schemas[1]:
+    if early := schemas.count(1):
         notes.append(
-            f"{schemas[1]:,} of {sum(schemas):,} lines have schema 1: gates by expert, "
-            "prototypes, waits and tables by class and patch were not logged then"
+            f"{early:,} of {len(schemas):,} lines have schema 1: gates by expert, prototypes, waits"
+            " and tables by class and patch were not logged then"
         )
     return columns.arrange(path, notes)
 
 
 def by_first_number(values: np.ndarray, order: Sequence[int] | None) -> np.ndarray:
     """Return values, whose last dimension goes by place, by the experts' first numbers."""
-    if order is None:
-        return values
-    result = np.empty_like(values)
-    result[..., list(order)] = values
-    return result
+    return values if order is None else values[..., np.argsort(order)]
 
 
 @dataclass
@@ -240,64 +230,55 @@ class Columns:
     def arrange(self, path: Path, notes: list[str]) -> RoutingLog:
         """Make arrays of what was taken; `notes` gets what had to be corrected."""
         lines = KeptLines.of(np.frombuffer(self.keys, dtype=np.int64).reshape(-1, 5), notes)
-        experts, bins = self.experts, int(lines.keys[-1, 4])
-        steps, layers = lines.steps, lines.layers
-        covered = np.zeros(len(steps), dtype=np.int64)
-        covered[lines.at[0]] = lines.keys[:, 1]
-        note_coverage(steps, covered, notes)
-        has_bins = lines.keys[:, 4] == bins
-        if not has_bins.all():
+        experts, bins, steps = self.experts, int(lines.bins_T[-1]), lines.steps_T
+        has_bins_T = lines.bins_T == bins
+        if not has_bins_T.all():
             notes.append(
-                f"noise levels were cut into {bins} bins from step "
-                f"{lines.keys[has_bins][0, 0]:,} on and otherwise before: figures by "
-                "noise level begin there"
+                f"noise levels were cut into {bins} bins from step {steps[has_bins_T][0]:,} on and"
+                " otherwise before: figures by noise level begin there"
             )
-        counts = np.frombuffer(self.counts, dtype=np.int64).reshape(-1, 3 + experts)[lines.kept]
-        floats = np.frombuffer(self.floats, dtype=float).reshape(-1, 2 + experts)[lines.kept]
-        tokens_TLQE = np.zeros((len(steps), len(layers), bins, experts), dtype=np.int64)
-        step_index, layer_index = (index[has_bins] for index in lines.at)
-        tokens_TLQE[step_index, layer_index, lines.keys[has_bins, 3]] = counts[has_bins, 3:]
-        totals, gates = lines.total(counts), lines.total(floats[:, 2:])
-        details = self._spread(steps, layers)
-        tokens_TLE = totals[..., 3:]
-        by_expert = (
-            tokens_TLQE,
-            tokens_TLE,
-            gates,
-            details[..., :experts],
-            details[..., experts : 2 * experts],
-        )
-        self._move_back(by_expert, steps, layers)
+        counts = np.frombuffer(self.counts, dtype=np.int64).reshape(-1, 3 + experts)
+        floats = np.frombuffer(self.floats, dtype=float).reshape(-1, 2 + experts)
+        counts_TLQ = lines.spread(counts)
+        totals_TL, tokens_TLQE = counts_TLQ.sum(axis=2), counts_TLQ[:, :, :bins, 3:]
+        tokens_TLQE[~has_bins_T] = 0
+        gate_mean_TLQ = lines.spread(floats[:, 0])
+        weights_TLQ = np.where(np.isnan(gate_mean_TLQ), 0, lines.spread(counts[:, 3:].sum(axis=1)))
+        gates = np.nan_to_num(gate_mean_TLQ) * weights_TLQ
+        details = self._spread(steps, lines.layers_L)
+        by_expert = {
+            "tokens_TLE": totals_TL[..., 3:],
+            "tokens_TLQE": tokens_TLQE,
+            "gates_TLE": lines.spread(floats[:, 2:]).sum(axis=2),
+            "to_centroid_TLE": details[..., :experts],
+            "to_others_TLE": details[..., experts : 2 * experts],
+        }
+        self._move_back(by_expert.values(), steps, lines.layers_L)
         nothing, plain = np.full((experts, experts), np.nan), list(range(experts))
-        ep_size, ranks = self.placement
-        known = dict.fromkeys(layers.tolist())
+        layers = lines.layers_L.tolist()
         return RoutingLog(
             path=path,
-            layers=list(known),
+            layers=layers,
             steps_T=steps,
-            covered_T=covered,
-            tokens_TLE=tokens_TLE,
-            tokens_TLQE=tokens_TLQE,
-            routed_TL=totals[..., 0],
-            null_TL=totals[..., 1],
-            gates_TLE=gates,
-            gate_mean_TL=lines.mean(floats[:, 0], counts[:, 3:].sum(axis=1)),
+            covered_T=lines.covered_T,
+            routed_TL=totals_TL[..., 0],
+            null_TL=totals_TL[..., 1],
+            gate_mean_TL=divide(gates.sum(axis=2), weights_TLQ.sum(axis=2)),
             similarity_TL=lines.last(floats[:, 1], np.nan),
             bytes_TL=lines.last(counts[:, 2], 0),
-            to_centroid_TLE=by_expert[3],
-            to_others_TLE=by_expert[4],
             rank_uneven_TL=details[..., 2 * experts],
             wait_TLX=details[..., 2 * experts + 1 :],
-            matrix_LEE=np.array([self.matrices.get(layer, nothing) for layer in known]),
-            order_LE=np.array([self.newest_order.get(layer, plain) for layer in known]),
-            ep_size=ep_size,
-            ranks=ranks,
+            matrix_LEE=np.array([self.matrices.get(layer, nothing) for layer in layers]),
+            order_LE=np.array([self.newest_order.get(layer, plain) for layer in layers]),
+            ep_size=self.placement[0],
+            ranks=self.placement[1],
             tables=self._tables(notes),
             notes=notes,
+            **by_expert,
         )
 
     def _move_back(
-        self, by_expert: Sequence[np.ndarray], steps: np.ndarray, layers: np.ndarray
+        self, by_expert: Iterable[np.ndarray], steps: np.ndarray, layers: np.ndarray
     ) -> None:
         """Reorder values (T, L, ..., E), which go by place, by the experts' first numbers."""
         for (step, layer), order in self.orders.items():

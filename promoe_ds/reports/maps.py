@@ -36,15 +36,15 @@ def heat_chart(
     cells = ([rows[r], columns[c], value] for (r, c), value in np.ndenumerate(values_RC))
     high = min(20.0, max(3.0, 300.0 / len(rows)))
     top = {**NO_AXIS, "orient": "top", "labelAngle": 0, "labelOverlap": True}
+    shade = quantitative("value", **(color or LOAD_COLOR))
+    layer: list[Spec] = [{"mark": "rect", "encoding": {"color": shade}}]
+    if high >= 14 and len(columns) <= _MOST_NUMBERED:
+        layer.append({"mark": "text", "encoding": {"text": quantitative("value", format=form)}})
     encoding = {
         "x": nominal(names[1], sort=list(columns), axis=top),
         "y": nominal(names[0], sort=list(rows), axis={**NO_AXIS, "labelOverlap": True}),
         "tooltip": tooltip(*names, value=".4~g"),
     }
-    shade = quantitative("value", **(color or LOAD_COLOR))
-    layer: list[Spec] = [{"mark": "rect", "encoding": {"color": shade}}]
-    if high >= 14 and len(columns) <= _MOST_NUMBERED:
-        layer.append({"mark": "text", "encoding": {"text": quantitative("value", format=form)}})
     spec = {"height": high * len(rows), "encoding": encoding, "layer": layer}
     return Chart(title=title, note=note, rows=[[*names, "value"], *cells], spec=spec)
 
@@ -68,26 +68,33 @@ def map_over_time(
     if few > 1:
         note = f"{note} Each row is {few} experts: the one farthest from even."
         groups = [slice(start, start + few) for start in range(0, len(rows), few)]
-        values_RT = np.stack([_farthest(values_RT[group]) for group in groups])
+        values_RT = np.stack([farthest_from_even(values_RT[group]) for group in groups])
         rows = [f"{rows[group][0]}…" for group in groups]
     starts = zip([0, *steps[:-1]], steps, values_RT.T.tolist(), strict=True)
     table = [["from", "step", *rows], *([start, step, *values] for start, step, values in starts)]
     by_group = {name.rpartition(" ")[0]: name for name in reversed(rows)}
-    axis = {**NO_AXIS, "labelOverlap": True}
-    if len(by_group) > 1:
-        marks = {"grid": True, "tickBand": "extent", "zindex": 1}
-        label = {"labelExpr": _GROUP, "labelOffset": -4, "labelBaseline": "top"}
-        axis |= {"values": list(by_group.values()), **marks, **label}
-    encoding = {
-        "x": {**steps_axis("step"), "field": "from", "title": "step"},
-        "x2": {"field": "step"},
-        "y": nominal("row", sort=list(rows), title=None, axis=axis),
-        "color": quantitative("load", **LOAD_COLOR),
-        "tooltip": tooltip("row", step=",", load=".3~g"),
+    marked = {
+        "values": list(by_group.values()),
+        "grid": True,
+        "tickBand": "extent",
+        "zindex": 1,
+        "labelExpr": _GROUP,
+        "labelOffset": -4,
+        "labelBaseline": "top",
     }
-    high = min(12.0, max(3.0, 420.0 / len(rows)), _MAP_HEIGHT / len(rows))
-    spec = {"height": high * len(rows), "mark": "rect", "encoding": encoding}
-    spec["transform"] = [{"fold": list(rows), "as": ["row", "load"]}]
+    axis = {**NO_AXIS, "labelOverlap": True, **(marked if len(by_group) > 1 else {})}
+    spec = {
+        "height": min(12.0, max(3.0, 420.0 / len(rows)), _MAP_HEIGHT / len(rows)) * len(rows),
+        "mark": "rect",
+        "transform": [{"fold": list(rows), "as": ["row", "load"]}],
+        "encoding": {
+            "x": {**steps_axis("step"), "field": "from", "title": "step"},
+            "x2": {"field": "step"},
+            "y": nominal("row", sort=list(rows), title=None, axis=axis),
+            "color": quantitative("load", **LOAD_COLOR),
+            "tooltip": tooltip("row", step=",", load=".3~g"),
+        },
+    }
     return Chart(title=title, note=note, rows=table, spec=spec)
 
 
@@ -101,22 +108,29 @@ def tile_chart(
         left, top = (place % columns) * (side + 1), (place // columns) * (side + 2) + 1
         rows += [[name, r, c, v, left + c, top + r] for (r, c), v in np.ndenumerate(values)]
     wide, tall = columns * (side + 1) - 1, -(-len(tiles) // columns) * (side + 2)
-    share = quantitative("share", scale={"domain": [0, 1], "range": "ramp"})
     cells = {
         **plane(wide, tall),
         "x2": {"field": "x2"},
         "y2": {"field": "y2"},
-        "color": share,
+        "color": quantitative("share", scale={"domain": [0, 1], "range": "ramp"}),
         "tooltip": tooltip("map", "row", "column", share=".1%"),
     }
-    ends = [{"calculate": f"datum.{axis} + 1", "as": f"{axis}2"} for axis in "xy"]
     first = [{"op": "min", "field": axis, "as": axis} for axis in "xy"]
-    mark = {"type": "text", "align": "left", "baseline": "bottom", "dy": -2, "style": "muted"}
     layer = [
-        {"transform": ends, "mark": "rect", "encoding": cells},
+        {
+            "transform": [{"calculate": f"datum.{axis} + 1", "as": f"{axis}2"} for axis in "xy"],
+            "mark": "rect",
+            "encoding": cells,
+        },
         {
             "transform": [{"aggregate": first, "groupby": ["map"]}],
-            "mark": mark,
+            "mark": {
+                "type": "text",
+                "align": "left",
+                "baseline": "bottom",
+                "dy": -2,
+                "style": "muted",
+            },
             "encoding": {**plane(wide, tall), "text": {"field": "map"}},
         },
     ]
@@ -132,7 +146,7 @@ def plane(wide: float, tall: float) -> Spec:
     }
 
 
-def _farthest(values_RT: np.ndarray) -> np.ndarray:
-    """Return, at each time, the load whose logarithm is farthest from even."""
-    distance = np.nan_to_num(np.abs(np.log(np.maximum(values_RT, 1e-6))))
-    return np.take_along_axis(values_RT, distance.argmax(axis=0)[None], axis=0)[0]
+def farthest_from_even(values_R: np.ndarray) -> np.ndarray:
+    """Return, in each column, the load whose logarithm is farthest from even: none before all."""
+    distance = np.nan_to_num(np.abs(np.log(np.maximum(values_R, 1e-6))))
+    return np.take_along_axis(values_R, distance.argmax(axis=0)[None], axis=0)[0]

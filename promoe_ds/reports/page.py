@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from promoe_ds.errors import DataError
+from promoe_ds.files import replace_text
 from promoe_ds.reports.charts import Chart, csv_text, vl_convert
 from promoe_ds.reports.theme import THEMES, slug, vega_config
 
@@ -22,9 +23,11 @@ Part = dict[str, Any]
 Rows = Sequence[Sequence[object]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Page:
-    """kind: of report; name: what it is of; facts: a line about each; notes: what was left out."""
+    """kind: of report; name: what it is of; facts: a line about each; notes: what was left out;
+    parts: as `part` makes them.
+    """
 
     kind: str
     name: str
@@ -32,16 +35,16 @@ class Page:
     notes: list[str] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
 
-    def add(self, kind: str, **values: Any) -> None:
-        """Add a part, unless it has nothing to show.
 
-        Kinds: heading (text), text (text), cards (items: name, value, words, level), findings
-        (items: level, tag, title, text), warning (title, text, items), figures (items, of
-        `figures`), details (title, text, items, is_open), table (rows, the first is the head),
-        terms (items: term, text), pictures (items: caption, url, width, height).
-        """
-        if any(values.values()):
-            self.parts.append({"kind": kind, **values})
+def part(kind: str, **values: Any) -> list[Part]:
+    """Return a part of a page, nothing if it has nothing to show.
+
+    Kinds: heading (text), text (text), cards (items: name, value, words, level), findings
+    (items: level, tag, title, text), warning (title, text, items), figures (items, of
+    `figures`), details (title, text, items, is_open), table (rows, the first is the head),
+    terms (items: term, text), pictures (items: caption, url, width, height).
+    """
+    return [{"kind": kind, **values}] if any(values.values()) else []
 
 
 def figures(
@@ -91,9 +94,7 @@ def write_page(path: Path, page: Page) -> int:
     """
     text = render(page)
     try:
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        replace_text(path, text)
     except OSError as error:
         raise DataError(
             f"{path} cannot be written: {error.strerror}: name another place with --out"

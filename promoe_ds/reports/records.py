@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,24 +89,23 @@ class LayerDetail(Struct, frozen=True):
             raise ValueError(
                 f"layer_detail.experts does not name each of the experts 0 ... {experts - 1} once"
             )
-        lists = {
+        matrix = self.prototype_similarity_matrix or [[None] * experts] * experts
+        lists: dict[str, list[list[Any]]] = {
             "prototype_to_centroid": [self.prototype_to_centroid],
             "prototype_to_other_centroids": [self.prototype_to_other_centroids],
-        }
-        if (matrix := self.prototype_similarity_matrix) is not None:
-            lists["prototype_similarity_matrix"] = [
-                *matrix,
-                *([[]] if len(matrix) != experts else []),
-            ]
-        lists |= {
-            name: table.counts for name in TABLES if (table := getattr(self, name)) is not None
+            # Rows of a matrix that has too few or too many of them do not fit either.
+            "prototype_similarity_matrix": matrix if len(matrix) == experts else [[]],
+            "tokens_per_class": self.tokens_per_class.counts if self.tokens_per_class else [],
+            "tokens_per_position": (
+                self.tokens_per_position.counts if self.tokens_per_position else []
+            ),
         }
         for name, rows in lists.items():
             if any(len(row) != experts for row in rows):
                 raise ValueError(
                     f"layer_detail.{name} has not one value for each of {experts} experts"
                 )
-        patches = len(lists.get("tokens_per_position", ()))
+        patches = len(lists["tokens_per_position"])
         if math.isqrt(patches) ** 2 != patches:
             raise ValueError(
                 f"layer_detail.tokens_per_position has {patches} patches, which is no square image"
@@ -122,7 +122,7 @@ class Line(Struct, frozen=True):
     unconditional_tokens: Count
     prototype_similarity: float | None
     layer_bytes_exchanged: Count
-    schema: int = 1
+    schema: Annotated[int, Meta(ge=1, le=KNOWN_SCHEMAS[-1])] = 1
     steps: Count = 0
     timestep_bin: Count = 0
     timestep_bins: Annotated[int, Meta(ge=1, le=10_000)] = 1
@@ -150,36 +150,40 @@ class Line(Struct, frozen=True):
             self.layer_detail.check(experts)
 
 
+class Metrics(Struct, frozen=True):
+    """What reports use of a line of metrics.jsonl."""
+
+    step: int
+    loss_diffusion: float | None = None
+    images_per_second: float | None = None
+
+
 class _Head(Struct):
     schema: int = 1
 
 
-_LINE, _HEAD = msgspec.json.Decoder(Line), msgspec.json.Decoder(_Head)
+_DECODERS: dict[type[Any], msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (Line, Metrics, _Head)
+}
 
 
-def decode(text: bytes) -> Line:
+def decode(text: bytes, kind: type[Any] = Line) -> Any:
     """Read a line.
 
     Raises: ValueError saying what is wrong with it; NewerSchemaError for a version that this
     package does not know.
     """
     try:
-        line = _LINE.decode(text)
-        schema = line.schema
-    except ValueError as error:
+        return _DECODERS[kind].decode(text)
+    except ValueError:
         # A newer version's fields may have other types.
-        try:
-            schema = _HEAD.decode(text).schema
-        except ValueError:
-            raise error from None
-        if schema in KNOWN_SCHEMAS:
-            raise
-    if schema not in KNOWN_SCHEMAS:
-        raise NewerSchemaError(
-            f"schema {schema} is not one of {', '.join(map(str, KNOWN_SCHEMAS))}: a newer version"
-            " of promoe_ds wrote the file, read it with that one"
-        )
-    return line
+        with suppress(ValueError):
+            if (schema := _DECODERS[_Head].decode(text).schema) > KNOWN_SCHEMAS[-1]:
+                raise NewerSchemaError(
+                    f"schema {schema} is not one of {', '.join(map(str, KNOWN_SCHEMAS))}: a newer"
+                    " version of promoe_ds wrote the file, read it with that one"
+                ) from None
+        raise
 
 
 def log_file(run_dir: Path) -> Path:
@@ -197,7 +201,9 @@ def log_file(run_dir: Path) -> Path:
     return path
 
 
-def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, int, Line | None, str]]:
+def read_lines(
+    path: Path, start: int = 0, kind: type[Any] = Line
+) -> Iterator[tuple[int, int, Any, str]]:
     """Yield, for every line from byte `start` on, its number, the byte after it, and the line or
     what is wrong with it.
 
@@ -215,7 +221,7 @@ def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, int, Line | No
                 if not text.strip():
                     continue
                 try:
-                    yield number, end, decode(text), ""
+                    yield number, end, decode(text, kind), ""
                 except NewerSchemaError as error:
                     raise NewerSchemaError(f"{path}, line {number:,}: {error}") from None
                 except ValueError as error:

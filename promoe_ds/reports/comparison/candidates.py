@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from promoe_ds.config import (
     read_deepspeed_json,
     resolve_deepspeed,
 )
-from promoe_ds.errors import ConfigError
+from promoe_ds.config.loader import dotted_names
+from promoe_ds.errors import ConfigError, differences
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 #: A comma starts a new override only before `section.field=`: lists such as [0.9, 0.95] hold
 # commas, too.
 _BETWEEN_OVERRIDES = re.compile(r",(?=\s*[A-Za-z_]+(?:\.[A-Za-z_]+)+=)")
-#: What the comparison states for each run itself, by the option that states it.
+#: What the comparison sets for each run itself, by the option that sets it.
 _OWNED = {
     "train.max_steps": "--steps",
     "train.seed": "--seeds",
@@ -35,17 +37,16 @@ _OWNED = {
 _FREE_SECTIONS = {"name", "routing", "parallel", "logging"}
 _FREE_FIELDS = {
     "model.preset",
-    # what a dense model spends on its feed-forward; the activated parameters are held equal
+    # what a dense model spends on its feed-forward; its activated parameters are equal
     "model.mlp_ratio",
     "train.checkpoint_every",
     "train.keep_last",
     "train.max_nonfinite_steps",
     "sampling.cfg_scale",  # the recipe's own guidance
 }
-#: Log lines that a run's curve gets, unless steps are fewer or --set train.log_every says
-# otherwise.
-_LOG_LINES = 200
-_MAX_LOG_EVERY = 50
+#: Log lines that a run's curve gets, and the most steps from one to the next, unless
+#: --set train.log_every says otherwise.
+_LOG_LINES, _MAX_LOG_EVERY = 200, 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +84,13 @@ def check_numbers(request: ComparisonRequest) -> None:
     """
     least = {"steps": 1, "jobs": 1, "ranks": 1, "samples": 2, "sample_seed": 0, "tolerance": 0}
     for name, minimum in least.items():
-        if not getattr(request, name) >= minimum:  # nan is none of both
-            raise ConfigError(
-                f"--{name.replace('_', '-')} {getattr(request, name)}: must be at least {minimum}"
-            )
-    if (
-        not request.seeds
-        or min(request.seeds) < 0
-        or max(request.seeds) >= 2**63
-        or len(set(request.seeds)) < len(request.seeds)
-    ):
+        if not (value := getattr(request, name)) >= minimum:  # nan is neither
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+    seeds = request.seeds
+    if not seeds or len(set(seeds)) < len(seeds) or not 0 <= min(seeds) <= max(seeds) < 2**63:
         raise ConfigError(
-            f"--seeds {','.join(map(str, request.seeds))}: expected different integers from 0 on,"
-            " e.g. 0,1,2"
+            f"--seeds {','.join(map(str, seeds))}: expected different integers from 0 on, e.g."
+            " 0,1,2"
         )
 
 
@@ -110,18 +105,17 @@ def load_candidates(request: ComparisonRequest) -> list[Candidate]:
         (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe, recipe, ())
         for recipe in request.recipes
     ]
-    named += [parse_variant(variant) for variant in request.variants]
+    named += map(parse_variant, request.variants)
     if not named:
         raise ConfigError(
             "--recipes: nothing to compare: name recipes, e.g. --recipes digits_promoe,digits_dit"
         )
     names = [name for name, _, _ in named]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(
-                f"two candidates are called {name}: give one another name with --variant"
-                " NAME=RECIPE"
-            )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"two candidates are called {twice[0]}: give one another name with --variant"
+            " NAME=RECIPE"
+        )
     return [_load(name, recipe, own, request) for name, recipe, own in named]
 
 
@@ -139,8 +133,8 @@ def parse_variant(text: str) -> tuple[str, str, tuple[str, ...]]:
         )
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"--variant {text}: the name {name!r} must be letters, digits, '_', '-' or '.', for it"
-            " names a folder"
+            f"--variant {text}: the name {name!r} must be letters, digits, '_', '-' or '.', because"
+            " it names a folder"
         )
     for override in overrides:
         _refuse_owned(override, f"--variant {text}")
@@ -159,7 +153,7 @@ def _load(name: str, recipe: str, own: tuple[str, ...], request: ComparisonReque
     overrides = (
         "parallel.ep_size=1",
         "logging.tensorboard=false",
-        f"train.log_every={_log_every(request.steps)}",
+        f"train.log_every={max(1, min(_MAX_LOG_EVERY, request.steps // _LOG_LINES))}",
         *request.overrides,
         *own,
         f"train.max_steps={request.steps}",
@@ -167,21 +161,16 @@ def _load(name: str, recipe: str, own: tuple[str, ...], request: ComparisonReque
     try:
         config = load_config(recipe, [*overrides, "train.seed=0"])
     except ConfigError as error:
-        lines = [line.strip() for line in str(error).replace("--recipe", "recipe").splitlines()]
-        lines[0] = lines[0].removeprefix(f"{name}: ")
-        raise ConfigError(
-            f"candidate {name}: {lines[0]}" + (f" {'; '.join(lines[1:])}" if lines[1:] else "")
-        ) from None
+        first, *others = str(error).replace("--recipe", "recipe").splitlines()
+        text = "; ".join(map(str.strip, others))
+        first = first.removeprefix(f"{name}: ").strip()
+        raise ConfigError(f"candidate {name}: {first} {text}".rstrip()) from None
     if config.train.stop_after_steps is not None:
         raise ConfigError(
             f"candidate {name}: train.stop_after_steps={config.train.stop_after_steps} would end"
             " its training early: leave it out of the recipe"
         )
     return Candidate(name=name, recipe=recipe, overrides=overrides, config=config)
-
-
-def _log_every(steps: int) -> int:
-    return max(1, min(_MAX_LOG_EVERY, steps // _LOG_LINES))
 
 
 def check_fair(candidates: Sequence[Candidate], tolerance: float) -> None:
@@ -192,16 +181,14 @@ def check_fair(candidates: Sequence[Candidate], tolerance: float) -> None:
         relative to that.
     Raises: ConfigError naming the fields of the candidate that differ, or all the counts.
     """
-    first = candidates[0]
-    for other in candidates[1:]:
-        if unequal := _unequal_fields(other, first):
+    first, *others = candidates
+    for other in others:
+        if unequal := differences(_conditions(first.config), _conditions(other.config)):
             raise ConfigError(
-                f"candidate {other.name} trains under other conditions than {first.name}:"
-                f" {'; '.join(unequal)}. Set it alike for all with --set"
+                f"candidates {first.name} (there) and {other.name} (here) train under different"
+                f" conditions: {'; '.join(unequal)}. Set it alike for all with --set"
             )
-    counts = {
-        candidate.name: count_parameters(candidate.config).activated for candidate in candidates
-    }
+    counts = {each.name: count_parameters(each.config).activated for each in candidates}
     spread = max(counts.values()) / min(counts.values()) - 1
     if spread > tolerance:
         listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
@@ -211,27 +198,17 @@ def check_fair(candidates: Sequence[Candidate], tolerance: float) -> None:
         )
 
 
-def _unequal_fields(other: Candidate, first: Candidate) -> list[str]:
-    theirs, reference = flat_fields(other.config), flat_fields(first.config)
-    return [
-        f"{field}={theirs.get(field)!r} instead of {reference.get(field)!r}"
-        for field in {**reference, **theirs}
-        if theirs.get(field) != reference.get(field)
-        and field not in _FREE_FIELDS
-        and field.partition(".")[0] not in _FREE_SECTIONS
-    ]
+def _conditions(config: RunConfig) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in flat_fields(config).items()
+        if name not in _FREE_FIELDS and name.partition(".")[0] not in _FREE_SECTIONS
+    }
 
 
 def flat_fields(config: RunConfig) -> dict[str, Any]:
     """Return every field of a config by its dotted name."""
-    flat: dict[str, Any] = {}
-    for section, value in config.model_dump(mode="json").items():
-        flat.update(
-            {f"{section}.{name}": field for name, field in value.items()}
-            if isinstance(value, dict)
-            else {section: value}
-        )
-    return flat
+    return {name: attrgetter(name)(config) for name in dotted_names()}
 
 
 def check_launch(request: ComparisonRequest, candidates: Sequence[Candidate]) -> dict[str, Any]:
@@ -239,17 +216,11 @@ def check_launch(request: ComparisonRequest, candidates: Sequence[Candidate]) ->
 
     Raises: ConfigError naming the candidate, or the file.
     """
-    values = read_deepspeed_json(request.deepspeed_config)
-    for candidate in candidates:
+    values, source = read_deepspeed_json(request.deepspeed_config), str(request.deepspeed_config)
+    for each in candidates:
         try:
-            resolve_deepspeed(
-                values,
-                candidate.config,
-                plan_batches(candidate.config, request.ranks),
-                source=str(request.deepspeed_config),
-            )
+            batches = plan_batches(each.config, request.ranks)
+            resolve_deepspeed(values, each.config, batches, source=source)
         except ConfigError as error:
-            raise ConfigError(
-                f"candidate {candidate.name} on {request.ranks} ranks: {error}"
-            ) from None
+            raise ConfigError(f"candidate {each.name} on {request.ranks} ranks: {error}") from None
     return values

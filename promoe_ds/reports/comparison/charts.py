@@ -10,26 +10,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from promoe_ds.reports.charts import NO_AXIS, Chart, Rows, lines, rule, steps_axis
-from promoe_ds.reports.theme import PICKED, color_of, mark_of, nominal, quantitative, tooltip
+from promoe_ds.reports.theme import (
+    PICKED,
+    Spec,
+    color_of,
+    mark_of,
+    nominal,
+    quantitative,
+    tooltip,
+)
 
 #: Points of a curve that one drawn point averages: single batches vary more than candidates differ.
 _RUNNING_SHARE = 20
 #: A landmark farther from the points than this many times their spread is left out, or it would
-# press them together.
+#: press them together.
 _LANDMARK_REACH = 3.0
 
+Comparison = Mapping[str, Any]
 Curve = list[tuple[int, float]]
 
 
-def charts(comparison: Mapping[str, Any]) -> list[Chart | None]:
+def charts(comparison: Comparison) -> list[Chart | None]:
     """Return all charts; None for what no run has."""
-    entries, window = comparison["contenders"], running_window(comparison)
-    first = entries[0]
+    first, *others = comparison["contenders"]
+    window = running_window(comparison)
     losses = {
         entry["name"]: [
-            running_mean(result["loss_curve"], window) for result in entry["seeds"].values()
+            running_mean(each["loss_curve"], window) for each in entry["seeds"].values()
         ]
-        for entry in entries
+        for entry in (first, *others)
     }
     differences = {
         entry["name"]: [
@@ -39,34 +48,20 @@ def charts(comparison: Mapping[str, Any]) -> list[Chart | None]:
             for seed, result in entry["seeds"].items()
             if seed in first["seeds"]
         ]
-        for entry in entries[1:]
+        for entry in others
     }
-    found = [
-        _curves(
-            comparison,
-            "Diffusion loss",
-            losses,
-            "diffusion loss (logarithmic)",
-            is_logarithmic=True,
-        ),
-        _curves(
-            comparison,
-            f"Diffusion loss minus that of {first['name']}, same seed and step",
-            differences,
-            "difference of diffusion losses",
-        ),
-    ]
+    minus = f"Diffusion loss minus that of {first['name']}, same seed and step"
+    time = "milliseconds, median of a run"
     return [
-        *found,
+        _curves(comparison, "Diffusion loss", losses, "diffusion loss (logarithmic)", is_log=True),
+        _curves(comparison, minus, differences, "difference of diffusion losses"),
         *_of_images(comparison),
-        points(
-            comparison, "step_ms", "Time of a training step", unit="milliseconds, median of a run"
-        ),
+        points(comparison, "step_ms", "Time of a training step", unit=time),
         load_per_block(comparison),
     ]
 
 
-def _of_images(comparison: Mapping[str, Any]) -> list[Chart | None]:
+def _of_images(comparison: Comparison) -> list[Chart | None]:
     results = [result for entry in comparison["contenders"] for result in entry["seeds"].values()]
     images = next((result["images"] for result in results if result["images"]), None)
     if images is None:
@@ -96,7 +91,7 @@ def _of_images(comparison: Mapping[str, Any]) -> list[Chart | None]:
     ]
 
 
-def running_window(comparison: Mapping[str, Any]) -> int:
+def running_window(comparison: Comparison) -> int:
     """Return how many log lines a drawn point of a curve averages."""
     lengths = [
         len(result["loss_curve"])
@@ -109,8 +104,8 @@ def running_window(comparison: Mapping[str, Any]) -> int:
 def running_mean(curve: Sequence[Sequence[float]], window: int) -> Curve:
     """Return a curve's trailing means over `window` points, placed at the last of them."""
     return [
-        (int(curve[i][0]), statistics.fmean(value for _, value in curve[i - window + 1 : i + 1]))
-        for i in range(window - 1, len(curve))
+        (int(curve[end - 1][0]), statistics.fmean(value for _, value in curve[end - window : end]))
+        for end in range(window, len(curve) + 1)
     ]
 
 
@@ -120,47 +115,55 @@ def difference(curve: Sequence[Sequence[float]], base: Sequence[Sequence[float]]
     return [(int(step), value - values[int(step)]) for step, value in curve if int(step) in values]
 
 
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation, 0 of one value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def _band(values: Sequence[float]) -> list[float]:
+    """Return the mean, and it minus and plus one standard deviation, which is 0 of one value."""
+    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return [mean, mean - spread, mean + spread]
 
 
 def _curves(
-    comparison: Mapping[str, Any],
+    comparison: Comparison,
     title: str,
     curves: Mapping[str, Sequence[Curve]],
     unit: str,
     *,
-    is_logarithmic: bool = False,
+    is_log: bool = False,
 ) -> Chart | None:
     """Draw the mean over seeds and a band of one standard deviation, at the steps that all seeds
     have.
     """
-    rows: Rows = [["step", "candidate", "mean", "low", "high"]]
+    names, rows = _names(comparison), []
     for name, of_seeds in curves.items():
         by_step = [dict(curve) for curve in of_seeds]
         for step in sorted(set.intersection(*map(set, by_step))) if by_step else ():
-            mean, spread = mean_and_spread([values[step] for values in by_step])
-            rows.append([step, name, mean, mean - spread, mean + spread])
-    if len(rows) == 1:
-        return None
-    names = _names(comparison)
-    scale = {"type": "log", "nice": False} if is_logarithmic else {"zero": False}
+            rows.append([step, name, *_band([values[step] for values in by_step])])
+    scale = {"type": "log", "nice": False} if is_log else {"zero": False}
     y = quantitative("mean", title=unit, axis={"tickCount": 5, "format": "~g"}, scale=scale)
-    encoding = {"x": steps_axis("step"), "color": color_of("candidate", names)}
-    faint = {"condition": {**PICKED["condition"], "value": 0.2}, "value": 0.0}
-    area = {**encoding, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "opacity": faint}
+    encoding: Spec = {"x": steps_axis("step"), "color": color_of("candidate", names)}
+    faint: Spec = {"condition": {**PICKED["condition"], "value": 0.2}, "value": 0.0}
     line = {**encoding, "y": y, "strokeDash": mark_of("strokeDash", "candidate", names)}
-    layer = [] if is_logarithmic else [rule("y", 0.0)]
-    layer += [
-        {"mark": "area", "encoding": area},
+    layer: list[Spec] = [
+        *([] if is_log else [rule("y", 0.0)]),
+        {"mark": "area", "encoding": {**encoding, **_spread("y", y), "opacity": faint}},
         *lines(line, tooltip("candidate", "step", mean=".4~g"), "candidate"),
     ]
-    return Chart(title=title, rows=rows, spec={"height": 210, "layer": layer})
+    return _chart(title, ["step", "candidate", "mean", "low", "high"], rows, 210, layer)
+
+
+def _spread(axis: str, encoding: Spec) -> Spec:
+    """Return the encoding of what goes from `low` to `high`."""
+    return {axis: {**encoding, "field": "low"}, f"{axis}2": {"field": "high"}}
+
+
+def _chart(
+    title: str, head: list[str], rows: Rows, height: float, layer: list[Spec], note: str = ""
+) -> Chart | None:
+    spec = {"height": height, "layer": layer}
+    return Chart(title=title, rows=[head, *rows], spec=spec, note=note) if rows else None
 
 
 def points(
-    comparison: Mapping[str, Any],
+    comparison: Comparison,
     metric: str,
     title: str,
     *,
@@ -174,51 +177,44 @@ def points(
     Args:
         factor: from the metric to the unit; landmark: a value to mark, if it is near the points.
     """
-    entries, names = comparison["contenders"], _names(comparison)
-    rows: Rows = [["candidate", "seed", "value", "mean", "low", "high"]]
+    entries, names, rows = comparison["contenders"], _names(comparison), []
     for entry in entries:
         if summary := entry["summary"][metric]:
             mean, sd = factor * summary["mean"], factor * (summary["sd"] or 0.0)
-            values = {
-                seed: result[metric]
+            rows += [
+                [entry["name"], seed, factor * result[metric], mean, mean - sd, mean + sd]
                 for seed, result in entry["seeds"].items()
                 if result.get(metric) is not None
-            }
-            rows += [
-                [entry["name"], seed, factor * value, mean, mean - sd, mean + sd]
-                for seed, value in values.items()
             ]
-    if len(rows) == 1:
-        return None
     x = quantitative(
         "value", title=unit, scale={"zero": False, "padding": 10}, axis={"tickCount": 5}
     )
     axis = {**NO_AXIS, "labelLimit": 130}
     y = nominal("candidate", sort=names, scale={"domain": names}, title=None, axis=axis)
-    encoding = {"y": y, "color": {**color_of("candidate", names), "legend": None}}
-    seeds = {**encoding, "x": x, "shape": {**mark_of("shape", "candidate", names), "legend": None}}
-    spread = {**encoding, "x": {**x, "field": "low"}, "x2": {"field": "high"}}
-    layer = [
-        {"mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": spread},
+    encoding: Spec = {"y": y, "color": {**color_of("candidate", names), "legend": None}}
+    seeds = {
+        **encoding,
+        "x": x,
+        "shape": {**mark_of("shape", "candidate", names), "legend": None},
+        "tooltip": tooltip("candidate", "seed", value=".4~g", mean=".4~g"),
+    }
+    layer: list[Spec] = [
+        {
+            "mark": {"type": "rule", "strokeWidth": 1.5},
+            "encoding": {**encoding, **_spread("x", x)},
+        },
         {
             "mark": {"type": "tick", "thickness": 3, "bandSize": 18},
             "encoding": {**encoding, "x": {**x, "field": "mean"}},
         },
-        {
-            "mark": {"type": "point", "size": 45, "strokeWidth": 1.5},
-            "encoding": {
-                **seeds,
-                "tooltip": tooltip("candidate", "seed", value=".4~g", mean=".4~g"),
-            },
-        },
+        {"mark": {"type": "point", "size": 45, "strokeWidth": 1.5}, "encoding": seeds},
     ]
     note = ""
-    if landmark and is_near(landmark[1], entries, metric):
+    if rows and landmark and is_near(landmark[1], entries, metric):
         layer.append(rule("x", factor * landmark[1]))
         note = f"Dashed: {landmark[0]}, {factor * landmark[1]:.3g}."
-    return Chart(
-        title=title, rows=rows, note=note, spec={"height": 26 * len(names), "layer": layer}
-    )
+    head = ["candidate", "seed", "value", "mean", "low", "high"]
+    return _chart(title, head, rows, 26 * len(names), layer, note)
 
 
 def is_near(landmark: float, entries: Sequence[Mapping[str, Any]], metric: str) -> bool:
@@ -229,46 +225,39 @@ def is_near(landmark: float, entries: Sequence[Mapping[str, Any]], metric: str) 
     return low - reach <= landmark <= high + reach
 
 
-def load_per_block(comparison: Mapping[str, Any]) -> Chart | None:
+def load_per_block(comparison: Comparison) -> Chart | None:
     """Draw max/mean load of every MoE block: mean over seeds, standard deviation as a line."""
-    rows: Rows = [["block", "candidate", "mean", "low", "high"]]
+    rows = []
     for entry in comparison["contenders"]:
         values: dict[int, list[float]] = {}
-        for result in entry["seeds"].values():
-            for layer in result["layers"] or ():
-                if layer["max_over_mean"] is not None:
-                    values.setdefault(layer["layer"], []).append(layer["max_over_mean"])
-        for block, of_seeds in sorted(values.items()):
-            mean, spread = mean_and_spread(of_seeds)
-            rows.append([block, entry["name"], mean, mean - spread, mean + spread])
-    if len(rows) == 1:
-        return None
-    names, shown = _names(comparison), {row[1] for row in rows[1:]}
+        for block in (each for run in entry["seeds"].values() for each in run["layers"] or ()):
+            if block["max_over_mean"] is not None:
+                values.setdefault(block["layer"], []).append(block["max_over_mean"])
+        rows += [[place, entry["name"], *_band(values[place])] for place in sorted(values)]
+    names, shown = _names(comparison), {row[1] for row in rows}
     ours = [name for name in names if name in shown]
     color, shape = color_of("candidate", names), mark_of("shape", "candidate", names)
     legend = {**color["legend"], "values": ours}
     y = quantitative("mean", title="largest load / mean load", scale={"zero": False})
-    x = nominal("block", title="transformer block", axis={"labelAngle": 0})
-    encoding: dict[str, Any] = {
-        "x": x,
+    encoding: Spec = {
+        "x": nominal("block", title="transformer block", axis={"labelAngle": 0}),
         "xOffset": {"field": "candidate", "sort": ours},
         "color": {**color, "legend": legend},
     }
-    band = {**encoding, "y": {**y, "field": "low"}, "y2": {"field": "high"}}
     point = {
         **encoding,
         "y": y,
         "shape": {**shape, "legend": legend},
         "tooltip": tooltip("candidate", "block", mean=".3~g"),
     }
-    layer = [
-        {"mark": "rule", "encoding": band},
+    layer: list[Spec] = [
+        {"mark": "rule", "encoding": {**encoding, **_spread("y", y)}},
         {"mark": {"type": "point", "size": 45}, "encoding": point},
         rule("y", 1.0),
     ]
     title = "Expert load by block, largest over mean (1 is even)"
-    return Chart(title=title, rows=rows, spec={"height": 190, "layer": layer})
+    return _chart(title, ["block", "candidate", "mean", "low", "high"], rows, 190, layer)
 
 
-def _names(comparison: Mapping[str, Any]) -> list[str]:
+def _names(comparison: Comparison) -> list[str]:
     return [entry["name"] for entry in comparison["contenders"]]

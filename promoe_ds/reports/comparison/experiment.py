@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from promoe_ds import __version__
-from promoe_ds.config import config_from_dict, count_parameters, training_flops_per_image
-from promoe_ds.errors import ConfigError, DataError, TrainingError
+from promoe_ds.config import (
+    config_from_dict,
+    count_parameters,
+    training_flops_per_image,
+)
+from promoe_ds.errors import ConfigError, DataError, TrainingError, differences
+from promoe_ds.files import write_json
 from promoe_ds.reports.comparison.candidates import (
     Candidate,
     ComparisonRequest,
@@ -29,20 +35,18 @@ from promoe_ds.reports.comparison.results import (
     JUDGED_DATASETS,
     SCHEMA_VERSION,
     Result,
-    paired_differences,
     read_json,
     summarise,
-    write_json,
 )
-from promoe_ds.reports.comparison.runner import Children, PlannedRun, do_all
+from promoe_ds.reports.comparison.runner import PlannedRun, do_all
 from promoe_ds.reports.page import write_page
 
-JSON_FILE = "comparison.json"
-HTML_FILE = "comparison.html"
-_LOCK_FILE = "lock"
+JSON_FILE, HTML_FILE, _LOCK_FILE = "comparison.json", "comparison.html", "lock"
 #: Settings that all runs of a folder share; seeds and candidates may be added, jobs and tolerance
-# change nothing.
+#: change nothing.
 _SETTLED = ("steps", "samples", "sample_seed", "ranks", "deepspeed")
+#: Fields of a result that comparison.json has elsewhere.
+_NOT_REPEATED = ("config", "contender", "schema")
 
 
 def compare(request: ComparisonRequest) -> list[Path]:
@@ -75,10 +79,10 @@ def compare(request: ComparisonRequest) -> list[Path]:
             for seed in request.seeds
             for candidate in candidates
         ]
-        check_same_experiment(request.out, settings, candidates, runs)
+        check_same_experiment(request.out, settings, runs)
         write = partial(_write, request.out, settings, candidates, runs)
         write({})
-        failures = do_all(runs, request, Children(inherited=[lock]), environment_of(request), write)
+        failures = do_all(runs, request, environment_of(request), write, inherited=[lock])
         write(failures, with_report=True)
     if failures:
         reasons = "; ".join(f"{run.label}: {reason}" for run, reason in failures.items())
@@ -98,9 +102,8 @@ def _write(
     *,
     with_report: bool = False,
 ) -> None:
-    from promoe_ds.reports.comparison.page import (
-        build_page,
-    )  # libraries of the extra `report`, checked before
+    # Needs libraries of the extra `report`, which were looked for before.
+    from promoe_ds.reports.comparison.page import build_page
 
     try:
         comparison = assemble(settings, candidates, runs, failures)
@@ -135,18 +138,19 @@ def _has_images(candidates: Sequence[Candidate]) -> bool:
 def _locked(folder: Path) -> Iterator[int]:
     """Lock the folder; children inherit the descriptor, so it stays locked while one of them lives.
 
-    Raises: ConfigError if the folder is another's, or somebody works there.
+    Raises: ConfigError if the folder is another's, or another comparison uses it.
     """
+    path = folder / _LOCK_FILE
     try:
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / _LOCK_FILE).is_file():
+        if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
             raise ConfigError(
                 f"--out {folder} is not empty and has no comparison: choose another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        lock = path.open("ab")
     except OSError as error:
         raise ConfigError(f"--out {folder}: {error}") from None
-    try:
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -154,56 +158,38 @@ def _locked(folder: Path) -> Iterator[int]:
                 f"--out {folder}: another comparison, or a run that one left behind, uses it: wait"
                 " for it, or end it"
             ) from None
-        yield lock
-    finally:
-        os.close(lock)
+        yield lock.fileno()
 
 
 def check_same_experiment(
-    folder: Path,
-    settings: dict[str, Any],
-    candidates: Sequence[Candidate],
-    runs: Sequence[PlannedRun],
+    folder: Path, settings: dict[str, Any], runs: Sequence[PlannedRun]
 ) -> None:
     """Compare a call with what the folder has already.
 
     Raises: ConfigError naming every difference.
     """
+    pairs = [
+        (run.label, read_json(run.result_file)["config"], run.config)
+        for run in runs
+        if run.result_file.is_file()
+    ]
     different: list[str] = []
     if (folder / JSON_FILE).is_file():
         before = read_json(folder / JSON_FILE)
-        different += [
-            f"{name} is {before['settings'].get(name)!r} there and {settings[name]!r} here"
-            for name in _SETTLED
-            if before["settings"].get(name) != settings[name]
+        different = differences(before["settings"], {name: settings[name] for name in _SETTLED})
+        saved = {entry["name"]: entry["config"] for entry in before["contenders"]}
+        pairs += [
+            (run.candidate.name, saved[run.candidate.name], run.candidate.config)
+            for run in runs
+            if run.candidate.name in saved and run.seed == runs[0].seed
         ]
-        # Steps are in every config: once is enough.
-        saved = (
-            {} if different else {entry["name"]: entry["config"] for entry in before["contenders"]}
-        )
-        for candidate in candidates:
-            if candidate.name in saved:
-                different += _differing(
-                    candidate.name, saved[candidate.name], candidate.config, folder / JSON_FILE
-                )
-    for run in runs if not different else ():
-        if run.result_file.is_file():
-            different += _differing(
-                run.label, read_json(run.result_file)["config"], run.config, run.result_file
-            )
+    for name, config, current in pairs if not different else ():  # steps are in every config
+        fields = flat_fields(config_from_dict(config, source=f"{folder}: {name}"))
+        different += [f"{name}: {each}" for each in differences(fields, flat_fields(current))]
     if different:
         raise ConfigError(
             f"--out {folder} has another experiment: {'; '.join(different)}. Use another folder"
         )
-
-
-def _differing(name: str, saved: dict[str, Any], config: Any, source: Path) -> list[str]:
-    before, here = flat_fields(config_from_dict(saved, source=str(source))), flat_fields(config)
-    return [
-        f"{name}: {field} is {before.get(field)!r} there and {here.get(field)!r} here"
-        for field in {**before, **here}
-        if before.get(field) != here.get(field)
-    ]
 
 
 def assemble(
@@ -217,18 +203,12 @@ def assemble(
     missing: list[dict[str, Any]] = []
     for run in runs:
         if run.result_file.is_file():
-            result = read_json(run.result_file)
-            results[run.candidate.name][run.seed] = {
-                k: v for k, v in result.items() if k not in ("config", "contender", "schema")
-            }
+            result = read_json(run.result_file).items()
+            kept = {name: value for name, value in result if name not in _NOT_REPEATED}
+            results[run.candidate.name][run.seed] = kept
         else:
-            missing.append(
-                {
-                    "contender": run.candidate.name,
-                    "seed": run.seed,
-                    "reason": failures.get(run, "not finished yet"),
-                }
-            )
+            reason = failures.get(run, "not finished yet")
+            missing.append({"contender": run.candidate.name, "seed": run.seed, "reason": reason})
     baseline = results[candidates[0].name]
     return {
         "schema": SCHEMA_VERSION,
@@ -236,17 +216,12 @@ def assemble(
         "dataset": candidates[0].config.data.dataset,
         "judges_images": _has_images(candidates),
         "missing": missing,
-        "contenders": [
-            _describe(
-                candidate, results[candidate.name], baseline, is_first=candidate is candidates[0]
-            )
-            for candidate in candidates
-        ],
+        "contenders": [_describe(each, results[each.name], baseline) for each in candidates],
     }
 
 
 def _describe(
-    candidate: Candidate, results: dict[int, Result], baseline: dict[int, Result], *, is_first: bool
+    candidate: Candidate, results: dict[int, Result], baseline: dict[int, Result]
 ) -> dict[str, Any]:
     count = count_parameters(candidate.config)
     return {
@@ -256,7 +231,7 @@ def _describe(
         "parameters": {"total": count.total, "activated": count.activated},
         "training_gflops_per_image": training_flops_per_image(candidate.config) / 1e9,
         "summary": summarise(results),
-        "difference_to_first": None if is_first else paired_differences(results, baseline),
+        "difference_to_first": None if results is baseline else summarise(results, baseline),
         "seeds": {str(seed): result for seed, result in sorted(results.items())},
         "config": candidate.config.model_dump(mode="json"),
     }
@@ -265,22 +240,17 @@ def _describe(
 def environment_of(request: ComparisonRequest) -> dict[str, Any]:
     """Return what times depend on; every result holds what it was made under."""
     versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
+    table = Path("/proc/cpuinfo")
+    model = re.search(
+        r"^model name\s*: (.*)$", table.read_text() if table.is_file() else "", re.MULTILINE
+    )
     return {
         "jobs": request.jobs,
         "ranks": request.ranks,
         "versions": {"promoe_ds": __version__, **versions, "python": platform.python_version()},
         "machine": {
-            "processor": _processor(),
+            "processor": model[1] if model else platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "system": platform.system(),
         },
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

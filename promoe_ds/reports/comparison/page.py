@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.images import make_grid, read_samples
 from promoe_ds.reports.comparison.charts import charts, running_window
-from promoe_ds.reports.page import Page, figures
+from promoe_ds.reports.page import Page, Part, figures, part
 from promoe_ds.reports.theme import png_url
 
 _GRID_COLUMNS, _GRID_ZOOM = 10, 3
@@ -36,136 +37,116 @@ def build_page(comparison: Mapping[str, Any], folder: Path) -> Page:
         folder: of the comparison; samples are taken from its runs.
     """
     entries, settings = comparison["contenders"], comparison["settings"]
-    environments, several = _environments(entries), "s" if len(settings["seeds"]) > 1 else ""
-    images = entries[0]["config"]["train"]["global_batch_size"]
-    page = Page(
+    environments, seeds = _environments(entries), settings["seeds"]
+    images, window = entries[0]["config"]["train"]["global_batch_size"], running_window(comparison)
+    drawn = [[chart] for chart in charts(comparison) if chart is not None]
+    running = f", running mean over {window} log lines" if window > 1 else ""
+    legend = (
+        f"Curves: mean over seeds{running}; bands one standard deviation. Points: one a seed; bar:"
+        " their mean; line: one standard deviation."
+    )
+    return Page(
         "Comparison",
         f"{len(entries)} candidate{'s' if len(entries) > 1 else ''} on {comparison['dataset']}",
         facts=[
-            f"{settings['steps']:,} steps of {images} images, seed{several}"
-            f" {', '.join(map(str, settings['seeds']))}. All candidates saw the same images in the"
-            " same order with the same noise for a given seed."
+            f"{settings['steps']:,} steps of {images} images, seed{'s' if len(seeds) > 1 else ''}"
+            f" {', '.join(map(str, seeds))}. All candidates saw the same images in the same order"
+            " with the same noise for a given seed."
+        ],
+        parts=[
+            *_warnings(comparison, environments),
+            *_tables(entries),
+            *part("heading", text="Figures"),
+            *part("figures", items=figures(drawn, [""])),
+            *part("text", text=legend if drawn else "No run has a result yet."),
+            *_samples(entries, folder),
+            *part("heading", text="How it was measured"),
+            *part("terms", items=_terms(comparison, environments)),
+            *part("heading", text="Settings"),
+            *part("terms", items=_settings(comparison, environments)),
         ],
     )
-    _add_warnings(page, comparison, environments)
-    _add_tables(page, entries)
-    page.add("heading", text="Figures")
-    drawn, window = (
-        [chart for chart in charts(comparison) if chart is not None],
-        running_window(comparison),
-    )
-    page.add("figures", items=figures([[chart] for chart in drawn], [""]))
-    page.add(
-        "text",
-        text=(
-            "No run has a result yet."
-            if not drawn
-            else (
-                "Curves: mean over"
-                f" seeds{f', running mean over {window} log lines' if window > 1 else ''}; bands"
-                " one standard deviation. Points: one a seed; bar: their mean; line: one standard"
-                " deviation."
-            )
+
+
+def _settings(
+    comparison: Mapping[str, Any], environments: Sequence[tuple]
+) -> list[tuple[str, str]]:
+    return [
+        *(
+            (entry["name"], f"recipe {entry['recipe']}, --set {' '.join(entry['overrides'])}")
+            for entry in comparison["contenders"]
         ),
-    )
-    if pictures := _pictures(entries, folder):
-        page.add("heading", text="Samples")
-        page.add(
-            "text",
-            text=(
-                "One row a class. The same noise for every candidate, guidance"
-                f" {_guidance(entries)}."
-            ),
-        )
-        page.add("pictures", items=pictures)
-    page.add("heading", text="How it was measured")
-    page.add("terms", items=_terms(comparison, environments))
-    page.add("heading", text="Settings")
-    commands = [
-        (entry["name"], f"recipe {entry['recipe']}, --set {' '.join(entry['overrides'])}")
-        for entry in entries
+        ("DeepSpeed", comparison["settings"]["deepspeed_config"]),
+        *(
+            ("versions", ", ".join(map(" ".join, each["versions"].items())))
+            for each, _ in environments
+        ),
     ]
-    versions = [
-        ("versions", ", ".join(f"{name} {version}" for name, version in each["versions"].items()))
-        for each, _ in environments
-    ]
-    page.add("terms", items=[*commands, ("DeepSpeed", settings["deepspeed_config"]), *versions])
-    return page
 
 
-def _add_warnings(page: Page, comparison: Mapping[str, Any], environments: Sequence[tuple]) -> None:
+def _warnings(comparison: Mapping[str, Any], environments: Sequence[tuple]) -> list[Part]:
     by_reason: dict[tuple[str, str], list[str]] = {}
     for run in comparison["missing"]:
         by_reason.setdefault((run["contender"], run["reason"]), []).append(str(run["seed"]))
-    if by_reason:
-        planned = len(comparison["settings"]["seeds"]) * len(comparison["contenders"])
-        page.add(
-            "warning",
-            title=f"{len(comparison['missing'])} of {planned} runs are missing.",
-            text="Everything below covers the others.",
-            items=[
-                f"{name}, seed {', '.join(seeds)}: {reason}"
-                for (name, reason), seeds in by_reason.items()
-            ],
-        )
-    if len(environments) > 1:
-        page.add(
-            "warning",
-            title="Not all runs were made under the same conditions",
-            items=[],
-            text="(see the end of this page): times a step compare only within one of them.",
-        )
+    planned = len(comparison["settings"]["seeds"]) * len(comparison["contenders"])
+    missing = part(
+        "warning",
+        title=f"{len(comparison['missing'])} of {planned} runs are missing.",
+        text="Everything below covers the others.",
+        items=[
+            f"{name}, seed {', '.join(seeds)}: {reason}"
+            for (name, reason), seeds in by_reason.items()
+        ],
+    )
+    mixed = part(
+        "warning",
+        title="Not all runs were made under the same conditions",
+        items=[],
+        text="(see the end of this page): times a step compare only within one of them.",
+    )
+    return [*(missing if by_reason else []), *(mixed if len(environments) > 1 else [])]
 
 
-def _add_tables(page: Page, entries: Sequence[Mapping[str, Any]]) -> None:
+def _tables(entries: Sequence[Mapping[str, Any]]) -> list[Part]:
     columns = [
         column for column in _COLUMNS if any(entry["summary"][column[0]] for entry in entries)
     ]
     headings = ["candidate", *(heading for _, heading, *_ in columns)]
-    page.add("heading", text="Results")
-    page.add("text", text="Mean ± standard deviation over seeds.")
-    page.add(
-        "table",
-        rows=[
-            [*headings, "parameters, millions active / all", "GFLOP an image", "seeds"],
-            *(
-                [
-                    entry["name"],
-                    *_cells(entry["summary"], columns),
-                    " / ".join(
-                        f"{entry['parameters'][kind] / 1e6:.4g}" for kind in ("activated", "total")
-                    ),
-                    f"{entry['training_gflops_per_image']:.3g}",
-                    len(entry["seeds"]),
-                ]
-                for entry in entries
-            ),
-        ],
+    results: list[list[object]] = [
+        [*headings, "parameters, millions active / all", "GFLOP an image", "seeds"]
+    ]
+    pairs: list[list[object]] = [[*headings, "pairs"]]
+    for entry in entries:
+        counts = (entry["parameters"][kind] / 1e6 for kind in ("activated", "total"))
+        results.append(
+            [
+                entry["name"],
+                *_cells(entry["summary"], columns),
+                " / ".join(f"{count:.4g}" for count in counts),
+                f"{entry['training_gflops_per_image']:.3g}",
+                len(entry["seeds"]),
+            ]
+        )
+        if paired := entry["difference_to_first"]:
+            count = max((metric["n"] for metric in paired.values() if metric), default=0)
+            pairs.append([entry["name"], *_cells(paired, columns, signed=True), count])
+    parts = [
+        *part("heading", text="Results"),
+        *part("text", text="Mean ± standard deviation over seeds."),
+        *part("table", rows=results),
+    ]
+    if len(entries) == 1:
+        return parts
+    words = (
+        "Mean ± standard deviation of the differences between runs of the same seed. What data"
+        " order and noise vary cancels here, so this is the table to judge by."
     )
-    if len(entries) > 1:
-        page.add("heading", text=f"Difference to {entries[0]['name']}")
-        page.add(
-            "text",
-            text=(
-                "Mean ± standard deviation of the differences between runs of the same seed. What"
-                " data order and noise vary cancels here, so this is the table to judge by."
-            ),
-        )
-        paired = {entry["name"]: entry["difference_to_first"] for entry in entries[1:]}
-        page.add(
-            "table",
-            rows=[
-                [*headings, "pairs"],
-                *(
-                    [
-                        name,
-                        *_cells(each, columns, signed=True),
-                        max((metric["n"] for metric in each.values() if metric), default=0),
-                    ]
-                    for name, each in paired.items()
-                ),
-            ],
-        )
+    return [
+        *parts,
+        *part("heading", text=f"Difference to {entries[0]['name']}"),
+        *part("text", text=words),
+        *part("table", rows=pairs),
+    ]
 
 
 def _cells(
@@ -187,24 +168,24 @@ def show(
     return mean if summary["sd"] is None else f"{mean} ± {factor * summary['sd']:.{decimals}f}"
 
 
-def _pictures(
-    entries: Sequence[Mapping[str, Any]], folder: Path
-) -> list[tuple[str, str, int, int]]:
-    """Return each candidate's samples of its first seed."""
+def _samples(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[Part]:
+    """Show each candidate's samples of its first seed."""
     found = []
     for entry in entries:
         seed = next(iter(entry["seeds"]), None)
-        try:
-            images, labels = read_samples(
-                folder / "runs" / f"{entry['name']}-seed{seed}" / "samples"
-            )
-        except DataError:
-            continue  # not judged, or cleared away
-        columns = min(_GRID_COLUMNS, int(np.bincount(labels).max()))
-        grid = make_grid(images, labels, columns=columns, zoom=_GRID_ZOOM)
-        url = png_url(Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid))
-        found.append((f"{entry['name']}, seed {seed}", url, grid.shape[1], grid.shape[0]))
-    return found
+        run_dir = folder / "runs" / f"{entry['name']}-seed{seed}"
+        with suppress(DataError):  # not judged, or cleared away
+            images, labels = read_samples(run_dir / "samples")
+            columns = min(_GRID_COLUMNS, int(np.bincount(labels).max()))
+            grid = make_grid(images, labels, columns=columns, zoom=_GRID_ZOOM)
+            url = png_url(Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid))
+            found.append((f"{entry['name']}, seed {seed}", url, grid.shape[1], grid.shape[0]))
+    words = f"One row a class. The same noise for every candidate, guidance {_guidance(entries)}."
+    return [
+        *part("heading", text="Samples" if found else ""),
+        *part("text", text=words if found else ""),
+        *part("pictures", items=found),
+    ]
 
 
 def _environments(entries: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], list[str]]]:
@@ -222,86 +203,59 @@ def _environments(entries: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, 
 
 def _guidance(entries: Sequence[Mapping[str, Any]]) -> str:
     scales = {entry["name"]: f"{entry['config']['sampling']['cfg_scale']:g}" for entry in entries}
-    return (
-        scales[entries[0]["name"]]
-        if len(set(scales.values())) == 1
-        else ", ".join(f"{scale} ({name})" for name, scale in scales.items())
-    )
+    if len(set(scales.values())) == 1:
+        return next(iter(scales.values()))
+    return ", ".join(f"{scale} ({name})" for name, scale in scales.items())
 
 
-def _terms(
-    comparison: Mapping[str, Any], environments: Sequence[tuple[dict[str, Any], list[str]]]
-) -> list[tuple[str, str]]:
+def _terms(comparison: Mapping[str, Any], environments: Sequence[tuple]) -> list[tuple[str, str]]:
     """Return what each figure is, and how it was measured."""
     entries, settings = comparison["contenders"], comparison["settings"]
-    terms = [
-        (
-            "final loss",
-            "Mean diffusion loss over the last tenth of the log lines, auxiliary losses left out.",
+    not_judged = {
+        "held-out loss, Fréchet, accuracy": (
+            "Not given: without downloads only models of the digits data set can be "
+            f"judged, and this is {comparison['dataset']}."
         )
-    ]
-    if comparison["judges_images"]:
-        terms += [
-            (
-                "held-out loss",
-                (
-                    "Mean diffusion loss of the moving-average weights on the digits held out from"
-                    " training, each with its label and the same noises and noise levels for every"
-                    " candidate and seed."
-                ),
-            ),
-            (
-                "Fréchet, accuracy",
-                (
-                    f"Of {settings['samples']} samples a run (moving-average weights, guidance"
-                    f" {_guidance(entries)}, noise of seed {settings['sample_seed']}): squared"
-                    " Fréchet distance of their pixels to the digits held out from training; share"
-                    " that a classifier trained on real digits recognises as the label asked for."
-                ),
-            ),
-        ]
-    else:
-        terms.append(
-            (
-                "held-out loss, Fréchet, accuracy",
-                (
-                    "Not given: without downloads only models of the digits data set can be "
-                    f"judged, and this is {comparison['dataset']}."
-                ),
-            )
-        )
-    if any(entry["summary"]["load_entropy"] for entry in entries):
-        dense = [
-            entry["name"]
-            for entry in entries
-            if entry["seeds"] and not entry["summary"]["load_entropy"]
-        ]
-        terms.append(
-            (
-                "load",
-                "Tokens of each routed expert over the last fifth of the steps, by block; the table"
-                " has the mean over blocks. max/mean: 1 is even; entropy: over the logarithm of the"
-                " number of experts, 1 is even; dead: experts without a token."
-                + (f" No experts: {', '.join(dense)}." if dense else ""),
-            )
-        )
-    return [
-        *terms,
-        (
-            "ms a step",
-            (
-                "Median over a run's log lines, without the first. It compares what was measured"
-                f" alike: {'; '.join(_measured_with(environments))}."
-            ),
+    }
+    judged = {
+        "held-out loss": (
+            "Mean diffusion loss of the moving-average weights on the digits held out from"
+            " training, each with its label and the same noises and noise levels for every"
+            " candidate and seed."
         ),
-        (
-            "parameters",
-            (
-                "Activated: what one conditional token uses. The comparison allowed them to be "
-                f"{100 * settings['tolerance']:g} % apart."
-            ),
+        "Fréchet, accuracy": (
+            f"Of {settings['samples']} samples a run (moving-average weights, guidance"
+            f" {_guidance(entries)}, noise of seed {settings['sample_seed']}): squared"
+            " Fréchet distance of their pixels to the digits held out from training; share"
+            " that a classifier trained on real digits recognises as the label asked for."
         ),
-    ]
+    }
+    has_load = [entry["name"] for entry in entries if entry["summary"]["load_entropy"]]
+    dense = [entry["name"] for entry in entries if entry["seeds"] and entry["name"] not in has_load]
+    load = {
+        "load": (
+            "Tokens of each routed expert over the last fifth of the steps, by block; the table"
+            " has the mean over blocks. max/mean: 1 is even; entropy: over the logarithm of the"
+            " number of experts, 1 is even; dead: experts without a token."
+            + (f" No experts: {', '.join(dense)}." if dense else "")
+        )
+    }
+    terms = {
+        "final loss": (
+            "Mean diffusion loss over the last tenth of the log lines, auxiliary losses left out."
+        ),
+        **(judged if comparison["judges_images"] else not_judged),
+        **(load if has_load else {}),
+        "ms a step": (
+            "Median over a run's log lines, without the first. It compares what was measured"
+            f" alike: {'; '.join(_measured_with(environments))}."
+        ),
+        "parameters": (
+            "Activated: what one conditional token uses. The comparison allowed them to be "
+            f"{100 * settings['tolerance']:g} % apart."
+        ),
+    }
+    return list(terms.items())
 
 
 def _measured_with(environments: Sequence[tuple[dict[str, Any], list[str]]]) -> list[str]:

@@ -15,6 +15,7 @@ from promoe_ds.config import RunConfig
 from promoe_ds.errors import DataError
 from promoe_ds.load_stats import entropy, max_over_mean, shares
 from promoe_ds.reports.log import load_log
+from promoe_ds.reports.records import Metrics, read_lines
 
 #: Of result.json and comparison.json; docs/comparison_format.md describes both.
 SCHEMA_VERSION = 1
@@ -60,10 +61,9 @@ def collect_result(run_dir: Path, config: RunConfig) -> Result:
         "frechet": images and images["frechet"],
         "accuracy": images and images["accuracy"],
         "layers": layers,
-        **{
-            f"load_{name}" if name != "dead_experts" else name: _mean(layers, name)
-            for name in ("max_over_mean", "entropy", "dead_experts")
-        },
+        "load_max_over_mean": _mean(layers, "max_over_mean"),
+        "load_entropy": _mean(layers, "entropy"),
+        "dead_experts": _mean(layers, "dead_experts"),
         "step_ms": statistics.median(times) if times else None,
         "checkpoint_step": step,
         "device": judgement["device"],
@@ -78,26 +78,18 @@ def read_metrics(path: Path, global_batch_size: int) -> tuple[list[list[float]],
 
     Raises: DataError naming the file.
     """
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
     lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            if number < len(texts):
-                raise DataError(f"{path}, line {number}: not JSON") from None
-    lines = [line for line in lines if line.get("loss_diffusion") is not None]
+    for number, _, line, problem in read_lines(path, kind=Metrics):
+        if problem:
+            raise DataError(f"{path}: line {number}: {problem}")
+        if line is not None and line.loss_diffusion is not None:
+            lines.append(line)
     if not lines:
         raise DataError(f"{path}: no line with a finite loss_diffusion")
-    times = [
-        1e3 * global_batch_size / line["images_per_second"]
-        for line in lines[1:]
-        if line.get("images_per_second")
+    speeds = [line.images_per_second for line in lines[1:] if line.images_per_second]
+    return [[line.step, line.loss_diffusion] for line in lines], [
+        1e3 * global_batch_size / speed for speed in speeds
     ]
-    return [[line["step"], line["loss_diffusion"]] for line in lines], times
 
 
 def load_by_layer(run_dir: Path, config: RunConfig) -> list[dict[str, Any]]:
@@ -107,24 +99,15 @@ def load_by_layer(run_dir: Path, config: RunConfig) -> list[dict[str, Any]]:
     """
     log = load_log(run_dir)
     window = log.window(max(1, math.ceil(_LOAD_SHARE_OF_STEPS * config.train.max_steps)))
-    tokens_LE = log.tokens_TLE[window].sum(axis=0)
-    columns = zip(
-        log.layers,
-        max_over_mean(tokens_LE),
-        entropy(tokens_LE),
-        tokens_LE,
-        shares(tokens_LE),
-        strict=True,
-    )
     return [
         {
             "layer": layer,
-            "max_over_mean": float(uneven) if tokens_E.any() else None,
-            "entropy": float(evenness) if tokens_E.any() else None,
+            "max_over_mean": float(max_over_mean(tokens_E)) if tokens_E.any() else None,
+            "entropy": float(entropy(tokens_E)) if tokens_E.any() else None,
             "dead_experts": int((tokens_E == 0).sum()),
-            "shares": np.nan_to_num(part_E).tolist(),
+            "shares": np.nan_to_num(shares(tokens_E)).tolist(),
         }
-        for layer, uneven, evenness, tokens_E, part_E in columns
+        for layer, tokens_E in zip(log.layers, log.tokens_TLE[window].sum(axis=0), strict=True)
     ]
 
 
@@ -133,27 +116,21 @@ def _mean(layers: Sequence[Mapping[str, Any]] | None, name: str) -> float | None
     return statistics.fmean(values) if values else None
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file in one move, so that an interruption leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    temporary.replace(path)
-
-
 def read_json(path: Path, *, has_schema: bool = True) -> dict[str, Any]:
     """Read a JSON object that this package wrote.
 
     Raises: DataError naming the file, also if it is of another version of the format.
     """
-    remedy = "remove it, and the same command makes it again"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        if has_schema and value.get("schema") != SCHEMA_VERSION:
+            raise ValueError(f"format {value.get('schema')} is not {SCHEMA_VERSION}")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); {remedy}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: is no JSON object; {remedy}")
-    if has_schema and value.get("schema") != SCHEMA_VERSION:
-        raise DataError(f"{path}: format {value.get('schema')} is not {SCHEMA_VERSION}; {remedy}")
+        raise DataError(
+            f"{path}: cannot be read ({error}); remove it, and the same command makes it again"
+        ) from None
     return value
 
 
@@ -172,28 +149,23 @@ def describe(values: Sequence[float]) -> dict[str, Any] | None:
     }
 
 
-def summarise(results: Mapping[int, Result]) -> Summary:
+def summarise(
+    results: Mapping[int, Result], baseline: Mapping[int, Result] | None = None
+) -> Summary:
     """Describe every metric over the seeds that have it; None if none has.
 
-    Args:
-        results: by seed.
-    """
-    return {
-        metric: describe(
-            [result[metric] for result in results.values() if result.get(metric) is not None]
-        )
-        for metric in METRICS
-    }
-
-
-def paired_differences(results: Mapping[int, Result], baseline: Mapping[int, Result]) -> Summary:
-    """Describe every metric's difference to the baseline's run of the same seed, over the seeds
-    that both have.
-
     Runs of one seed share data order, noise and label dropout: what these vary cancels in the
-    difference.
+    difference to a baseline's run of the same seed.
+    Args:
+        results: by seed; baseline: describe the differences to these results, over the seeds that
+        both have.
     """
-    pairs = [(result, baseline[seed]) for seed, result in results.items() if seed in baseline]
+    nothing = dict.fromkeys(METRICS, 0)
+    pairs = [
+        (result, nothing if baseline is None else baseline[seed])
+        for seed, result in results.items()
+        if baseline is None or seed in baseline
+    ]
     return {
         metric: describe(
             [

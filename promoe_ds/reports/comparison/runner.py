@@ -1,36 +1,35 @@
-"""Training and judging in child processes, some at a time, with one progress bar over all."""
+"""Training and judging in child processes, some at a time, with one progress line over all."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from promoe_ds.config import RunConfig
+from promoe_ds.config import RunConfig, change_config
 from promoe_ds.errors import PromoeError
-from promoe_ds.logs import get_logger
+from promoe_ds.files import write_json
+from promoe_ds.logs import Progress, get_logger
 from promoe_ds.reports.comparison.candidates import Candidate, ComparisonRequest
-from promoe_ds.reports.comparison.results import SCHEMA_VERSION, collect_result, write_json
+from promoe_ds.reports.comparison.results import SCHEMA_VERSION, collect_result
+from promoe_ds.reports.records import Metrics, read_lines
 
 _LOG = get_logger("compare")
 _POLL_SECONDS = 0.5
 #: torchrun's agent ends its workers itself when it is terminated; killing it sooner would leave
-# them behind.
+#: them behind.
 _GRACE_SECONDS = 40.0
 _TAIL_BYTES = 4096
 #: Variables of a launcher or a batch job around the comparison: they do not describe the runs
-# inside it.
+#: inside it.
 _LAUNCH_VARIABLES = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|(SLURM|TORCHELASTIC)_.*"
 )
@@ -71,85 +70,20 @@ class PlannedRun:
     @property
     def config(self) -> RunConfig:
         """Its config, with its seed."""
-        config = self.candidate.config
-        return config.model_copy(
-            update={"train": config.train.model_copy(update={"seed": self.seed})}
-        )
+        return change_config(self.candidate.config, train={"seed": self.seed})
 
 
 class RunFailure(Exception):  # noqa: N818 - it is reported and counted, the other runs continue
     """Why one run has no result, on one line."""
 
 
-class Children:
-    """The processes under way; after `stop` no other starts."""
-
-    def __init__(self, inherited: Sequence[int] = ()) -> None:
-        """Prepare.
-
-        Args:
-            inherited: file descriptors that every child keeps open.
-        """
-        self._inherited = tuple(inherited)
-        self._lock, self._stopped = threading.Lock(), False
-        self._processes: list[subprocess.Popen] = []
-        self._environment = {
-            k: v for k, v in os.environ.items() if not _LAUNCH_VARIABLES.fullmatch(k)
-        } | {"OMP_NUM_THREADS": "1"}
-
-    def run(self, command: Sequence[str], log_file: Path) -> int:
-        """Run a command to its end, its output appended to `log_file`; return its exit code,
-        negative for a signal.
-        """
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        with log_file.open("ab") as log, self._lock:
-            if self._stopped:
-                raise RunFailure("interrupted")
-            # A session of its own: ctrl-C reaches us alone, and we end the child with all that it
-            # started.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,
-                pass_fds=self._inherited,
-            )
-            self._processes.append(process)
-        return process.wait()
-
-    def stop(self) -> None:
-        """End all processes, politely first, and let no other start."""
-        with self._lock:
-            self._stopped = True
-        running = [process for process in self._processes if process.poll() is None]
-        for process in running:
-            _signal(process, signal.SIGTERM)
-        for process in running:
-            try:
-                process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                _signal(process, signal.SIGKILL)
-
-
-def _signal(process: subprocess.Popen, number: int) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass  # it ended by itself
-
-
 def train_command(run: PlannedRun, request: ComparisonRequest) -> list[str]:
     """Return the command that trains a run, or resumes it from its newest checkpoint."""
-    launcher = (
-        []
-        if request.ranks == 1
-        else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.ranks)]
-    )
+    ranks = str(request.ranks)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
     return [
         sys.executable,
-        *launcher,
+        *(launcher if request.ranks > 1 else []),
         "-m",
         "promoe_ds.cli.train",
         "--recipe",
@@ -168,150 +102,156 @@ def train_command(run: PlannedRun, request: ComparisonRequest) -> list[str]:
 
 def judge_command(run: PlannedRun, request: ComparisonRequest) -> list[str]:
     """Return the command that converts, samples and judges a trained run."""
-    return [
-        sys.executable,
-        "-m",
-        "promoe_ds.reports.comparison.judge",
-        str(run.run_dir),
-        "--samples",
-        str(request.samples),
-        "--sample-seed",
-        str(request.sample_seed),
-    ]
+    numbers = str(request.samples), str(request.sample_seed)
+    return [sys.executable, "-m", "promoe_ds.reports.comparison.judge", str(run.run_dir), *numbers]
+
+
+#: What is done of each run, one after the other, each in a process of its own.
+PARTS = {"training": train_command, "judging": judge_command}
 
 
 def do_run(
-    run: PlannedRun, request: ComparisonRequest, children: Children, environment: dict[str, Any]
-) -> None:
-    """Train and judge one run and write its result.json.
+    run: PlannedRun,
+    request: ComparisonRequest,
+    environment: dict[str, Any],
+    inherited: Sequence[int],
+) -> Iterator[subprocess.Popen]:
+    """Train and judge one run and write its result.json; yield each process, to be continued when
+    it has ended.
 
+    Args:
+        environment: what the result is made under; inherited: file descriptors that every process
+        keeps open.
     Raises: RunFailure.
     """
-    for part, command in (
-        ("training", train_command(run, request)),
-        ("judging", judge_command(run, request)),
-    ):
-        start = run.log_file.stat().st_size if run.log_file.is_file() else 0
-        if code := children.run(command, run.log_file):
-            output = (
-                run.log_file.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
-            )
-            errors = [line.removeprefix("error: ") for line in output if line.startswith("error: ")]
+    for part, command in PARTS.items():
+        process, start = _start(command(run, request), run.log_file, inherited)
+        yield process
+        if process.returncode:
+            output = run.log_file.read_bytes()[start:].decode("utf-8", errors="replace")
+            errors = re.findall(r"^error: (.*)$", output, re.MULTILINE)
             reason = f" ({errors[-1]})" if errors else ""
-            raise RunFailure(f"{part} ended with exit code {code}{reason}; log: {run.log_file}")
+            raise RunFailure(
+                f"{part} ended with exit code {process.returncode}{reason}; log: {run.log_file}"
+            )
     try:
-        write_json(
-            run.result_file,
-            {
-                "schema": SCHEMA_VERSION,
-                "contender": run.candidate.name,
-                "seed": run.seed,
-                "config": run.config.model_dump(mode="json"),
-                "samples": request.samples,
-                "sample_seed": request.sample_seed,
-                "environment": environment,
-                **collect_result(run.run_dir, run.config),
-            },
-        )
+        result = {
+            "schema": SCHEMA_VERSION,
+            "contender": run.candidate.name,
+            "seed": run.seed,
+            "config": run.config.model_dump(mode="json"),
+            "samples": request.samples,
+            "sample_seed": request.sample_seed,
+            "environment": environment,
+            **collect_result(run.run_dir, run.config),
+        }
+        write_json(run.result_file, result)
     except (PromoeError, OSError) as error:
         raise RunFailure(f"{error}; log: {run.log_file}") from None
+
+
+def _start(
+    command: Sequence[str], log_file: Path, inherited: Sequence[int]
+) -> tuple[subprocess.Popen, int]:
+    """Start a process whose output is appended to `log_file`; return it and where that begins."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    ours = {
+        name: value for name, value in os.environ.items() if not _LAUNCH_VARIABLES.fullmatch(name)
+    }
+    with log_file.open("ab") as log:
+        start = log.tell()
+        # A session of its own: Ctrl-C reaches us alone, and we end the child with all that it
+        # started.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=ours | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            pass_fds=inherited,
+        )
+        return process, start
+
+
+def stop(processes: Iterable[subprocess.Popen]) -> None:
+    """End processes and all that they started, politely first."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    for process in running:
+        try:
+            process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def do_all(
     runs: Sequence[PlannedRun],
     request: ComparisonRequest,
-    children: Children,
     environment: dict[str, Any],
     after_each: Callable[[dict[PlannedRun, str]], None],
+    *,
+    inherited: Sequence[int] = (),
 ) -> dict[PlannedRun, str]:
     """Do the runs that have no result yet, `request.jobs` at a time; return why those that failed
     did.
 
     Args:
-        after_each: called with the failures so far whenever a run ended.
+        after_each: called with the failures so far whenever a run ended; environment, inherited: as
+        of `do_run`.
     """
-    missing = [run for run in runs if not run.result_file.is_file()]
+    left = {
+        run: do_run(run, request, environment, inherited)
+        for run in runs
+        if not run.result_file.is_file()
+    }
     failures: dict[PlannedRun, str] = {}
+    running: dict[PlannedRun, subprocess.Popen] = {}
+    missing, done = list(left), sum(_steps_done(run, request) for run in left)
     _LOG.info("runs: %d, of which %d to do, %d at a time", len(runs), len(missing), request.jobs)
-    with (
-        ThreadPoolExecutor(max_workers=request.jobs) as pool,
-        tqdm(
-            total=len(runs) * request.steps,
-            initial=(len(runs) - len(missing)) * request.steps,
-            unit="step",
-            disable=None,
-            dynamic_ncols=True,
-        ) as bar,
-    ):
-        futures = {pool.submit(do_run, run, request, children, environment): run for run in missing}
-        pending: set[Future] = set(futures)
-        try:
-            while pending:
-                finished, pending = wait(
-                    pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED
-                )
-                for future in finished:
-                    _report(futures[future], future, failures)
-                    after_each(failures)
-                if not bar.disable:
-                    _show_progress(
-                        bar,
-                        runs,
-                        {futures[future] for future in pending if future.running()},
-                        request.steps,
-                    )
-        except BaseException:
-            for future in pending:
-                future.cancel()
-            children.stop()
-            raise
+    progress = Progress(_LOG, len(missing) * request.steps - done, "steps")
+    try:
+        while left:
+            for run in list(left)[: request.jobs]:
+                if run in running and running[run].poll() is None:
+                    continue
+                try:
+                    running[run] = next(left[run])
+                    continue
+                except StopIteration:
+                    _LOG.info("%s: trained and judged", run.label)
+                except RunFailure as error:
+                    failures[run] = str(error)
+                    _LOG.error("%s: %s", run.label, error)
+                del left[run], running[run]
+                after_each(failures)
+            before, done = done, sum(_steps_done(run, request) for run in missing)
+            progress.add(done - before, "  ".join(_stage(run, request) for run in running))
+            time.sleep(_POLL_SECONDS if left else 0)
+    finally:
+        stop(running.values())
     return failures
 
 
-def _report(run: PlannedRun, future: Future, failures: dict[PlannedRun, str]) -> None:
-    error = future.exception()
-    if error is not None and not isinstance(error, RunFailure):
-        raise error
-    with tqdm.external_write_mode():
-        if error is None:
-            _LOG.info("%s: trained and judged", run.label)
-        else:
-            failures[run] = str(error)
-            _LOG.error("%s: %s", run.label, error)
+def _steps_done(run: PlannedRun, request: ComparisonRequest) -> int:
+    line = newest_line(run.run_dir / "metrics.jsonl")
+    return min(request.steps, line.step) if line else 0
 
 
-def _show_progress(
-    bar: tqdm, runs: Sequence[PlannedRun], running: set[PlannedRun], steps: int
-) -> None:
-    lines = {run: newest_line(run.run_dir / "metrics.jsonl") or {"step": 0} for run in runs}
-    bar.n = sum(min(steps, line["step"]) for line in lines.values())
-    stages = {
-        run: (
-            "starting"
-            if not line["step"]
-            else (
-                "judging"
-                if line["step"] >= steps
-                else f"{line['loss_diffusion']:.3f}"
-                if line.get("loss_diffusion")
-                else "not finite"
-            )
-        )
-        for run, line in lines.items()
-    }
-    bar.set_postfix_str(
-        "  ".join(
-            f"{run.candidate.name}/{run.seed} {stages[run]}" for run in runs if run in running
-        )
-    )
+def _stage(run: PlannedRun, request: ComparisonRequest) -> str:
+    line = newest_line(run.run_dir / "metrics.jsonl")
+    if line is None or line.step >= request.steps:
+        stage = "judging" if line else "starting"
+    else:
+        stage = "not finite" if line.loss_diffusion is None else f"{line.loss_diffusion:.3f}"
+    return f"{run.candidate.name}/{run.seed} {stage}"
 
 
-def newest_line(path: Path) -> dict[str, Any] | None:
-    """Return the last whole line of a growing JSON-lines file, None if there is none yet."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            complete = file.read().rpartition(b"\n")[0]
-        return json.loads(complete.rpartition(b"\n")[2])
-    except (OSError, ValueError):
+def newest_line(path: Path) -> Metrics | None:
+    """Return the last whole line of a growing metrics.jsonl, None if there is none yet."""
+    if not path.is_file():
         return None
+    start = max(0, path.stat().st_size - _TAIL_BYTES)
+    return next(reversed([line for *_, line, _ in read_lines(path, start, Metrics) if line]), None)

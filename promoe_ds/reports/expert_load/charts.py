@@ -3,26 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from promoe_ds.load_stats import entropy, max_over_mean, relative, variation
+from promoe_ds.load_stats import divide, entropy, known_mean, max_over_mean, relative, variation
 from promoe_ds.reports.charts import Chart, bar_chart, finite, line_chart
-from promoe_ds.reports.expert_load.run import RunView, divide
-from promoe_ds.reports.log import EXCHANGES
+from promoe_ds.reports.expert_load.run import RunView
 from promoe_ds.reports.maps import heat_chart, map_over_time
 from promoe_ds.reports.theme import short
 
 RELATIVE = "1 is an even share; blue has less, orange more."
-#: What each exchange is called in a chart.
-_EXCHANGE_NAMES = dict(
-    zip(
-        EXCHANGES,
-        ("counts", "rows out", "results back", "their gradients", "rows' gradients"),
-        strict=True,
-    )
-)
+#: What each exchange is called in a chart, in the order of the log.
+_EXCHANGE_NAMES = ("counts", "rows out", "results back", "their gradients", "rows' gradients")
+
+
+#: Of each curve, what to know, where a dashed line is, and values that the axis has room for.
+_CURVES: dict[str, tuple[Any, ...]] = {
+    "Largest over mean load": (
+        "1 is even (dashed), {experts} is all on one expert.",
+        1.0,
+        1.0,
+    ),
+    "Coefficient of variation": (
+        "Standard deviation of the loads over their mean: 0 is even.",
+        None,
+        0.0,
+    ),
+    "Entropy of the load": (
+        "Over log E: 1 is even (dashed), 0 is all on one expert.",
+        1.0,
+        0.5,
+        1.0,
+    ),
+    "Mean gate": (
+        "Of all assignments: the weight with which an expert's output enters. Near 0 the routed "
+        "experts hardly count.",
+        None,
+    ),
+    "Similarity of prototypes": (
+        "Mean cosine between different prototypes of a layer: low is well apart.",
+        None,
+    ),
+    "Prototype to its own tokens": (
+        "Mean cosine with the centroid of the tokens that an expert got: what the contrastive "
+        "loss raises.",
+        None,
+    ),
+}
 
 
 def overview_charts(view: RunView, peers: Sequence[RunView]) -> dict[str, list[Chart | None]]:
@@ -31,38 +60,27 @@ def overview_charts(view: RunView, peers: Sequence[RunView]) -> dict[str, list[C
     Args:
         peers: the runs shown side by side, whose curves have one scale.
     """
-    evenness = [
-        _per_layer(
-            "Largest over mean load",
-            f"1 is even (dashed), {view.log.experts} is all on one expert.",
-            lambda each: max_over_mean(each.tokens_PLE),
-            view,
-            peers,
-            [1.0],
-            even=1.0,
-        ),
-        _per_layer(
-            "Coefficient of variation",
-            "Standard deviation of the loads over their mean: 0 is even.",
-            lambda each: variation(each.tokens_PLE),
-            view,
-            peers,
-            [0.0],
-        ),
-        _per_layer(
-            "Entropy of the load",
-            "Over log E: 1 is even (dashed), 0 is all on one expert.",
-            lambda each: entropy(each.tokens_PLE),
-            view,
-            peers,
-            [0.5, 1.0],
-            even=1.0,
-        ),
-    ]
+    per_layer = partial(_per_layer, view, peers)
+    has_centroids = not np.isnan(view.log.to_centroid_TLE).all()
     return {
         "Load": [load_now(view), load_over_time(view), bins_now(view), unconditional(view)],
-        "Evenness over training": evenness,
-        "Gates and prototypes": _gates_and_prototypes(view, peers),
+        "Evenness over training": [
+            per_layer("Largest over mean load", lambda run: max_over_mean(run.tokens_PLE)),
+            per_layer("Coefficient of variation", lambda run: variation(run.tokens_PLE)),
+            per_layer("Entropy of the load", lambda run: entropy(run.tokens_PLE)),
+        ],
+        "Gates and prototypes": [
+            per_layer("Mean gate", lambda run: run.mean_over_time(run.log.gate_mean_TL)),
+            per_layer(
+                "Similarity of prototypes", lambda run: run.mean_over_time(run.log.similarity_TL)
+            ),
+            per_layer(
+                "Prototype to its own tokens",
+                lambda run: known_mean(run.mean_over_time(run.log.to_centroid_TLE), axis=2),
+            )
+            if has_centroids
+            else None,
+        ],
         "Ranks, exchange, placement": [
             rank_load(view),
             placements(view),
@@ -72,68 +90,21 @@ def overview_charts(view: RunView, peers: Sequence[RunView]) -> dict[str, list[C
     }
 
 
-def _gates_and_prototypes(view: RunView, peers: Sequence[RunView]) -> list[Chart | None]:
-    gates = _per_layer(
-        "Mean gate",
-        "Of all assignments: the weight with which an expert's output enters. Near 0 the routed "
-        "experts hardly count.",
-        lambda each: each.mean_over_time(each.log.gate_mean_TL),
-        view,
-        peers,
-    )
-    similarity = _per_layer(
-        "Similarity of prototypes",
-        "Mean cosine between different prototypes of a layer: low is well apart.",
-        lambda each: each.mean_over_time(each.log.similarity_TL),
-        view,
-        peers,
-    )
-    if np.isnan(view.log.to_centroid_TLE).all():
-        return [gates, similarity, None]
-    return [
-        gates,
-        similarity,
-        _per_layer(
-            "Prototype to its own tokens",
-            "Mean cosine with the centroid of the tokens that an expert got: what the contrastive "
-            "loss raises.",
-            _to_centroid,
-            view,
-            peers,
-        ),
-    ]
-
-
 def _per_layer(
-    title: str,
-    note: str,
-    values: Callable[[RunView], np.ndarray],
-    view: RunView,
-    peers: Sequence[RunView],
-    also: Sequence[float] = (),
-    **options: Any,
+    view: RunView, peers: Sequence[RunView], title: str, values: Callable[[RunView], np.ndarray]
 ) -> Chart:
-    """Draw a curve a layer.
-
-    Args:
-        also: values that the axis has room for.
-    """
-    series = {f"layer {layer}": values(view)[:, row] for row, layer in enumerate(view.log.layers)}
-    domain = finite([values(each) for each in peers] + [np.array([x]) for x in also])
+    """Draw a curve a layer."""
+    note, even, *also = _CURVES[title]
+    columns = zip(view.log.layers, values(view).T, strict=True)
     return line_chart(
         title,
         ("step", view.steps_P.tolist()),
-        series,
-        note=note,
-        domain=domain or None,
+        {f"layer {layer}": values_P for layer, values_P in columns},
+        note=note.format(experts=view.log.experts),
+        even=even,
+        domain=finite([*map(values, peers), np.array([np.nan, *also])]),
         is_ordered=True,
-        **options,
     )
-
-
-def _to_centroid(view: RunView) -> np.ndarray:
-    values = view.mean_over_time(view.log.to_centroid_TLE)
-    return divide(np.nansum(values, axis=2), (~np.isnan(values)).sum(axis=2))
 
 
 def load_now(view: RunView) -> Chart:
@@ -186,11 +157,12 @@ def unconditional(view: RunView) -> Chart:
     routed, null = (
         view.over_time(values[:, 0]) for values in (view.log.routed_TL, view.log.null_TL)
     )
+    share = divide(null, routed + null)
     return line_chart(
         "Unconditional tokens",
         ("step", view.steps_P.tolist()),
-        {"share": divide(null, routed + null)},
-        domain=finite([np.array([0.0, 0.2]), divide(null, routed + null)]),
+        {"share": share},
+        domain=finite([np.array([0.0, 0.2]), share]),
         percent=True,
         note=(
             "Share of all tokens that are of samples under the null label, which go to the"
@@ -201,35 +173,32 @@ def unconditional(view: RunView) -> Chart:
 
 def rank_load(view: RunView) -> Chart | None:
     """Load of each rank of a group by layer, in the window."""
-    log = view.log
-    if log.ep_size == 1:
+    log, size = view.log, view.log.ep_size
+    if size == 1:
         return None
-    placed = (
-        np.take_along_axis(view.tokens_LE, log.order_LE, axis=1)
-        .reshape(len(log.layers), log.ep_size, -1)
-        .sum(axis=2)
-    )
-    measured = view.measured_uneven
-    tail = (
-        ""
-        if np.isnan(measured).all()
-        else f" Pass by pass the fullest rank has {np.nanmean(measured):.2f} times the mean."
-    )
+    placed_LE = np.take_along_axis(view.tokens_LE, log.order_LE, axis=1)
+    measured = _measured(view, " Pass by pass the fullest rank has {:.2f} times the mean.")
     return heat_chart(
         "Load of each rank",
-        relative(placed),
+        relative(placed_LE.reshape(len(log.layers), size, -1).sum(axis=2)),
         _layers(view),
-        [f"r{rank}" for rank in range(log.ep_size)],
+        [f"r{rank}" for rank in range(size)],
         names=("layer", "rank"),
-        note=f"Rows that a rank's experts compute, over an even share.{tail}",
+        note=f"Rows that a rank's experts compute, over an even share.{measured}",
     )
+
+
+def _measured(view: RunView, words: str) -> str:
+    """Return the measured unevenness in words, nothing if it was not logged."""
+    values_L = view.measured_uneven
+    return "" if np.isnan(values_L).all() else words.format(np.nanmean(values_L))
 
 
 def placements(view: RunView) -> Chart | None:
     """What other numbers of ranks and placements would give."""
     if not view.tokens_LE.any():
         return None
-    others, measured = view.candidates[1:], view.measured_uneven
+    others = view.candidates[1:]
     lost = [view.time_lost(each.uneven_L) for each in others]
     means = [float(np.nanmean(each.uneven_L)) for each in others]
     bars = [
@@ -240,7 +209,6 @@ def placements(view: RunView) -> Chart | None:
         )
         for each, mean, x in zip(others, means, lost, strict=True)
     ]
-    passes = "" if np.isnan(measured).all() else f": {np.nanmean(measured):.2f} at present"
     present = float(np.nanmean(view.present.uneven_L))
     return bar_chart(
         "Other placements",
@@ -254,26 +222,23 @@ def placements(view: RunView) -> Chart | None:
         note=(
             "Fullest rank over the mean, average of layers, by parallel.ep_size, summed interval"
             " by interval from the log; and the share of a step lost, an estimate for this batch"
-            f" size. Single passes are less even{passes}."
+            f" size. Single passes are less even{_measured(view, ': {:.2f} at present')}."
         ),
     )
 
 
 def traffic(view: RunView) -> Chart | None:
     """Bytes exchanged a step, by layer."""
-    if not view.log.bytes_TL[view.window].any() or not view.window_steps:
+    bytes_L = view.log.bytes_TL[view.window].sum(axis=0)
+    if not bytes_L.any() or not view.window_steps:
         return None
-    per_step = view.log.bytes_TL[view.window].sum(axis=0) / view.window_steps
-    bars = [
-        (f"layer {layer}", float(x), f"{short(x)}B")
-        for layer, x in zip(view.log.layers, per_step, strict=True)
-    ]
+    per_step = dict(zip(view.log.layers, (bytes_L / view.window_steps).tolist(), strict=True))
     return bar_chart(
         "Exchanged a step",
-        bars,
+        [(f"layer {layer}", x, f"{short(x)}B") for layer, x in per_step.items()],
         note=(
             "Token rows between ranks, forward and backward, all ranks: "
-            f"{short(per_step.sum())}B a step over all layers."
+            f"{short(sum(per_step.values()))}B a step over all layers."
         ),
     )
 
@@ -285,20 +250,17 @@ def waiting(view: RunView) -> Chart | None:
         return None
     per_step = 1e3 * np.nansum(values, axis=(0, 1)) / view.window_steps
     measured = ~np.isnan(values).all(axis=(0, 1))
-    bars = [
-        (_EXCHANGE_NAMES[name], float(x), f"{x:.2f} ms")
-        for name, x, known in zip(EXCHANGES, per_step, measured, strict=True)
-        if known
-    ]
-    step = (
-        1e3 * view.config.train.global_batch_size / view.images_per_second
-        if view.config and view.images_per_second
-        else 0
-    )
-    share = f" Together {per_step.sum():.1f} ms of a step of {step:.0f} ms." if step else ""
+    share = ""
+    if view.config and view.images_per_second:
+        step = 1e3 * view.config.train.global_batch_size / view.images_per_second
+        share = f" Together {per_step.sum():.1f} ms of a step of {step:.0f} ms."
     return bar_chart(
         "Waiting for exchanges",
-        bars,
+        [
+            (name, float(x), f"{x:.2f} ms")
+            for name, x, known in zip(_EXCHANGE_NAMES, per_step, measured, strict=True)
+            if known
+        ],
         style="over",
         note=(
             "Milliseconds a step for which a rank's computation waited, mean of ranks; what"

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,52 +42,42 @@ def find(view: RunView) -> list[Finding]:
         )
         return [Finding("bad", "No token was routed", text)]
     found = [*_starved(view), *_unevenness(view), *_time(view), *_prototypes(view), *_noise(view)]
-    order = {"bad": 0, "warn": 1}
-    if not found:
-        return [
-            Finding(
-                "good",
-                "Nothing wrong found",
-                "Every expert has tokens, no layer is far from even, prototypes stay apart "
-                "and no rank makes the others wait for long.",
-            )
-        ]
-    return sorted(found, key=lambda finding: order[finding.level])
+    nothing = Finding(
+        "good",
+        "Nothing wrong found",
+        "Every expert has tokens, no layer is far from even, prototypes stay apart "
+        "and no rank makes the others wait for long.",
+    )
+    return sorted(found, key=lambda finding: finding.level) or [nothing]  # "bad" before "warn"
 
 
-def _starved(view: RunView) -> list[Finding]:
-    found = []
-    for is_dead, level, word in ((True, "bad", "dead"), (False, "warn", "starved")):
+def _starved(view: RunView) -> Iterator[Finding]:
+    little = (
+        f"less than {STARVED_SHARE:.0%} of an even share in the last {view.window_steps:,} steps"
+    )
+    for is_dead, level, word, what in (
+        (True, "bad", "dead", "no token any more"),
+        (False, "warn", "starved", little),
+    ):
         those = [each for each in view.starved if each.is_dead == is_dead]
-        if not those:
-            continue
-        places = [f"layer {each.layer} expert {each.expert} ({_since(each)})" for each in those]
-        what = (
-            "no token any more"
-            if is_dead
-            else (
-                f"less than {STARVED_SHARE:.0%} of an even share in the last {view.window_steps:,}"
-                " steps"
-            )
-        )
-        found.append(
-            Finding(
+        if those:
+            places = [
+                f"layer {each.layer} expert {each.expert} ({word} {_since(each)})" for each in those
+            ]
+            yield Finding(
                 level,
                 f"{len(those)} {word} expert{'s' if len(those) > 1 else ''}",
                 f"{_first(places)}: {what}. Raise routing.rcl_weight, or give a balance loss"
                 " (routing.balance_weight) where the method takes one; an expert dead since the"
-                " start has a prototype far from all tokens: start anew with another train.seed or"
+                " start has a prototype far from all tokens: start again with another train.seed or"
                 " fewer experts.",
             )
-        )
-    return found
 
 
 def _since(each: Starved) -> str:
-    word = "dead" if each.is_dead else "starved"
     if each.is_always and not each.since:
-        return f"{word} from the start"
-    return f"{word} since step {each.since:,}{' or before' if each.is_always else ''}"
+        return "from the start"
+    return f"since step {each.since:,}{' or before' if each.is_always else ''}"
 
 
 def _first(names: Sequence[object]) -> str:
@@ -96,95 +86,73 @@ def _first(names: Sequence[object]) -> str:
     return ", ".join(map(str, names[:_MOST_NAMED])) + more
 
 
-def _unevenness(view: RunView) -> list[Finding]:
+def _unevenness(view: RunView) -> Iterator[Finding]:
     uneven_L = max_over_mean(view.tokens_LE)
-    worst = int(np.nanargmax(np.nan_to_num(uneven_L, nan=-1.0)))
-    if not uneven_L[worst] > UNEVEN:
-        return []
-    experts = [int(e) for e in np.argsort(-view.tokens_LE[worst])[:2]]
-    level = "bad" if uneven_L[worst] > VERY_UNEVEN else "warn"
-    return [
-        Finding(
-            level,
+    worst = int(np.nanargmax(uneven_L))
+    if uneven_L[worst] > UNEVEN:
+        first, second = np.argsort(-view.tokens_LE[worst])[:2]
+        yield Finding(
+            "bad" if uneven_L[worst] > VERY_UNEVEN else "warn",
             f"Layer {view.log.layers[worst]} is uneven: {uneven_L[worst]:.2f} times the mean",
-            f"Its expert {experts[0]} is the fullest, expert {experts[1]} next;"
+            f"Its expert {first} is the fullest, expert {second} next;"
             f" {int((uneven_L > UNEVEN).sum())} of {len(uneven_L)} layers are above {UNEVEN}."
             " Routing by meaning is uneven up to a point: act where it costs time (see placement)"
             " or grows, by a balance loss or a higher routing.rcl_weight.",
         )
-    ]
 
 
-def _time(view: RunView) -> list[Finding]:
+def _time(view: RunView) -> Iterator[Finding]:
     kinds = (view.present_uneven, view.advised_uneven, view.present.uneven_L)
     lost, advised, remaining = map(view.time_lost, kinds)
     if lost is None or advised is None or remaining is None:
-        return []
+        return
     if view.log.ep_size == 1 or lost < TIME_LOST:
-        return []
+        return
+    advice = (
+        "no other order of the experts on as many ranks was found that gains"
+        f" {_WORTH_A_RESUME:.0%} of a step. Summed over log intervals {remaining:.1%} remains,"
+        " of experts heavier than others; the rest of what is measured changes from pass to"
+        " pass. A smaller parallel.ep_size or a larger micro-batch helps"
+    )
     if lost - advised >= _WORTH_A_RESUME:
         advice = (
             f"the advised placement is estimated to bring that to {advised:.1%}: write it with"
             " --placement FILE and resume with parallel.expert_placement=FILE"
         )
-    else:
-        advice = (
-            "no other order of the experts on as many ranks was found that gains"
-            f" {_WORTH_A_RESUME:.0%} of a step. Summed over log intervals {remaining:.1%} remains,"
-            " of experts heavier than others; the rest of what is measured changes from pass to"
-            " pass. A smaller parallel.ep_size or a larger micro-batch helps"
-        )
-    return [
-        Finding(
-            "bad" if lost > MUCH_TIME_LOST else "warn",
-            f"About {lost:.0%} of a step is lost to imbalance",
-            f"Ranks wait for the one whose experts have most rows; {advice}.",
-        )
-    ]
+    yield Finding(
+        "bad" if lost > MUCH_TIME_LOST else "warn",
+        f"About {lost:.0%} of a step is lost to imbalance",
+        f"Ranks wait for the one whose experts have most rows; {advice}.",
+    )
 
 
-def _prototypes(view: RunView) -> list[Finding]:
-    log, found = view.log, []
-    newest = view.newest(log.similarity_TL)
-    alike = [
-        layer for layer, value in zip(log.layers, newest, strict=True) if value > ALIKE_PROTOTYPES
-    ]
+def _prototypes(view: RunView) -> Iterator[Finding]:
+    log, newest = view.log, view.newest(view.log.similarity_TL)
+    alike = [log.layers[row] for row in np.flatnonzero(newest > ALIKE_PROTOTYPES)]
     if alike:
-        found.append(
-            Finding(
-                "warn",
-                f"Prototypes look alike in layer {_first(alike)}",
-                f"Their mean cosine is above {ALIKE_PROTOTYPES}: experts compete for the same"
-                " tokens. Raise routing.rcl_weight or lower routing.rcl_temperature.",
-            )
+        yield Finding(
+            "warn",
+            f"Prototypes look alike in layer {_first(alike)}",
+            f"Their mean cosine is above {ALIKE_PROTOTYPES}: experts compete for the same"
+            " tokens. Raise routing.rcl_weight or lower routing.rcl_temperature.",
         )
     own, others = view.newest(log.to_centroid_TLE), view.newest(log.to_others_TLE)
-    lost = [f"layer {log.layers[row]} expert {expert}" for row, expert in np.argwhere(own < others)]
-    if lost:
-        found.append(
-            Finding(
-                "warn",
-                "Prototypes away from their own tokens",
-                f"{_first(lost)}: nearer to the other experts' centroids than to their own. Right"
-                " after the start this is normal; later it says that the contrastive loss is too"
-                " weak.",
-            )
+    away = [f"layer {log.layers[row]} expert {expert}" for row, expert in np.argwhere(own < others)]
+    if away:
+        yield Finding(
+            "warn",
+            "Prototypes away from their own tokens",
+            f"{_first(away)}: nearer to the other experts' centroids than to their own. Right"
+            " after the start this is normal; later it says that the contrastive loss is too"
+            " weak.",
         )
-    return found
 
 
-def _noise(view: RunView) -> list[Finding]:
+def _noise(view: RunView) -> Iterator[Finding]:
     by_bin_LQ, whole_L = max_over_mean(view.tokens_LQE), max_over_mean(view.tokens_LE)
-    places = [
-        (row, bin_)
-        for row, bin_ in np.argwhere(np.nan_to_num(by_bin_LQ) > _UNEVEN_BIN)
-        if whole_L[row] <= UNEVEN
-    ]
-    if not places:
-        return []
-    row, bin_ = places[0]
-    return [
-        Finding(
+    places = np.argwhere((by_bin_LQ > _UNEVEN_BIN) & (whole_L <= UNEVEN)[:, None])
+    for row, bin_ in places[:1]:
+        yield Finding(
             "warn",
             "Even on the whole, uneven at some noise levels",
             f"Layer {view.log.layers[row]} at sigma {bin_ / view.log.bins:.1f} to"
@@ -192,4 +160,3 @@ def _noise(view: RunView) -> list[Finding]:
             f" one expert ({len(places)} such places). Experts divide the noise levels among them;"
             " sampling visits one level at a time, so its steps are less even than training's.",
         )
-    ]

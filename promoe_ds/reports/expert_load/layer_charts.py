@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from promoe_ds.load_stats import relative, shares
+from promoe_ds.load_stats import divide, relative, shares
 from promoe_ds.reports.charts import Chart, bar_chart, line_chart
 from promoe_ds.reports.expert_load.charts import RELATIVE, bins_of, experts_of
-from promoe_ds.reports.expert_load.run import RunView, divide
+from promoe_ds.reports.expert_load.run import RunView
 from promoe_ds.reports.maps import heat_chart, map_over_time, tile_chart
 from promoe_ds.reports.theme import linear_color
 
@@ -20,138 +22,108 @@ def layer_charts(view: RunView, layer: int) -> list[Chart]:
     if layer not in view.log.layers:
         return []
     row = view.log.layers.index(layer)
-    charts = [
-        _over_training(view, row),
-        _by_bin(view, row),
-        _by_class(view, row),
-        _by_patch(view, row),
-        _gates(view, row),
-        _similarity(view, row),
-        _centroids(view, row),
-    ]
-    return [chart for chart in charts if chart is not None]
+    return [*_loads(view, row), *_tables(view, row), *_prototypes(view, row)]
 
 
-def _over_training(view: RunView, row: int) -> Chart:
-    values, names, title = (
+def _loads(view: RunView, row: int) -> Iterator[Chart]:
+    """Draw loads over training and by noise level."""
+    values, names, steps = (
         relative(view.tokens_PLE[:, row]),
         experts_of(view),
-        f"{_layer(view, row)}: experts over training",
+        view.steps_P.tolist(),
     )
+    title = f"Layer {view.log.layers[row]}: experts over training"
     if len(names) > _MOST_LINES:
-        return map_over_time(
+        note = f"Tokens over an even share. {RELATIVE}"
+        yield map_over_time(title, values.T, names, steps, note=note)
+    else:
+        yield line_chart(
             title,
-            values.T,
-            names,
-            view.steps_P.tolist(),
-            note=f"Tokens over an even share. {RELATIVE}",
+            ("step", steps),
+            dict(zip(names, values.T, strict=True)),
+            even=1.0,
+            note="Tokens over an even share (dashed).",
         )
-    return line_chart(
-        title,
-        ("step", view.steps_P.tolist()),
-        dict(zip(names, values.T, strict=True)),
-        even=1.0,
-        note="Tokens over an even share (dashed).",
-    )
+    if view.log.bins > 1:
+        yield heat_chart(
+            f"Layer {view.log.layers[row]}: load by noise level",
+            relative(view.tokens_LQE[row]).T,
+            names,
+            bins_of(view),
+            names=("expert", "sigma from"),
+            form=".1f",
+            note="Tokens over an even share of that noise level; sigma goes from data to noise.",
+        )
 
 
-def _by_bin(view: RunView, row: int) -> Chart | None:
-    if view.log.bins == 1:
-        return None
-    return heat_chart(
-        f"{_layer(view, row)}: load by noise level",
-        relative(view.tokens_LQE[row]).T,
-        experts_of(view),
-        bins_of(view),
-        names=("expert", "sigma from"),
-        form=".1f",
-        note="Tokens over an even share of that noise level; sigma goes from data to noise.",
-    )
+def _tables(view: RunView, row: int) -> Iterator[Chart]:
+    """Draw loads by class and by patch."""
+    layer, names = view.log.layers[row], experts_of(view)
+    counts = view.log.table("tokens_per_class", layer, view.window)
+    if counts is not None:
+        classes = [*map(str, range(len(counts) - 1)), "null"]
+        shown = len(counts) if counts[-1].any() else len(counts) - 1
+        yield heat_chart(
+            f"Layer {layer}: load by class",
+            relative(counts[:shown]),
+            classes[:shown],
+            names,
+            names=("class", "expert"),
+            form=".1f",
+            note=f"Tokens of a class over an even share. {RELATIVE}",
+        )
+    counts = view.log.table("tokens_per_position", layer, view.window)
+    if counts is not None:
+        side, part_PE = round(len(counts) ** 0.5), shares(counts)
+        yield tile_chart(
+            f"Layer {layer}: load by patch",
+            {name: part_PE[:, e].reshape(side, side) for e, name in enumerate(names)},
+            note=(
+                "The image's patches in their places: how much of a patch's tokens an expert gets."
+            ),
+        )
 
 
-def _by_class(view: RunView, row: int) -> Chart | None:
-    counts = view.log.table("tokens_per_class", view.log.layers[row], view.window)
-    if counts is None:
-        return None
-    names = [*map(str, range(len(counts) - 1)), "null"]
-    shown = len(counts) if counts[-1].any() else len(counts) - 1
-    return heat_chart(
-        f"{_layer(view, row)}: load by class",
-        relative(counts[:shown]),
-        names[:shown],
-        experts_of(view),
-        names=("class", "expert"),
-        form=".1f",
-        note=f"Tokens of a class over an even share. {RELATIVE}",
-    )
+def _prototypes(view: RunView, row: int) -> Iterator[Chart]:
+    """Draw gates, and the prototypes' cosines."""
+    log, layer, names = view.log, view.log.layers[row], experts_of(view)
+    sums = log.gates_TLE[view.window, row].sum(axis=0)
+    if not np.isnan(sums).all():
+        gates = divide(sums, view.tokens_LE[row]).tolist()
+        yield bar_chart(
+            f"Layer {layer}: mean gate",
+            [(name, x, _or_none(x, f"{x:+.3f}")) for name, x in zip(names, gates, strict=True)],
+            by_name=True,
+            note="The weight with which each expert's output enters, mean of its tokens.",
+        )
+    if not np.isnan(log.matrix_LEE[row]).all():
+        yield heat_chart(
+            f"Layer {layer}: similarity of prototypes",
+            log.matrix_LEE[row],
+            names,
+            names,
+            names=("expert", "and"),
+            color=linear_color(-1, 1),
+            note="Newest cosines in the log: orange is alike, blue opposed.",
+        )
+    if not np.isnan(log.to_centroid_TLE[view.window, row]).all():
+        own, others = (
+            view.newest(values)[row].tolist() for values in (log.to_centroid_TLE, log.to_others_TLE)
+        )
+        yield bar_chart(
+            f"Layer {layer}: prototypes and tokens",
+            [
+                (name, x, _or_none(x, f"{x:+.2f} (others {y:+.2f})"))
+                for name, x, y in zip(names, own, others, strict=True)
+            ],
+            by_name=True,
+            columns={"with others": others},
+            note=(
+                "Cosine of each prototype with the centroid of its own tokens, and the mean with"
+                " the other experts'."
+            ),
+        )
 
 
-def _by_patch(view: RunView, row: int) -> Chart | None:
-    counts = view.log.table("tokens_per_position", view.log.layers[row], view.window)
-    if counts is None:
-        return None
-    side, part = round(len(counts) ** 0.5), shares(counts)
-    tiles = {
-        name: part[:, expert].reshape(side, side) for expert, name in enumerate(experts_of(view))
-    }
-    return tile_chart(
-        f"{_layer(view, row)}: load by patch",
-        tiles,
-        note="The image's patches in their places: how much of a patch's tokens an expert gets.",
-    )
-
-
-def _gates(view: RunView, row: int) -> Chart | None:
-    sums = view.log.gates_TLE[view.window, row].sum(axis=0)
-    if np.isnan(sums).all():
-        return None
-    bars = [
-        (name, float(x), "no tokens" if np.isnan(x) else f"{x:+.3f}")
-        for name, x in zip(experts_of(view), divide(sums, view.tokens_LE[row]), strict=True)
-    ]
-    return bar_chart(
-        f"{_layer(view, row)}: mean gate",
-        bars,
-        by_name=True,
-        note="The weight with which each expert's output enters, mean of its tokens.",
-    )
-
-
-def _similarity(view: RunView, row: int) -> Chart | None:
-    if np.isnan(view.log.matrix_LEE[row]).all():
-        return None
-    return heat_chart(
-        f"{_layer(view, row)}: similarity of prototypes",
-        view.log.matrix_LEE[row],
-        experts_of(view),
-        experts_of(view),
-        names=("expert", "and"),
-        color=linear_color(-1, 1),
-        note="Newest cosines in the log: orange is alike, blue opposed.",
-    )
-
-
-def _centroids(view: RunView, row: int) -> Chart | None:
-    if np.isnan(view.log.to_centroid_TLE[view.window, row]).all():
-        return None
-    own, others = (
-        view.newest(values)[row] for values in (view.log.to_centroid_TLE, view.log.to_others_TLE)
-    )
-    bars = [
-        (name, float(x), "no tokens" if np.isnan(x) else f"{x:+.2f} (others {y:+.2f})")
-        for name, x, y in zip(experts_of(view), own, others, strict=True)
-    ]
-    return bar_chart(
-        f"{_layer(view, row)}: prototypes and tokens",
-        bars,
-        by_name=True,
-        columns={"with others": others.tolist()},
-        note=(
-            "Cosine of each prototype with the centroid of its own tokens, and the mean with the"
-            " other experts'."
-        ),
-    )
-
-
-def _layer(view: RunView, row: int) -> str:
-    return f"Layer {view.log.layers[row]}"
+def _or_none(value: float, words: str) -> str:
+    return "no tokens" if np.isnan(value) else words

@@ -19,7 +19,7 @@ from promoe_ds.reports.expert_load.findings import (
 )
 from promoe_ds.reports.expert_load.layer_charts import layer_charts
 from promoe_ds.reports.expert_load.run import RunView
-from promoe_ds.reports.page import Page, Part, figures, write_charts, write_page
+from promoe_ds.reports.page import Page, Part, figures, part, write_charts, write_page
 from promoe_ds.reports.theme import number
 
 #: Layers whose charts are open at first.
@@ -38,52 +38,48 @@ def write_report(path: Path, views: Sequence[RunView]) -> int:
 
 def build_page(views: Sequence[RunView]) -> Page:
     """Return the page of one run, or of several side by side."""
-    labels = [view.name for view in views]
-    page = Page(
+    labels, is_several = [view.name for view in views], len(views) > 1
+    summaries: list[Part] = []
+    numbers: list[Part] = []
+    for view in views:
+        found = [(each.level, TAGS[each.level], each.title, each.text) for each in find(view)]
+        summaries += part("heading", text=view.name if is_several else "Summary")
+        summaries += part("cards", items=_cards(view))
+        summaries += part("findings", items=found)
+        rows = [[f"{x:,}" if isinstance(x, int) else x for x in row] for row in layer_rows(view)]
+        numbers += part("text", text=view.name if is_several else "") + part("table", rows=rows)
+    sections = [overview_charts(view, views) for view in views]
+    figures_of = {
+        name: figures(list(zip(*(each[name] for each in sections), strict=True)), labels)
+        for name in sections[0]
+    }
+    words = (
+        "Formulas and fields: docs/routing_stats.md. What to do about each finding:"
+        " docs/profiling.md."
+    )
+    return Page(
         "Expert load",
         " and ".join(labels),
-        facts=[_facts(view, len(views) > 1) for view in views],
+        facts=[_facts(view, is_several) for view in views],
         notes=[
-            f"{view.name}: {note}" if len(views) > 1 else note
-            for view in views
-            for note in view.notes
+            f"{view.name}: {note}" if is_several else note for view in views for note in view.notes
+        ],
+        parts=[
+            *summaries,
+            *(
+                each
+                for name, items in figures_of.items()
+                if items
+                for each in part("heading", text=name) + part("figures", items=items)
+            ),
+            *part("heading", text="Layer by layer"),
+            *(each for view in views for each in part("text", text=_unlogged(view, is_several))),
+            *_layers(views, labels),
+            *part("heading", text="Numbers"),
+            *numbers,
+            *part("text", text=words),
         ],
     )
-    for view in views:
-        page.add("heading", text=view.name if len(views) > 1 else "Summary")
-        page.add("cards", items=_cards(view))
-        page.add(
-            "findings",
-            items=[(each.level, TAGS[each.level], each.title, each.text) for each in find(view)],
-        )
-    sections = [overview_charts(view, views) for view in views]
-    for section in sections[0]:
-        if items := figures(list(zip(*(each[section] for each in sections), strict=True)), labels):
-            page.add("heading", text=section)
-            page.add("figures", items=items)
-    page.add("heading", text="Layer by layer")
-    for view in views:
-        page.add("text", text=_unlogged_tables(view, len(views) > 1))
-    page.parts += _layers(views, labels)
-    page.add("heading", text="Numbers")
-    for view in views:
-        page.add("text", text=view.name if len(views) > 1 else "")
-        head, *rows = layer_rows(view)
-        page.add(
-            "table",
-            rows=[
-                head,
-                *([f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows),
-            ],
-        )
-    page.add(
-        "text",
-        text=(
-            "Formulas and fields: docs/routing_stats.md. What to do about each finding:"
-            " docs/profiling.md."
-        ),
-    )
-    return page
 
 
 def export(folder: Path, views: Sequence[RunView]) -> int:
@@ -151,47 +147,38 @@ def _cards(view: RunView) -> list[tuple[str, str, str, str]]:
     log, uneven_L = view.log, max_over_mean(view.tokens_LE)
     if np.isnan(uneven_L).all():
         return [("Tokens routed", "0", "none in the window", "bad")]
-    worst = int(np.nanargmax(uneven_L))
+    worst, average = int(np.nanargmax(uneven_L)), np.nanmean(uneven_L)
     dead, starved = (sum(view.starved_L(is_dead=is_dead)) for is_dead in (True, False))
     tokens = int(log.routed_TL[view.window].sum() + log.null_TL[view.window].sum())
-    cards = [
-        (
-            "Most uneven layer",
+    null = log.null_TL[view.window].sum() / max(1, tokens)
+    cards = {
+        "Most uneven layer": (
             f"{uneven_L[worst]:.2f}×",
-            f"of the mean, layer {log.layers[worst]}; average {np.nanmean(uneven_L):.2f}",
+            f"of the mean, layer {log.layers[worst]}; average {average:.2f}",
             _level(uneven_L[worst], UNEVEN, VERY_UNEVEN),
         ),
-        ("Entropy", f"{np.nanmean(entropy(view.tokens_LE)):.3f}", "mean of layers, 1 is even", ""),
-        (
-            "Dead experts",
+        "Entropy": (
+            f"{np.nanmean(entropy(view.tokens_LE)):.3f}",
+            "mean of layers, 1 is even",
+            "",
+        ),
+        "Dead experts": (
             str(dead),
             f"of {log.experts * len(log.layers)}; {starved} starved",
             "bad" if dead else "warn" if starved else "good",
         ),
-    ]
+    }
     lost = view.time_lost(view.present_uneven)
     if log.ep_size == 1:
-        cards.append(("Lost to imbalance", "none", "every rank has all experts", "good"))
+        cards["Lost to imbalance"] = ("none", "every rank has all experts", "good")
     elif lost is not None:
-        cards.append(
-            (
-                "Lost to imbalance",
-                f"{lost:.1%}",
-                "of a step's time, estimated",
-                _level(lost, TIME_LOST, MUCH_TIME_LOST),
-            )
-        )
+        level = _level(lost, TIME_LOST, MUCH_TIME_LOST)
+        cards["Lost to imbalance"] = (f"{lost:.1%}", "of a step's time, estimated", level)
     if view.window_steps and log.bytes_TL.any():
-        cards.append(
-            (
-                "Exchanged a step",
-                f"{log.bytes_TL[view.window].sum() / view.window_steps / 1e6:,.2f} MB",
-                "all layers and ranks, both ways",
-                "",
-            )
-        )
-    null = log.null_TL[view.window].sum() / max(1, tokens)
-    return [*cards, ("Unconditional", f"{null:.1%}", f"of {tokens / 1e6:,.1f} M tokens now", "")]
+        megabytes = log.bytes_TL[view.window].sum() / view.window_steps / 1e6
+        cards["Exchanged a step"] = (f"{megabytes:,.2f} MB", "all layers and ranks, both ways", "")
+    cards["Unconditional"] = (f"{null:.1%}", f"of {tokens / 1e6:,.1f} M tokens now", "")
+    return [(name, *card) for name, card in cards.items()]
 
 
 def _level(value: float, warn: float, bad: float) -> str:
@@ -204,48 +191,33 @@ def _layers(views: Sequence[RunView], labels: Sequence[str]) -> list[Part]:
     for view in views:
         for layer, value in zip(view.log.layers, max_over_mean(view.tokens_LE), strict=True):
             uneven.setdefault(layer, []).append(float(value))
-    worst = sorted(sorted(uneven), key=lambda layer: -max(np.nan_to_num(uneven[layer])))[
-        :_OPEN_LAYERS
-    ]
-    parts = []
-    for layer in sorted(uneven):
+    worst = sorted(sorted(uneven), key=lambda layer: -max(np.nan_to_num(uneven[layer])))
+    parts: list[Part] = []
+    for layer, values in sorted(uneven.items()):
         charts = [{chart.title: chart for chart in layer_charts(view, layer)} for view in views]
         titles = dict.fromkeys(title for each in charts for title in each)
         items = figures([[each.get(title) for each in charts] for title in titles], labels)
-        words = "largest over mean " + ", ".join(f"{value:.2f}" for value in uneven[layer])
-        parts.append(
-            {
-                "kind": "details",
-                "title": f"Layer {layer}",
-                "text": words,
-                "is_open": layer in worst,
-                "items": [{"kind": "figures", "items": items}],
-            }
+        parts += part(
+            "details",
+            title=f"Layer {layer}",
+            text="largest over mean " + ", ".join(f"{value:.2f}" for value in values),
+            is_open=layer in worst[:_OPEN_LAYERS],
+            items=part("figures", items=items),
         )
     return parts
 
 
-def _unlogged_tables(view: RunView, is_named: bool) -> str:
+def _unlogged(view: RunView, is_named: bool) -> str:
     """Say which tables the run does not log, how to get them and what they take."""
-    config, words = view.config, []
-    for name, what, setting in (
-        ("tokens_per_class", "class", "class_counts"),
-        ("tokens_per_position", "patch", "position_counts"),
+    model, words = view.config and view.config.model, []
+    for name, what, setting, rows in (
+        ("tokens_per_class", "class", "class_counts", model and model.num_classes),
+        ("tokens_per_position", "patch", "position_counts", model and model.tokens_per_image),
     ):
         if name not in view.log.tables:
-            rows = (
-                0
-                if config is None
-                else config.model.num_classes
-                if what == "class"
-                else config.model.tokens_per_image
-            )
-            size = (
-                f", about {rows * view.log.experts * _BYTES_A_COUNT / 1e3:.2g} kB a layer and table"
-                if rows
-                else ""
-            )
-            words.append(f"load by {what} (logging.{setting}=true{size})")
+            size = (rows or 0) * view.log.experts * _BYTES_A_COUNT / 1e3
+            about = f", about {size:.2g} kB a layer and table" if rows else ""
+            words.append(f"load by {what} (logging.{setting}=true{about})")
     head = f"{view.name}: not" if is_named else "Not"
     if not words:
         return ""

@@ -14,6 +14,7 @@ import numpy as np
 
 from promoe_ds.config.placement import FORMAT
 from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.load_stats import divide
 from promoe_ds.reports.log import RoutingLog
 
 #: A layer's experts move where the fullest rank gets emptier by this part at least.
@@ -55,13 +56,15 @@ def balance(load_E: np.ndarray, ep_size: int) -> list[int]:
     """Return an order of experts over ranks, equally many on each: the heaviest expert to the
     emptiest rank that has room.
     """
-    experts = len(load_E)
-    room = [experts // ep_size] * ep_size
     ranks: list[list[int]] = [[] for _ in range(ep_size)]
-    for expert in sorted(range(experts), key=lambda e: (-load_E[e], e)):
-        free = [rank for rank in range(ep_size) if len(ranks[rank]) < room[rank]]
-        emptiest = min(free, key=lambda rank: (sum(load_E[e] for e in ranks[rank]), rank))
-        ranks[emptiest].append(expert)
+    for expert in np.argsort(-load_E, kind="stable").tolist():
+        free = [rank for rank in ranks if len(rank) < len(load_E) // ep_size]
+        min(free, key=lambda rank: sum(load_E[rank])).append(expert)
+    return _by_rank(ranks)
+
+
+def _by_rank(ranks: list[list[int]]) -> list[int]:
+    """Return an order whose ranks, and experts on a rank, go upwards."""
     return [expert for rank in sorted(map(sorted, ranks)) for expert in rank]
 
 
@@ -71,10 +74,7 @@ def unevenness(tokens_TLE: np.ndarray, order_LE: np.ndarray, ep_size: int) -> np
     """
     placed = np.take_along_axis(tokens_TLE, np.broadcast_to(order_LE, tokens_TLE.shape), axis=2)
     by_rank = placed.reshape(*placed.shape[:2], ep_size, -1).sum(axis=3).astype(float)
-    mean_L = by_rank.mean(axis=2).sum(axis=0)
-    return np.divide(
-        by_rank.max(axis=2).sum(axis=0), mean_L, out=np.full(len(mean_L), np.nan), where=mean_L > 0
-    )
+    return divide(by_rank.max(axis=2).sum(axis=0), by_rank.mean(axis=2).sum(axis=0))
 
 
 def candidates(log: RoutingLog, window: slice, advised: Candidate) -> list[Candidate]:
@@ -148,8 +148,7 @@ def exchange(tokens_TE: np.ndarray, order: list[int], ep_size: int) -> list[int]
         after_EE[~is_pair_EE] = np.inf
         one, other = np.unravel_index(after_EE.argmin(), after_EE.shape)
         if not after_EE[one, other] < loads_TW.max(axis=1).sum() * (1 - _WORTH_EXCHANGING):
-            ranks = order_E.reshape(ep_size, -1).tolist()
-            return [expert for rank in sorted(map(sorted, ranks)) for expert in rank]
+            return _by_rank(order_E.reshape(ep_size, -1).tolist())
         order_E[[one, other]] = order_E[[other, one]]
 
 
@@ -178,10 +177,7 @@ def write_placement(path: Path, log: RoutingLog, order_LE: np.ndarray, ep_size: 
         "format": FORMAT,
         "ep_size": ep_size,
         "from_step": int(log.steps_T[-1]),
-        "layers": {
-            str(layer): [int(e) for e in order]
-            for layer, order in zip(log.layers, order_LE, strict=True)
-        },
+        "layers": dict(zip(map(str, log.layers), order_LE.tolist(), strict=True)),
     }
     try:
         path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

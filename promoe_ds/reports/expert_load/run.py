@@ -6,7 +6,7 @@ Letters: T log intervals, P points in time, L MoE layers, Q timestep bins, E rou
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +18,10 @@ from promoe_ds.config import RunConfig, training_flops_per_image
 from promoe_ds.config.accounting import count_parameters
 from promoe_ds.config.loader import read_saved
 from promoe_ds.errors import PromoeError
-from promoe_ds.load_stats import shares
+from promoe_ds.load_stats import divide, known_mean, shares
 from promoe_ds.reports.expert_load.placement import Candidate, advise, candidates
 from promoe_ds.reports.log import RoutingLog, load_log
+from promoe_ds.reports.records import Metrics, read_lines
 
 #: An expert is starved below this part of an even share.
 STARVED_SHARE = 0.1
@@ -31,7 +32,7 @@ _DEAD_INTERVALS, _DEAD_SPAN = 3, 0.01
 _MOST_POINTS = 120
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Starved:
     """An expert without tokens (dead), or with hardly any.
 
@@ -42,7 +43,6 @@ class Starved:
     layer: int
     expert: int
     is_dead: bool
-    share: float
     since: int
     is_always: bool
 
@@ -136,20 +136,12 @@ class RunView:
                 is_dead = share == 0 or (
                     intervals >= _DEAD_INTERVALS and steps_t[-1] - since >= _DEAD_SPAN * steps_t[-1]
                 )
-                if not is_dead and share * log.experts >= STARVED_SHARE:
-                    continue
                 if not is_dead:
                     since, intervals = _last(is_fed_tE[:, expert], steps_t, log)
-                found.append(
-                    Starved(
-                        layer=layer,
-                        expert=expert,
-                        is_dead=bool(is_dead),
-                        share=float(share),
-                        since=since,
-                        is_always=intervals == len(steps_t),
+                if is_dead or share * log.experts < STARVED_SHARE:
+                    found.append(
+                        Starved(layer, expert, bool(is_dead), since, intervals == len(steps_t))
                     )
-                )
         return sorted(found, key=lambda each: (not each.is_dead, each.layer, each.expert))
 
     def starved_L(self, *, is_dead: bool) -> list[int]:
@@ -167,13 +159,9 @@ class RunView:
     @cached_property
     def advised(self) -> Candidate:
         """The advised placement on as many ranks; the present one if nothing better was found."""
-        return Candidate.of(
-            self.log,
-            self.window,
-            "advised",
-            advise(self.log, self.window, self.log.ep_size),
-            self.log.ep_size,
-        )
+        size = self.log.ep_size
+        order_LE = advise(self.log, self.window, size)
+        return Candidate.of(self.log, self.window, "advised", order_LE, size)
 
     @cached_property
     def candidates(self) -> list[Candidate]:
@@ -210,19 +198,15 @@ class RunView:
         rows_L = self.tokens_LE.sum(axis=1) / self.window_steps
         # Operations over all ranks, if all had the fullest one's rows, above the real ones; six a
         # parameter and row.
-        extra = float(
-            np.nansum(rows_L * (uneven_L - 1.0))
-            * 6.0
-            * count_parameters(self.config).routed_per_expert
-        )
-        x = extra / (training_flops_per_image(self.config) * self.config.train.global_batch_size)
+        extra = float(np.nansum(rows_L * (uneven_L - 1.0)) * 6.0)
+        x = extra * count_parameters(self.config).routed_per_expert
+        x /= training_flops_per_image(self.config) * self.config.train.global_batch_size
         return x / (1.0 + x)
 
     @cached_property
     def measured_uneven(self) -> np.ndarray:
         """Each layer's fullest rank over the mean, pass by pass (L,), NaN if not logged."""
-        values = self.log.rank_uneven_TL[self.window]
-        return divide(np.nansum(values, axis=0), (~np.isnan(values)).sum(axis=0))
+        return known_mean(self.log.rank_uneven_TL[self.window], axis=0)
 
     @cached_property
     def present_uneven(self) -> np.ndarray:
@@ -237,19 +221,7 @@ class RunView:
         removes: an order changes it by the factor by which it changes that of whole intervals.
         """
         before, after = self.present.uneven_L, self.advised.uneven_L
-        return self.present_uneven * np.divide(
-            after, before, out=np.ones(len(before)), where=before > 0
-        )
-
-
-def divide(values: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Return values / by, NaN where `by` is not positive."""
-    return np.divide(
-        values,
-        by,
-        out=np.full(np.broadcast_shapes(np.shape(values), np.shape(by)), np.nan),
-        where=by > 0,
-    )
+        return self.present_uneven * np.where(before > 0, divide(after, before), 1.0)
 
 
 def open_runs(run_dirs: Sequence[Path], last_steps: int | None = None) -> list[RunView]:
@@ -263,20 +235,12 @@ def open_runs(run_dirs: Sequence[Path], last_steps: int | None = None) -> list[R
         return views
     paths = [view.log.path.resolve() for view in views]
     # The file's name counts if one folder has several logs.
-    parts = [
-        path.parts[1:-1] if len({path.parent for path in paths}) == len(paths) else path.parts[1:]
-        for path in paths
-    ]
-    names = next(
-        (
-            names
-            for length in range(1, max(map(len, parts)) + 1)
-            if len(set(names := ["/".join(each[-length:]) for each in parts])) == len(parts)
-        ),
-        None,
-    )
-    for place, view in enumerate(views):
-        view.name = names[place] if names else f"{view.name} ({place + 1})"
+    if len({path.parent for path in paths}) == len(paths):
+        paths = [path.parent for path in paths]
+    above = os.path.commonpath([path.parent for path in paths])
+    for place, (view, path) in enumerate(zip(views, paths, strict=True), start=1):
+        again = f" ({place})" if paths.count(path) > 1 else ""
+        view.name = f"{path.relative_to(above)}{again}"
     return views
 
 
@@ -285,27 +249,18 @@ def _read_config(path: Path, log: RoutingLog) -> tuple[RunConfig | None, list[st
         config = read_saved(path)
     except (OSError, PromoeError) as error:
         reason = "is missing" if isinstance(error, OSError) else "cannot be read as a config"
-        return None, [
-            f"config.yaml {reason}: sizes, and what depends on them (time lost to imbalance), are"
-            " left out"
-        ]
+        left_out = "sizes, and what depends on them (time lost to imbalance), are left out"
+        return None, [f"config.yaml {reason}: {left_out}"]
     if list(config.moe_block_indices) != log.layers or config.routing.num_experts != log.experts:
         return None, ["config.yaml describes other layers or experts than the log: it is not used"]
     return config, []
 
 
 def _speed(path: Path, first_step: int) -> float | None:
-    speeds = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
-    ):
-        try:
-            values = json.loads(line)
-            if values["step"] >= first_step and values.get("images_per_second"):
-                speeds.append(float(values["images_per_second"]))
-        except (ValueError, KeyError, TypeError):
-            continue  # a broken line of another file: the speed is a median
-    return float(np.median(speeds)) if speeds else None
+    lines = (line for *_, line, _ in read_lines(path, kind=Metrics)) if path.is_file() else ()
+    speeds = [line.images_per_second for line in lines if line and line.step >= first_step]
+    known = [speed for speed in speeds if speed]
+    return float(np.median(known)) if known else None
 
 
 def _last(was_T: np.ndarray, steps_T: np.ndarray, log: RoutingLog) -> tuple[int, int]:

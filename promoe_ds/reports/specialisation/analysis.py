@@ -1,26 +1,34 @@
-"""All that is measured of a model's experts, layer by layer.
+"""All that is measured of a model's experts, layer by layer: it routes a batch at several noise
+levels.
 
 Letters: M noise levels, B images, S tokens per image, D width, E routed experts, n tokens kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from promoe_ds.errors import ConfigError
+from promoe_ds.condition import ClassCondition
+from promoe_ds.data import LatentDataset
+from promoe_ds.diffusion import DiffusionBatch, build_objective
+from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.model.dit import DiT
-from promoe_ds.reports.specialisation.collect import Batch, Observations, observe
 from promoe_ds.reports.specialisation.measures import (
     Information,
     inter_intra_ratio,
     specialisation,
     subspace_similarity,
 )
+from promoe_ds.routing.assignment import Assignment, expert_of_rows
 
-_CLUSTERS = 10
+_CLUSTERS, _IMAGES_A_PASS = 10, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +103,49 @@ class Analysis:
         }
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Images (B, Z, H, W), their conditions and the noise that all levels share."""
+
+    clean_BZHW: Tensor
+    condition: ClassCondition
+    noise_BZHW: Tensor
+
+    @property
+    def labels_B(self) -> Tensor:
+        """The images' classes."""
+        return self.condition.labels_B
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What one layer did.
+
+    experts_MBS: each token's expert with the largest gate, -1 for none; tokens_MnD: some tokens as
+    they enter the layer, the same places at every level; places_n: their places in the flattened
+    (B, S).
+    """
+
+    experts_MBS: np.ndarray
+    tokens_MnD: np.ndarray
+    places_n: np.ndarray
+
+
+def draw_images(dataset: LatentDataset, count: int, seed: int) -> Batch:
+    """Take images at random, the same for the same seed.
+
+    Raises: DataError if the set has fewer.
+    """
+    if count > len(dataset):
+        raise DataError(f"--images {count}: the data set has {len(dataset)}: ask for fewer")
+    random = np.random.default_rng(seed)
+    clean, condition = dataset.take(np.sort(random.permutation(len(dataset))[:count]))
+    assert isinstance(condition, ClassCondition)
+    return Batch(
+        clean, condition, torch.from_numpy(random.standard_normal(clean.shape, dtype=np.float32))
+    )
+
+
 def analyse(network: DiT, batch: Batch, settings: Settings, *, name: str) -> Analysis:
     """Measure every MoE layer of a model.
 
@@ -106,7 +157,7 @@ def analyse(network: DiT, batch: Batch, settings: Settings, *, name: str) -> Ana
         index: subspace_similarity(layer.routed.down_weight.detach(), settings.singular_vectors)
         for index, layer in network.moe_layers().items()
     }
-    seen = observe(network, batch, list(settings.sigmas), kept=settings.tokens, seed=settings.seed)
+    seen = observe(network, batch, settings.sigmas, kept=settings.tokens, seed=settings.seed)
     layers = [
         _analyse_layer(index, similarity_EE, seen[index], batch, settings)
         for index, similarity_EE in similarity.items()
@@ -143,3 +194,84 @@ def _analyse_layer(
         seen.experts_MBS, batch.labels_B.numpy(), rounds=settings.rounds, seed=settings.seed
     )
     return LayerAnalysis(index, seen, similarity_EE, ratios, information, tsne)
+
+
+@torch.no_grad()
+def observe(
+    network: DiT, batch: Batch, sigmas: Sequence[float], *, kept: int, seed: int
+) -> dict[int, Observations]:
+    """Route the batch at every noise level, conditional on its classes.
+
+    Args:
+        network: in evaluation mode; kept: tokens to keep of each level and layer.
+    Returns: by layer.
+    """
+    tokens_per_image, images = network.config.model.tokens_per_image, len(batch.labels_B)
+    places_n = np.sort(np.random.default_rng(seed).permutation(images * tokens_per_image)[:kept])
+    starts = range(0, images, _IMAGES_A_PASS)
+    levels = [
+        [
+            _route(network, batch, sigma, slice(start, start + _IMAGES_A_PASS), places_n)
+            for start in starts
+        ]
+        for sigma in sigmas
+    ]
+
+    def joined(index: int, kind: int) -> np.ndarray:
+        return np.stack([np.concatenate([part[index][kind] for part in parts]) for parts in levels])
+
+    return {
+        index: Observations(
+            joined(index, 0).reshape(len(sigmas), images, -1), joined(index, 1), places_n
+        )
+        for index in network.moe_layers()
+    }
+
+
+def _route(
+    network: DiT, batch: Batch, sigma: float, part: slice, places_n: np.ndarray
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Route some images; return, by layer, each token's best expert and the tokens at the places
+    that are in them.
+    """
+    device, condition, entering = network.positions.device, batch.condition.select(part), {}
+    one = DiffusionBatch(
+        batch.clean_BZHW[part],
+        batch.noise_BZHW[part],
+        torch.full((len(condition),), sigma),
+        condition,
+    ).to(device)
+    rows_n = places_n - part.start * network.config.model.tokens_per_image
+    num_tokens = len(condition) * network.config.model.tokens_per_image
+    rows_n = torch.from_numpy(rows_n[(rows_n >= 0) & (rows_n < num_tokens)]).to(device)
+
+    def keep(index: int, tokens_BSD: Tensor) -> None:
+        entering[index] = tokens_BSD.flatten(0, 1)[rows_n].float().cpu().numpy()
+
+    objective = build_objective(network.config.diffusion)
+    with ExitStack() as hooks:
+        for index, layer in network.moe_layers().items():
+            hook = layer.router.register_forward_pre_hook(
+                lambda _, given, index=index: keep(index, given[0])
+            )
+            hooks.callback(hook.remove)
+        plans = network.denoise(objective.noised(one), objective.timestep(one), one.condition).plans
+    return {
+        index: (best_expert(plan.assignment, num_tokens), entering[index])
+        for index, plan in plans.items()
+    }
+
+
+def best_expert(assignment: Assignment, num_tokens: int) -> np.ndarray:
+    """Return the expert that weighs most in each token, int64 (T,); -1 for a token without
+    expert.
+    """
+    tokens_N, gates_N = (
+        assignment.token_ids_N.cpu().numpy(),
+        assignment.gates_N.float().cpu().numpy(),
+    )
+    order_N = np.lexsort((gates_N, tokens_N))
+    last_N = np.append(np.diff(tokens_N[order_N]) != 0, True)[: len(order_N)]
+    chosen_T = np.full(num_tokens, -1)
+    chosen_T[tokens_N[order_N][last_N]] = expert_of_rows(assignment).cpu().numpy()[order_N][last_N]
+    return chosen_T

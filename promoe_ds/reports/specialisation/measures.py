@@ -1,11 +1,13 @@
-"""Numbers for what experts specialise in; each can be held against chance.
+"""Numbers for what experts specialise in; each can be compared with chance.
 
 Letters: E experts, N tokens, D width, F hidden width, k singular vectors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,9 +21,9 @@ def subspace_similarity(down_weight_EDF: Tensor, k: int) -> np.ndarray:
     chance.
 
     Source: Fig. 1(b), similarity of the top-k left singular vectors of the experts' weights; the
-    paper does not give the
-    formula: here |U_i^T U_j|_F^2 / k, the mean squared cosine of the principal angles, of the down
-    projections, whose left singular vectors lie in the residual stream that all experts share.
+    paper does not give the formula: here |U_i^T U_j|_F^2 / k, the mean squared cosine of the
+    principal angles, of the down projections, whose left singular vectors are in the residual
+    stream that all experts share.
     Raises: ConfigError if k exceeds the rank.
     """
     largest = min(down_weight_EDF.shape[1:])
@@ -56,7 +58,7 @@ def inter_intra_ratio(tokens_ND: np.ndarray, groups_N: np.ndarray) -> float:
     """Return the mean distance between groups' centroids over the mean distance of a token from its
     own.
 
-    NaN below two groups, and where all tokens lie on their centroids.
+    NaN below two groups, and where all tokens are on their centroids.
     Source: Fig. 1(a), where the groups are clusters of k-means: large is compact and apart, below 1
     is diffuse.
     """
@@ -75,9 +77,8 @@ class Information:
     """What an attribute tells of the expert.
 
     share: mutual information over the entropy of the expert, 0 ... 1; chance: the same with the
-    attribute shuffled, its mean;
-    chance_high: its 95th percentile; score: share - chance; p_value: how often chance reaches it,
-    at least 1 / (rounds + 1).
+    attribute shuffled, its mean; chance_high: its 95th percentile; score: share - chance; p_value:
+    how often chance reaches it, at least 1 / (rounds + 1).
     """
 
     share: float
@@ -95,17 +96,13 @@ def mutual_information(experts_N: np.ndarray, values_N: np.ndarray) -> float:
     """Return I(expert; value) / H(expert) of two integer arrays; 0 where the expert is always the
     same.
     """
-    size = int(values_N.max()) + 1
-    joint = np.bincount(
-        experts_N * size + values_N, minlength=(int(experts_N.max()) + 1) * size
-    ).reshape(-1, size) / len(experts_N)
-    of_expert, of_value = joint.sum(axis=1), joint.sum(axis=0)
+    size, experts = int(values_N.max()) + 1, int(experts_N.max()) + 1
+    joint = np.bincount(experts_N * size + values_N, minlength=experts * size) / len(experts_N)
+    of_expert, of_value = (joint.reshape(-1, size).sum(axis=axis) for axis in (1, 0))
     entropy = -_plogp(of_expert)
-    return (
-        float((_plogp(joint.ravel()) - _plogp(of_expert) - _plogp(of_value)) / entropy)
-        if entropy > 1e-12
-        else 0.0
-    )
+    if entropy <= 1e-12:
+        return 0.0
+    return float((_plogp(joint) - _plogp(of_expert) - _plogp(of_value)) / entropy)
 
 
 def _plogp(p: np.ndarray) -> float:
@@ -120,38 +117,39 @@ def specialisation(
     chance.
 
     Tokens of an image are alike, so classes are shuffled as whole images, noise levels within an
-    image, positions within an
-    image and level: the shuffled data keeps every other tie.
+    image, positions within an image and level: the shuffled data keeps every other tie.
     """
     random = np.random.default_rng(seed)
-    levels, images, tokens = experts_MBS.shape
-    chosen = experts_MBS.ravel() >= 0
-    experts = experts_MBS.ravel()[chosen]
-
-    def of_class(shuffle: bool) -> np.ndarray:
-        labels = random.permutation(labels_B) if shuffle else labels_B
-        return np.broadcast_to(labels[None, :, None], experts_MBS.shape)
-
-    def of_level(shuffle: bool) -> np.ndarray:
-        values = np.tile(np.arange(levels), (images, 1))
-        values = random.permuted(values, axis=1) if shuffle else values
-        return np.broadcast_to(values.T[:, :, None], experts_MBS.shape)
-
-    def of_position(shuffle: bool) -> np.ndarray:
-        values = np.tile(np.arange(tokens), (levels * images, 1))
-        values = random.permuted(values, axis=1) if shuffle else values
-        return values.reshape(experts_MBS.shape)
-
+    (levels, images, tokens), chosen_MBS = experts_MBS.shape, experts_MBS >= 0
+    within_rows = partial(random.permuted, axis=1)
+    # Values, how they are shuffled, and how they are laid out as (M, B, S), or broadcast to it.
+    attributes: dict[str, tuple[np.ndarray, Callable, Callable]] = {
+        "class": (labels_B, random.permutation, lambda labels: labels[None, :, None]),
+        "noise level": (
+            np.tile(np.arange(levels), (images, 1)),
+            within_rows,
+            lambda levels_BM: levels_BM.T[:, :, None],
+        ),
+        "position": (
+            np.tile(np.arange(tokens), (levels * images, 1)),
+            within_rows,
+            lambda places: places.reshape(experts_MBS.shape),
+        ),
+    }
     found = {}
-    for name, draw in (("class", of_class), ("noise level", of_level), ("position", of_position)):
-        share = mutual_information(experts, draw(False).ravel()[chosen])
-        by_chance = np.array(
-            [mutual_information(experts, draw(True).ravel()[chosen]) for _ in range(rounds)]
+    for name, (values, shuffled, laid_out) in attributes.items():
+        drawn = [values, *(shuffled(values) for _ in range(rounds))]
+        share, *by_chance = (
+            mutual_information(
+                experts_MBS[chosen_MBS],
+                np.broadcast_to(laid_out(each), experts_MBS.shape)[chosen_MBS],
+            )
+            for each in drawn
         )
         found[name] = Information(
             share=share,
-            chance=float(by_chance.mean()),
+            chance=float(np.mean(by_chance)),
             chance_high=float(np.quantile(by_chance, 0.95)),
-            p_value=float((1 + (by_chance >= share).sum()) / (1 + rounds)),
+            p_value=float((1 + (np.array(by_chance) >= share).sum()) / (1 + rounds)),
         )
     return found

@@ -9,9 +9,17 @@ import numpy as np
 from PIL import Image
 
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.reports.charts import Chart, bar_chart, line_chart, scatter_chart, vl_convert
+from promoe_ds.files import replace_text
+from promoe_ds.reports.charts import (
+    Chart,
+    Rows,
+    bar_chart,
+    line_chart,
+    scatter_chart,
+    vl_convert,
+)
 from promoe_ds.reports.maps import heat_chart, plane
-from promoe_ds.reports.page import Page, figures, write_page
+from promoe_ds.reports.page import Page, Part, figures, part, write_page
 from promoe_ds.reports.specialisation.analysis import Analysis, LayerAnalysis
 from promoe_ds.reports.theme import WIDTH, color_of, linear_color, png_url, tooltip
 
@@ -123,75 +131,60 @@ def layer_charts(analysis: Analysis, layer: LayerAnalysis) -> list[Chart]:
 
 def token_maps(analysis: Analysis, layer: LayerAnalysis, names: list[str]) -> Chart:
     """Draw some images with the expert of every patch, level by level."""
-    sigmas, tokens = analysis.settings.sigmas, layer.seen.experts_MBS.shape[2]
-    shown, grid = min(_SHOWN_IMAGES, layer.seen.experts_MBS.shape[1]), round(tokens**0.5)
+    titles = ["image", *(f"σ {sigma:g}" for sigma in analysis.settings.sigmas)]
+    experts_BMS = layer.seen.experts_MBS[:, :_SHOWN_IMAGES].transpose(1, 0, 2)
+    grid, batch = round(experts_BMS.shape[2] ** 0.5), analysis.batch
     apart = 1.08 * grid
-    wide, tall = apart * (len(sigmas) + 1), apart * shown
-    images = []
-    for image in range(shown):
-        url, top = png_url(_gray(analysis.batch.clean_BZHW[image].numpy())), image * apart
-        images += [
-            {
-                "url": url,
-                "x": column * apart,
-                "x2": column * apart + grid,
-                "y": top,
-                "y2": top + grid,
-            }
-            for column in range(len(sigmas) + 1)
-        ]
-    titles = ["image", *(f"σ {sigma:g}" for sigma in sigmas)]
+    wide, tall = apart * len(titles), apart * len(experts_BMS)
+    rows: Rows = [["image", "class", "sigma", "patch", "expert", "x", "y", "x2", "y2"]]
+    for (image, level, patch), expert in np.ndenumerate(experts_BMS):
+        x, y = (level + 1) * apart + patch % grid, image * apart + patch // grid
+        label, sigma = int(batch.labels_B[image]), analysis.settings.sigmas[level]
+        name = names[expert] if expert >= 0 else ""
+        rows.append([image, label, sigma, patch, name, x, y, x + 1, y + 1])
+    pictures = [
+        {
+            "url": url,
+            "x": column * apart,
+            "x2": column * apart + grid,
+            "y": image * apart,
+            "y2": image * apart + grid,
+        }
+        for image, url in enumerate(
+            png_url(_gray(clean.numpy())) for clean in batch.clean_BZHW[: len(experts_BMS)]
+        )
+        for column in range(len(titles))
+    ]
     heads = [{"x": (column + 0.5) * apart, "text": title} for column, title in enumerate(titles)]
     place = {**plane(wide, tall), "x2": {"field": "x2"}, "y2": {"field": "y2"}}
-    experts = {
-        **place,
+    shown = {
         "color": color_of("expert", names),
         "tooltip": tooltip("expert", "class", "sigma", "patch"),
     }
-    head = {"x": place["x"], "y": {"value": 0}, "text": {"field": "text"}}
-    text = {"type": "text", "baseline": "bottom", "dy": -3, "style": "muted"}
     layers = [
         {
-            "data": {"values": images},
+            "data": {"values": pictures},
             "mark": {"type": "image", "aspect": False},
             "encoding": {**place, "url": {"field": "url"}},
         },
         {
             "transform": [{"filter": "datum.expert"}],
             "mark": {"type": "rect", "opacity": 0.62},
-            "encoding": experts,
+            "encoding": {**place, **shown},
         },
-        {"data": {"values": heads}, "mark": text, "encoding": head},
+        {
+            "data": {"values": heads},
+            "mark": {"type": "text", "baseline": "bottom", "dy": -3, "style": "muted"},
+            "encoding": {"x": place["x"], "y": {"value": 0}, "text": {"field": "text"}},
+        },
     ]
+    size = {"width": WIDTH, "height": WIDTH * tall / wide, "padding": {"top": 18}}
     return Chart(
         title=f"Layer {layer.layer}: experts over images",
-        rows=_patches(analysis, layer, names, shown, apart),
+        rows=rows,
         note="Left the image, then each patch's expert by noise level, drawn over it.",
-        spec={
-            "width": WIDTH,
-            "height": WIDTH * tall / wide,
-            "padding": {"top": 18},
-            "layer": layers,
-        },
+        spec={**size, "layer": layers},
     )
-
-
-def _patches(
-    analysis: Analysis, layer: LayerAnalysis, names: list[str], shown: int, apart: float
-) -> list[list[object]]:
-    """Return every patch of the first images at every level: its expert, and where it is drawn."""
-    rows: list[list[object]] = [
-        ["image", "class", "sigma", "patch", "expert", "x", "y", "x2", "y2"]
-    ]
-    grid = round(layer.seen.experts_MBS.shape[2] ** 0.5)
-    for image in range(shown):
-        label = int(analysis.batch.labels_B[image])
-        for column, sigma in enumerate(analysis.settings.sigmas, start=1):
-            for patch, expert in enumerate(layer.seen.experts_MBS[column - 1, image]):
-                x, y = column * apart + patch % grid, image * apart + patch // grid
-                name = names[expert] if expert >= 0 else ""
-                rows.append([image, label, sigma, patch, name, x, y, x + 1, y + 1])
-    return rows
 
 
 def _gray(image_ZHW: np.ndarray) -> Image.Image:
@@ -206,7 +199,16 @@ def _gray(image_ZHW: np.ndarray) -> Image.Image:
 def build_page(analysis: Analysis) -> Page:
     """Return the page."""
     settings, layers = analysis.settings, analysis.layers
-    page = Page(
+    overlap = np.mean([each.overlap for each in layers])
+    cards = []
+    for kind in layers[0].information:
+        best = max(layers, key=lambda layer: layer.information[kind].score)
+        found = best.information[kind]
+        words = f"beyond chance, at most (layer {best.layer})"
+        level = "good" if found.share > found.chance_high else ""
+        cards.append((f"Expert and {kind}", f"{found.score:.3f}", words, level))
+    cards.append(("Overlap of subspaces", f"{overlap:.3f}", f"chance {analysis.chance:.3f}", ""))
+    return Page(
         "Specialisation of experts",
         analysis.name,
         facts=[
@@ -214,51 +216,35 @@ def build_page(analysis: Analysis) -> Page:
             f" images at sigma {', '.join(f'{sigma:g}' for sigma in settings.sigmas)} · seed"
             f" {settings.seed}"
         ],
-    )
-    cards = []
-    for kind in layers[0].information:
-        best = max(layers, key=lambda layer: layer.information[kind].score)
-        found = best.information[kind]
-        cards.append(
-            (
-                f"Expert and {kind}",
-                f"{found.score:.3f}",
-                f"beyond chance, at most (layer {best.layer})",
-                "good" if found.share > found.chance_high else "",
-            )
-        )
-    overlap = np.mean([each.overlap for each in layers])
-    page.add(
-        "cards",
-        items=[
-            *cards,
-            ("Overlap of subspaces", f"{overlap:.3f}", f"chance {analysis.chance:.3f}", ""),
+        parts=[
+            *part("cards", items=cards),
+            *part("heading", text="All layers"),
+            *_figures(overview_charts(analysis)),
+            *part("heading", text="Layer by layer"),
+            *(
+                {
+                    "kind": "details",
+                    "title": f"Layer {layer.layer}",
+                    "text": "",
+                    "is_open": True,
+                    "items": _figures(layer_charts(analysis, layer)),
+                }
+                for layer in layers
+            ),
+            *part("text", text="How each number is made, and what it says: docs/profiling.md."),
         ],
     )
-    page.add("heading", text="All layers")
-    page.add(
-        "figures", items=figures([[chart] for chart in overview_charts(analysis)], [analysis.name])
-    )
-    page.add("heading", text="Layer by layer")
-    for layer in layers:
-        items = figures([[chart] for chart in layer_charts(analysis, layer)], [analysis.name])
-        page.add(
-            "details",
-            title=f"Layer {layer.layer}",
-            text="",
-            is_open=True,
-            items=[{"kind": "figures", "items": items}],
-        )
-    page.add("text", text="How each number is made, and what it says: docs/profiling.md.")
-    return page
+
+
+def _figures(charts: list[Chart]) -> list[Part]:
+    return part("figures", items=figures([[chart] for chart in charts], [""]))
 
 
 def check_place(out: Path) -> None:
     """Find out, before a long analysis, whether its page can be written.
 
     Raises: ConfigError if the numbers beside it would have its name, or without vl-convert;
-    DataError if it or they cannot be
-        written.
+    DataError if it or they cannot be written.
     """
     vl_convert()
     if out.suffix == ".json":
@@ -284,8 +270,8 @@ def write_report(analysis: Analysis, out: Path) -> None:
     Raises: DataError if they cannot be written.
     """
     write_page(out, build_page(analysis))
-    text = json.dumps(analysis.numbers(), indent=1, allow_nan=False)
+    numbers = out.with_suffix(".json")
     try:
-        out.with_suffix(".json").write_text(text, encoding="utf-8")
+        replace_text(numbers, json.dumps(analysis.numbers(), indent=1, allow_nan=False))
     except OSError as error:
-        raise DataError(f"{out.with_suffix('.json')} cannot be written: {error.strerror}") from None
+        raise DataError(f"{numbers} cannot be written: {error.strerror}") from None

@@ -18,23 +18,15 @@ def make_run(folder: Path, *, dies: bool = False) -> Path:
     """Write a run of two layers; in one that dies, an expert of layer 3 gets nothing after step
     100, another hardly any.
     """
-    lines = []
-    for step in range(5, 205, 5):
-        for each in interval(step, tokens=[40, 30, 20, 30]):
-            if dies and each["layer"] == 3:
-                each["tokens_per_expert"] = [40, 30, 0, 1] if step > 100 else [40, 30, 20, 1]
-            if each["timestep_bin"] == 0:
-                each["layer_detail"] |= {
-                    "tokens_per_class": {"steps": 5, "counts": [[5, 1, 2, 2]] * 10 + [[0] * 4]},
-                    "tokens_per_position": {
-                        "steps": 5,
-                        "counts": [[p % 4, 1, 1, 1] for p in range(16)],
-                    },
-                }
-            lines.append(each)
-    write(folder, lines)
+    details = {
+        "tokens_per_class": {"steps": 5, "counts": [[5, 1, 2, 2]] * 10 + [[0] * 4]},
+        "tokens_per_position": {"steps": 5, "counts": [[p % 4, 1, 1, 1] for p in range(16)]},
+    }
+    lines = interval(*range(5, 205, 5), tokens=[40, 30, 20, 30], details=details)
+    for each in (each for each in lines if dies and each["layer"] == 3):
+        each["tokens_per_expert"] = [40, 30, 0 if each["step"] > 100 else 20, 1]
     config = load_config("digits_promoe", ["model.depth=4"])
-    (folder / "config.yaml").write_text(config.model_dump_json())
+    (write(folder, lines) / "config.yaml").write_text(config.model_dump_json())
     (folder / "metrics.jsonl").write_text('{"step": 200, "images_per_second": 800.0}\nbroken')
     return folder
 

@@ -36,8 +36,10 @@ def line(
     *,
     bins: int = 2,
     steps: int = 5,
+    details: dict[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
+    """Return a line; `details` are further fields of its layer_detail."""
     total = sum(tokens)
     values = {
         "schema": 2,
@@ -59,15 +61,21 @@ def line(
         "layer_bytes_exchanged": 100 * step,
     }
     if bin_ == 0:
-        values["layer_detail"] = detail(len(tokens))
+        values["layer_detail"] = detail(len(tokens), **(details or {}))
     return values | more
 
 
 def interval(
-    step: int, *, layers: tuple[int, ...] = (1, 3), tokens: list[int] | None = None, **more: Any
+    *steps: int,
+    layers: tuple[int, ...] = (1, 3),
+    tokens: list[int] | None = None,
+    length: int = 5,
+    **more: Any,
 ) -> list[dict[str, Any]]:
+    """Return the lines of log intervals that end at `steps`; `more` as of `line`."""
     return [
-        line(step, layer, bin_, tokens or [step, layer, bin_ + 1, 4], **more)
+        line(step, layer, bin_, tokens or [step, layer, bin_ + 1, 4], steps=length, **more)
+        for step in steps
         for layer in layers
         for bin_ in (0, 1)
     ]

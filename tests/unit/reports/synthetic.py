@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from promoe_ds.config import count_parameters, load_config, training_flops_per_image
-from promoe_ds.reports.comparison.results import paired_differences, summarise
+from promoe_ds.reports.comparison.results import summarise
 
 ENVIRONMENT = {
     "jobs": 2,
@@ -93,7 +93,7 @@ def synthetic_comparison(
             "summary": summarise(results),
             "training_gflops_per_image": training_flops_per_image(config) / 1e9,
             "difference_to_first": (
-                None if name == first else paired_differences(results, candidates[first])
+                None if name == first else summarise(results, candidates[first])
             ),
             "seeds": {str(seed): result for seed, result in results.items()},
         }

@@ -140,23 +140,12 @@ def test_curves_by_hand() -> None:
 
 
 def test_load_per_block_by_hand() -> None:
-    comparison = synthetic_comparison(
-        {
-            "a": {
-                seed: (
-                    synthetic_result(seed)
-                    | {
-                        "layers": [
-                            {"layer": 1, "max_over_mean": value},
-                            {"layer": 3, "max_over_mean": None},
-                        ]
-                    }
-                )
-                for seed, value in enumerate((1.0, 3.0))
-            }
-        }
-    )
-    assert charts.load_per_block(comparison).rows[1:] == [
+    runs = {
+        seed: synthetic_result(seed)
+        | {"layers": [{"layer": 1, "max_over_mean": x}, {"layer": 3, "max_over_mean": None}]}
+        for seed, x in enumerate((1.0, 3.0))
+    }
+    assert charts.load_per_block(synthetic_comparison({"a": runs})).rows[1:] == [
         [1, "a", 2.0, pytest.approx(2 - 2**0.5), pytest.approx(2 + 2**0.5)]
     ]
 

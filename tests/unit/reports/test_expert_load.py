@@ -26,35 +26,28 @@ def test_starved_experts_are_found_with_the_step_when_they_began(views) -> None:
 @pytest.mark.parametrize(
     ("dies_at", "missing", "found"),
     [
-        (960, None, (960, False)),  # within the last tenth, which is what counts as now
-        (0, None, (0, True)),
-        (0, 500, (0, True)),  # an interval without tokens says nothing about an expert
-        (990, None, None),
+        (960, None, [(960, False)]),  # within the last tenth, which is what counts as now
+        (0, None, [(0, True)]),
+        (0, 500, [(0, True)]),  # an interval without tokens says nothing about an expert
+        (990, None, []),  # one interval is no death
     ],
-)  # one interval is no death
+)
 def test_dead_expert_is_found_with_the_step_when_it_died(tmp_path, dies_at, missing, found) -> None:
-    lines = []
-    for step in range(10, 1010, 10):
-        tokens = [9, 9, 9, 9 if step <= dies_at else 0] if step != missing else [0, 0, 0, 0]
-        lines += interval(step, layers=(1,), tokens=tokens, steps=10)
+    lines = interval(*range(10, 1010, 10), layers=(1,), length=10, tokens=[9, 9, 9, 9])
+    for each in lines:
+        tokens = [9, 9, 9, 9 if each["step"] <= dies_at else 0]
+        each["tokens_per_expert"] = tokens if each["step"] != missing else [0, 0, 0, 0]
     view = RunView.open(write(tmp_path, lines))
-    dead = [(each.since, each.is_always) for each in view.starved if each.is_dead]
-    assert dead == ([] if found is None else [found])
-    assert layer_rows(view)[1][8] == len(dead)  # the table says the same
+    assert [(each.since, each.is_always) for each in view.starved if each.is_dead] == found
+    assert layer_rows(view)[1][8] == len(found)  # the table says the same
 
 
 def make_measured_run(folder: Path, tokens: list[int], uneven: float) -> RunView:
     """Write a run whose fullest rank is measured pass by pass."""
-    lines = [
-        each for step in range(10, 110, 10) for each in interval(step, tokens=tokens, steps=10)
-    ]
-    for each in lines:
-        if "layer_detail" in each:
-            each["layer_detail"]["rank_max_over_mean"] = uneven
-    write(folder, lines)
-    (folder / "config.yaml").write_text(
-        load_config("digits_promoe", ["model.depth=4"]).model_dump_json()
-    )
+    details = {"rank_max_over_mean": uneven}
+    write(folder, interval(*range(10, 110, 10), length=10, tokens=tokens, details=details))
+    config = load_config("digits_promoe", ["model.depth=4"])
+    (folder / "config.yaml").write_text(config.model_dump_json())
     return RunView.open(folder)
 
 

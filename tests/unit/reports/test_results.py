@@ -12,45 +12,19 @@ from promoe_ds.errors import DataError
 from promoe_ds.reports.comparison.results import (
     METRICS,
     collect_result,
-    describe,
     load_by_layer,
-    paired_differences,
     read_json,
     read_metrics,
     summarise,
 )
 
 from ..builders import small_config
+from .routing_logs import line, write
 from .synthetic import synthetic_result
 
 
 def _result(**figures: float | None) -> dict:
     return {**dict.fromkeys(METRICS), **figures}
-
-
-def _metric_line(step: int, loss: float | None, images_per_second: float = 100.0) -> dict:
-    return {
-        "step": step,
-        "loss": loss,
-        "loss_diffusion": loss,
-        "images_per_second": images_per_second,
-    }
-
-
-def test_describe_by_hand() -> None:
-    # 1, 2, 6: mean 3, squares 4 + 1 + 9 = 14 over n - 1 = 2.
-    assert describe([1.0, 2.0, 6.0]) == {
-        "n": 3,
-        "mean": 3.0,
-        "sd": pytest.approx(math.sqrt(7)),
-        "min": 1.0,
-        "max": 6.0,
-    }
-
-
-def test_describe_one_value_has_no_deviation_and_none_has_nothing() -> None:
-    assert describe([]) is None
-    assert describe([4.0]) == {"n": 1, "mean": 4.0, "sd": None, "min": 4.0, "max": 4.0}
 
 
 def test_summarise_leaves_out_what_a_run_has_not() -> None:
@@ -64,50 +38,46 @@ def test_paired_differences_pair_by_seed_by_hand() -> None:
     mine = {0: _result(final_loss=5.0), 1: _result(final_loss=7.0), 2: _result(final_loss=100.0)}
     first = {1: _result(final_loss=4.0), 0: _result(final_loss=3.0), 3: _result(final_loss=0.0)}
     # Seeds 0 and 1: 2 and 3; seed 2 has no partner.
-    assert paired_differences(mine, first)["final_loss"] == {
+    assert summarise(mine, first)["final_loss"] == {
         "n": 2,
         "mean": 2.5,
         "sd": pytest.approx(math.sqrt(0.5)),
         "min": 2.0,
         "max": 3.0,
     }
-    assert paired_differences(mine, first)["accuracy"] is None
+    assert summarise(mine, first)["accuracy"] is None
+
+
+CONFIG = small_config(train={"max_steps": 10})
 
 
 def _write_run(folder: Path, *, step: int = 10) -> Path:
     (folder / "judgement.json").write_text(
         json.dumps({"checkpoint_step": step, "device": "cpu", "images": None, "heldout_loss": None})
     )
-    metrics = [_metric_line(5, 2.0), _metric_line(10, 1.0)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    _write_metrics(folder, {5: 2.0, 10: 1.0})
     # Of ten steps the last fifth are 9 and 10: the line of step 5 does not count.
-    routing = [
+    tokens = ((5, 1, [4, 0, 0, 0]), (10, 1, [1, 1, 1, 1]), (10, 3, [3, 1, 0, 0]))
+    return write(folder, [line(step, layer, 0, each, bins=1) for step, layer, each in tokens])
+
+
+def _write_metrics(folder: Path, losses: dict[int, float | None], end: str = "") -> Path:
+    lines = [
         {
             "step": step,
-            "layer": layer,
-            "tokens_per_expert": tokens,
-            "conditional_tokens": 4,
-            "unconditional_tokens": 0,
-            "prototype_similarity": 0.0,
-            "layer_bytes_exchanged": 0,
+            "loss_diffusion": loss,
+            "images_per_second": 1.0 if step == 1 else 256 * step,
         }
-        for step, layer, tokens in (
-            (5, 1, [4, 0, 0, 0]),
-            (10, 1, [1, 1, 1, 1]),
-            (10, 3, [3, 1, 0, 0]),
-        )
+        for step, loss in losses.items()
     ]
-    (folder / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in routing))
-    return folder
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in lines) + end)
+    return path
 
 
 def test_collect_result_reads_load_of_the_last_fifth_and_averages_layers(tmp_path) -> None:
-    result = collect_result(_write_run(tmp_path), small_config(train={"max_steps": 10}))
-    assert (result["final_loss"], result["loss_curve"], result["checkpoint_step"]) == (
-        1.0,
-        [[5, 2.0], [10, 1.0]],
-        10,
-    )
+    result = collect_result(_write_run(tmp_path), CONFIG)
+    assert (result["final_loss"], result["loss_curve"]) == (1.0, [[5, 2.0], [10, 1.0]])
     assert [layer["max_over_mean"] for layer in result["layers"]] == [1.0, 3.0]
     assert (result["load_max_over_mean"], result["dead_experts"]) == (2.0, 1.0)
     assert (result["frechet"], result["accuracy"], result["images"]) == (None, None, None)
@@ -121,35 +91,18 @@ def test_collect_result_reads_load_of_the_last_fifth_and_averages_layers(tmp_pat
 def test_collect_result_averages_the_last_tenth_and_takes_the_median_time_without_the_first_line(
     tmp_path,
 ) -> None:
-    _write_run(tmp_path)
-    lines = [
-        _metric_line(step, float(step), 1.0 if step == 1 else 256 * step) for step in range(1, 31)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = collect_result(
-        tmp_path, small_config(train={"max_steps": 10, "global_batch_size": 256})
-    )
+    _write_metrics(_write_run(tmp_path), {step: float(step) for step in range(1, 31)})
+    train = {"max_steps": 10, "global_batch_size": 256}
+    result = collect_result(tmp_path, small_config(train=train))
     assert result["final_loss"] == 29.0  # 28, 29, 30
     assert result["step_ms"] == pytest.approx(1000 / 16)  # of 2 ... 30
 
 
 def test_load_by_layer_by_hand(tmp_path) -> None:
-    _write_run(tmp_path)
-    lines = [
-        {
-            "step": 10,
-            "layer": layer,
-            "tokens_per_expert": tokens,
-            "conditional_tokens": 4,
-            "unconditional_tokens": 0,
-            "prototype_similarity": 0.0,
-            "layer_bytes_exchanged": 0,
-        }
-        for layer, tokens in ((1, [2, 2, 0, 0]), (3, [0] * 4))
-    ]
-    (tmp_path / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     # Half of the four experts share evenly: log 2 over log 4. Without tokens nothing can be said.
-    assert load_by_layer(tmp_path, small_config(train={"max_steps": 10})) == [
+    loads = ((1, [2, 2, 0, 0]), (3, [0] * 4))
+    write(tmp_path, [line(10, layer, 0, tokens, bins=1) for layer, tokens in loads])
+    assert load_by_layer(tmp_path, CONFIG) == [
         {
             "layer": 1,
             "max_over_mean": 2.0,
@@ -169,33 +122,24 @@ def test_load_by_layer_by_hand(tmp_path) -> None:
 
 def test_collect_result_of_a_dense_model_has_no_load(tmp_path) -> None:
     (_write_run(tmp_path) / "routing.jsonl").unlink()
-    result = collect_result(
-        tmp_path, small_config(routing={"method": "dense"}, train={"max_steps": 10})
-    )
-    assert (result["layers"], result["load_max_over_mean"], result["dead_experts"]) == (
-        None,
-        None,
-        None,
-    )
+    dense = small_config(routing={"method": "dense"}, train={"max_steps": 10})
+    result = collect_result(tmp_path, dense)
+    assert {result[name] for name in ("layers", "load_max_over_mean", "dead_experts")} == {None}
 
 
 def test_collect_result_of_an_unfinished_training_is_refused(tmp_path) -> None:
-    with pytest.raises(
-        DataError, match="the newest checkpoint is of step 5, not of the last one, 10"
-    ):
-        collect_result(_write_run(tmp_path, step=5), small_config(train={"max_steps": 10}))
+    with pytest.raises(DataError, match="checkpoint is of step 5, not of the last one, 10"):
+        collect_result(_write_run(tmp_path, step=5), CONFIG)
 
 
 def test_read_metrics_leaves_out_what_is_not_finite_and_a_cut_line(tmp_path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        f'{json.dumps(_metric_line(1, None))}\n{json.dumps(_metric_line(2, 0.5))}\n{{"step": 3, "lo'
-    )
+    path = _write_metrics(tmp_path, {1: None, 2: 0.5}, end='{"step": 3, "lo')
     assert read_metrics(path, 8) == ([[2, 0.5]], [])
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no line with a finite loss"), ("{\n{}\n", "line 1: not JSON")]
+    ("text", "message"),
+    [("", "no line with a finite loss"), ("{\n{}\n", "metrics.jsonl: line 1: ")],
 )
 def test_read_metrics_damaged_file_is_named(tmp_path, text, message) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
