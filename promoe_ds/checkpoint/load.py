@@ -106,7 +106,7 @@ def load_checkpoint(trainer: TrainingState, folder: Path, *, same_run: bool) -> 
     same_optimizer = _beside_schedule(saved.optimizer) == _beside_schedule(trainer.config.optimizer)
     if layout == manifest.layout and same_optimizer and not moves_experts(manifest, trainer.config):
         on_all_ranks(lambda: _load_as_it_is(trainer, folder, manifest))
-        trainer.optimizer.averages_since = dict(manifest.averages_since)
+        trainer.ema.averages_since = dict(manifest.averages_since)
     else:
         _LOG.info(
             "resume: resharding, from %s to %s%s",

@@ -63,7 +63,7 @@ def _fill(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
         kind: kept.get(kind) if kind.startswith(EMA) else kind for kind in _state_kinds(trainer)
     }
     missing = [kind for kind, source in sources.items() if source not in checkpoint.kinds]
-    trainer.optimizer.averages_since = {
+    trainer.ema.averages_since = {
         kind: manifest.step for kind in missing if kind.startswith(EMA)
     } | {
         kind: manifest.averages_since[source]
@@ -99,7 +99,7 @@ def _report_losses(
         )
     if missing:
         named = [
-            f"{kind} ({trainer.optimizer.averages[kind]})" if kind.startswith(EMA) else kind
+            f"{kind} ({trainer.ema.averages[kind]})" if kind.startswith(EMA) else kind
             for kind in missing
         ]
         _LOG.warning(
@@ -164,14 +164,14 @@ def kept_averages(manifest: Manifest, config: OptimizerConfig) -> dict[str, str]
 
 def _state_kinds(trainer: TrainingState) -> tuple[str, ...]:
     """Return what the optimizer keeps of every value beside the value itself."""
-    return (*MOMENTS, *trainer.optimizer.averages)
+    return (*MOMENTS, *trainer.ema.averages)
 
 
 def _fresh_state(
     states: dict, parameter: Tensor, step: int, kinds: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Make the optimizer state of one parameter or flat slice, as AdamWithEma would at its first
-    update; return its `kinds`.
+    """Make the optimizer state of one parameter or flat slice, as AdamW and `Ema` would at its
+    first update; return its `kinds`.
     """
     values = {kind: torch.zeros_like(parameter.data) for kind in kinds}
     states[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **values}

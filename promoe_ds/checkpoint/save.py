@@ -187,7 +187,7 @@ def _finish(
             layout=layout_of(trainer),
             files=records,
             versions=package_versions(),
-            averages_since=dict(trainer.optimizer.averages_since),
+            averages_since=dict(trainer.ema.averages_since),
             dataset_size=len(trainer.dataset),
             wandb_id=read_wandb_id(root.parent),
         )

@@ -62,9 +62,7 @@ def train(run: Run, context: DistributedContext, supervisor: Supervisor | None =
 def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> None:
     choice = choose_checkpoint(run.resume, run.run_dir, context)
     config = with_placement_of(run.config, choice.folder)
-    trainer = Trainer.build(
-        config, run.deepspeed_plan, context, build_dataset(config, context.device)
-    )
+    trainer = Trainer(config, run.deepspeed_plan, context, build_dataset(config, context.device))
     if choice.folder is None:
         trainer.start_routers()
     else:
