@@ -22,7 +22,6 @@ from promoe_ds.checkpoint.manifest import Manifest
 from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.checkpoint.zero_reader import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint
 from promoe_ds.config.optimizer import EMA, OptimizerConfig
-from promoe_ds.distributed.context import on_all_ranks
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("checkpoint")
@@ -51,7 +50,7 @@ def load_resharded(trainer: TrainingState, folder: Path, manifest: Manifest) -> 
         together.
     Raises: CheckpointError naming the tensor that does not fit.
     """
-    on_all_ranks(lambda: _fill(trainer, folder, manifest))
+    trainer.context.on_all_ranks(lambda: _fill(trainer, folder, manifest))
     if trainer.deepspeed_plan.zero_stage > 0:
         ZeroPartitions(trainer.engine.optimizer).write_back()
 

@@ -54,7 +54,7 @@ def train(run: Run, context: DistributedContext, supervisor: Supervisor | None =
     request.
     """
     supervisor = supervisor or Supervisor(run.config.supervision)
-    supervisor.know_peers()
+    supervisor.know_peers(context)
     with run_directory(run.run_dir, run.config, context, resume=run.resume):
         _train(run, context, supervisor)
 

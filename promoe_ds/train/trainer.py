@@ -258,7 +258,7 @@ def _build_sharded_network(
             config.parallel.timeout_seconds,
             data_before_expert=data_before_expert,
         )
-        check_placement(expert_group, required=config.parallel.expert_groups == "node")
+        check_placement(expert_group, context, required=config.parallel.expert_groups == "node")
         shard_experts(network, expert_group, context.device)
     if config.routing.rcl_scope == "global" and context.world_size > 1:
         share_centroids(network)
