@@ -26,7 +26,7 @@ from promoe_ds.config.schema import TrainConfig
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import replace_text
 from promoe_ds.logs import get_logger
-from promoe_ds.versions import package_versions
+from promoe_ds.versions import versions_of
 
 _LOG = get_logger("checkpoint")
 #: Ends the name of a checkpoint that is being deleted.
@@ -185,7 +185,7 @@ def _finish(
             config=trainer.config.model_dump(mode="json"),
             layout=layout_of(trainer),
             files=records,
-            versions=package_versions(),
+            versions=versions_of("deepspeed"),
             averages_since=dict(trainer.ema.averages_since),
             dataset_size=len(trainer.dataset),
             wandb_id=read_wandb_id(root.parent),
