@@ -84,7 +84,7 @@ def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> Non
         saver.finish()
         raise
     finally:
-        trainer.close()
+        trainer.loader.close()
         writer.close()
 
 
@@ -105,21 +105,16 @@ class _Actions:
     def loop(self) -> TrainingLoop:
         """Return the training loop with all actions, in order."""
         config, loop = self._trainer.config, TrainingLoop(self._trainer, self._supervisor)
-        loop.every(1, self._tick)
+        loop.every(1, lambda _: self._saver.poll())
         if self._evaluate is not None:
             loop.every(config.evaluation.every, self._judge, at_end=False)
         loop.every(config.train.log_every, self._log)
         loop.every(config.train.checkpoint_every, self._save)
         return loop
 
-    def _tick(self, finished: FinishedStep) -> None:
-        self._writer.tick()
-        self._saver.poll()
-
     def _judge(self, finished: FinishedStep) -> None:
-        if (
-            finished.result.stop_requested
-        ):  # there are minutes left, and they belong to the checkpoint
+        # There are minutes left, and they belong to the checkpoint.
+        if finished.result.stop_requested:
             if self._trainer.context.is_main:
                 _LOG.warning("shutdown requested: no evaluation at step %d", finished.step)
             return

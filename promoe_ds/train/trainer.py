@@ -71,34 +71,24 @@ class Trainer:
         compute = (
             use_transformer_engine(network, config, context.device) if uses_te else nullcontext
         )
-        module = TrainingModule(network, compute).train()
-        optimizer = _build_optimizer(module, config.optimizer, deepspeed_plan)
+        self.network, self.module = network, TrainingModule(network, compute).train()
+        optimizer = _build_optimizer(self.module, config.optimizer, deepspeed_plan)
         self.ema = Ema(optimizer, config.optimizer.averages)
         self.engine = build_engine(
-            module,
+            self.module,
             optimizer,
             deepspeed_plan.json,
             RecordingStorage(background=config.train.async_checkpoint),
         )
         self._gate = UpdateGate(self.engine.optimizer) if deepspeed_plan.zero_stage > 0 else None
-        self._health = HealthWatch(module, context)
+        self._health = HealthWatch(self.module, context)
         self.routing = RoutingAccumulator(config, network, context)
         self._router_state = RouterState(network)
         give_superclasses(network, config)
-        self.loader = BatchLoader(dataset, module.objective, config, self.batches, context)
+        self.loader = BatchLoader(dataset, self.module.objective, config, self.batches, context)
         #: Asked once a step; where one rank answers yes, all learn of it in that step's result.
         self.shutdown_requested: Callable[[], bool] = bool
         self.step = self.samples_seen = 0
-
-    @property
-    def module(self) -> TrainingModule:
-        """The module inside the engine."""
-        return self.engine.module
-
-    @property
-    def network(self) -> DiT:
-        """The network that is trained."""
-        return self.module.denoiser
 
     def start_routers(self) -> None:
         """Start routers that learn from data, before the first step of a run: the same on any
@@ -106,9 +96,11 @@ class Trainer:
         """
         slots = range(min(self.batches.global_batch, _STARTING_SAMPLES))
         objective = self.module.objective
-        batch = self.loader.make(self._place(0), slots).to(self.context.device)
+        batch = self.loader.make(Place(self.step, self.samples_seen), slots).to(self.context.device)
         # Their own condition: dropout could leave no sample for the centroids to start from.
-        condition = self.loader.samples(self._place(0), slots)[1].to(self.context.device)
+        condition = self.loader.samples(Place(self.step, self.samples_seen), slots)[1].to(
+            self.context.device
+        )
         with self.routing.waits_paused():
             seed_centroids(
                 self.network,
@@ -123,7 +115,7 @@ class Trainer:
         or not at all.
         """
         slots = range(min(self.batches.global_batch, _STARTING_SAMPLES))
-        deviation = self.loader.samples(self._place(0), slots)[0].std().item()
+        deviation = self.loader.samples(Place(self.step, self.samples_seen), slots)[0].std().item()
         least, most = _USUAL_DEVIATIONS
         if self.context.is_main and not least <= deviation <= most:
             _LOG.warning(
@@ -152,10 +144,6 @@ class Trainer:
         self.ema.swap()
         if self._gate is not None:
             ZeroPartitions(self.engine.optimizer).write_back()
-
-    def close(self) -> None:
-        """End the thread that makes batches."""
-        self.loader.close()
 
     def train_step(self) -> StepResult:
         """Run one optimizer step; all ranks skip it together where a loss or gradient is not
@@ -197,11 +185,10 @@ class Trainer:
         self.ema.updates = self.step
         return lr
 
-    def _place(self, micro_step: int) -> Place:
-        return Place(self.step, self.samples_seen, micro_step)
-
     def _forward_and_backward(self, micro_step: int) -> TrainingOutput:
-        batch = self.loader.take(self._place(micro_step)).to(self.context.device)
+        batch = self.loader.take(Place(self.step, self.samples_seen, micro_step)).to(
+            self.context.device
+        )
         output = self.engine(batch)
         self._health.see_loss(output.loss)
         self.engine.backward(output.loss)
