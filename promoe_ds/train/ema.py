@@ -73,6 +73,7 @@ class Ema:
         for name, average in self.averages.items() if owned else ():
             for p in owned:
                 if name not in state[p]:
-                    state[p][name] = self._initial.pop((p, name), p).clone()
+                    before = self._initial.pop((p, name), None)
+                    state[p][name] = p.clone() if before is None else before
             decay = average.decay_at(self.updates + 1 - self.averages_since.get(name, 0))
             get_ema_multi_avg_fn(decay)([state[p][name] for p in owned], owned, None)

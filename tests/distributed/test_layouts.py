@@ -84,17 +84,10 @@ def test_layout_any_ranks_and_stage_ends_with_same_state(runs, layout, stage, ki
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_routing_counts_any_layout_add_up_exactly(runs, layout) -> None:
     reference, lines = routing(runs[1, 1, 2]), routing(runs[(*layout, 2)])
-    tokens_per_image, bins, layers = 16, 10, 2
+    bins, layers = 10, 2
     assert len(lines) == STEPS * bins * layers
     for line in lines:
         assert sum(line["tokens_per_expert"]) == line["conditional_tokens"]
-    for step in range(1, STEPS + 1):
-        for layer in (1, 3):
-            here = [line for line in lines if (line["step"], line["layer"]) == (step, layer)]
-            assert (
-                sum(line["conditional_tokens"] + line["unconditional_tokens"] for line in here)
-                == 16 * tokens_per_image
-            )
     assert tokens_by_condition(lines) == tokens_by_condition(reference)
 
 

@@ -104,16 +104,18 @@ def _damage(file: Path, how: str) -> None:
         file.unlink()
 
 
-def test_resume_auto_damaged_newest_takes_the_one_before(resumable, tmp_path) -> None:
+def test_resume_auto_takes_the_newest_sound_checkpoint(resumable, tmp_path) -> None:
     checkpoints = resumable / "checkpoints"
     _damage(checkpoints / "step_0000012" / "mp_rank_00_model_states.pt", "flipped")
+    (checkpoints / "step_0000008" / MANIFEST).unlink()
     (checkpoints / "step_0000099.tmp").mkdir()
     (checkpoints / "latest").write_text("step_0000777")
     assert _resume(resumable, tmp_path) == ""
     log = (resumable / "train.log").read_text()
     assert "mp_rank_00_model_states.pt does not match its checksum" in log
     assert "step_0000099.tmp (the save never ended)" in log
-    assert f"resume: taking {checkpoints / 'step_0000008'}" in log
+    assert f"resume: skipped {checkpoints / 'step_0000008'}: no {MANIFEST}" in log
+    assert f"resume: taking {checkpoints / 'step_0000003'}" in log
     assert (checkpoints / "latest").read_text() == "step_0000012"
     assert [line["step"] for line in metrics(resumable)] == list(range(1, 13))
 

@@ -117,29 +117,6 @@ def test_malicious_shard_with_a_matching_manifest_runs_nothing(
     assert not trace.exists()
 
 
-def test_pointer_to_nowhere_and_folder_without_manifest_are_passed_over(
-    run: Path, tmp_path: Path
-) -> None:
-    broken = Path(shutil.copytree(run, tmp_path / "run"))
-    root = broken / "checkpoints"
-    (root / "latest").write_text("step_0009999")
-    newest, before = list_checkpoints(root)[:2]
-    (newest / MANIFEST).unlink()
-    assert run_jobs(
-        2,
-        [
-            Job(
-                run_dir=broken,
-                overrides=(*OVERRIDES, "train.max_steps=4", "train.stop_after_steps=1"),
-            )
-        ],
-        tmp_path,
-    ) == [""]
-    log = (broken / "train.log").read_text()
-    assert f"resume: skipped {newest}: no {MANIFEST}: not a complete checkpoint" in log
-    assert f"resume: taking {before}" in log
-
-
 @pytest.fixture(scope="module")
 def background(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Train alike, once saving in the foreground, else in the background, slowly, and once with a
