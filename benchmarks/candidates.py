@@ -107,7 +107,7 @@ def build_trainer(config: RunConfig, *, bf16: bool, zero: dict[str, Any] | None 
     }
     batches = plan_batches(config, ranks.world_size)
     plan = resolve_deepspeed(values, config, batches, source="benchmark")
-    return Trainer.build(config, plan, ranks, build_dataset(config))
+    return Trainer(config, plan, ranks, build_dataset(config))
 
 
 def with_trainer(config: RunConfig, body: Callable[[Trainer], _T], *, bf16: bool) -> _T:

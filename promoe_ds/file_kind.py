@@ -4,10 +4,8 @@ says.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
 
 TORCH = "a file of torch.save"
 SCRIPT = "a TorchScript archive"
@@ -35,28 +33,22 @@ _BEGINNINGS = (
 _HEAD = 512
 
 
-def identify(file: Path | BinaryIO) -> str:
+def identify(path: Path) -> str:
     """Return what a file is, a noun phrase, with what to do about it where something can be done.
 
     TORCH, SCRIPT and SAFETENSORS are returned as they are; nothing is executed from the file.
-    Args:
-        file: a path, or an open file at its beginning, where it is afterwards.
     Raises: OSError if it cannot be read.
     """
-    if isinstance(file, Path):
-        with file.open("rb") as opened:
-            return identify(opened)
-    head = file.read(_HEAD)
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
     if not head:
         return "an empty file: copy or download it again"
     for beginning, phrase in _BEGINNINGS:
         if head.startswith(beginning):
             return phrase
     if head.startswith(b"PK"):
-        return _identify_zip(file)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size:
+        return _identify_zip(path)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
         return SAFETENSORS
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first"
@@ -68,16 +60,13 @@ def identify(file: Path | BinaryIO) -> str:
     return "a file of an unknown kind: copy or download it again"
 
 
-def _identify_zip(file: BinaryIO) -> str:
+def _identify_zip(path: Path) -> str:
     try:
-        with zipfile.ZipFile(file) as archive:
-            leaves = {name.partition("/")[2] for name in archive.namelist()} | set(
-                archive.namelist()
-            )
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
     except zipfile.BadZipFile:
         return "a zip archive that is cut off or damaged: copy or download it again"
-    finally:
-        file.seek(0)
+    leaves = {name.partition("/")[2] for name in names} | set(names)
     if "constants.pkl" in leaves:
         return SCRIPT
     if "data.pkl" in leaves:

@@ -61,12 +61,10 @@ def find_transformer_engine() -> tuple[ModuleType | None, str]:
         return None, f"it cannot be imported ({type(error).__name__}: {first_line})"
     version = transformer_engine_version()
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < LEAST_VERSION:
-        return (
-            None,
-            (
-                f"version {version} is installed, {_dotted(LEAST_VERSION)} is the first with"
-                " grouped products of every recipe"
-            ),
+        least = ".".join(map(str, LEAST_VERSION))
+        return None, (
+            f"version {version} is installed, {least} is the first with grouped products of every"
+            " recipe"
         )
     return module, ""
 
@@ -169,7 +167,3 @@ def megatron_fp8(config: RunConfig) -> dict[str, str]:
     if config.precision.compute != "fp8":
         return {}
     return {"fp8": "hybrid", "fp8_recipe": _MEGATRON_NAMES[resolved_recipe(config)]}
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

@@ -88,8 +88,8 @@ class TrainingLoop:
             )
 
     def _count_skipped(self, result: StepResult) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
-        if not result.skipped:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.problem else 0
+        if not result.problem:
             return
         if self._trainer.context.is_main:
             _LOG.warning(

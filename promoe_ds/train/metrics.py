@@ -47,17 +47,13 @@ class MetricsWriter:
         self._config, self._ranks, self._run_dir = config, ranks, run_dir
         self._flops = training_flops_per_image(config)
         self._peak = _peak_flops(ranks.device)
-        self._restart_clock()
+        self._step, self._since = start_step, time.perf_counter()
         self._trackers = Trackers()
         if not ranks.is_main:
             return
         for name in ("metrics.jsonl", "routing.jsonl"):
             drop_lines_after(run_dir / name, start_step)
         self._trackers = open_trackers(config, run_dir, start_step, wandb_id)
-
-    def tick(self) -> None:
-        """Count one finished step."""
-        self._images += self._config.train.global_batch_size
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -78,8 +74,9 @@ class MetricsWriter:
             scalars: loss, its terms, lr, grad_norm, and what an evaluation found.
             routing_lines: of `RoutingAccumulator.reduce`.
         """
-        images_per_second = self._images / (time.perf_counter() - self._since)
-        self._restart_clock()
+        now, batch = time.perf_counter(), self._config.train.global_batch_size
+        images_per_second = (step - self._step) * batch / (now - self._since)
+        self._step, self._since = step, now
         if not self._ranks.is_main:
             return
         flops = images_per_second * self._flops
@@ -99,11 +96,7 @@ class MetricsWriter:
             for name, value in scalars.items()
             if name.startswith("loss") or name == "frechet_distance"
         )
-        left = (
-            (self._config.train.max_steps - step)
-            * self._config.train.global_batch_size
-            / images_per_second
-        )
+        left = (self._config.train.max_steps - step) * batch / images_per_second
         _LOG.info(
             "step %d/%d  %s  grad_norm %.3f  lr %.2e  %.0f images/s  %s left",
             step,
@@ -114,9 +107,6 @@ class MetricsWriter:
             images_per_second,
             duration(left),
         )
-
-    def _restart_clock(self) -> None:
-        self._since, self._images = time.perf_counter(), 0
 
     def close(self) -> None:
         """Flush and close."""

@@ -4,6 +4,8 @@ together.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,10 +32,7 @@ class RouterState:
         """Take one pass's observations.  Sync: none."""
         for index, plan in plans.items():
             if plan.observation is not None:
-                seen = self._observations.get(index)
-                self._observations[index] = (
-                    plan.observation if seen is None else seen + plan.observation
-                )
+                self._observations[index] = plan.observation + self._observations.get(index, 0)
 
     def update_running_state(self, *, skip: bool) -> None:
         """End a step: update every router, or forget what was seen where the step is skipped; start
@@ -85,19 +84,14 @@ def seed_centroids(
     hooks = []
     for index, layer in network.moe_layers().items():
         if isinstance(layer.router, KMeansRouter):
-            hooks.append(layer.router.register_forward_pre_hook(_seeding_hook(seed, index)))
+            hooks.append(layer.router.register_forward_pre_hook(partial(_seed, seed, index)))
     if hooks:
         network.denoise(noised_BZHW, timestep_B, condition)
     for hook in hooks:
         hook.remove()
 
 
-def _seeding_hook(seed: int, index: int):
-    def _permutation(count: int) -> Tensor:
-        return torch.from_numpy(generator(seed, "init", index, 0).permutation(count))
-
-    def _seed(router: KMeansRouter, arguments: tuple[Tensor, Partition]) -> None:
-        router.seed(*arguments, _permutation)
-        dist.broadcast(router.centroids, src=0)
-
-    return _seed
+def _seed(seed: int, index: int, router: KMeansRouter, arguments: tuple[Tensor, Partition]) -> None:
+    random = generator(seed, "init", index, 0)
+    router.seed(*arguments, lambda count: torch.from_numpy(random.permutation(count)))
+    dist.broadcast(router.centroids, src=0)

@@ -54,7 +54,7 @@ def train(run: Run, context: DistributedContext, supervisor: Supervisor | None =
     request.
     """
     supervisor = supervisor or Supervisor(run.config.supervision)
-    supervisor.know_peers()
+    supervisor.know_peers(context)
     with run_directory(run.run_dir, run.config, context, resume=run.resume):
         _train(run, context, supervisor)
 
@@ -62,9 +62,7 @@ def train(run: Run, context: DistributedContext, supervisor: Supervisor | None =
 def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> None:
     choice = choose_checkpoint(run.resume, run.run_dir, context)
     config = with_placement_of(run.config, choice.folder)
-    trainer = Trainer.build(
-        config, run.deepspeed_plan, context, build_dataset(config, context.device)
-    )
+    trainer = Trainer(config, run.deepspeed_plan, context, build_dataset(config, context.device))
     if choice.folder is None:
         trainer.start_routers()
     else:
@@ -86,7 +84,7 @@ def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> Non
         saver.finish()
         raise
     finally:
-        trainer.close()
+        trainer.loader.close()
         writer.close()
 
 
@@ -107,21 +105,16 @@ class _Actions:
     def loop(self) -> TrainingLoop:
         """Return the training loop with all actions, in order."""
         config, loop = self._trainer.config, TrainingLoop(self._trainer, self._supervisor)
-        loop.every(1, self._tick)
+        loop.every(1, lambda _: self._saver.poll())
         if self._evaluate is not None:
             loop.every(config.evaluation.every, self._judge, at_end=False)
         loop.every(config.train.log_every, self._log)
         loop.every(config.train.checkpoint_every, self._save)
         return loop
 
-    def _tick(self, finished: FinishedStep) -> None:
-        self._writer.tick()
-        self._saver.poll()
-
     def _judge(self, finished: FinishedStep) -> None:
-        if (
-            finished.result.stop_requested
-        ):  # there are minutes left, and they belong to the checkpoint
+        # There are minutes left, and they belong to the checkpoint.
+        if finished.result.stop_requested:
             if self._trainer.context.is_main:
                 _LOG.warning("shutdown requested: no evaluation at step %d", finished.step)
             return

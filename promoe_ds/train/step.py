@@ -83,11 +83,7 @@ class StepResult:
     terms: dict[str, Tensor]
     grad_norm: float
     lr: float
+    #: Why the update was left out, if it was.
     problem: str = ""
     #: Whether some rank asked for a shutdown: the same on every rank.
     stop_requested: bool = False
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the update was left out."""
-        return bool(self.problem)

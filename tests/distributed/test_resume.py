@@ -13,7 +13,7 @@ import torch
 
 from promoe_ds.checkpoint.manifest import MANIFEST
 
-from .jobs import Job, metrics, routing, run_jobs, state, without_times
+from .jobs import Job, assert_same_state, metrics, routing, run_jobs, state, without_times
 
 #: Two ranks share the experts; accumulation and activation checkpointing are on, as they may be in
 # earnest.
@@ -50,11 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["zero2", "zero0", "bf16"])
 def test_resume_twice_equals_uninterrupted_bit_for_bit(runs, name) -> None:
     whole, pieces = runs[f"{name}_whole"], runs[f"{name}_pieces"]
-    for kind in KINDS:
-        expected, found = state(whole, kind), state(pieces, kind)
-        assert expected.keys() == found.keys()
-        for key, value in expected.items():
-            assert torch.equal(found[key], value), (kind, key)
+    assert_same_state(whole, pieces, *KINDS)
     timing = {"images_per_second", "tflops", "mfu", "memory_gb"}
     for before, after in zip(metrics(whole), metrics(pieces), strict=True):
         assert {k: v for k, v in before.items() if k not in timing} == {
@@ -108,16 +104,18 @@ def _damage(file: Path, how: str) -> None:
         file.unlink()
 
 
-def test_resume_auto_damaged_newest_takes_the_one_before(resumable, tmp_path) -> None:
+def test_resume_auto_takes_the_newest_sound_checkpoint(resumable, tmp_path) -> None:
     checkpoints = resumable / "checkpoints"
     _damage(checkpoints / "step_0000012" / "mp_rank_00_model_states.pt", "flipped")
+    (checkpoints / "step_0000008" / MANIFEST).unlink()
     (checkpoints / "step_0000099.tmp").mkdir()
     (checkpoints / "latest").write_text("step_0000777")
     assert _resume(resumable, tmp_path) == ""
     log = (resumable / "train.log").read_text()
     assert "mp_rank_00_model_states.pt does not match its checksum" in log
     assert "step_0000099.tmp (the save never ended)" in log
-    assert f"resume: taking {checkpoints / 'step_0000008'}" in log
+    assert f"resume: skipped {checkpoints / 'step_0000008'}: no {MANIFEST}" in log
+    assert f"resume: taking {checkpoints / 'step_0000003'}" in log
     assert (checkpoints / "latest").read_text() == "step_0000012"
     assert [line["step"] for line in metrics(resumable)] == list(range(1, 13))
 

@@ -50,6 +50,39 @@ def latents_of(folder: Path) -> torch.Tensor:
     return load_file(folder / "latents.safetensors")["latents"]
 
 
+def tasks_of(folder: Path, world_size: int) -> list[tuple[str, dict]]:
+    """Return what a number of ranks does; the last task must be refused."""
+    pictures = {"vae": str(folder / "vae"), "out": folder / f"latent_{world_size}"}
+    figures = {
+        "samples": folder / "samples.npz",
+        "reference": folder / "reference.npz",
+        "batch_size": 5,
+        "extractor": str(folder / "tiny.pt"),
+        "out": folder / f"metrics_{world_size}.json",
+    }
+    bad = {"out": folder / f"bad_{world_size}", "ep_size": 3}
+    return [
+        ("share", {"model": folder / "token_choice", "ep_size": world_size}),
+        *(
+            (
+                "sample",
+                {
+                    "model": folder / name,
+                    "out": folder / f"{name}_{world_size}_{number}",
+                    **COMMON,
+                    **layout,
+                },
+            )
+            for name in MODELS
+            for number, layout in enumerate(LAYOUTS[world_size])
+        ),
+        ("sample", {"model": folder / "latent", **COMMON, **pictures}),
+        ("encode", encoding(folder, f"encoded_{world_size}")),
+        ("evaluate", figures),
+        ("sample", {"model": folder / "pixels", **COMMON, **bad}),
+    ]
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
     """Draw, encode and judge everything on 2 and on 4 ranks."""
@@ -61,13 +94,11 @@ def drawn(tmp_path_factory) -> Path:
         )
         randomise(network, std=0.1)
         save_export(folder / name, network.state_dict(), network.config, origin={})
-    pixels = random_network(model={"hidden_size": 48, "num_heads": 4})
-    save_export(folder / "pixels", pixels.state_dict(), pixels.config, origin={})
-    latent = random_network(
-        data={"latent_scale": SCALE, "dataset": "latents"},
-        model={"hidden_size": 48, "num_heads": 4},
-    )
-    save_export(folder / "latent", latent.state_dict(), latent.config, origin={})
+    for name, data in (("pixels", {}), ("latent", {"latent_scale": SCALE, "dataset": "latents"})):
+        network = random_network(
+            data={"dataset": "synthetic", **data}, model={"hidden_size": 48, "num_heads": 4}
+        )
+        save_export(folder / name, network.state_dict(), network.config, origin={})
     save_vae(folder / "vae")
     save_images(folder / "images")
     torch.jit.script(TinyNetwork()).save(str(folder / "tiny.pt"))
@@ -76,57 +107,8 @@ def drawn(tmp_path_factory) -> Path:
         np.savez(
             folder / f"{name}.npz", arr_0=random.integers(0, 256, (53, 9, 9, 3), dtype=np.uint8)
         )
-    for world_size, layouts in LAYOUTS.items():
-        tasks = [
-            (
-                "sample",
-                {
-                    "model": folder / name,
-                    "out": folder / f"{name}_{world_size}_{number}",
-                    **COMMON,
-                    **layout,
-                },
-            )
-            for name in MODELS
-            for number, layout in enumerate(layouts)
-        ]
-        tasks.append(
-            (
-                "sample",
-                {
-                    "model": folder / "latent",
-                    "vae": str(folder / "vae"),
-                    **COMMON,
-                    "out": folder / f"latent_{world_size}",
-                },
-            )
-        )
-        tasks.append(("encode", encoding(folder, f"encoded_{world_size}")))
-        tasks.append(
-            (
-                "evaluate",
-                {
-                    "samples": folder / "samples.npz",
-                    "reference": folder / "reference.npz",
-                    "batch_size": 5,
-                    "extractor": str(folder / "tiny.pt"),
-                    "out": folder / f"metrics_{world_size}.json",
-                },
-            )
-        )
-        tasks.append(
-            (
-                "sample",
-                {
-                    "model": folder / "pixels",
-                    "out": folder / f"bad_{world_size}",
-                    **COMMON,
-                    "ep_size": 3,
-                },
-            )
-        )
-        tasks.insert(0, ("share", {"model": folder / "token_choice", "ep_size": world_size}))
-        messages = run_team(world_size, tasks, folder)
+    for world_size in LAYOUTS:
+        messages = run_team(world_size, tasks_of(folder, world_size), folder)
         layers = load_model(folder / "token_choice").moe_layers().values()
         routed = sum(
             parameter.numel() for layer in layers for parameter in layer.routed.parameters()

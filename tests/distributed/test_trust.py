@@ -26,7 +26,7 @@ from promoe_ds.checkpoint.manifest import (
 from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from promoe_ds.errors import CheckpointError
 
-from .jobs import Job, metrics, run_jobs, start_jobs
+from .jobs import Job, losses, metrics, run_jobs, start_jobs
 
 OVERRIDES = ("parallel.ep_size=2", "train.checkpoint_every=1", "train.keep_last=3")
 
@@ -117,29 +117,6 @@ def test_malicious_shard_with_a_matching_manifest_runs_nothing(
     assert not trace.exists()
 
 
-def test_pointer_to_nowhere_and_folder_without_manifest_are_passed_over(
-    run: Path, tmp_path: Path
-) -> None:
-    broken = Path(shutil.copytree(run, tmp_path / "run"))
-    root = broken / "checkpoints"
-    (root / "latest").write_text("step_0009999")
-    newest, before = list_checkpoints(root)[:2]
-    (newest / MANIFEST).unlink()
-    assert run_jobs(
-        2,
-        [
-            Job(
-                run_dir=broken,
-                overrides=(*OVERRIDES, "train.max_steps=4", "train.stop_after_steps=1"),
-            )
-        ],
-        tmp_path,
-    ) == [""]
-    log = (broken / "train.log").read_text()
-    assert f"resume: skipped {newest}: no {MANIFEST}: not a complete checkpoint" in log
-    assert f"resume: taking {before}" in log
-
-
 @pytest.fixture(scope="module")
 def background(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Train alike, once saving in the foreground, else in the background, slowly, and once with a
@@ -201,11 +178,8 @@ def test_background_save_goes_on_beside_training_and_holds_the_step_that_was_ask
         sharded = [ShardedCheckpoint(path, read_manifest(path)) for path in (mine, reference)]
         for kind in sharded[0].kinds:
             for tensor in sharded[0].names(kind):
-                assert torch.equal(sharded[0].read(kind, tensor), sharded[1].read(kind, tensor)), (
-                    name,
-                    kind,
-                    tensor,
-                )
+                values = [checkpoint.read(kind, tensor) for checkpoint in sharded]
+                assert torch.equal(*values), (name, kind, tensor)
 
 
 def test_background_save_that_fails_ends_training_and_leaves_what_was_complete(background) -> None:
@@ -222,7 +196,4 @@ def test_background_save_is_resumed_from_like_any_other(background) -> None:
     folder, errors = background
     assert errors[3:] == ["", ""]
     assert "resume: taking" in (folder / "stopped" / "train.log").read_text()
-    losses = [
-        [line["loss"] for line in metrics(folder / name)] for name in ("stopped", "foreground")
-    ]
-    assert losses[0] == losses[1]
+    assert losses(folder / "stopped") == losses(folder / "foreground")

@@ -64,6 +64,9 @@ class _Base(nn.Module):
         assert init_fn is not None, "the library would initialise this parameter"
         super().register_parameter(name, param)
 
+    def add(self, name: str, *shape: int) -> None:
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")), init_fn=1)
+
 
 def _make_layers(state: _State) -> tuple[type, ...]:
     """Return the library's layers, which note what they are given in `state`."""
@@ -80,15 +83,9 @@ def _make_layers(state: _State) -> tuple[type, ...]:
         ) -> None:
             super().__init__()
             assert device == "meta"
-            self.register_parameter(
-                "weight",
-                nn.Parameter(torch.empty(out_features, in_features, device=device)),
-                init_fn=1,
-            )
+            self.add("weight", out_features, in_features)
             if bias:
-                self.register_parameter(
-                    "bias", nn.Parameter(torch.empty(out_features, device=device)), init_fn=1
-                )
+                self.add("bias", out_features)
             else:
                 self.bias = torch.empty(0)
 
@@ -99,11 +96,10 @@ def _make_layers(state: _State) -> tuple[type, ...]:
     class LayerNorm(_Base):
         def __init__(self, normalized_shape: int, eps: float = 1e-5, device: str = "cuda") -> None:
             super().__init__()
+            assert device == "meta"
             self.eps, self.shape = eps, (normalized_shape,)
-            for name in ("weight", "bias"):
-                self.register_parameter(
-                    name, nn.Parameter(torch.empty(normalized_shape, device=device)), init_fn=1
-                )
+            self.add("weight", normalized_shape)
+            self.add("bias", normalized_shape)
 
         def forward(self, inp: Tensor) -> Tensor:
             state.rows.append(("norm", inp.shape[0]))
@@ -124,14 +120,9 @@ def _make_layers(state: _State) -> tuple[type, ...]:
             assert device == "meta"
             self.num_gemms, self.use_bias = num_gemms, bias
             for i in range(num_gemms):
-                weight = torch.empty(out_features, in_features, device=device)
-                self.register_parameter(f"weight{i}", nn.Parameter(weight), init_fn=1)
+                self.add(f"weight{i}", out_features, in_features)
                 if bias:
-                    self.register_parameter(
-                        f"bias{i}",
-                        nn.Parameter(torch.empty(out_features, device=device)),
-                        init_fn=1,
-                    )
+                    self.add(f"bias{i}", out_features)
 
         def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
             assert isinstance(m_splits, list)

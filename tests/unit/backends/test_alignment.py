@@ -52,12 +52,11 @@ def off_16_bytes(trainer: Trainer) -> list[str]:
 
 def contents(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     checkpoint = ShardedCheckpoint(folder, read_manifest(folder))
-    values = {
+    return {
         (kind, name): checkpoint.read(kind, name)
         for kind in checkpoint.kinds
         for name in checkpoint.names(kind)
     }
-    return values
 
 
 @pytest.mark.parametrize(

@@ -78,12 +78,8 @@ def test_gate_keeps_the_highest_gates_of_every_expert(
         if (token, expert) not in dropped
     }
     slots = [
-        (int(expert_KT[k, token]), int(slot_KT[k, token]))
-        for k in range(2)
-        for token in range(5)
-        if expert_KT[k, token] >= 0
+        *zip(expert_KT[expert_KT >= 0].tolist(), slot_KT[expert_KT >= 0].tolist(), strict=True)
     ]
-    assert len(set(slots)) == len(slots)
-    assert all(0 <= slot < capacity for _, slot in slots)
+    assert len(set(slots)) == len(slots) and {slot for _, slot in slots} <= set(range(capacity))
     gates_KT.sum().backward()
     assert gate.assignment.gates_N.grad.tolist() == [1.0] * 6

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any, get_args
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from promoe_ds.backends import te_layers, te_support
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig
 from promoe_ds.config.precision import Fp8Recipe, PrecisionConfig
+from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT
 from promoe_ds.train.step import TrainingModule
@@ -131,28 +133,13 @@ def test_transformer_engine_leaves_high_precision_parts_alone(monkeypatch) -> No
 
 
 def test_training_module_runs_in_its_context() -> None:
-    entered = []
-
-    class Context:
-        def __enter__(self) -> None:
-            entered.append(1)
-
-        def __exit__(self, *error: Any) -> None:
-            entered.append(-1)
-
-    from promoe_ds.diffusion import draw_batch
-
-    module = TrainingModule(network({}), Context)
-    batch = draw_batch(
-        random_tensor(2, 1, 4, 4),
-        ClassCondition(torch.tensor([1, 2]), 10),
-        module.objective,
-        seed=0,
-        step=0,
-        slots=range(2),
-    )
-    module(batch)
-    assert entered == [1, -1]
+    context = MagicMock()
+    module = TrainingModule(network({}), context)
+    condition = ClassCondition(torch.tensor([1, 2]), 10)
+    latents = random_tensor(2, 1, 4, 4)
+    module(DiffusionBatch(latents, latents, torch.tensor([0.1, 0.9]), condition))
+    context.return_value.__enter__.assert_called_once()
+    context.return_value.__exit__.assert_called_once()
 
 
 def fp8_config(recipe: str = "auto", **sections: Any) -> RunConfig:
@@ -162,20 +149,23 @@ def fp8_config(recipe: str = "auto", **sections: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("requested", "capability", "expected"),
+    ("requested", "capability", "sections", "expected"),
     [
-        ("auto", (8, 9), "current"),
-        ("auto", (9, 0), "current"),
-        ("auto", (10, 0), "mxfp8"),
-        ("auto", (12, 0), "current"),
-        ("delayed", (8, 9), "delayed"),
-        ("block", (9, 0), "block"),
-        ("mxfp8", (10, 0), "mxfp8"),
+        ("auto", (8, 9), {}, "current"),
+        ("auto", (9, 0), {}, "current"),
+        ("auto", (10, 0), {}, "mxfp8"),
+        ("auto", (10, 0), {"routing": {"expert_width": 48}}, "current"),  # no multiple of 32
+        ("auto", (12, 0), {}, "current"),
+        ("delayed", (8, 9), {}, "delayed"),
+        ("block", (9, 0), {}, "block"),
+        ("mxfp8", (10, 0), {}, "mxfp8"),
     ],
 )
-def test_recipe_choice_follows_the_library(monkeypatch, requested, capability, expected) -> None:
+def test_recipe_choice_follows_the_library(
+    monkeypatch, requested, capability, sections, expected
+) -> None:
     install(monkeypatch, capability=capability)
-    assert te_support.resolved_recipe(fp8_config(requested)) == expected
+    assert te_support.resolved_recipe(fp8_config(requested, **sections)) == expected
 
 
 def test_recipe_choice_asks_older_versions_where_they_answer(monkeypatch) -> None:
@@ -199,52 +189,20 @@ def test_recipe_choice_asks_older_versions_where_they_answer(monkeypatch) -> Non
         te_support.resolved_recipe(fp8_config("block"))
 
 
-def test_recipe_choice_takes_no_mxfp8_for_widths_that_it_has_not(monkeypatch) -> None:
-    install(monkeypatch, capability=(10, 0))
-    assert te_support.resolved_recipe(fp8_config(routing={"expert_width": 48})) == "current"
-
-
 @pytest.mark.parametrize(
-    ("requested", "capability", "cuda", "message"),
+    ("requested", "capability", "cuda", "remedy"),
     [
-        (
-            "auto",
-            (8, 0),
-            12.9,
-            (
-                "precision.fp8_recipe=auto: Transformer Engine 2.20.2 cannot run current scaling"
-                " here: Device compute capability 8.9 or higher required for FP8 execution: use"
-                " precision.compute=bf16"
-            ),
-        ),
-        (
-            "mxfp8",
-            (12, 0),
-            12.9,
-            (
-                "precision.fp8_recipe=mxfp8: Transformer Engine 2.20.2 cannot run mxfp8 scaling"
-                " here: MXFP8 is for compute capability 10: use delayed or current or block"
-            ),
-        ),
-        (
-            "block",
-            (9, 0),
-            12.6,
-            (
-                "precision.fp8_recipe=block: Transformer Engine 2.20.2 cannot run block scaling"
-                " here: FP8 block scaled GEMM requires compute capability 9.0 or higher and CUDA >="
-                " 12.9: use delayed or current"
-            ),
-        ),
+        ("auto", (8, 0), 12.9, "8.9 or higher.*: use precision.compute=bf16"),
+        ("mxfp8", (12, 0), 12.9, "capability 10: use delayed or current or block"),
+        ("block", (9, 0), 12.6, "12.9: use delayed or current"),
     ],
 )
 def test_recipe_that_the_library_lacks_here_is_refused(
-    monkeypatch, requested, capability, cuda, message
+    monkeypatch, requested, capability, cuda, remedy
 ) -> None:
     install(monkeypatch, capability=capability, cuda=cuda)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=rf"fp8_recipe={requested}: .* 2\.20\.2 .*{remedy}$"):
         te_support.resolved_recipe(fp8_config(requested))
-    assert str(error.value) == message
 
 
 def test_recipe_objects_are_the_librarys(monkeypatch) -> None:
@@ -263,38 +221,25 @@ def test_recipe_objects_are_the_librarys(monkeypatch) -> None:
         te_support.make_recipe("block")
 
 
-def test_transformer_engine_without_device_or_library_is_refused(monkeypatch) -> None:
-    precision = PrecisionConfig(compute="fp8")
-    with pytest.raises(
-        ConfigError,
-        match=r"precision.compute=fp8, precision.kernels=auto: Transformer Engine runs on CUDA "
-        r"devices alone, this process runs on the cpu: use a GPU, or set",
-    ):
-        te_support.require_transformer_engine(precision, torch.device("cpu"))
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
-    with pytest.raises(
-        ConfigError, match=rf"ModuleNotFoundError: .*{re.escape(te_support.INSTALL)}"
-    ):
-        te_support.require_transformer_engine(precision, CUDA)
+def test_transformer_engine_without_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"precision.compute=fp8, .* on the cpu: use a GPU"):
+        te_support.require_transformer_engine(PrecisionConfig(compute="fp8"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     "error",
     [
+        ModuleNotFoundError("no such library"),
         FileNotFoundError("no shared object"),
         OSError("undefined symbol"),
         RuntimeError("no driver"),
         AssertionError("a newer torch"),
     ],
 )
-def test_transformer_engine_half_installed_is_named(monkeypatch, error) -> None:
-    def refuse(name: str) -> None:
-        raise error
-
-    monkeypatch.setattr(te_support.importlib, "import_module", refuse)
+def test_transformer_engine_missing_or_half_installed_is_named(monkeypatch, error) -> None:
+    monkeypatch.setattr(te_support.importlib, "import_module", MagicMock(side_effect=error))
     with pytest.raises(
-        ConfigError,
-        match=rf"but it cannot be imported \({type(error).__name__}: {error}\): pip install",
+        ConfigError, match=rf"{type(error).__name__}: {error}\): {re.escape(te_support.INSTALL)}"
     ):
         te_support.require_transformer_engine(PrecisionConfig(compute="fp8"), CUDA)
 
@@ -302,10 +247,7 @@ def test_transformer_engine_half_installed_is_named(monkeypatch, error) -> None:
 @pytest.mark.parametrize("version", ["2.1.0", "1.13.0", "2.2.0+abc"])
 def test_transformer_engine_too_old_is_refused(monkeypatch, version) -> None:
     install(monkeypatch, version=version)
-    with pytest.raises(
-        ConfigError,
-        match=rf"but version {re.escape(version)} is installed, 2.3 is the first with grouped",
-    ):
+    with pytest.raises(ConfigError, match=rf"version {re.escape(version)} is installed, 2\.3 "):
         te_support.require_transformer_engine(PrecisionConfig(compute="fp8"), CUDA)
 
 
