@@ -9,15 +9,10 @@ of the experts, and is in routing.jsonl.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from promoe_ds.checkpoint.manifest import Manifest, read_manifest
-from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
@@ -56,65 +51,26 @@ def moves_experts(manifest: Manifest, config: RunConfig) -> bool:
     return (saved or plain) != (wanted or plain)
 
 
-class RelabelledCheckpoint:
-    """A checkpoint whose experts are read in another order; of all kinds of tensors alike."""
-
-    def __init__(self, checkpoint: ShardedCheckpoint, sources: dict[str, list[int]]) -> None:
-        """Read from `checkpoint`.
-
-        Args:
-            sources: name of a tensor of experts -> where each place's expert is in the
-                checkpoint.
-        """
-        self._checkpoint, self._sources = checkpoint, sources
-        self.kinds, self.optimizer_step = checkpoint.kinds, checkpoint.optimizer_step
-
-    def read_into(self, out_N: Tensor, kind: str, name: str, start: int) -> None:
-        """Fill a flat tensor with the values [start, start + N) of a whole parameter in its new
-        order.
-        """
-        if name not in self._sources:
-            self._checkpoint.read_into(out_N, kind, name, start)
-            return
-        per_expert, stop = math.prod(self._checkpoint.shape(name)[1:]), start + out_N.numel()
-        for place in range(start // per_expert, -(-stop // per_expert)):
-            low, high = max(start, place * per_expert), min(stop, (place + 1) * per_expert)
-            if low < high:
-                shift = (self._sources[name][place] - place) * per_expert
-                self._checkpoint.read_into(
-                    out_N[low - start : high - start], kind, name, low + shift
-                )
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the routers' running state."""
-        return {
-            name: value[torch.tensor(self._sources[name])] if name in self._sources else value
-            for name, value in self._checkpoint.buffers().items()
-        }
-
-
-def relabelled(
-    checkpoint: ShardedCheckpoint, manifest: Manifest, network: DiT
-) -> ShardedCheckpoint | RelabelledCheckpoint:
-    """Return the checkpoint with its experts in the order of the network's config."""
+def moved_experts(manifest: Manifest, network: DiT) -> dict[str, list[int]]:
+    """Return, for each tensor of experts, where each place's expert is in the checkpoint; nothing
+    where they stay.
+    """
     config = network.config
     if not moves_experts(manifest, config):
-        return checkpoint
-    saved = _saved_order(manifest)
-    sources: dict[str, list[int]] = {}
-    for row, (block, layer) in enumerate(network.moe_layers().items()):
-        before = saved[row] if saved else tuple(range(config.routing.num_experts))
-        wanted = config.expert_order_of(row) or range(config.routing.num_experts)
-        place_of = {expert: place for place, expert in enumerate(before)}
-        moved = [place_of[expert] for expert in wanted]
-        names = [f"routed.{name}" for name in EXPERT_PARAMETERS[config.routing.expert_type]]
-        names += [f"router.{name}" for name in layer.router.per_expert]
-        sources |= {f"blocks.{block}.moe.{name}": moved for name in names}
+        return {}
     _LOG.info(
         "resume: experts move to the places of parallel.expert_placement=%s",
         config.parallel.expert_placement,
     )
-    return RelabelledCheckpoint(checkpoint, sources)
+    saved, plain = _saved_order(manifest), range(config.routing.num_experts)
+    sources: dict[str, list[int]] = {}
+    for row, (block, layer) in enumerate(network.moe_layers().items()):
+        before = saved[row] if saved else plain
+        places = [before.index(expert) for expert in config.expert_order_of(row) or plain]
+        names = [f"routed.{name}" for name in EXPERT_PARAMETERS[config.routing.expert_type]]
+        names += [f"router.{name}" for name in layer.router.per_expert]
+        sources |= {f"blocks.{block}.moe.{name}": places for name in names}
+    return sources
 
 
 def _saved_order(manifest: Manifest) -> Order | None:

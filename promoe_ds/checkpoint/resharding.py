@@ -17,7 +17,7 @@ from torch import Tensor
 
 from promoe_ds.backends.deepspeed_private import ZeroPartitions
 from promoe_ds.backends.expert_parallel import ShardedExperts
-from promoe_ds.checkpoint.expert_order import relabelled
+from promoe_ds.checkpoint.expert_order import moved_experts
 from promoe_ds.checkpoint.manifest import Manifest
 from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.checkpoint.zero_reader import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint
@@ -57,7 +57,8 @@ def load_resharded(trainer: TrainingState, folder: Path, manifest: Manifest) -> 
 
 
 def _fill(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
-    checkpoint = relabelled(ShardedCheckpoint(folder, manifest), manifest, trainer.network)
+    checkpoint = ShardedCheckpoint(folder, manifest)
+    checkpoint.move_experts(moved_experts(manifest, trainer.network))
     kept = kept_averages(manifest, trainer.config.optimizer)
     sources = {
         kind: kept.get(kind) if kind.startswith(EMA) else kind for kind in _state_kinds(trainer)
@@ -81,7 +82,7 @@ def _fill(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
             else:
                 out.zero_()
     state = dict(trainer.network.named_buffers())
-    for name, value in checkpoint.buffers().items():
+    for name, value in checkpoint.buffers.items():
         state[name].copy_(value)
 
 

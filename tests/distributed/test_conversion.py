@@ -62,7 +62,7 @@ def contents(path: Path, config=None) -> dict[tuple[str, str], torch.Tensor]:
     values = {
         (kind, name): source.read(kind, name).clone()
         for kind in source.kinds
-        for name in source.names(kind)
+        for name in source.kinds[kind]
     }
     for kind in source.kinds:
         source.check(kind)

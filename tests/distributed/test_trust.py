@@ -200,7 +200,7 @@ def test_background_save_goes_on_beside_training_and_holds_the_step_that_was_ask
         assert find_problems(mine, records[0]) == []
         sharded = [ShardedCheckpoint(path, read_manifest(path)) for path in (mine, reference)]
         for kind in sharded[0].kinds:
-            for tensor in sharded[0].names(kind):
+            for tensor in sharded[0].kinds[kind]:
                 assert torch.equal(sharded[0].read(kind, tensor), sharded[1].read(kind, tensor)), (
                     name,
                     kind,

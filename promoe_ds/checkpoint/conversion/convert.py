@@ -206,7 +206,7 @@ def _notes(source: Source, request: Request, kinds: dict[str, str]) -> list[str]
     if request.to == "diffusers" and config.resolved_solver not in ("euler", "ddpm", "ddim"):
         notes.append(f"the recipe samples with {config.resolved_solver}, the pipeline with euler")
     if request.to == "deepspeed":
-        if any(POSITIONS in source.names(taken) for taken in kinds.values()):
+        if any(POSITIONS in source.kinds[taken] for taken in kinds.values()):
             notes.append(
                 "the file's averaged position table was left out: training uses the fixed one"
             )
@@ -254,7 +254,9 @@ def _describe(source: Source, request: Request, kinds: dict[str, str]) -> Conten
         optimizer_step=source.optimizer_step if request.with_optimizer else None,
         dtype=DTYPES[request.dtype],
         kinds={
-            kind: {name: source.shape(name) for name in source.names(taken) if name not in left_out}
+            kind: {
+                name: source.shapes[name] for name in source.kinds[taken] if name not in left_out
+            }
             for kind, taken in kinds.items()
         },
         averages_since={} if starts else info.averages_since,
@@ -274,7 +276,7 @@ def _copy(
     progress = Progress(_LOG, total / 1e9, "GB")
     for taken in dict.fromkeys(kinds.values()):
         filled = [kind for kind, from_kind in kinds.items() if from_kind == taken]
-        for name in source.names(taken):
+        for name in source.kinds[taken]:
             value = source.read(taken, name)
             is_rounded = value.dtype != torch.float32 and name not in content.buffers
             if MOMENTS[0] in content.kinds and is_rounded:

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEule
 
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.errors import CheckpointError, explaining
 from promoe_ds.files import write_json
 from promoe_ds.model.export import writer_of
 
@@ -75,21 +75,13 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     Raises: CheckpointError naming the file that cannot be understood.
     """
     path = folder / TRANSFORMER / "config.json"
-    try:
+    with explaining(f"{path}: cannot be understood"):
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["_class_name"] != _CLASS[1]:
             raise CheckpointError(f"{path}: is of a {values['_class_name']}, not of a {_CLASS[1]}")
         origin = dict(values.get("origin") or {})
-        return (
-            config_from_dict(values["run"], source=str(path), written_by=writer_of(origin)),
-            origin,
-        )
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be understood ({type(error).__name__}: {error})"
-        ) from None
+        config = config_from_dict(values["run"], source=str(path), written_by=writer_of(origin))
+    return config, origin
 
 
 def _scheduler(

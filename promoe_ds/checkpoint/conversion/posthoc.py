@@ -74,6 +74,8 @@ def mixing_weights(held: list[Profile], wanted: Profile) -> tuple[np.ndarray, fl
 class PosthocSource:
     """A run's power-function averages, seen as one average of another length."""
 
+    optimizer_step: int | None = None
+
     def __init__(self, path: Path, length: float) -> None:
         """Choose the mix.
 
@@ -98,8 +100,8 @@ class PosthocSource:
         ]
         self._sources = [self._newest, *map(TrainingSource, before)]
         self._terms, misfit = self._mix(length)
-        self._kind = power_average(length)
-        self.kinds, self.optimizer_step = (self._kind,), None
+        self.kinds = {power_average(length): self._newest.kinds[self._terms[0][2]]}
+        self.shapes = self._newest.shapes
         info = self._newest.info
         mixed = {f"{source.info.step}/{part}": weight for weight, source, part in self._terms}
         self.info = replace(
@@ -161,19 +163,11 @@ class PosthocSource:
             if abs(weight) > _NEGLIGIBLE
         ], misfit
 
-    def names(self, kind: str) -> list[str]:
-        """Return the rank-blind names that `kind` has."""
-        return self._newest.names(self._terms[0][2])
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's whole shape."""
-        return self._newest.shape(name)
-
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor, mixed in fp64; the routers' running state is the newest
         checkpoint's.
         """
-        if name not in self._newest.shapes:
+        if name in self._newest.buffers:
             return self._newest.read(self._terms[0][2], name)
         return torch.as_tensor(
             sum(weight * source.read(part, name).double() for weight, source, part in self._terms)
