@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
         options.source, load_config(options.recipe, options.overrides), request, source_config
     )
     sys.stdout.write(
-        f"{report.destination}: {report.parameters:,} parameters from"
+        f"{options.destination.absolute()}: {report.parameters:,} parameters from"
         f" {report.values:,}\n{report.note}\n"
     )
     if differences:
