@@ -19,8 +19,9 @@ import torch
 
 from benchmarks.processes import in_fresh_process
 from benchmarks.timing import Result, interleave, wall_clock
+from promoe_ds.backends.deepspeed_private import fragment_address
 from promoe_ds.backends.expert_parallel import expert_file_key
-from promoe_ds.checkpoint.engine import RecordingStorage, fragment_address
+from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum, step_folder
 from promoe_ds.checkpoint.zero_reader import MODEL_STATES, MOMENTS, PREFIX
 from promoe_ds.config import RunConfig, change_config

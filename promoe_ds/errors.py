@@ -77,7 +77,7 @@ class Preempted(PromoeError):  # noqa: N818  # no error: the job ended as reques
 
 
 #: What the structure of a damaged or foreign file may raise.
-_MISFITS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 #: Longer values are cut in messages.
 _LONGEST_VALUE = 60
 

@@ -23,7 +23,7 @@ from promoe_ds.checkpoint.manifest import (
     step_of,
 )
 from promoe_ds.checkpoint.training_state import TrainingState
-from promoe_ds.distributed.context import gather_objects, on_main
+from promoe_ds.distributed.context import on_main
 from promoe_ds.errors import CheckpointError, first_few
 from promoe_ds.files import replace_text
 from promoe_ds.logs import get_logger
@@ -118,7 +118,9 @@ class Saver:
         manifest, self._pending = self._pending, None
         trainer, storage = self._trainer, self._trainer.engine.checkpoint_engine
         storage.wait()
-        records, failures = zip(*gather_objects((storage.records, storage.failure)), strict=True)
+        records, failures = zip(
+            *trainer.context.gather((storage.records, storage.failure)), strict=True
+        )
         failed = [f"rank {rank}: {one}" for rank, one in enumerate(failures) if one]
         files = {name: record for share in records for name, record in share.items()}
         train = trainer.config.train

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from promoe_ds.backends.expert_parallel import expert_file_key
 from promoe_ds.checkpoint.coverage import Coverage
-from promoe_ds.checkpoint.engine import ALLOWED_RECORDS
 from promoe_ds.checkpoint.manifest import MANIFEST, Layout, Manifest
 from promoe_ds.checkpoint.torch_file import copy_range, copy_tensor, load_torch
 from promoe_ds.config.optimizer import EMA
@@ -102,7 +101,7 @@ class ShardedCheckpoint:
                 raise CheckpointError(
                     f"{folder / MANIFEST}: does not list {name}, which its layout needs"
                 )
-            return load_torch(folder / name, ALLOWED_RECORDS, is_mapped=True)
+            return load_torch(folder / name, is_mapped=True)
 
         self.folder = folder
         config, layout = manifest.run_config(folder), manifest.layout

@@ -145,7 +145,7 @@ def on_main(ranks: DistributedContext, action: Callable[[], _T], *, flag: str = 
             value = action()
         except (CheckpointError, OSError) as error:
             value = CheckpointError(f"{flag}{error}")
-    value = from_main(value)
+    value = ranks.from_main(value)
     if isinstance(value, CheckpointError):
         raise value
     return value

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from promoe_ds.checkpoint.conversion import Request, convert
-from promoe_ds.checkpoint.engine import load_trusted
 from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
+from promoe_ds.checkpoint.torch_file import load_torch
 from promoe_ds.errors import CheckpointError
 
 from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
@@ -216,7 +216,7 @@ def test_branch_takes_new_settings_of_the_optimizer_on_the_same_layout(branches)
     """DeepSpeed puts back what was saved of them, and refuses where weight decay makes other
     groups.
     """
-    shard = load_trusted(
+    shard = load_torch(
         list_checkpoints(_root(branches, "loaded"))[0] / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     )
     groups = shard["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class OfficialSource(StateSource):
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         """Open a published file of the architecture `config`."""
-        content = load_torch(path, [Namespace], is_mapped=True)
+        content = load_torch(path, is_mapped=True)
         check_records(path)
         with explaining(f"{path}: is not laid out as the published code does it"):
             self._tensors, note = _read_sections(path, content)

@@ -11,7 +11,7 @@ CONTENT = {"a.pt": b"weights" * 100, "experts/b.pt": b"\x00\xff" * 50, "empty": 
 
 
 def save(folder: Path, **fields: Any) -> Manifest:
-    """Write a small checkpoint with its manifest."""
+    """Write a small checkpoint with its manifest, whose `fields` these are."""
     for name, content in CONTENT.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

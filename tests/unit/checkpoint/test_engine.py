@@ -14,7 +14,8 @@ import xxhash
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from promoe_ds.checkpoint.engine import ALLOWED_RECORDS, RecordingStorage, load_trusted
+from promoe_ds.checkpoint.engine import RecordingStorage
+from promoe_ds.checkpoint.torch_file import ALLOWED_RECORDS, load_torch
 from promoe_ds.errors import CheckpointError
 
 
@@ -94,7 +95,7 @@ def test_load_malicious_pickle_does_not_execute(tmp_path) -> None:
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(_Bomb(target)))
     for name in ("bomb.pt", "raw.pt"):
         with pytest.raises(CheckpointError, match=name):
-            load_trusted(tmp_path / name)
+            load_torch(tmp_path / name)
     assert not target.exists()
 
 
@@ -102,4 +103,4 @@ def test_load_malicious_pickle_does_not_execute(tmp_path) -> None:
 def test_load_broken_file_is_named(tmp_path, content) -> None:
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.pt: cannot be read"):
-        load_trusted(tmp_path / "a.pt")
+        load_torch(tmp_path / "a.pt")

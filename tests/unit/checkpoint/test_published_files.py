@@ -20,7 +20,7 @@ from promoe_ds import load_model
 from promoe_ds.checkpoint import manifest
 from promoe_ds.checkpoint.conversion import Request, convert
 from promoe_ds.checkpoint.conversion.upcycling import UpcycleRequest, upcycle
-from promoe_ds.checkpoint.engine import load_trusted
+from promoe_ds.checkpoint.torch_file import load_torch
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.shards import Shard
 from promoe_ds.errors import CheckpointError, PromoeError
@@ -309,7 +309,7 @@ def read_export(path: Path) -> None:
     "reader",
     [
         lambda path: convert(path, Request(destination=path.parent / "out", to="single"), CONFIG),
-        load_trusted,
+        load_torch,
         read_export,
         Shard,
         lambda path: load_extractor(str(path), "cpu"),
