@@ -202,7 +202,7 @@ def named_checkpoints(path: Path) -> list[Path]:
 
 
 def _pointed_at(path: Path) -> Path:
-    """Return the checkpoint that a file `latest`, of a line with its folder's name, stands for."""
+    """Return the checkpoint that a file `latest`, of a line with its folder's name, names."""
     try:
         name = path.read_bytes()[:64].decode().strip()
     except (OSError, UnicodeDecodeError):

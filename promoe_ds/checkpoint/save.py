@@ -118,11 +118,9 @@ class Saver:
         manifest, self._pending = self._pending, None
         trainer, storage = self._trainer, self._trainer.engine.checkpoint_engine
         storage.wait()
-        records, failures = zip(
-            *trainer.context.gather((storage.records, storage.failure)), strict=True
-        )
-        failed = [f"rank {rank}: {one}" for rank, one in enumerate(failures) if one]
-        files = {name: record for share in records for name, record in share.items()}
+        shares = trainer.context.gather((storage.records, storage.failure))
+        failed = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(shares) if failure]
+        files = {name: record for records, _ in shares for name, record in records.items()}
         train = trainer.config.train
         with self._explaining(manifest.step):
             if failed:

@@ -87,7 +87,7 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
 def _scheduler(
     config: RunConfig,
 ) -> FlowMatchEulerDiscreteScheduler | DDPMScheduler | DDIMScheduler:
-    """Return the scheduler that stands for the recipe's solver, Euler's for every solver of a
+    """Return the scheduler nearest to the recipe's solver, Euler's for every solver of a
     flow.
     """
     timesteps = config.diffusion.num_train_timesteps
