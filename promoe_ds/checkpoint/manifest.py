@@ -175,14 +175,6 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(folders, key=step_of, reverse=True)
 
 
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a user's path names: itself, or the newest one of a run directory.
-
-    Raises: CheckpointError if there is none. Whether it is sound is another question.
-    """
-    return named_checkpoints(path)[0]
-
-
 def named_checkpoints(path: Path) -> list[Path]:
     """Return the checkpoints that a user's path names: itself alone, that of a file `latest`, or
     all of a run, newest first.

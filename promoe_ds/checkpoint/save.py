@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from msgspec.structs import replace
+from torch import nn
 
 from promoe_ds.backends.parameter_groups import is_reordered
 from promoe_ds.checkpoint.manifest import (
@@ -22,16 +24,44 @@ from promoe_ds.checkpoint.manifest import (
     step_folder,
     step_of,
 )
-from promoe_ds.checkpoint.training_state import TrainingState
-from promoe_ds.distributed.context import on_main
+from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig
+from promoe_ds.distributed.context import DistributedContext, on_main
 from promoe_ds.errors import CheckpointError, first_few
 from promoe_ds.files import replace_text
 from promoe_ds.logs import get_logger
+from promoe_ds.model.dit import DiT
 from promoe_ds.versions import package_versions
 
 _LOG = get_logger("checkpoint")
 #: Ends the name of a checkpoint that is being deleted.
 _DELETED = ".deleted"
+
+
+class TrainingState(Protocol):
+    """The trainer, as far as checkpoints know it."""
+
+    config: RunConfig
+    deepspeed_plan: DeepSpeedPlan
+    batches: BatchPlan
+    context: DistributedContext
+    #: DeepSpeed's engine.
+    engine: Any
+    #: The optimizer under ZeRO: `averages`, `averages_since`.
+    optimizer: Any
+    step: int
+    samples_seen: int
+
+    @property
+    def dataset(self) -> Sized:
+        """The data set."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module inside the engine."""
+
+    @property
+    def network(self) -> DiT:
+        """The network that is trained."""
 
 
 def layout_of(trainer: TrainingState) -> Layout:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.checkpoint.conversion.sources import TrainingSource
-from promoe_ds.checkpoint.manifest import find_checkpoint, list_checkpoints, step_of
+from promoe_ds.checkpoint.manifest import list_checkpoints, named_checkpoints, step_of
 from promoe_ds.config.optimizer import LONGEST_POWER_LENGTH, power_average, power_exponent
 from promoe_ds.errors import CheckpointError
 
@@ -90,7 +90,7 @@ class PosthocSource:
             raise CheckpointError(
                 f"--ema-sigma-rel {length:g}: must be between 0 and {LONGEST_POWER_LENGTH:.3f}"
             )
-        last = find_checkpoint(path)
+        last = named_checkpoints(path)[0]
         last = last if last.name.strip(".") else last.resolve()  # `.` and `..` name no neighbours
         self._newest = TrainingSource(last)
         before = [

@@ -21,7 +21,7 @@ from promoe_ds.checkpoint.conversion.pipeline_folder import (
     read_pipeline_config,
 )
 from promoe_ds.checkpoint.coverage import Coverage
-from promoe_ds.checkpoint.manifest import find_checkpoint, find_problems, read_manifest
+from promoe_ds.checkpoint.manifest import find_problems, named_checkpoints, read_manifest
 from promoe_ds.checkpoint.zero_reader import MOMENTS, WEIGHTS, ShardedCheckpoint, is_weights
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, first_few
@@ -95,7 +95,7 @@ def open_folder(path: Path, *, check: bool = True) -> Source:
         return ExportSource(path, check=check)
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    return TrainingSource(find_checkpoint(path))
+    return TrainingSource(named_checkpoints(path)[0])
 
 
 class TrainingSource(ShardedCheckpoint):
