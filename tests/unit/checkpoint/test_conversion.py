@@ -181,21 +181,31 @@ def test_published_file_of_another_architecture_or_structure_is_refused_even_unv
         assert "broken.pth" in message and expected in message
 
 
-def _change(folder: Path, content: Any = None, **layout: Any) -> None:
-    """Change what a checkpoint's manifest says of the layout, or what its file holds."""
+def changed(checkpoint: Path, tmp_path: Path, content: Any = None, **changes: Any) -> Path:
+    """Return a copy of a checkpoint with another content of its file, or with other values of its
+    manifest's layout or a section of its config.
+    """
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "c"))
     manifest, file = read_manifest(folder), folder / MODEL_STATES
     if content is not None:
         torch.save(content, file)
     manifest.files[MODEL_STATES] = FileRecord(file.stat().st_size, checksum(file))
-    replace(manifest, layout=replace(manifest.layout, **layout)).write(folder)
+    layout = replace(manifest.layout, **changes.pop("layout", {}))
+    for section, fields in changes.items():
+        manifest.config[section] |= fields
+    replace(manifest, layout=layout).write(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"zero_stage": 2, "world_size": 0}, "are not what manifest.json says of them, 0 ranks"),
-        ({"zero_stage": 2}, "does not list zero_pp_rank_0"),
-        ({"dispatch": "deepspeed"}, "does not list layer_0_expert_0"),
+        (
+            {"layout": {"zero_stage": 2, "world_size": 0}},
+            "are not what manifest.json says of them, 0 ranks",
+        ),
+        ({"layout": {"zero_stage": 2}}, "does not list zero_pp_rank_0"),
+        ({"layout": {"dispatch": "deepspeed"}}, "does not list layer_0_expert_0"),
         ({"content": {"a": 1}}, "its files are not what manifest.json says of them"),
         ({"content": [1]}, "its files are not what manifest.json says of them"),
         (
@@ -203,26 +213,16 @@ def _change(folder: Path, content: Any = None, **layout: Any) -> None:
             "do not fit the config in manifest.json",
         ),
         ({"content": {"module": {}, "global_steps": 3}}, "has global_steps=3"),
+        (
+            {"routing": {"expert_width": 24}},
+            "up_weight has shape (4, 32, 16) instead of (4, 24, 16)",
+        ),
     ],
 )
-def test_checkpoint_whose_files_do_not_fit_its_manifest_is_named(
+def test_checkpoint_whose_files_do_not_fit_its_manifest_is_named_before_anything_is_written(
     checkpoint, tmp_path, change, message
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint, tmp_path / "c"))
-    _change(folder, **change)
-    assert message in go(folder, tmp_path / "x")
-
-
-def test_checkpoint_whose_config_is_another_architecture_s_is_named_before_anything_is_written(
-    checkpoint, tmp_path
-) -> None:
-    folder = Path(shutil.copytree(checkpoint, tmp_path / "c"))
-    manifest = read_manifest(folder)
-    manifest.config["routing"]["expert_width"] = 24
-    manifest.write(folder)
-    assert "up_weight has shape (4, 32, 16) instead of (4, 24, 16)" in go(
-        folder, tmp_path / "x", verify=False
-    )
+    assert message in go(changed(checkpoint, tmp_path, **change), tmp_path / "x", verify=False)
 
 
 @pytest.mark.parametrize("to", ["single", "official", "diffusers", "deepspeed"])
@@ -239,9 +239,8 @@ def test_destination_that_is_an_empty_folder_is_filled_and_stays_itself(
     assert go(checkpoint, link, to) == ""
     assert link.stat().st_ino == before
     assert go(checkpoint, tmp_path / "fresh", to) == ""
-    assert sorted(path.name for path in link.iterdir()) == sorted(
-        path.name for path in (tmp_path / "fresh").iterdir()
-    )
+    names, fresh = ({path.name for path in one.iterdir()} for one in (link, tmp_path / "fresh"))
+    assert names == fresh
     assert "exists already" in go(checkpoint, link, to)
 
 
@@ -253,12 +252,7 @@ def test_destination_that_is_a_link_to_nothing_is_refused_at_once(checkpoint, tm
 
 
 def test_pipeline_of_a_solver_that_diffusers_does_not_know_says_so(checkpoint, tmp_path) -> None:
-    folder = Path(shutil.copytree(checkpoint, tmp_path / "c"))
-    manifest = read_manifest(folder)
-    manifest.config["sampling"]["solver"] = "heun"
-    manifest.write(folder)
-    assert (
-        go(folder, tmp_path / "x", "diffusers")
-        == "the recipe samples with heun, the pipeline with euler"
-    )
+    folder = changed(checkpoint, tmp_path, sampling={"solver": "heun"})
+    note = go(folder, tmp_path / "x", "diffusers")
+    assert note == "the recipe samples with heun, the pipeline with euler"
     assert go(folder, tmp_path / "y", "single") == ""
