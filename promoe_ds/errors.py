@@ -93,7 +93,8 @@ def explaining(what: str) -> Iterator[None]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except (OSError, *_MISFITS) as error:
-        raise CheckpointError(f"{what} ({type(error).__name__}: {error})") from None
+        cause = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(f"{what} ({type(error).__name__}: {cause})") from None
 
 
 def first_few(problems: Sequence[str], shown: int = 5) -> str:

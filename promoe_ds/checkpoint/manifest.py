@@ -75,7 +75,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     samples_seen: Count
     layout: Layout
     config: dict[str, Any]
-    files: dict[str, FileRecord]
+    files: Annotated[dict[str, FileRecord], Meta(min_length=1)]
     versions: dict[str, Any]
     averages_since: dict[str, int] = {}
     dataset_size: Count | None = None
@@ -107,9 +107,9 @@ def read_manifest(folder: Path) -> Manifest:
         step than its folder.
     """
     path = folder / MANIFEST
-    if not path.exists():
-        raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint")
     with explaining(f"{path}: cannot be understood"):
+        if not path.exists():
+            raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint")
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise CheckpointError(
@@ -122,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
     named = CHECKPOINT_NAME.match(folder.resolve().name)
     if named and int(named[1]) != manifest.step:
         raise CheckpointError(f"{path}: says step {manifest.step}, its folder's name another")
-    for name in manifest.files or ("",):
+    for name in manifest.files:
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{path}: the file name {name!r} leaves the checkpoint's folder")
     return manifest

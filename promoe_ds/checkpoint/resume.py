@@ -173,10 +173,10 @@ def _problems(folder: Path, ranks: DistributedContext) -> list[str]:
 
 def _read_start(run_dir: Path) -> _Start | None:
     path = run_dir / _START
-    if not path.exists():
-        return None
     with explaining(
         f"{path}: says which checkpoint the run was started from, and cannot be understood: remove"
         " it to continue by --resume auto"
     ):
+        if not path.exists():
+            return None
         return msgspec.json.decode(path.read_bytes(), type=_Start)

@@ -214,8 +214,8 @@ def _choose_kinds(source: Source, request: Request) -> dict[str, str]:
     extra = moments if request.with_optimizer else {}
     if request.to in ("single", "diffusers"):
         model = find_weights(source, request.weights)
-        rest = [kind for kind in source.kinds if kind not in moments] if extra else []
-        return {model: model} | {kind: kind for kind in rest} | extra
+        others = [kind for kind in source.kinds if extra and kind not in moments]
+        return {model: model} | {kind: kind for kind in others} | extra
     model = WEIGHTS if WEIGHTS in source.kinds else averages[0]
     if request.weights:
         model, averages = find_weights(source, request.weights), []

@@ -48,16 +48,11 @@ def write_pipeline_configs(
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     if vae is not None:
-        try:
-            network = AutoencoderKL.from_pretrained(
+        with explaining(f"--vae {vae}: no AutoencoderKL in safetensors could be loaded from there"):
+            autoencoder = AutoencoderKL.from_pretrained(
                 vae, use_safetensors=True, low_cpu_mem_usage=False
             )
-            network.save_pretrained(folder / "vae")
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"--vae {vae}: no AutoencoderKL in safetensors could be loaded from there "
-                f"({str(error).splitlines()[0]})"
-            ) from None
+            autoencoder.save_pretrained(folder / "vae")
         index["vae"] = ["diffusers", "AutoencoderKL"]
     network = {
         "_class_name": _CLASS[1],

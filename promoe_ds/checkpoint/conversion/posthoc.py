@@ -119,12 +119,13 @@ class PosthocSource:
                 " (optimizer.ema_sigma_rels is empty): a length can be chosen only of a run that"
                 " kept them"
             )
-        begins = {
-            source.info.averages_since.get(power_average(kept), 0)
+        held = [
+            (source, kept)
             for source in self._sources
             for kept in lengths
             if power_average(kept) in source.kinds
-        }
+        ]
+        begins = {source.info.averages_since.get(power_average(kept), 0) for source, kept in held}
         if (
             len(begins) != 1
             or len({source.info.config.parallel.expert_order for source in self._sources}) > 1
@@ -134,12 +135,6 @@ class PosthocSource:
                 f" ({', '.join(map(str, sorted(begins)))}), or experts moved in between, cannot be"
                 " mixed"
             )
-        held = [
-            (source, kept)
-            for source in self._sources
-            for kept in lengths
-            if power_average(kept) in source.kinds
-        ]
         (begin,) = begins
         weights, misfit = mixing_weights(
             [
