@@ -7,6 +7,7 @@ files), with random values, so that models can be measured which this machine co
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -16,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.processes import in_fresh_process
 from benchmarks.timing import Result, interleave, wall_clock
+from promoe_ds.backends.deepspeed_private import fragment_address
 from promoe_ds.backends.expert_parallel import expert_file_key
-from promoe_ds.checkpoint.engine import RecordingStorage, fragment_address
+from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum, step_folder
-from promoe_ds.checkpoint.zero_reader import MODEL_STATES, MOMENTS, PREFIX
+from promoe_ds.checkpoint.zero_reader import MODEL_STATES, MOMENTS, PREFIX, ROUTED
 from promoe_ds.config import RunConfig, change_config
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.errors import CheckpointError
@@ -46,30 +49,24 @@ def benchmark_checkpoint(
     Args:
         config: parallel.ep_size must divide ranks.
     """
-    checkpoint, export, copy = (
-        write_checkpoint(config, folder, ranks=ranks),
-        folder / "export",
-        folder / "copy",
-    )
+    checkpoint, export = write_checkpoint(config, folder, ranks=ranks), folder / "export"
     sizes = [path.stat().st_size for path in checkpoint.iterdir()]
     began = wall_clock()
-    shutil.copytree(checkpoint, copy)
-    for path in copy.iterdir():
+    for path in Path(shutil.copytree(checkpoint, folder / "copy")).iterdir():
         _flush(path)
     copied = wall_clock() - began
-    shutil.rmtree(copy)
-    saves = time_saves(folder)
+    shutil.rmtree(folder / "copy")
     command = [sys.executable, str(_TOOL), str(checkpoint), str(export), "--to", "single"]
     converted, peak = in_fresh_process(_run, command + ["--with-optimizer"] * with_optimizer)
     figures = {
-        "parameters": sum(torch.Size(shape).numel() for shape in state_shapes(config).values()),
+        "parameters": sum(math.prod(shape) for shape in state_shapes(config).values()),
         "checkpoint_bytes": sum(sizes),
         "largest_file_bytes": max(sizes),
         "copy_seconds": copied,
         "convert_seconds": converted,
         "written_bytes": sum(path.stat().st_size for path in export.iterdir()),
         "peak_resident_bytes": peak,
-        **saves,
+        **time_saves(folder),
     }
     shutil.rmtree(export)
     shutil.rmtree(checkpoint)
@@ -158,58 +155,19 @@ def write_checkpoint(config: RunConfig, root: Path, *, ranks: int) -> Path:
     config, ep_size = change_config(config), config.parallel.ep_size
     folder = root / step_folder(1)
     folder.mkdir(parents=True)
-    shapes, buffers = state_shapes(config), set(buffer_names(config))
-    routed = {
-        name: (shape[0] // ep_size, *shape[1:])
-        for name, shape in shapes.items()
-        if ".moe.routed." in name
-    }
-    dense = {
-        name: shape for name, shape in shapes.items() if name not in routed and name not in buffers
-    }
     torch.manual_seed(0)
-    torch.save(
-        {
-            "module": {
-                f"{PREFIX}{name}": torch.rand(shape)
-                for name, shape in shapes.items()
-                if name not in routed
-            },
-            "param_shapes": [
-                {f"{PREFIX}{name}": torch.Size(shape) for name, shape in group.items()}
-                for group in (dense, routed)
-            ],
-        },
-        folder / MODEL_STATES,
-    )
-    for layer, block in enumerate(config.moe_block_indices):
-        own = {
-            name: shape[1:] for name, shape in routed.items() if name.startswith(f"blocks.{block}.")
-        }
-        for expert in range(config.routing.num_experts):
-            torch.save(
-                {
-                    expert_file_key(f"{PREFIX}{name}", expert): torch.rand(shape)
-                    for name, shape in own.items()
-                },
-                folder / f"layer_{layer}_expert_{expert}_{MODEL_STATES}",
-            )
+    dense, routed = _write_model(config, folder)
     for rank in range(ranks):
-        # One group: flat values, their states, where each parameter is in them, over how many
-        # ranks.
         groups = [_slice(dense, ranks, rank), _slice(routed, ranks // ep_size, rank // ep_size)]
-        flats, states, mappings, counts = zip(*groups, strict=True)
-        torch.save(
-            {
-                "optimizer_state_dict": {
-                    "single_partition_of_fp32_groups": list(flats),
-                    "param_slice_mappings": list(mappings),
-                    "base_optimizer_state": {"state": dict(enumerate(states)), "param_groups": []},
-                    "partition_count": list(counts),
-                }
-            },
-            folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
-        )
+        flats, states, mappings = zip(*groups, strict=True)
+        state = {
+            "single_partition_of_fp32_groups": list(flats),
+            "param_slice_mappings": list(mappings),
+            "base_optimizer_state": {"state": dict(enumerate(states)), "param_groups": []},
+            "partition_count": [ranks, ranks // ep_size],
+        }
+        file = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": state}, file)
     Manifest(
         step=1,
         samples_seen=config.train.global_batch_size,
@@ -229,9 +187,34 @@ def write_checkpoint(config: RunConfig, root: Path, *, ranks: int) -> Path:
     return folder
 
 
-def _slice(shapes: _Shapes, partitions: int, index: int) -> tuple[Any, ...]:
-    """Return one partition of a parameter group: values, states, mapping, number of partitions."""
-    sizes = {f"{PREFIX}{name}": torch.Size(shape).numel() for name, shape in shapes.items()}
+def _write_model(config: RunConfig, folder: Path) -> tuple[_Shapes, _Shapes]:
+    """Write the model's and the experts' files; return the shapes of a rank's dense and routed
+    parameters by their names in files.
+    """
+    shapes = {f"{PREFIX}{name}": shape for name, shape in state_shapes(config).items()}
+    experts = {name: shape for name, shape in shapes.items() if ROUTED in name}
+    kept = experts.keys() | {f"{PREFIX}{name}" for name in buffer_names(config)}
+    dense = {name: shape for name, shape in shapes.items() if name not in kept}
+    ep_size = config.parallel.ep_size
+    routed = {name: (shape[0] // ep_size, *shape[1:]) for name, shape in experts.items()}
+    groups = [{name: torch.Size(shape) for name, shape in one.items()} for one in (dense, routed)]
+    module = {name: torch.rand(shape) for name, shape in shapes.items() if name not in experts}
+    torch.save({"module": module, "param_shapes": groups}, folder / MODEL_STATES)
+    for layer, block in enumerate(config.moe_block_indices):
+        own = {name: shape for name, shape in experts.items() if f"blocks.{block}." in name}
+        for expert in range(config.routing.num_experts):
+            content = {
+                expert_file_key(name, expert): torch.rand(shape[1:]) for name, shape in own.items()
+            }
+            torch.save(content, folder / f"layer_{layer}_expert_{expert}_{MODEL_STATES}")
+    return dense, routed
+
+
+def _slice(shapes: _Shapes, partitions: int, index: int) -> tuple[Tensor, dict, dict]:
+    """Return one partition of a parameter group: flat values, their state, where each parameter
+    is.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     size = -(-sum(sizes.values()) // partitions)
     low, position, mapping = index * size, 0, {}
     for name, numel in sizes.items():
@@ -242,9 +225,5 @@ def _slice(shapes: _Shapes, partitions: int, index: int) -> tuple[Any, ...]:
     values = [torch.rand(size) for _ in range(4)]
     for value in values:
         value[max(0, position - low) :] = 0  # the padding of the last partition
-    return (
-        values[0],
-        {"step": torch.tensor(1.0), **dict(zip((*MOMENTS, EMA), values[1:], strict=True))},
-        mapping,
-        partitions,
-    )
+    state = dict(zip((*MOMENTS, EMA), values[1:], strict=True))
+    return values[0], {"step": torch.tensor(1.0), **state}, mapping

@@ -5,7 +5,8 @@ Their exit codes are listed in docs/multinode.md; 1 is a defect (a traceback), 0
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -75,8 +76,25 @@ class Preempted(PromoeError):  # noqa: N818  # no error: the job ended as reques
     exit_code = 75
 
 
+#: What the structure of a damaged or foreign file may raise.
+_MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 #: Longer values are cut in messages.
 _LONGEST_VALUE = 60
+
+
+@contextmanager
+def explaining(what: str) -> Iterator[None]:
+    """Make a CheckpointError, `WHAT (KIND: CAUSE)`, of what a file that is not as expected raises.
+
+    A ConfigError of its config says all by itself.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except (OSError, *_MISFITS) as error:
+        cause = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(f"{what} ({type(error).__name__}: {cause})") from None
 
 
 def first_few(problems: Sequence[str], shown: int = 5) -> str:

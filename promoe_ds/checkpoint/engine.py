@@ -14,12 +14,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from promoe_ds.backends.deepspeed_private import LossScaler, TorchCheckpointEngine, fragment_address
+from promoe_ds.backends.deepspeed_private import TorchCheckpointEngine
 from promoe_ds.checkpoint.manifest import FileRecord
 from promoe_ds.checkpoint.torch_file import load_torch
 
-#: Plain records that DeepSpeed stores beside tensors; nothing else is let in from a file.
-ALLOWED_RECORDS = [fragment_address, LossScaler]
 #: Smaller blocks are not worth a thread.
 _LARGE_BLOCK = 1 << 20
 
@@ -97,15 +95,7 @@ class RecordingStorage(TorchCheckpointEngine):
         Raises: CheckpointError if it is missing, damaged, or holds anything but tensors and plain
             records.
         """
-        return load_trusted(Path(path), map_location=map_location)
-
-
-def load_trusted(path: Path, *, map_location: Any = "cpu") -> Any:
-    """Read a file that `RecordingStorage` wrote, executing nothing from it.
-
-    Raises: CheckpointError naming the file.
-    """
-    return load_torch(path, ALLOWED_RECORDS, map_location=map_location)
+        return load_torch(Path(path), map_location=map_location)
 
 
 def _storable(value: Any, *, copy: bool) -> Any:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.checkpoint.expert_order import moves_experts
 from promoe_ds.checkpoint.manifest import Manifest, read_manifest
-from promoe_ds.checkpoint.resharding import load_resharded
-from promoe_ds.checkpoint.save import layout_of
-from promoe_ds.checkpoint.training_state import TrainingState
+from promoe_ds.checkpoint.resharding import load_resharded, moves_experts
+from promoe_ds.checkpoint.save import TrainingState, layout_of
 from promoe_ds.checkpoint.zero_reader import check_progress
 from promoe_ds.config import RunConfig
 from promoe_ds.config.optimizer import OptimizerConfig
@@ -131,31 +129,34 @@ def _report_changes(
         _LOG.warning("resume: settings changed from the checkpoint's: %s", "; ".join(changed))
     if line := _changed_schedule(saved, trainer.config, manifest.step):
         _LOG.warning("resume: %s", line)
-    before = (
+    micro_batch = (
         saved.train.micro_batch_size or saved.train.global_batch_size // manifest.layout.world_size
     )
-    if before != trainer.batches.micro_batch:
-        _LOG.warning(
-            "resume: the micro-batch was %d and is %d: losses and choices taken over a pass change"
-            " with it (docs/methods.md)",
-            before,
+    size = len(trainer.dataset)
+    known_size = size if manifest.dataset_size is None or not same_run else manifest.dataset_size
+    for what, before, now, consequence in (
+        (
+            "the micro-batch",
+            micro_batch,
             trainer.batches.micro_batch,
-        )
-    scale, saved_scale = trainer.config.data.latent_scale, saved.data.latent_scale
-    if saved_scale != scale:
-        _LOG.warning(
-            "resume: data.latent_scale was %g and is %g: unless the latents are of another"
-            " autoencoder, the network sees them at a scale that it was not trained on",
-            saved_scale,
-            scale,
-        )
-    if same_run and manifest.dataset_size not in (None, len(trainer.dataset)):
-        _LOG.warning(
-            "resume: the data set had %d samples and has %d: their order is another from here on,"
-            " some come again or never in this epoch",
-            manifest.dataset_size,
-            len(trainer.dataset),
-        )
+            "losses and choices taken over a pass change with it (docs/methods.md)",
+        ),
+        (
+            "data.latent_scale",
+            saved.data.latent_scale,
+            trainer.config.data.latent_scale,
+            "unless the latents are of another autoencoder, the network sees them at a scale that"
+            " it was not trained on",
+        ),
+        (
+            "the number of samples in the data set",
+            known_size,
+            size,
+            "their order is another from here on, some come again or never in this epoch",
+        ),
+    ):
+        if before != now:
+            _LOG.warning("resume: %s was %g and is %g: %s", what, before, now, consequence)
 
 
 def _changed_schedule(saved: RunConfig, config: RunConfig, step: int) -> str:

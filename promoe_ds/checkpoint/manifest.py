@@ -6,18 +6,20 @@ No torch here: whether a checkpoint can be trusted is decided before any of its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import xxhash
+from msgspec import Meta, Struct
 
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.config.old_names import with_new_names
-from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.errors import CheckpointError, explaining
 from promoe_ds.run_files import CHECKPOINT_NAME
 
 MANIFEST = "manifest.json"
@@ -27,19 +29,17 @@ UNFINISHED = ".tmp"
 WANDB_ID = "wandb_run_id"
 #: Newer than the format: a manifest without it is taken as it is.
 _OWN_CHECKSUM = "xxh3"
-_BLOCK = 1 << 22
+Count = Annotated[int, Meta(ge=0)]
 
 
-@dataclass(frozen=True)
-class FileRecord:
+class FileRecord(Struct, frozen=True, forbid_unknown_fields=True):
     """Size in bytes and XXH3 checksum (64 bits, as 16 hexadecimal digits) of one file."""
 
     bytes: int
     xxh3: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the shards of a checkpoint depend on.
 
     aligned: parameters are in another order than the network's own, those of odd sizes last
@@ -62,8 +62,7 @@ class Layout:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Manifest(Struct, frozen=True, kw_only=True):
     """The whole of manifest.json.
 
     averages_since: the step at which a moving average began, of those that began later than
@@ -72,14 +71,14 @@ class Manifest:
     dataset_size: samples of the data set, on which their order depends; None where it is not known.
     """
 
-    step: int
-    samples_seen: int
+    step: Count
+    samples_seen: Count
     layout: Layout
     config: dict[str, Any]
-    files: dict[str, FileRecord]
-    versions: dict[str, str]
-    averages_since: dict[str, int] = field(default_factory=dict)
-    dataset_size: int | None = None
+    files: Annotated[dict[str, FileRecord], Meta(min_length=1)]
+    versions: dict[str, Any]
+    averages_since: dict[str, int] = {}
+    dataset_size: Count | None = None
     wandb_id: str = ""
 
     def run_config(self, folder: Path) -> RunConfig:
@@ -87,23 +86,16 @@ class Manifest:
 
         Raises: CheckpointError if it cannot be understood, or a newer version wrote it.
         """
-        try:
-            return config_from_dict(
-                self.config,
-                source=str(folder / MANIFEST),
-                written_by=self.versions.get("promoe_ds"),
-            )
-        except ConfigError as error:
-            raise CheckpointError(str(error)) from None
+        path, version = folder / MANIFEST, self.versions.get("promoe_ds")
+        with explaining(f"{path}: cannot be understood"):
+            return config_from_dict(self.config, source=str(path), written_by=version)
 
     def write(self, folder: Path) -> None:
         """Write to `folder`, flushed to the disk, with a checksum of the manifest itself."""
-        values = json.loads(
-            json.dumps({"format": FORMAT, **asdict(self)})
-        )  # as a reader will have them
-        text = json.dumps({**values, _OWN_CHECKSUM: _checksum_of(values)}, indent=1)
+        # torch's version is of a class of its own.
+        values = {"format": FORMAT, **msgspec.to_builtins(self, str_keys=True, enc_hook=str)}
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(text)
+            json.dump({**values, _OWN_CHECKSUM: _checksum_of(values)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
 
@@ -115,7 +107,9 @@ def read_manifest(folder: Path) -> Manifest:
         step than its folder.
     """
     path = folder / MANIFEST
-    try:
+    with explaining(f"{path}: cannot be understood"):
+        if not path.exists():
+            raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint")
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise CheckpointError(
@@ -123,44 +117,25 @@ def read_manifest(folder: Path) -> Manifest:
             )
         if values.pop(_OWN_CHECKSUM, own := _checksum_of(values)) != own:
             raise CheckpointError(f"{path} does not match its own checksum")
-        named = CHECKPOINT_NAME.match(folder.resolve().name)
-        if named and int(named[1]) != values["step"]:
-            raise CheckpointError(
-                f"{path}: says step {values['step']!r}, its folder's name another"
-            )
-        files = {
-            _safe_name(name, path): FileRecord(**record) for name, record in values["files"].items()
-        }
-        if not files:
-            raise CheckpointError(f"{path}: lists no file")
-        return Manifest(
-            step=_count(values, "step"),
-            samples_seen=_count(values, "samples_seen"),
-            files=files,
-            layout=_read_layout(values["layout"]),
-            config=with_new_names(values["config"])[0],
-            versions=dict(values["versions"]),
-            averages_since={
-                name: int(step) for name, step in values.get("averages_since", {}).items()
-            },
-            dataset_size=(
-                None if values.get("dataset_size") is None else _count(values, "dataset_size")
-            ),
-            wandb_id=str(values.get("wandb_id", "")),
-        )
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {MANIFEST}: not a complete checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be understood ({type(error).__name__}: {error})"
-        ) from None
+        values["config"] = with_new_names(values["config"])[0]
+        manifest = msgspec.convert(values, Manifest)
+    named = CHECKPOINT_NAME.match(folder.resolve().name)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(f"{path}: says step {manifest.step}, its folder's name another")
+    for name in manifest.files:
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path}: the file name {name!r} leaves the checkpoint's folder")
+    return manifest
 
 
-def find_problems(folder: Path, files: dict[str, FileRecord]) -> list[str]:
+def find_problems(
+    folder: Path, files: dict[str, FileRecord], *, sizes_only: bool = False
+) -> list[str]:
     """Compare files with their records; return a line for each that differs or cannot be read.
 
     Args:
         files: the whole manifest's or a share of it.
+        sizes_only: leave the checksums out.
     """
     problems = []
     for name, record in files.items():
@@ -170,7 +145,7 @@ def find_problems(folder: Path, files: dict[str, FileRecord]) -> list[str]:
                 problems.append(f"{path} is missing")
             elif path.stat().st_size != record.bytes:
                 problems.append(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}")
-            elif checksum(path) != record.xxh3:
+            elif not sizes_only and checksum(path) != record.xxh3:
                 problems.append(f"{path} does not match its checksum")
         except OSError as error:
             problems.append(f"{path} cannot be read: {error}")
@@ -179,11 +154,8 @@ def find_problems(folder: Path, files: dict[str, FileRecord]) -> list[str]:
 
 def checksum(path: Path) -> str:
     """Return the XXH3 checksum of a file's content."""
-    value = xxhash.xxh3_64()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            value.update(block)
-    return value.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
 def step_folder(step: int) -> str:
@@ -198,22 +170,9 @@ def step_of(folder: Path) -> int:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the finished checkpoint folders under `root`, newest first, whether sound or not."""
-    if not root.is_dir():
-        return []
-    found = [
-        (int(match[1]), path)
-        for path in root.iterdir()
-        if (match := CHECKPOINT_NAME.match(path.name)) and path.is_dir()
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a user's path names: itself, or the newest one of a run directory.
-
-    Raises: CheckpointError if there is none. Whether it is sound is another question.
-    """
-    return named_checkpoints(path)[0]
+    found = root.iterdir() if root.is_dir() else ()
+    folders = [path for path in found if CHECKPOINT_NAME.match(path.name) and path.is_dir()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def named_checkpoints(path: Path) -> list[Path]:
@@ -235,7 +194,7 @@ def named_checkpoints(path: Path) -> list[Path]:
 
 
 def _pointed_at(path: Path) -> Path:
-    """Return the checkpoint that a file `latest`, of a line with its folder's name, stands for."""
+    """Return the checkpoint that a file `latest`, of a line with its folder's name, names."""
     try:
         name = path.read_bytes()[:64].decode().strip()
     except (OSError, UnicodeDecodeError):
@@ -268,23 +227,3 @@ def _checksum_of(values: dict[str, Any]) -> str:
     """
     content = {name: value for name, value in values.items() if name != _OWN_CHECKSUM}
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-def _count(values: dict[str, Any], name: str) -> int:
-    if type(values[name]) is not int or values[name] < 0:
-        raise ValueError(f"{name}={values[name]!r} is no number of 0 or more")
-    return values[name]
-
-
-def _read_layout(values: dict[str, Any]) -> Layout:
-    layout = Layout(**values)
-    for one in fields(Layout):
-        if type(getattr(layout, one.name)).__name__ != one.type:
-            raise TypeError(f"layout.{one.name}={getattr(layout, one.name)!r} is no {one.type}")
-    return layout
-
-
-def _safe_name(name: str, manifest: Path) -> str:
-    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise CheckpointError(f"{manifest}: the file name {name!r} leaves the checkpoint's folder")
-    return name

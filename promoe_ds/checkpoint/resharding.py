@@ -2,7 +2,13 @@
 files of any layout.
 
 Only plain copies happen, in fp32: weights, moments and moving averages are bit for bit those that
-    were saved.
+were saved.
+
+Experts may move to other ranks at a resume. The experts of a layer are in order over the ranks of
+an expert-parallel group, so another placement is another order: they are relabelled in everything
+that a checkpoint holds, results unchanged, the router's tensors with them, so that a token finds
+the same expert under its new number. The order in force is kept with the run
+(`parallel.expert_order`), in the first numbers of the experts, and is in routing.jsonl.
 """
 
 from __future__ import annotations
@@ -11,20 +17,25 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from promoe_ds.backends.deepspeed_private import ZeroPartitions
 from promoe_ds.backends.expert_parallel import ShardedExperts
-from promoe_ds.checkpoint.expert_order import relabelled
-from promoe_ds.checkpoint.manifest import Manifest
-from promoe_ds.checkpoint.training_state import TrainingState
-from promoe_ds.checkpoint.zero_reader import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint
+from promoe_ds.checkpoint.manifest import Manifest, read_manifest
+from promoe_ds.checkpoint.save import TrainingState
+from promoe_ds.checkpoint.zero_reader import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint, is_weights
+from promoe_ds.config import RunConfig
 from promoe_ds.config.optimizer import EMA, OptimizerConfig
+from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
+from promoe_ds.model.dit import DiT
+from promoe_ds.moe.experts import EXPERT_PARAMETERS
 
 _LOG = get_logger("checkpoint")
+Order = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -56,31 +67,25 @@ def load_resharded(trainer: TrainingState, folder: Path, manifest: Manifest) -> 
 
 
 def _fill(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
-    checkpoint = relabelled(ShardedCheckpoint(folder, manifest), manifest, trainer.network)
+    checkpoint = ShardedCheckpoint(folder, manifest)
+    checkpoint.move_experts(moved_experts(manifest, trainer.network))
     kept = kept_averages(manifest, trainer.config.optimizer)
-    sources = {
+    wanted = {
         kind: kept.get(kind) if kind.startswith(EMA) else kind for kind in _state_kinds(trainer)
     }
-    missing = [kind for kind, source in sources.items() if source not in checkpoint.kinds]
-    trainer.ema.averages_since = {
-        kind: manifest.step for kind in missing if kind.startswith(EMA)
-    } | {
-        kind: manifest.averages_since[source]
-        for kind, source in sources.items()
-        if source in manifest.averages_since
-    }
+    found = {kind: source for kind, source in wanted.items() if source in checkpoint.kinds}
+    missing = [kind for kind in wanted if kind not in found]
+    since = {kind: manifest.averages_since.get(source) for kind, source in found.items()}
+    since |= {kind: manifest.step for kind in missing if kind.startswith(EMA)}
+    trainer.ema.averages_since = {kind: step for kind, step in since.items() if step is not None}
     if trainer.context.is_main:
         _report_losses(trainer, folder, manifest, missing)
     for owned in _owned_values(trainer, checkpoint.optimizer_step or 0):
         for kind, out in owned.kinds.items():
-            if kind == WEIGHTS or kind not in missing:
-                checkpoint.read_into(out, sources.get(kind, kind), owned.name, owned.start)
-            elif kind.startswith(EMA):
-                checkpoint.read_into(out, WEIGHTS, owned.name, owned.start)
-            else:
-                out.zero_()
+            if source := found.get(kind, WEIGHTS if is_weights(kind) else None):
+                checkpoint.read_into(out, source, owned.name, owned.start)
     state = dict(trainer.network.named_buffers())
-    for name, value in checkpoint.buffers().items():
+    for name, value in checkpoint.buffers.items():
         state[name].copy_(value)
 
 
@@ -175,3 +180,58 @@ def _fresh_state(
     values = {kind: torch.zeros_like(parameter.data) for kind in kinds}
     states[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **values}
     return values
+
+
+def with_placement_of(config: RunConfig, checkpoint: Path | None) -> RunConfig:
+    """Return the config with the order that experts will have: the one asked for, else the
+    checkpoint's.
+
+    Raises: ConfigError if a placement is asked for and there is no checkpoint whose experts could
+        be moved.
+    """
+    if config.parallel.expert_placement is not None:
+        if checkpoint is None:
+            raise ConfigError(
+                f"parallel.expert_placement={config.parallel.expert_placement} moves trained"
+                " experts, but this run starts at step 0: leave it out, or --resume from a"
+                " checkpoint"
+            )
+        return config
+    order = None if checkpoint is None else _saved_order(read_manifest(checkpoint))
+    return config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"expert_order": order})}
+    )
+
+
+def moves_experts(manifest: Manifest, config: RunConfig) -> bool:
+    """Return whether experts lie in another order than when the checkpoint was written."""
+    saved, wanted = _saved_order(manifest), config.parallel.expert_order
+    plain = tuple(tuple(range(config.routing.num_experts)) for _ in config.moe_block_indices)
+    return (saved or plain) != (wanted or plain)
+
+
+def moved_experts(manifest: Manifest, network: DiT) -> dict[str, list[int]]:
+    """Return, for each tensor of experts, where each place's expert is in the checkpoint; nothing
+    where they stay.
+    """
+    config = network.config
+    if not moves_experts(manifest, config):
+        return {}
+    _LOG.info(
+        "resume: experts move to the places of parallel.expert_placement=%s",
+        config.parallel.expert_placement,
+    )
+    saved, plain = _saved_order(manifest), range(config.routing.num_experts)
+    sources: dict[str, list[int]] = {}
+    for row, (block, layer) in enumerate(network.moe_layers().items()):
+        before = saved[row] if saved else plain
+        places = [before.index(expert) for expert in config.expert_order_of(row) or plain]
+        names = [f"routed.{name}" for name in EXPERT_PARAMETERS[config.routing.expert_type]]
+        names += [f"router.{name}" for name in layer.router.per_expert]
+        sources |= {f"blocks.{block}.moe.{name}": places for name in names}
+    return sources
+
+
+def _saved_order(manifest: Manifest) -> Order | None:
+    order: Any = manifest.config.get("parallel", {}).get("expert_order")
+    return None if order is None else tuple(tuple(layer) for layer in order)

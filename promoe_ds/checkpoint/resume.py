@@ -9,10 +9,12 @@ again, by hand or by a scheduler that repeats it, continues with what the run ha
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+
+import msgspec
+from msgspec import Struct
 
 from promoe_ds.checkpoint.manifest import (
     find_problems,
@@ -23,7 +25,7 @@ from promoe_ds.checkpoint.manifest import (
     step_of,
 )
 from promoe_ds.distributed.context import DistributedContext
-from promoe_ds.errors import CheckpointError, first_few
+from promoe_ds.errors import CheckpointError, explaining, first_few
 from promoe_ds.files import write_json
 from promoe_ds.logs import get_logger
 
@@ -46,8 +48,7 @@ class Choice:
     same_run: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Start:
+class _Start(Struct, frozen=True):
     """The checkpoint that a run was started from: its path as it was named, absolute, and its
     step.
     """
@@ -79,18 +80,19 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
     reached = [folder for folder in own if start is not None and step_of(folder) >= start.step]
     if start is not None and start.named == named and reached:
         _LOG.info(
-            "resume: this run was started from %s before and goes on with its own checkpoints; to"
+            "resume: this run was started from %s before and continues with its own checkpoints; to"
             " start from there anew, take another --run-dir",
             request,
         )
         return _continue_run(reached, root, ranks, start)
-    folder = _choose_named(Path(request), ranks)
+    candidates = ranks.on_main(lambda: named_checkpoints(Path(request)), flag="--resume ")
+    folder = _newest_sound(candidates, ranks, request)
     if ranks.on_main(lambda: folder.resolve().parent == root.resolve()):
         ranks.on_main(lambda: _set_later_aside(root, read_manifest(folder).step))
     elif own:
         raise CheckpointError(
             f"--resume {request}: {run_dir} already holds checkpoints of its own, up to"
-            f" {own[0].name}, and was not started from there: go on by --resume auto, or take"
+            f" {own[0].name}, and was not started from there: continue by --resume auto, or take"
             " another --run-dir"
         )
     _LOG.info("resume: taking %s", folder)
@@ -103,27 +105,21 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
 def _continue_run(
     candidates: list[Path], root: Path, ranks: DistributedContext, start: _Start | None
 ) -> Choice:
-    skipped = [f"{path} (the save never ended)" for path in ranks.from_main(list_unfinished(root))]
-    chosen, problems = _newest_sound(candidates, ranks)
-    _report_skipped([*skipped, *problems], ranks)
-    if chosen is None and candidates:
-        raise CheckpointError(
-            f"--resume auto: none of the checkpoints under {root} is sound: {'; '.join(problems)}."
-            " Restore one, name another with --resume DIR, or start anew in another --run-dir"
-        )
-    if chosen is None and start is not None:
+    for path in list_unfinished(root) if ranks.is_main else ():
+        _LOG.warning("resume: skipped %s (the save never ended)", path)
+    if candidates:
+        chosen = _newest_sound(candidates, ranks, "auto")
+        _LOG.info("resume: taking %s", chosen)
+        ranks.on_main(lambda: _set_later_aside(root, step_of(chosen)))
+        return Choice(folder=chosen)
+    if start is not None:
         raise CheckpointError(
             f"--resume auto: this run was started from {start.named} and has no checkpoint of its"
             f" own under {root}: name that again (--resume {start.named}), or start anew in another"
             " --run-dir"
         )
-    _LOG.info(
-        "resume: %s",
-        f"taking {chosen}" if chosen else f"no checkpoint under {root}, starting from step 0",
-    )
-    if chosen is not None:
-        ranks.on_main(lambda: _set_later_aside(root, step_of(chosen)))
-    return Choice(folder=chosen)
+    _LOG.info("resume: no checkpoint under %s, starting from step 0", root)
+    return Choice()
 
 
 def _set_later_aside(root: Path, step: int) -> None:
@@ -136,37 +132,30 @@ def _set_later_aside(root: Path, step: int) -> None:
             aside = next(path for path in names if not path.exists())
             folder.rename(aside)
             _LOG.warning(
-                "resume: the run goes on from step %d; %s is set aside as %s",
+                "resume: the run continues from step %d; %s is set aside as %s",
                 step,
                 folder,
                 aside.name,
             )
 
 
-def _choose_named(path: Path, ranks: DistributedContext) -> Path:
-    candidates = ranks.on_main(lambda: named_checkpoints(path), flag="--resume ")
-    chosen, problems = _newest_sound(candidates, ranks)
-    if chosen is None:
-        raise CheckpointError(f"--resume {path}: {'; '.join(problems)}")
-    _report_skipped(problems, ranks)
-    return chosen
+def _newest_sound(candidates: list[Path], ranks: DistributedContext, request: str) -> Path:
+    """Return the newest checkpoint that is sound; report those that are skipped.
 
-
-def _report_skipped(lines: list[str], ranks: DistributedContext) -> None:
-    for line in lines if ranks.is_main else ():
-        _LOG.warning("resume: skipped %s", line)
-
-
-def _newest_sound(
-    candidates: list[Path], ranks: DistributedContext
-) -> tuple[Path | None, list[str]]:
+    Raises: CheckpointError if none is.
+    """
     skipped: list[str] = []
     for candidate in candidates:
-        problems = _problems(candidate, ranks)
-        if not problems:
-            return candidate, skipped
-        skipped.append(first_few(problems, _SHOWN))
-    return None, skipped
+        if problems := _problems(candidate, ranks):
+            skipped.append(first_few(problems, _SHOWN))
+            continue
+        for line in skipped if ranks.is_main else ():
+            _LOG.warning("resume: skipped %s", line)
+        return candidate
+    raise CheckpointError(
+        f"--resume {request}: none of the checkpoints is sound: {'; '.join(skipped)}. Restore one,"
+        " name another with --resume DIR, or start anew in another --run-dir"
+    )
 
 
 def _problems(folder: Path, ranks: DistributedContext) -> list[str]:
@@ -183,13 +172,10 @@ def _problems(folder: Path, ranks: DistributedContext) -> list[str]:
 
 def _read_start(run_dir: Path) -> _Start | None:
     path = run_dir / _START
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return _Start(named=str(values["named"]), step=int(values["step"]))
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be understood ({type(error).__name__}: {error}); it says which"
-            " checkpoint the run was started from: remove it to go on by --resume auto"
-        ) from None
+    with explaining(
+        f"{path}: says which checkpoint the run was started from, and cannot be understood: remove"
+        " it to continue by --resume auto"
+    ):
+        if not path.exists():
+            return None
+        return msgspec.json.decode(path.read_bytes(), type=_Start)

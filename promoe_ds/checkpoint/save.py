@@ -3,34 +3,65 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from msgspec.structs import replace
+from torch import nn
 
 from promoe_ds.backends.parameter_groups import is_reordered
-from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.checkpoint.manifest import (
     UNFINISHED,
-    FileRecord,
     Layout,
     Manifest,
+    find_problems,
     list_checkpoints,
     read_wandb_id,
     step_folder,
     step_of,
 )
-from promoe_ds.checkpoint.training_state import TrainingState
-from promoe_ds.config.schema import TrainConfig
-from promoe_ds.errors import CheckpointError
+from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig
+from promoe_ds.distributed.context import DistributedContext
+from promoe_ds.errors import CheckpointError, first_few
 from promoe_ds.files import replace_text
 from promoe_ds.logs import get_logger
+from promoe_ds.model.dit import DiT
 from promoe_ds.versions import versions_of
 
 _LOG = get_logger("checkpoint")
 #: Ends the name of a checkpoint that is being deleted.
 _DELETED = ".deleted"
+
+
+class TrainingState(Protocol):
+    """The trainer, as far as checkpoints know it."""
+
+    config: RunConfig
+    deepspeed_plan: DeepSpeedPlan
+    batches: BatchPlan
+    context: DistributedContext
+    #: DeepSpeed's engine.
+    engine: Any
+    #: The moving averages in the optimizer's state: `averages`, `averages_since`.
+    ema: Any
+    step: int
+    samples_seen: int
+
+    @property
+    def dataset(self) -> Sized:
+        """The data set."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module inside the engine."""
+
+    @property
+    def network(self) -> DiT:
+        """The network that is trained."""
 
 
 def layout_of(trainer: TrainingState) -> Layout:
@@ -58,7 +89,8 @@ class Saver:
     def __init__(self, trainer: TrainingState, root: Path) -> None:
         """Save under `root`."""
         self._trainer, self._root = trainer, root
-        self._pending: _Pending | None = None
+        #: Of the save in flight, still without its files.
+        self._pending: Manifest | None = None
 
     def save(self) -> None:
         """Save the trainer as it is now; all ranks call this together.  A save in flight is waited
@@ -70,8 +102,24 @@ class Saver:
             stays so.
         """
         self.finish()
-        self._pending = _begin(self._trainer, self._root)
-        if not self._trainer.config.train.async_checkpoint:
+        trainer = self._trainer
+        manifest = Manifest(
+            step=trainer.step,
+            samples_seen=trainer.samples_seen,
+            config=trainer.config.model_dump(mode="json"),
+            layout=layout_of(trainer),
+            files={},
+            versions=versions_of("deepspeed"),
+            averages_since=dict(trainer.ema.averages_since),
+            dataset_size=len(trainer.dataset),
+            wandb_id=read_wandb_id(self._root.parent),
+        )
+        folder = self._root / f"{step_folder(trainer.step)}{UNFINISHED}"
+        with self._explaining(trainer.step):
+            trainer.context.on_main(lambda: _make_empty(folder), flag="rank 0: ")
+        trainer.engine.save_checkpoint(str(self._root), tag=folder.name, save_latest=False)
+        self._pending = manifest
+        if not trainer.config.train.async_checkpoint:
             self.finish()
 
     def poll(self) -> None:
@@ -82,9 +130,9 @@ class Saver:
         """
         if self._pending is None:
             return
-        busy = torch.tensor(
-            float(self._pending.storage.is_writing), device=self._trainer.context.device
-        )
+        context = self._trainer.context
+        is_writing = self._trainer.engine.checkpoint_engine.is_writing
+        busy = torch.tensor(float(is_writing), device=context.device)
         dist.all_reduce(busy, op=dist.ReduceOp.MAX)
         if not busy.item():
             self.finish()
@@ -97,137 +145,68 @@ class Saver:
         """
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
-        path = _complete(self._trainer, self._root, pending)
-        _LOG.info("step %d: saved %s", pending.step, path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pending:
-    """A save whose shards are being written."""
-
-    storage: RecordingStorage
-    step: int
-    samples_seen: int
-    failure: str | None
-
-    @property
-    def folder(self) -> str:
-        return step_folder(self.step)
-
-
-def _begin(trainer: TrainingState, root: Path) -> _Pending:
-    """Hand every rank's share to the storage."""
-    unfinished = root / f"{step_folder(trainer.step)}{UNFINISHED}"
-    failure = trainer.context.from_main(_clear(unfinished) if trainer.context.is_main else None)
-    if failure is None:
-        trainer.engine.save_checkpoint(str(root), tag=unfinished.name, save_latest=False)
-    return _Pending(
-        storage=trainer.engine.checkpoint_engine,
-        step=trainer.step,
-        samples_seen=trainer.samples_seen,
-        failure=failure,
-    )
-
-
-def _complete(trainer: TrainingState, root: Path, pending: _Pending) -> Path:
-    """Wait for this rank's files, gather all ranks' records, make the shards a checkpoint."""
-    unfinished, final = root / f"{pending.folder}{UNFINISHED}", root / pending.folder
-    pending.storage.wait()
-    records, failures = {}, [pending.failure] if pending.failure else []
-    for rank, (files, problem) in enumerate(
-        trainer.context.gather((pending.storage.records, pending.storage.failure))
-    ):
-        records.update(files)
-        failures += [f"rank {rank}: {problem}"] if problem else []
-    if not failures:
-        failure = trainer.context.from_main(
-            _finish(trainer, root, pending, records) if trainer.context.is_main else None
-        )
-        failures = [failure] if failure else []
-    if failures:
-        if trainer.context.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        sound = list_checkpoints(root)
-        remains = (
-            f"the newest complete checkpoint is {sound[0]}"
-            if sound
-            else "there is no complete checkpoint yet"
-        )
-        raise CheckpointError(
-            f"step {pending.step}: the checkpoint could not be written: {'; '.join(failures)}. Free"
-            f" or enlarge the disk, or take a --run-dir that all hosts share, and resume; {remains}"
-        )
-    return final
-
-
-def _clear(folder: Path) -> str | None:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    except OSError as error:
-        return f"{folder}: {error}"
-    return None
-
-
-def _finish(
-    trainer: TrainingState, root: Path, pending: _Pending, records: dict[str, FileRecord]
-) -> str | None:
-    """Make the written shards a checkpoint; rank 0 only. Return what went wrong."""
-    unfinished, final = root / f"{pending.folder}{UNFINISHED}", root / pending.folder
-    try:
-        if problem := _find_unseen(unfinished, records):
-            return f"rank 0: {problem}"
-        manifest = Manifest(
-            step=pending.step,
-            samples_seen=pending.samples_seen,
-            config=trainer.config.model_dump(mode="json"),
-            layout=layout_of(trainer),
-            files=records,
-            versions=versions_of("deepspeed"),
-            averages_since=dict(trainer.ema.averages_since),
-            dataset_size=len(trainer.dataset),
-            wandb_id=read_wandb_id(root.parent),
-        )
-        manifest.write(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        replace_text(root / "latest", final.name)
-        _prune(root, pending.step, trainer.config.train)
-    except OSError as error:
-        return f"rank 0: {error}"
-    return None
-
-
-def _find_unseen(folder: Path, records: dict[str, FileRecord]) -> str | None:
-    """Say which file is not there as the rank that wrote it has it: on another host's disk, it is
-    no part of this checkpoint.
-    """
-    for name, record in sorted(records.items()):
-        path = folder / name
-        if not path.is_file():
-            return f"{path} was written by another rank and is not there"
-        if path.stat().st_size != record.bytes:
-            return (
-                f"{path} has {path.stat().st_size} bytes, the rank that wrote it says"
-                f" {record.bytes}"
+        manifest, self._pending = self._pending, None
+        trainer, storage = self._trainer, self._trainer.engine.checkpoint_engine
+        storage.wait()
+        shares = trainer.context.gather((storage.records, storage.failure))
+        failed = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(shares) if failure]
+        files = {name: record for records, _ in shares for name, record in records.items()}
+        train = trainer.config.train
+        with self._explaining(manifest.step):
+            if failed:
+                raise CheckpointError("; ".join(failed))
+            complete = replace(manifest, files=files)
+            trainer.context.on_main(
+                lambda: complete_checkpoint(
+                    self._root, complete, keep_last=train.keep_last, keep_every=train.keep_every
+                ),
+                flag="rank 0: ",
             )
-    return None
+        _LOG.info("step %d: saved %s", manifest.step, self._root / step_folder(manifest.step))
+
+    @contextmanager
+    def _explaining(self, step: int) -> Iterator[None]:
+        """Say of an error what to do, and what is left; remove what was written."""
+        try:
+            yield
+        except CheckpointError as error:
+            unfinished = self._root / f"{step_folder(step)}{UNFINISHED}"
+            self._trainer.context.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+            newest = next(iter(list_checkpoints(self._root)), "not there yet")
+            raise CheckpointError(
+                f"step {step}: the checkpoint could not be written: {error}. Free or enlarge the"
+                " disk, or take a --run-dir that all hosts share, and resume; the newest complete"
+                f" checkpoint is {newest}"
+            ) from None
 
 
-def _prune(root: Path, newest: int, train: TrainConfig) -> None:
-    """Delete what is beyond `train.keep_last` of the checkpoints up to step `newest`, which was
-    just written and stays.
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def complete_checkpoint(
+    root: Path, manifest: Manifest, *, keep_last: int, keep_every: int = 0
+) -> None:
+    """Make the shards of `step_N.tmp` a checkpoint, and delete those that are not to be kept.
+
+    Raises: CheckpointError if a file is not here as the rank that wrote it has it: on another
+        host's disk it is no part of this checkpoint.  OSError.
     """
+    final = root / step_folder(manifest.step)
+    unfinished = final.with_name(f"{final.name}{UNFINISHED}")
+    if problems := find_problems(unfinished, manifest.files, sizes_only=True):
+        raise CheckpointError(f"{first_few(problems)}, unlike where it was written")
+    manifest.write(unfinished)
+    shutil.rmtree(final, ignore_errors=True)
+    unfinished.rename(final)
+    replace_text(root / "latest", final.name)
     for left in root.glob(f"*{_DELETED}"):
         shutil.rmtree(left, ignore_errors=True)
-    written = [folder for folder in list_checkpoints(root) if step_of(folder) <= newest]
-    for old in written[train.keep_last :]:
-        if not train.keep_every or step_of(old) % train.keep_every:
-            gone = old.with_name(
-                f"{old.name}{_DELETED}"
-            )  # first: half a deletion must not look like a checkpoint
-            if not gone.exists():
-                old.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+    # Of those up to this step, which was just written and stays.
+    written = [folder for folder in list_checkpoints(root) if step_of(folder) <= manifest.step]
+    for old in written[keep_last:]:
+        gone = old.with_name(f"{old.name}{_DELETED}")
+        if not gone.exists() and (not keep_every or step_of(old) % keep_every):
+            # Renamed first: half a deletion must not look like a checkpoint.
+            shutil.rmtree(old.rename(gone), ignore_errors=True)

@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from argparse import Namespace
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from promoe_ds.errors import CheckpointError
+from promoe_ds.backends.deepspeed_private import LossScaler, fragment_address
+from promoe_ds.errors import CheckpointError, explaining
 from promoe_ds.file_kind import SAFETENSORS, TORCH, identify
 from promoe_ds.model.shards import bytes_of
 from promoe_ds.torch_private import fake_tensors, file_offset
 
+#: Plain records that DeepSpeed and the published code store beside tensors; nothing else is let in.
+ALLOWED_RECORDS = [fragment_address, LossScaler, Namespace]
 _LIBC = ctypes.CDLL(None)
 _BLOCK = 1 << 22
 #: Offsets and sizes of a zip archive's structures (APPNOTE 4.3.7, 4.3.9, 4.3.12).
@@ -35,29 +38,27 @@ _DESCRIPTOR, _HAS_DESCRIPTOR = b"PK\x07\x08", 0x08
 _DIRECTORY_ENTRY, _CRC_IN_DIRECTORY, _LENGTHS_IN_DIRECTORY = 46, 16, 28
 
 
-def load_torch(
-    path: Path, allowed: Sequence[type] = (), *, is_mapped: bool = False, map_location: Any = "cpu"
-) -> Any:
-    """Read a file, executing nothing from it.
+def load_torch(path: Path, *, is_mapped: bool = False, map_location: Any = "cpu") -> Any:
+    """Read a file of tensors, numbers, strings, containers and ALLOWED_RECORDS, executing nothing
+    from it.
 
     Args:
         path: the file.
-        allowed: plain records that the file may hold beside tensors, numbers, strings, containers.
         is_mapped: leave the values in the file until `copy_range` or `copy_tensor` reads them.
     Raises: CheckpointError naming the file if it is damaged, no such file, or would run code.
     """
+    with explaining(f"{path}: cannot be read"):
+        kind = identify(path)
+    if kind != TORCH:
+        remedy = "torch.save(safetensors.torch.load_file(FILE), OTHER) makes a torch file of it"
+        raise CheckpointError(
+            f"{path}: cannot be read: it is {kind}{f': {remedy}' * (kind == SAFETENSORS)}"
+        )
     try:
-        if (kind := identify(path)) != TORCH:
-            remedy = "torch.save(safetensors.torch.load_file(FILE), OTHER) makes a torch file of it"
-            raise CheckpointError(
-                f"{path}: cannot be read: it is {kind}{f': {remedy}' * (kind == SAFETENSORS)}"
-            )
-        with torch.serialization.safe_globals(list(allowed)):
+        with torch.serialization.safe_globals(ALLOWED_RECORDS):
             return torch.load(path, map_location=map_location, mmap=is_mapped, weights_only=True)
-    except CheckpointError:
-        raise
     except Exception as error:  # torch raises many kinds, from zip errors to unpickling ones
-        reason = _unreadable_reason(path, error, allowed)
+        reason = _unreadable_reason(path, error)
         raise CheckpointError(f"{path}: cannot be read: {reason}") from None
 
 
@@ -113,11 +114,11 @@ def check_records(path: Path) -> None:
         )
 
 
-def _unreadable_reason(path: Path, error: Exception, allowed: Sequence[type]) -> str:
+def _unreadable_reason(path: Path, error: Exception) -> str:
     """Return why torch cannot read a file; its own words advise to execute what the file says."""
     if isinstance(error, pickle.UnpicklingError):
         try:
-            with torch.serialization.safe_globals(list(allowed)):
+            with torch.serialization.safe_globals(ALLOWED_RECORDS):
                 wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception as problem:  # a damaged file, again of many kinds
             error, wanted = problem, []
@@ -142,14 +143,12 @@ class TorchFileWriter:
         Raises: CheckpointError naming the file if it cannot be written.
         """
         self.path = path
-        try:
+        with explaining(f"{path}: cannot be written"):
             with torch.serialization.skip_data():
                 torch.save(content, path)
             with fake_tensors():
                 self.content: Any = torch.load(path, weights_only=True)
             self._file = path.open("r+b")
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: cannot be written ({error})") from None
 
     def write(self, place: Tensor, value: Tensor) -> None:
         """Write the values of one tensor of `content`."""
@@ -158,11 +157,9 @@ class TorchFileWriter:
                 f"{self.path}: {tuple(value.shape)} {value.dtype} does not fit "
                 f"{tuple(place.shape)} {place.dtype}"
             )
-        try:
+        with explaining(f"{self.path}: cannot be written"):
             self._file.seek(file_offset(place))
             self._file.write(bytes_of(value.contiguous()))
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be written ({error})") from None
 
     def write_steps(self, optimizer: dict[str, Any] | None, step: int | None) -> None:
         """Write the step of every parameter in an optimizer's state, where it has one."""

@@ -10,7 +10,8 @@ order of their global ids. Every value that the files hold must be read exactly 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,12 @@ from torch import Tensor
 
 from promoe_ds.backends.expert_parallel import expert_file_key
 from promoe_ds.checkpoint.coverage import Coverage
-from promoe_ds.checkpoint.engine import ALLOWED_RECORDS
 from promoe_ds.checkpoint.manifest import MANIFEST, Layout, Manifest
 from promoe_ds.checkpoint.torch_file import copy_range, copy_tensor, load_torch
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.errors import CheckpointError
-from promoe_ds.model.state import buffer_names, check_shapes
+from promoe_ds.errors import CheckpointError, explaining, first_few
+from promoe_ds.model.state import buffer_names, shape_problems, state_shapes
 from promoe_ds.moe.experts import EXPERT_PARAMETERS
 
 #: The fp32 weights; beside them a checkpoint may hold moving averages and the moments.
@@ -34,9 +34,10 @@ WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MODEL_STATES = "mp_rank_00_model_states.pt"
 PREFIX = "denoiser."
-#: What a damaged or foreign file's structure may raise.
-_MISFITS = (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError)
-
+#: In the names of the stacked experts' tensors.
+ROUTED = ".moe.routed."
+#: A key, its first value, and how many.
+_Piece = tuple[str, int, int]
 _Open = Callable[[str], Any]
 
 
@@ -66,21 +67,23 @@ class _Contents:
     """Where the files keep parameters.
 
     tensors: kind -> key -> tensor of a file.
-    pieces: kind -> parameter -> (key, first value, number of values), which together are the whole.
+    pieces: kind -> parameter -> equal parts of it in order, each of pieces that together are it.
     optimizer_step: updates that the moments have seen.
     """
 
     shapes: dict[str, tuple[int, ...]]
     tensors: dict[str, dict[str, Tensor]]
-    pieces: dict[str, dict[str, list[tuple[str, int, int]]]]
+    pieces: dict[str, dict[str, list[list[_Piece]]]]
     optimizer_step: int | None
 
 
 class ShardedCheckpoint:
     """A checkpoint as training wrote it, of any ranks, expert parallelism, ZeRO stage, precision.
 
-    kinds: what it holds, of "weights", averages by name, "exp_avg", "exp_avg_sq".
-    shapes: every parameter's whole shape, by rank-blind name.
+    kinds: what it holds, of "weights", averages by name, "exp_avg", "exp_avg_sq", each with the
+        rank-blind names that it has: parameters, and for weights the routers' running state.
+    shapes: every parameter's and buffer's whole shape, by name.
+    buffers: the routers' running state, in the files' own memory.
     optimizer_step: the updates that the moments have seen; None where there are none.
     """
 
@@ -98,50 +101,70 @@ class ShardedCheckpoint:
                 raise CheckpointError(
                     f"{folder / MANIFEST}: does not list {name}, which its layout needs"
                 )
-            return load_torch(folder / name, ALLOWED_RECORDS, is_mapped=True)
+            return load_torch(folder / name, is_mapped=True)
 
         self.folder = folder
         config, layout = manifest.run_config(folder), manifest.layout
         model = open_file(MODEL_STATES)
-        try:
+        with explaining(f"{folder}: its files are not what {MANIFEST} says of them, {layout}"):
             check_progress(model, folder, manifest)
             if layout.zero_stage > 0:
-                self._contents = _find_slices(open_file, layout, model, folder)
+                contents = _find_slices(open_file, layout, model, folder)
             else:
-                self._contents = _find_tensors(open_file, layout, model, config)
-            self.shapes, self.kinds = self._contents.shapes, tuple(self._contents.tensors)
-            self.optimizer_step = self._contents.optimizer_step
-            module = model["module"]
-            self._buffers = {name: module[f"{PREFIX}{name}"] for name in buffer_names(config)}
-            self._check_sizes()
-            buffer_shapes = {name: tuple(value.shape) for name, value in self._buffers.items()}
-        except _MISFITS as error:
+                contents = _find_tensors(open_file, layout, model, config)
+            self.buffers = {
+                name: model["module"][f"{PREFIX}{name}"] for name in buffer_names(config)
+            }
+            self._tensors = contents.tensors
+            self._pieces = {
+                kind: {
+                    name: self._joined(pieces.get(name, [[]]), shape, f"{name} ({kind})")
+                    for name, shape in contents.shapes.items()
+                }
+                for kind, pieces in contents.pieces.items()
+            }
+            self.shapes = contents.shapes | {
+                name: tuple(value.shape) for name, value in self.buffers.items()
+            }
+        if problems := shape_problems(self.shapes, state_shapes(config)):
             raise CheckpointError(
-                f"{folder}: its files are not what {MANIFEST} says of them, {layout} "
-                f"({type(error).__name__}: {error})"
-            ) from None
-        try:
-            check_shapes(self.shapes | buffer_shapes, config)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{folder}: its files do not fit the config in {MANIFEST}: {error}"
-            ) from None
+                f"{folder}: its files do not fit the config in {MANIFEST}: {first_few(problems)}"
+            )
+        self.kinds = {
+            kind: [*contents.shapes, *(self.buffers if is_weights(kind) else ())]
+            for kind in self._tensors
+        }
+        self.optimizer_step = contents.optimizer_step
+        self._coverage = {
+            kind: Coverage(
+                f"{folder}, {kind}", {key: value.numel() for key, value in tensors.items()}
+            )
+            for kind, tensors in self._tensors.items()
+        }
 
-    def names(self, kind: str) -> list[str]:
-        """Return the names of `kind`: parameters, and for weights the routers' running state."""
-        return [*self.shapes, *(self._buffers if is_weights(kind) else ())]
+    def move_experts(self, sources: Mapping[str, list[int]]) -> None:
+        """Read tensors of experts in another order from now on.
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a parameter's or a buffer's whole shape."""
-        return self.shapes[name] if name in self.shapes else tuple(self._buffers[name].shape)
+        Args:
+            sources: name of such a tensor -> where each place's expert is in the checkpoint.
+        """
+        for name, places in sources.items():
+            if name in self.buffers:
+                self.buffers[name] = copy_tensor(self.buffers[name])[places]
+                continue
+            size = math.prod(self.shapes[name][1:])
+            for pieces in self._pieces.values():
+                pieces[name] = [
+                    piece for place in places for piece in _cut(pieces[name], place * size, size)
+                ]
 
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor, fp32, in memory of its own.
 
         Raises: CheckpointError naming the file or tensor that is missing or does not fit.
         """
-        if name in self._buffers:
-            return copy_tensor(self._buffers[name]).float()
+        if name in self.buffers:
+            return copy_tensor(self.buffers[name]).float()
         out = torch.empty(self.shapes[name])
         self.read_into(out.view(-1), kind, name, 0)
         return out
@@ -151,29 +174,17 @@ class ShardedCheckpoint:
 
         Raises: CheckpointError naming the file or tensor that is missing or does not fit.
         """
-        if kind not in self.kinds:
-            raise CheckpointError(f"{self.folder}: holds no {kind}, only {', '.join(self.kinds)}")
-        if name not in self.shapes:
-            raise CheckpointError(f"{self.folder}: holds no {name}")
-        position, stop = 0, start + out_N.numel()
-        for key, begin, count in self._contents.pieces[kind][name]:
-            low, high = max(start, position), min(stop, position + count)
-            if low < high:
-                first = begin + low - position
-                try:
-                    copy_range(
-                        out_N[low - start : high - start], self._contents.tensors[kind][key], first
-                    )
-                except ValueError as error:
-                    raise CheckpointError(
-                        f"{self.folder / key}: {kind} of {name}: {error}"
-                    ) from None
-                self._coverage[kind].add(key, first, first + high - low)
+        if name not in self._pieces.get(kind, {}):
+            raise CheckpointError(
+                f"{self.folder}: holds no {kind} of {name}, only {', '.join(self.kinds)}"
+            )
+        position = 0
+        for key, first, count in _cut(self._pieces[kind][name], start, out_N.numel()):
+            with explaining(f"{self.folder / key}: {kind} of {name} does not fit"):
+                out = out_N[position : position + count]
+                copy_range(out, self._tensors[kind][key], first)
+            self._coverage[kind].add(key, first, first + count)
             position += count
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the routers' running state."""
-        return {name: self.read(WEIGHTS, name) for name in self._buffers}
 
     def check(self, kind: str) -> int:
         """Return how many values of `kind` were read; every value must be, exactly once.
@@ -182,23 +193,29 @@ class ShardedCheckpoint:
         """
 
         def is_padding(key: str, start: int, stop: int) -> bool:
-            return not self._contents.tensors[kind][key].view(-1)[start:stop].any()
+            return not self._tensors[kind][key].view(-1)[start:stop].any()
 
         return self._coverage[kind].check(is_padding)
 
-    def _check_sizes(self) -> None:
-        """Compare the files' pieces with the shapes, and start to note what is read."""
-        self._coverage: dict[str, Coverage] = {}
-        for kind, tensors in self._contents.tensors.items():
-            for name, shape in self.shapes.items():
-                found = sum(count for *_, count in self._contents.pieces[kind].get(name, ()))
-                if found != math.prod(shape):
-                    raise CheckpointError(
-                        f"{self.folder}: the files hold {found} of {math.prod(shape)} values of "
-                        f"{name} ({kind})"
-                    )
-            sizes = {key: value.numel() for key, value in tensors.items()}
-            self._coverage[kind] = Coverage(f"{self.folder}, {kind}", sizes)
+    def _joined(self, parts: list[list[_Piece]], shape: tuple[int, ...], name: str) -> list[_Piece]:
+        """Return the pieces of a parameter's equal parts, each of which must be whole."""
+        expected = math.prod(shape)
+        for part in parts:
+            if (found := len(parts) * sum(count for *_, count in part)) != expected:
+                raise CheckpointError(
+                    f"{self.folder}: the files hold {found} of {expected} values of {name}"
+                )
+        return [piece for part in parts for piece in part]
+
+
+def _cut(pieces: list[_Piece], start: int, count: int) -> Iterator[_Piece]:
+    """Yield the pieces of the values [start, start + count) of what `pieces` are together."""
+    position, stop = 0, start + count
+    for key, first, size in pieces:
+        low, high = max(start, position), min(stop, position + size)
+        if low < high:
+            yield key, first + low - position, high - low
+        position += size
 
 
 def _find_slices(open_file: _Open, layout: Layout, model: Any, folder: Path) -> _Contents:
@@ -210,7 +227,7 @@ def _find_slices(open_file: _Open, layout: Layout, model: Any, folder: Path) -> 
     ]
     shards = [open_file(file)["optimizer_state_dict"] for file in files]
     shapes: dict[str, Any] = {}
-    pieces: dict[str, Any] = {}
+    pieces: dict[str, list[list[_Piece]]] = {}
     for group, group_shapes in enumerate(model["param_shapes"]):
         maps = [shard["param_slice_mappings"][group] for shard in shards]
         ep_size = layout.world_size // shards[0]["partition_count"][group]
@@ -219,33 +236,23 @@ def _find_slices(open_file: _Open, layout: Layout, model: Any, folder: Path) -> 
         for key, shape in group_shapes.items():
             name = key.removeprefix(PREFIX)
             shapes[name] = (ep_size * shape[0], *shape[1:]) if ep_size > 1 else tuple(shape)
-            pieces[name] = []
-            for ep_rank in range(ep_size):
-                owned = [
-                    (f"{file}:{group}", slices[key].start, slices[key].numel)
-                    for rank, (file, slices) in enumerate(zip(files, maps, strict=True))
-                    if _ep_rank(rank, layout, ep_size) == ep_rank and key in slices
-                ]
-                if (found := sum(count for *_, count in owned)) != math.prod(shape):
-                    raise CheckpointError(
-                        f"{folder}: the files hold {found} of {math.prod(shape)} values of {name}"
-                    )
-                pieces[name] += owned
-    states = [shard["base_optimizer_state"]["state"] for shard in shards]
-    first = states[0].get(0, {})
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for kind in (WEIGHTS, *(kind for kind in first if kind != "step")):
-        tensors[kind] = {}
-        for file, shard, state in zip(files, shards, states, strict=True):
-            for group, flat in enumerate(shard["single_partition_of_fp32_groups"]):
-                if kind != WEIGHTS and kind not in state.get(group, {}):
-                    raise CheckpointError(f"{folder / file}: the optimizer state holds no {kind}")
-                tensors[kind][f"{file}:{group}"] = flat if kind == WEIGHTS else state[group][kind]
+            pieces[name] = [[] for _ in range(ep_size)]
+            for rank, (file, slices) in enumerate(zip(files, maps, strict=True)):
+                if key in slices:
+                    piece = (f"{file}:{group}", slices[key].start, slices[key].numel)
+                    pieces[name][_ep_rank(rank, layout, ep_size)].append(piece)
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for file, shard in zip(files, shards, strict=True):
+        states = shard["base_optimizer_state"]["state"]
+        for group, flat in enumerate(shard["single_partition_of_fp32_groups"]):
+            for kind, value in {WEIGHTS: flat, **states.get(group, {})}.items():
+                tensors[kind][f"{file}:{group}"] = value
+    steps = tensors.pop("step", {})
     return _Contents(
         shapes=shapes,
         tensors=tensors,
         pieces=dict.fromkeys(tensors, pieces),
-        optimizer_step=int(first["step"]) if "step" in first else None,
+        optimizer_step=next((int(step) for step in steps.values()), None),
     )
 
 
@@ -257,69 +264,54 @@ def _ep_rank(rank: int, layout: Layout, ep_size: int) -> int:
 
 def _find_tensors(open_file: _Open, layout: Layout, model: Any, config: RunConfig) -> _Contents:
     """Find parameters whole in the model file; experts in files of their own where sharded."""
-    is_sharded = layout.dispatch == "deepspeed"
-    buffers = set(buffer_names(config))
-    parts: dict[str, dict[str, list[tuple[str, Tensor]]]] = {WEIGHTS: {}}
+    found: dict[str, dict[str, list[tuple[str, Tensor]]]] = defaultdict(lambda: defaultdict(list))
+    buffers, files = set(buffer_names(config)), [MODEL_STATES]
     for key, value in model["module"].items():
         if (name := key.removeprefix(PREFIX)) not in buffers:
-            parts[WEIGHTS][name] = [(f"{MODEL_STATES}:{key}", value)]
-    experts = dict(_expert_tensors(open_file, config)) if is_sharded else {}
-    parts[WEIGHTS] |= experts
-    files = {MODEL_STATES: model}
-    if is_sharded:
-        names = [f"expp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(layout.ep_size)]
-        files = {name: open_file(name) for name in names}
-    states = {
-        file: dict(_named_states(content.get("optimizer"))) for file, content in files.items()
-    }
-    every = [state for named in states.values() for state in named.values()]
-    for kind in every[0] if every else ():
-        if kind != "step" and all(kind in state for state in every):
-            parts[kind] = {}
-            for index, (file, named) in enumerate(states.items()):
-                for name, state in named.items():
-                    if index == 0 or name in experts:
-                        parts[kind].setdefault(name, []).append((f"{file}:{name}", state[kind]))
+            found[WEIGHTS][name].append((f"{MODEL_STATES}:{key}", value))
+    if is_sharded := layout.dispatch == "deepspeed":
+        for name, key, value in _expert_tensors(open_file, config):
+            found[WEIGHTS][name].append((key, value))
+        files = [f"expp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(layout.ep_size)]
+    for file in files:
+        for name, state in _named_states(open_file(file).get("optimizer")):
+            if file == files[0] or ROUTED in name:
+                for kind, value in state.items():
+                    found[kind][name].append((f"{file}:{name}", value))
+    steps = found.pop("step", {})
     return _Contents(
         shapes={
-            name: (
-                (len(values), *values[0][1].shape) if name in experts else tuple(values[0][1].shape)
-            )
-            for name, values in parts[WEIGHTS].items()
+            name: (len(values),) * (is_sharded and ROUTED in name) + tuple(values[0][1].shape)
+            for name, values in found[WEIGHTS].items()
         },
         tensors={
             kind: dict(part for values in named.values() for part in values)
-            for kind, named in parts.items()
+            for kind, named in found.items()
         },
         pieces={
             kind: {
-                name: [(key, 0, value.numel()) for key, value in values]
+                name: [[(key, 0, value.numel())] for key, value in values]
                 for name, values in named.items()
             }
-            for kind, named in parts.items()
+            for kind, named in found.items()
         },
-        optimizer_step=int(every[0]["step"]) if every and "step" in every[0] else None,
+        optimizer_step=next((int(values[0][1]) for values in steps.values()), None),
     )
 
 
-def _expert_tensors(
-    open_file: _Open, config: RunConfig
-) -> Iterator[tuple[str, list[tuple[str, Tensor]]]]:
+def _expert_tensors(open_file: _Open, config: RunConfig) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield name, key and tensor of every routed expert's every parameter, expert after expert."""
     for layer, block in enumerate(config.moe_block_indices):
-        files = [
-            f"layer_{layer}_expert_{expert}_{MODEL_STATES}"
-            for expert in range(config.routing.num_experts)
-        ]
-        contents = [open_file(file) for file in files]
-        for parameter in EXPERT_PARAMETERS[config.routing.expert_type]:
-            name = f"blocks.{block}.moe.routed.{parameter}"
-            yield (
-                name,
-                [
-                    (f"{file}:{parameter}", content[expert_file_key(f"{PREFIX}{name}", expert)])
-                    for expert, (file, content) in enumerate(zip(files, contents, strict=True))
-                ],
-            )
+        for expert in range(config.routing.num_experts):
+            file = f"layer_{layer}_expert_{expert}_{MODEL_STATES}"
+            content = open_file(file)
+            for parameter in EXPERT_PARAMETERS[config.routing.expert_type]:
+                name = f"blocks.{block}{ROUTED}{parameter}"
+                yield (
+                    name,
+                    f"{file}:{parameter}",
+                    content[expert_file_key(f"{PREFIX}{name}", expert)],
+                )
 
 
 def _named_states(optimizer: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:

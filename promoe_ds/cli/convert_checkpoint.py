@@ -160,12 +160,13 @@ def main(arguments: Sequence[str]) -> None:
         kind if kind == source else f"{kind} (from {source})"
         for kind, source in report.kinds.items()
     )
-    verdict = "read back and compared" if report.verified else "not read back"
+    verdict = "read back and compared" if options.verify else "not read back"
     sys.stdout.write(
-        f"{report.destination}: {report.parameters:,} parameters, step {report.step}: {kinds}\n"
+        f"{options.destination.absolute()}: {report.parameters:,} parameters, step {report.step}:"
+        f" {kinds}\n"
         f"{report.note}{chr(10) * bool(report.note)}"
-        f"from {report.source} ({report.source_format}): {report.values:,} values, each read once; "
-        f"{report.bytes:,} bytes written, {verdict}\n"
+        f"from {report.source.path} ({report.source.format}): {report.values:,} values, each read"
+        f" once; {report.bytes:,} bytes written, {verdict}\n"
     )
 
 

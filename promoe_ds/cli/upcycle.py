@@ -95,25 +95,17 @@ def main(arguments: Sequence[str]) -> None:
         noise=options.noise,
     )
     source_config = load_config(options.source_recipe) if options.source_recipe else None
-    report, agreement = upcycle(
+    report, differences = upcycle(
         options.source, load_config(options.recipe, options.overrides), request, source_config
     )
     sys.stdout.write(
-        f"{report.destination}: {report.parameters:,} parameters from"
+        f"{options.destination.absolute()}: {report.parameters:,} parameters from"
         f" {report.values:,}\n{report.note}\n"
     )
-    if agreement is not None:
-        measured = [
-            f"{name} {value:.2e}"
-            for name, value in (
-                ("null samples", agreement.null),
-                ("conditional samples", agreement.conditional),
-            )
-            if value is not None
-        ]
+    if differences:
+        measured = ", ".join(f"{name} {value:.2e}" for name, value in differences.items())
         sys.stdout.write(
-            f"difference of predictions on {options.images} training images, relative:"
-            f" {', '.join(measured)}\n"
+            f"difference of predictions on {options.images} training images, relative: {measured}\n"
         )
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from promoe_ds.checkpoint.expert_order import with_placement_of
 from promoe_ds.checkpoint.load import load_checkpoint
 from promoe_ds.checkpoint.manifest import read_manifest
+from promoe_ds.checkpoint.resharding import with_placement_of
 from promoe_ds.checkpoint.resume import choose_checkpoint
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config import DeepSpeedPlan, RunConfig

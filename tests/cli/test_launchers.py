@@ -216,7 +216,7 @@ def test_sample_same_seed_any_batch_size_equal_images(plain, folder) -> None:
 def test_export_output_equals_live_model(plain, folder) -> None:
     """The raw export computes what the weights inside the checkpoint's module file compute."""
     import promoe_ds
-    from promoe_ds.checkpoint.engine import load_trusted
+    from promoe_ds.checkpoint.torch_file import load_torch
 
     run(
         sys.executable,
@@ -230,7 +230,7 @@ def test_export_output_equals_live_model(plain, folder) -> None:
         cwd=folder,
     )
     model = promoe_ds.load_model(folder / "export_live")
-    live = load_trusted(plain / "checkpoints" / "step_0000004" / "mp_rank_00_model_states.pt")[
+    live = load_torch(plain / "checkpoints" / "step_0000004" / "mp_rank_00_model_states.pt")[
         "module"
     ]
     for name, value in model.state_dict().items():

@@ -102,7 +102,7 @@ def state(run_dir: Path, kind: str = "weights") -> dict[str, torch.Tensor]:
     """Reconstruct the newest checkpoint's tensors of `kind`."""
     newest = list_checkpoints(run_dir / "checkpoints")[0]
     checkpoint = ShardedCheckpoint(newest, read_manifest(newest))
-    values = {name: checkpoint.read(kind, name) for name in checkpoint.names(kind)}
+    values = {name: checkpoint.read(kind, name) for name in checkpoint.kinds[kind]}
     checkpoint.check(kind)
     return values
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from promoe_ds.checkpoint.conversion import Request, convert
-from promoe_ds.checkpoint.engine import load_trusted
 from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
+from promoe_ds.checkpoint.torch_file import load_torch
 from promoe_ds.errors import CheckpointError
 
 from .jobs import (
@@ -204,7 +204,7 @@ def test_branch_takes_new_settings_of_the_optimizer_on_the_same_layout(branches)
     """DeepSpeed puts back what was saved of them, and refuses where weight decay makes other
     groups.
     """
-    shard = load_trusted(
+    shard = load_torch(
         list_checkpoints(_root(branches, "loaded"))[0] / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     )
     groups = shard["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
@@ -243,7 +243,7 @@ def test_branch_keeps_the_averages_that_it_names_and_no_others(branches, tmp_pat
     log = (branches / "trained" / "train.log").read_text()
     assert "the averages ema_0.5 (decay 0.5) are given up" in log
     assert "holds no ema_power_0.05" in log
-    with pytest.raises(CheckpointError, match=r"holds no ema_0\.5"):
+    with pytest.raises(KeyError, match=r"ema_0\.5"):
         state(branches / "trained", "ema_0.5")
     request = Request(destination=tmp_path / "mixed", to="single", ema_sigma_rel=0.07)
     with pytest.raises(CheckpointError, match=r"averages that began at different steps \(0, 12\)"):

@@ -177,7 +177,7 @@ def test_background_save_goes_on_beside_training_and_holds_the_step_that_was_ask
         assert find_problems(mine, records[0]) == []
         sharded = [ShardedCheckpoint(path, read_manifest(path)) for path in (mine, reference)]
         for kind in sharded[0].kinds:
-            for tensor in sharded[0].names(kind):
+            for tensor in sharded[0].kinds[kind]:
                 values = [checkpoint.read(kind, tensor) for checkpoint in sharded]
                 assert torch.equal(*values), (name, kind, tensor)
 

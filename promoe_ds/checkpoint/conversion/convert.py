@@ -12,15 +12,8 @@ import torch
 
 from promoe_ds.checkpoint.conversion.posthoc import PosthocSource
 from promoe_ds.checkpoint.conversion.published_source import OfficialSource
-from promoe_ds.checkpoint.conversion.sources import Source, open_folder
-from promoe_ds.checkpoint.conversion.targets import (
-    Content,
-    OfficialTarget,
-    PipelineTarget,
-    SingleTarget,
-    Target,
-    TrainingTarget,
-)
+from promoe_ds.checkpoint.conversion.sources import Source, SourceInfo, open_folder
+from promoe_ds.checkpoint.conversion.targets import TARGETS, Content, Target
 from promoe_ds.checkpoint.zero_reader import MOMENTS, WEIGHTS
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
@@ -62,19 +55,16 @@ class Request:
 class Conversion:
     """What was converted.
 
-    kinds: the target's kind -> the source's kind.
+    step: of the target; kinds: the target's kind -> the source's kind.
     values: how many values were read from the source, each once; bytes: written.
     """
 
-    source: Path
-    source_format: str
-    destination: Path
+    source: SourceInfo
     step: int
     kinds: dict[str, str]
     parameters: int
     values: int
     bytes: int
-    verified: bool
     note: str
 
 
@@ -138,7 +128,6 @@ def convert_source(source: Source, request: Request) -> Conversion:
         exists only if all went well.
     """
     final, info = request.destination.absolute(), source.info
-    refuse_existing(final)
     if info.largest_file is not None:
         # A file that is written is held in memory, twice while safetensors does it: together no
         # more than one file of the source.
@@ -153,7 +142,7 @@ def convert_source(source: Source, request: Request) -> Conversion:
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        digests, values = _copy(source, _open_target(folder, content, request), content, kinds)
+        digests, values = _copy(source, TARGETS[request.to](folder, content), content, kinds)
         if request.verify:
             _verify(folder, request, content, digests)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -162,21 +151,17 @@ def convert_source(source: Source, request: Request) -> Conversion:
         raise CheckpointError(f"{final}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    shapes = next(iter(content.kinds.values()))
-    notes = [*([info.note] if info.note else []), *_notes(source, request, kinds)]
+    weights = next(iter(content.kinds.values()))
     return Conversion(
-        source=info.path,
-        source_format=info.format,
-        destination=final,
+        source=info,
         step=content.step,
         kinds=kinds,
         parameters=sum(
-            math.prod(shape) for name, shape in shapes.items() if name not in content.buffers
+            math.prod(shape) for name, shape in weights.items() if name not in content.buffers
         ),
         values=values,
         bytes=size,
-        verified=request.verify,
-        note="; ".join(notes),
+        note="; ".join(filter(None, [info.note, *_notes(source, request, kinds)])),
     )
 
 
@@ -186,17 +171,15 @@ def find_weights(source: Source, weights: str | None) -> str:
     Raises: CheckpointError naming what the source holds.
     """
     averages = [kind for kind in source.kinds if kind.startswith(EMA)]
-    raw = {"raw": WEIGHTS} if WEIGHTS in source.kinds else {}
-    known = {**{kind: kind for kind in averages}, **raw}
+    known = {"raw": WEIGHTS} if WEIGHTS in source.kinds else {}
     if averages:
-        known["ema"] = averages[0]
-    found = known.get(weights or ("ema" if averages else "raw"))
-    if found is None:
+        known |= {"ema": averages[0], **{kind: kind for kind in averages}}
+    wanted = weights or ("ema" if averages else "raw")
+    if wanted not in known:
         raise CheckpointError(
-            f"{source.info.path}: holds no {weights or 'raw'} weights, only "
-            f"{', '.join([*raw, *averages])}"
+            f"{source.info.path}: holds no {wanted} weights, only {', '.join(known)}"
         )
-    return found
+    return known[wanted]
 
 
 def _notes(source: Source, request: Request, kinds: dict[str, str]) -> list[str]:
@@ -206,7 +189,7 @@ def _notes(source: Source, request: Request, kinds: dict[str, str]) -> list[str]
     if request.to == "diffusers" and config.resolved_solver not in ("euler", "ddpm", "ddim"):
         notes.append(f"the recipe samples with {config.resolved_solver}, the pipeline with euler")
     if request.to == "deepspeed":
-        if any(POSITIONS in source.names(taken) for taken in kinds.values()):
+        if any(POSITIONS in source.kinds[taken] for taken in kinds.values()):
             notes.append(
                 "the file's averaged position table was left out: training uses the fixed one"
             )
@@ -231,14 +214,13 @@ def _choose_kinds(source: Source, request: Request) -> dict[str, str]:
     extra = moments if request.with_optimizer else {}
     if request.to in ("single", "diffusers"):
         model = find_weights(source, request.weights)
-        rest = [kind for kind in source.kinds if kind not in moments] if extra else []
-        return {model: model} | {kind: kind for kind in rest} | extra
+        others = [kind for kind in source.kinds if extra and kind not in moments]
+        return {model: model} | {kind: kind for kind in others} | extra
     model = WEIGHTS if WEIGHTS in source.kinds else averages[0]
     if request.weights:
-        model = find_weights(source, request.weights)
-        averages = []
+        model, averages = find_weights(source, request.weights), []
     if request.to == "official":
-        return {WEIGHTS: model, EMA: averages[0] if averages else model} | extra
+        return {WEIGHTS: model, EMA: [*averages, model][0]} | extra
     return {WEIGHTS: model} | {kind: kind for kind in averages} | extra
 
 
@@ -254,12 +236,16 @@ def _describe(source: Source, request: Request, kinds: dict[str, str]) -> Conten
         optimizer_step=source.optimizer_step if request.with_optimizer else None,
         dtype=DTYPES[request.dtype],
         kinds={
-            kind: {name: source.shape(name) for name in source.names(taken) if name not in left_out}
+            kind: {
+                name: source.shapes[name] for name in source.kinds[taken] if name not in left_out
+            }
             for kind, taken in kinds.items()
         },
         averages_since={} if starts else info.averages_since,
         buffers=frozenset([*buffer_names(info.config), POSITIONS]),
         origin={"source": info.format, **info.origin},
+        max_shard_bytes=request.max_shard_bytes,
+        vae=request.vae,
     )
 
 
@@ -274,7 +260,7 @@ def _copy(
     progress = Progress(_LOG, total / 1e9, "GB")
     for taken in dict.fromkeys(kinds.values()):
         filled = [kind for kind, from_kind in kinds.items() if from_kind == taken]
-        for name in source.names(taken):
+        for name in source.kinds[taken]:
             value = source.read(taken, name)
             is_rounded = value.dtype != torch.float32 and name not in content.buffers
             if MOMENTS[0] in content.kinds and is_rounded:
@@ -305,8 +291,6 @@ def _verify(
         written = open_source(next(folder.glob("*.pth")), content.config)
     else:
         written = open_folder(folder, check=False)  # all tensors are about to be compared
-    if missing := [kind for kind in content.kinds if kind not in written.kinds]:
-        raise CheckpointError(f"{written.info.path}: {missing[0]} does not read back")
     for kind, shapes in content.kinds.items():
         for name in shapes:
             if digest(written.read(kind, name)) != digests[kind, name]:
@@ -315,16 +299,6 @@ def _verify(
                     "not to be trusted"
                 )
         written.check(kind)
-
-
-def _open_target(folder: Path, content: Content, request: Request) -> Target:
-    if request.to == "single":
-        return SingleTarget(folder, content, request.max_shard_bytes)
-    if request.to == "diffusers":
-        return PipelineTarget(folder, content, request.max_shard_bytes, request.vae)
-    if request.to == "official":
-        return OfficialTarget(folder, content)
-    return TrainingTarget(folder, content)
 
 
 def _publish(folder: Path, final: Path) -> None:

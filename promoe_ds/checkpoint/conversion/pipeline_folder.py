@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEule
 
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.errors import CheckpointError, explaining
 from promoe_ds.files import write_json
 from promoe_ds.model.export import writer_of
 
@@ -48,16 +48,11 @@ def write_pipeline_configs(
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     if vae is not None:
-        try:
-            network = AutoencoderKL.from_pretrained(
+        with explaining(f"--vae {vae}: no AutoencoderKL in safetensors could be loaded from there"):
+            autoencoder = AutoencoderKL.from_pretrained(
                 vae, use_safetensors=True, low_cpu_mem_usage=False
             )
-            network.save_pretrained(folder / "vae")
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"--vae {vae}: no AutoencoderKL in safetensors could be loaded from there "
-                f"({str(error).splitlines()[0]})"
-            ) from None
+            autoencoder.save_pretrained(folder / "vae")
         index["vae"] = ["diffusers", "AutoencoderKL"]
     network = {
         "_class_name": _CLASS[1],
@@ -75,27 +70,19 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     Raises: CheckpointError naming the file that cannot be understood.
     """
     path = folder / TRANSFORMER / "config.json"
-    try:
+    with explaining(f"{path}: cannot be understood"):
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["_class_name"] != _CLASS[1]:
             raise CheckpointError(f"{path}: is of a {values['_class_name']}, not of a {_CLASS[1]}")
         origin = dict(values.get("origin") or {})
-        return (
-            config_from_dict(values["run"], source=str(path), written_by=writer_of(origin)),
-            origin,
-        )
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be understood ({type(error).__name__}: {error})"
-        ) from None
+        config = config_from_dict(values["run"], source=str(path), written_by=writer_of(origin))
+    return config, origin
 
 
 def _scheduler(
     config: RunConfig,
 ) -> FlowMatchEulerDiscreteScheduler | DDPMScheduler | DDIMScheduler:
-    """Return the scheduler that stands for the recipe's solver, Euler's for every solver of a
+    """Return the scheduler nearest to the recipe's solver, Euler's for every solver of a
     flow.
     """
     timesteps = config.diffusion.num_train_timesteps

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.checkpoint.conversion.sources import TrainingSource
-from promoe_ds.checkpoint.manifest import find_checkpoint, list_checkpoints, step_of
+from promoe_ds.checkpoint.manifest import list_checkpoints, named_checkpoints, step_of
 from promoe_ds.config.optimizer import LONGEST_POWER_LENGTH, power_average, power_exponent
 from promoe_ds.errors import CheckpointError
 
@@ -74,6 +74,8 @@ def mixing_weights(held: list[Profile], wanted: Profile) -> tuple[np.ndarray, fl
 class PosthocSource:
     """A run's power-function averages, seen as one average of another length."""
 
+    optimizer_step: int | None = None
+
     def __init__(self, path: Path, length: float) -> None:
         """Choose the mix.
 
@@ -88,7 +90,7 @@ class PosthocSource:
             raise CheckpointError(
                 f"--ema-sigma-rel {length:g}: must be between 0 and {LONGEST_POWER_LENGTH:.3f}"
             )
-        last = find_checkpoint(path)
+        last = named_checkpoints(path)[0]
         last = last if last.name.strip(".") else last.resolve()  # `.` and `..` name no neighbours
         self._newest = TrainingSource(last)
         before = [
@@ -98,8 +100,8 @@ class PosthocSource:
         ]
         self._sources = [self._newest, *map(TrainingSource, before)]
         self._terms, misfit = self._mix(length)
-        self._kind = power_average(length)
-        self.kinds, self.optimizer_step = (self._kind,), None
+        self.kinds = {power_average(length): self._newest.kinds[self._terms[0][2]]}
+        self.shapes = self._newest.shapes
         info = self._newest.info
         mixed = {f"{source.info.step}/{part}": weight for weight, source, part in self._terms}
         self.info = replace(
@@ -117,12 +119,13 @@ class PosthocSource:
                 " (optimizer.ema_sigma_rels is empty): a length can be chosen only of a run that"
                 " kept them"
             )
-        begins = {
-            source.info.averages_since.get(power_average(kept), 0)
+        held = [
+            (source, kept)
             for source in self._sources
             for kept in lengths
             if power_average(kept) in source.kinds
-        }
+        ]
+        begins = {source.info.averages_since.get(power_average(kept), 0) for source, kept in held}
         if (
             len(begins) != 1
             or len({source.info.config.parallel.expert_order for source in self._sources}) > 1
@@ -132,12 +135,6 @@ class PosthocSource:
                 f" ({', '.join(map(str, sorted(begins)))}), or experts moved in between, cannot be"
                 " mixed"
             )
-        held = [
-            (source, kept)
-            for source in self._sources
-            for kept in lengths
-            if power_average(kept) in source.kinds
-        ]
         (begin,) = begins
         weights, misfit = mixing_weights(
             [
@@ -161,19 +158,11 @@ class PosthocSource:
             if abs(weight) > _NEGLIGIBLE
         ], misfit
 
-    def names(self, kind: str) -> list[str]:
-        """Return the rank-blind names that `kind` has."""
-        return self._newest.names(self._terms[0][2])
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's whole shape."""
-        return self._newest.shape(name)
-
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor, mixed in fp64; the routers' running state is the newest
         checkpoint's.
         """
-        if name not in self._newest.shapes:
+        if name in self._newest.buffers:
             return self._newest.read(self._terms[0][2], name)
         return torch.as_tensor(
             sum(weight * source.read(part, name).double() for weight, source, part in self._terms)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from promoe_ds.checkpoint.torch_file import check_records, copy_tensor, load_tor
 from promoe_ds.checkpoint.zero_reader import MOMENTS, WEIGHTS
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.errors import CheckpointError
+from promoe_ds.errors import CheckpointError, explaining
 from promoe_ds.model.official import (
     POSITIONS,
     is_published_parameter,
@@ -42,39 +41,34 @@ class OfficialSource(StateSource):
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         """Open a published file of the architecture `config`."""
-        content = load_torch(path, [Namespace], is_mapped=True)
+        content = load_torch(path, is_mapped=True)
         check_records(path)
-        try:
+        with explaining(f"{path}: is not laid out as the published code does it"):
             self._tensors, note = _read_sections(path, content)
             step = int(content.get("step", 0))
-            super().__init__(
-                SourceInfo(
-                    path=path,
-                    format="official",
-                    config=config,
-                    step=step,
-                    note=note,
-                    samples_seen=step * config.train.global_batch_size,
-                )
+            info = SourceInfo(
+                path=path,
+                format="official",
+                config=config,
+                step=step,
+                note=note,
+                samples_seen=step * config.train.global_batch_size,
             )
+            super().__init__(info)
             self._keys = {
-                name: published_shapes(name, shape, config) for name, shape in self._shapes.items()
+                name: published_shapes(name, shape, config) for name, shape in self.shapes.items()
             }
             for kind in self._tensors:
                 self._drop_fixed_positions(kind)
-                self._add_tensors(kind)
-            self._add_moments(content.get("optimizer_state_dict") or {})
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path}: is not laid out as the published code does it ({type(error).__name__}: "
-                f"{error})"
-            ) from None
+            self._find_moments(content.get("optimizer_state_dict") or {})
+            for kind, tensors in self._tensors.items():
+                found = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+                self._add_kind(kind, found, self._keys)
 
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor and note that it was read."""
-        values = {}
-        for key in self._keys[name]:
-            values[key] = copy_tensor(self._tensors[kind][key])
+        values = {key: copy_tensor(self._tensors[kind][key]) for key in self._keys[name]}
+        for key in values:
             self._coverage[kind].add(key)
         return rename_official(values, self.info.config)[name]
 
@@ -86,12 +80,7 @@ class OfficialSource(StateSource):
         if not rename_official({POSITIONS: copy_tensor(state[POSITIONS])}, self.info.config):
             del state[POSITIONS]
 
-    def _add_tensors(self, kind: str) -> None:
-        tensors = self._tensors[kind].items()
-        found = {key: (tuple(value.shape), value.dtype) for key, value in tensors}
-        self._add_kind(kind, found, self._keys)
-
-    def _add_moments(self, optimizer: dict[str, Any]) -> None:
+    def _find_moments(self, optimizer: dict[str, Any]) -> None:
         """Find moments by their numbers: the published optimizer counts as modules register."""
         if not (states := optimizer.get("state")):
             return
@@ -105,8 +94,7 @@ class OfficialSource(StateSource):
             )
         for kind in MOMENTS:
             self._tensors[kind] = {key: state[kind] for key, state in named.items()}
-            self._add_tensors(kind)
-        self.optimizer_step = int(next(iter(named.values()))["step"])
+        self.optimizer_step = int(named[counted[0]]["step"])
 
 
 def _read_sections(path: Path, content: Any) -> tuple[dict[str, dict[str, Tensor]], str]:

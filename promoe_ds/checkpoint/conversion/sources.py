@@ -21,7 +21,7 @@ from promoe_ds.checkpoint.conversion.pipeline_folder import (
     read_pipeline_config,
 )
 from promoe_ds.checkpoint.coverage import Coverage
-from promoe_ds.checkpoint.manifest import find_checkpoint, find_problems, read_manifest
+from promoe_ds.checkpoint.manifest import find_problems, named_checkpoints, read_manifest
 from promoe_ds.checkpoint.zero_reader import MOMENTS, WEIGHTS, ShardedCheckpoint, is_weights
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, first_few
@@ -38,9 +38,9 @@ from promoe_ds.model.state import POSITIONS, buffer_names, shape_problems, state
 #: safetensors' and torch's names of the types that our weights may have.
 _HELD_BY_FP32 = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torch.float16")
 
-_Shape = tuple[int, ...]
-_Found = Mapping[str, tuple[_Shape, Any]]
-_Keys = Mapping[str, Mapping[str, _Shape]]
+Shape = tuple[int, ...]
+_Found = Mapping[str, tuple[Shape, Any]]
+_Keys = Mapping[str, Mapping[str, Shape]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +64,17 @@ class SourceInfo:
 
 
 class Source(Protocol):
-    """A checkpoint of any format."""
+    """A checkpoint of any format.
+
+    kinds: the sets of tensors that it holds, each with the rank-blind names that it has.
+    shapes: every tensor's whole shape, by name.
+    optimizer_step: the updates that its optimizer's state has seen, None where it holds none.
+    """
 
     info: SourceInfo
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The sets of tensors that it holds."""
-
-    @property
-    def optimizer_step(self) -> int | None:
-        """The updates that its optimizer's state has seen, None where it holds none."""
-
-    def names(self, kind: str) -> list[str]:
-        """Return the rank-blind names that `kind` has."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's whole shape."""
+    kinds: dict[str, list[str]]
+    shapes: dict[str, Shape]
+    optimizer_step: int | None
 
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor and note that it was read."""
@@ -97,13 +91,11 @@ def open_folder(path: Path, *, check: bool = True) -> Source:
         check: whether tensors of exports and pipelines are compared with their checksums.
     Raises: CheckpointError if it is none of them, or damaged.
     """
-    if (path / MODEL_INDEX).is_file():
-        return PipelineSource(path, check=check)
-    if (path / CONFIG_FILE).is_file():
+    if (path / MODEL_INDEX).is_file() or (path / CONFIG_FILE).is_file():
         return ExportSource(path, check=check)
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    return TrainingSource(find_checkpoint(path))
+    return TrainingSource(named_checkpoints(path)[0])
 
 
 class TrainingSource(ShardedCheckpoint):
@@ -134,23 +126,9 @@ class StateSource:
 
     def __init__(self, info: SourceInfo) -> None:
         """Start without a kind."""
-        self.info = info
-        self._shapes = state_shapes(info.config, own_positions=True)
-        self._names: dict[str, list[str]] = {}
+        self.info, self.shapes = info, state_shapes(info.config, own_positions=True)
+        self.kinds: dict[str, list[str]] = {}
         self._coverage: dict[str, Coverage] = {}
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """What it holds."""
-        return tuple(self._names)
-
-    def names(self, kind: str) -> list[str]:
-        """Return the rank-blind names that `kind` has."""
-        return self._names[kind]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's whole shape."""
-        return self._shapes[name]
 
     def check(self, kind: str) -> int:
         """Raise CheckpointError unless every value of `kind` was read once; return how many."""
@@ -167,9 +145,9 @@ class StateSource:
         left_out = {*()} if is_weights(kind) else {*buffer_names(self.info.config)}
         if not is_weights(kind) or keys[POSITIONS].keys().isdisjoint(found):
             left_out.add(POSITIONS)
-        names = [name for name in self._shapes if name not in left_out]
+        self.kinds[kind] = [name for name in self.shapes if name not in left_out]
         shapes = {key: shape for key, (shape, _) in found.items()}
-        expected = {key: shape for name in names for key, shape in keys[name].items()}
+        expected = {key: shape for name in self.kinds[kind] for key, shape in keys[name].items()}
         problems = shape_problems(shapes, expected) + [
             f"{key} is of type {dtype}, which fp32 does not hold"
             for key, (_, dtype) in found.items()
@@ -178,17 +156,51 @@ class StateSource:
         source = f"{self.info.path}: {kind}"
         if problems:
             raise CheckpointError(f"{source}: {first_few(problems)}")
-        self._names[kind] = names
         sizes = {key: math.prod(shape) for key, shape in shapes.items()}
         self._coverage[kind] = Coverage(source, sizes)
 
 
-class _SafetensorsSource(StateSource):
-    """Kinds in safetensors files, under prefixed names."""
+class ExportSource(StateSource):
+    """A single export, with the state of training where that was kept, or a diffusers pipeline."""
 
-    def __init__(self, info: SourceInfo) -> None:
+    def __init__(self, folder: Path, *, check: bool = True) -> None:
+        """Open an export's or a pipeline's folder."""
+        is_pipeline = (folder / MODEL_INDEX).is_file()
+        weights = folder / TRANSFORMER if is_pipeline else folder
+        stem, prefix = (PIPELINE_STEM, KEY_PREFIX) if is_pipeline else (WEIGHTS_STEM, "")
+        config, origin = (
+            read_pipeline_config(folder)
+            if is_pipeline
+            else (read_export_config(folder), read_export_origin(folder))
+        )
+        _check_origin(weights / CONFIG_FILE, origin)
+        # A pipeline has weights alone, though it may come from an export that had more.
+        training = {} if is_pipeline else origin
+        step = origin.get("step", 0)
+        info = SourceInfo(
+            path=folder,
+            format="diffusers" if is_pipeline else "single",
+            config=config,
+            step=step,
+            samples_seen=origin.get("samples_seen", step * config.train.global_batch_size),
+            origin=origin,
+            averages_since=training.get("averages_since", {}),
+        )
         super().__init__(info)
         self._readers: dict[str, tuple[ShardReader, str]] = {}
+        self.optimizer_step = training.get("optimizer_step")
+        reader = ShardReader(weights, stem, check=check)
+        self._add(origin.get("kind", WEIGHTS), reader, prefix, reader.shapes)
+        if kinds := training.get("training_state", ()):
+            state = ShardReader(folder, TRAINING_STEM, check=check)
+            if left := [key for key in state.shapes if key.split("/")[0] not in kinds]:
+                raise CheckpointError(
+                    f"{folder}: {TRAINING_STEM}: {left[0]} belongs to none of {', '.join(kinds)}, "
+                    f"which {CONFIG_FILE} names"
+                )
+            for kind in kinds:
+                own = [key for key in state.shapes if key.startswith(f"{kind}/")]
+                self._add(kind, state, f"{kind}/", own)
 
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor, mapped from its file, and note that it was read."""
@@ -205,64 +217,8 @@ class _SafetensorsSource(StateSource):
         """Take those keys of a reader as a kind; raises as `_add_kind`."""
         self._readers[kind] = (reader, prefix)
         found = {key: (reader.shapes[key], reader.dtypes[key]) for key in keys}
-        places = {name: {f"{prefix}{name}": shape} for name, shape in self._shapes.items()}
+        places = {name: {f"{prefix}{name}": shape} for name, shape in self.shapes.items()}
         self._add_kind(kind, found, places)
-
-
-class ExportSource(_SafetensorsSource):
-    """A single export, with the state of training where that was kept."""
-
-    def __init__(self, folder: Path, *, check: bool = True) -> None:
-        """Open an export."""
-        config, origin = read_export_config(folder), read_export_origin(folder)
-        _check_origin(folder / CONFIG_FILE, origin)
-        step = origin.get("step", 0)
-        super().__init__(
-            SourceInfo(
-                path=folder,
-                format="single",
-                config=config,
-                step=step,
-                samples_seen=origin.get("samples_seen", step * config.train.global_batch_size),
-                origin=origin,
-                averages_since=origin.get("averages_since", {}),
-            )
-        )
-        self.optimizer_step = origin.get("optimizer_step")
-        reader = ShardReader(folder, WEIGHTS_STEM, check=check)
-        self._add(origin.get("kind", WEIGHTS), reader, "", reader.shapes)
-        if not (kinds := origin.get("training_state", ())):
-            return
-        state = ShardReader(folder, TRAINING_STEM, check=check)
-        if left := [key for key in state.shapes if key.split("/")[0] not in kinds]:
-            raise CheckpointError(
-                f"{folder}: {TRAINING_STEM}: {left[0]} belongs to none of {', '.join(kinds)}, "
-                f"which {CONFIG_FILE} names"
-            )
-        for kind in kinds:
-            prefix = f"{kind}/"
-            self._add(kind, state, prefix, [key for key in state.shapes if key.startswith(prefix)])
-
-
-class PipelineSource(_SafetensorsSource):
-    """A diffusers pipeline's folder."""
-
-    def __init__(self, folder: Path, *, check: bool = True) -> None:
-        """Open a pipeline folder."""
-        config, origin = read_pipeline_config(folder)
-        _check_origin(folder / TRANSFORMER / CONFIG_FILE, origin)
-        super().__init__(
-            SourceInfo(
-                path=folder,
-                format="diffusers",
-                config=config,
-                origin=origin,
-                step=origin.get("step", 0),
-                samples_seen=origin.get("samples_seen", 0),
-            )
-        )
-        reader = ShardReader(folder / TRANSFORMER, PIPELINE_STEM, check=check)
-        self._add(origin.get("kind", WEIGHTS), reader, KEY_PREFIX, reader.shapes)
 
 
 def _check_origin(path: Path, origin: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +23,14 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import replace_text
 from promoe_ds.model.export import TRAINING_STEM, WEIGHTS_STEM, write_export_config
-from promoe_ds.model.official import POSITIONS, is_published_parameter, published_order, to_official
-from promoe_ds.model.shards import ShardWriter, digest
+from promoe_ds.model.official import (
+    POSITIONS,
+    is_published_parameter,
+    published_order,
+    published_shapes,
+    to_official,
+)
+from promoe_ds.model.shards import MAX_SHARD_BYTES, ShardWriter, digest
 from promoe_ds.model.state import POSITIONS as OUR_POSITIONS
 from promoe_ds.versions import versions_of
 
@@ -44,6 +51,8 @@ class Content:
     buffers: frozenset[str]
     origin: dict[str, Any]
     averages_since: dict[str, int]
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    vae: str | None = None
 
     def dtype_of(self, kind: str, name: str) -> torch.dtype:
         """Return the type that a tensor is written in: the moments and the routers' running state
@@ -69,47 +78,49 @@ class Target(Protocol):
 class SingleTarget:
     """A single export."""
 
-    def __init__(self, folder: Path, content: Content, max_bytes: int) -> None:
+    def __init__(self, folder: Path, content: Content) -> None:
         """Begin an export in `folder`."""
         self._folder, self._content = folder, content
-        self._model, *training = content.kinds
-        self._weights = ShardWriter(folder, WEIGHTS_STEM, max_bytes=max_bytes)
-        self._training = (
-            ShardWriter(folder, TRAINING_STEM, max_bytes=max_bytes) if training else None
+        self._model, *self._others = content.kinds
+        self._weights, self._training = (
+            ShardWriter(folder, stem, max_bytes=content.max_shard_bytes)
+            for stem in (WEIGHTS_STEM, TRAINING_STEM)
         )
-        self._origin = {
-            **content.origin,
-            "kind": self._model,
-            "training_state": training,
-            "step": content.step,
-            "samples_seen": content.samples_seen,
-            "optimizer_step": content.optimizer_step,
-            "averages_since": content.averages_since,
-        }
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor; return `digest` of it."""
         if kind == self._model:
             return self._weights.write(name, value)
-        assert self._training is not None
         self._weights.close()  # they came first; what it still held is memory
         return self._training.write(f"{kind}/{name}", value)
 
     def close(self) -> None:
         """Write the files that are not full yet, and the config last."""
         self._weights.close()
-        if self._training is not None:
+        if self._others:
             self._training.close()
-        write_export_config(self._folder, self._content.config, self._origin)
+        content = self._content
+        origin = {
+            **content.origin,
+            "kind": self._model,
+            "training_state": self._others,
+            "step": content.step,
+            "samples_seen": content.samples_seen,
+            "optimizer_step": content.optimizer_step,
+            "averages_since": content.averages_since,
+        }
+        write_export_config(self._folder, content.config, origin)
 
 
 class PipelineTarget:
     """A diffusers pipeline's folder."""
 
-    def __init__(self, folder: Path, content: Content, max_bytes: int, vae: str | None) -> None:
+    def __init__(self, folder: Path, content: Content) -> None:
         """Begin a pipeline in `folder`."""
         (folder / TRANSFORMER).mkdir()
-        self._weights = ShardWriter(folder / TRANSFORMER, PIPELINE_STEM, max_bytes=max_bytes)
+        self._weights = ShardWriter(
+            folder / TRANSFORMER, PIPELINE_STEM, max_bytes=content.max_shard_bytes
+        )
         kind = next(iter(content.kinds))
         origin = {
             **content.origin,
@@ -118,7 +129,7 @@ class PipelineTarget:
             "samples_seen": content.samples_seen,
             "own_positions": OUR_POSITIONS in content.kinds[kind],
         }
-        write_pipeline_configs(folder, content.config, origin, vae)
+        write_pipeline_configs(folder, content.config, origin, content.vae)
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor; return `digest` of it."""
@@ -133,84 +144,79 @@ class OfficialTarget:
     """A file as the published code writes it, `ckpt_step_N.pth`."""
 
     def __init__(self, folder: Path, content: Content) -> None:
-        """Write the file's structure."""
+        """Write the file's structure, and the position table where it is the computed one."""
         self._config = content.config
-        raw, average, *_ = content.kinds
-        sections = {raw: "model_state_dict", average: "ema_model_state_dict"}
-        skeleton: dict[str, Any] = {"step": content.step}
-        self._positions = to_official({}, content.config)[POSITIONS]
-        for kind, section in sections.items():
-            pieces = {POSITIONS: self._positions}
-            for name in content.kinds[kind]:
-                pieces |= self._published(name, content.empty(kind, name))
-            skeleton[section] = {
-                # Of its own storage: experts' pieces share one.
-                key: torch.empty(pieces[key].shape, dtype=pieces[key].dtype)
-                for key in sorted(pieces, key=published_order)
+        tensors = {kind: _published_tensors(content, kind) for kind in content.kinds}
+        raw, average, *moments = content.kinds
+        skeleton: dict[str, Any] = {
+            "step": content.step,
+            "model_state_dict": tensors[raw],
+            "ema_model_state_dict": tensors[average],
+        }
+        counted = [key for key in tensors[raw] if is_published_parameter(key)]
+        if moments:
+            states = {
+                index: {"step": torch.empty(()), **{kind: tensors[kind][key] for kind in moments}}
+                for index, key in enumerate(counted)
+                if key != POSITIONS
             }
-        order = [key for key in skeleton["model_state_dict"] if is_published_parameter(key)]
-        if MOMENTS[0] in content.kinds:
-            skeleton["optimizer_state_dict"] = self._optimizer(
-                content, skeleton["model_state_dict"], order
-            )
+            group = {**_optimizer_settings(content.config), "params": list(range(len(counted)))}
+            skeleton["optimizer_state_dict"] = {"state": states, "param_groups": [group]}
         self._writer = TorchFileWriter(folder / f"ckpt_step_{content.step}.pth", skeleton)
         written = self._writer.content
-        self._places = {kind: written[section] for kind, section in sections.items()}
-        for kind in MOMENTS if MOMENTS[0] in content.kinds else ():
+        self._places = {
+            raw: written["model_state_dict"],
+            average: written["ema_model_state_dict"],
+        }
+        for kind in moments:
             states = written["optimizer_state_dict"]["state"]
-            self._places[kind] = {
-                key: states[index][kind] for index, key in enumerate(order) if index in states
-            }
-        for kind, section in sections.items():
+            self._places[kind] = {counted[index]: state[kind] for index, state in states.items()}
+        for kind in (raw, average):
             if OUR_POSITIONS not in content.kinds[kind]:
-                self._writer.write(written[section][POSITIONS], self._positions)
+                table = to_official({}, content.config)[POSITIONS]
+                self._writer.write(self._places[kind][POSITIONS], table)
         self._writer.write_steps(written.get("optimizer_state_dict"), content.optimizer_step)
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor, an expert stack to as many places as it has experts; return `digest` of
         it.
         """
-        for key, piece in self._published(name, value).items():
-            self._writer.write(self._places[kind][key], piece)
+        for key, piece in to_official({name: value}, self._config).items():
+            if key != POSITIONS or name == OUR_POSITIONS:
+                self._writer.write(self._places[kind][key], piece)
         return digest(value)
 
     def close(self) -> None:
         """Flush to the disk."""
         self._writer.close()
 
-    def _published(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        pieces = to_official({name: value}, self._config)
-        if name != OUR_POSITIONS:
-            del pieces[POSITIONS]
-        return pieces
 
-    def _optimizer(
-        self, content: Content, model: dict[str, Tensor], order: list[str]
-    ) -> dict[str, Any]:
-        settings = content.config.optimizer
-        group = {
-            "lr": settings.lr,
-            "betas": tuple(settings.betas),
-            "eps": settings.eps,
-            "weight_decay": settings.weight_decay,
-            "amsgrad": False,
-            "maximize": False,
-            "foreach": None,
-            "capturable": False,
-            "differentiable": False,
-            "fused": True,
-            "decoupled_weight_decay": True,
-            "params": list(range(len(order))),
-        }
-        state = {
-            index: {
-                "step": torch.empty(()),
-                **{kind: torch.empty(model[key].shape) for kind in MOMENTS},
-            }
-            for index, key in enumerate(order)
-            if key != POSITIONS
-        }
-        return {"state": state, "param_groups": [group]}
+def _published_tensors(content: Content, kind: str) -> dict[str, Tensor]:
+    """Return a kind's tensors under their published names, in order, untouched in memory."""
+    table = {} if kind in MOMENTS else to_official({}, content.config)
+    tensors = {key: torch.empty(value.shape) for key, value in table.items()}
+    for name, shape in content.kinds[kind].items():
+        for key, piece in published_shapes(name, shape, content.config).items():
+            tensors[key] = torch.empty(piece, dtype=content.dtype_of(kind, name))
+    return {key: tensors[key] for key in sorted(tensors, key=published_order)}
+
+
+def _optimizer_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what the published optimizer, torch's AdamW, keeps of its settings."""
+    settings = config.optimizer
+    return {
+        "lr": settings.lr,
+        "betas": tuple(settings.betas),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": True,
+        "decoupled_weight_decay": True,
+    }
 
 
 class TrainingTarget:
@@ -220,31 +226,27 @@ class TrainingTarget:
 
     def __init__(self, folder: Path, content: Content) -> None:
         """Write the file's structure."""
-        self._root, self._content = folder, content
-        self._running_state: dict[str, Tensor] = {}
-        self._folder = folder / step_folder(content.step)
+        self._content, self._folder = content, folder / step_folder(content.step)
         self._folder.mkdir()
-        self._states = [kind for kind in content.kinds if kind != WEIGHTS]
+        self._running_state: dict[str, Tensor] = {}
+        _, *states = content.kinds
         parameters = [name for name in content.kinds[WEIGHTS] if name not in content.buffers]
         skeleton: dict[str, Any] = {
             "module": {
                 f"{PREFIX}{name}": content.empty(WEIGHTS, name) for name in content.kinds[WEIGHTS]
             }
         }
-        if self._states:
+        if states:
             step = {} if content.optimizer_step is None else {"step": torch.empty(())}
-            skeleton["optimizer"] = {
-                "param_groups": [
-                    {
-                        "params": list(range(len(parameters))),
-                        "param_names": [f"{PREFIX}{name}" for name in parameters],
-                    }
-                ],
-                "state": {
-                    index: {**step, **{kind: content.empty(kind, name) for kind in self._states}}
-                    for index, name in enumerate(parameters)
-                },
+            group = {
+                "params": list(range(len(parameters))),
+                "param_names": [f"{PREFIX}{name}" for name in parameters],
             }
+            state = {
+                index: {**step, **{kind: content.empty(kind, name) for kind in states}}
+                for index, name in enumerate(parameters)
+            }
+            skeleton["optimizer"] = {"param_groups": [group], "state": state}
         self._writer = TorchFileWriter(self._folder / MODEL_STATES, skeleton)
         self._index = {name: index for index, name in enumerate(parameters)}
         self._writer.write_steps(self._writer.content.get("optimizer"), content.optimizer_step)
@@ -287,4 +289,12 @@ class TrainingTarget:
             averages_since=self._content.averages_since,
             files={MODEL_STATES: FileRecord(path.stat().st_size, checksum(path))},
         ).write(self._folder)
-        replace_text(self._root / "latest", self._folder.name)
+        replace_text(self._folder.parent / "latest", self._folder.name)
+
+
+TARGETS: dict[str, Callable[[Path, Content], Target]] = {
+    "single": SingleTarget,
+    "diffusers": PipelineTarget,
+    "official": OfficialTarget,
+    "deepspeed": TrainingTarget,
+}

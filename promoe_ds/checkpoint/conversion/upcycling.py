@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -68,25 +70,13 @@ class UpcycleRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """How near the new model's predictions are to the dense one's: root mean square differences,
-    relative to the dense output.
-
-    None where the batch held no such sample.
-    """
-
-    null: float | None
-    conditional: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class _RouterStart:
     """One layer's router: its tensors by leaf name, and what its experts' outputs are multiplied
     by.
     """
 
     state: dict[str, Tensor]
-    gate_scale: float
+    gate_scale: float = 1.0
 
 
 def upcycle(
@@ -94,31 +84,32 @@ def upcycle(
     config: RunConfig,
     request: UpcycleRequest,
     source_config: RunConfig | None = None,
-) -> tuple[Conversion, Agreement | None]:
+) -> tuple[Conversion, dict[str, float]]:
     """Write a MoE checkpoint from a dense one.
 
     Args:
         source_path, source_config: as for `open_source`; config: the MoE recipe.
-    Returns: what was written, and how the two models agree on the batch (None with
-        prototypes="random").
+    Returns: what was written, and how near the new model's predictions are to the dense one's: root
+        mean square differences, relative to the dense output, of the batch's "null samples" and
+        "conditional samples", where it has such (nothing with prototypes="random").
     Raises: CheckpointError, ConfigError or DataError naming what does not fit.
     """
     refuse_existing(request.destination)
     source = open_source(source_path, source_config, flag="--source-recipe")
     _check_fit(source.info, config)
     kind = find_weights(source, request.weights)
-    dense, batch = None, None
-    if request.prototypes == "kmeans":
-        dense, batch = load_network(source, kind), _training_batch(config, request.images)
-        source = open_source(source_path, source_config)  # a source is read once
+    start = Request(destination=request.destination, to=request.to, weights="raw")
+    if request.prototypes == "random":
+        starts = {index: _random_start(config, index) for index in config.moe_block_indices}
+        return convert_source(
+            _UpcycledSource(source, kind, config, starts, request.noise), start
+        ), {}
+    dense, batch = load_network(source, kind), _training_batch(config, request.images)
+    source = open_source(source_path, source_config)  # a source is read once
     starts = _start_routers(config, dense, batch)
-    upcycled = _UpcycledSource(source, kind, config, starts, request.noise)
-    report = convert_source(
-        upcycled, Request(destination=request.destination, to=request.to, weights="raw")
-    )
-    if dense is None or batch is None:
-        return report, None
-    return report, _compare(dense, load_network(open_source(request.destination), WEIGHTS), batch)
+    report = convert_source(_UpcycledSource(source, kind, config, starts, request.noise), start)
+    upcycled = load_network(open_source(request.destination), WEIGHTS)
+    return report, _compare(dense, upcycled, batch)
 
 
 def load_network(source: Source, kind: str) -> DiT:
@@ -126,14 +117,14 @@ def load_network(source: Source, kind: str) -> DiT:
     with torch.device("meta"):
         network = build_model(source.info.config)
     return fill_network(
-        network, {name: source.read(kind, name).float() for name in source.names(kind)}
+        network, {name: source.read(kind, name).float() for name in source.kinds[kind]}
     )
 
 
 class _UpcycledSource:
     """A dense source seen through a MoE recipe."""
 
-    kinds, optimizer_step = (WEIGHTS,), None
+    optimizer_step: int | None = None
 
     def __init__(
         self,
@@ -143,16 +134,10 @@ class _UpcycledSource:
         starts: dict[int, _RouterStart],
         noise: float,
     ) -> None:
-        self._dense, self._kind, self._config, self._starts, self._noise = (
-            dense,
-            kind,
-            config,
-            starts,
-            noise,
-        )
+        self._dense, self._kind, self._starts, self._noise = dense, kind, starts, noise
         self._split = split_units(config)
-        self._shapes = state_shapes(config, own_positions=POSITIONS in dense.names(kind))
-        self._feed_forward: tuple[int, dict[str, Tensor]] = (-1, {})
+        self.shapes = state_shapes(config, own_positions=POSITIONS in dense.kinds[kind])
+        self.kinds = {WEIGHTS: list(self.shapes)}
         origin = {
             **dense.info.origin,
             "upcycled_from": str(dense.info.path),
@@ -166,12 +151,7 @@ class _UpcycledSource:
             averages_since={},
             note=_describe(config, self._split, starts.values(), noise),
         )
-
-    def names(self, kind: str) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        self._feed_forward = lru_cache(1)(self._read_feed_forward)
 
     def read(self, kind: str, name: str) -> Tensor:
         if ".moe." not in name:
@@ -179,24 +159,24 @@ class _UpcycledSource:
         block = int(name.split(".")[1])
         if ".moe.router." in name:
             return self._starts[block].state[name.split(".moe.router.")[1]]
-        if self._feed_forward[0] != block:
-            values = {
-                ours: self._dense.read(self._kind, f"blocks.{block}.feed_forward.{theirs}").float()
-                for ours, theirs in DENSE_PARAMETERS.items()
-            }
-            self._feed_forward = (block, values)
         return upcycled_parameter(
             name,
-            self._shapes[name],
-            self._feed_forward[1],
+            self.shapes[name],
+            self._feed_forward(block),
             self._split,
             noise=self._noise,
             gate_scale=self._starts[block].gate_scale,
-            seed=self._config.train.seed,
+            seed=self.info.config.train.seed,
         )
 
     def check(self, kind: str) -> int:
         return self._dense.check(self._kind)
+
+    def _read_feed_forward(self, block: int) -> dict[str, Tensor]:
+        return {
+            ours: self._dense.read(self._kind, f"blocks.{block}.feed_forward.{theirs}").float()
+            for ours, theirs in DENSE_PARAMETERS.items()
+        }
 
 
 def _check_fit(info: SourceInfo, config: RunConfig) -> None:
@@ -229,62 +209,42 @@ def _training_batch(config: RunConfig, images: int) -> DiffusionBatch:
     )
 
 
-def _start_routers(
-    config: RunConfig, dense: DiT | None, batch: DiffusionBatch | None
-) -> dict[int, _RouterStart]:
-    """Make every layer's router, at the tokens that the dense model has there, if it is given."""
-    if dense is None or batch is None:
-        if config.routing.method == "kmeans":
-            raise ConfigError(
-                "--prototypes random: routing.method=kmeans has no random start: use --prototypes"
-                " kmeans"
-            )
-        return {
-            index: _RouterStart(state=_initial_router(config, index).state_dict(), gate_scale=1.0)
-            for index in config.moe_block_indices
-        }
+def _start_routers(config: RunConfig, dense: DiT, batch: DiffusionBatch) -> dict[int, _RouterStart]:
+    """Make every layer's router, at the tokens that the dense model has there."""
     partition = partition_samples(
         batch.condition, has_unconditional_expert=config.routing.num_unconditional_experts > 0
     )
     starts: dict[int, _RouterStart] = {}
 
-    def hook(index: int):
-        def start(module: nn.Module, arguments: tuple[Tensor]) -> None:
-            starts[index] = _start_router(config, index, arguments[0], partition)
+    def start(index: int, module: nn.Module, arguments: tuple[Tensor]) -> None:
+        starts[index] = _start_router(config, index, arguments[0], partition)
 
-        return start
-
-    handles = [
-        dense.blocks[index].feed_forward.register_forward_pre_hook(hook(index))
-        for index in config.moe_block_indices
-    ]
-    _predict(dense, batch)
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for index in config.moe_block_indices:
+            layer = dense.blocks[index].feed_forward
+            hooks.callback(layer.register_forward_pre_hook(partial(start, index)).remove)
+        _predict(dense, batch)
     return starts
 
 
 def _start_router(
     config: RunConfig, index: int, tokens_BSD: Tensor, partition: Partition
 ) -> _RouterStart:
-    router = _initial_router(config, index)
+    router, count = _initial_router(config, index), config.routing.num_experts
     directions = "centroids" if isinstance(router, KMeansRouter) else "prototypes"
     pool_TD, state = partition.take_routed(tokens_BSD).flatten(0, 1), router.state_dict()
     if directions in state:
-        if len(pool_TD) < config.routing.num_experts:
+        if len(pool_TD) < count:
             raise ConfigError(
                 f"--images: the batch has {len(pool_TD)} conditional tokens for"
-                f" routing.num_experts={config.routing.num_experts}: take more images"
+                f" routing.num_experts={count}: take more images"
             )
-        uniforms = generator(config.train.seed, "init", zlib.crc32(b"upcycle"), index).random(
-            config.routing.num_experts
-        )
+        numbers = generator(config.train.seed, "init", zlib.crc32(b"upcycle"), index)
+        is_spherical = directions == "prototypes"
         centroids_ED = cluster_tokens(
-            pool_TD, torch.from_numpy(uniforms), spherical=directions == "prototypes"
+            pool_TD, torch.from_numpy(numbers.random(count)), spherical=is_spherical
         )
-        if (
-            directions == "prototypes"
-        ):  # the length that prototypes have at first: it sets how fast they turn
+        if is_spherical:  # the length that prototypes have at first: it sets how fast they turn
             centroids_ED *= state[directions].norm(dim=-1).mean()
         state[directions].copy_(centroids_ED)  # the router's own: state_dict shares memory
     with torch.no_grad():
@@ -293,6 +253,15 @@ def _start_router(
     return _RouterStart(
         state=state, gate_scale=1 / mean_gate if mean_gate > _SMALLEST_GATE else 1.0
     )
+
+
+def _random_start(config: RunConfig, index: int) -> _RouterStart:
+    if config.routing.method == "kmeans":
+        raise ConfigError(
+            "--prototypes random: routing.method=kmeans has no random start: use --prototypes"
+            " kmeans"
+        )
+    return _RouterStart(state=_initial_router(config, index).state_dict())
 
 
 def _initial_router(config: RunConfig, index: int) -> Router:
@@ -314,36 +283,23 @@ def _describe(
     config: RunConfig, split: UnitSplit, starts: Iterable[_RouterStart], noise: float
 ) -> str:
     """Say what is preserved."""
-    routed = (
-        "exactly"
-        if split.rest_units == 0
-        or (split.routed_is_exact and config.routing.traits.unit_gates and not noise)
-        else (
-            f"in part only: --noise {noise:g} was added"
-            if noise
-            else (
-                "on average over the gates"
-                if split.routed_is_exact and any(start.gate_scale != 1 for start in starts)
-                else "in part only: "
-                + (
-                    "gates differ from 1"
-                    if split.routed_is_exact
-                    else (
-                        f"an expert holds {config.expert_width} of {split.rest_units} hidden units"
-                        if split.routed
-                        else "SwiGLU experts start silent"
-                    )
-                )
-            )
-        )
-    )
-    null = (
-        "routed like the others"
-        if not config.routing.num_unconditional_experts
-        else "exactly"
-        if split.unconditional_is_exact
-        else "in part only"
-    )
+    null = "exactly" if split.unconditional_is_exact else "in part only"
+    if not config.routing.num_unconditional_experts:
+        null = "routed like the others"
+    keeps_gates = split.routed_is_exact and config.routing.traits.unit_gates and not noise
+    if split.rest_units == 0 or keeps_gates:
+        routed = "exactly"
+    elif noise:
+        routed = f"in part only: --noise {noise:g} was added"
+    elif split.routed_is_exact and any(start.gate_scale != 1 for start in starts):
+        routed = "on average over the gates"
+    elif split.routed_is_exact:
+        routed = "in part only: gates differ from 1"
+    elif split.routed:
+        held = f"{config.expert_width} of {split.rest_units} hidden units"
+        routed = f"in part only: an expert holds {held}"
+    else:
+        routed = "in part only: SwiGLU experts start silent"
     return (
         f"{split.shared_units} hidden units to the shared experts, {split.rest_units} to each of"
         f" the others; the dense function is kept for null samples: {null}; for conditional tokens:"
@@ -357,14 +313,12 @@ def _predict(network: DiT, batch: DiffusionBatch) -> Tensor:
     return network(objective.noised(batch), objective.timestep(batch), batch.condition)
 
 
-def _compare(dense: DiT, upcycled: DiT, batch: DiffusionBatch) -> Agreement:
+def _compare(dense: DiT, upcycled: DiT, batch: DiffusionBatch) -> dict[str, float]:
     expected, found = _predict(dense, batch), _predict(upcycled, batch)
     is_null = batch.condition.is_null_B
-
-    def difference(chosen: Tensor) -> float | None:
-        if not chosen.any():
-            return None
-        norm = expected[chosen].norm().item()
-        return (found[chosen] - expected[chosen]).norm().item() / norm if norm else 0.0
-
-    return Agreement(null=difference(is_null), conditional=difference(~is_null))
+    least = torch.finfo(expected.dtype).tiny
+    return {
+        name: ((found - expected)[chosen].norm() / expected[chosen].norm().clamp_min(least)).item()
+        for name, chosen in (("null samples", is_null), ("conditional samples", ~is_null))
+        if chosen.any()
+    }

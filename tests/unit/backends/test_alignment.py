@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     return {
         (kind, name): checkpoint.read(kind, name)
         for kind in checkpoint.kinds
-        for name in checkpoint.names(kind)
+        for name in checkpoint.kinds[kind]
     }
 
 

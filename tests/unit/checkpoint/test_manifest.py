@@ -15,8 +15,6 @@ import xxhash
 from promoe_ds.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
-    Layout,
-    Manifest,
     checksum,
     find_problems,
     list_checkpoints,
@@ -26,35 +24,7 @@ from promoe_ds.checkpoint.manifest import (
 )
 from promoe_ds.errors import CheckpointError
 
-CONTENT = {"a.pt": b"weights" * 100, "experts/b.pt": b"\x00\xff" * 50, "empty": b""}
-
-
-def save(folder: Path) -> Manifest:
-    """Write a small checkpoint with its manifest."""
-    for name, content in CONTENT.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    files = {
-        name: FileRecord(len(content), checksum(folder / name)) for name, content in CONTENT.items()
-    }
-    layout = Layout(
-        world_size=4,
-        ep_size=2,
-        dispatch="deepspeed",
-        zero_stage=2,
-        precision="bf16",
-        data_before_expert=True,
-    )
-    manifest = Manifest(
-        step=12,
-        samples_seen=3072,
-        layout=layout,
-        config={"train": {"seed": 3}},
-        files=files,
-        versions={"torch": "2.13"},
-    )
-    manifest.write(folder)
-    return manifest
+from .files import CONTENT, save
 
 
 def change(folder: Path, **values: Any) -> None:
@@ -67,68 +37,43 @@ def change(folder: Path, **values: Any) -> None:
 
 
 def test_manifest_there_and_back_is_the_same(tmp_path: Path) -> None:
-    manifest = save(tmp_path)
+    manifest = save(tmp_path, averages_since={"ema": 3}, dataset_size=7)
     assert read_manifest(tmp_path) == manifest
     assert find_problems(tmp_path, manifest.files) == []
-
-
-def test_manifest_layout_says_what_a_user_set() -> None:
-    layout = Layout(world_size=4, ep_size=2, dispatch="deepspeed", zero_stage=2, precision="bf16")
-    assert str(layout) == "4 ranks, parallel.ep_size=2, expert storage deepspeed, ZeRO 2, bf16"
 
 
 # Damage to files.
 
 
-def problems(folder: Path, name: str, content: bytes | None, **kwargs: Any) -> list[str]:
-    manifest = save(folder)
-    if content is None:
-        (folder / name).unlink()
-    else:
-        (folder / name).write_bytes(content)
-    return find_problems(folder, manifest.files, **kwargs)
-
-
-@pytest.mark.parametrize("name", CONTENT)
-def test_manifest_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    assert problems(tmp_path, name, None) == [f"{tmp_path / name} is missing"]
-
-
-def test_manifest_cut_file_is_named_with_sizes(tmp_path: Path) -> None:
-    assert problems(tmp_path, "a.pt", b"wei") == [f"{tmp_path / 'a.pt'} has 3 bytes instead of 700"]
-
-
-@pytest.mark.parametrize("position", [0, 350, 699])
-def test_manifest_flipped_bit_is_named(tmp_path: Path, position: int) -> None:
-    content = bytearray(CONTENT["a.pt"])
-    content[position] ^= 1
-    assert problems(tmp_path, "a.pt", bytes(content)) == [
-        f"{tmp_path / 'a.pt'} does not match its checksum"
-    ]
-
-
-def test_manifest_folder_in_place_of_a_file_is_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        *((name, None, "is missing") for name in CONTENT),
+        ("a.pt", b"wei", "has 3 bytes instead of 700"),
+        *(
+            (
+                "a.pt",
+                CONTENT["a.pt"][:position] + b"\0" + CONTENT["a.pt"][position + 1 :],
+                "does not match its checksum",
+            )
+            for position in (0, 350, 699)
+        ),
+    ],
+)
+def test_manifest_damaged_file_is_named_and_the_others_are_not(
+    tmp_path: Path, name: str, content: bytes | None, problem: str
+) -> None:
     manifest = save(tmp_path)
-    (tmp_path / "empty").unlink()
-    (tmp_path / "empty").mkdir()
-    assert find_problems(tmp_path, manifest.files) == [f"{tmp_path / 'empty'} is missing"]
-
-
-def test_manifest_all_damage_is_told_at_once(tmp_path: Path) -> None:
-    manifest = save(tmp_path)
-    (tmp_path / "a.pt").unlink()
-    (tmp_path / "experts/b.pt").write_bytes(b"")
-    assert len(find_problems(tmp_path, manifest.files)) == 2
-
-
-def test_manifest_share_of_the_files_is_checked_alone(tmp_path: Path) -> None:
-    manifest = save(tmp_path)
-    (tmp_path / "a.pt").unlink()
-    assert find_problems(tmp_path, {"experts/b.pt": manifest.files["experts/b.pt"]}) == []
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    elif name == "empty":
+        (tmp_path / name).mkdir()  # a folder is no file
+    assert find_problems(tmp_path, manifest.files) == [f"{tmp_path / name} {problem}"]
 
 
 def test_checksum_is_xxh3_over_many_blocks(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 40_000  # 10 MB: three blocks
+    content = bytes(range(256)) * 40_000
     (tmp_path / "big").write_bytes(content)
     assert checksum(tmp_path / "big") == xxhash.xxh3_64_hexdigest(content)
 
@@ -137,67 +82,35 @@ def test_checksum_is_xxh3_over_many_blocks(tmp_path: Path) -> None:
 
 
 def test_manifest_missing_is_no_complete_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError,
-        match=rf"{re.escape(str(tmp_path))}: no manifest.json: not a complete checkpoint",
-    ):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(tmp_path))}: no manifest\.json"):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"{}"])
 def test_manifest_unreadable_is_named(tmp_path: Path, text: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(text)
-    with pytest.raises(
-        CheckpointError, match=rf"{re.escape(str(tmp_path / MANIFEST))}: cannot be understood"
-    ):
-        read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "field", ["step", "samples_seen", "layout", "config", "files", "versions", "format"]
-)
-def test_manifest_field_missing_is_named(tmp_path: Path, field: str) -> None:
-    save(tmp_path)
-    change(tmp_path, **{field: None})
-    with pytest.raises(CheckpointError, match=rf"cannot be understood \(KeyError: '{field}'\)"):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / MANIFEST))):
         read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("step", "twelve"),
-        ("samples_seen", []),
+        *((name, None) for name in ("format", "samples_seen", "layout", "config", "files")),
+        *(("step", value) for value in (-3, 2.5, True, "12")),
         ("layout", {"world_size": 1}),
-        ("layout", {"unknown": 1}),
-        ("layout", 3),
-        ("config", 3),
-        ("files", ["a.pt"]),
         ("files", {"a.pt": 700}),
-        ("files", {"a.pt": {"bytes": 1}}),
-        ("files", {"a.pt": {"bytes": 1, "xxh3": "2", "md5": 3}}),
-        ("versions", 5),
+        ("files", {}),
+        *(
+            ("files", {name: {"bytes": 1, "xxh3": "2"}})
+            for name in ("../secret", "/etc/passwd", "a/../../b", "..", "")
+        ),
     ],
 )
-def test_manifest_field_of_another_type_is_not_understood(
-    tmp_path: Path, field: str, value: Any
-) -> None:
+def test_manifest_field_that_cannot_be_is_named(tmp_path: Path, field: str, value: Any) -> None:
     save(tmp_path)
     change(tmp_path, **{field: value})
-    with pytest.raises(CheckpointError, match="cannot be understood"):
-        read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["step", "samples_seen"])
-@pytest.mark.parametrize("value", [-3, 2.5, True, "12"])
-def test_manifest_count_that_is_none_is_not_understood(
-    tmp_path: Path, name: str, value: Any
-) -> None:
-    save(tmp_path)
-    change(tmp_path, **{name: value})
-    with pytest.raises(
-        CheckpointError, match=f"cannot be understood .*{name}={value!r} is no number of 0 or more"
-    ):
+    with pytest.raises(CheckpointError, match=rf"manifest\.json.*{field.removesuffix('s')}"):
         read_manifest(tmp_path)
 
 
@@ -219,12 +132,8 @@ def test_manifest_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
 
 def test_manifest_of_another_step_than_its_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / step_folder(6)
-    folder.mkdir()
     save(folder)
-    change(folder)
-    with pytest.raises(
-        CheckpointError, match=r"manifest\.json: says step 12, its folder's name another"
-    ):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: says step 12"):
         read_manifest(folder)
     assert read_manifest(folder.rename(tmp_path / "best")).step == 12
 
@@ -233,19 +142,7 @@ def test_manifest_of_another_step_than_its_folder_is_refused(tmp_path: Path) -> 
 def test_manifest_other_format_is_refused(tmp_path: Path, value: Any) -> None:
     save(tmp_path)
     change(tmp_path, format=value)
-    with pytest.raises(
-        CheckpointError, match=f"format {value} is not 2; use the version that wrote it"
-    ):
-        read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "..", ""])
-def test_manifest_file_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    save(tmp_path)
-    change(tmp_path, files={name: {"bytes": 1, "xxh3": "2"}})
-    with pytest.raises(
-        CheckpointError, match=re.escape(f"the file name {name!r} leaves the checkpoint's folder")
-    ):
+    with pytest.raises(CheckpointError, match=f"format {value} is not 2"):
         read_manifest(tmp_path)
 
 
@@ -259,33 +156,16 @@ def test_manifest_file_name_with_dots_that_stays_is_taken(tmp_path: Path, name: 
 # Folders.
 
 
-def test_checkpoints_are_listed_newest_first_by_number(tmp_path: Path) -> None:
-    for step in (5, 100, 20, 12_345_678):
-        (tmp_path / step_folder(step)).mkdir()
-    (tmp_path / "step_30").mkdir()  # another width is the same number
-    for name in ("step_0000200.tmp", "step_x", "other", "latest_step_7"):
+def test_checkpoints_are_listed_newest_first_by_number_and_unfinished_ones_apart(
+    tmp_path: Path,
+) -> None:
+    assert list_checkpoints(tmp_path / "no") == list_unfinished(tmp_path / "no") == []
+    sound = ["step_12345678", "step_0000100", "step_30", "step_0000020", "step_0000005"]
+    for name in (*reversed(sound), "step_0000200.tmp", "step_x", "other.tmp", "latest_step_7"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_0000300").write_text("a file")
-    assert [path.name for path in list_checkpoints(tmp_path)] == [
-        "step_12345678",
-        "step_0000100",
-        "step_30",
-        "step_0000020",
-        "step_0000005",
-    ]
-
-
-def test_checkpoints_unfinished_are_listed_apart(tmp_path: Path) -> None:
-    for name in ("step_0000002.tmp", "step_0000001.tmp", "step_0000003", "other.tmp"):
-        (tmp_path / name).mkdir()
-    assert [path.name for path in list_unfinished(tmp_path)] == [
-        "step_0000001.tmp",
-        "step_0000002.tmp",
-    ]
-
-
-def test_checkpoints_of_a_missing_folder_are_none(tmp_path: Path) -> None:
-    assert list_checkpoints(tmp_path / "no") == list_unfinished(tmp_path / "no") == []
+    assert [path.name for path in list_checkpoints(tmp_path)] == sound
+    assert [path.name for path in list_unfinished(tmp_path)] == ["step_0000200.tmp"]
 
 
 def test_manifest_import_brings_no_torch() -> None:

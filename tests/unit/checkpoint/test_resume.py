@@ -1,5 +1,5 @@
-"""Where a run goes on: never at step 0 by itself, never from a checkpoint that it has left behind,
-whatever is repeated.
+"""Where a run continues: never at step 0 by itself, never from a checkpoint that it has left
+behind, whatever is repeated.
 """
 
 from __future__ import annotations
@@ -8,46 +8,21 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from promoe_ds.checkpoint.manifest import (
-    MANIFEST,
-    FileRecord,
-    Layout,
-    Manifest,
-    checksum,
-    list_checkpoints,
-    step_folder,
-)
+from promoe_ds.checkpoint.manifest import MANIFEST, list_checkpoints, step_folder
 from promoe_ds.checkpoint.resume import Choice, choose_checkpoint
 from promoe_ds.errors import CheckpointError
 from tests.unit.ranks import ONE_RANK
 
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let rank 0 tell and be told by itself alone."""
-    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, src: None)
-    monkeypatch.setattr(
-        dist, "all_gather_object", lambda values, value: values.__setitem__(0, value)
-    )
+from . import files
 
 
 def save(run_dir: Path, step: int, *, sound: bool = True) -> Path:
     """Write a small checkpoint."""
     folder = run_dir / "checkpoints" / step_folder(step)
-    folder.mkdir(parents=True)
-    (folder / "shard.pt").write_bytes(b"x" * 8)
-    layout = Layout(world_size=1, ep_size=1, dispatch="local", zero_stage=0, precision="fp32")
-    Manifest(
-        step=step,
-        samples_seen=0,
-        layout=layout,
-        config={},
-        versions={},
-        files={"shard.pt": FileRecord(8, checksum(folder / "shard.pt") if sound else "0" * 16)},
-    ).write(folder)
+    files.save(folder, step=step)
+    if not sound:
+        (folder / "a.pt").write_bytes(b"x" * 700)
     return folder
 
 
@@ -63,10 +38,8 @@ def names(run_dir: Path) -> list[str]:
 def test_resume_auto_damaged_newest_is_set_aside_and_never_overwritten(tmp_path: Path) -> None:
     for _ in range(2):
         save(tmp_path, 4, sound=False)
-        if not (tmp_path / "checkpoints" / step_folder(2)).exists():
-            save(tmp_path, 2)
-        choice = choose("auto", tmp_path)
-        assert choice == Choice(folder=tmp_path / "checkpoints" / step_folder(2), same_run=True)
+        sound = save(tmp_path, 2)
+        assert choose("auto", tmp_path) == Choice(folder=sound, same_run=True)
     assert names(tmp_path) == ["step_0000002", "step_0000004.abandoned", "step_0000004.abandoned_2"]
 
 
@@ -81,7 +54,7 @@ def test_resume_path_named_again_goes_on_with_what_the_run_reached(
     own = save(run, 9)
     with caplog.at_level(logging.INFO, logger="promoe_ds"):
         assert choose(start, run) == Choice(folder=own, same_run=True)
-    assert "goes on with its own checkpoints" in caplog.text
+    assert "continues with its own checkpoints" in caplog.text
     with pytest.raises(
         CheckpointError,
         match=r"checkpoints of its own, up to step_0000009, and was not started from",
@@ -113,21 +86,16 @@ def test_resume_auto_of_a_run_started_from_a_path_never_starts_at_random(tmp_pat
 def test_resume_run_directory_takes_its_newest_sound_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sound, damaged, run = (
-        save(tmp_path / "other", 2),
-        save(tmp_path / "other", 4, sound=False),
-        tmp_path / "run",
-    )
-    assert choose(tmp_path / "other", run).folder == sound
-    assert f"skipped {damaged / 'shard.pt'} does not match its checksum" in caplog.text
+    other, run = tmp_path / "other", tmp_path / "run"
+    sound, damaged = save(other, 2), save(other, 4, sound=False)
+    assert choose(other, run).folder == sound
+    assert f"skipped {damaged / 'a.pt'} does not match its checksum" in caplog.text
     with pytest.raises(CheckpointError, match="does not match its checksum"):
         choose(damaged, run)
     (sound / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"no manifest\.json: not a complete checkpoint"):
-        choose(tmp_path / "other", run)
-    assert len(list_checkpoints(tmp_path / "other" / "checkpoints")) == 2, (
-        "another run's folders stay as they are"
-    )
+        choose(other, run)
+    assert len(list_checkpoints(other / "checkpoints")) == 2, "another run's folders stay"
 
 
 def test_resume_takes_the_file_that_names_the_newest(tmp_path: Path) -> None:
@@ -144,14 +112,11 @@ def test_resume_takes_the_file_that_names_the_newest(tmp_path: Path) -> None:
             choose(checkpoints / "latest", tmp_path / "run")
 
 
-@pytest.mark.parametrize("step", ["Infinity", "1e999", "NaN"])
-def test_resume_start_of_no_step_is_named(tmp_path: Path, step: str) -> None:
-    (tmp_path / "start.json").write_text(f'{{"named": "x", "step": {step}}}')
-    with pytest.raises(CheckpointError, match=r"start\.json"):
-        choose("auto", tmp_path)
-
-
-def test_resume_start_that_cannot_be_understood_is_named(tmp_path: Path) -> None:
-    (tmp_path / "start.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"start\.json: cannot be understood .* remove it"):
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "{", *(f'{{"named": "x", "step": {step}}}' for step in ("1e999", "NaN", '"x"'))],
+)
+def test_resume_start_that_cannot_be_understood_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "start.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"start\.json: .* remove it"):
         choose("auto", tmp_path)

@@ -5,14 +5,15 @@ damaged.
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from promoe_ds.checkpoint.conversion import Request, convert
 from promoe_ds.checkpoint.torch_file import (
     TorchFileWriter,
     check_records,
@@ -22,8 +23,6 @@ from promoe_ds.checkpoint.torch_file import (
 )
 from promoe_ds.errors import CheckpointError
 
-from ..builders import small_config
-
 VALUES = {
     "a": torch.arange(60.0).view(5, 12),
     "nested": {"list": [torch.arange(3), 7], "half": torch.randn(9).bfloat16()},
@@ -31,13 +30,13 @@ VALUES = {
 
 
 class Malicious:
-    """Runs a command when unpickled."""
+    """Makes a folder when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
+        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture
@@ -50,14 +49,12 @@ def test_mapped_tensors_and_ranges_are_exact_again_and_again(path: Path) -> None
     torch.save({**VALUES, "view": VALUES["a"][1:3], "turned": VALUES["a"].t()}, path)
     content, out = load_torch(path, is_mapped=True), torch.empty(7)
     for _ in range(2):
-        assert torch.equal(copy_tensor(content["a"]), VALUES["a"])
         assert torch.equal(copy_tensor(content["view"]), VALUES["a"][1:3])
-        assert torch.equal(copy_tensor(content["turned"]), VALUES["a"].t())
         assert torch.equal(copy_tensor(content["nested"]["half"]), VALUES["nested"]["half"])
-        copy_range(out, content["a"], 11)
-        assert torch.equal(out, VALUES["a"].view(-1)[11:18])
-        copy_range(out, content["turned"], 11)
-        assert torch.equal(out, VALUES["a"].t().reshape(-1)[11:18])
+        for name, expected in (("a", VALUES["a"]), ("turned", VALUES["a"].t())):
+            assert torch.equal(copy_tensor(content[name]), expected)
+            copy_range(out, content[name], 11)
+            assert torch.equal(out, expected.reshape(-1)[11:18])
     for wrong, start in ((out, 55), (out.double(), 0)):
         with pytest.raises(ValueError, match="60 values"):
             copy_range(wrong, content["a"], start)
@@ -71,14 +68,10 @@ def test_values_that_are_not_mapped_are_kept_when_they_are_copied() -> None:
 
 def test_what_was_read_of_a_mapped_file_leaves_the_memory(path: Path) -> None:
     torch.save([torch.ones(2_000_000) for _ in range(20)], path)
-    content, before = load_torch(path, is_mapped=True), _resident_bytes()
+    content, before = load_torch(path, is_mapped=True), psutil.Process().memory_info().rss
     for value in content:
         assert copy_tensor(value)[-1] == 1
-        assert _resident_bytes() - before < 6 * value.nbytes
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        assert psutil.Process().memory_info().rss - before < 6 * value.nbytes
 
 
 def test_written_file_equals_torch_save(path: Path) -> None:
@@ -96,11 +89,11 @@ def test_written_file_equals_torch_save(path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_mapped", [False, True])
-@pytest.mark.parametrize("cut", [1, 100, 5000])
-def test_truncated_file_is_refused_by_name(path: Path, cut: int, is_mapped: bool) -> None:
+@pytest.mark.parametrize("size", [0, 7, 15_000, -1])
+def test_truncated_file_is_refused_by_name(path: Path, size: int, is_mapped: bool) -> None:
     torch.save({"a": torch.randn(4000)}, path)
-    os.truncate(path, path.stat().st_size - cut)
-    with pytest.raises(CheckpointError, match=path.name):
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"x\.pt: cannot be read"):
         load_torch(path, is_mapped=is_mapped)
 
 
@@ -124,13 +117,14 @@ def test_flipped_bit_is_named_with_its_record(path: Path) -> None:
         check_records(path)
 
 
-def test_malicious_published_file_is_refused_and_does_nothing(path: Path, tmp_path: Path) -> None:
-    trace = tmp_path / "trace"
+def test_malicious_file_is_refused_and_does_nothing(path: Path, tmp_path: Path) -> None:
+    trace, raw = tmp_path / "trace", tmp_path / "raw.pt"
     torch.save({"step": 1, "model_state_dict": {"x": Malicious(trace)}}, path)
-    with pytest.raises(CheckpointError, match=path.name):
-        convert(path, Request(destination=tmp_path / "out", to="single"), small_config())
+    raw.write_bytes(pickle.dumps(Malicious(trace)))
+    for file in (path, raw):
+        with pytest.raises(CheckpointError, match=file.name):
+            load_torch(file)
     assert not trace.exists()
-    assert not (tmp_path / "out").exists()
 
 
 def test_more_files_are_mapped_than_may_be_open(path: Path) -> None:

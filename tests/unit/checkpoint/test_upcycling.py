@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from promoe_ds import load_model
 from promoe_ds.checkpoint.conversion import UpcycleRequest, upcycle
 from promoe_ds.checkpoint.conversion.convert import open_source
+from promoe_ds.config import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model.export import save_export
 
@@ -25,65 +28,55 @@ def dense(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
+def go(dense: Path, name: str, config: RunConfig, **options: Any) -> tuple[str, dict[str, float]]:
+    """Upcycle into a folder beside the dense model; return the note and the differences."""
+    request = UpcycleRequest(destination=dense.with_name(name), **options)
+    report, differences = upcycle(dense, config, request)
+    return report.note, differences
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_upcycle_null_samples_keep_the_dense_output_for_every_method(
-    dense: Path, tmp_path: Path, method: str
+    dense: Path, method: str
 ) -> None:
-    report, agreement = upcycle(
-        dense, small_config(**of_method(method)), UpcycleRequest(destination=tmp_path / "new")
-    )
-    assert agreement.null < 1e-5
-    assert agreement.conditional < 1.0
-    assert report.step == 0
+    note, differences = go(dense, "new", small_config(**of_method(method)))
+    assert differences["null samples"] < 1e-5
+    assert differences["conditional samples"] < 1.0
     is_exact = method == "hash"  # whose gates add up to 1
     kept = "exactly" if is_exact else "on average over the gates"
-    assert f"for null samples: exactly; for conditional tokens: {kept}" in report.note
-    assert (agreement.conditional < 1e-5) == is_exact
-    old, new = open_source(dense), open_source(tmp_path / "new")
-    for name in new.names("weights"):
+    assert f"for null samples: exactly; for conditional tokens: {kept}" in note
+    assert (differences["conditional samples"] < 1e-5) == is_exact
+    old, new = open_source(dense), open_source(dense.with_name("new"))
+    assert new.info.step == 0
+    for name in new.kinds["weights"]:
         if ".moe." not in name:
             assert torch.equal(new.read("weights", name), old.read("ema", name)), name
 
 
-def test_upcycle_into_a_shared_expert_that_holds_all_is_exact(dense: Path, tmp_path: Path) -> None:
+def test_upcycle_into_a_shared_expert_that_holds_all_is_exact(dense: Path) -> None:
     config = small_config(routing={"shared_expert_width": 64})
-    report, agreement = upcycle(
-        dense, config, UpcycleRequest(destination=tmp_path / "new", to="single")
-    )
-    assert max(agreement.null, agreement.conditional) < 1e-6
-    assert "for conditional tokens: exactly" in report.note
+    note, differences = go(dense, "new", config, to="single")
+    assert max(differences.values()) < 1e-6
+    assert "for conditional tokens: exactly" in note
 
 
-def test_upcycle_scaled_prototypes_at_tokens_are_nearer_than_random_ones(
-    dense: Path, tmp_path: Path
-) -> None:
+def test_upcycle_scaled_prototypes_at_tokens_are_nearer_than_random_ones(dense: Path) -> None:
     config = small_config()
-    _, agreement = upcycle(
-        dense, config, UpcycleRequest(destination=tmp_path / "kmeans", to="single")
-    )
-    report, unmeasured = upcycle(
-        dense,
-        config,
-        UpcycleRequest(destination=tmp_path / "random", to="single", prototypes="random"),
-    )
-    assert unmeasured is None
-    assert "in part only: gates differ from 1" in report.note
-    report, _ = upcycle(
-        dense, config, UpcycleRequest(destination=tmp_path / "noised", to="single", noise=1.0)
-    )
-    assert "for conditional tokens: in part only: --noise 1 was added" in report.note
-    from promoe_ds import load_model
-
-    old, scaled, unscaled = (load_model(tmp_path / name) for name in ("dense", "kmeans", "random"))
+    _, differences = go(dense, "kmeans", config, to="single")
+    note, unmeasured = go(dense, "random", config, to="single", prototypes="random")
+    assert unmeasured == {}
+    assert "in part only: gates differ from 1" in note
+    assert "--noise 1 was added" in go(dense, "noised", config, to="single", noise=1.0)[0]
     latents, labels = torch.randn(64, 1, 4, 4), torch.arange(64) % 10
+    timestep = torch.full((64,), 500.0)
     with torch.no_grad():
         expected, *found = (
-            network(latents, torch.full((64,), 500.0), labels)
-            for network in (old, scaled, unscaled)
+            load_model(dense.with_name(name))(latents, timestep, labels)
+            for name in ("dense", "kmeans", "random")
         )
-    errors = [(value - expected).norm() / expected.norm() for value in found]
-    assert errors[0] < 0.9 * errors[1]
-    assert agreement.conditional < errors[1]
+    scaled, unscaled = ((value - expected).norm() / expected.norm() for value in found)
+    assert scaled < 0.9 * unscaled
+    assert differences["conditional samples"] < unscaled
 
 
 @pytest.mark.parametrize(
@@ -99,28 +92,21 @@ def test_upcycle_scaled_prototypes_at_tokens_are_nearer_than_random_ones(
         ),
         (of_method("kmeans"), {"prototypes": "random"}, ConfigError, "has no random start"),
         ({}, {"weights": "raw"}, CheckpointError, "holds no raw weights, only ema"),
-        (
-            {"routing": {"num_experts": 12}},
-            {"images": 2},
-            ConfigError,
-            "conditional tokens for routing.num_experts=12",
-        ),
+        ({"routing": {"num_experts": 12}}, {"images": 2}, ConfigError, "routing.num_experts=12"),
     ],
 )
 def test_upcycle_what_does_not_fit_is_refused(
-    dense: Path, tmp_path: Path, sections, options, error, message
+    dense: Path, sections, options, error, message
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        upcycle(
-            dense, small_config(**sections), UpcycleRequest(destination=tmp_path / "new", **options)
-        )
-    assert not (tmp_path / "new").exists()
+        go(dense, "new", small_config(**sections), **options)
+    assert not dense.with_name("new").exists()
 
 
-def test_upcycle_of_experts_or_into_something_is_refused(dense: Path, tmp_path: Path) -> None:
+def test_upcycle_of_experts_or_into_something_is_refused(dense: Path) -> None:
     config = small_config()
-    upcycle(dense, config, UpcycleRequest(destination=tmp_path / "new", to="single"))
-    with pytest.raises(CheckpointError, match=r"is no dense model \(routing.method=token_choice\)"):
-        upcycle(tmp_path / "new", config, UpcycleRequest(destination=tmp_path / "again"))
+    go(dense, "new", config, to="single")
+    with pytest.raises(CheckpointError, match=r"no dense model \(routing.method=token_choice\)"):
+        go(dense.with_name("new"), "again", config)
     with pytest.raises(CheckpointError, match="exists already"):
-        upcycle(dense, config, UpcycleRequest(destination=tmp_path / "new"))
+        go(dense, "new", config)
