@@ -56,9 +56,9 @@ def test_read_samples_missing_or_broken_names_the_file(tmp_path, content) -> Non
 def test_judge_real_digits_are_recognised_and_shuffled_labels_are_not(tmp_path) -> None:
     from promoe_ds.data.digits import load_digits_split
 
-    digits = load_digits_split(0.2, heldout=True)
-    for name, labels in (("right", digits.labels), ("wrong", (digits.labels + 1) % 10)):
-        np.savez(tmp_path / f"{name}.npz", arr_0=to_uint8(digits.images), labels=labels)
+    images, labels = load_digits_split(0.2, heldout=True)
+    for name, given in (("right", labels), ("wrong", (labels + 1) % 10)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=to_uint8(images), labels=given)
     right, wrong = (judge_samples(tmp_path / f"{name}.npz") for name in ("right", "wrong"))
     assert right.accuracy == right.accuracy_on_real > 0.95
     assert wrong.accuracy < 0.05
