@@ -74,10 +74,6 @@ def test_respaced_timesteps_equal_loop_and_include_both_ends(length: int) -> Non
         assert len(set(timesteps)) == steps
 
 
-def test_respaced_timesteps_of_all_steps_are_the_chain() -> None:
-    assert respaced_timesteps(1000, 1000).tolist() == list(range(1000))
-
-
 def test_respaced_betas_bridge_the_levels_skipped() -> None:
     # Going from level to level in several steps leaves as much of the image as in one.
     alpha_bar = linear_alpha_bar(1000)
