@@ -90,11 +90,6 @@ def test_noised_equals_closed_form_of_each_image() -> None:
         torch.testing.assert_close(noised[image].double(), expected, rtol=1e-6, atol=1e-6)  # fp32
 
 
-def test_target_is_the_noise() -> None:
-    batch = make_batch(TIMESTEPS)
-    assert torch.equal(ddpm().target(batch), batch.noise_BZHW)
-
-
 # The terms of the loss.
 
 
@@ -226,17 +221,6 @@ def test_ddpm_loss_of_bf16_prediction_is_formed_in_fp32_on_the_batchs_device() -
 
 
 # The two elementary functions.
-
-
-def test_divergence_equals_torch_distributions() -> None:
-    difference, true, model = (random_tensor(200, seed=s) for s in range(3))
-    expected = kl_divergence(
-        Normal(difference.double(), (0.5 * true.double()).exp()),
-        Normal(0.0, (0.5 * model.double()).exp()),
-    )
-    torch.testing.assert_close(
-        gaussian_divergence(difference, true, model).double(), expected, rtol=1e-4, atol=1e-6
-    )  # fp32
 
 
 def test_divergence_of_nearly_equal_variances_keeps_its_digits() -> None:
