@@ -43,7 +43,7 @@ class PackedLatents(DrawnLatents):
     """A folder of shards as one indexable set."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Open every shard's header and check it, and the index, against the recipe.
+        """Open every shard's header and compare it, and the index, with the recipe.
 
         Raises: DataError naming the folder, the shard or the label that does not fit.
         """

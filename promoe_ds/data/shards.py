@@ -218,7 +218,7 @@ def verify(folder: Path, team: DistributedContext) -> LatentIndex:
     """
     index = read_index(folder)
     if index is None:
-        raise DataError(f"{folder}: no {INDEX} there: nothing to verify against")
+        raise DataError(f"{folder}: no {INDEX} there: nothing to compare with")
     own = index.shards[team.rank :: team.world_size]
     found = team.gather([problem for record in own for problem in _problems(folder, record)])
     if problems := [problem for of_rank in found for problem in of_rank]:

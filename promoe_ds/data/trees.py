@@ -59,6 +59,7 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
         all classes after it another label.
     """
     root = _root_of_split(path, split)
+    refuse_splits(root)
     files = FileList(root, suffixes)
     if homeless := [name for name in files.names if os.sep not in name]:
         raise DataError(
@@ -66,11 +67,6 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
             "its class"
         )
     classes = sorted(files.folders)
-    if split_like := _split_like(classes):
-        raise DataError(
-            f"{root}: {some_of(split_like)} look like splits, not classes: pass "
-            f"{root / split_like[0]}"
-        )
     if len(classes) == 1 and all(name.count(os.sep) > 1 for name in files.names):
         raise DataError(
             f"{root}: holds the single folder {shown(classes[0])}, without images of its own, "
@@ -91,7 +87,7 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
 
 
 def refuse_splits(path: Path) -> None:
-    """Refuse a folder of splits: a figure over all of them would mean nothing.
+    """Refuse a folder of splits, which are no classes, and over which no figure means anything.
 
     Raises: DataError naming them.
     """
