@@ -13,8 +13,7 @@ from benchmarks.processes import in_fresh_process, process_memory
 from benchmarks.timing import Result, interleave, wall_clock
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.data import LatentDataset, build_dataset, sample_indices
-from promoe_ds.data.index import LatentIndex
-from promoe_ds.data.shards import ShardContent, write_shard
+from promoe_ds.data.shards import LatentIndex, write_shard
 
 IMAGENET_IMAGES = 1_281_167
 _SHARD, _BATCH, _CLASSES = 4096, 256, 1000
@@ -121,15 +120,12 @@ def _write_packed(folder: Path, records: int, shape: tuple[int, ...]) -> int:
     for first in range(0, records, _SHARD):
         rows = range(first, min(first + _SHARD, records))
         pair = torch.from_numpy(random.standard_normal((2, len(rows), *shape), dtype=np.float32))
-        content = ShardContent(
-            kind="moments",
-            records=pair[0],
-            flipped=pair[1],
-            labels=torch.tensor([row % _CLASSES for row in rows]),
-            names=[f"n{row % _CLASSES:05d}/{row}.JPEG" for row in rows],
-        )
-        shards.append(write_shard(folder / f"shard-{first // _SHARD:05d}.safetensors", content))
+        labels = torch.tensor([row % _CLASSES for row in rows])
+        names = [f"n{row % _CLASSES:05d}/{row}.JPEG" for row in rows]
+        path = folder / f"shard-{first // _SHARD:05d}.safetensors"
+        shards.append(write_shard(path, list(pair), labels, names))
     LatentIndex(
+        count=records,
         kind="moments",
         shape=shape,
         dtype="float32",

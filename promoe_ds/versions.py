@@ -50,7 +50,7 @@ def versions_of(*packages: str) -> dict[str, str]:
     """
     found = {
         "promoe_ds": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a string of its own kind
         "python": platform.python_version(),
     }
     for package in packages:

@@ -10,8 +10,8 @@ from promoe_ds.config.data import ON_DISK
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.dataset import LatentDataset, SyntheticLatents
 from promoe_ds.data.digits import TrainingDigits
-from promoe_ds.data.encoded import EncodedImages
 from promoe_ds.data.latents import open_latents
+from promoe_ds.data.unpacked import EncodedImages
 from promoe_ds.errors import DataError
 
 #: How each data.dataset is opened, given the device where an autoencoder would run.

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.reading import shown, warn_once
+from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.errors import DataError
 from promoe_ds.randomness import generator, hashes
 
@@ -67,28 +69,59 @@ class SyntheticLatents:
 class DrawnLatents(ABC):
     """Latents or posteriors of classes, mirrored and drawn by position.
 
-    kind: `moments` of posteriors, or `latents`.
+    kind: `moments` of posteriors, or `latents`.  A reader sets `_labels`.
     """
 
     kind = "moments"
+    #: (N,) int64.
+    _labels: Tensor
 
-    def __init__(self, config: RunConfig, where: Path, *, has_twins: bool) -> None:
-        """Take scale, seed and mirroring from the recipe.
+    def __init__(
+        self,
+        config: RunConfig,
+        where: Path,
+        *,
+        has_twins: bool,
+        classes: int | None = None,
+        vae: VaeIdentity | None = None,
+    ) -> None:
+        """Take scale, seed and mirroring from the recipe, and compare with it what is known.
 
-        Raises: DataError if mirrored samples are asked for and there are none (`has_twins`).
+        Args:
+            has_twins: whether samples can be mirrored.
+            classes, vae: number of classes, autoencoder; None where nothing says it.
+        Raises: DataError naming both sides of what does not fit; rank 0 warns of fewer classes than
+            the recipe's, and of an autoencoder that is taken on trust.
         """
-        if config.data.flip is True and not has_twins:
+        data, num_classes = config.data, config.model.num_classes
+        if data.flip is True and not has_twins:
             raise DataError(
                 f"{where}: holds no mirrored latents, but data.flip=true: encode them with both, or"
                 " leave data.flip out"
             )
-        self._flip = has_twins and config.data.flip is not False
-        self._scale, self._seed = config.data.latent_scale, config.train.seed
+        if classes is not None and classes > num_classes:
+            raise DataError(
+                f"{shown(where)}: {classes} classes, but model.num_classes={num_classes}"
+            )
+        if classes is not None and classes < num_classes:
+            warn_once(
+                "%s: %d classes of model.num_classes=%d: the labels from %d on never occur",
+                *(where, classes, num_classes, classes),
+            )
+        if vae is not None:
+            _check_vae(where, vae, config)
+        elif data.vae is not None:
+            warn_once(
+                "%s: nothing there says which autoencoder the latents come from; that it is"
+                " data.vae=%s is taken on trust",
+                *(where, data.vae),
+            )
+        self._flip = has_twins and data.flip is not False
+        self._scale, self._seed = data.latent_scale, config.train.seed
         self._null = config.model.null_label
 
-    @abstractmethod
     def __len__(self) -> int:
-        """Return the number of samples."""
+        return len(self._labels)
 
     @abstractmethod
     def read(self, indices: np.ndarray, flips: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -136,9 +169,22 @@ def draw_latents(moments_BCHW: Tensor, seed: int, positions: np.ndarray | None) 
 
 
 def first_not_finite(records_BCHW: Tensor) -> int | None:
-    """Return the place of the first record with a value that is not finite; None if there is
-    none.
-    """
+    """Return the place of the first record with a value that is not finite; None if all are."""
     if torch.isfinite(records_BCHW).all():
         return None
     return int((~torch.isfinite(records_BCHW)).flatten(1).any(dim=1).nonzero()[0])
+
+
+def _check_vae(where: Path, vae: VaeIdentity, config: RunConfig) -> None:
+    if misfit := vae.misfit(config):
+        raise DataError(f"{where}: {vae.name} has {misfit}")
+    wanted = config.data.vae
+    if wanted is None or vae.is_called(wanted):
+        return
+    # A copy in a folder of another name is the same autoencoder if its weights are.
+    if not (Path(wanted).is_dir() and vae.is_called(Vae(wanted).identity.fingerprint)):
+        raise DataError(
+            f"{where}: the latents were encoded by {vae.name} "
+            f"({vae.fingerprint or 'weights unknown'}), the recipe wants data.vae={wanted}: encode "
+            "them anew, or set data.vae to the one that they come from"
+        )

@@ -1,13 +1,12 @@
 """From a tree of images to packed latents, on many ranks, resumable: whole shards are the unit of
 work.
 
-The shards that are missing are dealt out to the ranks. A shard is complete once its entry
-(`shard-N.json`) lies beside it; the index, made of all entries, is written last and replaces them.
+The shards that are missing are split over the ranks. A shard is complete once its entry
+(`shard-N.json`) is beside it; the index, made of all entries, is written last and replaces them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,18 +15,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from promoe_ds.data.images import COMPOSED, TURNED, read_image
-from promoe_ds.data.index import UNFINISHED, LatentIndex, ShardRecord, read_index
-from promoe_ds.data.listing import some_of
-from promoe_ds.data.npz import NPZ_SUFFIX, read_npz_moments
-from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.shards import Shard, ShardContent, write_shard
-from promoe_ds.data.trees import CorruptFiles, Tree, TreeReader, scan_tree
+from promoe_ds.data.reading import read_json, shown, some_of
+from promoe_ds.data.shards import (
+    MOMENTS,
+    UNFINISHED,
+    LatentIndex,
+    Shard,
+    ShardRecord,
+    read_index,
+    write_shard,
+)
+from promoe_ds.data.trees import Tree, TreeReader, scan_tree
+from promoe_ds.data.unpacked import NPZ_SUFFIX, read_npz_moments
 from promoe_ds.data.vae import Vae, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError, differences
@@ -36,9 +42,6 @@ from promoe_ds.logs import Progress, get_logger
 from promoe_ds.versions import versions_of
 
 _LOG = get_logger("encode")
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_KIND = "moments"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,46 +63,22 @@ class EncodeRequest:
     workers: int = 8
     max_corrupt: int = 0
 
+    def path(self, number: int) -> Path:
+        """Return the place of a shard."""
+        return self.out / f"shard-{number:05d}.safetensors"
 
-def encode(request: EncodeRequest, team: DistributedContext) -> LatentIndex:
-    """Encode a tree; all ranks call this together. Return the index.
-
-    Raises: DataError for images that cannot be read, beyond `max_corrupt` of a rank or of all
-    together; ConfigError for a request
-        that cannot be, or an output folder that holds something else.
-    """
-    source = _cached(request) if request.from_npz else _images(request, team)
-    tree, settings = source.tree, _settings(request, source)
-    if (done := team.on_main(lambda: _claim(request, settings))) is not None:
-        return done
-    work = _Worker(request, source)
-    shards = -(-len(tree) // request.shard_size)
-    todo = team.on_main(lambda: missing_shards(request.out, shards))
-    total = sum(len(work.files_of(number)) for number in todo)
-    progress = Progress(_LOG, total, "images")
-    for number in todo[team.rank :: team.world_size]:
-        work.encode_shard(number)
-        progress.add(
-            len(work.files_of(number)) * team.world_size
-        )  # the other ranks are about as far
-    team.barrier()
-    return team.on_main(lambda: _finish(request, settings, tree, shards))
+    def reader(self, tree: Tree, read: Callable[[Path], np.ndarray]) -> TreeReader:
+        """Return what reads the files of a tree."""
+        limit = self.max_corrupt
+        return TreeReader(tree, read, self.workers, max_corrupt=limit, setting="--max-corrupt")
 
 
-def missing_shards(out: Path, shards: int) -> list[int]:
-    """Return the numbers of the shards that are not complete: each is written in one move, and then
-    its entry.
-    """
+class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What `shard-N.json` says: how many images were changed, by kind; which were skipped."""
 
-    def is_complete(path: Path) -> bool:
-        entry = path.with_suffix(".json")
-        return (
-            entry.is_file()
-            and path.is_file()
-            and _read_json(entry)["record"]["bytes"] == path.stat().st_size
-        )
-
-    return [number for number in range(shards) if not is_complete(out / _shard_name(number))]
+    record: ShardRecord
+    skipped: list[str]
+    changes: dict[str, int] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +86,51 @@ class _Source:
     """What is packed: the files of a tree, of which autoencoder.
 
     shape: of a record, (2 Z, H, W). sides: 2 with the mirrored image, else 1.
-    read: returns what a file holds. moments: returns those of a batch, by side.
-    changes: what `read` changed of images.
+    moments: returns those of a batch, by side. changes: what `reader` changed of images.
     """
 
     tree: Tree
     identity: VaeIdentity
-    shape: tuple[int, ...]
+    shape: tuple[int, int, int]
     sides: int
-    read: Callable[[Path], np.ndarray]
+    reader: TreeReader
     moments: Callable[[np.ndarray], Sequence[Tensor]]
     changes: list[str] = field(default_factory=list)
+
+
+def encode(request: EncodeRequest, team: DistributedContext) -> LatentIndex:
+    """Encode a tree; all ranks call this together. Return the index.
+
+    Raises: DataError for images that cannot be read, beyond `max_corrupt` of a rank or of all
+        together; ConfigError for a request that cannot be, or an output folder that holds something
+        else.
+    """
+    source = _cached(request) if request.from_npz else _images(request, team)
+    settings, files = _settings(request, source), range(len(source.tree))
+    if (done := team.on_main(lambda: _claim(request.out, settings))) is not None:
+        return done
+    size = request.shard_size
+    shards = [files[start : start + size] for start in range(0, len(files), size)]
+    todo = team.on_main(lambda: missing_shards(request, len(shards)))
+    progress = Progress(_LOG, sum(len(shards[number]) for number in todo), "images")
+    for number in todo[team.rank :: team.world_size]:
+        _encode_shard(request, source, shards[number], request.path(number))
+        # The other ranks are about as far.
+        progress.add(len(shards[number]) * team.world_size)
+    team.barrier()
+    return team.on_main(lambda: _finish(request, source, settings, len(shards)))
+
+
+def missing_shards(request: EncodeRequest, shards: int) -> list[int]:
+    """Return the numbers of the shards that are not complete: each is written in one move, and then
+    its entry.
+    """
+
+    def is_complete(path: Path) -> bool:
+        has_both = path.is_file() and path.with_suffix(".json").is_file()
+        return has_both and _read_entry(path).record.bytes == path.stat().st_size
+
+    return [number for number in range(shards) if not is_complete(request.path(number))]
 
 
 def _images(request: EncodeRequest, team: DistributedContext) -> _Source:
@@ -127,36 +140,36 @@ def _images(request: EncodeRequest, team: DistributedContext) -> _Source:
         the autoencoder would cut.
     """
     tree = scan_tree(request.source, split=request.split)
-
-    def load() -> Vae:
-        return Vae(
-            request.vae, device=team.device, dtype=DTYPES[request.vae_dtype], name=request.vae_name
-        )
-
+    load = partial(
+        Vae,
+        request.vae,
+        device=team.device,
+        dtype=getattr(torch, request.vae_dtype),
+        name=request.vae_name,
+    )
     # Into the memory of every rank at once: rank 0 alone fetches a hub id from the network first.
     first = load() if team.is_main else None
     team.barrier()
-    vae, changes = first or load(), list[str]()
+    vae, changes, sides = first or load(), list[str](), 1 + request.flip
     identity = vae.identity
-    if request.image_size % identity.downsampling:
+    side, cut = divmod(request.image_size, identity.downsampling)
+    if cut:
         raise ConfigError(
             f"--image-size {request.image_size}: must be a multiple of the {identity.downsampling}"
             f" pixels that {identity.name} makes one latent of"
         )
 
     def moments(images_BHWC: np.ndarray) -> list[Tensor]:
-        sides = [images_BHWC, images_BHWC[:, :, ::-1].copy()][: 1 + request.flip]
-        return [vae.encode(side) for side in sides]
+        return [vae.encode(each) for each in (images_BHWC, images_BHWC[:, :, ::-1].copy())[:sides]]
 
-    side = request.image_size // identity.downsampling
     return _Source(
         tree=tree,
         identity=identity,
         shape=(2 * identity.latent_channels, side, side),
-        sides=1 + request.flip,
+        sides=sides,
+        reader=request.reader(tree, partial(read_image, size=request.image_size, changes=changes)),
         moments=moments,
         changes=changes,
-        read=partial(read_image, size=request.image_size, changes=changes),
     )
 
 
@@ -164,22 +177,17 @@ def _cached(request: EncodeRequest) -> _Source:
     """Return a tree of cached moments; all have the shape of the first that can be read.
 
     Raises: ConfigError if their autoencoder is not named; DataError if there are more unreadable
-    ones than allowed.
+        ones than allowed.
     """
-    tree = scan_tree(request.source, (NPZ_SUFFIX,), split=request.split)
     if request.vae_name is None:
         raise ConfigError(
             "--from-npz: the files do not say which autoencoder they come from: name it with"
             " --vae-name, as recipes do in data.vae"
         )
-    corrupt = CorruptFiles(request.max_corrupt, "--max-corrupt")
-    for name in tree.names:
-        try:
-            shape = read_npz_moments(tree.root / name).shape
-            break
-        except DataError as error:
-            corrupt.add(shown(name), str(error))
-    else:
+    tree = scan_tree(request.source, (NPZ_SUFFIX,), split=request.split)
+    probe = request.reader(tree, read_npz_moments)
+    shapes = (found[i].shape for i in range(len(tree)) if (found := probe.read([i])))
+    if (shape := next(shapes, None)) is None:
         raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
     sides = min(shape[0], 1 + request.flip)
     # No more is known than the name that the user gives, and the channels.
@@ -188,17 +196,17 @@ def _cached(request: EncodeRequest) -> _Source:
         identity=VaeIdentity(name=request.vae_name, latent_channels=shape[1] // 2),
         shape=shape[1:],
         sides=sides,
-        read=partial(read_npz_moments, shape=shape),
+        reader=request.reader(tree, partial(read_npz_moments, shape=shape)),
         moments=lambda values: torch.from_numpy(values).unbind(1)[:sides],
     )
 
 
 def _settings(request: EncodeRequest, source: _Source) -> dict[str, Any]:
     """Return what must agree between the calls that fill one folder."""
-    listing = xxhash.xxh3_64(os.fsencode("\n".join(source.tree.names))).hexdigest()
+    names = os.fsencode("\n".join(source.tree.names))
     return {
         "files": len(source.tree),
-        "listing": listing,
+        "listing": xxhash.xxh3_64(names).hexdigest(),
         "image_size": None if request.from_npz else request.image_size,
         "flipped": source.sides == 2,
         "dtype": request.dtype,
@@ -208,166 +216,106 @@ def _settings(request: EncodeRequest, source: _Source) -> dict[str, Any]:
     }
 
 
-def _claim(request: EncodeRequest, settings: dict[str, Any]) -> LatentIndex | None:
+def _claim(out: Path, settings: dict[str, Any]) -> LatentIndex | None:
     """Take the output folder, or recognise what is in it; return the index if nothing is left to
     do.
     """
-    out, path = request.out, request.out / UNFINISHED
+    path, before = out / UNFINISHED, settings
     try:
         if (index := read_index(out)) is not None:
-            if differing := differences({**asdict(index), **index.encoding}, settings):
-                raise ConfigError(
-                    f"--out {out} already holds other latents: {'; '.join(differing)}. Choose"
-                    " another folder"
-                )
-            _LOG.info("%s: complete already", out)
-            return index
-        if path.is_file():
-            before = _read_json(path)
-            if differing := differences(before, settings):
-                raise ConfigError(
-                    f"--out {out} holds an encoding begun otherwise: {'; '.join(differing)}. Choose"
-                    " another folder, or use the same arguments and files"
-                )
-            _LOG.info("%s: going on with the encoding found there", out)
-            return None
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            before = {**msgspec.to_builtins(index), **index.encoding}
+            _LOG.info("%s: latents are there already", out)
+        elif path.is_file():
+            before = read_json(path, "record of an encoding", dict)
+            _LOG.info("%s: resuming the encoding found there", out)
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(
                 f"--out {out} is no empty folder and holds no latents: choose another one"
             )
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+        if differing := differences(before, settings):
+            raise ConfigError(
+                f"--out {out} already holds other latents: {'; '.join(differing)}. Choose another"
+                " folder, or use the same arguments and files"
+            )
+        if index is None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(path, settings)
     except OSError as error:
         raise ConfigError(f"--out {out}: {error}") from None
-    return None
+    return index
 
 
-class _Worker:
-    """Encodes shards of one rank."""
-
-    def __init__(self, request: EncodeRequest, source: _Source) -> None:
-        self._request, self._source = request, source
-        self._reader = TreeReader(source.tree, source.read, request.workers)
-        self._corrupt = CorruptFiles(request.max_corrupt, "--max-corrupt")
-
-    def files_of(self, number: int) -> range:
-        """Return the indices of a shard's files."""
-        start = number * self._request.shard_size
-        return range(start, min(start + self._request.shard_size, len(self._source.tree)))
-
-    def encode_shard(self, number: int) -> None:
-        """Encode one shard; it is empty if none of its files can be read."""
-        path, indices = self._request.out / _shard_name(number), self.files_of(number)
-        tree, dtype = self._source.tree, DTYPES[self._request.dtype]
-        sides = [
-            [torch.empty(0, *self._source.shape, dtype=dtype)] for _ in range(self._source.sides)
-        ]
-        kept, skipped = [], []
-        self._source.changes.clear()
-        for start in range(indices.start, indices.stop, self._request.batch_size):
-            batch = range(start, min(start + self._request.batch_size, indices.stop))
-            good = []
-            for index, value in zip(batch, self._reader.try_all(batch), strict=True):
-                if isinstance(value, DataError):
-                    skipped.append(shown(tree.names[index]))
-                    self._corrupt.add(skipped[-1], str(value))
-                else:
-                    good.append(value)
-                    kept.append(index)
-            for parts, part in zip(
-                sides, self._source.moments(np.stack(good)) if good else (), strict=bool(good)
-            ):
+def _encode_shard(request: EncodeRequest, source: _Source, files: range, path: Path) -> None:
+    """Encode one shard; it is empty if none of its files can be read."""
+    tree, dtype, kept = source.tree, getattr(torch, request.dtype), list[int]()
+    sides = [[torch.empty(0, *source.shape, dtype=dtype)] for _ in range(source.sides)]
+    source.changes.clear()
+    for start in range(0, len(files), request.batch_size):
+        if good := source.reader.read(files[start : start + request.batch_size]):
+            kept += good
+            moments = source.moments(np.stack(list(good.values())))
+            for parts, part in zip(sides, moments, strict=True):
                 parts.append(part.cpu().to(dtype))
-        records = [torch.cat(parts) for parts in sides]
-        content = ShardContent(
-            kind=_KIND,
-            records=records[0],
-            flipped=records[1] if len(records) > 1 else None,
-            labels=torch.from_numpy(tree.labels[kept]),
-            names=[tree.names[i] for i in kept],
-        )
-        try:
-            record = write_shard(path, content)
-            write_json(
-                path.with_suffix(".json"),
-                {
-                    "record": asdict(record),
-                    "skipped": skipped,
-                    "changes": Counter(self._source.changes),
-                },
-            )
-        except OSError as error:
-            raise DataError(
-                f"{path}: could not be written: {error}. Free the disk and run the same command"
-                " again"
-            ) from None
+    skipped = [shown(tree.names[index]) for index in sorted(set(files) - set(kept))]
+    labels, names = torch.from_numpy(tree.labels[kept]), [tree.names[index] for index in kept]
+    try:
+        record = write_shard(path, [torch.cat(parts) for parts in sides], labels, names)
+        entry = ShardEntry(record=record, skipped=skipped, changes=Counter(source.changes))
+        write_json(path.with_suffix(".json"), msgspec.to_builtins(entry))
+    except OSError as error:
+        raise DataError(
+            f"{path}: could not be written: {error}. Free the disk and run the same command again"
+        ) from None
 
 
 def _finish(
-    request: EncodeRequest, settings: dict[str, Any], tree: Tree, shards: int
+    request: EncodeRequest, source: _Source, settings: dict[str, Any], shards: int
 ) -> LatentIndex:
     """Make the index from all entries; rank 0 only."""
-    entries = [
-        _read_json((request.out / _shard_name(number)).with_suffix(".json"))
-        for number in range(shards)
-    ]
-    skipped = [name for entry in entries for name in entry["skipped"]]
+    entries = [_read_entry(request.path(number)) for number in range(shards)]
+    skipped, tree = tuple(name for entry in entries for name in entry.skipped), source.tree
     if len(skipped) > request.max_corrupt:
         raise DataError(
             f"{len(skipped)} files could not be read, --max-corrupt={request.max_corrupt} are"
             f" allowed: {some_of(skipped)}. Repair them and encode into a new folder, or run again"
             " with a higher limit: nothing is encoded twice"
         )
-    records = tuple(ShardRecord(**entry["record"]) for entry in entries)
-    if not sum(record.count for record in records):
+    records = tuple(entry.record for entry in entries)
+    labels = torch.cat([Shard(request.out / record.file).labels for record in records])
+    if not len(labels):
         raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
-    opened = [Shard(request.out / record.file) for record in records]
-    counts = np.bincount(
-        torch.cat([shard.labels for shard in opened]).numpy(), minlength=len(tree.classes)
-    )
-    changes = sum((Counter(entry.get("changes", {})) for entry in entries), Counter())
-    if changes:
+    counts = labels.bincount(minlength=len(tree.classes)).tolist()
+    if changes := sum((Counter(entry.changes) for entry in entries), Counter()):
         _LOG.info(
             "%s: %d images with transparent pixels were composed over white, %d turned upright as"
             " their EXIF data say",
-            tree.root,
-            changes[COMPOSED],
-            changes[TURNED],
+            *(tree.root, changes[COMPOSED], changes[TURNED]),
         )
     if unread := [name for name, count in zip(tree.classes, counts, strict=True) if not count]:
         _LOG.warning(
             "%s: no image of %d classes could be read, their labels never occur: %s",
-            tree.root,
-            len(unread),
-            some_of(unread),
+            *(tree.root, len(unread), some_of(unread)),
         )
     index = LatentIndex(
-        kind=_KIND,
-        shape=opened[0].shape[1:],
+        count=len(labels),
+        kind=MOMENTS,
+        shape=source.shape,
         dtype=request.dtype,
         flipped=settings["flipped"],
         image_size=settings["image_size"],
-        vae=VaeIdentity(**settings["vae"]),
+        vae=source.identity,
         classes=tuple(map(shown, tree.classes)),
-        class_counts=tuple(counts.tolist()),
+        class_counts=tuple(counts),
         shards=records,
-        skipped=tuple(skipped),
+        skipped=skipped,
         encoding={name: settings[name] for name in ("files", "listing", "shard_size", "vae_dtype")},
         versions=versions_of("diffusers", "numpy", "pillow", "safetensors"),
     )
     index.write(request.out)
-    for leftover in (request.out / UNFINISHED, *(request.out.glob("shard-*.json"))):
+    for leftover in (request.out / UNFINISHED, *request.out.glob("shard-*.json")):
         leftover.unlink()
     return index
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.safetensors"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with reading(path, "record of an encoding"):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"holds {type(values).__name__}")
-        return values
+def _read_entry(path: Path) -> ShardEntry:
+    return read_json(path.with_suffix(".json"), "record of an encoding", ShardEntry)

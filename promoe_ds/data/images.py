@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from promoe_ds.data.listing import image_formats
 from promoe_ds.data.reading import reading
@@ -22,15 +22,6 @@ _T = TypeVar("_T")
 #: What `plain_image` notes of a picture that it changed.
 COMPOSED, TURNED = "composed", "turned"
 _GREY = {"1", "L", "LA", "La"}
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 #: Largest values of the ranges that integers and floats of 32 bits are taken for: the first that
 #: holds all of a picture's.
 _RANGES = {"I": (255, 65535), "F": (1, 255)}
@@ -55,10 +46,10 @@ def plain_image(image: Image.Image, changes: list[str] | None = None) -> Image.I
     """
     image.load()
     notes = [] if changes is None else changes
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged EXIF data beside a whole picture
-        turn = None
+    with suppress(Exception):  # damaged EXIF data beside a whole picture
+        if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+            notes.append(TURNED)
+            ImageOps.exif_transpose(image, in_place=True)
     if image.mode in _RANGES or image.mode.startswith("I;16"):
         image = _scaled(image)
     elif image.has_transparency_data:
@@ -66,18 +57,14 @@ def plain_image(image: Image.Image, changes: list[str] | None = None) -> Image.I
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             notes.append(COMPOSED)
-        ground = Image.new("RGBA", image.size, "white")
-        ground.alpha_composite(image)
-        image = ground.convert("L" if grey else "RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if grey else "RGB")
     elif image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     elif image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode in _GREY else "RGB")
-    if turn is None:
-        return image
-    notes.append(TURNED)
-    return image.transpose(turn)
+    return image
 
 
 def _scaled(image: Image.Image) -> Image.Image:

@@ -16,11 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from promoe_ds.data.reading import shown
+from promoe_ds.data.reading import shown, some_of, warn_once
 from promoe_ds.errors import DataError
-from promoe_ds.logs import get_logger, rank_from_environment
-
-_LOG = get_logger("data")
 
 #: What systems and programs leave in folders, in lower case; hidden names are skipped as well.
 _LEFTOVERS = set(
@@ -30,7 +27,6 @@ _LEFTOVERS = set(
 #: Formats that Pillow names but does not decode by itself: EPS runs Ghostscript, the others need a
 #: library or a system.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-_NAMED = 3
 #: What is said of the files and folders that were met, with their number.
 _NOTES = _OTHERS, _LEFT, _LISTED, _BROKEN, _OUTSIDE = (
     "left out {} files of other kinds",
@@ -93,15 +89,15 @@ class FileList:
         self._add_file_links()
         self.names.sort()
         parts = [
-            f"{note.format(found.total())} ({_some(found, counted=note in _COUNTED)})"
+            f"{note.format(found.total())} ({some_of(found, counted=note in _COUNTED)})"
             for note, found in self._notes.items()
             if found
         ]
-        if parts and rank_from_environment() == 0:
-            _LOG.warning("%s: %s", shown(root), "; ".join(parts))
+        if parts:
+            warn_once("%s: %s", shown(root), "; ".join(parts))
         if not self.names:
             others = self._notes[_OTHERS]
-            found = f": found {_some(others, counted=True)}" if others else ""
+            found = f": found {some_of(others, counted=True)}" if others else ""
             raise DataError(f"{root}: no {self.kind} below it{found}")
 
     def _enter(self, start: str) -> None:
@@ -125,8 +121,7 @@ class FileList:
             for entry in entries:
                 name = f"{folder}{os.sep}{entry.name}" if folder else entry.name
                 if is_leftover(entry.name):
-                    left = "._*" if entry.name.startswith("._") else entry.name
-                    self._notes[_LEFT][left] += 1
+                    self._notes[_LEFT]["._*" if entry.name.startswith("._") else entry.name] += 1
                 elif entry.is_symlink():
                     self._links.append(name)
                 elif entry.is_dir():
@@ -182,19 +177,6 @@ class FileList:
             elif self._add(name, stat.S_ISREG(status.st_mode)):
                 known.add(_inode(status))
                 self._notes[_OUTSIDE][name] += 1
-
-
-def some_of(names: Collection[str]) -> str:
-    """Return the first names, for a message."""
-    return _some(Counter(names), counted=False)
-
-
-def _some(names: Counter[str], *, counted: bool) -> str:
-    parts = [
-        f"{count} {shown(name)}" if counted else shown(name)
-        for name, count in names.most_common(_NAMED)
-    ]
-    return ", ".join(parts) + (" ..." if len(names) > _NAMED else "")
 
 
 def _inode(status: os.stat_result) -> tuple[int, int]:

@@ -1,13 +1,24 @@
-"""One net around every decoder of foreign files, and names of files as a message can print them."""
+"""One net around every decoder of foreign files, names of files as a message can print them, and
+what rank 0 alone says of files that all ranks see.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
 
 from promoe_ds.errors import DataError, PromoeError
 from promoe_ds.file_kind import identify
+from promoe_ds.logs import get_logger, rank_from_environment
+
+_LOG = get_logger("data")
+_T = TypeVar("_T")
+_NAMED = 3
 
 
 def shown(name: str | Path) -> str:
@@ -16,12 +27,28 @@ def shown(name: str | Path) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
+def some_of(names: Collection[str], *, counted: bool = False) -> str:
+    """Return the first names, or the most frequent with their counts, for a message."""
+    parts = [
+        f"{count} {shown(name)}" if counted else shown(name)
+        for name, count in Counter(names).most_common(_NAMED)
+    ]
+    return ", ".join(parts) + (" ..." if len(names) > _NAMED else "")
+
+
+def warn_once(message: str, *values: Any) -> None:
+    """Warn on rank 0 of what every rank finds."""
+    if rank_from_environment() == 0:
+        _LOG.warning(message, *values)
+
+
 @contextmanager
 def reading(path: Path, what: str, *, kind: str | None = None) -> Iterator[None]:
     """Turn whatever a decoder raises into one error.
 
     Decoders of damaged files raise any kind: IndexError, RuntimeError, struct.error, zlib.error,
-    MemoryError. Args:
+    MemoryError.
+    Args:
         kind: of `identify` that the file should be: where it is another, the message says which.
     Raises: DataError naming the file, what it should be, and the decoder's complaint.
     """
@@ -35,3 +62,12 @@ def reading(path: Path, what: str, *, kind: str | None = None) -> Iterator[None]
         if kind is not None and path.is_file() and (found := identify(path)) != kind:
             complaint = f"it is {found}"
         raise DataError(f"{shown(path)}: not a readable {what} ({complaint})") from None
+
+
+def read_json(path: Path, what: str, kind: type[_T]) -> _T:
+    """Return what a JSON file holds.
+
+    Raises: DataError naming a file that cannot be read, or the field that is not as `kind` says.
+    """
+    with reading(path, what):
+        return msgspec.json.decode(path.read_bytes(), type=kind)

@@ -1,16 +1,20 @@
-"""One shard of packed latents: a safetensors file, mapped, each record under its own checksum.
+"""A folder of packed latents: shards, which are mapped safetensors files, and their index.
 
-Tensors: `latents` or `moments` (n, C, H, W) and, where there are mirrored twins, `latents_flip` or
-`moments_flip`; `labels` (n,); written by this package also `checksums` (n, 1 or 2), the xxh3_64 of
-each record's bytes as int64, and `names`, the records' sources, joined by line feeds.
+A shard's tensors: `latents` or `moments` (n, C, H, W) and, where there are mirrored twins,
+`latents_flip` or `moments_flip`; `labels` (n,); written by this package also `checksums` (n, 1 or
+2), the xxh3_64 of each record's bytes as int64, and `names`, the records' sources, joined by line
+feeds. `index.json` says what is there and what it belongs to: docs/imagenet.md documents it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import xxhash
@@ -19,33 +23,88 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from promoe_ds.data.dataset import first_not_finite
-from promoe_ds.data.index import INDEX, LatentIndex, ShardRecord, read_index
-from promoe_ds.data.reading import reading, shown
+from promoe_ds.data.reading import read_json, reading, shown
+from promoe_ds.data.vae import VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
-from promoe_ds.errors import DataError
+from promoe_ds.errors import DataError, first_few
 from promoe_ds.file_kind import SAFETENSORS
-from promoe_ds.files import replacing
+from promoe_ds.files import replacing, write_json
 
-KINDS = ("latents", "moments")
+INDEX = "index.json"
+#: What an encoding under way keeps beside its shards; the index, written last, replaces it.
+UNFINISHED = "encoding.json"
+MOMENTS = "moments"
+_KINDS = ("latents", MOMENTS)
 _FLIP = "_flip"
-_CHUNK_BYTES = 2**24
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardContent:
-    """What goes into a shard: records (n, C, H, W), their mirrored twins if any, labels (n,), names
-    of their sources.
+class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One shard: `checksum` is the xxh3_64 of the whole file, in hexadecimal."""
+
+    file: str
+    count: int
+    bytes: int
+    checksum: str
+
+
+class LatentIndex(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="format",
+    tag="promoe_ds.latents/1",
+):
+    """What `index.json` says.
+
+    `encoding` is what else two calls that fill one folder must share: number and checksum of the
+    source's file names, images a shard, type of the autoencoder's computation.
     """
 
+    count: int
     kind: str
-    records: Tensor
-    flipped: Tensor | None
-    labels: Tensor
-    names: list[str]
+    shape: tuple[int, int, int]
+    dtype: str
+    flipped: bool
+    image_size: int | None
+    vae: VaeIdentity | None
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    shards: tuple[ShardRecord, ...]
+    skipped: tuple[str, ...] = ()
+    encoding: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        """Check what the types do not say.
+
+        Raises: ValueError for a file outside of the folder, or another number of records.
+        """
+        for shard in self.shards:
+            if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
+                raise ValueError(f"the file name {shard.file!r} leaves the folder")
+        if self.count != (found := sum(shard.count for shard in self.shards)):
+            raise ValueError(f"count is {self.count}, its shards hold {found}")
+
+    def write(self, folder: Path) -> None:
+        """Write `index.json`, in one move."""
+        write_json(folder / INDEX, msgspec.to_builtins(self))
+
+
+def read_index(folder: Path) -> LatentIndex | None:
+    """Return a folder's index, None where there is none.
+
+    Raises: DataError naming the file that cannot be understood, and its field.
+    """
+    path = folder / INDEX
+    return read_json(path, "index of latents", LatentIndex) if path.is_file() else None
 
 
 class Shard:
-    """An open shard; records stay on disk until they are taken."""
+    """An open shard; records stay on disk until they are taken.
+
+    layout: kind, type, and whether there are mirrored twins, in words.
+    """
 
     def __init__(self, path: Path) -> None:
         """Map the file.
@@ -55,149 +114,115 @@ class Shard:
         self.path = path
         with reading(path, "latent shard", kind=SAFETENSORS):
             with safe_open(path, framework="pt") as file:
-                keys = set(file.keys())
-                self.kind = next((kind for kind in KINDS if kind in keys), KINDS[0])
-                variants = [
-                    file.get_tensor(name)
-                    for name in (self.kind, self.kind + _FLIP)
-                    if name in keys or name in KINDS
-                ]
-                self.labels = file.get_tensor("labels")
-                checksums = (
-                    file.get_tensor("checksums").numpy().view(np.uint64)
-                    if "checksums" in keys
-                    else None
-                )
-            self.dtype, self.shape, self.flipped = (
-                variants[0].dtype,
-                tuple(variants[0].shape),
-                len(variants) > 1,
-            )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            self.kind = next((kind for kind in _KINDS if kind in tensors), _KINDS[0])
+            self.labels, plain = tensors["labels"], tensors[self.kind]
+            self.dtype, self.shape = plain.dtype, tuple(plain.shape)
+            variants = [plain, *(tensors[name] for name in (self.kind + _FLIP,) if name in tensors)]
+            found = [f"{_name(each.dtype)} {tuple(each.shape)}" for each in variants]
             if not self.dtype.is_floating_point:
                 raise DataError(
-                    f"{path}: {self.kind} are {_name(self.dtype)}, expected floats: if they are"
-                    " quantised, store the floats that they encode"
+                    f"{path}: {self.kind} are {found[0]}, expected floats: if they are quantised,"
+                    " store the floats that they encode"
                 )
-            if self.flipped and (variants[1].shape, variants[1].dtype) != (
-                variants[0].shape,
-                variants[0].dtype,
-            ):
+            if len(set(found)) > 1:
                 raise DataError(
-                    f"{path}: {self.kind}{_FLIP} {tuple(variants[1].shape)}"
-                    f" {_name(variants[1].dtype)} does not fit {self.kind} {self.shape}"
-                    f" {_name(self.dtype)}: store both in one shape and type"
+                    f"{path}: {self.kind} are {found[0]}, their mirrored twins {found[1]}: store"
+                    " both in one shape and type"
                 )
+            self.checksums = None
+            if "checksums" in tensors:
+                self.checksums = tensors["checksums"].numpy().view(np.uint64)
             # As bytes: numpy knows no bfloat16, and copies rows several times faster than torch.
             self._bytes = [_as_bytes(variant) for variant in variants]
-        self._checksums = checksums
-        if checksums is not None and checksums.shape != (self.shape[0], len(variants)):
+        self.flipped = len(variants) > 1
+        twins = "with" if self.flipped else "without"
+        self.layout = f"{self.kind} as {_name(self.dtype)}, {twins} mirrored twins"
+        self._names = tensors.get("names")
+        if self.checksums is not None and self.checksums.shape != (len(self), len(variants)):
             raise DataError(
-                f"{path}: checksums {checksums.shape} do not fit {self.shape[0]} records of"
+                f"{path}: checksums {self.checksums.shape} do not fit {len(self)} records of"
                 f" {len(variants)}"
             )
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    @property
-    def checked(self) -> bool:
-        """Whether its records have checksums."""
-        return self._checksums is not None
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of one record."""
-        return self._bytes[0].shape[1]
-
-    def copy_record(self, row: int, flip: bool, out: np.ndarray) -> None:
-        """Copy the bytes of a record into `out`.
+    def record(self, row: int, flip: bool) -> np.ndarray:
+        """Return the bytes of a record, mapped.
 
         Raises: DataError naming a record that is not what was written.
         """
         record = self._bytes[int(flip)][row]
-        if (
-            self._checksums is not None
-            and xxhash.xxh3_64_intdigest(record) != self._checksums[row, int(flip)]
-        ):
+        checksums = self.checksums
+        if checksums is not None and xxhash.xxh3_64_intdigest(record) != checksums[row, int(flip)]:
             raise DataError(
                 f"{self.path}: record {row} ({self.name(row)}){', mirrored,' if flip else ''} is"
                 " damaged: its checksum does not match; encode this shard anew"
             )
-        out[:] = record
+        return record
 
     def name(self, row: int) -> str:
         """Return the source of a record, as far as the shard knows."""
         try:
-            with safe_open(self.path, framework="pt") as file:
-                return file.get_tensor("names").numpy().tobytes().decode().split("\n")[row]
+            return self._names.numpy().tobytes().decode().split("\n")[row]
         except Exception:  # names serve messages alone
             return "of unknown source"
 
 
-def write_shard(path: Path, content: ShardContent) -> ShardRecord:
+def write_shard(
+    path: Path, variants: Sequence[Tensor], labels: Tensor, names: Sequence[str]
+) -> ShardRecord:
     """Write a shard, in one move, and return its entry in the index.
 
+    Args:
+        variants: moments (n, C, H, W) and, where there are any, those of the mirrored images.
+        labels: (n,); names: the records' sources.
     Raises: DataError naming a record that is not finite.
     """
-    variants = [
-        content.records.contiguous(),
-        *([content.flipped.contiguous()] if content.flipped is not None else []),
-    ]
-    for variant in variants:
-        if (bad := first_not_finite(variant)) is not None:
+    tensors = {MOMENTS + _FLIP * side: each.contiguous() for side, each in enumerate(variants)}
+    digests = []
+    for values in tensors.values():
+        if (bad := first_not_finite(values)) is not None:
             raise DataError(
-                f"{shown(content.names[bad])}: its latent is not finite as {_name(variant.dtype)}:"
-                " store or compute in a wider type"
+                f"{shown(names[bad])}: its latent is not finite as {_name(values.dtype)}: store or"
+                " compute in a wider type"
             )
-    digests = np.array(
-        [[xxhash.xxh3_64_intdigest(row) for row in _as_bytes(variant)] for variant in variants],
-        dtype=np.uint64,
-    )
-    tensors = {
-        content.kind: variants[0],
-        "labels": content.labels,
-        "checksums": torch.from_numpy(digests.reshape(len(variants), -1).T.copy().view(np.int64)),
-        "names": torch.frombuffer(
-            bytearray("\n".join(map(shown, content.names)).encode() or b"\n"), dtype=torch.uint8
-        ),
+        digests.append([xxhash.xxh3_64_intdigest(row) for row in _as_bytes(values)])
+    checksums = np.array(digests, dtype=np.uint64).reshape(len(tensors), -1).T.copy()
+    text = "\n".join(map(shown, names)).encode() or b"\n"
+    tensors |= {
+        "labels": labels,
+        "checksums": torch.from_numpy(checksums.view(np.int64)),
+        "names": torch.frombuffer(bytearray(text), dtype=torch.uint8),
     }
-    if len(variants) > 1:
-        tensors[content.kind + _FLIP] = variants[1]
     with replacing(path) as temporary:
         save_file(tensors, temporary)
-        return describe_shard(temporary, len(content.labels), name=path.name)
+        return describe_shard(temporary, len(labels), name=path.name)
 
 
 def describe_shard(path: Path, count: int, *, name: str) -> ShardRecord:
     """Return a shard's entry in the index: reads the whole file."""
-    digest = xxhash.xxh3_64()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, xxhash.xxh3_64)
     return ShardRecord(
         file=name, count=count, bytes=path.stat().st_size, checksum=digest.hexdigest()
     )
 
 
 def verify(folder: Path, team: DistributedContext) -> LatentIndex:
-    """Read every shard of a finished folder and hold it against the index, each rank a share of
+    """Read every shard of a finished folder and compare it with the index, each rank a share of
     them.
 
     Raises: DataError naming the shards, and the first records, that are not what was written.
     """
     index = read_index(folder)
     if index is None:
-        raise DataError(f"{folder}: no {INDEX} there: nothing to verify against")
-    problems = [
-        problem
-        for record in index.shards[team.rank :: team.world_size]
-        for problem in _problems(folder, record)
-    ]
-    if problems := [problem for found in team.gather(problems) for problem in found]:
-        raise DataError(
-            "; ".join(problems[:5])
-            + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        )
+        raise DataError(f"{folder}: no {INDEX} there: nothing to compare with")
+    own = index.shards[team.rank :: team.world_size]
+    found = team.gather([problem for record in own for problem in _problems(folder, record)])
+    if problems := [problem for of_rank in found for problem in of_rank]:
+        raise DataError(first_few(problems))
     return index
 
 
@@ -205,18 +230,14 @@ def _problems(folder: Path, record: ShardRecord) -> Iterator[str]:
     path = folder / record.file
     if not path.is_file():
         yield f"{path}: missing"
-        return
-    if describe_shard(path, record.count, name=record.file) == record:
-        return
-    yield f"{path}: its checksum is not that of {INDEX}"
-    try:
-        shard = Shard(path)
-        out = np.empty(shard.record_bytes, dtype=np.uint8)
-        for row in range(len(shard)):
-            for flip in range(1 + shard.flipped):
-                shard.copy_record(row, bool(flip), out)
-    except DataError as error:
-        yield str(error)
+    elif describe_shard(path, record.count, name=record.file) != record:
+        yield f"{path}: its checksum is not that of {INDEX}"
+        try:
+            shard = Shard(path)
+            for row, flip in product(range(len(shard)), range(1 + shard.flipped)):
+                shard.record(row, bool(flip))
+        except DataError as error:
+            yield str(error)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -225,8 +246,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def _as_bytes(tensor: Tensor) -> np.ndarray:
     """Return (n, bytes of a record) uint8, a view."""
-    return (
-        tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()
-        if tensor.numel()
-        else np.empty((len(tensor), 0), np.uint8)
-    )
+    if not tensor.numel():
+        return np.empty((len(tensor), 0), np.uint8)
+    return tensor.reshape(len(tensor), -1).view(torch.uint8).numpy()

@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.data.listing import FileList, is_leftover, some_of
-from promoe_ds.data.reading import reading, shown
+from promoe_ds.data.listing import FileList, is_leftover
+from promoe_ds.data.reading import reading, shown, some_of, warn_once
 from promoe_ds.errors import DataError
-from promoe_ds.logs import get_logger, rank_from_environment
+from promoe_ds.logs import get_logger
 
 _LOG = get_logger("data")
 
@@ -59,6 +59,7 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
         all classes after it another label.
     """
     root = _root_of_split(path, split)
+    refuse_splits(root)
     files = FileList(root, suffixes)
     if homeless := [name for name in files.names if os.sep not in name]:
         raise DataError(
@@ -66,11 +67,6 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
             "its class"
         )
     classes = sorted(files.folders)
-    if split_like := _split_like(classes):
-        raise DataError(
-            f"{root}: {some_of(split_like)} look like splits, not classes: pass "
-            f"{root / split_like[0]}"
-        )
     if len(classes) == 1 and all(name.count(os.sep) > 1 for name in files.names):
         raise DataError(
             f"{root}: holds the single folder {shown(classes[0])}, without images of its own, "
@@ -91,7 +87,7 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
 
 
 def refuse_splits(path: Path) -> None:
-    """Refuse a folder of splits: a figure over all of them would mean nothing.
+    """Refuse a folder of splits, which are no classes, and over which no figure means anything.
 
     Raises: DataError naming them.
     """
@@ -138,20 +134,19 @@ def _split_like(folders: list[str]) -> list[str]:
 
 
 def _warn_of_order(root: Path, classes: list[str]) -> None:
-    """Say, by rank 0, what a person would not expect of the labels' order."""
-    if rank_from_environment() != 0:
-        return
+    """Say what a person would not expect of the labels' order."""
     by_value = sorted(classes, key=_with_numbers)
-    if by_value != classes:
-        first = [name == other for name, other in zip(classes, by_value, strict=True)].index(False)
-        _LOG.warning(
-            "%s: class folders are sorted as text, not as numbers: label %d is folder %s, not %s. "
-            "Pad the names with zeros for the order of numbers",
-            *(shown(root), first, shown(classes[first]), shown(by_value[first])),
-        )
+    for label, (found, expected) in enumerate(zip(classes, by_value, strict=True)):
+        if found != expected:
+            warn_once(
+                "%s: class folders are sorted as text, not as numbers: label %d is folder %s, not "
+                "%s. Pad the names with zeros for the order of numbers",
+                *(shown(root), label, shown(found), shown(expected)),
+            )
+            break
     folded = Counter(name.casefold() for name in classes)
     if alike := [name for name in classes if folded[name.casefold()] > 1]:
-        _LOG.warning(
+        warn_once(
             "%s: class folders that differ in capitals alone are classes of their own: %s",
             *(shown(root), some_of(alike)),
         )
@@ -161,60 +156,57 @@ def _with_numbers(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def check_classes(where: Path, count: int, num_classes: int) -> None:
-    """Hold a data set's classes against the recipe's.
-
-    Raises: DataError for more of them; rank 0 warns of fewer.
-    """
-    if count > num_classes:
-        raise DataError(f"{shown(where)}: {count} classes, but model.num_classes={num_classes}")
-    if count < num_classes and rank_from_environment() == 0:
-        _LOG.warning(
-            "%s: %d classes of model.num_classes=%d: the labels from %d on never occur",
-            *(where, count, num_classes, count),
-        )
-
-
-class CorruptFiles:
-    """Counts unreadable files, by name, up to a limit."""
-
-    def __init__(self, limit: int, setting: str) -> None:
-        """Allow `limit` of them, as `setting` says."""
-        self._limit, self._setting = limit, setting
-        self.problems: dict[str, str] = {}
-
-    def add(self, name: str, problem: str) -> None:
-        """Name and count one; again the same costs nothing.
-
-        Raises: DataError, naming the latest, when the limit is passed.
-        """
-        if name in self.problems:
-            return
-        self.problems[name] = problem
-        if len(self.problems) > self._limit:
-            raise DataError(
-                f"{problem}; that makes {len(self.problems)} unreadable files, "
-                f"{self._setting}={self._limit} are allowed: repair or remove them, or raise it"
-            )
-        _LOG.warning(
-            "skipped %s (%d of %s=%d)", problem, len(self.problems), self._setting, self._limit
-        )
-
-
 class TreeReader:
     """Reads files of a tree in several threads: decoders release Python's lock."""
 
-    def __init__(self, tree: Tree, read: Callable[[Path], np.ndarray], workers: int) -> None:
-        """Read with `read`, which raises DataError for a file that it cannot."""
-        self._tree, self._read = tree, read
-        self._pool = ThreadPoolExecutor(workers)
+    def __init__(
+        self,
+        tree: Tree,
+        read: Callable[[Path], np.ndarray],
+        workers: int,
+        *,
+        max_corrupt: int = 0,
+        setting: str = "",
+    ) -> None:
+        """Read with `read`, which raises DataError for a file that it cannot.
 
-    def try_all(self, indices: Sequence[int]) -> list[np.ndarray | DataError]:
-        """Return what each file holds, or what is wrong with it."""
-        return list(self._pool.map(self._try, indices))
+        Args:
+            max_corrupt: files that may be left out, as `setting` says; without it none may.
+        """
+        self._tree, self._read, self._limit, self._setting = tree, read, max_corrupt, setting
+        self._pool = ThreadPoolExecutor(workers)
+        self._corrupt: set[str] = set()
+
+    def read(self, indices: Iterable[int]) -> dict[int, np.ndarray]:
+        """Return what each of these files holds, but for those that cannot be read.
+
+        Raises: DataError, naming the latest of them, when they are too many.
+        """
+        found = {}
+        for index, value in zip(indices, self._pool.map(self._try, indices), strict=True):
+            if isinstance(value, DataError):
+                self._count(self._tree.names[index], value)
+            else:
+                found[index] = value
+        return found
 
     def _try(self, index: int) -> np.ndarray | DataError:
         try:
             return self._read(self._tree.root / self._tree.names[index])
         except DataError as error:
             return error
+
+    def _count(self, name: str, problem: DataError) -> None:
+        """Name and count an unreadable file; again the same costs nothing."""
+        if not self._setting:
+            raise problem
+        if name in self._corrupt:
+            return
+        self._corrupt.add(name)
+        count, allowed = len(self._corrupt), f"{self._setting}={self._limit}"
+        if count > self._limit:
+            raise DataError(
+                f"{problem}; that makes {count} unreadable files, {allowed} are allowed: repair or "
+                "remove them, or raise it"
+            )
+        _LOG.warning("skipped %s (%d of %s)", problem, count, allowed)

@@ -16,6 +16,7 @@ import xxhash
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.reading import reading
 from promoe_ds.errors import DataError
 
@@ -24,6 +25,8 @@ from promoe_ds.errors import DataError
 DECODED_AT_ONCE = 8
 #: Whether figures and pixels are computed with TF32, for the files that state how they came about.
 TF32 = False
+#: Scales that differ by less are the same, written with fewer digits.
+_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +43,20 @@ class VaeIdentity:
     scaling_factor: float | None = None
     downsampling: int | None = None
 
-    def is_called(self, wanted: str) -> bool:
+    def is_called(self, wanted: str | None) -> bool:
         """Whether `wanted` is its name or fingerprint."""
-        return wanted in (self.name, self.fingerprint)
+        return wanted is not None and wanted in (self.name, self.fingerprint)
+
+    def misfit(self, config: RunConfig) -> str:
+        """Return how channels and scale, where it is known, differ from a recipe's, or nothing."""
+        channels, scale = config.model.in_channels, config.data.latent_scale
+        own = scale if self.scaling_factor is None else self.scaling_factor
+        if self.latent_channels == channels and abs(own - scale) <= _TOLERANCE:
+            return ""
+        return (
+            f"{self.latent_channels} latent channels scaled by {own}, the model's are {channels}"
+            f" (model.in_channels) scaled by {scale} (data.latent_scale)"
+        )
 
 
 @contextmanager

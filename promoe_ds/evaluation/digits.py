@@ -55,10 +55,10 @@ def judge_samples(path: Path, heldout_fraction: float = 0.2) -> DigitsReport:
         or not set(labels.tolist()) <= set(range(10))
     ):
         raise DataError(f"{path}: {images.shape} images are no 8x8 digits with labels 0 ... 9")
-    train = load_digits_split(heldout_fraction, heldout=False)
-    heldout = load_digits_split(heldout_fraction, heldout=True)
-    real, unseen = _features(to_uint8(train.images)), _features(to_uint8(heldout.images))
-    classifier = SVC(gamma="scale", C=10.0).fit(real, train.labels)
+    train_images, train_labels = load_digits_split(heldout_fraction, heldout=False)
+    heldout_images, heldout_labels = load_digits_split(heldout_fraction, heldout=True)
+    real, unseen = _features(to_uint8(train_images)), _features(to_uint8(heldout_images))
+    classifier = SVC(gamma="scale", C=10.0).fit(real, train_labels)
     features = _features(images)
     is_right = classifier.predict(features) == labels
     target = fit_gaussian(unseen)
@@ -67,7 +67,7 @@ def judge_samples(path: Path, heldout_fraction: float = 0.2) -> DigitsReport:
         samples=len(labels),
         accuracy=float(is_right.mean()),
         accuracy_by_class={int(c): float(is_right[labels == c].mean()) for c in np.unique(labels)},
-        accuracy_on_real=float(classifier.score(unseen, heldout.labels)),
+        accuracy_on_real=float(classifier.score(unseen, heldout_labels)),
         frechet=frechet_distance(fit_gaussian(features), target),
         frechet_of_training_digits=frechet_distance(fit_gaussian(real), target),
         frechet_of_noise=frechet_distance(fit_gaussian(noise), target),
@@ -85,19 +85,19 @@ def heldout_loss(model: DiT, *, draws: int = 8, seed: int = 0, batch_size: int =
         model: of a digits recipe.
     """
     config, objective = model.config, build_objective(model.config.diffusion)
-    heldout = load_digits_split(config.data.heldout_fraction, heldout=True)
-    images, labels = (
-        torch.from_numpy(heldout.images) * config.data.latent_scale,
-        torch.from_numpy(heldout.labels),
+    images, labels = map(
+        torch.from_numpy, load_digits_split(config.data.heldout_fraction, heldout=True)
+    )
+    images, condition = (
+        images * config.data.latent_scale,
+        ClassCondition(labels, config.model.null_label),
     )
     total = 0.0
     for draw in range(draws):
         for start in range(0, len(labels), batch_size):
-            slots = range(start, min(start + batch_size, len(labels)))
-            clean, own = (
-                images[start : slots.stop],
-                ClassCondition(labels[start : slots.stop], config.model.null_label),
-            )
+            slots = range(len(labels))[start : start + batch_size]
+            own = condition.select(slice(start, slots.stop))
+            clean = images[start : slots.stop]
             batch = draw_batch(clean, own, objective, seed=seed, step=draw, slots=slots)
             prediction = model(objective.noised(batch), objective.timestep(batch), own)
             total += len(slots) * objective.losses(prediction, batch)["diffusion"].item()

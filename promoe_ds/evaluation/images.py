@@ -6,7 +6,6 @@ Letters: N images, H, W size, C colour channels, Z latent channels.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import zipfile
@@ -17,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.lib import format as npy
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from promoe_ds.config import RunConfig
-from promoe_ds.data.reading import reading
-from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.data.reading import read_json, reading
+from promoe_ds.data.vae import Vae
+from promoe_ds.errors import ConfigError, DataError, differences
 from promoe_ds.evaluation.sources import FolderImages, NpzImages, npz_array
-from promoe_ds.files import json_text, write_json
+from promoe_ds.files import replacing, write_json
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("sample")
@@ -37,6 +36,7 @@ LATENTS_FILE = "latents.safetensors"
 _PARTS = "parts"
 #: Settings that do not change an image: a job may resume with others.
 _FREE = ("num", "model")
+_REMEDY = ". Free the disk and run the same command again"
 
 
 def draws_pixels(config: RunConfig) -> bool:
@@ -57,27 +57,31 @@ def image_name(index: int, label: int) -> str:
     return f"img{index:06d}_class{label}.png"
 
 
-def save_png(path: Path, image_HWC: np.ndarray) -> None:
-    """Write one uint8 image, grey for a single channel."""
-    image = image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC
-    Image.fromarray(image).save(path, format="PNG")
+def as_picture(image_HWC: np.ndarray) -> Image.Image:
+    """Return a uint8 image as Pillow's, grey for a single channel."""
+    return Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC)
+
+
+def image_shape(config: RunConfig, vae: Vae | None) -> tuple[int, int, int]:
+    """Return the shape (H, W, C) of a model's images, decoded by `vae` where there is one."""
+    model = config.model
+    if vae is None:
+        return model.input_size, model.input_size, model.in_channels
+    side = model.input_size * vae.identity.downsampling
+    return side, side, 3
 
 
 def make_grid(
     images_NHWC: np.ndarray, labels: np.ndarray, *, columns: int, zoom: int, gap: int = 2
 ) -> np.ndarray:
     """Lay out up to `columns` images of each class, one row a class, ascending; (H, W, C)."""
-    classes = sorted(set(labels.tolist()))
-    height, width, channels = images_NHWC.shape[1:]
-    cell_h, cell_w = height * zoom + gap, width * zoom + gap
-    shape = (len(classes) * cell_h + gap, columns * cell_w + gap, channels)
-    grid = np.full(shape, 255, dtype=np.uint8)
-    for row, label in enumerate(classes):
-        for column, image in enumerate(images_NHWC[labels == label][:columns]):
-            top, left = row * cell_h + gap, column * cell_w + gap
-            zoomed = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
-            grid[top : top + height * zoom, left : left + width * zoom] = zoomed
-    return grid
+    rows = []
+    for label in np.unique(labels):
+        cells = images_NHWC[labels == label][:columns].repeat(zoom, axis=1).repeat(zoom, axis=2)
+        missing = columns - len(cells)
+        edges = (0, missing), (gap, 0), (gap, 0), (0, 0)
+        rows.append(np.concatenate(np.pad(cells, edges, constant_values=255), axis=1))
+    return np.pad(np.vstack(rows), ((0, gap), (0, gap), (0, 0)), constant_values=255)
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -101,10 +105,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return None
-    with reading(path, "record of a sampling job"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not isinstance(record.get("num"), int):
-            raise ValueError("no number of samples; remove the folder, or choose another")
+    record: dict[str, Any] = read_json(path, "record of a sampling job", dict)
+    if not isinstance(record.get("num"), int):
+        raise DataError(
+            f"{path}: states no number of samples (num): remove the folder, or choose another"
+        )
     return record
 
 
@@ -155,7 +160,6 @@ class SampleFolder:
                 job may resume with others.
         Raises: ConfigError if it holds anything else, or samples made with other settings.
         """
-        settings = json.loads(json_text(settings))  # JSON knows no tuples
         with self._writing(""):
             before = read_record(self.path)
             if before is not None:
@@ -171,15 +175,11 @@ class SampleFolder:
             write_json(self.path / SETTINGS_FILE, {**settings, "environments": environments})
 
     def _compare(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
-        differing = "; ".join(
-            f"{name} was {before.get(name)!r} and is {value!r}"
-            for name, value in settings.items()
-            if name not in _FREE and before.get(name) != value
-        )
-        if differing:
+        fixed = {name: value for name, value in settings.items() if name not in _FREE}
+        if differing := differences(before, fixed):
             raise ConfigError(
-                f"--out {self.path} holds samples made with other settings: {differing}. Choose "
-                "another folder, or the same settings"
+                f"--out {self.path} holds samples made with other settings: {'; '.join(differing)}."
+                " Choose another folder, or the same settings"
             )
         have, want = before["num"], settings["num"]
         if have > want or (have < want and (self.path / LATENTS_FILE).is_file()):
@@ -200,15 +200,12 @@ class SampleFolder:
 
         Raises: ConfigError if it cannot be written.
         """
-        path = self._path(index)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with self._writing(". Free the disk and run the same command again"):
+        with self._writing(_REMEDY), replacing(self._path(index)) as temporary:
             if self.as_images:
-                save_png(temporary, value)
+                as_picture(value).save(temporary, format="PNG")
             else:
                 with temporary.open("wb") as file:
                     np.save(file, value)
-            temporary.replace(path)
 
     def read(self, index: int) -> np.ndarray:
         """Return image `index`, (H, W, C) uint8, or its latent (Z, H, W).
@@ -216,13 +213,9 @@ class SampleFolder:
         Raises: DataError if its file is damaged, or holds something else.
         """
         path = self._path(index)
-        with reading(path, "sample"):
-            if self.as_images:
-                with Image.open(path) as image:
-                    value = np.asarray(image)
-                value = value[:, :, None] if value.ndim == 2 else value
-            else:
-                value = np.load(path, allow_pickle=False)
+        with reading(path, "sample"), path.open("rb") as file:
+            value = np.asarray(Image.open(file)) if self.as_images else np.load(file)
+            value = np.atleast_3d(value)  # a grey file has no axis of channels
         if value.shape != self.shape:
             raise DataError(f"{path}: {value.shape}, expected {self.shape}")
         return value
@@ -237,13 +230,11 @@ class SampleFolder:
         temporary = self.whole.with_suffix(".tmp")
         damaged: list[int] = []
         values = (self._read_or_remove(index, damaged) for index in range(len(self.labels)))
-        with self._writing(". Free the disk and run the same command again"):
+        with self._writing(_REMEDY):
             if self.as_images:
                 self._write_npz(temporary, values)
             elif not self.whole.is_file():
-                latents = torch.from_numpy(np.stack(list(values)))
-                tensors = {"latents": latents, "labels": torch.from_numpy(self.labels)}
-                save_file(tensors, temporary)
+                save_file({"latents": np.stack(list(values)), "labels": self.labels}, temporary)
             if damaged:
                 temporary.unlink()
                 return damaged

@@ -15,7 +15,7 @@ from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
-from promoe_ds.evaluation.images import draws_pixels, to_uint8
+from promoe_ds.evaluation.images import draws_pixels, image_shape, to_uint8
 from promoe_ds.evaluation.reference import check_fits, open_reference, read_reference
 from promoe_ds.evaluation.sampling import LatentSampler, even_passes
 from promoe_ds.evaluation.statistics import RunningGaussian
@@ -33,7 +33,7 @@ class OnlineEvaluation:
         Raises: ConfigError or DataError for what cannot be loaded or does not fit the model.
         """
         self._config, self._team = config, ranks
-        settings, model = config.evaluation, config.model
+        settings = config.evaluation
         problem = config.diffusion.sampling_problem(steps=settings.steps)
         if problem:
             raise ConfigError(f"evaluation.{problem}")
@@ -48,8 +48,7 @@ class OnlineEvaluation:
                     " folder or hub id of their autoencoder"
                 )
             self._vae = Vae(config.data.vae, device=ranks.device)
-        size = model.input_size * (1 if self._vae is None else self._vae.identity.downsampling)
-        channels = model.in_channels if self._vae is None else 3
+        size, _, channels = image_shape(config, self._vae)
         opened = open_reference(Path(settings.reference), size=size, channels=channels)
         features = check_fits(
             opened, self._extractor, size=size, channels=channels, need_images=False

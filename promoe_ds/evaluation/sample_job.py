@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.evaluation.images import (
     SampleFolder,
+    as_picture,
     draws_pixels,
+    image_shape,
     make_grid,
-    save_png,
     to_uint8,
 )
 from promoe_ds.evaluation.sampling import (
@@ -80,7 +82,8 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
     labels, plan = choose_labels(request, config), make_plan(request, config)
     vae = _load_vae(request, config, team)
     as_images = vae is not None or draws_pixels(config)
-    folder = SampleFolder(request.out, labels, _shape(config, vae), as_images)
+    shape = image_shape(config, vae)
+    folder = SampleFolder(request.out, labels, shape if as_images else shape[::-1], as_images)
     settings = team.on_main(lambda: _settings(request, plan, vae))
     environment = {
         "device": device_name(team.device),
@@ -98,12 +101,22 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
     team.on_main(lambda: folder.open({**settings, "num": len(labels)}, environment))
     todo = team.on_main(folder.missing)
     sampler = LatentSampler(network, config, plan, seed=request.seed, device=team.device)
-    job = _Job(request, folder, sampler, vae)
+
+    def sample(indices: range) -> np.ndarray:
+        """Return images (B, H, W, C) uint8, or latents (B, Z, H, W), of one pass."""
+        latents = sampler.sample(indices, labels[indices.start : indices.stop])
+        values = latents if vae is None else vae.decode(latents)
+        if not torch.isfinite(values).all():
+            raise CheckpointError(
+                f"{request.model}: the samples are not finite: no trained model's weights"
+            )
+        return to_uint8(values.cpu().numpy()) if as_images else values.cpu().numpy()
+
     # Twice: files that a broken disk or a crash has damaged are found where all are put together.
     for _ in range(2):
-        size = 1 if exact else request.batch_size
+        passes = aligned_passes(todo, size=1 if exact else request.batch_size, num=len(labels))
         with one_thread() if exact else nullcontext():
-            _run(job, aligned_passes(todo, size=size, num=len(labels)), team)
+            _run(passes, sample, folder, team, in_lockstep=request.ep_size > 1)
         team.barrier()
         if not (todo := team.on_main(folder.assemble)):
             return team.on_main(lambda: _finish(request, folder))
@@ -113,42 +126,23 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
     )
 
 
-@dataclass(frozen=True)
-class _Job:
-    request: SampleRequest
-    folder: SampleFolder
-    sampler: LatentSampler
-    vae: Vae | None
-
-    def sample(self, indices: range) -> np.ndarray:
-        """Return images (B, H, W, C) uint8, or latents (B, Z, H, W), of one pass.
-
-        Raises: CheckpointError if they are not finite.
-        """
-        latents = self.sampler.sample(indices, self.folder.labels[indices.start : indices.stop])
-        values = latents if self.vae is None else self.vae.decode(latents)
-        if not torch.isfinite(values).all():
-            raise CheckpointError(
-                f"{self.request.model}: the samples are not finite: no trained model's weights"
-            )
-        return to_uint8(values.cpu().numpy()) if self.folder.as_images else values.cpu().numpy()
-
-
-def _run(job: _Job, passes: list[range], team: DistributedContext) -> None:
+def _run(
+    passes: list[range],
+    sample: Callable[[range], np.ndarray],
+    folder: SampleFolder,
+    team: DistributedContext,
+    *,
+    in_lockstep: bool,
+) -> None:
     """Make this rank's share of the passes; under expert parallelism all make equally many."""
     own = passes[team.rank :: team.world_size]
-    in_lockstep = job.request.ep_size > 1
-    rounds = -(-len(passes) // team.world_size) if in_lockstep else len(own)
     progress = Progress(_LOG, sum(map(len, passes)), "images")
-    for number in range(rounds):
-        is_spare = number >= len(own)
-        indices = passes[-1] if is_spare else own[number]
-        values = job.sample(indices)
-        if is_spare:
-            continue
-        for index, value in zip(indices, values, strict=True):
-            job.folder.write(index, value)
+    for indices in own:
+        for index, value in zip(indices, sample(indices), strict=True):
+            folder.write(index, value)
         progress.add(len(indices) * team.world_size)  # the other ranks are about as far
+    if in_lockstep and len(own) * team.world_size < len(passes):
+        sample(passes[-1])  # for the other ranks' rows that come to the experts here
 
 
 def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
@@ -200,13 +194,9 @@ def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContex
     if draws_pixels(config):
         raise ConfigError(f"--vae {request.vae}: this is a model of pixels, leave it out")
     vae = Vae(request.vae, device=team.device)
-    identity, scale = vae.identity, config.data.latent_scale
-    channels = config.model.in_channels
-    if identity.latent_channels != channels or abs(identity.scaling_factor - scale) > 1e-6:
-        raise ConfigError(
-            f"--vae {request.vae}: has {identity.latent_channels} latent channels scaled by "
-            f"{identity.scaling_factor}, this model was trained on {channels} scaled by {scale}"
-        )
+    identity = vae.identity
+    if misfit := identity.misfit(config):
+        raise ConfigError(f"--vae {request.vae}: has {misfit}")
     if config.data.vae is not None and not identity.is_called(config.data.vae):
         _LOG.warning(
             "decoding with %s (%s); the model was trained on latents of %s",
@@ -217,15 +207,6 @@ def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContex
     return vae
 
 
-def _shape(config: RunConfig, vae: Vae | None) -> tuple[int, int, int]:
-    """Return the shape of one file's content: an image's (H, W, C), or a latent's (Z, H, W)."""
-    side = config.model.input_size
-    if vae is not None:
-        return side * vae.identity.downsampling, side * vae.identity.downsampling, 3
-    channels = config.model.in_channels
-    return (side, side, channels) if draws_pixels(config) else (channels, side, side)
-
-
 def _settings(request: SampleRequest, plan: SamplingPlan, vae: Vae | None) -> dict[str, Any]:
     """Return all that decides the images, but for the software and the machine; and the source."""
     return {
@@ -234,7 +215,7 @@ def _settings(request: SampleRequest, plan: SamplingPlan, vae: Vae | None) -> di
         "weights": _checksum(request.model),
         "seed": request.seed,
         "labels": request.labels,
-        "classes": request.classes,
+        "classes": request.classes and list(request.classes),
         "solver": plan.solver,
         "steps": plan.steps,
         "cfg_scale": plan.cfg_scale,
@@ -267,6 +248,7 @@ def _finish(request: SampleRequest, folder: SampleFolder) -> list[Path]:
         images = np.stack([folder.read(index) for index in chosen.tolist()])
         columns = int(np.bincount(labels[chosen]).max())
         zoom = max(1, _GRID_IMAGE_SIZE // images.shape[1])
+        grid = make_grid(images, labels[chosen], columns=columns, zoom=zoom)
         written.append(folder.path / "grid.png")
-        save_png(written[-1], make_grid(images, labels[chosen], columns=columns, zoom=zoom))
+        as_picture(grid).save(written[-1], format="PNG")
     return written

@@ -62,7 +62,7 @@ def load_sharded_model(
         ep_size: ranks that share a set.
         exact: whether experts compute the rows of each rank apart, see `sampling`.
     Raises: ConfigError if ep_size does not fit; CheckpointError naming what is missing in the
-    export.
+        export.
     """
     config = read_export_config(export)
     if (
@@ -74,7 +74,7 @@ def load_sharded_model(
             f"--ep-size {ep_size} must divide the model's {config.routing.num_experts} routed"
             f" experts and the {team.world_size} processes (dense models have no experts)"
         )
-    group = _expert_group(team, ep_size)
+    group, _ = dist.new_subgroups(ep_size)
     reader = ShardReader(export, WEIGHTS_STEM)
     check_shapes(reader.shapes, config)
     with torch.device("meta"):
@@ -96,9 +96,3 @@ def load_sharded_model(
         routed: Any = RankwiseExperts(layer.routed) if exact else layer.routed
         layer.routed = routed
     return network.eval().to(device=team.device, dtype=dtype)
-
-
-def _expert_group(team: DistributedContext, ep_size: int) -> dist.ProcessGroup:
-    firsts = range(0, team.world_size, ep_size)
-    groups = [dist.new_group(list(range(first, first + ep_size))) for first in firsts]
-    return groups[team.rank // ep_size]

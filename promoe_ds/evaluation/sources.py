@@ -32,26 +32,14 @@ class NpzImages:
         Raises: DataError if it holds no square uint8 images, channels last, grey or in colour.
         """
         self.path = path
-        self._images = npz_array(path, "arr_0")
-        expected = "expected uint8 images (N, H, H, C) of 1 or 3 channels as arr_0"
-        if self._images is None:
-            raise DataError(f"{path}: no arr_0, {expected}")
-        shape, remedy = self._images.shape, ""
-        if len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3):
-            remedy = ": the channels come first, transpose them with arr_0.transpose(0, 2, 3, 1)"
-        elif len(shape) == 4 and shape[3] == 4:
-            remedy = ": leave the fourth channel out"
-        elif self._images.dtype != np.uint8:
-            remedy = ": scale them to 0 ... 255 and convert them to uint8"
-        if (
-            self._images.dtype != np.uint8
-            or len(shape) != 4
-            or shape[1] != shape[2]
-            or shape[3] not in (1, 3)
-            or 0 in shape
-        ):
-            raise DataError(f"{path}: {self._images.dtype} {shape}, {expected}{remedy}")
-        self.height, self.channels = shape[1], shape[3]
+        images = npz_array(path, "arr_0")
+        if images is None or not _are_images(images):
+            found = "no arr_0" if images is None else f"{images.dtype} {images.shape}"
+            raise DataError(
+                f"{path}: {found}, expected uint8 images (N, H, H, C) of 1 or 3 channels as arr_0"
+                f"{_remedy(images)}"
+            )
+        self._images, self.height, self.channels = images, images.shape[1], images.shape[3]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -126,6 +114,22 @@ class FolderImages:
                 f"{self.height} as {shown(self._files[0])}"
             )
         return pixels[:, :, : self.channels]
+
+
+def _are_images(array: np.ndarray) -> bool:
+    if array.dtype != np.uint8 or array.ndim != 4 or 0 in array.shape:
+        return False
+    return array.shape[1] == array.shape[2] and array.shape[3] in (1, 3)
+
+
+def _remedy(array: np.ndarray | None) -> str:
+    if array is None or array.ndim != 4:
+        return ""
+    if array.shape[1] in (1, 3) and array.shape[3] not in (1, 3):
+        return ": the channels come first, transpose them with arr_0.transpose(0, 2, 3, 1)"
+    if array.shape[3] == 4:
+        return ": leave the fourth channel out"
+    return "" if array.dtype == np.uint8 else ": scale them to 0 ... 255 and convert them to uint8"
 
 
 def npz_array(path: Path, name: str) -> np.ndarray | None:

@@ -29,7 +29,7 @@ from promoe_ds.diffusion.sampler import (
     sample_latents,
 )
 from promoe_ds.errors import ConfigError
-from promoe_ds.evaluation.images import draws_pixels, to_uint8
+from promoe_ds.evaluation.images import as_picture, draws_pixels, to_uint8
 from promoe_ds.logs import get_logger
 from promoe_ds.pipeline.transformer import ProMoETransformer2DModel
 
@@ -160,7 +160,4 @@ class ProMoEPipeline(DiffusionPipeline):
         pixels = to_uint8(values.float().cpu().numpy())
         if output_type == "np":
             return pixels.astype(np.float32) / 255
-        return [
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-            for image in pixels
-        ]
+        return [as_picture(image) for image in pixels]

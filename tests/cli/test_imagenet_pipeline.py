@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ..unit.data.made import save_images, save_vae
-from ..unit.evaluation.test_metrics import TinyNetwork
+from ..unit.evaluation.made import TinyNetwork
 from .commands import REPOSITORY, ZERO2, run
 
 RECIPE = {

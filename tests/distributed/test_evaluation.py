@@ -58,7 +58,7 @@ def test_evaluation_while_training_judges_the_average_and_changes_nothing(
     tmp_path: Path, zero_stage: int
 ) -> None:
     reference = tmp_path / "reference.npz"
-    np.savez(reference, arr_0=to_uint8(load_digits_split(0.2, heldout=True).images))
+    np.savez(reference, arr_0=to_uint8(load_digits_split(0.2, heldout=True)[0]))
     train(tmp_path / "judged", zero_stage, *EVALUATION, f"evaluation.reference={reference}")
     train(tmp_path / "plain", zero_stage, "train.max_steps=4")
     judged = metrics(tmp_path / "judged")

@@ -22,7 +22,7 @@ from promoe_ds.model.export import load_model, save_export
 from ..processes import run_ranks
 from ..unit.builders import random_network, randomise
 from ..unit.data.made import SCALE, save_images, save_vae
-from ..unit.evaluation.test_metrics import TinyNetwork
+from ..unit.evaluation.made import TinyNetwork
 from .team_worker import run_team_worker
 
 #: Eleven images: no number of ranks or batch size divides them.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -9,3 +13,17 @@ from hypothesis import settings
 settings.register_profile("unit", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.load_profile("unit")
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """Return what the package logs from INFO on, as it goes."""
+    lines: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("promoe_ds")
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)

@@ -31,7 +31,7 @@ LIBRARIES: dict[str, set[str]] = {
     "diffusion": {"torch", "numpy", "diffusers"},
     # Images are decoded by Pillow and encoded by diffusers' autoencoder. Tensors and records carry
     # xxhash checksums.
-    "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash", "pydantic"},
+    "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash", "msgspec"},
     # Runs on the launching host, before any rank, and must not need torch there.
     "launch": {"psutil"},
     "run_files": set(),

@@ -4,14 +4,24 @@ network.
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
+from promoe_ds.data import LatentDataset, build_dataset
+from promoe_ds.data.encode import EncodeRequest
+from promoe_ds.data.images import read_image
+from promoe_ds.data.trees import scan_tree
+
+from ..builders import small_config
 
 #: Pixels per latent pixel, latent channels and scale of the tiny autoencoder.
 DOWNSAMPLING, CHANNELS, SCALE = 2, 1, 0.5
@@ -53,7 +63,45 @@ def save_images(
     return root
 
 
-def labelled(taken: tuple[torch.Tensor, ClassCondition]) -> tuple[torch.Tensor, torch.Tensor]:
+def labelled(taken: tuple[Tensor, ClassCondition]) -> tuple[Tensor, Tensor]:
     """Return latents and labels of what a class-conditional set has given."""
     latents, condition = taken
     return latents, condition.labels_B
+
+
+def request(folder: Path, out: str | Path, **values: Any) -> EncodeRequest:
+    """Return a request to encode `folder/images` by `folder/vae`, in shards of four."""
+    common = EncodeRequest(
+        source=folder / "images",
+        out=folder / out,
+        vae=str(folder / "vae"),
+        vae_name="tiny",
+        image_size=8,
+        shard_size=4,
+        batch_size=3,
+        workers=2,
+    )
+    return replace(common, **values)
+
+
+def open_set(path: Path, dataset: str = "latents", **data: Any) -> LatentDataset:
+    """Open latents, or images, of the tiny autoencoder."""
+    common = {"dataset": dataset, "path": str(path), "latent_scale": SCALE, "vae_dtype": "fp32"}
+    return build_dataset(small_config(data={**common, **data}))
+
+
+def true_moments(folder: Path, *, mirrored: bool = False) -> Tensor:
+    """Encode image by image with diffusers itself."""
+    vae = AutoencoderKL.from_pretrained(folder / "vae", low_cpu_mem_usage=False)
+    tree, result = scan_tree(folder / "images"), []
+    for name in tree.names:
+        pixels = torch.from_numpy(read_image(tree.root / name, 8).copy()).permute(2, 0, 1)[None]
+        pixels = pixels.float() / 127.5 - 1
+        with torch.no_grad():
+            result.append(vae.encode(pixels.flip(3) if mirrored else pixels).latent_dist.parameters)
+    return torch.cat(result)
+
+
+def copy_of(made: Path, target: Path) -> Path:
+    """Copy the packed latents, to be damaged."""
+    return shutil.copytree(made / "latents", target / "copy")

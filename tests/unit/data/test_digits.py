@@ -3,79 +3,50 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from promoe_ds.config import load_config
 from promoe_ds.data import build_dataset
-from promoe_ds.data.digits import Digits, load_digits_split
-from tests.unit.data.made import labelled
+from promoe_ds.data.digits import load_digits_split
+
+from .made import labelled
 
 
-def rows(digits: Digits) -> list[bytes]:
-    return [
-        image.tobytes() + bytes([label])
-        for image, label in zip(digits.images, digits.labels, strict=True)
-    ]
+def rows(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
+    return [image.tobytes() + bytes([label]) for image, label in zip(images, labels, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def split() -> tuple[Digits, Digits]:
-    return load_digits_split(0.2, heldout=False), load_digits_split(0.2, heldout=True)
-
-
-def test_digits_lie_between_minus_one_and_one(split: tuple[Digits, Digits]) -> None:
-    for digits in split:
-        assert digits.images.min() == -1 and digits.images.max() == 1
-        assert digits.images.dtype == np.float32 and digits.labels.dtype == np.int64
-        assert digits.images.shape[1:] == (1, 8, 8)
-        assert set(digits.labels.tolist()) == set(range(10))
-
-
-def test_digits_both_sides_together_are_all_1797_once(split: tuple[Digits, Digits]) -> None:
+def test_digits_sides_share_nothing_and_are_all_1797_together() -> None:
+    sides = [load_digits_split(0.2, heldout=heldout) for heldout in (False, True)]
+    for images, labels in sides:
+        assert images.min() == -1 and images.max() == 1 and images.shape[1:] == (1, 8, 8)
+        assert (images.dtype, labels.dtype) == (np.float32, np.int64)
     bundle = load_digits()
-    images = (bundle.images / 8 - 1).astype(np.float32)[:, None]
-    everything = rows(Digits(images, bundle.target.astype(np.int64)))
-    assert len(everything) == 1797
-    assert sorted(rows(split[0]) + rows(split[1])) == sorted(everything)
+    everything = rows((bundle.images / 8 - 1).astype(np.float32)[:, None], bundle.target)
+    train, heldout = (rows(*side) for side in sides)
+    assert len(everything) == 1797 and sorted(train + heldout) == sorted(everything)
+    assert not set(train) & set(heldout)
+    counts = [np.bincount(labels, minlength=10) for _, labels in sides]
+    assert counts[1].tolist() == [round(0.2 * count) for count in counts[0] + counts[1]]
 
 
-def test_digits_sides_share_no_image(split: tuple[Digits, Digits]) -> None:
-    assert not set(rows(split[0])) & set(rows(split[1]))
+def test_digits_split_is_fixed_and_a_larger_share_contains_the_smaller() -> None:
+    heldout = rows(*load_digits_split(0.2, heldout=True))
+    assert heldout == rows(*load_digits_split(0.2, heldout=True))
+    assert set(heldout) < set(rows(*load_digits_split(0.5, heldout=True)))
 
 
-def test_digits_heldout_is_a_fifth_of_each_class(split: tuple[Digits, Digits]) -> None:
-    train, heldout = (np.bincount(digits.labels, minlength=10) for digits in split)
-    assert heldout.tolist() == [round(0.2 * n) for n in train + heldout]
-
-
-def test_digits_split_is_fixed(split: tuple[Digits, Digits]) -> None:
-    again = load_digits_split(0.2, heldout=True)
-    assert np.array_equal(again.images, split[1].images) and np.array_equal(
-        again.labels, split[1].labels
-    )
-
-
-def test_digits_larger_heldout_share_contains_the_smaller(split: tuple[Digits, Digits]) -> None:
-    assert set(rows(split[1])) < set(rows(load_digits_split(0.5, heldout=True)))
-
-
-def test_digits_data_set_holds_the_training_side_scaled(split: tuple[Digits, Digits]) -> None:
+def test_digits_data_set_holds_copies_of_the_training_side_scaled() -> None:
     dataset = build_dataset(
         load_config("digits_promoe", ["data.latent_scale=0.5", "data.heldout_fraction=0.2"])
     )
-    images, labels = labelled(dataset.take(np.array([3, 0, 3])))
-    assert len(dataset) == len(split[0].labels)
-    assert torch.equal(images, torch.from_numpy(split[0].images[[3, 0, 3]] * np.float32(0.5)))
-    assert labels.tolist() == split[0].labels[[3, 0, 3]].tolist()
-    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
-
-
-def test_digits_taken_are_copies() -> None:
-    dataset = build_dataset(load_config("digits_promoe"))
-    images, labels = labelled(dataset.take(np.array([0])))
-    images.zero_()
-    labels.fill_(99)
-    again, labels_again = labelled(dataset.take(np.array([0])))
-    assert again.abs().sum() > 0 and labels_again[0] != 99
+    expected_images, expected_labels = load_digits_split(0.2, heldout=False)
+    assert len(dataset) == len(expected_labels)
+    for _ in range(2):
+        images, labels = labelled(dataset.take(np.array([3, 0, 3])))
+        expected = torch.from_numpy(expected_images[[3, 0, 3]] * np.float32(0.5))
+        assert torch.equal(images, expected) and images.dtype == torch.float32
+        assert labels.tolist() == expected_labels[[3, 0, 3]].tolist()
+        images.zero_()
+        labels.fill_(99)

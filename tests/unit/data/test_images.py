@@ -7,6 +7,7 @@ import io
 import struct
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from promoe_ds.data.images import (
     read_image,
     read_picture,
 )
-from promoe_ds.data.trees import CorruptFiles, check_classes
+from promoe_ds.data.trees import TreeReader, scan_tree
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.sources import FolderImages
 
@@ -49,19 +50,6 @@ def test_center_crop_equals_adms(size: tuple[int, int]) -> None:
     cropped = center_crop(image, 8)
     assert cropped.shape == (8, 8, 3)
     assert np.array_equal(cropped, adm_center_crop(image, 8))
-
-
-def test_classes_fewer_than_the_recipes_are_told_by_rank_0_and_more_refused(monkeypatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(
-        "promoe_ds.data.trees._LOG.warning", lambda message, *values: told.append(message % values)
-    )
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        check_classes(Path("tree"), 3, 10)
-    assert told == ["tree: 3 classes of model.num_classes=10: the labels from 3 on never occur"]
-    with pytest.raises(DataError, match=r"tree: 11 classes, but model\.num_classes=10"):
-        check_classes(Path("tree"), 11, 10)
 
 
 RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (16, 1))
@@ -326,12 +314,13 @@ def test_image_of_too_many_pixels_and_postscript_are_refused_unread(tmp_path: Pa
         read_image(tmp_path / "script.jpg", 8)
 
 
-def test_corrupt_files_are_counted_once_up_to_the_limit() -> None:
-    corrupt = CorruptFiles(2, "data.max_corrupt")
-    for name in ("a", "b", "a"):
-        corrupt.add(name, f"{name}: broken")
-    with pytest.raises(
-        DataError,
-        match=r"c: broken; that makes 3 unreadable files, data\.max_corrupt=2 are allowed",
-    ):
-        corrupt.add("c", "c: broken")
+def test_unreadable_files_are_counted_once_up_to_the_limit(tmp_path: Path) -> None:
+    tree = scan_tree(save_images(tmp_path, per_class=1))
+    for name in tree.names:
+        (tmp_path / name).write_bytes(b"broken")
+    reader = TreeReader(
+        tree, partial(read_image, size=8), 2, max_corrupt=2, setting="data.max_corrupt"
+    )
+    assert reader.read([0, 1, 0]) == reader.read([1]) == {}
+    with pytest.raises(DataError, match=r"n03_0\.png: .*3 unreadable .*data\.max_corrupt=2"):
+        reader.read([0, 2])

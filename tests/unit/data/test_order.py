@@ -4,7 +4,6 @@ for.
 
 from __future__ import annotations
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,15 +36,6 @@ def test_order_positions_do_not_depend_on_how_they_are_asked_for(
     assert whole == [stream(num_samples, start + i, 1)[0] for i in range(first + second)]
 
 
-def test_order_batch_that_straddles_two_epochs_takes_from_both() -> None:
-    first, second = stream(5, 0, 5), stream(5, 5, 5)
-    assert stream(5, 3, 4) == first[3:] + second[:2]
-
-
-def test_order_batch_longer_than_the_set_holds_every_epoch_whole() -> None:
-    assert stream(4, 0, 12) == stream(4, 0, 4) + stream(4, 4, 4) + stream(4, 8, 4)
-
-
 def test_order_is_the_permutation_of_the_stream_data() -> None:
     # Part of the format of a run: a resumed one must repeat it.
     for epoch in range(3):
@@ -57,23 +47,3 @@ def test_order_is_the_permutation_of_the_stream_data() -> None:
 def test_order_epochs_and_seeds_differ() -> None:
     orders = [stream(50, epoch * 50, 50, seed) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
-
-
-def test_order_is_shuffled() -> None:
-    assert stream(50, 0, 50) != list(range(50))
-
-
-def test_order_one_sample_repeats() -> None:
-    assert stream(1, 3, 4) == [0, 0, 0, 0]
-
-
-def test_order_no_positions_is_empty_int64() -> None:
-    indices = sample_indices(5, seed=0, start=7, count=0)
-    assert indices.shape == (0,) and indices.dtype == np.int64
-
-
-def test_order_is_the_same_after_other_requests() -> None:
-    before = stream(6, 0, 6)
-    for seed in range(5):  # pushes the permutation out of the cache
-        stream(6, 0, 6, seed)
-    assert stream(6, 0, 6) == before

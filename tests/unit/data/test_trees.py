@@ -48,15 +48,6 @@ def plant(root: Path, entries: dict[str, str]) -> Path:
     return root
 
 
-@pytest.fixture
-def told(monkeypatch) -> list[str]:
-    lines: list[str] = []  # listing and trees share one logger
-    monkeypatch.setattr(
-        "promoe_ds.data.trees._LOG.warning", lambda message, *values: lines.append(message % values)
-    )
-    return lines
-
-
 def test_tree_of_any_depth_is_sorted_and_labelled_by_first_folder(tmp_path: Path) -> None:
     tree = scan_tree(save_images(tmp_path / "images", per_class=2))
     assert tree.names == [

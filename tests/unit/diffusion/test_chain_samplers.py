@@ -30,6 +30,10 @@ def make_plan(solver: str, steps: int, **values: Any) -> SamplingPlan:
     return SamplingPlan(**{"steps": steps, "cfg_scale": 1.0, "solver": solver, **values})
 
 
+def labels_of(indices: range | list[int]) -> ClassCondition:
+    return ClassCondition(torch.tensor([index % NULL for index in indices]), NULL)
+
+
 def curved(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
     """Answer elementwise, by image, timestep and label, with noise and variances in and out of
     their range.
@@ -49,11 +53,9 @@ def sample(
     indices: range | list[int] = range(3),
     shape: tuple[int, ...] = SHAPE,
 ) -> Tensor:
-    condition = ClassCondition(torch.tensor([index % NULL for index in indices]), NULL)
     noise = initial_noise(shape, seed=seed, indices=indices)
-    return sample_latents(
-        denoiser, noise, condition, plan, image_generators(seed=seed, indices=indices)
-    )
+    generators = image_generators(seed=seed, indices=indices)
+    return sample_latents(denoiser, noise, labels_of(indices), plan, generators)
 
 
 def short_chain(length: int, steps: int) -> tuple[list[int], list[float], list[float]]:
@@ -71,7 +73,7 @@ def short_chain(length: int, steps: int) -> tuple[list[int], list[float], list[f
 def sample_by_loop(length: int, steps: int, solver: str, indices: range) -> Tensor:
     """Return what `curved` leads to, in float64."""
     timesteps, betas, alpha_bar = short_chain(length, steps)
-    condition = ClassCondition(torch.tensor([index % NULL for index in indices]), NULL)
+    condition = labels_of(indices)
     latents = initial_noise(SHAPE, seed=0, indices=indices).double()
     generators = image_generators(seed=0, indices=indices)
     for i in reversed(range(steps)):
@@ -149,73 +151,43 @@ def test_noise_of_every_step_and_image_and_seed_differs() -> None:
     assert len({draw.numpy().tobytes() for draw in draws}) == 2 * 3 * 5
 
 
-def test_ddpm_seed_moves_the_samples() -> None:
-    assert not torch.equal(
-        sample(curved, make_plan("ddpm", 5)), sample(curved, make_plan("ddpm", 5), seed=1)
-    )
-
-
 def test_ddim_draws_nothing() -> None:
-    noise, labels, plan = random_tensor(2, *SHAPE), torch.tensor([0, 1]), make_plan("ddim", 10)
-    generators = image_generators(seed=0, indices=range(2))
-    first = sample_latents(curved, noise, ClassCondition(labels, NULL), plan)
-    assert torch.equal(
-        sample_latents(curved, noise, ClassCondition(labels, NULL), plan, generators), first
-    )
-    untouched = image_generators(seed=0, indices=range(2))
-    assert [g.get_state().tolist() for g in generators] == [
-        g.get_state().tolist() for g in untouched
-    ]
+    plan, indices = make_plan("ddim", 10), range(2)
+    noise = initial_noise(SHAPE, seed=0, indices=indices)
+    generators, untouched = (image_generators(seed=0, indices=indices) for _ in range(2))
+    first = sample_latents(curved, noise, labels_of(indices), plan)
+    assert torch.equal(sample_latents(curved, noise, labels_of(indices), plan, generators), first)
+    for used, fresh in zip(generators, untouched, strict=True):
+        assert torch.equal(used.get_state(), fresh.get_state())
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_ddpm_without_a_generator_for_each_image_is_refused(count: int) -> None:
-    with pytest.raises(
-        ValueError, match=f"needs a generator for each of the 2 images, got {count}"
-    ):
+    generators = image_generators(seed=0, indices=range(count))
+    with pytest.raises(ValueError, match=f"each of the 2 images, got {count}"):
         sample_latents(
-            curved,
-            random_tensor(2, *SHAPE),
-            ClassCondition(torch.tensor([0, 1]), NULL),
-            make_plan("ddpm", 5),
-            image_generators(seed=0, indices=range(count)),
+            curved, random_tensor(2, *SHAPE), labels_of(range(2)), make_plan("ddpm", 5), generators
         )
 
 
-def test_chain_samplers_keep_fp32_and_no_graph() -> None:
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_chain_samplers_keep_fp32_and_no_graph_and_follow_the_device(solver: str) -> None:
     weight = torch.nn.Parameter(torch.ones((), dtype=torch.bfloat16))
-    for solver in ("ddpm", "ddim"):
-        result = sample(
-            lambda x, t, y: torch.cat([x, x], dim=1).bfloat16() * weight, make_plan(solver, 3)
-        )
-        assert result.dtype == torch.float32 and not result.requires_grad
-
-
-def test_chain_samplers_follow_the_noise_to_its_device() -> None:
-    noise, labels = (
-        torch.zeros(2, *SHAPE, device="meta"),
-        torch.zeros(2, dtype=torch.int64, device="meta"),
+    result = sample(
+        lambda x, t, y: torch.cat([x, x], dim=1).bfloat16() * weight, make_plan(solver, 3)
     )
-    for solver in ("ddpm", "ddim"):
-        result = sample_latents(
-            curved,
-            noise,
-            ClassCondition(labels, NULL),
-            make_plan(solver, 3, cfg_scale=2.0),
-            image_generators(seed=0, indices=range(2)),
-        )
-        assert (result.device.type, result.shape) == ("meta", noise.shape)
+    assert result.dtype == torch.float32 and not result.requires_grad
+    noise, condition = torch.zeros(2, *SHAPE, device="meta"), labels_of(range(2))
+    plan, generators = make_plan(solver, 3, cfg_scale=2.0), image_generators(seed=0, indices=[0, 1])
+    result = sample_latents(curved, noise, condition.to(noise.device), plan, generators)
+    assert (result.device.type, result.shape) == ("meta", noise.shape)
 
 
-def test_chain_samplers_do_not_clip() -> None:
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_chain_samplers_do_not_clip(solver: str) -> None:
     # Without any noise predicted, the image is the latents, enlarged at every step.
-    for solver in ("ddpm", "ddim"):
-        assert (
-            sample(lambda x, t, y: torch.zeros_like(x).repeat(1, 2, 1, 1), make_plan(solver, 4))
-            .abs()
-            .max()
-            > 50
-        )
+    result = sample(lambda x, t, y: torch.zeros_like(x).repeat(1, 2, 1, 1), make_plan(solver, 4))
+    assert result.abs().max() > 50
 
 
 # Guidance.

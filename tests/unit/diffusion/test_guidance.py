@@ -15,91 +15,58 @@ from ..builders import random_tensor, small_config
 NULL = 10
 
 
-class Recorder:
-    """A denoiser whose answer depends on all of its inputs, and which keeps its calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def __call__(self, latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
-        self.calls.append((latents, timestep, condition.labels_B))
-        return self.answer(latents, timestep, condition.labels_B)
-
-    @staticmethod
-    def answer(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        factor = ((labels + 1) * timestep).view(-1, 1, 1, 1)
-        return torch.cat([latents * factor, latents - factor], dim=1)  # twice the channels
+LATENTS, TIMESTEP = random_tensor(3, 2, 4, 4), torch.tensor([1.0, 0.5, 0.25])
+LABELS, NULLS = torch.tensor([0, 3, 9]), torch.full((3,), NULL)
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    return random_tensor(3, 2, 4, 4), torch.tensor([1.0, 0.5, 0.25]), torch.tensor([0, 3, 9])
+def answer(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+    """Depend on all inputs, in twice the channels."""
+    factor = ((labels + 1) * timestep).view(-1, 1, 1, 1)
+    return torch.cat([latents * factor, latents - factor], dim=1)
 
 
+def run(
+    scale: float, *, labels: Tensor = LABELS, channels: int = 2, two_passes: bool = False
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, list[int]]]]:
+    """Return the guided prediction, and what the denoiser was asked for."""
+    calls = []
+
+    def denoiser(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
+        calls.append((latents, timestep, condition.labels_B.tolist()))
+        return answer(latents, timestep, condition.labels_B)
+
+    options = {"scale": scale, "channels": channels, "two_passes": two_passes}
+    return guided(denoiser, LATENTS, TIMESTEP, ClassCondition(labels, NULL), **options), calls
+
+
+@pytest.mark.parametrize("two_passes", [False, True])
 @pytest.mark.parametrize("scale", [1.5, 4.0])
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_guidance_is_null_plus_scale_times_the_difference_on_its_channels(
-    scale: float, channels: int
+    scale: float, channels: int, two_passes: bool
 ) -> None:
-    latents, timestep, labels = inputs()
-    result = guided(
-        Recorder(), latents, timestep, ClassCondition(labels, NULL), scale=scale, channels=channels
-    )
-    conditional = Recorder.answer(latents, timestep, labels)
-    unconditional = Recorder.answer(latents, timestep, torch.full((3,), NULL))
-    assert result.shape == (3, 4, 4, 4)
-    assert torch.equal(
-        result[:, :channels], (unconditional + scale * (conditional - unconditional))[:, :channels]
-    )
-    assert torch.equal(result[:, channels:], conditional[:, channels:])
-
-
-def test_guidance_makes_one_call_with_both_halves() -> None:
-    recorder = Recorder()
-    latents, timestep, labels = inputs()
-    guided(recorder, latents, timestep, ClassCondition(labels, NULL), scale=2.0, channels=2)
-    ((both, timesteps, all_labels),) = recorder.calls
-    assert torch.equal(both, torch.cat([latents, latents]))
-    assert torch.equal(timesteps, torch.cat([timestep, timestep]))
-    assert all_labels.tolist() == [0, 3, 9, NULL, NULL, NULL]
-
-
-def test_guidance_in_two_passes_gives_the_same_formula_one_half_after_the_other() -> None:
-    recorder = Recorder()
-    latents, timestep, labels = inputs()
-    result = guided(
-        recorder,
-        latents,
-        timestep,
-        ClassCondition(labels, NULL),
-        scale=2.0,
-        channels=2,
-        two_passes=True,
-    )
-    assert [call[2].tolist() for call in recorder.calls] == [[0, 3, 9], [NULL] * 3]
-    assert torch.equal(
-        result,
-        guided(Recorder(), latents, timestep, ClassCondition(labels, NULL), scale=2.0, channels=2),
-    )
+    result, calls = run(scale, channels=channels, two_passes=two_passes)
+    conditional, null = (answer(LATENTS, TIMESTEP, labels) for labels in (LABELS, NULLS))
+    moved = null + scale * (conditional - null)
+    expected = torch.cat([moved[:, :channels], conditional[:, channels:]], dim=1)
+    assert result.shape == (3, 4, 4, 4) and torch.equal(result, expected)
+    halves = [[0, 3, 9], [NULL] * 3]
+    assert [call[2] for call in calls] == (halves if two_passes else [[*halves[0], *halves[1]]])
+    if not two_passes:
+        assert torch.equal(calls[0][0], torch.cat([LATENTS, LATENTS]))
+        assert torch.equal(calls[0][1], torch.cat([TIMESTEP, TIMESTEP]))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
 def test_guidance_scale_up_to_one_makes_one_conditional_pass(scale: float) -> None:
-    recorder = Recorder()
-    latents, timestep, labels = inputs()
-    result = guided(
-        recorder, latents, timestep, ClassCondition(labels, NULL), scale=scale, channels=2
-    )
-    assert [labels.tolist() for _, _, labels in recorder.calls] == [[0, 3, 9]]
-    assert torch.equal(result, Recorder.answer(*inputs()))
+    result, calls = run(scale)
+    assert [labels for _, _, labels in calls] == [[0, 3, 9]]
+    assert torch.equal(result, answer(LATENTS, TIMESTEP, LABELS))
 
 
 def test_guidance_of_null_labels_changes_nothing() -> None:
-    latents, timestep, _ = inputs()
-    labels = torch.full((3,), NULL)
-    result = guided(
-        Recorder(), latents, timestep, ClassCondition(labels, NULL), scale=3.0, channels=2
-    )
-    assert torch.equal(result, Recorder.answer(latents, timestep, labels))
+    result, _ = run(3.0, labels=NULLS)
+    assert torch.equal(result, answer(LATENTS, TIMESTEP, NULLS))
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from promoe_ds.diffusion.noise_chain import (
     betas_of,
     linear_alpha_bar,
-    posterior_variance,
     respaced_timesteps,
 )
 
@@ -49,22 +47,6 @@ def test_linear_schedule_of_1000_steps_has_the_published_ends() -> None:
     assert linear_alpha_bar(1000)[-1] == pytest.approx(4.0358e-5, rel=1e-4)
 
 
-@pytest.mark.parametrize("length", [100, 500, 4000])
-def test_linear_schedule_of_other_lengths_ends_about_as_noisy(length: int) -> None:
-    # log alpha_bar = -(sum of betas) - (sum of their squares) / 2 ...; the scale keeps the first
-    # sum, 10.05.
-    assert np.log(linear_alpha_bar(length)[-1]) == pytest.approx(-10.05, rel=0.1)
-
-
-def test_posterior_variance_is_that_of_the_two_gaussians_product() -> None:
-    # q(x_{i-1} | x_i, x_0): precisions of q(x_{i-1} | x_0) and of q(x_i | x_{i-1}) add up.
-    betas, alpha_bar = chain_by_loop(50)
-    expected = [1 / (1 / (1 - alpha_bar[i - 1]) + (1 - betas[i]) / betas[i]) for i in range(1, 50)]
-    variance = posterior_variance(linear_alpha_bar(50)).tolist()
-    assert variance[0] == 0
-    assert variance[1:] == pytest.approx(expected, rel=1e-10)
-
-
 @pytest.mark.parametrize("length", [21, 100, 1000])
 def test_respaced_timesteps_equal_loop_and_include_both_ends(length: int) -> None:
     for steps in range(2, length + 1):
@@ -72,17 +54,3 @@ def test_respaced_timesteps_equal_loop_and_include_both_ends(length: int) -> Non
         assert timesteps == timesteps_by_loop(length, steps)
         assert (timesteps[0], timesteps[-1]) == (0, length - 1)
         assert len(set(timesteps)) == steps
-
-
-def test_respaced_timesteps_of_all_steps_are_the_chain() -> None:
-    assert respaced_timesteps(1000, 1000).tolist() == list(range(1000))
-
-
-def test_respaced_betas_bridge_the_levels_skipped() -> None:
-    # Going from level to level in several steps leaves as much of the image as in one.
-    alpha_bar = linear_alpha_bar(1000)
-    timesteps = respaced_timesteps(1000, 7)
-    kept = 1 - betas_of(alpha_bar[timesteps])
-    long = 1 - betas_of(alpha_bar)
-    for low, high, share in zip(timesteps[:-1], timesteps[1:], kept[1:], strict=True):
-        assert share == pytest.approx(np.prod(long[low + 1 : high + 1]), rel=1e-12)

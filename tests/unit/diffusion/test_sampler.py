@@ -1,9 +1,10 @@
-"""The sampler: its sigmas in closed form, Euler on fields with known solutions, noise of each
-image.
+"""Solvers of the flow: their noise levels in closed form, exact where they must be, better than
+Euler where the answer is known; the noise that images start from.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -12,179 +13,131 @@ import torch
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
-from promoe_ds.diffusion.sampler import SamplingPlan, initial_noise, sample_latents, sigma_schedule
+from promoe_ds.diffusion.sampler import SamplingPlan, initial_noise, sample_latents
 
 from ..builders import random_tensor
 
-NULL = 10
+SECOND_ORDER = ("heun", "unipc", "dpmpp")
+SOLVERS = ("euler", *SECOND_ORDER)
+MEAN, DEVIATION = 0.7, 0.4
 
 
-def make_plan(**values: Any) -> SamplingPlan:
-    return SamplingPlan(**{"steps": 4, "cfg_scale": 1.0, **values})
+def sample(denoiser: Any, noise: Tensor, *, labels: Tensor | None = None, **plan: Any) -> Tensor:
+    condition = ClassCondition(torch.arange(len(noise)) if labels is None else labels, 10)
+    plan = {"steps": 4, "cfg_scale": 1.0, **plan}
+    return sample_latents(denoiser, noise, condition, SamplingPlan(**plan))
 
 
-def seen_timesteps(plan: SamplingPlan) -> list[float]:
-    """Return the timesteps that a denoiser is asked for, checking that all images share them."""
-    seen = []
-
-    def denoiser(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
-        assert timestep.shape == labels.labels_B.shape == latents.shape[:1]
-        assert timestep.unique().numel() == 1
-        seen.append(timestep[0].item())
-        return torch.zeros_like(latents)
-
-    sample_latents(
-        denoiser, random_tensor(2, 1, 2, 2), ClassCondition(torch.tensor([0, 1]), NULL), plan
-    )
-    return seen
-
-
-@pytest.mark.parametrize("steps", [1, 4, 50])
-def test_sigmas_unshifted_are_even_steps_from_one(steps: int) -> None:
-    assert sigma_schedule(steps).tolist() == pytest.approx(
-        [1 - i / steps for i in range(steps)], abs=1e-15
-    )
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("steps", [1, 4, 10])
-def test_timesteps_equal_closed_form_with_the_shift_applied_once(steps: int, shift: float) -> None:
-    sigmas = [1 - i / steps for i in range(steps)]
-    expected = [1000 * shift * s / (1 + (shift - 1) * s) for s in sigmas]
-    assert seen_timesteps(make_plan(steps=steps, shift=shift)) == pytest.approx(
-        expected, rel=1e-6
-    )  # fp32 sigmas
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_steps_equal_closed_form_with_the_shift_applied_once(shift: float) -> None:
-    # On v = t the steps add up to minus the sum of t * (width of the step), which pins every sigma.
-    steps = 8
-    sigmas = [shift * s / (1 + (shift - 1) * s) for s in (1 - i / steps for i in range(steps))] + [
-        0.0
-    ]
-    expected = sum((after - before) * before for before, after in pairwise(sigmas))
-    result = sample_latents(
-        lambda x, t, y: (t / 1000).view(-1, 1, 1, 1).expand_as(x),
-        torch.zeros(1, 1, 1, 1),
-        ClassCondition(torch.tensor([0]), NULL),
-        make_plan(steps=steps, shift=shift),
-    )
-    assert result.item() == pytest.approx(expected, rel=1e-5)  # fp32
+def levels(steps: int, shift: float) -> list[float]:
+    even = (1 - step / steps for step in range(steps))
+    return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in even]
 
 
 @pytest.mark.parametrize("num_train_timesteps", [1, 1000])
-def test_timestep_is_sigma_times_num_train_timesteps(num_train_timesteps: int) -> None:
-    seen = seen_timesteps(make_plan(num_train_timesteps=num_train_timesteps))
-    assert seen == [sigma * num_train_timesteps for sigma in (1.0, 0.75, 0.5, 0.25)]
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 10])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_ask_at_the_levels_with_the_shift_applied_once(
+    solver: str, steps: int, shift: float, num_train_timesteps: int
+) -> None:
+    seen = []
+
+    def denoiser(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
+        assert timestep.shape == condition.labels_B.shape == latents.shape[:1]
+        seen.extend(timestep.unique().tolist())
+        return torch.zeros_like(latents)
+
+    noise, plan = random_tensor(2, 1, 2, 2), {"steps": steps, "shift": shift, "solver": solver}
+    sample(denoiser, noise, num_train_timesteps=num_train_timesteps, **plan)
+    first, *others = (num_train_timesteps * sigma for sigma in levels(steps, shift))
+    # Heun corrects each step where the next begins, and not the last.
+    twice = 2 if solver == "heun" else 1
+    expected = [first, *(level for level in others for _ in range(twice))]
+    assert seen == pytest.approx(expected, rel=1e-6)  # fp32, not rounded to whole timesteps
 
 
-@pytest.mark.parametrize("steps", [1, 2, 8])
-def test_euler_constant_velocity_is_exact(steps: int) -> None:
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_steps_equal_closed_form_with_the_shift_applied_once(shift: float) -> None:
+    # On v = t the steps add up to minus the sum of t * (width of the step), which pins every sigma.
+    expected = sum((b - a) * a for a, b in pairwise([*levels(8, shift), 0.0]))
+
+    def denoiser(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
+        return (timestep / 1000).view(-1, 1, 1, 1).expand_as(latents)
+
+    result = sample(denoiser, torch.zeros(1, 1, 1, 1), steps=8, shift=shift)
+    assert result.item() == pytest.approx(expected, rel=1e-5)  # fp32
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 1.0), (8, 1.0), (10, 3.0)])
+def test_euler_constant_velocity_is_exact(steps: int, shift: float) -> None:
     # Integers and steps of a power of two: no rounding anywhere.
-    noise, velocity = (torch.arange(8.0).view(2, 1, 2, 2) - shift for shift in (3, 5))
-    result = sample_latents(
-        lambda x, t, y: velocity,
-        noise,
-        ClassCondition(torch.tensor([0, 1]), NULL),
-        make_plan(steps=steps),
-    )
-    assert torch.equal(result, noise - velocity)
+    noise, velocity = (torch.arange(8.0).view(2, 1, 2, 2) - offset for offset in (3, 5))
+    result = sample(lambda x, t, y: velocity, noise, steps=steps, shift=shift)
+    tolerance = 0.0 if shift == 1.0 else 1e-5
+    torch.testing.assert_close(result, noise - velocity, rtol=tolerance, atol=tolerance)
 
 
-def test_euler_constant_velocity_is_exact_under_a_shift() -> None:
-    noise, velocity = random_tensor(2, 1, 2, 2), random_tensor(2, 1, 2, 2, seed=1)
-    result = sample_latents(
-        lambda x, t, y: velocity,
-        noise,
-        ClassCondition(torch.tensor([0, 1]), NULL),
-        make_plan(steps=10, shift=3.0),
-    )
-    torch.testing.assert_close(result, noise - velocity, rtol=1e-5, atol=1e-5)  # ten steps in fp32
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solver_towards_a_point_arrives_there(solver: str, steps: int) -> None:
+    # v = (x - target) / sigma is the straight path's velocity: any steps end in the target.
+    noise, target = random_tensor(2, 1, 2, 2, seed=1), random_tensor(2, 1, 2, 2)
 
-
-def test_euler_velocity_towards_a_point_arrives_there() -> None:
-    # v = (x - target) / sigma is the straight path's velocity: every number of steps ends in the
-    # target.
-    target = random_tensor(2, 1, 2, 2)
-
-    def denoiser(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+    def denoiser(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
         return (latents - target) / (timestep / 1000).view(-1, 1, 1, 1)
 
-    result = sample_latents(
-        denoiser,
-        random_tensor(2, 1, 2, 2, seed=1),
-        ClassCondition(torch.tensor([0, 1]), NULL),
-        make_plan(steps=5, shift=3.0),
-    )
-    torch.testing.assert_close(result, target, rtol=1e-5, atol=1e-5)  # five steps in fp32
+    result = sample(denoiser, noise, steps=steps, solver=solver, shift=3.0)
+    # fp32, and a start 1e-6 below noise level 1.
+    torch.testing.assert_close(result, target, rtol=2e-5, atol=2e-5)
 
 
-def test_sampler_takes_the_first_channels_as_velocity() -> None:
-    noise = random_tensor(2, 1, 2, 2)
-    result = sample_latents(
-        lambda x, t, y: torch.cat([torch.ones_like(x), torch.full_like(x, torch.nan)], dim=1),
-        noise,
-        ClassCondition(torch.tensor([0, 1]), NULL),
-        make_plan(steps=1),
-    )
-    assert torch.equal(result, noise - 1)
+def error_of(solver: str, steps: int, shift: float = 1.0) -> float:
+    """Of the flow between N(MEAN, DEVIATION^2) and N(0, 1): it carries z to MEAN + DEVIATION z."""
+
+    def velocity(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
+        sigma = (timestep.double() / 1000).view(-1, 1, 1, 1)
+        variance = ((1 - sigma) * DEVIATION) ** 2 + sigma**2
+        distance = (latents.double() - (1 - sigma) * MEAN) / variance
+        return (sigma * distance - MEAN - (1 - sigma) * DEVIATION**2 * distance).float()
+
+    noise = random_tensor(4, 1, 2, 2)
+    result = sample(velocity, noise, steps=steps, solver=solver, shift=shift)
+    return (result - (MEAN + DEVIATION * noise)).abs().max().item()
 
 
-def test_sampler_hands_labels_and_guidance_on() -> None:
+def test_heun_error_falls_with_the_square_of_the_step() -> None:
+    assert math.log2(error_of("heun", 20) / error_of("heun", 40)) == pytest.approx(2.0, abs=0.15)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("solver", SECOND_ORDER)
+def test_second_order_solver_beats_euler_and_converges(solver: str, shift: float) -> None:
+    coarse, middle, fine = (error_of(solver, steps, shift) for steps in (10, 20, 40))
+    assert coarse > middle > fine and fine < error_of("euler", 40, shift) / 4
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sampler_hands_labels_and_guidance_on_and_takes_the_first_channels(solver: str) -> None:
     # v = label: guided velocity is null + scale * (label - null).
-    result = sample_latents(
-        lambda x, t, y: y.labels_B.float().view(-1, 1, 1, 1).expand_as(x),
-        torch.zeros(2, 1, 1, 1),
-        ClassCondition(torch.tensor([4, 10]), NULL),
-        make_plan(steps=4, cfg_scale=2.0),
-    )
-    assert result.flatten().tolist() == [-(10 + 2 * (4 - 10)), -10]
+    weight = torch.nn.Parameter(torch.ones((), dtype=torch.bfloat16))
 
+    def denoiser(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
+        velocity = condition.labels_B.bfloat16().view(-1, 1, 1, 1).expand_as(latents) * weight
+        return torch.cat([velocity, torch.full_like(velocity, torch.nan)], dim=1)
 
-def test_sampler_accepts_bf16_predictions_and_returns_fp32() -> None:
-    result = sample_latents(
-        lambda x, t, y: torch.ones_like(x, dtype=torch.bfloat16),
-        random_tensor(1, 1, 2, 2),
-        ClassCondition(torch.tensor([0]), NULL),
-        make_plan(),
-    )
-    assert result.dtype == torch.float32
-
-
-def test_sampler_keeps_no_graph() -> None:
-    weight = torch.nn.Parameter(torch.ones(()))
-    result = sample_latents(
-        lambda x, t, y: x * weight,
-        random_tensor(1, 1, 2, 2),
-        ClassCondition(torch.tensor([0]), NULL),
-        make_plan(),
-    )
-    assert not result.requires_grad
+    labels = torch.tensor([4, 10])
+    result = sample(denoiser, torch.zeros(2, 1, 1, 1), labels=labels, cfg_scale=2.0, solver=solver)
+    expected = torch.tensor([2.0, -10.0])
+    torch.testing.assert_close(result.flatten(), expected, rtol=1e-5, atol=2e-5)
+    assert result.dtype == torch.float32 and not result.requires_grad
 
 
 def test_sampler_unknown_solver_is_refused() -> None:
-    with pytest.raises(ValueError, match="solver 'magic' is none of euler"):
-        sample_latents(
-            lambda x, t, y: x,
-            random_tensor(1, 1, 2, 2),
-            ClassCondition(torch.tensor([0]), NULL),
-            make_plan(solver="magic"),
-        )
+    with pytest.raises(ValueError, match="'magic' is none of euler"):
+        sample(lambda x, t, y: x, torch.zeros(1, 1, 2, 2), solver="magic")
 
 
 def test_initial_noise_of_an_image_does_not_depend_on_its_batch() -> None:
     whole = initial_noise((1, 4, 4), seed=3, indices=range(10))
-    assert torch.equal(
-        torch.cat(
-            [initial_noise((1, 4, 4), seed=3, indices=part) for part in ([0, 1, 2], range(3, 10))]
-        ),
-        whole,
-    )
-    assert torch.equal(initial_noise((1, 4, 4), seed=3, indices=[7, 2]), whole[[7, 2]])
-
-
-def test_initial_noise_differs_between_images_and_seeds() -> None:
-    whole = torch.cat([initial_noise((1, 2, 2), seed=seed, indices=range(4)) for seed in (0, 1)])
-    assert len({noise.numpy().tobytes() for noise in whole}) == 8
-    assert whole.dtype == torch.float32
+    for part in ([0, 1, 2], range(3, 10), [7, 2]):
+        assert torch.equal(initial_noise((1, 4, 4), seed=3, indices=part), whole[list(part)])

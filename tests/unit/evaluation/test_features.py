@@ -4,7 +4,9 @@ user's own may do wrong.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,14 +16,11 @@ from torch import nn
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.features import load_extractor
 
-from .test_metrics import TinyNetwork
+from .made import save_tiny
 
 
 def test_extractors_of_every_kind_give_features(tmp_path: Path) -> None:
-    torch.jit.script(TinyNetwork()).save(str(tmp_path / "tiny.pt"))
-    (tmp_path / "tiny.py").write_text(
-        "from tests.unit.evaluation.test_metrics import TinyNetwork\nnothing = 3\n"
-    )
+    save_tiny(tmp_path)
     images = np.random.default_rng(0).integers(0, 200, (3, 12, 12, 3), dtype=np.uint8)
     script = load_extractor(str(tmp_path / "tiny.pt"), "cpu")(images)
     python = load_extractor(f"{tmp_path / 'tiny.py'}:TinyNetwork", "cpu")(images)
@@ -31,11 +30,11 @@ def test_extractors_of_every_kind_give_features(tmp_path: Path) -> None:
     assert pixels.pool.shape == (3, 432) and pixels.spatial is None and pixels.pool.max() <= 1
     grey = load_extractor(str(tmp_path / "tiny.pt"), "cpu")(images[..., :1])
     assert grey.pool.shape == (3, 9)
+    with pytest.raises(ConfigError, match=r"tiny\.py:nothing: .*torch\.nn\.Module"):
+        load_extractor(f"{tmp_path / 'tiny.py'}:nothing", "cpu")
 
 
 def test_inception_extractor_where_torchvision_is_missing_says_what_to_do(monkeypatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
     with pytest.raises(ConfigError, match="torch-fidelity cannot be imported"):
@@ -46,8 +45,6 @@ def test_inception_extractor_reads_the_spatial_features_of_mixed_6d(monkeypatch)
     """A stand-in with torch-fidelity's interface: which outputs are asked for, and which branch is
     read.
     """
-    import sys
-    from types import ModuleType
 
     class Block(nn.Module):
         def __init__(self, value: float) -> None:

@@ -29,18 +29,18 @@ class _Silent(nn.Module):
 
 
 def test_heldout_loss_of_zero_prediction_is_the_mean_square_of_the_velocity() -> None:
-    heldout = load_digits_split(0.2, heldout=True)
+    images, labels = load_digits_split(0.2, heldout=True)
     model = _Silent()
     expected = []
     for draw in range(2):
-        for slot, image in enumerate(heldout.images):
+        for slot, image in enumerate(images):
             noise = generator(5, "noise", draw, slot).standard_normal(image.shape, dtype=np.float32)
             expected.append(np.square(noise - image, dtype=np.float64).mean())
     assert heldout_loss(model, draws=2, seed=5, batch_size=50) == pytest.approx(
         np.mean(expected), rel=1e-6
     )
     # Every image under its own label, none dropped.
-    assert model.labels == 2 * heldout.labels.tolist()
+    assert model.labels == 2 * labels.tolist()
 
 
 def test_heldout_loss_does_not_depend_on_the_batch_size() -> None:

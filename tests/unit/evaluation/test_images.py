@@ -7,21 +7,14 @@ import pytest
 
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.digits import judge_samples
-from promoe_ds.evaluation.images import image_name, make_grid, read_samples, to_uint8
+from promoe_ds.evaluation.images import make_grid, read_samples, to_uint8
 
 
-def test_uint8_truncates_as_published() -> None:
+def test_uint8_truncates_as_published_and_moves_channels_last() -> None:
     values = np.array([-2.0, -1.0, -0.999, 0.0, 0.0039, 0.5, 0.996, 1.0, 2.0], dtype=np.float64)
     expected = [0, 0, 0, 128, 128, 191, 254, 255, 255]
     assert to_uint8(values.reshape(-1, 1, 1, 1)).flatten().tolist() == expected
-
-
-def test_uint8_moves_channels_last() -> None:
     assert to_uint8(np.zeros((2, 3, 4, 5))).shape == (2, 4, 5, 3)
-
-
-def test_image_name_is_the_published_one() -> None:
-    assert image_name(123, 45) == "img000123_class45.png"
 
 
 def test_grid_has_one_row_a_class_in_order() -> None:
@@ -56,9 +49,9 @@ def test_read_samples_missing_or_broken_names_the_file(tmp_path, content) -> Non
 def test_judge_real_digits_are_recognised_and_shuffled_labels_are_not(tmp_path) -> None:
     from promoe_ds.data.digits import load_digits_split
 
-    digits = load_digits_split(0.2, heldout=True)
-    for name, labels in (("right", digits.labels), ("wrong", (digits.labels + 1) % 10)):
-        np.savez(tmp_path / f"{name}.npz", arr_0=to_uint8(digits.images), labels=labels)
+    images, labels = load_digits_split(0.2, heldout=True)
+    for name, given in (("right", labels), ("wrong", (labels + 1) % 10)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=to_uint8(images), labels=given)
     right, wrong = (judge_samples(tmp_path / f"{name}.npz") for name in ("right", "wrong"))
     assert right.accuracy == right.accuracy_on_real > 0.95
     assert wrong.accuracy < 0.05

@@ -13,7 +13,7 @@ import torch
 from promoe_ds.cli.plan import main
 from promoe_ds.config import count_parameters, load_config
 from promoe_ds.config.devices import DEVICES
-from promoe_ds.data.shards import ShardContent, write_shard
+from promoe_ds.data.shards import write_shard
 from promoe_ds.data.vae import DECODED_AT_ONCE
 from promoe_ds.planning.pipeline import (
     DECODER_BYTES,
@@ -33,14 +33,10 @@ def steps(**values) -> dict:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_encode_disk_is_that_of_a_written_shard(tmp_path: Path, dtype: str) -> None:
     records = torch.zeros(2, 64, 8, 32, 32, dtype=getattr(torch, dtype))
-    content = ShardContent(
-        kind="moments",
-        records=records[0],
-        flipped=records[1],
-        labels=torch.zeros(64, dtype=torch.int64),
-        names=[f"n01440764/n01440764_{number}.JPEG" for number in range(64)],
-    )
-    written = write_shard(tmp_path / "shard.safetensors", content).bytes / 64 * TRAIN_IMAGES
+    labels = torch.zeros(64, dtype=torch.int64)
+    names = [f"n01440764/n01440764_{number}.JPEG" for number in range(64)]
+    record = write_shard(tmp_path / "shard.safetensors", list(records), labels, names)
+    written = record.bytes / 64 * TRAIN_IMAGES
     assert steps(latent_dtype=dtype)["encode"].disk == pytest.approx(written, rel=0.01)
 
 

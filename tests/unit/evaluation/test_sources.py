@@ -1,0 +1,63 @@
+"""Images to evaluate: folders and npz files as people have them."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from promoe_ds.errors import DataError
+from promoe_ds.evaluation.sources import FolderImages, NpzImages
+
+
+def test_folder_with_grey_and_coloured_files_gives_the_samples_channels(tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 7).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), (7, 7, 9)).save(tmp_path / "b.png")
+    assert FolderImages(tmp_path, 8, 3).read(range(2))[:, 0, 0].tolist() == [[7, 7, 7], [7, 7, 9]]
+    with pytest.raises(DataError, match=r"b\.png: is in colour"):
+        FolderImages(tmp_path).read(range(2))
+    assert FolderImages(tmp_path, 4, 1).read(range(1)).shape == (1, 4, 4, 1)
+
+
+def test_folder_whose_first_image_is_not_square_or_a_bomb_names_it(
+    tmp_path: Path, monkeypatch
+) -> None:
+    Image.new("L", (8, 9)).save(tmp_path / "a.png")
+    Image.new("L", (8, 8)).save(tmp_path / "b.png")
+    with pytest.raises(DataError, match=r"a\.png: 8 x 9 pixels"):
+        FolderImages(tmp_path)
+    assert FolderImages(tmp_path, 8, 1).read(range(2)).shape == (2, 8, 8, 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(DataError, match=r"a\.png: not a readable image"):
+        FolderImages(tmp_path, 8, 3)
+
+
+@settings(max_examples=60)
+@given(
+    st.booleans(),
+    st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=5),
+    st.floats(0.3, 1.0),
+)
+def test_any_damage_of_an_npz_gives_its_shape_or_names_it(
+    compressed: bool, changes: list, kept: float
+) -> None:
+    out, save = io.BytesIO(), np.savez_compressed if compressed else np.savez
+    save(out, arr_0=np.arange(192, dtype=np.uint8).reshape(4, 4, 4, 3))
+    data = bytearray(out.getvalue())
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.npz"
+        path.write_bytes(data[: int(len(data) * kept) + 1])
+        try:
+            images = NpzImages(path)
+            found = images.read(range(len(images))).shape[1:]
+            assert found in [(images.height, images.height, channels) for channels in (1, 3)]
+        except DataError as error:
+            assert "x.npz" in str(error)
