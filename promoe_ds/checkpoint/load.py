@@ -12,8 +12,7 @@ from promoe_ds.checkpoint.save import layout_of
 from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.checkpoint.zero_reader import check_progress
 from promoe_ds.config import RunConfig
-from promoe_ds.config.optimizer import OptimizerConfig
-from promoe_ds.config.schedule import learning_rate
+from promoe_ds.config.optimizer import OptimizerConfig, learning_rate
 from promoe_ds.distributed.context import on_all_ranks
 from promoe_ds.errors import CheckpointError, differences
 from promoe_ds.logs import get_logger

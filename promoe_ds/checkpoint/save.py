@@ -22,7 +22,7 @@ from promoe_ds.checkpoint.manifest import (
     step_of,
 )
 from promoe_ds.checkpoint.training_state import TrainingState
-from promoe_ds.config.schema import TrainConfig
+from promoe_ds.config.run_sections import TrainConfig
 from promoe_ds.distributed.context import from_main, gather_objects
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import replace_text

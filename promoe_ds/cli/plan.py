@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from promoe_ds.backends.devices import DEVICES
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import (
     DS_CONFIGS_DIR,
@@ -26,7 +27,6 @@ from promoe_ds.config import (
     read_deepspeed_json,
     resolve_deepspeed,
 )
-from promoe_ds.config.devices import DEVICES
 from promoe_ds.errors import ConfigError
 from promoe_ds.files import json_text
 from promoe_ds.planning.cluster import NETWORKS, Cluster, layout_of

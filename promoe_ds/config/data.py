@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from promoe_ds.config.section import Section, Switch
+from promoe_ds.config.section import Section, Switch, require
 
 #: Data sets that are read from a folder, and what it holds.
 ON_DISK = {
@@ -55,17 +55,16 @@ class DataConfig(Section):
     synthetic_samples: int = Field(4096, gt=0, description="length of the data set `synthetic`")
 
     @model_validator(mode="after")
-    def _fields_fit(self) -> DataConfig:
+    def _fields_fit(self) -> Self:
         if self.dataset not in ON_DISK:
-            if self.path is not None:
-                raise ValueError(
-                    f"path={self.path!r} has no use for dataset={self.dataset}: leave it out"
-                )
-            if self.flip is True:
-                raise ValueError(f"flip=true has no use for dataset={self.dataset}: leave it out")
-        if self.dataset == "images" and self.vae is None:
-            raise ValueError(
-                "dataset=images encodes on the fly: set vae to the folder or hub id of an"
-                " AutoencoderKL"
+            self.refuse_set("path", use=f"dataset={self.dataset}")
+            require(
+                self.flip is not True,
+                f"flip=true has no use for dataset={self.dataset}: leave it out",
             )
+        require(
+            self.dataset != "images" or self.vae is not None,
+            "dataset=images encodes on the fly: set vae to the folder or hub id of an"
+            " AutoencoderKL",
+        )
         return self

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from promoe_ds.backends.devices import DEVICES, bf16_peak
 from promoe_ds.cli.plan import main
 from promoe_ds.config import (
     RunConfig,
@@ -23,7 +24,6 @@ from promoe_ds.config import (
     resolve_deepspeed,
     training_flops_per_image,
 )
-from promoe_ds.config.devices import DEVICES, bf16_peak
 from promoe_ds.errors import ConfigError
 from promoe_ds.planning.cluster import Cluster, ClusterLayout, layout_of
 from promoe_ds.planning.estimate import Efficiency, Link, _ring
