@@ -22,40 +22,16 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from promoe_ds.cli.entry import run_entry
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser, number
 from promoe_ds.logs import configure_logging
-
-_MOMENTS_ARE_OF_RAW = (
-    "--weights --with-optimizer: the moments belong to the raw weights; leave one out"
-)
-#: Options that do not go together, and why.
-_CONFLICTS = (
-    ({"ema_sigma_rel", "weights"}, "--ema-sigma-rel chooses the weights: leave --weights out"),
-    (
-        {"to_diffusers", "with_optimizer"},
-        (
-            "--with-optimizer: a diffusers pipeline has weights only; use --to single, official or"
-            " deepspeed"
-        ),
-    ),
-    ({"to_official", "weights", "with_optimizer"}, _MOMENTS_ARE_OF_RAW),
-    ({"to_deepspeed", "weights", "with_optimizer"}, _MOMENTS_ARE_OF_RAW),
-    ({"to_deepspeed", "rounding"}, "--dtype: training keeps its weights in fp32; leave it out"),
-    (
-        {"rounding", "with_optimizer"},
-        "--dtype --with-optimizer: no run continues exactly from rounded weights; leave one out",
-    ),
-)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument(
         "destination",
@@ -69,7 +45,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         choices=["single", "official", "diffusers", "deepspeed"],
         help="target format",
     )
-    parser.add_argument(
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
         "--weights",
         metavar="ema|raw|NAME",
         help=(
@@ -77,7 +54,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             " by default ema for single and diffusers, all as they are for the others"
         ),
     )
-    parser.add_argument(
+    weights.add_argument(
         "--ema-sigma-rel",
         type=float,
         metavar="LENGTH",
@@ -96,7 +73,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-shard-size",
-        type=float,
+        type=number(float, gt=0, lt=math.inf),
         default=2.0,
         metavar="GB",
         help="largest safetensors file (default 2)",
@@ -105,15 +82,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers"
     )
     parser.add_argument("--recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change a value of --recipe",
-    )
+    parser.add_overrides("change a value of --recipe")
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -121,18 +90,35 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="read the target back and compare every value (default)",
     )
     options = parser.parse_args(arguments)
-    if not 0 < options.max_shard_size < math.inf:
-        parser.error(f"--max-shard-size {options.max_shard_size:g}: must be a number above 0")
-    given = {name for name, value in vars(options).items() if value not in (None, False, [])}
-    given |= {f"to_{options.to}"} | ({"rounding"} if options.dtype != "fp32" else set())
-    for names, message in _CONFLICTS:
-        if given.issuperset(names):
-            parser.error(message)
-    if options.overrides and not options.recipe:
-        parser.error("--set changes a value of --recipe: name one")
-    if options.vae and options.to != "diffusers":
-        parser.error(f"--vae belongs to --to diffusers, not to --to {options.to}")
+    _check(parser, options)
     return options
+
+
+def _check(parser: Parser, options: argparse.Namespace) -> None:
+    """End with what does not go together."""
+    to, moments, rounded = options.to, options.with_optimizer, options.dtype != "fp32"
+    parser.require(
+        not (moments and to == "diffusers"),
+        "--with-optimizer: a diffusers pipeline has weights only; use --to single, official or"
+        " deepspeed",
+    )
+    parser.require(
+        not (moments and options.weights and to in ("official", "deepspeed")),
+        "--weights --with-optimizer: the moments belong to the raw weights; leave one out",
+    )
+    parser.require(
+        not (rounded and to == "deepspeed"),
+        "--dtype: training keeps its weights in fp32; leave it out",
+    )
+    parser.require(
+        not (rounded and moments),
+        "--dtype --with-optimizer: no run continues exactly from rounded weights; leave one out",
+    )
+    parser.require(
+        options.recipe or not options.overrides, "--set changes a value of --recipe: name one"
+    )
+    if to != "diffusers":
+        parser.without_effect(options, "vae", reason=f"with --to {to}")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -169,7 +155,7 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

@@ -5,9 +5,10 @@ torchrun or deepspeed.
     latents \\
         --vae stabilityai/sd-vae-ft-mse
     promoe-encode --from-npz sd-vae-ft-mse_Latents_256img_npz --vae-name stabilityai/sd-vae-ft-mse
-    --out latents promoe-encode --verify latents
+    --out latents
+    promoe-encode --verify latents
 
-The same command goes on after an interruption, on any number of processes. --from-npz packs the
+The same command resumes after an interruption, on any number of processes. --from-npz packs the
 cache of the published code (`.latent.npz`) or of DiffMoE. The folder's format is in
 docs/imagenet.md; `--set data.path=latents` trains on it.
 """
@@ -16,18 +17,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 
-from promoe_ds.cli.entry import run_entry
+from promoe_ds.cli.entry import command, joined_processes
+from promoe_ds.cli.options import Parser, number
 from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument(
         "--images",
@@ -60,7 +60,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         choices=["train", "val", "test"],
         help="where DIR holds these folders",
     )
-    parser.add_argument("--image-size", type=int, default=256, help="pixels a side after the crop")
+    parser.add_argument(
+        "--image-size", type=number(ge=1), default=256, help="pixels a side after the crop"
+    )
     parser.add_argument(
         "--flip",
         action=argparse.BooleanOptionalAction,
@@ -77,31 +79,27 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--vae-dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=32, help="images a process encodes at once"
+        "--batch-size", type=number(ge=1), default=32, help="images a process encodes at once"
     )
-    parser.add_argument("--shard-size", type=int, default=4096, help="images a file")
+    parser.add_argument("--shard-size", type=number(ge=1), default=4096, help="images a file")
     parser.add_argument(
-        "--workers", type=int, default=8, help="threads a process that decode images"
+        "--workers", type=number(ge=1), default=8, help="threads a process that decode images"
     )
     parser.add_argument(
         "--max-corrupt", type=int, default=0, help="unreadable images that are named and skipped"
     )
-    parser.add_argument("--device", help="this process's GPU where there is one, else cpu")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_process()
     options = parser.parse_args(arguments)
-    if options.verify is None and options.out is None:
-        parser.error("--out is needed")
-    if options.images is not None and options.vae is None:
-        parser.error("--images needs --vae")
-    if options.from_npz is not None and options.vae_name is None:
-        parser.error(
-            "--from-npz needs --vae-name: the files do not say which autoencoder they come from"
+    parser.require(options.verify or options.out, "--out is needed")
+    parser.require(options.vae or not options.images, "--images needs --vae")
+    if options.from_npz:
+        parser.require(
+            options.vae_name,
+            "--from-npz needs --vae-name: the files do not say which autoencoder they come from",
         )
-    if options.from_npz is not None and (options.vae is not None or not options.flip):
-        parser.error("--from-npz encodes nothing: leave --vae and --no-flip out")
-    for name in ("image_size", "batch_size", "shard_size", "workers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+        parser.without_effect(
+            options, "vae", "flip", reason="with --from-npz, which encodes nothing"
+        )
     return options
 
 
@@ -111,41 +109,21 @@ def main(arguments: Sequence[str]) -> None:
     configure_logging(rank_from_environment())
     from promoe_ds.data.encode import EncodeRequest, encode
     from promoe_ds.data.shards import verify
-    from promoe_ds.distributed.context import join_processes
-    from promoe_ds.distributed.process_group import stop_distributed
 
-    team, log = join_processes(options.device), get_logger("encode")
-    if options.verify is not None:
-        index = verify(options.verify, team)
-        log.info(
-            "%s: all %d records of %d shards are what was written",
-            options.verify,
-            index.count,
-            len(index.shards),
-        )
-    else:
-        fields = (
-            "out",
-            "vae",
-            "vae_name",
-            "split",
-            "image_size",
-            "flip",
-            "dtype",
-            "vae_dtype",
-            "batch_size",
-            "shard_size",
-            "workers",
-            "max_corrupt",
-        )
-        index = encode(
-            EncodeRequest(
-                source=options.images or options.from_npz,
-                from_npz=options.from_npz is not None,
-                **{name: getattr(options, name) for name in fields},
-            ),
-            team,
-        )
+    log = get_logger("encode")
+    with joined_processes(options.device) as team:
+        if options.verify is not None:
+            index = verify(options.verify, team)
+            log.info(
+                "%s: all %d records of %d shards are what was written",
+                options.verify,
+                index.count,
+                len(index.shards),
+            )
+            return
+        given = {each.name: getattr(options, each.name, None) for each in fields(EncodeRequest)}
+        given |= {"source": options.images or options.from_npz, "from_npz": bool(options.from_npz)}
+        index = encode(EncodeRequest(**given), team)
         log.info(
             "%s: %d records of %d classes in %d shards, %d images skipped",
             options.out,
@@ -154,10 +132,9 @@ def main(arguments: Sequence[str]) -> None:
             len(index.shards),
             len(index.skipped),
         )
-    stop_distributed()
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from promoe_ds.cli import launch
-from promoe_ds.cli.entry import run_entry
+from promoe_ds.cli.entry import command
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -14,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     launch.main(["--check-only", *arguments])
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

@@ -8,11 +8,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.cli.entry import run_entry
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser
 from promoe_ds.config import (
     field_lines,
     load_config,
@@ -41,29 +41,13 @@ class _ShowFields(argparse.Action):
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="promoe_ds.cli.train", description="Train a diffusion transformer."
-    )
-    parser.add_argument(
-        "--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file"
-    )
-    parser.add_argument(
-        "--deepspeed_config", required=True, help="DeepSpeed JSON, e.g. ds_configs/zero2_bf16.json"
-    )
+    parser = Parser("Train a diffusion transformer.", "promoe_ds.cli.train")
+    parser.add_run()
     parser.add_argument("--run-dir", type=Path, help="default: runs/<recipe's name>")
     parser.add_argument(
         "--resume",
         default="auto",
         help="auto (newest complete checkpoint of this run), none, or a path",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="override the recipe, e.g. train.max_steps=100",
     )
     parser.add_argument(
         "--fields",
@@ -139,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
         stop_distributed()
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()
