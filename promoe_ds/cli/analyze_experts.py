@@ -3,11 +3,8 @@
 promoe-experts EXPORT_DIR      EXPORT_DIR/experts.html and EXPORT_DIR/experts.json
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import command
@@ -27,7 +24,7 @@ from promoe_ds.reports.specialisation.page import (
 )
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     defaults = Settings()
     parser = Parser(__doc__)
@@ -69,7 +66,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to the page and its numbers.
 
     Raises: ConfigError for values that cannot be; DataError for data or an export that cannot be

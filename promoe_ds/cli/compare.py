@@ -8,24 +8,20 @@ The first candidate is the one that the others are compared with. The same comma
 unfinished; with candidates or seeds added, only those are trained.
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import command
 from promoe_ds.cli.options import Parser, integers
-from promoe_ds.logs import configure_logging
 from promoe_ds.reports.comparison.candidates import ComparisonRequest
 from promoe_ds.reports.comparison.experiment import compare
 
 _INTERRUPTED = 130
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument(
@@ -67,13 +63,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to request to the report of all runs; ends with 130 after an interrupt.
 
     Raises: ConfigError for what cannot be compared; TrainingError if runs failed.
     """
     options = parse_arguments(arguments)
-    configure_logging(0)
     # Also where a shell or a batch system starts us with interrupts ignored, or ends us with
     # SIGTERM: children end with us.
     signal.signal(signal.SIGINT, signal.default_int_handler)

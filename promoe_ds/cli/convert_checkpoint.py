@@ -15,21 +15,17 @@ pipeline, or a `.pth` file of the published code, whose architecture --recipe na
                starts a new run from the weights without
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import command
 from promoe_ds.cli.options import Parser, number
-from promoe_ds.logs import configure_logging
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE")
@@ -121,10 +117,9 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
         parser.without_effect(options, "vae", reason=f"with --to {to}")
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to request to the converted checkpoint."""
     options = parse_arguments(arguments)
-    configure_logging(0)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from promoe_ds.checkpoint.conversion import Request, convert
     from promoe_ds.config import load_config

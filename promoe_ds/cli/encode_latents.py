@@ -13,19 +13,16 @@ cache of the published code (`.latent.npz`) or of DiffMoE. The folder's format i
 docs/imagenet.md; `--set data.path=latents` trains on it.
 """
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from promoe_ds.cli.entry import command, joined_processes
 from promoe_ds.cli.options import Parser, number
-from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
+from promoe_ds.logs import get_logger
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
@@ -103,10 +100,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to request to packed latents, or to their check."""
     options = parse_arguments(arguments)
-    configure_logging(rank_from_environment())
     from promoe_ds.data.encode import EncodeRequest, encode
     from promoe_ds.data.shards import verify
 

@@ -4,19 +4,16 @@
 Also under torchrun or deepspeed. Needs no deepspeed.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import command, joined_processes
 from promoe_ds.cli.options import Parser, number
-from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
+from promoe_ds.logs import get_logger
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser("FID, sFID, IS, precision and recall of samples.", "promoe_ds.cli.evaluate")
     parser.add_argument(
@@ -65,10 +62,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to request to metrics.json."""
     options = parse_arguments(arguments)
-    configure_logging(rank_from_environment())
 
     from promoe_ds.evaluation.metrics import (
         METRICS,

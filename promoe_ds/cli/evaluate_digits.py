@@ -2,11 +2,8 @@
 [--require 0.85].
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from promoe_ds.errors import DataError
 from promoe_ds.files import json_text
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument("samples", type=Path, help="samples.npz or the folder that holds it")
@@ -27,7 +24,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to figures on standard output.
 
     Raises: DataError if fewer samples are recognised than required.

@@ -7,11 +7,8 @@ promoe-load RUN_DIR --follow              a view that follows training
 promoe-load RUN_DIR --placement FILE      write an order of experts that evens out the ranks
 """
 
-from __future__ import annotations
-
 import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +27,7 @@ from promoe_ds.reports.expert_load.terminal import findings_text, load_table, pl
 _OF_A_REPORT = ("compare", "out", "export", "last_steps", "no_html", "placement", "ep_size")
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument("run_dir", type=Path, help="directory of a run, or its routing.jsonl")
@@ -87,7 +84,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to the summary, the page and the files.
 
     Raises: DataError for a log that cannot be read.

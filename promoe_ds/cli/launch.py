@@ -1,11 +1,8 @@
 """Launch on several hosts: `python -m promoe_ds.cli.launch --hostfile H -- --recipe NAME ...`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import command
@@ -23,7 +20,7 @@ from promoe_ds.logs import configure_logging
 from promoe_ds.run_files import make_launch_folder
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[Job, bool]:
+def parse_arguments(arguments: list[str]) -> tuple[Job, bool]:
     """Parse the command line; return the job, and whether to check its hosts only.
 
     What follows `--` belongs to promoe_ds.cli.train.
@@ -87,7 +84,7 @@ def _job(options: argparse.Namespace, training: list[str], train: argparse.Names
     )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Check the hosts, run the job; its failure is the error."""
     configure_logging(0)
     job, check_only = parse_arguments(arguments)

@@ -2,8 +2,6 @@
 several commands, and types that check their values.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

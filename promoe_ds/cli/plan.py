@@ -7,12 +7,9 @@ step from ImageNet's archives to the figures of docs/imagenet.md. Nothing is tra
 is needed: shapes go through the real layers.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ from promoe_ds.files import json_text
 from promoe_ds.planning.cluster import NETWORKS, Cluster, layout_of
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_run(deepspeed_config=DS_CONFIGS_DIR / "zero2_bf16.json")
@@ -52,7 +49,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to plans on standard output, and as JSON with --out.
 
     Raises: ConfigError for what cannot be planned.
@@ -123,7 +120,7 @@ def plan_layouts(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _print(lines: Sequence[str]) -> None:
+def _print(lines: list[str]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -1,14 +1,10 @@
 """Check every host before a launch: another name of `promoe_ds.cli.launch --check-only`."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 from promoe_ds.cli import launch
 from promoe_ds.cli.entry import command
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Check the hosts of a job; takes the arguments of promoe_ds.cli.launch."""
     launch.main(["--check-only", *arguments])
 

@@ -4,19 +4,16 @@ torchrun or deepspeed.
 Needs no deepspeed. The same command resumes after an interruption.
 """
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import command, joined_processes
 from promoe_ds.cli.options import Parser, integers
 from promoe_ds.config.diffusion import SOLVERS
-from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
+from promoe_ds.logs import get_logger
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser("Sample images from an exported model.", "promoe_ds.cli.sample")
     parser.add_argument(
@@ -87,10 +84,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to request to files."""
     options = parse_arguments(arguments)
-    configure_logging(rank_from_environment())
     from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 
     del options.local_rank

@@ -6,20 +6,17 @@ feed-forward, all other experts the rest; prototypes start at the k-means centro
 docs/checkpoints.md says what of the dense function is kept.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from promoe_ds.cli.entry import command
 from promoe_ds.cli.options import Parser, number
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE")
@@ -67,7 +64,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to request to the mixture of experts."""
     options = parse_arguments(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

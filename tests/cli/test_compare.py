@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from .commands import REPOSITORY, ZERO2, run
+from .commands import ZERO2, tool
 
 TINY = (
     "model.hidden_size=32",
@@ -24,29 +23,15 @@ CANDIDATES = ("digits_promoe", "dense")
 
 
 def _compare(folder: Path, seeds: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return run(
-        sys.executable,
-        str(REPOSITORY / "tools" / "compare.py"),
+    candidates = (
         "--recipes",
         "digits_promoe",
         "--variant",
         "dense=digits_promoe,routing.method=dense",
-        "--steps",
-        "24",
-        "--seeds",
-        seeds,
-        "--out",
-        "out",
-        "--samples",
-        "20",
-        "--deepspeed_config",
-        ZERO2,
-        "--set",
-        *TINY,
-        *options,
-        cwd=folder,
-        timeout=500,
     )
+    sizes = ("--steps", "24", "--samples", "20", "--deepspeed-config", ZERO2, "--set", *TINY)
+    where = ("--seeds", seeds, "--out", "out")
+    return tool("compare", *candidates, *where, *sizes, *options, cwd=folder, timeout=500)
 
 
 def _read(folder: Path) -> dict:
