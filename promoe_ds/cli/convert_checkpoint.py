@@ -28,14 +28,15 @@ from promoe_ds.cli.options import Parser, number
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
-    parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument(
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE")
+    add(
         "destination",
         type=Path,
         metavar="DESTINATION",
         help="folder to write; must not exist, or be empty",
     )
-    parser.add_argument(
+    add(
         "--to",
         required=True,
         choices=["single", "official", "diffusers", "deepspeed"],
@@ -59,27 +60,23 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             "power-function averages of a run's checkpoints (optimizer.ema_sigma_rels), e.g. 0.08"
         ),
     )
-    parser.add_argument(
+    add(
         "--with-optimizer",
         action="store_true",
         help="AdamW's moments and all sets of weights as well",
     )
-    parser.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights written"
-    )
-    parser.add_argument(
+    add("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights written")
+    add(
         "--max-shard-size",
         type=number(float, gt=0, lt=math.inf),
         default=2.0,
         metavar="GB",
         help="largest safetensors file (default 2)",
     )
-    parser.add_argument(
-        "--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers"
-    )
-    parser.add_argument("--recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file")
+    add("--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers")
+    add("--recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file")
     parser.add_overrides("change a value of --recipe")
-    parser.add_argument(
+    add(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,

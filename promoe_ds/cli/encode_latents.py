@@ -25,6 +25,7 @@ from promoe_ds.logs import get_logger
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
+    add = parser.add_argument
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument(
         "--images",
@@ -44,49 +45,47 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     task.add_argument(
         "--verify", type=Path, metavar="DIR", help="only read finished latents and check every byte"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--vae", metavar="DIR_OR_ID", help="AutoencoderKL: folder or hub id")
-    parser.add_argument(
+    add("--out", type=Path, metavar="DIR", help="folder to write")
+    add("--vae", metavar="DIR_OR_ID", help="AutoencoderKL: folder or hub id")
+    add(
         "--vae-name",
         metavar="NAME",
         help="what the index calls it, if not by --vae: recipes name it in data.vae",
     )
-    parser.add_argument(
+    add(
         "--split",
         default="train",
         choices=["train", "val", "test"],
         help="where DIR holds these folders",
     )
-    parser.add_argument(
-        "--image-size", type=number(ge=1), default=256, help="pixels a side after the crop"
-    )
-    parser.add_argument(
+    add("--image-size", type=number(ge=1), default=256, help="pixels a side after the crop")
+    add(
         "--flip",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="also encode the mirrored image",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         default="float32",
         choices=["float32", "float16", "bfloat16"],
         help="of what is stored",
     )
-    parser.add_argument(
+    add(
         "--vae-dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation"
     )
-    parser.add_argument(
-        "--batch-size", type=number(ge=1), default=32, help="images a process encodes at once"
-    )
-    parser.add_argument("--shard-size", type=number(ge=1), default=4096, help="images a file")
-    parser.add_argument(
-        "--workers", type=number(ge=1), default=8, help="threads a process that decode images"
-    )
-    parser.add_argument(
-        "--max-corrupt", type=int, default=0, help="unreadable images that are named and skipped"
-    )
+    add("--batch-size", type=number(ge=1), default=32, help="images a process encodes at once")
+    add("--shard-size", type=number(ge=1), default=4096, help="images a file")
+    add("--workers", type=number(ge=1), default=8, help="threads a process that decode images")
+    add("--max-corrupt", type=int, default=0, help="unreadable images that are named and skipped")
     parser.add_process()
     options = parser.parse_args(arguments)
+    _check(parser, options)
+    return options
+
+
+def _check(parser: Parser, options: argparse.Namespace) -> None:
+    """End with what does not go together."""
     parser.require(options.verify or options.out, "--out is needed")
     parser.require(options.vae or not options.images, "--images needs --vae")
     if options.from_npz:
@@ -97,7 +96,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.without_effect(
             options, "vae", "flip", reason="with --from-npz, which encodes nothing"
         )
-    return options
 
 
 def main(arguments: list[str]) -> None:

@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
-def number(kind: type = int, **bounds: float) -> Callable[[str], Any]:
+def number(kind: type = int, **bounds: Any) -> Callable[[str], Any]:
     """Return a type of option: a number within bounds, which have pydantic's names."""
     adapter: TypeAdapter[Any] = TypeAdapter(Annotated[kind, Field(**bounds)])  # type: ignore[arg-type]
 

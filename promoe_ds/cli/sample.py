@@ -16,24 +16,18 @@ from promoe_ds.logs import get_logger
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser("Sample images from an exported model.", "promoe_ds.cli.sample")
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        help="export folder (promoe-convert --to single)",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--classes", type=integers, help="comma-separated labels; all classes if left out"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="export folder (promoe-convert --to single)")
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--classes", type=integers, help="comma-separated labels; all classes if left out")
+    add(
         "--labels",
         choices=["balanced", "random"],
         default="balanced",
         help="the classes in turn, or at random",
     )
     # Launchers take --num for an abbreviation of their own options; the long name passes.
-    parser.add_argument(
+    add(
         "--num",
         "--num-samples",
         type=int,
@@ -42,23 +36,21 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             " --num-samples"
         ),
     )
-    parser.add_argument("--steps", type=int, help="solver steps; the recipe's default if left out")
-    parser.add_argument(
-        "--cfg-scale", type=float, help="guidance scale; the recipe's default if left out"
-    )
-    parser.add_argument(
+    add("--steps", type=int, help="solver steps; the recipe's default if left out")
+    add("--cfg-scale", type=float, help="guidance scale; the recipe's default if left out")
+    add(
         "--solver",
         choices=["auto", *(name for names in SOLVERS.values() for name in names)],
         help="must fit the model's objective; the recipe's default if left out",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
+    add("--seed", type=int, default=0)
+    add(
         "--batch-size",
         type=int,
         default=64,
         help="images a process samples at once, without --exact",
     )
-    parser.add_argument(
+    add(
         "--exact",
         action=argparse.BooleanOptionalAction,
         default=False,
@@ -67,20 +59,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             " batches images agree to rounding"
         ),
     )
-    parser.add_argument(
-        "--vae", metavar="DIR_OR_ID", help="AutoencoderKL that decodes latents into images"
-    )
-    parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network's weights"
-    )
-    parser.add_argument(
+    add("--vae", metavar="DIR_OR_ID", help="AutoencoderKL that decodes latents into images")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network's weights")
+    add(
         "--ep-size",
         type=int,
         default=1,
         help="processes that share a set of experts: for models that fit no device",
     )
     parser.add_process()
-    parser.add_argument("--grid", action="store_true", help="also write grid.png, one row a class")
+    add("--grid", action="store_true", help="also write grid.png, one row a class")
     return parser.parse_args(arguments)
 
 

@@ -4,8 +4,6 @@ Both are functions of the config alone and need no torch; tests compare the coun
 and the operations with `torch.utils.flop_counter`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from promoe_ds.config.schema import RunConfig

@@ -1,7 +1,5 @@
 """The batch triangle, owned once: global = micro * ranks * accumulation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from promoe_ds.config.schema import RunConfig

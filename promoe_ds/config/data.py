@@ -1,10 +1,8 @@
 """The data section: where samples come from."""
 
-from __future__ import annotations
+from typing import Literal
 
-from typing import Literal, Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from promoe_ds.config.section import Section, Switch, require
 
@@ -54,8 +52,8 @@ class DataConfig(Section):
     heldout_fraction: float = Field(0.2, gt=0, lt=1, description="of digits, never trained on")
     synthetic_samples: int = Field(4096, gt=0, description="length of the data set `synthetic`")
 
-    @model_validator(mode="after")
-    def _fields_fit(self) -> Self:
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
         if self.dataset not in ON_DISK:
             self.refuse_set("path", use=f"dataset={self.dataset}")
             require(
@@ -67,4 +65,3 @@ class DataConfig(Section):
             "dataset=images encodes on the fly: set vae to the folder or hub id of an"
             " AutoencoderKL",
         )
-        return self

@@ -2,8 +2,6 @@
 recipe.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass

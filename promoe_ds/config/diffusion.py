@@ -1,10 +1,8 @@
 """The diffusion section: the training objective and what can sample it."""
 
-from __future__ import annotations
+from typing import Literal
 
-from typing import Literal, Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from promoe_ds.config.section import Section, require
 
@@ -37,8 +35,8 @@ class DiffusionConfig(Section):
         0.1, ge=0, le=1, description="probability of the null label in training"
     )
 
-    @model_validator(mode="after")
-    def _ddpm_fits(self) -> Self:
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
         if self.objective == "ddpm":
             self.refuse_set("sigma_mean", "sigma_std", "shift", use="objective=ddpm")
             require(
@@ -47,7 +45,6 @@ class DiffusionConfig(Section):
                 f" objective=ddpm needs more than {_MIN_DDPM_TIMESTEPS}, or its last step would"
                 " keep nothing of the image",
             )
-        return self
 
     @property
     def solvers(self) -> tuple[str, ...]:

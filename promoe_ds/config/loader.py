@@ -1,7 +1,5 @@
 """From a recipe's name or path, plus overrides, to a validated `RunConfig`."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Mapping

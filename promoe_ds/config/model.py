@@ -1,8 +1,6 @@
 """The model section: the sizes of the network."""
 
-from __future__ import annotations
-
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,8 +41,8 @@ class ModelConfig(Section):
             return values
         return {**PRESETS.get(str(values.get("preset")), {}), **values}
 
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
         require(
             self.hidden_size % self.num_heads == 0,
             f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}",
@@ -57,7 +55,6 @@ class ModelConfig(Section):
             self.input_size % self.patch_size == 0,
             f"patch_size={self.patch_size} does not divide input_size={self.input_size}",
         )
-        return self
 
     @property
     def null_label(self) -> int:

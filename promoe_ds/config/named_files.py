@@ -10,8 +10,6 @@ from `promoe-load --placement`. An expert's number is the one that it had at the
 whatever placements followed: applying a file twice changes nothing.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -83,9 +81,9 @@ def read_placement(config: RunConfig) -> tuple[tuple[int, ...], ...]:
     except OSError as error:
         raise ConfigError(f"{where} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        problem = explain(error, f"{where} is no placement", str)
         raise ConfigError(
-            f"{problem}; let promoe-load RUN_DIR --placement FILE write one"
+            f"{explain(error, f'{where} is no placement', str)}; let promoe-load RUN_DIR"
+            " --placement FILE write one"
         ) from None
     if unknown := sorted(set(layers) ^ {str(block) for block in blocks}):
         problem = "is not in it" if unknown[0] not in layers else "has no experts in this run"

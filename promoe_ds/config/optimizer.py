@@ -1,12 +1,10 @@
 """The optimizer section: AdamW, its schedule, clipping, and the moving averages of the weights."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from promoe_ds.config.section import Section, require
 
@@ -121,8 +119,8 @@ class OptimizerConfig(Section):
         ),
     )
 
-    @model_validator(mode="after")
-    def _fields_fit(self) -> Self:
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
         require(self.min_lr <= self.lr, f"min_lr={self.min_lr} exceeds lr={self.lr}")
         require(
             len(set(self.averages.values())) == len(self.ema_decays) + len(self.ema_sigma_rels),
@@ -130,7 +128,6 @@ class OptimizerConfig(Section):
             f" averages are the same in the six digits of their names ({', '.join(self.averages)}):"
             " leave one out",
         )
-        return self
 
     @property
     def averages(self) -> dict[str, Average]:

@@ -2,11 +2,9 @@
 is recomputed or compiled (parallel); in which numbers, with whose kernels (precision).
 """
 
-from __future__ import annotations
+from typing import Literal
 
-from typing import Literal, Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from promoe_ds.config.section import Section, require
 
@@ -75,8 +73,8 @@ class ParallelConfig(Section):
         ),
     )
 
-    @model_validator(mode="after")
-    def _dispatch_fits(self) -> Self:
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
         require(
             self.dispatch != "local" or self.ep_size == 1,
             f"dispatch=local keeps all experts on one rank, ep_size={self.ep_size} shards them: use"
@@ -99,7 +97,6 @@ class ParallelConfig(Section):
                 "megatron_dispatcher=flex needs several ranks that share experts: set ep_size above"
                 " 1, or use alltoall",
             )
-        return self
 
     @property
     def resolved_dispatch(self) -> ResolvedDispatch:
@@ -137,8 +134,8 @@ class PrecisionConfig(Section):
         "auto", description="auto: transformer_engine for fp8"
     )
 
-    @model_validator(mode="after")
-    def _choices_fit(self) -> Self:
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
         if self.compute != "fp8":
             self.refuse_set("fp8_recipe", use=f"compute={self.compute}, only for fp8")
         require(
@@ -146,7 +143,6 @@ class PrecisionConfig(Section):
             "kernels=torch has no FP8 path (compute=fp8): use kernels=transformer_engine, or"
             " compute=bf16",
         )
-        return self
 
     @property
     def uses_transformer_engine(self) -> bool:

@@ -1,11 +1,9 @@
 """The routing section: which method serves the mixture of experts, and its settings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from promoe_ds.config.section import Section, require
 
@@ -138,8 +136,8 @@ class RoutingConfig(Section):
         """What METHODS says of this method."""
         return METHODS[self.method]
 
-    @model_validator(mode="after")
-    def _choices_fit(self) -> Self:
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
         require(
             self.method == "dense" or self.top_k <= self.num_experts,
             f"top_k={self.top_k} exceeds num_experts={self.num_experts}",
@@ -162,4 +160,3 @@ class RoutingConfig(Section):
             "method=classification needs superclass_map: a packaged map's name or the path of a"
             " YAML file",
         )
-        return self

@@ -2,11 +2,9 @@
 records, evaluates and samples.
 """
 
-from __future__ import annotations
+from typing import Literal
 
-from typing import Literal, Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from promoe_ds.config.section import Section, Switch, require
 
@@ -117,13 +115,12 @@ class EvaluationConfig(Section):
     cfg_scale: float = Field(1.0, ge=0, description="of classifier-free guidance; 1 is none")
     seed: int = Field(0, ge=0, lt=2**63, description="of noise and labels")
 
-    @model_validator(mode="after")
-    def _fields_fit(self) -> Self:
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
         require(
             not self.every or self.reference is not None,
             f"every={self.every} needs a reference: the path of an npz or of a folder of images",
         )
-        return self
 
 
 class SamplingConfig(Section):

@@ -5,11 +5,9 @@ errors (`loader` adds the nearest valid name). Sizes that cannot work are refuse
 anything is allocated.
 """
 
-from __future__ import annotations
+from typing import Literal
 
-from typing import Literal, Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from promoe_ds.config.data import DataConfig
 from promoe_ds.config.diffusion import DiffusionConfig
@@ -59,16 +57,57 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
 
-    @model_validator(mode="after")
-    def _experts_fit(self) -> Self:
-        model, routing, parallel = self.model, self.routing, self.parallel
-        if routing.method == "dense":
+    def check(self) -> None:
+        """Refuse sections that contradict each other."""
+        model, precision = self.model, self.precision
+        if self.routing.method == "dense":
             require(
-                parallel.resolved_dispatch == "local",
+                self.parallel.resolved_dispatch == "local",
                 "parallel.ep_size and parallel.dispatch shard experts, but routing.method=dense has"
                 " none: set parallel.ep_size=1",
             )
-            return self
+        else:
+            self._check_experts()
+        if self.data.dataset == "digits":
+            require(
+                (model.input_size, model.in_channels) == (8, 1),
+                f"data.dataset=digits has 8x8 images of one channel, but model.input_size="
+                f"{model.input_size} and model.in_channels={model.in_channels}",
+            )
+            require(
+                model.num_classes >= 10,
+                f"data.dataset=digits has the labels 0..9, but model.num_classes="
+                f"{model.num_classes}: set model.num_classes=10",
+            )
+        require(
+            self.evaluation.every % self.train.log_every == 0,
+            f"evaluation.every={self.evaluation.every} must be a multiple of train.log_every="
+            f"{self.train.log_every}: its figures are part of a log line",
+        )
+        require(
+            not (precision.uses_transformer_engine and self.parallel.compile),
+            "parallel.compile=true cannot look into Transformer Engine's layers"
+            " (precision.kernels): switch one of them off",
+        )
+        multiple = fp8_multiple(precision.fp8_recipe)
+        misfit = self.fp8_misfit(multiple)
+        require(
+            precision.compute != "fp8" or misfit is None,
+            f"precision.compute=fp8 with fp8_recipe={precision.fp8_recipe} needs widths of a"
+            f" multiple of {multiple}, but {misfit}: change it, or use bf16",
+        )
+        require(
+            self.diffusion.objective != "ddpm" or model.learn_sigma,
+            "diffusion.objective=ddpm learns the variance, but model.learn_sigma=false has no"
+            " channels for it: set model.learn_sigma=true",
+        )
+        problem = self.diffusion.sampling_problem(
+            solver=self.sampling.solver, steps=self.sampling.steps
+        )
+        require(not problem, f"sampling.{problem}")
+
+    def _check_experts(self) -> None:
+        model, routing, parallel = self.model, self.routing, self.parallel
         require(
             routing.method != "ec_dit"
             or model.tokens_per_image * routing.top_k >= routing.num_experts,
@@ -96,63 +135,6 @@ class RunConfig(Section):
             f" with routing.method={routing.method} experts choose: use parallel.dispatch=alltoall,"
             f" or one of the methods {', '.join(choosing)}",
         )
-        return self
-
-    @model_validator(mode="after")
-    def _data_fits(self) -> Self:
-        if self.data.dataset == "digits":
-            model = self.model
-            require(
-                (model.input_size, model.in_channels) == (8, 1),
-                f"data.dataset=digits has 8x8 images of one channel, but model.input_size="
-                f"{model.input_size} and model.in_channels={model.in_channels}",
-            )
-            require(
-                model.num_classes >= 10,
-                f"data.dataset=digits has the labels 0..9, but model.num_classes="
-                f"{model.num_classes}: set model.num_classes=10",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _evaluation_fits(self) -> Self:
-        require(
-            self.evaluation.every % self.train.log_every == 0,
-            f"evaluation.every={self.evaluation.every} must be a multiple of train.log_every="
-            f"{self.train.log_every}: its figures are part of a log line",
-        )
-        return self
-
-    @model_validator(mode="after")
-    def _precision_fits(self) -> Self:
-        precision = self.precision
-        require(
-            not (precision.uses_transformer_engine and self.parallel.compile),
-            "parallel.compile=true cannot look into Transformer Engine's layers"
-            " (precision.kernels): switch one of them off",
-        )
-        if precision.compute == "fp8":
-            multiple = fp8_multiple(precision.fp8_recipe)
-            misfit = self.fp8_misfit(multiple)
-            require(
-                misfit is None,
-                f"precision.compute=fp8 with fp8_recipe={precision.fp8_recipe} needs widths of a"
-                f" multiple of {multiple}, but {misfit}: change it, or use bf16",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _objective_fits(self) -> Self:
-        require(
-            self.diffusion.objective != "ddpm" or self.model.learn_sigma,
-            "diffusion.objective=ddpm learns the variance, but model.learn_sigma=false has no"
-            " channels for it: set model.learn_sigma=true",
-        )
-        problem = self.diffusion.sampling_problem(
-            solver=self.sampling.solver, steps=self.sampling.steps
-        )
-        require(not problem, f"sampling.{problem}")
-        return self
 
     def fp8_misfit(self, multiple: int) -> str | None:
         """Return which width is no multiple, as «name is width»; None if all are."""

@@ -2,12 +2,10 @@
 reported.
 """
 
-from __future__ import annotations
-
 import difflib
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -17,6 +15,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from promoe_ds.errors import ConfigError
@@ -53,6 +52,14 @@ class Section(BaseModel):
         ):
             raise ValueError("true and false have no meaning here")
         return value
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Raise ValueError for fields that contradict each other."""
 
     def refuse_set(self, *fields: str, use: str) -> None:
         """Raise ValueError for a field that is not at its default although nothing reads it; `use`
