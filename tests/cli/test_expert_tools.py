@@ -7,13 +7,12 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import subprocess
 import sys
 import termios
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,6 @@ def test_load_follow_shows_new_steps_until_interrupted(trained, tmp_path) -> Non
     """In a terminal of 80 columns and 24 rows."""
     lines = (trained / "run" / "routing.jsonl").read_text().splitlines(keepends=True)
     log = tmp_path / "routing.jsonl"
-    output = tmp_path / "output"
     terminal, inside = pty.openpty()
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(
@@ -74,45 +72,35 @@ def test_load_follow_shows_new_steps_until_interrupted(trained, tmp_path) -> Non
         stderr=inside,
         env=environment(TERM="xterm-256color"),
     )
-    os.close(inside)
-    threading.Thread(target=copy, args=(terminal, output), daemon=True).start()
     try:
-        wait_for(output, "waiting for the first log step")
+        shown = read_until(terminal, "waiting for the first log step")
         log.write_text("".join(lines[:10]) + lines[10][:40])  # a line that is being written
-        wait_for(output, "step 1: load")
+        shown += read_until(terminal, "step 1: load")
         with log.open("a") as file:
             file.write(lines[10][40:] + "".join(lines[11:20]))
-        wait_for(output, "step 2: load")
+        shown += read_until(terminal, "step 2: load")
         log.write_text("".join(lines[:10]))  # a resume dropped what came after its checkpoint
-        wait_for(output, "step 1: load", after=output.read_text().rfind("step 2: load"))
+        shown += read_until(terminal, "step 1: load")
         process.send_signal(signal.SIGINT)
+        shown += read_until(terminal, "stopped following")
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.wait()
-    wait_for(output, "stopped following")
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.read_text()).replace("\r", "")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "")
     assert "Traceback" not in text and max(map(len, text.splitlines())) <= 80
     assert re.search(
         r"layer experts max/mean dead .*so far *\n +1 [▁▂▃▄▅▆▇█×]{4} +\d\.\d\d +\d ", text
     )
 
 
-def copy(terminal: int, output: Path) -> None:
-    """Write what a terminal shows into a file, until its process ends."""
-    with output.open("wb", buffering=0) as file:
-        while True:
-            try:
-                file.write(os.read(terminal, 1 << 16))
-            except OSError:
-                return
-
-
-def wait_for(output: Path, words: str, *, after: int = 0, seconds: float = 90.0) -> None:
-    end = time.monotonic() + seconds
-    while not output.exists() or words not in output.read_text(errors="replace")[after:]:
-        assert time.monotonic() < end, output.read_text(errors="replace")[-2000:]
-        time.sleep(0.1)
+def read_until(terminal: int, words: str) -> str:
+    """Return what a terminal shows until it shows these words."""
+    shown = b""
+    while words.encode() not in shown:
+        assert select.select([terminal], [], [], 90)[0], shown[-2000:]
+        shown += os.read(terminal, 1 << 16)
+    return shown.decode(errors="replace")
 
 
 def test_analyze_writes_a_page_and_files(trained) -> None:
