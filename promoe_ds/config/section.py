@@ -99,7 +99,9 @@ def explain(
             lines.append(f"{name}: {message}" if name else message)
         else:
             lines.append(f"{name}={show(problem['input'])}: {message}")
-    return ConfigError(f"{source}: " + "\n  ".join(lines))
+    if len(lines) == 1:
+        return ConfigError(f"{source}: {lines[0]}")
+    return ConfigError("\n  ".join([f"{source} does not describe a run:", *lines]))
 
 
 def name_and_message(problem: Mapping[str, Any]) -> tuple[str, str]:
