@@ -160,7 +160,7 @@ def dotted_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
 
 
 def nearest_name(name: str) -> str | None:
-    """Return the valid dotted name that `name` most likely stands for, or None.
+    """Return the valid dotted name that `name` most likely means, or None.
 
     A field put into the wrong section is recognised by its last part.
     """

@@ -100,7 +100,7 @@ class ParallelConfig(Section):
 
     @property
     def resolved_dispatch(self) -> ResolvedDispatch:
-        """The dispatcher that `auto` stands for."""
+        """The dispatcher that `auto` means."""
         if self.dispatch == "auto":
             return "alltoall" if self.ep_size > 1 else "local"
         return self.dispatch

@@ -153,7 +153,7 @@ class RunConfig(Section):
 
     @property
     def resolved_solver(self) -> str:
-        """The sampler that `sampling.solver` stands for."""
+        """The sampler that `sampling.solver` means."""
         return self.diffusion.solvers[0] if self.sampling.solver == "auto" else self.sampling.solver
 
     @property
@@ -165,7 +165,7 @@ class RunConfig(Section):
 
     @property
     def expert_backend(self) -> Literal["grouped_mm", "loop"]:
-        """The backend that `parallel.expert_backend` stands for; auto: grouped GEMM where the
+        """The backend that `parallel.expert_backend` means; auto: grouped GEMM where the
         widths allow it.
         """
         if self.parallel.expert_backend == "auto":
