@@ -23,8 +23,8 @@ from benchmarks.layers import layer_candidates
 from benchmarks.parity import PRECISIONS, layer_comparisons, network_parity
 from benchmarks.processes import single_process
 from benchmarks.timing import Result, interleave, wall_clock
+from promoe_ds.backends.devices import bf16_peak
 from promoe_ds.config import RunConfig, load_config, training_flops_per_image
-from promoe_ds.config.devices import bf16_peak
 from promoe_ds.errors import ConfigError
 from promoe_ds.train.trainer import Trainer
 

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.candidates import build_trainer
 from benchmarks.processes import on_ranks, process_memory
 from benchmarks.timing import Result
+from promoe_ds.backends.devices import DEVICES
 from promoe_ds.config import RunConfig, change_config, load_config, plan_batches, resolve_deepspeed
-from promoe_ds.config.devices import DEVICES
 from promoe_ds.data import build_dataset
 from promoe_ds.diffusion import draw_batch
 from promoe_ds.distributed.context import DistributedContext

@@ -5,8 +5,6 @@ Ratios are medians over rounds in which every candidate ran once. On a shared ma
 time of one thread is the figure to trust; --threads 1 is therefore the default.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

@@ -27,7 +27,7 @@ from promoe_ds.backends.te_support import (
     transformer_engine_version,
 )
 from promoe_ds.config import RunConfig
-from promoe_ds.config.precision import fp8_multiple
+from promoe_ds.config.parallel import fp8_multiple
 from promoe_ds.logs import get_logger
 from promoe_ds.model.blocks import DiTBlock
 from promoe_ds.model.dit import DiT

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from promoe_ds.config import RunConfig
-from promoe_ds.config.precision import PrecisionConfig, fp8_multiple
+from promoe_ds.config.parallel import PrecisionConfig, fp8_multiple
 from promoe_ds.errors import ConfigError
 from promoe_ds.private_names import read_private
 

@@ -10,8 +10,7 @@ from promoe_ds.checkpoint.resharding import load_resharded, moves_experts
 from promoe_ds.checkpoint.save import TrainingState, layout_of
 from promoe_ds.checkpoint.zero_reader import check_progress
 from promoe_ds.config import RunConfig
-from promoe_ds.config.optimizer import OptimizerConfig
-from promoe_ds.config.schedule import learning_rate
+from promoe_ds.config.optimizer import OptimizerConfig, learning_rate
 from promoe_ds.errors import CheckpointError, differences
 from promoe_ds.logs import get_logger
 

@@ -18,7 +18,7 @@ import xxhash
 from msgspec import Meta, Struct
 
 from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.config.old_names import with_new_names
+from promoe_ds.config.loader import with_new_names
 from promoe_ds.errors import CheckpointError, explaining
 from promoe_ds.run_files import CHECKPOINT_NAME
 

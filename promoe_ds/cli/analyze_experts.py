@@ -3,19 +3,15 @@
 promoe-experts EXPORT_DIR      EXPORT_DIR/experts.html and EXPORT_DIR/experts.json
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-import tempfile
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from promoe_ds.cli.entry import run_entry
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser, number
+from promoe_ds.config import change_config
 from promoe_ds.data import build_dataset
 from promoe_ds.distributed.process_group import check_device
-from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.model.export import load_model
 from promoe_ds.reports.page import write_charts
 from promoe_ds.reports.specialisation.analysis import Settings, analyse, draw_images
@@ -27,12 +23,10 @@ from promoe_ds.reports.specialisation.page import (
 )
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("export_dir", type=Path, help="folder of promoe-convert --to single")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the page; its numbers go beside it as .json"
@@ -40,16 +34,20 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--export", type=Path, metavar="DIR", help="also every figure as PNG and its numbers as CSV"
     )
-    parser.add_argument("--images", type=int, default=64, help="images of the batch")
+    parser.add_argument("--images", type=number(ge=2), default=64, help="images of the batch")
     parser.add_argument(
         "--data-path", metavar="DIR", help="folder of latents, if not where training had it"
     )
     parser.add_argument(
-        "--sigmas", type=float, nargs="+", default=list(defaults.sigmas), help="noise levels"
+        "--sigmas",
+        type=number(float, ge=0, le=1),
+        nargs="+",
+        default=list(defaults.sigmas),
+        help="noise levels",
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=number(ge=20),
         default=defaults.tokens,
         help="tokens of a level for t-SNE and k-means",
     )
@@ -57,14 +55,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--singular-vectors", type=int, default=defaults.singular_vectors, metavar="K"
     )
     parser.add_argument(
-        "--rounds", type=int, default=defaults.rounds, help="shufflings that say what chance is"
+        "--rounds",
+        type=number(ge=1),
+        default=defaults.rounds,
+        help="shufflings that say what chance is",
     )
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--seed", type=number(ge=0, lt=2**32), default=defaults.seed)
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to the page and its numbers.
 
     Raises: ConfigError for values that cannot be; DataError for data or an export that cannot be
@@ -72,21 +73,14 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = parse_arguments(arguments)
     out = options.out or options.export_dir / "experts.html"
-    check(options)
+    check_device(options.device)
     network = load_model(options.export_dir, device=options.device)
     check_place(out)
     if options.export is not None:
-        prepare(options.export)
+        write_charts(options.export, ())  # before a long analysis, whether it can be written
     config = network.config
     if options.data_path is not None:
-        if config.data.dataset not in ("latents", "images"):
-            raise ConfigError(
-                f"--data-path {options.data_path}: the model's data, {config.data.dataset}, is in"
-                " no folder: leave it out"
-            )
-        config = config.model_copy(
-            update={"data": config.data.model_copy(update={"path": options.data_path})}
-        )
+        config = change_config(config, data={"path": options.data_path})
     batch = draw_images(build_dataset(config), options.images, options.seed)
     settings = Settings(
         sigmas=tuple(options.sigmas),
@@ -117,38 +111,7 @@ def main(arguments: Sequence[str]) -> None:
         )
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be.
-
-    Raises: ConfigError naming the flag.
-    """
-    for name, value, least in (
-        ("--images", options.images, 2),
-        ("--tokens", options.tokens, 20),
-        ("--rounds", options.rounds, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{name} {value}: must be at least {least}")
-    if not 0 <= options.seed < 2**32:
-        raise ConfigError(f"--seed {options.seed}: must be from 0 to {2**32 - 1}")
-    if bad := [sigma for sigma in options.sigmas if not 0 <= sigma <= 1]:
-        raise ConfigError(f"--sigmas {bad[0]}: must be from 0 (data) to 1 (noise)")
-    check_device(options.device)
-
-
-def prepare(folder: Path) -> None:
-    """Make the folder of the figures, and check that it can be written.
-
-    Raises: DataError if not.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise DataError(f"--export {folder} cannot be written: {error.strerror}") from None
-
-
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

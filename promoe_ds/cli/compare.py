@@ -8,29 +8,22 @@ The first candidate is the one that the others are compared with. The same comma
 unfinished; with candidates or seeds added, only those are trained.
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from promoe_ds.cli.entry import run_entry
-from promoe_ds.errors import ConfigError
-from promoe_ds.logs import configure_logging
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser, integers
 from promoe_ds.reports.comparison.candidates import ComparisonRequest
 from promoe_ds.reports.comparison.experiment import compare
 
 _INTERRUPTED = 130
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--recipes",
         default="",
@@ -44,17 +37,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="NAME=RECIPE,SECTION.FIELD=VALUE,...",
         help="a recipe with overrides, under a name of its own; may be repeated",
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="overrides for all candidates",
-    )
+    parser.add_overrides("overrides for all candidates")
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps of every run")
-    parser.add_argument("--seeds", default="0", help="comma-separated, e.g. 0,1,2")
+    parser.add_argument("--seeds", type=integers, default=(0,), help="comma-separated, e.g. 0,1,2")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the experiment: report and runs"
     )
@@ -62,7 +47,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--jobs", type=int, default=2, help="runs at a time; 1 where one GPU serves them all"
     )
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
-    parser.add_argument("--deepspeed_config", type=Path, default=ComparisonRequest.deepspeed_config)
+    parser.add_deepspeed_config(ComparisonRequest.deepspeed_config)
     parser.add_argument(
         "--samples", type=int, default=500, help="drawn from every run of a digits recipe"
     )
@@ -78,31 +63,20 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to request to the report of all runs; ends with 130 after an interrupt.
 
     Raises: ConfigError for what cannot be compared; TrainingError if runs failed.
     """
     options = parse_arguments(arguments)
-    configure_logging(0)
     # Also where a shell or a batch system starts us with interrupts ignored, or ends us with
     # SIGTERM: children end with us.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    request = ComparisonRequest(
-        recipes=tuple(name.strip() for name in options.recipes.split(",") if name.strip()),
-        variants=tuple(options.variants),
-        overrides=tuple(options.overrides),
-        steps=options.steps,
-        seeds=_parse_seeds(options.seeds),
-        out=options.out,
-        jobs=options.jobs,
-        ranks=options.ranks,
-        deepspeed_config=options.deepspeed_config,
-        samples=options.samples,
-        sample_seed=options.sample_seed,
-        tolerance=options.tolerance,
-    )
+    options.recipes = tuple(name.strip() for name in options.recipes.split(",") if name.strip())
+    options.variants, options.overrides = tuple(options.variants), tuple(options.overrides)
+    options.deepspeed_config = Path(options.deepspeed_config)
+    request = ComparisonRequest(**vars(options))
     try:
         for path in compare(request):
             sys.stdout.write(f"wrote {path}\n")
@@ -111,16 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(_INTERRUPTED)
 
 
-def _parse_seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"--seeds {text}: expected comma-separated integers, e.g. 0,1,2"
-        ) from None
-
-
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

@@ -15,61 +15,35 @@ pipeline, or a `.pth` file of the published code, whose architecture --recipe na
                starts a new run from the weights without
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from promoe_ds.cli.entry import run_entry
-from promoe_ds.logs import configure_logging
-
-_MOMENTS_ARE_OF_RAW = (
-    "--weights --with-optimizer: the moments belong to the raw weights; leave one out"
-)
-#: Options that do not go together, and why.
-_CONFLICTS = (
-    ({"ema_sigma_rel", "weights"}, "--ema-sigma-rel chooses the weights: leave --weights out"),
-    (
-        {"to_diffusers", "with_optimizer"},
-        (
-            "--with-optimizer: a diffusers pipeline has weights only; use --to single, official or"
-            " deepspeed"
-        ),
-    ),
-    ({"to_official", "weights", "with_optimizer"}, _MOMENTS_ARE_OF_RAW),
-    ({"to_deepspeed", "weights", "with_optimizer"}, _MOMENTS_ARE_OF_RAW),
-    ({"to_deepspeed", "rounding"}, "--dtype: training keeps its weights in fp32; leave it out"),
-    (
-        {"rounding", "with_optimizer"},
-        "--dtype --with-optimizer: no run continues exactly from rounded weights; leave one out",
-    ),
-)
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser, number
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument(
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE")
+    add(
         "destination",
         type=Path,
         metavar="DESTINATION",
         help="folder to write; must not exist, or be empty",
     )
-    parser.add_argument(
+    add(
         "--to",
         required=True,
         choices=["single", "official", "diffusers", "deepspeed"],
         help="target format",
     )
-    parser.add_argument(
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
         "--weights",
         metavar="ema|raw|NAME",
         help=(
@@ -77,7 +51,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             " by default ema for single and diffusers, all as they are for the others"
         ),
     )
-    parser.add_argument(
+    weights.add_argument(
         "--ema-sigma-rel",
         type=float,
         metavar="LENGTH",
@@ -86,59 +60,63 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             "power-function averages of a run's checkpoints (optimizer.ema_sigma_rels), e.g. 0.08"
         ),
     )
-    parser.add_argument(
+    add(
         "--with-optimizer",
         action="store_true",
         help="AdamW's moments and all sets of weights as well",
     )
-    parser.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights written"
-    )
-    parser.add_argument(
+    add("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights written")
+    add(
         "--max-shard-size",
-        type=float,
+        type=number(float, gt=0, lt=math.inf),
         default=2.0,
         metavar="GB",
         help="largest safetensors file (default 2)",
     )
-    parser.add_argument(
-        "--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers"
-    )
-    parser.add_argument("--recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change a value of --recipe",
-    )
-    parser.add_argument(
+    add("--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers")
+    add("--recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file")
+    parser.add_overrides("change a value of --recipe")
+    add(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="read the target back and compare every value (default)",
     )
     options = parser.parse_args(arguments)
-    if not 0 < options.max_shard_size < math.inf:
-        parser.error(f"--max-shard-size {options.max_shard_size:g}: must be a number above 0")
-    given = {name for name, value in vars(options).items() if value not in (None, False, [])}
-    given |= {f"to_{options.to}"} | ({"rounding"} if options.dtype != "fp32" else set())
-    for names, message in _CONFLICTS:
-        if given.issuperset(names):
-            parser.error(message)
-    if options.overrides and not options.recipe:
-        parser.error("--set changes a value of --recipe: name one")
-    if options.vae and options.to != "diffusers":
-        parser.error(f"--vae belongs to --to diffusers, not to --to {options.to}")
+    _check(parser, options)
     return options
 
 
-def main(arguments: Sequence[str]) -> None:
+def _check(parser: Parser, options: argparse.Namespace) -> None:
+    """End with what does not go together."""
+    to, moments, rounded = options.to, options.with_optimizer, options.dtype != "fp32"
+    parser.require(
+        not (moments and to == "diffusers"),
+        "--with-optimizer: a diffusers pipeline has weights only; use --to single, official or"
+        " deepspeed",
+    )
+    parser.require(
+        not (moments and options.weights and to in ("official", "deepspeed")),
+        "--weights --with-optimizer: the moments belong to the raw weights; leave one out",
+    )
+    parser.require(
+        not (rounded and to == "deepspeed"),
+        "--dtype: training keeps its weights in fp32; leave it out",
+    )
+    parser.require(
+        not (rounded and moments),
+        "--dtype --with-optimizer: no run continues exactly from rounded weights; leave one out",
+    )
+    parser.require(
+        options.recipe or not options.overrides, "--set changes a value of --recipe: name one"
+    )
+    if to != "diffusers":
+        parser.without_effect(options, "vae", reason=f"with --to {to}")
+
+
+def main(arguments: list[str]) -> None:
     """Arguments to request to the converted checkpoint."""
     options = parse_arguments(arguments)
-    configure_logging(0)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from promoe_ds.checkpoint.conversion import Request, convert
     from promoe_ds.config import load_config
@@ -170,7 +148,7 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

@@ -5,29 +5,27 @@ torchrun or deepspeed.
     latents \\
         --vae stabilityai/sd-vae-ft-mse
     promoe-encode --from-npz sd-vae-ft-mse_Latents_256img_npz --vae-name stabilityai/sd-vae-ft-mse
-    --out latents promoe-encode --verify latents
+    --out latents
+    promoe-encode --verify latents
 
-The same command goes on after an interruption, on any number of processes. --from-npz packs the
+The same command resumes after an interruption, on any number of processes. --from-npz packs the
 cache of the published code (`.latent.npz`) or of DiffMoE. The folder's format is in
 docs/imagenet.md; `--set data.path=latents` trains on it.
 """
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 
-from promoe_ds.cli.entry import run_entry
-from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
+from promoe_ds.cli.entry import command, joined_processes
+from promoe_ds.cli.options import Parser, number
+from promoe_ds.logs import get_logger
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
+    add = parser.add_argument
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument(
         "--images",
@@ -47,105 +45,79 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     task.add_argument(
         "--verify", type=Path, metavar="DIR", help="only read finished latents and check every byte"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--vae", metavar="DIR_OR_ID", help="AutoencoderKL: folder or hub id")
-    parser.add_argument(
+    add("--out", type=Path, metavar="DIR", help="folder to write")
+    add("--vae", metavar="DIR_OR_ID", help="AutoencoderKL: folder or hub id")
+    add(
         "--vae-name",
         metavar="NAME",
         help="what the index calls it, if not by --vae: recipes name it in data.vae",
     )
-    parser.add_argument(
+    add(
         "--split",
         default="train",
         choices=["train", "val", "test"],
         help="where DIR holds these folders",
     )
-    parser.add_argument("--image-size", type=int, default=256, help="pixels a side after the crop")
-    parser.add_argument(
+    add("--image-size", type=number(ge=1), default=256, help="pixels a side after the crop")
+    add(
         "--flip",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="also encode the mirrored image",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         default="float32",
         choices=["float32", "float16", "bfloat16"],
         help="of what is stored",
     )
-    parser.add_argument(
+    add(
         "--vae-dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation"
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="images a process encodes at once"
-    )
-    parser.add_argument("--shard-size", type=int, default=4096, help="images a file")
-    parser.add_argument(
-        "--workers", type=int, default=8, help="threads a process that decode images"
-    )
-    parser.add_argument(
-        "--max-corrupt", type=int, default=0, help="unreadable images that are named and skipped"
-    )
-    parser.add_argument("--device", help="this process's GPU where there is one, else cpu")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    add("--batch-size", type=number(ge=1), default=32, help="images a process encodes at once")
+    add("--shard-size", type=number(ge=1), default=4096, help="images a file")
+    add("--workers", type=number(ge=1), default=8, help="threads a process that decode images")
+    add("--max-corrupt", type=int, default=0, help="unreadable images that are named and skipped")
+    parser.add_process()
     options = parser.parse_args(arguments)
-    if options.verify is None and options.out is None:
-        parser.error("--out is needed")
-    if options.images is not None and options.vae is None:
-        parser.error("--images needs --vae")
-    if options.from_npz is not None and options.vae_name is None:
-        parser.error(
-            "--from-npz needs --vae-name: the files do not say which autoencoder they come from"
-        )
-    if options.from_npz is not None and (options.vae is not None or not options.flip):
-        parser.error("--from-npz encodes nothing: leave --vae and --no-flip out")
-    for name in ("image_size", "batch_size", "shard_size", "workers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    _check(parser, options)
     return options
 
 
-def main(arguments: Sequence[str]) -> None:
+def _check(parser: Parser, options: argparse.Namespace) -> None:
+    """End with what does not go together."""
+    parser.require(options.verify or options.out, "--out is needed")
+    parser.require(options.vae or not options.images, "--images needs --vae")
+    if options.from_npz:
+        parser.require(
+            options.vae_name,
+            "--from-npz needs --vae-name: the files do not say which autoencoder they come from",
+        )
+        parser.without_effect(
+            options, "vae", "flip", reason="with --from-npz, which encodes nothing"
+        )
+
+
+def main(arguments: list[str]) -> None:
     """Arguments to request to packed latents, or to their check."""
     options = parse_arguments(arguments)
-    configure_logging(rank_from_environment())
     from promoe_ds.data.encode import EncodeRequest, encode
     from promoe_ds.data.shards import verify
-    from promoe_ds.distributed.context import join_processes
-    from promoe_ds.distributed.process_group import stop_distributed
 
-    team, log = join_processes(options.device), get_logger("encode")
-    if options.verify is not None:
-        index = verify(options.verify, team)
-        log.info(
-            "%s: all %d records of %d shards are what was written",
-            options.verify,
-            index.count,
-            len(index.shards),
-        )
-    else:
-        fields = (
-            "out",
-            "vae",
-            "vae_name",
-            "split",
-            "image_size",
-            "flip",
-            "dtype",
-            "vae_dtype",
-            "batch_size",
-            "shard_size",
-            "workers",
-            "max_corrupt",
-        )
-        index = encode(
-            EncodeRequest(
-                source=options.images or options.from_npz,
-                from_npz=options.from_npz is not None,
-                **{name: getattr(options, name) for name in fields},
-            ),
-            team,
-        )
+    log = get_logger("encode")
+    with joined_processes(options.device) as team:
+        if options.verify is not None:
+            index = verify(options.verify, team)
+            log.info(
+                "%s: all %d records of %d shards are what was written",
+                options.verify,
+                index.count,
+                len(index.shards),
+            )
+            return
+        given = {each.name: getattr(options, each.name, None) for each in fields(EncodeRequest)}
+        given |= {"source": options.images or options.from_npz, "from_npz": bool(options.from_npz)}
+        index = encode(EncodeRequest(**given), team)
         log.info(
             "%s: %d records of %d classes in %d shards, %d images skipped",
             options.out,
@@ -154,10 +126,9 @@ def main(arguments: Sequence[str]) -> None:
             len(index.shards),
             len(index.skipped),
         )
-    stop_distributed()
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

@@ -1,20 +1,26 @@
 """What every entry shares: one readable message and an exit code for errors that a user can fix."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from promoe_ds.errors import Preempted, PromoeError
 from promoe_ds.launch.heartbeat import write_rank_status
-from promoe_ds.logs import rank_from_environment
+from promoe_ds.logs import configure_logging, rank_from_environment
 
 _HEAD_START_SECONDS = 5.0
 
 
-def run_entry(main: Callable[[Sequence[str]], None]) -> None:
+def command(main: Callable[[list[str]], None]) -> Callable[[], None]:
+    """Return what a console script calls."""
+    return partial(run_entry, main)
+
+
+def run_entry(main: Callable[[list[str]], None]) -> None:
     """Run `main` with the command line; turn a `PromoeError` into one message and its exit code.
 
     Rank 0 reports a mistake that all ranks find; its end makes the launcher end the others. A rank
@@ -22,6 +28,7 @@ def run_entry(main: Callable[[Sequence[str]], None]) -> None:
     other exception keeps its traceback: it is a defect, not a mistake of the user.
     """
     rank = rank_from_environment()
+    configure_logging(rank)
     try:
         main(sys.argv[1:])
         write_rank_status(rank, 0, "finished")
@@ -36,12 +43,22 @@ def run_entry(main: Callable[[Sequence[str]], None]) -> None:
         # this one alive.
         os._exit(error.exit_code)
     except SystemExit as ending:  # of the command line's parser, which printed why
-        write_rank_status(
-            rank,
-            ending.code if isinstance(ending.code, int) else int(ending.code is not None),
-            "see the output",
-        )
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        write_rank_status(rank, code, "see the output")
         raise
     except Exception as error:
         write_rank_status(rank, 1, f"{type(error).__name__}: {error}")
         raise
+
+
+@contextmanager
+def joined_processes(device: str | None) -> Iterator[Any]:
+    """Join the processes that a launcher started, if one did; give the `DistributedContext`.
+
+    An error leaves them joined: its process ends at once.
+    """
+    from promoe_ds.distributed.context import join_processes
+    from promoe_ds.distributed.process_group import stop_distributed
+
+    yield join_processes(device)
+    stop_distributed()

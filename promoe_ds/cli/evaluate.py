@@ -4,24 +4,18 @@
 Also under torchrun or deepspeed. Needs no deepspeed.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from promoe_ds.cli.entry import run_entry
-from promoe_ds.errors import ConfigError
-from promoe_ds.logs import configure_logging, get_logger, rank_from_environment
+from promoe_ds.cli.entry import command, joined_processes
+from promoe_ds.cli.options import Parser, number
+from promoe_ds.logs import get_logger
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="promoe_ds.cli.evaluate", description="FID, sFID, IS, precision and recall of samples."
-    )
+    parser = Parser("FID, sFID, IS, precision and recall of samples.", "promoe_ds.cli.evaluate")
     parser.add_argument(
         "--samples",
         type=Path,
@@ -45,7 +39,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         ),
     )
     parser.add_argument(
-        "--batch-size", type=int, default=64, help="images a process looks at at once"
+        "--batch-size", type=number(ge=1), default=64, help="images a process looks at at once"
     )
     parser.add_argument(
         "--out",
@@ -64,20 +58,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             "precision, as ADM's script computes them: other digits than fp64's"
         ),
     )
-    parser.add_argument("--device", help="this process's GPU where there is one, else cpu")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_process()
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to request to metrics.json."""
     options = parse_arguments(arguments)
-    configure_logging(rank_from_environment())
-    if options.batch_size < 1:
-        raise ConfigError(f"--batch-size {options.batch_size}: must be at least 1")
 
-    from promoe_ds.distributed.context import join_processes
-    from promoe_ds.distributed.process_group import stop_distributed
     from promoe_ds.evaluation.metrics import (
         METRICS,
         EvaluateRequest,
@@ -86,31 +74,28 @@ def main(arguments: Sequence[str]) -> None:
         write_metrics,
     )
 
-    team = join_processes(options.device)
-    team.on_main(lambda: check_target(options.out, "--out"))
-    metrics = tuple(METRICS if options.metrics is None else options.metrics.split(","))
     request = EvaluateRequest(
         samples=options.samples,
         reference=options.reference,
-        metrics=metrics,
+        metrics=tuple(METRICS if options.metrics is None else options.metrics.split(",")),
         extractor=options.extractor,
         batch_size=options.batch_size,
         save_reference=options.save_reference,
         half_precision_manifold=options.half_precision_manifold,
     )
-    figures = evaluate(request, team)
-    if team.is_main:
-        # Shown before they are written: the disk may be full by now.
-        sys.stdout.write(
-            "".join(f"{name:10}{value:12.6f}\n" for name, value in figures["metrics"].items())
-        )
-        sys.stdout.flush()
-        write_metrics(options.out, figures)
-        get_logger("evaluate").info("wrote %s", options.out)
-    stop_distributed()
+    with joined_processes(options.device) as team:
+        team.on_main(lambda: check_target(options.out, "--out"))
+        figures = evaluate(request, team)
+        if team.is_main:
+            # Shown before they are written: the disk may be full by now.
+            for name, value in figures["metrics"].items():
+                sys.stdout.write(f"{name:10}{value:12.6f}\n")
+            sys.stdout.flush()
+            write_metrics(options.out, figures)
+            get_logger("evaluate").info("wrote %s", options.out)
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

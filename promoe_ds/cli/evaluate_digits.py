@@ -2,23 +2,20 @@
 [--require 0.85].
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-from promoe_ds.cli.entry import run_entry
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser
 from promoe_ds.errors import DataError
 from promoe_ds.files import json_text
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("samples", type=Path, help="samples.npz or the folder that holds it")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument(
@@ -27,7 +24,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to figures on standard output.
 
     Raises: DataError if fewer samples are recognised than required.
@@ -56,7 +53,7 @@ uniform noise: {report.frechet_of_noise:.3f})
         )
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

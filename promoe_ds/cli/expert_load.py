@@ -7,38 +7,26 @@ promoe-load RUN_DIR --follow              a view that follows training
 promoe-load RUN_DIR --placement FILE      write an order of experts that evens out the ranks
 """
 
-from __future__ import annotations
-
 import argparse
 import math
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
-from promoe_ds.cli.entry import run_entry
-from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser, number
 from promoe_ds.reports.expert_load.page import export, write_report
-from promoe_ds.reports.expert_load.placement import advise, unevenness, write_placement
-from promoe_ds.reports.expert_load.run import RunView, open_runs
-from promoe_ds.reports.expert_load.terminal import (
-    findings_text,
-    follow,
-    load_table,
-    placement_table,
-)
+from promoe_ds.reports.expert_load.run import open_runs
+from promoe_ds.reports.expert_load.summary import place, summarise
+from promoe_ds.reports.expert_load.terminal import follow
 
 #: What --follow has nothing to do with.
 _OF_A_REPORT = ("compare", "out", "export", "last_steps", "no_html", "placement", "ep_size")
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("run_dir", type=Path, help="directory of a run, or its routing.jsonl")
     parser.add_argument(
         "--compare", type=Path, metavar="RUN_DIR", help="a second run, side by side"
@@ -51,7 +39,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--last-steps",
-        type=int,
+        type=number(gt=0),
         metavar="N",
         help=(
             "what counts as now, and what the table sums: the last so many "
@@ -66,27 +54,42 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="write a placement for parallel.expert_placement",
     )
     parser.add_argument(
-        "--ep-size", type=int, metavar="N", help="ranks to place on; as the run has if left out"
+        "--ep-size",
+        type=number(gt=0),
+        metavar="N",
+        help="ranks to place on; as the run has if left out",
     )
     parser.add_argument(
         "--follow", action="store_true", help="show the newest log step until Ctrl-C"
     )
     parser.add_argument(
-        "--every", type=float, metavar="SECONDS", help="between looks with --follow; 2 if left out"
+        "--every",
+        type=number(float, gt=0, lt=math.inf),
+        default=2.0,
+        metavar="SECONDS",
+        help="between looks with --follow (default 2)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.follow:
+        parser.without_effect(options, *_OF_A_REPORT, reason="with --follow")
+    else:
+        parser.without_effect(options, "every", reason="without --follow")
+    if options.placement is None:
+        parser.without_effect(options, "ep_size", reason="without --placement")
+    if options.no_html:
+        parser.without_effect(options, "out", reason="with --no-html")
+    return options
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to the summary, the page and the files.
 
-    Raises: ConfigError for flags without effect; DataError for a log that cannot be read.
+    Raises: DataError for a log that cannot be read.
     """
     options = parse_arguments(arguments)
-    check(options)
     console = Console()
     if options.follow:
-        follow(options.run_dir, console, every=2.0 if options.every is None else options.every)
+        follow(options.run_dir, console, every=options.every)
         return
     views = open_runs(
         [folder for folder in (options.run_dir, options.compare) if folder is not None],
@@ -111,86 +114,7 @@ def main(arguments: Sequence[str]) -> None:
         )
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be and flags that would have no effect.
-
-    Raises: ConfigError naming the flag.
-    """
-    for name, value in (
-        ("--last-steps", options.last_steps),
-        ("--ep-size", options.ep_size),
-        ("--every", options.every),
-    ):
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{name} {value}: must be above 0, and finite")
-    given = [name for name in _OF_A_REPORT if getattr(options, name)]
-    if options.follow and given:
-        raise ConfigError(
-            f"--{given[0].replace('_', '-')} is of the report and has no effect with --follow:"
-            " leave one of them out"
-        )
-    for name, other in (("every", "follow"), ("ep_size", "placement")):
-        if getattr(options, name) is not None and not getattr(options, other):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} has no effect without --{other}: add that, or leave"
-                " it out"
-            )
-    if options.no_html and options.out is not None:
-        raise ConfigError("--out has no effect with --no-html: leave one of them out")
-
-
-def summarise(view: RunView, console: Console, *, everything: bool, is_named: bool) -> None:
-    """Print a run's table, findings and placements."""
-    if is_named:
-        console.rule(view.name)
-    table = load_table(
-        view,
-        slice(None) if everything else view.window,
-        covered="all steps" if everything else f"last {view.window_steps:,} steps",
-    )
-    # Never wrapped: a narrow terminal or a pipe gets the whole line.
-    Console(width=max(console.width, Console(width=1000).measure(table).maximum)).print(table)
-    console.print(findings_text(view), soft_wrap=True)
-    console.print(placement_table(view))
-
-
-def place(view: RunView, console: Console, path: Path, ep_size: int | None) -> None:
-    """Write the advised placement and say what it is expected to give.
-
-    Raises: DataError if the window has no tokens to judge by.
-    """
-    size = ep_size or view.log.ep_size
-    if not view.tokens_LE.any():
-        raise DataError(
-            f"--placement {path}: no token was routed in the last {view.window_steps:,} steps, so"
-            " there is nothing to judge by: take a longer window with --last-steps"
-        )
-    order = advise(view.log, view.window, size)
-    tokens = view.log.tokens_TLE[view.window]
-    before, after = (
-        np.nanmean(unevenness(tokens, each, size)) for each in (view.log.order_LE, order)
-    )
-    write_placement(path, view.log, order, size)
-    moved = int((order != view.log.order_LE).sum())
-    what = (
-        f"{moved} of {order.size} experts move"
-        if moved
-        else "no expert moves, nothing better was found"
-    )
-    change = f"{before:.3f} -> {after:.3f}" if moved else f"{before:.3f}"
-    apply = (
-        f" Apply it at the next resume: --set parallel.expert_placement={path}"
-        if moved or size != view.log.ep_size
-        else ""
-    )
-    console.print(
-        f"placement: {path}: {what}; fullest of {size} ranks over the mean {change}.{apply}",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

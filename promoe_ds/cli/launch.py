@@ -1,15 +1,12 @@
 """Launch on several hosts: `python -m promoe_ds.cli.launch --hostfile H -- --recipe NAME ...`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from promoe_ds.cli.entry import run_entry
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser, number
 from promoe_ds.cli.train import parse_arguments as parse_train_arguments
 from promoe_ds.config import load_config, plan_batches, read_deepspeed_json, resolve_deepspeed
 from promoe_ds.errors import ConfigError, LaunchError, Preempted, PromoeError
@@ -23,17 +20,22 @@ from promoe_ds.logs import configure_logging
 from promoe_ds.run_files import make_launch_folder
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="promoe_ds.cli.launch",
-        description="Check several hosts, train on them by deepspeed --hostfile, watch the job.",
+def parse_arguments(arguments: list[str]) -> tuple[Job, bool]:
+    """Parse the command line; return the job, and whether to check its hosts only.
+
+    What follows `--` belongs to promoe_ds.cli.train.
+    Raises: ConfigError or LaunchError for what cannot be a job, or what every rank would refuse.
+    """
+    parser = Parser(
+        "Check several hosts, train on them by deepspeed --hostfile, watch the job.",
+        "promoe_ds.cli.launch",
     )
     add = parser.add_argument
     add("--hostfile", type=Path, required=True, help="one `NAME slots=N` a line")
     add("--check-only", action="store_true", help="check every host, and exit")
     add(
         "--max-restarts",
-        type=int,
+        type=number(ge=0),
         default=0,
         help="restart so often, on fewer hosts if some stay dead",
     )
@@ -45,39 +47,29 @@ def _parser() -> argparse.ArgumentParser:
         help="how long a restart waits for a dead host",
     )
     add("--interface", default="", help="network interface that joins the hosts")
-    add("--master-port", type=int, default=29500)
+    add("--master-port", type=number(gt=0, lt=65536), default=29500)
     add(
         "training",
         nargs=argparse.REMAINDER,
         metavar="-- ...",
         help="arguments of promoe_ds.cli.train",
     )
-    return parser
-
-
-def parse_arguments(arguments: Sequence[str]) -> tuple[Job, bool]:
-    """Parse the command line; return the job, and whether to check its hosts only.
-
-    What follows `--` belongs to promoe_ds.cli.train.
-    Raises: ConfigError or LaunchError for what cannot be a job, or what every rank would refuse.
-    """
-    options = _parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     training = options.training[options.training[:1] == ["--"] :]
-    train = parse_train_arguments(training)
+    return _job(options, training, parse_train_arguments(training)), options.check_only
+
+
+def _job(options: argparse.Namespace, training: list[str], train: argparse.Namespace) -> Job:
     if train.resume == "none" and options.max_restarts:
         raise ConfigError(
             "--resume none discards what a restart resumes from: omit it, or set --max-restarts 0"
         )
-    if options.max_restarts < 0:
-        raise ConfigError(f"--max-restarts {options.max_restarts}: must be at least 0")
-    if not 0 < options.master_port < 65536:
-        raise LaunchError(f"--master-port {options.master_port}: must be from 1 to 65535")
     hosts = tuple(read_hostfile(options.hostfile))
     config = load_config(train.recipe, train.overrides)
     batches = plan_batches(config, sum(host.slots for host in hosts))
     deepspeed = read_deepspeed_json(train.deepspeed_config)
     resolve_deepspeed(deepspeed, config, batches, source=train.deepspeed_config)
-    job = Job(
+    return Job(
         hosts=hosts,
         arguments=tuple(training),
         recipe=train.recipe,
@@ -90,10 +82,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Job, bool]:
         max_restarts=options.max_restarts,
         host_wait=options.host_wait,
     )
-    return job, options.check_only
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Check the hosts, run the job; its failure is the error."""
     configure_logging(0)
     job, check_only = parse_arguments(arguments)
@@ -128,7 +119,7 @@ def _run(job: Job, log_file: Path) -> None:
         raise failure
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

@@ -7,18 +7,16 @@ step from ImageNet's archives to the figures of docs/imagenet.md. Nothing is tra
 is needed: shapes go through the real layers.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.cli.entry import run_entry
+from promoe_ds.backends.devices import DEVICES
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser
 from promoe_ds.config import (
     DS_CONFIGS_DIR,
     load_config,
@@ -26,37 +24,19 @@ from promoe_ds.config import (
     read_deepspeed_json,
     resolve_deepspeed,
 )
-from promoe_ds.config.devices import DEVICES
 from promoe_ds.errors import ConfigError
 from promoe_ds.files import json_text
 from promoe_ds.planning.cluster import NETWORKS, Cluster, layout_of
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file"
-    )
+    parser = Parser(__doc__)
+    parser.add_run(deepspeed_config=DS_CONFIGS_DIR / "zero2_bf16.json")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--gpu", type=str.lower, default="h100", choices=DEVICES)
     parser.add_argument("--network", type=str.lower, default="ib-ndr400", choices=NETWORKS)
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        default=DS_CONFIGS_DIR / "zero2_bf16.json",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-    )
     parser.add_argument(
         "--no-search", action="store_true", help="plan the recipe as it is and no other layout"
     )
@@ -69,7 +49,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to plans on standard output, and as JSON with --out.
 
     Raises: ConfigError for what cannot be planned.
@@ -124,7 +104,7 @@ def plan_layouts(options: argparse.Namespace) -> dict[str, Any]:
         read_deepspeed_json(options.deepspeed_config),
         config,
         batches,
-        source=str(options.deepspeed_config),
+        source=options.deepspeed_config,
     )
     layout = layout_of(batches, deepspeed)
     with fake_world(cluster.ranks):
@@ -140,11 +120,11 @@ def plan_layouts(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _print(lines: Sequence[str]) -> None:
+def _print(lines: list[str]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

@@ -1,20 +1,15 @@
 """Check every host before a launch: another name of `promoe_ds.cli.launch --check-only`."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from functools import partial
-
 from promoe_ds.cli import launch
-from promoe_ds.cli.entry import run_entry
+from promoe_ds.cli.entry import command
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Check the hosts of a job; takes the arguments of promoe_ds.cli.launch."""
     launch.main(["--check-only", *arguments])
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

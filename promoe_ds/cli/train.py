@@ -2,27 +2,32 @@
 torchrun, srun, python -m.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.cli.entry import run_entry
+import yaml
+
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser
 from promoe_ds.config import (
+    BatchPlan,
+    DeepSpeedPlan,
+    RunConfig,
+    count_parameters,
     field_lines,
     load_config,
     plan_batches,
     read_deepspeed_json,
     resolve_deepspeed,
+    training_flops_per_image,
 )
 from promoe_ds.distributed.launchers import read_place
+from promoe_ds.files import json_text
 from promoe_ds.launch.shutdown import EarlySignals
-from promoe_ds.logs import configure_logging, rank_from_environment
+from promoe_ds.logs import rank_from_environment
 
 
 class _ShowFields(argparse.Action):
@@ -39,31 +44,15 @@ class _ShowFields(argparse.Action):
         parser.exit()
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="promoe_ds.cli.train", description="Train a diffusion transformer."
-    )
-    parser.add_argument(
-        "--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file"
-    )
-    parser.add_argument(
-        "--deepspeed_config", required=True, help="DeepSpeed JSON, e.g. ds_configs/zero2_bf16.json"
-    )
+    parser = Parser("Train a diffusion transformer.", "promoe_ds.cli.train")
+    parser.add_run()
     parser.add_argument("--run-dir", type=Path, help="default: runs/<recipe's name>")
     parser.add_argument(
         "--resume",
         default="auto",
         help="auto (newest complete checkpoint of this run), none, or a path",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="override the recipe, e.g. train.max_steps=100",
     )
     parser.add_argument(
         "--fields",
@@ -87,11 +76,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to config to engine."""
     options = parse_arguments(arguments)
     early = None if options.dry_run else EarlySignals()  # before the imports, which take seconds
-    configure_logging(rank_from_environment())
     place = read_place(os.environ)
     config = load_config(options.recipe, options.overrides)
     values = read_deepspeed_json(options.deepspeed_config)
@@ -106,9 +94,8 @@ def main(arguments: Sequence[str]) -> None:
     batches = plan_batches(config, world_size)
     plan = resolve_deepspeed(values, config, batches, source=options.deepspeed_config)
     if early is None:
-        from promoe_ds.cli.dry_run import describe
-
-        describe(config, plan, batches)
+        if rank_from_environment() == 0:
+            _describe(config, plan, batches)
         return
 
     from promoe_ds.backends.process_group import start_distributed
@@ -125,21 +112,58 @@ def main(arguments: Sequence[str]) -> None:
             from promoe_ds.evaluation.online import OnlineEvaluation
 
             evaluate = OnlineEvaluation(config, ranks)
-        train(
-            Run(
-                config=config,
-                deepspeed_plan=plan,
-                run_dir=run_dir,
-                resume=options.resume,
-                evaluate=evaluate,
-            ),
-            ranks,
-            supervisor,
+        asked = Run(
+            config=config,
+            deepspeed_plan=plan,
+            run_dir=run_dir,
+            resume=options.resume,
+            evaluate=evaluate,
         )
+        train(asked, ranks, supervisor)
         stop_distributed()
 
 
-run = partial(run_entry, main)
+def _describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> None:
+    """Write the resolved config, parameter counts and memory plan to standard output."""
+    from promoe_ds.planning.cluster import layout_of
+    from promoe_ds.planning.zero import states_of_config
+
+    count = count_parameters(config)
+    memory = states_of_config(config, layout_of(batches, plan))
+    sizes = {
+        "parameters": {
+            "total": count.total,
+            "activated": count.activated,
+            "trainable": count.trainable,
+            "routed_experts": count.routed,
+        },
+        "training_gflops_per_image": round(training_flops_per_image(config) / 1e9, 3),
+        "batch": {
+            "global": batches.global_batch,
+            "micro": batches.micro_batch,
+            "accumulation": batches.accumulation,
+            "ranks": batches.world_size,
+        },
+        "model_state_gb_per_rank": {
+            kind: round(getattr(memory, kind) / 1e9, 3)
+            for kind in ("weights", "gradients", "optimizer", "ema", "total", "device", "host")
+        },
+        "optimizer_and_ema_lie_in": "host memory" if plan.offloads else "device memory",
+    }
+    warnings = [
+        average.warning(name, config.train.max_steps)
+        for name, average in config.optimizer.averages.items()
+    ]
+    sys.stdout.write(
+        f"# recipe\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
+        f"# deepspeed\n{json_text(plan.json, indent=2)}\n"
+        "# sizes (GB are 10^9 bytes, without activations: promoe-plan counts those)\n"
+        f"{yaml.safe_dump(sizes, sort_keys=False)}"
+        + "".join(f"# {warning}\n" for warning in warnings if warning)
+    )
+
+
+run = command(main)
 
 if __name__ == "__main__":
     run()

@@ -6,24 +6,19 @@ feed-forward, all other experts the rest; prototypes start at the k-means centro
 docs/checkpoints.md says what of the dense function is kept.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from promoe_ds.cli.entry import run_entry
+from promoe_ds.cli.entry import command
+from promoe_ds.cli.options import Parser, number
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument(
         "destination",
@@ -34,15 +29,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--recipe", required=True, metavar="NAME_OR_PATH", help="of the mixture of experts"
     )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change a value of --recipe",
-    )
+    parser.add_overrides("change a value of --recipe")
     parser.add_argument(
         "--to", choices=["deepspeed", "single"], default="deepspeed", help="target format"
     )
@@ -58,11 +45,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="where routers start; random needs no data, and leaves outputs unscaled",
     )
     parser.add_argument(
-        "--images", type=int, default=64, help="of the recipe's data, whose tokens are clustered"
+        "--images",
+        type=number(ge=1),
+        default=64,
+        help="of the recipe's data, whose tokens are clustered",
     )
     parser.add_argument(
         "--noise",
-        type=float,
+        type=number(float, ge=0, lt=math.inf),
         default=0.0,
         help="on routed experts' incoming weights, relative to their spread",
     )
@@ -71,15 +61,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="NAME_OR_PATH",
         help="architecture of a .pth file of the published code",
     )
-    options = parser.parse_args(arguments)
-    if options.images < 1:
-        parser.error(f"--images {options.images}: must be at least 1")
-    if not 0 <= options.noise < math.inf:
-        parser.error(f"--noise {options.noise:g}: must be a number, not negative")
-    return options
+    return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Arguments to request to the mixture of experts."""
     options = parse_arguments(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -109,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         )
 
 
-run = partial(run_entry, main)
+run = command(main)
 
 if __name__ == "__main__":
     run()

@@ -9,10 +9,10 @@ from promoe_ds.config.deepspeed_json import (
     resolve_deepspeed,
 )
 from promoe_ds.config.loader import change_config, config_from_dict, list_recipes, load_config
+from promoe_ds.config.named_files import read_superclasses
 from promoe_ds.config.reference import field_lines
+from promoe_ds.config.run_sections import SupervisionConfig
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.config.superclasses import read_superclasses
-from promoe_ds.config.supervision import SupervisionConfig
 
 __all__ = [
     "DS_CONFIGS_DIR",

@@ -4,8 +4,6 @@ Both are functions of the config alone and need no torch; tests compare the coun
 and the operations with `torch.utils.flop_counter`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from promoe_ds.config.schema import RunConfig
@@ -51,24 +49,21 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     model, routing = config.model, config.routing
     width, layers = model.hidden_size, len(config.moe_block_indices)
     expert = _feed_forward(width, config.expert_width, routing.expert_type)
-    shared = routing.num_shared_experts * config.shared_expert_width
-    unconditional = routing.num_unconditional_experts * config.expert_width
-    dense = _outside_blocks(config) + model.depth * _block_without_feed_forward(config)
-    dense += (model.depth - layers) * _feed_forward(width, int(model.mlp_ratio * width))
-    dense += layers * (
-        _router_parameters(config)
-        + (_feed_forward(width, shared, config.shared_expert_type) if shared else 0)
+    shared = _feed_forward(
+        width, routing.num_shared_experts * config.shared_expert_width, config.shared_expert_type
     )
+    unconditional = _feed_forward(
+        width, routing.num_unconditional_experts * config.expert_width, routing.expert_type
+    )
+    dense = _outside_blocks(config) + model.depth * _block_without_feed_forward(config)
+    dense += (model.depth - layers) * _feed_forward(width, int(model.mlp_ratio * width), "gelu")
+    dense += layers * (_router_parameters(config) + shared)
     return ParameterCount(
         dense=dense,
         routed=layers * routing.num_experts * expert,
         routed_per_expert=expert,
         top_k=routing.top_k,
-        unconditional=(
-            layers * _feed_forward(width, unconditional, routing.expert_type)
-            if unconditional
-            else 0
-        ),
+        unconditional=layers * unconditional,
         moe_layers=layers,
         position_embedding=model.tokens_per_image * width,
     )
@@ -80,24 +75,21 @@ def forward_flops_per_image(config: RunConfig) -> int:
     Matrix products only: linear layers, attention, the experts a token activates, routing scores.
     """
     model, routing = config.model, config.routing
-    width, tokens, depth = model.hidden_size, model.tokens_per_image, model.depth
-    moe_layers = len(config.moe_block_indices)
-    patch = model.patch_size**2
-    per_token = model.in_channels * patch * width + depth * (4 * width * width + 2 * tokens * width)
-    per_token += (depth - moe_layers) * 2 * width * int(model.mlp_ratio * width)
-    active = routing.top_k * config.expert_width * _MATRICES[routing.expert_type]
-    active += (
-        routing.num_shared_experts
-        * config.shared_expert_width
-        * _MATRICES[config.shared_expert_type]
-    )
+    width, depth, layers = model.hidden_size, model.depth, len(config.moe_block_indices)
+    tokens, patch = model.tokens_per_image, model.patch_size**2
+    routed = routing.top_k * config.expert_width * _MATRICES[routing.expert_type]
+    shared = routing.num_shared_experts * config.shared_expert_width
+    active = routed + shared * _MATRICES[config.shared_expert_type]
     router_per_token, router_per_image = _router_products(config)
-    per_token += moe_layers * (width * active + router_per_token)
-    per_token += width * patch * model.out_channels
-    per_image = (
-        TIMESTEP_FREQUENCIES * width + width * width + depth * 6 * width * width + 2 * width * width
+    per_token = (
+        (model.in_channels + model.out_channels) * patch * width
+        + depth * (4 * width * width + 2 * tokens * width)
+        + (depth - layers) * 2 * width * int(model.mlp_ratio * width)
+        + layers * (width * active + router_per_token)
     )
-    per_image += moe_layers * router_per_image
+    per_image = (
+        TIMESTEP_FREQUENCIES * width + (3 + 6 * depth) * width * width + layers * router_per_image
+    )
     return 2 * (tokens * per_token + per_image)
 
 
@@ -106,46 +98,39 @@ def training_flops_per_image(config: RunConfig) -> int:
     return 3 * forward_flops_per_image(config)
 
 
-def _feed_forward(width: int, hidden: int, expert_type: str = "gelu") -> int:
-    biases = hidden + width if expert_type == "gelu" else 0
+def _feed_forward(width: int, hidden: int, expert_type: str) -> int:
+    biases = hidden + width if expert_type == "gelu" and hidden else 0
     return _MATRICES[expert_type] * width * hidden + biases
 
 
 def _router_parameters(config: RunConfig) -> int:
-    width, experts, target = (
-        config.model.hidden_size,
-        config.routing.num_experts,
-        config.target_patch_values,
-    )
-    if config.routing.method in ("kmeans", "hash"):
-        return 0
-    biases = {"diff_moe": width + experts, "expert_race": width + target, "classification": experts}
-    return sum(_router_products(config)) + biases.get(config.routing.method, 0)
+    width, experts = config.model.hidden_size, config.routing.num_experts
+    biases = {
+        "diff_moe": width + experts,
+        "expert_race": width + config.target_patch_values,
+        "classification": experts,
+    }
+    weights = 0 if config.routing.method in ("kmeans", "hash") else sum(_router_products(config))
+    return weights + biases.get(config.routing.method, 0)
 
 
 def _router_products(config: RunConfig) -> tuple[int, int]:
     """Multiply-adds of one layer's router: per token and per image."""
-    width, experts, method = (
-        config.model.hidden_size,
-        config.routing.num_experts,
-        config.routing.method,
-    )
-    if method == "hash":
-        return 0, 0
-    if method == "classification":
-        return 0, width * experts
-    if method == "diff_moe":
-        return width * (experts + width + experts), 0
-    if method == "expert_race":
-        return width * (width + experts + config.target_patch_values), 0
-    return width * experts, 0
+    width, experts = config.model.hidden_size, config.routing.num_experts
+    special = {
+        "hash": (0, 0),
+        "classification": (0, width * experts),
+        "diff_moe": (width * (experts + width + experts), 0),
+        "expert_race": (width * (width + experts + config.target_patch_values), 0),
+    }
+    return special.get(config.routing.method, (width * experts, 0))
 
 
 def _block_without_feed_forward(config: RunConfig) -> int:
     width = config.model.hidden_size
-    attention = 4 * width * width + 4 * width
+    attention_and_modulation = 10 * width * width + 10 * width
     qk_norm = 4 * (width // config.model.num_heads) if config.model.qk_norm else 0
-    return attention + qk_norm + 6 * width * width + 6 * width
+    return attention_and_modulation + qk_norm
 
 
 def _outside_blocks(config: RunConfig) -> int:

@@ -1,10 +1,9 @@
 """The batch triangle, owned once: global = micro * ranks * accumulation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.config.section import require
 from promoe_ds.errors import ConfigError
 
 
@@ -33,36 +32,37 @@ def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
     Raises: ConfigError if the numbers contradict each other or ep_size does not divide the ranks.
     """
     train, ep_size = config.train, config.parallel.ep_size
-    if world_size % ep_size:
-        raise ConfigError(
-            f"parallel.ep_size={ep_size} does not divide the number of ranks, {world_size}: "
-            f"launch a multiple of {ep_size} ranks or change parallel.ep_size"
-        )
-    if train.global_batch_size % world_size:
-        raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} cannot be cut into {world_size}"
-            " equal shares: make it a multiple of the number of ranks"
-        )
+    require(
+        world_size % ep_size == 0,
+        f"parallel.ep_size={ep_size} does not divide the number of ranks, {world_size}: launch a"
+        f" multiple of {ep_size} ranks or change parallel.ep_size",
+        ConfigError,
+    )
+    require(
+        train.global_batch_size % world_size == 0,
+        f"train.global_batch_size={train.global_batch_size} cannot be cut into {world_size} equal"
+        " shares: make it a multiple of the number of ranks",
+        ConfigError,
+    )
     micro = train.micro_batch_size or train.global_batch_size // world_size
-    if train.global_batch_size % (micro * world_size):
-        raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} is no multiple of "
-            f"train.micro_batch_size={micro} times {world_size} ranks = {micro * world_size}"
-        )
-    _require_full_slots(config, micro)
+    accumulation, rest = divmod(train.global_batch_size, micro * world_size)
+    require(
+        rest == 0,
+        f"train.global_batch_size={train.global_batch_size} is no multiple of"
+        f" train.micro_batch_size={micro} times {world_size} ranks = {micro * world_size}",
+        ConfigError,
+    )
+    routing, tokens = config.routing, micro * config.model.tokens_per_image
+    require(
+        routing.method != "diff_moe" or tokens * routing.top_k >= routing.num_experts,
+        f"routing.top_k={routing.top_k} of {tokens} tokens per micro-batch gives each of"
+        f" routing.num_experts={routing.num_experts} experts less than one token (method=diff_moe):"
+        " raise train.micro_batch_size",
+        ConfigError,
+    )
     return BatchPlan(
         global_batch=train.global_batch_size,
         micro_batch=micro,
         world_size=world_size,
-        accumulation=train.global_batch_size // (micro * world_size),
+        accumulation=accumulation,
     )
-
-
-def _require_full_slots(config: RunConfig, micro: int) -> None:
-    routing, tokens = config.routing, micro * config.model.tokens_per_image
-    if routing.method == "diff_moe" and tokens * routing.top_k < routing.num_experts:
-        raise ConfigError(
-            f"routing.top_k={routing.top_k} of {tokens} tokens per micro-batch gives each of"
-            f" routing.num_experts={routing.num_experts} experts less than one token"
-            " (method=diff_moe): raise train.micro_batch_size"
-        )

@@ -1,12 +1,10 @@
 """The data section: where samples come from."""
 
-from __future__ import annotations
-
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from promoe_ds.config.section import Section, Switch
+from promoe_ds.config.section import Section, Switch, require
 
 #: Data sets that are read from a folder, and what it holds.
 ON_DISK = {
@@ -54,18 +52,16 @@ class DataConfig(Section):
     heldout_fraction: float = Field(0.2, gt=0, lt=1, description="of digits, never trained on")
     synthetic_samples: int = Field(4096, gt=0, description="length of the data set `synthetic`")
 
-    @model_validator(mode="after")
-    def _fields_fit(self) -> DataConfig:
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
         if self.dataset not in ON_DISK:
-            if self.path is not None:
-                raise ValueError(
-                    f"path={self.path!r} has no use for dataset={self.dataset}: leave it out"
-                )
-            if self.flip is True:
-                raise ValueError(f"flip=true has no use for dataset={self.dataset}: leave it out")
-        if self.dataset == "images" and self.vae is None:
-            raise ValueError(
-                "dataset=images encodes on the fly: set vae to the folder or hub id of an"
-                " AutoencoderKL"
+            self.refuse_set("path", use=f"dataset={self.dataset}")
+            require(
+                self.flip is not True,
+                f"flip=true has no use for dataset={self.dataset}: leave it out",
             )
-        return self
+        require(
+            self.dataset != "images" or self.vae is not None,
+            "dataset=images encodes on the fly: set vae to the folder or hub id of an"
+            " AutoencoderKL",
+        )

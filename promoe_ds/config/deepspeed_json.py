@@ -2,11 +2,8 @@
 recipe.
 """
 
-from __future__ import annotations
-
-import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +22,7 @@ from pydantic import (
 from promoe_ds.config.batching import BatchPlan
 from promoe_ds.config.loader import dotted_names
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.config.section import explain, name_and_message
+from promoe_ds.config.section import explain, require, suggest
 from promoe_ds.errors import ConfigError
 
 #: Files of `ds_configs/` that commands take when none is named, in an installed package too.
@@ -43,48 +40,29 @@ _OWNED_BY_RECIPE = {
 }
 
 
-_TAKE_AUTO = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16.enabled",
-)
 #: Elements of a bucket, which DeepSpeed allocates at once: 40 GB of fp32.
 _LARGEST_BUCKET = 10**10
 _SCATTERED = (
-    "the shards of the weights and of their moving average could not be told apart in a checkpoint;"
+    "the shards of the weights and of their moving average could not be separated in a checkpoint;"
     " leave it out"
 )
 _NO_TIMERS = (
     "DeepSpeed's timers need a model that returns bare tensors; metrics.jsonl and train.log have"
     " the times of a step"
 )
+_NO_STAGE_3 = "DeepSpeed refuses expert parallelism under ZeRO 3; use 0, 1 or 2"
 _NO_SCALING = "it is for fp16, whose sums overflow; leave it out"
 
 
-def _or_auto(value: Any, validate: Callable[[Any], Any]) -> Any:
-    return value if value == "auto" else validate(value)
-
-
-def _only(allowed: Any, reason: str) -> AfterValidator:
-    """Return a check for what this trainer supports in one way alone."""
+def _only(reason: str, *allowed: Any) -> AfterValidator:
+    """Return a check for what this trainer does not support in every way."""
 
     def check(value: Any) -> Any:
-        if value != allowed:
+        if value not in allowed:
             raise ValueError(f"this is not supported: {reason}")
         return value
 
     return AfterValidator(check)
-
-
-def _check_stage(stage: int) -> int:
-    if stage not in (0, 1, 2):
-        raise ValueError(
-            "this is not supported: DeepSpeed refuses expert parallelism under ZeRO 3; use 0, 1"
-            " or 2"
-        )
-    return stage
 
 
 class _Keys(BaseModel):
@@ -99,7 +77,7 @@ def _section(name: str, **types: Any) -> type[_Keys]:
     return create_model(name, __base__=_Keys, **fields)
 
 
-_AUTO = WrapValidator(_or_auto)
+_AUTO = WrapValidator(lambda value, read: value if value == "auto" else read(value))
 #: People write 5e8 for 500000000, which JSON makes a float.
 _WHOLE = BeforeValidator(
     lambda value: int(value) if isinstance(value, float) and value.is_integer() else value
@@ -118,7 +96,7 @@ _File = _section(
     gradient_clipping=Annotated[float, Field(ge=0), _AUTO],
     zero_optimization=_section(
         "Zero",
-        stage=Annotated[int, AfterValidator(_check_stage), _WHOLE],
+        stage=Annotated[int, _only(_NO_STAGE_3, 0, 1, 2), _WHOLE],
         contiguous_gradients=bool,
         overlap_comm=bool | None,
         reduce_scatter=bool,
@@ -126,29 +104,29 @@ _File = _section(
         allgather_partitions=bool,
         allgather_bucket_size=Annotated[_Bucket, Field(multiple_of=2)],
         parameter_alignment=bool,
-        round_robin_gradients=Annotated[bool, _only(False, _SCATTERED)],
+        round_robin_gradients=Annotated[bool, _only(_SCATTERED, False)],
         offload_optimizer=_section(
             "OffloadOptimizer", device=Literal["cpu", "none"], pin_memory=bool
         )
         | None,
-        offload_param=_section("OffloadParam", device=Annotated[str, _only("none", _SCATTERED)])
+        offload_param=_section("OffloadParam", device=Annotated[str, _only(_SCATTERED, "none")])
         | None,
         use_multi_rank_bucket_allreduce=bool,
     ),
     bf16=_section("Bf16", enabled=Annotated[bool, _AUTO]),
     communication_data_type=_CommDtype,
     seq_parallel_communication_data_type=_CommDtype,
-    prescale_gradients=Annotated[bool, _only(False, _NO_SCALING)],
-    gradient_predivide_factor=Annotated[float, _only(1.0, _NO_SCALING)],
+    prescale_gradients=Annotated[bool, _only(_NO_SCALING, False)],
+    gradient_predivide_factor=Annotated[float, _only(_NO_SCALING, 1.0)],
     use_data_before_expert_parallelism=bool,
     comms_logger=_section(
         "CommsLogger", enabled=bool, prof_all=bool, prof_ops=list[str], verbose=bool, debug=bool
     ),
-    wall_clock_breakdown=Annotated[bool, _only(False, _NO_TIMERS)],
+    wall_clock_breakdown=Annotated[bool, _only(_NO_TIMERS, False)],
     memory_breakdown=bool,
     flops_profiler=_section(
         "FlopsProfiler",
-        enabled=Annotated[bool, _only(False, _NO_TIMERS)],
+        enabled=Annotated[bool, _only(_NO_TIMERS, False)],
         recompute_fwd_factor=Annotated[float, Field(ge=0)],
         profile_step=_Count,
         module_depth=Annotated[int, Field(ge=-1), _WHOLE],
@@ -172,30 +150,28 @@ class DeepSpeedPlan:
 
     @property
     def offloads(self) -> bool:
-        """Whether the optimizer's state lies in the host's memory."""
+        """Whether the optimizer's state is in the host's memory."""
         return bool(self.json.get("zero_optimization", {}).get("offload_optimizer"))
 
 
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed config as strict JSON: no comments, no duplicate keys, no NaN.
+    """Read a DeepSpeed config as strict JSON: no comments, no duplicate keys.
 
     Raises: ConfigError naming the file and, where JSON itself is broken, the line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        values = json.loads(text, object_pairs_hook=_unique_keys)
+    except OSError as error:
         raise ConfigError(f"--deepspeed_config {path}: cannot be read ({error})") from None
-    try:
-        values = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"--deepspeed_config {path} is not strict JSON: {error}. JSON has no comments, no comma"
             " before a closing bracket, and strings in double quotes alone"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--deepspeed_config {path} is not strict JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--deepspeed_config {path} must hold one JSON object")
+    require(
+        isinstance(values, dict), f"--deepspeed_config {path} must hold a JSON object", ConfigError
+    )
     return values
 
 
@@ -218,44 +194,40 @@ def resolve_deepspeed(
     try:
         resolved = _File.model_validate(stated).model_dump(exclude_unset=True, warnings=False)
     except ValidationError as error:
-        raise explain(error, source, _describe) from None
+        raise explain(error, source, _unknown, json.dumps) from None
     zero = resolved.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") == "none":
             zero.pop(key, None)
     bf16 = _resolve_bf16(resolved, config, source)
-    if bf16 and stage == 0:
-        raise ConfigError(
-            f"{source}: bf16.enabled with zero_optimization.stage=0 leaves experts out of the"
-            " gradient norm in DeepSpeed: use stage 1 or 2, or fp32"
-        )
-    if "offload_optimizer" in zero and stage == 0:
-        raise ConfigError(
-            f"{source}: zero_optimization.offload_optimizer needs stage 1 or 2, which cut the"
-            " optimizer's state into shards; this is stage 0"
-        )
-    needed = (
-        ("reduce_scatter", "contiguous_gradients")[:stage]
-        if config.parallel.resolved_dispatch != "local"
-        else ()
+    require(
+        stage > 0 or not bf16,
+        f"{source}: bf16.enabled with zero_optimization.stage=0 leaves experts out of the gradient"
+        " norm in DeepSpeed: use stage 1 or 2, or fp32",
+        ConfigError,
     )
-    for key in needed:
-        if not zero.get(key, True):
-            raise ConfigError(
-                f"{source}: zero_optimization.{key}=false: DeepSpeed refuses it for experts that"
-                f" are shared out (parallel.ep_size={config.parallel.ep_size}) under ZeRO {stage};"
-                " leave it out"
-            )
+    require(
+        stage > 0 or "offload_optimizer" not in zero,
+        f"{source}: zero_optimization.offload_optimizer needs stage 1 or 2, which cut the"
+        " optimizer's state into shards; this is stage 0",
+        ConfigError,
+    )
+    for key in ("reduce_scatter", "contiguous_gradients")[:stage]:
+        require(
+            zero.get(key, True) or config.parallel.resolved_dispatch == "local",
+            f"{source}: zero_optimization.{key}=false: DeepSpeed refuses it for experts that are"
+            f" shared out (parallel.ep_size={config.parallel.ep_size}) under ZeRO {stage}; leave it"
+            " out",
+            ConfigError,
+        )
     _fill_auto(resolved, config, batches, source)
     if stage == 0:
         # DeepSpeed averages per-rank norms here, which is wrong under expert parallelism: the
         # trainer clips.
         resolved["gradient_clipping"] = 0.0
-    resolved["zero_allow_untested_optimizer"] = True  # AdamW with the moving average in its state
-    resolved["zero_force_ds_cpu_optimizer"] = (
-        False  # the same AdamW on the host, where its state is offloaded
-    )
+    # AdamW with the moving average in its state, on the host, too, where that is offloaded
+    resolved |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     resolved.setdefault("steps_per_print", 10**9)
     return DeepSpeedPlan(json=resolved, zero_stage=stage, precision="bf16" if bf16 else "fp32")
 
@@ -266,16 +238,18 @@ def _resolve_bf16(resolved: dict[str, Any], config: RunConfig, source: str) -> b
     """
     compute = config.precision.compute
     stated = resolved.get("bf16", {}).get("enabled", "auto" if compute != "auto" else False)
-    if stated == compute == "auto":
-        raise ConfigError(
-            f'{source}: bf16.enabled is "auto" and so is the recipe\'s precision.compute: state one'
-            " of them"
-        )
-    if compute != "auto" and stated not in ("auto", compute != "fp32"):
-        raise ConfigError(
-            f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute}"
-            ' of the recipe: say "auto" there, or make them agree'
-        )
+    require(
+        not stated == compute == "auto",
+        f'{source}: bf16.enabled is "auto" and so is the recipe\'s precision.compute: state one of'
+        " them",
+        ConfigError,
+    )
+    require(
+        compute == "auto" or stated in ("auto", compute != "fp32"),
+        f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute} of"
+        ' the recipe: say "auto" there, or make them agree',
+        ConfigError,
+    )
     enabled = compute != "fp32" if stated == "auto" else stated
     if enabled or resolved.get("bf16"):
         resolved["bf16"] = {"enabled": enabled}
@@ -295,49 +269,24 @@ def _fill_auto(
         "gradient_clipping": ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
     }
     for key, (name, value) in owned.items():
-        if (stated := resolved.get(key, "auto")) not in ("auto", value):
-            raise ConfigError(
-                f'{source}: {key}={stated} contradicts {name}={value} of the recipe: say "auto"'
-                " there, or make them equal"
-            )
+        stated = resolved.get(key, "auto")
+        require(
+            stated in ("auto", value),
+            f'{source}: {key}={stated} contradicts {name}={value} of the recipe: say "auto" there,'
+            " or make them equal",
+            ConfigError,
+        )
         resolved[key] = value
 
 
-def _describe(problem: Mapping[str, Any]) -> str:
-    name, message = name_and_message(problem)
-    kind, value = problem["type"], problem["input"]
-    if kind == "extra_forbidden":
-        section = name.rpartition(".")[0]
-        names = [*dotted_names(_File), *_File.model_fields, *_OWNED_BY_RECIPE]
-        beside = sorted({each for each in names if each.rpartition(".")[0] == section})
-        close = difflib.get_close_matches(name, beside, n=1)
-        hint = (
-            f"did you mean {close[0]}?"
-            if close
-            else f"known are {', '.join(beside)}"
-            if beside
-            else "leave it out"
-        )
-        return f"{name} is no setting that this trainer knows; {hint}"
-    if kind == "missing":
-        return f"{name}: must be set"
-    if kind == "model_type":
-        return f"{name}={json.dumps(value)}: must be an object, {{...}}"
-    if value == "auto":
-        message = f'"auto" has no meaning here; only for {", ".join(_TAKE_AUTO)}'
-    elif isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
-        message += ", without quotes"
-    return f"{name}={json.dumps(value)}: {message}"
+def _unknown(name: str) -> str:
+    names = {*dotted_names(_File), *_File.model_fields, *_OWNED_BY_RECIPE}
+    beside = sorted(n for n in names if n.rpartition(".")[0] == name.rpartition(".")[0])
+    hint = suggest(name, beside, f"known are {', '.join(beside)}")
+    return f"{name} is no setting that this trainer knows; {hint}"
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {key!r} is given twice")
-        result[key] = value
-    return result
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+    for key, count in Counter(key for key, _ in pairs).items():
+        require(count == 1, f"the key {key!r} is given twice")
+    return dict(pairs)

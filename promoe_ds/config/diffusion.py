@@ -1,12 +1,10 @@
 """The diffusion section: the training objective and what can sample it."""
 
-from __future__ import annotations
-
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from promoe_ds.config.section import Section
+from promoe_ds.config.section import Section, require
 
 #: With so many timesteps the linear schedule's last beta is 1 (0.02 * 1000 / 20).
 _MIN_DDPM_TIMESTEPS = 20
@@ -37,18 +35,16 @@ class DiffusionConfig(Section):
         0.1, ge=0, le=1, description="probability of the null label in training"
     )
 
-    @model_validator(mode="after")
-    def _ddpm_fits(self) -> DiffusionConfig:
-        if self.objective != "ddpm":
-            return self
-        self.refuse_set("sigma_mean", "sigma_std", "shift", use="objective=ddpm")
-        if self.num_train_timesteps <= _MIN_DDPM_TIMESTEPS:
-            raise ValueError(
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
+        if self.objective == "ddpm":
+            self.refuse_set("sigma_mean", "sigma_std", "shift", use="objective=ddpm")
+            require(
+                self.num_train_timesteps > _MIN_DDPM_TIMESTEPS,
                 f"num_train_timesteps={self.num_train_timesteps}: the linear schedule of"
                 f" objective=ddpm needs more than {_MIN_DDPM_TIMESTEPS}, or its last step would"
-                " keep nothing of the image"
+                " keep nothing of the image",
             )
-        return self
 
     @property
     def solvers(self) -> tuple[str, ...]:
@@ -67,10 +63,9 @@ class DiffusionConfig(Section):
         command line set it.
         """
         if solver not in (None, "auto", *self.solvers):
-            *others, last = self.solvers
             return (
-                f"solver={solver} cannot sample diffusion.objective={self.objective}: set it to "
-                f"{', '.join(others)} or {last}, or to auto"
+                f"solver={solver} cannot sample diffusion.objective={self.objective}: set it to"
+                f" {', '.join(self.solvers)} or auto"
             )
         if (
             self.objective == "ddpm"

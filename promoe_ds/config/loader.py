@@ -1,7 +1,5 @@
 """From a recipe's name or path, plus overrides, to a validated `RunConfig`."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -12,12 +10,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from promoe_ds import __version__
-from promoe_ds.config.old_names import with_new_names
-from promoe_ds.config.placement import read_placement
+from promoe_ds.config.named_files import read_placement, read_superclasses
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.config.section import explain, name_and_message
-from promoe_ds.config.superclasses import read_superclasses
-from promoe_ds.config.yaml_text import read_yaml
+from promoe_ds.config.section import explain, read_yaml, suggest
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
 
@@ -26,6 +21,17 @@ _LOG = get_logger("config")
 #: Begins a saved config, before the version.
 _WRITTEN_BY = "# promoe_ds "
 RECIPES_DIR = Path(__file__).parent.parent / "recipes"
+
+#: What fields are called in recipes, runs and exports of earlier versions: (section, old) -> field.
+_OLD_FIELDS = {
+    ("optimizer", "clip_norm"): "max_grad_norm",
+    ("optimizer", "ema_power_lengths"): "ema_sigma_rels",
+    ("parallel", "exchange_dtype"): "comm_dtype",
+}
+#: Likewise of their values: (section, field) -> {old value: value}.
+_OLD_VALUES = {
+    ("parallel", "dispatch"): {"deepspeed": "alltoall", "deepspeed_capacity": "deepspeed_moe"}
+}
 
 
 def list_recipes() -> list[str]:
@@ -45,20 +51,40 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     valid name; or what is wrong with a file that the recipe names.
     """
     path = _recipe_path(recipe)
-    values = _read_with_base(path, seen=())
-    values.setdefault("name", path.stem)
+    values = {"name": path.stem, **_read_with_base(path, seen=())}
     for override in overrides:
-        _apply_override(values, override)
+        values = _merged(values, _read_override(override))
     config = config_from_dict(values, source=str(recipe))
     # The run keeps what the files said: they may change or go away, the run's targets and its
     # experts' order may not.
     if config.routing.method == "classification":
-        routing = config.routing.model_copy(update={"superclasses": read_superclasses(config)})
-        config = config.model_copy(update={"routing": routing})
+        config = change_config(config, routing={"superclasses": read_superclasses(config)})
     if config.parallel.expert_placement is not None:
-        parallel = config.parallel.model_copy(update={"expert_order": read_placement(config)})
-        config = config.model_copy(update={"parallel": parallel})
+        config = change_config(config, parallel={"expert_order": read_placement(config)})
     return config
+
+
+def with_new_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return nested values under the names of today, and a line for each that had an old one.
+
+    A field that is there under both names is left as it is, for the validation to refuse.
+    """
+    result: dict[str, Any] = dict(values)
+    notes = []
+    for (section, old), new in _OLD_FIELDS.items():
+        fields = result.get(section)
+        if isinstance(fields, Mapping) and old in fields and new not in fields:
+            result[section] = {
+                new if name == old else name: value for name, value in fields.items()
+            }
+            notes.append(f"{section}.{old} is now {section}.{new}")
+    for (section, field), table in _OLD_VALUES.items():
+        fields = result.get(section)
+        value = fields.get(field) if isinstance(fields, Mapping) else None
+        if isinstance(value, str) and value in table:
+            result[section] = {**result[section], field: table[value]}
+            notes.append(f"{section}.{field}={value} is now {table[value]}")
+    return result, notes
 
 
 def release_of(text: str) -> tuple[int, ...]:
@@ -81,7 +107,7 @@ def config_from_dict(
     try:
         return RunConfig.model_validate(with_new_names(values)[0])
     except ValidationError as error:
-        problem = explain(error, source, _describe)
+        problem = explain(error, source, lambda name: _unknown(name, name))
         if isinstance(written_by, str) and release_of(written_by) > release_of(__version__):
             raise ConfigError(
                 f"{source} was written by promoe_ds {written_by}, this is {__version__}: update"
@@ -101,11 +127,8 @@ def read_saved(path: Path) -> RunConfig:
 
     Raises: ConfigError if it is damaged or cannot be understood; OSError.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    first = text.partition("\n")[0]
+    text = path.read_bytes()
+    first = text.partition(b"\n")[0].decode(errors="replace")
     return config_from_dict(
         read_yaml(text, str(path)),
         source=str(path),
@@ -137,7 +160,7 @@ def dotted_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
 
 
 def nearest_name(name: str) -> str | None:
-    """Return the valid dotted name that `name` most likely stands for, or None.
+    """Return the valid dotted name that `name` most likely means, or None.
 
     A field put into the wrong section is recognised by its last part.
     """
@@ -157,18 +180,11 @@ def nearest_name(name: str) -> str | None:
 def _recipe_path(recipe: str | Path) -> Path:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ConfigError(f"--recipe {recipe}: no such file")
         return path
-    packaged = RECIPES_DIR / f"{recipe}.yaml"
-    if packaged.is_file():
-        return packaged
-    close = difflib.get_close_matches(str(recipe), list_recipes(), n=1)
-    hint = (
-        f"did you mean {close[0]}?"
-        if close
-        else f"give the path of a .yaml file, or one of {', '.join(list_recipes())}"
-    )
+    recipes = list_recipes()
+    if str(recipe) in recipes:
+        return RECIPES_DIR / f"{recipe}.yaml"
+    hint = suggest(str(recipe), recipes, f"give a .yaml file, or one of {', '.join(recipes)}")
     raise ConfigError(f"--recipe {recipe}: no packaged recipe of that name; {hint}")
 
 
@@ -176,12 +192,9 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: the recipe is its own base")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        values = read_yaml(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"--recipe {path}: {error}") from None
-    values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of sections, found {type(values).__name__}")
     values = _renewed(values, str(path))
@@ -201,18 +214,18 @@ def _merged(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    name, separator, text = override.partition("=")
-    if not separator or not name:
+def _read_override(override: str) -> dict[str, Any]:
+    name, equals, text = override.partition("=")
+    if not (name and equals):
         raise ConfigError(f"--set {override}: expected section.field=value")
     value = read_yaml(text, f"--set {override}: the value")
     section, dot, leaf = name.rpartition(".")
     given = _renewed({section: {leaf: value}} if dot else {name: value}, f"--set {override}")
-    if (
-        name := next(f"{section}.{leaf}" for leaf in given[section]) if dot else name
-    ) not in dotted_names():
+    if dot:
+        name = f"{section}.{next(iter(given[section]))}"
+    if name not in dotted_names():
         raise ConfigError(_unknown(f"--set {name}", name))
-    values.update(_merged(values, given))
+    return given
 
 
 def _renewed(values: dict[str, Any], source: str) -> dict[str, Any]:
@@ -224,28 +237,5 @@ def _renewed(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _unknown(where: str, name: str) -> str:
     nearest = nearest_name(name)
-    hint = (
-        f"did you mean {nearest}?"
-        if nearest
-        else "`python -m promoe_ds.cli.train --fields` lists all"
-    )
+    hint = f"did you mean {nearest}?" if nearest else "`promoe-train --fields` lists all"
     return f"{where}: no such field; {hint}"
-
-
-def _describe(problem: Mapping[str, Any]) -> str:
-    name, message = name_and_message(problem)
-    if problem["type"] == "extra_forbidden":
-        return _unknown(name, name)
-    if problem["type"] == "missing":
-        return f"{name}: must be set"
-    if problem["type"] == "value_error":
-        return f"{name}: {message}" if name else message
-    return f"{name}={_shown(problem['input'])}: {message}"
-
-
-def _shown(value: Any) -> str:
-    """Return a value as its reader wrote it: a recipe's numbers come as text."""
-    try:
-        return str(value) if isinstance(value, str) and float(value) is not None else repr(value)
-    except ValueError:
-        return repr(value)

@@ -1,14 +1,12 @@
 """The optimizer section: AdamW, its schedule, clipping, and the moving averages of the weights."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from promoe_ds.config.section import Section
+from promoe_ds.config.section import Section, require
 
 #: Every average's name begins so; the first one has no more to its name.
 EMA = "ema"
@@ -121,28 +119,15 @@ class OptimizerConfig(Section):
         ),
     )
 
-    @model_validator(mode="after")
-    def _lr_fits(self) -> OptimizerConfig:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} exceeds lr={self.lr}")
-        return self
-
-    @model_validator(mode="after")
-    def _averages_differ(self) -> OptimizerConfig:
-        for name in ("ema_decays", "ema_sigma_rels"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(
-                    f"{name}={list(values)} holds one average twice: every name can stand for one"
-                    " only"
-                )
-        if len(self.averages) < len(self.ema_decays) + len(self.ema_sigma_rels):
-            raise ValueError(
-                f"ema_decays={list(self.ema_decays)}, ema_sigma_rels={list(self.ema_sigma_rels)}:"
-                f" the names {', '.join(self.averages)} keep six digits, and two are the same: take"
-                " values that differ in these"
-            )
-        return self
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
+        require(self.min_lr <= self.lr, f"min_lr={self.min_lr} exceeds lr={self.lr}")
+        require(
+            len(set(self.averages.values())) == len(self.ema_decays) + len(self.ema_sigma_rels),
+            f"ema_decays={list(self.ema_decays)}, ema_sigma_rels={list(self.ema_sigma_rels)}: two"
+            f" averages are the same in the six digits of their names ({', '.join(self.averages)}):"
+            " leave one out",
+        )
 
     @property
     def averages(self) -> dict[str, Average]:
@@ -176,7 +161,7 @@ def power_exponent(length: float) -> float:
     Raises: ValueError unless 0 < length < 12^-0.5.
     """
     if not 0 < length < LONGEST_POWER_LENGTH:
-        raise ValueError(f"length={length} must lie between 0 and {LONGEST_POWER_LENGTH:.4f}")
+        raise ValueError(f"length={length} must be between 0 and {LONGEST_POWER_LENGTH:.4f}")
     low, high = 0.0, 1 / length  # at 1 / length, the square is below length^2
     while (middle := (low + high) / 2) not in (low, high):
         if (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > length**2:
@@ -184,3 +169,21 @@ def power_exponent(length: float) -> float:
         else:
             high = middle
     return middle
+
+
+def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
+    """Return the learning rate of step `step` (from 0): linear warm-up, then the schedule, by step
+    alone.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    last = config.schedule_steps or max_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, last - config.warmup_steps))
+    remaining = (
+        1.0 - progress
+        if config.schedule == "linear"
+        else 0.5 * (1.0 + math.cos(math.pi * progress))
+    )
+    return config.min_lr + (config.lr - config.min_lr) * remaining

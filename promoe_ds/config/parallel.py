@@ -1,23 +1,29 @@
-"""The parallel section: how the experts lie over the ranks, what moves the tokens, what is
-recomputed or compiled.
+"""The sections about devices: how the experts are placed on the ranks, what moves the tokens, what
+is recomputed or compiled (parallel); in which numbers, with whose kernels (precision).
 """
-
-from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from promoe_ds.config.section import Section
+from promoe_ds.config.section import Section, require
 
 ResolvedDispatch = Literal["local", "alltoall", "deepspeed_moe", "megatron"]
 #: Layers of other libraries, which ask every token for K choices: methods in which experts choose
 # cannot be expressed.
 EXTERNAL_DISPATCH = ("deepspeed_moe", "megatron")
+#: Fields that one dispatch alone reads.
+_READERS = {
+    "capacity_factor": "deepspeed_moe",
+    "megatron_dispatcher": "megatron",
+    "comm_dtype": "alltoall",
+}
+
+Fp8Recipe = Literal["delayed", "current", "block", "mxfp8"]
 
 
 class ParallelConfig(Section):
-    """How the experts lie over the ranks and what moves the tokens."""
+    """How the experts are placed on the ranks and what moves the tokens."""
 
     ep_size: int = Field(1, gt=0, description="ranks that share one set of routed experts")
     dispatch: Literal["auto", ResolvedDispatch] = Field(
@@ -56,7 +62,7 @@ class ParallelConfig(Section):
         None,
         description=(
             "file of promoe-load: at the next resume, the order in which "
-            "the experts of every layer lie over the ranks"
+            "the experts of every layer are placed on the ranks"
         ),
     )
     expert_order: tuple[tuple[int, ...], ...] | None = Field(
@@ -67,47 +73,34 @@ class ParallelConfig(Section):
         ),
     )
 
-    @model_validator(mode="after")
-    def _dispatch_fits(self) -> ParallelConfig:
-        if self.dispatch == "local" and self.ep_size > 1:
-            raise ValueError(
-                f"dispatch=local keeps all experts on one rank, ep_size={self.ep_size} shards them:"
-                " use dispatch=alltoall (or auto), or ep_size=1"
-            )
-        readers = {
-            "capacity_factor": "deepspeed_moe",
-            "megatron_dispatcher": "megatron",
-            "comm_dtype": "alltoall",
-        }
-        for field, reader in readers.items():
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
+        require(
+            self.dispatch != "local" or self.ep_size == 1,
+            f"dispatch=local keeps all experts on one rank, ep_size={self.ep_size} shards them: use"
+            " dispatch=alltoall (or auto), or ep_size=1",
+        )
+        for field, reader in _READERS.items():
             if self.resolved_dispatch != reader:
                 self.refuse_set(
                     field, use=f"dispatch={self.resolved_dispatch} (it is read by {reader})"
                 )
         if self.dispatch == "megatron":
-            self._megatron_fits()
-        return self
-
-    def _megatron_fits(self) -> None:
-        if self.expert_backend != "auto":
-            raise ValueError(
-                f"expert_backend={self.expert_backend} has no use for dispatch=megatron, which"
-                " brings its own experts: leave it out"
-            )
-        if self.activation_checkpointing == "selective":
-            raise ValueError(
+            self.refuse_set("expert_backend", use="dispatch=megatron, which brings its own experts")
+            require(
+                self.activation_checkpointing != "selective",
                 "activation_checkpointing=selective cannot reach inside Megatron's layer"
-                " (dispatch=megatron): use full, or none"
+                " (dispatch=megatron): use full, or none",
             )
-        if self.megatron_dispatcher == "flex" and self.ep_size == 1:
-            raise ValueError(
+            require(
+                self.megatron_dispatcher != "flex" or self.ep_size > 1,
                 "megatron_dispatcher=flex needs several ranks that share experts: set ep_size above"
-                " 1, or use alltoall"
+                " 1, or use alltoall",
             )
 
     @property
     def resolved_dispatch(self) -> ResolvedDispatch:
-        """The dispatcher that `auto` stands for."""
+        """The dispatcher that `auto` means."""
         if self.dispatch == "auto":
             return "alltoall" if self.ep_size > 1 else "local"
         return self.dispatch
@@ -118,3 +111,42 @@ class ParallelConfig(Section):
         DeepSpeed does.
         """
         return "local" if self.resolved_dispatch == "local" else "deepspeed"
+
+
+def fp8_multiple(recipe: str) -> int:
+    """Return what rows and widths of a recipe's matrix products must be multiples of: MXFP8 scales
+    blocks of 32 numbers.
+    """
+    return 32 if recipe == "mxfp8" else 16
+
+
+class PrecisionConfig(Section):
+    """fp32, bf16, or bf16 weights with FP8 matrix products; and whose kernels."""
+
+    compute: Literal["auto", "fp32", "bf16", "fp8"] = Field(
+        "auto", description="auto: as bf16.enabled of the DeepSpeed JSON says"
+    )
+    fp8_recipe: Literal["auto", Fp8Recipe] = Field(
+        "auto",
+        description="how FP8 numbers are scaled; auto: mxfp8 where the device has it, else current",
+    )
+    kernels: Literal["auto", "torch", "transformer_engine"] = Field(
+        "auto", description="auto: transformer_engine for fp8"
+    )
+
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
+        if self.compute != "fp8":
+            self.refuse_set("fp8_recipe", use=f"compute={self.compute}, only for fp8")
+        require(
+            self.compute != "fp8" or self.kernels != "torch",
+            "kernels=torch has no FP8 path (compute=fp8): use kernels=transformer_engine, or"
+            " compute=bf16",
+        )
+
+    @property
+    def uses_transformer_engine(self) -> bool:
+        """Whether attention, feed-forwards and experts run on Transformer Engine."""
+        return self.kernels == "transformer_engine" or (
+            self.kernels == "auto" and self.compute == "fp8"
+        )

@@ -2,27 +2,19 @@
 holds.
 """
 
-from __future__ import annotations
-
-import types
-import typing
-from dataclasses import dataclass
-from typing import Any, Literal
-
-from pydantic.fields import FieldInfo
+import json
+from typing import Any, NamedTuple
 
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.config.section import Section
 from promoe_ds.errors import ConfigError
 
-_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_TYPES = {"integer": "int", "number": "float", "boolean": "bool", "string": "str"}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+_NEEDED = "must be set"
 
 
-@dataclass(frozen=True, kw_only=True)
-class FieldFacts:
-    """One field: its dotted name, what it takes, what it is if left out ("" where it must be set),
-    what it means.
-    """
+class FieldFacts(NamedTuple):
+    """One field: its dotted name, what it takes, what it is if left out, what it means."""
 
     name: str
     takes: str
@@ -31,49 +23,42 @@ class FieldFacts:
 
 
 def list_fields() -> dict[str, list[FieldFacts]]:
-    """Return the fields of every section, by section and in order; those of the recipe itself stand
+    """Return the fields of every section, by section and in order; those of the recipe itself are
     under "".
     """
-    found: dict[str, list[FieldFacts]] = {"": []}
-    for name, info in RunConfig.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            found[name] = [
-                _facts(f"{name}.{leaf}", each)
-                for leaf, each in info.annotation.model_fields.items()
-            ]
-        else:
-            found[""].append(_facts(name, info))
-    return found
-
-
-def section_purpose(section: str) -> str:
-    """Return the first paragraph of a section's docstring."""
-    annotation = RunConfig if not section else RunConfig.model_fields[section].annotation
-    return " ".join((annotation.__doc__ or "").partition("\n\n")[0].split())
+    whole = RunConfig.model_json_schema()
+    sections = {
+        name: whole["$defs"][each["$ref"].rpartition("/")[2]]
+        for name, each in whole["properties"].items()
+        if "$ref" in each
+    }
+    own = {name: each for name, each in whole["properties"].items() if name not in sections}
+    return {
+        section: [
+            FieldFacts(
+                f"{section}.{name}" if section else name,
+                _takes(field),
+                _plain(field["default"]) if "default" in field else _NEEDED,
+                field["description"],
+            )
+            for name, field in schema["properties"].items()
+        ]
+        for section, schema in {"": {"properties": own}, **sections}.items()
+    }
 
 
 def field_tables() -> str:
     """Return all sections as Markdown, a table each."""
     parts = []
     for section, fields in list_fields().items():
+        owner: Any = RunConfig.model_fields[section].annotation if section else RunConfig
+        purpose = " ".join(owner.__doc__.partition("\n\n")[0].split())
         rows = [
-            f"| `{each.name}` | {_cell(each.takes)} | {_cell(each.default or 'must be set')} |"
-            f" {each.meaning} |"
-            for each in fields
+            f"| `{name}` | {_cell(takes)} | {_cell(default)} | {meaning} |"
+            for name, takes, default, meaning in fields
         ]
-        parts.append(
-            "\n".join(
-                [
-                    f"## {section or 'The recipe'}",
-                    "",
-                    section_purpose(section),
-                    "",
-                    "| field | takes | if left out | |",
-                    "|---|---|---|---|",
-                    *rows,
-                ]
-            )
-        )
+        table = ["| field | takes | if left out | |", "|---|---|---|---|", *rows]
+        parts += [f"## {section or 'The recipe'}", purpose, "\n".join(table)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -83,76 +68,39 @@ def field_lines(section: str = "") -> str:
     Raises: ConfigError if there is no such section.
     """
     tables = list_fields()
-    if section and section not in tables:
+    if section not in tables:
         raise ConfigError(
-            f"--fields {section}: no such section; there are"
-            f" {', '.join(name for name in tables if name)}"
+            f"--fields {section}: no such section; there are {', '.join(filter(None, tables))}"
         )
+    chosen = tables[section] if section else [each for part in tables.values() for each in part]
     lines = []
-    for name in [section] if section else tables:
-        for each in tables[name]:
-            default = f"default {each.default}" if each.default else "must be set"
-            lines.append(f"{each.name}  ({each.takes}; {default})\n    {each.meaning}")
-    return "\n".join(lines) + "\n"
+    for name, takes, default, meaning in chosen:
+        left_out = default if default == _NEEDED else f"default {default}"
+        lines.append(f"{name}  ({takes}; {left_out})\n    {meaning}\n")
+    return "".join(lines)
 
 
 def _cell(text: str) -> str:
     return "`" + text.replace("|", "\\|") + "`"
 
 
-def _facts(name: str, info: FieldInfo) -> FieldFacts:
-    default = "" if info.is_required() else _plain(info.get_default(call_default_factory=True))
-    return FieldFacts(
-        name=name,
-        takes=_describe_type(info.annotation, info.metadata),
-        default=default,
-        meaning=info.description or "",
-    )
-
-
-def _describe_type(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
+def _takes(schema: dict[str, Any]) -> str:
     """Return e.g. `int > 0`, `auto | true | false`, `[float >= 0 < 1, ...]`."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _describe_type(arguments[0], arguments[1:])
-    if origin is Literal:
-        return " | ".join(_plain(value) for value in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(
-            _describe_type(each, metadata) if each is not type(None) else "null"
-            for each in arguments
-        )
-    if origin is tuple:
-        inner = ("..." if each is Ellipsis else _describe_type(each) for each in arguments)
-        return f"[{', '.join(inner)}]"
-    if origin is dict:
-        return "mapping"
-    return " ".join([annotation.__name__, *_bounds(metadata)])
-
-
-def _bounds(metadata: typing.Sequence[Any]) -> list[str]:
-    """Return the limits among a type's annotations."""
-    limits = []
-    for each in metadata:
-        for part in getattr(
-            each, "metadata", [each]
-        ):  # a pydantic Field inside Annotated carries its own
-            limits += [
-                f"{sign} {_plain(getattr(part, bound))}"
-                for bound, sign in _BOUNDS.items()
-                if hasattr(part, bound)
-            ]
-    return limits
+    if "anyOf" in schema:
+        return " | ".join(_takes(each) for each in schema["anyOf"])
+    if "enum" in schema:
+        return " | ".join(_plain(each) for each in schema["enum"])
+    if schema["type"] == "array":
+        items = schema.get("prefixItems") or [schema["items"], None]
+        return f"[{', '.join(_takes(each) if each else '...' for each in items)}]"
+    limits = [f"{sign} {_plain(schema[key])}" for key, sign in _BOUNDS.items() if key in schema]
+    return " ".join([_TYPES.get(schema["type"], schema["type"]), *limits])
 
 
 def _plain(value: Any) -> str:
     """Return a value as YAML writes it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
+    if value == 2**63:
+        return "2^63"
+    if isinstance(value, list):
         return f"[{', '.join(_plain(each) for each in value)}]"
-    if isinstance(value, int) and value >= 2**62:
-        return f"2^{value.bit_length() - 1}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')

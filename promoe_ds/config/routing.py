@@ -1,13 +1,11 @@
 """The routing section: which method serves the mixture of experts, and its settings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from promoe_ds.config.section import Section
+from promoe_ds.config.section import Section, require
 
 RoutingMethod = Literal[
     "dense",
@@ -142,15 +140,17 @@ class RoutingConfig(Section):
         """What METHODS says of this method."""
         return METHODS[self.method]
 
-    @model_validator(mode="after")
-    def _choices_fit(self) -> RoutingConfig:
-        if self.method != "dense" and self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} exceeds num_experts={self.num_experts}")
-        if self.traits.single_choice and self.top_k > 1:
-            raise ValueError(
-                f"top_k={self.top_k}: method={self.method} gives every token one expert (Sec. 4.3):"
-                " set top_k=1"
-            )
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
+        require(
+            self.method == "dense" or self.top_k <= self.num_experts,
+            f"top_k={self.top_k} exceeds num_experts={self.num_experts}",
+        )
+        require(
+            not self.traits.single_choice or self.top_k == 1,
+            f"top_k={self.top_k}: method={self.method} gives every token one expert (Sec. 4.3): set"
+            " top_k=1",
+        )
         for field in type(self).model_fields:
             readers = [name for name, method in METHODS.items() if field in method.reads]
             if readers and self.method not in readers:
@@ -159,9 +159,8 @@ class RoutingConfig(Section):
                 )
         if self.num_shared_experts == 0:
             self.refuse_set("shared_expert_width", "shared_expert_type", use="num_shared_experts=0")
-        if self.method == "classification" and self.superclass_map is None:
-            raise ValueError(
-                "method=classification needs superclass_map: a packaged map's name or the path of a"
-                " YAML file"
-            )
-        return self
+        require(
+            self.method != "classification" or self.superclass_map is not None,
+            "method=classification needs superclass_map: a packaged map's name or the path of a"
+            " YAML file",
+        )

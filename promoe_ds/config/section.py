@@ -1,11 +1,13 @@
-"""What all sections of a run share."""
+"""What all sections of a run share: their base, how YAML is read for them, how mistakes are
+reported.
+"""
 
-from __future__ import annotations
-
+import difflib
 import typing
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -13,10 +15,13 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from promoe_ds.errors import ConfigError
 
+#: In place of pydantic's words, which are about Python.
+_MESSAGES = {"missing": "must be set", "model_type": "must be a mapping of fields"}
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -48,6 +53,14 @@ class Section(BaseModel):
             raise ValueError("true and false have no meaning here")
         return value
 
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Raise ValueError for fields that contradict each other."""
+
     def refuse_set(self, *fields: str, use: str) -> None:
         """Raise ValueError for a field that is not at its default although nothing reads it; `use`
         says where.
@@ -59,23 +72,77 @@ class Section(BaseModel):
                 raise ValueError(f"{field}={value} has no use for {use}: leave it out")
 
 
+def require(holds: bool, problem: str, error: type[Exception] = ValueError) -> None:
+    """Raise an error that states a problem, unless what is required holds."""
+    if not holds:
+        raise error(problem)
+
+
 def explain(
-    error: ValidationError, source: str, describe: Callable[[Mapping[str, Any]], str]
+    error: ValidationError,
+    source: str,
+    unknown: Callable[[str], str],
+    show: Callable[[Any], str] = str,
 ) -> ConfigError:
-    """Return what is wrong with a file's values as one error: one line for one problem, else a line
-    for each.
+    """Return what is wrong with a file's values as one error, with a line for each problem.
+
+    Args:
+        unknown: what to say about a name that is no field.
+        show: how values are written.
     """
-    lines = [describe(problem) for problem in error.errors()]
+    lines = []
+    for problem in error.errors():
+        name, message = name_and_message(problem)
+        if problem["type"] == "extra_forbidden":
+            lines.append(unknown(name))
+        elif problem["type"] == "missing" or isinstance(problem["input"], Mapping):
+            lines.append(f"{name}: {message}" if name else message)
+        else:
+            lines.append(f"{name}={show(problem['input'])}: {message}")
     if len(lines) == 1:
         return ConfigError(f"{source}: {lines[0]}")
-    return ConfigError(
-        "\n".join([f"{source} does not describe a run:", *(f"  {line}" for line in lines)])
-    )
+    return ConfigError("\n  ".join([f"{source} does not describe a run:", *lines]))
 
 
 def name_and_message(problem: Mapping[str, Any]) -> tuple[str, str]:
     """Return the dotted name of a problem's field and pydantic's message as the end of a
     sentence.
     """
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     return ".".join(str(part) for part in problem["loc"]), f"{message[0].lower()}{message[1:]}"
+
+
+def suggest(name: str, names: Iterable[str], otherwise: str) -> str:
+    """Return which of some names a mistyped one is likely to mean, or something else to say."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Leaves plain values as text, but for null and merge keys: what `010`, `1e-4`, `on` or
+    `2024-01-01` means is for the type of its field to say. Refuses a key that is given twice.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML reads it)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for place, (key, _) in enumerate(node.value):
+            if any(key.value == earlier.value for earlier, _ in node.value[:place]):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is given twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str | bytes, source: str) -> Any:
+    """Return what a YAML document holds: mappings, lists, None and text.
+
+    Raises: ConfigError naming the source and the line.
+    """
+    try:
+        return yaml.load(text, _TextLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None

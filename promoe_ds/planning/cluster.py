@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from promoe_ds.backends.devices import Device
 from promoe_ds.config import BatchPlan, DeepSpeedPlan
-from promoe_ds.config.devices import Device
 from promoe_ds.errors import ConfigError
 
 #: Bytes/s that one device sends to other nodes, by the name that `--network` takes: one network

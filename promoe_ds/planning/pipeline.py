@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from promoe_ds.backends.devices import DEVICES, Device
 from promoe_ds.config import RunConfig, count_parameters, training_flops_per_image
 from promoe_ds.config.accounting import forward_flops_per_image
-from promoe_ds.config.devices import DEVICES, Device
 from promoe_ds.data.vae import DECODED_AT_ONCE
 from promoe_ds.planning.cluster import ClusterLayout
 from promoe_ds.planning.zero import states_of_config

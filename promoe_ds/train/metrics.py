@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from promoe_ds.backends.devices import bf16_peak
 from promoe_ds.config import RunConfig, training_flops_per_image
-from promoe_ds.config.devices import bf16_peak
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import json_text

@@ -23,8 +23,7 @@ from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.backends.te_support import require_transformer_engine
 from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.config import DeepSpeedPlan, RunConfig, plan_batches
-from promoe_ds.config.optimizer import OptimizerConfig
-from promoe_ds.config.schedule import learning_rate
+from promoe_ds.config.optimizer import OptimizerConfig, learning_rate
 from promoe_ds.data import LatentDataset
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.host_topology import check_placement

@@ -4,6 +4,7 @@ interpreter of its own.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from .. import processes
 from ..processes import REPOSITORY, environment
 
 ZERO2 = str(REPOSITORY / "ds_configs" / "zero2_fp32.json")
+#: Two ranks on this host.
+TWO = ("torchrun", "--standalone", "--nproc-per-node=2", "-m")
 TINY = (
     "model.hidden_size=32",
     "model.depth=2",
@@ -25,52 +28,58 @@ TINY = (
 
 
 def run(
-    *arguments: str,
-    cwd: Path,
-    env: dict[str, str] | None = None,
-    timeout: int = 300,
-    fork: bool = True,
+    *arguments: str, cwd: Path, timeout: int = 300, fork: bool = True, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run one command to its end; `python -m MODULE` and `python SCRIPT` in a fork unless
     fork=False.
     """
-    if (
-        fork
-        and arguments[0] == sys.executable
-        and (arguments[1] == "-m" or arguments[1].endswith(".py"))
-    ):
-        return processes.run_python(
-            arguments[1:], cwd=cwd, env=environment(**(env or {})), timeout=timeout
-        )
-    return processes.run(arguments, cwd=cwd, env=environment(**(env or {})), timeout=timeout)
+    env = environment(**variables)
+    python = arguments[0] == sys.executable and arguments[1].endswith(("-m", ".py"))
+    if fork and python:
+        return processes.run_python(arguments[1:], cwd=cwd, env=env, timeout=timeout)
+    return processes.run(arguments, cwd=cwd, env=env, timeout=timeout)
+
+
+def tool(name: str, *arguments: str, cwd: Path, **how) -> subprocess.CompletedProcess[str]:
+    """Run a script of `tools/`."""
+    return run(sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *arguments, cwd=cwd, **how)
+
+
+def module(name: str, *arguments: str, cwd: Path, **how) -> subprocess.CompletedProcess[str]:
+    """Run a module of `promoe_ds.cli`."""
+    return run(sys.executable, "-m", f"promoe_ds.cli.{name}", *arguments, cwd=cwd, **how)
 
 
 def train_arguments(
     *overrides: str, run_dir: Path | str = "run", recipe: str = "digits_promoe", config: str = ZERO2
 ) -> tuple[str, ...]:
     """Return the arguments of the training entry."""
-    return (
-        "--recipe",
-        recipe,
-        "--deepspeed_config",
-        config,
-        "--run-dir",
-        str(run_dir),
-        "--set",
-        *TINY,
-        *overrides,
-    )
+    files = ("--recipe", recipe, "--deepspeed-config", config, "--run-dir", str(run_dir))
+    return (*files, "--set", *TINY, *overrides)
 
 
 def train(
     *overrides: str, cwd: Path, fork: bool = True, **options: str
 ) -> subprocess.CompletedProcess[str]:
     """Train in one process."""
-    return run(
-        sys.executable,
-        "-m",
-        "promoe_ds.cli.train",
-        *train_arguments("parallel.ep_size=1", *overrides, **options),
-        cwd=cwd,
-        fork=fork,
-    )
+    arguments = train_arguments("parallel.ep_size=1", *overrides, **options)
+    return module("train", *arguments, cwd=cwd, fork=fork)
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> str:
+    """Require that a command ended well; return what it printed."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def check_refused(done: subprocess.CompletedProcess[str], expected: str, code: int) -> None:
+    """Require that a command ended with this code and one message that says this."""
+    assert done.returncode == code, done.stderr
+    assert expected in done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Return the loss of every line of a run's log."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]

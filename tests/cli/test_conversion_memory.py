@@ -21,21 +21,14 @@ def test_conversion_of_everything_keeps_to_the_memory_bound(tmp_path: Path) -> N
     sizes = [path.stat().st_size for path in checkpoint.iterdir()]
     allowed = 1.5 * max(sizes) + 500 * 10**6
     assert sum(sizes) > 1.5 * allowed
-    command = [
-        sys.executable,
-        "tools/convert_checkpoint.py",
-        str(checkpoint),
-        str(tmp_path / "single"),
-        "--to",
-        "single",
-        "--with-optimizer",
-    ]
+    script, target = "tools/convert_checkpoint.py", str(tmp_path / "single")
+    command = (script, str(checkpoint), target, "--to", "single", "--with-optimizer")
     # A process's peak counts what it was forked from: this one, which may be large. A small one
-    # stands between.
+    # is between.
     between = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True,"
         " stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    done = run(sys.executable, "-c", between, *command, cwd=REPOSITORY, timeout=500)
+    done = run(sys.executable, "-c", between, sys.executable, *command, cwd=REPOSITORY, timeout=500)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 <= allowed

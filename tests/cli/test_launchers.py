@@ -4,7 +4,6 @@ without deepspeed.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 from promoe_ds.cli.train import main
 
 from ..processes import Forks, environment, free_port
-from .commands import REPOSITORY, run, train, train_arguments
+from .commands import REPOSITORY, TWO, losses, module, run, succeed, tool, train, train_arguments
 
 BLOCKER = """
 import sys
@@ -31,12 +30,6 @@ runpy.run_module("promoe_ds.cli.sample", run_name="__main__")
 """
 
 
-def _losses(run_dir: Path) -> list[float]:
-    return [
-        json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("launchers")
@@ -45,40 +38,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Path:
     """Train in one process with plain `python -m`."""
-    done = train(cwd=folder, run_dir="plain", fork=False)
-    assert done.returncode == 0, done.stderr
-    assert len(_losses(folder / "plain")) == 4
+    succeed(train(cwd=folder, run_dir="plain", fork=False))
+    assert len(losses(folder / "plain")) == 4
     return folder / "plain"
 
 
-def test_deepspeed_launcher_two_ranks_equals_plain_python(plain, folder) -> None:
-    done = run(
-        "deepspeed",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-        "--module",
-        "promoe_ds.cli.train",
-        *train_arguments(run_dir="deepspeed"),
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    assert _losses(folder / "deepspeed") == pytest.approx(_losses(plain), rel=1e-5)
-
-
-def test_torchrun_two_ranks_equals_plain_python(plain, folder) -> None:
-    done = run(
-        "torchrun",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "promoe_ds.cli.train",
-        *train_arguments(run_dir="torchrun"),
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    assert _losses(folder / "torchrun") == pytest.approx(_losses(plain), rel=1e-5)
+@pytest.mark.parametrize(
+    "launcher",
+    [("deepspeed", "--num_gpus", "2", "--master_port", "PORT", "--module"), TWO],
+    ids=["deepspeed", "torchrun"],
+)
+def test_launcher_two_ranks_equals_plain_python(plain, folder, launcher) -> None:
+    command = [str(free_port()) if part == "PORT" else part for part in launcher]
+    arguments = train_arguments(run_dir=launcher[0])
+    succeed(run(*command, "promoe_ds.cli.train", *arguments, cwd=folder))
+    assert losses(folder / launcher[0]) == pytest.approx(losses(plain), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +78,9 @@ def test_torchrun_two_ranks_equals_plain_python(plain, folder) -> None:
 )
 def test_variables_of_two_ranks_equal_plain_python(plain, folder, common, of_rank, job) -> None:
     """What `srun --ntasks 2` or `mpirun -np 2` sets, on two processes; the job gives the port."""
-    base = environment(**common, **{job: str(_free_job())})
+    # The port is 20000 and the job's number.
+    port = next(port for port in iter(free_port, 0) if port >= 20000)
+    base = environment(**common, **{job: str(port - 20000)})
     with Forks(
         main,
         [train_arguments(run_dir=job)],
@@ -112,136 +88,64 @@ def test_variables_of_two_ranks_equal_plain_python(plain, folder, common, of_ran
         cwd=folder,
     ) as ranks:
         assert ranks.wait(300) == [0, 0], ranks.texts()
-    assert _losses(folder / job) == pytest.approx(_losses(plain), rel=1e-5)
+    assert losses(folder / job) == pytest.approx(losses(plain), rel=1e-5)
 
 
 def test_deepspeed_dispatch_one_rank_equals_local(plain, folder) -> None:
-    done = train("parallel.dispatch=alltoall", cwd=folder, run_dir="dispatch")
-    assert done.returncode == 0, done.stderr
-    assert _losses(folder / "dispatch") == pytest.approx(_losses(plain), rel=1e-6)
+    succeed(train("parallel.dispatch=alltoall", cwd=folder, run_dir="dispatch"))
+    assert losses(folder / "dispatch") == pytest.approx(losses(plain), rel=1e-6)
 
 
 def test_packaged_bf16_config_trains_near_fp32(plain, folder) -> None:
-    done = train(
-        cwd=folder, run_dir="bf16", config=str(REPOSITORY / "ds_configs" / "zero2_bf16.json")
-    )
-    assert done.returncode == 0, done.stderr
-    assert "ZeRO 2, bf16" in done.stderr
-    losses = _losses(folder / "bf16")
+    config = str(REPOSITORY / "ds_configs" / "zero2_bf16.json")
+    assert "ZeRO 2, bf16" in succeed(train(cwd=folder, run_dir="bf16", config=config))
     # Eight bits of mantissa: near, and not the same.
-    assert losses == pytest.approx(_losses(plain), rel=2e-2)
-    assert losses != _losses(plain)
+    assert losses(folder / "bf16") == pytest.approx(losses(plain), rel=2e-2)
+    assert losses(folder / "bf16") != losses(plain)
 
 
-def test_convert_and_sample_without_deepspeed_installed(plain, folder) -> None:
-    convert = str(REPOSITORY / "tools" / "convert_checkpoint.py")
+@pytest.fixture(scope="module")
+def exports(plain: Path, folder: Path) -> dict[str, Path]:
+    """Convert the averaged and the trained weights."""
     for weights in ("ema", "raw"):
-        done = run(
-            sys.executable,
-            convert,
-            str(plain),
-            f"export_{weights}",
-            "--to",
-            "single",
-            "--weights",
-            weights,
-            cwd=folder,
-            fork=weights == "raw",
-        )
-        assert done.returncode == 0, done.stderr
-    done = run(
-        sys.executable,
-        "-c",
-        BLOCKER,
-        "--model",
-        "export_ema",
-        "--out",
-        "samples",
-        "--num",
-        "12",
-        "--steps",
-        "3",
-        "--grid",
-        "--classes",
-        "3,5",
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
+        arguments = (str(plain), weights, "--to", "single", "--weights", weights)
+        succeed(tool("convert_checkpoint", *arguments, cwd=folder, fork=weights == "raw"))
+    return {"ema": folder / "ema", "raw": folder / "raw"}
+
+
+def test_sample_without_deepspeed_installed(exports, folder) -> None:
+    options = ("--num", "12", "--steps", "3", "--grid", "--classes", "3,5")
+    model = ("--model", str(exports["ema"]), "--out", "samples")
+    succeed(run(sys.executable, "-c", BLOCKER, *model, *options, cwd=folder))
     names = sorted(path.name for path in (folder / "samples").glob("img*.png"))
-    assert names[:2] == ["img000000_class3.png", "img000001_class5.png"]
-    assert len(names) == 12
+    assert (names[:2], len(names)) == (["img000000_class3.png", "img000001_class5.png"], 12)
     with np.load(folder / "samples" / "samples.npz") as data:
-        assert data["arr_0"].shape == (12, 8, 8, 1)
-        assert data["arr_0"].dtype == np.uint8
-        assert np.array_equal(
-            data["arr_0"][0, ..., 0], np.asarray(Image.open(folder / "samples" / names[0]))
-        )
+        images = data["arr_0"]
+    assert (images.shape, images.dtype) == ((12, 8, 8, 1), np.uint8)
+    assert np.array_equal(images[0, ..., 0], np.asarray(Image.open(folder / "samples" / names[0])))
     assert Image.open(folder / "samples" / "grid.png").size[1] == 2 * 42 + 2
 
 
-def test_sample_same_seed_any_batch_size_equal_images(plain, folder) -> None:
-    run(
-        sys.executable,
-        str(REPOSITORY / "tools" / "convert_checkpoint.py"),
-        str(plain),
-        "export",
-        "--to",
-        "single",
-        cwd=folder,
-    )
+def test_sample_same_seed_any_batch_size_equal_images(exports, folder) -> None:
     images = []
-    for size in (2, 5):
-        done = run(
-            sys.executable,
-            "-m",
-            "promoe_ds.cli.sample",
-            "--model",
-            "export",
-            "--out",
-            f"by{size}",
-            "--num",
-            "6",
-            "--steps",
-            "2",
-            "--batch-size",
-            str(size),
-            cwd=folder,
-        )
-        assert done.returncode == 0, done.stderr
+    for size in ("2", "5"):
+        options = ("--num", "6", "--steps", "2", "--batch-size", size)
+        model = ("--model", str(exports["ema"]), "--out", f"by{size}")
+        succeed(module("sample", *model, *options, cwd=folder))
         images.append(np.load(folder / f"by{size}" / "samples.npz")["arr_0"].astype(int))
     # A rounding of 1e-7 in float may move a pixel by one level of 255.
     assert np.abs(images[0] - images[1]).max() <= 1
 
 
-def test_export_output_equals_live_model(plain, folder) -> None:
+def test_export_output_equals_live_model(plain, exports) -> None:
     """The raw export computes what the weights inside the checkpoint's module file compute."""
     import promoe_ds
     from promoe_ds.checkpoint.torch_file import load_torch
 
-    run(
-        sys.executable,
-        str(REPOSITORY / "tools" / "convert_checkpoint.py"),
-        str(plain),
-        "export_live",
-        "--to",
-        "single",
-        "--weights",
-        "raw",
-        cwd=folder,
-    )
-    model = promoe_ds.load_model(folder / "export_live")
-    live = load_torch(plain / "checkpoints" / "step_0000004" / "mp_rank_00_model_states.pt")[
-        "module"
-    ]
+    model = promoe_ds.load_model(exports["raw"])
+    states = plain / "checkpoints" / "step_0000004" / "mp_rank_00_model_states.pt"
+    live = load_torch(states)["module"]
     for name, value in model.state_dict().items():
         assert torch.equal(value, live[f"denoiser.{name}"]), name
     output = model(torch.zeros(2, 1, 8, 8), torch.tensor([500.0, 1.0]), torch.tensor([0, 10]))
-    assert output.shape == (2, 1, 8, 8)
-    assert torch.isfinite(output).all()
-
-
-def _free_job() -> int:
-    """Return the number of a job whose port, 20000 and the number, is free."""
-    while (port := free_port()) < 20000:
-        pass
-    return port - 20000
+    assert output.shape == (2, 1, 8, 8) and torch.isfinite(output).all()

@@ -46,7 +46,7 @@ def test_memory_of_four_ranks_is_under_half_of_plain_data_parallelism(
 LARGE = """
 import json, sys
 from promoe_ds.config import load_config, plan_batches, resolve_deepspeed
-from promoe_ds.config.devices import DEVICES
+from promoe_ds.backends.devices import DEVICES
 from promoe_ds.planning.cluster import Cluster, layout_of
 from promoe_ds.planning.planner import plan_step
 from promoe_ds.planning.shapes import fake_world

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.config.placement import FORMAT
+from promoe_ds.config.named_files import FORMAT
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.load_stats import divide
 from promoe_ds.reports.log import RoutingLog

@@ -17,7 +17,7 @@ import torch
 from promoe_ds.backends import te_layers, te_support
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig
-from promoe_ds.config.precision import Fp8Recipe, PrecisionConfig
+from promoe_ds.config.parallel import Fp8Recipe, PrecisionConfig
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from promoe_ds.backends.devices import DEVICES
 from promoe_ds.config import RunConfig
-from promoe_ds.config.devices import DEVICES
 from promoe_ds.planning.cluster import Cluster, ClusterLayout
 from promoe_ds.planning.planner import StepPlan, plan_step
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from promoe_ds.backends.devices import DEVICES
 from promoe_ds.cli.plan import main
 from promoe_ds.config import count_parameters, load_config
-from promoe_ds.config.devices import DEVICES
 from promoe_ds.data.shards import write_shard
 from promoe_ds.data.vae import DECODED_AT_ONCE
 from promoe_ds.planning.pipeline import (

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from promoe_ds.backends.devices import DEVICES, bf16_peak
 from promoe_ds.cli.plan import main
 from promoe_ds.config import count_parameters, load_config
-from promoe_ds.config.devices import DEVICES, bf16_peak
 from promoe_ds.errors import ConfigError
 from promoe_ds.planning.planner import RESERVE, StepPlan
 from promoe_ds.planning.search import _estimate, best_layout, choice_lines

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.backends.parameter_groups import parameter_groups
-from promoe_ds.config.optimizer import EMA, OptimizerConfig, power_exponent
-from promoe_ds.config.schedule import learning_rate
+from promoe_ds.config.optimizer import EMA, OptimizerConfig, learning_rate, power_exponent
 from promoe_ds.train.ema import Ema
 
 from ..builders import random_network, random_tensor

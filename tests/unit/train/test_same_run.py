@@ -15,7 +15,7 @@ from promoe_ds.checkpoint.load import (
 )
 from promoe_ds.checkpoint.manifest import Layout, Manifest
 from promoe_ds.config.loader import dotted_names
-from promoe_ds.config.schedule import learning_rate
+from promoe_ds.config.optimizer import learning_rate
 from promoe_ds.errors import CheckpointError
 
 from ..builders import small_config

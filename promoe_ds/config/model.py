@@ -1,0 +1,72 @@
+"""The model section: the sizes of the network."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from promoe_ds.config.section import Section, require
+
+#: The sizes of ProMoE's Table 2, which are DiT's.
+PRESETS: dict[str, dict[str, int]] = {
+    "s": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "b": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "l": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "xl": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+
+
+class ModelConfig(Section):
+    """The diffusion transformer's sizes (Peebles & Xie, 2023; ProMoE Table 2)."""
+
+    preset: Literal["s", "b", "l", "xl"] | None = Field(
+        None, description="fills the sizes left out"
+    )
+    input_size: int = Field(32, gt=0, description="height and width of a latent, in latent pixels")
+    patch_size: int = Field(2, gt=0, description="side of a patch, which is one token")
+    in_channels: int = Field(4, gt=0, description="of a latent")
+    hidden_size: int = Field(gt=0, description="width D")
+    depth: int = Field(gt=0, description="blocks")
+    num_heads: int = Field(gt=0, description="of attention; divides D")
+    mlp_ratio: float = Field(4.0, gt=0, description="width of a dense feed-forward over D")
+    qk_norm: bool = Field(False, description="normalise queries and keys of every head")
+    learn_sigma: bool = Field(
+        True, description="twice the channels out; the first half is the prediction"
+    )
+    num_classes: int = Field(1000, gt=0, description="the null label is num_classes")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {**PRESETS.get(str(values.get("preset")), {}), **values}
+
+    def check(self) -> None:
+        """Refuse fields that contradict each other."""
+        require(
+            self.hidden_size % self.num_heads == 0,
+            f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}",
+        )
+        require(
+            self.hidden_size % 4 == 0,
+            f"hidden_size={self.hidden_size} must be a multiple of 4 (sin-cos positions)",
+        )
+        require(
+            self.input_size % self.patch_size == 0,
+            f"patch_size={self.patch_size} does not divide input_size={self.input_size}",
+        )
+
+    @property
+    def null_label(self) -> int:
+        """The label that means «no condition»."""
+        return self.num_classes
+
+    @property
+    def tokens_per_image(self) -> int:
+        """S: patches of one image."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
