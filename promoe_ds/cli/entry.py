@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 from promoe_ds.errors import Preempted, PromoeError
@@ -44,4 +45,15 @@ def run_entry(main: Callable[[Sequence[str]], None]) -> None:
         raise
     except Exception as error:
         write_rank_status(rank, 1, f"{type(error).__name__}: {error}")
-        raise
+        if not _has_peers():
+            raise
+        # As above: a GPU's kernels that wait for other ranks would keep this one alive.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _has_peers() -> bool:
+    """Whether this process is in a group of several; torch is not imported for the answer."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized() and dist.get_world_size() > 1

@@ -41,7 +41,7 @@ class ParallelConfig(Section):
         "any", description="node: refuse an expert group that spans hosts"
     )
     expert_backend: Literal["auto", "grouped_mm", "loop"] = Field(
-        "auto", description="auto: grouped_mm where the widths allow it"
+        "auto", description="auto: grouped_mm where the widths and, on a GPU, its kernels allow it"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",

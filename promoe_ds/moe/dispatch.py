@@ -116,7 +116,7 @@ class LocalDispatcher(Dispatcher):
 
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Gather the rows, sorted by expert.  Sync: none."""
-        rows = tokens_TD.index_select(0, assignment.token_ids_N)
+        rows = select_rows(tokens_TD, assignment.token_ids_N)
         return lambda: Dispatched(rows, assignment.tokens_per_expert_E, assignment)
 
     def combine(self, rows_RD: Tensor, handle: object, base_TD: Tensor) -> Tensor:
@@ -144,9 +144,15 @@ class AllToAllDispatcher(Dispatcher):
     elsewhere, both ways: no padding, no capacity.
     """
 
-    def __init__(self, group: dist.ProcessGroup, wire: CommDtype = SAME) -> None:
-        """Use `group`, whose size must divide the number of experts; rows travel as `wire` says."""
-        self.group, self.wire, self.clock = group, wire, WaitClock()
+    def __init__(
+        self, group: dist.ProcessGroup, wire: CommDtype = SAME, *, counts_waiting: bool = True
+    ) -> None:
+        """Use `group`, whose size must divide the number of experts; rows travel as `wire` says.
+
+        Args:
+            counts_waiting: whether `clock` counts, for someone who takes what it counted.
+        """
+        self.group, self.wire, self.clock = group, wire, WaitClock(counts=counts_waiting)
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -176,7 +182,7 @@ class AllToAllDispatcher(Dispatcher):
             clock=self.clock,
             wire=self.wire,
         )
-        pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
+        pending = exchange.start(select_rows(tokens_TD, assignment.token_ids_N))
 
         def finish() -> Dispatched:
             order_R = _by_local_expert(received_We, sum(rows_in)) if sort else None
@@ -214,6 +220,31 @@ class AllToAllDispatcher(Dispatcher):
             * self.wire.row_bytes(width, element_size)
             * self.rows_leaving(assignment)
         )
+
+
+def select_rows(tokens_TD: Tensor, token_ids_N: Tensor) -> Tensor:
+    """Return each row's token, (N, D).
+
+    Gradient: the sum over a token's rows, accumulated in fp32 whatever the dtype.  Sync: none.
+    """
+    if tokens_TD.dtype == at_least_fp32(tokens_TD).dtype:
+        return tokens_TD.index_select(0, token_ids_N)
+    return _SelectRows.apply(tokens_TD, token_ids_N)
+
+
+class _SelectRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens_TD: Tensor, token_ids_N: Tensor) -> Tensor:
+        ctx.save_for_backward(token_ids_N)
+        ctx.num_tokens = len(tokens_TD)
+        return tokens_TD.index_select(0, token_ids_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        (token_ids_N,) = ctx.saved_tensors
+        rows_ND = at_least_fp32(grad_ND)
+        total_TD = rows_ND.new_zeros(ctx.num_tokens, grad_ND.shape[1])
+        return total_TD.index_add_(0, token_ids_N, rows_ND).to(grad_ND.dtype), None
 
 
 def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) -> Tensor:

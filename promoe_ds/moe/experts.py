@@ -97,12 +97,13 @@ class StackedExperts(nn.Module):
 
         Args:
             expert_type: "gelu" (GELU-tanh, biases) or "swiglu" (no biases).
-            backend: "grouped_mm" (grouped GEMM) or "loop" (one expert after the other).
+            backend: "grouped_mm" (grouped GEMM), "loop" (one expert after the other), or "auto":
+                grouped GEMM but where torch would run its slow fallback.
         Raises: ValueError for another type or backend.
         """
         super().__init__()
-        if backend not in BACKENDS:
-            raise ValueError(f"expert backend {backend!r} is none of {', '.join(BACKENDS)}")
+        if backend not in (*BACKENDS, "auto"):
+            raise ValueError(f"expert backend {backend!r} is none of {', '.join(BACKENDS)}, auto")
         if expert_type not in FEED_FORWARDS:
             raise ValueError(f"expert type {expert_type!r} is none of {', '.join(FEED_FORWARDS)}")
         self.expert_type, self.backend, self.first_expert = expert_type, backend, first_expert
@@ -132,7 +133,10 @@ class StackedExperts(nn.Module):
         """
         if self.kernel is not None:
             return self.kernel(self, rows_RD, tokens_per_expert_e)
-        products = BACKENDS[self.backend](tokens_per_expert_e, rows_RD.shape[0])
+        backend = self.backend
+        if backend == "auto":
+            backend = "loop" if _falls_back(rows_RD) else "grouped_mm"
+        products = BACKENDS[backend](tokens_per_expert_e, rows_RD.shape[0])
         function = _ExpertFeedForward if self.expert_type == "gelu" else _GatedExpertFeedForward
         return function.apply(
             rows_RD,
@@ -146,7 +150,7 @@ class _GroupedGemm:
 
     def __init__(self, counts_e: Tensor, num_rows: int) -> None:
         experts = torch.arange(counts_e.numel(), device=counts_e.device)
-        self._ends_e = counts_e.cumsum(0).to(torch.int32)
+        self._counts_e, self._ends_e = counts_e, counts_e.cumsum(0).to(torch.int32)
         self._expert_R = torch.repeat_interleave(experts, counts_e, output_size=num_rows)
         self._num_experts = counts_e.numel()
 
@@ -158,10 +162,39 @@ class _GroupedGemm:
         return F.grouped_mm(grad_RO, weight_eOI, offs=self._ends_e)
 
     def grad_weight(self, grad_RO: Tensor, x_RI: Tensor) -> Tensor:
-        return F.grouped_mm(grad_RO.T, x_RI, offs=self._ends_e)
+        product = F.grouped_mm(grad_RO.T, x_RI, offs=self._ends_e)
+        if not _leaves_empty_groups_unwritten(product.device):
+            return product
+        return torch.where(self._counts_e[:, None, None] > 0, product, 0)
 
     def grad_bias(self, grad_RO: Tensor) -> Tensor:
         return F.one_hot(self._expert_R, self._num_experts).T.to(grad_RO.dtype) @ grad_RO
+
+
+def _leaves_empty_groups_unwritten(device: torch.device) -> bool:
+    """Whether grouped GEMM leaves a weight gradient without rows as it found the memory: so on
+    devices of capability 10 (B200), where others write zeros (pytorch/pytorch#172439).
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+
+
+def _falls_back(rows_RD: Tensor) -> bool:
+    """Whether grouped GEMM would read the counts and multiply expert by expert, six times a layer
+    and step: on GPUs for anything but bf16 on devices of capability 9 and 10.
+    """
+    return rows_RD.is_cuda and (
+        rows_RD.dtype != torch.bfloat16
+        or torch.cuda.get_device_capability(rows_RD.device)[0] not in (9, 10)
+    )
+
+
+def _row_major(grad_RD: Tensor) -> Tensor:
+    """Return a gradient as grouped GEMM takes it. That of a sum is expanded, and `contiguous`
+    leaves its strides of 0 where there are no rows.
+    """
+    if grad_RD.stride() == (grad_RD.shape[1], 1):
+        return grad_RD
+    return grad_RD.clone(memory_format=torch.contiguous_format)
 
 
 class _Loop:
@@ -235,9 +268,7 @@ class _ExpertFeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, pre_RF, hidden_RF, up, down = ctx.saved_tensors
         products = ctx.products
-        grad_RD = (
-            grad_RD.contiguous()
-        )  # grouped GEMM takes no expanded gradient, as that of a sum is
+        grad_RD = _row_major(grad_RD)
         grad_RF = torch.ops.aten.gelu_backward(
             products.grad_input(grad_RD, down), pre_RF, approximate="tanh"
         )
@@ -275,7 +306,7 @@ class _GatedExpertFeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, pre_RF, linear_RF, gate, up, down = ctx.saved_tensors
         products = ctx.products
-        grad_RD = grad_RD.contiguous()  # as above
+        grad_RD = _row_major(grad_RD)
         silu_RF = F.silu(pre_RF)
         grad_RF = products.grad_input(grad_RD, down)
         grad_linear_RF = grad_RF * silu_RF
