@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from promoe_ds.kernels import ops
 from promoe_ds.moe.collectives import AllToAll, WaitClock, exchange_counts
 from promoe_ds.moe.comm_dtype import SAME, CommDtype
 from promoe_ds.routing.assignment import Assignment
@@ -116,7 +117,7 @@ class LocalDispatcher(Dispatcher):
 
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Gather the rows, sorted by expert.  Sync: none."""
-        rows = select_rows(tokens_TD, assignment.token_ids_N)
+        rows = select_rows(tokens_TD, assignment)
         return lambda: Dispatched(rows, assignment.tokens_per_expert_E, assignment)
 
     def combine(self, rows_RD: Tensor, handle: object, base_TD: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ class AllToAllDispatcher(Dispatcher):
             clock=self.clock,
             wire=self.wire,
         )
-        pending = exchange.start(select_rows(tokens_TD, assignment.token_ids_N))
+        pending = exchange.start(select_rows(tokens_TD, assignment))
 
         def finish() -> Dispatched:
             order_R = _by_local_expert(received_We, sum(rows_in)) if sort else None
@@ -222,11 +223,14 @@ class AllToAllDispatcher(Dispatcher):
         )
 
 
-def select_rows(tokens_TD: Tensor, token_ids_N: Tensor) -> Tensor:
+def select_rows(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
     """Return each row's token, (N, D).
 
     Gradient: the sum over a token's rows, accumulated in fp32 whatever the dtype.  Sync: none.
     """
+    token_ids_N, places = assignment.token_ids_N, assignment.places
+    if places is not None:
+        return ops.select_rows(tokens_TD, token_ids_N, places)
     if tokens_TD.dtype == at_least_fp32(tokens_TD).dtype:
         return tokens_TD.index_select(0, token_ids_N)
     return _SelectRows.apply(tokens_TD, token_ids_N)
@@ -251,6 +255,10 @@ def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) 
     """Add gate * row to base at each row's token, accumulated in fp32; base is consumed, the result
     has its dtype.
     """
+    if assignment.places is not None:
+        return ops.combine(
+            base_TD, rows_ND, assignment.gates_N, assignment.token_ids_N, assignment.places
+        )
     total_TD = _AddWeightedRows.apply(
         at_least_fp32(base_TD), rows_ND, assignment.gates_N, assignment.token_ids_N
     )

@@ -5,12 +5,17 @@ Letters: D width, F hidden width, E routed experts on all ranks, e those held he
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from promoe_ds.kernels import ops
+from promoe_ds.kernels.choice import uses_triton
 
 
 class FeedForward(nn.Module):
@@ -91,6 +96,7 @@ class StackedExperts(nn.Module):
         *,
         expert_type: str = "gelu",
         backend: str = "grouped_mm",
+        kernels: str = "eager",
         first_expert: int = 0,
     ) -> None:
         """Create uninitialised experts (`model.init` fills them).
@@ -99,6 +105,7 @@ class StackedExperts(nn.Module):
             expert_type: "gelu" (GELU-tanh, biases) or "swiglu" (no biases).
             backend: "grouped_mm" (grouped GEMM), "loop" (one expert after the other), or "auto":
                 grouped GEMM but where torch would run its slow fallback.
+            kernels: of biases and GELU, see `kernels.choice`.
         Raises: ValueError for another type or backend.
         """
         super().__init__()
@@ -107,6 +114,7 @@ class StackedExperts(nn.Module):
         if expert_type not in FEED_FORWARDS:
             raise ValueError(f"expert type {expert_type!r} is none of {', '.join(FEED_FORWARDS)}")
         self.expert_type, self.backend, self.first_expert = expert_type, backend, first_expert
+        self.kernels = kernels
         self.num_local_experts = num_experts
         for name, shape in expert_shapes(expert_type, width, hidden).items():
             self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
@@ -136,7 +144,10 @@ class StackedExperts(nn.Module):
         backend = self.backend
         if backend == "auto":
             backend = "loop" if _falls_back(rows_RD) else "grouped_mm"
-        products = BACKENDS[backend](tokens_per_expert_e, rows_RD.shape[0])
+        make_products = BACKENDS[backend]
+        if backend == "grouped_mm" and uses_triton(rows_RD, self.kernels):
+            make_products = _FusedGroupedGemm
+        products = make_products(tokens_per_expert_e, rows_RD.shape[0])
         function = _ExpertFeedForward if self.expert_type == "gelu" else _GatedExpertFeedForward
         return function.apply(
             rows_RD,
@@ -145,14 +156,39 @@ class StackedExperts(nn.Module):
         )
 
 
-class _GroupedGemm:
+class _Products(ABC):
+    """Products of rows with the weights of their experts, and GELU between two of them."""
+
+    @abstractmethod
+    def linear(self, x_RI: Tensor, weight_eOI: Tensor, bias_eO: Tensor | None = None) -> Tensor: ...
+
+    @abstractmethod
+    def grad_bias(self, grad_RO: Tensor) -> Tensor: ...
+
+    def expand(self, rows_RD: Tensor, up: Tensor, up_bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `expand_backward` needs and gelu_tanh(up(rows)), (R, F) both."""
+        pre_RF = self.linear(rows_RD, up, up_bias)
+        return pre_RF, F.gelu(pre_RF, approximate="tanh")
+
+    def expand_backward(
+        self, grad_RF: Tensor, pre_RF: Tensor, up_bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients before GELU, (R, F), and of the biases."""
+        grad_RF = torch.ops.aten.gelu_backward(grad_RF, pre_RF, approximate="tanh")
+        return grad_RF, self.grad_bias(grad_RF)
+
+
+class _GroupedGemm(_Products):
     """Products over all experts at once, by grouped GEMM; the counts stay on the device."""
 
     def __init__(self, counts_e: Tensor, num_rows: int) -> None:
-        experts = torch.arange(counts_e.numel(), device=counts_e.device)
         self._counts_e, self._ends_e = counts_e, counts_e.cumsum(0).to(torch.int32)
-        self._expert_R = torch.repeat_interleave(experts, counts_e, output_size=num_rows)
-        self._num_experts = counts_e.numel()
+        self._num_rows = num_rows
+
+    @cached_property
+    def _expert_R(self) -> Tensor:
+        experts = torch.arange(len(self._counts_e), device=self._counts_e.device)
+        return torch.repeat_interleave(experts, self._counts_e, output_size=self._num_rows)
 
     def linear(self, x_RI: Tensor, weight_eOI: Tensor, bias_eO: Tensor | None = None) -> Tensor:
         product = F.grouped_mm(x_RI, weight_eOI.transpose(-2, -1), offs=self._ends_e)
@@ -168,7 +204,33 @@ class _GroupedGemm:
         return torch.where(self._counts_e[:, None, None] > 0, product, 0)
 
     def grad_bias(self, grad_RO: Tensor) -> Tensor:
-        return F.one_hot(self._expert_R, self._num_experts).T.to(grad_RO.dtype) @ grad_RO
+        return F.one_hot(self._expert_R, len(self._counts_e)).T.to(grad_RO.dtype) @ grad_RO
+
+
+class _FusedGroupedGemm(_GroupedGemm):
+    """Grouped GEMM whose biases and GELU are one kernel that finds each row's expert."""
+
+    def linear(self, x_RI: Tensor, weight_eOI: Tensor, bias_eO: Tensor | None = None) -> Tensor:
+        product = super().linear(x_RI, weight_eOI)
+        if bias_eO is not None:
+            ops.add_bias(product, bias_eO, self._ends_e)
+        return product
+
+    def expand(self, rows_RD: Tensor, up: Tensor, up_bias: Tensor) -> tuple[Tensor, Tensor]:
+        pre_RF = self.linear(rows_RD, up)
+        return pre_RF, ops.bias_gelu(pre_RF, up_bias, self._ends_e)
+
+    def expand_backward(
+        self, grad_RF: Tensor, pre_RF: Tensor, up_bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor] = ops.bias_gelu_backward(
+            grad_RF, pre_RF, up_bias, self._ends_e
+        )
+        return gradients
+
+    def grad_bias(self, grad_RO: Tensor) -> Tensor:
+        total: Tensor = ops.sum_groups(grad_RO, self._ends_e)
+        return total
 
 
 def _leaves_empty_groups_unwritten(device: torch.device) -> bool:
@@ -197,7 +259,7 @@ def _row_major(grad_RD: Tensor) -> Tensor:
     return grad_RD.clone(memory_format=torch.contiguous_format)
 
 
-class _Loop:
+class _Loop(_Products):
     """Products of one expert after the other, into slices of one result; the counts go to the
     host.
     """
@@ -256,27 +318,26 @@ class _ExpertFeedForward(torch.autograd.Function):
         up_bias: Tensor,
         down: Tensor,
         down_bias: Tensor,
-        products: _GroupedGemm | _Loop,
+        products: _Products,
     ) -> Tensor:
-        pre_RF = products.linear(rows_RD, up, up_bias)
-        hidden_RF = F.gelu(pre_RF, approximate="tanh")
-        ctx.save_for_backward(rows_RD, pre_RF, hidden_RF, up, down)
+        pre_RF, hidden_RF = products.expand(rows_RD, up, up_bias)
+        ctx.save_for_backward(rows_RD, pre_RF, hidden_RF, up, up_bias, down)
         ctx.products = products
         return products.linear(hidden_RF, down, down_bias)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        rows_RD, pre_RF, hidden_RF, up, down = ctx.saved_tensors
+        rows_RD, pre_RF, hidden_RF, up, up_bias, down = ctx.saved_tensors
         products = ctx.products
         grad_RD = _row_major(grad_RD)
-        grad_RF = torch.ops.aten.gelu_backward(
-            products.grad_input(grad_RD, down), pre_RF, approximate="tanh"
+        grad_RF, grad_up_bias = products.expand_backward(
+            products.grad_input(grad_RD, down), pre_RF, up_bias
         )
         grad_rows = products.grad_input(grad_RF, up) if ctx.needs_input_grad[0] else None
         return (
             grad_rows,
             products.grad_weight(grad_RF, rows_RD),
-            products.grad_bias(grad_RF),
+            grad_up_bias,
             products.grad_weight(grad_RD, hidden_RF),
             products.grad_bias(grad_RD),
             None,
@@ -295,7 +356,7 @@ class _GatedExpertFeedForward(torch.autograd.Function):
         gate: Tensor,
         up: Tensor,
         down: Tensor,
-        products: _GroupedGemm | _Loop,
+        products: _Products,
     ) -> Tensor:
         pre_RF, linear_RF = products.linear(rows_RD, gate), products.linear(rows_RD, up)
         ctx.save_for_backward(rows_RD, pre_RF, linear_RF, gate, up, down)
@@ -326,4 +387,7 @@ class _GatedExpertFeedForward(torch.autograd.Function):
 
 
 #: The implementations of `parallel.expert_backend`.
-BACKENDS = {"grouped_mm": _GroupedGemm, "loop": _Loop}
+BACKENDS: dict[str, Callable[[Tensor, int], _Products]] = {
+    "grouped_mm": _GroupedGemm,
+    "loop": _Loop,
+}

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.moe.dispatch import ExpertPath, LocalDispatcher
 from promoe_ds.moe.experts import StackedExperts
 from promoe_ds.moe.recompute import Recompute, recomputed
@@ -33,6 +34,7 @@ class MoELayer(nn.Module):
         routed: StackedExperts,
         shared: nn.Module | None,
         unconditional: nn.Module | None,
+        kernels: str = "eager",
     ) -> None:
         super().__init__()
         self.router = router
@@ -40,6 +42,9 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.unconditional = unconditional
         self.dispatcher: ExpertPath = LocalDispatcher()
+        #: See `kernels.choice`; for the router and the rows' way. Experts have their own.
+        self.kernels = kernels
+        router.kernels = kernels
         self.recompute_hidden = False
         self.checkpoint: Recompute = recomputed
 
@@ -47,8 +52,11 @@ class MoELayer(nn.Module):
         """Decide where the tokens go. Call once per pass; `apply_experts` may be recomputed, this
         never is.
         """
-        plan = self.router(tokens_BSD, partition)
-        if not self.training:
+        plan: RoutingPlan = self.router(tokens_BSD, partition)
+        if uses_triton(tokens_BSD, self.kernels):
+            num_tokens = tokens_BSD.shape[:2].numel()
+            plan = replace(plan, assignment=plan.assignment.with_places(num_tokens))
+        if not self.training or plan.stats.token_sums_ED is not None:
             return plan
         sums_ED = sum_tokens_by_expert(tokens_BSD.detach().flatten(0, 1), plan.assignment)
         return replace(plan, stats=replace(plan.stats, token_sums_ED=sums_ED))
@@ -68,7 +76,9 @@ class MoELayer(nn.Module):
         )
         # Replicated experts need no exchange: they compute while the routed rows travel.
         output_TD = self._replicated(
-            tokens_TD, partition.unconditional_token_ids(tokens_BSD.shape[1])
+            tokens_TD,
+            partition.unconditional_token_ids(tokens_BSD.shape[1]),
+            is_fused=plan.assignment.places is not None,
         )
         output_TD = add_routed(output_TD)
         return output_TD.to(tokens_BSD.dtype).view_as(tokens_BSD)
@@ -80,12 +90,17 @@ class MoELayer(nn.Module):
         plan = self.route(tokens_BSD, partition)
         return self.apply_experts(tokens_BSD, partition, plan), plan
 
-    def _replicated(self, tokens_TD: Tensor, unconditional_token_ids: Tensor) -> Tensor:
-        output_TD = at_least_fp32(
+    def _replicated(
+        self, tokens_TD: Tensor, unconditional_token_ids: Tensor, *, is_fused: bool
+    ) -> Tensor:
+        output_TD = (
             torch.zeros_like(tokens_TD)
             if self.shared is None
             else self._run(self.shared, tokens_TD)
         )
+        # A token has a row of the unconditional expert or rows of routed ones, never both: summed
+        # in fp32 by the fused combine, it is rounded once in either dtype.
+        output_TD = output_TD if is_fused else at_least_fp32(output_TD)
         if self.unconditional is None:
             return output_TD
         # Always run, on no tokens if need be: a parameter without gradient on one rank would break

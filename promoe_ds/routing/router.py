@@ -51,6 +51,8 @@ class Router(KeepsBuffersPrecise):
             raise RoutingError(f"top_k={top_k} exceeds num_experts={num_experts}")
         self.num_experts, self.top_k = num_experts, top_k
         self.reduce_sum: ReduceSum = identity_reduce
+        #: See `kernels.choice`; set from outside, as `reduce_sum`.
+        self.kernels = "eager"
 
     def forward(self, tokens_BSD: Tensor, partition: Partition) -> RoutingPlan:
         """Route one batch: which routed experts each token of a routed sample visits, losses and

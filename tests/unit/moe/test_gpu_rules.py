@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from promoe_ds.moe import StackedExperts, experts
 from promoe_ds.moe.collectives import WaitClock
 from promoe_ds.moe.dispatch import select_rows
+from promoe_ds.routing.assignment import Assignment
 
 from ..builders import random_tensor, randomise
 
@@ -65,8 +66,9 @@ def test_auto_avoids_the_slow_fallback_of_grouped_gemm(
 
 def test_gradient_of_a_token_with_many_rows_is_summed_in_fp32() -> None:
     ids = torch.zeros(400, dtype=torch.int64)
+    rows = Assignment(ids, torch.ones(400), torch.tensor([400]))
     tokens = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    select_rows(tokens, ids).sum().backward()
+    select_rows(tokens, rows).sum().backward()
     assert tokens.grad.flatten().tolist() == [400.0, 0.0]  # in bf16, 256 + 1 is 256
 
 
