@@ -271,12 +271,12 @@ def _resolve_bf16(resolved: dict[str, Any], config: RunConfig, source: str) -> b
             f'{source}: bf16.enabled is "auto" and so is the recipe\'s precision.compute: state one'
             " of them"
         )
-    if compute != "auto" and stated not in ("auto", compute != "fp32"):
+    if compute != "auto" and stated not in ("auto", config.precision.has_bf16_weights):
         raise ConfigError(
             f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute}"
             ' of the recipe: say "auto" there, or make them agree'
         )
-    enabled = compute != "fp32" if stated == "auto" else stated
+    enabled = config.precision.has_bf16_weights if stated == "auto" else stated
     if enabled or resolved.get("bf16"):
         resolved["bf16"] = {"enabled": enabled}
     return enabled

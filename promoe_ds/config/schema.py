@@ -249,6 +249,15 @@ class RunConfig(Section):
                 "parallel.compile=true cannot look into Transformer Engine's layers"
                 " (precision.kernels): switch one of them off"
             )
+        if (
+            self.precision.compute == "bf16_autocast"
+            and self.parallel.dispatch in EXTERNAL_DISPATCH
+        ):
+            raise ValueError(
+                f"parallel.dispatch={self.parallel.dispatch} brings a layer that autocast does not"
+                " reach (precision.compute=bf16_autocast): use parallel.dispatch=alltoall, or"
+                " precision.compute=bf16"
+            )
         if self.precision.compute != "fp8":
             return self
         multiple, misfit = (

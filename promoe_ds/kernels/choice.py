@@ -24,6 +24,5 @@ def uses_triton(tensor: Tensor, kernels: str) -> bool:
     """
     if kernels == "eager" or tensor.dtype == torch.float64:
         return False
-    return kernels == "triton" or (
-        tensor.is_cuda and tensor.dtype == torch.bfloat16 and has_triton()
-    )
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tensor.dtype
+    return kernels == "triton" or (tensor.is_cuda and dtype == torch.bfloat16 and has_triton())

@@ -139,6 +139,7 @@ class StackedExperts(nn.Module):
         Gradient: reaches every parameter, zeros for an expert without rows.
         Sync: none with grouped_mm; one with loop.
         """
+        rows_RD = at_autocast_dtype(rows_RD)
         if self.kernel is not None:
             return self.kernel(self, rows_RD, tokens_per_expert_e)
         backend = self.backend
@@ -149,11 +150,18 @@ class StackedExperts(nn.Module):
             make_products = _FusedGroupedGemm
         products = make_products(tokens_per_expert_e, rows_RD.shape[0])
         function = _ExpertFeedForward if self.expert_type == "gelu" else _GatedExpertFeedForward
+        names = EXPERT_PARAMETERS[self.expert_type]
         return function.apply(
-            rows_RD,
-            *(getattr(self, name) for name in EXPERT_PARAMETERS[self.expert_type]),
-            products,
+            rows_RD, *(at_autocast_dtype(getattr(self, name)) for name in names), products
         )
+
+
+def at_autocast_dtype(tensor: Tensor) -> Tensor:
+    """Return `tensor` in the dtype in which torch's autocast, where it is on, would multiply it."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 class _Products(ABC):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.moe.dispatch import ExpertPath, LocalDispatcher
-from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.moe.experts import StackedExperts, at_autocast_dtype
 from promoe_ds.moe.recompute import Recompute, recomputed
 from promoe_ds.routing.assignment import RoutingPlan, sum_tokens_by_expert
 from promoe_ds.routing.partition import Partition
@@ -70,7 +70,7 @@ class MoELayer(nn.Module):
         Returns: (B, S, D) in the dtype of the tokens.
         Gradient: reaches tokens, every expert and, through the gates, the router.
         """
-        tokens_TD = tokens_BSD.flatten(0, 1)
+        tokens_TD = at_autocast_dtype(tokens_BSD.flatten(0, 1))
         add_routed = self.dispatcher.begin(
             partial(self._run, self.routed), tokens_TD, plan.assignment
         )
@@ -78,7 +78,7 @@ class MoELayer(nn.Module):
         output_TD = self._replicated(
             tokens_TD,
             partition.unconditional_token_ids(tokens_BSD.shape[1]),
-            is_fused=plan.assignment.places is not None,
+            dtype=tokens_BSD.dtype if plan.assignment.places is not None else None,
         )
         output_TD = add_routed(output_TD)
         return output_TD.to(tokens_BSD.dtype).view_as(tokens_BSD)
@@ -91,8 +91,11 @@ class MoELayer(nn.Module):
         return self.apply_experts(tokens_BSD, partition, plan), plan
 
     def _replicated(
-        self, tokens_TD: Tensor, unconditional_token_ids: Tensor, *, is_fused: bool
+        self, tokens_TD: Tensor, unconditional_token_ids: Tensor, *, dtype: torch.dtype | None
     ) -> Tensor:
+        """Return what shared and unconditional experts add to each token, in `dtype`; None: at
+        least fp32.
+        """
         output_TD = (
             torch.zeros_like(tokens_TD)
             if self.shared is None
@@ -100,7 +103,7 @@ class MoELayer(nn.Module):
         )
         # A token has a row of the unconditional expert or rows of routed ones, never both: summed
         # in fp32 by the fused combine, it is rounded once in either dtype.
-        output_TD = output_TD if is_fused else at_least_fp32(output_TD)
+        output_TD = at_least_fp32(output_TD) if dtype is None else output_TD.to(dtype)
         if self.unconditional is None:
             return output_TD
         # Always run, on no tokens if need be: a parameter without gradient on one rank would break

@@ -171,7 +171,7 @@ def _describe(trainer: Trainer) -> None:
         config.parallel.resolved_dispatch,
         config.experts_by,
         plan.zero_stage,
-        plan.precision,
+        plan.precision if config.precision.compute != "bf16_autocast" else "bf16_autocast",
         batches.micro_batch,
         batches.accumulation,
         trainer.step,

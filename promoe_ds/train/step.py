@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.config import RunConfig
 from promoe_ds.diffusion import DiffusionBatch, build_objective
 from promoe_ds.model.dit import DiT
 from promoe_ds.routing.assignment import RoutingPlan
@@ -21,6 +23,13 @@ class TrainingOutput:
     loss: Tensor
     terms: dict[str, Tensor]
     plans: dict[int, RoutingPlan]
+
+
+def autocast_context(config: RunConfig, device_type: str) -> Callable[[], AbstractContextManager]:
+    """Return what makes the context of a pass: torch's autocast for `bf16_autocast`."""
+    if config.precision.compute == "bf16_autocast":
+        return partial(torch.autocast, device_type, torch.bfloat16)
+    return nullcontext
 
 
 class TrainingModule(nn.Module):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +37,7 @@ from promoe_ds.train.loader import BatchLoader, Place
 from promoe_ds.train.optimizer import AdamWithEma
 from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids
 from promoe_ds.train.routing_log import RoutingAccumulator
-from promoe_ds.train.step import StepResult, TrainingModule, TrainingOutput
+from promoe_ds.train.step import StepResult, TrainingModule, TrainingOutput, autocast_context
 
 _LOG = get_logger("trainer")
 
@@ -94,7 +93,9 @@ class Trainer:
         network, expert_group = _build_sharded_network(config, deepspeed_plan, context)
         uses_te = config.precision.uses_transformer_engine
         compute = (
-            use_transformer_engine(network, config, context.device) if uses_te else nullcontext
+            use_transformer_engine(network, config, context.device)
+            if uses_te
+            else autocast_context(config, context.device.type)
         )
         module = TrainingModule(network, compute).train()
         optimizer = AdamWithEma(
