@@ -102,7 +102,7 @@ def session_of(config: RunConfig, *, bf16: bool, zero: dict[str, Any] | None = N
         "bf16": {"enabled": bf16},
     }
     plan = resolve_deepspeed(values, config, batches, source="benchmark")
-    return Trainer.build(config, plan, ranks, build_dataset(config))
+    return Trainer(config, plan, ranks, build_dataset(config))
 
 
 def in_session(config: RunConfig, body: Callable[[Any], _T], *, bf16: bool) -> _T:

@@ -27,7 +27,7 @@ from promoe_ds.config import RunConfig, change_config
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.state import buffer_names, state_shapes
-from promoe_ds.versions import package_versions
+from promoe_ds.versions import versions_of
 
 _MEGA = 10**6
 #: Resident memory allowed beside 1.5 times the largest file.
@@ -221,7 +221,7 @@ def write_checkpoint(config: RunConfig, root: Path, *, ranks: int) -> Path:
             zero_stage=2,
             precision="fp32",
         ),
-        versions=package_versions(),
+        versions=versions_of("deepspeed"),
         files={
             path.name: FileRecord(path.stat().st_size, checksum(path)) for path in folder.iterdir()
         },

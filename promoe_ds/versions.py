@@ -17,16 +17,6 @@ from promoe_ds.errors import ConfigError
 DEEPSPEED_RANGE = ("0.19.8", "0.20")
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions that a checkpoint's reader may want to know."""
-    return {
-        "promoe_ds": __version__,
-        "torch": torch.__version__,
-        "deepspeed": version("deepspeed"),
-        "python": platform.python_version(),
-    }
-
-
 def check_deepspeed() -> None:
     """Check the installed DeepSpeed before it is imported; name the CPU to it where there is no
     GPU.

@@ -40,7 +40,6 @@ NAMES = {
         "DeepSpeedEngine.save_checkpoint",
     ),
     "deepspeed.runtime.compiler": ("compile", "dummy_decorator"),
-    "deepspeed.runtime.zero.utils": ("ZERO_SUPPORTED_OPTIMIZERS",),
     "deepspeed.runtime.zero.stage_1_and_2": (
         "DeepSpeedZeroOptimizer.check_overflow",
         "DeepSpeedZeroOptimizer.update_lp_params",
@@ -87,14 +86,6 @@ def prepare_library(timeout_seconds: float) -> None:
     set_group_timeouts(timeout_seconds)
     # DeepSpeed calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-
-
-def support_optimizer(kind: type) -> None:
-    """Enter an elementwise optimizer among those that ZeRO supports, of which it does not warn."""
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
-    if kind not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(kind)
 
 
 def _import_muon() -> None:

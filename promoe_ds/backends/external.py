@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from promoe_ds.routing.assignment import Assignment
+from promoe_ds.routing.assignment import Assignment, expert_of_rows
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,5 @@ class TokenChoices:
 
 def token_choices(assignment: Assignment, top_k: int) -> TokenChoices:
     """Sort an assignment by token, K rows each.  Sync: none."""
-    counts_E = assignment.tokens_per_expert_E
-    num_rows = assignment.token_ids_N.numel()
-    expert_N = torch.repeat_interleave(
-        torch.arange(counts_E.numel(), device=counts_E.device), counts_E, output_size=num_rows
-    )
     rows_SK = torch.argsort(assignment.token_ids_N, stable=True).view(-1, top_k)
-    return TokenChoices(assignment.token_ids_N[rows_SK[:, 0]], rows_SK, expert_N)
+    return TokenChoices(assignment.token_ids_N[rows_SK[:, 0]], rows_SK, expert_of_rows(assignment))

@@ -14,7 +14,6 @@ from promoe_ds.checkpoint.zero_reader import check_progress
 from promoe_ds.config import RunConfig
 from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.config.schedule import learning_rate
-from promoe_ds.distributed.context import on_all_ranks
 from promoe_ds.errors import CheckpointError, differences
 from promoe_ds.logs import get_logger
 
@@ -106,8 +105,8 @@ def load_checkpoint(trainer: TrainingState, folder: Path, *, same_run: bool) -> 
     layout = layout_of(trainer)
     same_optimizer = _beside_schedule(saved.optimizer) == _beside_schedule(trainer.config.optimizer)
     if layout == manifest.layout and same_optimizer and not moves_experts(manifest, trainer.config):
-        on_all_ranks(lambda: _load_as_it_is(trainer, folder, manifest))
-        trainer.optimizer.averages_since = dict(manifest.averages_since)
+        trainer.context.on_all_ranks(lambda: _load_as_it_is(trainer, folder, manifest))
+        trainer.ema.averages_since = dict(manifest.averages_since)
     else:
         _LOG.info(
             "resume: resharding, from %s to %s%s",

@@ -22,7 +22,6 @@ from promoe_ds.checkpoint.manifest import Manifest
 from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.checkpoint.zero_reader import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint
 from promoe_ds.config.optimizer import EMA, OptimizerConfig
-from promoe_ds.distributed.context import on_all_ranks
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("checkpoint")
@@ -51,7 +50,7 @@ def load_resharded(trainer: TrainingState, folder: Path, manifest: Manifest) -> 
         together.
     Raises: CheckpointError naming the tensor that does not fit.
     """
-    on_all_ranks(lambda: _fill(trainer, folder, manifest))
+    trainer.context.on_all_ranks(lambda: _fill(trainer, folder, manifest))
     if trainer.deepspeed_plan.zero_stage > 0:
         ZeroPartitions(trainer.engine.optimizer).write_back()
 
@@ -63,7 +62,7 @@ def _fill(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
         kind: kept.get(kind) if kind.startswith(EMA) else kind for kind in _state_kinds(trainer)
     }
     missing = [kind for kind, source in sources.items() if source not in checkpoint.kinds]
-    trainer.optimizer.averages_since = {
+    trainer.ema.averages_since = {
         kind: manifest.step for kind in missing if kind.startswith(EMA)
     } | {
         kind: manifest.averages_since[source]
@@ -99,7 +98,7 @@ def _report_losses(
         )
     if missing:
         named = [
-            f"{kind} ({trainer.optimizer.averages[kind]})" if kind.startswith(EMA) else kind
+            f"{kind} ({trainer.ema.averages[kind]})" if kind.startswith(EMA) else kind
             for kind in missing
         ]
         _LOG.warning(
@@ -164,14 +163,14 @@ def kept_averages(manifest: Manifest, config: OptimizerConfig) -> dict[str, str]
 
 def _state_kinds(trainer: TrainingState) -> tuple[str, ...]:
     """Return what the optimizer keeps of every value beside the value itself."""
-    return (*MOMENTS, *trainer.optimizer.averages)
+    return (*MOMENTS, *trainer.ema.averages)
 
 
 def _fresh_state(
     states: dict, parameter: Tensor, step: int, kinds: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Make the optimizer state of one parameter or flat slice, as AdamWithEma would at its first
-    update; return its `kinds`.
+    """Make the optimizer state of one parameter or flat slice, as AdamW and `Ema` would at its
+    first update; return its `kinds`.
     """
     values = {kind: torch.zeros_like(parameter.data) for kind in kinds}
     states[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **values}

@@ -22,7 +22,7 @@ from promoe_ds.checkpoint.manifest import (
     read_manifest,
     step_of,
 )
-from promoe_ds.distributed.context import DistributedContext, from_main, gather_objects, on_main
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import CheckpointError, first_few
 from promoe_ds.files import write_json
 from promoe_ds.logs import get_logger
@@ -70,12 +70,12 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
     """
     root = run_dir / "checkpoints"
     if request == "none":
-        on_main(ranks, lambda: (run_dir / _START).unlink(missing_ok=True))
+        ranks.on_main(lambda: (run_dir / _START).unlink(missing_ok=True))
         return Choice()
-    own, start = on_main(ranks, lambda: (list_checkpoints(root), _read_start(run_dir)))
+    own, start = ranks.on_main(lambda: (list_checkpoints(root), _read_start(run_dir)))
     if request == "auto":
         return _continue_run(own, root, ranks, start)
-    named = on_main(ranks, lambda: str(Path(request).resolve()))
+    named = ranks.on_main(lambda: str(Path(request).resolve()))
     reached = [folder for folder in own if start is not None and step_of(folder) >= start.step]
     if start is not None and start.named == named and reached:
         _LOG.info(
@@ -85,8 +85,8 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
         )
         return _continue_run(reached, root, ranks, start)
     folder = _choose_named(Path(request), ranks)
-    if on_main(ranks, lambda: folder.resolve().parent == root.resolve()):
-        on_main(ranks, lambda: _set_later_aside(root, read_manifest(folder).step))
+    if ranks.on_main(lambda: folder.resolve().parent == root.resolve()):
+        ranks.on_main(lambda: _set_later_aside(root, read_manifest(folder).step))
     elif own:
         raise CheckpointError(
             f"--resume {request}: {run_dir} already holds checkpoints of its own, up to"
@@ -94,8 +94,7 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
             " another --run-dir"
         )
     _LOG.info("resume: taking %s", folder)
-    on_main(
-        ranks,
+    ranks.on_main(
         lambda: write_json(run_dir / _START, {"named": named, "step": read_manifest(folder).step}),
     )
     return Choice(folder=folder, same_run=False)
@@ -104,7 +103,7 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
 def _continue_run(
     candidates: list[Path], root: Path, ranks: DistributedContext, start: _Start | None
 ) -> Choice:
-    skipped = [f"{path} (the save never ended)" for path in from_main(list_unfinished(root))]
+    skipped = [f"{path} (the save never ended)" for path in ranks.from_main(list_unfinished(root))]
     chosen, problems = _newest_sound(candidates, ranks)
     _report_skipped([*skipped, *problems], ranks)
     if chosen is None and candidates:
@@ -123,7 +122,7 @@ def _continue_run(
         f"taking {chosen}" if chosen else f"no checkpoint under {root}, starting from step 0",
     )
     if chosen is not None:
-        on_main(ranks, lambda: _set_later_aside(root, step_of(chosen)))
+        ranks.on_main(lambda: _set_later_aside(root, step_of(chosen)))
     return Choice(folder=chosen)
 
 
@@ -145,7 +144,7 @@ def _set_later_aside(root: Path, step: int) -> None:
 
 
 def _choose_named(path: Path, ranks: DistributedContext) -> Path:
-    candidates = on_main(ranks, lambda: named_checkpoints(path), flag="--resume ")
+    candidates = ranks.on_main(lambda: named_checkpoints(path), flag="--resume ")
     chosen, problems = _newest_sound(candidates, ranks)
     if chosen is None:
         raise CheckpointError(f"--resume {path}: {'; '.join(problems)}")
@@ -178,7 +177,7 @@ def _problems(folder: Path, ranks: DistributedContext) -> list[str]:
         problems = find_problems(folder, mine)
     except CheckpointError as error:
         problems = [str(error)]
-    gathered = [line for lines in gather_objects(problems) for line in lines]
+    gathered = [line for lines in ranks.gather(problems) for line in lines]
     return list(dict.fromkeys(gathered))
 
 

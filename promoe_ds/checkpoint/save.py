@@ -23,11 +23,10 @@ from promoe_ds.checkpoint.manifest import (
 )
 from promoe_ds.checkpoint.training_state import TrainingState
 from promoe_ds.config.schema import TrainConfig
-from promoe_ds.distributed.context import from_main, gather_objects
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import replace_text
 from promoe_ds.logs import get_logger
-from promoe_ds.versions import package_versions
+from promoe_ds.versions import versions_of
 
 _LOG = get_logger("checkpoint")
 #: Ends the name of a checkpoint that is being deleted.
@@ -120,7 +119,7 @@ class _Pending:
 def _begin(trainer: TrainingState, root: Path) -> _Pending:
     """Hand every rank's share to the storage."""
     unfinished = root / f"{step_folder(trainer.step)}{UNFINISHED}"
-    failure = from_main(_clear(unfinished) if trainer.context.is_main else None)
+    failure = trainer.context.from_main(_clear(unfinished) if trainer.context.is_main else None)
     if failure is None:
         trainer.engine.save_checkpoint(str(root), tag=unfinished.name, save_latest=False)
     return _Pending(
@@ -137,12 +136,12 @@ def _complete(trainer: TrainingState, root: Path, pending: _Pending) -> Path:
     pending.storage.wait()
     records, failures = {}, [pending.failure] if pending.failure else []
     for rank, (files, problem) in enumerate(
-        gather_objects((pending.storage.records, pending.storage.failure))
+        trainer.context.gather((pending.storage.records, pending.storage.failure))
     ):
         records.update(files)
         failures += [f"rank {rank}: {problem}"] if problem else []
     if not failures:
-        failure = from_main(
+        failure = trainer.context.from_main(
             _finish(trainer, root, pending, records) if trainer.context.is_main else None
         )
         failures = [failure] if failure else []
@@ -186,8 +185,8 @@ def _finish(
             config=trainer.config.model_dump(mode="json"),
             layout=layout_of(trainer),
             files=records,
-            versions=package_versions(),
-            averages_since=dict(trainer.optimizer.averages_since),
+            versions=versions_of("deepspeed"),
+            averages_since=dict(trainer.ema.averages_since),
             dataset_size=len(trainer.dataset),
             wandb_id=read_wandb_id(root.parent),
         )

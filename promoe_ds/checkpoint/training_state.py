@@ -21,8 +21,8 @@ class TrainingState(Protocol):
     context: DistributedContext
     #: DeepSpeed's engine.
     engine: Any
-    #: The optimizer under ZeRO: `averages`, `averages_since`.
-    optimizer: Any
+    #: The moving averages in the optimizer's state: `averages`, `averages_since`.
+    ema: Any
     step: int
     samples_seen: int
 

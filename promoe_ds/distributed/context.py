@@ -19,7 +19,10 @@ _PATIENCE = timedelta(days=30)
 
 
 class DistributedContext:
-    """This process among those of a job, or alone: every collective is a no-op then."""
+    """This process among those of a job, or alone: every collective is a no-op then.
+
+    Each method but `is_main` is one collective, which all ranks call together.
+    """
 
     def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
         """Be one of the ranks of a process group that exists, if there are several."""
@@ -32,12 +35,18 @@ class DistributedContext:
         return self.rank == 0
 
     def gather(self, value: _T) -> list[_T]:
-        """Return every rank's small picklable value, by rank."""
-        return [value] if self.world_size == 1 else gather_objects(value)
+        """Return every rank's small picklable value, by rank: for rare events, not for tensors."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def from_main(self, value: _T) -> _T:
         """Return rank 0's value on every rank."""
-        return value if self.world_size == 1 else from_main(value)
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def barrier(self) -> None:
         """Wait for all, however much longer the others work than this one."""
@@ -62,21 +71,37 @@ class DistributedContext:
         dist.all_reduce(total)
         return total.cpu().numpy()
 
-    def on_main(self, action: Callable[[], _T]) -> _T:
-        """Run something on rank 0 and return its result on every rank.
+    def on_main(self, action: Callable[[], _T], *, flag: str = "") -> _T:
+        """Run something on rank 0 alone; return its small picklable result on every rank.
 
-        Raises: the PromoeError that it raised there, on every rank.
+        Raises: on every rank, what it raised there, its message after `flag`: a PromoeError, or
+        CheckpointError for an OSError.
         """
         outcome: Any = None
         if self.is_main:
             try:
                 outcome = action()
             except PromoeError as error:
-                outcome = error
+                outcome = type(error)(f"{flag}{error}")
+            except OSError as error:
+                outcome = CheckpointError(f"{flag}{error}")
         outcome = self.from_main(outcome)
         if isinstance(outcome, PromoeError):
             raise outcome
         return outcome
+
+    def on_all_ranks(self, action: Callable[[], None]) -> None:
+        """Run something that may fail on one rank alone, so that it fails on all.
+
+        Raises: CheckpointError with every rank's message.
+        """
+        problem = ""
+        try:
+            action()
+        except CheckpointError as error:
+            problem = str(error)
+        if problems := [one for one in self.gather(problem) if one]:
+            raise CheckpointError("; ".join(dict.fromkeys(problems)))
 
 
 def single_process(device: torch.device | str = "cpu") -> DistributedContext:
@@ -115,52 +140,3 @@ def join_processes(
     context = DistributedContext(rank=dist.get_rank(), world_size=world_size, device=own)
     context.wait_patiently()
     return context
-
-
-def gather_objects(value: object) -> list:
-    """Return every rank's small picklable value, by rank. For rare events and messages, not for
-    tensors.
-    """
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def from_main(value: _T) -> _T:
-    """Return rank 0's value on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def on_main(ranks: DistributedContext, action: Callable[[], _T], *, flag: str = "") -> _T:
-    """Run something on rank 0 alone; return its small picklable value on every rank.  Collectives:
-    one.
-
-    Raises: CheckpointError on every rank if it fails there, its message after `flag`.
-    """
-    value: _T | CheckpointError | None = None
-    if ranks.is_main:
-        try:
-            value = action()
-        except (CheckpointError, OSError) as error:
-            value = CheckpointError(f"{flag}{error}")
-    value = from_main(value)
-    if isinstance(value, CheckpointError):
-        raise value
-    return value
-
-
-def on_all_ranks(action: Callable[[], None]) -> None:
-    """Run something that may fail on one rank alone, so that it fails on all.  Collectives: one,
-    after it.
-
-    Raises: CheckpointError with every rank's message.
-    """
-    problem = None
-    try:
-        action()
-    except CheckpointError as error:
-        problem = str(error)
-    if problems := [one for one in gather_objects(problem) if one]:
-        raise CheckpointError("; ".join(dict.fromkeys(problems)))

@@ -11,14 +11,16 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from promoe_ds.distributed.context import gather_objects
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
 
 _LOG = get_logger("placement")
 
 
-def check_placement(group: dist.ProcessGroup, *, required: bool) -> None:
+def check_placement(
+    group: dist.ProcessGroup, context: DistributedContext, *, required: bool
+) -> None:
     """Log how many hosts the expert-parallel groups span; all ranks call this together.
     Collectives: one.
 
@@ -27,12 +29,12 @@ def check_placement(group: dist.ProcessGroup, *, required: bool) -> None:
         (`parallel.expert_groups=node`).
     Raises: ConfigError on every rank if they must and do not.
     """
-    gathered = gather_objects((socket.gethostname(), tuple(dist.get_process_group_ranks(group))))
+    gathered = context.gather((socket.gethostname(), tuple(dist.get_process_group_ranks(group))))
     hosts = [host for host, _ in gathered]
     problem = spanning_problem(hosts, sorted({ranks for _, ranks in gathered}))
     if problem and required:
         raise ConfigError(f"parallel.expert_groups=node: {problem}")
-    if dist.get_rank() == 0 and dist.get_world_size(group) > 1:
+    if context.is_main and dist.get_world_size(group) > 1:
         _LOG.warning("%s", problem) if problem else _LOG.info("every expert group lies on one host")
 
 

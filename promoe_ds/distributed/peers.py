@@ -8,7 +8,7 @@ import socket
 
 import torch.distributed as dist
 
-from promoe_ds.distributed.context import gather_objects
+from promoe_ds.distributed.context import DistributedContext
 
 #: What gloo, NCCL and the store report of a broken collective; anything else is another defect.
 _SIGNS = (
@@ -27,13 +27,13 @@ _SIGNS = (
 _ADDRESS = re.compile(r"\[?((?:\d{1,3}\.){3}\d{1,3}|[0-9a-fA-F:]{3,})\]?:\d+")
 
 
-def gather_addresses() -> dict[str, str]:
+def gather_addresses(context: DistributedContext) -> dict[str, str]:
     """Return the ranks at each address, e.g. {"10.0.0.2": "ranks 2, 3 on gpu02"}.
 
     Collectives: one.
     """
     places: dict[tuple[str, str], list[int]] = {}
-    for rank, place in enumerate(gather_objects((_own_address(), socket.gethostname()))):
+    for rank, place in enumerate(context.gather((_own_address(), socket.gethostname()))):
         places.setdefault(place, []).append(rank)
     return {
         address: f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} on {host}"

@@ -19,7 +19,6 @@ from promoe_ds.evaluation.images import draws_pixels, to_uint8
 from promoe_ds.evaluation.reference import check_fits, open_reference, read_reference
 from promoe_ds.evaluation.sampling import LatentSampler, even_passes
 from promoe_ds.evaluation.statistics import RunningGaussian
-from promoe_ds.train.ema import averaged_network
 from promoe_ds.train.trainer import Trainer
 
 _WANTED = ("pool", RunningGaussian)
@@ -75,7 +74,7 @@ class OnlineEvaluation:
             settings.samples, batch_size=settings.batch_size, world_size=team.world_size
         )
         running = None
-        with averaged_network(trainer) as network, torch.no_grad():
+        with trainer.averaged_network() as network, torch.no_grad():
             sampler = LatentSampler(
                 network, self._config, self._plan, seed=settings.seed, device=team.device
             )

@@ -1,49 +1,78 @@
-"""Looking at the averaged weights in the middle of training: they change places with the trained
-ones, and back, exactly.
-"""
+"""Moving averages of the weights beside any optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from promoe_ds.backends.deepspeed_private import ZeroPartitions
-from promoe_ds.config.optimizer import EMA
-from promoe_ds.model import DiT
-from promoe_ds.train.trainer import Trainer
+from promoe_ds.config.optimizer import EMA, Average
 
 
-@contextmanager
-def averaged_network(trainer: Trainer) -> Iterator[DiT]:
-    """Yield the network in evaluation mode with the first average of the weights; all ranks call
-    this together.
+class Ema:
+    """Keeps moving averages of all parameters that an optimizer updates, by name in its state.
 
-    Every rank swaps the values that it owns, in place; one tensor's worth of memory is needed
-    beside them. Before the first update there is no average, and the weights are what it would
-    start from.
-    Collectives: ZeRO's gathering of the weights, twice.
+    Under ZeRO these parameters are this rank's fp32 master shards: the averages are sharded like
+    the moments, saved and restored with them, and nobody ever holds a second full copy. The
+    optimizer stays the plain object that DeepSpeed knows.
     """
-    network = trainer.network
-    _swap(trainer)
-    network.eval()
-    try:
-        yield network
-    finally:
-        network.train()
-        _swap(trainer)
 
+    def __init__(self, optimizer: Optimizer, averages: Mapping[str, Average]) -> None:
+        """Watch the steps of `optimizer` from now on."""
+        self.averages = averages
+        #: Updates made so far, which the trainer sets before each one: DeepSpeed calls `step` once
+        # for every group. For averages that began later also after which one; set after a resume.
+        self.updates = 0
+        self.averages_since: dict[str, int] = {}
+        self._optimizer = optimizer
+        self._initial: dict[tuple[Tensor, str], Tensor] = {}
+        optimizer.register_step_pre_hook(self._keep_initial_weights)
+        optimizer.register_step_post_hook(self._update)
 
-@torch.no_grad()
-def _swap(trainer: Trainer) -> None:
-    optimizer = trainer.optimizer
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            average = optimizer.state.get(parameter, {}).get(EMA)
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Let the weights and their first average change places, in place: one tensor's worth of
+        memory is needed beside them.
+
+        Before the first update there is no average, and nothing changes.
+        """
+        for parameter in self._owned():
+            average = self._optimizer.state.get(parameter, {}).get(EMA)
             if average is not None:
                 weights = parameter.clone()
                 parameter.copy_(average)
                 average.copy_(weights)
-    if trainer.deepspeed_plan.zero_stage > 0:
-        ZeroPartitions(trainer.engine.optimizer).write_back()
+
+    def _owned(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def _keep_initial_weights(self, *unused: Any) -> None:
+        self._initial = {
+            (p, name): p.clone()
+            for p in self._owned()
+            for name, average in self.averages.items()
+            if p.grad is not None
+            and average.exponent is None
+            and name not in self._optimizer.state.get(p, {})
+        }
+
+    @torch.no_grad()
+    def _update(self, *unused: Any) -> None:
+        """Set every average to decay * average + (1 - decay) * weights.
+
+        An average with a constant decay starts from the weights before the first update, as
+        published, a power-function average from those after it.
+        """
+        owned = [p for p in self._owned() if p.grad is not None]
+        state = self._optimizer.state
+        for name, average in self.averages.items() if owned else ():
+            for p in owned:
+                if name not in state[p]:
+                    state[p][name] = self._initial.pop((p, name), p).clone()
+            decay = average.decay_at(self.updates + 1 - self.averages_since.get(name, 0))
+            get_ema_multi_avg_fn(decay)([state[p][name] for p in owned], owned, None)

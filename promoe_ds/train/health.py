@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from promoe_ds.distributed.context import DistributedContext, gather_objects
+from promoe_ds.distributed.context import DistributedContext
 
 
 def agree(flag: Tensor, *flags: bool) -> list[bool]:
@@ -28,7 +28,7 @@ class HealthWatch:
 
     def __init__(self, network: nn.Module, context: DistributedContext) -> None:
         """Hook every trainable parameter of `network`."""
-        self._rank = context.rank
+        self._context = context
         trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in trainable]
         self._sums = torch.zeros(len(trainable), device=context.device)
@@ -59,7 +59,7 @@ class HealthWatch:
             # Exchanged rows carry a bad gradient to other ranks' experts: the earliest in the
             # backward pass is the cause.
             (_, rank, text), *others = sorted(
-                found for found in gather_objects(self._find()) if found
+                found for found in self._context.gather(self._find()) if found
             )
             spread = (
                 f", later also on rank{'s' * (len(others) > 1)}"
@@ -90,4 +90,8 @@ class HealthWatch:
         )
         parts = ["the loss"] if flags[-1] else []
         parts += [f"the gradient of {self._names[index]}"] if index is not None else []
-        return (-1 if flags[-1] else position, self._rank, " and ".join(parts)) if parts else None
+        return (
+            (-1 if flags[-1] else position, self._context.rank, " and ".join(parts))
+            if parts
+            else None
+        )

@@ -47,15 +47,15 @@ class RoutingAccumulator:
         self._bins = config.logging.timestep_bins
         self._tables = _Tables(config, len(self._layers), ranks.device)
         experts, layers = config.routing.num_experts, len(self._layers)
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=ranks.device)
-
-        # Columns: tokens and sums of gates of each expert, routed tokens, unconditional tokens.
+        shapes = {
+            # Tokens and sums of gates of each expert, routed tokens, unconditional tokens.
+            "columns": (layers, self._bins, 2 * experts + 2),
+            "similarity": (layers,),
+            "bytes": (layers,),
+            "token_sums": (layers, experts, config.model.hidden_size),
+        }
         # Doubles count to 2**53.
-        self._counts_LQC = zeros(layers, self._bins, 2 * experts + 2)
-        self._similarity_L, self._bytes_L = zeros(layers), zeros(layers)
-        self._token_sums_LED = zeros(layers, experts, config.model.hidden_size)
+        self._sums = {name: _zeros(shape, ranks.device) for name, shape in shapes.items()}
         self._sent_PLw: list[Tensor] = []
         self._passes = 0
 
@@ -86,20 +86,19 @@ class RoutingAccumulator:
                 ],
                 dim=1,
             )
-            self._counts_LQC[row] += in_bin_QB @ columns_BC
-            self._similarity_L[row] += stats.prototype_similarity.double()
+            self._sums["columns"][row] += in_bin_QB @ columns_BC
+            self._sums["similarity"][row] += stats.prototype_similarity.double()
             if stats.token_sums_ED is not None:
-                self._token_sums_LED[row] += stats.token_sums_ED
+                self._sums["token_sums"][row] += stats.token_sums_ED
             element_size = next(layer.routed.parameters()).element_size()
-            self._bytes_L[row] += layer.dispatcher.bytes_exchanged(
+            self._sums["bytes"][row] += layer.dispatcher.bytes_exchanged(
                 plan.assignment, width, element_size
             )
             self._tables.add(row, plan, group_B)
         if self._group is not None:
+            rows_LE = torch.stack([plans[i].assignment.tokens_per_expert_E for i in self._layers])
             self._sent_PLw.append(
-                torch.stack(
-                    [_sent(plans[index], self._config.parallel.ep_size) for index in self._layers]
-                )
+                rows_LE.view(len(rows_LE), self._config.parallel.ep_size, -1).sum(dim=2)
             )
         self._passes += 1
 
@@ -125,59 +124,54 @@ class RoutingAccumulator:
         """
         if not self._layers or not self._passes:
             return []
-        parts = [
-            self._counts_LQC,
-            self._similarity_L / self._passes,
-            self._bytes_L,
-            self._token_sums_LED,
-            self._waits(),
-            *self._tables.due(steps, last=last),
-        ]
-        flat = torch.cat([part.flatten().double() for part in parts])
-        dist.all_reduce(flat)
+        tables, steps_of_tables = self._tables.take(steps, last=last)
+        parts = {
+            **self._sums,
+            "similarity": self._sums["similarity"] / self._passes,
+            "waits": self._waits(),
+            **tables,
+        }
+        sums = _summed_over_ranks(parts)
         fullest_L, passes = self._fullest_rank(), self._passes
         self._start_anew()
-        steps_of_tables = self._tables.start_anew()
         if not self._ranks.is_main:
             return []
-        pieces = flat.split([part.numel() for part in parts])
-        counts, similarity, traffic, sums, seconds, *tables = (
-            piece.view_as(part).cpu() for piece, part in zip(pieces, parts, strict=True)
-        )
+        sums = {name: values.cpu() for name, values in sums.items()}
         world_size, lines = dist.get_world_size(), []
         for row, (index, layer) in enumerate(self._layers.items()):
+            layer_bytes = int(sums["bytes"][row])
             head = {"schema": SCHEMA_VERSION, "step": step, "steps": steps, "layer": index}
-            tail = {
-                "prototype_similarity": similarity[row].item() / world_size,
-                "layer_bytes_exchanged": int(traffic[row]),
-            }
-            for bin_ in range(self._bins):
-                lines.append(
-                    {
-                        **head,
-                        "timestep_bin": bin_,
-                        "timestep_bins": self._bins,
-                        **_describe(counts[row, bin_]),
-                        **tail,
-                    }
-                )
-            tokens_E = counts[row, :, : self._config.routing.num_experts].sum(dim=0)
+            lines += [
+                {
+                    **head,
+                    "timestep_bin": bin_,
+                    "timestep_bins": self._bins,
+                    **_describe(sums["columns"][row, bin_]),
+                    "prototype_similarity": sums["similarity"][row].item() / world_size,
+                    "layer_bytes_exchanged": layer_bytes,
+                }
+                for bin_ in range(self._bins)
+            ]
+            tokens_E = sums["columns"][row, :, : self._config.routing.num_experts].sum(dim=0)
             lines[-self._bins]["layer_detail"] = {
                 "passes": passes,
                 **self._describe_placement(row, tokens_E, fullest_L),
                 "exchanges": self._describe_exchanges(
-                    row, int(traffic[row]), seconds[row] / world_size, passes * world_size
+                    row, layer_bytes, sums["waits"][row] / world_size, passes * world_size
                 ),
                 **_describe_prototypes(
-                    layer, sums[row], tokens_E, with_matrix=self._matrix_is_due(step)
+                    layer, sums["token_sums"][row], tokens_E, with_matrix=self._matrix_is_due(step)
                 ),
-                **self._tables.describe(row, tables, steps_of_tables),
+                **{
+                    name: {"steps": steps_of_tables, "counts": sums[name][row].long().tolist()}
+                    for name in tables
+                },
             }
         return lines
 
     def _start_anew(self) -> None:
-        for tensor in (self._counts_LQC, self._similarity_L, self._bytes_L, self._token_sums_LED):
-            tensor.zero_()
+        for total in self._sums.values():
+            total.zero_()
         self._sent_PLw.clear()
         self._passes = 0
 
@@ -185,12 +179,10 @@ class RoutingAccumulator:
         """Return the seconds that this rank has waited, (L, X); zeros where nobody measures
         them.
         """
-        waits = [
-            dict.fromkeys(EXCHANGES, 0.0) if clock is None else clock.take()
-            for clock in self._clocks
-        ]
+        zeros = dict.fromkeys(EXCHANGES, 0.0)
+        waits = [zeros if clock is None else clock.take() for clock in self._clocks]
         return torch.tensor(
-            [[by_name[name] for name in EXCHANGES] for by_name in waits],
+            [list(by_name.values()) for by_name in waits],
             dtype=torch.float64,
             device=self._ranks.device,
         )
@@ -213,21 +205,16 @@ class RoutingAccumulator:
         """Say whether a step's lines carry E x E cosines: by the step alone, so that a resumed run
         writes the same lines.
         """
-        train, every = (
-            self._config.train,
-            self._config.counts_every(self._config.routing.num_experts**2),
-        )
+        every = self._config.counts_every(self._config.routing.num_experts**2)
+        train = self._config.train
         return step // train.log_every % every == 0 or step == train.max_steps
 
     def _describe_placement(
         self, row: int, tokens_E: Tensor, fullest_L: Tensor | None
     ) -> dict[str, Any]:
-        ep_size, ranks, total = (
-            self._config.parallel.ep_size,
-            self._ranks.world_size,
-            int(tokens_E.sum()),
-        )
-        by_ep_rank = [int(n) for n in tokens_E.view(ep_size, -1).sum(dim=1).tolist()]
+        ep_size, ranks = self._config.parallel.ep_size, self._ranks.world_size
+        by_ep_rank = tokens_E.view(ep_size, -1).sum(dim=1).long().tolist()
+        total = sum(by_ep_rank)
         uneven = fullest_L[row].item() * ranks / total if fullest_L is not None and total else None
         order = self._config.expert_order_of(row)
         return {
@@ -241,17 +228,11 @@ class RoutingAccumulator:
     def _describe_exchanges(
         self, row: int, layer_bytes: int, seconds_X: Tensor, rank_passes: int
     ) -> dict[str, dict[str, float | None]]:
-        if (
-            self._group is not None and self._clocks[row] is None
-        ):  # of a backend that moves the rows by itself
+        if self._group is not None and self._clocks[row] is None:  # a backend moves the rows
             return {name: {"bytes": None, "seconds": None} for name in EXCHANGES}
-        ep_size = self._config.parallel.ep_size
-        counts_bytes = (
-            rank_passes * _COUNT_BYTES * self._config.routing.num_experts * (ep_size - 1) // ep_size
-        )
-        sizes = {name: layer_bytes // (len(EXCHANGES) - 1) for name in EXCHANGES} | {
-            "counts": counts_bytes
-        }
+        ep_size, experts = self._config.parallel.ep_size, self._config.routing.num_experts
+        sizes = dict.fromkeys(EXCHANGES, layer_bytes // (len(EXCHANGES) - 1))
+        sizes["counts"] = rank_passes * _COUNT_BYTES * experts * (ep_size - 1) // ep_size
         return {
             name: {"bytes": sizes[name], "seconds": _significant(seconds)}
             for name, seconds in zip(EXCHANGES, seconds_X.tolist(), strict=True)
@@ -270,7 +251,7 @@ class _Tables:
             "tokens_per_position": config.counts_positions * self._patches,
         }
         self._counts = {
-            name: torch.zeros(layers, size, self._experts, dtype=torch.float64, device=device)
+            name: _zeros((layers, size, self._experts), device)
             for name, size in rows.items()
             if size
         }
@@ -281,7 +262,7 @@ class _Tables:
                 config.counts_positions * self._patches,
             )
         )
-        self._intervals, self._steps, self._is_due = 0, 0, False
+        self._intervals = self._steps = 0
 
     def add(self, row: int, plan: RoutingPlan, group_B: Tensor | None) -> None:
         if "tokens_per_class" in self._counts and group_B is not None:
@@ -295,37 +276,30 @@ class _Tables:
             table = self._counts["tokens_per_position"][row].view(-1)
             table.scatter_add_(0, cells_N, torch.ones_like(cells_N, dtype=table.dtype))
 
-    def due(self, steps: int, *, last: bool) -> list[Tensor]:
-        """End a log interval; return the tables that are to be reduced now, if any."""
-        self._intervals, self._steps = self._intervals + 1, self._steps + steps
-        self._is_due = last or self._intervals >= self._every
-        return list(self._counts.values()) if self._is_due else []
-
-    def start_anew(self) -> int:
-        """Forget what was due; return the steps that it covered."""
-        if not self._is_due:
-            return 0
-        steps, self._intervals, self._steps = self._steps, 0, 0
-        for table in self._counts.values():
-            table.zero_()
-        return steps
-
-    def describe(self, row: int, reduced: list[Tensor], steps: int) -> dict[str, Any]:
-        """Return one layer's tables.
-
-        Args:
-            reduced: those of all layers that were due, summed over the ranks; steps: how many they
-            cover.
+    def take(self, steps: int, *, last: bool) -> tuple[dict[str, Tensor], int]:
+        """End a log interval; return the tables that are due now and the steps that they cover, and
+        start these anew.
         """
-        names = self._counts if reduced else ()
-        return {
-            name: {"steps": steps, "counts": table[row].long().tolist()}
-            for name, table in zip(names, reduced, strict=True)
-        }
+        self._intervals, self._steps = self._intervals + 1, self._steps + steps
+        if not last and self._intervals < self._every:
+            return {}, 0
+        tables, covered = {}, self._steps
+        for name, counts in self._counts.items():
+            tables[name] = counts.clone()
+            counts.zero_()
+        self._intervals = self._steps = 0
+        return tables, covered
 
 
-def _sent(plan: RoutingPlan, ep_size: int) -> Tensor:
-    return plan.assignment.tokens_per_expert_E.view(ep_size, -1).sum(dim=1)
+def _summed_over_ranks(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    flat = torch.cat([part.flatten() for part in parts.values()])
+    dist.all_reduce(flat)
+    pieces = flat.split([part.numel() for part in parts.values()])
+    return {name: piece.view_as(parts[name]) for name, piece in zip(parts, pieces, strict=True)}
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 def _describe(columns: Tensor) -> dict[str, Any]:
@@ -353,28 +327,22 @@ def _describe_prototypes(
     to_centroid_EE = similarity_matrix(expert_keys_ED, sums_ED)
     is_other_EE = is_used_E & ~torch.eye(len(tokens_E), dtype=torch.bool)
     others_E = is_other_EE.sum(dim=1)
-    matrix = (
-        {"prototype_similarity_matrix": _cosines(similarity_matrix(expert_keys_ED, expert_keys_ED))}
-        if with_matrix
-        else {}
-    )
+    to_others_E = to_centroid_EE.where(is_other_EE, 0.0).sum(dim=1) / others_E
+    matrix = {}
+    if with_matrix:
+        own_EE = similarity_matrix(expert_keys_ED, expert_keys_ED)
+        matrix["prototype_similarity_matrix"] = own_EE.round(decimals=_COSINE_DECIMALS).tolist()
     return {
         **matrix,
         "prototype_to_centroid": _cosines(to_centroid_EE.diagonal(), is_used_E),
-        "prototype_to_other_centroids": _cosines(
-            to_centroid_EE.where(is_other_EE, 0.0).sum(dim=1) / others_E, others_E > 0
-        ),
+        "prototype_to_other_centroids": _cosines(to_others_E, others_E > 0),
     }
 
 
-def _cosines(values: Tensor, is_known: Tensor | None = None) -> list[Any]:
-    """Return cosines as they stand in the log; None for one that is not known."""
-    rounded = values.round(decimals=_COSINE_DECIMALS).tolist()
-    return (
-        rounded
-        if is_known is None
-        else [x if known else None for x, known in zip(rounded, is_known.tolist(), strict=True)]
-    )
+def _cosines(values_E: Tensor, is_known_E: Tensor) -> list[float | None]:
+    """Return cosines as they are in the log; None for one that is not known."""
+    rounded = values_E.round(decimals=_COSINE_DECIMALS).tolist()
+    return [x if known else None for x, known in zip(rounded, is_known_E.tolist(), strict=True)]
 
 
 def _significant(value: float) -> float:

@@ -54,7 +54,7 @@ def train(run: Run, context: DistributedContext, supervisor: Supervisor | None =
     request.
     """
     supervisor = supervisor or Supervisor(run.config.supervision)
-    supervisor.know_peers()
+    supervisor.know_peers(context)
     with run_directory(run.run_dir, run.config, context, resume=run.resume):
         _train(run, context, supervisor)
 
@@ -62,9 +62,7 @@ def train(run: Run, context: DistributedContext, supervisor: Supervisor | None =
 def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> None:
     choice = choose_checkpoint(run.resume, run.run_dir, context)
     config = with_placement_of(run.config, choice.folder)
-    trainer = Trainer.build(
-        config, run.deepspeed_plan, context, build_dataset(config, context.device)
-    )
+    trainer = Trainer(config, run.deepspeed_plan, context, build_dataset(config, context.device))
     if choice.folder is None:
         trainer.start_routers()
     else:

@@ -11,8 +11,8 @@ from promoe_ds.checkpoint.load import differing_fields
 from promoe_ds.checkpoint.manifest import list_checkpoints
 from promoe_ds.config import RunConfig
 from promoe_ds.config.loader import read_saved, saved_text
-from promoe_ds.distributed.context import DistributedContext, from_main
-from promoe_ds.errors import CheckpointError, ConfigError, PromoeError
+from promoe_ds.distributed.context import DistributedContext
+from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.files import replace_text
 from promoe_ds.launch.heartbeat import attempt_folder
 from promoe_ds.launch.lock import locked, wait_until_free
@@ -32,22 +32,20 @@ def run_directory(
     Raises: LockedError if another training has it; CheckpointError if it is another run's or cannot
     be written: the same on every rank.
     """
-    problem: PromoeError | None = None
     with ExitStack() as held:
-        if context.is_main:
-            try:
-                _require_free(run_dir)
-                run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-                _lock(run_dir, config, held)
-                _open(run_dir, config, resume)
-            except PromoeError as error:
-                problem = error
-            except OSError as error:
-                problem = CheckpointError(f"--run-dir {run_dir}: {error}")
-        if (problem := from_main(problem)) is not None:
-            raise problem
+        context.on_main(lambda: _take(run_dir, config, resume, held))
         configure_logging(context.rank, log_file=run_dir / "train.log" if context.is_main else None)
         yield
+
+
+def _take(run_dir: Path, config: RunConfig, resume: str, held: ExitStack) -> None:
+    try:
+        _require_free(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _lock(run_dir, config, held)
+        _open(run_dir, config, resume)
+    except OSError as error:
+        raise CheckpointError(f"--run-dir {run_dir}: {error}") from None
 
 
 def _require_free(run_dir: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from promoe_ds.config import SupervisionConfig
+from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.peers import gather_addresses, peer_problem
 from promoe_ds.errors import PeerError
 from promoe_ds.launch.heartbeat import write_rank_status
@@ -42,10 +43,10 @@ class Supervisor:
         self.step, self._first_step_done = 0, False
         self._expect("set-up", settings.setup_timeout_seconds)
 
-    def know_peers(self) -> None:
+    def know_peers(self, context: DistributedContext) -> None:
         """Learn on which host every rank is.  Collectives: one."""
         if self._watchdog is not None:
-            self._addresses = gather_addresses()
+            self._addresses = gather_addresses(context)
 
     def begin_step(self, step: int) -> None:
         """A step begins, and with it its time-out; the first step belongs to set-up."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,22 +20,12 @@ from promoe_ds.logs import get_logger
 _LOG = get_logger("metrics")
 
 
-class Tracker(Protocol):
-    """Takes what a log step recorded."""
-
-    def write(self, step: int, scalars: dict[str, float], histograms: dict[str, list[int]]) -> None:
-        """Record scalars and, by name, the tokens of each expert."""
-
-    def close(self) -> None:
-        """Flush and close."""
-
-
 class Trackers:
     """Those of a run; one that raises is closed for good with a warning: no record is worth a
     training.
     """
 
-    def __init__(self, trackers: dict[str, Tracker] | None = None) -> None:
+    def __init__(self, trackers: dict[str, _TensorBoard | _Wandb] | None = None) -> None:
         """Write to trackers, by name."""
         self._trackers = trackers or {}
 
@@ -47,7 +37,7 @@ class Trackers:
         """Flush and close."""
         self._try_each(lambda tracker: tracker.close())
 
-    def _try_each(self, action: Callable[[Tracker], None]) -> None:
+    def _try_each(self, action: Callable[[_TensorBoard | _Wandb], None]) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
                 action(tracker)
@@ -65,13 +55,13 @@ def open_trackers(
         wandb_id: of the checkpoint that the run goes on from, "" where there is none.
     Raises: ConfigError if one is asked for and its library is missing.
     """
-    openers: dict[str, Callable[[], Tracker | None]] = {
+    openers: dict[str, Callable[[], _TensorBoard | _Wandb | None]] = {
         "TensorBoard": lambda: _open_tensorboard(config, run_dir, start_step),
         "Weights & Biases": lambda: (
             _Wandb(config, run_dir, wandb_id) if config.logging.wandb else None
         ),
     }
-    trackers: dict[str, Tracker] = {}
+    trackers: dict[str, _TensorBoard | _Wandb] = {}
     for name, opener in openers.items():
         try:
             if (tracker := opener()) is not None:
@@ -85,7 +75,7 @@ def open_trackers(
 
 def _warn(name: str, error: Exception) -> None:
     _LOG.warning(
-        "%s fails (%s: %s): it records nothing more, training goes on",
+        "%s fails (%s: %s): it records nothing more, training continues",
         name,
         type(error).__name__,
         error,

@@ -5,25 +5,25 @@ it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
 from promoe_ds.backends.deepspeed_private import (
-    DeepSpeedEngine,
     UpdateGate,
+    ZeroPartitions,
     build_engine,
     make_expert_groups,
-    support_optimizer,
 )
 from promoe_ds.backends.expert_parallel import mark_experts, shard_experts, share_centroids
 from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.backends.te_support import require_transformer_engine
 from promoe_ds.checkpoint.engine import RecordingStorage
-from promoe_ds.config import BatchPlan, DeepSpeedPlan, RunConfig, plan_batches
+from promoe_ds.config import DeepSpeedPlan, RunConfig, plan_batches
+from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.config.schedule import learning_rate
 from promoe_ds.data import LatentDataset
 from promoe_ds.distributed.context import DistributedContext
@@ -32,9 +32,9 @@ from promoe_ds.logs import get_logger
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.dit import DiT
 from promoe_ds.train.clipping import global_grad_norm
+from promoe_ds.train.ema import Ema
 from promoe_ds.train.health import HealthWatch, agree
 from promoe_ds.train.loader import BatchLoader, Place
-from promoe_ds.train.optimizer import AdamWithEma
 from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids
 from promoe_ds.train.routing_log import RoutingAccumulator
 from promoe_ds.train.step import StepResult, TrainingModule, TrainingOutput, autocast_context
@@ -47,86 +47,50 @@ _STARTING_SAMPLES = 32
 _USUAL_DEVIATIONS = (0.5, 2.0)
 
 
-@dataclass(kw_only=True)
 class Trainer:
     """All that one rank trains with. `step` and `samples_seen` count what is done."""
 
-    config: RunConfig
-    deepspeed_plan: DeepSpeedPlan
-    batches: BatchPlan
-    context: DistributedContext
-    dataset: LatentDataset
-    engine: DeepSpeedEngine
-    optimizer: AdamWithEma
-    health: HealthWatch
-    routing: RoutingAccumulator
-    router_state: RouterState
-    expert_group: dist.ProcessGroup | None
-    #: Asked once a step; where one rank answers yes, all ranks learn of it in that step's result.
-    shutdown_requested: Callable[[], bool] = bool
-    step: int = 0
-    samples_seen: int = 0
-
-    def __post_init__(self) -> None:
-        """Take the decision about each update from ZeRO, where there is ZeRO; open the loader."""
-        has_zero = self.deepspeed_plan.zero_stage > 0
-        self._gate = UpdateGate(self.engine.optimizer) if has_zero else None
-        self.loader = BatchLoader(
-            self.dataset, self.module.objective, self.config, self.batches, self.context
-        )
-
-    @classmethod
-    def build(
-        cls,
+    def __init__(
+        self,
         config: RunConfig,
         deepspeed_plan: DeepSpeedPlan,
         context: DistributedContext,
         dataset: LatentDataset,
-    ) -> Trainer:
+    ) -> None:
         """Build model and engine; every rank calls this together.
 
         Weights are a function of the seed, not of the layout.
         Raises: ConfigError for what is not installed, or not where the recipe needs it.
         """
-        if config.precision.uses_transformer_engine:
-            require_transformer_engine(config.precision, context.device)
-        network, expert_group = _build_sharded_network(config, deepspeed_plan, context)
         uses_te = config.precision.uses_transformer_engine
+        if uses_te:
+            require_transformer_engine(config.precision, context.device)
+        self.config, self.deepspeed_plan, self.context = config, deepspeed_plan, context
+        self.dataset, self.batches = dataset, plan_batches(config, context.world_size)
+        network, self.expert_group = _build_sharded_network(config, deepspeed_plan, context)
         compute = (
             use_transformer_engine(network, config, context.device)
             if uses_te
             else autocast_context(config, context.device.type)
         )
         module = TrainingModule(network, compute).train()
-        optimizer = AdamWithEma(
-            parameter_groups(module, config.optimizer, deepspeed_plan.precision), config.optimizer
-        )
-        _LOG.info(
-            "optimizer: torch's fused AdamW, its state %s",
-            "on the host" if deepspeed_plan.offloads else "with the weights",
-        )
-        support_optimizer(AdamWithEma)
-        engine = build_engine(
+        optimizer = _build_optimizer(module, config.optimizer, deepspeed_plan)
+        self.ema = Ema(optimizer, config.optimizer.averages)
+        self.engine = build_engine(
             module,
             optimizer,
             deepspeed_plan.json,
             RecordingStorage(background=config.train.async_checkpoint),
         )
-        health, routing = HealthWatch(module, context), RoutingAccumulator(config, network, context)
+        self._gate = UpdateGate(self.engine.optimizer) if deepspeed_plan.zero_stage > 0 else None
+        self._health = HealthWatch(module, context)
+        self.routing = RoutingAccumulator(config, network, context)
+        self._router_state = RouterState(network)
         give_superclasses(network, config)
-        return cls(
-            config=config,
-            deepspeed_plan=deepspeed_plan,
-            batches=plan_batches(config, context.world_size),
-            context=context,
-            dataset=dataset,
-            engine=engine,
-            optimizer=optimizer,
-            health=health,
-            routing=routing,
-            router_state=RouterState(network),
-            expert_group=expert_group,
-        )
+        self.loader = BatchLoader(dataset, module.objective, config, self.batches, context)
+        #: Asked once a step; where one rank answers yes, all learn of it in that step's result.
+        self.shutdown_requested: Callable[[], bool] = bool
+        self.step = self.samples_seen = 0
 
     @property
     def module(self) -> TrainingModule:
@@ -171,6 +135,26 @@ class Trainer:
                 self.config.data.latent_scale,
             )
 
+    @contextmanager
+    def averaged_network(self) -> Iterator[DiT]:
+        """Yield the network in evaluation mode with the first average of the weights, or, before
+        the first update, what it would start from; all ranks call this together.
+
+        Collectives: ZeRO's gathering of the weights, twice.
+        """
+        self._swap_averages()
+        self.network.eval()
+        try:
+            yield self.network
+        finally:
+            self.network.train()
+            self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        self.ema.swap()
+        if self._gate is not None:
+            ZeroPartitions(self.engine.optimizer).write_back()
+
     def close(self) -> None:
         """End the thread that makes batches."""
         self.loader.close()
@@ -187,8 +171,8 @@ class Trainer:
             for name, value in output.terms.items():
                 terms[name] = terms.get(name, 0.0) + value.detach() / self.batches.accumulation
             if micro_step == self.batches.accumulation - 1:
-                is_bad, stop = agree(self.health.is_bad(), self.shutdown_requested())
-                problem = self.health.finish(self.step, is_bad=is_bad)
+                is_bad, stop = agree(self._health.is_bad(), self.shutdown_requested())
+                problem = self._health.finish(self.step, is_bad=is_bad)
                 norm = self._prepare_update(skip=bool(problem))
             self.engine.step()
         if self._gate is not None:
@@ -199,7 +183,7 @@ class Trainer:
         if not problem and not math.isfinite(norm):
             # Every gradient is finite, their norm overflows: the update was left out as well.
             problem = f"step {self.step - 1}: the norm of all gradients is not finite"
-        self.router_state.update_running_state(skip=bool(problem))
+        self._router_state.update_running_state(skip=bool(problem))
         return StepResult(
             terms=terms,
             grad_norm=float("nan") if problem else float(norm),
@@ -212,7 +196,7 @@ class Trainer:
         lr = learning_rate(self.step, self.config.train.max_steps, self.config.optimizer)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.updates = self.step
+        self.ema.updates = self.step
         return lr
 
     def _place(self, micro_step: int) -> Place:
@@ -221,10 +205,10 @@ class Trainer:
     def _forward_and_backward(self, micro_step: int) -> TrainingOutput:
         batch = self.loader.take(self._place(micro_step)).to(self.context.device)
         output = self.engine(batch)
-        self.health.see_loss(output.loss)
+        self._health.see_loss(output.loss)
         self.engine.backward(output.loss)
         self.routing.add(output.plans, batch.sigma_B, batch.condition.group_B)
-        self.router_state.add(output.plans)
+        self._router_state.add(output.plans)
         return output
 
     def _prepare_update(self, *, skip: bool) -> torch.Tensor | None:
@@ -234,11 +218,30 @@ class Trainer:
             return None
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         norm = global_grad_norm(parameters, self.expert_group)
-        optimizer, max_norm = self.engine.optimizer, self.config.optimizer.max_grad_norm
-        optimizer.overflow = skip or not bool(torch.isfinite(norm))
-        if max_norm > 0 and not optimizer.overflow:
+        skip = skip or not bool(torch.isfinite(norm))
+        self.engine.optimizer.overflow = skip  # by which DeepSpeed counts the updates left out
+        if skip:
+            for parameter in parameters:
+                parameter.grad = None  # no optimizer touches what has no gradient
+        elif (max_norm := self.config.optimizer.max_grad_norm) > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
+
+
+def _build_optimizer(
+    module: TrainingModule, settings: OptimizerConfig, plan: DeepSpeedPlan
+) -> torch.optim.Optimizer:
+    _LOG.info(
+        "optimizer: torch's fused AdamW, its state %s",
+        "on the host" if plan.offloads else "with the weights",
+    )
+    return torch.optim.AdamW(
+        parameter_groups(module, settings, plan.precision),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
 
 
 def _build_sharded_network(
@@ -257,7 +260,7 @@ def _build_sharded_network(
             config.parallel.timeout_seconds,
             data_before_expert=data_before_expert,
         )
-        check_placement(expert_group, required=config.parallel.expert_groups == "node")
+        check_placement(expert_group, context, required=config.parallel.expert_groups == "node")
         shard_experts(network, expert_group, context.device)
     if config.routing.rcl_scope == "global" and context.world_size > 1:
         share_centroids(network)

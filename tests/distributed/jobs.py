@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from promoe_ds.checkpoint.manifest import list_checkpoints, read_manifest
@@ -79,6 +80,10 @@ def routing(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "routing.jsonl").read_text().splitlines()]
 
 
+def tokens_by_condition(lines: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    return [(line["conditional_tokens"], line["unconditional_tokens"]) for line in lines]
+
+
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Leave out how long ranks waited for exchanges, and the tables over several intervals, which
     end where a process ends.
@@ -100,6 +105,33 @@ def state(run_dir: Path, kind: str = "weights") -> dict[str, torch.Tensor]:
     values = {name: checkpoint.read(kind, name) for name in checkpoint.names(kind)}
     checkpoint.check(kind)
     return values
+
+
+def assert_same_steps(expected: Path, found: Path) -> None:
+    """Compare losses and norms of two runs, step by step, to rounding."""
+    for before, after in zip(metrics(expected), metrics(found), strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5), before["step"]
+        assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4), before["step"]
+
+
+def assert_same_state(expected: Path, found: Path, *kinds: str, **close: float) -> None:
+    """Compare tensors of two runs' newest checkpoints: bit for bit, or to rtol and atol."""
+    for kind in kinds:
+        whole, other = state(expected, kind), state(found, kind)
+        if close:
+            whole, other = without_key_bias(whole), without_key_bias(other)
+        assert other.keys() == whole.keys()
+        for name, value in whole.items():
+            torch.testing.assert_close(
+                other[name],
+                value,
+                **(close or {"rtol": 0, "atol": 0}),
+                msg=lambda text, n=name, k=kind: f"{k} {n}: {text}",
+            )
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run_dir)]
 
 
 def without_key_bias(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

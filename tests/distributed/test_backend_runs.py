@@ -14,7 +14,16 @@ from promoe_ds import load_model
 from promoe_ds.checkpoint.conversion import Request, convert
 from promoe_ds.checkpoint.manifest import list_checkpoints
 
-from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
+from .jobs import (
+    Job,
+    assert_same_state,
+    assert_same_steps,
+    losses,
+    metrics,
+    routing,
+    run_jobs,
+    state,
+)
 
 pytestmark = pytest.mark.skipif(
     find_spec("megatron") is None, reason="needs megatron-core: pip install '.[megatron]'"
@@ -75,37 +84,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in RUNS}
 
 
-def _reference(name: str) -> str:
-    return "plain_k2" if name.endswith("_k2") else "plain"
-
-
 @pytest.mark.parametrize("name", EXACT)
 def test_run_any_path_equals_plain(runs, name) -> None:
-    expected, found = metrics(runs[_reference(name)]), metrics(runs[name])
-    for before, after in zip(expected, found, strict=True):
-        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
-        assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
-    assert any(line["grad_norm"] > 0.5 for line in found), "clipping was never active"
-    for kind in ("weights", "ema"):
-        whole, other = (
-            without_key_bias(state(runs[run], kind)) for run in (_reference(name), name)
-        )
-        assert other.keys() == whole.keys()
-        for parameter, value in whole.items():
-            torch.testing.assert_close(
-                other[parameter],
-                value,
-                rtol=1e-4,
-                atol=2e-6,
-                msg=lambda t, n=parameter: f"{n}: {t}",
-            )
+    expected, found = runs["plain_k2" if name.endswith("_k2") else "plain"], runs[name]
+    assert_same_steps(expected, found)
+    assert any(line["grad_norm"] > 0.5 for line in metrics(found)), "clipping was never active"
+    assert_same_state(expected, found, "weights", "ema", rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize(("name", "close"), [("wire_bf16", 2e-3), ("wire_fp8", 2e-2)])
 def test_run_narrow_wire_stays_near_and_moves_less(runs, name, close) -> None:
-    losses = [[line["loss"] for line in metrics(runs[run])] for run in ("plain", name)]
-    assert losses[1] == pytest.approx(losses[0], rel=close)
-    assert losses[1] != losses[0]
+    assert losses(runs[name]) == pytest.approx(losses(runs["plain"]), rel=close)
+    assert losses(runs[name]) != losses(runs["plain"])
     moved = {
         run: sum(
             line["layer_bytes_exchanged"]
@@ -119,9 +109,7 @@ def test_run_narrow_wire_stays_near_and_moves_less(runs, name, close) -> None:
 
 
 def test_run_tight_capacity_drops_rows_and_moves_fixed_slots(runs) -> None:
-    assert metrics(runs["capacity_tight"])[-1]["loss"] != pytest.approx(
-        metrics(runs["plain"])[-1]["loss"], rel=1e-5
-    )
+    assert losses(runs["capacity_tight"]) != pytest.approx(losses(runs["plain"]), rel=1e-5)
     moved = [
         line["layer_bytes_exchanged"]
         for line in routing(runs["capacity_tight"])
@@ -141,13 +129,9 @@ def test_run_path_interrupted_goes_on_over_another(runs, tmp_path, name) -> None
     again = _job(tmp_path / "whole", name, "train.stop_after_steps=4")
     assert run_jobs(2, [half, rest, again, again], tmp_path) == [""] * 4
     for folder in ("run", "whole"):
-        for before, after in zip(metrics(runs["plain"]), metrics(tmp_path / folder), strict=True):
-            assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
-    assert [line["loss"] for line in metrics(tmp_path / "whole")] == [
-        line["loss"] for line in metrics(runs[name])
-    ]
-    expected, found = state(runs[name]), state(tmp_path / "whole")
-    assert all(torch.equal(found[parameter], value) for parameter, value in expected.items())
+        assert losses(tmp_path / folder) == pytest.approx(losses(runs["plain"]), rel=1e-5)
+    assert losses(tmp_path / "whole") == losses(runs[name])
+    assert_same_state(runs[name], tmp_path / "whole", "weights")
 
 
 @pytest.mark.parametrize("name", ["megatron", "capacity", "megatron_whole"])
@@ -181,9 +165,8 @@ def test_run_path_in_bf16_stays_near_the_default_one(tmp_path) -> None:
         for name, folder in folders.items()
     ]
     assert run_jobs(2, jobs, tmp_path) == [""] * len(jobs)
-    plain, *others = ([line["loss"] for line in metrics(folder)] for folder in folders.values())
-    for losses in others:
-        assert losses == pytest.approx(plain, rel=2e-2)
+    for folder in folders.values():
+        assert losses(folder) == pytest.approx(losses(folders["plain"]), rel=2e-2)
 
 
 def test_run_megatron_flex_without_device_is_refused(tmp_path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias
+from .jobs import Job, assert_same_state, losses, metrics, routing, run_jobs, state
 
 RECIPES = (
     "digits_dit",
@@ -75,17 +75,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, asked) -> dict[tuple[str, int
 def test_method_expert_parallel_equals_local(runs, recipe, world_size) -> None:
     local, spread = runs[recipe, world_size, 1], runs[recipe, world_size, world_size]
     for before, after in zip(metrics(local), metrics(spread), strict=True):
-        losses = [name for name in before if name.startswith("loss")]
-        assert {name: after[name] for name in losses} == pytest.approx(
-            {name: before[name] for name in losses}, rel=1e-4, abs=1e-7
+        terms = [name for name in before if name.startswith("loss")]
+        assert {name: after[name] for name in terms} == pytest.approx(
+            {name: before[name] for name in terms}, rel=1e-4, abs=1e-7
         )
-    for kind in ("weights", "ema"):
-        expected, found = (without_key_bias(state(run, kind)) for run in (local, spread))
-        assert expected.keys() == found.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(
-                found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-            )
+    assert_same_state(local, spread, "weights", "ema", rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -138,13 +132,7 @@ def test_running_state_interrupted_run_repeats_uninterrupted_one(tmp_path, bf16)
         ] * 2
     assert run_jobs(2, jobs, tmp_path) == [""] * len(jobs)
     for recipe, (whole, parts) in pairs.items():
-        assert [line["loss"] for line in metrics(parts)] == [
-            line["loss"] for line in metrics(whole)
-        ], recipe
-        expected, found = state(whole), state(parts)
-        assert all(torch.equal(found[name], value) for name, value in expected.items()), recipe
-        assert all(
-            value.dtype == torch.float32
-            for name, value in found.items()
-            if name.endswith(STATES[recipe])
-        )
+        assert losses(parts) == losses(whole), recipe
+        assert_same_state(whole, parts, "weights")
+        kept = [v.dtype for name, v in state(parts).items() if name.endswith(STATES[recipe])]
+        assert kept == [torch.float32] * 2

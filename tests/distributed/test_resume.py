@@ -13,7 +13,7 @@ import torch
 
 from promoe_ds.checkpoint.manifest import MANIFEST
 
-from .jobs import Job, metrics, routing, run_jobs, state, without_times
+from .jobs import Job, assert_same_state, metrics, routing, run_jobs, state, without_times
 
 #: Two ranks share the experts; accumulation and activation checkpointing are on, as they may be in
 # earnest.
@@ -50,11 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["zero2", "zero0", "bf16"])
 def test_resume_twice_equals_uninterrupted_bit_for_bit(runs, name) -> None:
     whole, pieces = runs[f"{name}_whole"], runs[f"{name}_pieces"]
-    for kind in KINDS:
-        expected, found = state(whole, kind), state(pieces, kind)
-        assert expected.keys() == found.keys()
-        for key, value in expected.items():
-            assert torch.equal(found[key], value), (kind, key)
+    assert_same_state(whole, pieces, *KINDS)
     timing = {"images_per_second", "tflops", "mfu", "memory_gb"}
     for before, after in zip(metrics(whole), metrics(pieces), strict=True):
         assert {k: v for k, v in before.items() if k not in timing} == {

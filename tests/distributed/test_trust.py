@@ -26,7 +26,7 @@ from promoe_ds.checkpoint.manifest import (
 from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from promoe_ds.errors import CheckpointError
 
-from .jobs import Job, metrics, run_jobs, start_jobs
+from .jobs import Job, losses, metrics, run_jobs, start_jobs
 
 OVERRIDES = ("parallel.ep_size=2", "train.checkpoint_every=1", "train.keep_last=3")
 
@@ -201,11 +201,8 @@ def test_background_save_goes_on_beside_training_and_holds_the_step_that_was_ask
         sharded = [ShardedCheckpoint(path, read_manifest(path)) for path in (mine, reference)]
         for kind in sharded[0].kinds:
             for tensor in sharded[0].names(kind):
-                assert torch.equal(sharded[0].read(kind, tensor), sharded[1].read(kind, tensor)), (
-                    name,
-                    kind,
-                    tensor,
-                )
+                values = [checkpoint.read(kind, tensor) for checkpoint in sharded]
+                assert torch.equal(*values), (name, kind, tensor)
 
 
 def test_background_save_that_fails_ends_training_and_leaves_what_was_complete(background) -> None:
@@ -222,7 +219,4 @@ def test_background_save_is_resumed_from_like_any_other(background) -> None:
     folder, errors = background
     assert errors[3:] == ["", ""]
     assert "resume: taking" in (folder / "stopped" / "train.log").read_text()
-    losses = [
-        [line["loss"] for line in metrics(folder / name)] for name in ("stopped", "foreground")
-    ]
-    assert losses[0] == losses[1]
+    assert losses(folder / "stopped") == losses(folder / "foreground")

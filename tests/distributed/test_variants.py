@@ -7,9 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from .jobs import Job, metrics, routing, run_jobs, state, without_key_bias, without_times
+from .jobs import Job, assert_same_state, losses, metrics, routing, run_jobs, without_times
 
 EP2 = ("parallel.ep_size=2", "train.max_steps=8")
 #: RCL is taken over the samples of one pass: accumulation cuts them, so it is off where
@@ -68,32 +67,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: job.run_dir for name, job in jobs.items()}
 
 
-def _losses(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in metrics(run_dir)]
-
-
 def test_recompute_changes_neither_losses_nor_weights_nor_counts(runs) -> None:
-    assert _losses(runs["recompute"]) == _losses(runs["plain"])
+    assert losses(runs["recompute"]) == losses(runs["plain"])
     assert without_times(routing(runs["recompute"])) == without_times(routing(runs["plain"]))
-    expected, found = state(runs["plain"]), state(runs["recompute"])
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert_same_state(runs["plain"], runs["recompute"], "weights")
 
 
-def test_deepspeed_keys_that_are_let_through_train_and_change_no_number(runs) -> None:
-    assert _losses(runs["every_key"]) == pytest.approx(_losses(runs["plain"]), rel=1e-5)
-
-
-def test_backend_loop_equals_grouped(runs) -> None:
-    assert _losses(runs["loop"]) == pytest.approx(_losses(runs["plain"]), rel=1e-5)
+@pytest.mark.parametrize("name", ["every_key", "loop"])
+def test_keys_let_through_and_the_loop_of_experts_change_no_number(runs, name) -> None:
+    assert losses(runs[name]) == pytest.approx(losses(runs["plain"]), rel=1e-5)
 
 
 def test_accumulation_equals_one_pass(runs) -> None:
-    assert _losses(runs["accumulated"]) == pytest.approx(_losses(runs["once"]), rel=1e-5)
-    expected, found = (without_key_bias(state(runs[name])) for name in ("once", "accumulated"))
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    assert losses(runs["accumulated"]) == pytest.approx(losses(runs["once"]), rel=1e-5)
+    assert_same_state(runs["once"], runs["accumulated"], "weights", rtol=1e-4, atol=2e-6)
     # Counts of all passes of a step add up, each once.
     for before, after in zip(routing(runs["once"]), routing(runs["accumulated"]), strict=True):
         assert after["conditional_tokens"] == before["conditional_tokens"]
@@ -116,5 +103,5 @@ def test_loss_terms_add_up_and_balance_counts_twice_for_two_choices(runs) -> Non
 
 
 def test_clipping_off_takes_other_steps(runs) -> None:
-    assert _losses(runs["no_clip"])[0] == _losses(runs["plain"])[0]
-    assert _losses(runs["no_clip"])[-1] != _losses(runs["plain"])[-1]
+    assert losses(runs["no_clip"])[0] == losses(runs["plain"])[0]
+    assert losses(runs["no_clip"])[-1] != losses(runs["plain"])[-1]

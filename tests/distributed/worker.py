@@ -71,7 +71,7 @@ def run_job(job: dict, ranks: DistributedContext) -> str:
 
 def _resave(run: Run, ranks: DistributedContext, root: Path) -> None:
     """Load a checkpoint and save it again as it is, without a step between."""
-    trainer = Trainer.build(run.config, run.deepspeed_plan, ranks, build_dataset(run.config))
+    trainer = Trainer(run.config, run.deepspeed_plan, ranks, build_dataset(run.config))
     load_checkpoint(trainer, Path(run.resume), same_run=False)
     Saver(trainer, root).save()
 

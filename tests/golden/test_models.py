@@ -13,7 +13,7 @@ from promoe_ds.config import RunConfig, config_from_dict, count_parameters
 from promoe_ds.diffusion import DiffusionBatch, SamplingPlan, sample_latents
 from promoe_ds.model import DiT, build_model
 from promoe_ds.model.official import from_official, to_official
-from promoe_ds.train.optimizer import AdamWithEma
+from promoe_ds.train.ema import Ema
 from promoe_ds.train.step import TrainingModule
 
 from .conftest import Case
@@ -142,9 +142,15 @@ def test_trajectory_equals_published(case: Case) -> None:
         weight_decay=training["weight_decay"],
     )
     module = TrainingModule(network).train()
-    optimizer = AdamWithEma(
-        parameter_groups(module, network.config.optimizer), network.config.optimizer
+    settings = network.config.optimizer
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, settings),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
     )
+    Ema(optimizer, settings.averages)
     inputs, expected = case.tensors("in"), case.tensors("out")
     initial_labels = network.label_embedding.table.weight.detach().clone()
     for step in range(training["steps"]):

@@ -25,7 +25,7 @@ from promoe_ds.model.export import TRAINING_STEM, WEIGHTS_STEM, write_export_con
 from promoe_ds.model.official import POSITIONS, is_published_parameter, published_order, to_official
 from promoe_ds.model.shards import ShardWriter, digest
 from promoe_ds.model.state import POSITIONS as OUR_POSITIONS
-from promoe_ds.versions import package_versions
+from promoe_ds.versions import versions_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +283,7 @@ class TrainingTarget:
             samples_seen=self._content.samples_seen,
             layout=layout,
             config=self._content.config.model_dump(mode="json"),
-            versions=package_versions(),
+            versions=versions_of("deepspeed"),
             averages_since=self._content.averages_since,
             files={MODEL_STATES: FileRecord(path.stat().st_size, checksum(path))},
         ).write(self._folder)

@@ -29,7 +29,7 @@ def finish(root: Path, step: int, records: dict[str, FileRecord], **train: int) 
         config=small_config(train=train),
         context=SimpleNamespace(world_size=2),
         dataset=range(7),
-        optimizer=SimpleNamespace(averages_since={}),
+        ema=SimpleNamespace(averages_since={}),
         module=torch.nn.Linear(2, 2),
         deepspeed_plan=SimpleNamespace(zero_stage=2, precision="fp32", json={}),
     )

@@ -1,4 +1,4 @@
-"""AdamW with the moving average in its state, parameter groups, learning rates in closed form."""
+"""Moving averages beside any optimizer, parameter groups, learning rates in closed form."""
 
 from __future__ import annotations
 
@@ -13,145 +13,115 @@ from torch import Tensor, nn
 from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.config.optimizer import EMA, OptimizerConfig, power_exponent
 from promoe_ds.config.schedule import learning_rate
-from promoe_ds.train.optimizer import AdamWithEma
+from promoe_ds.train.ema import Ema
 
 from ..builders import random_network, random_tensor
 
 STEPS = 5
+#: A fused optimizer with state, one without state, one whose state is smaller than the weights.
+OPTIMIZERS = {
+    torch.optim.AdamW: {"betas": (0.8, 0.95), "fused": True},
+    torch.optim.SGD: {},
+    torch.optim.Adafactor: {},
+}
 
 
-def parameters() -> list[nn.Parameter]:
-    return [
-        nn.Parameter(random_tensor(*shape, seed=seed))
-        for seed, shape in enumerate([(4, 3), (5,), (2, 3, 2)])
-    ]
-
-
-def set_gradients(values: list[nn.Parameter], step: int) -> None:
-    for seed, parameter in enumerate(values):
-        parameter.grad = random_tensor(*parameter.shape, seed=100 * step + seed)
-
-
-class Trained(AdamWithEma):
-    """The optimizer as the trainer drives it under ZeRO: `updates` set before a step, `step` called
-    once a group.
+class Trained:
+    """An optimizer and its averages as the trainer drives them under ZeRO: `step` is called once a
+    group, `updates` grows by one an update.
     """
 
-    def step(self, closure: None = None) -> None:
-        every = self.param_groups
-        for group in every:
-            self.param_groups = [group]
-            super().step(closure)
-        self.param_groups = every
-        self.updates += not self.overflow
+    def __init__(self, kind: type = torch.optim.AdamW, **averages: Any) -> None:
+        shapes = enumerate([(4, 3), (5,), (2, 3, 2)])
+        self.weights = [nn.Parameter(random_tensor(*shape, seed=seed)) for seed, shape in shapes]
+        groups = [{"params": self.weights[:1]}, {"params": self.weights[1:], "weight_decay": 0.0}]
+        self.optimizer = kind(groups, lr=1e-2, weight_decay=0.01, **OPTIMIZERS[kind])
+        settings = OptimizerConfig(**{"ema_decays": (0.9,), **averages})
+        self.ema, self.step = Ema(self.optimizer, settings.averages), 0
+
+    def update(self, *, has_gradients: bool = True) -> None:
+        for seed, weight in enumerate(self.weights):
+            gradient = random_tensor(*weight.shape, seed=100 * self.step + seed)
+            weight.grad = gradient if has_gradients else None
+        groups = self.optimizer.param_groups
+        for group in groups:
+            self.optimizer.param_groups = [group]
+            self.optimizer.step()
+        self.optimizer.param_groups = groups
+        self.step += 1
+        self.ema.updates += has_gradients
+
+    def values(self) -> list[Tensor]:
+        return [weight.detach().double() for weight in self.weights]
+
+    def averages(self, name: str = EMA) -> list[Tensor]:
+        return [self.optimizer.state[weight][name].clone() for weight in self.weights]
 
 
-def make_optimizer(values: list[nn.Parameter], decay: float = 0.01, **config: Any) -> AdamWithEma:
-    settings = OptimizerConfig(**{"lr": 1e-2, "ema_decays": (0.9,), "betas": (0.8, 0.95), **config})
-    groups = [{"params": part, "weight_decay": decay} for part in (values[:1], values[1:])]
-    return Trained(groups, settings)
+def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
 
 
-def state_copy(optimizer: AdamWithEma) -> list[dict[str, Tensor]]:
-    return [
-        {key: value.clone() for key, value in state.items()} for state in optimizer.state.values()
-    ]
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_averages_leave_the_updates_of_any_optimizer_as_they_are(kind: type) -> None:
+    trained, bare = Trained(kind), Trained(kind)
+    bare.optimizer = kind(bare.optimizer.param_groups, **OPTIMIZERS[kind])
+    for _ in range(STEPS):
+        trained.update()
+        bare.update()
+        assert_equal(trained.weights, bare.weights)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-def test_optimizer_weights_equal_those_of_torch_adamw(decay: float) -> None:
-    ours, theirs = parameters(), parameters()
-    optimizer = make_optimizer(ours, decay)
-    reference = torch.optim.AdamW(
-        theirs, lr=1e-2, betas=(0.8, 0.95), eps=1e-8, weight_decay=decay, fused=True
-    )
-    for step in range(STEPS):
-        for values, each in ((ours, optimizer), (theirs, reference)):
-            set_gradients(values, step)
-            each.step()
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_optimizer_average_equals_one_by_hand_from_the_weights_before_the_first_update() -> None:
-    values = parameters()
-    optimizer = make_optimizer(values)
-    averages = [p.detach().double().clone() for p in values]
-    for step in range(STEPS):
-        set_gradients(values, step)
-        optimizer.step()
-        averages = [
-            0.9 * average + 0.1 * p.detach().double()
-            for average, p in zip(averages, values, strict=True)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("averages", "decays"),
+    [
+        ({}, [0.9] * STEPS),
+        ({"ema_decays": (0.0,)}, [0.0] * STEPS),
+        ({"ema_decays": (0.3,), "ema_warmup": True}, [2 / 11, 3 / 12, 0.3, 0.3]),
+    ],
+)
+def test_average_equals_one_by_hand_from_the_weights_before_the_first_update(
+    kind: type, averages: dict[str, Any], decays: list[float]
+) -> None:
+    trained = Trained(kind, **averages)
+    expected = [value.clone() for value in trained.values()]
+    for decay in decays:
+        trained.update()
+        expected = [
+            decay * average + (1 - decay) * value
+            for average, value in zip(expected, trained.values(), strict=True)
         ]
-        for parameter, average in zip(values, averages, strict=True):
-            # fp32 against fp64, five steps.
-            torch.testing.assert_close(
-                optimizer.state[parameter][EMA].double(), average, rtol=1e-6, atol=1e-6
-            )
+        assert_equal(trained.averages(), expected, 1e-6)  # fp32 against fp64
 
 
-def test_optimizer_average_with_decay_zero_is_the_weights() -> None:
-    values = parameters()
-    optimizer = make_optimizer(values, ema_decays=(0.0,))
-    for step in range(2):
-        set_gradients(values, step)
-        optimizer.step()
-        assert all(torch.equal(optimizer.state[p][EMA], p) for p in values)
+def test_several_averages_equal_those_kept_alone() -> None:
+    together = Trained(ema_decays=(0.9, 0.5), ema_sigma_rels=(0.05, 0.1))
+    alone = {"ema": Trained(), "ema_0.5": Trained(ema_decays=(0.5,))}
+    for trained in (together, *alone.values()):
+        for _ in range(STEPS):
+            trained.update()
+    for name, trained in alone.items():
+        assert_equal(together.averages(name), trained.averages())
+    assert list(together.ema.averages) == ["ema", "ema_0.5", "ema_power_0.05", "ema_power_0.1"]
 
 
-def test_optimizer_several_averages_equal_those_kept_alone() -> None:
-    together, decays, lengths = parameters(), (0.9, 0.5), (0.05, 0.1)
-    optimizer = make_optimizer(together, ema_decays=decays, ema_sigma_rels=lengths)
-    alone = {"ema": {"ema_decays": (0.9,)}, "ema_0.5": {"ema_decays": (0.5,)}}
-    for name, settings in alone.items():
-        values = parameters()
-        other = make_optimizer(values, **settings)
-        for step in range(STEPS):
-            set_gradients(values, step)
-            other.step()
-            if name == "ema":
-                set_gradients(together, step)
-                optimizer.step()
-        for mine, its in zip(together, values, strict=True):
-            assert torch.equal(optimizer.state[mine][name], other.state[its][EMA])
-    assert list(optimizer.averages) == ["ema", "ema_0.5", "ema_power_0.05", "ema_power_0.1"]
-
-
-def test_optimizer_power_average_is_the_weighted_mean_of_all_weights_so_far() -> None:
+def test_power_average_is_the_weighted_mean_of_all_weights_so_far() -> None:
     """(1 - 1/t)^(gamma + 1) unrolled: update i has the weight (i/t)^(gamma + 1) - ((i -
     1)/t)^(gamma + 1).
     """
-    values = parameters()
-    optimizer = make_optimizer(values, ema_sigma_rels=(0.2,))
-    seen = []
-    for step in range(STEPS):
-        set_gradients(values, step)
-        optimizer.step()
-        seen.append([p.detach().double().clone() for p in values])
+    trained, seen = Trained(ema_sigma_rels=(0.2,)), []
+    for _ in range(STEPS):
+        trained.update()
+        seen.append([value.clone() for value in trained.values()])
     power = power_exponent(0.2) + 1
-    weights = [(i / STEPS) ** power - ((i - 1) / STEPS) ** power for i in range(1, STEPS + 1)]
-    for number, parameter in enumerate(values):
-        expected = sum(weight * each[number] for weight, each in zip(weights, seen, strict=True))
-        torch.testing.assert_close(
-            optimizer.state[parameter]["ema_power_0.2"].double(), expected, rtol=1e-6, atol=1e-6
-        )
-
-
-def test_optimizer_average_with_warmup_decays_by_the_update_in_every_group() -> None:
-    values = parameters()
-    optimizer = make_optimizer(values, ema_decays=(0.3,), ema_warmup=True)
-    averages = [p.detach().double().clone() for p in values]
-    for step, decay in enumerate([2 / 11, 3 / 12, 0.3, 0.3]):
-        set_gradients(values, step)
-        optimizer.step()
-        averages = [
-            decay * average + (1 - decay) * p.detach().double()
-            for average, p in zip(averages, values, strict=True)
-        ]
-        for parameter, average in zip(values, averages, strict=True):
-            torch.testing.assert_close(
-                optimizer.state[parameter][EMA].double(), average, rtol=1e-6, atol=1e-6
-            )
+    parts = [(i / STEPS) ** power - ((i - 1) / STEPS) ** power for i in range(1, STEPS + 1)]
+    expected = [
+        sum(part * value for part, value in zip(parts, values, strict=True))
+        for values in zip(*seen, strict=True)
+    ]
+    assert_equal(trained.averages("ema_power_0.2"), expected, 1e-6)
 
 
 @pytest.mark.parametrize("warmup", [False, True])
@@ -172,78 +142,46 @@ def test_power_exponent_equals_the_published_ones(length: float, gamma: float) -
     assert power_exponent(length) == pytest.approx(gamma, abs=0.005)
 
 
-def test_optimizer_average_is_memory_of_its_own() -> None:
-    values = parameters()
-    optimizer = make_optimizer(values)
-    set_gradients(values, 0)
-    optimizer.step()
-    before = optimizer.state[values[0]][EMA].clone()
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_update_without_gradients_changes_nothing_and_begins_no_average(kind: type) -> None:
+    trained = Trained(kind)
+    before = [value.clone() for value in trained.values()]
+    trained.update(has_gradients=False)
+    assert_equal(trained.weights, before)
+    assert not any(trained.optimizer.state.values())
+    trained.update()
+    averages, after = trained.averages(), [value.clone() for value in trained.values()]
+    trained.update(has_gradients=False)
+    assert_equal(trained.weights, after)
+    assert_equal(trained.averages(), averages)
+    expected = [0.9 * old + 0.1 * new for old, new in zip(before, after, strict=True)]
+    assert_equal(averages, expected, 1e-6)
+
+
+def test_swapped_average_and_weights_come_back_exactly() -> None:
+    trained = Trained()
+    trained.ema.swap()  # no average yet
+    trained.update()
+    weights, averages = [value.clone() for value in trained.values()], trained.averages()
+    trained.ema.swap()
+    assert_equal(trained.weights, averages)
+    trained.ema.swap()
+    assert_equal(trained.weights, weights)
+    assert_equal(trained.averages(), averages)
+
+
+def test_restored_state_continues_alike() -> None:
+    trained, restored = Trained(), Trained()
+    trained.update()
     with torch.no_grad():
-        values[0].add_(1.0)
-    assert torch.equal(optimizer.state[values[0]][EMA], before)
-
-
-def test_optimizer_overflow_changes_nothing() -> None:
-    values = parameters()
-    optimizer = make_optimizer(values)
-    set_gradients(values, 0)
-    optimizer.step()
-    weights, state = [p.detach().clone() for p in values], state_copy(optimizer)
-    set_gradients(values, 1)
-    optimizer.overflow = True
-    optimizer.step()
-    assert all(torch.equal(p, w) for p, w in zip(values, weights, strict=True))
-    for before, after in zip(state, state_copy(optimizer), strict=True):
-        assert before.keys() == after.keys() and all(
-            torch.equal(before[key], after[key]) for key in before
-        )
-
-
-def test_optimizer_overflow_at_the_first_step_does_not_start_the_average() -> None:
-    values = parameters()
-    optimizer = make_optimizer(values)
-    set_gradients(values, 0)
-    optimizer.overflow = True
-    optimizer.step()
-    assert not optimizer.state
-    optimizer.overflow = False
-    with torch.no_grad():
-        values[0].add_(1.0)
-    start = values[0].detach().clone()
-    optimizer.step()
-    expected = 0.9 * start + 0.1 * values[0].detach()
-    torch.testing.assert_close(
-        optimizer.state[values[0]][EMA], expected, rtol=1e-6, atol=1e-6
-    )  # lerp rounds otherwise
-
-
-def test_optimizer_parameter_without_gradient_stays_and_has_no_average() -> None:
-    values = parameters()
-    optimizer = make_optimizer(values)
-    set_gradients(values, 0)
-    values[1].grad = None
-    before = values[1].detach().clone()
-    optimizer.step()
-    assert torch.equal(values[1], before)
-    assert EMA not in optimizer.state.get(values[1], {})
-
-
-def test_optimizer_state_restored_goes_on_alike() -> None:
-    values, others = parameters(), parameters()
-    optimizer, restored = make_optimizer(values), make_optimizer(others)
-    for step in range(2):
-        set_gradients(values, step)
-        optimizer.step()
-    with torch.no_grad():
-        for other, value in zip(others, values, strict=True):
-            other.copy_(value)
-    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for each, owner in ((values, optimizer), (others, restored)):
-        set_gradients(each, 2)
-        owner.step()
-    for value, other in zip(values, others, strict=True):
-        assert torch.equal(value, other)
-        assert torch.equal(optimizer.state[value][EMA], restored.state[other][EMA])
+        for weight, value in zip(restored.weights, trained.weights, strict=True):
+            weight.copy_(value)
+    restored.optimizer.load_state_dict(copy.deepcopy(trained.optimizer.state_dict()))
+    restored.step = restored.ema.updates = 1
+    for each in (trained, restored):
+        each.update()
+    assert_equal(trained.weights, restored.weights)
+    assert_equal(trained.averages(), restored.averages())
 
 
 # Groups.
@@ -251,28 +189,32 @@ def test_optimizer_state_restored_goes_on_alike() -> None:
 
 def groups_of(weight_decay: float, *, sharded: bool) -> tuple[nn.Module, list[dict[str, Any]]]:
     network = random_network(model={"qk_norm": True}, routing={"moe_blocks": "all"})
-    if sharded:
-        for layer in network.moe_layers().values():
-            for parameter in layer.routed.parameters():
-                parameter.allreduce, parameter.group_name = False, "ep_size_2"
+    network.label_embedding.requires_grad_(False)
+    for layer in network.moe_layers().values() if sharded else ():
+        for parameter in layer.routed.parameters():
+            parameter.allreduce, parameter.group_name = False, "ep_size_2"
     return network, parameter_groups(network, OptimizerConfig(weight_decay=weight_decay))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_groups_hold_every_parameter_once_beside_its_name(
+def test_groups_hold_every_trained_parameter_once_and_experts_apart_where_sharded(
     weight_decay: float, sharded: bool
 ) -> None:
     network, groups = groups_of(weight_decay, sharded=sharded)
-    listed = {
-        name: value
+    listed = [
+        (name, value, group.get("moe", False), group["name"])
         for group in groups
         for name, value in zip(group["param_names"], group["params"], strict=True)
-    }
-    assert sum(len(group["params"]) for group in groups) == len(listed)
-    expected = dict(network.named_parameters())
-    assert listed.keys() == expected.keys()
-    assert all(listed[name] is expected[name] for name in expected)
+    ]
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert "label_embedding.table.weight" not in trained
+    assert sorted(name for name, *_ in listed) == sorted(trained)
+    for name, value, *kind in listed:
+        is_expert = sharded and ".routed." in name
+        assert value is trained[name]
+        assert kind == [is_expert, "ep_size_2" if is_expert else "dense"]
+    assert len(groups) == (1 + sharded) * (1 + (weight_decay > 0))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -288,80 +230,35 @@ def test_groups_decay_never_reaches_biases_prototypes_norms_or_expert_biases(sha
         assert any(name.endswith(kind) for name in decayed | plain), kind
 
 
-def test_groups_without_decay_are_one_of_dense_and_one_of_experts() -> None:
-    _, groups = groups_of(0.0, sharded=True)
-    assert [(group["name"], group.get("moe", False)) for group in groups] == [
-        ("dense", False),
-        ("ep_size_2", True),
-    ]
-
-
-def test_groups_experts_are_those_that_are_sharded() -> None:
-    _, groups = groups_of(0.1, sharded=True)
-    experts = {name for group in groups if group.get("moe") for name in group["param_names"]}
-    assert experts == {
-        name for group in groups for name in group["param_names"] if ".routed." in name
-    }
-    assert {group["name"] for group in groups if group.get("moe")} == {"ep_size_2"}
-
-
-def test_groups_unsharded_experts_are_dense() -> None:
-    _, groups = groups_of(0.1, sharded=False)
-    assert {group["name"] for group in groups} == {"dense"}
-    assert not any("moe" in group for group in groups)
-
-
-def test_groups_leave_out_frozen_parameters() -> None:
-    network = random_network()
-    network.label_embedding.requires_grad_(False)
-    groups = parameter_groups(network, OptimizerConfig())
-    names = {name for group in groups for name in group["param_names"]}
-    assert "label_embedding.table.weight" not in names and "final_layer.linear.weight" in names
-
-
 # Learning rate.
 
 
-def rates(steps: int = 12, max_steps: int = 10, **config: Any) -> list[float]:
-    return [
-        learning_rate(step, max_steps, OptimizerConfig(**{"lr": 1.0, **config}))
-        for step in range(steps)
-    ]
-
-
-def test_lr_constant_is_constant() -> None:
-    assert rates(schedule="constant", min_lr=0.5) == [1.0] * 12
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_lr_warmup_rises_in_even_steps_to_the_full_rate(schedule: str) -> None:
-    assert rates(schedule=schedule, warmup_steps=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-
-
-def test_lr_linear_falls_in_even_steps_to_the_minimum() -> None:
-    expected = [1.0 - 0.8 * step / 10 for step in range(11)] + [0.2]
-    assert rates(schedule="linear", min_lr=0.2) == pytest.approx(expected, rel=1e-12)
-
-
-def test_lr_cosine_is_half_a_wave_from_full_to_minimum() -> None:
-    expected = [0.2 + 0.8 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)] + [0.2]
-    found = rates(schedule="cosine", min_lr=0.2)
-    assert found == pytest.approx(expected, rel=1e-12)
-    assert found[0] == 1.0 and found[5] == pytest.approx(0.6) and found[10] == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5)])
-def test_lr_schedule_begins_after_the_warmup(schedule: str, middle: float) -> None:
-    found = rates(schedule=schedule, warmup_steps=2)
-    assert (
-        found[2] == 1.0
-        and found[6] == pytest.approx(middle)
-        and found[10] == pytest.approx(0.0, abs=1e-12)
-    )
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_lr_warmup_longer_than_the_run_only_rises(schedule: str) -> None:
-    assert rates(steps=10, schedule=schedule, warmup_steps=20) == [
-        (step + 1) / 20 for step in range(10)
-    ]
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "constant", "min_lr": 0.5}, [1.0] * 12),
+        ({"schedule": "constant", "warmup_steps": 4}, [0.25, 0.5, 0.75] + [1.0] * 9),
+        (
+            {"schedule": "linear", "min_lr": 0.2},
+            [1.0 - 0.8 * step / 10 for step in range(11)] + [0.2],
+        ),
+        (
+            {"schedule": "cosine", "min_lr": 0.2},
+            [0.6 + 0.4 * math.cos(math.pi * step / 10) for step in range(11)] + [0.2],
+        ),
+        (
+            {"schedule": "linear", "warmup_steps": 2},
+            [0.5, 1.0] + [1.0 - step / 8 for step in range(9)] + [0.0],
+        ),
+        (
+            {"schedule": "cosine", "warmup_steps": 2},
+            [0.5, 1.0] + [0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(9)] + [0.0],
+        ),
+        ({"schedule": "cosine", "warmup_steps": 20}, [(step + 1) / 20 for step in range(10)]),
+        ({"schedule": "linear", "warmup_steps": 20}, [(step + 1) / 20 for step in range(10)]),
+    ],
+)
+def test_learning_rate_of_ten_steps(settings: dict[str, Any], expected: list[float]) -> None:
+    config = OptimizerConfig(lr=1.0, **settings)
+    found = [learning_rate(step, 10, config) for step in range(len(expected))]
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-12)

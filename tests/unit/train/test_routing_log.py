@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.model import DiT
@@ -30,18 +33,25 @@ NULL, BINS = 10, 2
 #: Noise levels and labels of a batch: the last image is all noise and belongs to the upper of two
 # bins.
 SIGMA, LABELS = [0.1, 0.49, 0.5, 0.7, 1.0], [3, NULL, 0, NULL, 7]
+SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "routing.schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+Passes = list[dict[int, RoutingPlan]]
 
 
-# Lines of passes.
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_one_rank(monkeypatch)
 
 
 def one_of(ranks: int, rank: int) -> DistributedContext:
     return DistributedContext(rank=rank, world_size=ranks, device=torch.device("cpu"))
 
 
-def make_network(method: str) -> DiT:
+def make_network(method: str, **sections: Any) -> DiT:
+    logging = {"timestep_bins": BINS, **sections.pop("logging", {})}
     network = random_network(
-        model={"depth": 4}, logging={"timestep_bins": BINS}, **of_method(method)
+        model={"depth": 4}, logging=logging, **{**of_method(method), **sections}
     ).train()
     give_superclasses(network, network.config)
     return network
@@ -53,39 +63,47 @@ def run(network: DiT, seed: int = 0, labels: list[int] = LABELS) -> dict[int, Ro
         return network.denoise(latents, torch.tensor(SIGMA) * 1000, torch.tensor(labels)).plans
 
 
-def by_hand(
-    passes: list[dict[int, RoutingPlan]], layer: int, bin_: int
-) -> tuple[list[int], int, int, float | None]:
-    """Tokens per expert, conditional and unconditional tokens and mean gate, from the plans'
-    lists.
-    """
-    tokens, gates, conditional, unconditional = [0] * 4, [], 0, 0
+def accumulate(
+    network: DiT, passes: int = 2, labels: list[int] = LABELS
+) -> tuple[RoutingAccumulator, Passes]:
+    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
+    plans = [run(network, seed, labels) for seed in range(passes)]
+    for each in plans:
+        accumulator.add(each, torch.tensor(SIGMA), torch.tensor(labels))
+    return accumulator, plans
+
+
+def rows_of(passes: Passes, layer: int) -> Iterator[tuple[int, int, float]]:
+    """Yield token, expert and gate of every row of a layer's assignments."""
     for plans in passes:
         assignment = plans[layer].assignment
-        experts = torch.repeat_interleave(torch.arange(4), assignment.tokens_per_expert_E).tolist()
-        for token, expert, gate in zip(
-            assignment.token_ids_N.tolist(), experts, assignment.gates_N.tolist(), strict=True
-        ):
-            if (SIGMA[token // 4] >= 0.5) == bool(bin_):
-                tokens[expert] += 1
-                gates.append(gate)
-        for sigma, label in zip(SIGMA, LABELS, strict=True):
-            if (sigma >= 0.5) == bool(bin_):
-                conditional += 4 * (label != NULL)
-                unconditional += 4 * (label == NULL)
-    return tokens, conditional, unconditional, sum(gates) / len(gates) if gates else None
+        experts = torch.repeat_interleave(torch.arange(4), assignment.tokens_per_expert_E)
+        columns = (assignment.token_ids_N, experts, assignment.gates_N)
+        yield from zip(*(column.tolist() for column in columns), strict=True)
+
+
+def assert_counts(lines: list[dict[str, Any]], passes: Passes) -> None:
+    """Compare the counts of lines with the plans' own lists."""
+    for line in lines:
+        of_bin = [image for image in range(5) if (SIGMA[image] >= 0.5) == line["timestep_bin"]]
+        rows = [row for row in rows_of(passes, line["layer"]) if row[0] // 4 in of_bin]
+        tokens, gates = [0] * 4, [gate for _, _, gate in rows]
+        for _, expert, _ in rows:
+            tokens[expert] += 1
+        null = sum(LABELS[image] == NULL for image in of_bin)
+        assert line["tokens_per_expert"] == tokens
+        assert line["conditional_tokens"] == 4 * (len(of_bin) - null) * len(passes)
+        assert line["unconditional_tokens"] == 4 * null * len(passes)
+        assert line["gate_mean"] == pytest.approx(sum(gates) / len(gates), rel=1e-5)
+        cosines = [plans[line["layer"]].stats.prototype_similarity.item() for plans in passes]
+        assert line["prototype_similarity"] == pytest.approx(
+            sum(cosines) / len(cosines), rel=1e-5, abs=1e-7
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_lines_of_two_passes_equal_the_plans_own_lists(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network = make_network(method)
-    pretend_one_rank(monkeypatch)
-    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
-    passes = [run(network, seed) for seed in (0, 1)]
-    for plans in passes:
-        accumulator.add(plans, torch.tensor(SIGMA))
+def test_lines_equal_the_plans_own_lists_and_keep_to_the_schema(method: str) -> None:
+    accumulator, passes = accumulate(make_network(method))
     lines = accumulator.reduce(step=20, steps=10)
     assert [(line["layer"], line["timestep_bin"]) for line in lines] == [
         (1, 0),
@@ -93,60 +111,49 @@ def test_lines_of_two_passes_equal_the_plans_own_lists(
         (3, 0),
         (3, 1),
     ]
-    for line in lines:
-        tokens, conditional, unconditional, gate_mean = by_hand(
-            passes, line["layer"], line["timestep_bin"]
-        )
-        assert line["tokens_per_expert"] == tokens
-        assert (line["conditional_tokens"], line["unconditional_tokens"]) == (
-            conditional,
-            unconditional,
-        )
-        assert line["gate_mean"] == pytest.approx(gate_mean, rel=1e-5)
-        similarity = (
-            sum(plans[line["layer"]].stats.prototype_similarity.item() for plans in passes) / 2
-        )
-        assert line["prototype_similarity"] == pytest.approx(similarity, rel=1e-5, abs=1e-7)
-        assert (
-            line["step"],
-            line["steps"],
-            line["timestep_bins"],
-            line["layer_bytes_exchanged"],
-        ) == (20, 10, BINS, 0)
+    assert_counts(lines, passes)
+    for line in json.loads(json.dumps(lines)):
+        VALIDATOR.validate(line)
+        assert (line["step"], line["steps"], line["layer_bytes_exchanged"]) == (20, 10, 0)
+        assert line.keys() | {"layer_detail"} == SCHEMA["$defs"]["Line"]["properties"].keys()
+        details = SCHEMA["$defs"]["LayerDetail"]["properties"].keys()
+        assert line.get("layer_detail", {}).keys() <= details
+        del line["tokens_per_expert"]
+        assert not VALIDATOR.is_valid(line)
 
 
-def test_lines_gate_mean_is_per_assignment_where_tokens_have_several_experts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    network = make_network("dit_moe")
-    pretend_one_rank(monkeypatch)
-    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
-    plans = run(network)
-    accumulator.add(plans, torch.zeros(len(LABELS)))
-    line = accumulator.reduce(step=1, steps=1)[0]
-    assert sum(line["tokens_per_expert"]) == 2 * line["conditional_tokens"]
-    assert line["gate_mean"] == pytest.approx(plans[1].assignment.gates_N.mean().item(), rel=1e-5)
+@pytest.mark.parametrize("method", METHODS)
+def test_lines_gates_and_tables_equal_the_plans_own_lists(method: str) -> None:
+    accumulator, passes = accumulate(make_network(method))
+    lines = accumulator.reduce(step=20, steps=10)
+    for layer in (1, 3):
+        here = [line for line in lines if line["layer"] == layer]
+        gates, by_class, by_patch = torch.zeros(4), torch.zeros(NULL + 1, 4), torch.zeros(4, 4)
+        for token, expert, gate in rows_of(passes, layer):
+            gates[expert] += gate
+            by_class[LABELS[token // 4], expert] += 1
+            by_patch[token % 4, expert] += 1
+        found = torch.tensor([line["gate_sum_per_expert"] for line in here]).sum(dim=0)
+        torch.testing.assert_close(found, gates, rtol=1e-4, atol=1e-5)
+        detail = here[0]["layer_detail"]
+        assert detail["tokens_per_class"] == {"steps": 10, "counts": by_class.long().tolist()}
+        assert detail["tokens_per_position"] == {"steps": 10, "counts": by_patch.long().tolist()}
+        assert "layer_detail" not in here[1]
 
 
-def test_lines_without_assignments_have_no_gate_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = make_network("token_choice")
-    pretend_one_rank(monkeypatch)
-    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
-    accumulator.add(run(network, labels=[NULL] * 5), torch.tensor(SIGMA))
+def test_lines_without_assignments_have_no_gate_mean() -> None:
+    accumulator, _ = accumulate(make_network("token_choice"), passes=1, labels=[NULL] * 5)
     lines = accumulator.reduce(step=1, steps=1)
     assert [line["gate_mean"] for line in lines] == [None] * 4
     assert [line["unconditional_tokens"] for line in lines] == [8, 12] * 2
 
 
-def test_lines_start_anew_after_each_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_start_anew_after_each_reduction() -> None:
     network = make_network("expert_race")
-    pretend_one_rank(monkeypatch)
-    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
-    results = []
-    for _ in range(2):
-        accumulator.add(run(network), torch.tensor(SIGMA))
-        results.append(accumulator.reduce(step=1, steps=1))
-    assert results[0] == results[1]
+    accumulator, passes = accumulate(network, passes=1)
+    first = accumulator.reduce(step=1, steps=1)
+    accumulator.add(passes[0], torch.tensor(SIGMA), torch.tensor(LABELS))
+    assert accumulator.reduce(step=1, steps=1) == first
     assert accumulator.reduce(step=2, steps=0) == []
 
 
@@ -158,105 +165,23 @@ def test_lines_of_two_ranks_are_their_sums(monkeypatch: pytest.MonkeyPatch) -> N
         accumulator.add(plans, torch.tensor(SIGMA))
     first, second = call_together(monkeypatch, accumulators, "reduce", step=1, steps=1)
     assert len(first) == 2 * BINS and second == []  # rank 0 alone describes and writes
-    for line in first:
-        tokens, conditional, _, gate_mean = by_hand(passes, line["layer"], line["timestep_bin"])
-        assert (line["tokens_per_expert"], line["conditional_tokens"]) == (tokens, conditional)
-        assert line["gate_mean"] == pytest.approx(gate_mean, rel=1e-5)
-        similarity = passes[0][
-            line["layer"]
-        ].stats.prototype_similarity.item()  # the same weights everywhere
-        assert line["prototype_similarity"] == pytest.approx(similarity, rel=1e-5, abs=1e-7)
+    assert_counts(first, passes)
 
 
-def test_lines_of_a_dense_network_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_a_dense_network_are_none() -> None:
     network = random_network(routing={"method": "dense"})
-    pretend_one_rank(monkeypatch)
     accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
     accumulator.add({}, torch.tensor(SIGMA))
     assert accumulator.reduce(step=1, steps=1) == []
 
 
-# Schema 2: gates by expert, centroids, tables, ranks.
-
-SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "routing.schema.json").read_text())
-
-
-def accumulate(
-    network: DiT, passes: int = 2
-) -> tuple[RoutingAccumulator, list[dict[int, RoutingPlan]]]:
-    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
-    plans = [run(network, seed) for seed in range(passes)]
-    for each in plans:
-        accumulator.add(each, torch.tensor(SIGMA), torch.tensor(LABELS))
-    return accumulator, plans
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_lines_of_every_method_keep_to_the_schema(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend_one_rank(monkeypatch)
-    validator = jsonschema.Draft202012Validator(SCHEMA)
-    for line in json.loads(
-        json.dumps(accumulate(make_network(method))[0].reduce(step=20, steps=10))
-    ):
-        validator.validate(line)
-        assert line.keys() | {"layer_detail"} == SCHEMA["$defs"]["Line"]["properties"].keys()
-        assert (
-            line.get("layer_detail", {}).keys()
-            <= SCHEMA["$defs"]["LayerDetail"]["properties"].keys()
-        )
-        with pytest.raises(jsonschema.ValidationError):
-            validator.validate(
-                {name: value for name, value in line.items() if name != "tokens_per_expert"}
-            )
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_lines_gates_and_tables_equal_the_plans_own_lists(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network = make_network(method)
-    pretend_one_rank(monkeypatch)
-    accumulator, passes = accumulate(network)
-    lines = accumulator.reduce(step=20, steps=10)
-    for layer in (1, 3):
-        here = [line for line in lines if line["layer"] == layer]
-        gates, by_class, by_patch = [0.0] * 4, torch.zeros(NULL + 1, 4), torch.zeros(4, 4)
-        for plans in passes:
-            assignment = plans[layer].assignment
-            experts = torch.repeat_interleave(
-                torch.arange(4), assignment.tokens_per_expert_E
-            ).tolist()
-            for token, expert, gate in zip(
-                assignment.token_ids_N.tolist(), experts, assignment.gates_N.tolist(), strict=True
-            ):
-                gates[expert] += gate
-                by_class[LABELS[token // 4], expert] += 1
-                by_patch[token % 4, expert] += 1
-        found = [
-            sum(column)
-            for column in zip(*(line["gate_sum_per_expert"] for line in here), strict=True)
-        ]
-        assert found == pytest.approx(gates, rel=1e-4, abs=1e-5)
-        detail = here[0]["layer_detail"]
-        assert detail["tokens_per_class"] == {"steps": 10, "counts": by_class.long().tolist()}
-        assert detail["tokens_per_position"] == {"steps": 10, "counts": by_patch.long().tolist()}
-        assert by_class.sum() == sum(sum(line["tokens_per_expert"]) for line in here)
-        assert "layer_detail" not in here[1]
-
-
-def test_lines_tables_cover_several_intervals_and_what_is_left_at_the_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    network = random_network(
-        model={"depth": 4}, logging={"counts_every": 2}, **of_method("token_choice")
-    ).train()
-    pretend_one_rank(monkeypatch)
-    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
+def test_lines_tables_cover_several_intervals_and_what_is_left_at_the_end() -> None:
+    network = make_network("token_choice", logging={"counts_every": 2})
+    accumulator, passes = accumulate(network, passes=1)
     found = []
     for interval in range(4):
-        accumulator.add(run(network), torch.tensor(SIGMA), torch.tensor(LABELS))
+        if interval:
+            accumulator.add(passes[0], torch.tensor(SIGMA), torch.tensor(LABELS))
         lines = accumulator.reduce(step=10 * (interval + 1), steps=10, last=interval == 2)
         found.append(lines[0]["layer_detail"].get("tokens_per_class"))
     once = torch.tensor(found[2]["counts"])
@@ -264,11 +189,8 @@ def test_lines_tables_cover_several_intervals_and_what_is_left_at_the_end(
     assert (torch.tensor(found[1]["counts"]) == 2 * once).all() and once.sum() == 3 * 4 * 2
 
 
-def test_lines_prototypes_are_held_against_the_centroids_of_their_tokens(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_lines_prototypes_are_compared_with_the_centroids_of_their_tokens() -> None:
     network = make_network("token_choice")
-    pretend_one_rank(monkeypatch)
     entered: list[torch.Tensor] = []
     router = network.moe_layers()[1].router
     router.register_forward_pre_hook(lambda _, given: entered.append(given[0].flatten(0, 1)))
@@ -276,35 +198,22 @@ def test_lines_prototypes_are_held_against_the_centroids_of_their_tokens(
     detail = accumulator.reduce(step=1, steps=1)[0]["layer_detail"]
     sums = torch.zeros(4, 16)
     for plans, tokens in zip(passes, entered, strict=True):
-        assignment = plans[1].assignment
-        for row, expert in zip(
-            assignment.token_ids_N.tolist(),
-            torch.repeat_interleave(torch.arange(4), assignment.tokens_per_expert_E).tolist(),
-            strict=True,
-        ):
+        for row, expert, _ in rows_of([plans], 1):
             sums[expert] += tokens[row]
-    cosines = torch.nn.functional.cosine_similarity(router.prototypes[:, None], sums[None], dim=-1)
-    is_fed = sums.any(dim=1).tolist()
-    assert not all(is_fed)  # an expert without tokens has no centroid, and counts in no mean
+    keys = router.prototypes.detach()
+    cosines = cosine_similarity(keys[:, None], sums[None], dim=-1).tolist()
+    fed = [expert for expert in range(4) if sums[expert].any()]
+    assert len(fed) < 4  # an expert without tokens has no centroid, and counts in no mean
     for expert in range(4):
-        others = [
-            cosines[expert, other].item() for other in range(4) if other != expert and is_fed[other]
-        ]
-        own = detail["prototype_to_centroid"][expert]
-        assert (
-            own == pytest.approx(cosines[expert, expert].item(), abs=1e-4)
-            if is_fed[expert]
-            else own is None
-        )
+        others = [cosines[expert][other] for other in fed if other != expert]
+        own = pytest.approx(cosines[expert][expert], abs=1e-4) if expert in fed else None
+        assert detail["prototype_to_centroid"][expert] == own
         assert detail["prototype_to_other_centroids"][expert] == pytest.approx(
             sum(others) / len(others), abs=1e-4
         )
-    own = torch.nn.functional.cosine_similarity(
-        router.prototypes[:, None], router.prototypes[None], dim=-1
-    )
-    torch.testing.assert_close(
-        torch.tensor(detail["prototype_similarity_matrix"]), own.detach(), atol=1e-4, rtol=0
-    )
+    own = cosine_similarity(keys[:, None], keys[None], dim=-1)
+    found = torch.tensor(detail["prototype_similarity_matrix"])
+    torch.testing.assert_close(found, own, atol=1e-4, rtol=0)
 
 
 def test_sums_of_tokens_are_the_same_either_way_and_where_nothing_is_routed() -> None:
@@ -326,9 +235,7 @@ def sharded(ranks: int, clock: WaitClock | None) -> tuple[DiT, list[RoutingAccum
     """Return a network as two of the ranks share its experts, and each rank's accumulator; a group
     is named by its first rank.
     """
-    network = random_network(
-        model={"depth": 4}, parallel={"ep_size": 2}, **of_method("token_choice")
-    ).train()
+    network = make_network("token_choice", parallel={"ep_size": 2})
     accumulators = []
     for rank in range(ranks):
         for layer in network.moe_layers().values():
@@ -353,7 +260,7 @@ def test_lines_say_what_each_rank_computed_and_how_uneven_passes_were(
         steps=3,
         groups={"from_0": (0, 1), "from_2": (2, 3)},
     )
-    for layer, line in ((1, lines[0]), (3, lines[10])):
+    for layer, line in ((1, lines[0]), (3, lines[BINS])):
         fullest, of_ep_rank = 0, torch.zeros(2, dtype=torch.int64)
         for seed in range(3):
             sent = [
@@ -387,12 +294,11 @@ def test_lines_of_another_backend_leave_open_what_nobody_measured(
         each == {"bytes": None, "seconds": None}
         for each in lines[0]["layer_detail"]["exchanges"].values()
     )
-    jsonschema.Draft202012Validator(SCHEMA).validate(lines[0])
+    VALIDATOR.validate(lines[0])
     assert "exchange_wait_seconds/layer_1" not in flatten({"step": 1}, lines)[0]
 
 
-def test_lines_count_no_waits_of_passes_that_train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_one_rank(monkeypatch)
+def test_lines_count_no_waits_of_passes_that_train_nothing() -> None:
     network, clock = make_network("token_choice"), WaitClock()
     network.moe_layers()[3].dispatcher.clock = clock
     accumulator, _ = accumulate(network, passes=1)
@@ -404,47 +310,36 @@ def test_lines_count_no_waits_of_passes_that_train_nothing(monkeypatch: pytest.M
     assert exchanges["counts"]["seconds"] > 0.001 and exchanges["combine"]["seconds"] == 0
 
 
-def test_lines_large_matrix_comes_by_the_step_wherever_a_run_was_resumed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pretend_one_rank(monkeypatch)
+def test_lines_large_matrix_comes_by_the_step_wherever_a_run_was_resumed() -> None:
     network = random_network(
         routing={"num_experts": 33}, train={"max_steps": 130, "log_every": 3}
     ).train()
 
     def steps_with_matrix(start: int, stop: int) -> list[int]:
-        accumulator, found = RoutingAccumulator(network.config, network, ONE_RANK), []
+        accumulator, passes = accumulate(network, passes=1)
+        found = []
         for step in range(start + 3, stop + 1, 3):
-            accumulator.add(run(network), torch.tensor(SIGMA), torch.tensor(LABELS))
             line = accumulator.reduce(step=step, steps=3, last=step == stop)[0]
-            jsonschema.Draft202012Validator(SCHEMA).validate(line)
+            VALIDATOR.validate(line)
             found += [step] if "prototype_similarity_matrix" in line["layer_detail"] else []
+            accumulator.add(passes[0], torch.tensor(SIGMA), torch.tensor(LABELS))
         return found
 
     assert steps_with_matrix(0, 126) == [60, 120]
     assert steps_with_matrix(0, 27) + steps_with_matrix(27, 126) == [60, 120]
-    accumulator, _ = accumulate(network, passes=1)
-    assert (
-        len(accumulator.reduce(step=130, steps=1)[0]["layer_detail"]["prototype_similarity_matrix"])
-        == 33
-    )  # the run's last
+    assert steps_with_matrix(127, 130) == [130]  # the run's last
 
 
-def test_lines_without_a_matrix_are_read_with_the_newest_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pretend_one_rank(monkeypatch)
-    network = random_network(
-        model={"depth": 4}, logging={"counts_every": 2}, train={"log_every": 5}
-    ).train()
-    accumulator, lines = RoutingAccumulator(network.config, network, ONE_RANK), []
+def test_lines_without_a_matrix_are_read_with_the_newest_one(tmp_path: Path) -> None:
+    network = make_network("token_choice", logging={"counts_every": 2}, train={"log_every": 5})
+    accumulator, passes = accumulate(network, passes=1)
+    written = []
     for step in (5, 10, 15):
-        accumulator.add(run(network), torch.tensor(SIGMA), torch.tensor(LABELS))
-        lines.append(accumulator.reduce(step=step, steps=5))
-        append_lines(tmp_path / "routing.jsonl", lines[-1])
-    written = [
-        [line["layer_detail"].get("prototype_similarity_matrix") for line in each[::10]]
-        for each in lines
-    ]
+        lines = accumulator.reduce(step=step, steps=5)
+        append_lines(tmp_path / "routing.jsonl", lines)
+        written.append(
+            [line["layer_detail"].get("prototype_similarity_matrix") for line in lines[::BINS]]
+        )
+        accumulator.add(passes[0], torch.tensor(SIGMA), torch.tensor(LABELS))
     assert written[0] == written[2] == [None, None]
     assert load_log(tmp_path).matrix_LEE.tolist() == written[1]

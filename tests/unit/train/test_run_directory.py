@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from promoe_ds.launch.heartbeat import ATTEMPT_VARIABLE
 from promoe_ds.launch.lock import LockedError, locked
@@ -18,7 +17,6 @@ from ..ranks import ONE_RANK
 
 
 def test_run_directory_is_one_trainings_at_a_time(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, src: None)
     monkeypatch.delenv(ATTEMPT_VARIABLE, raising=False)
     config, run_dir = small_config(parallel={"timeout_seconds": 0.4}), tmp_path / "run"
 

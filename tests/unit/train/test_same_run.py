@@ -25,64 +25,57 @@ def _saved(**sections):
     return small_config(**sections).model_dump(mode="json")
 
 
-def test_differing_fields_equal_runs_have_none() -> None:
-    assert differing_fields(_saved(), small_config(), architecture_only=False) == []
+RACE = {"method": "expert_race", "num_unconditional_experts": 0}
 
 
-def test_differing_fields_names_saved_and_current_value() -> None:
-    found = differing_fields(_saved(routing={"top_k": 2}), small_config(), architecture_only=False)
-    assert found == ["routing.top_k is 2 there and 1 here"]
-    assert (
-        differing_fields(_saved(routing={"top_k": 2}), small_config(), architecture_only=True) == []
-    )
+@pytest.mark.parametrize(
+    ("saved", "now", "architecture", "differing"),
+    [
+        ({}, {}, [], []),
+        ({"routing": {"top_k": 2}}, {}, [], ["routing.top_k is 2 there and 1 here"]),
+        (
+            {"routing": {"expert_type": "swiglu"}},
+            {},
+            ["routing.expert_type is 'swiglu' there and 'gelu' here"],
+            None,
+        ),
+        # A network of velocities predicts no noise, whatever its shapes; the sampler's shift and
+        # the noise levels may change.
+        (
+            {"diffusion": {"objective": "ddpm", "num_train_timesteps": 500}},
+            {"diffusion": {"shift": 2.0}},
+            [
+                "diffusion.objective is 'ddpm' there and 'rectified_flow' here",
+                "diffusion.num_train_timesteps is 500 there and 1000 here",
+            ],
+            None,
+        ),
+        ({"sampling": {"cfg_scale": 3.0, "solver": "euler"}}, {}, [], []),
+        # A router's head is architecture, the weight of its loss is not.
+        (
+            {"routing": {**RACE, "per_layer_weight": 0.0}},
+            {"routing": RACE},
+            ["routing.per_layer_weight is False there and True here"],
+            None,
+        ),
+        ({"routing": {**RACE, "per_layer_weight": 0.1}}, {"routing": RACE}, [], None),
+    ],
+)
+def test_differing_fields(saved, now, architecture, differing) -> None:
+    """Of the architecture alone, and of everything (None: not looked at)."""
+    here = small_config(**now)
+    assert differing_fields(_saved(**saved), here, architecture_only=True) == architecture
+    if differing is not None:
+        assert differing_fields(_saved(**saved), here, architecture_only=False) == differing
 
 
-def test_differing_fields_expert_type_is_architecture() -> None:
-    found = differing_fields(
-        _saved(routing={"expert_type": "swiglu"}), small_config(), architecture_only=True
-    )
-    assert found == ["routing.expert_type is 'swiglu' there and 'gelu' here"]
-
-
-def test_differing_fields_objective_belongs_to_what_weights_are() -> None:
-    """A network of velocities predicts no noise, whatever its shapes; the sampler's shift and the
-    noise levels may change.
-    """
-    saved = _saved(diffusion={"objective": "ddpm", "num_train_timesteps": 500})
-    found = differing_fields(saved, small_config(diffusion={"shift": 2.0}), architecture_only=True)
-    assert found == [
-        "diffusion.objective is 'ddpm' there and 'rectified_flow' here",
-        "diffusion.num_train_timesteps is 500 there and 1000 here",
-    ]
-
-
-def test_differing_fields_field_younger_than_the_checkpoint_stands_at_its_default() -> None:
+def test_differing_fields_field_newer_than_the_checkpoint_has_its_default() -> None:
     saved = _saved()
     del saved["sampling"]["solver"], saved["routing"]["threshold_decay"]
     assert differing_fields(saved, small_config(), architecture_only=False) == []
-    changed = small_config(
-        routing={"method": "diff_moe", "threshold_decay": 0.5, "num_unconditional_experts": 0}
-    )
-    assert "routing.threshold_decay is 0.95 there and 0.5 here" in differing_fields(
-        saved, changed, architecture_only=False
-    )
-
-
-def test_differing_fields_sampler_is_free_and_a_router_s_head_is_architecture() -> None:
-    assert (
-        differing_fields(
-            _saved(sampling={"cfg_scale": 3.0, "solver": "euler"}),
-            small_config(),
-            architecture_only=False,
-        )
-        == []
-    )
-    race = {"method": "expert_race", "num_unconditional_experts": 0}
-    saved = _saved(routing={**race, "per_layer_weight": 0.0})
-    found = differing_fields(saved, small_config(routing=race), architecture_only=True)
-    assert found == ["routing.per_layer_weight is False there and True here"]
-    saved = _saved(routing={**race, "per_layer_weight": 0.1})
-    assert differing_fields(saved, small_config(routing=race), architecture_only=True) == []
+    routing = {"method": "diff_moe", "threshold_decay": 0.5, "num_unconditional_experts": 0}
+    found = differing_fields(saved, small_config(routing=routing), architecture_only=False)
+    assert "routing.threshold_decay is 0.95 there and 0.5 here" in found
 
 
 def test_changes_that_leave_a_trace_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -157,10 +150,9 @@ def test_schedule_changed_is_reported_with_both_rates_and_the_old_one_comes_back
         assert not _changed_schedule(saved, undone, 5)
 
 
-def test_schedule_constant_does_not_care_for_the_end() -> None:
-    assert not _changed_schedule(
-        small_config(train={"max_steps": 10}), small_config(train={"max_steps": 20}), 5
-    )
+def test_schedule_constant_has_no_end() -> None:
+    saved, now = (small_config(train={"max_steps": steps}) for steps in (10, 20))
+    assert not _changed_schedule(saved, now, 5)
 
 
 def test_manifest_of_a_newer_version_says_so() -> None:
