@@ -35,15 +35,22 @@ class RouterState:
                     plan.observation if seen is None else seen + plan.observation
                 )
 
-    def update_running_state(self, *, skip: bool) -> None:
+    def update_running_state(self, *, skip: bool | Tensor) -> None:
         """End a step: update every router, or forget what was seen where the step is skipped; start
         anew.
 
+        Args:
+            skip: as a tensor, it is not read: the state is put back on the device.
         Collectives: one, where a router has state.
         """
         observations, self._observations = self._observations, {}
-        if skip or not observations:
+        if skip is True or not observations:
             return
+        before = [
+            (buffer, buffer.clone())
+            for index in (observations if isinstance(skip, Tensor) else ())
+            for buffer in self._routers[index].buffers()
+        ]
         total = torch.cat([observation.flatten() for observation in observations.values()])
         dist.all_reduce(total)
         for (index, observation), part in zip(
@@ -52,6 +59,8 @@ class RouterState:
             strict=True,
         ):
             self._routers[index].update_running_state(part.view_as(observation))
+        for buffer, old in before:
+            buffer.copy_(torch.where(skip.bool(), old, buffer))
 
 
 def give_superclasses(network: DiT, config: RunConfig) -> None:

@@ -118,7 +118,7 @@ class _Actions:
 
     def _judge(self, finished: FinishedStep) -> None:
         if (
-            finished.result.stop_requested
+            finished.result.verdict.stop_requested
         ):  # there are minutes left, and they belong to the checkpoint
             if self._trainer.context.is_main:
                 _LOG.warning("shutdown requested: no evaluation at step %d", finished.step)
@@ -154,7 +154,7 @@ def _reduced(result: StepResult) -> dict[str, float]:
         "loss": sum(means.values()),
         **{f"loss_{name}": value for name, value in means.items()},
         "lr": result.lr,
-        "grad_norm": result.grad_norm,
+        "grad_norm": result.verdict.grad_norm,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -84,19 +84,29 @@ class TrainingModule(nn.Module):
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What all ranks know of a step alike: the gradient's norm, what was not finite ("": nothing),
+    whether some rank asked for a shutdown.
+    """
+
+    grad_norm: float
+    problem: str = ""
+    stop_requested: bool = False
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step leaves for the log. Terms are this rank's means over its micro-steps, on the
     device.
     """
 
     terms: dict[str, Tensor]
-    grad_norm: float
     lr: float
-    problem: str = ""
-    #: Whether some rank asked for a shutdown: the same on every rank.
-    stop_requested: bool = False
+    read: Callable[[], Verdict]
 
-    @property
-    def skipped(self) -> bool:
-        """Whether the update was left out."""
-        return bool(self.problem)
+    @cached_property
+    def verdict(self) -> Verdict:
+        """What `read` returns; all ranks ask for it together.  Sync: the first time, where the
+        device decided.
+        """
+        return self.read()
