@@ -226,7 +226,7 @@ class DeviceGate:
         zero_optimizer.check_grad_overflow = False
         zero_optimizer.get_grad_norm_direct = self._norm
         zero_optimizer.unscale_and_clip_grads = self._scale
-        stage = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+        stage: Any = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
         stage.is_invalid_grad_norm = lambda norm: False  # `_scale` looks, on the device
         if zero_optimizer.overlap_comm:
             finish = zero_optimizer.independent_gradient_partition_epilogue

@@ -46,11 +46,8 @@ class RouterState:
         observations, self._observations = self._observations, {}
         if skip is True or not observations:
             return
-        before = [
-            (buffer, buffer.clone())
-            for index in (observations if isinstance(skip, Tensor) else ())
-            for buffer in self._routers[index].buffers()
-        ]
+        buffers = [b for index in observations for b in self._routers[index].buffers()]
+        before = [b.clone() for b in buffers] if isinstance(skip, Tensor) else []
         total = torch.cat([observation.flatten() for observation in observations.values()])
         dist.all_reduce(total)
         for (index, observation), part in zip(
@@ -59,8 +56,8 @@ class RouterState:
             strict=True,
         ):
             self._routers[index].update_running_state(part.view_as(observation))
-        for buffer, old in before:
-            buffer.copy_(torch.where(skip.bool(), old, buffer))
+        for buffer, old in zip(buffers, before, strict=False):
+            buffer.copy_(torch.where(torch.as_tensor(skip).bool(), old, buffer))
 
 
 def give_superclasses(network: DiT, config: RunConfig) -> None:
