@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class Condition(ABC):
-    """The condition of each of B samples; some are null: an empty label, an empty text."""
+    """The condition of each of B samples; some are null: an empty label, an empty text.
+
+    A subclass is a frozen dataclass. num_null: how many are null, where the host knows it, so that
+    nobody has to ask the device.
+    """
+
+    num_null: int | None = field(default=None, kw_only=True)
 
     @property
     @abstractmethod
@@ -48,11 +55,19 @@ class Condition(ABC):
 
     def null_like(self) -> Self:
         """Return as many samples, all null."""
-        return self.drop(torch.ones_like(self.is_null_B))
+        return replace(self.drop(torch.ones_like(self.is_null_B)), num_null=len(self))
+
+    def counted(self) -> Self:
+        """Return the same samples with `num_null`; call where the tensors are on the host."""
+        return replace(self, num_null=int(self.is_null_B.sum()))
+
+    def moved(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return the same samples elsewhere, by a function that changes no value."""
+        return replace(self.map(function), num_null=self.num_null)
 
     def to(self, device: torch.device) -> Self:
         """Return the condition on a device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def select(self, ids: Tensor | slice) -> Self:
         """Return some of the samples, in this order."""
@@ -90,6 +105,10 @@ class ClassCondition(Condition):
 
     def cat(self, others: Sequence[ClassCondition]) -> ClassCondition:
         """Return these labels and the others'."""
+        counts = [each.num_null for each in (self, *others)]
+        known = [count for count in counts if count is not None]
         return ClassCondition(
-            torch.cat([self.labels_B, *(each.labels_B for each in others)]), self.null_label
+            torch.cat([self.labels_B, *(each.labels_B for each in others)]),
+            self.null_label,
+            num_null=sum(known) if len(known) == len(counts) else None,
         )

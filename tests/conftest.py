@@ -9,6 +9,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,8 @@ def _prepare() -> None:
         [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     os.environ.setdefault(SESSION, uuid.uuid4().hex)
+    if not Path("/dev/nvidiactl").exists():  # without a GPU, Triton's programs run in Python
+        os.environ["TRITON_INTERPRET"] = "1"
     # A signal that is ignored here (SIGINT in the background of a script, SIGHUP under nohup) would
     # be ignored by all processes of the tests; one that is handled is not.
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):

@@ -17,8 +17,10 @@ from inspect import signature
 from typing import Any
 
 import deepspeed.ops
+import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -42,6 +44,10 @@ NAMES = {
     "deepspeed.runtime.compiler": ("compile", "dummy_decorator"),
     "deepspeed.runtime.zero.stage_1_and_2": (
         "DeepSpeedZeroOptimizer.check_overflow",
+        "DeepSpeedZeroOptimizer.get_grad_norm_direct",
+        "DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue",
+        "DeepSpeedZeroOptimizer.unscale_and_clip_grads",
+        "is_invalid_grad_norm",
         "DeepSpeedZeroOptimizer.update_lp_params",
     ),
     _STORAGE: (
@@ -194,6 +200,78 @@ class UpdateGate:
     def _answer(self, partition_gradients: bool = True) -> None:
         self._was_asked = True
         self._optimizer.overflow = self._skip
+
+
+class DeviceGate:
+    """Decides on the device about updates under ZeRO 1 and 2, and clips: torch's fused AdamW reads
+    both there.
+
+    ZeRO reads its norm several times, takes it in fp64, and with `overlap_comm` waits for the whole
+    device; none of it is left.
+    """
+
+    def __init__(self, zero_optimizer: Any) -> None:
+        """Answer for a ZeRO 1 or 2 optimizer, whose state is on the device, from now on."""
+        names = ("check_grad_overflow", "clip_grad", "dp_process_group", "overlap_comm")
+        methods = (
+            "get_grad_norm_direct",
+            "unscale_and_clip_grads",
+            "independent_gradient_partition_epilogue",
+        )
+        for name in (*names, *methods, "_global_grad_norm"):
+            read_private(zero_optimizer, name)
+        self._zero, self._adam = zero_optimizer, read_private(zero_optimizer, "optimizer")
+        self._device = read_private(zero_optimizer, "device")
+        self._is_bad = torch.zeros((), device=self._device)
+        self._was_asked = False
+        zero_optimizer.check_grad_overflow = False
+        zero_optimizer.get_grad_norm_direct = self._norm
+        zero_optimizer.unscale_and_clip_grads = self._scale
+        stage: Any = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+        stage.is_invalid_grad_norm = lambda norm: False  # `_scale` looks, on the device
+        if zero_optimizer.overlap_comm:
+            finish = zero_optimizer.independent_gradient_partition_epilogue
+            zero_optimizer.independent_gradient_partition_epilogue = partial(self._finish, finish)
+
+    def set(self, is_bad: Tensor) -> None:
+        """Say before an update whether anything was not finite, on any rank: 0 or 1, fp32."""
+        self._is_bad, self._was_asked = is_bad, False
+
+    def confirm(self) -> tuple[Tensor, Tensor]:
+        """Check after an update that ZeRO has asked; return the gradients' norm and whether the
+        update was left out, scalars on the device.
+
+        Raises: ConfigError if it did not: then a step that is not finite would have been taken.
+        """
+        if not self._was_asked:
+            raise moved(
+                "deepspeed", "call of DeepSpeedZeroOptimizer.unscale_and_clip_grads within step"
+            )
+        return self._zero._global_grad_norm, self._adam.found_inf
+
+    def _norm(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
+        own = [g for g in gradients if not getattr(g, "_zero_padding", False)][: len(params)]
+        squares = [n.square() for n in torch._foreach_norm(own, 2, dtype=torch.float32)]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self._device)
+        dist.all_reduce(total, group=self._zero.dp_process_group)
+        return total.sqrt()
+
+    def _scale(self, gradients: Any, norm: Tensor) -> None:
+        self._was_asked = True
+        is_bad = torch.maximum(self._is_bad, (~torch.isfinite(norm)).float())
+        self._adam.found_inf = is_bad
+        if self._zero.clip_grad > 0:
+            self._adam.grad_scale = ((norm + 1e-6) / self._zero.clip_grad).clamp(min=1.0)
+
+    def _finish(self, epilogue: Any) -> None:
+        """Reduce the last gradients; wait on the device for the stream that reduces."""
+        accelerator = get_accelerator()
+        stream = read_private(self._zero, "reduction_stream")
+        accelerator.synchronize = lambda *unused: accelerator.current_stream().wait_stream(stream)
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize
 
 
 @dataclass(frozen=True)

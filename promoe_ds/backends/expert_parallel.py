@@ -34,7 +34,7 @@ class ShardedExperts(StackedExperts, MoE):
         """
         nn.Module.__init__(self)
         num_experts = full.num_local_experts
-        self.expert_type, self.backend = full.expert_type, full.backend
+        self.expert_type, self.backend, self.kernels = full.expert_type, full.backend, full.kernels
         self.ep_size, self.num_experts, self.num_local_experts = (
             ep_size,
             num_experts,

@@ -38,6 +38,7 @@ FREE_FIELDS = {
     "parallel": {
         "activation_checkpointing",
         "timeout_seconds",
+        "kernels",
         "expert_backend",
         "ep_size",
         "dispatch",

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,7 +49,18 @@ def run_entry(main: Callable[[list[str]], None]) -> None:
         raise
     except Exception as error:
         write_rank_status(rank, 1, f"{type(error).__name__}: {error}")
-        raise
+        if not _has_peers():
+            raise
+        # As above: a GPU's kernels that wait for other ranks would keep this one alive.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _has_peers() -> bool:
+    """Whether this process is in a group of several; torch is not imported for the answer."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager

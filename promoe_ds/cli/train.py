@@ -105,7 +105,9 @@ def main(arguments: list[str]) -> None:
 
     run_dir = options.run_dir or Path("runs") / config.name
     complete_environment()
-    with supervised(config.supervision, run_dir, early) as supervisor:
+    with supervised(
+        config.supervision, run_dir, early, config.parallel.timeout_seconds
+    ) as supervisor:
         ranks = start_distributed(config.parallel.timeout_seconds)
         evaluate = None
         if config.evaluation.every:

@@ -245,12 +245,12 @@ def _resolve_bf16(resolved: dict[str, Any], config: RunConfig, source: str) -> b
         ConfigError,
     )
     require(
-        compute == "auto" or stated in ("auto", compute != "fp32"),
+        compute == "auto" or stated in ("auto", config.precision.has_bf16_weights),
         f"{source}: bf16.enabled={json.dumps(stated)} contradicts precision.compute={compute} of"
         ' the recipe: say "auto" there, or make them agree',
         ConfigError,
     )
-    enabled = compute != "fp32" if stated == "auto" else stated
+    enabled = config.precision.has_bf16_weights if stated == "auto" else stated
     if enabled or resolved.get("bf16"):
         resolved["bf16"] = {"enabled": enabled}
     return enabled

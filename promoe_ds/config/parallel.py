@@ -46,8 +46,11 @@ class ParallelConfig(Section):
     expert_groups: Literal["any", "node"] = Field(
         "any", description="node: refuse an expert group that spans hosts"
     )
+    kernels: Literal["auto", "eager", "triton"] = Field(
+        "auto", description="of the MoE layers; auto: triton for bf16 on a GPU that has Triton"
+    )
     expert_backend: Literal["auto", "grouped_mm", "loop"] = Field(
-        "auto", description="auto: grouped_mm where the widths allow it"
+        "auto", description="auto: grouped_mm where the widths and, on a GPU, its kernels allow it"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
@@ -121,10 +124,14 @@ def fp8_multiple(recipe: str) -> int:
 
 
 class PrecisionConfig(Section):
-    """fp32, bf16, or bf16 weights with FP8 matrix products; and whose kernels."""
+    """fp32, bf16, fp32 weights with bf16 products, or bf16 weights with FP8 products; and whose
+    kernels.
+    """
 
-    compute: Literal["auto", "fp32", "bf16", "fp8"] = Field(
-        "auto", description="auto: as bf16.enabled of the DeepSpeed JSON says"
+    compute: Literal["auto", "fp32", "bf16", "bf16_autocast", "fp8"] = Field(
+        "auto",
+        description="auto: as bf16.enabled of the DeepSpeed JSON says; bf16_autocast: fp32 weights"
+        " and residual stream, bf16 products, as published",
     )
     fp8_recipe: Literal["auto", Fp8Recipe] = Field(
         "auto",
@@ -143,6 +150,16 @@ class PrecisionConfig(Section):
             "kernels=torch has no FP8 path (compute=fp8): use kernels=transformer_engine, or"
             " compute=bf16",
         )
+        require(
+            self.compute != "bf16_autocast" or self.kernels != "transformer_engine",
+            "compute=bf16_autocast casts for torch's products (kernels=transformer_engine): leave"
+            " kernels out, or use compute=bf16",
+        )
+
+    @property
+    def has_bf16_weights(self) -> bool:
+        """Whether `compute` asks for them; False for auto, where the DeepSpeed JSON says it."""
+        return self.compute in ("bf16", "fp8")
 
     @property
     def uses_transformer_engine(self) -> bool:

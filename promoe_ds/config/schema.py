@@ -108,6 +108,7 @@ class RunConfig(Section):
 
     def _check_experts(self) -> None:
         model, routing, parallel = self.model, self.routing, self.parallel
+        precision = self.precision
         require(
             routing.method != "ec_dit"
             or model.tokens_per_image * routing.top_k >= routing.num_experts,
@@ -134,6 +135,12 @@ class RunConfig(Section):
             f"parallel.dispatch={parallel.dispatch} asks every token for routing.top_k experts, but"
             f" with routing.method={routing.method} experts choose: use parallel.dispatch=alltoall,"
             f" or one of the methods {', '.join(choosing)}",
+        )
+        require(
+            precision.compute != "bf16_autocast" or parallel.dispatch not in EXTERNAL_DISPATCH,
+            f"parallel.dispatch={parallel.dispatch} brings a layer that autocast does not reach"
+            " (precision.compute=bf16_autocast): use parallel.dispatch=alltoall, or"
+            " precision.compute=bf16",
         )
 
     def fp8_misfit(self, multiple: int) -> str | None:

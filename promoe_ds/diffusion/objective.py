@@ -53,7 +53,7 @@ class DiffusionBatch:
             function(self.clean_BZHW),
             function(self.noise_BZHW),
             function(self.sigma_B),
-            self.condition.map(function),
+            self.condition.moved(function),
         )
 
 
@@ -108,7 +108,7 @@ def draw_batch(
         clean_BZHW,
         torch.from_numpy(noise_BZHW),
         torch.tensor(sigma, dtype=torch.float32),
-        condition.drop(torch.tensor(dropped)),
+        condition.drop(torch.tensor(dropped)).counted(),
     )
 
 

@@ -103,15 +103,18 @@ def local_device() -> torch.device:
     """Return this process's device, set as torch's current one: its GPU, or the CPU where
     DS_ACCELERATOR=cpu asks for it.
 
-    Call after `complete_environment`.
+    Call after `complete_environment`. LOCAL_RANK becomes the device's index: DeepSpeed takes it as
+    such, and where each process sees one device alone, every one of them has index 0.
     """
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR", "cuda") != "cuda":
         return torch.device("cpu")
-    device = torch.device(
-        "cuda", _device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
-    )
-    torch.cuda.set_device(device)
-    return device
+    index = _device_index(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count())
+    os.environ["LOCAL_RANK"] = str(index)
+    # Experts get another number of rows in every pass: fixed segments fragment the memory.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _device_index(local_rank: int, visible: int) -> int:

@@ -53,7 +53,8 @@ class LatentSampler:
     def sample(self, indices: Sequence[int], labels_B: np.ndarray) -> Tensor:
         """Return the unscaled latents (B, Z, H, W), fp32, of some images, all in one pass."""
         noise = initial_noise(self._shape, seed=self._seed, indices=indices).to(self._device)
-        condition = ClassCondition(torch.from_numpy(labels_B).to(self._device), self._null)
+        condition = ClassCondition(torch.from_numpy(labels_B), self._null).counted()
+        condition = condition.to(self._device)
         generators = image_generators(seed=self._seed, indices=indices)
         latents = sample_latents(self._network, noise, condition, self._plan, generators)
         return latents / self._scale

@@ -92,7 +92,8 @@ def load_sharded_model(
     state |= {name: reader.read(name) for name in reader.shapes if name not in state}
     fill_network(network, state)
     for layer in network.moe_layers().values():
-        layer.dispatcher = RankwiseDispatcher(group) if exact else AllToAllDispatcher(group)
+        dispatcher = RankwiseDispatcher if exact else AllToAllDispatcher
+        layer.dispatcher = dispatcher(group, counts_waiting=False)
         routed: Any = RankwiseExperts(layer.routed) if exact else layer.routed
         layer.routed = routed
     return network.eval().to(device=team.device, dtype=dtype)

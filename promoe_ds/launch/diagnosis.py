@@ -18,6 +18,8 @@ from promoe_ds.launch.attempt import Outcome
 from promoe_ds.launch.heartbeat import RankStatus, read_rank_statuses
 from promoe_ds.launch.hostfile import Host, read_hostfile
 
+#: Signs of life further apart than this, three of them and the hosts' clocks, have an order.
+_SILENCE_SECONDS = 40.0
 #: What another attempt may fix; with any other code it would fail again (configuration, data, ...).
 _WORTH_A_RESTART = {1, PeerError.exit_code, StalledError.exit_code, OrphanedError.exit_code}
 
@@ -79,12 +81,19 @@ def _silent_ranks(
     statuses: Sequence[RankStatus], rank_hosts: Sequence[str], excused: set[str]
 ) -> list[str]:
     """Return a line for each rank without a last status, and for ranks that never started."""
+    running = [s for s in statuses if s.code is None and rank_hosts[s.rank] not in excused]
+    # Under NCCL, ranks that wait for a lost one abort without a status, too: the lost one fell
+    # silent first.
+    last_signs = [status.time for status in running]
+    together = [s for s in running if s.time - min(last_signs) < _SILENCE_SECONDS]
     lines = [
         f"{rank_hosts[status.rank]}: rank {status.rank} (process {status.pid}) exited without a "
-        "status (likely SIGKILL, out of memory, or an NCCL time-out): see its output above"
-        for status in statuses
-        if status.code is None and rank_hosts[status.rank] not in excused
+        f"status in {status.message} (likely SIGKILL, out of memory, or an NCCL time-out): see its"
+        " output above"
+        for status in together
     ]
+    if others := len(running) - len(together):
+        lines.append(f"{others} more fell silent {_SILENCE_SECONDS:g} s later or after that")
     missing: dict[str, list[str]] = {}
     for rank in sorted(set(range(len(rank_hosts))) - {status.rank for status in statuses}):
         missing.setdefault(rank_hosts[rank], []).append(str(rank))

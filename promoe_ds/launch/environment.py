@@ -27,7 +27,15 @@ _PASSED_ON = (
     "DS_ACCELERATOR",
     "PYTHONPATH",
     "MV2",
+    "CUDA_",
+    "LD_LIBRARY_PATH",
+    "NVTE_",
+    "PYTORCH_",
+    "TORCHINDUCTOR_",
+    "TRITON_",
 )
+#: What differs from host to host; DeepSpeed's launcher sets it on each.
+_OF_THIS_HOST = {"CUDA_VISIBLE_DEVICES"}
 #: DeepSpeed exports variables with these prefixes unescaped: they are hidden from it.
 _EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "TORCH_NCCL")
 #: What a shell expands between double quotes; where DeepSpeed does not escape the double quote
@@ -42,7 +50,9 @@ def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
     Raises: LaunchError naming the variable or line that cannot be passed on.
     """
     values = {
-        name: value for name, value in environ.items() if value and name.startswith(_PASSED_ON)
+        name: value
+        for name, value in environ.items()
+        if value and name.startswith(_PASSED_ON) and name not in _OF_THIS_HOST
     }
     for folder in (Path.home(), Path.cwd()):
         values |= _read(folder / _FILE)

@@ -26,7 +26,9 @@ _HEARTBEAT = "heartbeat.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RankStatus:
-    """What a rank reports: `code` is None while it runs, else its exit code."""
+    """What a rank reports: `code` is None while it runs, else its exit code; `time` is that of its
+    last sign of life.
+    """
 
     rank: int
     host: str

@@ -42,6 +42,9 @@ def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:
     routing, width = config.routing, config.model.hidden_size
     shared = routing.num_shared_experts * config.shared_expert_width
     unconditional = routing.num_unconditional_experts * config.expert_width
+    backend: str = config.expert_backend
+    if backend == "grouped_mm":  # a fixed one stays, and `auto` still depends on device and dtype
+        backend = config.parallel.expert_backend
     return MoELayer(
         router=build_router(config, block),
         routed=StackedExperts(
@@ -49,10 +52,12 @@ def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:
             width,
             config.expert_width,
             expert_type=routing.expert_type,
-            backend=config.expert_backend,
+            backend=backend,
+            kernels=config.parallel.kernels,
         ),
         shared=FEED_FORWARDS[config.shared_expert_type](width, shared) if shared else None,
         unconditional=(
             FEED_FORWARDS[routing.expert_type](width, unconditional) if unconditional else None
         ),
+        kernels=config.parallel.kernels,
     )

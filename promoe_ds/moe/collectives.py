@@ -5,6 +5,7 @@ process groups.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,26 +50,29 @@ class WaitClock:
     """Sums up the time for which a rank's computation waited for its exchanges, by name.
 
     Transfers that hide behind computation take none. On a GPU it is the time that the compute
-    stream waits, measured by events which are read when the sums are taken, so that nothing is
-    synchronised before.
+    stream waits, measured by events. Those that have happened are read and used again, so that
+    nothing is synchronised and only the passes under way hold any.
     """
 
-    def __init__(self) -> None:
-        """Start at zero."""
+    def __init__(self, *, counts: bool = True) -> None:
+        """Start at zero; without `counts` it never counts, for passes whose waiting nobody asks
+        for.
+        """
         self._seconds = dict.fromkeys(EXCHANGES, 0.0)
-        self._events: list[tuple[str, Any, Any]] = []
-        self._is_paused = False
+        self._events: deque[tuple[str, Any, Any]] = deque()
+        self._spare_events: list[tuple[Any, Any]] = []
+        self._is_paused = not counts
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Count nothing inside: passes that train nothing, in an evaluation or when routers start,
         wait, too.
         """
-        self._is_paused = True
+        was_paused, self._is_paused = self._is_paused, True
         try:
             yield
         finally:
-            self._is_paused = False
+            self._is_paused = was_paused
 
     @contextmanager
     def waiting(self, name: str, device: torch.device) -> Iterator[None]:
@@ -81,7 +85,12 @@ class WaitClock:
             yield
             self._seconds[name] += time.perf_counter() - start
             return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._read_events(only_past=True)
+        begin, end = (
+            self._spare_events.pop()
+            if self._spare_events
+            else (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        )
         begin.record()
         yield
         end.record()
@@ -91,11 +100,15 @@ class WaitClock:
         """Return the seconds by name and start at zero again.  Sync: one, on a GPU."""
         if self._events:
             torch.cuda.synchronize()
-        for name, start, end in self._events:
-            self._seconds[name] += start.elapsed_time(end) / 1e3
+        self._read_events(only_past=False)
         seconds, self._seconds = self._seconds, dict.fromkeys(EXCHANGES, 0.0)
-        self._events.clear()
         return seconds
+
+    def _read_events(self, *, only_past: bool) -> None:
+        while self._events and (not only_past or self._events[0][2].query()):
+            name, begin, end = self._events.popleft()
+            self._seconds[name] += begin.elapsed_time(end) / 1e3
+            self._spare_events.append((begin, end))
 
 
 @dataclass

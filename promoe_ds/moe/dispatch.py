@@ -19,6 +19,7 @@ from torch import Tensor
 
 from promoe_ds.config.parallel import ResolvedDispatch
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.kernels import ops
 from promoe_ds.moe.collectives import AllToAll, WaitClock
 from promoe_ds.moe.comm_dtype import COMM_DTYPES, SAME, CommDtype
 from promoe_ds.moe.experts import StackedExperts
@@ -116,7 +117,7 @@ class LocalDispatcher(Dispatcher):
 
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Gather the rows, sorted by expert.  Sync: none."""
-        rows = tokens_TD.index_select(0, assignment.token_ids_N)
+        rows = select_rows(tokens_TD, assignment)
         return lambda: Dispatched(rows, assignment.tokens_per_expert_E, assignment)
 
     def combine(self, rows_RD: Tensor, handle: object, base_TD: Tensor) -> Tensor:
@@ -147,9 +148,20 @@ class AllToAllDispatcher(Dispatcher):
 
     sort = True
 
-    def __init__(self, group: dist.ProcessGroup, comm_dtype: CommDtype = SAME) -> None:
-        """Use `group`, whose size divides the number of experts; rows travel in `comm_dtype`."""
-        self.group, self.comm_dtype, self.clock = group, comm_dtype, WaitClock()
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        comm_dtype: CommDtype = SAME,
+        *,
+        counts_waiting: bool = True,
+    ) -> None:
+        """Use `group`, whose size divides the number of experts; rows travel in `comm_dtype`.
+
+        Args:
+            counts_waiting: whether `clock` counts, for someone who takes what it counted.
+        """
+        self.group, self.comm_dtype = group, comm_dtype
+        self.clock = WaitClock(counts=counts_waiting)
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -172,7 +184,7 @@ class AllToAllDispatcher(Dispatcher):
             clock=self.clock,
             comm_dtype=self.comm_dtype,
         )
-        pending = exchange.start(tokens_TD.index_select(0, assignment.token_ids_N))
+        pending = exchange.start(select_rows(tokens_TD, assignment))
 
         def finish() -> Dispatched:
             order_R = _by_local_expert(received_We, sum(rows_in)) if self.sort else None
@@ -219,10 +231,42 @@ def _all_to_all(
     return AllToAllDispatcher(group, COMM_DTYPES[config.parallel.comm_dtype])
 
 
+def select_rows(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
+    """Return each row's token, (N, D).
+
+    Gradient: the sum over a token's rows, accumulated in fp32 whatever the dtype.  Sync: none.
+    """
+    token_ids_N, places = assignment.token_ids_N, assignment.places
+    if places is not None:
+        return ops.select_rows(tokens_TD, token_ids_N, places)
+    if tokens_TD.dtype == at_least_fp32(tokens_TD).dtype:
+        return tokens_TD.index_select(0, token_ids_N)
+    return _SelectRows.apply(tokens_TD, token_ids_N)
+
+
+class _SelectRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens_TD: Tensor, token_ids_N: Tensor) -> Tensor:
+        ctx.save_for_backward(token_ids_N)
+        ctx.num_tokens = len(tokens_TD)
+        return tokens_TD.index_select(0, token_ids_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        (token_ids_N,) = ctx.saved_tensors
+        rows_ND = at_least_fp32(grad_ND)
+        total_TD = rows_ND.new_zeros(ctx.num_tokens, grad_ND.shape[1])
+        return total_TD.index_add_(0, token_ids_N, rows_ND).to(grad_ND.dtype), None
+
+
 def add_weighted_rows(base_TD: Tensor, rows_ND: Tensor, assignment: Assignment) -> Tensor:
     """Add gate * row to base at each row's token, accumulated in fp32; base is consumed, the result
     has its dtype.
     """
+    if assignment.places is not None:
+        return ops.combine(
+            base_TD, rows_ND, assignment.gates_N, assignment.token_ids_N, assignment.places
+        )
     total_TD = _AddWeightedRows.apply(
         at_least_fp32(base_TD), rows_ND, assignment.gates_N, assignment.token_ids_N
     )

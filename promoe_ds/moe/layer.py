@@ -11,8 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.moe.dispatch import ExpertPath, LocalDispatcher
-from promoe_ds.moe.experts import StackedExperts
+from promoe_ds.moe.experts import StackedExperts, at_autocast_dtype
 from promoe_ds.moe.recompute import Recompute, recomputed
 from promoe_ds.routing.assignment import RoutingPlan, sum_tokens_by_expert
 from promoe_ds.routing.partition import Partition
@@ -33,6 +34,7 @@ class MoELayer(nn.Module):
         routed: StackedExperts,
         shared: nn.Module | None,
         unconditional: nn.Module | None,
+        kernels: str = "eager",
     ) -> None:
         super().__init__()
         self.router = router
@@ -40,6 +42,9 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.unconditional = unconditional
         self.dispatcher: ExpertPath = LocalDispatcher()
+        #: See `kernels.choice`; for the router and the rows' way. Experts have their own.
+        self.kernels = kernels
+        router.kernels = kernels
         self.recompute_hidden = False
         self.checkpoint: Recompute = recomputed
 
@@ -47,8 +52,11 @@ class MoELayer(nn.Module):
         """Decide where the tokens go. Call once per pass; `apply_experts` may be recomputed, this
         never is.
         """
-        plan = self.router(tokens_BSD, partition)
-        if not self.training:
+        plan: RoutingPlan = self.router(tokens_BSD, partition)
+        if uses_triton(tokens_BSD, self.kernels):
+            num_tokens = tokens_BSD.shape[:2].numel()
+            plan = replace(plan, assignment=plan.assignment.with_places(num_tokens))
+        if not self.training or plan.stats.token_sums_ED is not None:
             return plan
         sums_ED = sum_tokens_by_expert(tokens_BSD.detach().flatten(0, 1), plan.assignment)
         return replace(plan, stats=replace(plan.stats, token_sums_ED=sums_ED))
@@ -63,13 +71,15 @@ class MoELayer(nn.Module):
         Returns: (B, S, D) in the dtype of the tokens.
         Gradient: reaches tokens, every expert and, through the gates, the router.
         """
-        tokens_TD = tokens_BSD.flatten(0, 1)
+        tokens_TD = at_autocast_dtype(tokens_BSD.flatten(0, 1))
         add_routed = self.dispatcher.begin(
             partial(self._run, self.routed), tokens_TD, plan.assignment
         )
         # Replicated experts need no exchange: they compute while the routed rows travel.
         output_TD = self._replicated(
-            tokens_TD, partition.unconditional_token_ids(tokens_BSD.shape[1])
+            tokens_TD,
+            partition.unconditional_token_ids(tokens_BSD.shape[1]),
+            dtype=tokens_BSD.dtype if plan.assignment.places is not None else None,
         )
         output_TD = add_routed(output_TD)
         return output_TD.to(tokens_BSD.dtype).view_as(tokens_BSD)
@@ -81,12 +91,20 @@ class MoELayer(nn.Module):
         plan = self.route(tokens_BSD, partition)
         return self.apply_experts(tokens_BSD, partition, plan), plan
 
-    def _replicated(self, tokens_TD: Tensor, unconditional_token_ids: Tensor) -> Tensor:
-        output_TD = at_least_fp32(
+    def _replicated(
+        self, tokens_TD: Tensor, unconditional_token_ids: Tensor, *, dtype: torch.dtype | None
+    ) -> Tensor:
+        """Return what shared and unconditional experts add to each token, in `dtype`; None: at
+        least fp32.
+        """
+        output_TD = (
             torch.zeros_like(tokens_TD)
             if self.shared is None
             else self._run(self.shared, tokens_TD)
         )
+        # A token has a row of the unconditional expert or rows of routed ones, never both: summed
+        # in fp32 by the fused combine, it is rounded once in either dtype.
+        output_TD = at_least_fp32(output_TD) if dtype is None else output_TD.to(dtype)
         if self.unconditional is None:
             return output_TD
         # Always run, on no tokens if need be: a parameter without gradient on one rank would break

@@ -6,12 +6,14 @@ list.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promoe_ds.kernels import ops
+from promoe_ds.kernels.ops import TokenRows, rows_of_tokens
 from promoe_ds.routing.scores import at_least_fp32
 
 
@@ -23,11 +25,19 @@ class Assignment:
     token order.
     gates_N: fp32 combine weights, differentiable.
     tokens_per_expert_E: int64 counts; their sum is N.
+    places: where each token's rows are, for fused kernels; None: plain operations move the rows.
     """
 
     token_ids_N: Tensor
     gates_N: Tensor
     tokens_per_expert_E: Tensor
+    places: TokenRows | None = None
+
+    def with_places(self, num_tokens: int) -> Assignment:
+        """Return the same assignment, whose rows fused kernels move.  Sync: none."""
+        if self.places is not None:
+            return self
+        return replace(self, places=rows_of_tokens(self.token_ids_N, num_tokens))
 
 
 @dataclass(frozen=True)
@@ -135,6 +145,8 @@ def sum_tokens_by_expert(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
     """Return the sum of every expert's tokens, (E, D) in at least fp32; their mean is Eq. 6's
     centroid.  Sync: none.
     """
+    if assignment.places is not None:
+        return fused_token_sums(tokens_TD, assignment)
     tokens, counts_E = at_least_fp32(tokens_TD), assignment.tokens_per_expert_E
     if tokens.is_cuda:
         return sum_by_product(tokens, assignment)
@@ -143,6 +155,13 @@ def sum_tokens_by_expert(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
     return F.embedding_bag(
         assignment.token_ids_N, tokens, counts_E.cumsum(0) - counts_E, mode="sum"
     )
+
+
+def fused_token_sums(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
+    """Return the same sum, with its gradient, from an assignment with places."""
+    assert assignment.places is not None
+    ends_E = assignment.tokens_per_expert_E.cumsum(0).to(torch.int32)
+    return ops.sum_by_expert(tokens_TD, assignment.token_ids_N, ends_E, assignment.places)
 
 
 def sum_by_product(tokens_TD: Tensor, assignment: Assignment) -> Tensor:

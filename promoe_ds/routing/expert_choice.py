@@ -37,7 +37,9 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
             max(1, expert_capacity(tokens.shape[1], self.num_experts, self.top_k)), tokens.shape[1]
         )
         scores_BSE = activate(
-            cosine_scores(tokens, self.prototypes, settings.score_scale), settings.activation, dim=1
+            cosine_scores(tokens, self.prototypes, settings.score_scale, self.kernels),
+            settings.activation,
+            dim=1,
         )
         assignment, stats, chosen_BEC = self._plan_expert_choice(scores_BSE, capacity, partition)
         aux_losses = {}

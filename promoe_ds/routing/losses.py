@@ -49,18 +49,37 @@ def routing_contrastive_loss(
     with torch.autocast(tokens_TD.device.type, enabled=False):
         tokens = at_least_fp32(tokens_TD)
         membership = membership_TE.to(tokens.dtype)
+        return contrast_centroids(
+            membership.T @ tokens, membership.sum(dim=0), prototypes_ED, temperature, reduce_sum
+        )
+
+
+def contrast_centroids(
+    token_sums_ED: Tensor,
+    counts_E: Tensor,
+    prototypes_ED: Tensor,
+    temperature: float,
+    reduce_sum: ReduceSum = identity_reduce,
+) -> Tensor:
+    """Return the routing contrastive loss from the sum of each expert's tokens and their number.
+
+    Gradient: reaches sums and prototypes.  Sync: none.  Collectives: one, in `reduce_sum`.
+    """
+    with torch.autocast(token_sums_ED.device.type, enabled=False):
         # Sums and counts travel together: one exchange of E * (D + 1) numbers.
-        sums_and_counts = torch.cat([membership.T @ tokens, membership.sum(dim=0)[:, None]], dim=1)
+        sums_and_counts = torch.cat(
+            [token_sums_ED, counts_E.to(token_sums_ED.dtype)[:, None]], dim=1
+        )
         sums_and_counts = reduce_sum(sums_and_counts)
         counts_E = sums_and_counts[:, -1].detach()
         centroids_ED = sums_and_counts[:, :-1] / counts_E.clamp_min(1.0)[:, None]
         prototypes = F.normalize(
-            at_least_fp32(prototypes_ED).to(tokens.dtype), dim=-1, eps=NORM_EPS
+            at_least_fp32(prototypes_ED).to(centroids_ED.dtype), dim=-1, eps=NORM_EPS
         )
         logits_EE = prototypes @ F.normalize(centroids_ED, dim=-1, eps=NORM_EPS).T / temperature
         is_active_E = counts_E > 0
         log_probabilities = logits_EE.masked_fill(
-            ~is_active_E[None, :], torch.finfo(tokens.dtype).min
+            ~is_active_E[None, :], torch.finfo(logits_EE.dtype).min
         ).log_softmax(dim=-1)
         loss_E = torch.where(is_active_E, -log_probabilities.diagonal(), 0.0)
         # With one active expert the only logit is its own: the loss is log 1 = 0, as published.

@@ -55,12 +55,16 @@ def partition_samples(condition: Condition, *, has_unconditional_expert: bool = 
         has_unconditional_expert: without one (N_u = 0) null samples are routed like any other, as
         published.
     Returns: Partition.
-    Sync: one, for the number of null samples; once per forward pass, not per layer.
+    Sync: one, for the number of null samples, where the condition does not know it; once per
+        forward pass, not per layer.
     """
     is_null_B = condition.is_null_B
-    leaves_B = is_null_B if has_unconditional_expert else torch.zeros_like(is_null_B)
+    leaves_B, num_leaving = torch.zeros_like(is_null_B), 0
+    if has_unconditional_expert:
+        leaves_B, known = is_null_B, condition.num_null
+        num_leaving = int(leaves_B.sum()) if known is None else known
     order = torch.argsort(leaves_B, stable=True)
-    num_routed = is_null_B.numel() - int(leaves_B.sum())
+    num_routed = is_null_B.numel() - num_leaving
     return Partition(
         is_routed_B=~leaves_B,
         routed_ids=order[:num_routed],

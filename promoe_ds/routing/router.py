@@ -48,6 +48,8 @@ class Router(KeepsBuffersPrecise):
         self.settings = settings
         self.num_experts, self.top_k = settings.num_experts, settings.top_k
         self.reduce_sum: ReduceSum = identity_reduce
+        #: See `kernels.choice`; set from outside, as `reduce_sum`.
+        self.kernels = "eager"
 
     @classmethod
     def from_config(cls, config: RunConfig, block: int) -> Self:

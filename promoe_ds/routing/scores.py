@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-12
+from promoe_ds.kernels import ops
+from promoe_ds.kernels.choice import uses_triton
+
+NORM_EPS = ops.NORM_EPS
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
@@ -22,7 +25,9 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def cosine_scores(tokens_D: Tensor, prototypes_ED: Tensor, scale: float = 1.0) -> Tensor:
+def cosine_scores(
+    tokens_D: Tensor, prototypes_ED: Tensor, scale: float = 1.0, kernels: str = "eager"
+) -> Tensor:
     """Return the pre-activation scores Z = scale * cos(token, prototype).
 
     Source: Eq. 4; official: the same without scale; differs: fp32 under any autocast.
@@ -30,13 +35,18 @@ def cosine_scores(tokens_D: Tensor, prototypes_ED: Tensor, scale: float = 1.0) -
         tokens_D: (..., D), any float dtype.
         prototypes_ED: (E, D).
         scale: alpha of Eq. 4, > 0.
+        kernels: see `kernels.choice`.
     Returns: (..., E) in fp32 (fp64 for fp64 tokens). A zero token scores 0 for every expert.
     Gradient: reaches tokens and prototypes.  Sync: none.  Collectives: none.
     """
     with torch.autocast(tokens_D.device.type, enabled=False):
-        tokens = at_least_fp32(tokens_D)
         prototypes = F.normalize(at_least_fp32(prototypes_ED), dim=-1, eps=NORM_EPS)
-        cosines = _Cosine.apply(tokens, prototypes.to(tokens.dtype))
+        if uses_triton(tokens_D, kernels):
+            cosines = ops.cosine(tokens_D.flatten(0, -2), prototypes)
+            cosines = cosines.unflatten(0, tokens_D.shape[:-1])
+        else:
+            tokens = at_least_fp32(tokens_D)
+            cosines = _Cosine.apply(tokens, prototypes.to(tokens.dtype))
         return cosines if scale == 1.0 else cosines * scale
 
 

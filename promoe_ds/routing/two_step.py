@@ -5,13 +5,20 @@ Letters: B images, S tokens per image, T = B*S, D width, E routed experts, K cho
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from promoe_ds.config.routing import RoutingConfig
+from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.registry import register
-from promoe_ds.routing.assignment import RoutingPlan
-from promoe_ds.routing.losses import load_balance_loss, routing_contrastive_loss
+from promoe_ds.routing.assignment import RoutingPlan, fused_token_sums
+from promoe_ds.routing.losses import (
+    contrast_centroids,
+    load_balance_loss,
+    routing_contrastive_loss,
+)
 from promoe_ds.routing.partition import Partition
 from promoe_ds.routing.router import ROUTERS, Router, choose_top_k
 from promoe_ds.routing.scores import activate, cosine_scores
@@ -52,14 +59,22 @@ class TwoStepRouter(PrototypeRouter):
         """
         settings = self.settings
         scores_BSE = activate(
-            cosine_scores(tokens_BSD, self.prototypes, settings.score_scale), settings.activation
+            cosine_scores(tokens_BSD, self.prototypes, settings.score_scale, self.kernels),
+            settings.activation,
         )
         gates_BSK, expert_ids_BSK = choose_top_k(scores_BSE, settings.top_k)
         assignment, stats = self._plan_token_choice(gates_BSK, expert_ids_BSK, partition)
-        aux_losses = {}
+        aux_losses, token_sums_ED = {}, None
+        sums_are_all = settings.top_k == 1 or settings.rcl_assignments == "all"
+        if self.training and sums_are_all and uses_triton(tokens_BSD, self.kernels):
+            # The loss and the log take the same sums.
+            assignment = assignment.with_places(tokens_BSD.shape[:2].numel())
+            token_sums_ED = fused_token_sums(tokens_BSD.flatten(0, 1), assignment)
+            stats = replace(stats, token_sums_ED=token_sums_ED.detach())
         if self.training:
+            counts_BE = stats.tokens_per_expert_BE
             aux_losses = self._aux_losses(
-                tokens_BSD, scores_BSE, expert_ids_BSK, stats.tokens_per_expert_BE, partition
+                tokens_BSD, scores_BSE, expert_ids_BSK, counts_BE, partition, token_sums_ED
             )
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)
 
@@ -70,9 +85,18 @@ class TwoStepRouter(PrototypeRouter):
         expert_ids_BSK: Tensor,
         counts_BE: Tensor,
         partition: Partition,
+        token_sums_ED: Tensor | None,
     ) -> dict[str, Tensor]:
         settings, losses = self.settings, {}
-        if settings.rcl_weight > 0:
+        if settings.rcl_weight > 0 and token_sums_ED is not None:
+            losses["rcl"] = settings.rcl_weight * contrast_centroids(
+                token_sums_ED,
+                counts_BE.sum(dim=0),
+                self.prototypes,
+                settings.rcl_temperature,
+                self.reduce_sum,
+            )
+        elif settings.rcl_weight > 0:
             chosen = (
                 expert_ids_BSK if settings.rcl_assignments == "all" else expert_ids_BSK[..., :1]
             )

@@ -76,4 +76,9 @@ class Ema:
                     before = self._initial.pop((p, name), None)
                     state[p][name] = p.clone() if before is None else before
             decay = average.decay_at(self.updates + 1 - self.averages_since.get(name, 0))
-            get_ema_multi_avg_fn(decay)([state[p][name] for p in owned], owned, None)
+            skipped = getattr(self._optimizer, "found_inf", None)
+            if skipped is None:
+                get_ema_multi_avg_fn(decay)([state[p][name] for p in owned], owned, None)
+                continue
+            for p in owned:  # the device decided: no average moves in a step that was left out
+                state[p][name].lerp_(p, (1.0 - decay) * (1.0 - skipped))

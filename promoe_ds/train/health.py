@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,21 +11,21 @@ from torch import Tensor, nn
 from promoe_ds.distributed.context import DistributedContext
 
 
-def agree(flag: Tensor, *flags: bool) -> list[bool]:
-    """Return for each flag whether it is set on any rank; the first is a tensor.  Sync: one.
+def agree(is_bad: Tensor, *flags: bool) -> Tensor:
+    """Return for each flag whether it is set on any rank, fp32 on the device.  Sync: none.
     Collectives: one.
     """
-    values = torch.stack([flag, *(flag.new_tensor(each) for each in flags)]).float()
+    values = torch.stack([is_bad, *(torch.full_like(is_bad, flag) for flag in flags)]).float()
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return [bool(value) for value in values.tolist()]
+    return values
 
 
 class HealthWatch:
     """Sums every gradient as it is made, before ranks mix theirs, so that the guilty rank and
     parameter are known.
 
-    A sum is finite exactly when all terms are (short of overflow): one read of each gradient,
-    nothing stored.
+    A sum is finite exactly when all terms are (short of overflow): one read of each gradient, one
+    number stored.
     """
 
     def __init__(self, network: nn.Module, context: DistributedContext) -> None:
@@ -31,67 +33,75 @@ class HealthWatch:
         self._context = context
         trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in trainable]
-        self._sums = torch.zeros(len(trainable), device=context.device)
-        self._loss = torch.zeros((), device=context.device)
-        self._order: list[int] = []
+        self._start()
         for index, (_, parameter) in enumerate(trainable):
             parameter.register_hook(lambda gradient, i=index: self._see_gradient(i, gradient))
 
     def see_loss(self, loss: Tensor) -> None:
-        """Take note of one micro-step's loss."""
-        self._loss += loss.detach()
+        """Take note of one micro-step's loss, before its backward pass."""
+        self._losses.append(loss.detach().float())
+        self._sums.append(torch.zeros(len(self._names), device=loss.device))
 
-    def is_bad(self) -> Tensor:
-        """Return whether anything of this step was not finite on this rank: a bool scalar.  Sync:
-        none.
-        """
-        return self._bad().any()
+    def end_step(self) -> StepHealth:
+        """Return what was seen of the step's micro-steps, and start anew.  Sync: none."""
+        seen = StepHealth(
+            torch.stack(self._sums), torch.stack(self._losses), self._order, self._names
+        )
+        self._start()
+        return seen
 
-    def finish(self, step: int, *, is_bad: bool) -> str:
-        """End the step and start anew; return "" or, on every rank alike, what is wrong.
-
-        Args:
-            is_bad: whether any rank found anything, from `agree`.
-        Collectives: one where it is bad.
-        """
-        problem = ""
-        if is_bad:
-            # Exchanged rows carry a bad gradient to other ranks' experts: the earliest in the
-            # backward pass is the cause.
-            (_, rank, text), *others = sorted(
-                found for found in self._context.gather(self._find()) if found
-            )
-            spread = (
-                f", later also on rank{'s' * (len(others) > 1)}"
-                f" {', '.join(str(o[1]) for o in others)}"
-                if others
-                else ""
-            )
-            problem = f"step {step}: rank {rank}: {text} is not finite{spread}"
-        self._sums.zero_()
-        self._loss.zero_()
-        self._order.clear()
-        return problem
-
-    def _bad(self) -> Tensor:
-        return ~torch.isfinite(torch.cat([self._sums, self._loss[None]]))
+    def _start(self) -> None:
+        self._sums: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self._order: list[tuple[int, int]] = []
 
     def _see_gradient(self, index: int, gradient: Tensor) -> None:
-        self._order.append(index)
-        self._sums[index] += gradient.detach().sum(dtype=torch.float32)
+        self._order.append((len(self._sums) - 1, index))
+        every = tuple(range(gradient.dim()))
+        torch.sum(gradient.detach(), every, dtype=torch.float32, out=self._sums[-1][index])
 
-    def _find(self) -> tuple[int, int, str] | None:
+
+@dataclass(frozen=True)
+class StepHealth:
+    """The sums of a step's gradients, (micro-steps, parameters), and its losses on this rank.
+
+    order: micro-step and parameter of each gradient, as the backward passes made them.
+    """
+
+    sums_MP: Tensor
+    losses_M: Tensor
+    order: list[tuple[int, int]]
+    names: list[str]
+
+    def is_bad(self) -> Tensor:
+        """Return whether anything was not finite on this rank: a bool scalar.  Sync: none."""
+        return ~torch.isfinite(torch.cat([self.sums_MP.flatten(), self.losses_M])).all()
+
+    def describe(self, step: int, context: DistributedContext) -> str:
+        """Return which rank and parameter were the first that were not finite; all ranks call this
+        together.  Collectives: one.
+        """
+        # Exchanged rows carry a bad gradient to other ranks' experts: the earliest in the backward
+        # pass is the cause.
+        found = sorted(each for each in context.gather(self._find(context.rank)) if each)
+        (_, rank, text), *others = found
+        spread = (
+            f", later also on rank{'s' * (len(others) > 1)} {', '.join(str(o[1]) for o in others)}"
+            if others
+            else ""
+        )
+        return f"step {step}: rank {rank}: {text} is not finite{spread}"
+
+    def _find(self, rank: int) -> tuple[int, int, str] | None:
         """Return when in the backward pass (-1: before it), on which rank and what went wrong first
         here.
         """
-        flags = self._bad().tolist()
+        bad_loss = not bool(self.losses_M.isfinite().all())
+        finite = self.sums_MP.isfinite().tolist()
         position, index = next(
-            ((at, i) for at, i in enumerate(self._order) if flags[i]), (len(self._order), None)
+            ((at, i) for at, (m, i) in enumerate(self.order) if not finite[m][i]),
+            (len(self.order), None),
         )
-        parts = ["the loss"] if flags[-1] else []
-        parts += [f"the gradient of {self._names[index]}"] if index is not None else []
-        return (
-            (-1 if flags[-1] else position, self._context.rank, " and ".join(parts))
-            if parts
-            else None
-        )
+        parts = ["the loss"] if bad_loss else []
+        parts += [f"the gradient of {self.names[index]}"] if index is not None else []
+        return (-1 if bad_loss else position, rank, " and ".join(parts)) if parts else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from promoe_ds.errors import Preempted, TrainingError
 from promoe_ds.logs import get_logger
-from promoe_ds.train.step import StepResult
+from promoe_ds.train.step import StepResult, Verdict
 from promoe_ds.train.supervisor import Supervisor
 from promoe_ds.train.trainer import Trainer
 
@@ -41,6 +42,7 @@ class TrainingLoop:
         self._trainer, self._supervisor = trainer, supervisor
         self._actions: list[tuple[int, bool, Action]] = []
         self._skipped_in_a_row = 0
+        self._unread: deque[StepResult] = deque()
 
     def every(self, steps: int, action: Action, *, at_end: bool = True) -> None:
         """Run `action` after every step whose number `steps` divides, and (`at_end`) after the last
@@ -68,10 +70,12 @@ class TrainingLoop:
             self._supervisor.begin_step(trainer.step)
             result = trainer.train_step()
             self._supervisor.end_step()
-            stop_requested = result.stop_requested
+            self._unread.append(result)
+            stop_requested = self._read(behind=trainer.results_behind)
             last = trainer.step if stop_requested else last
             finished = FinishedStep(step=trainer.step, result=result, is_last=trainer.step == last)
-            self._count_skipped(result)
+            if finished.is_last:
+                stop_requested |= self._read(behind=0)
             for steps, at_end, action in self._actions:
                 if trainer.step % steps == 0 or (at_end and finished.is_last):
                     action(finished)
@@ -87,18 +91,29 @@ class TrainingLoop:
                 settings.max_steps,
             )
 
-    def _count_skipped(self, result: StepResult) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.problem else 0
-        if not result.problem:
+    def _read(self, *, behind: int) -> bool:
+        """Read what is known of steps but the newest ones; return whether some rank asked for a
+        shutdown.
+        """
+        stop_requested = False
+        while len(self._unread) > behind:
+            verdict = self._unread.popleft().verdict
+            self._count_skipped(verdict)
+            stop_requested |= verdict.stop_requested
+        return stop_requested
+
+    def _count_skipped(self, verdict: Verdict) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if verdict.problem else 0
+        if not verdict.problem:
             return
         if self._trainer.context.is_main:
             _LOG.warning(
-                "skipped the update, %d in a row: %s", self._skipped_in_a_row, result.problem
+                "skipped the update, %d in a row: %s", self._skipped_in_a_row, verdict.problem
             )
         most = self._trainer.config.train.max_nonfinite_steps
         if self._skipped_in_a_row >= most:
             raise TrainingError(
                 f"{self._skipped_in_a_row} updates in a row were not finite "
-                f"(train.max_nonfinite_steps={most}); {result.problem}. Branch from a checkpoint "
+                f"(train.max_nonfinite_steps={most}); {verdict.problem}. Branch from a checkpoint "
                 "before it, with a lower optimizer.lr: --resume CHECKPOINT --run-dir NEW"
             )

@@ -34,15 +34,19 @@ class RouterState:
             if plan.observation is not None:
                 self._observations[index] = plan.observation + self._observations.get(index, 0)
 
-    def update_running_state(self, *, skip: bool) -> None:
+    def update_running_state(self, *, skip: bool | Tensor) -> None:
         """End a step: update every router, or forget what was seen where the step is skipped; start
         anew.
 
+        Args:
+            skip: as a tensor, it is not read: the state is put back on the device.
         Collectives: one, where a router has state.
         """
         observations, self._observations = self._observations, {}
-        if skip or not observations:
+        if skip is True or not observations:
             return
+        buffers = [b for index in observations for b in self._routers[index].buffers()]
+        before = [b.clone() for b in buffers] if isinstance(skip, Tensor) else []
         total = torch.cat([observation.flatten() for observation in observations.values()])
         dist.all_reduce(total)
         for (index, observation), part in zip(
@@ -51,6 +55,8 @@ class RouterState:
             strict=True,
         ):
             self._routers[index].update_running_state(part.view_as(observation))
+        for buffer, old in zip(buffers, before, strict=False):
+            buffer.copy_(torch.where(torch.as_tensor(skip).bool(), old, buffer))
 
 
 def give_superclasses(network: DiT, config: RunConfig) -> None:

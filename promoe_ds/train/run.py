@@ -114,7 +114,7 @@ class _Actions:
 
     def _judge(self, finished: FinishedStep) -> None:
         # There are minutes left, and they belong to the checkpoint.
-        if finished.result.stop_requested:
+        if finished.result.verdict.stop_requested:
             if self._trainer.context.is_main:
                 _LOG.warning("shutdown requested: no evaluation at step %d", finished.step)
             return
@@ -149,7 +149,7 @@ def _reduced(result: StepResult) -> dict[str, float]:
         "loss": sum(means.values()),
         **{f"loss_{name}": value for name, value in means.items()},
         "lr": result.lr,
-        "grad_norm": result.grad_norm,
+        "grad_norm": result.verdict.grad_norm,
     }
 
 
@@ -164,7 +164,7 @@ def _describe(trainer: Trainer) -> None:
         config.parallel.resolved_dispatch,
         config.experts_by,
         plan.zero_stage,
-        plan.precision,
+        plan.precision if config.precision.compute != "bf16_autocast" else "bf16_autocast",
         batches.micro_batch,
         batches.accumulation,
         trainer.step,

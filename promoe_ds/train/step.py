@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.config import RunConfig
 from promoe_ds.diffusion import DiffusionBatch, build_objective
 from promoe_ds.model.dit import DiT
 from promoe_ds.routing.assignment import RoutingPlan
@@ -21,6 +23,13 @@ class TrainingOutput:
     loss: Tensor
     terms: dict[str, Tensor]
     plans: dict[int, RoutingPlan]
+
+
+def autocast_context(config: RunConfig, device_type: str) -> Callable[[], AbstractContextManager]:
+    """Return what makes the context of a pass: torch's autocast for `bf16_autocast`."""
+    if config.precision.compute == "bf16_autocast":
+        return partial(torch.autocast, device_type, torch.bfloat16)
+    return nullcontext
 
 
 class TrainingModule(nn.Module):
@@ -75,15 +84,29 @@ class TrainingModule(nn.Module):
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What all ranks know of a step alike: the gradient's norm, what was not finite ("": nothing),
+    whether some rank asked for a shutdown.
+    """
+
+    grad_norm: float
+    problem: str = ""
+    stop_requested: bool = False
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step leaves for the log. Terms are this rank's means over its micro-steps, on the
     device.
     """
 
     terms: dict[str, Tensor]
-    grad_norm: float
     lr: float
-    #: Why the update was left out, if it was.
-    problem: str = ""
-    #: Whether some rank asked for a shutdown: the same on every rank.
-    stop_requested: bool = False
+    read: Callable[[], Verdict]
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """What `read` returns; all ranks ask for it together.  Sync: the first time, where the
+        device decided.
+        """
+        return self.read()

@@ -7,6 +7,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch.distributed as dist
+
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.peers import gather_addresses, peer_problem
@@ -15,6 +17,7 @@ from promoe_ds.launch.heartbeat import write_rank_status
 from promoe_ds.launch.shutdown import EarlySignals, ShutdownRequest
 from promoe_ds.logs import rank_from_environment
 from promoe_ds.run_files import STACKS_FOLDER
+from promoe_ds.torch_private import set_group_timeouts
 from promoe_ds.train.watchdog import Watchdog
 
 
@@ -26,8 +29,15 @@ class Supervisor:
         settings: SupervisionConfig,
         shutdown: ShutdownRequest | None = None,
         watchdog: Watchdog | None = None,
+        collective_seconds: float | None = None,
     ) -> None:
-        """Set-up begins; without a watchdog nothing is watched."""
+        """Set-up begins; without a watchdog nothing is watched.
+
+        Args:
+            collective_seconds: time-out of collectives in a step. Saving and evaluating have longer
+                ones: a rank's share may take that much longer than another's. None: left alone.
+        """
+        self._collective_seconds = collective_seconds
         self._settings, self._shutdown, self._watchdog = settings, shutdown, watchdog
         self._addresses: dict[str, str] = {}
         self.step, self._first_step_done = 0, False
@@ -61,7 +71,12 @@ class Supervisor:
     @contextlib.contextmanager
     def _phase(self, name: str, seconds: float) -> Iterator[None]:
         self._expect(name, seconds)
+        usual = self._collective_seconds
+        if usual is not None:
+            set_group_timeouts(max(seconds, usual), dist.group.WORLD)
         yield
+        if usual is not None:
+            set_group_timeouts(usual, dist.group.WORLD)
         self._expect_step()
 
     def _expect_step(self) -> None:
@@ -95,17 +110,21 @@ class Supervisor:
 
 @contextlib.contextmanager
 def supervised(
-    settings: SupervisionConfig, run_dir: Path, early: EarlySignals
+    settings: SupervisionConfig,
+    run_dir: Path,
+    early: EarlySignals,
+    collective_seconds: float | None = None,
 ) -> Iterator[Supervisor]:
     """Watch this process: time-outs, launcher, shutdown requests (finish the step, save, end).
 
     Args:
         early: the launcher's processes, and the signals so far.
+        collective_seconds: as `Supervisor`'s.
     Raises: PeerError in place of a library's message about a broken exchange.
     """
     rank, stacks = rank_from_environment(), run_dir / STACKS_FOLDER
     watchdog = Watchdog(rank, stacks, settings.launcher_timeout_seconds, early)
-    supervisor = Supervisor(settings, early, watchdog)
+    supervisor = Supervisor(settings, early, watchdog, collective_seconds)
     watchdog.start()
     write_rank_status(rank, None, "started")
     try:

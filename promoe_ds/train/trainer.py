@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from promoe_ds.backends.deepspeed_private import (
+    DeviceGate,
     UpdateGate,
     ZeroPartitions,
     build_engine,
@@ -32,11 +34,17 @@ from promoe_ds.model import build_model, initialise
 from promoe_ds.model.dit import DiT
 from promoe_ds.train.clipping import global_grad_norm
 from promoe_ds.train.ema import Ema
-from promoe_ds.train.health import HealthWatch, agree
+from promoe_ds.train.health import HealthWatch, StepHealth, agree
 from promoe_ds.train.loader import BatchLoader, Place
 from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids
 from promoe_ds.train.routing_log import RoutingAccumulator
-from promoe_ds.train.step import StepResult, TrainingModule, TrainingOutput
+from promoe_ds.train.step import (
+    StepResult,
+    TrainingModule,
+    TrainingOutput,
+    Verdict,
+    autocast_context,
+)
 
 _LOG = get_logger("trainer")
 
@@ -68,7 +76,9 @@ class Trainer:
         self.dataset, self.batches = dataset, plan_batches(config, context.world_size)
         network, self.expert_group = _build_sharded_network(config, deepspeed_plan, context)
         compute = (
-            use_transformer_engine(network, config, context.device) if uses_te else nullcontext
+            use_transformer_engine(network, config, context.device)
+            if uses_te
+            else autocast_context(config, context.device.type)
         )
         self.network, self.module = network, TrainingModule(network, compute).train()
         optimizer = _build_optimizer(self.module, config.optimizer, deepspeed_plan)
@@ -79,7 +89,12 @@ class Trainer:
             deepspeed_plan.json,
             RecordingStorage(background=config.train.async_checkpoint),
         )
-        self._gate = UpdateGate(self.engine.optimizer) if deepspeed_plan.zero_stage > 0 else None
+        on_device = decides_on_device(context, deepspeed_plan)
+        has_zero = deepspeed_plan.zero_stage > 0
+        self._gate = UpdateGate(self.engine.optimizer) if has_zero and not on_device else None
+        self._device_gate = DeviceGate(self.engine.optimizer) if on_device else None
+        #: How many results may be unread while training continues.
+        self.results_behind = int(on_device)
         self._health = HealthWatch(self.module, context)
         self.routing = RoutingAccumulator(config, network, context)
         self._router_state = RouterState(network)
@@ -141,41 +156,75 @@ class Trainer:
 
     def _swap_averages(self) -> None:
         self.ema.swap()
-        if self._gate is not None:
+        if self.deepspeed_plan.zero_stage > 0:
             ZeroPartitions(self.engine.optimizer).write_back()
 
     def train_step(self) -> StepResult:
         """Run one optimizer step; all ranks skip it together where a loss or gradient is not
         finite.
+
+        On a GPU under ZeRO the device decides and the result is read later: the host never waits
+        for the step.
         """
         lr = self._set_learning_rate()
         terms: dict[str, torch.Tensor] = {}
-        problem, stop, norm = "", False, None
         for micro_step in range(self.batches.accumulation):
             output = self._forward_and_backward(micro_step)
             for name, value in output.terms.items():
                 terms[name] = terms.get(name, 0.0) + value.detach() / self.batches.accumulation
-            if micro_step == self.batches.accumulation - 1:
-                is_bad, stop = agree(self._health.is_bad(), self.shutdown_requested())
-                problem = self._health.finish(self.step, is_bad=is_bad)
-                norm = self._prepare_update(skip=bool(problem))
-            self.engine.step()
+            if micro_step < self.batches.accumulation - 1:
+                self.engine.step()
+        health = self._health.end_step()
+        flags = agree(health.is_bad(), self.shutdown_requested())
+        decide = self._decide_here if self._device_gate is None else self._decide_on_device
+        read = decide(health, flags)
+        self.step += 1
+        self.samples_seen += self.batches.global_batch
+        return StepResult(terms, lr, read)
+
+    def _decide_here(self, health: StepHealth, flags: Tensor) -> Callable[[], Verdict]:
+        """Read what was found, then update or skip.  Sync: two."""
+        step, (is_bad, stop) = self.step, flags.tolist()
+        problem = health.describe(step, self.context) if is_bad else ""
+        norm = self._prepare_update(skip=bool(problem))
+        self.engine.step()
         if self._gate is not None:
             self._gate.confirm()
             norm = self.engine.get_global_grad_norm()
-        self.step += 1
-        self.samples_seen += self.batches.global_batch
+        verdict = self._verdict(step, float(norm), problem, stop)
+        self._router_state.update_running_state(skip=bool(verdict.problem))
+        return lambda: verdict
+
+    def _decide_on_device(self, health: StepHealth, flags: Tensor) -> Callable[[], Verdict]:
+        """Update where nothing was found; what was, and the norm, come to the host later.  Sync:
+        none.
+        """
+        step = self.step
+        self._device_gate.set(flags[0])
+        self.engine.step()
+        norm, skip = self._device_gate.confirm()
+        self._router_state.update_running_state(skip=skip)
+        values = torch.cat([flags, norm.view(1)])
+        on_host = torch.empty(values.shape, pin_memory=values.is_cuda)
+        on_host.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event() if values.is_cuda else None
+        if arrived is not None:
+            arrived.record()
+
+        def read() -> Verdict:
+            if arrived is not None:
+                arrived.synchronize()
+            is_bad, stop, norm = on_host.tolist()
+            problem = health.describe(step, self.context) if is_bad else ""
+            return self._verdict(step, norm, problem, stop)
+
+        return read
+
+    def _verdict(self, step: int, norm: float, problem: str, stop: float) -> Verdict:
         if not problem and not math.isfinite(norm):
             # Every gradient is finite, their norm overflows: the update was left out as well.
-            problem = f"step {self.step - 1}: the norm of all gradients is not finite"
-        self._router_state.update_running_state(skip=bool(problem))
-        return StepResult(
-            terms=terms,
-            grad_norm=float("nan") if problem else float(norm),
-            lr=lr,
-            problem=problem,
-            stop_requested=stop,
-        )
+            problem = f"step {step}: the norm of all gradients is not finite"
+        return Verdict(float("nan") if problem else norm, problem, stop_requested=bool(stop))
 
     def _set_learning_rate(self) -> float:
         lr = learning_rate(self.step, self.config.train.max_steps, self.config.optimizer)
@@ -210,6 +259,11 @@ class Trainer:
         elif (max_norm := self.config.optimizer.max_grad_norm) > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
+
+
+def decides_on_device(context: DistributedContext, plan: DeepSpeedPlan) -> bool:
+    """Whether the device decides about updates: a GPU, under ZeRO, with the optimizer beside it."""
+    return context.device.type == "cuda" and plan.zero_stage > 0 and not plan.offloads
 
 
 def _build_optimizer(

@@ -18,6 +18,9 @@ from promoe_ds.logs import get_logger
 
 _LOG = get_logger("watchdog")
 _POLL_SECONDS = 0.5
+#: Between two signs of life in a rank's status: of ranks that end without one, the first to fall
+#: silent is the one that the others waited for.
+SIGN_OF_LIFE_SECONDS = 10.0
 #: The threads need the interpreter; the C library ends a rank that blocks even that, so much later.
 _LAST_RESORT_SECONDS = 30.0
 
@@ -43,6 +46,7 @@ class Watchdog:
             early,
         )
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._phase, self._step, self._seconds, self._deadline = (
             "set-up",
             0,
@@ -52,7 +56,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to watch."""
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread.start()
         # Local rank 0 reads the heartbeat for its host: when it ends, DeepSpeed's launcher ends the
         # others.
         if (folder := attempt_folder()) is not None and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -69,16 +73,22 @@ class Watchdog:
         )
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching; no sign of life follows the status that the caller writes next."""
         self._closed.set()
+        self._thread.join(timeout=_LAST_RESORT_SECONDS)
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
+        next_sign = time.monotonic() + SIGN_OF_LIFE_SECONDS
         while not self._closed.wait(_POLL_SECONDS):
-            if time.monotonic() > self._deadline:
+            now = time.monotonic()
+            if now > self._deadline:
                 self._end_stalled()
             if gone := broken_link(self._early.chain):
                 self._end_orphaned(f"{gone} is gone, so nobody watches this rank")
+            if now > next_sign:
+                next_sign = now + SIGN_OF_LIFE_SECONDS
+                write_rank_status(self._rank, None, f"{self._phase} {self._step}")
 
     def _watch_heartbeat(self, folder: Path) -> None:
         seen, since = None, time.monotonic()

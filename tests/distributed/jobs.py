@@ -46,6 +46,8 @@ class Job:
     fault: dict[str, Any] | None = field(default=None)
     resave_to: str = ""
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    #: Decide about updates as on a GPU: on the device, read a step later.
+    decides_on_device: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "run_dir": str(self.run_dir), "overrides": [*TINY, *self.overrides]}

@@ -22,6 +22,7 @@ from promoe_ds.diffusion.rectified_flow import RectifiedFlow
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.process_group import complete_environment, stop_distributed
 from promoe_ds.errors import PromoeError
+from promoe_ds.train import trainer as trainer_module
 from promoe_ds.train.run import Run, train
 from promoe_ds.train.trainer import Trainer
 
@@ -51,6 +52,7 @@ def run_job(job: dict, ranks: DistributedContext) -> str:
     fault = job["fault"]
     is_write = fault is not None and fault["kind"] == "write"
     RectifiedFlow.losses = _poisoned_losses(fault, ranks) if fault and not is_write else REAL_LOSSES
+    trainer_module.decides_on_device = lambda *unused: job["decides_on_device"]
     RecordingStorage._write = _slow_write(fault, ranks) if is_write else REAL_WRITE
     try:
         config = load_config(job["recipe"], job["overrides"])

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
-from promoe_ds.distributed.process_group import _device_index, complete_environment
+from promoe_ds.distributed.process_group import (
+    _device_index,
+    complete_environment,
+    local_device,
+)
 from promoe_ds.errors import ConfigError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -37,3 +42,17 @@ def test_device_index_one_visible_device_a_task_is_device_zero(monkeypatch) -> N
         _device_index(1, 1)
     monkeypatch.setenv("SLURM_LOCALID", "1")
     assert _device_index(1, 1) == 0
+
+
+@pytest.mark.parametrize(("visible", "index"), [(1, 0), (4, 3)])
+def test_local_rank_is_the_index_of_the_device_that_was_taken(monkeypatch, visible, index) -> None:
+    """DeepSpeed sets the device LOCAL_RANK again; under Slurm each task may see one GPU alone."""
+    taken = []
+    environment = {"LOCAL_RANK": "3", "SLURM_LOCALID": "3"}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert local_device() == torch.device("cuda", index)
+    assert (taken, environment["LOCAL_RANK"]) == ([index], str(index))
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

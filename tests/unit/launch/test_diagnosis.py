@@ -83,3 +83,17 @@ def test_failure_is_diagnosed(codes, unreachable, code, restart, message) -> Non
     report = diagnose_failure(HOSTS, Outcome(code=0, statuses=statuses, unreachable=unreachable))
     assert (report.code, report.restart) == (code, restart)
     assert report.message.startswith(message)
+
+
+def test_rank_that_fell_silent_first_is_named_where_all_abort_as_under_nccl() -> None:
+    """NCCL's watchdog aborts the ranks that waited for the lost one, long after it."""
+    last_signs = (700.0, 100.0, 702.0)
+    statuses = [
+        RankStatus(rank=r, host="aab"[r], pid=100 + r, code=None, message="step 7", time=t)
+        for r, t in enumerate(last_signs)
+    ]
+    report = diagnose_failure(HOSTS, Outcome(code=1, statuses=statuses, unreachable={}))
+    assert (report.code, report.restart) == (7, True)
+    first, others = report.message.split("; ")
+    assert first.startswith("a: rank 1 (process 101) exited without a status in step 7")
+    assert others.startswith("2 more")

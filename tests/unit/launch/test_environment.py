@@ -77,10 +77,18 @@ def test_environment_files_override_the_shell_and_each_other(tmp_path, monkeypat
         {
             "NCCL_DEBUG": "WARN",
             "GLOO_SOCKET_IFNAME": "eth1",
+            "CUDA_VISIBLE_DEVICES": "0",
             "MLFLOW_PASSWORD": "x",
+            "NVTE_FLASH_ATTN": "0",
             "PYTHONPATH": "",
         }
-    ) == {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth1", "A": "here", "B": "x=y"}
+    ) == {
+        "NCCL_DEBUG": "INFO",
+        "GLOO_SOCKET_IFNAME": "eth1",
+        "NVTE_FLASH_ATTN": "0",
+        "A": "here",
+        "B": "x=y",
+    }
     (here / ".deepspeed_env").write_text("A=here\nexport B\n")
     with pytest.raises(LaunchError, match="line 2: 'export B' is not of the form NAME=VALUE"):
         job_environment({})

@@ -16,7 +16,7 @@ from promoe_ds.moe.collectives import WaitClock
 from promoe_ds.train import run
 from promoe_ds.train.loop import TrainingLoop
 from promoe_ds.train.routing_log import RoutingAccumulator
-from promoe_ds.train.step import StepResult
+from promoe_ds.train.step import StepResult, Verdict
 from promoe_ds.train.supervisor import Supervisor
 
 from ..builders import random_network, random_tensor
@@ -34,6 +34,7 @@ def made_up_trainer(step, **settings) -> SimpleNamespace:
     vars(train).update(settings)
     trainer = SimpleNamespace(
         step=0,
+        results_behind=0,
         context=ONE_RANK,
         config=SimpleNamespace(train=train, evaluation=SimpleNamespace(every=2)),
         routing=SimpleNamespace(reduce=lambda **unused: [], waits_paused=contextlib.nullcontext),
@@ -48,7 +49,7 @@ def made_up_trainer(step, **settings) -> SimpleNamespace:
 
 
 def result(**values) -> StepResult:
-    return StepResult(terms={"diffusion": torch.ones(())}, grad_norm=1.0, lr=1.0, **values)
+    return StepResult({"diffusion": torch.ones(())}, 1.0, lambda: Verdict(1.0, **values))
 
 
 def test_loop_leaves_an_evaluations_waits_out_of_the_next_interval(
@@ -127,3 +128,28 @@ def test_loop_ends_after_too_many_bad_steps_in_a_row() -> None:
     with pytest.raises(TrainingError, match="max_nonfinite_steps=3"):
         TrainingLoop(trainer, MagicMock()).run()
     assert trainer.step == 6
+
+
+def test_loop_reads_results_a_step_late_where_the_device_decides() -> None:
+    """A shutdown is then learned of one step later; skipped steps are counted all the same."""
+    read: list[tuple[int, int]] = []
+    trainer = made_up_trainer(lambda trainer: None)
+    trainer.results_behind = 1
+
+    def step() -> StepResult:
+        trainer.step += 1
+        made = trainer.step
+
+        def verdict() -> Verdict:
+            read.append((made, trainer.step))
+            return Verdict(1.0, "bad" if made in (2, 3) else "", stop_requested=made == 5)
+
+        return StepResult({}, 1.0, verdict)
+
+    trainer.train_step = step
+    loop, ends = TrainingLoop(trainer, MagicMock()), []
+    loop.every(4, lambda done: ends.append((done.step, done.result.verdict.problem)))
+    with pytest.raises(Preempted, match="step 6 of 10"):
+        loop.run()
+    assert ends == [(4, ""), (6, "")]
+    assert read == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6), (6, 6)]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -18,8 +19,9 @@ from promoe_ds.distributed.peers import peer_problem
 from promoe_ds.launch.heartbeat import read_heartbeat, read_rank_statuses, renew_heartbeat
 from promoe_ds.launch.processes import kill_leftover_processes, processes_with
 from promoe_ds.launch.shutdown import RANK_SIGNALS, EarlySignals
+from promoe_ds.train import watchdog
 from promoe_ds.train.health import HealthWatch, agree
-from promoe_ds.train.supervisor import supervised
+from promoe_ds.train.supervisor import Supervisor, supervised
 from tests.unit.ranks import ONE_RANK
 
 REPOSITORY = Path(__file__).parents[3]
@@ -240,10 +242,59 @@ def test_shutdown_request_of_another_rank_is_agreed_with_the_health_of_a_step(mo
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     watch = HealthWatch(nn.Linear(2, 1), ONE_RANK)
-    assert agree(watch.is_bad(), False) == [False, True]
-    assert agree(watch.is_bad(), True) == [False, True]
+    watch.see_loss(torch.ones(()))
+    is_bad = watch.end_step().is_bad()
+    assert agree(is_bad, False).tolist() == [0, 1]
+    assert agree(is_bad, True).tolist() == [0, 1]
     assert [values.tolist() for values in reduced] == [
         [0.0, 0.0],
         [0.0, 1.0],
     ], "one collective for both"
-    assert watch.finish(3, is_bad=False) == ""
+
+
+def test_rank_among_others_ends_at_once_by_any_error_and_says_which(tmp_path) -> None:
+    """No interpreter shutdown: it would wait for a GPU's kernels, and those for the others."""
+    rank = _rank(
+        tmp_path,
+        "import atexit, torch.distributed as dist;"
+        " atexit.register(lambda: time.sleep(600));"
+        " dist.is_initialized = lambda: True; dist.get_world_size = lambda: 8;"
+        " raise MemoryError('of the device')",
+        PROMOE_STATUS_DIR=str(tmp_path),
+    )
+    _, errors = rank.communicate(timeout=200)
+    assert rank.returncode == 1
+    assert errors.endswith("MemoryError: of the device\n")
+    (status,) = read_rank_statuses(tmp_path)
+    assert (status.code, status.message) == (1, "MemoryError: of the device")
+
+
+def test_sign_of_life_says_where_a_rank_was_last(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PROMOE_STATUS_DIR", str(tmp_path))
+    monkeypatch.setattr(watchdog, "SIGN_OF_LIFE_SECONDS", 0.0)
+    early = EarlySignals.__new__(EarlySignals)
+    early.chain = ()
+    watch = watchdog.Watchdog(3, tmp_path, 60.0, early)
+    watch.start()
+    try:
+        watch.expect("step", 41, 100.0)
+        deadline = time.monotonic() + 60
+        while not any(s.message == "step 41" for s in read_rank_statuses(tmp_path)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        watch.close()
+    assert read_rank_statuses(tmp_path)[0].code is None
+
+
+def test_saving_may_take_longer_than_a_step_s_collectives() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+        settings = SupervisionConfig(checkpoint_timeout_seconds=1800)
+        supervisor = Supervisor(settings, collective_seconds=600)
+        with supervisor.saving():
+            assert backend.options._timeout.total_seconds() == 1800
+        assert backend.options._timeout.total_seconds() == 600
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,316 @@
+"""Triton programs of `promoe_ds.kernels.ops`; they read and write bf16 and compute in fp32.
+
+Letters: T tokens, D width, N rows sorted by expert, E experts, F hidden width, K rows of a token.
+`ends_E` are the running sums of rows per expert. `order_N` and `starts_T` list the rows of token t:
+order_N[starts_T[t] : starts_T[t + 1]]. A block of columns is a power of two; those beyond the width
+are masked.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _expert_of(row, ends_E, E: tl.constexpr):
+    """Return the expert of a row, or of each of a block of rows, by its place among the ends."""
+    expert = row * 0
+    for index in tl.static_range(E):
+        expert += (row >= tl.load(ends_E + index)).to(expert.dtype)
+    return expert
+
+
+@triton.jit
+def _gelu_tanh(x):
+    """Return gelu_tanh(x) and its derivative."""
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    tanh = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
+    slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+    return 0.5 * x * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * slope
+
+
+@triton.jit
+def combine(
+    rows_ND,
+    gates_N,
+    base_TD,
+    order_N,
+    starts_T,
+    out_TD,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_GATES: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+):
+    """out[t] = base[t] + sum over t's rows of gate * row. One program a token."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    total = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BASE:
+        total += tl.load(base_TD + token * D + column, mask=inside, other=0.0).to(tl.float32)
+    for index in range(tl.load(starts_T + token), tl.load(starts_T + token + 1)):
+        place = tl.load(order_N + index)
+        row = tl.load(rows_ND + place * D + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_GATES:
+            row *= tl.load(gates_N + place)
+        total += row
+    tl.store(out_TD + token * D + column, total.to(out_TD.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def combine_backward(
+    grad_TD,
+    rows_ND,
+    gates_N,
+    token_ids_N,
+    grad_rows_ND,
+    grad_gates_N,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grad_row = gate * grad[token], grad_gate = <grad[token], row>. One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    token = tl.load(token_ids_N + row)
+    grad = tl.load(grad_TD + token * D + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(rows_ND + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    grad_row = (grad * tl.load(gates_N + row)).to(grad_rows_ND.dtype.element_ty)
+    tl.store(grad_rows_ND + row * D + column, grad_row, mask=inside)
+    tl.store(grad_gates_N + row, tl.sum(grad * value, 0))
+
+
+@triton.jit
+def bias_gelu(
+    pre_RF,
+    bias_EF,
+    ends_E,
+    out_RF,
+    R,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = gelu_tanh(pre + bias of the row's expert). One program a block of rows and columns."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    expert = _expert_of(row, ends_E, E)
+    inside = (row < R)[:, None] & (column < F)[None, :]
+    at = row[:, None] * F + column[None, :]
+    value = tl.load(pre_RF + at, mask=inside, other=0.0).to(tl.float32)
+    bias_at = bias_EF + expert[:, None] * F + column[None, :]
+    value += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)
+    result, _ = _gelu_tanh(value)
+    tl.store(out_RF + at, result.to(out_RF.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bias_gelu_backward(
+    grad_RF,
+    pre_RF,
+    bias_EF,
+    ends_E,
+    grad_pre_RF,
+    grad_bias_EF,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grad_pre = grad * gelu'(pre + bias); grad_bias is its sum over the expert's rows. One program
+    an expert and block of columns: it walks through the rows.
+    """
+    expert = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    within = column < F
+    bias = tl.load(bias_EF + expert * F + column, mask=within, other=0.0).to(tl.float32)
+    begin = tl.load(ends_E + tl.maximum(expert - 1, 0)) * (expert > 0)
+    end = tl.load(ends_E + expert)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS).to(tl.int64)
+        inside = (row < end)[:, None] & within[None, :]
+        at = row[:, None] * F + column[None, :]
+        value = tl.load(pre_RF + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+        _, slope = _gelu_tanh(value)
+        grad = tl.load(grad_RF + at, mask=inside, other=0.0).to(tl.float32) * slope
+        tl.store(grad_pre_RF + at, grad.to(grad_pre_RF.dtype.element_ty), mask=inside)
+        total += tl.sum(tl.where(inside, grad, 0.0), 0)
+    total = total.to(grad_bias_EF.dtype.element_ty)
+    tl.store(grad_bias_EF + expert * F + column, total, mask=within)
+
+
+@triton.jit
+def add_bias(
+    rows_RF,
+    bias_EF,
+    ends_E,
+    R,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """rows += bias of the row's expert, in place. One program a block of rows and columns."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    expert = _expert_of(row, ends_E, E)
+    inside = (row < R)[:, None] & (column < F)[None, :]
+    at = row[:, None] * F + column[None, :]
+    value = tl.load(rows_RF + at, mask=inside, other=0.0).to(tl.float32)
+    bias_at = bias_EF + expert[:, None] * F + column[None, :]
+    value += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(rows_RF + at, value.to(rows_RF.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_rows_by_expert(
+    rows_D,
+    ids_N,
+    ends_E,
+    partial_PED,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+):
+    """Sum each expert's rows, given themselves or by their ids among rows_D. One program an expert,
+    a block of columns and a part of the rows; the parts are summed afterwards.
+    """
+    expert = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(2)
+    within = column < D
+    begin = tl.load(ends_E + tl.maximum(expert - 1, 0)) * (expert > 0)
+    end = tl.load(ends_E + expert)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(begin + part * ROWS, end, PARTS * ROWS):
+        row = first + tl.arange(0, ROWS).to(tl.int64)
+        has = row < end
+        if HAS_IDS:
+            row = tl.load(ids_N + row, mask=has, other=0)
+        at = row[:, None] * D + column[None, :]
+        inside = has[:, None] & within[None, :]
+        total += tl.sum(tl.load(rows_D + at, mask=inside, other=0.0).to(tl.float32), 0)
+    tl.store(partial_PED + (part * E + expert) * D + column, total, mask=within)
+
+
+@triton.jit
+def spread_to_tokens(
+    values_ED,
+    order_N,
+    starts_T,
+    ends_E,
+    out_TD,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[t] = sum of the values of the experts of t's rows. One program a token."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    total = tl.zeros((BLOCK,), tl.float32)
+    for index in range(tl.load(starts_T + token), tl.load(starts_T + token + 1)):
+        expert = _expert_of(tl.load(order_N + index), ends_E, E)
+        total += tl.load(values_ED + expert * D + column, mask=inside, other=0.0)
+    tl.store(out_TD + token * D + column, total.to(out_TD.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def cosine(
+    tokens_TD,
+    keys_ED,
+    cosines_TE,
+    norms_T,
+    T,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """cosines = tokens . keys / max(|token|, EPS), and the norms. One program a block of tokens."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, BLOCK_E)
+    has = token < T
+    dots = tl.zeros((TOKENS, BLOCK_E), tl.float32)
+    squares = tl.zeros((TOKENS,), tl.float32)
+    for first in range(0, D, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        within = column < D
+        at = token[:, None] * D + column[None, :]
+        inside = has[:, None] & within[None, :]
+        values = tl.load(tokens_TD + at, mask=inside, other=0.0).to(tl.float32)
+        key_at = expert[None, :] * D + column[:, None]
+        key_inside = (expert < E)[None, :] & within[:, None]
+        keys = tl.load(keys_ED + key_at, mask=key_inside, other=0.0)
+        dots += tl.dot(values, keys, input_precision="ieee")
+        squares += tl.sum(values * values, 1)
+    norms = tl.sqrt(squares)
+    dots /= tl.maximum(norms, EPS)[:, None]
+    out_at = cosines_TE + token[:, None] * E + expert[None, :]
+    tl.store(out_at, dots, mask=has[:, None] & (expert < E)[None, :])
+    tl.store(norms_T + token, norms, mask=has)
+
+
+@triton.jit
+def cosine_backward(
+    grad_TE,
+    tokens_TD,
+    keys_ED,
+    cosines_TE,
+    norms_T,
+    grad_tokens_TD,
+    partial_PED,
+    T,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """grad_token = (sum_e g_e key_e - (sum_e g_e cos_e) token / |token|) / |token|, and for each
+    part of the tokens the sum of g_e token / |token|. One program a part and a block of columns;
+    it walks through its tokens. Below EPS the norm is a constant.
+    """
+    part = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.arange(0, BLOCK_E)
+    within, exists = column < D, expert < E
+    keys = tl.load(
+        keys_ED + expert[:, None] * D + column[None, :],
+        mask=exists[:, None] & within[None, :],
+        other=0.0,
+    )
+    total = tl.zeros((BLOCK_E, BLOCK), tl.float32)
+    for first in range(part * TOKENS, T, PARTS * TOKENS):
+        token = first + tl.arange(0, TOKENS).to(tl.int64)
+        has = token < T
+        pair_at, pair_inside = (
+            token[:, None] * E + expert[None, :],
+            has[:, None] & exists[None, :],
+        )
+        norms = tl.load(norms_T + token, mask=has, other=1.0)
+        inverse = 1.0 / tl.maximum(norms, EPS)
+        grad = tl.load(grad_TE + pair_at, mask=pair_inside, other=0.0) * inverse[:, None]
+        cosines = tl.load(cosines_TE + pair_at, mask=pair_inside, other=0.0)
+        along = tl.sum(grad * cosines, 1) * tl.where(norms >= EPS, inverse, 0.0)
+        at = token[:, None] * D + column[None, :]
+        inside = has[:, None] & within[None, :]
+        values = tl.load(tokens_TD + at, mask=inside, other=0.0).to(tl.float32)
+        grad_tokens = tl.dot(grad, keys, input_precision="ieee") - along[:, None] * values
+        tl.store(grad_tokens_TD + at, grad_tokens.to(grad_tokens_TD.dtype.element_ty), mask=inside)
+        total += tl.dot(tl.trans(grad), values, input_precision="ieee")
+    tl.store(
+        partial_PED + (part * E + expert[:, None]) * D + column[None, :],
+        total,
+        mask=exists[:, None] & within[None, :],
+    )
