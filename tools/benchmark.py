@@ -43,6 +43,14 @@ SUITES: dict[str, tuple[str, int | None, int | None, Callable[[Any, argparse.Nam
     ),
     "data": ("data", 7, None, lambda m, o: m.benchmark_data(o.folder, rounds=o.rounds)),
     "report": ("stats", None, None, lambda m, o: m.benchmark_report(m.SyntheticRun(), o.folder)),
+    "trace": (
+        "trace",
+        None,
+        1,
+        lambda m, o: m.benchmark_trace(
+            o.recipe, o.set, ranks=o.ranks, deepspeed=o.deepspeed_config
+        ),
+    ),
     "gpu": ("gpu", None, None, lambda m, o: m.benchmark_gpu(lambda line: print(line, flush=True))),
 }
 
@@ -60,6 +68,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help=f"if left out: {', '.join(defaults)}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--recipe", default="promoe_s")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="of the traced recipe"
+    )
+    parser.add_argument(
+        "--deepspeed_config", type=Path, help="of the trace, ZeRO 2 in bf16 if left out"
+    )
     parser.add_argument("--ranks", type=int, help=f"if left out: {', '.join(ranks)}")
     parser.add_argument("--ep-size", type=int, default=4, help="of the checkpoint")
     parser.add_argument(

@@ -1,0 +1,104 @@
+"""What a traced step asks for, sorted into categories and priced by shares of an H100's peaks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from benchmarks.fake_cuda.recorder import Call, Recorder
+from promoe_ds.config.devices import DEVICES
+from promoe_ds.planning.estimate import Efficiency
+
+_DEVICE, _SHARES = DEVICES["h100"], Efficiency()
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "convolution_backward"}
+#: What the place of an operation contains -> its category; the first that fits.
+_PLACES = {
+    "train/health.py": "health",
+    "train/routing_log.py": "routing log",
+    "routing/assignment.py:sum_tokens_by_expert": "routing log",
+    "train/ema.py": "averages of the weights",
+    "train/optimizer.py": "averages of the weights",
+    "stage_1_and_2.py:DeepSpeedZeroOptimizer.get_grad_norm_direct": "gradient norm",
+    "stage_1_and_2.py:DeepSpeedZeroOptimizer.scaled_global_norm": "gradient norm",
+    "stage_1_and_2.py:DeepSpeedZeroOptimizer.get_flat_partition": "clip and casts of the update",
+    "stage_1_and_2.py:DeepSpeedZeroOptimizer.unscale_and_clip": "clip and casts of the update",
+    "stage_1_and_2.py:DeepSpeedZeroOptimizer.step": "clip and casts of the update",
+    "stage_1_and_2.py:DeepSpeedZeroOptimizer.update_lp_params": "clip and casts of the update",
+    "deepspeed/": "gradients: buckets and copies",
+    "train/clipping.py": "gradient norm",
+    "routing/": "router",
+    "moe/experts.py": "experts: biases, activation",
+    "moe/": "permute and combine",
+    "backends/": "permute and combine",
+    "model/blocks.py:SelfAttention": "layout of attention",
+    "model/": "norms, modulation, gates",
+}
+
+
+def category(call: Call) -> str:
+    """Return what an operation is for."""
+    if "attention" in call.name:
+        return "attention"
+    if call.name in _PRODUCTS and call.dtype == "bfloat16":
+        return "products in bf16"
+    if call.name.startswith("_fused_adam"):
+        return "AdamW"
+    return next((kind for part, kind in _PLACES.items() if part in call.place.name), "rest")
+
+
+def seconds(call: Call) -> float:
+    """Predict an operation's time: the longer of computing and moving its operands."""
+    peak = _DEVICE.flops["bf16" if call.dtype == "bfloat16" else "fp32"]
+    share = _SHARES.attention if "attention" in call.name else _SHARES.matrix
+    return max(
+        call.bytes / (_DEVICE.memory_bandwidth * _SHARES.memory), call.flops / (peak * share)
+    )
+
+
+def summary(recorder: Recorder) -> dict[str, Any]:
+    """Return what was recorded as plain values: totals, by category, by operation and place."""
+    by_category, operations = (defaultdict(lambda: [0, 0, 0, 0.0]) for _ in range(2))
+    for call in recorder.calls:
+        kind = category(call)
+        key = (kind, call.place.name, call.name, call.dtype, call.is_backward)
+        for sums in (by_category[kind], operations[key]):
+            for index, value in enumerate((call.kernels, call.bytes, call.flops, seconds(call))):
+                sums[index] += value
+    sent: dict[tuple[str, int, int, str], int] = defaultdict(int)
+    for one in recorder.sent:
+        sent[one.name, one.ranks, one.bytes, one.place.name] += 1
+    totals = [sum(column) for column in zip(*by_category.values(), strict=True)]
+    return {
+        "totals": _figures(totals),
+        "categories": {
+            kind: _figures(sums)
+            for kind, sums in sorted(by_category.items(), key=lambda item: -item[1][3])
+        },
+        "host_reads": [
+            {"place": place.name, "line": place.line, "count": count}
+            for place, count in recorder.reads.items()
+        ],
+        "waits": [
+            {"for": what, "place": place.name, "line": place.line, "count": count}
+            for (what, place), count in recorder.waits.items()
+        ],
+        "copies": [
+            {"way": way, "place": place.name, "line": place.line, "count": count}
+            for (way, place), count in recorder.copies.items()
+        ],
+        "collectives": [
+            {"name": name, "ranks": ranks, "bytes": size, "place": place, "count": count}
+            for (name, ranks, size, place), count in sent.items()
+        ],
+        "events_unread": len(recorder.events),
+        "operations": [
+            dict(zip(("category", "place", "name", "dtype", "backward"), key, strict=True))
+            | _figures(sums)
+            for key, sums in sorted(operations.items(), key=lambda item: -item[1][3])
+        ],
+    }
+
+
+def _figures(sums: list[Any]) -> dict[str, Any]:
+    kernels, moved, flops, time = sums
+    return {"kernels": kernels, "bytes": moved, "flops": flops, "ms": 1e3 * time}
