@@ -16,8 +16,7 @@ from typing import Any
 
 from benchmarks.fake_cuda.device import build_guard
 from benchmarks.trace import trace
-from promoe_ds.config import load_config
-from promoe_ds.config.loader import RECIPE_DIR
+from promoe_ds.config import list_recipes, load_config
 
 COUNTS = Path(__file__).with_name("counts.json")
 LIBRARIES = ("torch", "deepspeed", "megatron-core")
@@ -49,6 +48,8 @@ class Case:
         }
 
 
+#: For a recipe that leaves its map to the user.
+_SMALL_MAP = ("routing.superclass_map=digits", "routing.num_experts=4", "model.num_classes=10")
 _EXCHANGE = "read of promoe_ds/moe/dispatch.py:AllToAllDispatcher.start"
 _STOCK = (
     "read of deepspeed/moe/sharded_moe.py:MOELayer.forward"
@@ -68,7 +69,7 @@ def _exchanged(recipe: str, *overrides: str, reads: int = 1) -> Case:
 
 def _packaged(recipe: str) -> Case:
     """Return a packaged recipe as it is, on as many ranks as its experts need."""
-    overrides = ("routing.superclass_map=digits",) if recipe == "classification_b" else ()
+    overrides = _SMALL_MAP if recipe == "classification_b" else ()
     parallel = load_config(recipe, overrides).parallel
     if parallel.ep_size == 1:
         return Case(recipe=recipe, overrides=overrides)
@@ -126,7 +127,7 @@ MEGATRON = {
     )
     for kind in ("alltoall", "allgather")
 }
-RECIPES = {name: _packaged(name) for name in sorted(p.stem for p in RECIPE_DIR.glob("*.yaml"))}
+RECIPES = {name: _packaged(name) for name in list_recipes()}
 CASES = RECIPES | LAYOUTS | MEGATRON
 
 
