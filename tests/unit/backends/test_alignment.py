@@ -110,4 +110,4 @@ def test_resume_from_a_checkpoint_of_the_former_order_is_exact(tmp_path, monkeyp
     with open_trainer(config, bf16=True) as trainer:  # its own order is loaded by DeepSpeed itself
         load_checkpoint(trainer, now, same_run=True)
         again = trainer.train_step()
-    assert float(again.grad_norm) == float(found.grad_norm)
+    assert float(again.verdict.grad_norm) == float(found.verdict.grad_norm)

@@ -22,7 +22,7 @@ def test_earlier_recipe_is_read_and_each_old_name_reported_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(get_logger("config").parent, "propagate", True)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, get_logger("config").parent.name):
         config = load_config(
             EARLIER / "recipe.yaml", ["optimizer.clip_norm=0.25", "parallel.exchange_dtype=same"]
         )
