@@ -6,18 +6,24 @@ from collections import defaultdict
 from typing import Any
 
 from benchmarks.fake_cuda.recorder import Call, Recorder
-from promoe_ds.config.devices import DEVICES
+from promoe_ds.backends.devices import DEVICES
 from promoe_ds.planning.estimate import Efficiency
 
 _DEVICE, _SHARES = DEVICES["h100"], Efficiency()
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "convolution_backward"}
+#: Operations of `promoe_ds.kernels` -> their category.
+_FUSED = {
+    **dict.fromkeys(("cosine", "cosine_backward", "sum_by_expert", "spread_to_tokens"), "router"),
+    **dict.fromkeys(("combine", "combine_backward", "sum_rows_of_tokens"), "permute and combine"),
+    **dict.fromkeys(("bias_gelu", "bias_gelu_backward"), "experts: biases, activation"),
+}
 #: What the place of an operation contains -> its category; the first that fits.
 _PLACES = {
     "train/health.py": "health",
     "train/routing_log.py": "routing log",
     "routing/assignment.py:sum_tokens_by_expert": "routing log",
     "train/ema.py": "averages of the weights",
-    "train/optimizer.py": "averages of the weights",
+    "deepspeed_private.py:DeviceGate": "gradient norm",
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.get_grad_norm_direct": "gradient norm",
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.scaled_global_norm": "gradient norm",
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.get_flat_partition": "clip and casts of the update",
@@ -27,6 +33,7 @@ _PLACES = {
     "deepspeed/": "gradients: buckets and copies",
     "train/clipping.py": "gradient norm",
     "routing/": "router",
+    "kernels/ops.py:rows_of_tokens": "permute and combine",
     "moe/experts.py": "experts: biases, activation",
     "moe/": "permute and combine",
     "backends/": "permute and combine",
@@ -43,6 +50,8 @@ def category(call: Call) -> str:
         return "products in bf16"
     if call.name.startswith("_fused_adam"):
         return "AdamW"
+    if call.name in _FUSED:
+        return _FUSED[call.name]
     return next((kind for part, kind in _PLACES.items() if part in call.place.name), "rest")
 
 

@@ -34,10 +34,11 @@ _NO_KERNEL |= {"set_", "record_stream"}
 _OVERWRITE = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_", "uniform_", "normal_"}
 #: Touch as much of the indexed tensor as they bring or take.
 _ADD_ROWS = {"index_add_", "scatter_add_", "index_put_", "index_copy_"}
-_TAKE_ROWS = {"index_select", "gather", "embedding", "index"}
+_TAKE_ROWS = {"index_select", "gather", "embedding", "index", "select_rows"}
 #: Kernels of operations that are several.
 _KERNELS = {"sort": 6, "argsort": 6, "index_put_": 3, "embedding_dense_backward": 6}
 _KERNELS |= {"_grouped_mm": 2, "topk": 2, "repeat_interleave": 3}
+_KERNELS |= {"sum_by_expert": 2, "sum_groups": 2, "cosine_backward": 2}
 
 
 class Place(NamedTuple):

@@ -68,7 +68,7 @@ def trace_step(request: Request, recorder: Recorder) -> dict[str, Any]:
     plan = resolve_deepspeed(values, config, batches, source=request.deepspeed)
     with _fake_ranks(request.world_size) as context, FakeTensorMode(allow_non_fake_inputs=True):
         with recorder, _without_values(recorder):
-            trainer = Trainer.build(config, plan, context, build_dataset(config))
+            trainer = Trainer(config, plan, context, build_dataset(config))
             try:
                 gradients = _watch_gradients(trainer, recorder)
                 for _ in range(_WARMUP):
@@ -79,7 +79,7 @@ def trace_step(request: Request, recorder: Recorder) -> dict[str, Any]:
                 trainer.train_step()
             finally:
                 recorder.is_on = False
-                trainer.close()
+                trainer.loader.close()
         moe_layers = len(trainer.network.moe_layers())
         parameters = {n: p for n, p in trainer.module.named_parameters() if p.requires_grad}
         trainer.engine.destroy()

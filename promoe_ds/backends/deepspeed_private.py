@@ -251,8 +251,8 @@ class DeviceGate:
 
     def _norm(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
         own = [g for g in gradients if not getattr(g, "_zero_padding", False)][: len(params)]
-        squares = [n.square() for n in torch._foreach_norm(own, 2, dtype=torch.float32)]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), device=self._device)
+        norms = torch._foreach_norm(own, 2, dtype=torch.float32) if own else [self._is_bad * 0]
+        total = torch.stack(norms).square().sum()
         dist.all_reduce(total, group=self._zero.dp_process_group)
         return total.sqrt()
 
