@@ -50,7 +50,7 @@ class Request:
 
 
 def trace_step(request: Request, recorder: Recorder) -> dict[str, Any]:
-    """Build the trainer and trace its second step, on samples of which none is null.
+    """Build the trainer and trace its second step, on the samples and the dropout of its batch.
 
     Raises: ConfigError for what is not installed or cannot be traced; whatever fails on fake
     tensors, for instance tensors on different devices.
@@ -126,7 +126,7 @@ def _without_values(recorder: Recorder) -> Iterator[None]:
         stack.enter_context(
             patch(f"{trainer}.initialise", lambda network, seed: network.reset_positions())
         )
-        stack.enter_context(patch(f"{trainer}.check_placement", lambda group, required: None))
+        stack.enter_context(patch(f"{trainer}.check_placement", lambda *unused, **options: None))
         stack.enter_context(patch.object(FakeTensor, "tolist", read))
         stack.enter_context(
             patch.object(FakeTensor, "numpy", lambda tensor: np.array(read(tensor)), create=True)

@@ -162,6 +162,7 @@ class AllToAllDispatcher(Dispatcher):
         """
         self.group, self.comm_dtype = group, comm_dtype
         self.clock = WaitClock(counts=counts_waiting)
+        self._counted: tuple[Assignment, Tensor, list[int], list[int]] | None = None
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
@@ -169,13 +170,11 @@ class AllToAllDispatcher(Dispatcher):
         """Send every row to its expert's rank.
 
         Sync: one, for the E counts sent and the E counts received.  Collectives: two (counts,
-        rows).
+        rows). The recomputation of a pass knows its counts: then no sync and one collective.
         """
-        sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
-        with self.clock.waiting("counts", tokens_TD.device):
-            received_We = torch.empty_like(sent_We)
-            dist.all_to_all_single(received_We, sent_We.contiguous(), group=self.group)
-        rows_out, rows_in = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
+        if self._counted is None or self._counted[0] is not assignment:
+            self._counted = (assignment, *self._exchange_counts(assignment))
+        _, received_We, rows_out, rows_in = self._counted
         exchange = AllToAll(
             rows_out=rows_out,
             rows_in=rows_in,
@@ -194,6 +193,17 @@ class AllToAllDispatcher(Dispatcher):
             return Dispatched(rows, counts, _ExchangeHandle(assignment, exchange, order_R))
 
         return finish
+
+    def _exchange_counts(self, assignment: Assignment) -> tuple[Tensor, list[int], list[int]]:
+        """Return the rows that arrive for each expert here, and how many go to and come from each
+        rank.
+        """
+        sent_We = assignment.tokens_per_expert_E.view(self.world_size, -1)
+        with self.clock.waiting("counts", sent_We.device):
+            received_We = torch.empty_like(sent_We)
+            dist.all_to_all_single(received_We, sent_We.contiguous(), group=self.group)
+        rows_out, rows_in = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
+        return received_We, rows_out, rows_in
 
     def combine(self, rows_RD: Tensor, handle: object, base_TD: Tensor) -> Tensor:
         """Return every row to the rank and token it came from.  Collectives: one."""

@@ -33,8 +33,6 @@ class Case:
     passes: int = 1
     #: Beside what every step reads: by place, for each MoE layer and pass.
     layer_reads: dict[str, int] = field(default_factory=dict)
-    #: Whether the experts' gradients are ZeRO groups of their own.
-    shards_experts: bool = False
 
     def request(self) -> dict[str, Any]:
         """Return it as `benchmarks.trace.trace` takes it."""
@@ -50,20 +48,19 @@ class Case:
 
 #: For a recipe that leaves its map to the user.
 _SMALL_MAP = ("routing.superclass_map=digits", "routing.num_experts=4", "model.num_classes=10")
-_EXCHANGE = "read of promoe_ds/moe/dispatch.py:AllToAllDispatcher.start"
+_EXCHANGE = "read of promoe_ds/moe/dispatch.py:AllToAllDispatcher._exchange_counts"
 _STOCK = (
     "read of deepspeed/moe/sharded_moe.py:MOELayer.forward"
     " < promoe_ds/backends/stock_deepspeed.py:DeepSpeedMoEPath.begin"
 )
 
 
-def _exchanged(recipe: str, *overrides: str, reads: int = 1) -> Case:
+def _exchanged(recipe: str, *overrides: str) -> Case:
     return Case(
         recipe=recipe,
         overrides=("parallel.ep_size=4", *overrides),
         world_size=8,
-        layer_reads={_EXCHANGE: reads},
-        shards_experts=True,
+        layer_reads={_EXCHANGE: 1},
     )
 
 
@@ -73,13 +70,11 @@ def _packaged(recipe: str) -> Case:
     parallel = load_config(recipe, overrides).parallel
     if parallel.ep_size == 1:
         return Case(recipe=recipe, overrides=overrides)
-    reads = 2 if parallel.activation_checkpointing == "full" else 1
     return Case(
         recipe=recipe,
         overrides=overrides,
         world_size=parallel.ep_size,
-        layer_reads={_EXCHANGE: reads},
-        shards_experts=True,
+        layer_reads={_EXCHANGE: 1},
     )
 
 
@@ -90,7 +85,7 @@ LAYOUTS = {
     "promoe_b, 8 ranks": Case(recipe="promoe_b", world_size=8),
     "promoe_b, 8 ranks, ep 4": _exchanged("promoe_b"),
     "promoe_b, 8 ranks, ep 4, full": _exchanged(
-        "promoe_b", "parallel.activation_checkpointing=full", reads=2
+        "promoe_b", "parallel.activation_checkpointing=full"
     ),
     "promoe_b, 8 ranks, ep 4, selective": _exchanged(
         "promoe_b", "parallel.activation_checkpointing=selective"
@@ -110,7 +105,6 @@ LAYOUTS = {
         overrides=("parallel.dispatch=deepspeed_moe", "parallel.ep_size=2"),
         world_size=2,
         layer_reads={_STOCK: 1},
-        shards_experts=True,
     ),
 }
 #: What the library reads is its own affair: its places are not listed.
@@ -123,7 +117,6 @@ MEGATRON = {
             f"parallel.megatron_dispatcher={kind}",
         ),
         world_size=2,
-        shards_experts=True,
     )
     for kind in ("alltoall", "allgather")
 }
