@@ -48,7 +48,7 @@ def category(call: Call) -> str:
         return "attention"
     if call.name in _PRODUCTS and call.dtype == "bfloat16":
         return "products in bf16"
-    if call.name.startswith("_fused_adam"):
+    if call.name.startswith("_fused_adam") or call.name == "adamw":
         return "AdamW"
     if call.name in _FUSED:
         return _FUSED[call.name]

@@ -47,6 +47,7 @@ NAMES = {
         "DeepSpeedZeroOptimizer.get_grad_norm_direct",
         "DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue",
         "DeepSpeedZeroOptimizer.unscale_and_clip_grads",
+        "all_gather_dp_groups",
         "is_invalid_grad_norm",
         "DeepSpeedZeroOptimizer.update_lp_params",
     ),
@@ -202,6 +203,27 @@ class UpdateGate:
         self._optimizer.overflow = self._skip
 
 
+#: What `DeviceGate._step` takes of ZeRO's own step.
+_OF_A_STEP = (
+    "all_grad_tensors",
+    "allgather_bucket_size",
+    "averaged_gradients",
+    "bit16_groups",
+    "bit16_groups_flat",
+    "flatten_dense_tensors_aligned",
+    "free_grad_in_param_list",
+    "micro_step_id",
+    "nccl_start_alignment_factor",
+    "parallel_partitioned_bit16_groups",
+    "params_in_partition",
+    "params_not_in_partition",
+    "partition_size",
+    "real_dp_process_group",
+    "scaled_global_norm",
+    "_update_model_bit16_weights",
+)
+
+
 class DeviceGate:
     """Decides on the device about updates under ZeRO 1 and 2, and clips: torch's fused AdamW reads
     both there.
@@ -210,8 +232,13 @@ class DeviceGate:
     device; none of it is left.
     """
 
-    def __init__(self, zero_optimizer: Any) -> None:
-        """Answer for a ZeRO 1 or 2 optimizer, whose state is on the device, from now on."""
+    def __init__(self, zero_optimizer: Any, update: Any = None) -> None:
+        """Answer for a ZeRO 1 or 2 optimizer, whose state is on the device, from now on.
+
+        Args:
+            update: a `FusedUpdate` that updates the weights wherever it is ready; None: AdamW does.
+        """
+        self._update = update
         names = ("check_grad_overflow", "clip_grad", "dp_process_group", "overlap_comm")
         methods = (
             "get_grad_norm_direct",
@@ -227,6 +254,10 @@ class DeviceGate:
         zero_optimizer.check_grad_overflow = False
         zero_optimizer.get_grad_norm_direct = self._norm
         zero_optimizer.unscale_and_clip_grads = self._scale
+        if update is not None:
+            for name in _OF_A_STEP:
+                read_private(zero_optimizer, name)
+            self._plain_step, zero_optimizer.step = zero_optimizer.step, self._step
         stage: Any = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
         stage.is_invalid_grad_norm = lambda norm: False  # `_scale` looks, on the device
         if zero_optimizer.overlap_comm:
@@ -262,6 +293,37 @@ class DeviceGate:
         self._adam.found_inf = is_bad
         if self._zero.clip_grad > 0:
             self._adam.grad_scale = ((norm + 1e-6) / self._zero.clip_grad).clamp(min=1.0)
+
+    def _step(self, closure: Any = None) -> None:
+        """Do what ZeRO's step does, without its copies of gradients and weights in other dtypes."""
+        zero = self._zero
+        if not self._update.is_ready():
+            self._plain_step(closure)
+            return
+        zero.micro_step_id, zero.overflow = -1, False  # as ZeRO begins a step
+        zero._global_grad_norm = zero.scaled_global_norm()
+        self._scale(None, zero._global_grad_norm)
+        for group, weights in enumerate(zero.parallel_partitioned_bit16_groups):
+            rank = dist.get_rank(group=zero.real_dp_process_group[group])
+            gradient = zero.flatten_dense_tensors_aligned(
+                zero.averaged_gradients[group], int(zero.partition_size[group])
+            )
+            is_bad = self._adam.found_inf
+            divisor = getattr(self._adam, "grad_scale", torch.ones_like(is_bad))
+            self._update(group, gradient, weights[rank].data, is_bad, divisor)
+            for parameters in (zero.params_in_partition, zero.params_not_in_partition):
+                zero.free_grad_in_param_list(parameters[group])
+            zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+        zero_utils = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+        zero_utils.all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
+        for group in range(len(zero.bit16_groups)):
+            zero._update_model_bit16_weights(group)
 
     def _finish(self, epilogue: Any) -> None:
         """Reduce the last gradients; wait on the device for the stream that reduces."""

@@ -17,6 +17,8 @@ NORM_EPS = 1e-12
 #: Parts into which sums over tokens are split, so that all of a GPU's processors have work.
 _PARTS = 16
 _ROWS, _COLUMNS = 16, 128
+#: Numbers that one program updates.
+_UPDATED = 1024
 
 
 @dataclass(frozen=True)
@@ -436,3 +438,58 @@ def _differentiate_cosine(ctx: Any, grad_TE: Tensor, grad_norms_T: Tensor) -> An
 
 
 _cosine.register_autograd(_differentiate_cosine, setup_context=_save_for_cosine)
+
+
+@torch.library.custom_op(
+    f"{_LIBRARY}::adamw",
+    mutates_args=("weights_N", "exp_avg_N", "exp_avg_sq_N", "averages", "out_N"),
+)
+def adamw(
+    weights_N: Tensor,
+    exp_avg_N: Tensor,
+    exp_avg_sq_N: Tensor,
+    averages: list[Tensor],
+    out_N: Tensor,
+    grad_N: Tensor,
+    scalars: Tensor,
+    pulls: list[float],
+    lr: float,
+    betas: list[float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Make one AdamW update of flat fp32 weights, their moving averages, and the weights as the
+    network has them, reading each number once.
+
+    Args:
+        averages: two at most; each moves by its part of `pulls` towards the new weights.
+        out_N: takes the weights; grad_N: in any dtype.
+        scalars: fp32 on the device: 1 to change nothing, the divisor of the gradient,
+            1 - beta1^t, sqrt(1 - beta2^t).
+    """
+    from promoe_ds.kernels import programs
+
+    count, first = weights_N.numel(), [*averages, weights_N, weights_N]
+    programs.adamw[(-(-count // _UPDATED),)](
+        weights_N,
+        exp_avg_N,
+        exp_avg_sq_N,
+        grad_N,
+        out_N,
+        first[0],
+        first[1],
+        scalars,
+        lr,
+        *betas,
+        eps,
+        weight_decay,
+        *[*pulls, 0.0, 0.0][:2],
+        count,
+        AVERAGES=len(averages),
+        BLOCK=_UPDATED,
+    )
+
+
+@adamw.register_fake
+def _(*unused, **options):
+    return None

@@ -314,3 +314,50 @@ def cosine_backward(
         total,
         mask=exists[:, None] & within[None, :],
     )
+
+
+@triton.jit
+def adamw(
+    weights_N,
+    exp_avg_N,
+    exp_avg_sq_N,
+    grad_N,
+    out_N,
+    averages_N,
+    more_averages_N,
+    scalars,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    pull,
+    more_pull,
+    N,
+    AVERAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One AdamW update of fp32 weights from a gradient of any dtype; up to two moving averages
+    follow, and the weights are written in the dtype of `out`. scalars: whether to skip, the divisor
+    of the gradient, 1 - beta1^t, sqrt(1 - beta2^t). One program a block.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.where(tl.load(scalars) == 0.0, N, 0)
+    grad = tl.load(grad_N + at, mask=inside, other=0.0).to(tl.float32) / tl.load(scalars + 1)
+    weights = tl.load(weights_N + at, mask=inside, other=0.0) * (1.0 - lr * weight_decay)
+    exp_avg = tl.load(exp_avg_N + at, mask=inside, other=0.0)
+    exp_avg_sq = tl.load(exp_avg_sq_N + at, mask=inside, other=0.0)
+    exp_avg += (grad - exp_avg) * (1.0 - beta1)
+    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * (1.0 - beta2)
+    denominator = tl.sqrt(exp_avg_sq) / tl.load(scalars + 3) + eps
+    weights -= lr / tl.load(scalars + 2) * exp_avg / denominator
+    tl.store(exp_avg_N + at, exp_avg, mask=inside)
+    tl.store(exp_avg_sq_N + at, exp_avg_sq, mask=inside)
+    tl.store(weights_N + at, weights, mask=inside)
+    tl.store(out_N + at, weights.to(out_N.dtype.element_ty), mask=inside)
+    if AVERAGES > 0:
+        average = tl.load(averages_N + at, mask=inside, other=0.0)
+        tl.store(averages_N + at, average + (weights - average) * pull, mask=inside)
+    if AVERAGES > 1:
+        average = tl.load(more_averages_N + at, mask=inside, other=0.0)
+        tl.store(more_averages_N + at, average + (weights - average) * more_pull, mask=inside)

@@ -70,15 +70,21 @@ class Ema:
         """
         owned = [p for p in self._owned() if p.grad is not None]
         state = self._optimizer.state
-        for name, average in self.averages.items() if owned else ():
+        for name, decay in self.decays().items() if owned else ():
             for p in owned:
                 if name not in state[p]:
                     before = self._initial.pop((p, name), None)
                     state[p][name] = p.clone() if before is None else before
-            decay = average.decay_at(self.updates + 1 - self.averages_since.get(name, 0))
             skipped = getattr(self._optimizer, "found_inf", None)
             if skipped is None:
                 get_ema_multi_avg_fn(decay)([state[p][name] for p in owned], owned, None)
                 continue
             for p in owned:  # the device decided: no average moves in a step that was left out
                 state[p][name].lerp_(p, (1.0 - decay) * (1.0 - skipped))
+
+    def decays(self) -> dict[str, float]:
+        """Return by how much each average keeps its value in the next update."""
+        return {
+            name: average.decay_at(self.updates + 1 - self.averages_since.get(name, 0))
+            for name, average in self.averages.items()
+        }

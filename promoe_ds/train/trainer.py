@@ -29,11 +29,13 @@ from promoe_ds.config.optimizer import OptimizerConfig, learning_rate
 from promoe_ds.data import LatentDataset
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.host_topology import check_placement
+from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.logs import get_logger
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.dit import DiT
 from promoe_ds.train.clipping import global_grad_norm
 from promoe_ds.train.ema import Ema
+from promoe_ds.train.fused_update import FusedUpdate
 from promoe_ds.train.health import HealthWatch, StepHealth, agree
 from promoe_ds.train.loader import BatchLoader, Place
 from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids
@@ -92,7 +94,12 @@ class Trainer:
         on_device = decides_on_device(context, deepspeed_plan)
         has_zero = deepspeed_plan.zero_stage > 0
         self._gate = UpdateGate(self.engine.optimizer) if has_zero and not on_device else None
-        self._device_gate = DeviceGate(self.engine.optimizer) if on_device else None
+        self._device_gate = None
+        if on_device:
+            weights = next(self.module.parameters())
+            fuses = uses_triton(weights, config.parallel.kernels)
+            update = FusedUpdate(optimizer, self.ema) if fuses else None
+            self._device_gate = DeviceGate(self.engine.optimizer, update)
         #: How many results may be unread while training continues.
         self.results_behind = int(on_device)
         self._health = HealthWatch(self.module, context)

@@ -32,6 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]
     jobs = [
         job("device", *CLIPPED),
         job("host", *CLIPPED, on_device=False),
+        job("fused", *CLIPPED, "parallel.kernels=triton"),
         job("thresholds", recipe="digits_diffmoe", fault={**poisoned, "calls": [5]}),
         job("five_thresholds", "train.stop_after_steps=5", recipe="digits_diffmoe"),
         job("skipped", fault={**poisoned, "calls": [5]}),
@@ -44,14 +45,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]
 
 def test_device_and_host_train_alike_with_clipping_and_both_kinds_of_averages(runs) -> None:
     """They differ by the norm, which the device takes in fp32."""
-    lines = [metrics(runs[name][0]) for name in ("device", "host")]
-    assert [len(each) for each in lines] == [2, 2]
-    for one, other in zip(*lines, strict=True):
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
-        assert one["grad_norm"] > 0.5, "clipping was never active"
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    lines = [metrics(runs[name][0]) for name in ("device", "fused", "host")]
+    assert [len(each) for each in lines] == [2, 2, 2]
+    for *on_device, host in zip(*lines, strict=True):
+        for one in on_device:
+            assert one["grad_norm"] == pytest.approx(host["grad_norm"], rel=1e-5)
+            assert one["grad_norm"] > 0.5, "clipping was never active"
+            assert one["loss"] == pytest.approx(host["loss"], rel=1e-5)
     states = [*KINDS, "ema_power_0.1"]
-    assert_same_state(runs["host"][0], runs["device"][0], *states, rtol=1e-4, atol=1e-6)
+    for name in ("device", "fused"):
+        assert_same_state(runs["host"][0], runs[name][0], *states, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

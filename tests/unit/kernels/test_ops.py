@@ -182,3 +182,32 @@ def test_operations_are_whole_for_tracing_and_compiling(name) -> None:
         arguments[name],
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("averages", [0, 1, 2])
+@every_dtype
+def test_update_equals_torch_s_adamw_and_leaves_a_bad_step_out(dtype, averages) -> None:
+    count, betas = 1500, (0.9, 0.999)
+    weights = _draw(count, seed=1).requires_grad_()
+    own = weights.detach().clone()
+    optimizer = torch.optim.AdamW([weights], lr=0.01, betas=betas, weight_decay=0.1)
+    state = {name: torch.zeros_like(own) for name in ("exp_avg", "exp_avg_sq")}
+    kept = [own.clone() for _ in range(averages)]
+    expected, pulls = [own.clone() for _ in range(averages)], [0.25, 0.5][:averages]
+    out = torch.empty(count, dtype=dtype, device=DEVICE)
+    for step in range(1, 4):
+        grad = _draw(count, seed=10 + step, dtype=dtype)
+        weights.grad = grad.float() / 2.0
+        optimizer.step()
+        for average, pull in zip(expected, pulls, strict=True):
+            average.lerp_(weights.detach(), pull)
+        corrections = [1 - betas[0] ** step, (1 - betas[1] ** step) ** 0.5]
+        for is_bad in (1.0, 0.0):
+            scalars = torch.tensor([is_bad, 2.0, *corrections], device=DEVICE)
+            ops.adamw(
+                own, *state.values(), kept, out, grad, scalars, pulls, 0.01, [*betas], 1e-8, 0.1
+            )
+    _same([own, *kept], [weights.detach(), *expected], torch.float32)
+    moments = optimizer.state[weights]
+    _same(list(state.values()), [moments[name] for name in state], torch.float32)
+    _same([out], [own.to(dtype)], dtype)  # Triton's interpreter rounds towards zero
