@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -73,6 +74,7 @@ def trace_step(request: Request, recorder: Recorder) -> dict[str, Any]:
                 gradients = _watch_gradients(trainer, recorder)
                 for _ in range(_WARMUP):
                     trainer.train_step()
+                gc.collect()  # earlier engines, whose end waits for the device
                 recorder.events.clear()
                 gradients.clear()
                 recorder.is_on = True

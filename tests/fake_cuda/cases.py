@@ -19,7 +19,7 @@ from benchmarks.trace import trace
 from promoe_ds.config import list_recipes, load_config
 
 COUNTS = Path(__file__).with_name("counts.json")
-LIBRARIES = ("torch", "deepspeed", "megatron-core")
+LIBRARIES = ("torch", "deepspeed")
 _DEPTH, _IMAGES = 2, 4
 
 

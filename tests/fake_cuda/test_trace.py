@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ _EVERY_RUN = {*METHODS, *LAYOUTS, *MEGATRON}
 _A_STEP = {"device to host: promoe_ds/train/trainer.py:Trainer._decide_on_device": 1}
 _A_PASS = {"pinned host to device: promoe_ds/diffusion/objective.py:DiffusionBatch.to": 4}
 
+_needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="no Megatron-core")
 _each_case = pytest.mark.parametrize(
     "case",
     [
-        pytest.param(name, marks=[] if name in _EVERY_RUN else pytest.mark.combinations)
+        pytest.param(
+            name,
+            marks=[_needs_megatron] * (name in MEGATRON)
+            + [pytest.mark.combinations] * (name not in _EVERY_RUN),
+        )
         for name in CASES
     ],
 )
@@ -42,7 +48,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(asked: Callable[..., set], guard: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Return what was traced, by case, of those that were selected: one process for all."""
-    names = [name for name in CASES if name in asked("case")]
+    names = [name for name in CASES if name in asked("case") and _is_possible(name)]
     requests = [CASES[name].request() for name in names]
     return dict(zip(names, trace(requests, guard, tmp_path_factory.mktemp("trace")), strict=True))
 
@@ -113,6 +119,10 @@ def test_the_suite_prints_every_table(guard: Path) -> None:
     assert result.as_json()["totals"]["ms"] > 0
     for part in ("products in bf16", "host reads", "copies", "collectives", "events left unread"):
         assert part in text
+
+
+def _is_possible(name: str) -> bool:
+    return name not in MEGATRON or find_spec("megatron") is not None
 
 
 def _asked_by_host(one: dict[str, Any]) -> Counter[str]:
