@@ -19,7 +19,7 @@ def test_conversion_of_everything_keeps_to_the_memory_bound(tmp_path: Path) -> N
         load_config("promoe_s", ["parallel.ep_size=4"]), tmp_path, ranks=8
     )
     sizes = [path.stat().st_size for path in checkpoint.iterdir()]
-    allowed = 1.5 * max(sizes) + 500 * 10**6
+    allowed = 1.5 * max(sizes) + 600 * 10**6
     assert sum(sizes) > 1.5 * allowed
     script, target = "tools/convert_checkpoint.py", str(tmp_path / "single")
     command = (script, str(checkpoint), target, "--to", "single", "--with-optimizer")
