@@ -15,6 +15,15 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "con
 _FUSED = {
     **dict.fromkeys(("cosine", "cosine_backward", "sum_by_expert", "spread_to_tokens"), "router"),
     **dict.fromkeys(("combine", "combine_backward", "sum_rows_of_tokens"), "permute and combine"),
+    **dict.fromkeys(
+        (
+            "modulated_norm",
+            "modulated_norm_backward",
+            "gated_residual",
+            "gated_residual_backward",
+        ),
+        "norms, modulation, gates",
+    ),
     **dict.fromkeys(("bias_gelu", "bias_gelu_backward"), "experts: biases, activation"),
 }
 #: What the place of an operation contains -> its category; the first that fits.

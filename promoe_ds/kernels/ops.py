@@ -85,11 +85,13 @@ def cosine(tokens_TD: Tensor, keys_ED: Tensor) -> Tensor:
 # Each operation: what it computes, its shapes, and its gradient.
 
 
-def _op(name: str, **options: Any) -> Any:
+def fused_op(name: str, **options: Any) -> Any:
+    """Return the decorator of an operation of ours that changes none of its arguments."""
     return torch.library.custom_op(f"{_LIBRARY}::{name}", mutates_args=(), **options)
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is no less: a block of columns."""
     return 1 << max(0, number - 1).bit_length()
 
 
@@ -97,7 +99,7 @@ def _blocks(rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // _ROWS), -(-columns // _COLUMNS)
 
 
-@_op("combine")
+@fused_op("combine")
 def _combine(
     base_TD: Tensor,
     rows_ND: Tensor,
@@ -117,7 +119,7 @@ def _combine(
         starts_T,
         out,
         D=width,
-        BLOCK=_power_of_two(width),
+        BLOCK=power_of_two(width),
         HAS_GATES=True,
         HAS_BASE=True,
     )
@@ -129,7 +131,7 @@ def _(base_TD, rows_ND, gates_N, token_ids_N, order_N, starts_T):
     return torch.empty_like(base_TD)
 
 
-@_op("combine_backward")
+@fused_op("combine_backward")
 def _combine_backward(
     grad_TD: Tensor, rows_ND: Tensor, gates_N: Tensor, token_ids_N: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -146,7 +148,7 @@ def _combine_backward(
             grad_rows,
             grad_gates,
             D=width,
-            BLOCK=_power_of_two(width),
+            BLOCK=power_of_two(width),
         )
     return grad_rows, grad_gates
 
@@ -169,7 +171,7 @@ def _differentiate_combine(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ..
 _combine.register_autograd(_differentiate_combine, setup_context=_save_for_combine)
 
 
-@_op("select_rows")
+@fused_op("select_rows")
 def _select_rows(
     tokens_TD: Tensor, token_ids_N: Tensor, order_N: Tensor, starts_T: Tensor
 ) -> Tensor:
@@ -181,7 +183,7 @@ def _(tokens_TD, token_ids_N, order_N, starts_T):
     return tokens_TD.new_empty(len(token_ids_N), tokens_TD.shape[1])
 
 
-@_op("sum_rows_of_tokens")
+@fused_op("sum_rows_of_tokens")
 def _sum_rows_of_tokens(rows_ND: Tensor, order_N: Tensor, starts_T: Tensor) -> Tensor:
     from promoe_ds.kernels import programs
 
@@ -195,7 +197,7 @@ def _sum_rows_of_tokens(rows_ND: Tensor, order_N: Tensor, starts_T: Tensor) -> T
         starts_T,
         out,
         D=width,
-        BLOCK=_power_of_two(width),
+        BLOCK=power_of_two(width),
         HAS_GATES=False,
         HAS_BASE=False,
     )
@@ -218,7 +220,7 @@ def _differentiate_select(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...
 _select_rows.register_autograd(_differentiate_select, setup_context=_save_for_select)
 
 
-@_op("bias_gelu")
+@fused_op("bias_gelu")
 def bias_gelu(pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor) -> Tensor:
     """Return gelu_tanh(pre + bias of the row's expert), (R, F); without gradient, see
     `bias_gelu_backward`.
@@ -239,7 +241,7 @@ def _(pre_RF, bias_EF, ends_E):
     return torch.empty_like(pre_RF)
 
 
-@_op("bias_gelu_backward")
+@fused_op("bias_gelu_backward")
 def bias_gelu_backward(
     grad_RF: Tensor, pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -284,7 +286,7 @@ def _(rows_RF, bias_EF, ends_E):
     return None
 
 
-@_op("sum_groups")
+@fused_op("sum_groups")
 def sum_groups(rows_ND: Tensor, ends_E: Tensor) -> Tensor:
     """Return the sum of each expert's rows, (E, D) in the rows' dtype; a bias's gradient."""
     return _sum_in_parts(rows_ND, None, ends_E).to(rows_ND.dtype)
@@ -315,7 +317,7 @@ def _sum_in_parts(rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor) -> Tenso
     return partial.sum(dim=0)
 
 
-@_op("sum_by_expert")
+@fused_op("sum_by_expert")
 def _sum_by_expert(
     tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor, order_N: Tensor, starts_T: Tensor
 ) -> Tensor:
@@ -327,7 +329,7 @@ def _(tokens_TD, token_ids_N, ends_E, order_N, starts_T):
     return tokens_TD.new_empty(len(ends_E), tokens_TD.shape[1], dtype=torch.float32)
 
 
-@_op("spread_to_tokens")
+@fused_op("spread_to_tokens")
 def _spread_to_tokens(
     values_ED: Tensor, order_N: Tensor, starts_T: Tensor, ends_E: Tensor, like_TD: Tensor
 ) -> Tensor:
@@ -342,7 +344,7 @@ def _spread_to_tokens(
         out,
         D=width,
         E=len(ends_E),
-        BLOCK=_power_of_two(width),
+        BLOCK=power_of_two(width),
     )
     return out
 
@@ -365,7 +367,7 @@ def _differentiate_sum(ctx: Any, grad_ED: Tensor) -> tuple[Tensor | None, ...]:
 _sum_by_expert.register_autograd(_differentiate_sum, setup_context=_save_for_sum)
 
 
-@_op("cosine")
+@fused_op("cosine")
 def _cosine(tokens_TD: Tensor, keys_ED: Tensor) -> tuple[Tensor, Tensor]:
     from promoe_ds.kernels import programs
 
@@ -380,7 +382,7 @@ def _cosine(tokens_TD: Tensor, keys_ED: Tensor) -> tuple[Tensor, Tensor]:
         tokens,
         D=width,
         E=experts,
-        BLOCK_E=max(16, _power_of_two(experts)),
+        BLOCK_E=max(16, power_of_two(experts)),
         TOKENS=_ROWS,
         BLOCK=_COLUMNS,
         EPS=NORM_EPS,
@@ -394,7 +396,7 @@ def _(tokens_TD, keys_ED):
     return cosines, cosines.new_empty(len(tokens_TD))
 
 
-@_op("cosine_backward")
+@fused_op("cosine_backward")
 def _cosine_backward(
     grad_TE: Tensor, tokens_TD: Tensor, keys_ED: Tensor, cosines_TE: Tensor, norms_T: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -415,7 +417,7 @@ def _cosine_backward(
         tokens,
         D=width,
         E=experts,
-        BLOCK_E=max(16, _power_of_two(experts)),
+        BLOCK_E=max(16, power_of_two(experts)),
         TOKENS=_ROWS,
         BLOCK=_COLUMNS,
         PARTS=parts,

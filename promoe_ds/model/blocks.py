@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.kernels import block_ops
+from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.moe.experts import FeedForward
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.recompute import Recompute, recomputed
@@ -25,6 +27,40 @@ QK_NORM_EPS = 1e-5
 def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """Return x * (1 + scale) + shift, per image."""
     return x_BSD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+def modulated_norm(
+    norm: nn.LayerNorm, x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, kernels: str
+) -> Tensor:
+    """Return norm(x) * (1 + scale) + shift, per image; `kernels` as `kernels.choice` says."""
+    if uses_triton(x_BSD, kernels):
+        return block_ops.modulated_norm(x_BSD, shift_BD, scale_BD, norm.eps)
+    return modulate(norm(x_BSD), shift_BD, scale_BD)
+
+
+def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, kernels: str) -> Tensor:
+    """Return x + gate * y, per image; `kernels` as `kernels.choice` says."""
+    if uses_triton(x_BSD, kernels):
+        return block_ops.gated_residual(x_BSD, gate_BD, y_BSD)
+    return x_BSD + gate_BD[:, None] * y_BSD
+
+
+class _SplitHeads(torch.autograd.Function):
+    """Queries, keys and values (B, A, S, G) as views of one product (B, S, 3, A, G), whose gradient
+    is written where they came from: no stack of three that is then laid out anew.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv_BS3AG: Tensor) -> tuple[Tensor, ...]:
+        return qkv_BS3AG.permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_BASG: Tensor) -> Tensor:
+        batch, heads, tokens, width = grads_BASG[0].shape
+        grad = grads_BASG[0].new_empty(batch, tokens, 3, heads, width)
+        for part, grad_BASG in zip(grad.unbind(2), grads_BASG, strict=True):
+            part.copy_(grad_BASG.transpose(1, 2))
+        return grad
 
 
 class SelfAttention(nn.Module):
@@ -42,8 +78,8 @@ class SelfAttention(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, D)."""
         batch, tokens, width = x_BSD.shape
-        qkv = self.qkv(x_BSD).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q_BASG, k_BASG, v_BASG = qkv.unbind(0)
+        qkv_BS3AG = self.qkv(x_BSD).view(batch, tokens, 3, self.num_heads, -1)
+        q_BASG, k_BASG, v_BASG = _SplitHeads.apply(qkv_BS3AG)
         mixed = F.scaled_dot_product_attention(self.q_norm(q_BASG), self.k_norm(k_BASG), v_BASG)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
@@ -64,6 +100,8 @@ class DiTBlock(nn.Module):
             self.moe = feed_forward
         else:
             self.feed_forward = feed_forward
+        #: Of norms, modulation and residual lines; set from outside.
+        self.kernels = "eager"
         self.recompute = self.recompute_hidden = False
         self.checkpoint: Recompute = recomputed
 
@@ -101,10 +139,12 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(
             F.silu(condition_BD)
         ).chunk(6, dim=-1)
-        x_BSD = x_BSD + gate_a[:, None] * self.attention(
-            modulate(self.attention_norm(x_BSD), shift_a, scale_a)
+        attended = self.attention(
+            modulated_norm(self.attention_norm, x_BSD, shift_a, scale_a, self.kernels)
         )
-        return x_BSD, modulate(self.feed_forward_norm(x_BSD), shift_f, scale_f), gate_f
+        x_BSD = gated_residual(x_BSD, gate_a, attended, self.kernels)
+        tokens_BSD = modulated_norm(self.feed_forward_norm, x_BSD, shift_f, scale_f, self.kernels)
+        return x_BSD, tokens_BSD, gate_f
 
     def _apply_dense(self, x_BSD: Tensor, tokens_BSD: Tensor, gate_BD: Tensor) -> Tensor:
         hidden = self.recompute_hidden and self.training
@@ -113,7 +153,7 @@ class DiTBlock(nn.Module):
             if hidden
             else self.feed_forward(tokens_BSD)
         )
-        return x_BSD + gate_BD[:, None] * output_BSD
+        return gated_residual(x_BSD, gate_BD, output_BSD, self.kernels)
 
     def _apply_experts(
         self,
@@ -123,7 +163,8 @@ class DiTBlock(nn.Module):
         partition: Partition,
         plan: RoutingPlan,
     ) -> Tensor:
-        return x_BSD + gate_BD[:, None] * self.moe.apply_experts(tokens_BSD, partition, plan)
+        output_BSD = self.moe.apply_experts(tokens_BSD, partition, plan)
+        return gated_residual(x_BSD, gate_BD, output_BSD, self.kernels)
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         if self.recompute and self.training:
@@ -139,8 +180,9 @@ class FinalLayer(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
         self.modulation = nn.Linear(width, 2 * width)
         self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+        self.kernels = "eager"  # as a block's
 
     def forward(self, x_BSD: Tensor, condition_BD: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, patch * patch * channels)."""
         shift, scale = self.modulation(F.silu(condition_BD)).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x_BSD), shift, scale))
+        return self.linear(modulated_norm(self.norm, x_BSD, shift, scale, self.kernels))

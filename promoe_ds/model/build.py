@@ -18,7 +18,11 @@ def build_model(config: RunConfig) -> DiT:
     """
     blocks = [_build_block(config, index) for index in range(config.model.depth)]
     network = DiT(config, blocks)
+    # What is compiled sees plain operations.
+    kernels = "eager" if config.parallel.compile else config.parallel.kernels
+    network.final_layer.kernels = kernels
     for block in network.blocks:
+        block.kernels = kernels
         block.recompute = config.parallel.activation_checkpointing == "full"
         block.recompute_hidden = config.parallel.activation_checkpointing == "selective"
         if block.is_moe:

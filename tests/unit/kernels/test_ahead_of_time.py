@@ -32,12 +32,16 @@ CONSTANTS = {
     "sum_rows_by_expert": {"D": D, "E": E, "PARTS": 16, "HAS_IDS": True, **TILE},
     "spread_to_tokens": {**ONE_TOKEN, "E": E},
     "cosine": {"D": D, "E": E, "BLOCK": 128, "EPS": 1e-12, **DOT},
+    "modulated_norm": {**ONE_TOKEN, "EPS": 1e-6},
+    "modulated_norm_backward": {**ONE_TOKEN, "EPS": 1e-6, "PARTS": 8},
+    "gated_residual": ONE_TOKEN,
+    "gated_residual_backward": {**ONE_TOKEN, "PARTS": 8},
     "adamw": {"AVERAGES": 2, "BLOCK": 1024},
     "cosine_backward": {"D": D, "E": E, "BLOCK": 128, "EPS": 1e-12, "PARTS": 128, **DOT},
 }
 IN_FP32 = ("gates_N", "grad_gates_N", "keys_ED", "values_ED", "partial_PED", "cosines_TE",
-           "grad_TE", "norms_T")
-COUNTS = ("R", "T", "N")
+           "grad_TE", "norms_T", "partial_PBD")
+COUNTS = ("R", "T", "N", "S", "B", "stride")
 FLOATS = ("lr", "beta1", "beta2", "eps", "weight_decay", "pull", "more_pull")
 OF_WEIGHTS = ("weights_N", "exp_avg_N", "exp_avg_sq_N", "averages_N", "more_averages_N", "scalars")
 
@@ -54,9 +58,9 @@ result = {}
 for name, constants in CONSTANTS.items():
     program = getattr(programs, name)
     types = {n: "constexpr" if n in constants else type_of(n) for n in program.arg_names}
-    # ZeRO's partitions have N numbers, a multiple of 16.
-    aligned = {(i,): [["tt.divisibility", 16]]
-               for i, n in enumerate(program.arg_names) if types[n].startswith("*") or n == "N"}
+    # ZeRO's partitions have N numbers, a multiple of 16; so has a row of modulation.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(program.arg_names)
+               if types[n].startswith("*") or n in ("N", "stride")}
     source = ASTSource(fn=program, signature=types, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     compiled = triton.compile(source, target=target, options={"num_warps": 4})
@@ -84,7 +88,7 @@ def test_programs_compile_with_wide_loads_and_without_spills(tmp_path, capabilit
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len(found) == 10
+    assert len(found) == 14
     for name, counts in found.items():
         assert counts["instructions"] > 50, name
         assert counts["wide loads"] >= 1, name
