@@ -8,13 +8,12 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from promoe_ds.distributed.context import DistributedContext
-from promoe_ds.distributed.host_memory import keep_freed_memory
 from promoe_ds.distributed.process_group import join_process_group, local_device
 
 
 def start_distributed(timeout_seconds: float) -> DistributedContext:
     """Join the process group: nccl where there is CUDA, gloo elsewhere or where DS_ACCELERATOR=cpu
-    asks for it; on CPUs the process keeps freed memory from now on.
+    asks for it.
 
     Call after `complete_environment`.
     Raises: ConfigError if rank 0 cannot be reached, or DeepSpeed's insides have moved.
@@ -22,7 +21,6 @@ def start_distributed(timeout_seconds: float) -> DistributedContext:
     device = local_device()
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        keep_freed_memory()
     import deepspeed  # once it knows which accelerator to use
 
     from promoe_ds.backends.deepspeed_private import prepare_library
