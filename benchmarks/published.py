@@ -34,7 +34,7 @@ def published_step(config: RunConfig) -> Callable[[], None]:
             f"recipe {config.name}: the published step is for token_choice with top_k 1, identity"
             " scores, GELU experts, one shared and one unconditional: use promoe_s"
         )
-    network, images = _Network(config).train(), config.train.micro_batch_size
+    network, images = PublishedNetwork(config).train(), config.train.micro_batch_size
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=0.0
@@ -136,7 +136,9 @@ class _Block(nn.Module):
         return x + gate_f * output, contrast
 
 
-class _Network(nn.Module):
+class PublishedNetwork(nn.Module):
+    """A recipe's network with each expert as a module of its own: as many parameters as ours."""
+
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         model, width, patch = config.model, config.model.hidden_size, config.model.patch_size
@@ -153,6 +155,7 @@ class _Network(nn.Module):
         self.register_buffer("positions", sincos_positions(width, model.input_size // patch))
 
     def forward(self, x_BZHW: Tensor, time_B: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prediction (B, out_channels, H, W) and the sum of the layers' contrasts."""
         model = self.config.model
         half = TIMESTEP_FREQUENCIES // 2
         angles = time_B[:, None] * torch.exp(-math.log(10_000) * torch.arange(half) / half)
