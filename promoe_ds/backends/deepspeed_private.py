@@ -172,6 +172,10 @@ def build_engine(
     read_private(engine, "checkpoint_engine")
     engine.checkpoint_engine = storage
     engine._copy_recovery_script = lambda save_path: None
+    is_alone = dist.get_world_size() == 1 and "communication_data_type" not in settings
+    if is_alone and not engine.zero_optimization():
+        read_private(engine, "enable_backward_allreduce")
+        engine.enable_backward_allreduce = False  # their mean, in flat copies, is what they are
     return engine
 
 

@@ -161,6 +161,8 @@ def _describe(config: RunConfig, plan: DeepSpeedPlan, batches: BatchPlan) -> Non
         f"# deepspeed\n{json_text(plan.json, indent=2)}\n"
         "# sizes (GB are 10^9 bytes, without activations: promoe-plan counts those)\n"
         f"{yaml.safe_dump(sizes, sort_keys=False)}"
+        f"# ZeRO {plan.zero_stage} on {batches.world_size} ranks. One CPU process in fp32: stage 0"
+        " fits (zero0_fp32.json); two and more ranks, or bf16: stage 2\n"
         + "".join(f"# {warning}\n" for warning in warnings if warning)
     )
 

@@ -28,6 +28,7 @@ from promoe_ds.config import DeepSpeedPlan, RunConfig, plan_batches
 from promoe_ds.config.optimizer import OptimizerConfig, learning_rate
 from promoe_ds.data import LatentDataset
 from promoe_ds.distributed.context import DistributedContext
+from promoe_ds.distributed.host_memory import keep_freed_memory
 from promoe_ds.distributed.host_topology import check_placement
 from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.logs import get_logger
@@ -76,6 +77,9 @@ class Trainer:
             require_transformer_engine(config.precision, context.device)
         self.config, self.deepspeed_plan, self.context = config, deepspeed_plan, context
         self.dataset, self.batches = dataset, plan_batches(config, context.world_size)
+        has_zero, is_alone = deepspeed_plan.zero_stage > 0, context.world_size == 1
+        if is_alone and not has_zero and context.device.type == "cpu":
+            keep_freed_memory()  # under ZeRO 2 this costs memory (docs/performance.md)
         network, self.expert_group = _build_sharded_network(config, deepspeed_plan, context)
         compute = (
             use_transformer_engine(network, config, context.device)
@@ -92,7 +96,6 @@ class Trainer:
             RecordingStorage(background=config.train.async_checkpoint),
         )
         on_device = decides_on_device(context, deepspeed_plan)
-        has_zero = deepspeed_plan.zero_stage > 0
         self._gate = UpdateGate(self.engine.optimizer) if has_zero and not on_device else None
         self._device_gate = None
         if on_device:

@@ -96,7 +96,7 @@ def test_train_after_a_failed_first_start_takes_the_corrected_command(tmp_path) 
             ("total: 300607520", "activated: 130572320", '"train_batch_size": 256'),
         ),
         # Without a launcher, the fewest ranks.
-        ("digits_promoe", ("--set", "parallel.ep_size=4"), ("ranks: 4",)),
+        ("digits_promoe", ("--set", "parallel.ep_size=4"), ("ranks: 4", "ZeRO 2 on 4 ranks")),
     ],
 )
 def test_dry_run_prints_sizes_and_trains_nothing(tmp_path, recipe, overrides, expected) -> None:

@@ -29,11 +29,13 @@ from benchmarks.dispatch import _check_ranks
 from benchmarks.gpu import self_test
 from benchmarks.layers import conditional, layer_call, loop_call
 from benchmarks.processes import in_fresh_process, on_ranks, single_process
+from benchmarks.published import PublishedNetwork
 from benchmarks.stats import SyntheticRun, benchmark_report
 from benchmarks.timing import interleave
 from promoe_ds.config import RunConfig, count_parameters, load_config
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, TrainingError
+from promoe_ds.model import build_model
 from promoe_ds.model.build import build_moe_layer
 
 from ..builders import small_config
@@ -265,9 +267,19 @@ def test_suite_from_the_command_line_names_candidates_and_what_is_missing(
     if suite == "step":
         counts, width, prototypes_and_bias = result["settings"]["activated_parameters"], 32, 13
         assert counts["moe"] - counts["dense"] == width * prototypes_and_bias
+        assert result["peak_bytes"].keys() == result["timings"].keys() >= {"moe_zero2", "published"}
+        assert all(ratio > 0 for ratio in result["moe_to_published"].values())
     if suite == "dispatch":
         sent = result["settings"]["bytes_sent"]
         assert sent["alltoall"] == sent["exchange_limit"] == sent["ideal"] > 0
+
+
+def test_published_network_has_our_parameters() -> None:
+    config = load_config("promoe_s")
+    with torch.device("meta"):
+        theirs, ours = PublishedNetwork(config), build_model(config)
+    count, same = (sum(p.numel() for p in network.parameters()) for network in (theirs, ours))
+    assert count == same
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
