@@ -33,6 +33,7 @@ def prepare(recorder: Any, wheel: str) -> Callable[[], dict[str, Any]]:
     def more() -> dict[str, Any]:
         products = dict(compiled.products)
         compiled.products.clear()
+        compiled.forget()
         return {"products": products, **constant}
 
     return more

@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from enum import IntEnum
+from functools import _lru_cache_wrapper
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from math import prod
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from triton.runtime import Autotuner, JITFunction
 
-_NAME = "transformer_engine_torch"
+_LIBRARY, _NAME = "transformer_engine.pytorch", "transformer_engine_torch"
 _CUBLAS, _CUDNN = 130500, 91300
 _ENUMS = {
     "DType": "kByte kInt32 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat4E2M1",
@@ -80,6 +81,14 @@ class Compiled(ModuleType):
             raise AttributeError(name)
         setattr(self, name, _Unknown(f"{_NAME}.{name}", (), {}))
         return vars(self)[name]
+
+    def forget(self) -> None:
+        """Let the library forget the tensors that it keeps over a whole process."""
+        for module in [one for name, one in sys.modules.items() if name.startswith(_LIBRARY)]:
+            for value in vars(module).values():
+                if isinstance(value, _lru_cache_wrapper):
+                    value.cache_clear()
+        importlib.import_module(f"{_LIBRARY}.fp8").FP8GlobalStateManager.reset()
 
     def get_cublasLt_version(self) -> int:
         return _CUBLAS
@@ -237,7 +246,7 @@ def install(folder: Path, recorder: Any) -> Compiled:
         patch.dict(os.environ, {"NVTE_PROJECT_BUILDING": "1"}),  # it looks for no CUDA library
         patch("importlib.util.spec_from_file_location", find),
     ):
-        importlib.import_module("transformer_engine.pytorch")
+        importlib.import_module(_LIBRARY)
     return compiled
 
 

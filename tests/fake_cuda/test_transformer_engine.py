@@ -67,6 +67,12 @@ _LEAST_CHOICES = {
     "rtx5090": ("mxfp8", {"delayed", "current", "mxfp8"}),
 }
 
+
+def _is_traced(version: str, name: str) -> bool:
+    """Megatron-core is newer than the library's least version."""
+    return version == "newest" or not name.startswith("megatron")
+
+
 _each_version = pytest.mark.parametrize("version", PACKAGES)
 
 
@@ -105,9 +111,10 @@ def found(
         if version not in answers:
             process = ("tests.fake_cuda.te_process", str(wheel(version)))
             folder = tmp_path_factory.mktemp("trace")
-            asked = [_request(case) for case in CASES.values()]
+            names = [name for name in CASES if _is_traced(version, name)]
+            asked = [_request(CASES[name]) for name in names]
             got = trace(asked, guard, folder, process=process)
-            answers[version] = dict(zip(CASES, got, strict=True))
+            answers[version] = dict(zip(names, got, strict=True))
         return answers[version]
 
     return traced
@@ -120,8 +127,10 @@ def _request(case: Case) -> dict[str, Any]:
     return {"recipe": "promoe_s", "depth": 2, "world_size": ranks, "overrides": overrides}
 
 
-@_each_version
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [(version, name) for version in PACKAGES for name in CASES if _is_traced(version, name)],
+)
 def test_a_step_runs_every_product_in_the_library_and_leaves_no_parameter_out(
     found: Callable[[str], dict[str, Any]], version: str, name: str
 ) -> None:
