@@ -176,3 +176,33 @@ def test_apex_off_the_device_is_refused(monkeypatch, device, offloads, where) ->
     with pytest.raises(ConfigError, match=where):
         check_apex(device, offloads=offloads)
     check_apex(CUDA, offloads=False)
+
+
+def test_a_run_with_apex_leaves_decisions_to_the_host(tmp_path, monkeypatch) -> None:
+    from promoe_ds.backends.deepspeed_private import forget_expert_groups
+    from promoe_ds.cli import train
+    from promoe_ds.distributed.process_group import stop_distributed
+    from promoe_ds.train import trainer
+
+    install(monkeypatch, FusedAdam=FusedAdam)
+    monkeypatch.setattr(trainer, "check_apex", lambda device, offloads: None)
+    monkeypatch.setattr(trainer, "decides_on_device", lambda *unused: True)
+    monkeypatch.setattr(trainer, "DeviceGate", None)  # not to be made
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "") or monkeypatch.delenv(name)
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    small = ["parallel.ep_size=1", "model.hidden_size=32", "model.depth=2", "model.num_heads=2"]
+    small += ["train.global_batch_size=8", "train.max_steps=2", "logging.tensorboard=false"]
+    files = ["--deepspeed_config", str(tmp_path / "ds.json"), "--run-dir", str(tmp_path / "run")]
+    try:
+        train.main(
+            ["--recipe", "digits_promoe", *files]
+            + ["--set", *small, "optimizer.implementation=apex"]
+        )
+    finally:
+        stop_distributed()
+        forget_expert_groups()
+    (file,) = (tmp_path / "run/checkpoints/step_0000002").glob("*zero_pp_rank_0_*optim_states.pt")
+    state = torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]
+    assert [set(one) for one in state["state"].values()] == [STATE] * len(state["state"])
+    assert {int(one["step"]) for one in state["state"].values()} == {2}
