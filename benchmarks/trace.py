@@ -23,13 +23,19 @@ _GIGA, _TERA = 1e9, 1e12
 
 
 def trace(
-    requests: Sequence[dict[str, Any]], library: Path, folder: Path, *, timeout: float = 1800
+    requests: Sequence[dict[str, Any]],
+    library: Path,
+    folder: Path,
+    *,
+    timeout: float = 1800,
+    process: Sequence[str] = ("benchmarks.fake_cuda",),
 ) -> list[dict[str, Any]]:
     """Trace each request (`recipe`; `overrides`, `world_size`, `deepspeed`, `depth` if needed)
     in one other process.
 
     Args:
         library: from `build_guard`; folder: for the process's files.
+        process: the module that traces, and arguments of its own.
     Returns: for each, what `fake_cuda.step.trace_step` found; or `refused`, the reason of a recipe
     that this installation cannot run; or `failed`, the traceback.
     Raises: TrainingError if the process ends without an answer.
@@ -39,7 +45,7 @@ def trace(
     asked.write_text(json.dumps([defaults | one for one in requests]), encoding="utf-8")
     answer.unlink(missing_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fake_cuda", library, asked, answer],
+        [sys.executable, "-m", *process, library, asked, answer],
         cwd=_ROOT,
         capture_output=True,
         text=True,

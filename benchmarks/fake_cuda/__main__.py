@@ -7,13 +7,26 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.fake_cuda.device import load_guard, stand_in
 
+if TYPE_CHECKING:
+    from benchmarks.fake_cuda.recorder import Recorder
 
-def main(library: str, requests: str, out: str) -> None:
-    """Write one answer a request: what was traced, or `error` and `traceback`."""
+
+def main(
+    library: str,
+    requests: str,
+    out: str,
+    prepare: Callable[[Recorder], Callable[[], dict[str, Any]]] = lambda recorder: dict,
+) -> None:
+    """Write one answer a request: what was traced, or `refused`, or `failed` and the traceback.
+
+    prepare: called once the device stands in; what it returns adds to every answer.
+    """
     load_guard(Path(library))
     import torch
 
@@ -27,11 +40,12 @@ def main(library: str, requests: str, out: str) -> None:
     os.environ["DS_ACCELERATOR"] = "cuda"
     from benchmarks.fake_cuda.step import Request, trace_step
 
+    more = prepare(recorder)
     answers = []
     for values in json.loads(Path(requests).read_text(encoding="utf-8")):
         recorder.reset()
         try:
-            answers.append(trace_step(Request(**values), recorder))
+            answers.append(trace_step(Request(**values), recorder) | more())
         except (PromoeError, ImportError) as error:
             answers.append({"refused": str(error)})
         except Exception:
@@ -42,4 +56,5 @@ def main(library: str, requests: str, out: str) -> None:
     os._exit(0)
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

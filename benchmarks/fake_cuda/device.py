@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,7 +135,15 @@ def stand_in(recorder: Recorder) -> None:
     torch.nn.Module._apply = _replace_parameters
     torch.nn.functional.scaled_dot_product_attention = _attention
     FakeTensorMode.avoid_device_init = property(lambda mode: True)
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(x, device="cuda") is a copy
+    torch.tensor = partial(_tensor, torch.tensor)
+
+
+def _tensor(make: Any, *values: Any, **options: Any) -> Any:
+    """Make a tensor on the host, then copy it; a thread of the backward pass must be told, too."""
+    import torch
+
+    torch._C._set_only_lift_cpu_tensors(True)
+    return make(*values, **options)
 
 
 def _pin(tensor: Any) -> Any:

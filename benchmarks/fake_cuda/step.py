@@ -128,7 +128,7 @@ def _without_values(recorder: Recorder) -> Iterator[None]:
         stack.enter_context(
             patch(f"{trainer}.initialise", lambda network, seed: network.reset_positions())
         )
-        stack.enter_context(patch(f"{trainer}.check_placement", lambda *unused, **options: None))
+        stack.enter_context(patch(f"{trainer}.check_placement"))
         stack.enter_context(patch.object(FakeTensor, "tolist", read))
         stack.enter_context(
             patch.object(FakeTensor, "numpy", lambda tensor: np.array(read(tensor)), create=True)

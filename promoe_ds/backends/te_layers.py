@@ -81,6 +81,10 @@ def _replace_in_block(te: Any, block: DiTBlock, multiple: int) -> None:
             module for module in (block.moe.shared, block.moe.unconditional) if module is not None
         ]
         block.moe.routed.kernel = GroupedKernel(te, block.moe.routed, multiple)
+        if block.moe.shared is not None:
+            # The layer adds rows to its result in place, which torch refuses for a view made by
+            # the library's own autograd function.
+            block.moe.shared.register_forward_hook(lambda module, args, output: output.clone())
     else:
         parents.append(block.feed_forward)
     for parent in parents:

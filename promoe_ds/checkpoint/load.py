@@ -22,7 +22,7 @@ _SCHEDULE = ("lr", "schedule", "warmup_steps", "min_lr", "schedule_steps")
 #: What a resumed run may change: nothing that would make it another run. `_report_changes` says
 #: what leaves a trace.
 FREE_FIELDS = {
-    "optimizer": {"schedule_steps"},
+    "optimizer": {"schedule_steps", "implementation"},
     "data": {"path", "vae", "workers", "max_corrupt"},
     "train": {
         "max_steps",

@@ -75,6 +75,10 @@ class Average:
 class OptimizerConfig(Section):
     """AdamW, its schedule, clipping and the moving averages of the weights."""
 
+    implementation: Literal["auto", "torch", "apex"] = Field(
+        "auto",
+        description="of AdamW: torch's fused one (auto, too), or FusedAdam of NVIDIA apex, on GPUs",
+    )
     lr: float = Field(1e-4, gt=0, description="learning rate after the warm-up")
     betas: tuple[_Fraction, _Fraction] = Field((0.9, 0.999), description="of AdamW")
     eps: float = Field(1e-8, gt=0, description="of AdamW")

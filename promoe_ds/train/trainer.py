@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from promoe_ds.backends.apex import build_apex_adam, check_apex
 from promoe_ds.backends.deepspeed_private import (
     DeviceGate,
     UpdateGate,
@@ -75,6 +76,9 @@ class Trainer:
         uses_te = config.precision.uses_transformer_engine
         if uses_te:
             require_transformer_engine(config.precision, context.device)
+        uses_apex = config.optimizer.implementation == "apex"
+        if uses_apex:
+            check_apex(context.device, offloads=deepspeed_plan.offloads)
         self.config, self.deepspeed_plan, self.context = config, deepspeed_plan, context
         self.dataset, self.batches = dataset, plan_batches(config, context.world_size)
         has_zero, is_alone = deepspeed_plan.zero_stage > 0, context.world_size == 1
@@ -95,7 +99,8 @@ class Trainer:
             deepspeed_plan.json,
             RecordingStorage(background=config.train.async_checkpoint),
         )
-        on_device = decides_on_device(context, deepspeed_plan)
+        # apex's optimizer does not read the device's decision: the host waits for each step.
+        on_device = decides_on_device(context, deepspeed_plan) and not uses_apex
         self._gate = UpdateGate(self.engine.optimizer) if has_zero and not on_device else None
         self._device_gate = None
         if on_device:
@@ -279,12 +284,17 @@ def decides_on_device(context: DistributedContext, plan: DeepSpeedPlan) -> bool:
 def _build_optimizer(
     module: TrainingModule, settings: OptimizerConfig, plan: DeepSpeedPlan
 ) -> torch.optim.Optimizer:
+    uses_apex = settings.implementation == "apex"
     _LOG.info(
-        "optimizer: torch's fused AdamW, its state %s",
+        "optimizer: %s, its state %s",
+        "NVIDIA apex's FusedAdam" if uses_apex else "torch's fused AdamW",
         "on the host" if plan.offloads else "with the weights",
     )
+    groups = parameter_groups(module, settings, plan.precision)
+    if uses_apex:
+        return build_apex_adam(groups, settings)
     return torch.optim.AdamW(
-        parameter_groups(module, settings, plan.precision),
+        groups,
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fake_cuda.device import build_guard
 from benchmarks.trace import benchmark_trace, trace
-from promoe_ds.errors import ConfigError
 
 from .cases import CASES, COUNTS, LAYOUTS, MEGATRON, METHODS, Case, installed
 
@@ -35,14 +33,6 @@ _each_case = pytest.mark.parametrize(
         for name in CASES
     ],
 )
-
-
-@pytest.fixture(scope="session")
-def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        return build_guard(tmp_path_factory.mktemp("guard"))
-    except ConfigError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

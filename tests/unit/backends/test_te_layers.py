@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
-from types import SimpleNamespace
 from typing import Any, get_args
 from unittest.mock import MagicMock
 
@@ -91,32 +89,6 @@ def test_transformer_engine_layers_give_torchs_results(
     assert state.recipe is None
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
-def test_transformer_engine_recomputation_sees_the_recipe(monkeypatch, mode) -> None:
-    state = install(monkeypatch)
-    kept, changed = (
-        network({"compute": "fp8"}, parallel={"activation_checkpointing": each})
-        for each in ("none", mode)
-    )
-    contexts = [
-        te_layers.use_transformer_engine(each, each.config, CUDA) for each in (kept, changed)
-    ]
-    expected = training_pass(kept, contexts[0], [1, 10, 3])
-    calls = len(state.rows)
-    products = Counter(state.products)
-    found = training_pass(changed, contexts[1], [1, 10, 3])
-    assert len(state.rows) - calls > calls
-    recomputed = {"grouped"} if mode == "selective" else {"grouped", "linear"}
-    again = Counter(state.products) - products
-    assert {recipe for _, recipe in again} == {"Float8CurrentScaling"}
-    assert all(
-        again[kind, "Float8CurrentScaling"] >= 2 * products[kind, "Float8CurrentScaling"]
-        for kind in recomputed
-    )
-    assert torch.equal(found[0], expected[0])
-    assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
-
-
 def test_transformer_engine_leaves_high_precision_parts_alone(monkeypatch) -> None:
     install(monkeypatch)
     net = network({"compute": "fp8"})
@@ -148,61 +120,11 @@ def fp8_config(recipe: str = "auto", **sections: Any) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize(
-    ("requested", "capability", "sections", "expected"),
-    [
-        ("auto", (8, 9), {}, "current"),
-        ("auto", (9, 0), {}, "current"),
-        ("auto", (10, 0), {}, "mxfp8"),
-        ("auto", (10, 0), {"routing": {"expert_width": 48}}, "current"),  # no multiple of 32
-        ("auto", (12, 0), {}, "current"),
-        ("delayed", (8, 9), {}, "delayed"),
-        ("block", (9, 0), {}, "block"),
-        ("mxfp8", (10, 0), {}, "mxfp8"),
-    ],
-)
-def test_recipe_choice_follows_the_library(
-    monkeypatch, requested, capability, sections, expected
-) -> None:
-    install(monkeypatch, capability=capability)
-    assert te_support.resolved_recipe(fp8_config(requested, **sections)) == expected
-
-
-def test_recipe_choice_asks_older_versions_where_they_answer(monkeypatch) -> None:
-    install(monkeypatch)
-    part = sys.modules["transformer_engine.pytorch"]
-    questions = SimpleNamespace(
-        is_fp8_available=lambda: (True, ""), is_fp8_block_scaling_available=lambda: (False, "No.")
-    )
-    monkeypatch.setitem(
-        sys.modules,
-        "transformer_engine.pytorch.fp8",
-        SimpleNamespace(FP8GlobalStateManager=questions),
-    )
-    for name in ("is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available"):
-        monkeypatch.delattr(part, name)
-    questions.is_mxfp8_available = lambda: (False, "")
-    assert te_support.resolved_recipe(fp8_config("delayed")) == "delayed"
-    with pytest.raises(
-        ConfigError, match="cannot run block scaling here: No: use delayed or current"
-    ):
-        te_support.resolved_recipe(fp8_config("block"))
-
-
-@pytest.mark.parametrize(
-    ("requested", "capability", "cuda", "remedy"),
-    [
-        ("auto", (8, 0), 12.9, "8.9 or higher.*: use precision.compute=bf16"),
-        ("mxfp8", (12, 0), 12.9, "capability 10: use delayed or current or block"),
-        ("block", (9, 0), 12.6, "12.9: use delayed or current"),
-    ],
-)
-def test_recipe_that_the_library_lacks_here_is_refused(
-    monkeypatch, requested, capability, cuda, remedy
-) -> None:
-    install(monkeypatch, capability=capability, cuda=cuda)
-    with pytest.raises(ConfigError, match=rf"fp8_recipe={requested}: .* 2\.20\.2 .*{remedy}$"):
-        te_support.resolved_recipe(fp8_config(requested))
+@pytest.mark.parametrize(("expert_width", "expected"), [(64, "mxfp8"), (48, "current")])
+def test_recipe_choice_follows_the_widths(monkeypatch, expert_width: int, expected: str) -> None:
+    install(monkeypatch, capability=(10, 0))
+    config = fp8_config(routing={"expert_width": expert_width})
+    assert te_support.resolved_recipe(config) == expected
 
 
 def test_recipe_objects_are_the_librarys(monkeypatch) -> None:
