@@ -1,9 +1,8 @@
 """Every use of DeepSpeed's insides in this package.
 
-`NAMES` is read as soon as this file is imported; `UpdateGate` and `ZeroPartitions` check what
-exists only in an
-engine: a run under a DeepSpeed that has moved ends at its first step and never trains in another
-way.
+`NAMES` is read as soon as this file is imported; `zero_private` and `ZeroPartitions` check what
+exists only in an engine: a run under a DeepSpeed that has moved ends at its first step and never
+trains in another way.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from inspect import signature
 from typing import Any
 
 import deepspeed.ops
-import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -177,167 +174,6 @@ def build_engine(
         read_private(engine, "enable_backward_allreduce")
         engine.enable_backward_allreduce = False  # their mean, in flat copies, is what they are
     return engine
-
-
-class UpdateGate:
-    """Decides in place of ZeRO's own scan for overflow whether an update is made."""
-
-    def __init__(self, zero_optimizer: Any) -> None:
-        """Answer for a ZeRO 1 or 2 optimizer from now on."""
-        for name in ("overflow", "check_grad_overflow", "check_overflow"):
-            read_private(zero_optimizer, name)
-        self._optimizer, self._skip, self._was_asked = zero_optimizer, False, False
-        zero_optimizer.check_grad_overflow = True
-        zero_optimizer.check_overflow = self._answer
-
-    def set(self, *, skip: bool) -> None:
-        """Say before an update whether to skip it."""
-        self._skip, self._was_asked = skip, False
-
-    def confirm(self) -> None:
-        """Check after an update that ZeRO has asked.
-
-        Raises: ConfigError if it did not: then a step that is not finite would have been taken.
-        """
-        if not self._was_asked:
-            raise moved("deepspeed", "call of DeepSpeedZeroOptimizer.check_overflow within step")
-
-    def _answer(self, partition_gradients: bool = True) -> None:
-        self._was_asked = True
-        self._optimizer.overflow = self._skip
-
-
-#: What `DeviceGate._step` takes of ZeRO's own step.
-_OF_A_STEP = (
-    "all_grad_tensors",
-    "allgather_bucket_size",
-    "averaged_gradients",
-    "bit16_groups",
-    "bit16_groups_flat",
-    "flatten_dense_tensors_aligned",
-    "free_grad_in_param_list",
-    "micro_step_id",
-    "nccl_start_alignment_factor",
-    "parallel_partitioned_bit16_groups",
-    "params_in_partition",
-    "params_not_in_partition",
-    "partition_size",
-    "real_dp_process_group",
-    "scaled_global_norm",
-    "_update_model_bit16_weights",
-)
-
-
-class DeviceGate:
-    """Decides on the device about updates under ZeRO 1 and 2, and clips: torch's fused AdamW reads
-    both there.
-
-    ZeRO reads its norm several times, takes it in fp64, and with `overlap_comm` waits for the whole
-    device; none of it is left.
-    """
-
-    def __init__(self, zero_optimizer: Any, update: Any = None) -> None:
-        """Answer for a ZeRO 1 or 2 optimizer, whose state is on the device, from now on.
-
-        Args:
-            update: a `FusedUpdate` that updates the weights wherever it is ready; None: AdamW does.
-        """
-        self._update = update
-        names = ("check_grad_overflow", "clip_grad", "dp_process_group", "overlap_comm")
-        methods = (
-            "get_grad_norm_direct",
-            "unscale_and_clip_grads",
-            "independent_gradient_partition_epilogue",
-        )
-        for name in (*names, *methods, "_global_grad_norm"):
-            read_private(zero_optimizer, name)
-        self._zero, self._adam = zero_optimizer, read_private(zero_optimizer, "optimizer")
-        self._device = read_private(zero_optimizer, "device")
-        self._is_bad = torch.zeros((), device=self._device)
-        self._was_asked = False
-        zero_optimizer.check_grad_overflow = False
-        zero_optimizer.get_grad_norm_direct = self._norm
-        zero_optimizer.unscale_and_clip_grads = self._scale
-        if update is not None:
-            for name in _OF_A_STEP:
-                read_private(zero_optimizer, name)
-            self._plain_step, zero_optimizer.step = zero_optimizer.step, self._step
-        stage: Any = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
-        stage.is_invalid_grad_norm = lambda norm: False  # `_scale` looks, on the device
-        if zero_optimizer.overlap_comm:
-            finish = zero_optimizer.independent_gradient_partition_epilogue
-            zero_optimizer.independent_gradient_partition_epilogue = partial(self._finish, finish)
-
-    def set(self, is_bad: Tensor) -> None:
-        """Say before an update whether anything was not finite, on any rank: 0 or 1, fp32."""
-        self._is_bad, self._was_asked = is_bad, False
-
-    def confirm(self) -> tuple[Tensor, Tensor]:
-        """Check after an update that ZeRO has asked; return the gradients' norm and whether the
-        update was left out, scalars on the device.
-
-        Raises: ConfigError if it did not: then a step that is not finite would have been taken.
-        """
-        if not self._was_asked:
-            raise moved(
-                "deepspeed", "call of DeepSpeedZeroOptimizer.unscale_and_clip_grads within step"
-            )
-        return self._zero._global_grad_norm, self._adam.found_inf
-
-    def _norm(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
-        own = [g for g in gradients if not getattr(g, "_zero_padding", False)][: len(params)]
-        norms = torch._foreach_norm(own, 2, dtype=torch.float32) if own else [self._is_bad * 0]
-        total = torch.stack(norms).square().sum()
-        dist.all_reduce(total, group=self._zero.dp_process_group)
-        return total.sqrt()
-
-    def _scale(self, gradients: Any, norm: Tensor) -> None:
-        self._was_asked = True
-        is_bad = torch.maximum(self._is_bad, (~torch.isfinite(norm)).float())
-        self._adam.found_inf = is_bad
-        if self._zero.clip_grad > 0:
-            self._adam.grad_scale = ((norm + 1e-6) / self._zero.clip_grad).clamp(min=1.0)
-
-    def _step(self, closure: Any = None) -> None:
-        """Do what ZeRO's step does, without its copies of gradients and weights in other dtypes."""
-        zero = self._zero
-        if not self._update.is_ready():
-            self._plain_step(closure)
-            return
-        zero.micro_step_id, zero.overflow = -1, False  # as ZeRO begins a step
-        zero._global_grad_norm = zero.scaled_global_norm()
-        self._scale(None, zero._global_grad_norm)
-        for group, weights in enumerate(zero.parallel_partitioned_bit16_groups):
-            rank = dist.get_rank(group=zero.real_dp_process_group[group])
-            gradient = zero.flatten_dense_tensors_aligned(
-                zero.averaged_gradients[group], int(zero.partition_size[group])
-            )
-            is_bad = self._adam.found_inf
-            divisor = getattr(self._adam, "grad_scale", torch.ones_like(is_bad))
-            self._update(group, gradient, weights[rank].data, is_bad, divisor)
-            for parameters in (zero.params_in_partition, zero.params_not_in_partition):
-                zero.free_grad_in_param_list(parameters[group])
-            zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
-        zero_utils = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
-        zero_utils.all_gather_dp_groups(
-            groups_flat=zero.bit16_groups_flat,
-            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-            dp_process_group=zero.real_dp_process_group,
-            start_alignment_factor=zero.nccl_start_alignment_factor,
-            allgather_bucket_size=zero.allgather_bucket_size,
-        )
-        for group in range(len(zero.bit16_groups)):
-            zero._update_model_bit16_weights(group)
-
-    def _finish(self, epilogue: Any) -> None:
-        """Reduce the last gradients; wait on the device for the stream that reduces."""
-        accelerator = get_accelerator()
-        stream = read_private(self._zero, "reduction_stream")
-        accelerator.synchronize = lambda *unused: accelerator.current_stream().wait_stream(stream)
-        try:
-            epilogue()
-        finally:
-            del accelerator.synchronize
 
 
 @dataclass(frozen=True)

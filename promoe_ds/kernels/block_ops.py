@@ -37,12 +37,12 @@ def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
 
 @fused_op("modulated_norm")
 def _modulated_norm(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensor:
-    from promoe_ds.kernels import programs
+    from promoe_ds.kernels import block_programs
 
     batch, tokens, width = x_BSD.shape
     out = torch.empty_like(x_BSD)
     shift_BD, scale_BD = _alike(shift_BD, scale_BD)
-    programs.modulated_norm[(batch * tokens,)](
+    block_programs.modulated_norm[(batch * tokens,)](
         x_BSD,
         shift_BD,
         scale_BD,
@@ -65,12 +65,12 @@ def _(x_BSD, shift_BD, scale_BD, eps):
 def _modulated_norm_backward(
     grad_BSD: Tensor, x_BSD: Tensor, scale_BD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from promoe_ds.kernels import programs
+    from promoe_ds.kernels import block_programs
 
     batch, tokens, width = x_BSD.shape
     grad_x = torch.empty_like(x_BSD)
     partial = torch.empty(2, _PARTS, batch, width, device=x_BSD.device)
-    programs.modulated_norm_backward[(batch, _PARTS)](
+    block_programs.modulated_norm_backward[(batch, _PARTS)](
         grad_BSD,
         x_BSD,
         scale_BD,
@@ -108,11 +108,11 @@ _modulated_norm.register_autograd(_differentiate_norm, setup_context=_save_for_n
 
 @fused_op("gated_residual")
 def _gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
-    from promoe_ds.kernels import programs
+    from promoe_ds.kernels import block_programs
 
     batch, tokens, width = x_BSD.shape
     out = torch.empty_like(x_BSD)
-    programs.gated_residual[(batch * tokens,)](
+    block_programs.gated_residual[(batch * tokens,)](
         x_BSD,
         gate_BD,
         y_BSD,
@@ -134,12 +134,12 @@ def _(x_BSD, gate_BD, y_BSD):
 def _gated_residual_backward(
     grad_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    from promoe_ds.kernels import programs
+    from promoe_ds.kernels import block_programs
 
     batch, tokens, width = y_BSD.shape
     grad_y = torch.empty_like(y_BSD)
     partial = torch.empty(_PARTS, batch, width, device=y_BSD.device)
-    programs.gated_residual_backward[(batch, _PARTS)](
+    block_programs.gated_residual_backward[(batch, _PARTS)](
         grad_BSD,
         gate_BD,
         y_BSD,

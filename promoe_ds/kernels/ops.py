@@ -11,14 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LIBRARY = "promoe_ds"
-#: Norms below it count as it: a zero token scores 0 for every expert.
-NORM_EPS = 1e-12
+LIBRARY = "promoe_ds"
 #: Parts into which sums over tokens are split, so that all of a GPU's processors have work.
-_PARTS = 16
-_ROWS, _COLUMNS = 16, 128
-#: Numbers that one program updates.
-_UPDATED = 1024
+PARTS = 16
+ROWS, COLUMNS = 16, 128
 
 
 @dataclass(frozen=True)
@@ -72,31 +68,17 @@ def sum_by_expert(
     return result
 
 
-def cosine(tokens_TD: Tensor, keys_ED: Tensor) -> Tensor:
-    """Return the cosine of every token with every unit key, (T, E) in fp32; the tokens are read
-    once, as they are.
-
-    Gradient: reaches tokens and keys.  Sync: none.
-    """
-    cosines: Tensor = _cosine(tokens_TD, keys_ED)[0]
-    return cosines
-
-
 # Each operation: what it computes, its shapes, and its gradient.
 
 
 def fused_op(name: str, **options: Any) -> Any:
     """Return the decorator of an operation of ours that changes none of its arguments."""
-    return torch.library.custom_op(f"{_LIBRARY}::{name}", mutates_args=(), **options)
+    return torch.library.custom_op(f"{LIBRARY}::{name}", mutates_args=(), **options)
 
 
 def power_of_two(number: int) -> int:
     """Return the smallest power of two that is no less: a block of columns."""
     return 1 << max(0, number - 1).bit_length()
-
-
-def _blocks(rows: int, columns: int) -> tuple[int, int]:
-    return -(-rows // _ROWS), -(-columns // _COLUMNS)
 
 
 @fused_op("combine")
@@ -220,98 +202,22 @@ def _differentiate_select(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...
 _select_rows.register_autograd(_differentiate_select, setup_context=_save_for_select)
 
 
-@fused_op("bias_gelu")
-def bias_gelu(pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor) -> Tensor:
-    """Return gelu_tanh(pre + bias of the row's expert), (R, F); without gradient, see
-    `bias_gelu_backward`.
-    """
-    from promoe_ds.kernels import programs
-
-    out = torch.empty_like(pre_RF)
-    rows, width = pre_RF.shape
-    if rows:
-        programs.bias_gelu[_blocks(rows, width)](
-            pre_RF, bias_EF, ends_E, out, rows, F=width, E=len(ends_E), ROWS=_ROWS, BLOCK=_COLUMNS
-        )
-    return out
-
-
-@bias_gelu.register_fake
-def _(pre_RF, bias_EF, ends_E):
-    return torch.empty_like(pre_RF)
-
-
-@fused_op("bias_gelu_backward")
-def bias_gelu_backward(
-    grad_RF: Tensor, pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of pre, (R, F), and of the biases, (E, F)."""
-    from promoe_ds.kernels import programs
-
-    grad_pre, grad_bias = torch.empty_like(pre_RF), torch.empty_like(bias_EF)
-    experts, width = bias_EF.shape
-    programs.bias_gelu_backward[(experts, -(-width // _COLUMNS))](
-        grad_RF,
-        pre_RF,
-        bias_EF,
-        ends_E,
-        grad_pre,
-        grad_bias,
-        F=width,
-        ROWS=_ROWS,
-        BLOCK=_COLUMNS,
-    )
-    return grad_pre, grad_bias
-
-
-@bias_gelu_backward.register_fake
-def _(grad_RF, pre_RF, bias_EF, ends_E):
-    return torch.empty_like(pre_RF), torch.empty_like(bias_EF)
-
-
-@torch.library.custom_op(f"{_LIBRARY}::add_bias", mutates_args=("rows_RF",))
-def add_bias(rows_RF: Tensor, bias_EF: Tensor, ends_E: Tensor) -> None:
-    """Add to each row the bias of its expert, in place."""
-    from promoe_ds.kernels import programs
-
-    rows, width = rows_RF.shape
-    if rows:
-        programs.add_bias[_blocks(rows, width)](
-            rows_RF, bias_EF, ends_E, rows, F=width, E=len(ends_E), ROWS=_ROWS, BLOCK=_COLUMNS
-        )
-
-
-@add_bias.register_fake
-def _(rows_RF, bias_EF, ends_E):
-    return None
-
-
-@fused_op("sum_groups")
-def sum_groups(rows_ND: Tensor, ends_E: Tensor) -> Tensor:
-    """Return the sum of each expert's rows, (E, D) in the rows' dtype; a bias's gradient."""
-    return _sum_in_parts(rows_ND, None, ends_E).to(rows_ND.dtype)
-
-
-@sum_groups.register_fake
-def _(rows_ND, ends_E):
-    return rows_ND.new_empty(len(ends_E), rows_ND.shape[1])
-
-
-def _sum_in_parts(rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor) -> Tensor:
+def sum_in_parts(rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor) -> Tensor:
+    """Return the sum of each expert's rows, given themselves or by their ids, (E, D) in fp32."""
     from promoe_ds.kernels import programs
 
     width, experts = rows_D.shape[1], len(ends_E)
-    partial = torch.empty(_PARTS, experts, width, device=rows_D.device)
-    programs.sum_rows_by_expert[(experts, -(-width // _COLUMNS), _PARTS)](
+    partial = torch.empty(PARTS, experts, width, device=rows_D.device)
+    programs.sum_rows_by_expert[(experts, -(-width // COLUMNS), PARTS)](
         rows_D,
         ids_N if ids_N is not None else ends_E,
         ends_E,
         partial,
         D=width,
         E=experts,
-        PARTS=_PARTS,
-        ROWS=_ROWS,
-        BLOCK=_COLUMNS,
+        PARTS=PARTS,
+        ROWS=ROWS,
+        BLOCK=COLUMNS,
         HAS_IDS=ids_N is not None,
     )
     return partial.sum(dim=0)
@@ -321,7 +227,7 @@ def _sum_in_parts(rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor) -> Tenso
 def _sum_by_expert(
     tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor, order_N: Tensor, starts_T: Tensor
 ) -> Tensor:
-    return _sum_in_parts(tokens_TD, token_ids_N, ends_E)
+    return sum_in_parts(tokens_TD, token_ids_N, ends_E)
 
 
 @_sum_by_expert.register_fake
@@ -365,133 +271,3 @@ def _differentiate_sum(ctx: Any, grad_ED: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _sum_by_expert.register_autograd(_differentiate_sum, setup_context=_save_for_sum)
-
-
-@fused_op("cosine")
-def _cosine(tokens_TD: Tensor, keys_ED: Tensor) -> tuple[Tensor, Tensor]:
-    from promoe_ds.kernels import programs
-
-    (tokens, width), experts = tokens_TD.shape, len(keys_ED)
-    cosines = torch.empty(tokens, experts, device=tokens_TD.device)
-    norms = torch.empty(tokens, device=tokens_TD.device)
-    programs.cosine[(-(-tokens // _ROWS),)](
-        tokens_TD,
-        keys_ED,
-        cosines,
-        norms,
-        tokens,
-        D=width,
-        E=experts,
-        BLOCK_E=max(16, power_of_two(experts)),
-        TOKENS=_ROWS,
-        BLOCK=_COLUMNS,
-        EPS=NORM_EPS,
-    )
-    return cosines, norms
-
-
-@_cosine.register_fake
-def _(tokens_TD, keys_ED):
-    cosines = tokens_TD.new_empty(len(tokens_TD), len(keys_ED), dtype=torch.float32)
-    return cosines, cosines.new_empty(len(tokens_TD))
-
-
-@fused_op("cosine_backward")
-def _cosine_backward(
-    grad_TE: Tensor, tokens_TD: Tensor, keys_ED: Tensor, cosines_TE: Tensor, norms_T: Tensor
-) -> tuple[Tensor, Tensor]:
-    from promoe_ds.kernels import programs
-
-    (tokens, width), experts = tokens_TD.shape, len(keys_ED)
-    grad_tokens = torch.empty_like(tokens_TD)
-    parts = min(8 * _PARTS, -(-tokens // _ROWS))
-    partial = torch.empty(parts, experts, width, device=tokens_TD.device)
-    programs.cosine_backward[(parts, -(-width // _COLUMNS))](
-        grad_TE,
-        tokens_TD,
-        keys_ED,
-        cosines_TE,
-        norms_T,
-        grad_tokens,
-        partial,
-        tokens,
-        D=width,
-        E=experts,
-        BLOCK_E=max(16, power_of_two(experts)),
-        TOKENS=_ROWS,
-        BLOCK=_COLUMNS,
-        PARTS=parts,
-        EPS=NORM_EPS,
-    )
-    return grad_tokens, partial.sum(dim=0)
-
-
-@_cosine_backward.register_fake
-def _(grad_TE, tokens_TD, keys_ED, cosines_TE, norms_T):
-    return torch.empty_like(tokens_TD), torch.empty_like(keys_ED)
-
-
-def _save_for_cosine(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate_cosine(ctx: Any, grad_TE: Tensor, grad_norms_T: Tensor) -> Any:
-    return _cosine_backward(grad_TE.contiguous(), *ctx.saved_tensors)
-
-
-_cosine.register_autograd(_differentiate_cosine, setup_context=_save_for_cosine)
-
-
-@torch.library.custom_op(
-    f"{_LIBRARY}::adamw",
-    mutates_args=("weights_N", "exp_avg_N", "exp_avg_sq_N", "averages", "out_N"),
-)
-def adamw(
-    weights_N: Tensor,
-    exp_avg_N: Tensor,
-    exp_avg_sq_N: Tensor,
-    averages: list[Tensor],
-    out_N: Tensor,
-    grad_N: Tensor,
-    scalars: Tensor,
-    pulls: list[float],
-    lr: float,
-    betas: list[float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """Make one AdamW update of flat fp32 weights, their moving averages, and the weights as the
-    network has them, reading each number once.
-
-    Args:
-        averages: two at most; each moves by its part of `pulls` towards the new weights.
-        out_N: takes the weights; grad_N: in any dtype.
-        scalars: fp32 on the device: 1 to change nothing, the divisor of the gradient,
-            1 - beta1^t, sqrt(1 - beta2^t).
-    """
-    from promoe_ds.kernels import programs
-
-    count, first = weights_N.numel(), [*averages, weights_N, weights_N]
-    programs.adamw[(-(-count // _UPDATED),)](
-        weights_N,
-        exp_avg_N,
-        exp_avg_sq_N,
-        grad_N,
-        out_N,
-        first[0],
-        first[1],
-        scalars,
-        lr,
-        *betas,
-        eps,
-        weight_decay,
-        *[*pulls, 0.0, 0.0][:2],
-        count,
-        AVERAGES=len(averages),
-        BLOCK=_UPDATED,
-    )
-
-
-@adamw.register_fake
-def _(*unused, **options):
-    return None

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.kernels import ops
+from promoe_ds.kernels import router_ops
 from promoe_ds.kernels.choice import uses_triton
 
-NORM_EPS = ops.NORM_EPS
+NORM_EPS = router_ops.NORM_EPS
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def cosine_scores(
     with torch.autocast(tokens_D.device.type, enabled=False):
         prototypes = F.normalize(at_least_fp32(prototypes_ED), dim=-1, eps=NORM_EPS)
         if uses_triton(tokens_D, kernels):
-            cosines = ops.cosine(tokens_D.flatten(0, -2), prototypes)
+            cosines = router_ops.cosine(tokens_D.flatten(0, -2), prototypes)
             cosines = cosines.unflatten(0, tokens_D.shape[:-1])
         else:
             tokens = at_least_fp32(tokens_D)

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from promoe_ds.backends.apex import build_apex_adam, check_apex
 from promoe_ds.backends.deepspeed_private import (
-    DeviceGate,
-    UpdateGate,
     ZeroPartitions,
     build_engine,
     make_expert_groups,
@@ -24,6 +22,7 @@ from promoe_ds.backends.expert_parallel import mark_experts, shard_experts, shar
 from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.backends.te_support import require_transformer_engine
+from promoe_ds.backends.zero_private import DeviceGate, UpdateGate
 from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.config import DeepSpeedPlan, RunConfig, plan_batches
 from promoe_ds.config.optimizer import OptimizerConfig, learning_rate
@@ -36,8 +35,7 @@ from promoe_ds.logs import get_logger
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.dit import DiT
 from promoe_ds.train.clipping import global_grad_norm
-from promoe_ds.train.ema import Ema
-from promoe_ds.train.fused_update import FusedUpdate
+from promoe_ds.train.ema import Ema, FusedUpdate
 from promoe_ds.train.health import HealthWatch, StepHealth, agree
 from promoe_ds.train.loader import BatchLoader, Place
 from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids

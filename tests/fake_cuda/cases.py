@@ -98,7 +98,7 @@ LAYOUTS = {
     "promoe_b, loop": Case(
         recipe="promoe_b",
         overrides=("parallel.expert_backend=loop",),
-        layer_reads={"read of promoe_ds/moe/experts.py:_Loop.__init__": 1},
+        layer_reads={"read of promoe_ds/moe/products.py:Loop.__init__": 1},
     ),
     "promoe_b, deepspeed_moe, 2 ranks": Case(
         recipe="promoe_b",

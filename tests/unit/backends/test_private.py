@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from promoe_ds import torch_private
-from promoe_ds.backends import deepspeed_private
-from promoe_ds.backends.deepspeed_private import UpdateGate, ZeroPartitions, check_gate
+from promoe_ds.backends import deepspeed_private, zero_private
+from promoe_ds.backends.deepspeed_private import ZeroPartitions, check_gate
 from promoe_ds.backends.stock_deepspeed import PlanGate
+from promoe_ds.backends.zero_private import UpdateGate
 from promoe_ds.errors import ConfigError
 from promoe_ds.private_names import check_names, check_parameters, find_private
 from promoe_ds.torch_private import KeepsBuffersPrecise
@@ -168,7 +169,7 @@ def test_training_under_a_moved_library_ends_at_its_first_step(tmp_path, monkeyp
     from promoe_ds.cli import train
     from promoe_ds.distributed.process_group import stop_distributed
 
-    real = deepspeed_private.UpdateGate.__init__
+    real = zero_private.UpdateGate.__init__
 
     def moved(self, optimizer) -> None:
         real(self, optimizer)
@@ -176,7 +177,7 @@ def test_training_under_a_moved_library_ends_at_its_first_step(tmp_path, monkeyp
             None
         )  # as if `step` asked another method
 
-    monkeypatch.setattr(deepspeed_private.UpdateGate, "__init__", moved)
+    monkeypatch.setattr(zero_private.UpdateGate, "__init__", moved)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "") or monkeypatch.delenv(name)
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')

@@ -18,7 +18,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from promoe_ds.kernels import programs
+from promoe_ds.kernels import block_programs, programs
 
 D, F, E = 1152, 2304, 12
 ONE_TOKEN, TILE = {"D": D, "BLOCK": 2048}, {"ROWS": 16, "BLOCK": 128}
@@ -56,7 +56,7 @@ def type_of(name):
 
 result = {}
 for name, constants in CONSTANTS.items():
-    program = getattr(programs, name)
+    program = getattr(programs, name, None) or getattr(block_programs, name)
     types = {n: "constexpr" if n in constants else type_of(n) for n in program.arg_names}
     # ZeRO's partitions have N numbers, a multiple of 16; so has a row of modulation.
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(program.arg_names)

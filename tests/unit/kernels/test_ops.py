@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs triton: pip install triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from promoe_ds.kernels import ops
+from promoe_ds.kernels import expert_ops, ops, router_ops, update_ops
 from promoe_ds.moe.dispatch import add_weighted_rows
 from promoe_ds.routing.assignment import Assignment, sum_by_product
 from promoe_ds.routing.scores import cosine_scores
@@ -113,16 +113,18 @@ def test_bias_and_gelu_find_the_expert_of_each_row(counts, dtype) -> None:
     grad = _draw(rows, width, seed=9, dtype=dtype)
     expected = [exact, *torch.autograd.grad((exact * grad.double()).sum(), (pre, bias))]
     found = [
-        ops.bias_gelu(pre.detach(), bias.detach(), ends),
-        *ops.bias_gelu_backward(grad, pre.detach(), bias.detach(), ends),
+        expert_ops.bias_gelu(pre.detach(), bias.detach(), ends),
+        *expert_ops.bias_gelu_backward(grad, pre.detach(), bias.detach(), ends),
     ]
     _same(found, [value.detach().to(dtype) for value in expected], dtype)
     added = pre.detach().clone()
-    ops.add_bias(added, bias.detach(), ends)
+    expert_ops.add_bias(added, bias.detach(), ends)
     _same([added], [pre.detach() + bias.detach()[expert]], dtype)
     sums = torch.zeros(len(counts), width, dtype=torch.float64, device=DEVICE)
     _same(
-        [ops.sum_groups(grad, ends)], [sums.index_add_(0, expert, grad.double()).to(dtype)], dtype
+        [expert_ops.sum_groups(grad, ends)],
+        [sums.index_add_(0, expert, grad.double()).to(dtype)],
+        dtype,
     )
 
 
@@ -149,7 +151,7 @@ def test_cosine_reads_tokens_once_and_has_the_gradient_of_the_eager_one(size, dt
     for fused in (True, False):
         x, k = tokens.clone().requires_grad_(), keys.clone().requires_grad_()
         unit = F.normalize(k, dim=-1)
-        output = ops.cosine(x, unit) if fused else cosine_scores(x, k)
+        output = router_ops.cosine(x, unit) if fused else cosine_scores(x, k)
         gradients = _gradients(output, x, k)
         gradients[1][num_tokens // 2] = 0  # of a zero token: |gradient| is 1e12 in both
         results.append(gradients)
@@ -204,7 +206,7 @@ def test_update_equals_torch_s_adamw_and_leaves_a_bad_step_out(dtype, averages) 
         corrections = [1 - betas[0] ** step, (1 - betas[1] ** step) ** 0.5]
         for is_bad in (1.0, 0.0):
             scalars = torch.tensor([is_bad, 2.0, *corrections], device=DEVICE)
-            ops.adamw(
+            update_ops.adamw(
                 own, *state.values(), kept, out, grad, scalars, pulls, 0.01, [*betas], 1e-8, 0.1
             )
     _same([own, *kept], [weights.detach(), *expected], torch.float32)

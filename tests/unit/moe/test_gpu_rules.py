@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from promoe_ds.moe import StackedExperts, experts
+from promoe_ds.moe import StackedExperts, products
 from promoe_ds.moe.collectives import WaitClock
 from promoe_ds.moe.dispatch import select_rows
 from promoe_ds.routing.assignment import Assignment
@@ -25,16 +25,16 @@ def test_expert_without_rows_has_no_gradient_where_the_device_leaves_it_unwritte
     monkeypatch,
 ) -> None:
     """As on a B200: the product of an empty group is whatever the memory held."""
-    products = F.grouped_mm
+    grouped_mm = F.grouped_mm
 
     def unwritten(a, b, *, offs):
-        result = products(a, b, offs=offs)
+        result = grouped_mm(a, b, offs=offs)
         if result.dim() == 3:
             result[torch.diff(offs, prepend=offs.new_zeros(1)) == 0] = float("nan")
         return result
 
     monkeypatch.setattr(F, "grouped_mm", unwritten)
-    monkeypatch.setattr(experts, "_leaves_empty_groups_unwritten", lambda device: True)
+    monkeypatch.setattr(products, "leaves_empty_groups_unwritten", lambda device: True)
     stack = randomise(StackedExperts(4, 8, 12))
     stack(random_tensor(5, 8), torch.tensor([2, 0, 3, 0])).sum().backward()
     for name, parameter in stack.named_parameters():
@@ -61,7 +61,7 @@ def test_auto_avoids_the_slow_fallback_of_grouped_gemm(
         is_cuda, device = True, "cuda"
 
     Rows.dtype = dtype
-    assert experts._falls_back(Rows) == (backend == "loop")
+    assert products.falls_back(Rows) == (backend == "loop")
 
 
 def test_gradient_of_a_token_with_many_rows_is_summed_in_fp32() -> None:

@@ -1,0 +1,175 @@
+"""Triton programs of a block's dense lines and of the update; as `promoe_ds.kernels.programs`.
+
+Letters: B images, S tokens per image, T = B*S, D width, N numbers of a flat tensor.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def adamw(
+    weights_N,
+    exp_avg_N,
+    exp_avg_sq_N,
+    grad_N,
+    out_N,
+    averages_N,
+    more_averages_N,
+    scalars,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    pull,
+    more_pull,
+    N,
+    AVERAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One AdamW update of fp32 weights from a gradient of any dtype; up to two moving averages
+    follow, and the weights are written in the dtype of `out`. scalars: whether to skip, the divisor
+    of the gradient, 1 - beta1^t, sqrt(1 - beta2^t). One program a block.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.where(tl.load(scalars) == 0.0, N, 0)
+    grad = tl.load(grad_N + at, mask=inside, other=0.0).to(tl.float32) / tl.load(scalars + 1)
+    weights = tl.load(weights_N + at, mask=inside, other=0.0) * (1.0 - lr * weight_decay)
+    exp_avg = tl.load(exp_avg_N + at, mask=inside, other=0.0)
+    exp_avg_sq = tl.load(exp_avg_sq_N + at, mask=inside, other=0.0)
+    exp_avg += (grad - exp_avg) * (1.0 - beta1)
+    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * (1.0 - beta2)
+    denominator = tl.sqrt(exp_avg_sq) / tl.load(scalars + 3) + eps
+    weights -= lr / tl.load(scalars + 2) * exp_avg / denominator
+    tl.store(exp_avg_N + at, exp_avg, mask=inside)
+    tl.store(exp_avg_sq_N + at, exp_avg_sq, mask=inside)
+    tl.store(weights_N + at, weights, mask=inside)
+    tl.store(out_N + at, weights.to(out_N.dtype.element_ty), mask=inside)
+    if AVERAGES > 0:
+        average = tl.load(averages_N + at, mask=inside, other=0.0)
+        tl.store(averages_N + at, average + (weights - average) * pull, mask=inside)
+    if AVERAGES > 1:
+        average = tl.load(more_averages_N + at, mask=inside, other=0.0)
+        tl.store(more_averages_N + at, average + (weights - average) * more_pull, mask=inside)
+
+
+@triton.jit
+def _normalised(x, inside, D: tl.constexpr, EPS: tl.constexpr):
+    """Return a row without its mean, divided by its deviation, and one over the deviation."""
+    centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
+    return centred * inverse, inverse
+
+
+@triton.jit
+def modulated_norm(
+    x_TD,
+    shift_BD,
+    scale_BD,
+    out_TD,
+    stride,
+    S,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """out = normalised x * (1 + scale of the image) + shift. One program a token; `stride` is that
+    of shift's and scale's images.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    image = token // S
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    x = tl.load(x_TD + token * D + column, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(shift_BD + image * stride + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_BD + image * stride + column, mask=inside, other=0.0).to(tl.float32)
+    normalised, _ = _normalised(x, inside, D, EPS)
+    result = normalised * (1.0 + scale) + shift
+    tl.store(out_TD + token * D + column, result.to(out_TD.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def modulated_norm_backward(
+    grad_TD,
+    x_TD,
+    scale_BD,
+    grad_x_TD,
+    partial_PBD,
+    stride,
+    S,
+    B,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """The gradient of x, and for each part of an image's tokens the sums of those of shift (first
+    PARTS) and scale (last). One program an image and part: it walks through its tokens.
+    """
+    image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    scale = tl.load(scale_BD + image * stride + column, mask=inside, other=0.0).to(tl.float32)
+    of_shift = tl.zeros((BLOCK,), tl.float32)
+    of_scale = tl.zeros((BLOCK,), tl.float32)
+    for place in range(part, S, PARTS):
+        at = (image * S + place) * D + column
+        x = tl.load(x_TD + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_TD + at, mask=inside, other=0.0).to(tl.float32)
+        normalised, inverse = _normalised(x, inside, D, EPS)
+        of_shift += grad
+        of_scale += grad * normalised
+        inner = grad * (1.0 + scale)
+        along = tl.sum(inner * normalised, 0) / D
+        result = (inner - tl.sum(inner, 0) / D - normalised * along) * inverse
+        tl.store(grad_x_TD + at, result.to(grad_x_TD.dtype.element_ty), mask=inside)
+    first = (part * B + image) * D + column
+    tl.store(partial_PBD + first, of_shift, mask=inside)
+    tl.store(partial_PBD + PARTS * B * D + first, of_scale, mask=inside)
+
+
+@triton.jit
+def gated_residual(x_TD, gate_BD, y_TD, out_TD, stride, S, D: tl.constexpr, BLOCK: tl.constexpr):
+    """out = x + gate of the image * y. One program a token."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    at = token * D + column
+    gate = tl.load(gate_BD + token // S * stride + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_TD + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_TD + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_TD + at, (x + gate * y).to(out_TD.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_residual_backward(
+    grad_TD,
+    gate_BD,
+    y_TD,
+    grad_y_TD,
+    partial_PBD,
+    stride,
+    S,
+    B,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grad_y = gate * grad, and for each part of an image's tokens the sum of grad * y. One program
+    an image and part.
+    """
+    image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    gate = tl.load(gate_BD + image * stride + column, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for place in range(part, S, PARTS):
+        at = (image * S + place) * D + column
+        y = tl.load(y_TD + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_TD + at, mask=inside, other=0.0).to(tl.float32)
+        total += grad * y
+        tl.store(grad_y_TD + at, (grad * gate).to(grad_y_TD.dtype.element_ty), mask=inside)
+    tl.store(partial_PBD + (part * B + image) * D + column, total, mask=inside)
