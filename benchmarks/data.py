@@ -36,18 +36,7 @@ def benchmark_data(
         rounds: of each candidate, in turn; the median counts.
         records: a multiple of 256.
     """
-    _write_packed(folder / "packed", records, _SHAPE)
-    _write_npz(folder / "npz", records // _NPZ_SHARE)
-    packed, npz, one_thread = (
-        build_dataset(_config(folder / kind, **more))
-        for kind, more in (("packed", {}), ("npz", {}), ("npz", {"workers": 1}))
-    )
-    candidates = {
-        "packed, means": (packed, False),
-        "packed": (packed, True),
-        "npz, 8 threads": (npz, True),
-        "npz, 1 thread": (one_thread, True),
-    }
+    candidates = _make_candidates(folder, records)
     # The first round fills the page cache.
     timings = interleave(
         {name: _epoch(*candidate) for name, candidate in candidates.items()},
@@ -85,6 +74,22 @@ def benchmark_data(
             ),
         ],
     )
+
+
+def _make_candidates(folder: Path, records: int) -> dict[str, tuple[LatentDataset, bool]]:
+    """Write the records and return their loaders by name, each with whether it draws."""
+    _write_packed(folder / "packed", records, _SHAPE)
+    _write_npz(folder / "npz", records // _NPZ_SHARE)
+    packed, npz, one_thread = (
+        build_dataset(_config(folder / kind, **more))
+        for kind, more in (("packed", {}), ("npz", {}), ("npz", {"workers": 1}))
+    )
+    return {
+        "packed, means": (packed, False),
+        "packed": (packed, True),
+        "npz, 8 threads": (npz, True),
+        "npz, 1 thread": (one_thread, True),
+    }
 
 
 def _epoch(dataset: LatentDataset, draws: bool) -> Callable[[], None]:

@@ -196,8 +196,20 @@ def self_test(
                 without_experts(load_config(recipe)), images, device
             ),
         )
+    _time_layers(test, layer_config, layer_images, device)
+    profiled, images = (
+        (load_config(list(steps)[-1]), layer_images) if steps else (small, layer_images)
+    )
+    if steps and (fitted := test.found["steps"].get(f"{list(steps)[-1]}, bf16")):
+        images = fitted.images
+    test.add("kernels", test.attempt("kernels", lambda: kernel_times(profiled, images, device), {}))
+    return test
+
+
+def _time_layers(test: SelfTest, config: RunConfig, images: int, device: torch.device) -> None:
+    """Time the layers that work here, in turn."""
     candidates, missing = test.attempt(
-        "candidates", lambda: layer_candidates(layer_config, layer_images, device, half), ({}, {})
+        "candidates", lambda: layer_candidates(config, images, device, torch.bfloat16), ({}, {})
     )
     test.add("not_available", missing)
     ready = {
@@ -206,13 +218,6 @@ def self_test(
         if test.attempt(f"layer, {name}", lambda call=call: (call(),))
     }
     test.add("layer", test.attempt("layer", lambda: interleave(ready, rounds=20), {}))
-    profiled, images = (
-        (load_config(list(steps)[-1]), layer_images) if steps else (small, layer_images)
-    )
-    if steps and (fitted := test.found["steps"].get(f"{list(steps)[-1]}, bf16")):
-        images = fitted.images
-    test.add("kernels", test.attempt("kernels", lambda: kernel_times(profiled, images, device), {}))
-    return test
 
 
 def mean_loss(config: RunConfig, precision: str, steps: int) -> float:

@@ -101,9 +101,27 @@ def stand_in(recorder: Recorder) -> None:
         def synchronize(self) -> None:
             recorder.note_wait("stream")
 
-    default, properties = Stream(), SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    for name, answer in _answers(Stream()).items():
+        setattr(torch.cuda, name, lambda *unused, _answer=answer, **options: _answer)
+    torch.cuda.Event, torch.cuda.Stream = Event, Stream
+    torch.cuda.stream = lambda stream: nullcontext()
+    torch.cuda.synchronize = lambda *unused: recorder.note_wait("device")
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *unused, **options: None
+    torch.version.cuda = "12.9"
+    torch.Tensor.record_stream = lambda tensor, stream: None
+    torch.Tensor.pin_memory = _pin
+    torch.Tensor.is_pinned = lambda tensor, *unused: hasattr(tensor, "_is_pinned")
+    torch.nn.Module._apply = _replace_parameters
+    torch.nn.functional.scaled_dot_product_attention = _attention
+    FakeTensorMode.avoid_device_init = property(lambda mode: True)
+    torch.tensor = partial(_tensor, torch.tensor)
+
+
+def _answers(default: Any) -> dict[str, Any]:
+    """Return what functions of torch.cuda answer, by name; `default` is the only stream."""
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     properties.name, properties.total_memory = NAME, _MEMORY
-    answers: dict[str, Any] = {
+    return {
         "is_available": True,
         "is_initialized": True,
         "is_bf16_supported": True,
@@ -122,20 +140,6 @@ def stand_in(recorder: Recorder) -> None:
         ),
         **dict.fromkeys(("set_device", "empty_cache", "reset_peak_memory_stats")),
     }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, lambda *unused, _answer=answer, **options: _answer)
-    torch.cuda.Event, torch.cuda.Stream = Event, Stream
-    torch.cuda.stream = lambda stream: nullcontext()
-    torch.cuda.synchronize = lambda *unused: recorder.note_wait("device")
-    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *unused, **options: None
-    torch.version.cuda = "12.9"
-    torch.Tensor.record_stream = lambda tensor, stream: None
-    torch.Tensor.pin_memory = _pin
-    torch.Tensor.is_pinned = lambda tensor, *unused: hasattr(tensor, "_is_pinned")
-    torch.nn.Module._apply = _replace_parameters
-    torch.nn.functional.scaled_dot_product_attention = _attention
-    FakeTensorMode.avoid_device_init = property(lambda mode: True)
-    torch.tensor = partial(_tensor, torch.tensor)
 
 
 def _tensor(make: Any, *values: Any, **options: Any) -> Any:
