@@ -22,7 +22,7 @@ def modulated_norm(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
 
     Gradient: reaches all three.  Sync: none.
     """
-    result: Tensor = _modulated_norm(x_BSD, shift_BD, scale_BD, eps)
+    result: Tensor = _modulated_norm(x_BSD.contiguous(), shift_BD, scale_BD, eps)
     return result
 
 
@@ -31,7 +31,7 @@ def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
 
     Gradient: reaches all three.  Sync: none.
     """
-    result: Tensor = _gated_residual(x_BSD, gate_BD, y_BSD)
+    result: Tensor = _gated_residual(x_BSD.contiguous(), gate_BD, y_BSD.contiguous())
     return result
 
 

@@ -43,7 +43,12 @@ def combine(
     Gradient: reaches base, rows and gates.  Sync: none.
     """
     result: Tensor = _combine(
-        base_TD, rows_ND, gates_N, token_ids_N, places.order_N, places.starts_T
+        base_TD.contiguous(),
+        rows_ND.contiguous(),
+        gates_N,
+        token_ids_N,
+        places.order_N,
+        places.starts_T,
     )
     return result
 
@@ -64,7 +69,9 @@ def sum_by_expert(
 
     Gradient: reaches the tokens.  Sync: none.
     """
-    result: Tensor = _sum_by_expert(tokens_TD, token_ids_N, ends_E, places.order_N, places.starts_T)
+    result: Tensor = _sum_by_expert(
+        tokens_TD.contiguous(), token_ids_N, ends_E, places.order_N, places.starts_T
+    )
     return result
 
 

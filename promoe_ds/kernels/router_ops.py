@@ -22,7 +22,7 @@ def cosine(tokens_TD: Tensor, keys_ED: Tensor) -> Tensor:
 
     Gradient: reaches tokens and keys.  Sync: none.
     """
-    cosines: Tensor = _cosine(tokens_TD, keys_ED)[0]
+    cosines: Tensor = _cosine(tokens_TD.contiguous(), keys_ED.contiguous())[0]
     return cosines
 
 

@@ -22,10 +22,12 @@ def pages_of_a_second_block(variables: dict[str, str]) -> tuple[bool, float]:
     os.environ.update(variables)
     is_kept = keep_freed_memory()
     torch.ones(BYTES, dtype=torch.uint8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(BYTES, dtype=torch.uint8)
-    cleared = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    return is_kept, cleared * resource.getpagesize() / BYTES
+    cleared = []
+    for _ in range(5):  # a kernel short of memory may take pages back between two of them
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(BYTES, dtype=torch.uint8)
+        cleared.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return is_kept, min(cleared) * resource.getpagesize() / BYTES
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")

@@ -12,7 +12,7 @@ from promoe_ds.condition import ClassCondition
 from promoe_ds.routing import partition_samples
 
 from ..builders import METHODS, random_tensor
-from ..model.test_methods import NULL, make_network
+from ..model.test_methods import NULL, denoise, make_network
 
 pytest.importorskip("triton", reason="needs triton: pip install triton")
 
@@ -63,3 +63,25 @@ def test_fused_layer_equals_the_plain_one(case, dtype, labels) -> None:
         scale = max([1.0, *value.float().abs().flatten().tolist()])
         difference = (fused[name].float() - value.float()).abs().flatten().tolist()
         assert max(difference, default=0.0) <= TOLERANCE[dtype] * scale, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fused_network_equals_the_plain_one(case) -> None:
+    """Blocks and layers, on tokens whose memory is laid out as the patch embedding leaves it."""
+    results = []
+    for kernels in ("eager", "triton"):
+        routing = dict(CASES[case])
+        network = make_network(
+            routing.pop("method"), routing=routing, parallel={"kernels": kernels}
+        ).train()
+        output = denoise(network, [1, NULL, 4])
+        losses = [loss for plan in output.plans.values() for loss in plan.aux_losses.values()]
+        total = (output.prediction_BZHW * 2.0).square().sum() + sum(each.sum() for each in losses)
+        total.backward()
+        gradients = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+        results.append({"loss": total.detach(), **gradients})
+    plain, fused = results
+    assert fused.keys() == plain.keys()
+    for name, value in plain.items():
+        difference = (fused[name] - value).norm() / value.norm().clamp_min(1e-3)
+        assert difference < 1e-3, name
