@@ -143,7 +143,7 @@ def _answers(default: Any) -> dict[str, Any]:
 
 
 def _tensor(make: Any, *values: Any, **options: Any) -> Any:
-    """Make a tensor on the host, then copy it; a thread of the backward pass must be told, too."""
+    """Make a tensor on the host, then copy it: a rule that threads of the backward pass need."""
     import torch
 
     torch._C._set_only_lift_cpu_tensors(True)

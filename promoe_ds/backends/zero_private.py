@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -43,8 +43,14 @@ class UpdateGate:
         self._optimizer.overflow = self._skip
 
 
-#: What `DeviceGate._step` takes of ZeRO's own step.
+_STAGE: Any = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+#: What `DeviceGate` takes of a step of ZeRO.
 _OF_A_STEP = (
+    "_global_grad_norm",
+    "clip_grad",
+    "get_grad_norm_direct",
+    "independent_gradient_partition_epilogue",
+    "unscale_and_clip_grads",
     "all_grad_tensors",
     "allgather_bucket_size",
     "averaged_gradients",
@@ -64,6 +70,18 @@ _OF_A_STEP = (
 )
 
 
+class FlatUpdate(Protocol):
+    """What updates the flat weights of a parameter group, see `train.ema.FusedUpdate`."""
+
+    def is_ready(self) -> bool:
+        """Whether all state exists."""
+
+    def __call__(
+        self, group: int, grad_N: Tensor, out_N: Tensor, is_bad: Tensor, divisor: Tensor
+    ) -> None:
+        """Update a group and write its weights to `out_N`."""
+
+
 class DeviceGate:
     """Decides on the device about updates under ZeRO 1 and 2, and clips: torch's fused AdamW reads
     both there.
@@ -72,34 +90,22 @@ class DeviceGate:
     device; none of it is left.
     """
 
-    def __init__(self, zero_optimizer: Any, update: Any = None) -> None:
+    def __init__(self, zero_optimizer: Any, update: FlatUpdate | None = None) -> None:
         """Answer for a ZeRO 1 or 2 optimizer, whose state is on the device, from now on.
 
         Args:
-            update: a `FusedUpdate` that updates the weights wherever it is ready; None: AdamW does.
+            update: updates the weights in place of AdamW wherever it is ready.
         """
-        self._update = update
-        names = ("check_grad_overflow", "clip_grad", "dp_process_group", "overlap_comm")
-        methods = (
-            "get_grad_norm_direct",
-            "unscale_and_clip_grads",
-            "independent_gradient_partition_epilogue",
-        )
-        for name in (*names, *methods, "_global_grad_norm"):
+        for name in (*_OF_A_STEP, "check_grad_overflow", "dp_process_group", "overlap_comm"):
             read_private(zero_optimizer, name)
-        self._zero, self._adam = zero_optimizer, read_private(zero_optimizer, "optimizer")
-        self._device = read_private(zero_optimizer, "device")
-        self._is_bad = torch.zeros((), device=self._device)
+        self._zero, self._update = zero_optimizer, update
+        self._adam = read_private(zero_optimizer, "optimizer")
+        self._is_bad = torch.zeros((), device=read_private(zero_optimizer, "device"))
         self._was_asked = False
         zero_optimizer.check_grad_overflow = False
         zero_optimizer.get_grad_norm_direct = self._norm
         zero_optimizer.unscale_and_clip_grads = self._scale
-        if update is not None:
-            for name in _OF_A_STEP:
-                read_private(zero_optimizer, name)
-            self._plain_step, zero_optimizer.step = zero_optimizer.step, self._step
-        stage: Any = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
-        stage.is_invalid_grad_norm = lambda norm: False  # `_scale` looks, on the device
+        self._plain_step, zero_optimizer.step = zero_optimizer.step, self._step
         if zero_optimizer.overlap_comm:
             finish = zero_optimizer.independent_gradient_partition_epilogue
             zero_optimizer.independent_gradient_partition_epilogue = partial(self._finish, finish)
@@ -135,11 +141,18 @@ class DeviceGate:
             self._adam.grad_scale = ((norm + 1e-6) / self._zero.clip_grad).clamp(min=1.0)
 
     def _step(self, closure: Any = None) -> None:
-        """Do what ZeRO's step does, without its copies of gradients and weights in other dtypes."""
-        zero = self._zero
-        if not self._update.is_ready():
-            self._plain_step(closure)
+        """Step as ZeRO does; with `update`, without its copies of gradients and weights in other
+        dtypes.
+        """
+        if self._update is None or not self._update.is_ready():
+            # ZeRO would read the norm; `_scale` looks at it on the device.
+            reading, _STAGE.is_invalid_grad_norm = _STAGE.is_invalid_grad_norm, lambda norm: False
+            try:
+                self._plain_step(closure)
+            finally:
+                _STAGE.is_invalid_grad_norm = reading
             return
+        zero = self._zero
         zero.micro_step_id, zero.overflow = -1, False  # as ZeRO begins a step
         zero._global_grad_norm = zero.scaled_global_norm()
         self._scale(None, zero._global_grad_norm)
@@ -154,8 +167,7 @@ class DeviceGate:
             for parameters in (zero.params_in_partition, zero.params_not_in_partition):
                 zero.free_grad_in_param_list(parameters[group])
             zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
-        zero_utils = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
-        zero_utils.all_gather_dp_groups(
+        _STAGE.all_gather_dp_groups(
             groups_flat=zero.bit16_groups_flat,
             partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
             dp_process_group=zero.real_dp_process_group,

@@ -65,7 +65,7 @@ class DistributedContext:
         """Return the sum of the ranks' float64 arrays of one shape."""
         if self.world_size == 1:
             return values
-        # Training on GPUs has nccl alone, which moves what lies there.
+        # Training on GPUs has nccl alone, which moves what is there.
         device = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
         total = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(device)
         dist.all_reduce(total)
@@ -112,7 +112,7 @@ def single_process(device: torch.device | str = "cpu") -> DistributedContext:
 def join_processes(
     device: str | None = None, *, timeout_seconds: float = 1800.0
 ) -> DistributedContext:
-    """Join the job that the launcher started: gloo for what lies in memory, nccl for what lies on
+    """Join the job that the launcher started: gloo for what is in memory, nccl for what is on
     GPUs.
 
     Args:

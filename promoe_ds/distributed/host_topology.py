@@ -35,11 +35,11 @@ def check_placement(
     if problem and required:
         raise ConfigError(f"parallel.expert_groups=node: {problem}")
     if context.is_main and dist.get_world_size(group) > 1:
-        _LOG.warning("%s", problem) if problem else _LOG.info("every expert group lies on one host")
+        _LOG.warning("%s", problem) if problem else _LOG.info("every expert group is on one host")
 
 
 def spanning_problem(hosts: Sequence[str], groups: Sequence[Sequence[int]]) -> str:
-    """Return "" if each group of ranks lies on one host, else the first that does not, and what to
+    """Return "" if each group of ranks is on one host, else the first that does not, and what to
     change.
 
     Args:

@@ -28,7 +28,7 @@ def share_in_manifold(
     """Return the share of images that lie in the manifold of a set: precision, for samples in the
     reference's manifold; recall, for reference images in the samples'.
 
-    An image lies in a manifold if it is within, or on, the sphere of any of its members, which
+    An image is in a manifold if it is within, or on, the sphere of any of its members, which
     reaches to the member's `neighbours`-th nearest other member. Each rank takes a share of the
     rows; all call this together.
     Source: Kynkäänniemi et al., Eq. 1-3; ADM: the same, distances in half precision where they stay

@@ -17,14 +17,8 @@ def bias_gelu(pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor) -> Tensor:
     """Return gelu_tanh(pre + bias of the row's expert), (R, F); without gradient, see
     `bias_gelu_backward`.
     """
-    from promoe_ds.kernels import programs
-
     out = torch.empty_like(pre_RF)
-    rows, width = pre_RF.shape
-    if rows:
-        programs.bias_gelu[_blocks(rows, width)](
-            pre_RF, bias_EF, ends_E, out, rows, F=width, E=len(ends_E), ROWS=ROWS, BLOCK=COLUMNS
-        )
+    _add_bias(pre_RF, bias_EF, ends_E, out, has_gelu=True)
     return out
 
 
@@ -64,13 +58,7 @@ def _(grad_RF, pre_RF, bias_EF, ends_E):
 @torch.library.custom_op(f"{LIBRARY}::add_bias", mutates_args=("rows_RF",))
 def add_bias(rows_RF: Tensor, bias_EF: Tensor, ends_E: Tensor) -> None:
     """Add to each row the bias of its expert, in place."""
-    from promoe_ds.kernels import programs
-
-    rows, width = rows_RF.shape
-    if rows:
-        programs.add_bias[_blocks(rows, width)](
-            rows_RF, bias_EF, ends_E, rows, F=width, E=len(ends_E), ROWS=ROWS, BLOCK=COLUMNS
-        )
+    _add_bias(rows_RF, bias_EF, ends_E, rows_RF, has_gelu=False)
 
 
 @add_bias.register_fake
@@ -89,5 +77,22 @@ def _(rows_ND, ends_E):
     return rows_ND.new_empty(len(ends_E), rows_ND.shape[1])
 
 
-def _blocks(rows: int, columns: int) -> tuple[int, int]:
-    return -(-rows // ROWS), -(-columns // COLUMNS)
+def _add_bias(
+    pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor, out_RF: Tensor, *, has_gelu: bool
+) -> None:
+    from promoe_ds.kernels import programs
+
+    rows, width = pre_RF.shape
+    if rows:
+        programs.add_bias[(-(-rows // ROWS), -(-width // COLUMNS))](
+            pre_RF,
+            bias_EF,
+            ends_E,
+            out_RF,
+            rows,
+            F=width,
+            E=len(ends_E),
+            ROWS=ROWS,
+            BLOCK=COLUMNS,
+            HAS_GELU=has_gelu,
+        )

@@ -83,7 +83,7 @@ def combine_backward(
 
 
 @triton.jit
-def bias_gelu(
+def add_bias(
     pre_RF,
     bias_EF,
     ends_E,
@@ -93,8 +93,11 @@ def bias_gelu(
     E: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_GELU: tl.constexpr,
 ):
-    """out = gelu_tanh(pre + bias of the row's expert). One program a block of rows and columns."""
+    """out = pre + bias of the row's expert, or gelu_tanh of it; out may be pre. One program a block
+    of rows and columns.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     expert = _expert_of(row, ends_E, E)
@@ -103,8 +106,9 @@ def bias_gelu(
     value = tl.load(pre_RF + at, mask=inside, other=0.0).to(tl.float32)
     bias_at = bias_EF + expert[:, None] * F + column[None, :]
     value += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)
-    result, _ = _gelu_tanh(value)
-    tl.store(out_RF + at, result.to(out_RF.dtype.element_ty), mask=inside)
+    if HAS_GELU:
+        value, _ = _gelu_tanh(value)
+    tl.store(out_RF + at, value.to(out_RF.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -140,29 +144,6 @@ def bias_gelu_backward(
         total += tl.sum(tl.where(inside, grad, 0.0), 0)
     total = total.to(grad_bias_EF.dtype.element_ty)
     tl.store(grad_bias_EF + expert * F + column, total, mask=within)
-
-
-@triton.jit
-def add_bias(
-    rows_RF,
-    bias_EF,
-    ends_E,
-    R,
-    F: tl.constexpr,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """rows += bias of the row's expert, in place. One program a block of rows and columns."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    expert = _expert_of(row, ends_E, E)
-    inside = (row < R)[:, None] & (column < F)[None, :]
-    at = row[:, None] * F + column[None, :]
-    value = tl.load(rows_RF + at, mask=inside, other=0.0).to(tl.float32)
-    bias_at = bias_EF + expert[:, None] * F + column[None, :]
-    value += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(rows_RF + at, value.to(rows_RF.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -18,8 +18,8 @@ from promoe_ds.launch.attempt import Outcome
 from promoe_ds.launch.heartbeat import RankStatus, read_rank_statuses
 from promoe_ds.launch.hostfile import Host, read_hostfile
 
-#: Signs of life further apart than this, three of them and the hosts' clocks, have an order.
-_SILENCE_SECONDS = 40.0
+#: Last signs of life that are further apart than this, three of a rank's, have an order.
+_SILENCE_SECONDS = 60.0
 #: What another attempt may fix; with any other code it would fail again (configuration, data, ...).
 _WORTH_A_RESTART = {1, PeerError.exit_code, StalledError.exit_code, OrphanedError.exit_code}
 

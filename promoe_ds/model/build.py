@@ -47,7 +47,7 @@ def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:
     shared = routing.num_shared_experts * config.shared_expert_width
     unconditional = routing.num_unconditional_experts * config.expert_width
     backend: str = config.expert_backend
-    if backend == "grouped_mm":  # a fixed one stays, and `auto` still depends on device and dtype
+    if backend == "grouped_mm":  # allowed by the widths; `auto` also depends on device and dtype
         backend = config.parallel.expert_backend
     return MoELayer(
         router=build_router(config, block),

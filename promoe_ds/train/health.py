@@ -28,9 +28,8 @@ class HealthWatch:
     number stored.
     """
 
-    def __init__(self, network: nn.Module, context: DistributedContext) -> None:
+    def __init__(self, network: nn.Module) -> None:
         """Hook every trainable parameter of `network`."""
-        self._context = context
         trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in trainable]
         self._start()

@@ -52,7 +52,7 @@ def open_trackers(
     """Return the trackers that a run asks for; one that cannot start is left out with a warning.
 
     Args:
-        wandb_id: of the checkpoint that the run goes on from, "" where there is none.
+        wandb_id: of the checkpoint that the run resumes from, "" where there is none.
     Raises: ConfigError if one is asked for and its library is missing.
     """
     openers: dict[str, Callable[[], _TensorBoard | _Wandb | None]] = {

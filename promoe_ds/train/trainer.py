@@ -30,7 +30,8 @@ from promoe_ds.data import LatentDataset
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.host_memory import keep_freed_memory
 from promoe_ds.distributed.host_topology import check_placement
-from promoe_ds.kernels.choice import uses_triton
+from promoe_ds.errors import ConfigError
+from promoe_ds.kernels.choice import can_run, uses_triton
 from promoe_ds.logs import get_logger
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.dit import DiT
@@ -77,6 +78,12 @@ class Trainer:
         uses_apex = config.optimizer.implementation == "apex"
         if uses_apex:
             check_apex(context.device, offloads=deepspeed_plan.offloads)
+        if config.parallel.kernels == "triton" and not can_run(context.device):
+            raise ConfigError(
+                f"parallel.kernels=triton needs Triton and a GPU, and this process computes on"
+                f" {context.device.type}: install triton (CUDA builds of torch bring it) and use a"
+                " GPU, or set parallel.kernels=auto"
+            )
         self.config, self.deepspeed_plan, self.context = config, deepspeed_plan, context
         self.dataset, self.batches = dataset, plan_batches(config, context.world_size)
         has_zero, is_alone = deepspeed_plan.zero_stage > 0, context.world_size == 1
@@ -108,7 +115,7 @@ class Trainer:
             self._device_gate = DeviceGate(self.engine.optimizer, update)
         #: How many results may be unread while training continues.
         self.results_behind = int(on_device)
-        self._health = HealthWatch(self.module, context)
+        self._health = HealthWatch(self.module)
         self.routing = RoutingAccumulator(config, network, context)
         self._router_state = RouterState(network)
         give_superclasses(network, config)

@@ -20,7 +20,7 @@ _LOG = get_logger("watchdog")
 _POLL_SECONDS = 0.5
 #: Between two signs of life in a rank's status: of ranks that end without one, the first to fall
 #: silent is the one that the others waited for.
-SIGN_OF_LIFE_SECONDS = 10.0
+SIGN_OF_LIFE_SECONDS = 20.0
 #: The threads need the interpreter; the C library ends a rank that blocks even that, so much later.
 _LAST_RESORT_SECONDS = 30.0
 

@@ -11,9 +11,34 @@ import pytest
 
 from .jobs import Job, assert_same_state, metrics, run_jobs
 
-SHORT = ("parallel.ep_size=2", "train.max_steps=6", "train.log_every=3")
+#: Two passes a step; small, since Triton's interpreter is slow.
+SHORT = (
+    "model.depth=2",
+    "parallel.ep_size=2",
+    "train.max_steps=4",
+    "train.log_every=2",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+)
 KINDS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 CLIPPED = ("optimizer.max_grad_norm=0.5", "optimizer.ema_sigma_rels=[0.1]")
+FUSED = "parallel.kernels=triton"
+THREE = "train.stop_after_steps=3"
+#: What is compared with the run in which the host decides -> its ZeRO stage and settings.
+ALIKE = {
+    "device": (2, ()),
+    "device, ZeRO 1": (1, ()),
+    "fused": (2, (FUSED,)),
+    "fused, ZeRO 1": (1, (FUSED,)),
+}
+
+
+#: Runs whose last step is not finite -> their recipe and settings; DiffMoE's routers have a state.
+SKIPPED = {
+    "skipped": ("digits_promoe", ()),
+    "skipped, fused": ("digits_promoe", (FUSED,)),
+    "skipped, thresholds": ("digits_diffmoe", ()),
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,43 +53,56 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]
             **options,
         )
 
-    poisoned = {"kind": "gradient", "rank": 1}
+    bad = {"kind": "gradient", "rank": 1, "calls": [6]}
     jobs = [
-        job("device", *CLIPPED),
         job("host", *CLIPPED, on_device=False),
-        job("fused", *CLIPPED, "parallel.kernels=triton"),
-        job("thresholds", recipe="digits_diffmoe", fault={**poisoned, "calls": [5]}),
-        job("five_thresholds", "train.stop_after_steps=5", recipe="digits_diffmoe"),
-        job("skipped", fault={**poisoned, "calls": [5]}),
-        job("five", "train.stop_after_steps=5"),
-        job("stopped", "train.max_nonfinite_steps=2", fault={**poisoned, "calls": [1, 2]}),
+        *(job(name, *CLIPPED, *more, zero_stage=z) for name, (z, more) in ALIKE.items()),
+        job("host, bf16", on_device=False, bf16=True),
+        job("fused, bf16", FUSED, bf16=True),
+        job("in two", *CLIPPED, FUSED, "train.stop_after_steps=2"),
+        job("in two", *CLIPPED, FUSED),
+        *(job(f"three {name}", THREE, *more, recipe=r) for name, (r, more) in SKIPPED.items()),
+        *(job(name, *more, recipe=r, fault=bad) for name, (r, more) in SKIPPED.items()),
+        job(
+            "stopped",
+            "train.max_nonfinite_steps=2",
+            fault={"kind": "gradient", "rank": 1, "calls": [2, 4]},
+        ),
     ]
     errors = run_jobs(2, jobs, folder)
     return {job.run_dir.name: (job.run_dir, error) for job, error in zip(jobs, errors, strict=True)}
 
 
-def test_device_and_host_train_alike_with_clipping_and_both_kinds_of_averages(runs) -> None:
+@pytest.mark.parametrize("name", ALIKE)
+def test_device_and_host_train_alike_with_clipping_and_both_kinds_of_averages(runs, name) -> None:
     """They differ by the norm, which the device takes in fp32."""
-    lines = [metrics(runs[name][0]) for name in ("device", "fused", "host")]
-    assert [len(each) for each in lines] == [2, 2, 2]
-    for *on_device, host in zip(*lines, strict=True):
-        for one in on_device:
-            assert one["grad_norm"] == pytest.approx(host["grad_norm"], rel=1e-5)
-            assert one["grad_norm"] > 0.5, "clipping was never active"
-            assert one["loss"] == pytest.approx(host["loss"], rel=1e-5)
+    found, expected = metrics(runs[name][0]), metrics(runs["host"][0])
+    assert [line["step"] for line in found] == [2, 4]
+    for one, host in zip(found, expected, strict=True):
+        assert one["grad_norm"] == pytest.approx(host["grad_norm"], rel=1e-5)
+        assert one["grad_norm"] > 0.5, "clipping was never active"
+        assert one["loss"] == pytest.approx(host["loss"], rel=1e-5)
     states = [*KINDS, "ema_power_0.1"]
-    for name in ("device", "fused"):
-        assert_same_state(runs["host"][0], runs[name][0], *states, rtol=1e-4, atol=1e-5)
+    assert_same_state(runs["host"][0], runs[name][0], *states, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("skipped", "before"), [("skipped", "five"), ("thresholds", "five_thresholds")]
-)
-def test_step_that_is_not_finite_changes_nothing_anywhere(runs, skipped, before) -> None:
-    folder, error = runs[skipped]
+def test_fused_update_of_bf16_weights_is_near_the_plain_one(runs) -> None:
+    found, expected = metrics(runs["fused, bf16"][0]), metrics(runs["host, bf16"][0])
+    for one, host in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(host["loss"], rel=0.02)
+
+
+def test_fused_update_resumes_exactly(runs) -> None:
+    assert_same_state(runs["fused"][0], runs["in two"][0], *KINDS, "ema_power_0.1")
+    assert metrics(runs["in two"][0])[-1]["loss"] == metrics(runs["fused"][0])[-1]["loss"]
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_step_that_is_not_finite_changes_nothing_anywhere(runs, name) -> None:
+    folder, error = runs[name]
     assert error == "" and metrics(folder)[-1]["grad_norm"] is None
-    assert_same_state(runs[before][0], folder, *KINDS)
-    pattern = r"step 5: rank 1: the gradient of denoiser.final_layer.linear.(weight|bias) is not"
+    assert_same_state(runs[f"three {name}"][0], folder, *KINDS)
+    pattern = r"step 3: rank 1: the gradient of denoiser.final_layer.linear.(weight|bias) is not"
     assert re.search(pattern, (folder / "train.log").read_text())
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from promoe_ds.backends.apex import INSTALL, build_apex_adam, check_apex
+from promoe_ds.checkpoint.torch_file import load_torch
 from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.errors import ConfigError
 from promoe_ds.train.ema import Ema
@@ -203,6 +204,6 @@ def test_a_run_with_apex_leaves_decisions_to_the_host(tmp_path, monkeypatch) -> 
         stop_distributed()
         forget_expert_groups()
     (file,) = (tmp_path / "run/checkpoints/step_0000002").glob("*zero_pp_rank_0_*optim_states.pt")
-    state = torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]
+    state = load_torch(file)["optimizer_state_dict"]["base_optimizer_state"]
     assert [set(one) for one in state["state"].values()] == [STATE] * len(state["state"])
     assert {int(one["step"]) for one in state["state"].values()} == {2}

@@ -22,7 +22,6 @@ from promoe_ds.launch.shutdown import RANK_SIGNALS, EarlySignals
 from promoe_ds.train import watchdog
 from promoe_ds.train.health import HealthWatch, agree
 from promoe_ds.train.supervisor import Supervisor, supervised
-from tests.unit.ranks import ONE_RANK
 
 REPOSITORY = Path(__file__).parents[3]
 #: A rank that is set up, makes one step and then does what `body` says.
@@ -241,7 +240,7 @@ def test_shutdown_request_of_another_rank_is_agreed_with_the_health_of_a_step(mo
         tensor[1] = 1  # another rank requests a shutdown
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    watch = HealthWatch(nn.Linear(2, 1), ONE_RANK)
+    watch = HealthWatch(nn.Linear(2, 1))
     watch.see_loss(torch.ones(()))
     is_bad = watch.end_step().is_bad()
     assert agree(is_bad, False).tolist() == [0, 1]
