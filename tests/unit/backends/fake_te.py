@@ -69,7 +69,10 @@ class _Base(nn.Module):
 
 def _make_layers(state: _State) -> tuple[type, ...]:
     """Return the library's layers, which note what they are given in `state`."""
+    return _make_linear(state), _make_norm(state), _make_grouped(state)
 
+
+def _make_linear(state: _State) -> type:
     class Linear(_Base):
         def __init__(
             self,
@@ -92,6 +95,10 @@ def _make_layers(state: _State) -> tuple[type, ...]:
             inp = state.check("linear", inp, [inp.shape[0]])
             return F.linear(inp, self.weight, self.bias if self.bias.numel() else None)
 
+    return Linear
+
+
+def _make_norm(state: _State) -> type:
     class LayerNorm(_Base):
         def __init__(self, normalized_shape: int, eps: float = 1e-5, device: str = "cuda") -> None:
             super().__init__()
@@ -104,6 +111,10 @@ def _make_layers(state: _State) -> tuple[type, ...]:
             state.rows.append(("norm", inp.shape[0]))
             return F.layer_norm(inp, self.shape, self.weight, self.bias, self.eps)
 
+    return LayerNorm
+
+
+def _make_grouped(state: _State) -> type:
     class GroupedLinear(_Base):
         def __init__(
             self,
@@ -138,7 +149,7 @@ def _make_layers(state: _State) -> tuple[type, ...]:
                 ]
             )
 
-    return Linear, LayerNorm, GroupedLinear
+    return GroupedLinear
 
 
 def _make_autocast(state: _State) -> Any:

@@ -149,3 +149,22 @@ def mean_similarity(prototypes: Matrix) -> float:
         cosine(a, b) for i, a in enumerate(prototypes) for j, b in enumerate(prototypes) if i != j
     ]
     return sum(pairs) / len(pairs) if pairs else 0.0
+
+
+def similarity_loss(probabilities: Matrix, chosen: list[list[bool]], experts: int) -> float:
+    """Expert Race's router similarity loss: sum over i, j of W_ij * (P^T P)_ij / T."""
+    tokens = len(probabilities)
+    joint = [
+        [sum(row[i] and row[j] for row in chosen) for j in range(experts)] for i in range(experts)
+    ]
+    load = sum(joint[i][i] for i in range(experts))
+    pairs = sum(joint[i][j] for i in range(experts) for j in range(experts) if i != j)
+    total = 0.0
+    for i in range(experts):
+        for j in range(experts):
+            similarity = sum(row[i] * row[j] for row in probabilities) / tokens if tokens else 0.0
+            if i == j and load:
+                total += experts * joint[i][i] / load * similarity
+            if i != j and pairs:
+                total += (experts**2 - experts) * joint[i][j] / pairs * similarity
+    return total

@@ -268,7 +268,7 @@ def expert_race(batch: Batch, state: State, settings: RoutingConfig, training: b
     rows = [(pool[i][0], expert, score) for i, expert, score in winners]
     won = {pair[:2] for pair in winners}
     chosen = [[(i, expert) in won for expert in range(experts)] for i in range(len(pool))]
-    loss = similarity_loss([oracles.softmax(row) for row in logits], chosen, experts)
+    loss = oracles.similarity_loss([oracles.softmax(row) for row in logits], chosen, experts)
     head = state["target_head.weight"], state["target_head.bias"]
     target = [
         [oracles.linear(hidden(token), *head) for token in sample] for sample in batch.samples
@@ -276,25 +276,6 @@ def expert_race(batch: Batch, state: State, settings: RoutingConfig, training: b
     observation = [winners[-1][2], 1.0] if winners else [0.0, 0.0]
     losses = {"similarity": settings.similarity_weight * loss}
     return Expected(rows, losses if settings.similarity_weight else {}, observation, target)
-
-
-def similarity_loss(probabilities: Matrix, chosen: list[list[bool]], experts: int) -> float:
-    """Expert Race's router similarity loss: sum over i, j of W_ij * (P^T P)_ij / T."""
-    tokens = len(probabilities)
-    joint = [
-        [sum(row[i] and row[j] for row in chosen) for j in range(experts)] for i in range(experts)
-    ]
-    load = sum(joint[i][i] for i in range(experts))
-    pairs = sum(joint[i][j] for i in range(experts) for j in range(experts) if i != j)
-    total = 0.0
-    for i in range(experts):
-        for j in range(experts):
-            similarity = sum(row[i] * row[j] for row in probabilities) / tokens if tokens else 0.0
-            if i == j and load:
-                total += experts * joint[i][i] / load * similarity
-            if i != j and pairs:
-                total += (experts**2 - experts) * joint[i][j] / pairs * similarity
-    return total
 
 
 def classification(batch: Batch, state: State, settings: RoutingConfig, training: bool) -> Expected:
