@@ -47,7 +47,7 @@ class ParallelConfig(Section):
         "any", description="node: refuse an expert group that spans hosts"
     )
     kernels: Literal["auto", "eager", "triton"] = Field(
-        "auto", description="of the MoE layers; auto: triton for bf16 on a GPU that has Triton"
+        "auto", description="MoE layers, norms, update; auto: triton for bf16 on GPUs with Triton"
     )
     expert_backend: Literal["auto", "grouped_mm", "loop"] = Field(
         "auto", description="auto: grouped_mm where the widths and, on a GPU, its kernels allow it"
