@@ -1,7 +1,7 @@
 """What samples are conditioned on: one frozen value on its way from the data to the router.
 
 Routing asks for `is_null_B` alone, the network's `ConditionEmbedding` for what is inside. Letters:
-B images.
+B images, L tokens of a text, C width of an encoded text.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -50,8 +51,16 @@ class Condition(ABC):
         """
 
     @abstractmethod
+    def _joined(self, others: Sequence[Self]) -> Self:
+        """Return this condition and others of its kind behind it, `num_null` left out."""
+
     def cat(self, others: Sequence[Self]) -> Self:
         """Return this condition and others of its kind behind it, as one."""
+        counts = [each.num_null for each in (self, *others)]
+        known = [count for count in counts if count is not None]
+        return replace(
+            self._joined(others), num_null=sum(known) if len(known) == len(counts) else None
+        )
 
     def null_like(self) -> Self:
         """Return as many samples, all null."""
@@ -103,12 +112,106 @@ class ClassCondition(Condition):
         """Return the labels with a function applied."""
         return ClassCondition(function(self.labels_B), self.null_label)
 
-    def cat(self, others: Sequence[ClassCondition]) -> ClassCondition:
-        """Return these labels and the others'."""
-        counts = [each.num_null for each in (self, *others)]
-        known = [count for count in counts if count is not None]
-        return ClassCondition(
-            torch.cat([self.labels_B, *(each.labels_B for each in others)]),
-            self.null_label,
-            num_null=sum(known) if len(known) == len(counts) else None,
+    def _joined(self, others: Sequence[ClassCondition]) -> ClassCondition:
+        labels = [each.labels_B for each in (self, *others)]
+        return ClassCondition(torch.cat(labels), self.null_label)
+
+
+@dataclass(frozen=True)
+class EmptyText:
+    """What the encoder makes of the empty text: the null condition."""
+
+    tokens_LC: Tensor
+    pooled_C: Tensor
+
+
+@dataclass(frozen=True)
+class TextCondition(Condition):
+    """An encoded text a sample; a sample is null where its text is empty or was dropped.
+
+    A negative prompt is not null: it is a text.
+    """
+
+    #: The encoder's states, any float dtype; zero behind a text's end.
+    tokens_BLC: Tensor
+    #: Which of them are tokens, bool; at least one a sample.
+    mask_BL: Tensor
+    #: One vector for the whole text; its width may differ from the states'.
+    pooled_BC: Tensor
+    #: Which texts are empty, bool.
+    null_B: Tensor
+    empty: EmptyText
+    #: int64 in 0 ... num_groups, the last of which is null; None where texts have no groups.
+    groups_B: Tensor | None = None
+    num_groups: int = 0
+
+    @property
+    def is_null_B(self) -> Tensor:
+        """Which texts are empty."""
+        return self.null_B
+
+    @property
+    def group_B(self) -> Tensor | None:
+        """Return the groups of the texts."""
+        return self.groups_B
+
+    def __len__(self) -> int:
+        return len(self.pooled_BC)
+
+    def drop(self, mask_B: Tensor) -> TextCondition:
+        """Return the texts with the masked ones empty."""
+        padded = self._padded(max(self.mask_BL.shape[1], len(self.empty.tokens_LC)))
+        empty = F.pad(
+            self.empty.tokens_LC, (0, 0, 0, padded.mask_BL.shape[1] - len(self.empty.tokens_LC))
+        )
+        is_token = torch.arange(len(empty), device=mask_B.device) < len(self.empty.tokens_LC)
+        return replace(
+            padded,
+            tokens_BLC=torch.where(mask_B[:, None, None], empty, padded.tokens_BLC),
+            mask_BL=torch.where(mask_B[:, None], is_token, padded.mask_BL),
+            pooled_BC=torch.where(mask_B[:, None], self.empty.pooled_C, self.pooled_BC),
+            null_B=self.null_B | mask_B,
+            groups_B=self.groups_B
+            if self.groups_B is None
+            else torch.where(mask_B, self.num_groups, self.groups_B),
+            num_null=None,
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TextCondition:
+        """Return the texts with a function applied to each tensor of B rows."""
+        return replace(
+            self,
+            tokens_BLC=function(self.tokens_BLC),
+            mask_BL=function(self.mask_BL),
+            pooled_BC=function(self.pooled_BC),
+            null_B=function(self.null_B),
+            groups_B=None if self.groups_B is None else function(self.groups_B),
+            num_null=None,
+        )
+
+    def moved(self, function: Callable[[Tensor], Tensor]) -> TextCondition:
+        """Return the same texts elsewhere, the empty one with them."""
+        empty = EmptyText(function(self.empty.tokens_LC), function(self.empty.pooled_C))
+        return replace(super().moved(function), empty=empty)
+
+    def _joined(self, others: Sequence[TextCondition]) -> TextCondition:
+        length = max(each.mask_BL.shape[1] for each in (self, *others))
+        parts = [each._padded(length) for each in (self, *others)]
+        groups = [each.groups_B for each in parts if each.groups_B is not None]
+        return replace(
+            self,
+            tokens_BLC=torch.cat([each.tokens_BLC for each in parts]),
+            mask_BL=torch.cat([each.mask_BL for each in parts]),
+            pooled_BC=torch.cat([each.pooled_BC for each in parts]),
+            null_B=torch.cat([each.null_B for each in parts]),
+            groups_B=torch.cat(groups) if len(groups) == len(parts) else None,
+        )
+
+    def _padded(self, length: int) -> TextCondition:
+        """Return the same texts with `length` places."""
+        more = length - self.mask_BL.shape[1]
+        return replace(
+            self,
+            tokens_BLC=F.pad(self.tokens_BLC, (0, 0, 0, more)),
+            mask_BL=F.pad(self.mask_BL, (0, more)),
         )

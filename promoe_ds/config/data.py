@@ -49,6 +49,16 @@ class DataConfig(Section):
             "by each rank and after each start"
         ),
     )
+    text_encoder: str | None = Field(
+        None,
+        description=(
+            "transformers text encoder: folder, hub id or fingerprint; what texts must be encoded"
+            " by, and what encodes prompts when sampling"
+        ),
+    )
+    caption_groups: int = Field(
+        0, ge=0, description="groups of captions that statistics count; 0: none are known"
+    )
     heldout_fraction: float = Field(0.2, gt=0, lt=1, description="of digits, never trained on")
     synthetic_samples: int = Field(4096, gt=0, description="length of the data set `synthetic`")
 

@@ -32,7 +32,21 @@ class ModelConfig(Section):
     learn_sigma: bool = Field(
         True, description="twice the channels out; the first half is the prediction"
     )
-    num_classes: int = Field(1000, gt=0, description="the null label is num_classes")
+    condition: Literal["class", "text"] = Field(
+        "class", description="what images are conditioned on: a label | an encoded text"
+    )
+    num_classes: int = Field(
+        1000, gt=0, description="the null label is num_classes; condition=class only"
+    )
+    text_width: int = Field(
+        384, gt=0, description="of the text encoder's states; condition=text only"
+    )
+    text_pooled_width: int | None = Field(
+        None, gt=0, description="of the encoder's vector of a whole text; text_width if left out"
+    )
+    text_length: int = Field(
+        64, gt=1, description="longest text in tokens, cut behind it; condition=text only"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -43,6 +57,11 @@ class ModelConfig(Section):
 
     def check(self) -> None:
         """Refuse fields that contradict each other."""
+        if self.condition == "text":
+            self.refuse_set("num_classes", use="condition=text")
+        else:
+            texts = "text_width", "text_pooled_width", "text_length"
+            self.refuse_set(*texts, use="condition=class")
         require(
             self.hidden_size % self.num_heads == 0,
             f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}",
@@ -60,6 +79,11 @@ class ModelConfig(Section):
     def null_label(self) -> int:
         """The label that means «no condition»."""
         return self.num_classes
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the vector of a whole text."""
+        return self.text_pooled_width or self.text_width
 
     @property
     def tokens_per_image(self) -> int:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from promoe_ds.condition import ClassCondition
+from promoe_ds.condition import ClassCondition, EmptyText, TextCondition
 
 
 def test_class_condition_drops_joins_and_selects() -> None:
@@ -26,3 +26,36 @@ def test_class_condition_drops_joins_and_selects() -> None:
     assert known.select(slice(2)).num_null is None, "a choice of samples has other ones"
     with pytest.raises(dataclasses.FrozenInstanceError):
         condition.labels_B = torch.zeros(3)
+
+
+def _texts(*lengths: int) -> TextCondition:
+    """Encoded texts of some lengths, width 2; the empty text has two tokens."""
+    longest = max(lengths)
+    tokens = torch.zeros(len(lengths), longest, 2)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    tokens[mask] = torch.arange(1.0, 1 + 2 * sum(lengths)).view(-1, 2)
+    empty = EmptyText(torch.full((2, 2), -1.0), torch.full((3,), -2.0))
+    return TextCondition(
+        tokens,
+        mask,
+        torch.ones(len(lengths), 3),
+        torch.zeros(len(lengths), dtype=torch.bool),
+        empty,
+        groups_B=torch.arange(len(lengths)),
+        num_groups=5,
+    )
+
+
+def test_text_condition_drops_joins_and_selects() -> None:
+    condition = _texts(1, 1)
+    dropped = condition.drop(torch.tensor([True, False]))
+    assert dropped.is_null_B.tolist() == [True, False] and dropped.group_B.tolist() == [5, 1]
+    assert dropped.tokens_BLC.tolist() == [[[-1, -1], [-1, -1]], [[3, 4], [0, 0]]]
+    assert dropped.mask_BL.tolist() == [[True, True], [True, False]]
+    assert dropped.pooled_BC.tolist() == [[-2] * 3, [1] * 3]
+    assert not condition.is_null_B.any() and dropped.counted().num_null == 1
+    both = _texts(3).cat([condition.counted().null_like()])
+    assert both.mask_BL.tolist() == [[True] * 3, [True, True, False], [True, True, False]]
+    assert both.select(torch.tensor([2, 0])).is_null_B.tolist() == [True, False]
+    moved = both.counted().to(torch.device("meta"))
+    assert moved.empty.tokens_LC.is_meta and moved.tokens_BLC.is_meta and moved.num_null == 2
