@@ -27,6 +27,7 @@ from promoe_ds.condition import Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.diffusion.guidance import Denoiser, guided
 from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, respaced_timesteps
+from promoe_ds.diffusion.rectified_flow import shifted
 from promoe_ds.randomness import generators
 
 #: How far below noise level 1 the multistep solvers start.
@@ -97,12 +98,8 @@ def sigma_schedule(steps: int) -> np.ndarray:
 
 
 def shifted_sigmas(steps: int, shift: float) -> np.ndarray:
-    """Return the noise levels of `steps` steps under a shift, applied once.
-
-    Source: Esser et al. (2024), Eq. 23.
-    """
-    sigmas = sigma_schedule(steps)
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    """Return the noise levels of `steps` steps under a shift, applied once."""
+    return shifted(sigma_schedule(steps), shift)
 
 
 def initial_noise(shape: Sequence[int], *, seed: int, indices: Sequence[int]) -> Tensor:

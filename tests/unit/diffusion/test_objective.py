@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -121,6 +122,35 @@ def test_sigma_is_logit_normal(mean: float, std: float) -> None:
     # deviation.
     assert logits.mean().item() == pytest.approx(mean, abs=0.08 * std)
     assert logits.std().item() == pytest.approx(std, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"noise_levels": "uniform"},
+        {"noise_levels": "mode"},
+        {"noise_levels": "mode", "mode_scale": -0.8},
+        {"noise_levels": "uniform", "train_shift": 3.0},
+        {"train_shift": 0.5},
+    ],
+)
+def test_sigma_has_the_quantiles_of_diffusers_density(given: dict[str, Any]) -> None:
+    draws = 4000
+    reference = compute_density_for_timestep_sampling(
+        {"uniform": "none"}.get(kind := given.get("noise_levels", "logit_normal"), kind),
+        100_000,
+        logit_mean=0.0,
+        logit_std=1.0,
+        mode_scale=given.get("mode_scale", 1.29),
+        generator=torch.Generator().manual_seed(0),
+    ).double()
+    shift = given.get("train_shift", 1.0)
+    reference = reference * shift / (1 + (shift - 1) * reference)
+    sigma = draw(range(draws), **given).sigma_B.double()
+    assert sigma.min() >= 0 and sigma.max() <= 1
+    # The distance of Kolmogorov and Smirnov exceeds this one time in 10,000.
+    below = torch.searchsorted(reference.sort().values, sigma.sort().values) / len(reference)
+    assert (below - torch.arange(draws) / draws).abs().max() < 2.3 / math.sqrt(draws)
 
 
 def test_label_dropout_has_its_rate_and_keeps_the_other_labels_and_draws() -> None:
