@@ -9,6 +9,7 @@ again, by hand or by a scheduler that repeats it, continues with what the run ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -57,7 +58,12 @@ class _Start(Struct, frozen=True):
     step: int
 
 
-def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) -> Choice:
+def choose_checkpoint(
+    request: str,
+    run_dir: Path,
+    ranks: DistributedContext,
+    find: Callable[[Path], list[Path]] = named_checkpoints,
+) -> Choice:
     """Resolve `--resume`; all ranks call this together.
 
     Checkpoints of the run's own that are later than the one it continues from are renamed: damaged,
@@ -65,6 +71,7 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
     Args:
         request: "none", "auto" (newest sound one of this run) or the path of a checkpoint or of a
             run directory.
+        find: returns the checkpoints that a path names, newest first; rank 0 calls it.
     Raises: CheckpointError if a path has no sound checkpoint, or one that this run does not stem
         from; or if the run must not start from step 0, because it has checkpoints of which none is
         sound, or was started from one by path.
@@ -85,7 +92,7 @@ def choose_checkpoint(request: str, run_dir: Path, ranks: DistributedContext) ->
             request,
         )
         return _continue_run(reached, root, ranks, start)
-    candidates = ranks.on_main(lambda: named_checkpoints(Path(request)), flag="--resume ")
+    candidates = ranks.on_main(lambda: find(Path(request)), flag="--resume ")
     folder = _newest_sound(candidates, ranks, request)
     if ranks.on_main(lambda: folder.resolve().parent == root.resolve()):
         ranks.on_main(lambda: _set_later_aside(root, read_manifest(folder).step))

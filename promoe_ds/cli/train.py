@@ -52,7 +52,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         default="auto",
-        help="auto (newest complete checkpoint of this run), none, or a path",
+        help=(
+            "auto (newest complete checkpoint of this run), none, or the path of a checkpoint, run,"
+            " export or published .pth, whose model may have other classes, size or experts"
+        ),
+    )
+    parser.add_argument(
+        "--label-map",
+        type=Path,
+        metavar="FILE",
+        help="with --resume PATH: YAML, new label: old label (or new), which rows classes keep",
     )
     parser.add_argument(
         "--fields",
@@ -119,6 +128,7 @@ def main(arguments: list[str]) -> None:
             deepspeed_plan=plan,
             run_dir=run_dir,
             resume=options.resume,
+            label_map=options.label_map,
             evaluate=evaluate,
         )
         train(asked, ranks, supervisor)

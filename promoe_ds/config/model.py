@@ -22,6 +22,14 @@ class ModelConfig(Section):
         None, description="fills the sizes left out"
     )
     input_size: int = Field(32, gt=0, description="height and width of a latent, in latent pixels")
+    position_scale: float = Field(
+        1.0,
+        gt=0,
+        description=(
+            "patch coordinates are multiplied by it: 0.5 keeps the positions of a model of half the"
+            " input_size"
+        ),
+    )
     patch_size: int = Field(2, gt=0, description="side of a patch, which is one token")
     in_channels: int = Field(4, gt=0, description="of a latent")
     hidden_size: int = Field(gt=0, description="width D")

@@ -20,7 +20,7 @@ from promoe_ds.model.embeddings import (
     LabelEmbedding,
     PatchEmbedding,
     TimestepEmbedding,
-    sincos_positions,
+    fixed_positions,
 )
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing.assignment import RoutingPlan
@@ -67,8 +67,7 @@ class DiT(nn.Module):
 
     def reset_positions(self) -> None:
         """(Re)compute the fixed position table, e.g. after materialising from the meta device."""
-        model = self.config.model
-        positions = sincos_positions(model.hidden_size, model.input_size // model.patch_size)
+        positions = fixed_positions(self.config.model)
         self.positions = positions.to(self.positions.device, self.positions.dtype)
 
     def moe_layers(self) -> dict[int, MoELayer]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.accounting import TIMESTEP_FREQUENCIES
+from promoe_ds.config.model import ModelConfig
 
 MAX_PERIOD = 10_000.0
 
@@ -29,24 +30,29 @@ class PatchEmbedding(nn.Module):
         return self.proj(latents_BZHW).flatten(2).transpose(1, 2)
 
 
-def sincos_positions(width: int, grid: int) -> Tensor:
+def sincos_positions(width: int, grid: int, scale: float = 1.0) -> Tensor:
     """Return fixed 2-D positions (grid * grid, width), fp32.
 
     Source: MAE / DiT; the half of `width` for the column comes first, then that for the row, each
     sin then cos.
     Args:
         width: a multiple of 4.
-        grid: patches per side.
+        grid: patches per side; scale: coordinates are multiplied by it.
     """
-    rows, columns = np.meshgrid(
-        np.arange(grid, dtype=np.float64), np.arange(grid, dtype=np.float64), indexing="ij"
-    )
+    places = np.arange(grid, dtype=np.float64) * scale
+    rows, columns = np.meshgrid(places, places, indexing="ij")
     omega = MAX_PERIOD ** -(np.arange(width // 4, dtype=np.float64) / (width / 4))
     halves = []
     for coordinate in (columns, rows):
         angles = coordinate.reshape(-1, 1) * omega
         halves += [np.sin(angles), np.cos(angles)]
     return torch.from_numpy(np.concatenate(halves, axis=1)).float()
+
+
+def fixed_positions(model: ModelConfig) -> Tensor:
+    """Return the position table of a network, (S, D), fp32."""
+    grid = model.input_size // model.patch_size
+    return sincos_positions(model.hidden_size, grid, model.position_scale)
 
 
 class TimestepEmbedding(nn.Module):

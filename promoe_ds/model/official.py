@@ -18,7 +18,7 @@ from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
-from promoe_ds.model.embeddings import sincos_positions
+from promoe_ds.model.embeddings import fixed_positions
 from promoe_ds.model.state import POSITIONS as OUR_POSITIONS
 from promoe_ds.model.state import check_state
 
@@ -179,9 +179,7 @@ def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Ten
             " official layout has room for one"
         )
     model, layers = config.model, _expert_layers(config)
-    result = {
-        POSITIONS: sincos_positions(model.hidden_size, model.input_size // model.patch_size)[None]
-    }
+    result = {POSITIONS: fixed_positions(model)[None]}
     for name, value in state.items():
         block, _, leaf = name.partition(".moe.routed.")
         if name == OUR_POSITIONS:
@@ -289,7 +287,7 @@ def _own_positions(value: Tensor, config: RunConfig) -> Tensor | None:
     a table within one percent is the same table.
     """
     model = config.model
-    ours = sincos_positions(model.hidden_size, model.input_size // model.patch_size)
+    ours = fixed_positions(model)
     if value.shape != (1, *ours.shape) or not torch.allclose(
         value[0].float(), ours, rtol=1e-2, atol=1e-5
     ):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from promoe_ds.checkpoint.conversion.branch import find_start
 from promoe_ds.checkpoint.load import load_checkpoint
 from promoe_ds.checkpoint.manifest import read_manifest
 from promoe_ds.checkpoint.resharding import with_placement_of
@@ -42,6 +43,8 @@ class Run:
     deepspeed_plan: DeepSpeedPlan
     run_dir: Path
     resume: str
+    #: Of `find_start`, where a branch has other classes.
+    label_map: Path | None = None
     #: Judges the averaged weights every `evaluation.every` steps; its figures join that step's log
     # line.
     evaluate: Evaluate | None = None
@@ -60,7 +63,12 @@ def train(run: Run, context: DistributedContext, supervisor: Supervisor | None =
 
 
 def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> None:
-    choice = choose_checkpoint(run.resume, run.run_dir, context)
+    choice = choose_checkpoint(
+        run.resume,
+        run.run_dir,
+        context,
+        lambda path: find_start(path, run.config, run.run_dir / "start", run.label_map),
+    )
     config = with_placement_of(run.config, choice.folder)
     trainer = Trainer(config, run.deepspeed_plan, context, build_dataset(config, context.device))
     if choice.folder is None:

@@ -142,7 +142,7 @@ def test_resume_refusals_name_the_cause(resumable, tmp_path) -> None:
     cases = {
         "zero_pp_rank_1_mp_rank_00_optim_states.pt has": job("a", str(broken)),
         "neither a complete checkpoint": job("b", str(bare)),
-        "nowhere: neither": job("c", "nowhere"),
+        "nowhere: there is no such": job("c", "nowhere"),
         "another architecture or objective: model.hidden_size is 32 there and 48 here": job(
             "d", str(sound), "model.hidden_size=48"
         ),
@@ -174,6 +174,27 @@ def test_resume_explicit_foreign_run_starts_a_fork(resumable, tmp_path) -> None:
         == ""
     )
     assert [line["step"] for line in metrics(fork)] == [9, 10, 11, 12]
+
+
+def test_resume_with_other_classes_starts_a_run_at_the_weights(resumable, tmp_path) -> None:
+    """The same command continues it; every weight but the label rows is the source's."""
+    source, branch = resumable / "checkpoints" / "step_0000012", tmp_path / "branch"
+    overrides = ("model.num_classes=12", "optimizer.warmup_steps=0", "optimizer.lr=1e-8")
+    for steps in (1, 2):
+        stop = f"train.stop_after_steps={steps}"
+        assert (
+            _resume(
+                resumable, tmp_path, resume=str(source), into=branch, overrides=(*overrides, stop)
+            )
+            == ""
+        )
+    assert [line["step"] for line in metrics(branch)] == [1, 2, 3]
+    assert "label_embedding.table.weight" in (branch / "train.log").read_text()
+    for kind in ("weights", "ema"):
+        before, after = state(resumable, kind), state(branch, kind)
+        labels = "label_embedding.table.weight"
+        torch.testing.assert_close(after.pop(labels)[-1], before.pop(labels)[-1], atol=1e-6, rtol=0)
+        torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
 
 
 def test_resume_from_an_older_checkpoint_sets_the_later_ones_aside(resumable, tmp_path) -> None:

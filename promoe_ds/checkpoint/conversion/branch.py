@@ -1,0 +1,277 @@
+"""A run that starts from weights of a model like its own: a run, an export or a published file.
+
+The model may have other classes, another resolution or another number of experts. What is the same
+is copied, weights and averages bit for bit; what is not is made new, as at the start of a run. The
+result is a checkpoint of step 0 without moments, from which training resumes as from any other.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from promoe_ds.checkpoint.conversion.convert import Request, convert_source, open_source
+from promoe_ds.checkpoint.conversion.sources import Source
+from promoe_ds.checkpoint.load import differing_fields
+from promoe_ds.checkpoint.manifest import list_checkpoints, named_checkpoints, read_manifest
+from promoe_ds.checkpoint.torch_file import load_torch
+from promoe_ds.checkpoint.zero_reader import MOMENTS, ROUTED
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.config.section import read_yaml
+from promoe_ds.errors import CheckpointError, ConfigError, explaining
+from promoe_ds.logs import get_logger
+from promoe_ds.model.build import build_model
+from promoe_ds.model.export import CONFIG_FILE
+from promoe_ds.model.init import fill_parameter
+from promoe_ds.model.official import POSITIONS as PUBLISHED_POSITIONS
+from promoe_ds.model.state import POSITIONS, state_shapes
+
+_LOG = get_logger("checkpoint")
+
+#: What may differ between the model that is there and the one that is trained.
+_MODEL_FIELDS = ("num_classes", "input_size", "position_scale")
+_LABELS = "label_embedding.table.weight"
+_PUBLISHED_LABELS = "y_embedder.embedding_table.weight"
+#: Tells the router's rows of an expert and of its copy apart, relative to their spread.
+_NOISE = 0.1
+_LABEL_MAP = TypeAdapter(dict[int, int | Literal["new"]])
+
+
+def find_start(
+    path: Path, config: RunConfig, folder: Path, label_map: Path | None = None
+) -> list[Path]:
+    """Return the checkpoints, newest first, that a new run can start from.
+
+    They are those at `path` if they fit the run as they are; else one that is made of them, under
+    `folder`.
+    Args:
+        path: a checkpoint, a run, an export, or a file of the published code.
+        label_map: YAML file, new label: old label, or `new`; where the number of classes differs.
+    Raises: CheckpointError or ConfigError for a path, a map or a difference that cannot be.
+    """
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():
+        found = named_checkpoints(path)
+        saved = read_manifest(found[0]).config
+        if not _differs(saved, config) or _differs(saved, _with_own_fields(config, saved)):
+            if label_map is not None:
+                raise ConfigError(
+                    f"--label-map {label_map}: {path} has the classes of this run: leave it out"
+                )
+            return found
+    elif path.name == "latest":
+        return named_checkpoints(path)
+    architecture = _published_architecture(path, config) if path.is_file() else None
+    source = open_source(path, architecture)
+    there = source.info.config.model_dump(mode="json")
+    if wrong := _differs(there, _with_own_fields(config, there)):
+        raise CheckpointError(
+            f"--resume {path}: of another architecture or objective: {'; '.join(wrong)}. A branch"
+            f" may change {', '.join(f'model.{name}' for name in _MODEL_FIELDS)} and"
+            " routing.num_experts"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    adapted = AdaptedSource(source, config, _read_label_map(label_map, source.info.config, config))
+    convert_source(adapted, Request(destination=folder, to="deepspeed"))
+    for line in adapted.report():
+        _LOG.info("resume: %s", line)
+    return list_checkpoints(folder)
+
+
+def _differs(saved: dict[str, Any], config: RunConfig) -> list[str]:
+    return differing_fields(saved, config, architecture_only=True)
+
+
+def _with_own_fields(config: RunConfig, saved: dict[str, Any]) -> RunConfig:
+    """Return the run's config with what a branch may change as it was saved."""
+    model = {name: saved["model"][name] for name in _MODEL_FIELDS if name in saved["model"]}
+    experts = {"num_experts": saved["routing"]["num_experts"]}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "routing": config.routing.model_copy(update=experts),
+        }
+    )
+
+
+def _published_architecture(path: Path, config: RunConfig) -> RunConfig:
+    """Return the recipe with the classes and the resolution that a published file has."""
+    content = load_torch(path, is_mapped=True)
+    with explaining(f"{path}: is not laid out as the published code does it"):
+        sections = [value for value in content.values() if isinstance(value, dict)]
+        state = {
+            key.split("module.")[-1]: value
+            for section in (*sections, content)
+            for key, value in section.items()
+        }
+        labels, positions = state[_PUBLISHED_LABELS], state[PUBLISHED_POSITIONS]
+    grid = round(positions.shape[-2] ** 0.5)
+    model = {
+        "num_classes": len(labels) - 1,
+        "input_size": grid * config.model.patch_size,
+        "position_scale": 1.0,
+    }
+    return config.model_copy(update={"model": config.model.model_copy(update=model)})
+
+
+def _read_label_map(path: Path | None, there: RunConfig, here: RunConfig) -> dict[int, int] | None:
+    """Return new label -> old label of the classes that keep their row; None: no map was given.
+
+    Raises: ConfigError for a map that misses a class or names one that is not there.
+    """
+    if path is None:
+        return None
+    where, old, new = f"--label-map {path}", there.model.num_classes, here.model.num_classes
+    try:
+        given = _LABEL_MAP.validate_python(read_yaml(path.read_bytes(), str(path)))
+    except (OSError, ValidationError) as error:
+        raise ConfigError(
+            f"{where}: expected lines as «0: 207» or «1: new», new label and old label:"
+            f" {' '.join(str(error).split()[:20])}"
+        ) from None
+    missing = [label for label in range(new) if label not in given]
+    wrong = [
+        f"{label}: {source}"
+        for label, source in given.items()
+        if not 0 <= label < new or (source != "new" and not 0 <= source < old)
+    ]
+    if missing or wrong:
+        problem = f"misses class {missing[0]}" if missing else f"has «{wrong[0]}»"
+        raise ConfigError(
+            f"{where}: {problem}: it must name each of the {new} classes of this run once, with"
+            f" one of 0 ... {old - 1} or new"
+        )
+    return {label: source for label, source in given.items() if source != "new"}
+
+
+class AdaptedSource:
+    """A source seen through the config of a run whose model may differ."""
+
+    optimizer_step: int | None = None
+
+    def __init__(
+        self, source: Source, config: RunConfig, label_map: dict[int, int] | None = None
+    ) -> None:
+        """Compare the shapes; no value is read yet.
+
+        Args:
+            label_map: new label -> old label; None keeps the rows only of as many classes.
+        """
+        self._source, self._config, self._map = source, config, label_map
+        self._dropped = set(source.shapes)
+        self._counts: Counter[tuple[str, str]] = Counter()
+        own = state_shapes(config)
+        self.shapes = dict(own)
+        if (
+            POSITIONS in source.shapes
+            and source.info.config.model.input_size == config.model.input_size
+        ):
+            self.shapes[POSITIONS] = source.shapes[POSITIONS]
+        self.kinds = {
+            kind: [name for name in self.shapes if name != POSITIONS or name in names]
+            for kind, names in source.kinds.items()
+            if kind not in MOMENTS
+        }
+        with torch.device("meta"):
+            network = build_model(config)
+        self._gates = {
+            f"blocks.{index}.moe.router.": moe.router.initial_gate
+            for index, moe in network.moe_layers().items()
+        }
+        self._per_expert = {
+            f"blocks.{index}.moe.router.{name}"
+            for index, moe in network.moe_layers().items()
+            for name in moe.router.per_expert
+        }
+        parallel = config.parallel.model_copy(
+            update={"expert_order": source.info.config.parallel.expert_order}
+            if source.info.config.routing.num_experts == config.routing.num_experts
+            else {"expert_order": None}
+        )
+        self.info = replace(
+            source.info,
+            config=source.info.config.model_copy(
+                update={"model": config.model, "routing": config.routing, "parallel": parallel}
+            ),
+            averages_since={},
+        )
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """Return one whole tensor of the run's model, fp32."""
+        shape = self.shapes[name]
+        if name not in self._source.shapes:
+            return self._new(name, "made new")
+        value = self._source.read(kind, name).float()
+        self._dropped.discard(name)
+        if tuple(value.shape) == shape:
+            self._counts[_pattern(name), "copied"] += 1
+            return value
+        if name == _LABELS:
+            return self._labels(value)
+        if ROUTED in name or name in self._per_expert:
+            return self._experts(name, value)
+        raise CheckpointError(
+            f"{self.info.path}: {name} has shape {tuple(value.shape)} instead of {shape}"
+        )
+
+    def check(self, kind: str) -> int:
+        """Raise CheckpointError unless every value of a kind was read, or is named as dropped."""
+        for name in self._source.kinds[kind]:
+            if name not in self.shapes:
+                self._source.read(kind, name)
+        return self._source.check(kind)
+
+    def report(self) -> list[str]:
+        """Return what was copied, made new or dropped, a line each; `*` is a block's number."""
+        lines = []
+        kinds = len(self.kinds)
+        for done in sorted({done for _, done in self._counts}, key=lambda done: done != "copied"):
+            names = sorted(name for name, how in self._counts if how == done)
+            count = sum(self._counts[name, done] for name in names) // kinds
+            lines.append(f"{count} tensors {done}: {', '.join(names)}")
+        if dropped := sorted({_pattern(name) for name in self._dropped}):
+            lines.append(f"dropped: {', '.join(dropped)}")
+        return lines
+
+    def _new(self, name: str, how: str) -> Tensor:
+        self._counts[_pattern(name), how] += 1
+        return self._initial(name, self.shapes[name])
+
+    def _initial(self, name: str, shape: Iterable[int]) -> Tensor:
+        gate = next((g for prefix, g in self._gates.items() if name.startswith(prefix)), "xavier")
+        value = torch.empty(*shape)
+        fill_parameter(value, name, self._config.train.seed, gate=gate)
+        return value
+
+    def _labels(self, table: Tensor) -> Tensor:
+        """Return rows of the label map, new ones, and the null row, which is the last."""
+        kept = self._map or {}
+        self._counts[_LABELS, f"with {len(kept)} old rows of {self.shapes[_LABELS][0] - 1}"] += 1
+        value = self._initial(_LABELS, self.shapes[_LABELS])
+        for label, source in kept.items():
+            value[label] = table[source]
+        value[-1] = table[-1]
+        return value
+
+    def _experts(self, name: str, value: Tensor) -> Tensor:
+        """Return the experts that there were, again and again; a copy's router row is moved."""
+        before, after = len(value), self.shapes[name][0]
+        self._counts[_pattern(name), f"with {after} experts of {before}"] += 1
+        result = value[torch.arange(after) % before].clone()
+        if name in self._per_expert and after > before:
+            initial = self._initial(name, result.shape)
+            if (spread := initial.std()) > 0:
+                result[before:] += initial[before:] * (_NOISE * value.std() / spread)
+        return result
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=blocks\.)\d+", "*", name)

@@ -1,0 +1,139 @@
+"""Starting a run from a model that differs: what is kept, made new, refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from promoe_ds.checkpoint.conversion.branch import find_start
+from promoe_ds.checkpoint.conversion.convert import Request, convert, open_source
+from promoe_ds.config import RunConfig
+from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.model import DiT
+from promoe_ds.model.export import save_export
+
+from ..builders import METHODS, of_method, random_network, small_config
+
+LABELS = "label_embedding.table.weight"
+
+
+def _export(folder: Path, network: DiT) -> Path:
+    save_export(folder, network.state_dict(), network.config, {"step": 7, "kind": "ema"})
+    return folder
+
+
+def _start(path: Path, config: RunConfig, **options: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of the checkpoint that a run of `config` starts from."""
+    (folder,) = find_start(path, config, path.parent / "start", **options)
+    source = open_source(folder)
+    assert source.info.step == 0 and source.info.config.model == config.model
+    return {name: source.read("weights", name) for name in source.shapes}
+
+
+@pytest.fixture(autouse=True)
+def _log_info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="promoe_ds")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    network = random_network()
+    return _export(tmp_path / "export", network), network.state_dict()
+
+
+def test_other_resolution_keeps_every_weight(small, caplog) -> None:
+    path, before = small
+    larger = small_config(model={"input_size": 8, "position_scale": 0.5})
+    after = _start(path, larger)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert f"resume: {len(before)} tensors copied" in caplog.text
+
+
+def test_label_map_keeps_rows_and_starts_the_others_anew(small, tmp_path, caplog) -> None:
+    path, before = small
+    labels = tmp_path / "labels.yaml"
+    labels.write_text("0: 9\n1: new\n2: 3\n", encoding="utf-8")
+    config = small_config(model={"num_classes": 3})
+    after = _start(path, config, label_map=labels)
+    table, old = after.pop(LABELS), before[LABELS]
+    assert torch.equal(table[[0, 2, 3]], old[[9, 3, 10]])
+    assert 0 < table[1].std() < 0.05, "as at the start of a run"
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    assert f"with 2 old rows of 3: {LABELS}" in caplog.text
+    fresh = _start(path, config)[LABELS]
+    assert torch.equal(fresh[1], table[1]) and torch.equal(fresh[3], old[10])
+    assert not torch.equal(fresh[0], old[9])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("experts", [6, 3])
+def test_other_number_of_experts_copies_them_in_turn(tmp_path, method, experts) -> None:
+    if method == "classification":
+        pytest.skip("its experts are the superclasses")
+    network = random_network(**of_method(method))
+    path, before = _export(tmp_path / "export", network), network.state_dict()
+    values = of_method(method, num_experts=experts)
+    after = _start(path, small_config(**values))
+    kept = min(4, experts)
+    for name, value in after.items():
+        if value.shape == before[name].shape:
+            assert torch.equal(value, before[name]), name
+            continue
+        assert torch.equal(value[:kept], before[name][:kept]), name
+        if ".routed." in name:
+            assert torch.equal(value, before[name][torch.arange(experts) % 4]), name
+        elif (
+            experts > 4
+            and before[name].any()
+            and not name.endswith(("bias", "thresholds", "load_average"))
+        ):
+            assert 0 < (value[4:] - before[name][: experts - 4]).std() < before[name].std(), name
+
+
+def test_published_file_starts_a_run_of_other_classes_and_size(small, tmp_path) -> None:
+    path, before = small
+    published = tmp_path / "published"
+    convert(path, Request(destination=published, to="official"))
+    (file,) = published.glob("*.pth")
+    after = _start(file, small_config(model={"num_classes": 4, "input_size": 8}))
+    assert after[LABELS].shape == (5, 16) and torch.equal(after[LABELS][-1], before[LABELS][-1])
+    others = after.keys() - {LABELS}
+    assert all(torch.equal(after[name], before[name]) for name in others)
+
+
+def test_own_checkpoint_is_taken_as_it_is(small, tmp_path) -> None:
+    path, _ = small
+    checkpoint = tmp_path / "checkpoint"
+    convert(path, Request(destination=checkpoint, to="deepspeed"))
+    found = find_start(checkpoint, small_config(), tmp_path / "start")
+    assert found[0].parent == checkpoint and not (tmp_path / "start").exists()
+    other = small_config(model={"depth": 3})
+    assert find_start(checkpoint, other, tmp_path / "start") == found, "loading names what differs"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0: 9\n2: 3\n", "misses class 1"),
+        ("0: 9\n1: 10\n2: 3\n", "has «1: 10»"),
+        ("0: 9\n1: 1\n2: old\n", "new label and old label"),
+        ("0: 9\n1: 1\n2: 2\n3: 3\n", "has «3: 3»"),
+        ("[1, 2]", "new label and old label"),
+    ],
+)
+def test_label_map_that_does_not_fit_is_refused(small, tmp_path, text, said) -> None:
+    labels = tmp_path / "labels.yaml"
+    labels.write_text(text, encoding="utf-8")
+    config = small_config(model={"num_classes": 3})
+    with pytest.raises(ConfigError) as error:
+        find_start(small[0], config, tmp_path / "start", labels)
+    assert said in str(error.value) and str(labels) in str(error.value)
+
+
+def test_another_architecture_is_refused(small, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.depth is 2 there and 3 here"):
+        find_start(small[0], small_config(model={"depth": 3}), tmp_path / "start")
