@@ -25,7 +25,7 @@ from promoe_ds.backends.deepspeed_private import fragment_address
 from promoe_ds.backends.expert_parallel import expert_file_key
 from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum, step_folder
-from promoe_ds.checkpoint.zero_reader import MODEL_STATES, MOMENTS, PREFIX, ROUTED
+from promoe_ds.checkpoint.zero_files import MODEL_STATES, MOMENTS, PREFIX, ROUTED
 from promoe_ds.config import RunConfig, change_config
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.errors import CheckpointError

@@ -44,8 +44,9 @@ class ShardedExperts(StackedExperts, MoE):
         self.expert_group_name = expert_group_name(ep_size)
         self.enable_expert_tensor_parallelism = False
         for name in EXPERT_PARAMETERS[self.expert_type]:
-            shape = (self.num_local_experts, *getattr(full, name).shape[1:])
-            parameter = nn.Parameter(torch.empty(shape, device="meta"))
+            whole = getattr(full, name)
+            shape = (self.num_local_experts, *whole.shape[1:])
+            parameter = nn.Parameter(torch.empty(shape, device="meta"), whole.requires_grad)
             self.register_parameter(name, parameter)
         self.mark_parameters()
         self.register_state_dict_post_hook(_unstack)

@@ -101,7 +101,10 @@ def load_checkpoint(trainer: TrainingState, folder: Path, *, same_run: bool) -> 
         _report_changes(trainer, manifest, saved, same_run=same_run)
     layout = layout_of(trainer)
     same_optimizer = _beside_schedule(saved.optimizer) == _beside_schedule(trainer.config.optimizer)
-    if layout == manifest.layout and same_optimizer and not moves_experts(manifest, trainer.config):
+    # DeepSpeed knows groups by their place, and frozen parameters are in none.
+    has_all = not saved.train.freeze and not trainer.config.train.freeze
+    same_places = has_all and not moves_experts(manifest, trainer.config)
+    if layout == manifest.layout and same_optimizer and same_places:
         trainer.context.on_all_ranks(lambda: _load_as_it_is(trainer, folder, manifest))
         trainer.ema.averages_since = dict(manifest.averages_since)
     else:

@@ -26,7 +26,8 @@ from promoe_ds.backends.deepspeed_private import ZeroPartitions
 from promoe_ds.backends.expert_parallel import ShardedExperts
 from promoe_ds.checkpoint.manifest import Manifest, read_manifest
 from promoe_ds.checkpoint.save import TrainingState
-from promoe_ds.checkpoint.zero_reader import MOMENTS, PREFIX, WEIGHTS, ShardedCheckpoint, is_weights
+from promoe_ds.checkpoint.zero_files import MOMENTS, PREFIX, WEIGHTS, is_weights
+from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from promoe_ds.config import RunConfig
 from promoe_ds.config.optimizer import EMA, OptimizerConfig
 from promoe_ds.errors import ConfigError
@@ -126,6 +127,10 @@ def _owned_values(trainer: TrainingState, step: int) -> Iterator[_Owned]:
         if isinstance(module, ShardedExperts)
         for parameter in module.parameters()
     }
+    for parameter in trainer.module.parameters():
+        if not parameter.requires_grad:
+            values = {WEIGHTS: parameter.data.view(-1)}
+            yield _Owned(names[id(parameter)], first.get(id(parameter), 0), values)
     state_kinds = _state_kinds(trainer)
     if trainer.deepspeed_plan.zero_stage == 0:
         optimizer = trainer.engine.optimizer

@@ -47,6 +47,13 @@ class TrainConfig(Section):
         0, ge=0, lt=2**63, description="of weights, order of the data, noise and label dropout"
     )
     max_nonfinite_steps: int = Field(3, gt=0, description="skipped in a row before the run stops")
+    freeze: tuple[str, ...] = Field(
+        (),
+        description=(
+            "names of parameters that are not trained, with * and ?: patch_embedding.*,"
+            " blocks.*.moe.routed.*"
+        ),
+    )
 
 
 class SupervisionConfig(Section):

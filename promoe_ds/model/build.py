@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Sequence
+
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.errors import ConfigError
 from promoe_ds.model.blocks import DiTBlock, SelfAttention
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.experts import FEED_FORWARDS, FeedForward, StackedExperts
@@ -28,6 +32,25 @@ def build_model(config: RunConfig) -> DiT:
         if block.is_moe:
             block.moe.recompute_hidden = block.recompute_hidden
     return network
+
+
+def freeze(network: DiT, patterns: Sequence[str]) -> None:
+    """Let no parameter be trained whose name fits one of the patterns (`train.freeze`).
+
+    Raises: ConfigError for a pattern that fits none, or if none is left to train.
+    """
+    parameters = dict(network.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            raise ConfigError(
+                f"train.freeze={pattern}: no parameter has such a name; names begin with "
+                + ", ".join(dict.fromkeys(name.split(".")[0] for name in parameters))
+            )
+        for name in names:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ConfigError(f"train.freeze={', '.join(patterns)}: leaves nothing to train")
 
 
 def _build_block(config: RunConfig, index: int) -> DiTBlock:

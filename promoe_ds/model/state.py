@@ -9,7 +9,7 @@ from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, first_few
-from promoe_ds.model.build import build_model
+from promoe_ds.model.build import build_model, freeze
 
 #: The fixed position table, where a checkpoint brings its own: the published code averages it.
 POSITIONS = "positions"
@@ -20,6 +20,16 @@ def buffer_names(config: RunConfig) -> list[str]:
     routers.
     """
     return list(state_shapes(config, buffers_only=True))
+
+
+def frozen_names(config: RunConfig) -> list[str]:
+    """Return the names of the parameters that `train.freeze` keeps from training."""
+    if not config.train.freeze:
+        return []
+    with torch.device("meta"):
+        network = build_model(config)
+    freeze(network, config.train.freeze)
+    return [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
 
 
 def state_shapes(

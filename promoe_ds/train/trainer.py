@@ -34,6 +34,7 @@ from promoe_ds.errors import ConfigError
 from promoe_ds.kernels.choice import can_run, uses_triton
 from promoe_ds.logs import get_logger
 from promoe_ds.model import build_model, initialise
+from promoe_ds.model.build import freeze
 from promoe_ds.model.dit import DiT
 from promoe_ds.train.clipping import global_grad_norm
 from promoe_ds.train.ema import Ema, FusedUpdate
@@ -96,7 +97,9 @@ class Trainer:
             else autocast_context(config, context.device.type)
         )
         self.network, self.module = network, TrainingModule(network, compute).train()
-        optimizer = _build_optimizer(self.module, config.optimizer, deepspeed_plan)
+        optimizer = _build_optimizer(
+            self.module, config.optimizer, deepspeed_plan, is_sharded=self.expert_group is not None
+        )
         self.ema = Ema(optimizer, config.optimizer.averages)
         self.engine = build_engine(
             self.module,
@@ -287,7 +290,7 @@ def decides_on_device(context: DistributedContext, plan: DeepSpeedPlan) -> bool:
 
 
 def _build_optimizer(
-    module: TrainingModule, settings: OptimizerConfig, plan: DeepSpeedPlan
+    module: TrainingModule, settings: OptimizerConfig, plan: DeepSpeedPlan, *, is_sharded: bool
 ) -> torch.optim.Optimizer:
     uses_apex = settings.implementation == "apex"
     _LOG.info(
@@ -296,6 +299,12 @@ def _build_optimizer(
         "on the host" if plan.offloads else "with the weights",
     )
     groups = parameter_groups(module, settings, plan.precision)
+    if plan.zero_stage > 0 and is_sharded and not any(group.get("moe") for group in groups):
+        raise ConfigError(
+            "train.freeze leaves no parameter of the routed experts to train, which DeepSpeed's"
+            " ZeRO needs under expert parallelism: leave some out, as blocks.*.moe.routed.*_bias,"
+            " or set parallel.ep_size=1"
+        )
     if uses_apex:
         return build_apex_adam(groups, settings)
     return torch.optim.AdamW(
@@ -315,6 +324,7 @@ def _build_sharded_network(
     """
     with torch.device("meta"):
         network = build_model(config)
+    freeze(network, config.train.freeze)
     expert_group = None
     if config.parallel.resolved_dispatch != "local":
         data_before_expert = bool(plan.json.get("use_data_before_expert_parallelism", False))

@@ -4,11 +4,14 @@ parallelism.
 
 from __future__ import annotations
 
+import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 
-from .jobs import Job, assert_same_state, losses, metrics, routing, run_jobs, without_times
+from .jobs import Job, assert_same_state, losses, metrics, routing, run_jobs, state, without_times
 
 EP2 = ("parallel.ep_size=2", "train.max_steps=8")
 #: RCL is taken over the samples of one pass: accumulation cuts them, so it is off where
@@ -105,3 +108,37 @@ def test_loss_terms_add_up_and_balance_counts_twice_for_two_choices(runs) -> Non
 def test_clipping_off_takes_other_steps(runs) -> None:
     assert losses(runs["no_clip"])[0] == losses(runs["plain"])[0]
     assert losses(runs["no_clip"])[-1] != losses(runs["plain"])[-1]
+
+
+FROZEN = ("patch_embedding.*", "blocks.*.moe.routed.*_weight", "blocks.0.*")
+
+
+@pytest.mark.parametrize(("zero_stage", "bf16"), [(2, True), (2, False), (0, False)])
+def test_frozen_parameters_stay_through_training_and_resuming(tmp_path, zero_stage, bf16) -> None:
+    """Two ranks share the frozen experts; two more steps follow on one."""
+    start, run = tmp_path / "start", tmp_path / "run"
+    freeze = f"train.freeze={json.dumps(FROZEN)}"
+
+    def go(ranks: int, run_dir: Path, *overrides: str) -> None:
+        values = (f"parallel.ep_size={ranks}", "train.max_steps=6", *overrides)
+        job = Job(run_dir=run_dir, overrides=values, zero_stage=zero_stage, bf16=bf16)
+        assert run_jobs(ranks, [job], tmp_path) == [""]
+
+    go(2, start, "train.stop_after_steps=1", "optimizer.lr=1e-12")
+    go(2, run, freeze, "train.stop_after_steps=3")
+    after = {kind: state(run, kind) for kind in ("weights", "ema", "exp_avg")}
+    initial = state(start)
+    for name, value in initial.items():
+        is_frozen = any(fnmatch(name, pattern) for pattern in FROZEN)
+        kept = value.bfloat16().float() if bf16 else value
+        is_same = torch.allclose(after["weights"][name], kept, rtol=0, atol=1e-9)
+        assert is_same == is_frozen or not value.any(), name
+        if is_frozen:
+            assert torch.equal(after["ema"][name], after["weights"][name])
+            assert not after["exp_avg"][name].any()
+    go(1, run, freeze)
+    resumed = state(run)
+    for name in initial:
+        if any(fnmatch(name, pattern) for pattern in FROZEN):
+            assert torch.equal(resumed[name], after["weights"][name]), name
+    assert [line["step"] for line in metrics(run)] == list(range(1, 7))

@@ -24,7 +24,7 @@ from promoe_ds.checkpoint.conversion.sources import Source
 from promoe_ds.checkpoint.load import differing_fields
 from promoe_ds.checkpoint.manifest import list_checkpoints, named_checkpoints, read_manifest
 from promoe_ds.checkpoint.torch_file import load_torch
-from promoe_ds.checkpoint.zero_reader import MOMENTS, ROUTED
+from promoe_ds.checkpoint.zero_files import MOMENTS, ROUTED
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.config.section import read_yaml
 from promoe_ds.errors import CheckpointError, ConfigError, explaining

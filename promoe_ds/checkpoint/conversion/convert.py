@@ -14,7 +14,7 @@ from promoe_ds.checkpoint.conversion.posthoc import PosthocSource
 from promoe_ds.checkpoint.conversion.published_source import OfficialSource
 from promoe_ds.checkpoint.conversion.sources import Source, SourceInfo, open_folder
 from promoe_ds.checkpoint.conversion.targets import TARGETS, Content, Target
-from promoe_ds.checkpoint.zero_reader import MOMENTS, WEIGHTS
+from promoe_ds.checkpoint.zero_files import MOMENTS, WEIGHTS
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError

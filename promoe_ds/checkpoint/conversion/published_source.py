@@ -10,7 +10,7 @@ from torch import Tensor
 
 from promoe_ds.checkpoint.conversion.sources import SourceInfo, StateSource
 from promoe_ds.checkpoint.torch_file import check_records, copy_tensor, load_torch
-from promoe_ds.checkpoint.zero_reader import MOMENTS, WEIGHTS
+from promoe_ds.checkpoint.zero_files import MOMENTS, WEIGHTS
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, explaining

@@ -22,7 +22,8 @@ from promoe_ds.checkpoint.conversion.pipeline_folder import (
 )
 from promoe_ds.checkpoint.coverage import Coverage
 from promoe_ds.checkpoint.manifest import find_problems, named_checkpoints, read_manifest
-from promoe_ds.checkpoint.zero_reader import MOMENTS, WEIGHTS, ShardedCheckpoint, is_weights
+from promoe_ds.checkpoint.zero_files import MOMENTS, WEIGHTS, is_weights
+from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError, first_few
 from promoe_ds.model.export import (

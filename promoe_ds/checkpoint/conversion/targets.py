@@ -18,7 +18,7 @@ from promoe_ds.checkpoint.conversion.pipeline_folder import (
 )
 from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum, step_folder
 from promoe_ds.checkpoint.torch_file import TorchFileWriter
-from promoe_ds.checkpoint.zero_reader import MODEL_STATES, MOMENTS, PREFIX, WEIGHTS, is_weights
+from promoe_ds.checkpoint.zero_files import MODEL_STATES, MOMENTS, PREFIX, WEIGHTS, is_weights
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import replace_text

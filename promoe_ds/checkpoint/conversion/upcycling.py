@@ -29,7 +29,7 @@ from promoe_ds.checkpoint.conversion.convert import (
     refuse_existing,
 )
 from promoe_ds.checkpoint.conversion.sources import Source, SourceInfo
-from promoe_ds.checkpoint.zero_reader import WEIGHTS
+from promoe_ds.checkpoint.zero_files import WEIGHTS
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data import build_dataset, sample_indices
 from promoe_ds.diffusion import DiffusionBatch, build_objective, draw_batch

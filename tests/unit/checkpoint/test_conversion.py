@@ -19,7 +19,7 @@ from torch import Tensor
 from promoe_ds.checkpoint.conversion import Request, convert
 from promoe_ds.checkpoint.conversion.targets import Content, TrainingTarget
 from promoe_ds.checkpoint.manifest import FileRecord, checksum, read_manifest, step_folder
-from promoe_ds.checkpoint.zero_reader import MODEL_STATES, MOMENTS
+from promoe_ds.checkpoint.zero_files import MODEL_STATES, MOMENTS
 from promoe_ds.config import change_config
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.state import buffer_names, state_shapes
