@@ -23,6 +23,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="folder of samples, or npz with arr_0 (N, H, W, C) uint8",
     )
     parser.add_argument(
+        "--image-size",
+        type=number(ge=1),
+        metavar="PIXELS",
+        help="crop and resize a folder's images to this side",
+    )
+    parser.add_argument("--num", type=number(ge=1), help="evaluate the first so many samples")
+    parser.add_argument(
         "--reference",
         type=Path,
         help="npz with mu, sigma, mu_s, sigma_s and arr_0 as ADM's, or folder of images",
@@ -82,6 +89,8 @@ def main(arguments: list[str]) -> None:
         batch_size=options.batch_size,
         save_reference=options.save_reference,
         half_precision_manifold=options.half_precision_manifold,
+        image_size=options.image_size,
+        num=options.num,
     )
     with joined_processes(options.device) as team:
         team.on_main(lambda: check_target(options.out, "--out"))

@@ -113,19 +113,33 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def open_samples(path: Path) -> tuple[NpzImages | FolderImages, dict[str, Any] | None]:
+def open_samples(
+    path: Path, *, size: int | None = None, num: int | None = None
+) -> tuple[NpzImages | FolderImages, dict[str, Any] | None]:
     """Open samples; return them, and how they were made where their folder says so.
 
-    Raises: DataError if there are none, or a job has not finished.
+    Args:
+        size: images of a folder of any sizes are cropped and resized to it; num: take the first.
+    Raises: DataError if there are none, fewer than `num`, or a job has not finished; for a size
+        that an npz has not.
     """
-    if path.is_dir():
-        npz = path / NPZ_FILE
-        images = NpzImages(npz) if npz.is_file() else FolderImages(path)
-        record = read_record(path)
+    npz = path / NPZ_FILE if path.is_dir() else path
+    images: NpzImages | FolderImages
+    if not path.is_dir() or (npz.is_file() and size is None):
+        images = NpzImages(npz)
+        if size not in (None, images.height):
+            raise DataError(
+                f"{path}: its images have {images.height} pixels a side, --image-size {size} asks"
+                " for another: only image files are resized, name their folder"
+            )
+        record = read_record(npz.parent) if npz.name == NPZ_FILE else None
     else:
-        images = NpzImages(path)
-        record = read_record(path.parent) if path.name == NPZ_FILE else None
-    if record is not None and record["num"] != len(images):
+        images, record = FolderImages(path, size), read_record(path)
+    if num is not None:
+        if len(images) < num:
+            raise DataError(f"{path}: {len(images)} images, --num {num} asks for more")
+        images.keep(num)
+    elif record is not None and record["num"] != len(images):
         raise DataError(
             f"{path}: {len(images)} of {record['num']} samples exist: run the sampling again, it "
             "resumes where it stopped"

@@ -44,6 +44,10 @@ class NpzImages:
     def __len__(self) -> int:
         return len(self._images)
 
+    def keep(self, count: int) -> None:
+        """Leave the first images only."""
+        self._images = self._images[:count]
+
     def read(self, rows: range) -> np.ndarray:
         """Return images (n, H, H, C) uint8."""
         return np.array(self._images[rows.start : rows.stop])
@@ -85,6 +89,10 @@ class FolderImages:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def keep(self, count: int) -> None:
+        """Leave the first images only."""
+        self._files = self._files[:count]
 
     def read(self, rows: range) -> np.ndarray:
         """Return images (n, H, H, C) uint8.

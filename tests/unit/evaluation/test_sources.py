@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from promoe_ds.errors import DataError
+from promoe_ds.evaluation.images import open_samples
 from promoe_ds.evaluation.sources import FolderImages, NpzImages
 
 
@@ -36,6 +37,20 @@ def test_folder_whose_first_image_is_not_square_or_a_bomb_names_it(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(DataError, match=r"a\.png: not a readable image"):
         FolderImages(tmp_path, 8, 3)
+
+
+def test_samples_of_any_size_are_resized_and_the_first_taken(tmp_path: Path) -> None:
+    for index, side in enumerate((8, 20, 9)):
+        Image.new("RGB", (side, side + index), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    images, record = open_samples(tmp_path, size=8, num=2)
+    assert len(images) == 2 and record is None
+    assert images.read(range(2))[:, 0, 0, 0].tolist() == [0, 1]
+    with pytest.raises(DataError, match="3 images, --num 4"):
+        open_samples(tmp_path, size=8, num=4)
+    np.savez(tmp_path / "whole.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8))
+    assert len(open_samples(tmp_path / "whole.npz", num=1)[0]) == 1
+    with pytest.raises(DataError, match="8 pixels a side, --image-size 16"):
+        open_samples(tmp_path / "whole.npz", size=16)
 
 
 @settings(max_examples=60)
