@@ -69,10 +69,13 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     )
 
 
-def forward_flops_per_image(config: RunConfig) -> int:
+def forward_flops_per_image(config: RunConfig, text_tokens: int = 0) -> int:
     """Floating-point operations of one conditional image's forward pass (a multiply-add is two).
 
     Matrix products only: linear layers, attention, the experts a token activates, routing scores.
+
+    Args:
+        text_tokens: of the image's text; with none, what a log calls used is never more than was.
     """
     model, routing = config.model, config.routing
     width, depth, layers = model.hidden_size, model.depth, len(config.moe_block_indices)
@@ -83,19 +86,21 @@ def forward_flops_per_image(config: RunConfig) -> int:
     router_per_token, router_per_image = _router_products(config)
     per_token = (
         (model.in_channels + model.out_channels) * patch * width
-        + depth * (4 * width * width + 2 * tokens * width)
+        + depth * (4 * width * width + 2 * (tokens + text_tokens) * width)
         + (depth - layers) * 2 * width * int(model.mlp_ratio * width)
         + layers * (width * active + router_per_token)
     )
     per_image = (
         TIMESTEP_FREQUENCIES * width + (3 + 6 * depth) * width * width + layers * router_per_image
     )
+    if model.condition == "text":
+        per_image += (model.pooled_width + 2 * depth * text_tokens * model.text_width) * width
     return 2 * (tokens * per_token + per_image)
 
 
-def training_flops_per_image(config: RunConfig) -> int:
+def training_flops_per_image(config: RunConfig, text_tokens: int = 0) -> int:
     """Forward and backward pass: three times the forward one (Kaplan et al., 2020)."""
-    return 3 * forward_flops_per_image(config)
+    return 3 * forward_flops_per_image(config, text_tokens)
 
 
 def _feed_forward(width: int, hidden: int, expert_type: str) -> int:
@@ -129,8 +134,11 @@ def _router_products(config: RunConfig) -> tuple[int, int]:
 def _block_without_feed_forward(config: RunConfig) -> int:
     width = config.model.hidden_size
     attention_and_modulation = 10 * width * width + 10 * width
-    qk_norm = 4 * (width // config.model.num_heads) if config.model.qk_norm else 0
-    return attention_and_modulation + qk_norm
+    head_width = width // config.model.num_heads
+    qk_norm = 4 * head_width if config.model.qk_norm else 0
+    is_text = config.model.condition == "text"
+    text = 2 * width * (config.model.text_width + 1) + 2 * head_width if is_text else 0
+    return attention_and_modulation + qk_norm + text
 
 
 def _outside_blocks(config: RunConfig) -> int:
@@ -138,6 +146,7 @@ def _outside_blocks(config: RunConfig) -> int:
     patch = model.patch_size**2
     patches = model.in_channels * patch * width + width
     timestep = TIMESTEP_FREQUENCIES * width + width + width * width + width
-    labels = (model.num_classes + 1) * width
+    rows = model.pooled_width if model.condition == "text" else model.num_classes
+    condition = (rows + 1) * width
     final = 2 * width * width + 2 * width + patch * model.out_channels * (width + 1)
-    return patches + timestep + labels + final
+    return patches + timestep + condition + final
