@@ -56,7 +56,7 @@ def count_parameters(config: RunConfig) -> ParameterCount:
         width, routing.num_unconditional_experts * config.expert_width, routing.expert_type
     )
     dense = _outside_blocks(config) + model.depth * _block_without_feed_forward(config)
-    dense += (model.depth - layers) * _feed_forward(width, int(model.mlp_ratio * width), "gelu")
+    dense += (model.depth - layers) * _feed_forward(width, config.dense_width, model.mlp_type)
     dense += layers * (_router_parameters(config) + shared)
     return ParameterCount(
         dense=dense,
@@ -80,21 +80,22 @@ def forward_flops_per_image(config: RunConfig, text_tokens: int = 0) -> int:
     model, routing = config.model, config.routing
     width, depth, layers = model.hidden_size, model.depth, len(config.moe_block_indices)
     tokens, patch = model.tokens_per_image, model.patch_size**2
+    inner = model.num_heads * model.head_width
     routed = routing.top_k * config.expert_width * _MATRICES[routing.expert_type]
     shared = routing.num_shared_experts * config.shared_expert_width
     active = routed + shared * _MATRICES[config.shared_expert_type]
     router_per_token, router_per_image = _router_products(config)
     per_token = (
         (model.in_channels + model.out_channels) * patch * width
-        + depth * (4 * width * width + 2 * (tokens + text_tokens) * width)
-        + (depth - layers) * 2 * width * int(model.mlp_ratio * width)
+        + depth * inner * (4 * width + 2 * (tokens + text_tokens))
+        + (depth - layers) * _MATRICES[model.mlp_type] * width * config.dense_width
         + layers * (width * active + router_per_token)
     )
     per_image = (
         TIMESTEP_FREQUENCIES * width + (3 + 6 * depth) * width * width + layers * router_per_image
     )
     if model.condition == "text":
-        per_image += (model.pooled_width + 2 * depth * text_tokens * model.text_width) * width
+        per_image += model.pooled_width * width + 2 * depth * text_tokens * model.text_width * inner
     return 2 * (tokens * per_token + per_image)
 
 
@@ -133,11 +134,12 @@ def _router_products(config: RunConfig) -> tuple[int, int]:
 
 def _block_without_feed_forward(config: RunConfig) -> int:
     width = config.model.hidden_size
-    attention_and_modulation = 10 * width * width + 10 * width
-    head_width = width // config.model.num_heads
+    head_width = config.model.head_width
+    inner = config.model.num_heads * head_width
+    attention_and_modulation = 4 * width * inner + 3 * inner + 6 * width * width + 7 * width
     qk_norm = 4 * head_width if config.model.qk_norm else 0
     is_text = config.model.condition == "text"
-    text = 2 * width * (config.model.text_width + 1) + 2 * head_width if is_text else 0
+    text = 2 * inner * (config.model.text_width + 1) + 2 * head_width if is_text else 0
     return attention_and_modulation + qk_norm + text
 
 

@@ -6,10 +6,11 @@ from pydantic import Field, model_validator
 
 from promoe_ds.config.section import Section, require
 
-#: The sizes of ProMoE's Table 2, which are DiT's.
+#: The sizes of ProMoE's Table 2, which are DiT's, and one between B and L.
 PRESETS: dict[str, dict[str, int]] = {
     "s": {"hidden_size": 384, "depth": 12, "num_heads": 6},
     "b": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "m": {"hidden_size": 960, "depth": 16, "num_heads": 15},
     "l": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
     "xl": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
@@ -18,7 +19,7 @@ PRESETS: dict[str, dict[str, int]] = {
 class ModelConfig(Section):
     """The diffusion transformer's sizes (Peebles & Xie, 2023; ProMoE Table 2)."""
 
-    preset: Literal["s", "b", "l", "xl"] | None = Field(
+    preset: Literal["s", "b", "m", "l", "xl"] | None = Field(
         None, description="fills the sizes left out"
     )
     input_size: int = Field(32, gt=0, description="height and width of a latent, in latent pixels")
@@ -34,8 +35,14 @@ class ModelConfig(Section):
     in_channels: int = Field(4, gt=0, description="of a latent")
     hidden_size: int = Field(gt=0, description="width D")
     depth: int = Field(gt=0, description="blocks")
-    num_heads: int = Field(gt=0, description="of attention; divides D")
+    num_heads: int = Field(gt=0, description="of attention; divides D unless head_dim is given")
+    head_dim: int | None = Field(
+        None, gt=0, description="width of a head; hidden_size / num_heads if left out"
+    )
     mlp_ratio: float = Field(4.0, gt=0, description="width of a dense feed-forward over D")
+    mlp_type: Literal["gelu", "swiglu"] = Field(
+        "gelu", description="of dense feed-forwards, as routing.expert_type"
+    )
     qk_norm: bool = Field(False, description="normalise queries and keys of every head")
     learn_sigma: bool = Field(
         True, description="twice the channels out; the first half is the prediction"
@@ -71,8 +78,9 @@ class ModelConfig(Section):
             texts = "text_width", "text_pooled_width", "text_length"
             self.refuse_set(*texts, use="condition=class")
         require(
-            self.hidden_size % self.num_heads == 0,
-            f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}",
+            self.head_dim is not None or self.hidden_size % self.num_heads == 0,
+            f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}: give"
+            " head_dim, or another number",
         )
         require(
             self.hidden_size % 4 == 0,
@@ -87,6 +95,11 @@ class ModelConfig(Section):
     def null_label(self) -> int:
         """The label that means «no condition»."""
         return self.num_classes
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head of attention."""
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def pooled_width(self) -> int:

@@ -94,6 +94,9 @@ class RoutingConfig(Section):
     expert_type: Literal["gelu", "swiglu"] = Field(
         "gelu", description="GELU-tanh with biases, or SwiGLU without"
     )
+    expert_init_std: float | None = Field(
+        None, gt=0, description="of experts' normal initial weights; Xavier-uniform if left out"
+    )
     shared_expert_type: Literal["gelu", "swiglu"] | None = Field(
         None, description="as expert_type if left out"
     )

@@ -166,7 +166,7 @@ class RunConfig(Section):
         """Return which width is no multiple, as «name is width»; None if all are."""
         widths = {
             "model.hidden_size": self.model.hidden_size,
-            "the dense width (model.mlp_ratio)": int(self.model.mlp_ratio * self.model.hidden_size),
+            "the dense width (model.mlp_ratio)": self.dense_width,
         }
         if self.routing.method != "dense":
             widths |= {
@@ -242,12 +242,17 @@ class RunConfig(Section):
         )
 
     @property
+    def dense_width(self) -> int:
+        """Hidden width of a dense feed-forward."""
+        return int(self.model.mlp_ratio * self.model.hidden_size)
+
+    @property
     def expert_width(self) -> int:
         """F: hidden width of one routed or unconditional expert; by default, one and the shared
         ones are a dense layer's.
         """
-        dense = int(self.model.mlp_ratio * self.model.hidden_size)
-        return self.routing.expert_width or max(1, dense // (1 + self.routing.num_shared_experts))
+        shared = self.routing.num_shared_experts
+        return self.routing.expert_width or max(1, self.dense_width // (1 + shared))
 
     @property
     def shared_expert_width(self) -> int:

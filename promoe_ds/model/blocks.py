@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from promoe_ds.kernels import block_ops
 from promoe_ds.kernels.choice import uses_triton
-from promoe_ds.moe.experts import FeedForward
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.recompute import Recompute, recomputed
 from promoe_ds.routing.assignment import RoutingPlan
@@ -87,17 +86,22 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, qk_norm: bool, text_width: int | None = None
+        self,
+        width: int,
+        num_heads: int,
+        head_width: int,
+        *,
+        qk_norm: bool,
+        text_width: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        head_width = width // num_heads
+        self.num_heads, inner = num_heads, num_heads * head_width
+        self.qkv = nn.Linear(width, 3 * inner)
+        self.proj = nn.Linear(inner, width)
         self.q_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
         if text_width is not None:
-            self.text_kv = nn.Linear(text_width, 2 * width)
+            self.text_kv = nn.Linear(text_width, 2 * inner)
             # Always: encoders' states have scales of their own.
             self.text_k_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS)
 
@@ -110,7 +114,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, texts: Texts | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D)."""
-        batch, tokens, width = x_BSD.shape
+        batch, tokens, _ = x_BSD.shape
         qkv_BS3AG = self.qkv(x_BSD).view(batch, tokens, 3, self.num_heads, -1)
         q_BASG, k_BAKG, v_BAKG = _SplitHeads.apply(qkv_BS3AG)
         q_BASG, k_BAKG = self.q_norm(q_BASG), self.k_norm(k_BAKG)
@@ -121,15 +125,13 @@ class SelfAttention(nn.Module):
             k_BAKG = torch.cat([k_BAKG, text_k], dim=2)
             v_BAKG = torch.cat([v_BAKG, text_v], dim=2)
         mixed = F.scaled_dot_product_attention(q_BASG, k_BAKG, v_BAKG, attn_mask=is_key_B11K)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 class DiTBlock(nn.Module):
     """Attention and a feed-forward (dense or experts), both under adaLN-Zero."""
 
-    def __init__(
-        self, width: int, attention: SelfAttention, feed_forward: FeedForward | MoELayer
-    ) -> None:
+    def __init__(self, width: int, attention: SelfAttention, feed_forward: nn.Module) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
         self.attention = attention

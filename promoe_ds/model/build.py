@@ -9,7 +9,7 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import ConfigError
 from promoe_ds.model.blocks import DiTBlock, SelfAttention
 from promoe_ds.model.dit import DiT
-from promoe_ds.moe.experts import FEED_FORWARDS, FeedForward, StackedExperts
+from promoe_ds.moe.experts import FEED_FORWARDS, StackedExperts
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing import build_router
 
@@ -58,13 +58,14 @@ def _build_block(config: RunConfig, index: int) -> DiTBlock:
     attention = SelfAttention(
         model.hidden_size,
         model.num_heads,
+        model.head_width,
         qk_norm=model.qk_norm,
         text_width=model.text_width if model.condition == "text" else None,
     )
     feed_forward = (
         build_moe_layer(config, index)
         if config.is_moe_block(index)
-        else FeedForward(model.hidden_size, int(model.mlp_ratio * model.hidden_size))
+        else FEED_FORWARDS[model.mlp_type](model.hidden_size, config.dense_width)
     )
     return DiTBlock(model.hidden_size, attention, feed_forward)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 
 import torch
@@ -31,9 +32,11 @@ def initialise(network: DiT, seed: int) -> None:
         seed: of the stream `init`.
     """
     for module_name, module in network.named_modules():
+        std = network.config.routing.expert_init_std
         if isinstance(module, StackedExperts):
+            first = module.first_expert
             for name, stack in module.named_parameters():
-                _fill_stack(stack, f"{module_name}.{name}", seed, first_expert=module.first_expert)
+                _fill_stack(stack, f"{module_name}.{name}", seed, first_expert=first, std=std)
             continue
         gate: str | float = "xavier"
         if isinstance(module, Router):
@@ -41,13 +44,18 @@ def initialise(network: DiT, seed: int) -> None:
             gate = module.initial_gate
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}" if module_name else name
-            fill_parameter(parameter, full_name, seed, gate=gate)
+            fill_parameter(parameter, full_name, seed, gate=gate, expert_std=std)
     network.reset_positions()
 
 
 @torch.no_grad()
 def fill_parameter(
-    parameter: Tensor, name: str, seed: int, *, gate: str | float = "xavier"
+    parameter: Tensor,
+    name: str,
+    seed: int,
+    *,
+    gate: str | float = "xavier",
+    expert_std: float | None = None,
 ) -> None:
     """Fill one parameter with its initial value; a stack of routed experts, if whole, with that of
     each.
@@ -55,9 +63,12 @@ def fill_parameter(
     Args:
         name: dotted, in the whole network.
         gate: `initial_gate` of its router.
+        expert_std: `routing.expert_init_std`.
     """
     if ".moe.routed." in name:
-        _fill_stack(parameter, name, seed, first_expert=0)
+        _fill_stack(parameter, name, seed, first_expert=0, std=expert_std)
+    elif expert_std is not None and re.search(r"\.moe\.(shared|unconditional)\..*weight$", name):
+        _normal(parameter, expert_std, name, seed)
     elif name.endswith(("q_norm.weight", "k_norm.weight")):
         parameter.fill_(1.0)
     elif name.endswith(".router.gate_weight") and gate != "xavier":
@@ -75,12 +86,16 @@ def fill_parameter(
         _xavier(parameter, name, seed, expert=0)
 
 
-def _fill_stack(parameter: Tensor, name: str, seed: int, *, first_expert: int) -> None:
-    for local, value in enumerate(parameter.unbind(0)):
-        if name.endswith("weight"):
-            _xavier(value, name, seed, expert=first_expert + local)
-        else:
+def _fill_stack(
+    parameter: Tensor, name: str, seed: int, *, first_expert: int, std: float | None
+) -> None:
+    for expert, value in enumerate(parameter.unbind(0), first_expert):
+        if not name.endswith("weight"):
             value.zero_()
+        elif std is None:
+            _xavier(value, name, seed, expert=expert)
+        else:
+            _normal(value, std, name, seed, expert=expert)
 
 
 def _xavier(weight: Tensor, name: str, seed: int, *, expert: int) -> None:
@@ -95,8 +110,8 @@ def _uniform(weight: Tensor, bound: float, name: str, seed: int, *, expert: int)
     weight.copy_(torch.from_numpy(draw * (2 * bound) - bound).view(weight.shape))
 
 
-def _normal(weight: Tensor, std: float, name: str, seed: int) -> None:
-    draw = generator(seed, "init", zlib.crc32(name.encode()), 0).standard_normal(
+def _normal(weight: Tensor, std: float, name: str, seed: int, *, expert: int = 0) -> None:
+    draw = generator(seed, "init", zlib.crc32(name.encode()), expert).standard_normal(
         weight.numel(), dtype="float32"
     )
     weight.copy_(torch.from_numpy(draw * std).view(weight.shape))

@@ -98,7 +98,7 @@ def split_units(config: RunConfig) -> UnitSplit:
     Args:
         config: the MoE recipe; its dense width is mlp_ratio * D.
     """
-    routing, dense = config.routing, int(config.model.mlp_ratio * config.model.hidden_size)
+    routing, dense = config.routing, config.dense_width
     shared_width = (
         routing.num_shared_experts * config.shared_expert_width
         if config.shared_expert_type == "gelu"

@@ -38,8 +38,10 @@ from promoe_ds.model.state import POSITIONS, state_shapes
 _LOG = get_logger("checkpoint")
 
 #: What may differ between the model that is there and the one that is trained.
-_MODEL_FIELDS = ("num_classes", "input_size", "position_scale")
+_TEXT_FIELDS = ("condition", "text_width", "text_pooled_width", "text_length")
+_MODEL_FIELDS = ("num_classes", "input_size", "position_scale", *_TEXT_FIELDS)
 _LABELS = "label_embedding.table.weight"
+_TEXT_VECTOR = "text_embedding.pooled.weight"
 _PUBLISHED_LABELS = "y_embedder.embedding_table.weight"
 #: Tells the router's rows of an expert and of its copy apart, relative to their spread.
 _NOISE = 0.1
@@ -208,7 +210,7 @@ class AdaptedSource:
         """Return one whole tensor of the run's model, fp32."""
         shape = self.shapes[name]
         if name not in self._source.shapes:
-            return self._new(name, "made new")
+            return self._new(name)
         value = self._source.read(kind, name).float()
         self._dropped.discard(name)
         if tuple(value.shape) == shape:
@@ -241,14 +243,19 @@ class AdaptedSource:
             lines.append(f"dropped: {', '.join(dropped)}")
         return lines
 
-    def _new(self, name: str, how: str) -> Tensor:
-        self._counts[_pattern(name), how] += 1
-        return self._initial(name, self.shapes[name])
+    def _new(self, name: str) -> Tensor:
+        """Return a tensor that was not there; what a text adds to the network starts at zero."""
+        self._counts[_pattern(name), "made new"] += 1
+        value = self._initial(name, self.shapes[name])
+        if name.endswith("attention.text_kv.weight"):
+            value[len(value) // 2 :] = 0.0  # values
+        return value.zero_() if name == _TEXT_VECTOR else value
 
     def _initial(self, name: str, shape: Iterable[int]) -> Tensor:
         gate = next((g for prefix, g in self._gates.items() if name.startswith(prefix)), "xavier")
         value = torch.empty(*shape)
-        fill_parameter(value, name, self._config.train.seed, gate=gate)
+        std = self._config.routing.expert_init_std
+        fill_parameter(value, name, self._config.train.seed, gate=gate, expert_std=std)
         return value
 
     def _labels(self, table: Tensor) -> Tensor:

@@ -185,6 +185,11 @@ def _check_fit(info: SourceInfo, config: RunConfig) -> None:
             f"{info.path}: is no dense model (routing.method={info.config.routing.method}): only a"
             " dense feed-forward can be split over experts"
         )
+    if info.config.model.mlp_type != "gelu":
+        raise CheckpointError(
+            f"{info.path}: model.mlp_type={info.config.model.mlp_type}: only a dense feed-forward"
+            " with GELU can be split over experts"
+        )
     if config.routing.method == "dense":
         raise ConfigError(
             f"--recipe {config.name}: routing.method=dense has no experts: name a recipe that has"

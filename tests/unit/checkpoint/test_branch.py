@@ -15,7 +15,7 @@ from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model import DiT
 from promoe_ds.model.export import save_export
 
-from ..builders import METHODS, of_method, random_network, small_config
+from ..builders import METHODS, TEXT, of_method, random_network, small_config
 
 LABELS = "label_embedding.table.weight"
 
@@ -103,6 +103,20 @@ def test_published_file_starts_a_run_of_other_classes_and_size(small, tmp_path) 
     assert after[LABELS].shape == (5, 16) and torch.equal(after[LABELS][-1], before[LABELS][-1])
     others = after.keys() - {LABELS}
     assert all(torch.equal(after[name], before[name]) for name in others)
+
+
+def test_text_in_place_of_classes_adds_nothing_at_first(small) -> None:
+    path, before = small
+    after = _start(path, small_config(**TEXT))
+    assert LABELS not in after
+    for name, value in after.items():
+        if name in before:
+            assert torch.equal(value, before[name]), name
+        elif name.endswith("text_kv.weight"):
+            keys, values = value.chunk(2)
+            assert keys.any() and not values.any()
+        elif "text_k_norm" not in name:
+            assert not value.any(), name
 
 
 def test_own_checkpoint_is_taken_as_it_is(small, tmp_path) -> None:

@@ -46,6 +46,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "all blocks": {"routing": {"moe_blocks": "all"}},
     "odd depth": {"model": {"depth": 5}},
     "text": TEXT,
+    "wide heads": {"model": {"head_dim": 12}},
+    "text, wide heads": {"model": {**TEXT["model"], "head_dim": 12, "mlp_type": "swiglu"}},
+    "dense swiglu": {"model": {"mlp_type": "swiglu"}, "routing": {"method": "dense"}},
     "text, pooled as wide": {"model": {**TEXT["model"], "text_pooled_width": None}},
     "no shared": {"routing": {"num_shared_experts": 0}},
     "two shared": {"routing": {"num_shared_experts": 2}},
@@ -168,6 +171,9 @@ def test_parameters_activated_of_promoe_are_nearly_those_of_dit(size: str) -> No
         "widths",
         "shapes",
         "text",
+        "wide heads",
+        "text, wide heads",
+        "dense swiglu",
     ],
 )
 def test_forward_flops_equal_those_counted_by_torch(setting: str) -> None:
@@ -179,7 +185,7 @@ def test_forward_flops_equal_those_counted_by_torch(setting: str) -> None:
     condition = condition_of(network.config, torch.arange(images))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         network(latents, torch.full((images,), 500.0), condition)
-    length = condition.mask_BL.shape[1] if setting == "text" else 0
+    length = condition.mask_BL.shape[1] if setting.startswith("text") else 0
     assert counter.get_total_flops() == images * forward_flops_per_image(network.config, length)
 
 

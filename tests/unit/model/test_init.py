@@ -62,6 +62,19 @@ def test_init_parameter_does_not_depend_on_other_parts_of_the_network() -> None:
     assert all(torch.equal(value, large[name]) for name, value in small.items())
 
 
+def test_init_std_of_experts_is_theirs_alone() -> None:
+    plain, small = (
+        weights(initialised(model={"hidden_size": 64}, routing=routing))
+        for routing in ({}, {"expert_init_std": 0.006})
+    )
+    for name, value in small.items():
+        part = name.split(".moe.")[-1]
+        if part.startswith(("routed", "shared", "unconditional")) and name.endswith("weight"):
+            assert value.std().item() == pytest.approx(0.006, rel=0.1), name
+        else:
+            assert torch.equal(value, plain[name]), name
+
+
 @pytest.mark.parametrize("expert_type", ["gelu", "swiglu"])
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 def test_init_experts_of_all_ranks_together_are_those_of_one(
