@@ -82,20 +82,29 @@ class Router(KeepsBuffersPrecise):
         self, gates_BSK: Tensor, expert_ids_BSK: Tensor, partition: Partition
     ) -> tuple[Assignment, RoutingStats]:
         """Build the list and its statistics from every token's K choices; those of unrouted samples
-        do not count.
+        do not count, or, joined, are the unconditional expert's, behind the routed ones.
         """
-        ids_BN, routed_B1 = expert_ids_BSK.flatten(1), partition.is_routed_B[:, None]
-        counts_BE = ids_BN.new_zeros(len(ids_BN), self.num_experts)
-        counts_BE = counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN)) * routed_B1
+        routed_B1, num_groups = partition.is_routed_B[:, None], self.num_experts
+        if partition.joins_unconditional:
+            expert_ids_BSK = expert_ids_BSK.where(routed_B1[:, None], num_groups)
+            gates_BSK = gates_BSK.where(routed_B1[:, None], 1.0)
+            num_groups += 1
+        ids_BN = expert_ids_BSK.flatten(1)
+        counts_BE = ids_BN.new_zeros(len(ids_BN), num_groups)
+        counts_BE = counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))
+        gate_sums_BE = gates_BSK.new_zeros(counts_BE.shape)
+        gate_sums_BE.scatter_add_(1, ids_BN, gates_BSK.detach().flatten(1))
+        if not partition.joins_unconditional:
+            counts_BE, gate_sums_BE = counts_BE * routed_B1, gate_sums_BE * routed_B1
         assignment = assign_token_choice(
             partition.take_routed(gates_BSK),
             partition.take_routed(expert_ids_BSK),
-            partition.routed_ids,
+            None if partition.all_routed else partition.routed_ids,
             counts_BE.sum(dim=0),
         )
-        gate_sums_BE = gates_BSK.new_zeros(counts_BE.shape)
-        gate_sums_BE.scatter_add_(1, ids_BN, gates_BSK.detach().flatten(1))
-        return assignment, self._stats(counts_BE, gate_sums_BE * routed_B1, partition)
+        routed_only = slice(self.num_experts)
+        stats = self._stats(counts_BE[:, routed_only], gate_sums_BE[:, routed_only], partition)
+        return assignment, stats
 
     def _plan_expert_choice(
         self, scores_BSE: Tensor, capacity: int, partition: Partition
