@@ -67,13 +67,11 @@ class DiT(nn.Module):
         depends on how many samples are null; return whether that is so.
 
         Not where it would cost more than it saves: where it takes a copy of the weights (see
-        `moe.joining`), where a token has several rows or experts choose, and so null samples would
-        be computed several times or rows be filled up, and with several unconditional experts.
+        `moe.joining`), and where K > 1, for null samples would be computed K times. Nor with
+        several unconditional experts, or where experts choose from the whole batch.
         """
-        routing = self.config.routing
         self._joins_unconditional = (
-            routing.traits.tokens_choose
-            and routing.top_k == 1
+            self.config.routing.top_k == 1
             and bool(self.moe_layers())
             and all(layer.can_join_unconditional() for layer in self.moe_layers().values())
         )

@@ -69,6 +69,7 @@ class MoELayer(nn.Module):
         """
         return (
             self.unconditional is not None
+            and self.router.is_per_sample
             and isinstance(self.dispatcher, LocalDispatcher)
             and self.routed.is_followed_by(self.unconditional)
         )

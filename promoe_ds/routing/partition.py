@@ -62,7 +62,7 @@ def partition_samples(
         condition: of every sample, after dropout.
         has_unconditional_expert: without one (N_u = 0) null samples are routed like any other, as
         published.
-        joins_unconditional: see `Partition`; only for methods in which tokens choose one expert.
+        joins_unconditional: see `Partition`; only for routers that can (`Router.is_per_sample`).
     Returns: Partition.
     Sync: one, for the number of null samples, where the condition does not know it; once per
         forward pass, not per layer. None where the unconditional expert is joined.

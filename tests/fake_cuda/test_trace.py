@@ -96,7 +96,7 @@ def test_a_step_has_one_shape_whatever_number_of_samples_is_null(
     """So a pass fits one CUDA graph: the host reads nothing in it, and nothing changes its size."""
     full, swiglu = "parallel.activation_checkpointing=full", "routing.expert_type=swiglu"
     apart = ("promoe_b", "parallel.kernels=eager")
-    recipes = [("promoe_b",), ("promoe_b", full), ("kmeans_b", swiglu), apart]
+    recipes = [("promoe_b",), ("promoe_b", full), ("promoe_ec_s",), ("kmeans_b", swiglu), apart]
     requests = [
         Case(recipe=name, overrides=(*overrides, f"diffusion.label_dropout={dropout}")).request()
         for name, *overrides in recipes

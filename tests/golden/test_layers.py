@@ -35,9 +35,8 @@ def test_layer_equals_published(case: Case, backend: str) -> None:
     )
     layer.load_state_dict({k.removeprefix("blocks.1.moe."): v for k, v in state.items()})
     routing = config.routing
-    is_joinable = routing.traits.tokens_choose and routing.top_k == 1
-    is_joinable = is_joinable and routing.num_unconditional_experts == 1
-    for joins in (False, True) if is_joinable else (False,):
+    is_joinable = layer.router.is_per_sample and routing.num_unconditional_experts == 1
+    for joins in (False, True) if is_joinable and routing.top_k == 1 else (False,):
         layer.zero_grad()
         _check_pass(layer, case, config, close, joins=joins)
 

@@ -13,16 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from promoe_ds.condition import ClassCondition
-from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.moe import MoELayer
 from promoe_ds.moe.experts import EXPERT_PARAMETERS
 from promoe_ds.moe.joining import is_behind, join, parameters_behind
-from promoe_ds.routing import partition_samples
+from promoe_ds.routing import ROUTERS, partition_samples
 
 from ..builders import METHODS, random_network, random_tensor
 from .test_layer import FLOAT64, NULL, TOKENS, WIDTH, loss_of, make_layer
 
-TOKENS_CHOOSE = [method for method in METHODS if TRAITS[method].tokens_choose]
+JOINABLE = [method for method in METHODS if ROUTERS[method].is_per_sample]
 BATCHES = {"mixed": [3, NULL, 0, NULL, 7], "no null": [3, 1, 0, 2, 7], "all null": [NULL] * 5}
 
 
@@ -49,7 +48,6 @@ def results(layer: MoELayer, labels: list[int], *, joins: bool) -> dict[str, Ten
     gradients = {name: p.grad for name, p in layer.named_parameters()}
     observed = {} if plan.observation is None else {"observation": plan.observation}
     found = {"output": output, "tokens": tokens.grad, **plan.aux_losses, **stats, **observed}
-    assert len(plan.assignment.token_ids_N) == len(labels) * TOKENS or not joins
     return {name: value.detach().clone() for name, value in {**found, **gradients}.items()}
 
 
@@ -70,7 +68,7 @@ class _Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("types", [{}, {"expert_type": "swiglu", "num_shared_experts": 0}])
-@pytest.mark.parametrize("method", TOKENS_CHOOSE)
+@pytest.mark.parametrize("method", JOINABLE)
 def test_joined_layer_equals_the_layer_with_an_expert_apart(
     method: str, types: dict[str, Any], labels: list[int]
 ) -> None:
@@ -87,10 +85,25 @@ def test_joined_layer_equals_the_layer_with_an_expert_apart(
     torch.testing.assert_close(in_float, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_shapes_do_not_depend_on_the_number_of_null_samples() -> None:
+@pytest.mark.parametrize(
+    ("method", "num_experts"), [("expert_choice", 3), ("expert_choice", 6), ("ec_dit", 3)]
+)
+@pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES.keys())
+def test_joined_layer_where_samples_of_one_kind_have_fewer_rows(
+    method: str, num_experts: int, labels: list[int]
+) -> None:
+    """Of four tokens three experts take three rows, of null samples four. Six experts take six."""
+    layer = make_layer(method, top_k=1, num_experts=num_experts).train()
+    apart, joined = (results(layer, labels, joins=joins) for joins in (False, True))
+    torch.testing.assert_close(joined, apart, **FLOAT64)
+
+
+@pytest.mark.parametrize("method", JOINABLE)
+def test_shapes_do_not_depend_on_the_number_of_null_samples(method: str) -> None:
     """Nor does anything else that a device is asked to do."""
-    layer = make_layer("token_choice", "grouped_mm", torch.float32, top_k=1).train()
+    layer = make_layer(method, "grouped_mm", torch.float32, top_k=1).train()
     lay_behind(layer)
+    results(layer, BATCHES["mixed"], joins=True)  # the first pass makes tables
     asked = []
     for labels in BATCHES.values():
         with _Calls() as calls:
@@ -121,7 +134,9 @@ def test_stack_is_a_view_where_weights_are_laid_for_it() -> None:
     [
         ({}, True),
         ({"top_k": 2}, False),
-        ({"method": "expert_choice"}, False),
+        ({"method": "expert_choice"}, True),
+        ({"method": "diff_moe"}, False),
+        ({"method": "expert_race"}, False),
         ({"num_unconditional_experts": 2}, False),
         ({"num_unconditional_experts": 0}, False),
         ({"method": "dense"}, False),
