@@ -17,8 +17,10 @@ from promoe_ds.moe import MoELayer
 from promoe_ds.moe.experts import EXPERT_PARAMETERS
 from promoe_ds.moe.joining import is_behind, join, parameters_behind
 from promoe_ds.routing import ROUTERS, partition_samples
+from tests.unit.ranks import pretend_one_rank
 
-from ..builders import METHODS, random_network, random_tensor
+from ..builders import METHODS, of_method, random_network, random_tensor
+from ..train.test_routing_log import accumulate, make_network
 from .test_layer import FLOAT64, NULL, TOKENS, WIDTH, loss_of, make_layer
 
 JOINABLE = [method for method in METHODS if ROUTERS[method].is_per_sample]
@@ -148,3 +150,24 @@ def test_network_joins_where_it_costs_nothing(routing: dict[str, Any], joins: bo
         if routing.get("num_unconditional_experts", 1) == 1:
             lay_behind(layer)
     assert network.join_unconditional() == joins
+
+
+@pytest.mark.parametrize("method", JOINABLE)
+def test_log_of_a_joined_network_is_that_of_one_with_the_expert_apart(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_one_rank(monkeypatch)
+    network = make_network(method, routing={**of_method(method)["routing"], "top_k": 1})
+    apart = accumulate(network)[0].reduce(step=1, steps=1)
+    for layer in network.moe_layers().values():
+        lay_behind(layer)
+    assert network.join_unconditional()
+    joined = accumulate(network)[0].reduce(step=1, steps=1)
+    for found, expected in zip(joined, apart, strict=True):
+        assert found.get("layer_detail", {}).keys() == expected.get("layer_detail", {}).keys()
+        torch.testing.assert_close(_numbers(found), _numbers(expected), rtol=1e-4, atol=1e-5)
+
+
+def _numbers(line: Any) -> list[float]:
+    leaves = [leaf for leaf in tree_leaves(line) if isinstance(leaf, int | float)]
+    return [float(leaf) for leaf in leaves]
