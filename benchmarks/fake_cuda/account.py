@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from hashlib import sha256
 from typing import Any
 
 from benchmarks.fake_cuda.recorder import Call, Recorder
@@ -75,7 +76,10 @@ def seconds(call: Call) -> float:
 
 
 def summary(recorder: Recorder) -> dict[str, Any]:
-    """Return what was recorded as plain values: totals, by category, by operation and place."""
+    """Return what was recorded as plain values: totals, by category, by operation and place.
+
+    `sequence` is the same for steps that ask for the same operations in the same order and shapes.
+    """
     by_category, operations = (defaultdict(lambda: [0, 0, 0, 0.0]) for _ in range(2))
     for call in recorder.calls:
         kind = category(call)
@@ -89,6 +93,7 @@ def summary(recorder: Recorder) -> dict[str, Any]:
     totals = [sum(column) for column in zip(*by_category.values(), strict=True)]
     return {
         "totals": _figures(totals),
+        "sequence": _digest([(call.name, call.dtype, call.shapes) for call in recorder.calls]),
         "categories": {
             kind: _figures(sums)
             for kind, sums in sorted(by_category.items(), key=lambda item: -item[1][3])
@@ -116,6 +121,10 @@ def summary(recorder: Recorder) -> dict[str, Any]:
             for key, sums in sorted(operations.items(), key=lambda item: -item[1][3])
         ],
     }
+
+
+def _digest(values: Any) -> str:
+    return sha256(repr(values).encode()).hexdigest()
 
 
 def _figures(sums: list[Any]) -> dict[str, Any]:

@@ -55,7 +55,9 @@ class Place(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One operation: its kernels, the bytes that it reads and writes, its FLOPs."""
+    """One operation: its kernels, the bytes that it reads and writes, its FLOPs; the shapes of what
+    it takes and makes.
+    """
 
     name: str
     dtype: str
@@ -64,6 +66,7 @@ class Call(NamedTuple):
     flops: int
     place: Place
     is_backward: bool
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,10 @@ class Recorder(TorchDispatchMode):
             moved = _bytes_moved(func, name, args, kwargs, inputs, outputs)
             flops = _flops(func, args, kwargs, result)
             kernels = _KERNELS.get(name, 1)
-            self.calls.append(Call(name, dtype, kernels, moved, flops, place, node is not None))
+            shapes = tuple(tuple(tensor.shape) for tensor in inputs + outputs)
+            self.calls.append(
+                Call(name, dtype, kernels, moved, flops, place, node is not None, shapes)
+            )
 
     def _place(self, node: Any) -> Place:
         """Return where an operation was asked: in the backward pass, without a frame of ours, where

@@ -43,7 +43,8 @@ class Layout(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the shards of a checkpoint depend on.
 
     aligned: parameters are in another order than the network's own, those of odd sizes last
-        (`is_reordered`); false for checkpoints that do not say it.
+        (`is_reordered`); joined: unconditional experts are behind routed ones (`lays_joined`). Both
+        are false for checkpoints that do not say it.
     """
 
     world_size: int
@@ -53,12 +54,13 @@ class Layout(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     precision: str
     data_before_expert: bool = False
     aligned: bool = False
+    joined: bool = False
 
     def __str__(self) -> str:
         return (
             f"{self.world_size} ranks, parallel.ep_size={self.ep_size}, expert storage"
             f" {self.dispatch}, ZeRO {self.zero_stage},"
-            f" {self.precision}{', aligned' if self.aligned else ''}"
+            f" {self.precision}{', aligned' * self.aligned}{', joined' * self.joined}"
         )
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from msgspec.structs import replace
 from torch import nn
 
-from promoe_ds.backends.parameter_groups import is_reordered
+from promoe_ds.backends.parameter_groups import is_reordered, lays_joined
 from promoe_ds.checkpoint.manifest import (
     UNFINISHED,
     Layout,
@@ -75,6 +75,7 @@ def layout_of(trainer: TrainingState) -> Layout:
         precision=plan.precision,
         data_before_expert=bool(plan.json.get("use_data_before_expert_parallelism", False)),
         aligned=is_reordered(trainer.module, config.optimizer, plan.precision),
+        joined=lays_joined(trainer.module, config.optimizer, plan.precision),
     )
 
 

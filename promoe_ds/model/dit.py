@@ -63,6 +63,22 @@ class DiT(nn.Module):
             "positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False
         )
         self.register_load_state_dict_pre_hook(_take_own_positions)
+        self._joins_unconditional = False
+
+    def join_unconditional(self) -> bool:
+        """Compute the unconditional expert as one more routed one from now on, so that no shape
+        depends on how many samples are null; return whether that is so.
+
+        Not where it would cost more than it saves: where it takes a copy of the weights (see
+        `moe.joining`), and where K > 1, for null samples would be computed K times. Nor with
+        several unconditional experts, or where experts choose from the whole batch.
+        """
+        self._joins_unconditional = (
+            self.config.routing.top_k == 1
+            and bool(self.moe_layers())
+            and all(layer.can_join_unconditional() for layer in self.moe_layers().values())
+        )
+        return self._joins_unconditional
 
     def keep_own_positions(self) -> None:
         """Count the position table among the state: it is to come, or came, with the weights."""
@@ -110,7 +126,9 @@ class DiT(nn.Module):
         if isinstance(condition, Tensor):
             condition = ClassCondition(condition, self.config.model.null_label)
         partition = partition_samples(
-            condition, has_unconditional_expert=self.config.routing.num_unconditional_experts > 0
+            condition,
+            has_unconditional_expert=self.config.routing.num_unconditional_experts > 0,
+            joins_unconditional=self._joins_unconditional,
         )
         dtype = self.patch_embedding.proj.weight.dtype
         x_BSD = self.patch_embedding(latents_BZHW.to(dtype)) + self.positions.to(dtype)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from promoe_ds.kernels.choice import uses_triton
+from promoe_ds.moe.joining import is_behind, join, parameters_behind
 from promoe_ds.moe.products import BACKENDS, FusedGroupedGemm, Products, falls_back, row_major
 
 
@@ -122,12 +123,29 @@ class StackedExperts(nn.Module):
                 name, nn.Parameter(parameter.new_empty(count, *parameter.shape[1:]))
             )
 
-    def forward(self, rows_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
+    def is_followed_by(self, single: nn.Module) -> bool:
+        """Whether a feed-forward of an expert's shape is in memory where one more expert would be,
+        and is computed as one by grouped GEMM.
+        """
+        return (
+            self.kernel is None
+            and self.backend != "loop"
+            and not falls_back(self.up_weight)
+            and all(
+                is_behind(getattr(self, name), *parameters_behind(single, [name]))
+                for name in EXPERT_PARAMETERS[self.expert_type]
+            )
+        )
+
+    def forward(
+        self, rows_RD: Tensor, tokens_per_expert_e: Tensor, last: nn.Module | None = None
+    ) -> Tensor:
         """Run each expert on its rows.
 
         Args:
             rows_RD: sorted by local expert.
             tokens_per_expert_e: int64 counts with sum R; zeros are fine, also R = 0.
+            last: a feed-forward of an expert's shape that is one more expert, behind the others.
         Returns: (R, D).
         Gradient: reaches every parameter, zeros for an expert without rows.
         Sync: none with grouped_mm; one with loop.
@@ -144,9 +162,9 @@ class StackedExperts(nn.Module):
         products = make_products(tokens_per_expert_e, rows_RD.shape[0])
         function = _ExpertFeedForward if self.expert_type == "gelu" else _GatedExpertFeedForward
         names = EXPERT_PARAMETERS[self.expert_type]
-        return function.apply(
-            rows_RD, *(at_autocast_dtype(getattr(self, name)) for name in names), products
-        )
+        stacks = [getattr(self, name) for name in names]
+        weights = stacks if last is None else join(stacks, parameters_behind(last, names))
+        return function.apply(rows_RD, *map(at_autocast_dtype, weights), products)
 
 
 def at_autocast_dtype(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Letters: B images, S tokens per image, T = B*S, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -59,7 +60,19 @@ class MoELayer(nn.Module):
         if not self.training or plan.stats.token_sums_ED is not None:
             return plan
         sums_ED = sum_tokens_by_expert(tokens_BSD.detach().flatten(0, 1), plan.assignment)
+        sums_ED = sums_ED[: self.router.num_experts]
         return replace(plan, stats=replace(plan.stats, token_sums_ED=sums_ED))
+
+    def can_join_unconditional(self) -> bool:
+        """Whether the unconditional expert can be one more group of the routed experts' product
+        without a copy, see `moe.joining`.
+        """
+        return (
+            self.unconditional is not None
+            and self.router.is_per_sample
+            and isinstance(self.dispatcher, LocalDispatcher)
+            and self.routed.is_followed_by(self.unconditional)
+        )
 
     def apply_experts(self, tokens_BSD: Tensor, partition: Partition, plan: RoutingPlan) -> Tensor:
         """Compute Eq. 5 for a plan already made.
@@ -72,13 +85,14 @@ class MoELayer(nn.Module):
         Gradient: reaches tokens, every expert and, through the gates, the router.
         """
         tokens_TD = at_autocast_dtype(tokens_BSD.flatten(0, 1))
-        add_routed = self.dispatcher.begin(
-            partial(self._run, self.routed), tokens_TD, plan.assignment
-        )
+        last = self.unconditional if partition.joins_unconditional else None
+        routed = partial(self.routed, last=last)
+        add_routed = self.dispatcher.begin(partial(self._run, routed), tokens_TD, plan.assignment)
         # Replicated experts need no exchange: they compute while the routed rows travel.
         output_TD = self._replicated(
             tokens_TD,
-            partition.unconditional_token_ids(tokens_BSD.shape[1]),
+            partition,
+            tokens_per_image=tokens_BSD.shape[1],
             dtype=tokens_BSD.dtype if plan.assignment.places is not None else None,
         )
         output_TD = add_routed(output_TD)
@@ -92,10 +106,15 @@ class MoELayer(nn.Module):
         return self.apply_experts(tokens_BSD, partition, plan), plan
 
     def _replicated(
-        self, tokens_TD: Tensor, unconditional_token_ids: Tensor, *, dtype: torch.dtype | None
+        self,
+        tokens_TD: Tensor,
+        partition: Partition,
+        *,
+        tokens_per_image: int,
+        dtype: torch.dtype | None,
     ) -> Tensor:
-        """Return what shared and unconditional experts add to each token, in `dtype`; None: at
-        least fp32.
+        """Return what shared and, unless joined, unconditional experts add to each token, in
+        `dtype`; None: at least fp32.
         """
         output_TD = (
             torch.zeros_like(tokens_TD)
@@ -105,14 +124,15 @@ class MoELayer(nn.Module):
         # A token has a row of the unconditional expert or rows of routed ones, never both: summed
         # in fp32 by the fused combine, it is rounded once in either dtype.
         output_TD = at_least_fp32(output_TD) if dtype is None else output_TD.to(dtype)
-        if self.unconditional is None:
+        if self.unconditional is None or partition.joins_unconditional:
             return output_TD
         # Always run, on no tokens if need be: a parameter without gradient on one rank would break
         # the reduction.
-        rows = self._run(self.unconditional, tokens_TD.index_select(0, unconditional_token_ids))
-        return output_TD.index_add_(0, unconditional_token_ids, rows.to(output_TD.dtype))
+        token_ids = partition.unconditional_token_ids(tokens_per_image)
+        rows = self._run(self.unconditional, tokens_TD.index_select(0, token_ids))
+        return output_TD.index_add_(0, token_ids, rows.to(output_TD.dtype))
 
-    def _run(self, experts: nn.Module, *args: Tensor) -> Tensor:
+    def _run(self, experts: Callable[..., Tensor], *args: Tensor) -> Tensor:
         """Run experts; with `recompute_hidden` their hidden layer is recomputed in the backward
         pass, after the exchange.
         """

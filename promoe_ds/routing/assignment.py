@@ -24,7 +24,8 @@ class Assignment:
     token_ids_N: int64 rows of the flattened tokens (T, D), sorted by expert, within an expert in
     token order.
     gates_N: fp32 combine weights, differentiable.
-    tokens_per_expert_E: int64 counts; their sum is N.
+    tokens_per_expert_E: int64 counts; their sum is N. Where the unconditional expert is joined, it
+        is the last one, E + 1 in all.
     places: where each token's rows are, for fused kernels; None: plain operations move the rows.
     """
 
@@ -82,14 +83,17 @@ class RoutingPlan:
 
 
 def assign_token_choice(
-    gates_RSK: Tensor, expert_ids_RSK: Tensor, routed_ids: Tensor, tokens_per_expert_E: Tensor
+    gates_RSK: Tensor,
+    expert_ids_RSK: Tensor,
+    routed_ids: Tensor | None,
+    tokens_per_expert_E: Tensor,
 ) -> Assignment:
     """Turn each token's K choices into the sorted list.
 
     Args:
         gates_RSK: gates of the routed samples, (samples, S, K).
         expert_ids_RSK: int64 chosen experts, of the same shape.
-        routed_ids: int64 (samples,), their places in the batch.
+        routed_ids: int64 (samples,), their places in the batch; None: they are the batch.
         tokens_per_expert_E: int64 counts of expert_ids_RSK.
     Returns: Assignment of N = samples * S * K rows.
     Gradient: reaches gates_RSK.  Sync: none.
@@ -97,10 +101,11 @@ def assign_token_choice(
     _, tokens_per_image, top_k = gates_RSK.shape
     order = torch.argsort(expert_ids_RSK.reshape(-1), stable=True)
     token = order if top_k == 1 else order // top_k
-    sample = token // tokens_per_image
-    token_ids_N = routed_ids[sample] * tokens_per_image + token % tokens_per_image
+    if routed_ids is not None:
+        sample = token // tokens_per_image
+        token = routed_ids[sample] * tokens_per_image + token % tokens_per_image
     return Assignment(
-        token_ids_N=token_ids_N,
+        token_ids_N=token,
         gates_N=gates_RSK.reshape(-1)[order],
         tokens_per_expert_E=tokens_per_expert_E,
     )

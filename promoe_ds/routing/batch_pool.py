@@ -51,6 +51,7 @@ class BatchPoolRouter(GateRouter):
     thresholds: Tensor
     per_expert = ("gate_weight", "thresholds", "predictor.down.weight", "predictor.down.bias")
     initial_gate = 0.006
+    is_per_sample = False
 
     def __init__(self, width: int, settings: RoutingConfig) -> None:
         """Create gate and predictor, uninitialised."""

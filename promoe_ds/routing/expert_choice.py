@@ -45,7 +45,12 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
         aux_losses = {}
         if self.training and settings.rcl_weight > 0:
             aux_losses["rcl"] = settings.rcl_weight * expert_choice_contrastive_loss(
-                tokens, chosen_BEC, self.prototypes, settings.rcl_temperature, self.reduce_sum
+                tokens,
+                chosen_BEC,
+                self.prototypes,
+                settings.rcl_temperature,
+                partition.is_routed_B if partition.joins_unconditional else None,
+                self.reduce_sum,
             )
         return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)
 

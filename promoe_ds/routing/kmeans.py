@@ -46,7 +46,7 @@ class KMeansRouter(Router):
         Args:
             permutation: from a number to so many distinct indices in random order.
         """
-        pool_TD = partition.take_routed(tokens_BSD).flatten(0, 1)
+        pool_TD = tokens_BSD[partition.is_routed_B].flatten(0, 1)
         if len(pool_TD):
             order_T = permutation(len(pool_TD)).to(pool_TD.device)
             places_E = torch.arange(self.num_experts, device=pool_TD.device) % len(pool_TD)

@@ -91,6 +91,7 @@ def expert_choice_contrastive_loss(
     chosen_BEC: Tensor,
     prototypes_ED: Tensor,
     temperature: float,
+    is_routed_B: Tensor | None = None,
     reduce_sum: ReduceSum = identity_reduce,
 ) -> Tensor:
     """Contrast prototypes with the centroids of each sample, where experts choose and every expert
@@ -100,11 +101,12 @@ def expert_choice_contrastive_loss(
     row of logits per sample and expert; differs: the mean is over the rows of all ranks through
     `reduce_sum`.
     Args:
-        tokens_BSD: tokens of the routed samples.
+        tokens_BSD: tokens of the routed samples, or of all with `is_routed_B`.
         chosen_BEC: int64 places (0 ... S-1) of the C tokens that each expert chose from each
         sample.
         prototypes_ED: learned expert centres.
         temperature: tau > 0.
+        is_routed_B: which samples count; None: all.
     Returns: scalar, fp32 or fp64; exactly 0 without samples.
     Gradient: reaches tokens and prototypes.  Sync: none.  Collectives: one, in `reduce_sum`.
     """
@@ -120,10 +122,13 @@ def expert_choice_contrastive_loss(
             at_least_fp32(prototypes_ED).to(tokens.dtype), dim=-1, eps=NORM_EPS
         )
         logits_BEE = prototypes @ centroids_BED.transpose(1, 2) / temperature
-        total = -logits_BEE.log_softmax(dim=-1).diagonal(dim1=1, dim2=2).sum()
-        total_and_rows = reduce_sum(
-            torch.stack([total, total.new_full((), float(num_samples * num_experts))])
-        )
+        log_probabilities_BE = logits_BEE.log_softmax(dim=-1).diagonal(dim1=1, dim2=2)
+        if is_routed_B is None:
+            rows = log_probabilities_BE.new_full((), float(num_samples * num_experts))
+        else:
+            log_probabilities_BE = log_probabilities_BE * is_routed_B[:, None]
+            rows = (is_routed_B.sum() * num_experts).to(log_probabilities_BE.dtype)
+        total_and_rows = reduce_sum(torch.stack([-log_probabilities_BE.sum(), rows]))
         return total_and_rows[0] / total_and_rows[1].detach().clamp_min(1.0)
 
 

@@ -27,10 +27,13 @@ class Partition:
     is_null_B: Tensor
     #: Of the condition, for statistics and for routers that are taught by it.
     group_B: Tensor | None
+    #: Whether the unconditional expert is one more group, behind the routed ones: then every sample
+    #: has rows, no list is cut, and shapes are the same for any number of null samples.
+    joins_unconditional: bool = False
 
     @property
     def all_routed(self) -> bool:
-        """Whether every sample is routed, so that gathering can be saved."""
+        """Whether every sample has rows in the routers' list, so that gathering can be saved."""
         return self.unconditional_ids.numel() == 0
 
     def take_routed(self, x_B: Tensor) -> Tensor:
@@ -45,7 +48,12 @@ class Partition:
         return (self.unconditional_ids[:, None] * tokens_per_image + offsets).flatten()
 
 
-def partition_samples(condition: Condition, *, has_unconditional_expert: bool = True) -> Partition:
+def partition_samples(
+    condition: Condition,
+    *,
+    has_unconditional_expert: bool = True,
+    joins_unconditional: bool = False,
+) -> Partition:
     """Split a batch into conditional samples and those under the null condition.
 
     Source: Sec. 4.1, Algorithm 1 lines 2-6; differs: the condition says what is null, the published
@@ -54,11 +62,22 @@ def partition_samples(condition: Condition, *, has_unconditional_expert: bool = 
         condition: of every sample, after dropout.
         has_unconditional_expert: without one (N_u = 0) null samples are routed like any other, as
         published.
+        joins_unconditional: see `Partition`; only for routers that can (`Router.is_per_sample`).
     Returns: Partition.
     Sync: one, for the number of null samples, where the condition does not know it; once per
-        forward pass, not per layer.
+        forward pass, not per layer. None where the unconditional expert is joined.
     """
     is_null_B = condition.is_null_B
+    if joins_unconditional:
+        every_id = torch.arange(is_null_B.numel(), device=is_null_B.device)
+        return Partition(
+            is_routed_B=~is_null_B,
+            routed_ids=every_id,
+            unconditional_ids=every_id[:0],
+            is_null_B=is_null_B,
+            group_B=condition.group_B,
+            joins_unconditional=True,
+        )
     leaves_B, num_leaving = torch.zeros_like(is_null_B), 0
     if has_unconditional_expert:
         leaves_B, known = is_null_B, condition.num_null

@@ -35,6 +35,7 @@ class ExpertRaceRouter(GateRouter):
     """
 
     threshold: Tensor
+    is_per_sample = False  # in training
 
     def __init__(self, width: int, settings: RoutingConfig, *, patch_values: int) -> None:
         """Create the network, uninitialised.

@@ -37,10 +37,13 @@ class Router(KeepsBuffersPrecise):
     per_expert: names of the parameters and buffers whose first dimension counts the experts.
     initial_gate: how `gate_weight` starts: "xavier" as other matrices, "linear" as torch's linear
         layer (uniform within 1 / sqrt(D)), or the standard deviation of a normal distribution.
+    is_per_sample: whether a routed sample's number of rows does not depend on the others of its
+        batch: then the unconditional expert can be joined (`Partition`).
     """
 
     per_expert: ClassVar[tuple[str, ...]] = ()
     initial_gate: ClassVar[str | float] = "xavier"
+    is_per_sample: ClassVar[bool] = True
 
     def __init__(self, width: int, settings: RoutingConfig) -> None:
         """Take the settings, among them E and K; D for the subclasses that have weights."""
@@ -82,20 +85,27 @@ class Router(KeepsBuffersPrecise):
         self, gates_BSK: Tensor, expert_ids_BSK: Tensor, partition: Partition
     ) -> tuple[Assignment, RoutingStats]:
         """Build the list and its statistics from every token's K choices; those of unrouted samples
-        do not count.
+        do not count, or, joined, are the unconditional expert's, behind the routed ones.
         """
-        ids_BN, routed_B1 = expert_ids_BSK.flatten(1), partition.is_routed_B[:, None]
-        counts_BE = ids_BN.new_zeros(len(ids_BN), self.num_experts)
-        counts_BE = counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN)) * routed_B1
+        routed_B1, num_groups = partition.is_routed_B[:, None], self.num_experts
+        if partition.joins_unconditional:
+            expert_ids_BSK = expert_ids_BSK.where(routed_B1[:, None], num_groups)
+            gates_BSK = gates_BSK.where(routed_B1[:, None], 1.0)
+            num_groups += 1
+        ids_BN = expert_ids_BSK.flatten(1)
+        counts_BE = ids_BN.new_zeros(len(ids_BN), num_groups)
+        counts_BE = counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))
+        gate_sums_BE = gates_BSK.new_zeros(counts_BE.shape)
+        gate_sums_BE.scatter_add_(1, ids_BN, gates_BSK.detach().flatten(1))
+        if not partition.joins_unconditional:
+            counts_BE, gate_sums_BE = counts_BE * routed_B1, gate_sums_BE * routed_B1
         assignment = assign_token_choice(
             partition.take_routed(gates_BSK),
             partition.take_routed(expert_ids_BSK),
-            partition.routed_ids,
+            None if partition.all_routed else partition.routed_ids,
             counts_BE.sum(dim=0),
         )
-        gate_sums_BE = gates_BSK.new_zeros(counts_BE.shape)
-        gate_sums_BE.scatter_add_(1, ids_BN, gates_BSK.detach().flatten(1))
-        return assignment, self._stats(counts_BE, gate_sums_BE * routed_B1, partition)
+        return assignment, self._stats(counts_BE, gate_sums_BE, partition)
 
     def _plan_expert_choice(
         self, scores_BSE: Tensor, capacity: int, partition: Partition
@@ -105,19 +115,44 @@ class Router(KeepsBuffersPrecise):
         """
         num_samples, tokens_per_image, _ = scores_BSE.shape
         gates_BEC, chosen_BEC = scores_BSE.transpose(1, 2).topk(capacity, dim=-1)
-        sample_B = torch.arange(num_samples, device=scores_BSE.device)[:, None, None]
         expert_E = torch.arange(self.num_experts, device=scores_BSE.device)[None, :, None]
+        rows = chosen_BEC.flatten(1), expert_E.expand_as(chosen_BEC).flatten(1)
+        rows_BL = *rows, gates_BEC.flatten(1)
+        if partition.joins_unconditional:
+            rows_BL = self._with_unconditional(*rows_BL, partition, tokens_per_image)
+        places_BL, experts_BL, gates_BL = rows_BL
+        sample_B = torch.arange(num_samples, device=scores_BSE.device)[:, None]
         token_ids_N = pool_token_ids(
-            partition, (sample_B * tokens_per_image + chosen_BEC).flatten(), tokens_per_image
+            partition, (sample_B * tokens_per_image + places_BL).flatten(), tokens_per_image
         )
         assignment, stats = self._plan_pairs(
-            token_ids_N,
-            expert_E.expand_as(chosen_BEC).flatten(),
-            gates_BEC.flatten(),
-            partition,
-            tokens_per_image,
+            token_ids_N, experts_BL.flatten(), gates_BL.flatten(), partition, tokens_per_image
         )
         return assignment, stats, chosen_BEC
+
+    def _with_unconditional(
+        self,
+        places_BL: Tensor,
+        experts_BL: Tensor,
+        gates_BL: Tensor,
+        partition: Partition,
+        tokens_per_image: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Let null samples have a row of the unconditional expert for every token; samples of
+        either kind are filled up to one number of rows by those with gate 0.
+        """
+        length = max(places_BL.shape[1], tokens_per_image)
+        missing = length - places_BL.shape[1]
+        own_L = torch.arange(length, device=places_BL.device)
+        is_routed_B1 = partition.is_routed_B[:, None]
+        expert = self.num_experts
+        return (
+            F.pad(places_BL, (0, missing)).where(is_routed_B1, own_L % tokens_per_image),
+            F.pad(experts_BL, (0, missing), value=expert).where(is_routed_B1, expert),
+            F.pad(gates_BL, (0, missing)).where(
+                is_routed_B1, (own_L < tokens_per_image).to(gates_BL.dtype)
+            ),
+        )
 
     def _plan_pairs(
         self,
@@ -131,9 +166,10 @@ class Router(KeepsBuffersPrecise):
         the whole batch.
         """
         num_samples = partition.is_routed_B.numel()
+        num_groups = self.num_experts + partition.joins_unconditional
         sample_ids_N = token_ids_N // tokens_per_image
         counts_BE = count_pairs(
-            sample_ids_N, expert_ids_N, num_samples=num_samples, num_experts=self.num_experts
+            sample_ids_N, expert_ids_N, num_samples=num_samples, num_experts=num_groups
         )
         assignment = assign_pairs(
             token_ids_N,
@@ -143,13 +179,14 @@ class Router(KeepsBuffersPrecise):
             tokens_per_expert_E=counts_BE.sum(dim=0),
         )
         gate_sums_BE = gates_N.new_zeros(counts_BE.numel())
-        gate_sums_BE.index_add_(0, sample_ids_N * self.num_experts + expert_ids_N, gates_N.detach())
+        gate_sums_BE.index_add_(0, sample_ids_N * num_groups + expert_ids_N, gates_N.detach())
         return assignment, self._stats(counts_BE, gate_sums_BE.view_as(counts_BE), partition)
 
     def _stats(self, counts_BE: Tensor, gate_sums_BE: Tensor, partition: Partition) -> RoutingStats:
+        routed_only = slice(self.num_experts)  # the unconditional expert may be the last one
         return RoutingStats(
-            tokens_per_expert_BE=counts_BE,
-            gate_sums_BE=gate_sums_BE,
+            tokens_per_expert_BE=counts_BE[:, routed_only],
+            gate_sums_BE=gate_sums_BE[:, routed_only],
             is_routed_B=partition.is_routed_B,
             prototype_similarity=mean_prototype_similarity(self.expert_keys_ED().detach()),
         )

@@ -70,6 +70,7 @@ class TwoStepRouter(PrototypeRouter):
             # The loss and the log take the same sums.
             assignment = assignment.with_places(tokens_BSD.shape[:2].numel())
             token_sums_ED = fused_token_sums(tokens_BSD.flatten(0, 1), assignment)
+            token_sums_ED = token_sums_ED[: self.num_experts]
             stats = replace(stats, token_sums_ED=token_sums_ED.detach())
         if self.training:
             counts_BE = stats.tokens_per_expert_BE

@@ -52,6 +52,11 @@ from promoe_ds.train.step import (
 
 _LOG = get_logger("trainer")
 
+#: How the unconditional expert is computed, by `DiT.join_unconditional`.
+_UNCONDITIONAL = {
+    True: "one more group of the routed experts' product: every step has one shape",
+    False: "by itself, if there is one",
+}
 #: Samples of the first batch that routers may start from, and whose scale is checked.
 _STARTING_SAMPLES = 32
 #: Standard deviations of latents that noise of deviation 1 is made for.
@@ -111,9 +116,11 @@ class Trainer:
         on_device = decides_on_device(context, deepspeed_plan) and not uses_apex
         self._gate = UpdateGate(self.engine.optimizer) if has_zero and not on_device else None
         self._device_gate = None
+        fuses = uses_triton(next(self.module.parameters()), config.parallel.kernels)
+        if fuses:
+            # After ZeRO has laid the weights where they stay.
+            _LOG.info("unconditional expert: %s", _UNCONDITIONAL[network.join_unconditional()])
         if on_device:
-            weights = next(self.module.parameters())
-            fuses = uses_triton(weights, config.parallel.kernels)
             update = FusedUpdate(optimizer, self.ema) if fuses else None
             self._device_gate = DeviceGate(self.engine.optimizer, update)
         #: How many results may be unread while training continues.

@@ -90,6 +90,25 @@ def test_collectives_are_those_that_the_step_needs(guard: Path, tmp_path: Path) 
     assert set(reduced) == {2, 8}
 
 
+def test_a_step_has_one_shape_whatever_number_of_samples_is_null(
+    guard: Path, tmp_path: Path
+) -> None:
+    """So a pass fits one CUDA graph: the host reads nothing in it, and nothing changes its size."""
+    full, swiglu = "parallel.activation_checkpointing=full", "routing.expert_type=swiglu"
+    apart = ("promoe_b", "parallel.kernels=eager")
+    recipes = [("promoe_b",), ("promoe_b", full), ("promoe_ec_s",), ("kmeans_b", swiglu), apart]
+    requests = [
+        Case(recipe=name, overrides=(*overrides, f"diffusion.label_dropout={dropout}")).request()
+        for name, *overrides in recipes
+        for dropout in (0.0, 0.5, 1.0)  # of four images: none is null, some, all
+    ]
+    found = trace(requests, guard, tmp_path)
+    assert all(not one["host_reads"] for one in found)
+    each = [{one["sequence"] for one in found[i : i + 3]} for i in range(0, len(found), 3)]
+    shapes = {recipe: len(sequences) for recipe, sequences in zip(recipes, each, strict=True)}
+    assert shapes == {**dict.fromkeys(recipes, 1), apart: 3}
+
+
 def test_what_cannot_be_traced_is_refused_with_the_field(guard: Path, tmp_path: Path) -> None:
     answers = trace(
         [

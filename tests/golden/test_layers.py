@@ -34,6 +34,18 @@ def test_layer_equals_published(case: Case, backend: str) -> None:
         {f"blocks.1.mlp.{k}": v for k, v in case.tensors("state").items()}, config
     )
     layer.load_state_dict({k.removeprefix("blocks.1.moe."): v for k, v in state.items()})
+    routing = config.routing
+    is_joinable = layer.router.is_per_sample and routing.num_unconditional_experts == 1
+    for joins in (False, True) if is_joinable and routing.top_k == 1 else (False,):
+        layer.zero_grad()
+        _check_pass(layer, case, config, close, joins=joins)
+
+
+def _check_pass(layer, case: Case, config, close, *, joins: bool) -> None:
+    """Output, choices, losses and gradients; with `joins`, the unconditional expert as one more
+    routed one.
+    """
+    side, dtype = case.sidecar, next(layer.parameters()).dtype
     inputs, expected = case.tensors("in", dtype), case.tensors("out", dtype)
     hidden = inputs["hidden"].requires_grad_()
     # The baselines know no conditional routing: every label is a class.
@@ -41,10 +53,12 @@ def test_layer_equals_published(case: Case, backend: str) -> None:
     partition = partition_samples(
         ClassCondition(labels, config.model.null_label),
         has_unconditional_expert=config.routing.num_unconditional_experts > 0,
+        joins_unconditional=joins,
     )
     output, plan = layer(hidden, partition)
     torch.testing.assert_close(output, expected["hidden"], **close)
-    _check_choices(layer, hidden, partition, case, expected, close)
+    if not joins:
+        _check_choices(layer, hidden, partition, case, expected, close)
     if "objective_weights" not in inputs:
         assert side["objective"] is None, "the case has an objective but no weights for it"
         return

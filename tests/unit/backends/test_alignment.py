@@ -1,5 +1,5 @@
-"""Where weights lie in ZeRO's buffers: in bf16 at multiples of 16 bytes, and checkpoints of the
-former order still load.
+"""Where weights are in ZeRO's buffers: in bf16 at multiples of 16 bytes, an unconditional expert's
+behind the routed ones'; and checkpoints of former orders still load.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _alone() -> Iterator[None]:
 
 
 def config_of(method: str, **routing: int) -> RunConfig:
-    sections = of_method(method, moe_blocks="all", num_unconditional_experts=0, **routing)
+    sections = of_method(method, **{"moe_blocks": "all", "num_unconditional_experts": 0, **routing})
     return for_timing(small_config(**sections, model={"depth": 3}, diffusion={}), micro_batch=4)
 
 
@@ -83,23 +83,54 @@ def test_order_of_weights_without_odd_sizes_and_in_fp32_is_the_networks() -> Non
         assert not parameter_groups.is_reordered(trainer.module, trainer.config.optimizer, "fp32")
 
 
-def test_resume_from_a_checkpoint_of_the_former_order_is_exact(tmp_path, monkeypatch) -> None:
-    config = config_of("diff_moe", num_experts=12)
-    with monkeypatch.context() as before:
-        before.setattr(parameter_groups, "_ALIGNED", 1)
+def test_an_unconditional_expert_stays_behind_the_routed_ones_and_changes_no_loss() -> None:
+    config = config_of("token_choice", top_k=1, num_unconditional_experts=1)
+    losses = []
+    for joins in (True, False):
         with open_trainer(config, bf16=True) as trainer:
-            assert off_16_bytes(trainer)
+            assert not joins or trainer.network.join_unconditional()
+            steps = [trainer.train_step() for _ in range(3)]
+            assert all(
+                layer.can_join_unconditional() for layer in trainer.network.moe_layers().values()
+            )
+            assert off_16_bytes(trainer) == []
+        losses.append([float(sum(step.terms.values())) for step in steps])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    with open_trainer(config, bf16=False) as trainer:  # fp32 stays in the network's own order
+        assert not trainer.network.join_unconditional()
+
+
+@pytest.mark.parametrize(
+    ("method", "routing", "former"),
+    [
+        ("diff_moe", {"num_experts": 12}, ("_ALIGNED", 1)),
+        (
+            "classification",
+            {"num_experts": 4, "num_unconditional_experts": 1},
+            ("stack_of", lambda name: name),
+        ),
+    ],
+    ids=["odd sizes between", "unconditional apart"],
+)
+def test_resume_from_a_checkpoint_of_a_former_order_is_exact(
+    method, routing, former, tmp_path, monkeypatch
+) -> None:
+    config = config_of(method, **routing)
+    with monkeypatch.context() as before:
+        before.setattr(parameter_groups, *former)
+        with open_trainer(config, bf16=True) as trainer:
+            assert off_16_bytes(trainer) or not trainer.network.join_unconditional()
             trainer.train_step()
             Saver(trainer, tmp_path / "former").save()
             expected = trainer.train_step()
     former = tmp_path / "former" / "step_0000001"
-    assert not read_manifest(former).layout.aligned
+    layout = read_manifest(former).layout
     with open_trainer(config, bf16=True) as trainer:
         load_checkpoint(trainer, former, same_run=True)
         Saver(trainer, tmp_path / "now").save()
         found = trainer.train_step()
     now = tmp_path / "now" / "step_0000001"
-    assert read_manifest(now).layout.aligned
+    assert read_manifest(now).layout != layout
     there, here = contents(former), contents(now)
     assert {kind for kind, _ in there} > {"weights", "exp_avg", "exp_avg_sq"}
     assert there.keys() == here.keys()

@@ -25,18 +25,30 @@ CASES: dict[str, dict[str, Any]] = {
     "first choices form centroids": {"method": "token_choice", "rcl_assignments": "first"},
     "no shared expert": {"method": "token_choice", "num_shared_experts": 0},
     "no unconditional expert": {"method": "token_choice", "num_unconditional_experts": 0},
+    "unconditional expert joined": {"method": "token_choice", "top_k": 1, "joins": True},
 }
 
 
 def run_layer(
-    kernels: str, dtype: torch.dtype, labels: list[int], method: str, **routing: Any
+    kernels: str,
+    dtype: torch.dtype,
+    labels: list[int],
+    method: str,
+    *,
+    joins: bool = False,
+    **routing: Any,
 ) -> dict[str, Tensor]:
-    """Return the last MoE layer's output, losses, sums and all gradients, in training."""
+    """Return the last MoE layer's output, losses, sums and all gradients, in training.
+
+    Args:
+        joins: where kernels are fused, compute the unconditional expert as one more routed one.
+    """
     network = make_network(method, routing=routing, parallel={"kernels": kernels}).to(dtype).train()
     layer = list(network.moe_layers().values())[-1]
     partition = partition_samples(
         ClassCondition(torch.tensor(labels), NULL),
         has_unconditional_expert=layer.unconditional is not None,
+        joins_unconditional=joins and kernels == "triton",
     )
     model = network.config.model
     tokens = random_tensor(len(labels), model.tokens_per_image, model.hidden_size, seed=5)
@@ -70,7 +82,7 @@ def test_fused_network_equals_the_plain_one(case) -> None:
     """Blocks and layers, on tokens whose memory is laid out as the patch embedding leaves it."""
     results = []
     for kernels in ("eager", "triton"):
-        routing = dict(CASES[case])
+        routing = {name: value for name, value in CASES[case].items() if name != "joins"}
         network = make_network(
             routing.pop("method"), routing=routing, parallel={"kernels": kernels}
         ).train()
