@@ -108,14 +108,14 @@ class Trainer:
         on_device = decides_on_device(context, deepspeed_plan) and not uses_apex
         self._gate = UpdateGate(self.engine.optimizer) if has_zero and not on_device else None
         self._device_gate = None
+        self._health = HealthWatch(self.module, hooks=not on_device)
         if on_device:
             weights = next(self.module.parameters())
             fuses = uses_triton(weights, config.parallel.kernels)
             update = FusedUpdate(optimizer, self.ema) if fuses else None
-            self._device_gate = DeviceGate(self.engine.optimizer, update)
+            self._device_gate = DeviceGate(self.engine.optimizer, self._health.see_norms, update)
         #: How many results may be unread while training continues.
         self.results_behind = int(on_device)
-        self._health = HealthWatch(self.module)
         self.routing = RoutingAccumulator(config, network, context)
         self._router_state = RouterState(network)
         give_superclasses(network, config)
