@@ -34,8 +34,8 @@ _PLACES = {
     "routing/assignment.py:sum_tokens_by_expert": "routing log",
     "train/ema.py": "averages of the weights",
     "zero_private.py:DeviceGate": "gradient norm",
-    "stage_1_and_2.py:DeepSpeedZeroOptimizer.get_grad_norm_direct": "gradient norm",
-    "stage_1_and_2.py:DeepSpeedZeroOptimizer.scaled_global_norm": "gradient norm",
+    "reduction_private.py:GradientReducer.own_norms": "gradient norm",
+    "reduction_private.py": "gradients: buckets and copies",
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.get_flat_partition": "clip and casts of the update",
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.unscale_and_clip": "clip and casts of the update",
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.step": "clip and casts of the update",
@@ -61,6 +61,8 @@ def category(call: Call) -> str:
         return "products in bf16"
     if call.name.startswith("_fused_adam") or call.name == "adamw":
         return "AdamW"
+    if call.name == "_foreach_norm":
+        return "gradient norm"
     if call.name in _FUSED:
         return _FUSED[call.name]
     return next((kind for part, kind in _PLACES.items() if part in call.place.name), "rest")

@@ -40,6 +40,10 @@ _KERNELS = {"sort": 6, "argsort": 6, "index_put_": 3, "embedding_dense_backward"
 _KERNELS |= {"_grouped_mm": 2, "topk": 2, "repeat_interleave": 3}
 _KERNELS |= {"sum_by_expert": 2, "sum_groups": 2, "cosine_backward": 2}
 _KERNELS |= {"modulated_norm_backward": 5, "gated_residual_backward": 3}
+#: torch's operations on lists: numbers of a block, blocks of a kernel (MultiTensorApply.cuh).
+_BLOCK, _BLOCKS = 65536, 320
+#: Arguments that our operations write without reading what was there.
+_OUTPUTS = {"out_N"}
 
 
 class Place(NamedTuple):
@@ -151,7 +155,7 @@ class Recorder(TorchDispatchMode):
             dtype = str(inputs[0].dtype if inputs else outputs[0].dtype).removeprefix("torch.")
             moved = _bytes_moved(func, name, args, kwargs, inputs, outputs)
             flops = _flops(func, args, kwargs, result)
-            kernels = _KERNELS.get(name, 1)
+            kernels = _kernels(name, args)
             shapes = tuple(tuple(tensor.shape) for tensor in inputs + outputs)
             self.calls.append(
                 Call(name, dtype, kernels, moved, flops, place, node is not None, shapes)
@@ -250,8 +254,15 @@ def _bytes_moved(
         if not is_written:
             moved += sum(map(_distinct_bytes, tensors)) * (2 if name in _ADD_ROWS else 1)
         elif name not in _ADD_ROWS:
-            moved += _size(tensors) * (1 if name in _OVERWRITE or argument.kwarg_only else 2)
+            is_replaced = name in _OVERWRITE or argument.kwarg_only or argument.name in _OUTPUTS
+            moved += _size(tensors) * (1 if is_replaced else 2)
     return moved
+
+
+def _kernels(name: str, args: tuple) -> int:
+    if not name.startswith(("_foreach_", "_fused_adam")):
+        return _KERNELS.get(name, 1)
+    return -(-sum(-(-tensor.numel() // _BLOCK) for tensor in args[0]) // _BLOCKS)
 
 
 def _size(tensors: list[Tensor]) -> int:

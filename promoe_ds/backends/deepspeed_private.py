@@ -41,8 +41,10 @@ NAMES = {
     "deepspeed.runtime.compiler": ("compile", "dummy_decorator"),
     "deepspeed.runtime.zero.stage_1_and_2": (
         "DeepSpeedZeroOptimizer.check_overflow",
-        "DeepSpeedZeroOptimizer.get_grad_norm_direct",
         "DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue",
+        "DeepSpeedZeroOptimizer.process_gradients",
+        "DeepSpeedZeroOptimizer.reduce_ready_partitions_and_remove_grads",
+        "DeepSpeedZeroOptimizer.scaled_global_norm",
         "DeepSpeedZeroOptimizer.unscale_and_clip_grads",
         "all_gather_dp_groups",
         "is_invalid_grad_norm",

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from promoe_ds.backends.deepspeed_private import read_private
+from promoe_ds.backends.reduction_private import GradientReducer, See
 from promoe_ds.private_names import moved
 
 
@@ -48,24 +47,16 @@ _STAGE: Any = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
 _OF_A_STEP = (
     "_global_grad_norm",
     "clip_grad",
-    "get_grad_norm_direct",
-    "independent_gradient_partition_epilogue",
+    "scaled_global_norm",
     "unscale_and_clip_grads",
-    "all_grad_tensors",
     "allgather_bucket_size",
-    "averaged_gradients",
-    "bit16_groups",
     "bit16_groups_flat",
-    "flatten_dense_tensors_aligned",
-    "free_grad_in_param_list",
+    "check_grad_overflow",
+    "dp_process_group",
     "micro_step_id",
     "nccl_start_alignment_factor",
     "parallel_partitioned_bit16_groups",
-    "params_in_partition",
-    "params_not_in_partition",
-    "partition_size",
     "real_dp_process_group",
-    "scaled_global_norm",
     "_update_model_bit16_weights",
 )
 
@@ -86,29 +77,30 @@ class DeviceGate:
     """Decides on the device about updates under ZeRO 1 and 2, and clips: torch's fused AdamW reads
     both there.
 
-    ZeRO reads its norm several times, takes it in fp64, and with `overlap_comm` waits for the whole
-    device; none of it is left.
+    ZeRO reads its norm several times, takes it in fp64, and waits for the whole device; none of it
+    is left.
     """
 
-    def __init__(self, zero_optimizer: Any, update: FlatUpdate | None = None) -> None:
+    def __init__(self, zero_optimizer: Any, see: See, update: FlatUpdate | None = None) -> None:
         """Answer for a ZeRO 1 or 2 optimizer, whose state is on the device, from now on.
 
         Args:
+            see: gets every gradient's norm on this rank, see `GradientReducer`.
             update: updates the weights in place of AdamW wherever it is ready.
         """
-        for name in (*_OF_A_STEP, "check_grad_overflow", "dp_process_group", "overlap_comm"):
+        for name in _OF_A_STEP:
             read_private(zero_optimizer, name)
         self._zero, self._update = zero_optimizer, update
         self._adam = read_private(zero_optimizer, "optimizer")
         self._is_bad = torch.zeros((), device=read_private(zero_optimizer, "device"))
         self._was_asked = False
+        self._gradients = GradientReducer(zero_optimizer, see)
+        #: The mean over ranks is taken where a gradient is divided anyway.
+        self._ranks = dist.get_world_size(zero_optimizer.dp_process_group)
         zero_optimizer.check_grad_overflow = False
-        zero_optimizer.get_grad_norm_direct = self._norm
+        zero_optimizer.scaled_global_norm = self._norm
         zero_optimizer.unscale_and_clip_grads = self._scale
         self._plain_step, zero_optimizer.step = zero_optimizer.step, self._step
-        if zero_optimizer.overlap_comm:
-            finish = zero_optimizer.independent_gradient_partition_epilogue
-            zero_optimizer.independent_gradient_partition_epilogue = partial(self._finish, finish)
 
     def set(self, is_bad: Tensor) -> None:
         """Say before an update whether anything was not finite, on any rank: 0 or 1, fp32."""
@@ -126,19 +118,20 @@ class DeviceGate:
             )
         return self._zero._global_grad_norm, self._adam.found_inf
 
-    def _norm(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
-        own = [g for g in gradients if not getattr(g, "_zero_padding", False)][: len(params)]
-        norms = torch._foreach_norm(own, 2, dtype=torch.float32) if own else [self._is_bad * 0]
-        total = torch.stack(norms).square().sum()
-        dist.all_reduce(total, group=self._zero.dp_process_group)
-        return total.sqrt()
+    def _norm(self, norm_type: float = 2) -> Tensor:
+        """Return the norm of the mean gradient.  Collectives: one, if there are other ranks."""
+        total = torch.stack(self._gradients.own_norms()).square().sum()
+        if self._ranks > 1:
+            dist.all_reduce(total, group=self._zero.dp_process_group)
+        return total.sqrt() / self._ranks
 
     def _scale(self, gradients: Any, norm: Tensor) -> None:
         self._was_asked = True
-        is_bad = torch.maximum(self._is_bad, (~torch.isfinite(norm)).float())
-        self._adam.found_inf = is_bad
+        self._adam.found_inf = torch.maximum(self._is_bad, (~torch.isfinite(norm)).float())
+        divisor = torch.full_like(norm, self._ranks)
         if self._zero.clip_grad > 0:
-            self._adam.grad_scale = ((norm + 1e-6) / self._zero.clip_grad).clamp(min=1.0)
+            divisor = ((norm + 1e-6) * (self._ranks / self._zero.clip_grad)).clamp(min=self._ranks)
+        self._adam.grad_scale = divisor
 
     def _step(self, closure: Any = None) -> None:
         """Step as ZeRO does; with `update`, without its copies of gradients and weights in other
@@ -154,19 +147,17 @@ class DeviceGate:
             return
         zero = self._zero
         zero.micro_step_id, zero.overflow = -1, False  # as ZeRO begins a step
-        zero._global_grad_norm = zero.scaled_global_norm()
+        zero._global_grad_norm = self._norm()
         self._scale(None, zero._global_grad_norm)
         for group, weights in enumerate(zero.parallel_partitioned_bit16_groups):
             rank = dist.get_rank(group=zero.real_dp_process_group[group])
-            gradient = zero.flatten_dense_tensors_aligned(
-                zero.averaged_gradients[group], int(zero.partition_size[group])
+            self._update(
+                group,
+                self._gradients.take_sum(group),
+                weights[rank].data,
+                self._adam.found_inf,
+                self._adam.grad_scale,
             )
-            is_bad = self._adam.found_inf
-            divisor = getattr(self._adam, "grad_scale", torch.ones_like(is_bad))
-            self._update(group, gradient, weights[rank].data, is_bad, divisor)
-            for parameters in (zero.params_in_partition, zero.params_not_in_partition):
-                zero.free_grad_in_param_list(parameters[group])
-            zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
         _STAGE.all_gather_dp_groups(
             groups_flat=zero.bit16_groups_flat,
             partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
@@ -174,15 +165,5 @@ class DeviceGate:
             start_alignment_factor=zero.nccl_start_alignment_factor,
             allgather_bucket_size=zero.allgather_bucket_size,
         )
-        for group in range(len(zero.bit16_groups)):
+        for group in range(len(zero.bit16_groups_flat)):
             zero._update_model_bit16_weights(group)
-
-    def _finish(self, epilogue: Any) -> None:
-        """Reduce the last gradients; wait on the device for the stream that reduces."""
-        accelerator = get_accelerator()
-        stream = read_private(self._zero, "reduction_stream")
-        accelerator.synchronize = lambda *unused: accelerator.current_stream().wait_stream(stream)
-        try:
-            epilogue()
-        finally:
-            del accelerator.synchronize

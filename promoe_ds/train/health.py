@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,60 +23,61 @@ def agree(is_bad: Tensor, *flags: bool) -> Tensor:
 
 
 class HealthWatch:
-    """Sums every gradient as it is made, before ranks mix theirs, so that the guilty rank and
+    """Sees one number of every gradient before ranks mix theirs, so that the guilty rank and
     parameter are known.
 
-    A sum is finite exactly when all terms are (short of overflow): one read of each gradient, one
-    number stored.
+    The number, a sum or a norm, is finite exactly when all terms are (short of overflow).
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        """Hook every trainable parameter of `network`."""
-        trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-        self._names = [name for name, _ in trainable]
+    def __init__(self, network: nn.Module, *, hooks: bool = True) -> None:
+        """Watch the trainable parameters of `network`.
+
+        Args:
+            hooks: sum every gradient as it is made; without, whoever has norms brings them.
+        """
+        trainable = {p: name for name, p in network.named_parameters() if p.requires_grad}
+        self._names = trainable
         self._start()
-        for index, (_, parameter) in enumerate(trainable):
-            parameter.register_hook(lambda gradient, i=index: self._see_gradient(i, gradient))
+        for parameter in trainable if hooks else ():
+            parameter.register_hook(partial(self._see_gradient, parameter))
 
     def see_loss(self, loss: Tensor) -> None:
         """Take note of one micro-step's loss, before its backward pass."""
         self._losses.append(loss.detach().float())
-        self._sums.append(torch.zeros(len(self._names), device=loss.device))
+
+    def see_norms(self, parameters: Sequence[nn.Parameter], norms: Sequence[Tensor]) -> None:
+        """Take note of fp32 norms of gradients, in the order of the backward pass."""
+        self._order += [self._names[parameter] for parameter in parameters]
+        self._numbers += norms
 
     def end_step(self) -> StepHealth:
         """Return what was seen of the step's micro-steps, and start anew.  Sync: none."""
-        seen = StepHealth(
-            torch.stack(self._sums), torch.stack(self._losses), self._order, self._names
-        )
+        seen = StepHealth(torch.stack([*self._numbers, *self._losses]), self._order)
         self._start()
         return seen
 
     def _start(self) -> None:
-        self._sums: list[Tensor] = []
+        self._numbers: list[Tensor] = []
         self._losses: list[Tensor] = []
-        self._order: list[tuple[int, int]] = []
+        self._order: list[str] = []
 
-    def _see_gradient(self, index: int, gradient: Tensor) -> None:
-        self._order.append((len(self._sums) - 1, index))
-        every = tuple(range(gradient.dim()))
-        torch.sum(gradient.detach(), every, dtype=torch.float32, out=self._sums[-1][index])
+    def _see_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        self.see_norms([parameter], [gradient.detach().sum(dtype=torch.float32)])
 
 
 @dataclass(frozen=True)
 class StepHealth:
-    """The sums of a step's gradients, (micro-steps, parameters), and its losses on this rank.
+    """A number of each of a step's gradients on this rank, then its losses.
 
-    order: micro-step and parameter of each gradient, as the backward passes made them.
+    order: whose gradient each is, as the backward passes made them.
     """
 
-    sums_MP: Tensor
-    losses_M: Tensor
-    order: list[tuple[int, int]]
-    names: list[str]
+    numbers_N: Tensor
+    order: list[str]
 
     def is_bad(self) -> Tensor:
         """Return whether anything was not finite on this rank: a bool scalar.  Sync: none."""
-        return ~torch.isfinite(torch.cat([self.sums_MP.flatten(), self.losses_M])).all()
+        return ~torch.isfinite(self.numbers_N).all()
 
     def describe(self, step: int, context: DistributedContext) -> str:
         """Return which rank and parameter were the first that were not finite; all ranks call this
@@ -95,12 +98,10 @@ class StepHealth:
         """Return when in the backward pass (-1: before it), on which rank and what went wrong first
         here.
         """
-        bad_loss = not bool(self.losses_M.isfinite().all())
-        finite = self.sums_MP.isfinite().tolist()
-        position, index = next(
-            ((at, i) for at, (m, i) in enumerate(self.order) if not finite[m][i]),
-            (len(self.order), None),
-        )
+        bad = [at for at, fine in enumerate(self.numbers_N.isfinite().tolist()) if not fine]
+        if not bad:
+            return None
+        bad_loss, first = bad[-1] >= len(self.order), bad[0]
         parts = ["the loss"] if bad_loss else []
-        parts += [f"the gradient of {self.names[index]}"] if index is not None else []
-        return (-1 if bad_loss else position, rank, " and ".join(parts)) if parts else None
+        parts += [f"the gradient of {self.order[first]}"] if first < len(self.order) else []
+        return (-1 if bad_loss else first, rank, " and ".join(parts))

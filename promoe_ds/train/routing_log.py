@@ -73,34 +73,40 @@ class RoutingAccumulator:
             return
         bin_B = (sigma_B * self._bins).long().clamp_(0, self._bins - 1)
         in_bin_QB = torch.nn.functional.one_hot(bin_B, self._bins).T.double()
-        tokens, width = self._config.model.tokens_per_image, self._config.model.hidden_size
-        for row, (index, layer) in enumerate(self._layers.items()):
-            plan, stats = plans[index], plans[index].stats
-            routed_B1 = stats.is_routed_B.double()[:, None]
-            columns_BC = torch.cat(
-                [
-                    stats.tokens_per_expert_BE.double(),
-                    stats.gate_sums_BE.double(),
-                    tokens * routed_B1,
-                    tokens * (1 - routed_B1),
-                ],
-                dim=1,
-            )
-            self._sums["columns"][row] += in_bin_QB @ columns_BC
-            self._sums["similarity"][row] += stats.prototype_similarity.double()
-            if stats.token_sums_ED is not None:
-                self._sums["token_sums"][row] += stats.token_sums_ED
-            element_size = next(layer.routed.parameters()).element_size()
-            self._sums["bytes"][row] += layer.dispatcher.bytes_exchanged(
-                plan.assignment, width, element_size
-            )
+        tokens, in_order = self._config.model.tokens_per_image, [plans[i] for i in self._layers]
+        stats = [plan.stats for plan in in_order]
+        routed_LB1 = torch.stack([each.is_routed_B for each in stats]).double()[..., None]
+        columns_LBC = torch.cat(
+            [
+                torch.stack([each.tokens_per_expert_BE for each in stats]).double(),
+                torch.stack([each.gate_sums_BE for each in stats]).double(),
+                tokens * routed_LB1,
+                tokens * (1 - routed_LB1),
+            ],
+            dim=2,
+        )
+        self._sums["columns"] += in_bin_QB @ columns_LBC
+        self._sums["similarity"] += torch.stack([each.prototype_similarity for each in stats])
+        token_sums = [s.token_sums_ED for s in stats if s.token_sums_ED is not None]
+        if token_sums:
+            self._sums["token_sums"] += torch.stack(token_sums)
+        if self._config.parallel.ep_size > 1:
+            self._sums["bytes"] += self._bytes_exchanged(in_order)
+        for row, plan in enumerate(in_order):
             self._tables.add(row, plan, group_B)
         if self._group is not None:
-            rows_LE = torch.stack([plans[i].assignment.tokens_per_expert_E for i in self._layers])
+            rows_LE = torch.stack([plan.assignment.tokens_per_expert_E for plan in in_order])
             self._sent_PLw.append(
                 rows_LE.view(len(rows_LE), self._config.parallel.ep_size, -1).sum(dim=2)
             )
         self._passes += 1
+
+    def _bytes_exchanged(self, plans: list[RoutingPlan]) -> Tensor:
+        width, sent = self._config.model.hidden_size, []
+        for layer, plan in zip(self._layers.values(), plans, strict=True):
+            element_size = next(layer.routed.parameters()).element_size()
+            sent.append(layer.dispatcher.bytes_exchanged(plan.assignment, width, element_size))
+        return torch.stack(sent)
 
     @contextmanager
     def waits_paused(self) -> Iterator[None]:

@@ -120,12 +120,12 @@ class Trainer:
         if fuses:
             # After ZeRO has laid the weights where they stay.
             _LOG.info("unconditional expert: %s", _UNCONDITIONAL[network.join_unconditional()])
+        self._health = HealthWatch(self.module, hooks=not on_device)
         if on_device:
             update = FusedUpdate(optimizer, self.ema) if fuses else None
-            self._device_gate = DeviceGate(self.engine.optimizer, update)
+            self._device_gate = DeviceGate(self.engine.optimizer, self._health.see_norms, update)
         #: How many results may be unread while training continues.
         self.results_behind = int(on_device)
-        self._health = HealthWatch(self.module)
         self.routing = RoutingAccumulator(config, network, context)
         self._router_state = RouterState(network)
         give_superclasses(network, config)

@@ -24,12 +24,15 @@ KINDS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 CLIPPED = ("optimizer.max_grad_norm=0.5", "optimizer.ema_sigma_rels=[0.1]")
 FUSED = "parallel.kernels=triton"
 THREE = "train.stop_after_steps=3"
-#: What is compared with the run in which the host decides -> its ZeRO stage and settings.
+#: Several buckets a pass, some under way while others are filled.
+SMALL = {"overlap_comm": True, "reduce_bucket_size": 20_000}
+#: What is compared with the run in which the host decides -> its ZeRO section and settings.
 ALIKE = {
-    "device": (2, ()),
-    "device, ZeRO 1": (1, ()),
-    "fused": (2, (FUSED,)),
-    "fused, ZeRO 1": (1, (FUSED,)),
+    "device": ({"stage": 2}, ()),
+    "device, ZeRO 1": ({"stage": 1}, ()),
+    "device, small buckets": ({"stage": 2, **SMALL}, ()),
+    "fused": ({"stage": 2}, (FUSED,)),
+    "fused, ZeRO 1": ({"stage": 1, **SMALL}, (FUSED,)),
 }
 
 
@@ -56,7 +59,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]
     bad = {"kind": "gradient", "rank": 1, "calls": [6]}
     jobs = [
         job("host", *CLIPPED, on_device=False),
-        *(job(name, *CLIPPED, *more, zero_stage=z) for name, (z, more) in ALIKE.items()),
+        *(
+            job(name, *CLIPPED, *more, deepspeed={"zero_optimization": zero})
+            for name, (zero, more) in ALIKE.items()
+        ),
         job("host, bf16", on_device=False, bf16=True),
         job("fused, bf16", FUSED, bf16=True),
         job("in two", *CLIPPED, FUSED, "train.stop_after_steps=2"),

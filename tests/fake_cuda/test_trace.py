@@ -21,6 +21,8 @@ _EVERY_RUN = {*METHODS, *LAYOUTS, *MEGATRON}
 _A_STEP = {"device to host: promoe_ds/train/trainer.py:Trainer._decide_on_device": 1}
 _A_PASS = {"pinned host to device: promoe_ds/diffusion/objective.py:DiffusionBatch.to": 4}
 
+_REDUCTION = "reduction_private.py:GradientReducer._send"
+
 _needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="no Megatron-core")
 _each_case = pytest.mark.parametrize(
     "case",
@@ -81,10 +83,10 @@ def test_collectives_are_those_that_the_step_needs(guard: Path, tmp_path: Path) 
     # Of 4 images one is null and stays; one row a token of the others, bf16.
     rows = [e["bytes"] for e in one["collectives"] if e["name"] == "alltoall_base"]
     assert max(rows) == 3 * 256 * 768 * 2
-    # ZeRO reduces gradients of experts over 2 ranks, of all else over 8.
+    # Gradients of experts are summed over 2 ranks, of all else over 8.
     reduced = Counter()
     for each in one["collectives"]:
-        if "DeepSpeedZeroOptimizer.allreduce_bucket" in each["place"]:
+        if _REDUCTION in each["place"]:
             reduced[each["ranks"]] += each["bytes"] * each["count"]
     assert sum(reduced.values()) == 2 * one["parameters"]
     assert set(reduced) == {2, 8}
@@ -107,6 +109,21 @@ def test_a_step_has_one_shape_whatever_number_of_samples_is_null(
     each = [{one["sequence"] for one in found[i : i + 3]} for i in range(0, len(found), 3)]
     shapes = {recipe: len(sequences) for recipe, sequences in zip(recipes, each, strict=True)}
     assert shapes == {**dict.fromkeys(recipes, 1), apart: 3}
+
+
+def test_gradients_are_summed_in_several_parts_while_the_backward_pass_continues(
+    guard: Path, tmp_path: Path
+) -> None:
+    (one,) = trace([{"recipe": "promoe_b", "world_size": 8}], guard, tmp_path)
+    sums = [each for each in one["collectives"] if _REDUCTION in each["place"]]
+    assert sum(each["count"] for each in sums) >= 4
+    assert sum(each["count"] * each["bytes"] for each in sums) == 2 * one["parameters"]
+    assert max(each["bytes"] for each in sums) <= 2 * 50_000_000
+    copied = sum(
+        each["bytes"] for each in one["operations"] if "reduction_private.py" in each["place"]
+    )
+    # Joined, if not large; an eighth copied; two norms: of all, and of an eighth of the sums.
+    assert copied < (2 + 2 + 4 / 8 + 2 / 8) * one["parameters"]
 
 
 def test_what_cannot_be_traced_is_refused_with_the_field(guard: Path, tmp_path: Path) -> None:

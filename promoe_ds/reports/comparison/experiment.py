@@ -176,7 +176,7 @@ def check_same_experiment(
     different: list[str] = []
     if (folder / JSON_FILE).is_file():
         before = read_json(folder / JSON_FILE)
-        different = differences(before["settings"], {name: settings[name] for name in _SETTLED})
+        different = differences(_settled(before["settings"]), _settled(settings))
         saved = {entry["name"]: entry["config"] for entry in before["contenders"]}
         pairs += [
             (run.candidate.name, saved[run.candidate.name], run.candidate.config)
@@ -190,6 +190,14 @@ def check_same_experiment(
         raise ConfigError(
             f"--out {folder} has another experiment: {'; '.join(different)}. Use another folder"
         )
+
+
+def _settled(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what all runs of a folder share; how much travels at a time is no part of it."""
+    settled = {name: settings[name] for name in _SETTLED}
+    zero = settled["deepspeed"].get("zero_optimization", {})
+    kept = {name: value for name, value in zero.items() if name != "reduce_bucket_size"}
+    return settled | {"deepspeed": settled["deepspeed"] | {"zero_optimization": kept}}
 
 
 def assemble(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,6 +139,21 @@ def test_compare_other_settings_in_the_same_folder_are_refused(
     with pytest.raises(ConfigError, match="has another experiment") as caught:
         compare(replace(request_, **change))
     assert message in str(caught.value)
+    assert done == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("reduce_bucket_size", 1000), ("stage", 1)])
+def test_compare_takes_buckets_of_another_size_and_no_other_stage(
+    request_, done, tmp_path, name, value
+) -> None:
+    compare(request_)
+    done.clear()
+    values = json.loads(request_.deepspeed_config.read_text())
+    values["zero_optimization"][name] = value
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(values))
+    with nullcontext() if name != "stage" else pytest.raises(ConfigError, match="deepspeed is "):
+        compare(replace(request_, deepspeed_config=other))
     assert done == []
 
 
