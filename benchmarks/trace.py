@@ -15,10 +15,11 @@ from typing import Any
 
 from benchmarks.fake_cuda.device import build_guard
 from benchmarks.timing import Result
+from promoe_ds.config import DS_CONFIGS_DIR
 from promoe_ds.errors import ConfigError, TrainingError
 
 _ROOT = Path(__file__).resolve().parents[1]
-_DEEPSPEED = _ROOT / "promoe_ds/ds_configs/zero2_bf16.json"
+ZERO_2_BF16 = DS_CONFIGS_DIR / "zero2_bf16.json"
 _GIGA, _TERA = 1e9, 1e12
 
 
@@ -40,7 +41,7 @@ def trace(
     that this installation cannot run; or `failed`, the traceback.
     Raises: TrainingError if the process ends without an answer.
     """
-    defaults = {"overrides": [], "world_size": 1, "deepspeed": str(_DEEPSPEED)}
+    defaults = {"overrides": [], "world_size": 1, "deepspeed": str(ZERO_2_BF16)}
     asked, answer = folder / "requests.json", folder / "answers.json"
     asked.write_text(json.dumps([defaults | one for one in requests]), encoding="utf-8")
     answer.unlink(missing_ok=True)

@@ -121,6 +121,17 @@ def changes_inputs(operation: Any) -> bool:
     return bool(read_private(operation, "_schema", library="torch").is_mutable)
 
 
+def arguments_of(operation: Any) -> list[tuple[str, bool, bool]]:
+    """Return of each argument of an operation its name, whether it is written, and whether by
+    keyword alone, as an `out`.
+    """
+    schema = read_private(operation, "_schema", library="torch")
+    return [
+        (one.name, one.alias_info is not None and one.alias_info.is_write, one.kwarg_only)
+        for one in schema.arguments
+    ]
+
+
 def tensors_in(values: Any) -> list[Tensor]:
     """Return the tensors in nested lists, tuples and dictionaries."""
     leaves = find_private(_TREES, "tree_leaves")(values)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.fake_cuda.recorder import Call, Recorder
 from promoe_ds.backends.devices import DEVICES
-from promoe_ds.planning.estimate import Efficiency
+from promoe_ds.planning.work import Efficiency
 
 _DEVICE, _SHARES = DEVICES["h100"], Efficiency()
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "convolution_backward"}
@@ -33,6 +33,7 @@ _PLACES = {
     "train/routing_log.py": "routing log",
     "routing/assignment.py:sum_tokens_by_expert": "routing log",
     "train/ema.py": "averages of the weights",
+    "zero_private.py:DeviceGate._finish": "gradients: buckets and copies",
     "zero_private.py:DeviceGate": "gradient norm",
     "reduction_private.py:GradientReducer.own_norms": "gradient norm",
     "reduction_private.py": "gradients: buckets and copies",
@@ -57,7 +58,7 @@ def category(call: Call) -> str:
     """Return what an operation is for."""
     if "attention" in call.name:
         return "attention"
-    if call.name in _PRODUCTS and call.dtype == "bfloat16":
+    if call.name in _PRODUCTS and call.work.dtype == "bfloat16":
         return "products in bf16"
     if call.name.startswith("_fused_adam") or call.name == "adamw":
         return "AdamW"
@@ -69,12 +70,8 @@ def category(call: Call) -> str:
 
 
 def seconds(call: Call) -> float:
-    """Predict an operation's time: the longer of computing and moving its operands."""
-    peak = _DEVICE.flops["bf16" if call.dtype == "bfloat16" else "fp32"]
-    share = _SHARES.attention if "attention" in call.name else _SHARES.matrix
-    return max(
-        call.bytes / (_DEVICE.memory_bandwidth * _SHARES.memory), call.flops / (peak * share)
-    )
+    """Predict an operation's time."""
+    return call.work.seconds(_DEVICE, _SHARES)
 
 
 def summary(recorder: Recorder) -> dict[str, Any]:
@@ -85,17 +82,19 @@ def summary(recorder: Recorder) -> dict[str, Any]:
     by_category, operations = (defaultdict(lambda: [0, 0, 0, 0.0]) for _ in range(2))
     for call in recorder.calls:
         kind = category(call)
-        key = (kind, call.place.name, call.name, call.dtype, call.is_backward)
+        key = (kind, call.place.name, call.name, call.work.dtype, call.is_backward)
         for sums in (by_category[kind], operations[key]):
-            for index, value in enumerate((call.kernels, call.bytes, call.flops, seconds(call))):
+            for index, value in enumerate(
+                (call.kernels, call.work.bytes, call.work.flops, seconds(call))
+            ):
                 sums[index] += value
     sent: dict[tuple[str, int, int, str], int] = defaultdict(int)
-    for one in recorder.sent:
-        sent[one.name, one.ranks, one.bytes, one.place.name] += 1
+    for one, place in recorder.sent:
+        sent[one.name, len(one.members), one.bytes, place.name] += 1
     totals = [sum(column) for column in zip(*by_category.values(), strict=True)]
     return {
         "totals": _figures(totals),
-        "sequence": _digest([(call.name, call.dtype, call.shapes) for call in recorder.calls]),
+        "sequence": _digest([(call.name, call.work.dtype, call.shapes) for call in recorder.calls]),
         "categories": {
             kind: _figures(sums)
             for kind, sums in sorted(by_category.items(), key=lambda item: -item[1][3])

@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+
+from promoe_ds.planning.trace import Sent, sent_by
+from promoe_ds.planning.work import Work, work_of
+from promoe_ds.torch_private import tensors_in
 
 _ROOT = f"{Path(__file__).resolve().parents[2]}/"
 #: Libraries whose code is named where it asks for something, beside this package's.
@@ -27,14 +27,6 @@ _HOST_READ = torch.ops.aten._local_scalar_dense.default
 _SELECT = torch.ops.aten.masked_select.default
 #: Who reads the most rows of an expert.
 _CAPACITY = "moe/sharded_moe.py:MOELayer.forward"
-#: Make a tensor without writing it, or change its shape alone.
-_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
-_NO_KERNEL |= {"set_", "record_stream"}
-#: Write their result without reading what was there.
-_OVERWRITE = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_", "uniform_", "normal_"}
-#: Touch as much of the indexed tensor as they bring or take.
-_ADD_ROWS = {"index_add_", "scatter_add_", "index_put_", "index_copy_"}
-_TAKE_ROWS = {"index_select", "gather", "embedding", "index", "select_rows"}
 #: Kernels of operations that are several.
 _KERNELS = {"sort": 6, "argsort": 6, "index_put_": 3, "embedding_dense_backward": 6}
 _KERNELS |= {"_grouped_mm": 2, "topk": 2, "repeat_interleave": 3}
@@ -42,8 +34,6 @@ _KERNELS |= {"sum_by_expert": 2, "sum_groups": 2, "cosine_backward": 2}
 _KERNELS |= {"modulated_norm_backward": 5, "gated_residual_backward": 3}
 #: torch's operations on lists: numbers of a block, blocks of a kernel (MultiTensorApply.cuh).
 _BLOCK, _BLOCKS = 65536, 320
-#: Arguments that our operations write without reading what was there.
-_OUTPUTS = {"out_N"}
 
 
 class Place(NamedTuple):
@@ -59,28 +49,14 @@ class Place(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One operation: its kernels, the bytes that it reads and writes, its FLOPs; the shapes of what
-    it takes and makes.
-    """
+    """One operation: what it costs, its kernels, and the shapes of what it takes and makes."""
 
     name: str
-    dtype: str
+    work: Work
     kernels: int
-    bytes: int
-    flops: int
     place: Place
     is_backward: bool
     shapes: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Sent:
-    """One collective: the bytes that this rank puts into it, the ranks of its group."""
-
-    name: str
-    bytes: int
-    ranks: int
-    place: Place
 
 
 class Recorder(TorchDispatchMode):
@@ -99,7 +75,7 @@ class Recorder(TorchDispatchMode):
         """Forget everything."""
         self.is_on, self.rows, self.expert_rows = False, 0, 0
         self.calls: list[Call] = []
-        self.sent: list[Sent] = []
+        self.sent: list[tuple[Sent, Place]] = []
         self.reads: Counter[Place] = Counter()
         self.waits: Counter[tuple[str, Place]] = Counter()
         self.copies: Counter[tuple[str, Place]] = Counter()
@@ -143,23 +119,17 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
         name, node = func._overloadpacket.__name__, torch._C._current_autograd_node()
-        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         place = self._place(node)
-        if not any(tensor.device.type == "cuda" for tensor in inputs + outputs):
+        if not any(tensor.device.type == "cuda" for tensor in tensors_in((args, kwargs, result))):
             return
         if func.namespace == "c10d":
-            self.sent.append(_sent(name, args, inputs, place))
+            self.sent.append((sent_by(func, args), place))
         elif (way := _between_devices(name, args, result)) is not None:
             self.copies[way, place] += 1
-        elif _runs(func, name, inputs, outputs):
-            dtype = str(inputs[0].dtype if inputs else outputs[0].dtype).removeprefix("torch.")
-            moved = _bytes_moved(func, name, args, kwargs, inputs, outputs)
-            flops = _flops(func, args, kwargs, result)
+        elif (work := work_of(func, args, kwargs, result)) is not None:
+            shapes = tuple(tuple(tensor.shape) for tensor in tensors_in((args, kwargs, result)))
             kernels = _kernels(name, args)
-            shapes = tuple(tuple(tensor.shape) for tensor in inputs + outputs)
-            self.calls.append(
-                Call(name, dtype, kernels, moved, flops, place, node is not None, shapes)
-            )
+            self.calls.append(Call(name, work, kernels, place, node is not None, shapes))
 
     def _place(self, node: Any) -> Place:
         """Return where an operation was asked: in the backward pass, without a frame of ours, where
@@ -207,18 +177,6 @@ def _zero(tensor: Tensor) -> float | int:
     return 0.0 if tensor.is_floating_point() else 0
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _sent(name: str, args: tuple, inputs: list[Tensor], place: Place) -> Sent:
-    group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-    # An all-to-all and an all-gather name their output first.
-    sent = inputs[1:] if name in ("alltoall_base_", "_allgather_base_") else inputs
-    size = sum(tensor.numel() * tensor.element_size() for tensor in sent)
-    return Sent(name.strip("_"), size, dist.get_world_size(group), place)
-
-
 def _between_devices(name: str, args: tuple, result: Any) -> str | None:
     """Return which way a copy between host and device goes; None for any other operation."""
     if name not in ("copy_", "_to_copy"):
@@ -231,54 +189,7 @@ def _between_devices(name: str, args: tuple, result: Any) -> str | None:
     return "pinned host to device" if source.is_pinned() else "pageable host to device"
 
 
-def _runs(func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    """Return whether an operation needs a kernel: it writes, or makes new storage."""
-    if name in _NO_KERNEL or (not outputs and not func._schema.is_mutable):
-        return False
-    read = {tensor.untyped_storage()._cdata for tensor in inputs}
-    makes = any(tensor.untyped_storage()._cdata not in read for tensor in outputs)
-    return makes or func._schema.is_mutable
-
-
-def _bytes_moved(
-    func: Any, name: str, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor]
-) -> int:
-    if name in _TAKE_ROWS:
-        return 2 * _size(outputs)
-    if not func._schema.is_mutable:
-        return sum(map(_distinct_bytes, inputs)) + _size(outputs)
-    moved, positional = 0, dict(enumerate(args))
-    for index, argument in enumerate(func._schema.arguments):
-        tensors = _tensors(positional.get(index, kwargs.get(argument.name)))
-        is_written = argument.alias_info is not None and argument.alias_info.is_write
-        if not is_written:
-            moved += sum(map(_distinct_bytes, tensors)) * (2 if name in _ADD_ROWS else 1)
-        elif name not in _ADD_ROWS:
-            is_replaced = name in _OVERWRITE or argument.kwarg_only or argument.name in _OUTPUTS
-            moved += _size(tensors) * (1 if is_replaced else 2)
-    return moved
-
-
 def _kernels(name: str, args: tuple) -> int:
     if not name.startswith(("_foreach_", "_fused_adam")):
         return _KERNELS.get(name, 1)
     return -(-sum(-(-tensor.numel() // _BLOCK) for tensor in args[0]) // _BLOCKS)
-
-
-def _size(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _distinct_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor that is read; expanded dimensions count once."""
-    count = tensor.element_size()
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride or size == 0 else 1
-    return count
-
-
-def _flops(func: Any, args: tuple, kwargs: dict, result: Any) -> int:
-    if func._overloadpacket is torch.ops.aten._grouped_mm:
-        return 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[-1]
-    counter = flop_registry.get(func._overloadpacket)
-    return 0 if counter is None else int(counter(*args, **kwargs, out_val=result))

@@ -20,6 +20,9 @@ from benchmarks.fake_cuda.recorder import Recorder
 from promoe_ds.backends.deepspeed_private import forget_expert_groups
 from promoe_ds.backends.process_group import start_distributed
 from promoe_ds.config import (
+    BatchPlan,
+    DeepSpeedPlan,
+    RunConfig,
     change_config,
     load_config,
     plan_batches,
@@ -49,6 +52,18 @@ class Request:
     deepspeed: str
     depth: int | None = None
 
+    def resolve(self) -> tuple[RunConfig, BatchPlan, DeepSpeedPlan]:
+        """Return what a run of it would train: fake samples are as good as others, and a handful
+        enough for any batch.
+        """
+        data = ["data.dataset=synthetic", "data.synthetic_samples=64"]
+        config = load_config(self.recipe, [*self.overrides, *data])
+        if self.depth is not None:
+            config = change_config(config, model={"preset": None, "depth": self.depth})
+        batches = plan_batches(config, self.world_size)
+        values = read_deepspeed_json(self.deepspeed)
+        return config, batches, resolve_deepspeed(values, config, batches, source=self.deepspeed)
+
 
 def trace_step(request: Request, recorder: Recorder) -> dict[str, Any]:
     """Build the trainer and trace its second step, on the samples and the dropout of its batch.
@@ -56,17 +71,9 @@ def trace_step(request: Request, recorder: Recorder) -> dict[str, Any]:
     Raises: ConfigError for what is not installed or cannot be traced; whatever fails on fake
     tensors, for instance tensors on different devices.
     """
-    # Fake samples are as good as others; a handful is enough for any batch.
-    config = load_config(
-        request.recipe, [*request.overrides, "data.dataset=synthetic", "data.synthetic_samples=64"]
-    )
-    if request.depth is not None:
-        config = change_config(config, model={"preset": None, "depth": request.depth})
+    config, batches, plan = request.resolve()
     if config.parallel.compile:
         raise ConfigError("parallel.compile=true: only the eager step can be traced: set it false")
-    batches = plan_batches(config, request.world_size)
-    values = read_deepspeed_json(request.deepspeed)
-    plan = resolve_deepspeed(values, config, batches, source=request.deepspeed)
     with _fake_ranks(request.world_size) as context, FakeTensorMode(allow_non_fake_inputs=True):
         with recorder, _without_values(recorder):
             trainer = Trainer(config, plan, context, build_dataset(config))

@@ -60,7 +60,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         ),
     )
     add("--vae", metavar="DIR_OR_ID", help="AutoencoderKL that decodes latents into images")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the network's weights")
+    add(
+        "--dtype",
+        choices=["fp32", "bf16"],
+        help="of the network's weights; if left out bf16 on CUDA, fp32 on CPUs",
+    )
     add(
         "--ep-size",
         type=int,

@@ -17,7 +17,7 @@ from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
 from promoe_ds.evaluation.images import draws_pixels, image_shape, to_uint8
 from promoe_ds.evaluation.reference import check_fits, open_reference, read_reference
-from promoe_ds.evaluation.sampling import LatentSampler, even_passes
+from promoe_ds.evaluation.sampling import LatentSampler, even_passes, sampling_dtype
 from promoe_ds.evaluation.statistics import RunningGaussian
 from promoe_ds.train.trainer import Trainer
 
@@ -73,6 +73,7 @@ class OnlineEvaluation:
             settings.samples, batch_size=settings.batch_size, world_size=team.world_size
         )
         running = None
+        device, dtype = team.device.type, sampling_dtype(team.device)
         with trainer.averaged_network() as network, torch.no_grad():
             sampler = LatentSampler(
                 network, self._config, self._plan, seed=settings.seed, device=team.device
@@ -84,7 +85,9 @@ class OnlineEvaluation:
                 labels = np.array(
                     [index % self._config.model.num_classes for index in indices], dtype=np.int64
                 )
-                features = self._extractor(self._images(sampler.sample(indices, labels))).pool
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    latents = sampler.sample(indices, labels)
+                features = self._extractor(self._images(latents)).pool
                 running = running or RunningGaussian(settings.samples, features.shape[1])
                 running.add(first, features[:count])
         distance = frechet_distance(running.result(team), self._reference)

@@ -32,6 +32,7 @@ from promoe_ds.evaluation.sampling import (
     align_weights,
     aligned_passes,
     one_thread,
+    sampling_dtype,
 )
 from promoe_ds.evaluation.sharded_model import load_sharded_model
 from promoe_ds.logs import Progress, get_logger
@@ -61,7 +62,7 @@ class SampleRequest:
     seed: int = 0
     batch_size: int = 64
     device: str | None = None
-    dtype: str = "fp32"
+    dtype: str | None = None
     vae: str | None = None
     exact: bool = False
     ep_size: int = 1
@@ -83,13 +84,13 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
     vae = _load_vae(request, config, team)
     as_images = vae is not None or draws_pixels(config)
     shape = image_shape(config, vae)
+    dtype = _choose_dtype(request, team.device)
     folder = SampleFolder(request.out, labels, shape if as_images else shape[::-1], as_images)
-    settings = team.on_main(lambda: _settings(request, plan, vae))
+    settings = team.on_main(lambda: _settings(request, plan, vae, dtype))
     environment = {
         "device": device_name(team.device),
         "versions": versions_of("diffusers", "numpy"),
     }
-    dtype = DTYPES[request.dtype]
     if request.ep_size == 1:
         network = load_model(request.model, device=team.device, dtype=dtype)
     else:
@@ -207,7 +208,24 @@ def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContex
     return vae
 
 
-def _settings(request: SampleRequest, plan: SamplingPlan, vae: Vae | None) -> dict[str, Any]:
+def _choose_dtype(request: SampleRequest, device: torch.device) -> torch.dtype:
+    dtype = DTYPES[request.dtype] if request.dtype else sampling_dtype(device)
+    _LOG.info(
+        "sampling in %s on %s%s",
+        _name_of(dtype),
+        device.type,
+        "" if request.dtype else " (the default there; --dtype asks otherwise)",
+    )
+    return dtype
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, each in DTYPES.items() if each == dtype)
+
+
+def _settings(
+    request: SampleRequest, plan: SamplingPlan, vae: Vae | None, dtype: torch.dtype
+) -> dict[str, Any]:
     """Return all that decides the images, but for the software and the machine; and the source."""
     return {
         "model": str(request.model),
@@ -220,7 +238,7 @@ def _settings(request: SampleRequest, plan: SamplingPlan, vae: Vae | None) -> di
         "steps": plan.steps,
         "cfg_scale": plan.cfg_scale,
         "shift": plan.shift,
-        "dtype": request.dtype,
+        "dtype": _name_of(dtype),
         "exact": request.exact,
         "batch_size": None if request.exact else request.batch_size,
         "vae": None if vae is None else vae.identity.fingerprint,

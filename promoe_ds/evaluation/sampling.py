@@ -60,6 +60,13 @@ class LatentSampler:
         return latents / self._scale
 
 
+def sampling_dtype(device: torch.device) -> torch.dtype:
+    """Return in which dtype networks sample unless told otherwise: bf16 on CUDA, else fp32, for a
+    GPU multiplies fp32 without TF32 at a fifteenth of its speed.
+    """
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute on one thread: more would cut the products, and launchers give various numbers."""

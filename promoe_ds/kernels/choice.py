@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+_IS_PLANNED = ContextVar("is_planned", default=False)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Choose as on a GPU with Triton, on tensors without values."""
+    token = _IS_PLANNED.set(True)
+    try:
+        yield
+    finally:
+        _IS_PLANNED.reset(token)
 
 
 def can_run(device: torch.device) -> bool:
@@ -31,7 +46,9 @@ def uses_triton(tensor: Tensor, kernels: str) -> bool:
     """
     if kernels == "eager" or tensor.dtype == torch.float64:
         return False
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tensor.dtype
-    if kernels == "auto" and not (tensor.is_cuda and dtype == torch.bfloat16):
+    is_planned, device = _IS_PLANNED.get(), tensor.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    is_on_gpu = tensor.is_cuda or is_planned
+    if kernels == "auto" and not (is_on_gpu and dtype == torch.bfloat16):
         return False
-    return can_run(tensor.device)
+    return is_planned or can_run(tensor.device)

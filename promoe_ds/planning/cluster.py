@@ -49,8 +49,8 @@ class ClusterLayout:
     """How a run is spread over ranks.
 
     bucket: elements of a gradient bucket (`zero_optimization.reduce_bucket_size`); overlap:
-    `overlap_comm`, two buckets; touched_only: count of a bucket only what is written, as a CPU
-    does, which maps pages at their first use; offload: masters, moments and averages are in the
+    `overlap_comm`, two buckets; on_cpu: plain operations, and of a bucket only what is written, for
+    a CPU maps pages at their first use; offload: masters, moments and averages are in the
     host's memory, and the update runs there (`offload_optimizer`); data_before_expert: ranks that
     share experts are spread (`use_data_before_expert_parallelism`), not neighbours.
     """
@@ -62,7 +62,7 @@ class ClusterLayout:
     precision: str
     bucket: int = DEFAULT_BUCKET
     overlap: bool = True
-    touched_only: bool = False
+    on_cpu: bool = False
     offload: bool = False
     data_before_expert: bool = False
 
@@ -70,6 +70,11 @@ class ClusterLayout:
     def number_bytes(self) -> int:
         """Bytes of a weight, a gradient and an activation."""
         return 2 if self.precision == "bf16" else 4
+
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether the device decides about updates, see `train.trainer.decides_on_device`."""
+        return not self.on_cpu and self.zero_stage > 0 and not self.offload
 
     @property
     def images(self) -> int:
@@ -81,9 +86,14 @@ class ClusterLayout:
         stride = self.world_size // ep_size if self.data_before_expert else 1
         return [stride * index for index in range(ep_size)]
 
+    def replica_ranks(self, ep_size: int) -> list[int]:
+        """Return the ranks that hold the same experts as rank 0."""
+        stride = 1 if self.data_before_expert else ep_size
+        return [stride * index for index in range(self.world_size // ep_size)]
+
 
 def layout_of(
-    batches: BatchPlan, deepspeed: DeepSpeedPlan, *, touched_only: bool = False
+    batches: BatchPlan, deepspeed: DeepSpeedPlan, *, on_cpu: bool = False
 ) -> ClusterLayout:
     """Return the layout that a batch plan and a resolved DeepSpeed JSON describe."""
     zero = deepspeed.json.get("zero_optimization", {})
@@ -94,7 +104,7 @@ def layout_of(
         zero_stage=deepspeed.zero_stage,
         precision=deepspeed.precision,
         offload=deepspeed.offloads,
-        touched_only=touched_only,
+        on_cpu=on_cpu,
         bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
         overlap=bool(zero.get("overlap_comm", False)),
         data_before_expert=bool(deepspeed.json.get("use_data_before_expert_parallelism", False)),

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from promoe_ds.config import RunConfig, count_parameters
+from promoe_ds.config import RunConfig
 from promoe_ds.planning.cluster import Cluster, ClusterLayout
+from promoe_ds.planning.replay import AFTER, BESIDE, UPDATE, WEIGHTS
 from promoe_ds.planning.shapes import PassShapes
+from promoe_ds.planning.trace import PASS, Sent
+from promoe_ds.planning.work import Efficiency
 
 
 @dataclass(frozen=True)
@@ -26,51 +29,46 @@ class Link:
         return Link(self.inside_node * factor, self.between_nodes * factor)
 
 
-@dataclass(frozen=True)
-class Efficiency:
-    """Reached shares of peak: matrix products, attention, memory bandwidth, links.
-
-    For an offloaded update, bytes/s of a rank: host_memory, its share of the host's; host_link,
-    between device and host.
-    """
-
-    matrix: float = 0.7
-    attention: float = 0.5
-    memory: float = 0.8
-    link: float = 0.8
-    host_memory: float = 25e9
-    host_link: float = 25e9
-
-
-def step_traffic(
-    config: RunConfig, layout: ClusterLayout, cluster: Cluster, shapes: PassShapes
-) -> dict[str, Link]:
+def step_traffic(layout: ClusterLayout, cluster: Cluster, shapes: PassShapes) -> dict[str, Link]:
     """Compute what a rank sends in a step: rows, gradients, updated weights, centroids.
 
-    The exchange is what the traced pass sent, to the byte, under even routing. The reductions are
-    rings, whose border between two nodes is crossed by one of a node's ranks: its bytes are shared
-    out over the node's ranks.
+    These are the collectives of the trace, under even routing. Reductions and gatherings are rings,
+    whose border between two nodes is crossed by one of a node's ranks: its bytes are shared out
+    over the node's ranks.
     """
-    ep_size, world_size, sent = config.parallel.ep_size, layout.world_size, shapes.trace.sent
-    count = count_parameters(config)
-    dense = layout.number_bytes * (count.dense + count.unconditional)
-    routed = layout.number_bytes * (count.routed // ep_size)
-    stride = 1 if layout.data_before_expert else ep_size
-    reduced = _ring(dense, world_size, 1, cluster)
-    reduced += _ring(routed, world_size // ep_size, stride, cluster)
-    centroids = sum(one.bytes_by_member[0] for one in sent if one.name == "allreduce_")
     exchange = Link()
-    for member, size in (pair for one in sent for pair in one.to_others(0).items()):
+    for member, size in (pair for one in shapes.trace.sent for pair in one.to_others(0).items()):
         exchange += Link(size, 0) if member < cluster.gpus_per_node else Link(0, size)
-    # ZeRO 2 reduces after every pass; without ZeRO an all-reduce is two rings, and no weights are
-    # gathered.
-    gradients = reduced * (layout.accumulation if layout.zero_stage == 2 else 1)
+    beside, after, weights, centroids = (
+        _rings_of(part, layout, cluster, shapes) for part in (BESIDE, AFTER, WEIGHTS, PASS)
+    )
     return {
         "exchange": exchange * layout.accumulation,
-        "gradients": gradients if layout.zero_stage else reduced * 2,
-        "weights": reduced if layout.zero_stage else Link(),
-        "centroids": _ring(2 * centroids, world_size, 1, cluster) * layout.accumulation,
+        "gradients": beside + after,
+        "weights": weights,
+        "centroids": centroids,
     }
+
+
+def _rings_of(part: str, layout: ClusterLayout, cluster: Cluster, shapes: PassShapes) -> Link:
+    """Return what the reductions and gatherings of a part send."""
+    sent = [one for one in shapes.trace.sent if one.part == part and not one.by_member]
+    rings = [_of_collective(one, cluster) for one in sent]
+    return sum(rings, Link()) * _times(part, layout)
+
+
+def _times(part: str, layout: ClusterLayout) -> int:
+    """Return how often a part of the trace happens in a step: ZeRO 2 reduces after every pass."""
+    is_repeated = part == PASS or (part in (BESIDE, AFTER) and layout.zero_stage == 2)
+    return layout.accumulation if is_repeated else 1
+
+
+def _of_collective(one: Sent, cluster: Cluster) -> Link:
+    """Return what a reduction, two rings, or a gathering, one, sends."""
+    ranks, gathers = len(one.members), one.name.startswith("allgather")
+    stride = one.members[1] - one.members[0] if ranks > 1 else 1
+    size = one.bytes * ranks if gathers else 2 * one.bytes
+    return _ring(size, ranks, stride, cluster)
 
 
 def _ring(size: int, ranks: int, stride: int, cluster: Cluster) -> Link:
@@ -93,41 +91,40 @@ def step_seconds(
     """Predict the seconds of a step by what takes them; communication where nothing hides it.
 
     Each operation takes the longer of computing and moving its operands. Half of the exchange
-    (rows out, and their gradients back) runs beside the shared experts; under `overlap_comm`
-    gradients travel beside the backward pass.
+    (rows out, and their gradients back) runs beside the shared experts; under `overlap_comm` full
+    buckets travel beside the backward pass, the last one after it.
     """
     device, states = cluster.device, shapes.states
-    bandwidth = device.memory_bandwidth * efficiency.memory
-    peak = device.flops[layout.precision]
-    seconds = {}
-    for kind, rate in (
-        ("matrix", peak * efficiency.matrix),
-        ("attention", peak * efficiency.attention),
-        ("other", float("inf")),
-    ):
-        calls = shapes.trace.work[kind]
-        seconds[kind] = layout.accumulation * sum(
-            max(flops / rate, moved / bandwidth) for flops, moved in calls
-        )
-    beside = sum(seconds.values()) * 2 / 3 if layout.overlap else 0.0
-    # Gradients, masters, both moments and the average are read, all but the gradients written; and
-    # the weights.
-    seconds["update"] = 2 * (states.optimizer + states.ema + states.gradients) / bandwidth
+    seconds = dict.fromkeys(("matrix", "attention", "other", "buckets", "update"), 0.0)
+    names = {BESIDE: "buckets", AFTER: "buckets", UPDATE: "update"}
+    for part, calls in shapes.trace.work.items():
+        for work in calls:
+            name = names.get(part, work.kind)
+            seconds[name] += _times(part, layout) * work.seconds(device, efficiency)
+    passes = seconds["matrix"] + seconds["attention"] + seconds["other"]
     if layout.offload:  # gradients go down, weights come back
         seconds["update"] = 2 * (states.host + states.update) / efficiency.host_memory
         seconds["update"] += (states.gradients + states.weights) / efficiency.host_link
-    links = {
-        name: (
-            link.inside_node / device.link_bandwidth
-            + link.between_nodes / cluster.network_bandwidth
-        )
-        / efficiency.link
-        for name, link in traffic.items()
-    }
-    hidden = min(links["exchange"] / 2, _shared_flops(config, layout) / (peak * efficiency.matrix))
+
+    def travelling(link: Link) -> float:
+        inside, between = link.inside_node, link.between_nodes
+        return (
+            inside / device.link_bandwidth + between / cluster.network_bandwidth
+        ) / efficiency.link
+
+    links = {name: travelling(link) for name, link in traffic.items()}
+    shared = _shared_flops(config, layout) / device.flops[compute_precision(config, layout)]
+    hidden = min(links["exchange"] / 2, shared / efficiency.matrix)
     seconds["exchange"] = links["exchange"] - hidden + links["centroids"]
-    seconds["gradients"] = max(0.0, links["gradients"] - beside)
+    after = travelling(_rings_of(AFTER, layout, cluster, shapes))
+    beside = passes * 2 / 3 if layout.overlap else 0.0
+    seconds["gradients"] = max(0.0, links["gradients"] - after - beside) + after
     return seconds | {"weights": links["weights"]}
+
+
+def compute_precision(config: RunConfig, layout: ClusterLayout) -> str:
+    """Return the precision of the matrix products: that of the weights, but under autocast."""
+    return "bf16" if config.precision.compute == "bf16_autocast" else layout.precision
 
 
 def _shared_flops(config: RunConfig, layout: ClusterLayout) -> int:

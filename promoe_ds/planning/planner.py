@@ -10,8 +10,10 @@ import torch.distributed as dist
 from promoe_ds.config import RunConfig, count_parameters, training_flops_per_image
 from promoe_ds.config.accounting import ParameterCount
 from promoe_ds.planning.cluster import Cluster, ClusterLayout
-from promoe_ds.planning.estimate import Efficiency, Link, step_seconds, step_traffic
+from promoe_ds.planning.estimate import Link, compute_precision, step_seconds, step_traffic
+from promoe_ds.planning.replay import UPDATE
 from promoe_ds.planning.shapes import PassShapes, trace_pass
+from promoe_ds.planning.work import Efficiency
 
 #: Share of a device's memory that the allocator, the CUDA context and nccl are left with.
 RESERVE = 0.08
@@ -58,7 +60,8 @@ class StepPlan:
     @property
     def mfu(self) -> float:
         """Model FLOPs utilisation: useful operations over what the devices could do."""
-        peak = self.cluster.device.flops[self.layout.precision] * self.layout.world_size
+        precision = compute_precision(self.config, self.layout)
+        peak = self.cluster.device.flops[precision] * self.layout.world_size
         return self.flops / (peak * self.total_seconds)
 
     @property
@@ -116,8 +119,8 @@ def plan_step(
     """
     efficiency = efficiency or Efficiency()
     shapes = trace_pass(config, layout, expert_group)
-    traffic = step_traffic(config, layout, cluster, shapes)
-    phase, memory = _memory(shapes, layout)
+    traffic = step_traffic(layout, cluster, shapes)
+    phase, memory = _memory(shapes)
     return StepPlan(
         config=config,
         layout=layout,
@@ -126,7 +129,7 @@ def plan_step(
         parameters_per_rank=shapes.parameters,
         memory=memory,
         phase=phase,
-        host=shapes.states.host + shapes.states.update * layout.offload,
+        host=shapes.states.host + shapes.states.update,
         flops=layout.images * training_flops_per_image(config, config.model.longest_text),
         traffic=traffic,
         seconds=step_seconds(config, layout, cluster, shapes, traffic, efficiency),
@@ -134,32 +137,18 @@ def plan_step(
     )
 
 
-def _memory(shapes: PassShapes, layout: ClusterLayout) -> tuple[str, dict[str, int]]:
-    """Take the fuller of the two moments: deep in the backward pass, or at the update.
-
-    Later passes of an accumulation, and the update, find the gradients of earlier ones; the traced
-    pass holds its own.
-    """
+def _memory(shapes: PassShapes) -> tuple[str, dict[str, int]]:
+    """Return the fullest moment of the traced step: deep in the backward pass, or at the update."""
     states, peak = shapes.states, shapes.trace.peak
-    earlier = states.gradients if layout.accumulation > 1 else 0
     on_device = not states.offloaded
-    kept = {
+    memory = {
         "weights": states.weights,
-        "gradients": max(peak["gradients"], earlier),
+        "gradients": peak["gradients"],
         "optimizer": states.optimizer * on_device,
         "ema": states.ema * on_device,
+        **{kind: peak[kind] for kind in ("activations", "exchange", "buckets")},
     }
-    moments = {
-        "backward": kept | {kind: peak[kind] for kind in ("activations", "exchange", "buckets")},
-        "update": kept
-        | {
-            "gradients": states.gradients + states.update * on_device,
-            "activations": 0,
-            "exchange": 0,
-            "buckets": 0,
-        },
-    }
-    return max(moments.items(), key=lambda moment: sum(moment[1].values()))
+    return "update" if shapes.trace.fullest == UPDATE else "backward", memory
 
 
 def plan_lines(plan: StepPlan) -> list[str]:

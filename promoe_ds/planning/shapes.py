@@ -1,10 +1,12 @@
-"""One pass of one rank over shapes: the real network, forward and backward, on fake tensors."""
+"""One step of one rank over shapes: the real network, forward and backward, on fake tensors, and
+what the engine does with its gradients.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +19,20 @@ from promoe_ds.condition import ClassCondition, Condition, EmptyText, TextCondit
 from promoe_ds.config import RunConfig
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError
+from promoe_ds.kernels.choice import as_on_gpu
 from promoe_ds.model import DiT, build_model
 from promoe_ds.planning.cluster import ClusterLayout
+from promoe_ds.planning.replay import EngineReplay, ReplayGroup
 from promoe_ds.planning.trace import ShapeTrace
-from promoe_ds.planning.zero import GradientStaging, States, states_of_groups
+from promoe_ds.planning.zero import States, states_of_groups
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.torch_private import fake_store, fake_tensors
 from promoe_ds.train.router_state import give_superclasses
-from promoe_ds.train.step import TrainingModule
+from promoe_ds.train.step import TrainingModule, autocast_context
 
 #: Settings whose memory and traffic shapes of plain tensors do not show: what can be planned.
 _PLANNED = (
-    ("precision", "compute", ("auto", "fp32", "bf16")),
+    ("precision", "compute", ("auto", "fp32", "bf16", "bf16_autocast")),
     ("parallel", "comm_dtype", ("same",)),
     ("parallel", "compile", (False,)),
 )
@@ -36,7 +40,7 @@ _PLANNED = (
 
 @dataclass(frozen=True)
 class PassShapes:
-    """What one forward and backward pass of rank 0 does, as `trace` saw it.
+    """What one forward and backward pass of rank 0 and the update do, as `trace` saw it.
 
     rows_leaving: rows whose expert is on another rank, all layers together; parameters: of this
     rank.
@@ -67,7 +71,7 @@ def fake_world(world_size: int) -> Iterator[None]:
 def trace_pass(
     config: RunConfig, layout: ClusterLayout, expert_group: dist.ProcessGroup | None = None
 ) -> PassShapes:
-    """Run one pass over shapes; call inside `fake_world(layout.world_size)`.
+    """Run one pass and the update over shapes; call inside `fake_world(layout.world_size)`.
 
     Every sample is conditional and routing is even: the case with most rows; an expert that gets
     twice its share needs more.
@@ -82,17 +86,14 @@ def trace_pass(
         group = expert_group or dist.new_group(layout.expert_ranks(ep_size))
     leaving: list[int] = []
     network = _local_network(config, layout, group)
-    with fake_tensors():
+    with fake_tensors(), nullcontext() if layout.on_cpu else as_on_gpu():
         _materialise(network)
-        module = TrainingModule(network).train()
-        groups = [
-            (
-                [p.numel() for p in one["params"]],
-                layout.world_size // (ep_size if one.get("moe") else 1),
-            )
-            for one in parameter_groups(module, config.optimizer, layout.precision)
-        ]
-        states = states_of_groups(groups, layout, len(config.optimizer.averages))
+        # The CPU's autocast: fake tensors of a GPU need one.
+        module = TrainingModule(network, autocast_context(config, "cpu")).train()
+        groups = _groups(config, layout, module, ep_size)
+        states = states_of_groups(
+            [group.sizes for group in groups], layout, len(config.optimizer.averages)
+        )
         batch = _batch(config, layout.micro_batch)
         trace = ShapeTrace(known=[*module.parameters(), *module.buffers(), *batch.tensors()])
 
@@ -103,13 +104,28 @@ def trace_pass(
 
         for layer in module.denoiser.moe_layers().values():
             layer.router.register_forward_hook(expect_rows)
-        staging = GradientStaging(module, layout, trace, kept=states.gradients)
+        engine = EngineReplay(module, groups, layout, states, config.optimizer)
+        engine.start(trace)
         with trace:
             output = module(batch)  # as a training step, which keeps the plans until its end
+            engine.begin_backward(output.loss)
             output.loss.backward()
-            staging.finish()
+            engine.finish_backward()
+            del output
+            engine.update(config.parallel.kernels)
         parameters = sum(p.numel() for p in module.parameters())
     return PassShapes(trace, states, sum(leaving), parameters)
+
+
+def _groups(
+    config: RunConfig, layout: ClusterLayout, module: TrainingModule, ep_size: int
+) -> list[ReplayGroup]:
+    """Return the parameter groups, and the ranks that share each."""
+    experts = dist.new_group(layout.replica_ranks(ep_size)) if ep_size > 1 else dist.group.WORLD
+    return [
+        ReplayGroup(one["params"], experts if one.get("moe") else dist.group.WORLD)
+        for one in parameter_groups(module, config.optimizer, layout.precision)
+    ]
 
 
 def _check_can_be_planned(config: RunConfig) -> None:

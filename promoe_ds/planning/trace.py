@@ -7,20 +7,20 @@ with what even routing would give.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
+from promoe_ds.kernels.ops import LIBRARY
+from promoe_ds.planning.work import Work, work_of
 from promoe_ds.torch_private import (
-    changes_inputs,
     dispatch_mode,
     operation_family,
     storage_key,
@@ -32,28 +32,30 @@ _DispatchMode: Any = dispatch_mode()
 _HOST_READ = traced_operation("_local_scalar_dense.default")
 _UNBIND = torch.ops.aten.unbind.int
 _GROUPED_GEMM = traced_operation("_grouped_mm.default")
-#: Products of fused attention on a CPU, which torch's counter does not know.
-_ATTENTION = {
-    "_scaled_dot_product_flash_attention_for_cpu": 2,
-    "_scaled_dot_product_flash_attention_for_cpu_backward": 5,
-}
+#: The part of a step that nobody named otherwise: the forward and the backward pass.
+PASS = "pass"
 
 
 @dataclass(frozen=True)
 class Sent:
-    """One collective of this rank: its name, the bytes for each member of its group, the members.
+    """One collective of this rank: its name, the bytes that this rank puts in, its group's members.
 
-    members: of an all-to-all; floating: whether it carries rows, not counts.
+    by_member: of an all-to-all, the bytes for each member; floating: whether it carries rows, not
+    counts; part: of the step, see `ShapeTrace.during`.
     """
 
     name: str
-    bytes_by_member: tuple[int, ...]
-    members: tuple[int, ...] = ()
+    bytes: int
+    members: tuple[int, ...]
+    by_member: tuple[int, ...] = ()
     floating: bool = True
+    part: str = PASS
 
     def to_others(self, rank: int) -> dict[int, int]:
-        """Return the bytes for each other member."""
-        pairs = zip(self.members, self.bytes_by_member, strict=bool(self.members))
+        """Return the bytes of an all-to-all for each other member."""
+        if not self.by_member:
+            return {}
+        pairs = zip(self.members, self.by_member, strict=True)
         return {member: size for member, size in pairs if member != rank}
 
 
@@ -63,6 +65,7 @@ class CollectiveWatch(_DispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sent: list[Sent] = []
+        self.part = PASS
 
     def rows_sent(self, rank: int) -> int:
         """Return the bytes of rows and their gradients that went from `rank` to others."""
@@ -72,7 +75,7 @@ class CollectiveWatch(_DispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func.namespace == "c10d":
-            self.sent.append(_sent_by(func, args))
+            self.sent.append(sent_by(func, args, self.part))
         return func(*args, **(kwargs or {}))
 
 
@@ -80,8 +83,8 @@ class ShapeTrace(CollectiveWatch):
     """Follows storage, work and traffic of what runs inside.
 
     Storage made inside is counted from its making to its end under a label: `activations` unless
-    `label` or a collective (`exchange`) says otherwise. `work` holds, by kind (matrix, attention,
-    other), the floating-point operations and the bytes read and written of each call.
+    `label` or a collective (`exchange`) says otherwise. `work` holds, by part of the step, what
+    each call costs; `fullest` is the part in which most was alive.
     """
 
     def __init__(self, *, known: Iterable[Tensor]) -> None:
@@ -92,13 +95,28 @@ class ShapeTrace(CollectiveWatch):
         """
         super().__init__()
         self.rows = 0
-        self.work: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.work: dict[str, list[Work]] = defaultdict(list)
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self._known = {storage_key(tensor) for tensor in known}
+        self.fullest = PASS
+        self._known: set[int] = set()
+        self.know(known)
         self._storages: dict[int, tuple[str, int]] = {}
         self._answers: dict[int, int] = {}
         self._peak_bytes = 0
+
+    def know(self, tensors: Iterable[Tensor]) -> None:
+        """Count these tensors no longer."""
+        self._known |= {storage_key(tensor) for tensor in tensors}
+
+    @contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        """Count work and collectives of what runs inside under a part of the step."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
 
     def label(self, tensor: Tensor, label: str) -> Tensor:
         """Count a tensor's storage under another label from now on."""
@@ -121,10 +139,10 @@ class ShapeTrace(CollectiveWatch):
         if func is _GROUPED_GEMM:
             return self._see(func, args, kwargs, _grouped_gemm_shape(*args, **kwargs))
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func.namespace == "c10d":
+        if func.namespace == "c10d" and self.part == PASS:
             for tensor in tensors_in(args):
                 self.label(tensor, "exchange")
-        elif func.namespace == "aten":
+        elif func.namespace in ("aten", LIBRARY):
             self._see(func, args, kwargs, result)
         if func is _UNBIND and not args[0].is_floating_point() and args[0].dim() == 1:
             # The entries of a list of counts will be read: the rows, evenly.
@@ -133,23 +151,16 @@ class ShapeTrace(CollectiveWatch):
         return result
 
     def _see(self, func: Any, args: tuple, kwargs: dict, result: Any) -> Any:
-        outputs, inputs = tensors_in(result), tensors_in((args, kwargs))
-        for tensor in outputs:
+        for tensor in tensors_in(result):
             key, storage = storage_key(tensor), tensor.untyped_storage()
             if key not in self._known and key not in self._storages:
                 self._storages[key] = ("activations", storage.nbytes())
                 self.live["activations"] += storage.nbytes()
                 weakref.finalize(storage, self._forget, key)
         if (total := self.live.total()) > self._peak_bytes:
-            self._peak_bytes, self.peak = total, self.live.copy()
-        read = {storage_key(tensor) for tensor in inputs}
-        is_view = not changes_inputs(func) and all(
-            storage_key(tensor) in read for tensor in outputs
-        )
-        if outputs and not is_view:
-            unique = {id(tensor): tensor for tensor in inputs + outputs}.values()
-            kind, flops = _flops(func, args, kwargs, result)
-            self.work[kind].append((flops, sum(t.numel() * t.element_size() for t in unique)))
+            self._peak_bytes, self.peak, self.fullest = total, self.live.copy(), self.part
+        if (work := work_of(func, args, kwargs, result)) is not None:
+            self.work[self.part].append(work)
         return result
 
     def _forget(self, key: int) -> None:
@@ -157,18 +168,22 @@ class ShapeTrace(CollectiveWatch):
         self.live[label] -= size
 
 
-def _sent_by(func: Any, args: tuple) -> Sent:
+def sent_by(func: Any, args: tuple, part: str = PASS) -> Sent:
     """Read what a collective operation of torch sends from its arguments."""
-    name = operation_family(func).__name__
-    if name != "alltoall_base_":
-        return Sent(name, (sum(t.numel() * t.element_size() for t in tensors_in(args)),))
-    _, tensor, group, _, sizes = args[:5]
+    name, tensors = operation_family(func).__name__, tensors_in(args)
+    group = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
     members = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
-    row = math.prod(tensor.shape[1:]) * tensor.element_size()
+    # An all-to-all and an all-gather name their output first.
+    sent = tensors[1:] if name in ("alltoall_base_", "_allgather_base_") else tensors
+    size = sum(tensor.numel() * tensor.element_size() for tensor in sent)
+    if name != "alltoall_base_":
+        return Sent(name.strip("_"), size, members, part=part)
+    tensor, sizes = args[1], args[4]
+    row = size // max(1, tensor.shape[0])
     counts = sizes or [tensor.shape[0] // len(members)] * len(members)
-    return Sent(
-        name, tuple(count * row for count in counts), members, floating=tensor.is_floating_point()
-    )
+    by_member = tuple(count * row for count in counts)
+    floating = tensor.is_floating_point()
+    return Sent(name.strip("_"), size, members, by_member, floating, part)
 
 
 def _grouped_gemm_shape(
@@ -178,20 +193,3 @@ def _grouped_gemm_shape(
     if b.dim() == 3:
         return a.new_empty(a.shape[0], b.shape[2])
     return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
-
-
-def _flops(func: Any, args: tuple, kwargs: dict, result: Any) -> tuple[str, int]:
-    """Return the kind of an operation and its floating-point operations."""
-    family = operation_family(func)
-    name = family.__name__
-    if func is _GROUPED_GEMM:
-        return "matrix", 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[-1]
-    if name in _ATTENTION:
-        heads = args[1] if name.endswith("backward") else args[0]
-        batch, num_heads, tokens, width = heads.shape
-        return "attention", _ATTENTION[name] * 2 * batch * num_heads * tokens * tokens * width
-    counter = flop_registry.get(family)
-    if counter is None:
-        return "other", 0
-    kind = "attention" if "attention" in name else "matrix"
-    return kind, counter(*args, **kwargs, out_val=result)

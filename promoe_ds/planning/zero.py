@@ -1,21 +1,15 @@
-"""What one rank keeps under ZeRO, and where gradients go while the backward pass runs.
+"""What one rank keeps under ZeRO between the passes of a step.
 
 Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py: each parameter group is one flat buffer,
-cut into equal partitions; gradients are copied into a bucket; a full bucket is reduced through a
-flat copy; gradients of this rank's partition are kept. A parameter larger than the bucket is
-reduced alone.
+cut into equal partitions; gradients of whole parameters that a rank's partition touches are kept.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
 from promoe_ds.config import RunConfig, count_parameters
 from promoe_ds.planning.cluster import ClusterLayout
-from promoe_ds.planning.trace import ShapeTrace
 
 #: DeepSpeed aligns flat buffers to this many elements a rank.
 _ALIGNMENT = 2
@@ -25,8 +19,8 @@ _ALIGNMENT = 2
 class States:
     """Bytes that one rank keeps between passes.
 
-    gradients: kept from the backward pass to the update; update: what the update adds at its peak;
-    offloaded: optimizer, averages and the update's fp32 gradients are in the host's memory.
+    gradients: kept from the backward pass to the update; update: fp32 gradients of an update on the
+    host; offloaded: optimizer, averages and these are in the host's memory.
     """
 
     weights: int
@@ -73,17 +67,15 @@ def states_of_groups(
             update=0,
             offloaded=False,
         )
-    owned = [_owned(sizes, ranks) for sizes, ranks in groups]
+    owned = [partition_size(sizes, ranks) for sizes, ranks in groups]
     copied = sum(_copied(sizes, ranks) for sizes, ranks in groups)
     padded = sum(share * ranks for share, (_, ranks) in zip(owned, groups, strict=True))
-    # On the device the update flattens one group's gradients after the other, and casts bf16 ones.
-    update = 4 * sum(owned) if layout.offload else max(owned) * (4 if size == 4 else 6)
     return States(
         weights=size * padded,
         optimizer=12 * sum(owned),
         ema=4 * averages * sum(owned),
         gradients=size * (copied if layout.zero_stage == 2 else padded + copied),
-        update=update,
+        update=4 * sum(owned) * layout.offload,
         offloaded=layout.offload,
     )
 
@@ -99,7 +91,7 @@ def states_of_config(config: RunConfig, layout: ClusterLayout) -> States:
     return states_of_groups(groups, layout, len(config.optimizer.averages))
 
 
-def _owned(sizes: list[int], ranks: int) -> int:
+def partition_size(sizes: list[int], ranks: int) -> int:
     """Return the elements of one rank's partition."""
     return -(-sum(sizes) // (_ALIGNMENT * ranks)) * _ALIGNMENT
 
@@ -110,70 +102,9 @@ def _copied(sizes: list[int], ranks: int) -> int:
     Gradients of whole parameters are copied, also of those that begin or end in another's
     partition.
     """
-    owned, start, copied = _owned(sizes, ranks), 0, [0] * ranks
+    owned, start, copied = partition_size(sizes, ranks), 0, [0] * ranks
     for size in sizes:
         for rank in range(start // owned, min(ranks - 1, (start + size - 1) // owned) + 1):
             copied[rank] += size
         start += size
     return max(copied)
-
-
-class GradientStaging:
-    """Replays a backward pass's gradient buffers with tensors of the same sizes."""
-
-    def __init__(
-        self, network: nn.Module, layout: ClusterLayout, trace: ShapeTrace, *, kept: int
-    ) -> None:
-        """Hook the parameters of a network; `kept` bytes of its gradients stay with the rank."""
-        self._layout, self._trace = layout, trace
-        self._kept_elements, self._has_kept = kept // layout.number_bytes, False
-        self._dtype = next(network.parameters()).dtype
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        self._total = sum(p.numel() for p in parameters)
-        self._filled = 0
-        self._buffers: list[Tensor] = []
-        self._waiting: list[nn.Parameter] = []
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._take)
-
-    def _take(self, parameter: nn.Parameter) -> None:
-        layout = self._layout
-        self._trace.label(parameter.grad, "gradients")
-        if layout.zero_stage < 2:
-            return
-        if not self._buffers:
-            size = min(layout.bucket, self._total) if layout.touched_only else layout.bucket
-            for _ in range(2 if layout.overlap and not layout.touched_only else 1):
-                self._make(size, "buckets", keep=True)
-        if self._filled + parameter.numel() > layout.bucket:
-            self._reduce()
-        self._filled += parameter.numel()
-        if parameter.numel() > layout.bucket:
-            self._waiting.append(parameter)
-        else:
-            parameter.grad = None
-
-    def finish(self) -> None:
-        """Reduce what is left, as the end of a backward pass does."""
-        if self._layout.zero_stage == 2:
-            self._reduce()
-        self._buffers.clear()
-
-    def _reduce(self) -> None:
-        if not self._filled:
-            return
-        if self._layout.touched_only:
-            self._make(self._kept_elements * self._filled // self._total, "gradients", keep=True)
-        elif not self._has_kept:
-            self._make(self._kept_elements, "gradients", keep=True)
-        self._has_kept = True
-        largest = max((p.numel() for p in self._waiting), default=0)
-        self._make(min(self._filled, self._layout.bucket + largest), "buckets", keep=False)
-        for parameter in self._waiting:
-            parameter.grad = None
-        self._waiting.clear()
-        self._filled = 0
-
-    def _make(self, elements: int, label: str, *, keep: bool) -> None:
-        made = self._trace.label(torch.empty(elements, dtype=self._dtype), label)
-        self._buffers += [made] if keep else []

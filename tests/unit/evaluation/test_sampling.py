@@ -16,8 +16,18 @@ from torch import Tensor
 
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError
-from promoe_ds.evaluation.sample_job import SampleRequest, choose_labels, draw_samples, make_plan
-from promoe_ds.evaluation.sampling import LatentSampler, aligned_passes, even_passes
+from promoe_ds.evaluation.sample_job import (
+    SampleRequest,
+    _choose_dtype,
+    choose_labels,
+    draw_samples,
+    make_plan,
+)
+from promoe_ds.evaluation.sampling import (
+    LatentSampler,
+    aligned_passes,
+    even_passes,
+)
 from promoe_ds.model.export import load_model
 from promoe_ds.pipeline import ProMoEPipeline, ProMoETransformer2DModel
 
@@ -38,6 +48,25 @@ def draw(export: Path, **request: Any) -> Tensor:
     out = export.parent / f"samples{len(list(export.parent.iterdir()))}"
     draw_samples(asked(model=export, out=out, **request))
     return load_file(out / "latents.safetensors")["latents"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [
+        (None, "cuda", "bf16"),
+        (None, "cpu", "fp32"),
+        ("fp32", "cuda", "fp32"),
+        ("bf16", "cpu", "bf16"),
+    ],
+)
+def test_dtype_follows_the_device_unless_asked_otherwise_and_is_said(
+    dtype: str | None, device: str, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "promoe_ds"):
+        found = _choose_dtype(asked(dtype=dtype), torch.device(device))
+    assert found == {"bf16": torch.bfloat16, "fp32": torch.float32}[expected]
+    assert f"sampling in {expected} on {device}" in caplog.text
+    assert ("default" in caplog.text) == (dtype is None)
 
 
 @pytest.mark.parametrize(

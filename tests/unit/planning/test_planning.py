@@ -17,10 +17,11 @@ from promoe_ds.config import (
 )
 from promoe_ds.errors import ConfigError
 from promoe_ds.planning.cluster import layout_of
-from promoe_ds.planning.estimate import Efficiency, Link, _ring
+from promoe_ds.planning.estimate import Link, _ring
 from promoe_ds.planning.planner import plan_lines, plan_step
 from promoe_ds.planning.shapes import trace_pass
-from promoe_ds.planning.trace import ShapeTrace
+from promoe_ds.planning.trace import PASS, ShapeTrace
+from promoe_ds.planning.work import Efficiency, Work
 from promoe_ds.planning.zero import States, states_of_config, states_of_groups
 
 from ..builders import METHODS, of_method, small_config
@@ -62,8 +63,15 @@ def test_trace_counts_saved_tensors_until_the_backward_pass_ends() -> None:
 
 def test_trace_counts_products_and_ignores_views() -> None:
     trace = traced(lambda a, b: (a @ b).t().relu(), torch.zeros(8, 16), torch.zeros(16, 32))
-    assert trace.work["matrix"] == [(2 * 8 * 16 * 32, 4 * (8 * 16 + 16 * 32 + 8 * 32))]
-    assert len(trace.work["other"]) == 1
+    product, other = trace.work[PASS]
+    moved = 4 * (8 * 16 + 16 * 32 + 8 * 32)
+    assert product == Work("matrix", "float32", 2 * 8 * 16 * 32, moved)
+    assert other == Work("other", "float32", 0, 2 * 4 * 8 * 32)
+
+
+def test_trace_counts_what_is_changed_in_place_as_read_and_written() -> None:
+    trace = traced(lambda a, b: a.mul_(2).copy_(b), torch.zeros(100), torch.zeros(100))
+    assert [work.bytes for work in trace.work[PASS]] == [2 * 400, 2 * 400]
 
 
 # One pass of the network.
@@ -94,12 +102,12 @@ def test_pass_of_every_method_sends_the_rows_that_it_lists(method: str) -> None:
 
 def test_pass_work_is_the_accounted_one() -> None:
     run = config(parallel={"expert_backend": "loop"}, routing={"rcl_weight": 0.0})
-    work = trace_pass(run, layout(world_size=1)).trace.work
+    work = trace_pass(run, layout(world_size=1)).trace.work[PASS]
     images, width, tokens = 4, 32, run.model.tokens_per_image
     # Accounted: three forward passes. Fused attention makes its scores anew; raw pixels, labels and
     # times need no gradient.
     again = 4 * 2 * images * tokens * tokens * width
-    flops = sum(flops for kind in ("matrix", "attention") for flops, _ in work[kind])
+    flops = sum(one.flops for one in work)
     assert flops == pytest.approx(images * training_flops_per_image(run) + again, rel=0.02)
 
 
@@ -117,7 +125,9 @@ def test_pass_holds_activations_in_proportion_to_the_batch_and_less_when_recompu
 def test_pass_that_shapes_cannot_follow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     values = config().model_dump(mode="json") | {"precision": {"compute": "fp8"}}
     monkeypatch.setattr(RunConfig, "model_dump", lambda self, **options: values)
-    with pytest.raises(ConfigError, match=r"precision\.compute=fp8 .* auto or fp32 or bf16"):
+    with pytest.raises(
+        ConfigError, match=r"precision\.compute=fp8 .* fp32 or bf16 or bf16_autocast"
+    ):
         trace_pass(config(), layout())
 
 

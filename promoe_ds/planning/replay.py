@@ -1,0 +1,269 @@
+"""What DeepSpeed's engine and the update do in a step, replayed on tensors of the same sizes.
+
+Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and runtime/engine.py: gradients are copied
+into a bucket; a full one is averaged, through a flat copy where it holds several ranks' parts, and
+this rank's part is copied back and kept. A parameter larger than the bucket is reduced alone.
+`tests/fake_cuda/test_planner.py` compares bytes and collectives with the engine's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from promoe_ds.config.optimizer import OptimizerConfig
+from promoe_ds.kernels.choice import uses_triton
+from promoe_ds.planning.cluster import ClusterLayout
+from promoe_ds.planning.trace import ShapeTrace
+from promoe_ds.planning.zero import States, partition_size
+from promoe_ds.train.clipping import global_grad_norm
+from promoe_ds.train.ema import Ema, FusedUpdate
+from promoe_ds.train.health import HealthWatch
+
+#: Parts of a step beside its passes: gradients that are reduced while the backward pass runs, and
+#: after it; the update; the gathering of the weights.
+BESIDE, AFTER, UPDATE, WEIGHTS = "gradients beside", "gradients after", "update", "weights"
+#: Numbers that DeepSpeed without ZeRO reduces at once.
+_REDUCED_AT_ONCE = 500_000_000
+
+
+@dataclass(frozen=True)
+class ReplayGroup:
+    """A parameter group and the ranks that it is partitioned over."""
+
+    parameters: list[nn.Parameter]
+    replicas: dist.ProcessGroup
+
+    @property
+    def sizes(self) -> tuple[list[int], int]:
+        """The elements of its parameters, and the number of ranks."""
+        return [p.numel() for p in self.parameters], dist.get_world_size(self.replicas)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is: the ranks over which its group is partitioned, the partitions that it
+    touches, its elements in the first, which is rank 0's.
+    """
+
+    replicas: dist.ProcessGroup
+    partitions: range
+    owned: int
+
+
+class EngineReplay:
+    """Replays what happens to the gradients of a module beside and after its backward pass."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[ReplayGroup],
+        layout: ClusterLayout,
+        states: States,
+        settings: OptimizerConfig,
+    ) -> None:
+        """Hook the module's parameters, and make its states."""
+        self._layout, self._groups = layout, groups
+        parameters = [p for group in groups for p in group.parameters]
+        self._total, self._dtype = sum(p.numel() for p in parameters), parameters[0].dtype
+        whole = states.weights if layout.zero_stage == 1 else 0
+        self._kept = (states.gradients - whole) // layout.number_bytes
+        self._owned = [partition_size(*group.sizes) for group in groups]
+        self._weights = [
+            torch.empty(size * group.sizes[1], dtype=self._dtype)
+            for size, group in zip(self._owned, groups, strict=True)
+        ]
+        self._places = {
+            p: place
+            for group, size in zip(groups, self._owned, strict=True)
+            for p, place in _lay(group, size).items()
+        }
+        self._make_states(parameters, settings)
+        self._bucket = min(layout.bucket, self._total) if layout.on_cpu else layout.bucket
+        self._filled = 0
+        self._buckets: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        self._earlier: Tensor | None = None
+        self._waiting: list[nn.Parameter] = []
+        self._health = HealthWatch(module)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._take)
+
+    def _make_states(self, parameters: list[nn.Parameter], settings: OptimizerConfig) -> None:
+        """Make the optimizer as the trainer does, with all its state."""
+        self._masters = (
+            [nn.Parameter(torch.empty(size)) for size in self._owned]
+            if self._layout.zero_stage > 0
+            else parameters
+        )
+        self._optimizer = torch.optim.AdamW([{"params": [p]} for p in self._masters], fused=True)
+        self._ema = Ema(self._optimizer, settings.averages)
+        for parameter in self._masters:
+            names = ("exp_avg", "exp_avg_sq", *settings.averages)
+            self._optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                **{name: torch.empty_like(parameter.detach()) for name in names},
+            }
+
+    def start(self, trace: ShapeTrace) -> None:
+        """Be seen by a trace, which counts none of the states."""
+        self._trace = trace
+        kept = (each for one in self._optimizer.state.values() for each in one.values())
+        trace.know([*self._weights, *self._masters, *kept])
+
+    def begin_backward(self, loss: Tensor) -> None:
+        """Take note of the loss; find the gradients of an earlier pass, where there was one."""
+        self._health.see_loss(loss)
+        if self._layout.accumulation > 1 and self._layout.zero_stage == 2:
+            self._earlier = self._make(self._kept, "gradients")
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        layout, gradient = self._layout, parameter.grad
+        self._trace.label(gradient, "gradients")
+        if layout.zero_stage == 0:
+            return
+        if not self._buckets:
+            count = 2 if layout.overlap and not layout.on_cpu else 1
+            self._buckets = [self._make(self._bucket, "buckets") for _ in range(count)]
+        if self._filled + parameter.numel() > layout.bucket:
+            self._reduce(BESIDE)
+        self._filled += parameter.numel()
+        self._waiting.append(parameter)
+        if parameter.numel() <= layout.bucket:
+            with self._trace.during(BESIDE):
+                self._buckets[0][: parameter.numel()].copy_(gradient.view(-1))
+            self._let_go(parameter)
+
+    def _let_go(self, parameter: nn.Parameter) -> None:
+        if self._layout.zero_stage == 2:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def finish_backward(self) -> None:
+        """Reduce what is left."""
+        self._health.end_step().is_bad()
+        if self._layout.zero_stage > 0:
+            self._reduce(AFTER)
+            if self._earlier is not None:
+                own = sum(p.numel() for p, place in self._places.items() if place.owned)
+                with self._trace.during(AFTER):
+                    self._earlier[:own].add_(self._earlier[:own])
+        elif self._layout.world_size > 1:
+            with self._trace.during(AFTER):
+                self._reduce_without_zero()
+        self._buckets.clear()
+
+    @torch.no_grad()
+    def _reduce(self, part: str) -> None:
+        """Average a bucket, or one larger parameter, over the ranks; keep this rank's part."""
+        if not self._filled:
+            return
+        if self._layout.on_cpu:
+            share = self._kept * self._filled // self._total
+            self._gradients.append(self._make(share, "gradients"))
+        elif not self._gradients:
+            self._gradients.append(self._make(self._kept, "gradients"))
+        waiting, self._waiting = self._waiting, []
+        is_alone = self._filled > self._layout.bucket
+        flat = waiting[-1].grad.view(-1) if is_alone else self._buckets[0][: self._filled]
+        with self._trace.during(part):
+            flat.div_(self._layout.world_size)
+            for replicas in dict.fromkeys(self._places[p].replicas for p in waiting):
+                places = {p: self._places[p] for p in waiting}
+                same = {p: place for p, place in places.items() if place.replicas is replicas}
+                self._reduce_over(replicas, flat, same, are_all=len(same) == len(waiting))
+        for parameter in waiting:
+            self._let_go(parameter)
+        self._filled = 0
+
+    def _reduce_over(
+        self,
+        replicas: dist.ProcessGroup,
+        flat: Tensor,
+        places: dict[nn.Parameter, _Place],
+        *,
+        are_all: bool,
+    ) -> None:
+        tensors = [flat[: p.numel()] for p in places]
+        touched = {partition for place in places.values() for partition in place.partitions}
+        reduced = flat
+        if len(touched) > 1 or not are_all:
+            reduced = self._trace.label(torch.cat(tensors), "buckets")
+        dist.all_reduce(reduced, group=replicas)
+        for tensor, place in zip(tensors, places.values(), strict=True):
+            if place.owned:
+                own = reduced[: place.owned]
+                tensor[: place.owned].copy_(own)  # into the bucket,
+                tensor.copy_(tensor)  # and from there to what is kept
+
+    def _reduce_without_zero(self) -> None:
+        for group in self._groups:
+            parts: list[list[Tensor]] = [[]]
+            for parameter in group.parameters:
+                if sum(each.numel() for each in parts[-1]) > _REDUCED_AT_ONCE:
+                    parts.append([])
+                parts[-1].append(parameter.grad.view(-1))
+            for gradients in parts:
+                flat = self._trace.label(torch.cat(gradients), "buckets")
+                dist.all_reduce(flat, group=group.replicas)
+                flat.mul_(1 / self._layout.world_size)
+                for gradient in gradients:
+                    gradient.copy_(flat[: len(gradient)])
+
+    @torch.no_grad()
+    def update(self, kernels: str) -> None:
+        """Clip and update, where the device does so, and gather the weights."""
+        with self._trace.during(UPDATE):
+            if self._layout.zero_stage == 0:
+                norm = global_grad_norm(self._masters, None)
+                nn.utils.clip_grads_with_norm_(self._masters, 1.0, norm)
+                self._optimizer.step()
+                return
+            if not self._layout.offload:
+                self._update_partitions(kernels)
+        # Its name until torch 2.12.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with self._trace.during(WEIGHTS):
+            for group, own, weights in zip(self._groups, self._owned, self._weights, strict=True):
+                if len(weights) > own:
+                    gather(weights, weights[:own], group=group.replicas)
+
+    def _update_partitions(self, kernels: str) -> None:
+        # A group's own weights stand for its kept gradients: as many numbers of the same dtype.
+        own = [weights[:size] for weights, size in zip(self._weights, self._owned, strict=True)]
+        for gradient in own:
+            torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        adam: Any = self._optimizer  # torch's AdamW reads two attributes that it does not declare
+        decides, update = self._layout.decides_on_device, None
+        if decides:
+            adam.found_inf, adam.grad_scale = torch.zeros(()), torch.ones(())
+            update = FusedUpdate(adam, self._ema) if uses_triton(own[0], kernels) else None
+        for group, (gradient, master) in enumerate(zip(own, self._masters, strict=True)):
+            flat = self._trace.label(torch.cat([gradient, gradient[:0]]), "gradients")
+            if update is not None:
+                update(group, flat, gradient, adam.found_inf, adam.grad_scale)
+                continue
+            master.grad = self._trace.label(flat.to(torch.float32), "gradients")
+            del flat
+            adam.step()
+            master.grad = None
+            gradient.copy_(master)
+
+    def _make(self, elements: int, label: str) -> Tensor:
+        return self._trace.label(torch.empty(elements, dtype=self._dtype), label)
+
+
+def _lay(group: ReplayGroup, size: int) -> dict[nn.Parameter, _Place]:
+    """Lay a group's parameters into partitions of `size` elements, one behind the other."""
+    ends = accumulate(p.numel() for p in group.parameters)
+    places = {}
+    for parameter, end in zip(group.parameters, ends, strict=True):
+        start = end - parameter.numel()
+        touched = range(start // size, (end - 1) // size + 1)
+        places[parameter] = _Place(group.replicas, touched, max(0, min(end, size) - start))
+    return places
