@@ -57,7 +57,6 @@ _OF_A_STEP = (
     "nccl_start_alignment_factor",
     "parallel_partitioned_bit16_groups",
     "real_dp_process_group",
-    "_update_model_bit16_weights",
 )
 
 
@@ -165,5 +164,3 @@ class DeviceGate:
             start_alignment_factor=zero.nccl_start_alignment_factor,
             allgather_bucket_size=zero.allgather_bucket_size,
         )
-        for group in range(len(zero.bit16_groups_flat)):
-            zero._update_model_bit16_weights(group)

@@ -35,11 +35,11 @@ class HealthWatch:
         Args:
             hooks: sum every gradient as it is made; without, whoever has norms brings them.
         """
-        trainable = {p: name for name, p in network.named_parameters() if p.requires_grad}
-        self._names = trainable
+        self._network = network
         self._start()
-        for parameter in trainable if hooks else ():
-            parameter.register_hook(partial(self._see_gradient, parameter))
+        for parameter in network.parameters() if hooks else ():
+            if parameter.requires_grad:
+                parameter.register_hook(partial(self._see_gradient, parameter))
 
     def see_loss(self, loss: Tensor) -> None:
         """Take note of one micro-step's loss, before its backward pass."""
@@ -47,19 +47,20 @@ class HealthWatch:
 
     def see_norms(self, parameters: Sequence[nn.Parameter], norms: Sequence[Tensor]) -> None:
         """Take note of fp32 norms of gradients, in the order of the backward pass."""
-        self._order += [self._names[parameter] for parameter in parameters]
+        self._order += parameters
         self._numbers += norms
 
     def end_step(self) -> StepHealth:
         """Return what was seen of the step's micro-steps, and start anew.  Sync: none."""
-        seen = StepHealth(torch.stack([*self._numbers, *self._losses]), self._order)
+        numbers_N = torch.stack([*self._numbers, *self._losses])
+        seen = StepHealth(numbers_N, self._order, self._network)
         self._start()
         return seen
 
     def _start(self) -> None:
         self._numbers: list[Tensor] = []
         self._losses: list[Tensor] = []
-        self._order: list[str] = []
+        self._order: list[nn.Parameter] = []
 
     def _see_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         self.see_norms([parameter], [gradient.detach().sum(dtype=torch.float32)])
@@ -73,7 +74,8 @@ class StepHealth:
     """
 
     numbers_N: Tensor
-    order: list[str]
+    order: list[nn.Parameter]
+    network: nn.Module
 
     def is_bad(self) -> Tensor:
         """Return whether anything was not finite on this rank: a bool scalar.  Sync: none."""
@@ -103,5 +105,7 @@ class StepHealth:
             return None
         bad_loss, first = bad[-1] >= len(self.order), bad[0]
         parts = ["the loss"] if bad_loss else []
-        parts += [f"the gradient of {self.order[first]}"] if first < len(self.order) else []
+        if first < len(self.order):
+            names = {parameter: name for name, parameter in self.network.named_parameters()}
+            parts.append(f"the gradient of {names[self.order[first]]}")
         return (-1 if bad_loss else first, rank, " and ".join(parts))
