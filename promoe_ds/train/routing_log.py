@@ -276,12 +276,14 @@ class _Tables:
                 0, group_B, plan.stats.tokens_per_expert_BE.double()
             )
         if "tokens_per_position" in self._counts:
-            expert_N = expert_of_rows(plan.assignment)
-            is_routed_N = expert_N < self._experts  # the unconditional expert may be the last one
-            cells_N = plan.assignment.token_ids_N % self._patches * self._experts
-            cells_N += expert_N * is_routed_N
             table = self._counts["tokens_per_position"][row].view(-1)
-            table.scatter_add_(0, cells_N, is_routed_N.to(table.dtype))
+            expert_N = expert_of_rows(plan.assignment)
+            ones_N = torch.ones_like(expert_N, dtype=table.dtype)
+            if len(plan.assignment.tokens_per_expert_E) > self._experts:
+                ones_N *= expert_N < self._experts  # the last one is unconditional
+                expert_N.clamp_(max=self._experts - 1)
+            cells_N = plan.assignment.token_ids_N % self._patches * self._experts + expert_N
+            table.scatter_add_(0, cells_N, ones_N)
 
     def take(self, steps: int, *, last: bool) -> tuple[dict[str, Tensor], int]:
         """End a log interval; return the tables that are due now and the steps that they cover, and
