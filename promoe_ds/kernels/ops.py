@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 LIBRARY = "promoe_ds"
 #: Parts into which sums over tokens are split, so that all of a GPU's processors have work.
@@ -64,15 +65,17 @@ def select_rows(tokens_TD: Tensor, token_ids_N: Tensor, places: TokenRows) -> Te
 
 def sum_by_expert(
     tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor, places: TokenRows
-) -> Tensor:
-    """Return the sum of every expert's tokens, (E, D) in fp32 (Eq. 6's centroids times counts).
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens, and the sum of every expert's, (E, D) in fp32 (Eq. 6's centroids times
+    counts).
 
-    Gradient: reaches the tokens.  Sync: none.
+    Gradient: reaches the tokens. What is computed from the tokens returned adds its gradient in
+    the kernel of the sums'.  Sync: none.
     """
-    result: Tensor = _sum_by_expert(
+    tokens, sums_ED = _SumAndTokens.apply(
         tokens_TD.contiguous(), token_ids_N, ends_E, places.order_N, places.starts_T
     )
-    return result
+    return tokens, sums_ED
 
 
 # Each operation: what it computes, its shapes, and its gradient.
@@ -230,51 +233,69 @@ def sum_in_parts(rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor) -> Tensor
     return partial.sum(dim=0)
 
 
+class _SumAndTokens(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens_TD: Tensor,
+        token_ids_N: Tensor,
+        ends_E: Tensor,
+        order_N: Tensor,
+        starts_T: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(order_N, starts_T, ends_E)
+        ctx.dtype = tokens_TD.dtype
+        ctx.set_materialize_grads(False)
+        return tokens_TD, _sum_by_expert(tokens_TD, token_ids_N, ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, base_TD: Tensor | None, grad_ED: Tensor | None) -> Any:
+        if grad_ED is not None:
+            base_TD = None if base_TD is None else base_TD.contiguous()
+            base_TD = _spread_to_tokens(
+                grad_ED.contiguous(), *ctx.saved_tensors, base_TD, ctx.dtype
+            )
+        return base_TD, None, None, None, None
+
+
 @fused_op("sum_by_expert")
-def _sum_by_expert(
-    tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor, order_N: Tensor, starts_T: Tensor
-) -> Tensor:
+def _sum_by_expert(tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor) -> Tensor:
     return sum_in_parts(tokens_TD, token_ids_N, ends_E)
 
 
 @_sum_by_expert.register_fake
-def _(tokens_TD, token_ids_N, ends_E, order_N, starts_T):
+def _(tokens_TD, token_ids_N, ends_E):
     return tokens_TD.new_empty(len(ends_E), tokens_TD.shape[1], dtype=torch.float32)
 
 
 @fused_op("spread_to_tokens")
 def _spread_to_tokens(
-    values_ED: Tensor, order_N: Tensor, starts_T: Tensor, ends_E: Tensor, like_TD: Tensor
+    values_ED: Tensor,
+    order_N: Tensor,
+    starts_T: Tensor,
+    ends_E: Tensor,
+    base_TD: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     from promoe_ds.kernels import programs
 
-    out, width = torch.empty_like(like_TD), like_TD.shape[1]
+    width = values_ED.shape[1]
+    out = values_ED.new_empty(len(starts_T) - 1, width, dtype=dtype)
     programs.spread_to_tokens[(len(out),)](
         values_ED,
         order_N,
         starts_T,
         ends_E,
+        out if base_TD is None else base_TD,
         out,
         D=width,
         E=len(ends_E),
         BLOCK=power_of_two(width),
+        HAS_BASE=base_TD is not None,
     )
     return out
 
 
 @_spread_to_tokens.register_fake
-def _(values_ED, order_N, starts_T, ends_E, like_TD):
-    return torch.empty_like(like_TD)
-
-
-def _save_for_sum(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    tokens_TD, _, ends_E, order_N, starts_T = inputs
-    ctx.save_for_backward(order_N, starts_T, ends_E, tokens_TD)
-
-
-def _differentiate_sum(ctx: Any, grad_ED: Tensor) -> tuple[Tensor | None, ...]:
-    grad_TD = _spread_to_tokens(grad_ED.contiguous(), *ctx.saved_tensors)
-    return grad_TD, None, None, None, None
-
-
-_sum_by_expert.register_autograd(_differentiate_sum, setup_context=_save_for_sum)
+def _(values_ED, order_N, starts_T, ends_E, base_TD, dtype):
+    return values_ED.new_empty(len(starts_T) - 1, values_ED.shape[1], dtype=dtype)

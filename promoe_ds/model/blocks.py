@@ -6,6 +6,7 @@ Letters: B images, S tokens per image, D width, A heads, G head width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,7 +119,9 @@ class DiTBlock(nn.Module):
         if not self.is_moe:
             return self._run(self._apply_dense, x_BSD, tokens_BSD, gate_BD), None
         plan = self.moe.route(tokens_BSD, partition)
-        return self._run(self._apply_experts, x_BSD, tokens_BSD, gate_BD, partition, plan), plan
+        x_BSD = self._run(self._apply_experts, x_BSD, tokens_BSD, gate_BD, partition, plan)
+        # Whoever keeps the plan for the log need not keep the tokens.
+        return x_BSD, replace(plan, tokens_BSD=None)
 
     def compile_dense(self, backend: str = "inductor") -> None:
         """Compile attention and the feed-forwards that every rank runs whole; routing, exchange and

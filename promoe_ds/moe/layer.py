@@ -71,6 +71,7 @@ class MoELayer(nn.Module):
         Returns: (B, S, D) in the dtype of the tokens.
         Gradient: reaches tokens, every expert and, through the gates, the router.
         """
+        tokens_BSD = tokens_BSD if plan.tokens_BSD is None else plan.tokens_BSD
         tokens_TD = at_autocast_dtype(tokens_BSD.flatten(0, 1))
         add_routed = self.dispatcher.begin(
             partial(self._run, self.routed), tokens_TD, plan.assignment
