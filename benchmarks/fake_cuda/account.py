@@ -32,6 +32,8 @@ _FUSED = {
         (
             "modulated_norm",
             "modulated_norm_backward",
+            "residual_norm",
+            "residual_norm_backward",
             "gated_residual",
             "gated_residual_backward",
         ),

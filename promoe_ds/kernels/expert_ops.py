@@ -69,7 +69,7 @@ def _(rows_RF, bias_EF, ends_E):
 @fused_op("sum_groups")
 def sum_groups(rows_ND: Tensor, ends_E: Tensor) -> Tensor:
     """Return the sum of each expert's rows, (E, D) in the rows' dtype; a bias's gradient."""
-    return sum_in_parts(rows_ND, None, ends_E).to(rows_ND.dtype)
+    return sum_in_parts(rows_ND, None, ends_E, rows_ND.dtype)
 
 
 @sum_groups.register_fake

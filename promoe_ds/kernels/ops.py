@@ -212,12 +212,14 @@ def _differentiate_select(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...
 _select_rows.register_autograd(_differentiate_select, setup_context=_save_for_select)
 
 
-def sum_in_parts(rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor) -> Tensor:
-    """Return the sum of each expert's rows, given themselves or by their ids, (E, D) in fp32."""
+def sum_in_parts(
+    rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return the sum of each expert's rows, given themselves or by their ids, (E, D) in `dtype`."""
     from promoe_ds.kernels import programs
 
     width, experts = rows_D.shape[1], len(ends_E)
-    partial = torch.empty(PARTS, experts, width, device=rows_D.device)
+    partial = torch.empty(1, PARTS, experts, width, device=rows_D.device)
     programs.sum_rows_by_expert[(experts, -(-width // COLUMNS), PARTS)](
         rows_D,
         ids_N if ids_N is not None else ends_E,
@@ -230,7 +232,19 @@ def sum_in_parts(rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor) -> Tensor
         BLOCK=COLUMNS,
         HAS_IDS=ids_N is not None,
     )
-    return partial.sum(dim=0)
+    return sum_of_parts(partial, dtype)[0]
+
+
+def sum_of_parts(partial_QP: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over the second dimension of fp32 numbers, in `dtype`."""
+    from promoe_ds.kernels import programs
+
+    quantities, parts = partial_QP.shape[:2]
+    out = partial_QP.new_empty(quantities, *partial_QP.shape[2:], dtype=dtype)
+    programs.sum_parts[(-(-out[0].numel() // COLUMNS), quantities)](
+        partial_QP, out, parts, out[0].numel(), ROWS=min(ROWS, power_of_two(parts)), BLOCK=COLUMNS
+    )
+    return out
 
 
 class _SumAndTokens(Function):
@@ -260,7 +274,7 @@ class _SumAndTokens(Function):
 
 @fused_op("sum_by_expert")
 def _sum_by_expert(tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor) -> Tensor:
-    return sum_in_parts(tokens_TD, token_ids_N, ends_E)
+    return sum_in_parts(tokens_TD, token_ids_N, ends_E, torch.float32)
 
 
 @_sum_by_expert.register_fake

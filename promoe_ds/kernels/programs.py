@@ -204,3 +204,17 @@ def spread_to_tokens(
         expert = _expert_of(tl.load(order_N + index), ends_E, E)
         total += tl.load(values_ED + expert * D + column, mask=inside, other=0.0)
     tl.store(out_TD + token * D + column, total.to(out_TD.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_parts(partial_QPN, out_QN, PARTS, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = the sum of the parts. One program a block of numbers and a quantity."""
+    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    quantity = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, PARTS, ROWS):
+        part = first + tl.arange(0, ROWS)
+        at = (quantity * PARTS + part)[:, None] * N + number[None, :]
+        inside = (part < PARTS)[:, None] & (number < N)[None, :]
+        total += tl.sum(tl.load(partial_QPN + at, mask=inside, other=0.0), 0)
+    tl.store(out_QN + quantity * N + number, total.to(out_QN.dtype.element_ty), mask=number < N)

@@ -32,11 +32,31 @@ def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 
 def modulated_norm(
     norm: nn.LayerNorm, x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, kernels: str
-) -> Tensor:
-    """Return norm(x) * (1 + scale) + shift, per image; `kernels` as `kernels.choice` says."""
+) -> tuple[Tensor, Tensor]:
+    """Return x for further use, and norm(x) * (1 + scale) + shift, per image; `kernels` as
+    `kernels.choice` says.
+    """
     if uses_triton(x_BSD, kernels):
         return block_ops.modulated_norm(x_BSD, shift_BD, scale_BD, norm.eps)
-    return modulate(norm(x_BSD), shift_BD, scale_BD)
+    return x_BSD, modulate(norm(x_BSD), shift_BD, scale_BD)
+
+
+def residual_norm(
+    norm: nn.LayerNorm,
+    x_BSD: Tensor,
+    gate_BD: Tensor,
+    y_BSD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    kernels: str,
+) -> tuple[Tensor, Tensor]:
+    """Return x + gate * y, and its modulated norm, per image; `kernels` as `kernels.choice`
+    says.
+    """
+    if uses_triton(x_BSD, kernels):
+        return block_ops.residual_norm(x_BSD, gate_BD, y_BSD, shift_BD, scale_BD, norm.eps)
+    x_BSD = gated_residual(x_BSD, gate_BD, y_BSD, kernels)
+    return modulated_norm(norm, x_BSD, shift_BD, scale_BD, kernels)
 
 
 def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, kernels: str) -> Tensor:
@@ -142,11 +162,18 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(
             F.silu(condition_BD)
         ).chunk(6, dim=-1)
-        attended = self.attention(
-            modulated_norm(self.attention_norm, x_BSD, shift_a, scale_a, self.kernels)
+        x_BSD, tokens_BSD = modulated_norm(
+            self.attention_norm, x_BSD, shift_a, scale_a, self.kernels
         )
-        x_BSD = gated_residual(x_BSD, gate_a, attended, self.kernels)
-        tokens_BSD = modulated_norm(self.feed_forward_norm, x_BSD, shift_f, scale_f, self.kernels)
+        x_BSD, tokens_BSD = residual_norm(
+            self.feed_forward_norm,
+            x_BSD,
+            gate_a,
+            self.attention(tokens_BSD),
+            shift_f,
+            scale_f,
+            self.kernels,
+        )
         return x_BSD, tokens_BSD, gate_f
 
     def _apply_dense(self, x_BSD: Tensor, tokens_BSD: Tensor, gate_BD: Tensor) -> Tensor:
@@ -188,4 +215,5 @@ class FinalLayer(nn.Module):
     def forward(self, x_BSD: Tensor, condition_BD: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, patch * patch * channels)."""
         shift, scale = self.modulation(F.silu(condition_BD)).chunk(2, dim=-1)
-        return self.linear(modulated_norm(self.norm, x_BSD, shift, scale, self.kernels))
+        _, tokens_BSD = modulated_norm(self.norm, x_BSD, shift, scale, self.kernels)
+        return self.linear(tokens_BSD)
