@@ -39,6 +39,7 @@ _FUSED = {
         ),
         "norms, modulation, gates",
     ),
+    "join_heads": "layout of attention",
     **dict.fromkeys(("bias_gelu", "bias_gelu_backward"), "experts: biases, activation"),
 }
 #: What the place of an operation contains -> its category; the first that fits.

@@ -41,7 +41,7 @@ _KERNELS |= {"_grouped_mm": 2, "topk": 2, "repeat_interleave": 3}
 _KERNELS |= {"sum_by_expert": 2, "sum_groups": 2, "cosine_backward": 2}
 _KERNELS |= {"sort_choices": 2}
 _KERNELS |= {"modulated_norm_backward": 2, "residual_norm_backward": 2}
-_KERNELS |= {"gated_residual_backward": 2}
+_KERNELS |= {"gated_residual_backward": 2, "bias_gelu_backward": 2, "join_heads": 2}
 
 
 class Place(NamedTuple):

@@ -204,3 +204,45 @@ def gated_residual_backward(
         total += grad * y
         tl.store(grad_y_TD + at, (grad * gate).to(grad_y_TD.dtype.element_ty), mask=inside)
     tl.store(partial_PBD + (part * B + image) * D + column, total, mask=inside)
+
+
+@triton.jit
+def join_heads(
+    queries_TD,
+    keys_TD,
+    values_TD,
+    out_TW,
+    partial_PW,
+    T,
+    PARTS,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = the three side by side, W = 3D; for each part of the tokens its sums. One program a
+    block of columns and a part: it walks through its tokens.
+    """
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(1)
+    within = column < D
+    of_queries = tl.zeros((BLOCK,), tl.float32)
+    of_keys = tl.zeros((BLOCK,), tl.float32)
+    of_values = tl.zeros((BLOCK,), tl.float32)
+    for first in range(part * ROWS, T, PARTS * ROWS):
+        token = first + tl.arange(0, ROWS).to(tl.int64)
+        inside = (token < T)[:, None] & within[None, :]
+        at = token[:, None] * D + column[None, :]
+        queries = tl.load(queries_TD + at, mask=inside, other=0.0)
+        keys = tl.load(keys_TD + at, mask=inside, other=0.0)
+        values = tl.load(values_TD + at, mask=inside, other=0.0)
+        at = token[:, None] * (3 * D) + column[None, :]
+        tl.store(out_TW + at, queries, mask=inside)
+        tl.store(out_TW + at + D, keys, mask=inside)
+        tl.store(out_TW + at + 2 * D, values, mask=inside)
+        of_queries += tl.sum(queries.to(tl.float32), 0)
+        of_keys += tl.sum(keys.to(tl.float32), 0)
+        of_values += tl.sum(values.to(tl.float32), 0)
+    first = part * 3 * D + column
+    tl.store(partial_PW + first, of_queries, mask=within)
+    tl.store(partial_PW + first + D, of_keys, mask=within)
+    tl.store(partial_PW + first + 2 * D, of_values, mask=within)

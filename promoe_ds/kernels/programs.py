@@ -94,13 +94,16 @@ def add_bias(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_GELU: tl.constexpr,
+    HAS_ENDS: tl.constexpr,
 ):
-    """out = pre + bias of the row's expert, or gelu_tanh of it; out may be pre. One program a block
-    of rows and columns.
+    """out = pre + bias of the row's expert, or gelu_tanh of it; out may be pre. Without ends all
+    rows are of one expert. One program a block of rows and columns.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    expert = _expert_of(row, ends_E, E)
+    expert = row * 0
+    if HAS_ENDS:
+        expert = _expert_of(row, ends_E, E)
     inside = (row < R)[:, None] & (column < F)[None, :]
     at = row[:, None] * F + column[None, :]
     value = tl.load(pre_RF + at, mask=inside, other=0.0).to(tl.float32)
@@ -118,22 +121,29 @@ def bias_gelu_backward(
     bias_EF,
     ends_E,
     grad_pre_RF,
-    grad_bias_EF,
+    partial_PEF,
+    R,
     F: tl.constexpr,
+    E: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_ENDS: tl.constexpr,
 ):
-    """grad_pre = grad * gelu'(pre + bias); grad_bias is its sum over the expert's rows. One program
-    an expert and block of columns: it walks through the rows.
+    """grad_pre = grad * gelu'(pre + bias), and for each part of the expert's rows its sum, the
+    bias's gradient. One program an expert, a block of columns and a part; as `add_bias`.
     """
     expert = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(2)
     within = column < F
     bias = tl.load(bias_EF + expert * F + column, mask=within, other=0.0).to(tl.float32)
-    begin = tl.load(ends_E + tl.maximum(expert - 1, 0)) * (expert > 0)
-    end = tl.load(ends_E + expert)
+    begin, end = 0, R
+    if HAS_ENDS:
+        begin = tl.load(ends_E + tl.maximum(expert - 1, 0)) * (expert > 0)
+        end = tl.load(ends_E + expert)
     total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(begin, end, ROWS):
+    for first in range(begin + part * ROWS, end, PARTS * ROWS):
         row = first + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < end)[:, None] & within[None, :]
         at = row[:, None] * F + column[None, :]
@@ -142,8 +152,7 @@ def bias_gelu_backward(
         grad = tl.load(grad_RF + at, mask=inside, other=0.0).to(tl.float32) * slope
         tl.store(grad_pre_RF + at, grad.to(grad_pre_RF.dtype.element_ty), mask=inside)
         total += tl.sum(tl.where(inside, grad, 0.0), 0)
-    total = total.to(grad_bias_EF.dtype.element_ty)
-    tl.store(grad_bias_EF + expert * F + column, total, mask=within)
+    tl.store(partial_PEF + (part * E + expert) * F + column, total, mask=within)
 
 
 @triton.jit

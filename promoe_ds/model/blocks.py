@@ -92,6 +92,8 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        #: Of what follows the product with `qkv`; set from outside.
+        self.kernels = "eager"
         head_width = width // num_heads
         self.q_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
@@ -99,8 +101,14 @@ class SelfAttention(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, D)."""
         batch, tokens, width = x_BSD.shape
-        qkv_BS3AG = self.qkv(x_BSD).view(batch, tokens, 3, self.num_heads, -1)
-        q_BASG, k_BASG, v_BASG = _SplitHeads.apply(qkv_BS3AG)
+        if type(self.qkv) is nn.Linear and uses_triton(x_BSD, self.kernels):
+            qkv_BSW = F.linear(x_BSD, self.qkv.weight, self.qkv.bias.detach())
+            q_BASG, k_BASG, v_BASG = block_ops.split_heads(
+                qkv_BSW.unflatten(-1, (3, self.num_heads, -1)), self.qkv.bias
+            )
+        else:
+            qkv_BS3AG = self.qkv(x_BSD).view(batch, tokens, 3, self.num_heads, -1)
+            q_BASG, k_BASG, v_BASG = _SplitHeads.apply(qkv_BS3AG)
         mixed = F.scaled_dot_product_attention(self.q_norm(q_BASG), self.k_norm(k_BASG), v_BASG)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 

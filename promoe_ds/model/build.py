@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.model.blocks import DiTBlock, SelfAttention
+from promoe_ds.model.blocks import DiTBlock, FinalLayer, SelfAttention
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.experts import FEED_FORWARDS, FeedForward, StackedExperts
 from promoe_ds.moe.layer import MoELayer
@@ -18,16 +20,20 @@ def build_model(config: RunConfig) -> DiT:
     """
     blocks = [_build_block(config, index) for index in range(config.model.depth)]
     network = DiT(config, blocks)
-    # What is compiled sees plain operations.
-    kernels = "eager" if config.parallel.compile else config.parallel.kernels
-    network.final_layer.kernels = kernels
+    _choose_kernels(network, config)
     for block in network.blocks:
-        block.kernels = kernels
         block.recompute = config.parallel.activation_checkpointing == "full"
         block.recompute_hidden = config.parallel.activation_checkpointing == "selective"
         if block.is_moe:
             block.moe.recompute_hidden = block.recompute_hidden
     return network
+
+
+def _choose_kernels(network: nn.Module, config: RunConfig) -> None:
+    """Say which kernels compute what may be compiled instead: then it sees plain operations."""
+    for module in network.modules():
+        if isinstance(module, DiTBlock | FinalLayer | FeedForward | SelfAttention):
+            module.kernels = "eager" if config.parallel.compile else config.parallel.kernels
 
 
 def _build_block(config: RunConfig, index: int) -> DiTBlock:
@@ -49,7 +55,7 @@ def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:
     backend: str = config.expert_backend
     if backend == "grouped_mm":  # allowed by the widths; `auto` also depends on device and dtype
         backend = config.parallel.expert_backend
-    return MoELayer(
+    layer = MoELayer(
         router=build_router(config, block),
         routed=StackedExperts(
             routing.num_experts,
@@ -65,3 +71,5 @@ def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:
         ),
         kernels=config.parallel.kernels,
     )
+    _choose_kernels(layer, config)
+    return layer

@@ -78,6 +78,21 @@ def test_gated_residual_and_its_gradients(shape, dtype) -> None:
     _same(*results, dtype)
 
 
+@every_dtype
+@every_shape
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["", "qk_norm"])
+def test_split_heads_sum_the_bias_s_gradient_where_they_join_the_others(
+    shape, dtype, qk_norm
+) -> None:
+    results = []
+    for kernels in ("triton", "eager"):
+        attention = randomise(SelfAttention(shape[2], 4, qk_norm=qk_norm)).to(DEVICE, dtype)
+        attention.kernels = kernels
+        x = _draw(*shape, seed=3, dtype=dtype).requires_grad_()
+        results.append(_gradients(attention(x), x, *attention.parameters()))
+    _same(*results, dtype)
+
+
 @pytest.mark.parametrize("name", ["modulated_norm", "residual_norm", "gated_residual"])
 def test_operations_are_whole_for_tracing_and_compiling(name) -> None:
     shape = (2, 5, 24)
