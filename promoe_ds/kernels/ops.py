@@ -65,17 +65,17 @@ def select_rows(tokens_TD: Tensor, token_ids_N: Tensor, places: TokenRows) -> Te
 
 def sum_by_expert(
     tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor, places: TokenRows
-) -> tuple[Tensor, Tensor]:
-    """Return the tokens, and the sum of every expert's, (E, D) in fp32 (Eq. 6's centroids times
-    counts).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens, for two uses, and the sum of every expert's, (E, D) in fp32 (Eq. 6's
+    centroids times counts); rows behind the last end are in no sum.
 
     Gradient: reaches the tokens. What is computed from the tokens returned adds its gradient in
     the kernel of the sums'.  Sync: none.
     """
-    tokens, sums_ED = _SumAndTokens.apply(
+    tokens, again, sums_ED = _SumAndTokens.apply(
         tokens_TD.contiguous(), token_ids_N, ends_E, places.order_N, places.starts_T
     )
-    return tokens, sums_ED
+    return tokens, again, sums_ED
 
 
 # Each operation: what it computes, its shapes, and its gradient.
@@ -256,20 +256,22 @@ class _SumAndTokens(Function):
         ends_E: Tensor,
         order_N: Tensor,
         starts_T: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(order_N, starts_T, ends_E)
         ctx.dtype = tokens_TD.dtype
         ctx.set_materialize_grads(False)
-        return tokens_TD, _sum_by_expert(tokens_TD, token_ids_N, ends_E)
+        sums_ED = _sum_by_expert(tokens_TD, token_ids_N, ends_E)
+        return tokens_TD, tokens_TD.view_as(tokens_TD), sums_ED
 
     @staticmethod
-    def backward(ctx: Any, base_TD: Tensor | None, grad_ED: Tensor | None) -> Any:
-        if grad_ED is not None:
-            base_TD = None if base_TD is None else base_TD.contiguous()
-            base_TD = _spread_to_tokens(
-                grad_ED.contiguous(), *ctx.saved_tensors, base_TD, ctx.dtype
-            )
-        return base_TD, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        *passed, grad_ED = grads
+        bases = [grad.contiguous() for grad in passed if grad is not None]
+        if grad_ED is None:
+            return sum(bases) if bases else None, None, None, None, None
+        grad_ED = grad_ED.contiguous()
+        grad_TD = _spread_to_tokens(grad_ED, *ctx.saved_tensors, bases, ctx.dtype)
+        return grad_TD, None, None, None, None
 
 
 @fused_op("sum_by_expert")
@@ -288,7 +290,7 @@ def _spread_to_tokens(
     order_N: Tensor,
     starts_T: Tensor,
     ends_E: Tensor,
-    base_TD: Tensor | None,
+    bases_TD: list[Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
     from promoe_ds.kernels import programs
@@ -300,16 +302,16 @@ def _spread_to_tokens(
         order_N,
         starts_T,
         ends_E,
-        out if base_TD is None else base_TD,
+        *[*bases_TD, out, out][:2],
         out,
         D=width,
         E=len(ends_E),
         BLOCK=power_of_two(width),
-        HAS_BASE=base_TD is not None,
+        BASES=len(bases_TD),
     )
     return out
 
 
 @_spread_to_tokens.register_fake
-def _(values_ED, order_N, starts_T, ends_E, base_TD, dtype):
+def _(values_ED, order_N, starts_T, ends_E, bases_TD, dtype):
     return values_ED.new_empty(len(starts_T) - 1, values_ED.shape[1], dtype=dtype)

@@ -196,22 +196,27 @@ def spread_to_tokens(
     starts_T,
     ends_E,
     base_TD,
+    more_TD,
     out_TD,
     D: tl.constexpr,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_BASE: tl.constexpr,
+    BASES: tl.constexpr,
 ):
-    """out[t] = base[t] + sum of the values of the experts of t's rows. One program a token."""
+    """out[t] = sum of the values of the experts of t's rows, plus base[t] and more[t], of which
+    there are BASES; rows behind the last expert's have no values. One program a token.
+    """
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
     total = tl.zeros((BLOCK,), tl.float32)
-    if HAS_BASE:
+    if BASES > 0:
         total += tl.load(base_TD + token * D + column, mask=inside, other=0.0).to(tl.float32)
+    if BASES > 1:
+        total += tl.load(more_TD + token * D + column, mask=inside, other=0.0).to(tl.float32)
     for index in range(tl.load(starts_T + token), tl.load(starts_T + token + 1)):
         expert = _expert_of(tl.load(order_N + index), ends_E, E)
-        total += tl.load(values_ED + expert * D + column, mask=inside, other=0.0)
+        total += tl.load(values_ED + expert * D + column, mask=inside & (expert < E), other=0.0)
     tl.store(out_TD + token * D + column, total.to(out_TD.dtype.element_ty), mask=inside)
 
 

@@ -11,6 +11,17 @@ import triton.language as tl
 
 
 @triton.jit
+def _choices(ids_BC, gates_BC, image, choice, is_routed, CHOICES: tl.constexpr, E: tl.constexpr):
+    """Return chosen experts and gates of an image, those of an unrouted one for the last expert;
+    beyond the last choice expert -1.
+    """
+    has = choice < CHOICES
+    chosen = tl.load(ids_BC + image * CHOICES + choice, mask=has & is_routed, other=E - 1)
+    gates = tl.load(gates_BC + image * CHOICES + choice, mask=has & is_routed, other=1.0)
+    return tl.where(has, chosen, -1), gates
+
+
+@triton.jit
 def count_choices(
     ids_BC,
     gates_BC,
@@ -21,19 +32,19 @@ def count_choices(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
+    JOINS: tl.constexpr,
 ):
-    """Each image's choices of each expert, and the sums of their gates; zeros for an image that is
-    not routed. One program an image with CHOICES = S*K of them.
+    """Each image's choices of each expert, and the sums of their gates; for an image that is not
+    routed zeros, or with JOINS the last expert with gate 1 for every choice. One program an image
+    with CHOICES = S*K of them.
     """
     image = tl.program_id(0).to(tl.int64)
+    is_routed = tl.load(is_routed_B + image)
     expert = tl.arange(0, BLOCK_E)
     counts, gate_sums = tl.zeros((BLOCK_E,), tl.int64), tl.zeros((BLOCK_E,), tl.float32)
-    routed_choices = tl.where(tl.load(is_routed_B + image), CHOICES, 0)
-    for first in range(0, routed_choices, ROWS):
+    for first in range(0, tl.where(is_routed | JOINS, CHOICES, 0), ROWS):
         choice = first + tl.arange(0, ROWS)
-        has = choice < CHOICES
-        chosen = tl.load(ids_BC + image * CHOICES + choice, mask=has, other=-1)
-        gates = tl.load(gates_BC + image * CHOICES + choice, mask=has, other=0.0)
+        chosen, gates = _choices(ids_BC, gates_BC, image, choice, is_routed, CHOICES, E)
         is_chosen = chosen[:, None] == expert[None, :]
         counts += tl.sum(is_chosen.to(tl.int64), 0)
         gate_sums += tl.sum(tl.where(is_chosen, gates[:, None], 0.0), 0)
@@ -58,6 +69,7 @@ def place_choices(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
+    JOINS: tl.constexpr,
 ):
     """Sort the choices of routed images by expert, stable: a choice's row is its expert's first,
     plus the expert's rows of earlier images, plus those of earlier choices of its image. order_N
@@ -77,15 +89,15 @@ def place_choices(
     tl.store(starts_T + B * (CHOICES // K), tl.sum(total, 0), mask=image == B - 1)
     row_E = tl.cumsum(total, 0) - total + before
     in_order, is_routed = tl.sum(before, 0), tl.load(is_routed_B + image)
+    has_rows = is_routed | JOINS
     for first in range(0, CHOICES, ROWS):
         choice = first + tl.arange(0, ROWS)
         has = choice < CHOICES
         token = image * (CHOICES // K) + choice // K
-        start = in_order + tl.where(is_routed, choice, 0)
+        start = in_order + tl.where(has_rows, choice, 0)
         tl.store(starts_T + token, start, mask=has & (choice % K == 0))
-        has = has & is_routed
-        chosen = tl.load(ids_BC + image * CHOICES + choice, mask=has, other=-1)
-        gates = tl.load(gates_BC + image * CHOICES + choice, mask=has, other=0.0)
+        has = has & has_rows
+        chosen, gates = _choices(ids_BC, gates_BC, image, choice, is_routed, CHOICES, E)
         is_chosen = (chosen[:, None] == expert[None, :]).to(tl.int64)
         rank = tl.cumsum(is_chosen, 0) - is_chosen
         row = tl.sum(is_chosen * (row_E[None, :] + rank), 1)
@@ -97,12 +109,22 @@ def place_choices(
 
 @triton.jit
 def place_choices_backward(
-    grad_N, order_N, starts_T, grad_C, N_CHOICES, K: tl.constexpr, BLOCK: tl.constexpr
+    grad_N,
+    order_N,
+    starts_T,
+    is_routed_B,
+    grad_C,
+    N_CHOICES,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Each choice takes the gradient of its row's gate; 0 without a row. One program a block."""
+    """Each choice takes the gradient of its row's gate; 0 where its image is not routed. One
+    program a block.
+    """
     choice = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     has = choice < N_CHOICES
-    start = tl.load(starts_T + choice // K, mask=has, other=0)
-    has_row = has & (tl.load(starts_T + choice // K + 1, mask=has, other=0) > start)
-    row = tl.load(order_N + start + choice % K, mask=has_row, other=0)
-    tl.store(grad_C + choice, tl.load(grad_N + row, mask=has_row, other=0.0), mask=has)
+    is_routed = tl.load(is_routed_B + choice // CHOICES, mask=has, other=0) != 0
+    start = tl.load(starts_T + choice // K, mask=is_routed, other=0)
+    row = tl.load(order_N + start + choice % K, mask=is_routed, other=0)
+    tl.store(grad_C + choice, tl.load(grad_N + row, mask=is_routed, other=0.0), mask=has)

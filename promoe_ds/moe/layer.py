@@ -71,10 +71,12 @@ class MoELayer(nn.Module):
         Returns: (B, S, D) in the dtype of the tokens.
         Gradient: reaches tokens, every expert and, through the gates, the router.
         """
-        tokens_BSD = tokens_BSD if plan.tokens_BSD is None else plan.tokens_BSD
-        tokens_TD = at_autocast_dtype(tokens_BSD.flatten(0, 1))
+        routed_TD, tokens_TD = (
+            at_autocast_dtype(tokens.flatten(0, 1))
+            for tokens in plan.tokens_BSD or (tokens_BSD, tokens_BSD)
+        )
         add_routed = self.dispatcher.begin(
-            partial(self._run, self.routed), tokens_TD, plan.assignment
+            partial(self._run, self.routed), routed_TD, plan.assignment
         )
         # Replicated experts need no exchange: they compute while the routed rows travel.
         output_TD = self._replicated(

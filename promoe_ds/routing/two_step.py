@@ -66,14 +66,14 @@ class TwoStepRouter(PrototypeRouter):
         assignment, stats = self._plan_token_choice(
             tokens_BSD, gates_BSK, expert_ids_BSK, partition
         )
-        token_sums_ED = None
+        token_sums_ED, again_BSD = None, passed_BSD
         sums_are_all = settings.top_k == 1 or settings.rcl_assignments == "all"
         if self.training and sums_are_all and uses_triton(tokens_BSD, self.kernels):
             # The loss and the log take the same sums.
-            passed_TD, token_sums_ED = fused_token_sums(passed_BSD.flatten(0, 1), assignment)
-            passed_BSD = passed_TD.view_as(tokens_BSD)
+            *passed, token_sums_ED = fused_token_sums(passed_BSD.flatten(0, 1), assignment)
+            passed_BSD, again_BSD = (each.view_as(tokens_BSD) for each in passed)
             stats = replace(stats, token_sums_ED=token_sums_ED.detach())
-        plan = RoutingPlan(assignment, {}, stats, tokens_BSD=passed_BSD)
+        plan = RoutingPlan(assignment, {}, stats, tokens_BSD=(passed_BSD, again_BSD))
         if not self.training:
             return plan
         losses = self._aux_losses(

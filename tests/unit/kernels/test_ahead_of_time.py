@@ -25,7 +25,7 @@ D, F, E = 1152, 2304, 12
 ONE_TOKEN, TILE = {"D": D, "BLOCK": 2048}, {"ROWS": 16, "BLOCK": 128}
 EXPERTS = {"E": E, "BLOCK_E": 16}
 KEYS = {**EXPERTS, "D": D, "BLOCK": 128}
-CHOICES = {**EXPERTS, "CHOICES": 512, "ROWS": 64}
+CHOICES = {**EXPERTS, "CHOICES": 512, "ROWS": 64, "JOINS": True}
 CONSTANTS = {
     "combine": {**ONE_TOKEN, "HAS_GATES": True, "HAS_BASE": True},
     "combine_backward": ONE_TOKEN,
@@ -33,7 +33,7 @@ CONSTANTS = {
     "add_bias": {"F": F, "E": E, "HAS_GELU": True, "HAS_ENDS": True, **TILE},
     "join_heads": {"D": D, **TILE},
     "sum_rows_by_expert": {"D": D, "E": E, "PARTS": 16, "HAS_IDS": True, **TILE},
-    "spread_to_tokens": {**ONE_TOKEN, "E": E, "HAS_BASE": True},
+    "spread_to_tokens": {**ONE_TOKEN, "E": E, "BASES": 2},
     "cosine": {**KEYS, "EPS": 1e-12, "TOKENS": 16},
     "modulated_norm": {**ONE_TOKEN, "EPS": 1e-6, "HAS_RESIDUAL": True},
     "modulated_norm_backward": {
@@ -50,7 +50,7 @@ CONSTANTS = {
     "contrast_backward": KEYS,
     "count_choices": CHOICES,
     "place_choices": {**CHOICES, "K": 2},
-    "place_choices_backward": {"K": 2, "BLOCK": 1024},
+    "place_choices_backward": {"K": 2, "CHOICES": 512, "BLOCK": 1024},
 }
 IN_FP32 = ("gates_N", "grad_gates_N", "values_ED", "cosines_TE", "grad_TE", "norms_T", "along_PE",
            "key_norms_E", "gates_BC", "gate_sums_BE", "grad_N", "grad_C", "sums_ED", "loss",

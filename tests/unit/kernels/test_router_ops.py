@@ -34,9 +34,10 @@ def test_sums_by_expert_and_their_gradient(size, dtype, used) -> None:
     places = rows_of_tokens(assignment.token_ids_N, num_tokens)
     ends = assignment.tokens_per_expert_E.cumsum(0).to(torch.int32)
     tokens = _draw(num_tokens, width, seed=3, dtype=dtype).requires_grad_()
-    passed, fused = ops.sum_by_expert(tokens, assignment.token_ids_N, ends, places)
+    passed, again, fused = ops.sum_by_expert(tokens, assignment.token_ids_N, ends, places)
     exact = sum_by_product(tokens.float(), assignment)
     found, expected = _and_use(fused, passed, used), _and_use(exact, tokens, used)
+    found, expected = _and_use(found, again, used), _and_use(expected, tokens, used)
     _same(_gradients(found, tokens), _gradients(expected, tokens), dtype)
 
 
@@ -62,7 +63,21 @@ def test_cosine_reads_tokens_once_and_has_the_gradient_of_the_eager_one(size, dt
 def test_passed_tokens_alone_have_their_gradient() -> None:
     tokens = _draw(5, 24, seed=3).requires_grad_()
     passed, _ = router_ops.cosine(tokens, _draw(2, 24, seed=4))
-    assert torch.equal(torch.autograd.grad(passed.sum(), tokens)[0], torch.ones_like(tokens))
+    order = torch.arange(5, device=DEVICE)
+    places = rows_of_tokens(order, 5)
+    ends = torch.tensor([3, 5], dtype=torch.int32, device=DEVICE)
+    passed, again, _ = ops.sum_by_expert(passed, order, ends, places)
+    (found,) = torch.autograd.grad(passed.sum() + again.sum(), tokens)
+    assert torch.equal(found, torch.full_like(tokens, 2.0))
+
+
+def test_rows_behind_the_last_end_are_in_no_sum() -> None:
+    tokens, order = _draw(5, 24, seed=3).requires_grad_(), torch.arange(5, device=DEVICE)
+    ends = torch.tensor([1, 3], dtype=torch.int32, device=DEVICE)
+    *_, sums = ops.sum_by_expert(tokens, order, ends, rows_of_tokens(order, 5))
+    torch.testing.assert_close(sums, torch.stack([tokens[0], tokens[1:3].sum(dim=0)]))
+    (found,) = torch.autograd.grad(sums.sum(), tokens)
+    assert found.sum(dim=1).tolist() == [24.0] * 3 + [0.0] * 2
 
 
 @pytest.mark.parametrize("null", ["some", "none", "all"])
@@ -76,8 +91,24 @@ def test_choices_are_sorted_as_plain_operations_sort_them(size, null) -> None:
     ids, gates = ids.to(DEVICE), _draw(batch, tokens, top_k, seed=2).requires_grad_()
     is_routed = (torch.arange(batch) % 3 != 1) | (null == "none")
     is_routed = (is_routed & (null != "all")).to(DEVICE)
-    routed = is_routed.nonzero()[:, 0]
-    found = sort_ops.sort_choices(gates, ids, is_routed, len(routed), experts)
+    found = sort_ops.sort_choices(gates, ids, is_routed, int(is_routed.sum()), experts)
+    _compare(found, gates, gates, ids, is_routed.nonzero()[:, 0], experts)
+    # Joined, every image has rows, those of the others one more expert's.
+    joined = sort_ops.sort_choices(gates, ids, is_routed, batch, experts + 1, joins=True)
+    same_gates = gates.where(is_routed[:, None, None], 1.0)
+    ids = ids.where(is_routed[:, None, None], experts)
+    _compare(joined, gates, same_gates, ids, torch.arange(batch, device=DEVICE), experts + 1)
+
+
+def _compare(
+    found: sort_ops.SortedChoices,
+    leaf: Tensor,
+    gates: Tensor,
+    ids: Tensor,
+    routed: Tensor,
+    experts: int,
+) -> None:
+    batch, tokens, top_k = ids.shape
     counts = torch.bincount(ids[routed].flatten(), minlength=experts)
     plain = assign_token_choice(gates[routed], ids[routed], routed, counts)
     assert torch.equal(found.token_ids_N, plain.token_ids_N)
@@ -95,7 +126,7 @@ def test_choices_are_sorted_as_plain_operations_sort_them(size, null) -> None:
     sums.index_add_(0, samples * experts + ids[routed].flatten(), gates[routed].flatten())
     torch.testing.assert_close(found.gate_sums_BE, sums.view(batch, experts).detach())
     for one, other in zip(
-        _gradients(found.gates_N, gates), _gradients(plain.gates_N, gates), strict=True
+        _gradients(found.gates_N, leaf), _gradients(plain.gates_N, leaf), strict=True
     ):
         assert torch.equal(one, other)
 
@@ -131,7 +162,7 @@ def test_operations_are_whole_for_tracing(name) -> None:
     ids = torch.zeros(2, 5, 1, dtype=torch.int64, device=DEVICE)
     is_routed = torch.ones(2, dtype=torch.bool, device=DEVICE)
     arguments = {
-        "sort_choices": (_draw(2, 5, 1, seed=5).requires_grad_(), ids, is_routed, 2, 3),
+        "sort_choices": (_draw(2, 5, 1, seed=5).requires_grad_(), ids, is_routed, 2, 3, False),
         "contrast": (
             sums.requires_grad_(),
             assignment.tokens_per_expert_E,
