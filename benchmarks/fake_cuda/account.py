@@ -14,17 +14,33 @@ _DEVICE, _SHARES = DEVICES["h100"], Efficiency()
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "convolution_backward"}
 #: Operations of `promoe_ds.kernels` -> their category.
 _FUSED = {
-    **dict.fromkeys(("cosine", "cosine_backward", "sum_by_expert", "spread_to_tokens"), "router"),
+    **dict.fromkeys(
+        (
+            "cosine",
+            "cosine_backward",
+            "contrast",
+            "contrast_backward",
+            "mean_similarity",
+            "sort_choices",
+            "sort_choices_backward",
+            "sum_by_expert",
+            "spread_to_tokens",
+        ),
+        "router",
+    ),
     **dict.fromkeys(("combine", "combine_backward", "sum_rows_of_tokens"), "permute and combine"),
     **dict.fromkeys(
         (
             "modulated_norm",
             "modulated_norm_backward",
+            "residual_norm",
+            "residual_norm_backward",
             "gated_residual",
             "gated_residual_backward",
         ),
         "norms, modulation, gates",
     ),
+    "join_heads": "layout of attention",
     **dict.fromkeys(("bias_gelu", "bias_gelu_backward"), "experts: biases, activation"),
 }
 #: What the place of an operation contains -> its category; the first that fits.
@@ -50,6 +66,7 @@ _PLACES = {
     "moe/": "permute and combine",
     "backends/": "permute and combine",
     "model/blocks.py:SelfAttention": "layout of attention",
+    "model/blocks.py:_SplitHeads": "layout of attention",
     "model/": "norms, modulation, gates",
 }
 

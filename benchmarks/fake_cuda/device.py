@@ -113,6 +113,8 @@ def stand_in(recorder: Recorder) -> None:
     torch.Tensor.is_pinned = lambda tensor, *unused: hasattr(tensor, "_is_pinned")
     torch.nn.Module._apply = _replace_parameters
     torch.nn.functional.scaled_dot_product_attention = _attention
+    # A build for CUDA has a kernel for it; where there is none, autograd takes it apart.
+    torch.library.impl("aten::silu_backward", "CUDA", torch.ops.aten.silu_backward.default)
     FakeTensorMode.avoid_device_init = property(lambda mode: True)
     torch.tensor = partial(_tensor, torch.tensor)
 

@@ -31,7 +31,9 @@ _CAPACITY = "moe/sharded_moe.py:MOELayer.forward"
 _KERNELS = {"sort": 6, "argsort": 6, "index_put_": 3, "embedding_dense_backward": 6}
 _KERNELS |= {"_grouped_mm": 2, "topk": 2, "repeat_interleave": 3}
 _KERNELS |= {"sum_by_expert": 2, "sum_groups": 2, "cosine_backward": 2}
-_KERNELS |= {"modulated_norm_backward": 5, "gated_residual_backward": 3}
+_KERNELS |= {"sort_choices": 2}
+_KERNELS |= {"modulated_norm_backward": 2, "residual_norm_backward": 2}
+_KERNELS |= {"gated_residual_backward": 2, "bias_gelu_backward": 2, "join_heads": 2}
 #: torch's operations on lists: numbers of a block, blocks of a kernel (MultiTensorApply.cuh).
 _BLOCK, _BLOCKS = 65536, 320
 

@@ -10,20 +10,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from promoe_ds.kernels.ops import fused_op, power_of_two
+from promoe_ds.kernels.ops import COLUMNS, PARTS, ROWS, fused_op, power_of_two, sum_of_parts
 
 #: Parts of an image's tokens whose sums are taken apart.
 _PARTS = 8
 
 
-def modulated_norm(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensor:
-    """Return the layer norm of x without weights, times 1 + scale, plus shift, in x's dtype.
+def modulated_norm(
+    x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return x, and its layer norm without weights, times 1 + scale, plus shift, in x's dtype.
 
-    Gradient: reaches all three.  Sync: none.
+    Gradient: reaches all three. What is computed from the x returned adds its gradient in the
+    kernel of the norm's.  Sync: none.
     """
-    result: Tensor = _modulated_norm(x_BSD.contiguous(), shift_BD, scale_BD, eps)
-    return result
+    x, normed = _Norm.apply(x_BSD.contiguous(), *_alike(shift_BD, scale_BD), eps)
+    return x, normed
+
+
+def residual_norm(
+    x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return x + gate * y, and its modulated norm, both in x's dtype.
+
+    Gradient: reaches all five.  Sync: none.
+    """
+    total, normed = _ResidualNorm.apply(
+        x_BSD.contiguous(), y_BSD.contiguous(), *_alike(gate_BD, shift_BD, scale_BD), eps
+    )
+    return total, normed
 
 
 def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
@@ -31,28 +48,87 @@ def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
 
     Gradient: reaches all three.  Sync: none.
     """
-    result: Tensor = _gated_residual(x_BSD.contiguous(), gate_BD, y_BSD.contiguous())
+    result: Tensor = _GatedResidual.apply(x_BSD.contiguous(), gate_BD, y_BSD.contiguous())
     return result
+
+
+def split_heads(qkv_BS3AG: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values (B, A, S, G) as views of their product, A heads of width G.
+
+    Gradient: reaches the product, and the bias (3*A*G,) that it includes: where the three gradients
+    are put together, they are summed over the tokens.  Sync: none.
+    """
+    parts: tuple[Tensor, Tensor, Tensor] = _SplitHeads.apply(qkv_BS3AG, bias)
+    return parts
+
+
+class _SplitHeads(Function):
+    @staticmethod
+    def forward(ctx: Any, qkv_BS3AG: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.dtype = qkv_BS3AG.shape, bias.dtype
+        return qkv_BS3AG.permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_BASG: Tensor) -> tuple[Tensor, Tensor]:
+        rows = ctx.shape[0] * ctx.shape[1]
+        parts_TD = [grad.transpose(1, 2).reshape(rows, -1) for grad in grads_BASG]
+        grad_T3D, grad_bias = _join_heads(*parts_TD, ctx.dtype)
+        return grad_T3D.view(ctx.shape), grad_bias
+
+
+class _Norm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Any:
+        ctx.save_for_backward(x, scale)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return x, _modulated_norm(x, shift, scale, eps)
+
+    @staticmethod
+    def backward(ctx: Any, base: Tensor | None, grad: Tensor | None) -> Any:
+        if grad is None:
+            return base, None, None, None
+        x, scale = ctx.saved_tensors
+        base = None if base is None else base.contiguous()
+        grad_x, sums = _modulated_norm_backward(grad.contiguous(), base, x, scale, ctx.eps)
+        return grad_x, *sums, None
+
+
+class _ResidualNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> Any:
+        total, normed = _residual_norm(x, y, gate, shift, scale, eps)
+        ctx.save_for_backward(total, y, gate, scale)
+        ctx.eps = eps
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, base: Tensor, grad: Tensor) -> Any:
+        grad_x, grad_y, (of_shift, of_scale, of_gate) = _residual_norm_backward(
+            grad.contiguous(), base.contiguous(), *ctx.saved_tensors, ctx.eps
+        )
+        return grad_x, grad_y, of_gate, of_shift, of_scale, None
+
+
+class _GatedResidual(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, y)
+        result: Tensor = _gated_residual(x, gate, y)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad_gate, grad_y = _gated_residual_backward(grad.contiguous(), *ctx.saved_tensors)
+        return grad, grad_gate, grad_y
 
 
 @fused_op("modulated_norm")
 def _modulated_norm(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensor:
-    from promoe_ds.kernels import block_programs
-
-    batch, tokens, width = x_BSD.shape
     out = torch.empty_like(x_BSD)
-    shift_BD, scale_BD = _alike(shift_BD, scale_BD)
-    block_programs.modulated_norm[(batch * tokens,)](
-        x_BSD,
-        shift_BD,
-        scale_BD,
-        out,
-        shift_BD.stride(0),
-        tokens,
-        D=width,
-        BLOCK=power_of_two(width),
-        EPS=eps,
-    )
+    _run_norm(x_BSD, None, shift_BD, scale_BD, x_BSD, out, eps)
     return out
 
 
@@ -61,20 +137,109 @@ def _(x_BSD, shift_BD, scale_BD, eps):
     return torch.empty_like(x_BSD)
 
 
-@fused_op("modulated_norm_backward")
-def _modulated_norm_backward(
-    grad_BSD: Tensor, x_BSD: Tensor, scale_BD: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+@fused_op("residual_norm")
+def _residual_norm(
+    x_BSD: Tensor, y_BSD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total, out = torch.empty_like(x_BSD), torch.empty_like(x_BSD)
+    _run_norm(x_BSD, (gate_BD, y_BSD), shift_BD, scale_BD, total, out, eps)
+    return total, out
+
+
+@_residual_norm.register_fake
+def _(x_BSD, y_BSD, gate_BD, shift_BD, scale_BD, eps):
+    return torch.empty_like(x_BSD), torch.empty_like(x_BSD)
+
+
+def _run_norm(
+    x_BSD: Tensor,
+    line: tuple[Tensor, Tensor] | None,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    total_BSD: Tensor,
+    out_BSD: Tensor,
+    eps: float,
+) -> None:
+    """Run the norm's program; line: gate and y of a residual line before it."""
     from promoe_ds.kernels import block_programs
 
     batch, tokens, width = x_BSD.shape
+    block_programs.modulated_norm[(batch * tokens,)](
+        x_BSD,
+        *(line or (scale_BD, x_BSD)),
+        shift_BD,
+        scale_BD,
+        total_BSD,
+        out_BSD,
+        scale_BD.stride(0),
+        tokens,
+        D=width,
+        BLOCK=power_of_two(width),
+        EPS=eps,
+        HAS_RESIDUAL=line is not None,
+    )
+
+
+@fused_op("modulated_norm_backward")
+def _modulated_norm_backward(
+    grad_BSD: Tensor, base_BSD: Tensor | None, x_BSD: Tensor, scale_BD: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x_BSD)
-    partial = torch.empty(2, _PARTS, batch, width, device=x_BSD.device)
+    sums = _run_norm_backward(grad_BSD, base_BSD, x_BSD, None, scale_BD, grad_x, grad_x, eps)
+    return grad_x, sums
+
+
+@_modulated_norm_backward.register_fake
+def _(grad_BSD, base_BSD, x_BSD, scale_BD, eps):
+    return torch.empty_like(x_BSD), scale_BD.new_empty(2, *scale_BD.shape)
+
+
+@fused_op("residual_norm_backward")
+def _residual_norm_backward(
+    grad_BSD: Tensor,
+    base_BSD: Tensor,
+    total_BSD: Tensor,
+    y_BSD: Tensor,
+    gate_BD: Tensor,
+    scale_BD: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_y = torch.empty_like(total_BSD), torch.empty_like(y_BSD)
+    line = (gate_BD, y_BSD)
+    sums = _run_norm_backward(grad_BSD, base_BSD, total_BSD, line, scale_BD, grad_x, grad_y, eps)
+    return grad_x, grad_y, sums
+
+
+@_residual_norm_backward.register_fake
+def _(grad_BSD, base_BSD, total_BSD, y_BSD, gate_BD, scale_BD, eps):
+    sums = scale_BD.new_empty(3, *scale_BD.shape)
+    return torch.empty_like(total_BSD), torch.empty_like(y_BSD), sums
+
+
+def _run_norm_backward(
+    grad_BSD: Tensor,
+    base_BSD: Tensor | None,
+    x_BSD: Tensor,
+    line: tuple[Tensor, Tensor] | None,
+    scale_BD: Tensor,
+    grad_x: Tensor,
+    grad_y: Tensor,
+    eps: float,
+) -> Tensor:
+    """Return the gradients of shift, scale and, with a residual line, its gate: (2 or 3, B, D)."""
+    from promoe_ds.kernels import block_programs
+
+    batch, tokens, width = x_BSD.shape
+    quantities = 2 if line is None else 3
+    partial = torch.empty(quantities, _PARTS, batch, width, device=x_BSD.device)
     block_programs.modulated_norm_backward[(batch, _PARTS)](
         grad_BSD,
+        grad_BSD if base_BSD is None else base_BSD,
         x_BSD,
+        *(line or (scale_BD, x_BSD)),
         scale_BD,
         grad_x,
+        grad_y,
         partial,
         scale_BD.stride(0),
         tokens,
@@ -83,27 +248,10 @@ def _modulated_norm_backward(
         PARTS=_PARTS,
         BLOCK=power_of_two(width),
         EPS=eps,
+        HAS_BASE=base_BSD is not None,
+        HAS_RESIDUAL=line is not None,
     )
-    of_shift, of_scale = partial.sum(dim=1).to(scale_BD.dtype)
-    return grad_x, of_shift.clone(), of_scale.clone()
-
-
-@_modulated_norm_backward.register_fake
-def _(grad_BSD, x_BSD, scale_BD, eps):
-    small = scale_BD.new_empty(scale_BD.shape)
-    return torch.empty_like(x_BSD), small, small.clone()
-
-
-def _save_for_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_BSD, _, scale_BD, ctx.eps = inputs
-    ctx.save_for_backward(x_BSD, scale_BD)
-
-
-def _differentiate_norm(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor | None, ...]:
-    return *_modulated_norm_backward(grad_BSD.contiguous(), *ctx.saved_tensors, ctx.eps), None
-
-
-_modulated_norm.register_autograd(_differentiate_norm, setup_context=_save_for_norm)
+    return sum_of_parts(partial, scale_BD.dtype)
 
 
 @fused_op("gated_residual")
@@ -138,7 +286,7 @@ def _gated_residual_backward(
 
     batch, tokens, width = y_BSD.shape
     grad_y = torch.empty_like(y_BSD)
-    partial = torch.empty(_PARTS, batch, width, device=y_BSD.device)
+    partial = torch.empty(1, _PARTS, batch, width, device=y_BSD.device)
     block_programs.gated_residual_backward[(batch, _PARTS)](
         grad_BSD,
         gate_BD,
@@ -152,7 +300,7 @@ def _gated_residual_backward(
         PARTS=_PARTS,
         BLOCK=power_of_two(width),
     )
-    return partial.sum(dim=0).to(gate_BD.dtype), grad_y
+    return sum_of_parts(partial, gate_BD.dtype)[0], grad_y
 
 
 @_gated_residual_backward.register_fake
@@ -160,20 +308,40 @@ def _(grad_BSD, gate_BD, y_BSD):
     return gate_BD.new_empty(gate_BD.shape), torch.empty_like(y_BSD)
 
 
-def _save_for_residual(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+def _alike(*parts_BD: Tensor) -> tuple[Tensor, ...]:
+    """Return all with the same strides, as parts of one tensor have them."""
+    if len({part.stride() for part in parts_BD}) == 1:
+        return parts_BD
+    return tuple(part.contiguous() for part in parts_BD)
 
 
-def _differentiate_residual(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, ...]:
-    grad_BSD = grad_BSD.contiguous()
-    return grad_BSD, *_gated_residual_backward(grad_BSD, *ctx.saved_tensors)
+@fused_op("join_heads")
+def _join_heads(
+    queries_TD: Tensor, keys_TD: Tensor, values_TD: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the three side by side, (T, 3D), and their sums in `dtype`, (3D,)."""
+    from promoe_ds.kernels import block_programs
+
+    tokens, width = queries_TD.shape
+    out = queries_TD.new_empty(tokens, 3 * width)
+    parts = min(4 * PARTS, -(-tokens // ROWS))
+    partial = torch.empty(1, parts, 3 * width, device=out.device)
+    block_programs.join_heads[(-(-width // COLUMNS), parts)](
+        queries_TD,
+        keys_TD,
+        values_TD,
+        out,
+        partial,
+        tokens,
+        parts,
+        D=width,
+        ROWS=ROWS,
+        BLOCK=COLUMNS,
+    )
+    return out, sum_of_parts(partial, dtype)[0]
 
 
-_gated_residual.register_autograd(_differentiate_residual, setup_context=_save_for_residual)
-
-
-def _alike(shift_BD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both with the same strides, as parts of one tensor have them."""
-    if shift_BD.stride() == scale_BD.stride():
-        return shift_BD, scale_BD
-    return shift_BD.contiguous(), scale_BD.contiguous()
+@_join_heads.register_fake
+def _(queries_TD, keys_TD, values_TD, dtype):
+    tokens, width = queries_TD.shape
+    return queries_TD.new_empty(tokens, 3 * width), queries_TD.new_empty(3 * width, dtype=dtype)

@@ -67,37 +67,52 @@ def _normalised(x, inside, D: tl.constexpr, EPS: tl.constexpr):
 @triton.jit
 def modulated_norm(
     x_TD,
+    gate_BD,
+    y_TD,
     shift_BD,
     scale_BD,
+    sum_TD,
     out_TD,
     stride,
     S,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
-    """out = normalised x * (1 + scale of the image) + shift. One program a token; `stride` is that
-    of shift's and scale's images.
+    """out = normalised x * (1 + scale of the image) + shift; with a residual line, x is first x +
+    gate * y, which is written to `sum`. One program a token; `stride` is that of the images of
+    gate, shift and scale.
     """
     token = tl.program_id(0).to(tl.int64)
-    image = token // S
     column = tl.arange(0, BLOCK)
     inside = column < D
-    x = tl.load(x_TD + token * D + column, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(shift_BD + image * stride + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scale_BD + image * stride + column, mask=inside, other=0.0).to(tl.float32)
+    at, in_image = token * D + column, token // S * stride + column
+    x = tl.load(x_TD + at, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(shift_BD + in_image, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_BD + in_image, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        gate = tl.load(gate_BD + in_image, mask=inside, other=0.0).to(tl.float32)
+        x += gate * tl.load(y_TD + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(sum_TD.dtype.element_ty)
+        tl.store(sum_TD + at, rounded, mask=inside)
+        x = rounded.to(tl.float32)
     normalised, _ = _normalised(x, inside, D, EPS)
     result = normalised * (1.0 + scale) + shift
-    tl.store(out_TD + token * D + column, result.to(out_TD.dtype.element_ty), mask=inside)
+    tl.store(out_TD + at, result.to(out_TD.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def modulated_norm_backward(
     grad_TD,
+    base_TD,
     x_TD,
+    gate_BD,
+    y_TD,
     scale_BD,
     grad_x_TD,
-    partial_PBD,
+    grad_y_TD,
+    partial_QPBD,
     stride,
     S,
     B,
@@ -105,16 +120,23 @@ def modulated_norm_backward(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
-    """The gradient of x, and for each part of an image's tokens the sums of those of shift (first
-    PARTS) and scale (last). One program an image and part: it walks through its tokens.
+    """grad_x = base + the norm's gradient, grad_y = gate * grad_x, and for each part of an image's
+    tokens the sums of those of shift, scale and gate. One program an image and part: it walks
+    through its tokens. x is what was normalised.
     """
     image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     inside = column < D
-    scale = tl.load(scale_BD + image * stride + column, mask=inside, other=0.0).to(tl.float32)
+    in_image = image * stride + column
+    scale = tl.load(scale_BD + in_image, mask=inside, other=0.0).to(tl.float32)
     of_shift = tl.zeros((BLOCK,), tl.float32)
     of_scale = tl.zeros((BLOCK,), tl.float32)
+    if HAS_RESIDUAL:
+        gate = tl.load(gate_BD + in_image, mask=inside, other=0.0).to(tl.float32)
+        of_gate = tl.zeros((BLOCK,), tl.float32)
     for place in range(part, S, PARTS):
         at = (image * S + place) * D + column
         x = tl.load(x_TD + at, mask=inside, other=0.0).to(tl.float32)
@@ -124,11 +146,20 @@ def modulated_norm_backward(
         of_scale += grad * normalised
         inner = grad * (1.0 + scale)
         along = tl.sum(inner * normalised, 0) / D
-        result = (inner - tl.sum(inner, 0) / D - normalised * along) * inverse
-        tl.store(grad_x_TD + at, result.to(grad_x_TD.dtype.element_ty), mask=inside)
+        total = (inner - tl.sum(inner, 0) / D - normalised * along) * inverse
+        if HAS_BASE:
+            total += tl.load(base_TD + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = total.to(grad_x_TD.dtype.element_ty)
+        tl.store(grad_x_TD + at, rounded, mask=inside)
+        if HAS_RESIDUAL:
+            total = rounded.to(tl.float32)
+            of_gate += total * tl.load(y_TD + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_y_TD + at, (total * gate).to(grad_y_TD.dtype.element_ty), mask=inside)
     first = (part * B + image) * D + column
-    tl.store(partial_PBD + first, of_shift, mask=inside)
-    tl.store(partial_PBD + PARTS * B * D + first, of_scale, mask=inside)
+    tl.store(partial_QPBD + first, of_shift, mask=inside)
+    tl.store(partial_QPBD + PARTS * B * D + first, of_scale, mask=inside)
+    if HAS_RESIDUAL:
+        tl.store(partial_QPBD + 2 * PARTS * B * D + first, of_gate, mask=inside)
 
 
 @triton.jit
@@ -173,3 +204,45 @@ def gated_residual_backward(
         total += grad * y
         tl.store(grad_y_TD + at, (grad * gate).to(grad_y_TD.dtype.element_ty), mask=inside)
     tl.store(partial_PBD + (part * B + image) * D + column, total, mask=inside)
+
+
+@triton.jit
+def join_heads(
+    queries_TD,
+    keys_TD,
+    values_TD,
+    out_TW,
+    partial_PW,
+    T,
+    PARTS,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = the three side by side, W = 3D; for each part of the tokens its sums. One program a
+    block of columns and a part: it walks through its tokens.
+    """
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(1)
+    within = column < D
+    of_queries = tl.zeros((BLOCK,), tl.float32)
+    of_keys = tl.zeros((BLOCK,), tl.float32)
+    of_values = tl.zeros((BLOCK,), tl.float32)
+    for first in range(part * ROWS, T, PARTS * ROWS):
+        token = first + tl.arange(0, ROWS).to(tl.int64)
+        inside = (token < T)[:, None] & within[None, :]
+        at = token[:, None] * D + column[None, :]
+        queries = tl.load(queries_TD + at, mask=inside, other=0.0)
+        keys = tl.load(keys_TD + at, mask=inside, other=0.0)
+        values = tl.load(values_TD + at, mask=inside, other=0.0)
+        at = token[:, None] * (3 * D) + column[None, :]
+        tl.store(out_TW + at, queries, mask=inside)
+        tl.store(out_TW + at + D, keys, mask=inside)
+        tl.store(out_TW + at + 2 * D, values, mask=inside)
+        of_queries += tl.sum(queries.to(tl.float32), 0)
+        of_keys += tl.sum(keys.to(tl.float32), 0)
+        of_values += tl.sum(values.to(tl.float32), 0)
+    first = part * 3 * D + column
+    tl.store(partial_PW + first, of_queries, mask=within)
+    tl.store(partial_PW + first + D, of_keys, mask=within)
+    tl.store(partial_PW + first + 2 * D, of_values, mask=within)

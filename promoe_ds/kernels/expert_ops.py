@@ -1,21 +1,32 @@
 """The experts' biases and GELU as torch operations that find the expert of each row.
 
 Letters: R, N rows sorted by expert, E experts, F hidden width, D width; `ends_E` are running sums
-of rows per expert. Without gradients: `moe.experts` writes its backward pass out.
+of rows per expert. The routed experts' backward pass is written out in `moe.experts`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from promoe_ds.kernels.ops import COLUMNS, LIBRARY, ROWS, fused_op, sum_in_parts
+from promoe_ds.kernels.ops import (
+    COLUMNS,
+    LIBRARY,
+    PARTS,
+    ROWS,
+    fused_op,
+    sum_in_parts,
+    sum_of_parts,
+)
 
 
 @fused_op("bias_gelu")
-def bias_gelu(pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor) -> Tensor:
-    """Return gelu_tanh(pre + bias of the row's expert), (R, F); without gradient, see
-    `bias_gelu_backward`.
+def bias_gelu(pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor | None) -> Tensor:
+    """Return gelu_tanh(pre + bias of the row's expert), (R, F). Without ends there is one expert.
+
+    Gradient: reaches pre and biases.  Sync: none.
     """
     out = torch.empty_like(pre_RF)
     _add_bias(pre_RF, bias_EF, ends_E, out, has_gelu=True)
@@ -29,30 +40,45 @@ def _(pre_RF, bias_EF, ends_E):
 
 @fused_op("bias_gelu_backward")
 def bias_gelu_backward(
-    grad_RF: Tensor, pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor
+    grad_RF: Tensor, pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of pre, (R, F), and of the biases, (E, F)."""
     from promoe_ds.kernels import programs
 
-    grad_pre, grad_bias = torch.empty_like(pre_RF), torch.empty_like(bias_EF)
-    experts, width = bias_EF.shape
-    programs.bias_gelu_backward[(experts, -(-width // COLUMNS))](
+    grad_pre, (experts, width) = torch.empty_like(pre_RF), bias_EF.shape
+    partial = torch.empty(1, PARTS, experts, width, device=pre_RF.device)
+    programs.bias_gelu_backward[(experts, -(-width // COLUMNS), PARTS)](
         grad_RF,
         pre_RF,
         bias_EF,
-        ends_E,
+        bias_EF if ends_E is None else ends_E,
         grad_pre,
-        grad_bias,
+        partial,
+        len(pre_RF),
         F=width,
+        E=experts,
+        PARTS=PARTS,
         ROWS=ROWS,
         BLOCK=COLUMNS,
+        HAS_ENDS=ends_E is not None,
     )
-    return grad_pre, grad_bias
+    return grad_pre, sum_of_parts(partial, bias_EF.dtype)[0]
 
 
 @bias_gelu_backward.register_fake
 def _(grad_RF, pre_RF, bias_EF, ends_E):
     return torch.empty_like(pre_RF), torch.empty_like(bias_EF)
+
+
+def _save_for_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_gelu(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
+    return *bias_gelu_backward(grad_RF.contiguous(), *ctx.saved_tensors), None
+
+
+bias_gelu.register_autograd(_differentiate_gelu, setup_context=_save_for_gelu)
 
 
 @torch.library.custom_op(f"{LIBRARY}::add_bias", mutates_args=("rows_RF",))
@@ -69,7 +95,7 @@ def _(rows_RF, bias_EF, ends_E):
 @fused_op("sum_groups")
 def sum_groups(rows_ND: Tensor, ends_E: Tensor) -> Tensor:
     """Return the sum of each expert's rows, (E, D) in the rows' dtype; a bias's gradient."""
-    return sum_in_parts(rows_ND, None, ends_E).to(rows_ND.dtype)
+    return sum_in_parts(rows_ND, None, ends_E, rows_ND.dtype)
 
 
 @sum_groups.register_fake
@@ -78,7 +104,7 @@ def _(rows_ND, ends_E):
 
 
 def _add_bias(
-    pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor, out_RF: Tensor, *, has_gelu: bool
+    pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor | None, out_RF: Tensor, *, has_gelu: bool
 ) -> None:
     from promoe_ds.kernels import programs
 
@@ -87,12 +113,13 @@ def _add_bias(
         programs.add_bias[(-(-rows // ROWS), -(-width // COLUMNS))](
             pre_RF,
             bias_EF,
-            ends_E,
+            bias_EF if ends_E is None else ends_E,
             out_RF,
             rows,
             F=width,
-            E=len(ends_E),
+            E=len(bias_EF),
             ROWS=ROWS,
             BLOCK=COLUMNS,
             HAS_GELU=has_gelu,
+            HAS_ENDS=ends_E is not None,
         )

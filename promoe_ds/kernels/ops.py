@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 LIBRARY = "promoe_ds"
 #: Parts into which sums over tokens are split, so that all of a GPU's processors have work.
@@ -64,15 +65,17 @@ def select_rows(tokens_TD: Tensor, token_ids_N: Tensor, places: TokenRows) -> Te
 
 def sum_by_expert(
     tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor, places: TokenRows
-) -> Tensor:
-    """Return the sum of every expert's tokens, (E, D) in fp32 (Eq. 6's centroids times counts).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens, for two uses, and the sum of every expert's, (E, D) in fp32 (Eq. 6's
+    centroids times counts); rows behind the last end are in no sum.
 
-    Gradient: reaches the tokens.  Sync: none.
+    Gradient: reaches the tokens. What is computed from the tokens returned adds its gradient in
+    the kernel of the sums'.  Sync: none.
     """
-    result: Tensor = _sum_by_expert(
+    tokens, again, sums_ED = _SumAndTokens.apply(
         tokens_TD.contiguous(), token_ids_N, ends_E, places.order_N, places.starts_T
     )
-    return result
+    return tokens, again, sums_ED
 
 
 # Each operation: what it computes, its shapes, and its gradient.
@@ -209,12 +212,14 @@ def _differentiate_select(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...
 _select_rows.register_autograd(_differentiate_select, setup_context=_save_for_select)
 
 
-def sum_in_parts(rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor) -> Tensor:
-    """Return the sum of each expert's rows, given themselves or by their ids, (E, D) in fp32."""
+def sum_in_parts(
+    rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return the sum of each expert's rows, given themselves or by their ids, (E, D) in `dtype`."""
     from promoe_ds.kernels import programs
 
     width, experts = rows_D.shape[1], len(ends_E)
-    partial = torch.empty(PARTS, experts, width, device=rows_D.device)
+    partial = torch.empty(1, PARTS, experts, width, device=rows_D.device)
     programs.sum_rows_by_expert[(experts, -(-width // COLUMNS), PARTS)](
         rows_D,
         ids_N if ids_N is not None else ends_E,
@@ -227,54 +232,86 @@ def sum_in_parts(rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor) -> Tensor
         BLOCK=COLUMNS,
         HAS_IDS=ids_N is not None,
     )
-    return partial.sum(dim=0)
+    return sum_of_parts(partial, dtype)[0]
+
+
+def sum_of_parts(partial_QP: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over the second dimension of fp32 numbers, in `dtype`."""
+    from promoe_ds.kernels import programs
+
+    quantities, parts = partial_QP.shape[:2]
+    out = partial_QP.new_empty(quantities, *partial_QP.shape[2:], dtype=dtype)
+    programs.sum_parts[(-(-out[0].numel() // COLUMNS), quantities)](
+        partial_QP, out, parts, out[0].numel(), ROWS=min(ROWS, power_of_two(parts)), BLOCK=COLUMNS
+    )
+    return out
+
+
+class _SumAndTokens(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens_TD: Tensor,
+        token_ids_N: Tensor,
+        ends_E: Tensor,
+        order_N: Tensor,
+        starts_T: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(order_N, starts_T, ends_E)
+        ctx.dtype = tokens_TD.dtype
+        ctx.set_materialize_grads(False)
+        sums_ED = _sum_by_expert(tokens_TD, token_ids_N, ends_E)
+        return tokens_TD, tokens_TD.view_as(tokens_TD), sums_ED
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        *passed, grad_ED = grads
+        bases = [grad.contiguous() for grad in passed if grad is not None]
+        if grad_ED is None:
+            return sum(bases) if bases else None, None, None, None, None
+        grad_ED = grad_ED.contiguous()
+        grad_TD = _spread_to_tokens(grad_ED, *ctx.saved_tensors, bases, ctx.dtype)
+        return grad_TD, None, None, None, None
 
 
 @fused_op("sum_by_expert")
-def _sum_by_expert(
-    tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor, order_N: Tensor, starts_T: Tensor
-) -> Tensor:
-    return sum_in_parts(tokens_TD, token_ids_N, ends_E)
+def _sum_by_expert(tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor) -> Tensor:
+    return sum_in_parts(tokens_TD, token_ids_N, ends_E, torch.float32)
 
 
 @_sum_by_expert.register_fake
-def _(tokens_TD, token_ids_N, ends_E, order_N, starts_T):
+def _(tokens_TD, token_ids_N, ends_E):
     return tokens_TD.new_empty(len(ends_E), tokens_TD.shape[1], dtype=torch.float32)
 
 
 @fused_op("spread_to_tokens")
 def _spread_to_tokens(
-    values_ED: Tensor, order_N: Tensor, starts_T: Tensor, ends_E: Tensor, like_TD: Tensor
+    values_ED: Tensor,
+    order_N: Tensor,
+    starts_T: Tensor,
+    ends_E: Tensor,
+    bases_TD: list[Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
     from promoe_ds.kernels import programs
 
-    out, width = torch.empty_like(like_TD), like_TD.shape[1]
+    width = values_ED.shape[1]
+    out = values_ED.new_empty(len(starts_T) - 1, width, dtype=dtype)
     programs.spread_to_tokens[(len(out),)](
         values_ED,
         order_N,
         starts_T,
         ends_E,
+        *[*bases_TD, out, out][:2],
         out,
         D=width,
         E=len(ends_E),
         BLOCK=power_of_two(width),
+        BASES=len(bases_TD),
     )
     return out
 
 
 @_spread_to_tokens.register_fake
-def _(values_ED, order_N, starts_T, ends_E, like_TD):
-    return torch.empty_like(like_TD)
-
-
-def _save_for_sum(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    tokens_TD, _, ends_E, order_N, starts_T = inputs
-    ctx.save_for_backward(order_N, starts_T, ends_E, tokens_TD)
-
-
-def _differentiate_sum(ctx: Any, grad_ED: Tensor) -> tuple[Tensor | None, ...]:
-    grad_TD = _spread_to_tokens(grad_ED.contiguous(), *ctx.saved_tensors)
-    return grad_TD, None, None, None, None
-
-
-_sum_by_expert.register_autograd(_differentiate_sum, setup_context=_save_for_sum)
+def _(values_ED, order_N, starts_T, ends_E, bases_TD, dtype):
+    return values_ED.new_empty(len(starts_T) - 1, values_ED.shape[1], dtype=dtype)

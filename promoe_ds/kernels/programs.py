@@ -94,13 +94,16 @@ def add_bias(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_GELU: tl.constexpr,
+    HAS_ENDS: tl.constexpr,
 ):
-    """out = pre + bias of the row's expert, or gelu_tanh of it; out may be pre. One program a block
-    of rows and columns.
+    """out = pre + bias of the row's expert, or gelu_tanh of it; out may be pre. Without ends all
+    rows are of one expert. One program a block of rows and columns.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    expert = _expert_of(row, ends_E, E)
+    expert = row * 0
+    if HAS_ENDS:
+        expert = _expert_of(row, ends_E, E)
     inside = (row < R)[:, None] & (column < F)[None, :]
     at = row[:, None] * F + column[None, :]
     value = tl.load(pre_RF + at, mask=inside, other=0.0).to(tl.float32)
@@ -118,22 +121,29 @@ def bias_gelu_backward(
     bias_EF,
     ends_E,
     grad_pre_RF,
-    grad_bias_EF,
+    partial_PEF,
+    R,
     F: tl.constexpr,
+    E: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_ENDS: tl.constexpr,
 ):
-    """grad_pre = grad * gelu'(pre + bias); grad_bias is its sum over the expert's rows. One program
-    an expert and block of columns: it walks through the rows.
+    """grad_pre = grad * gelu'(pre + bias), and for each part of the expert's rows its sum, the
+    bias's gradient. One program an expert, a block of columns and a part; as `add_bias`.
     """
     expert = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(2)
     within = column < F
     bias = tl.load(bias_EF + expert * F + column, mask=within, other=0.0).to(tl.float32)
-    begin = tl.load(ends_E + tl.maximum(expert - 1, 0)) * (expert > 0)
-    end = tl.load(ends_E + expert)
+    begin, end = 0, R
+    if HAS_ENDS:
+        begin = tl.load(ends_E + tl.maximum(expert - 1, 0)) * (expert > 0)
+        end = tl.load(ends_E + expert)
     total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(begin, end, ROWS):
+    for first in range(begin + part * ROWS, end, PARTS * ROWS):
         row = first + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < end)[:, None] & within[None, :]
         at = row[:, None] * F + column[None, :]
@@ -142,8 +152,7 @@ def bias_gelu_backward(
         grad = tl.load(grad_RF + at, mask=inside, other=0.0).to(tl.float32) * slope
         tl.store(grad_pre_RF + at, grad.to(grad_pre_RF.dtype.element_ty), mask=inside)
         total += tl.sum(tl.where(inside, grad, 0.0), 0)
-    total = total.to(grad_bias_EF.dtype.element_ty)
-    tl.store(grad_bias_EF + expert * F + column, total, mask=within)
+    tl.store(partial_PEF + (part * E + expert) * F + column, total, mask=within)
 
 
 @triton.jit
@@ -186,112 +195,40 @@ def spread_to_tokens(
     order_N,
     starts_T,
     ends_E,
+    base_TD,
+    more_TD,
     out_TD,
     D: tl.constexpr,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
+    BASES: tl.constexpr,
 ):
-    """out[t] = sum of the values of the experts of t's rows. One program a token."""
+    """out[t] = sum of the values of the experts of t's rows, plus base[t] and more[t], of which
+    there are BASES; rows behind the last expert's have no values. One program a token.
+    """
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
     total = tl.zeros((BLOCK,), tl.float32)
+    if BASES > 0:
+        total += tl.load(base_TD + token * D + column, mask=inside, other=0.0).to(tl.float32)
+    if BASES > 1:
+        total += tl.load(more_TD + token * D + column, mask=inside, other=0.0).to(tl.float32)
     for index in range(tl.load(starts_T + token), tl.load(starts_T + token + 1)):
         expert = _expert_of(tl.load(order_N + index), ends_E, E)
-        total += tl.load(values_ED + expert * D + column, mask=inside, other=0.0)
+        total += tl.load(values_ED + expert * D + column, mask=inside & (expert < E), other=0.0)
     tl.store(out_TD + token * D + column, total.to(out_TD.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def cosine(
-    tokens_TD,
-    keys_ED,
-    cosines_TE,
-    norms_T,
-    T,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EPS: tl.constexpr,
-):
-    """cosines = tokens . keys / max(|token|, EPS), and the norms. One program a block of tokens."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    expert = tl.arange(0, BLOCK_E)
-    has = token < T
-    dots = tl.zeros((TOKENS, BLOCK_E), tl.float32)
-    squares = tl.zeros((TOKENS,), tl.float32)
-    for first in range(0, D, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        within = column < D
-        at = token[:, None] * D + column[None, :]
-        inside = has[:, None] & within[None, :]
-        values = tl.load(tokens_TD + at, mask=inside, other=0.0).to(tl.float32)
-        key_at = expert[None, :] * D + column[:, None]
-        key_inside = (expert < E)[None, :] & within[:, None]
-        keys = tl.load(keys_ED + key_at, mask=key_inside, other=0.0)
-        dots += tl.dot(values, keys, input_precision="ieee")
-        squares += tl.sum(values * values, 1)
-    norms = tl.sqrt(squares)
-    dots /= tl.maximum(norms, EPS)[:, None]
-    out_at = cosines_TE + token[:, None] * E + expert[None, :]
-    tl.store(out_at, dots, mask=has[:, None] & (expert < E)[None, :])
-    tl.store(norms_T + token, norms, mask=has)
-
-
-@triton.jit
-def cosine_backward(
-    grad_TE,
-    tokens_TD,
-    keys_ED,
-    cosines_TE,
-    norms_T,
-    grad_tokens_TD,
-    partial_PED,
-    T,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    EPS: tl.constexpr,
-):
-    """grad_token = (sum_e g_e key_e - (sum_e g_e cos_e) token / |token|) / |token|, and for each
-    part of the tokens the sum of g_e token / |token|. One program a part and a block of columns;
-    it walks through its tokens. Below EPS the norm is a constant.
-    """
-    part = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.arange(0, BLOCK_E)
-    within, exists = column < D, expert < E
-    keys = tl.load(
-        keys_ED + expert[:, None] * D + column[None, :],
-        mask=exists[:, None] & within[None, :],
-        other=0.0,
-    )
-    total = tl.zeros((BLOCK_E, BLOCK), tl.float32)
-    for first in range(part * TOKENS, T, PARTS * TOKENS):
-        token = first + tl.arange(0, TOKENS).to(tl.int64)
-        has = token < T
-        pair_at, pair_inside = (
-            token[:, None] * E + expert[None, :],
-            has[:, None] & exists[None, :],
-        )
-        norms = tl.load(norms_T + token, mask=has, other=1.0)
-        inverse = 1.0 / tl.maximum(norms, EPS)
-        grad = tl.load(grad_TE + pair_at, mask=pair_inside, other=0.0) * inverse[:, None]
-        cosines = tl.load(cosines_TE + pair_at, mask=pair_inside, other=0.0)
-        along = tl.sum(grad * cosines, 1) * tl.where(norms >= EPS, inverse, 0.0)
-        at = token[:, None] * D + column[None, :]
-        inside = has[:, None] & within[None, :]
-        values = tl.load(tokens_TD + at, mask=inside, other=0.0).to(tl.float32)
-        grad_tokens = tl.dot(grad, keys, input_precision="ieee") - along[:, None] * values
-        tl.store(grad_tokens_TD + at, grad_tokens.to(grad_tokens_TD.dtype.element_ty), mask=inside)
-        total += tl.dot(tl.trans(grad), values, input_precision="ieee")
-    tl.store(
-        partial_PED + (part * E + expert[:, None]) * D + column[None, :],
-        total,
-        mask=exists[:, None] & within[None, :],
-    )
+def sum_parts(partial_QPN, out_QN, PARTS, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = the sum of the parts. One program a block of numbers and a quantity."""
+    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    quantity = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, PARTS, ROWS):
+        part = first + tl.arange(0, ROWS)
+        at = (quantity * PARTS + part)[:, None] * N + number[None, :]
+        inside = (part < PARTS)[:, None] & (number < N)[None, :]
+        total += tl.sum(tl.load(partial_QPN + at, mask=inside, other=0.0), 0)
+    tl.store(out_QN + quantity * N + number, total.to(out_QN.dtype.element_ty), mask=number < N)

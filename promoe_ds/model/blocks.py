@@ -7,6 +7,7 @@ of its states.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +32,31 @@ def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 
 def modulated_norm(
     norm: nn.LayerNorm, x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, kernels: str
-) -> Tensor:
-    """Return norm(x) * (1 + scale) + shift, per image; `kernels` as `kernels.choice` says."""
+) -> tuple[Tensor, Tensor]:
+    """Return x for further use, and norm(x) * (1 + scale) + shift, per image; `kernels` as
+    `kernels.choice` says.
+    """
     if uses_triton(x_BSD, kernels):
         return block_ops.modulated_norm(x_BSD, shift_BD, scale_BD, norm.eps)
-    return modulate(norm(x_BSD), shift_BD, scale_BD)
+    return x_BSD, modulate(norm(x_BSD), shift_BD, scale_BD)
+
+
+def residual_norm(
+    norm: nn.LayerNorm,
+    x_BSD: Tensor,
+    gate_BD: Tensor,
+    y_BSD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    kernels: str,
+) -> tuple[Tensor, Tensor]:
+    """Return x + gate * y, and its modulated norm, per image; `kernels` as `kernels.choice`
+    says.
+    """
+    if uses_triton(x_BSD, kernels):
+        return block_ops.residual_norm(x_BSD, gate_BD, y_BSD, shift_BD, scale_BD, norm.eps)
+    x_BSD = gated_residual(x_BSD, gate_BD, y_BSD, kernels)
+    return modulated_norm(norm, x_BSD, shift_BD, scale_BD, kernels)
 
 
 def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, kernels: str) -> Tensor:
@@ -98,6 +119,8 @@ class SelfAttention(nn.Module):
         self.num_heads, inner = num_heads, num_heads * head_width
         self.qkv = nn.Linear(width, 3 * inner)
         self.proj = nn.Linear(inner, width)
+        #: Of what follows the product with `qkv`; set from outside.
+        self.kernels = "eager"
         self.q_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
         if text_width is not None:
@@ -115,8 +138,14 @@ class SelfAttention(nn.Module):
     def forward(self, x_BSD: Tensor, texts: Texts | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D)."""
         batch, tokens, _ = x_BSD.shape
-        qkv_BS3AG = self.qkv(x_BSD).view(batch, tokens, 3, self.num_heads, -1)
-        q_BASG, k_BAKG, v_BAKG = _SplitHeads.apply(qkv_BS3AG)
+        if type(self.qkv) is nn.Linear and uses_triton(x_BSD, self.kernels):
+            qkv_BSW = F.linear(x_BSD, self.qkv.weight, self.qkv.bias.detach())
+            q_BASG, k_BAKG, v_BAKG = block_ops.split_heads(
+                qkv_BSW.unflatten(-1, (3, self.num_heads, -1)), self.qkv.bias
+            )
+        else:
+            qkv_BS3AG = self.qkv(x_BSD).view(batch, tokens, 3, self.num_heads, -1)
+            q_BASG, k_BAKG, v_BAKG = _SplitHeads.apply(qkv_BS3AG)
         q_BASG, k_BAKG = self.q_norm(q_BASG), self.k_norm(k_BAKG)
         is_key_B11K = None
         if texts is not None:
@@ -164,7 +193,9 @@ class DiTBlock(nn.Module):
         if not self.is_moe:
             return self._run(self._apply_dense, x_BSD, tokens_BSD, gate_BD), None
         plan = self.moe.route(tokens_BSD, partition)
-        return self._run(self._apply_experts, x_BSD, tokens_BSD, gate_BD, partition, plan), plan
+        x_BSD = self._run(self._apply_experts, x_BSD, tokens_BSD, gate_BD, partition, plan)
+        # Whoever keeps the plan for the log need not keep the tokens.
+        return x_BSD, replace(plan, tokens_BSD=None)
 
     def compile_dense(self, backend: str = "inductor") -> None:
         """Compile attention and the feed-forwards that every rank runs whole; routing, exchange and
@@ -187,11 +218,18 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(
             F.silu(condition_BD)
         ).chunk(6, dim=-1)
-        attended = self.attention(
-            modulated_norm(self.attention_norm, x_BSD, shift_a, scale_a, self.kernels), texts
+        x_BSD, tokens_BSD = modulated_norm(
+            self.attention_norm, x_BSD, shift_a, scale_a, self.kernels
         )
-        x_BSD = gated_residual(x_BSD, gate_a, attended, self.kernels)
-        tokens_BSD = modulated_norm(self.feed_forward_norm, x_BSD, shift_f, scale_f, self.kernels)
+        x_BSD, tokens_BSD = residual_norm(
+            self.feed_forward_norm,
+            x_BSD,
+            gate_a,
+            self.attention(tokens_BSD, texts),
+            shift_f,
+            scale_f,
+            self.kernels,
+        )
         return x_BSD, tokens_BSD, gate_f
 
     def _apply_dense(self, x_BSD: Tensor, tokens_BSD: Tensor, gate_BD: Tensor) -> Tensor:
@@ -233,4 +271,5 @@ class FinalLayer(nn.Module):
     def forward(self, x_BSD: Tensor, condition_BD: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, patch * patch * channels)."""
         shift, scale = self.modulation(F.silu(condition_BD)).chunk(2, dim=-1)
-        return self.linear(modulated_norm(self.norm, x_BSD, shift, scale, self.kernels))
+        _, tokens_BSD = modulated_norm(self.norm, x_BSD, shift, scale, self.kernels)
+        return self.linear(tokens_BSD)

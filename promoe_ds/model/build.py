@@ -5,11 +5,13 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
+from torch import nn
+
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import ConfigError
-from promoe_ds.model.blocks import DiTBlock, SelfAttention
+from promoe_ds.model.blocks import DiTBlock, FinalLayer, SelfAttention
 from promoe_ds.model.dit import DiT
-from promoe_ds.moe.experts import FEED_FORWARDS, StackedExperts
+from promoe_ds.moe.experts import FEED_FORWARDS, FeedForward, StackedExperts
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing import build_router
 
@@ -22,11 +24,8 @@ def build_model(config: RunConfig) -> DiT:
     """
     blocks = [_build_block(config, index) for index in range(config.model.depth)]
     network = DiT(config, blocks)
-    # What is compiled sees plain operations.
-    kernels = "eager" if config.parallel.compile else config.parallel.kernels
-    network.final_layer.kernels = kernels
+    _choose_kernels(network, config)
     for block in network.blocks:
-        block.kernels = kernels
         block.recompute = config.parallel.activation_checkpointing == "full"
         block.recompute_hidden = config.parallel.activation_checkpointing == "selective"
         if block.is_moe:
@@ -51,6 +50,13 @@ def freeze(network: DiT, patterns: Sequence[str]) -> None:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ConfigError(f"train.freeze={', '.join(patterns)}: leaves nothing to train")
+
+
+def _choose_kernels(network: nn.Module, config: RunConfig) -> None:
+    """Say which kernels compute what may be compiled instead: then it sees plain operations."""
+    for module in network.modules():
+        if isinstance(module, DiTBlock | FinalLayer | FeedForward | SelfAttention):
+            module.kernels = "eager" if config.parallel.compile else config.parallel.kernels
 
 
 def _build_block(config: RunConfig, index: int) -> DiTBlock:
@@ -78,7 +84,7 @@ def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:
     backend: str = config.expert_backend
     if backend == "grouped_mm":  # allowed by the widths; `auto` also depends on device and dtype
         backend = config.parallel.expert_backend
-    return MoELayer(
+    layer = MoELayer(
         router=build_router(config, block),
         routed=StackedExperts(
             routing.num_experts,
@@ -94,3 +100,5 @@ def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:
         ),
         kernels=config.parallel.kernels,
     )
+    _choose_kernels(layer, config)
+    return layer

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from promoe_ds.kernels import expert_ops
 from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.moe.joining import is_behind, join, parameters_behind
 from promoe_ds.moe.products import BACKENDS, FusedGroupedGemm, Products, falls_back, row_major
@@ -28,9 +29,15 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
+        #: Of bias and GELU, see `kernels.choice`; set from outside.
+        self.kernels = "eager"
 
     def forward(self, x_D: Tensor) -> Tensor:
         """Map (..., D) to (..., D); (0, D) passes too, with zero gradients for the parameters."""
+        if type(self.up) is nn.Linear and uses_triton(x_D, self.kernels):
+            pre_F = F.linear(x_D, self.up.weight)
+            hidden_RF = expert_ops.bias_gelu(pre_F.flatten(0, -2), self.up.bias[None], None)
+            return self.down(hidden_RF.view_as(pre_F))
         return self.down(F.gelu(self.up(x_D), approximate="tanh"))
 
 

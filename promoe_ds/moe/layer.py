@@ -84,10 +84,13 @@ class MoELayer(nn.Module):
         Returns: (B, S, D) in the dtype of the tokens.
         Gradient: reaches tokens, every expert and, through the gates, the router.
         """
-        tokens_TD = at_autocast_dtype(tokens_BSD.flatten(0, 1))
+        routed_TD, tokens_TD = (
+            at_autocast_dtype(tokens.flatten(0, 1))
+            for tokens in plan.tokens_BSD or (tokens_BSD, tokens_BSD)
+        )
         last = self.unconditional if partition.joins_unconditional else None
         routed = partial(self.routed, last=last)
-        add_routed = self.dispatcher.begin(partial(self._run, routed), tokens_TD, plan.assignment)
+        add_routed = self.dispatcher.begin(partial(self._run, routed), routed_TD, plan.assignment)
         # Replicated experts need no exchange: they compute while the routed rows travel.
         output_TD = self._replicated(
             tokens_TD,

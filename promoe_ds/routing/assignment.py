@@ -73,6 +73,8 @@ class RoutingPlan:
     target_patches_BSP: the router's own prediction of the training target's patches, for a loss
     that only the trainer,
         who knows the target, can take (Expert Race's per-layer regularisation).
+    tokens_BSD: the tokens as the routed experts take them, and the same for the others, where
+    fused kernels add both gradients to the router's; None: the tokens that were routed.
     """
 
     assignment: Assignment
@@ -80,6 +82,7 @@ class RoutingPlan:
     stats: RoutingStats
     observation: Tensor | None = None
     target_patches_BSP: Tensor | None = None
+    tokens_BSD: tuple[Tensor, Tensor] | None = None
 
 
 def assign_token_choice(
@@ -151,7 +154,7 @@ def sum_tokens_by_expert(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
     centroid.  Sync: none.
     """
     if assignment.places is not None:
-        return fused_token_sums(tokens_TD, assignment)
+        return fused_token_sums(tokens_TD, assignment)[2]
     tokens, counts_E = at_least_fp32(tokens_TD), assignment.tokens_per_expert_E
     if tokens.is_cuda:
         return sum_by_product(tokens, assignment)
@@ -162,8 +165,10 @@ def sum_tokens_by_expert(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
     )
 
 
-def fused_token_sums(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
-    """Return the same sum, with its gradient, from an assignment with places."""
+def fused_token_sums(tokens_TD: Tensor, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens for two further uses, and the same sum, with its gradient, from an
+    assignment with places.
+    """
     assert assignment.places is not None
     ends_E = assignment.tokens_per_expert_E.cumsum(0).to(torch.int32)
     return ops.sum_by_expert(tokens_TD, assignment.token_ids_N, ends_E, assignment.places)

@@ -62,7 +62,10 @@ class ClassificationRouter(Router):
         gate_B, expert_B = logits_BE.softmax(dim=-1).max(dim=-1)
         shape = (*tokens_BSD.shape[:2], 1)
         assignment, stats = self._plan_token_choice(
-            gate_B[:, None, None].expand(shape), expert_B[:, None, None].expand(shape), partition
+            tokens_BSD,
+            gate_B[:, None, None].expand(shape),
+            expert_B[:, None, None].expand(shape),
+            partition,
         )
         aux_losses = {}
         weight = self.settings.classification_weight

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from promoe_ds.kernels import router_ops
 from promoe_ds.routing.scores import NORM_EPS, at_least_fp32
 
 ReduceSum = Callable[[Tensor], Tensor]
@@ -66,13 +67,8 @@ def contrast_centroids(
     Gradient: reaches sums and prototypes.  Sync: none.  Collectives: one, in `reduce_sum`.
     """
     with torch.autocast(token_sums_ED.device.type, enabled=False):
-        # Sums and counts travel together: one exchange of E * (D + 1) numbers.
-        sums_and_counts = torch.cat(
-            [token_sums_ED, counts_E.to(token_sums_ED.dtype)[:, None]], dim=1
-        )
-        sums_and_counts = reduce_sum(sums_and_counts)
-        counts_E = sums_and_counts[:, -1].detach()
-        centroids_ED = sums_and_counts[:, :-1] / counts_E.clamp_min(1.0)[:, None]
+        token_sums_ED, counts_E = _reduced(token_sums_ED, counts_E, reduce_sum)
+        centroids_ED = token_sums_ED / counts_E.clamp_min(1.0)[:, None]
         prototypes = F.normalize(
             at_least_fp32(prototypes_ED).to(centroids_ED.dtype), dim=-1, eps=NORM_EPS
         )
@@ -84,6 +80,29 @@ def contrast_centroids(
         loss_E = torch.where(is_active_E, -log_probabilities.diagonal(), 0.0)
         # With one active expert the only logit is its own: the loss is log 1 = 0, as published.
         return loss_E.sum() / is_active_E.sum().clamp_min(1)
+
+
+def fused_contrastive_loss(
+    token_sums_ED: Tensor,
+    counts_E: Tensor,
+    prototypes_ED: Tensor,
+    weight: float,
+    temperature: float,
+    reduce_sum: ReduceSum,
+) -> Tensor:
+    """Return `weight` times `contrast_centroids`, computed by a fused kernel."""
+    if reduce_sum is not identity_reduce:
+        token_sums_ED, counts_E = _reduced(token_sums_ED, counts_E, reduce_sum)
+    return router_ops.contrast(token_sums_ED, counts_E, prototypes_ED, weight, temperature)
+
+
+def _reduced(
+    token_sums_ED: Tensor, counts_E: Tensor, reduce_sum: ReduceSum
+) -> tuple[Tensor, Tensor]:
+    """Return sums and counts over all ranks: one exchange of E * (D + 1) numbers."""
+    both = torch.cat([token_sums_ED, counts_E.to(token_sums_ED.dtype)[:, None]], dim=1)
+    both = reduce_sum(both)
+    return both[:, :-1], both[:, -1].detach()
 
 
 def expert_choice_contrastive_loss(

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from promoe_ds.config.routing import RoutingConfig, RoutingMethod
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.kernels.choice import uses_triton
+from promoe_ds.kernels.router_ops import mean_similarity
+from promoe_ds.kernels.sort_ops import sort_choices
 from promoe_ds.routing.assignment import (
     Assignment,
     RoutingPlan,
@@ -82,22 +85,39 @@ class Router(KeepsBuffersPrecise):
             buffer.zero_()
 
     def _plan_token_choice(
-        self, gates_BSK: Tensor, expert_ids_BSK: Tensor, partition: Partition
+        self,
+        tokens_BSD: Tensor,
+        gates_BSK: Tensor,
+        expert_ids_BSK: Tensor,
+        partition: Partition,
     ) -> tuple[Assignment, RoutingStats]:
         """Build the list and its statistics from every token's K choices; those of unrouted samples
         do not count, or, joined, are the unconditional expert's, behind the routed ones.
         """
-        routed_B1, num_groups = partition.is_routed_B[:, None], self.num_experts
-        if partition.joins_unconditional:
-            expert_ids_BSK = expert_ids_BSK.where(routed_B1[:, None], num_groups)
+        joins = partition.joins_unconditional
+        routed_B1, num_groups = partition.is_routed_B[:, None], self.num_experts + joins
+        if uses_triton(tokens_BSD, self.kernels):
+            found = sort_choices(
+                gates_BSK,
+                expert_ids_BSK,
+                partition.is_routed_B,
+                partition.routed_ids.numel(),
+                num_groups,
+                joins=joins,
+            )
+            assignment = Assignment(
+                found.token_ids_N, found.gates_N, found.tokens_per_expert_E, found.places
+            )
+            return assignment, self._stats(found.counts_BE, found.gate_sums_BE, partition)
+        if joins:
+            expert_ids_BSK = expert_ids_BSK.where(routed_B1[:, None], self.num_experts)
             gates_BSK = gates_BSK.where(routed_B1[:, None], 1.0)
-            num_groups += 1
         ids_BN = expert_ids_BSK.flatten(1)
         counts_BE = ids_BN.new_zeros(len(ids_BN), num_groups)
         counts_BE = counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))
         gate_sums_BE = gates_BSK.new_zeros(counts_BE.shape)
         gate_sums_BE.scatter_add_(1, ids_BN, gates_BSK.detach().flatten(1))
-        if not partition.joins_unconditional:
+        if not joins:
             counts_BE, gate_sums_BE = counts_BE * routed_B1, gate_sums_BE * routed_B1
         assignment = assign_token_choice(
             partition.take_routed(gates_BSK),
@@ -183,12 +203,15 @@ class Router(KeepsBuffersPrecise):
         return assignment, self._stats(counts_BE, gate_sums_BE.view_as(counts_BE), partition)
 
     def _stats(self, counts_BE: Tensor, gate_sums_BE: Tensor, partition: Partition) -> RoutingStats:
+        keys_ED = self.expert_keys_ED().detach()
+        is_fused = uses_triton(keys_ED, self.kernels)
+        similarity = mean_similarity if is_fused else mean_prototype_similarity
         routed_only = slice(self.num_experts)  # the unconditional expert may be the last one
         return RoutingStats(
             tokens_per_expert_BE=counts_BE[:, routed_only],
             gate_sums_BE=gate_sums_BE[:, routed_only],
             is_routed_B=partition.is_routed_B,
-            prototype_similarity=mean_prototype_similarity(self.expert_keys_ED().detach()),
+            prototype_similarity=similarity(keys_ED),
         )
 
 

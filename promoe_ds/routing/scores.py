@@ -39,15 +39,24 @@ def cosine_scores(
     Returns: (..., E) in fp32 (fp64 for fp64 tokens). A zero token scores 0 for every expert.
     Gradient: reaches tokens and prototypes.  Sync: none.  Collectives: none.
     """
+    return score_and_pass(tokens_D, prototypes_ED, scale, kernels)[1]
+
+
+def score_and_pass(
+    tokens_D: Tensor, prototypes_ED: Tensor, scale: float, kernels: str
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens for further use, and `cosine_scores`: fused, the gradient of that use is
+    added in the kernel of the scores'.
+    """
     with torch.autocast(tokens_D.device.type, enabled=False):
-        prototypes = F.normalize(at_least_fp32(prototypes_ED), dim=-1, eps=NORM_EPS)
         if uses_triton(tokens_D, kernels):
-            cosines = router_ops.cosine(tokens_D.flatten(0, -2), prototypes)
-            cosines = cosines.unflatten(0, tokens_D.shape[:-1])
+            tokens, cosines = router_ops.cosine(tokens_D.flatten(0, -2), prototypes_ED)
+            cosines, tokens_D = cosines.unflatten(0, tokens_D.shape[:-1]), tokens.view_as(tokens_D)
         else:
+            prototypes = F.normalize(at_least_fp32(prototypes_ED), dim=-1, eps=NORM_EPS)
             tokens = at_least_fp32(tokens_D)
             cosines = _Cosine.apply(tokens, prototypes.to(tokens.dtype))
-        return cosines if scale == 1.0 else cosines * scale
+        return tokens_D, cosines if scale == 1.0 else cosines * scale
 
 
 def linear_scores(tokens_D: Tensor, gate_weight_ED: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan, fused_token_sums
 from promoe_ds.routing.losses import (
-    contrast_centroids,
+    fused_contrastive_loss,
     load_balance_loss,
     routing_contrastive_loss,
 )
 from promoe_ds.routing.partition import Partition
 from promoe_ds.routing.router import ROUTERS, Router, choose_top_k
-from promoe_ds.routing.scores import activate, cosine_scores
+from promoe_ds.routing.scores import activate, score_and_pass
 
 
 class PrototypeRouter(Router):
@@ -58,42 +58,46 @@ class TwoStepRouter(PrototypeRouter):
         Sync: none.  Collectives: one in `reduce_sum` where it is global.
         """
         settings = self.settings
-        scores_BSE = activate(
-            cosine_scores(tokens_BSD, self.prototypes, settings.score_scale, self.kernels),
-            settings.activation,
+        passed_BSD, scores_BSE = score_and_pass(
+            tokens_BSD, self.prototypes, settings.score_scale, self.kernels
         )
+        scores_BSE = activate(scores_BSE, settings.activation)
         gates_BSK, expert_ids_BSK = choose_top_k(scores_BSE, settings.top_k)
-        assignment, stats = self._plan_token_choice(gates_BSK, expert_ids_BSK, partition)
-        aux_losses, token_sums_ED = {}, None
+        assignment, stats = self._plan_token_choice(
+            tokens_BSD, gates_BSK, expert_ids_BSK, partition
+        )
+        token_sums_ED, again_BSD = None, passed_BSD
         sums_are_all = settings.top_k == 1 or settings.rcl_assignments == "all"
         if self.training and sums_are_all and uses_triton(tokens_BSD, self.kernels):
             # The loss and the log take the same sums.
-            assignment = assignment.with_places(tokens_BSD.shape[:2].numel())
-            token_sums_ED = fused_token_sums(tokens_BSD.flatten(0, 1), assignment)
+            *passed, token_sums_ED = fused_token_sums(passed_BSD.flatten(0, 1), assignment)
+            passed_BSD, again_BSD = (each.view_as(tokens_BSD) for each in passed)
             token_sums_ED = token_sums_ED[: self.num_experts]
             stats = replace(stats, token_sums_ED=token_sums_ED.detach())
-        if self.training:
-            counts_BE = stats.tokens_per_expert_BE
-            aux_losses = self._aux_losses(
-                tokens_BSD, scores_BSE, expert_ids_BSK, counts_BE, partition, token_sums_ED
-            )
-        return RoutingPlan(assignment=assignment, aux_losses=aux_losses, stats=stats)
+        plan = RoutingPlan(assignment, {}, stats, tokens_BSD=(passed_BSD, again_BSD))
+        if not self.training:
+            return plan
+        losses = self._aux_losses(
+            tokens_BSD, scores_BSE, expert_ids_BSK, plan, partition, token_sums_ED
+        )
+        return replace(plan, aux_losses=losses)
 
     def _aux_losses(
         self,
         tokens_BSD: Tensor,
         scores_BSE: Tensor,
         expert_ids_BSK: Tensor,
-        counts_BE: Tensor,
+        plan: RoutingPlan,
         partition: Partition,
         token_sums_ED: Tensor | None,
     ) -> dict[str, Tensor]:
         settings, losses = self.settings, {}
         if settings.rcl_weight > 0 and token_sums_ED is not None:
-            losses["rcl"] = settings.rcl_weight * contrast_centroids(
+            losses["rcl"] = fused_contrastive_loss(
                 token_sums_ED,
-                counts_BE.sum(dim=0),
+                plan.assignment.tokens_per_expert_E[: self.num_experts],
                 self.prototypes,
+                settings.rcl_weight,
                 settings.rcl_temperature,
                 self.reduce_sum,
             )
@@ -113,7 +117,7 @@ class TwoStepRouter(PrototypeRouter):
         if settings.balance_weight > 0:
             losses["balance"] = settings.balance_weight * load_balance_loss(
                 scores_BSE,
-                counts_BE,
+                plan.stats.tokens_per_expert_BE,
                 partition.is_routed_B,
                 top_k=settings.top_k,
                 level=settings.balance_level,

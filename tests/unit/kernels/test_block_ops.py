@@ -23,19 +23,43 @@ def _modulation(shape: tuple[int, int, int], dtype: torch.dtype) -> list[torch.T
     return [part.detach().requires_grad_() for part in wide.chunk(6, dim=-1)]
 
 
+def _exact_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the modulated norm in fp64, rounded once, as the fused one."""
+    exact = F.layer_norm(x.double(), x.shape[-1:], eps=1e-6)
+    return modulate(exact, shift.double(), scale.double()).to(x.dtype)
+
+
+@pytest.mark.parametrize("is_used", [False, True], ids=["alone", "x used"])
 @every_dtype
 @every_shape
-def test_modulated_norm_and_its_gradients(shape, dtype) -> None:
+def test_modulated_norm_and_its_gradients(shape, dtype, is_used) -> None:
     results = []
     for is_fused in (True, False):
         x = _draw(*shape, seed=3, dtype=dtype).requires_grad_()
         shift, scale, *_ = _modulation(shape, dtype)
         if is_fused:
-            output = block_ops.modulated_norm(x, shift, scale, 1e-6)
-        else:  # in fp64: rounded once, as the fused one
-            exact = F.layer_norm(x.double(), x.shape[-1:], eps=1e-6)
-            output = modulate(exact, shift.double(), scale.double()).to(dtype)
+            passed, output = block_ops.modulated_norm(x, shift, scale, 1e-6)
+        else:
+            passed, output = x, _exact_norm(x, shift, scale)
+        output = torch.cat([output, passed]) if is_used else output
         results.append(_gradients(output, x, shift, scale))
+    _same(*results, dtype)
+
+
+@every_dtype
+@every_shape
+def test_residual_norm_and_its_gradients(shape, dtype) -> None:
+    results = []
+    for is_fused in (True, False):
+        x, y = (_draw(*shape, seed=seed, dtype=dtype).requires_grad_() for seed in (3, 4))
+        gate, shift, scale, *_ = _modulation(shape, dtype)
+        if is_fused:
+            total, output = block_ops.residual_norm(x, gate, y, shift, scale, 1e-6)
+        else:
+            total = (x.double() + gate.double()[:, None] * y.double()).to(dtype)
+            output = _exact_norm(total, shift, scale)
+        both = torch.cat([output, total])
+        results.append(_gradients(both, x, gate, y, shift, scale))
     _same(*results, dtype)
 
 
@@ -54,16 +78,30 @@ def test_gated_residual_and_its_gradients(shape, dtype) -> None:
     _same(*results, dtype)
 
 
-@pytest.mark.parametrize("name", ["modulated_norm", "gated_residual"])
+@every_dtype
+@every_shape
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["", "qk_norm"])
+def test_split_heads_sum_the_bias_s_gradient_where_they_join_the_others(
+    shape, dtype, qk_norm
+) -> None:
+    results = []
+    for kernels in ("triton", "eager"):
+        attention = randomise(SelfAttention(shape[2], 4, qk_norm=qk_norm)).to(DEVICE, dtype)
+        attention.kernels = kernels
+        x = _draw(*shape, seed=3, dtype=dtype).requires_grad_()
+        results.append(_gradients(attention(x), x, *attention.parameters()))
+    _same(*results, dtype)
+
+
+@pytest.mark.parametrize("name", ["modulated_norm", "residual_norm", "gated_residual"])
 def test_operations_are_whole_for_tracing_and_compiling(name) -> None:
     shape = (2, 5, 24)
-    x, (first, second, *_) = (
-        _draw(*shape, seed=3).requires_grad_(),
-        _modulation(shape, torch.float32),
-    )
+    x, y = (_draw(*shape, seed=seed) for seed in (3, 4))
+    first, second, third, *_ = (part.detach() for part in _modulation(shape, torch.float32))
     arguments = {
         "modulated_norm": (x, first, second, 1e-6),
-        "gated_residual": (x, first, _draw(*shape, seed=4).requires_grad_()),
+        "residual_norm": (x, y, first, second, third, 1e-6),
+        "gated_residual": (x, first, y),
     }
     torch.library.opcheck(
         getattr(torch.ops.promoe_ds, name).default,

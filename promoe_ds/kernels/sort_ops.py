@@ -1,0 +1,151 @@
+"""Token choices sorted by expert, with their counts and the rows of each token, as one operation.
+
+Letters: B images, S tokens per image, K choices per token, T = B*S, E experts, N rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from promoe_ds.kernels.ops import TokenRows, fused_op, power_of_two
+
+#: Choices that one program sorts at a time, and gates whose gradient it moves.
+_CHOICES, _GATES = 64, 1024
+
+
+class SortedChoices(NamedTuple):
+    """The list (`routing.assignment.Assignment`), and each image's counts and sums of gates."""
+
+    gates_N: Tensor
+    token_ids_N: Tensor
+    places: TokenRows
+    tokens_per_expert_E: Tensor
+    counts_BE: Tensor
+    gate_sums_BE: Tensor
+
+
+def sort_choices(
+    gates_BSK: Tensor,
+    ids_BSK: Tensor,
+    is_routed_B: Tensor,
+    num_listed: int,
+    num_experts: int,
+    *,
+    joins: bool = False,
+) -> SortedChoices:
+    """Sort every routed image's choices by expert, within an expert in token order.
+
+    Args:
+        num_listed: images whose choices are listed: the routed ones, or all with `joins`.
+        joins: whether every choice of the others is the last expert, with gate 1.
+    Gradient: reaches the routed images' gates.  Sync: none.
+    """
+    gates_N, tokens, order, starts, counts_E, counts_BE, sums_BE = _sort_choices(
+        gates_BSK.contiguous(), ids_BSK.contiguous(), is_routed_B, num_listed, num_experts, joins
+    )
+    return SortedChoices(gates_N, tokens, TokenRows(order, starts), counts_E, counts_BE, sums_BE)
+
+
+@fused_op("sort_choices")
+def _sort_choices(
+    gates_BSK: Tensor,
+    ids_BSK: Tensor,
+    is_routed_B: Tensor,
+    num_listed: int,
+    num_experts: int,
+    joins: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from promoe_ds.kernels import sort_programs
+
+    found = _empty(gates_BSK, ids_BSK, num_listed, num_experts)
+    gates_N, token_ids, order, starts, counts_E, counts_BE, gate_sums = found
+    batch, tokens, top_k = ids_BSK.shape
+    shape = {
+        "CHOICES": tokens * top_k,
+        "E": num_experts,
+        "BLOCK_E": max(16, power_of_two(num_experts)),
+        "ROWS": _CHOICES,
+        "JOINS": joins,
+    }
+    sort_programs.count_choices[(batch,)](
+        ids_BSK, gates_BSK, is_routed_B, counts_BE, gate_sums, **shape
+    )
+    sort_programs.place_choices[(batch,)](
+        ids_BSK,
+        gates_BSK,
+        is_routed_B,
+        counts_BE,
+        token_ids,
+        gates_N,
+        order,
+        starts,
+        counts_E,
+        batch,
+        K=top_k,
+        **shape,
+    )
+    return found
+
+
+@_sort_choices.register_fake
+def _(gates_BSK, ids_BSK, is_routed_B, num_listed, num_experts, joins):
+    return _empty(gates_BSK, ids_BSK, num_listed, num_experts)
+
+
+def _empty(gates_BSK: Tensor, ids_BSK: Tensor, num_listed: int, num_experts: int) -> Any:
+    batch, tokens, top_k = ids_BSK.shape
+    rows = num_listed * tokens * top_k
+    return (
+        gates_BSK.new_empty(rows),
+        ids_BSK.new_empty(rows),
+        ids_BSK.new_empty(rows),
+        ids_BSK.new_empty(batch * tokens + 1),
+        ids_BSK.new_empty(num_experts),
+        ids_BSK.new_empty(batch, num_experts),
+        gates_BSK.new_empty(batch, num_experts),
+    )
+
+
+@fused_op("sort_choices_backward")
+def _sort_choices_backward(
+    grad_N: Tensor, order_N: Tensor, starts_T: Tensor, is_routed_B: Tensor, top_k: int
+) -> Tensor:
+    from promoe_ds.kernels import sort_programs
+
+    choices = (len(starts_T) - 1) * top_k
+    grad_C = grad_N.new_empty(choices)
+    sort_programs.place_choices_backward[(-(-choices // _GATES),)](
+        grad_N,
+        order_N,
+        starts_T,
+        is_routed_B,
+        grad_C,
+        choices,
+        K=top_k,
+        CHOICES=choices // len(is_routed_B),
+        BLOCK=_GATES,
+    )
+    return grad_C
+
+
+@_sort_choices_backward.register_fake
+def _(grad_N, order_N, starts_T, is_routed_B, top_k):
+    return grad_N.new_empty((len(starts_T) - 1) * top_k)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2], output[3], inputs[2])
+    ctx.shape = inputs[1].shape
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_N: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    if grad_N is None:
+        return None, None, None, None, None, None
+    grad_C = _sort_choices_backward(grad_N.contiguous(), *ctx.saved_tensors, ctx.shape[-1])
+    return grad_C.view(ctx.shape), None, None, None, None, None
+
+
+_sort_choices.register_autograd(_differentiate, setup_context=_save)
