@@ -27,11 +27,6 @@ _HOST_READ = torch.ops.aten._local_scalar_dense.default
 _SELECT = torch.ops.aten.masked_select.default
 #: Who reads the most rows of an expert.
 _CAPACITY = "moe/sharded_moe.py:MOELayer.forward"
-#: Kernels of operations that are several.
-_KERNELS = {"sort": 6, "argsort": 6, "index_put_": 3, "embedding_dense_backward": 6}
-_KERNELS |= {"_grouped_mm": 2, "topk": 2, "repeat_interleave": 3}
-_KERNELS |= {"sum_by_expert": 2, "sum_groups": 2, "cosine_backward": 2}
-_KERNELS |= {"modulated_norm_backward": 5, "gated_residual_backward": 3}
 
 
 class Place(NamedTuple):
@@ -47,11 +42,10 @@ class Place(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One operation: what it costs, and its kernels."""
+    """One operation and what it costs."""
 
     name: str
     work: Work
-    kernels: int
     place: Place
     is_backward: bool
 
@@ -124,7 +118,7 @@ class Recorder(TorchDispatchMode):
         elif (way := _between_devices(name, args, result)) is not None:
             self.copies[way, place] += 1
         elif (work := work_of(func, args, kwargs, result)) is not None:
-            self.calls.append(Call(name, work, _KERNELS.get(name, 1), place, node is not None))
+            self.calls.append(Call(name, work, place, node is not None))
 
     def _place(self, node: Any) -> Place:
         """Return where an operation was asked: in the backward pass, without a frame of ours, where
