@@ -10,29 +10,27 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from benchmarks.candidates import (
-    for_timing,
-    free_memory,
-    with_precision,
-    with_trainer,
-    without_experts,
-)
+from benchmarks.candidates import for_timing, free_memory, with_precision, with_trainer
+from benchmarks.claims import STEPS, VARIANTS, claims, predictions, table, variants_of
 from benchmarks.layers import layer_candidates
 from benchmarks.parity import PRECISIONS, layer_comparisons, network_parity
-from benchmarks.processes import single_process
+from benchmarks.processes import in_fresh_process, single_process
 from benchmarks.timing import Result, interleave, wall_clock
-from promoe_ds.backends.devices import bf16_peak
+from promoe_ds.backends.devices import find_device
 from promoe_ds.config import RunConfig, load_config, training_flops_per_image
+from promoe_ds.diffusion import SamplingPlan
 from promoe_ds.errors import ConfigError
+from promoe_ds.evaluation.sampling import LatentSampler, sampling_dtype
+from promoe_ds.model import build_model
 from promoe_ds.train.trainer import Trainer
 
 _T = TypeVar("_T")
 
-#: Recipes and images of a pass, halved until they fit.
-STEPS = {"promoe_b": 128, "promoe_l": 64, "promoe_xl": 64}
 _TOP_KERNELS = 15
+_SAMPLING_STEPS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +57,7 @@ _PARTS: dict[str, tuple[str, Callable[[str, Any], str]]] = {
             f"{'-' if step.mfu is None else f'{100 * step.mfu:.1f}':>8}{step.memory_gb:>8.1f}"
         ),
     ),
+    "counts": ("other figures", lambda name, value: f"  {name:40}{value:>10.1f}"),
     "layer": (
         f"{'one MoE layer, forward and backward':42}{'ms':>10}{'ratio':>8}",
         lambda name, timing: f"  {name:40}{timing.wall_ms:>10.2f}{timing.wall_ratio:>8.3f}",
@@ -81,6 +80,7 @@ class SelfTest:
     def __init__(self, report: Callable[[str], None]) -> None:
         """Hand a line for everything that is found to `report`, as soon as it is."""
         self.found: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+        self.predicted: dict[str, float] = {}
         self._report, self._began = report, wall_clock()
 
     def add(self, part: str, results: dict[str, Any]) -> None:
@@ -119,11 +119,16 @@ class SelfTest:
             }
             for part, values in self.found.items()
         }
+        every = claims(self.predicted, self.found)
         return Result(
             suite="gpu",
             settings={"steps": STEPS},
-            text=text,
-            figures={**plain, "seconds": wall_clock() - self._began},
+            text=[*text, "", *table(every)],
+            figures={
+                **plain,
+                "claims": {name: asdict(claim) for name, claim in every.items()},
+                "seconds": wall_clock() - self._began,
+            },
         )
 
 
@@ -139,16 +144,22 @@ def benchmark_gpu(report: Callable[[str], None] = lambda line: None) -> Result:
             "the gpu suite needs a CUDA device, this process sees none: run it on a GPU "
             "machine; the other suites run on CPUs"
         )
+    largest, images = load_config(list(STEPS)[-1]), 64
+    known = find_device(torch.cuda.get_device_name())
+    # In a process of its own: planning is for processes without a device.
+    predicted = in_fresh_process(predictions, STEPS, largest, images, known.name) if known else {}
     with single_process() as device:
-        return self_test(
+        test = self_test(
             device,
             steps=STEPS,
-            layer_config=load_config("promoe_xl"),
+            layer_config=largest,
             parity_config=load_config("promoe_s"),
-            layer_images=64,
+            layer_images=images,
             training_steps=60,
             report=report,
-        ).result()
+        )
+    test.predicted = predicted
+    return test.result()
 
 
 def self_test(
@@ -181,29 +192,42 @@ def self_test(
             lambda p=precision: mean_loss(with_precision(small, p), p, training_steps),
         )
     for recipe, images in steps.items():
-        for precision in ("bf16", "fp8"):
-            test.measure(
-                "steps",
-                f"{recipe}, {precision}",
-                lambda p=precision, recipe=recipe, images=images: step_speed(
-                    with_precision(load_config(recipe), p), images, device
-                ),
-            )
-        test.measure(
-            "steps",
-            f"{recipe} without experts, bf16",
-            lambda recipe=recipe, images=images: step_speed(
-                without_experts(load_config(recipe)), images, device
-            ),
-        )
+        for variant in variants_of(recipe):
+            name, given = f"{recipe}, {variant}", (recipe, variant, images, device)
+            test.measure("steps", name, step_speed, *given)
     _time_layers(test, layer_config, layer_images, device)
     profiled, images = (
         (load_config(list(steps)[-1]), layer_images) if steps else (small, layer_images)
     )
     if steps and (fitted := test.found["steps"].get(f"{list(steps)[-1]}, bf16")):
         images = fitted.images
-    test.add("kernels", test.attempt("kernels", lambda: kernel_times(profiled, images, device), {}))
+    _count(test, profiled, images, device)
     return test
+
+
+def _count(test: SelfTest, config: RunConfig, images: int, device: torch.device) -> None:
+    """Profile a step; time what the host does of it, and a step of sampling."""
+    found = test.attempt("kernels", lambda: kernel_times(config, images, device))
+    if found is not None:
+        test.add("kernels", found[0])
+        test.add("counts", {f"{config.name}, bf16: kernels": found[1]})
+    for name, work in (
+        # One image leaves the device idle: what remains is the host's time.
+        (f"{config.name}, bf16: host ms", lambda: timed_step(config, 1, device).milliseconds),
+        (f"{config.name}, sampling: ms a step", lambda: sampling_step(config, images, device)),
+    ):
+        test.measure("counts", name, work)
+
+
+def sampling_step(config: RunConfig, images: int, device: torch.device) -> float:
+    """Return the milliseconds of a solver's step under guidance, in the device's usual dtype."""
+    network = build_model(config).to(device, sampling_dtype(device)).eval()
+    plan = SamplingPlan.of(config, steps=_SAMPLING_STEPS, cfg_scale=1.5, solver="euler")
+    sampler = LatentSampler(network, config, plan, seed=0, device=device)
+    labels = np.arange(images) % config.model.num_classes
+    with torch.no_grad():
+        timing = interleave({"": lambda: sampler.sample(range(images), labels)}, rounds=3)
+    return timing[""].wall_ms / _SAMPLING_STEPS
 
 
 def _time_layers(test: SelfTest, config: RunConfig, images: int, device: torch.device) -> None:
@@ -231,19 +255,23 @@ def mean_loss(config: RunConfig, precision: str, steps: int) -> float:
     return sum(last) / len(last)
 
 
-def step_speed(config: RunConfig, images: int, device: torch.device) -> StepSpeed:
+def step_speed(recipe: str, variant: str, images: int, device: torch.device) -> StepSpeed:
     """Time whole steps of one pass; images are halved until they fit."""
+    change, bf16 = VARIANTS[variant]
+    config = change(load_config(recipe))
     while True:
         try:
-            return timed_step(config, images, device)
+            return timed_step(config, images, device, bf16=bf16)
         except torch.cuda.OutOfMemoryError:
             if images == 1:
                 raise
             images //= 2
 
 
-def timed_step(config: RunConfig, images: int, device: torch.device) -> StepSpeed:
-    """Time steps of one pass of `images` images."""
+def timed_step(
+    config: RunConfig, images: int, device: torch.device, *, bf16: bool = True
+) -> StepSpeed:
+    """Time steps of one pass of `images` images; bf16: of the weights, on a GPU."""
     cuda = device.type == "cuda"
 
     def body(trainer: Trainer) -> float:
@@ -251,19 +279,23 @@ def timed_step(config: RunConfig, images: int, device: torch.device) -> StepSpee
             torch.cuda.reset_peak_memory_stats(device)
         return interleave({"step": trainer.train_step}, rounds=10, warmup=3)["step"].wall_ms
 
-    milliseconds = with_trainer(for_timing(config, micro_batch=images), body, bf16=cuda)
+    milliseconds = with_trainer(for_timing(config, micro_batch=images), body, bf16=bf16 and cuda)
     rate = images * training_flops_per_image(config) / (milliseconds / 1e3)
-    peak = bf16_peak(torch.cuda.get_device_name(device)) if cuda else None
+    known = find_device(torch.cuda.get_device_name(device)) if cuda else None
     return StepSpeed(
         images=images,
         milliseconds=milliseconds,
-        mfu=rate / peak if peak else None,
+        mfu=rate / known.flops["bf16"] if known else None,
         memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if cuda else 0.0,
     )
 
 
-def kernel_times(config: RunConfig, images: int, device: torch.device) -> dict[str, float]:
-    """Profile one step and return the milliseconds of the kernels that take longest."""
+def kernel_times(
+    config: RunConfig, images: int, device: torch.device
+) -> tuple[dict[str, float], int]:
+    """Profile one step; return the milliseconds of the kernels that take longest, and how many
+    kernels ran.
+    """
     kind = "cuda" if device.type == "cuda" else "cpu"
 
     def profiled(trainer: Trainer) -> Any:
@@ -278,4 +310,8 @@ def kernel_times(config: RunConfig, images: int, device: torch.device) -> dict[s
     averages = with_trainer(for_timing(config, micro_batch=images), profiled, bf16=kind == "cuda")
     field = f"self_{'device' if kind == 'cuda' else 'cpu'}_time_total"
     longest = sorted(averages, key=lambda event: getattr(event, field), reverse=True)[:_TOP_KERNELS]
-    return {event.key: getattr(event, field) / 1e3 for event in longest}
+    times = {event.key: getattr(event, field) / 1e3 for event in longest}
+    ran = [event for event in averages if getattr(event, field) > 0]
+    return times, sum(
+        event.count for event in ran if not event.key.startswith(("Memcpy", "Memset"))
+    )

@@ -51,7 +51,7 @@ def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -
     """
     config, images = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
     settings = _settings(
-        config, tokens=images * config.model.tokens_per_image, active_width=_active_width(config)
+        config, tokens=images * config.model.tokens_per_image, active_width=active_width(config)
     )
     with single_process() as device:
         candidates, missing = layer_candidates(config, images, device, torch.float32)
@@ -83,8 +83,8 @@ def layer_candidates(
     )
     direction = torch.randn_like(inputs)
     partition = conditional(images, config, device)
-    dense = initialised(FeedForward(model.hidden_size, _active_width(config))).to(device, dtype)
-    candidates = {"dense": lambda: _pass(dense, lambda x: (dense(x), []), inputs, direction)}
+    dense = initialised(FeedForward(model.hidden_size, active_width(config))).to(device, dtype)
+    candidates = {"dense": lambda: pass_of(dense, lambda x: (dense(x), []), inputs, direction)}
     libraries, missing = build_each(
         LIBRARIES, lambda name: layer_of(with_dispatch(config, name), device, dtype)
     )
@@ -101,7 +101,7 @@ def layer_candidates(
         for name, (layer, context) in quantised.items():
             layers[name], calls[name] = layer, layer_call(layer, partition, context)
     for name, layer in (layers | libraries).items():
-        candidates[name] = lambda layer=layer, call=calls[name]: _pass(
+        candidates[name] = lambda layer=layer, call=calls[name]: pass_of(
             layer, call, inputs, direction
         )
     return candidates, missing
@@ -113,7 +113,8 @@ def conditional(images: int, config: RunConfig, device: torch.device | str = "cp
     return partition_samples(ClassCondition(labels, config.model.null_label))
 
 
-def _active_width(config: RunConfig) -> int:
+def active_width(config: RunConfig) -> int:
+    """Return the hidden width that a token activates, the shared experts' included."""
     routing = config.routing
     shared = routing.num_shared_experts * config.shared_expert_width
     return routing.top_k * config.expert_width + shared
@@ -133,10 +134,11 @@ def _settings(config: RunConfig, **more: object) -> dict[str, object]:
 
 def layer_pass(layer: MoELayer, inputs: Tensor, direction: Tensor, partition: Partition) -> None:
     """Run a layer forward and backward, its losses included."""
-    _pass(layer, layer_call(layer, partition), inputs, direction)
+    pass_of(layer, layer_call(layer, partition), inputs, direction)
 
 
-def _pass(module: nn.Module, call: _Call, inputs: Tensor, direction: Tensor) -> None:
+def pass_of(module: nn.Module, call: _Call, inputs: Tensor, direction: Tensor) -> None:
+    """Run a forward and a backward pass of a module from given inputs and output gradients."""
     module.zero_grad(set_to_none=True)
     output, losses = call(inputs.detach().requires_grad_())
     torch.autograd.backward([output, *losses], [direction, *(None for _ in losses)])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from promoe_ds.backends.devices import DEVICES
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.config import load_config
 from promoe_ds.errors import ConfigError
@@ -51,6 +52,7 @@ SUITES: dict[str, tuple[str, int | None, int | None, Callable[[Any, argparse.Nam
             o.recipe, o.set, ranks=o.ranks, deepspeed=o.deepspeed_config
         ),
     ),
+    "gpu-predictions": ("claims", None, None, lambda m, o: m.benchmark_predictions(o.gpu)),
     "gpu": ("gpu", None, None, lambda m, o: m.benchmark_gpu(lambda line: print(line, flush=True))),
 }
 
@@ -88,6 +90,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "weights' bytes, twice), the report's log (1 GB) or data (2 GB); a temporary "
         "folder if left out",
     )
+    parser.add_argument("--gpu", default="h100", choices=DEVICES, help="that is predicted")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     options = parser.parse_args(arguments)
     _, *defaults, _ = SUITES[options.suite]

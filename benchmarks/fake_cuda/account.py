@@ -102,7 +102,7 @@ def summary(recorder: Recorder) -> dict[str, Any]:
         key = (kind, call.place.name, call.name, call.work.dtype, call.is_backward)
         for sums in (by_category[kind], operations[key]):
             for index, value in enumerate(
-                (call.kernels, call.work.bytes, call.work.flops, seconds(call))
+                (call.work.kernels, call.work.bytes, call.work.flops, seconds(call))
             ):
                 sums[index] += value
     sent: dict[tuple[str, int, int, str], int] = defaultdict(int)

@@ -27,15 +27,6 @@ _HOST_READ = torch.ops.aten._local_scalar_dense.default
 _SELECT = torch.ops.aten.masked_select.default
 #: Who reads the most rows of an expert.
 _CAPACITY = "moe/sharded_moe.py:MOELayer.forward"
-#: Kernels of operations that are several.
-_KERNELS = {"sort": 6, "argsort": 6, "index_put_": 3, "embedding_dense_backward": 6}
-_KERNELS |= {"_grouped_mm": 2, "topk": 2, "repeat_interleave": 3}
-_KERNELS |= {"sum_by_expert": 2, "sum_groups": 2, "cosine_backward": 2}
-_KERNELS |= {"sort_choices": 2}
-_KERNELS |= {"modulated_norm_backward": 2, "residual_norm_backward": 2}
-_KERNELS |= {"gated_residual_backward": 2, "bias_gelu_backward": 2, "join_heads": 2}
-#: torch's operations on lists: numbers of a block, blocks of a kernel (MultiTensorApply.cuh).
-_BLOCK, _BLOCKS = 65536, 320
 
 
 class Place(NamedTuple):
@@ -51,11 +42,10 @@ class Place(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One operation: what it costs, its kernels, and the shapes of what it takes and makes."""
+    """One operation: what it costs, and the shapes of what it takes and makes."""
 
     name: str
     work: Work
-    kernels: int
     place: Place
     is_backward: bool
     shapes: tuple[tuple[int, ...], ...]
@@ -130,8 +120,7 @@ class Recorder(TorchDispatchMode):
             self.copies[way, place] += 1
         elif (work := work_of(func, args, kwargs, result)) is not None:
             shapes = tuple(tuple(tensor.shape) for tensor in tensors_in((args, kwargs, result)))
-            kernels = _kernels(name, args)
-            self.calls.append(Call(name, work, kernels, place, node is not None, shapes))
+            self.calls.append(Call(name, work, place, node is not None, shapes))
 
     def _place(self, node: Any) -> Place:
         """Return where an operation was asked: in the backward pass, without a frame of ours, where
@@ -189,9 +178,3 @@ def _between_devices(name: str, args: tuple, result: Any) -> str | None:
     if source.device.type == "cuda":
         return "device to host"
     return "pinned host to device" if source.is_pinned() else "pageable host to device"
-
-
-def _kernels(name: str, args: tuple) -> int:
-    if not name.startswith(("_foreach_", "_fused_adam")):
-        return _KERNELS.get(name, 1)
-    return -(-sum(-(-tensor.numel() // _BLOCK) for tensor in args[0]) // _BLOCKS)

@@ -54,9 +54,8 @@ DEVICES: dict[str, Device] = {
 }
 
 
-def bf16_peak(product_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a device by the name that its driver gives, None if the table
-    lacks it.
+def find_device(product_name: str) -> Device | None:
+    """Return a device by the name that its driver gives, None if the table lacks it.
 
     "NVIDIA H100 PCIe" is an h100-pcie, "NVIDIA H100 80GB HBM3" an h100: of the names whose parts
     all occur, the longest.
@@ -64,4 +63,4 @@ def bf16_peak(product_name: str) -> float | None:
     found = [
         name for name in DEVICES if all(part in product_name.lower() for part in name.split("-"))
     ]
-    return DEVICES[max(found, key=len)].flops["bf16"] if found else None
+    return DEVICES[max(found, key=len)] if found else None

@@ -61,7 +61,10 @@ class PlannedRouter(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,  # from 0.17 on
     ) -> None:
         super().__init__()
         self.decision: tuple[Tensor, Tensor] | None = None

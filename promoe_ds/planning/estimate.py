@@ -122,6 +122,15 @@ def step_seconds(
     return seconds | {"weights": links["weights"]}
 
 
+def step_kernels(layout: ClusterLayout, shapes: PassShapes) -> int:
+    """Return how many kernels a rank's device runs in a step, without the routing log's."""
+    return sum(
+        _times(part, layout) * work.kernels
+        for part, calls in shapes.trace.work.items()
+        for work in calls
+    )
+
+
 def compute_precision(config: RunConfig, layout: ClusterLayout) -> str:
     """Return the precision of the matrix products: that of the weights, but under autocast."""
     return "bf16" if config.precision.compute == "bf16_autocast" else layout.precision

@@ -10,7 +10,13 @@ import torch.distributed as dist
 from promoe_ds.config import RunConfig, count_parameters, training_flops_per_image
 from promoe_ds.config.accounting import ParameterCount
 from promoe_ds.planning.cluster import Cluster, ClusterLayout
-from promoe_ds.planning.estimate import Link, compute_precision, step_seconds, step_traffic
+from promoe_ds.planning.estimate import (
+    Link,
+    compute_precision,
+    step_kernels,
+    step_seconds,
+    step_traffic,
+)
 from promoe_ds.planning.replay import UPDATE
 from promoe_ds.planning.shapes import PassShapes, trace_pass
 from promoe_ds.planning.work import Efficiency
@@ -26,7 +32,7 @@ class StepPlan:
 
     memory: bytes of one rank's device at its fullest moment, by kind; phase: which moment that is;
     host: bytes in the host's memory; traffic: what a rank sends, by what it is; seconds: by what
-    takes them.
+    takes them; kernels: that the device is asked to run.
     """
 
     config: RunConfig
@@ -40,6 +46,7 @@ class StepPlan:
     flops: int
     traffic: dict[str, Link]
     seconds: dict[str, float]
+    kernels: int
     efficiency: Efficiency
 
     @property
@@ -95,6 +102,7 @@ class StepPlan:
                 "fits": self.fits,
             },
             "flops_per_step": self.flops,
+            "kernels_per_step": self.kernels,
             "bytes_sent_per_rank_and_step": {k: asdict(link) for k, link in self.traffic.items()},
             "predicted": {
                 "seconds": {**self.seconds, "total": self.total_seconds},
@@ -133,6 +141,7 @@ def plan_step(
         flops=layout.images * training_flops_per_image(config, config.model.longest_text),
         traffic=traffic,
         seconds=step_seconds(config, layout, cluster, shapes, traffic, efficiency),
+        kernels=step_kernels(layout, shapes),
         efficiency=efficiency,
     )
 
@@ -178,7 +187,8 @@ def plan_lines(plan: StepPlan) -> list[str]:
             for name, link in plan.traffic.items()
         ),
         "",
-        f"work of a step: {plan.flops / 1e12:,.1f} TFLOP (attention and active experts)",
+        f"work of a step: {plan.flops / 1e12:,.1f} TFLOP (attention and active experts), "
+        f"{plan.kernels:,} kernels",
         "predicted time of a step, ms (from assumed shares of peak, nothing measured)",
         *(f"  {name:14}{1e3 * value:10.2f}" for name, value in plan.seconds.items()),
         f"  {'total':14}{1e3 * seconds:10.2f}   {plan.images_per_second:,.0f} images/s, "

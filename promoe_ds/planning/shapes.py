@@ -117,6 +117,23 @@ def trace_pass(
     return PassShapes(trace, states, sum(leaving), parameters)
 
 
+def trace_sampling(config: RunConfig, images: int) -> ShapeTrace:
+    """Run one evaluation of a network in bf16, as samplers on a GPU make it, over shapes.
+
+    Args:
+        images: rows of the pass; all have labels.
+    """
+    layout = ClusterLayout(world_size=1, zero_stage=0, precision="bf16", micro_batch=images)
+    network = _local_network(config, layout, None).eval()
+    with fake_tensors(), as_on_gpu(), torch.no_grad():
+        _materialise(network)
+        batch = _batch(config, images)
+        trace = ShapeTrace(known=[*network.parameters(), *network.buffers(), *batch.tensors()])
+        with trace:
+            network.denoise(batch.clean_BZHW, batch.sigma_B, batch.condition)
+    return trace
+
+
 def _groups(
     config: RunConfig, layout: ClusterLayout, module: TrainingModule, ep_size: int
 ) -> list[ReplayGroup]:

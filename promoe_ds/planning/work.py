@@ -1,4 +1,6 @@
-"""What one operation of a trace costs: floating-point operations, bytes, and a predicted time."""
+"""What one operation of a trace costs: floating-point operations, bytes, kernels, and a predicted
+time.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,16 @@ _OUTPUTS = {"out_N"}
 #: Touch as much of the indexed tensor as they bring or take.
 _ADD_ROWS = {"index_add_", "scatter_add_", "index_put_", "index_copy_"}
 _TAKE_ROWS = {"index_select", "gather", "embedding", "index", "select_rows"}
+#: Arguments that operations of ours write without reading what was there.
+_OUTPUTS = {"out_N"}
+#: Kernels of operations that are several.
+_KERNELS = {"sort": 6, "argsort": 6, "index_put_": 3, "embedding_dense_backward": 6}
+_KERNELS |= {"_grouped_mm": 2, "topk": 2, "repeat_interleave": 3}
+_KERNELS |= {"sum_by_expert": 2, "sum_groups": 2, "cosine_backward": 2, "sort_choices": 2}
+_KERNELS |= {"modulated_norm_backward": 2, "residual_norm_backward": 2}
+_KERNELS |= {"gated_residual_backward": 2, "bias_gelu_backward": 2, "join_heads": 2}
+#: torch's operations on lists: numbers of a block, blocks of a kernel (MultiTensorApply.cuh).
+_BLOCK, _BLOCKS = 65536, 320
 #: Products of fused attention on a CPU, which torch's counter does not know.
 _CPU_ATTENTION = {
     "_scaled_dot_product_flash_attention_for_cpu": 2,
@@ -52,13 +64,14 @@ class Efficiency:
 
 class Work(NamedTuple):
     """An operation's kind (matrix, attention, other), the dtype it computes in, what it computes
-    and moves.
+    and moves, and in how many kernels.
     """
 
     kind: str
     dtype: str
     flops: int
     bytes: int
+    kernels: int = 1
 
     def seconds(self, device: Device, efficiency: Efficiency) -> float:
         """Predict its time: the longer of computing and moving its operands."""
@@ -81,7 +94,14 @@ def work_of(func: Any, args: tuple, kwargs: dict, result: Any) -> Work | None:
         return None
     dtype = str((inputs or outputs)[0].dtype).removeprefix("torch.")
     kind, flops = _flops(func, name, args, kwargs, result)
-    return Work(kind, dtype, flops, _bytes_moved(func, name, args, kwargs, inputs, outputs))
+    moved = _bytes_moved(func, name, args, kwargs, inputs, outputs)
+    return Work(kind, dtype, flops, moved, _kernels(name, args))
+
+
+def _kernels(name: str, args: tuple) -> int:
+    if not name.startswith(("_foreach_", "_fused_adam")):
+        return _KERNELS.get(name, 1)
+    return -(-sum(-(-tensor.numel() // _BLOCK) for tensor in args[0]) // _BLOCKS)
 
 
 def _flops(func: Any, name: str, args: tuple, kwargs: dict, result: Any) -> tuple[str, int]:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from promoe_ds.backends.devices import bf16_peak
+from promoe_ds.backends.devices import find_device
 from promoe_ds.config import RunConfig, training_flops_per_image
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import CheckpointError
@@ -185,4 +185,5 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 
 def _peak_flops(device: torch.device) -> float | None:
-    return bf16_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    found = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return found.flops["bf16"] if found else None

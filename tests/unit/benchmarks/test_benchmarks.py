@@ -74,7 +74,14 @@ def test_self_test_on_a_cpu_fills_every_part() -> None:
     assert sum(found["kernels"].values()) > 0
     assert {"dense", "moe", "per_expert_loop"} <= found["layer"].keys()
     assert all((name in found["layer"]) != (name in found["not_available"]) for name in LIBRARIES)
+    assert {name.partition(": ")[2] for name in found["counts"]} == {
+        "kernels",
+        "host ms",
+        "ms a step",
+    }
+    test.predicted = {"layer, moe: ms": 2 * found["layer"]["moe"].wall_ms}
     text = "\n".join(test.result().lines())
+    assert "| 0.50 |" in next(line for line in text.splitlines() if "| layer, moe: ms |" in line)
     assert all(name[:60] in text for values in found.values() for name in values)
     assert json.dumps(test.result().as_json())
 
@@ -84,7 +91,7 @@ def test_self_test_runs_on_after_parts_that_fail_and_reports_what_it_finds(monke
     kernel, a missing library.
     """
 
-    def out_of_memory(config: object, images: int, device: object) -> None:
+    def out_of_memory(config: object, images: int, device: object, **options: object) -> None:
         tried.append(images)
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch more")
 
@@ -98,7 +105,7 @@ def test_self_test_runs_on_after_parts_that_fail_and_reports_what_it_finds(monke
     monkeypatch.setattr(gpu, "timed_step", out_of_memory)
     monkeypatch.setattr(gpu, "network_parity", kernel)
     monkeypatch.setattr(gpu, "mean_loss", absent)
-    monkeypatch.setattr(gpu, "kernel_times", lambda config, images, device: {"gemm": float(images)})
+    monkeypatch.setattr(gpu, "kernel_times", lambda config, images, device: ({"gemm": images}, 7))
     monkeypatch.setattr(gpu, "load_config", lambda recipe: small())
     monkeypatch.setattr(
         gpu,
@@ -117,14 +124,12 @@ def test_self_test_runs_on_after_parts_that_fail_and_reports_what_it_finds(monke
         training_steps=6,
         report=reported.append,
     ).found
-    assert tried == [4, 2, 1] * 3
+    assert tried == [4, 2, 1] * 3 + [1]
     assert {name: reason.split(":")[0] for name, reason in found["failed"].items()} == {
         **{f"network, {name}": "RuntimeError" for name in gpu.PRECISIONS},
         "layer, moe": "RuntimeError",
-        **{
-            f"tiny{kind}": "OutOfMemoryError"
-            for kind in (", bf16", ", fp8", " without experts, bf16")
-        },
+        **{f"tiny, {kind}": "OutOfMemoryError" for kind in ("bf16", "fp8", "without experts")},
+        "small, bf16: host ms": "OutOfMemoryError",
     }
     assert found["not_available"].keys() == {"megatron", *gpu.PRECISIONS}
     assert (found["parity"], found["kernels"], list(found["layer"])) == (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from promoe_ds.backends.devices import DEVICES, bf16_peak
+from promoe_ds.backends.devices import DEVICES, find_device
 from promoe_ds.cli.plan import main
 from promoe_ds.config import count_parameters, load_config
 from promoe_ds.errors import ConfigError
@@ -55,10 +55,10 @@ def test_peak_of_a_device_is_found_by_its_drivers_name() -> None:
         "NVIDIA H100 PCIe": "h100-pcie",
         "NVIDIA H200 NVL": "h200-nvl",
     }
-    assert {name: bf16_peak(name) for name in names} == {
-        name: DEVICES[key].flops["bf16"] for name, key in names.items()
+    assert {name: find_device(name) for name in names} == {
+        name: DEVICES[key] for name, key in names.items()
     }
-    assert bf16_peak("Tesla T4") is None
+    assert find_device("Tesla T4") is None
 
 
 def test_cluster_without_nodes_is_refused() -> None:
