@@ -185,8 +185,11 @@ def at_autocast_dtype(tensor: Tensor) -> Tensor:
 class _ExpertFeedForward(torch.autograd.Function):
     """down(gelu_tanh(up(x))) of every expert on its rows, with the backward pass written out.
 
-    Autograd's own version makes a temporary for every bias and sums its gradient row by row.
+    Autograd's own version makes a temporary for every bias and sums its gradient row by row. Here
+    the hidden layer is freed while the weights' gradients are made.
     """
+
+    clear_saved_tensors_on_access = True
 
     @staticmethod
     def forward(
@@ -208,15 +211,18 @@ class _ExpertFeedForward(torch.autograd.Function):
         rows_RD, pre_RF, hidden_RF, up, up_bias, down = ctx.saved_tensors
         products = ctx.products
         grad_RD = row_major(grad_RD)
+        grad_down = products.grad_weight(grad_RD, hidden_RF)
+        del hidden_RF
         grad_RF, grad_up_bias = products.expand_backward(
             products.grad_input(grad_RD, down), pre_RF, up_bias
         )
+        del pre_RF
         grad_rows = products.grad_input(grad_RF, up) if ctx.needs_input_grad[0] else None
         return (
             grad_rows,
             products.grad_weight(grad_RF, rows_RD),
             grad_up_bias,
-            products.grad_weight(grad_RD, hidden_RF),
+            grad_down,
             products.grad_bias(grad_RD),
             None,
         )
