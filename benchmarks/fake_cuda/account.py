@@ -52,7 +52,7 @@ _PLACES = {
     "zero_private.py:DeviceGate._finish": "gradients: buckets and copies",
     "zero_private.py:DeviceGate": "gradient norm",
     "reduction_private.py:GradientReducer.own_norms": "gradient norm",
-    "reduction_private.py": "gradients: buckets and copies",
+    "backends/gradient_sums.py": "gradients: buckets and copies",
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.get_flat_partition": "clip and casts of the update",
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.unscale_and_clip": "clip and casts of the update",
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.step": "clip and casts of the update",

@@ -110,12 +110,13 @@ class SelfAttention(nn.Module):
         self,
         width: int,
         num_heads: int,
-        head_width: int,
         *,
         qk_norm: bool,
+        head_width: int | None = None,
         text_width: int | None = None,
     ) -> None:
         super().__init__()
+        head_width = head_width or width // num_heads
         self.num_heads, inner = num_heads, num_heads * head_width
         self.qkv = nn.Linear(width, 3 * inner)
         self.proj = nn.Linear(inner, width)

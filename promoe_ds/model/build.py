@@ -64,8 +64,8 @@ def _build_block(config: RunConfig, index: int) -> DiTBlock:
     attention = SelfAttention(
         model.hidden_size,
         model.num_heads,
-        model.head_width,
         qk_norm=model.qk_norm,
+        head_width=model.head_width,
         text_width=model.text_width if model.condition == "text" else None,
     )
     feed_forward = (

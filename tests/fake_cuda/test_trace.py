@@ -21,7 +21,7 @@ _EVERY_RUN = {*METHODS, *LAYOUTS, *MEGATRON}
 _A_STEP = {"device to host: promoe_ds/train/trainer.py:Trainer._decide_on_device": 1}
 _A_PASS = {"pinned host to device: promoe_ds/diffusion/objective.py:DiffusionBatch.to": 4}
 
-_REDUCTION = "reduction_private.py:GradientReducer._send"
+_REDUCTION = "gradient_sums.py:GradientSums._send"
 
 _needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="no Megatron-core")
 _each_case = pytest.mark.parametrize(
@@ -119,9 +119,7 @@ def test_gradients_are_summed_in_several_parts_while_the_backward_pass_continues
     assert sum(each["count"] for each in sums) >= 4
     assert sum(each["count"] * each["bytes"] for each in sums) == 2 * one["parameters"]
     assert max(each["bytes"] for each in sums) <= 2 * 50_000_000
-    copied = sum(
-        each["bytes"] for each in one["operations"] if "reduction_private.py" in each["place"]
-    )
+    copied = sum(each["bytes"] for each in one["operations"] if "gradient_sums.py" in each["place"])
     # Joined, if not large; an eighth copied; two norms: of all, and of an eighth of the sums.
     assert copied < (2 + 2 + 4 / 8 + 2 / 8) * one["parameters"]
 
