@@ -49,7 +49,6 @@ _PLACES = {
     "train/routing_log.py": "routing log",
     "routing/assignment.py:sum_tokens_by_expert": "routing log",
     "train/ema.py": "averages of the weights",
-    "zero_private.py:DeviceGate._finish": "gradients: buckets and copies",
     "zero_private.py:DeviceGate": "gradient norm",
     "reduction_private.py:GradientReducer.own_norms": "gradient norm",
     "backends/gradient_sums.py": "gradients: buckets and copies",
@@ -79,8 +78,6 @@ def category(call: Call) -> str:
         return "products in bf16"
     if call.name.startswith("_fused_adam") or call.name == "adamw":
         return "AdamW"
-    if call.name == "_foreach_norm":
-        return "gradient norm"
     if call.name in _FUSED:
         return _FUSED[call.name]
     return next((kind for part, kind in _PLACES.items() if part in call.place.name), "rest")

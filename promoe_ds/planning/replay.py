@@ -3,19 +3,24 @@
 Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and runtime/engine.py: gradients are copied
 into a bucket; a full one is averaged, through a flat copy where it holds several ranks' parts, and
 this rank's part is copied back and kept. A parameter larger than the bucket is reduced alone.
+Where the device decides about updates, the trainer's own `GradientSums` run instead.
 `tests/fake_cuda/test_planner.py` compares bytes and collectives with the engine's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from promoe_ds.backends.deepspeed_private import OwnedSlice
+from promoe_ds.backends.gradient_sums import GradientSums, Place, SumSettings
 from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.planning.cluster import ClusterLayout
@@ -48,12 +53,39 @@ class ReplayGroup:
 @dataclass(frozen=True)
 class _Place:
     """Where a parameter is: the ranks over which its group is partitioned, the partitions that it
-    touches, its elements in the first, which is rank 0's.
+    touches, its elements in the first, which is rank 0's, and where it starts in the group.
     """
 
     replicas: dist.ProcessGroup
     partitions: range
     owned: int
+    start: int
+
+    def slice_of(self, parameter: nn.Parameter) -> OwnedSlice | None:
+        """Return what rank 0 owns of it, which is its beginning."""
+        return OwnedSlice(parameter, 0, self.start, self.owned) if self.owned else None
+
+
+class _TracedSums(GradientSums):
+    """The trainer's sums of gradients, seen by a trace."""
+
+    trace: ShapeTrace
+
+    def __init__(self, places: Sequence[Place], settings: SumSettings) -> None:
+        super().__init__(places, settings, self._reduce_traced)
+
+    def continue_step(self) -> None:
+        """Find the sums of an earlier pass."""
+        for place in self._places:
+            self._flat(place.group)
+        self._arrived.update(self._places)
+
+    def _reduce_traced(self, bucket: Tensor, ranks: dist.ProcessGroup) -> Any:
+        dist.all_reduce(self.trace.label(bucket, "buckets"), group=ranks)
+        return SimpleNamespace(wait=lambda: None)
+
+    def _flat(self, group: int) -> Tensor:
+        return self.trace.label(super()._flat(group), "gradients")
 
 
 class EngineReplay:
@@ -90,9 +122,30 @@ class EngineReplay:
         self._gradients: list[Tensor] = []
         self._earlier: Tensor | None = None
         self._waiting: list[nn.Parameter] = []
-        self._health = HealthWatch(module)
+        decides = layout.decides_on_device
+        self._health = HealthWatch(module, hooks=not decides)
+        self._sums = self._make_sums() if decides else None
+        self._norms: list[Tensor] = []
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._take)
+
+    def _make_sums(self) -> _TracedSums:
+        layout = self._layout
+        self._sum_places = {
+            parameter: Place(parameter, place.replicas, number, place.slice_of(parameter))
+            for number, group in enumerate(self._groups)
+            for parameter in group.parameters
+            for place in (self._places[parameter],)
+        }
+        settings = SumSettings(
+            partitions=self._owned,
+            bucket=layout.bucket,
+            overlaps=layout.overlap,
+            at_end=layout.zero_stage == 1,
+            sent_as=self._dtype,
+            kept_as=self._dtype,
+        )
+        return _TracedSums(list(self._sum_places.values()), settings)
 
     def _make_states(self, parameters: list[nn.Parameter], settings: OptimizerConfig) -> None:
         """Make the optimizer as the trainer does, with all its state."""
@@ -113,6 +166,8 @@ class EngineReplay:
     def start(self, trace: ShapeTrace) -> None:
         """Be seen by a trace, which counts none of the states."""
         self._trace = trace
+        if self._sums is not None:
+            self._sums.trace = trace
         kept = (each for one in self._optimizer.state.values() for each in one.values())
         trace.know([*self._weights, *self._masters, *kept])
 
@@ -120,12 +175,19 @@ class EngineReplay:
         """Take note of the loss; find the gradients of an earlier pass, where there was one."""
         self._health.see_loss(loss)
         if self._layout.accumulation > 1 and self._layout.zero_stage == 2:
+            if self._sums is not None:
+                self._sums.continue_step()
+                return
             self._earlier = self._make(self._kept, "gradients")
 
     def _take(self, parameter: nn.Parameter) -> None:
         layout, gradient = self._layout, parameter.grad
         self._trace.label(gradient, "gradients")
         if layout.zero_stage == 0:
+            return
+        if self._sums is not None:
+            with self._trace.during(BESIDE):
+                self._sums.take(self._sum_places[parameter])
             return
         if not self._buckets:
             count = 2 if layout.overlap and not layout.on_cpu else 1
@@ -146,7 +208,15 @@ class EngineReplay:
     @torch.no_grad()
     def finish_backward(self) -> None:
         """Reduce what is left."""
+        if self._sums is not None:
+            with self._trace.during(AFTER):
+                norms = self._sums.end_pass()
+                self._sums.end_step()
+            self._norms = list(norms.values())
+            self._health.see_norms([place.parameter for place in norms], self._norms)
         self._health.end_step().is_bad()
+        if self._sums is not None:
+            return
         if self._layout.zero_stage > 0:
             self._reduce(AFTER)
             if self._earlier is not None:
@@ -236,18 +306,24 @@ class EngineReplay:
     def _update_partitions(self, kernels: str) -> None:
         # A group's own weights stand for its kept gradients: as many numbers of the same dtype.
         own = [weights[:size] for weights, size in zip(self._weights, self._owned, strict=True)]
-        for gradient in own:
-            torch.linalg.vector_norm(gradient, dtype=torch.float32)
         adam: Any = self._optimizer  # torch's AdamW reads two attributes that it does not declare
-        decides, update = self._layout.decides_on_device, None
-        if decides:
+        update = None
+        if self._sums is not None:
+            is_one = self._layout.world_size == self._layout.accumulation == 1
+            norms = self._norms if is_one else [_norm(flat) for flat in own]
+            torch.stack(norms).square().sum().sqrt()
             adam.found_inf, adam.grad_scale = torch.zeros(()), torch.ones(())
             update = FusedUpdate(adam, self._ema) if uses_triton(own[0], kernels) else None
+        else:
+            for gradient in own:
+                _norm(gradient)
         for group, (gradient, master) in enumerate(zip(own, self._masters, strict=True)):
-            flat = self._trace.label(torch.cat([gradient, gradient[:0]]), "gradients")
             if update is not None:
-                update(group, flat, gradient, adam.found_inf, adam.grad_scale)
+                update(group, gradient, gradient, adam.found_inf, adam.grad_scale)
                 continue
+            flat = gradient
+            if self._sums is None:
+                flat = self._trace.label(torch.cat([gradient, gradient[:0]]), "gradients")
             master.grad = self._trace.label(flat.to(torch.float32), "gradients")
             del flat
             adam.step()
@@ -258,6 +334,10 @@ class EngineReplay:
         return self._trace.label(torch.empty(elements, dtype=self._dtype), label)
 
 
+def _norm(flat: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(flat, dtype=torch.float32)
+
+
 def _lay(group: ReplayGroup, size: int) -> dict[nn.Parameter, _Place]:
     """Lay a group's parameters into partitions of `size` elements, one behind the other."""
     ends = accumulate(p.numel() for p in group.parameters)
@@ -265,5 +345,5 @@ def _lay(group: ReplayGroup, size: int) -> dict[nn.Parameter, _Place]:
     for parameter, end in zip(group.parameters, ends, strict=True):
         start = end - parameter.numel()
         touched = range(start // size, (end - 1) // size + 1)
-        places[parameter] = _Place(group.replicas, touched, max(0, min(end, size) - start))
+        places[parameter] = _Place(group.replicas, touched, max(0, min(end, size) - start), start)
     return places

@@ -1,7 +1,8 @@
 """What one rank keeps under ZeRO between the passes of a step.
 
 Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py: each parameter group is one flat buffer,
-cut into equal partitions; gradients of whole parameters that a rank's partition touches are kept.
+cut into equal partitions; gradients of whole parameters that a rank's partition touches are kept,
+but where the device decides about updates, those of the partition alone.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def states_of_groups(
             offloaded=False,
         )
     owned = [partition_size(sizes, ranks) for sizes, ranks in groups]
-    copied = sum(_copied(sizes, ranks) for sizes, ranks in groups)
+    copied = sum(owned)
+    if not layout.decides_on_device:  # else only a partition's own numbers are kept
+        copied = sum(_copied(sizes, ranks) for sizes, ranks in groups)
     padded = sum(share * ranks for share, (_, ranks) in zip(owned, groups, strict=True))
     return States(
         weights=size * padded,
