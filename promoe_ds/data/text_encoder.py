@@ -166,16 +166,17 @@ class TextEncoder:
 def condition_of(
     states: Sequence[Tensor], pooled_BP: Tensor, null_B: Tensor, empty: EmptyText
 ) -> TextCondition:
-    """Return ragged states (L_i, C) as one padded condition."""
+    """Return ragged states (L_i, C) as one padded condition; null texts are `empty` to the bit."""
     lengths_B = torch.tensor([len(each) for each in states], device=pooled_BP.device)
     places_L = torch.arange(int(lengths_B.max()), device=pooled_BP.device)
-    return TextCondition(
+    condition = TextCondition(
         tokens_BLC=pad_sequence(list(states), batch_first=True),
         mask_BL=places_L < lengths_B[:, None],
         pooled_BC=pooled_BP,
         null_B=null_B,
         empty=empty,
     )
+    return condition.drop(null_B)
 
 
 def _folder_of(name: str) -> str:
