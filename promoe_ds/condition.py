@@ -9,11 +9,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+def padded_length(length: int) -> int:
+    """Return how many places a batch has whose longest text has so many tokens: a multiple of 16,
+    for few shapes and rows that fast kernels take as they are.
+    """
+    return -(-length // 16) * 16
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,9 @@ class Condition(ABC):
         return replace(self.drop(torch.ones_like(self.is_null_B)), num_null=len(self))
 
     def counted(self) -> Self:
-        """Return the same samples with `num_null`; call where the tensors are on the host."""
+        """Return the same samples with what only the host can know without asking a device:
+        `num_null`, and no more room than they need. Call where the tensors are on the host.
+        """
         return replace(self, num_null=int(self.is_null_B.sum()))
 
     def moved(self, function: Callable[[Tensor], Tensor]) -> Self:
@@ -134,7 +144,7 @@ class TextCondition(Condition):
 
     #: The encoder's states, any float dtype; zero behind a text's end.
     tokens_BLC: Tensor
-    #: Which of them are tokens, bool; at least one a sample.
+    #: Which of them are tokens, bool: a text's first places, at least one.
     mask_BL: Tensor
     #: One vector for the whole text; its width may differ from the states'.
     pooled_BC: Tensor
@@ -144,6 +154,19 @@ class TextCondition(Condition):
     #: int64 in 0 ... num_groups, the last of which is null; None where texts have no groups.
     groups_B: Tensor | None = None
     num_groups: int = 0
+
+    @classmethod
+    def of_states(
+        cls, states: Sequence[Tensor], pooled_BC: Tensor, empty: EmptyText, **others: Any
+    ) -> Self:
+        """Return texts whose states have lengths of their own, each (L, C); none is null unless
+        `null_B` says so.
+        """
+        lengths = torch.tensor([len(each) for each in states])
+        null_B = others.pop("null_B", torch.zeros(len(states), dtype=torch.bool))
+        tokens_BLC = pad_sequence(list(states), batch_first=True)
+        mask_BL = torch.arange(tokens_BLC.shape[1]) < lengths[:, None]
+        return cls(tokens_BLC, mask_BL, pooled_BC, null_B, empty, **others)
 
     @property
     def is_null_B(self) -> Tensor:
@@ -177,6 +200,13 @@ class TextCondition(Condition):
             num_null=None,
         )
 
+    def counted(self) -> TextCondition:
+        """Return the same texts with `num_null`, in as many places as the longest one needs, up to
+        a multiple: however they were padded, the same value.
+        """
+        longest = int(self.mask_BL.sum(dim=1).max())
+        return super(TextCondition, self._padded(padded_length(longest))).counted()
+
     def map(self, function: Callable[[Tensor], Tensor]) -> TextCondition:
         """Return the texts with a function applied to each tensor of B rows."""
         return replace(
@@ -208,7 +238,7 @@ class TextCondition(Condition):
         )
 
     def _padded(self, length: int) -> TextCondition:
-        """Return the same texts with `length` places."""
+        """Return the same texts with `length` places, none of which cuts a text."""
         more = length - self.mask_BL.shape[1]
         return replace(
             self,

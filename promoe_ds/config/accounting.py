@@ -73,6 +73,7 @@ def forward_flops_per_image(config: RunConfig) -> int:
     """Floating-point operations of one conditional image's forward pass (a multiply-add is two).
 
     Matrix products only: linear layers, attention, the experts a token activates, routing scores.
+    A text counts with its longest length.
     """
     model, routing = config.model, config.routing
     width, depth, layers = model.hidden_size, model.depth, len(config.moe_block_indices)
@@ -81,15 +82,20 @@ def forward_flops_per_image(config: RunConfig) -> int:
     shared = routing.num_shared_experts * config.shared_expert_width
     active = routed + shared * _MATRICES[config.shared_expert_type]
     router_per_token, router_per_image = _router_products(config)
+    is_text = model.condition == "text"
+    text_keys = depth * model.text_length * width if is_text else 0
     per_token = (
         (model.in_channels + model.out_channels) * patch * width
         + depth * (4 * width * width + 2 * tokens * width)
+        + 2 * text_keys
         + (depth - layers) * 2 * width * int(model.mlp_ratio * width)
         + layers * (width * active + router_per_token)
     )
     per_image = (
         TIMESTEP_FREQUENCIES * width + (3 + 6 * depth) * width * width + layers * router_per_image
     )
+    if is_text:
+        per_image += width * model.pooled_width + 2 * text_keys * model.text_width
     return 2 * (tokens * per_token + per_image)
 
 
@@ -129,8 +135,11 @@ def _router_products(config: RunConfig) -> tuple[int, int]:
 def _block_without_feed_forward(config: RunConfig) -> int:
     width = config.model.hidden_size
     attention_and_modulation = 10 * width * width + 10 * width
-    qk_norm = 4 * (width // config.model.num_heads) if config.model.qk_norm else 0
-    return attention_and_modulation + qk_norm
+    head_width = width // config.model.num_heads
+    qk_norm = 4 * head_width if config.model.qk_norm else 0
+    is_text = config.model.condition == "text"
+    text = 2 * width * (config.model.text_width + 1) + 2 * head_width if is_text else 0
+    return attention_and_modulation + qk_norm + text
 
 
 def _outside_blocks(config: RunConfig) -> int:
@@ -138,6 +147,7 @@ def _outside_blocks(config: RunConfig) -> int:
     patch = model.patch_size**2
     patches = model.in_channels * patch * width + width
     timestep = TIMESTEP_FREQUENCIES * width + width + width * width + width
-    labels = (model.num_classes + 1) * width
+    rows = model.pooled_width if model.condition == "text" else model.num_classes
+    condition = (rows + 1) * width
     final = 2 * width * width + 2 * width + patch * model.out_channels * (width + 1)
-    return patches + timestep + labels + final
+    return patches + timestep + condition + final

@@ -11,6 +11,8 @@ ON_DISK = {
     "latents": "the folder of *.safetensors shards",
     "images": "a tree of images, one folder a class",
 }
+#: Data sets that have labels and no texts.
+OF_CLASSES = ("digits", "images")
 
 
 class DataConfig(Section):

@@ -31,7 +31,8 @@ class _Placement(BaseModel, strict=True):
 
 
 def read_superclasses(config: RunConfig) -> tuple[int, ...]:
-    """Return the superclass (0 ... E-1) of every class, in the order of the classes.
+    """Return the superclass (0 ... E-1) of every class, in the order of the classes; under text, of
+    every group of captions.
 
     Raises: ConfigError naming what is wrong with `routing.superclass_map`: no such file, a class
     that is missing, doubled or unknown, a superclass without classes, a number of superclasses that
@@ -40,7 +41,13 @@ def read_superclasses(config: RunConfig) -> tuple[int, ...]:
     name, experts = config.routing.superclass_map, config.routing.num_experts
     assert name is not None
     where = f"routing.superclass_map={name}"
-    superclasses, classes = _read_map(name), range(config.model.num_classes)
+    superclasses, classes = _read_map(name), range(config.num_groups)
+    require(
+        len(classes) > 0,
+        f"{where} sorts groups of captions, but data.caption_groups=0: set their number, or use"
+        " another routing.method",
+        ConfigError,
+    )
     require(
         len(superclasses) == experts,
         f"{where} has {len(superclasses)} superclasses, routing.num_experts={experts}: one expert"

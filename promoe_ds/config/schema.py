@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from promoe_ds.config.data import DataConfig
+from promoe_ds.config.data import OF_CLASSES, DataConfig
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.config.model import ModelConfig
 from promoe_ds.config.optimizer import OptimizerConfig
@@ -68,6 +68,7 @@ class RunConfig(Section):
             )
         else:
             self._check_experts()
+        self._check_condition()
         if self.data.dataset == "digits":
             require(
                 (model.input_size, model.in_channels) == (8, 1),
@@ -105,6 +106,24 @@ class RunConfig(Section):
             solver=self.sampling.solver, steps=self.sampling.steps
         )
         require(not problem, f"sampling.{problem}")
+
+    def _check_condition(self) -> None:
+        if self.model.condition == "text":
+            require(
+                self.data.dataset not in OF_CLASSES,
+                f"data.dataset={self.data.dataset} has labels and no texts, but"
+                " model.condition=text: use another data set, or model.condition=class",
+            )
+        else:
+            try:
+                self.data.refuse_set("text_encoder", "caption_groups", use="model.condition=class")
+            except ValueError as error:
+                raise ValueError(f"data.{error}") from None
+        require(
+            self.logging.class_counts is not True or self.num_groups > 0,
+            "logging.class_counts=true has nothing to count by: set data.caption_groups, or leave"
+            " it out",
+        )
 
     def _check_experts(self) -> None:
         model, routing, parallel = self.model, self.routing, self.parallel
@@ -154,6 +173,8 @@ class RunConfig(Section):
                 "routing.expert_width": self.expert_width,
                 "routing.shared_expert_width": self.shared_expert_width,
             }
+        if self.model.condition == "text":
+            widths["model.text_width"] = self.model.text_width
         return next(
             (f"{name} is {width}" for name, width in widths.items() if width % multiple), None
         )
@@ -195,9 +216,16 @@ class RunConfig(Section):
         return None if self.parallel.expert_order is None else self.parallel.expert_order[row]
 
     @property
+    def num_groups(self) -> int:
+        """Groups that statistics sort samples by, without null: classes, or groups of captions."""
+        if self.model.condition == "text":
+            return self.data.caption_groups
+        return self.model.num_classes
+
+    @property
     def counts_classes(self) -> bool:
-        """Whether routing.jsonl gets tokens by class and expert."""
-        return self._counts(self.logging.class_counts, self.model.num_classes)
+        """Whether routing.jsonl gets tokens by class, or group of captions, and expert."""
+        return self.num_groups > 0 and self._counts(self.logging.class_counts, self.num_groups)
 
     @property
     def counts_positions(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promoe_ds.condition import ClassCondition, Condition
+from promoe_ds.condition import ClassCondition, Condition, EmptyText, TextCondition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.reading import shown, warn_once
 from promoe_ds.data.vae import Vae, VaeIdentity
@@ -42,11 +42,14 @@ class LatentDataset(Protocol):
 
 
 class SyntheticLatents:
-    """Standard-normal latents with random labels, to time a step; nothing can be learned."""
+    """Standard-normal latents with random labels or texts, to time a step; nothing can be
+    learned.
+    """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         """Use the recipe's shapes, classes and seed."""
         self._model, self._seed = config.model, config.train.seed
+        self._groups = config.num_groups
         self._count = config.data.synthetic_samples
 
     def __len__(self) -> int:
@@ -54,16 +57,34 @@ class SyntheticLatents:
 
     def take(
         self, indices: np.ndarray, positions: np.ndarray | None = None
-    ) -> tuple[Tensor, ClassCondition]:
-        """Return the latents and labels of these indices, always the same."""
-        model, latents, labels = self._model, [], []
+    ) -> tuple[Tensor, Condition]:
+        """Return the latents and conditions of these indices, always the same."""
+        model = self._model
         shape = model.in_channels, model.input_size, model.input_size
-        for index in indices:
-            draw = generator(self._seed, "synthetic", int(index))
-            latents.append(draw.standard_normal(shape, dtype=np.float32))
-            labels.append(draw.integers(model.num_classes))
-        condition = ClassCondition(torch.tensor(labels, dtype=torch.int64), model.null_label)
-        return torch.from_numpy(np.stack(latents)), condition
+        draws = [generator(self._seed, "synthetic", int(index)) for index in indices]
+        latents = [draw.standard_normal(shape, dtype=np.float32) for draw in draws]
+        clean = torch.from_numpy(np.stack(latents))
+        labels = [draw.integers(self._groups) for draw in draws if self._groups]
+        if model.condition == "text":
+            return clean, self._texts(draws, labels)
+        return clean, ClassCondition(torch.tensor(labels, dtype=torch.int64), model.null_label)
+
+    def _texts(self, draws: list[np.random.Generator], groups: list[np.int64]) -> TextCondition:
+        """Draw texts of 1 ... text_length tokens; the empty one, for all the same, has one."""
+        lengths = [int(draw.integers(1, self._model.text_length + 1)) for draw in draws]
+        texts = list(map(self._text, draws, lengths))
+        return TextCondition.of_states(
+            [tokens_LC for tokens_LC, _ in texts],
+            torch.stack([pooled_C for _, pooled_C in texts]),
+            EmptyText(*self._text(generator(self._seed, "synthetic", self._count), 1)),
+            groups_B=torch.tensor(groups, dtype=torch.int64) if groups else None,
+            num_groups=self._groups,
+        )
+
+    def _text(self, draw: np.random.Generator, length: int) -> tuple[Tensor, Tensor]:
+        tokens_LC = draw.standard_normal((length, self._model.text_width), dtype=np.float32)
+        pooled_C = draw.standard_normal(self._model.pooled_width, dtype=np.float32)
+        return torch.from_numpy(tokens_LC).bfloat16(), torch.from_numpy(pooled_C)
 
 
 class DrawnLatents(ABC):

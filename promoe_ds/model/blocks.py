@@ -1,12 +1,13 @@
 """Transformer blocks with adaptive layer norm (adaLN-Zero), dense or with experts.
 
-Letters: B images, S tokens per image, D width, A heads, G head width.
+Letters: B images, S tokens per image, D width, A heads, G head width; L tokens of a text, C width
+of its states.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +64,31 @@ class _SplitHeads(torch.autograd.Function):
         return grad
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention over the tokens of one image."""
+class Texts(NamedTuple):
+    """The texts of B images as a block's attention reads them."""
 
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
+    #: Which of the S image tokens and the L text tokens behind them are keys.
+    is_key_B11K: Tensor
+    #: Fp32 or the network's dtype; not read where keys and values are there.
+    states_BLC: Tensor
+    #: What this block's attention made of the states before, each (B, A, L, G).
+    keys_values: tuple[Tensor, Tensor] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Texts:
+        """Return the texts with a function applied to each tensor, whose first dimension is B."""
+        made = self.keys_values and (function(self.keys_values[0]), function(self.keys_values[1]))
+        return Texts(function(self.is_key_B11K), function(self.states_BLC), made)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of the tokens of one image to each other and, under text, to its text.
+
+    Text tokens are keys and values alone: they ask for nothing and end here.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, *, qk_norm: bool, text_width: int | None = None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -74,13 +96,31 @@ class SelfAttention(nn.Module):
         head_width = width // num_heads
         self.q_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
+        if text_width is not None:
+            self.text_kv = nn.Linear(text_width, 2 * width)
+            # Always: encoders' states have scales of their own.
+            self.text_k_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def text_keys_values(self, states_BLC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of texts, each (B, A, L, G)."""
+        batch, length, _ = states_BLC.shape
+        kv_BL2AG = self.text_kv(states_BLC).view(batch, length, 2, self.num_heads, -1)
+        k_BALG, v_BALG = kv_BL2AG.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.text_k_norm(k_BALG), v_BALG
+
+    def forward(self, x_BSD: Tensor, texts: Texts | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D)."""
         batch, tokens, width = x_BSD.shape
         qkv_BS3AG = self.qkv(x_BSD).view(batch, tokens, 3, self.num_heads, -1)
-        q_BASG, k_BASG, v_BASG = _SplitHeads.apply(qkv_BS3AG)
-        mixed = F.scaled_dot_product_attention(self.q_norm(q_BASG), self.k_norm(k_BASG), v_BASG)
+        q_BASG, k_BAKG, v_BAKG = _SplitHeads.apply(qkv_BS3AG)
+        q_BASG, k_BAKG = self.q_norm(q_BASG), self.k_norm(k_BAKG)
+        is_key_B11K = None
+        if texts is not None:
+            is_key_B11K = texts.is_key_B11K
+            text_k, text_v = texts.keys_values or self.text_keys_values(texts.states_BLC)
+            k_BAKG = torch.cat([k_BAKG, text_k], dim=2)
+            v_BAKG = torch.cat([v_BAKG, text_v], dim=2)
+        mixed = F.scaled_dot_product_attention(q_BASG, k_BAKG, v_BAKG, attn_mask=is_key_B11K)
         return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -106,7 +146,11 @@ class DiTBlock(nn.Module):
         self.checkpoint: Recompute = recomputed
 
     def forward(
-        self, x_BSD: Tensor, condition_BD: Tensor, partition: Partition
+        self,
+        x_BSD: Tensor,
+        condition_BD: Tensor,
+        partition: Partition,
+        texts: Texts | None = None,
     ) -> tuple[Tensor, RoutingPlan | None]:
         """Map (B, S, D) to (B, S, D) and return the layer's routing plan, None for a dense block.
 
@@ -114,7 +158,7 @@ class DiTBlock(nn.Module):
         them and is not: its decision, losses and statistics exist once. With `recompute_hidden` a
         dense feed-forward is recomputed alone.
         """
-        x_BSD, tokens_BSD, gate_BD = self._run(self._attend, x_BSD, condition_BD)
+        x_BSD, tokens_BSD, gate_BD = self._run(self._attend, x_BSD, condition_BD, texts)
         if not self.is_moe:
             return self._run(self._apply_dense, x_BSD, tokens_BSD, gate_BD), None
         plan = self.moe.route(tokens_BSD, partition)
@@ -135,12 +179,14 @@ class DiTBlock(nn.Module):
         if self.moe.unconditional is not None:
             self.moe.unconditional.compile(backend=backend, dynamic=True)
 
-    def _attend(self, x_BSD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend(
+        self, x_BSD: Tensor, condition_BD: Tensor, texts: Texts | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(
             F.silu(condition_BD)
         ).chunk(6, dim=-1)
         attended = self.attention(
-            modulated_norm(self.attention_norm, x_BSD, shift_a, scale_a, self.kernels)
+            modulated_norm(self.attention_norm, x_BSD, shift_a, scale_a, self.kernels), texts
         )
         x_BSD = gated_residual(x_BSD, gate_a, attended, self.kernels)
         tokens_BSD = modulated_norm(self.feed_forward_norm, x_BSD, shift_f, scale_f, self.kernels)

@@ -32,7 +32,12 @@ def build_model(config: RunConfig) -> DiT:
 
 def _build_block(config: RunConfig, index: int) -> DiTBlock:
     model = config.model
-    attention = SelfAttention(model.hidden_size, model.num_heads, qk_norm=model.qk_norm)
+    attention = SelfAttention(
+        model.hidden_size,
+        model.num_heads,
+        qk_norm=model.qk_norm,
+        text_width=model.text_width if model.condition == "text" else None,
+    )
     feed_forward = (
         build_moe_layer(config, index)
         if config.is_moe_block(index)

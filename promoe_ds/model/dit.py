@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.model.blocks import DiTBlock, FinalLayer
+from promoe_ds.model.blocks import DiTBlock, FinalLayer, Texts
 from promoe_ds.model.embeddings import (
     ConditionEmbedding,
     LabelEmbedding,
     PatchEmbedding,
+    PreparedCondition,
+    TextEmbedding,
     TimestepEmbedding,
     sincos_positions,
 )
@@ -51,9 +53,10 @@ class DiT(nn.Module):
             model.patch_size, model.in_channels, model.hidden_size
         )
         self.timestep_embedding = TimestepEmbedding(model.hidden_size)
-        self.label_embedding: ConditionEmbedding = LabelEmbedding(
-            model.num_classes, model.hidden_size
-        )
+        if model.condition == "text":
+            self.text_embedding = TextEmbedding(model.pooled_width, model.hidden_size)
+        else:
+            self.label_embedding = LabelEmbedding(model.num_classes, model.hidden_size)
         self.blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))
         self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels)
         self.register_buffer(
@@ -70,6 +73,13 @@ class DiT(nn.Module):
         model = self.config.model
         positions = sincos_positions(model.hidden_size, model.input_size // model.patch_size)
         self.positions = positions.to(self.positions.device, self.positions.dtype)
+
+    @property
+    def condition_embedding(self) -> ConditionEmbedding:
+        """The embedding of what images are conditioned on."""
+        if self.config.model.condition == "text":
+            return self.text_embedding
+        return self.label_embedding
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """Return the MoE layers by block index."""
@@ -88,8 +98,8 @@ class DiT(nn.Module):
             latents_BZHW: noised latents.
             timestep_B: float, as the objective gives it: sigma * num_train_timesteps, or DDPM's
             integer.
-            condition: of each sample; labels int64 in 0 ... num_classes mean a ClassCondition,
-            num_classes is null.
+            condition: of each sample, prepared or not; labels int64 in 0 ... num_classes mean a
+            ClassCondition, num_classes is null.
         Returns: (B, out_channels, H, W) in the latents' dtype; the first Z channels are the
         prediction.
         """
@@ -109,14 +119,44 @@ class DiT(nn.Module):
         )
         dtype = self.patch_embedding.proj.weight.dtype
         x_BSD = self.patch_embedding(latents_BZHW.to(dtype)) + self.positions.to(dtype)
-        condition_BD = self.timestep_embedding(timestep_B) + self.label_embedding.vector(condition)
+        vector_BD, texts = self._embed(condition)
+        condition_BD = self.timestep_embedding(timestep_B) + vector_BD
         plans: dict[int, RoutingPlan] = {}
         for index, block in enumerate(self.blocks):
-            x_BSD, plan = block(x_BSD, condition_BD, partition)
+            x_BSD, plan = block(x_BSD, condition_BD, partition, texts[index])
             if plan is not None:
                 plans[index] = plan
         patches = self.final_layer(x_BSD, condition_BD)
         return DenoiserOutput(self._unpatchify(patches).to(latents_BZHW.dtype), plans)
+
+    @torch.no_grad()
+    def prepare(self, condition: Condition) -> Condition:
+        """Return a condition with what does not depend on noise levels computed once for all of
+        them: each block's keys and values of the texts. One of classes comes back as it is.
+
+        Call after dropping and joining, in the context of the passes themselves (autocast, FP8).
+        """
+        vector_BD, texts = self._embed(condition)
+        made = tuple(
+            Texts(
+                each.is_key_B11K,
+                each.states_BLC,
+                block.attention.text_keys_values(each.states_BLC),
+            )
+            for block, each in zip(self.blocks, texts, strict=True)
+            if each is not None
+        )
+        if not made:
+            return condition
+        return PreparedCondition(condition, vector_BD, made, num_null=condition.num_null)
+
+    def _embed(self, condition: Condition) -> tuple[Tensor, Sequence[Texts | None]]:
+        """Return the condition's vector (B, D), and what each block's attention reads of it."""
+        if isinstance(condition, PreparedCondition):
+            return condition.vector_BD, condition.texts
+        embedding = self.condition_embedding
+        texts = embedding.texts(condition, self.config.model.tokens_per_image)
+        return embedding.vector(condition), [texts] * len(self.blocks)
 
     def patchify(self, latents_BZHW: Tensor) -> Tensor:
         """Return the latents' patches (B, S, patch * patch * Z), values in the order of the

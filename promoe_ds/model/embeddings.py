@@ -1,18 +1,24 @@
-"""Patches, fixed positions, timestep and label embeddings (Peebles & Xie, 2023).
+"""Patches, fixed positions, timestep and condition embeddings (Peebles & Xie, 2023).
 
-Letters: B images, S tokens per image, D width, Z latent channels, H, W latent size.
+Letters: B images, S tokens per image, D width, Z latent channels, H, W latent size; L tokens of a
+text, C width of its states.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.condition import ClassCondition, Condition
+from promoe_ds.condition import ClassCondition, Condition, TextCondition
 from promoe_ds.config.accounting import TIMESTEP_FREQUENCIES
+from promoe_ds.errors import ConfigError
+from promoe_ds.model.blocks import Texts
 
 MAX_PERIOD = 10_000.0
 
@@ -76,8 +82,8 @@ class ConditionEmbedding(nn.Module):
         """Return (B, D), which is added to the timestep's embedding."""
         raise NotImplementedError
 
-    def context(self, condition: Condition) -> Tensor | None:
-        """Return tokens (B, L, D) for attention's keys and values, or None where the vector is
+    def texts(self, condition: Condition, tokens_per_image: int) -> Texts | None:
+        """Return what every block's attention reads besides the image, None where the vector is
         all.
         """
         return None
@@ -92,5 +98,72 @@ class LabelEmbedding(ConditionEmbedding):
 
     def vector(self, condition: Condition) -> Tensor:
         """Return (B, D). Dropout is done where the batch is made."""
-        assert isinstance(condition, ClassCondition)
+        if not isinstance(condition, ClassCondition):
+            raise ConfigError(
+                f"model.condition=class needs labels, not a {type(condition).__name__}"
+            )
         return self.table(condition.labels_B)
+
+
+class TextEmbedding(ConditionEmbedding):
+    """A linear map of the vector of a whole text; the encoder's states go to attention as they
+    are.
+    """
+
+    def __init__(self, pooled_width: int, width: int) -> None:
+        super().__init__()
+        self.pooled = nn.Linear(pooled_width, width)
+
+    def vector(self, condition: Condition) -> Tensor:
+        """Return (B, D)."""
+        return self.pooled(_of_text(condition).pooled_BC.to(self.pooled.weight.dtype))
+
+    def texts(self, condition: Condition, tokens_per_image: int) -> Texts:
+        """Return the states, and which tokens are keys: those of the image and of the text."""
+        text = _of_text(condition)
+        is_key_BK = F.pad(text.mask_BL, (tokens_per_image, 0), value=True)
+        return Texts(is_key_BK[:, None, None], text.tokens_BLC.to(self.pooled.weight.dtype))
+
+
+def _of_text(condition: Condition) -> TextCondition:
+    if not isinstance(condition, TextCondition):
+        raise ConfigError(
+            f"model.condition=text needs a TextCondition, not {type(condition).__name__}: encode"
+            " prompts with the model's text encoder"
+        )
+    return condition
+
+
+@dataclass(frozen=True)
+class PreparedCondition(Condition):
+    """A condition and what a network makes of it once for all noise levels, see `DiT.prepare`."""
+
+    original: Condition
+    vector_BD: Tensor
+    #: One for each block, with its keys and values.
+    texts: tuple[Texts, ...]
+
+    @property
+    def is_null_B(self) -> Tensor:
+        """Which samples of the original are null."""
+        return self.original.is_null_B
+
+    @property
+    def group_B(self) -> Tensor | None:
+        """Return the original's groups."""
+        return self.original.group_B
+
+    def __len__(self) -> int:
+        return len(self.original)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PreparedCondition:
+        """Return the samples with a function applied to each tensor of B rows."""
+        texts = tuple(each.map(function) for each in self.texts)
+        return PreparedCondition(self.original.map(function), function(self.vector_BD), texts)
+
+    def drop(self, mask_B: Tensor) -> PreparedCondition:
+        """Raise: what was made of the texts is no longer true of them."""
+        raise TypeError("drop and join conditions before DiT.prepare, not after it")
+
+    def _joined(self, others: Sequence[Condition]) -> PreparedCondition:
+        raise TypeError("drop and join conditions before DiT.prepare, not after it")

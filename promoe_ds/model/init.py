@@ -67,9 +67,9 @@ def fill_parameter(
             _normal(parameter, float(gate), name, seed)
     elif "modulation" in name or name.startswith("final_layer.") or name.endswith("bias"):
         parameter.zero_()
-    elif name.startswith(("timestep_embedding.", "label_embedding.")) or name.endswith(
-        ".prototypes"
-    ):
+    elif name.startswith(("timestep_embedding.", "label_embedding.", "text_embedding.")):
+        _normal(parameter, EMBEDDING_STD, name, seed)
+    elif name.endswith(".prototypes"):
         _normal(parameter, EMBEDDING_STD, name, seed)
     else:
         _xavier(parameter, name, seed, expert=0)

@@ -13,7 +13,7 @@ from torch import nn
 
 from promoe_ds.backends.expert_parallel import mark_experts, shard_experts, share_centroids
 from promoe_ds.backends.parameter_groups import parameter_groups
-from promoe_ds.condition import ClassCondition
+from promoe_ds.condition import ClassCondition, Condition, EmptyText, TextCondition, padded_length
 from promoe_ds.config import RunConfig
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError
@@ -161,5 +161,25 @@ def _batch(config: RunConfig, images: int) -> DiffusionBatch:
         torch.empty(shape),
         torch.empty(shape),
         torch.empty(images),
-        ClassCondition(torch.empty(images, dtype=torch.int64), model.null_label),
+        _condition(config, images),
+    )
+
+
+def _condition(config: RunConfig, images: int) -> Condition:
+    """Return labels, or texts of the greatest length, which is the case with most work."""
+    model = config.model
+    groups_B = torch.empty(images, dtype=torch.int64)
+    if model.condition == "class":
+        return ClassCondition(groups_B, model.null_label)
+    length = padded_length(model.text_length)
+    states = torch.empty(images, length, model.text_width, dtype=torch.bfloat16)
+    pooled_BC = torch.empty(images, model.pooled_width)
+    return TextCondition(
+        states,
+        torch.empty(states.shape[:2], dtype=torch.bool),
+        pooled_BC,
+        torch.empty(images, dtype=torch.bool),
+        EmptyText(states[0], pooled_BC[0]),
+        groups_B=groups_B if config.num_groups else None,
+        num_groups=config.num_groups,
     )

@@ -247,7 +247,7 @@ class _Tables:
     def __init__(self, config: RunConfig, layers: int, device: torch.device) -> None:
         self._experts, self._patches = config.routing.num_experts, config.model.tokens_per_image
         rows = {
-            "tokens_per_class": config.counts_classes * (config.model.num_classes + 1),
+            "tokens_per_class": config.counts_classes * (config.num_groups + 1),
             "tokens_per_position": config.counts_positions * self._patches,
         }
         self._counts = {
@@ -258,7 +258,7 @@ class _Tables:
         self._every = config.counts_every(
             self._experts
             * max(
-                config.counts_classes * config.model.num_classes,
+                config.counts_classes * config.num_groups,
                 config.counts_positions * self._patches,
             )
         )

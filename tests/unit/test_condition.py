@@ -54,8 +54,16 @@ def test_text_condition_drops_joins_and_selects() -> None:
     assert dropped.mask_BL.tolist() == [[True, True], [True, False]]
     assert dropped.pooled_BC.tolist() == [[-2] * 3, [1] * 3]
     assert not condition.is_null_B.any() and dropped.counted().num_null == 1
-    both = _texts(3).cat([condition.counted().null_like()])
+    both = _texts(3).cat([condition.null_like()])
     assert both.mask_BL.tolist() == [[True] * 3, [True, True, False], [True, True, False]]
     assert both.select(torch.tensor([2, 0])).is_null_B.tolist() == [True, False]
     moved = both.counted().to(torch.device("meta"))
     assert moved.empty.tokens_LC.is_meta and moved.tokens_BLC.is_meta and moved.num_null == 2
+
+
+def test_text_condition_counted_forgets_padding() -> None:
+    short, longer = _texts(3, 1), _texts(3, 1, 40).select(slice(2))
+    assert longer.mask_BL.shape == (2, 40)
+    for each in (short.counted(), longer.counted()):
+        assert each.num_null == 0 and each.tokens_BLC.shape == (2, 16, 2)
+        assert each.mask_BL.sum(dim=1).tolist() == [3, 1] and not each.tokens_BLC[:, 3:].any()

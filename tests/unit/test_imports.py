@@ -30,9 +30,10 @@ LIBRARIES: dict[str, set[str]] = {
     "moe": {"torch"},
     "model": {"torch", "numpy", "safetensors", "xxhash"},
     "diffusion": {"torch", "numpy", "diffusers"},
-    # Images are decoded by Pillow and encoded by diffusers' autoencoder. Tensors and records carry
-    # xxhash checksums.
-    "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash", "msgspec"},
+    # Pillow decodes images, diffusers encodes them; resvg draws emoji, transformers encodes texts.
+    # Tensors and records carry xxhash checksums.
+    "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash", "msgspec"}
+    | {"transformers", "resvg_py"},
     # Runs on the launching host, before any rank, and must not need torch there.
     "launch": {"psutil"},
     "run_files": set(),

