@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from promoe_ds.condition import EmptyText, TextCondition
 from promoe_ds.data.reading import reading, warn_once
@@ -53,8 +52,8 @@ class TextIdentity:
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """States (L_i, C) in bf16 and pooled vectors (B, P) in fp32 of B texts, on the encoder's
-    device; `truncated` of them were longer than the encoder takes.
+    """States (L_i, C) in bf16 and pooled vectors (B, P) in fp32 of B texts, on the CPU;
+    `truncated` of them were longer than the encoder takes.
     """
 
     states: list[Tensor]
@@ -115,7 +114,7 @@ class TextEncoder:
         """
         ids, truncated = self._tokens(texts)
         states: list[Tensor] = [torch.empty(0)] * len(texts)
-        pooled = torch.empty(len(texts), self.identity.pooled_width, device=self._device)
+        pooled = torch.empty(len(texts), self.identity.pooled_width)
         in_order = sorted(range(len(texts)), key=lambda place: len(ids[place]))
         for _, same in groupby(in_order, key=lambda place: len(ids[place])):
             alike = list(same)
@@ -126,8 +125,10 @@ class TextEncoder:
                 output = self._network(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL))
                 states_BLC = output.last_hidden_state
                 pooled_BP = output.pooler_output if self._has_pooled else states_BLC.mean(1)
-                pooled[places] = pooled_BP.float()
-                for place, states_LC in zip(places, states_BLC.to(STATES_DTYPE), strict=True):
+                pooled[places] = pooled_BP.float().cpu()
+                for place, states_LC in zip(
+                    places, states_BLC.to("cpu", STATES_DTYPE), strict=True
+                ):
                     states[place] = states_LC
         if not torch.isfinite(pooled).all():
             bad = int((~torch.isfinite(pooled)).any(dim=1).nonzero()[0])
@@ -138,8 +139,9 @@ class TextEncoder:
         return EncodedTexts(states, pooled, truncated)
 
     def condition(self, texts: Sequence[str]) -> TextCondition:
-        """Return texts as a network takes them, on the encoder's device; one of blanks alone is
-        null. Rank 0 warns of texts that were cut.
+        """Return texts as a network takes them, on the CPU; one of blanks alone is null.
+
+        Rank 0 warns of texts that were cut.
         """
         encoded = self.encode(texts)
         if encoded.truncated:
@@ -147,13 +149,14 @@ class TextEncoder:
                 "%d of %d texts are longer than the %d tokens that %s takes: their ends are cut",
                 *(encoded.truncated, len(texts), self.identity.max_length, self.identity.name),
             )
-        is_null = torch.tensor([not text.strip() for text in texts], device=self._device)
-        return condition_of(encoded.states, encoded.pooled, is_null, self.empty)
+        is_null_B = torch.tensor([is_blank(text) for text in texts])
+        # Dropped, null texts are the empty one to the bit, whatever they were encoded with.
+        return TextCondition.of_states(encoded.states, encoded.pooled, self.empty).drop(is_null_B)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Return the token numbers of each text, cut, and how many were cut."""
         longest = self.identity.max_length
-        whole = ["" if not text.strip() else text for text in texts]
+        whole = ["" if is_blank(text) else text for text in texts]
         ids = self._tokenizer(whole, truncation=True, max_length=longest)["input_ids"]
         # Only texts as long as allowed can have been cut: those are counted anew, uncut.
         full = [text for text, each in zip(whole, ids, strict=True) if len(each) == longest]
@@ -163,20 +166,9 @@ class TextEncoder:
         return [each or end for each in ids], sum(len(each) > longest for each in uncut)
 
 
-def condition_of(
-    states: Sequence[Tensor], pooled_BP: Tensor, null_B: Tensor, empty: EmptyText
-) -> TextCondition:
-    """Return ragged states (L_i, C) as one padded condition; null texts are `empty` to the bit."""
-    lengths_B = torch.tensor([len(each) for each in states], device=pooled_BP.device)
-    places_L = torch.arange(int(lengths_B.max()), device=pooled_BP.device)
-    condition = TextCondition(
-        tokens_BLC=pad_sequence(list(states), batch_first=True),
-        mask_BL=places_L < lengths_B[:, None],
-        pooled_BC=pooled_BP,
-        null_B=null_B,
-        empty=empty,
-    )
-    return condition.drop(null_B)
+def is_blank(text: str) -> bool:
+    """Whether a text says nothing: it is null."""
+    return not text.strip()
 
 
 def _folder_of(name: str) -> str:
@@ -198,7 +190,7 @@ def _folder_of(name: str) -> str:
     return name
 
 
-def _load(source: str) -> tuple[torch.nn.Module, Any]:
+def _load(source: str) -> tuple[Any, Any]:
     """Return the network, in the types of its files, and its tokenizer.
 
     Raises: DataError if transformers is missing, or the folder has not all of them.
