@@ -12,7 +12,7 @@ import torch
 
 from promoe_ds.condition import ClassCondition, Condition, TextCondition
 from promoe_ds.config import RunConfig
-from promoe_ds.data.text_encoder import TextEncoder, TextIdentity
+from promoe_ds.data.text_encoder import TextEncoder, TextIdentity, encoder_of
 from promoe_ds.diffusion import SamplingPlan, check_guided, check_interval, choose_scale
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
@@ -175,19 +175,12 @@ def load_conditions(
 ) -> tuple[Conditions, TextIdentity | None]:
     """Return what makes conditions of labels, and which text encoder it takes, if any.
 
-    Raises: ConfigError if that is none, or not the one that the model was trained with; DataError
-    if it cannot be loaded.
+    Raises: DataError if none is named or can be loaded, or it is not the one of the training.
     """
     if config.model.condition == "class":
         null = config.model.null_label
         return lambda labels: (ClassCondition(torch.from_numpy(labels), null), None), None
-    source = request.text_encoder or config.data.text_encoder
-    if source is None:
-        raise ConfigError(
-            "--text-encoder: the export does not say which text encoder the model was trained with:"
-            " give its folder or hub id"
-        )
-    encoder = TextEncoder(source, device=device, max_length=config.model.text_length)
+    encoder = encoder_of(config, name=request.text_encoder, device=device)
     return _PromptConditions(encoder, request.prompts, request.negative_prompt), encoder.identity
 
 
