@@ -98,6 +98,7 @@ def test_every_sampler_splits_guidance_where_the_method_mixes_samples(
     network.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
     transformer = ProMoETransformer2DModel(config.model_dump(mode="json"))
     transformer.denoiser = network
+    transformer.eval()
     pipeline = ProMoEPipeline(transformer, FlowMatchEulerDiscreteScheduler())
     pipeline([0, 1, 2], output_type="latent")
     plan = make_plan(asked(), config)
