@@ -24,6 +24,7 @@ STREAMS = {
     "synthetic": 7,
     "flip": 8,
     "posterior": 9,
+    "caption": 10,
 }
 
 _MASK64 = (1 << 64) - 1

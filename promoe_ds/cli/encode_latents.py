@@ -6,6 +6,7 @@ torchrun or deepspeed.
         --vae stabilityai/sd-vae-ft-mse
     promoe-encode --from-npz sd-vae-ft-mse_Latents_256img_npz --vae-name stabilityai/sd-vae-ft-mse
     --out latents
+    promoe-encode --images pictures --out latents --vae stabilityai/sd-vae-ft-mse --captions .txt
     promoe-encode --verify latents
 
 The same command resumes after an interruption, on any number of processes. --from-npz packs the
@@ -17,6 +18,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+from promoe_ds.cli.encode_text import add_captions, encode_captions
 from promoe_ds.cli.entry import command, joined_processes
 from promoe_ds.cli.options import Parser, number
 from promoe_ds.logs import get_logger
@@ -78,6 +80,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--shard-size", type=number(ge=1), default=4096, help="images a file")
     add("--workers", type=number(ge=1), default=8, help="threads a process that decode images")
     add("--max-corrupt", type=int, default=0, help="unreadable images that are named and skipped")
+    add_captions(parser, required=False)
     parser.add_process()
     options = parser.parse_args(arguments)
     _check(parser, options)
@@ -88,6 +91,10 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
     """End with what does not go together."""
     parser.require(options.verify or options.out, "--out is needed")
     parser.require(options.vae or not options.images, "--images needs --vae")
+    if options.verify or options.captions is None:
+        texts = "captions", "text_encoder", "text_length", "text_dtype", "max_uncaptioned"
+        why = "with --verify" if options.verify else "without --captions"
+        parser.without_effect(options, *texts, reason=why)
     if options.from_npz:
         parser.require(
             options.vae_name,
@@ -103,6 +110,7 @@ def main(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
     from promoe_ds.data.encode import EncodeRequest, encode
     from promoe_ds.data.shards import verify
+    from promoe_ds.data.text.packed import verify_texts
 
     log = get_logger("encode")
     with joined_processes(options.device) as team:
@@ -114,6 +122,8 @@ def main(arguments: list[str]) -> None:
                 index.count,
                 len(index.shards),
             )
+            if (texts := verify_texts(options.verify, team)) is not None:
+                log.info("%s: so are all %d captions", options.verify, texts.counts.captions)
             return
         given = {each.name: getattr(options, each.name, None) for each in fields(EncodeRequest)}
         given |= {"source": options.images or options.from_npz, "from_npz": bool(options.from_npz)}
@@ -126,6 +136,9 @@ def main(arguments: list[str]) -> None:
             len(index.shards),
             len(index.skipped),
         )
+        if options.captions is not None:
+            source = options.images or options.from_npz
+            encode_captions(options, source, options.out, team)
 
 
 run = command(main)

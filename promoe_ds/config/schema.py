@@ -230,6 +230,11 @@ class RunConfig(Section):
         return self.model.num_classes
 
     @property
+    def groups_field(self) -> str:
+        """The field that says how many groups there are."""
+        return "data.caption_groups" if self.model.condition == "text" else "model.num_classes"
+
+    @property
     def counts_classes(self) -> bool:
         """Whether routing.jsonl gets tokens by class, or group of captions, and expert."""
         return self.num_groups > 0 and self._counts(self.logging.class_counts, self.num_groups)

@@ -114,20 +114,19 @@ class DrawnLatents(ABC):
         Raises: DataError naming both sides of what does not fit; rank 0 warns of fewer classes than
             the recipe's, and of an autoencoder that is taken on trust.
         """
-        data, num_classes = config.data, config.model.num_classes
+        data, groups, named = config.data, config.num_groups, config.groups_field
         if data.flip is True and not has_twins:
             raise DataError(
                 f"{where}: holds no mirrored latents, but data.flip=true: encode them with both, or"
                 " leave data.flip out"
             )
-        if classes is not None and classes > num_classes:
-            raise DataError(
-                f"{shown(where)}: {classes} classes, but model.num_classes={num_classes}"
-            )
-        if classes is not None and classes < num_classes:
+        # Captions need no groups; classes need labels.
+        if classes is not None and classes > groups > 0:
+            raise DataError(f"{shown(where)}: {classes} classes, but {named}={groups}")
+        if classes is not None and classes < groups:
             warn_once(
-                "%s: %d classes of model.num_classes=%d: the labels from %d on never occur",
-                *(where, classes, num_classes, classes),
+                "%s: %d classes of %s=%d: the labels from %d on never occur",
+                *(where, classes, named, groups, classes),
             )
         if vae is not None:
             _check_vae(where, vae, config)
@@ -154,8 +153,8 @@ class DrawnLatents(ABC):
 
     def take(
         self, indices: np.ndarray, positions: np.ndarray | None = None
-    ) -> tuple[Tensor, ClassCondition]:
-        """Return scaled fp32 latents (B, Z, H, W) on the CPU and their classes.
+    ) -> tuple[Tensor, Condition]:
+        """Return scaled fp32 latents (B, Z, H, W) on the CPU and their conditions.
 
         Raises: DataError naming what cannot be read or is not finite.
         """
@@ -165,7 +164,13 @@ class DrawnLatents(ABC):
         latents, labels = self.read(np.asarray(indices), flips)
         if self.kind == "moments":
             latents = draw_latents(latents, self._seed, positions)
-        return latents.mul_(self._scale), ClassCondition(labels, self._null)
+        return latents.mul_(self._scale), self._conditions(indices, labels, positions)
+
+    def _conditions(
+        self, indices: np.ndarray, labels: Tensor, positions: np.ndarray | None
+    ) -> Condition:
+        """Return what these samples, of these labels, are conditioned on."""
+        return ClassCondition(labels, self._null)
 
 
 def draw_latents(moments_BCHW: Tensor, seed: int, positions: np.ndarray | None) -> Tensor:

@@ -7,15 +7,19 @@ Letters: B samples, C channels on disk, Z latent channels, H, W latent size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from promoe_ds.condition import Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.dataset import DrawnLatents, first_not_finite
 from promoe_ds.data.shards import INDEX, MOMENTS, UNFINISHED, LatentIndex, Shard, read_index
+from promoe_ds.data.text.packed import PackedTexts
+from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.data.trees import scan_tree
 from promoe_ds.data.unpacked import NPZ_SUFFIX, NpzLatents
 from promoe_ds.errors import DataError
@@ -27,6 +31,11 @@ def open_latents(config: RunConfig, device: torch.device) -> PackedLatents | Npz
     Raises: DataError if there is neither, or it does not fit the recipe.
     """
     folder = Path(config.data.path)
+    if config.model.condition == "text" and not (folder / INDEX).is_file():
+        raise DataError(
+            f"data.path={folder}: model.condition=text needs packed latents with captions, but"
+            f" there is no {INDEX}: encode the images, then their captions by tools/encode_text.py"
+        )
     if _shard_files(folder) or any((folder / name).is_file() for name in (INDEX, UNFINISHED)):
         return PackedLatents(config)
     try:
@@ -82,9 +91,22 @@ class PackedLatents(DrawnLatents):
                 raise DataError(
                     f"{shard.path}: holds {shard.layout}, {first.path.name} {first.layout}"
                 )
-        self._labels = torch.cat([shard.labels.long() for shard in self._shards])
+        self._texts: PackedTexts | None = None
+        self._groups = config.num_groups
+        if config.model.condition == "text":
+            self._texts = PackedTexts(folder, index, config)
+        # Mapped like the records: those of 100 million images would take 800 MB.
+        self._label_rows = [shard.labels.numpy() for shard in self._shards]
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self._ends = self._starts[1:]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def text_identity(self) -> TextIdentity | None:
+        """Which encoder the captions were encoded by."""
+        return None if self._texts is None else self._texts.identity
 
     def read(self, indices: np.ndarray, flips: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return records and labels.
@@ -93,9 +115,7 @@ class PackedLatents(DrawnLatents):
         """
         raw = torch.empty((len(indices), *self._first.shape[1:]), dtype=self._first.dtype)
         rows = raw.view(len(indices), -1).view(torch.uint8).numpy()
-        places = np.searchsorted(self._ends, indices, side="right")
-        local = indices - self._starts[places]
-        taken = list(zip(places.tolist(), local.tolist(), flips.tolist(), strict=True))
+        taken = list(zip(*(each.tolist() for each in self._places(indices)), flips, strict=True))
         for out, (place, row, flip) in zip(rows, taken, strict=True):
             out[:] = self._shards[place].record(row, flip)
         records = raw.float()
@@ -106,7 +126,26 @@ class PackedLatents(DrawnLatents):
                 f"{shard.path}: record {row} ({shard.name(row)}) is not finite: encode this shard"
                 " anew"
             )
-        return records, self._labels[torch.from_numpy(indices)]
+        labels = [int(self._label_rows[place][row]) for place, row, _ in taken]
+        return records, torch.tensor(labels, dtype=torch.int64)
+
+    def _conditions(
+        self, indices: np.ndarray, labels: Tensor, positions: np.ndarray | None
+    ) -> Condition:
+        if self._texts is None:
+            return super()._conditions(indices, labels, positions)
+        shards, rows = self._places(indices)
+        condition = self._texts.take(shards.tolist(), rows.tolist(), positions)
+        if not self._groups:
+            return condition
+        # The class of a captioned image is the group that statistics sort it by.
+        groups = torch.where(condition.is_null_B, self._groups, labels)
+        return replace(condition, groups_B=groups, num_groups=self._groups)
+
+    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard of each record, and its row there."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        return shards, indices - self._starts[shards]
 
 
 def _shard_files(folder: Path) -> list[Path]:
@@ -143,8 +182,12 @@ def _check_shard(shard: Shard, config: RunConfig) -> None:
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise DataError(f"{shard.path}: labels are {labels.dtype}, expected integers")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < config.model.num_classes:
+    # Of captions without groups no label is ever read.
+    groups = config.num_groups
+    if not groups or not len(labels):
+        return
+    least, most = int(labels.min()), int(labels.max())
+    if not 0 <= least <= most < groups:
         raise DataError(
-            f"{shard.path}: labels reach from {int(labels.min())} to {int(labels.max())}, but "
-            f"model.num_classes={config.model.num_classes}"
+            f"{shard.path}: labels reach from {least} to {most}, but {config.groups_field}={groups}"
         )

@@ -165,9 +165,20 @@ class Shard:
     def name(self, row: int) -> str:
         """Return the source of a record, as far as the shard knows."""
         try:
-            return self._names.numpy().tobytes().decode().split("\n")[row]
-        except Exception:  # names serve messages alone
+            return self.names()[row]
+        except Exception:  # here names serve messages alone
             return "of unknown source"
+
+    def names(self) -> list[str]:
+        """Return the sources of all records.
+
+        Raises: DataError if the shard does not say them.
+        """
+        with reading(self.path, "shard that names the sources of its records"):
+            names = self._names.numpy().tobytes().decode().split("\n")[: len(self)]
+            if len(names) != len(self):
+                raise ValueError(f"{len(names)} names of {len(self)} records")
+            return names
 
 
 def write_shard(
@@ -226,14 +237,24 @@ def verify(folder: Path, team: DistributedContext) -> LatentIndex:
     return index
 
 
-def _problems(folder: Path, record: ShardRecord) -> Iterator[str]:
+def file_problem(folder: Path, record: ShardRecord, index: str) -> str | None:
+    """Return how a file differs from its record in an index, None if it does not: reads all of
+    it.
+    """
     path = folder / record.file
     if not path.is_file():
-        yield f"{path}: missing"
-    elif describe_shard(path, record.count, name=record.file) != record:
-        yield f"{path}: its checksum is not that of {INDEX}"
+        return f"{path}: missing"
+    found = describe_shard(path, record.count, name=record.file)
+    return None if found == record else f"{path}: its checksum is not that of {index}"
+
+
+def _problems(folder: Path, record: ShardRecord) -> Iterator[str]:
+    if (problem := file_problem(folder, record, INDEX)) is None:
+        return
+    yield problem
+    if (folder / record.file).is_file():
         try:
-            shard = Shard(path)
+            shard = Shard(folder / record.file)
             for row, flip in product(range(len(shard)), range(1 + shard.flipped)):
                 shard.record(row, bool(flip))
         except DataError as error:

@@ -58,7 +58,7 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
         file of that kind is beside the class folders, or a class has none: left out, it would give
         all classes after it another label.
     """
-    root = _root_of_split(path, split)
+    root = root_of_split(path, split)
     refuse_splits(root)
     files = FileList(root, suffixes)
     if homeless := [name for name in files.names if os.sep not in name]:
@@ -98,7 +98,11 @@ def refuse_splits(path: Path) -> None:
         )
 
 
-def _root_of_split(path: Path, split: str) -> Path:
+def root_of_split(path: Path, split: str) -> Path:
+    """Return the tree in a folder, which may hold it as one of train, val and test.
+
+    Raises: DataError if there is no such folder, or it is not clear which of its folders is meant.
+    """
     folders = _folders_of(path)
     if not (like := _split_like(folders)):
         return path

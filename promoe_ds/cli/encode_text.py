@@ -1,0 +1,115 @@
+"""Encode the captions of packed latents: one process, or many under torchrun or deepspeed.
+
+    promoe-encode-text --latents latents --images pictures --captions .txt \\
+        --text-encoder google/t5-v1_1-xl --text-dtype bfloat16
+    promoe-encode-text --latents latents --images pictures --captions caption
+
+A caption is a line of the .txt file beside each image, or the column's cell in metadata.jsonl or
+metadata.csv, whose column file_name names the images. The same command resumes after an
+interruption, on any number of processes. The format is in docs/text.md; `--set data.path=latents`
+trains on it.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from promoe_ds.cli.entry import command, joined_processes
+from promoe_ds.cli.options import Parser, number
+from promoe_ds.logs import get_logger
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--latents", type=Path, required=True, metavar="DIR", help="packed latents of the images"
+    )
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="tree that they were encoded from"
+    )
+    parser.add_argument(
+        "--split",
+        default="train",
+        choices=["train", "val", "test"],
+        help="where DIR holds these folders",
+    )
+    add_captions(parser, required=True)
+    parser.add_process()
+    return parser.parse_args(arguments)
+
+
+def add_captions(parser: Parser, *, required: bool) -> None:
+    """Add what says which captions are encoded, and how."""
+    add = parser.add_argument
+    add(
+        "--captions",
+        required=required,
+        metavar="COLUMN|.txt",
+        help="column of metadata.jsonl or metadata.csv in the tree, or a .txt file beside an image",
+    )
+    add(
+        "--text-encoder",
+        default="all-minilm-l6-v2",
+        metavar="DIR_OR_ID",
+        help="transformers text encoder: folder, hub id, or all-minilm-l6-v2, from PyPI",
+    )
+    add("--text-length", type=number(ge=2), help="tokens that longer captions are cut to")
+    add(
+        "--text-dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the text encoder's computation; bfloat16 is stored",
+    )
+    add(
+        "--max-uncaptioned",
+        type=number(ge=0),
+        default=0,
+        help="images without a caption that are named and get the empty text",
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Arguments to request to packed texts."""
+    options = parse_arguments(arguments)
+    with joined_processes(options.device) as team:
+        encode_captions(options, options.images, options.latents, team)
+
+
+def encode_captions(options: argparse.Namespace, images: Path, folder: Path, team: Any) -> None:
+    """Encode the captions of images beside their latents, as the options of `add_captions` say."""
+    from promoe_ds.data.text.encode import TextRequest, encode_texts
+
+    index = encode_texts(
+        TextRequest(
+            images=images,
+            out=folder,
+            captions=options.captions,
+            text_encoder=options.text_encoder,
+            split=options.split,
+            text_length=options.text_length,
+            text_dtype=options.text_dtype,
+            max_uncaptioned=options.max_uncaptioned,
+        ),
+        team,
+    )
+    get_logger("encode").info(
+        "%s: %d captions, %d tokens, the longest of %d, %d cut, %d images without one; by %s, for"
+        " --set model.text_width=%d model.text_pooled_width=%d model.text_length=%d",
+        folder,
+        index.counts.captions - index.counts.blank,
+        index.counts.tokens,
+        index.counts.longest,
+        index.counts.truncated,
+        index.counts.blank,
+        index.encoder.name,
+        index.encoder.width,
+        index.encoder.pooled_width,
+        max(index.counts.longest, 2),
+    )
+
+
+run = command(main)
+
+if __name__ == "__main__":
+    run()
