@@ -200,6 +200,16 @@ class TextCondition(Condition):
             num_null=None,
         )
 
+    def null_like(self) -> TextCondition:
+        """Return as many empty texts, in the places that these need."""
+        batch, length = len(self), len(self.empty.tokens_LC)
+        room = replace(
+            self,
+            tokens_BLC=self.empty.tokens_LC.expand(batch, -1, -1),
+            mask_BL=self.mask_BL.new_ones(batch, length),
+        )
+        return super(TextCondition, room.padded(padded_length(length))).null_like()
+
     def counted(self) -> TextCondition:
         """Return the same texts with `num_null`, in as many places as the longest one needs, up to
         a multiple: however they were padded, the same value.
@@ -244,4 +254,5 @@ class TextCondition(Condition):
             self,
             tokens_BLC=F.pad(self.tokens_BLC, (0, 0, 0, more)),
             mask_BL=F.pad(self.mask_BL, (0, more)),
+            num_null=None,
         )

@@ -262,6 +262,11 @@ def _expert_layers(config: RunConfig) -> dict[str, str]:
 
 def _renamed(key: str, config: RunConfig, *, reverse: bool = False) -> str:
     method = config.routing.method
+    if config.model.condition != "class":
+        raise CheckpointError(
+            f"model.condition={config.model.condition} was never published: it has no official"
+            " layout"
+        )
     if method not in _METHOD_RENAMES:
         raise CheckpointError(
             f"routing.method={method} was never published: it has no official layout"

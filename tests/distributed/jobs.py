@@ -32,6 +32,19 @@ TINY = (
     "parallel.timeout_seconds=60",
 )
 
+#: The same conditioned on text: made-up captions of up to twenty tokens, in ten groups.
+TEXT = (
+    "model.condition=text",
+    "model.num_classes=1000",
+    "model.text_width=12",
+    "model.text_pooled_width=8",
+    "model.text_length=20",
+    "data.dataset=synthetic",
+    "data.synthetic_samples=256",
+    "data.caption_groups=10",
+)
+CONDITIONS = {"class": (), "text": TEXT}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

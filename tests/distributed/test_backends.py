@@ -20,6 +20,7 @@ from promoe_ds.moe.collectives import all_reduce_sum
 from promoe_ds.routing import partition_samples
 
 from ..processes import run_ranks
+from ..unit.builders import TEXT, condition_of, random_network, random_tensor
 from .scenes import EXPERTS, NULL, SCENES, WIDTH, scene, whole_layer
 
 HAS_MEGATRON = find_spec("megatron") is not None
@@ -146,8 +147,43 @@ def _run_rank(folder: Path) -> None:
             "claimed": int(layer.dispatcher.bytes_exchanged(plan.assignment, WIDTH, 4)),
             "rows_leaving": int(counts_E.sum() - counts_E[rank * share : (rank + 1) * share].sum()),
         }
+    results["text"] = _text_passes(rank, world_size, moved)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def _text_passes(rank: int, world_size: int, moved: list[int]) -> dict[str, Any]:
+    """Train on texts, and guide; return which samples are null, how many rows of each have an
+    expert elsewhere, and the bytes that left.
+    """
+    sections = {**TEXT, "routing": {"num_experts": EXPERTS, "top_k": 2}}
+    parallel = {"ep_size": world_size, "dispatch": "alltoall"}
+    network = random_network(**sections, parallel=parallel)
+    shard_experts(network, dist.group.WORLD, torch.device("cpu"))
+    for layer in network.moe_layers().values():
+        layer.routed.to_empty(device="cpu").mark_parameters()
+        for weight in layer.routed.parameters():
+            torch.nn.init.normal_(weight)
+    labels = torch.tensor([[3, NULL, 0, 7], [NULL, NULL, NULL, 2]][rank % 2])
+    condition = condition_of(network.config, labels)
+    found = {}
+    guide = network.prepare(condition.cat([condition.null_like()]))
+    for name, each in {"train": condition, "guide": guide}.items():
+        moved.clear()
+        latents = random_tensor(len(each), 1, 4, 4, seed=rank)
+        with torch.set_grad_enabled(name == "train"):
+            output = network.denoise(latents, torch.linspace(0, 1000, len(each)), each)
+            if name == "train":
+                output.prediction_BZHW.sum().backward()
+        leaving_B = torch.zeros(len(each), dtype=torch.int64)
+        for plan in output.plans.values():
+            experts_N = torch.arange(EXPERTS).repeat_interleave(plan.assignment.tokens_per_expert_E)
+            is_elsewhere_N = experts_N // (EXPERTS // world_size) != rank
+            leaving_N = plan.assignment.token_ids_N[is_elsewhere_N]
+            samples_N = leaving_N // network.config.model.tokens_per_image
+            leaving_B += torch.bincount(samples_N, minlength=len(each))
+        found[name] = each.is_null_B, leaving_B, sum(moved)
+    return found
 
 
 def _cases(world_size: int) -> list[tuple[str, str, int]]:
@@ -216,3 +252,12 @@ def test_path_moves_the_bytes_it_says(ranks, subtests) -> None:
                 assert moved == ideal + 2 * 4 * rows
             else:
                 assert moved >= ideal
+
+
+def test_text_exchange_carries_rows_of_texts_alone_and_no_byte_more(ranks) -> None:
+    """Samples of the empty text stay, in training and in guidance's halves."""
+    for name, crossings in (("train", 4), ("guide", 2)):
+        nulls, leaving, moved = zip(*(rank["text"][name] for rank in ranks), strict=True)
+        leaving_B = torch.cat(leaving)
+        assert not leaving_B[torch.cat(nulls)].any() and leaving_B.any() == (len(ranks) > 1)
+        assert sum(moved) == int(leaving_B.sum()) * crossings * 16 * 4  # rows of width 16 in fp32

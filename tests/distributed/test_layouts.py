@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from .jobs import (
+    CONDITIONS,
     Job,
     assert_same_state,
     assert_same_steps,
@@ -27,12 +28,18 @@ COVERING = [
     for stage in STAGES
     if stage == 2 or layout in ((2, 2), (4, 2))
 ]
+#: Under text, each number of ranks and of experts' ranks, and each stage, once.
+TEXT_CASES = [((1, 1), 2), ((2, 1), 1), ((2, 2), 0), ((4, 2), 1), ((4, 4), 2)]
 CASES = pytest.mark.parametrize(
-    ("layout", "stage"),
+    ("condition", "layout", "stage"),
     [
         pytest.param(
-            layout, stage, marks=() if (layout, stage) in COVERING else pytest.mark.combinations
+            condition,
+            layout,
+            stage,
+            marks=() if (layout, stage) in covering else pytest.mark.combinations,
         )
+        for condition, covering in (("class", COVERING), ("text", TEXT_CASES))
         for layout in LAYOUTS
         for stage in STAGES
     ],
@@ -41,20 +48,25 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, asked) -> dict[tuple[int, int, int], Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory, asked) -> dict[tuple[str, int, int, int], Path]:
     """Train some clipped steps on every layout and stage that is asked for."""
     folder = tmp_path_factory.mktemp("layouts")
     found = {}
+    chosen = {("class", *case) for case in COVERING} | {("text", *case) for case in TEXT_CASES}
     for world_size in (1, 2, 4):
         jobs = []
-        for (ranks, ep_size), stage in sorted({*COVERING, *asked("layout", "stage")}):
+        for condition, (ranks, ep_size), stage in sorted(
+            chosen | asked("condition", "layout", "stage")
+        ):
             if ranks == world_size:
-                found[ranks, ep_size, stage] = folder / f"w{ranks}_ep{ep_size}_z{stage}"
+                key = condition, ranks, ep_size, stage
+                found[key] = folder / f"{condition}_w{ranks}_ep{ep_size}_z{stage}"
+                overrides = f"parallel.ep_size={ep_size}", f"train.max_steps={STEPS}"
                 jobs.append(
                     Job(
-                        run_dir=found[ranks, ep_size, stage],
+                        run_dir=found[key],
                         zero_stage=stage,
-                        overrides=(f"parallel.ep_size={ep_size}", f"train.max_steps={STEPS}"),
+                        overrides=(*CONDITIONS[condition], *overrides),
                     )
                 )
         assert run_jobs(world_size, jobs, folder) == [""] * len(jobs)
@@ -62,8 +74,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, asked) -> dict[tuple[int, int
 
 
 @CASES
-def test_layout_any_ranks_and_stage_equals_one_rank(runs, layout, stage) -> None:
-    reference, other = runs[1, 1, 2], runs[(*layout, stage)]
+def test_layout_any_ranks_and_stage_equals_one_rank(runs, condition, layout, stage) -> None:
+    reference, other = runs[condition, 1, 1, 2], runs[(condition, *layout, stage)]
     assert_same_steps(reference, other)
     expected, found = metrics(reference), metrics(other)
     assert len(expected) == STEPS
@@ -75,15 +87,18 @@ def test_layout_any_ranks_and_stage_equals_one_rank(runs, layout, stage) -> None
 
 @pytest.mark.parametrize("kind", ["weights", "ema"])
 @CASES
-def test_layout_any_ranks_and_stage_ends_with_same_state(runs, layout, stage, kind) -> None:
+def test_layout_any_ranks_and_stage_ends_with_same_state(
+    runs, condition, layout, stage, kind
+) -> None:
     # Twelve Adam steps of lr 1e-3 move a weight by 1.2e-2 at most; rounding of the sums over ranks
     # stays far below.
-    assert_same_state(runs[1, 1, 2], runs[(*layout, stage)], kind, rtol=1e-4, atol=2e-6)
+    reference, other = runs[condition, 1, 1, 2], runs[(condition, *layout, stage)]
+    assert_same_state(reference, other, kind, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_routing_counts_any_layout_add_up_exactly(runs, layout) -> None:
-    reference, lines = routing(runs[1, 1, 2]), routing(runs[(*layout, 2)])
+    reference, lines = routing(runs["class", 1, 1, 2]), routing(runs[("class", *layout, 2)])
     bins, layers = 10, 2
     assert len(lines) == STEPS * bins * layers
     for line in lines:
@@ -92,8 +107,8 @@ def test_routing_counts_any_layout_add_up_exactly(runs, layout) -> None:
 
 
 def test_exchange_bytes_two_ranks_counts_rows_that_left(runs) -> None:
-    assert all(line["layer_bytes_exchanged"] == 0 for line in routing(runs[2, 1, 2]))
-    lines = [line for line in routing(runs[2, 2, 2]) if line["timestep_bin"] == 0]
+    assert all(line["layer_bytes_exchanged"] == 0 for line in routing(runs["class", 2, 1, 2]))
+    lines = [line for line in routing(runs["class", 2, 2, 2]) if line["timestep_bin"] == 0]
     row_bytes = 4 * 32 * 4  # four crossings of 32 fp32 numbers
     assert all(line["layer_bytes_exchanged"] % row_bytes == 0 for line in lines)
     assert (

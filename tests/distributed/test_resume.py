@@ -13,7 +13,16 @@ import torch
 
 from promoe_ds.checkpoint.manifest import MANIFEST
 
-from .jobs import Job, assert_same_state, metrics, routing, run_jobs, state, without_times
+from .jobs import (
+    CONDITIONS,
+    Job,
+    assert_same_state,
+    metrics,
+    routing,
+    run_jobs,
+    state,
+    without_times,
+)
 
 #: Two ranks share the experts; accumulation and activation checkpointing are on, as they may be in
 # earnest.
@@ -33,7 +42,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """
     folder = tmp_path_factory.mktemp("resume")
     jobs, found = [], {}
-    for name, stage, bf16 in (("zero2", 2, False), ("zero0", 0, False), ("bf16", 1, True)):
+    for name, stage, bf16, condition in (
+        ("zero2", 2, False, "class"),
+        ("zero0", 0, False, "class"),
+        ("bf16", 1, True, "class"),
+        ("text", 2, False, "text"),
+    ):
         for kind, pieces in (("whole", (None,)), ("pieces", (3, 5, None))):
             found[f"{name}_{kind}"] = run_dir = folder / f"{name}_{kind}"
             for steps in pieces:
@@ -41,13 +55,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 # The decay of a warm-up depends on the number of the update.
                 stop += ("optimizer.ema_warmup=true",) * bf16
                 jobs.append(
-                    Job(run_dir=run_dir, zero_stage=stage, bf16=bf16, overrides=(*TWO_RANKS, *stop))
+                    Job(
+                        run_dir=run_dir,
+                        zero_stage=stage,
+                        bf16=bf16,
+                        overrides=(*CONDITIONS[condition], *TWO_RANKS, *stop),
+                    )
                 )
     assert run_jobs(2, jobs, folder) == [""] * len(jobs)
     return found
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero0", "bf16"])
+@pytest.mark.parametrize("name", ["zero2", "zero0", "bf16", "text"])
 def test_resume_twice_equals_uninterrupted_bit_for_bit(runs, name) -> None:
     whole, pieces = runs[f"{name}_whole"], runs[f"{name}_pieces"]
     assert_same_state(whole, pieces, *KINDS)
