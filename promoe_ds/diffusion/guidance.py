@@ -6,7 +6,8 @@ Letters: B images, Z latent channels, H, W latent size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,39 +54,100 @@ def choose_scale(config: RunConfig, asked: float | None, name: str) -> tuple[flo
     return scale, ""
 
 
-def guided(
-    denoiser: Denoiser,
-    latents_BZHW: Tensor,
-    timestep_B: Tensor,
-    condition: Condition,
-    *,
-    scale: float,
-    channels: int,
-    two_passes: bool = False,
-) -> Tensor:
-    """Return null + scale * (conditional - null) on the first `channels` channels, the conditional
-    others as they are.
+def check_interval(asked: Sequence[float] | None, name: str) -> tuple[float, float] | None:
+    """Return the noise levels between which there is guidance, which the user asks for under
+    `name`; None where it is everywhere.
 
-    Source: official sampler; differs: both halves share one batch, which changes nothing where
-    samples are routed independently of each other, unless `two_passes` asks for one after the other
-    as published. Official DiT guides three channels, whatever their number.
-    Args:
-        scale: 1 needs no null pass and makes none; as published, neither does less than 1.
-        channels: those of the velocity or the noise; beyond them a variance may follow, which
-        extrapolation would ruin.
+    Raises: ConfigError if they are no interval.
     """
-    if scale <= 1.0:
-        return denoiser(latents_BZHW, timestep_B, condition)
-    null = condition.null_like()
-    if two_passes:
-        conditional = denoiser(latents_BZHW, timestep_B, condition)
-        unconditional = denoiser(latents_BZHW, timestep_B, null)
-    else:
-        conditional, unconditional = denoiser(
-            torch.cat([latents_BZHW, latents_BZHW]),
-            torch.cat([timestep_B, timestep_B]),
-            condition.cat([null]),
-        ).chunk(2)
-    unconditional = unconditional[:, :channels]
-    result = unconditional + scale * (conditional[:, :channels] - unconditional)
-    return torch.cat([result, conditional[:, channels:]], dim=1)
+    if asked is None:
+        return None
+    if len(asked) != 2 or not 0 <= asked[0] < asked[1] <= 1:
+        values = ",".join(f"{value:g}" for value in asked)
+        raise ConfigError(
+            f"{name}={values}: must be two noise levels, from 0 (data) to 1 (noise), the lower one"
+            " first, e.g. 0.2,0.8"
+        )
+    return asked[0], asked[1]
+
+
+def check_guided(scale: float, given: Mapping[str, object]) -> None:
+    """Raise ConfigError if anything is given, by its name, that has an effect under guidance
+    alone, and there is none.
+    """
+    for name, value in given.items():
+        if value is not None and scale <= 1:
+            raise ConfigError(
+                f"{name}: has no effect at guidance scale {scale:g}: leave it out, or take a scale"
+                " above 1"
+            )
+
+
+class GuidedDenoiser:
+    """A denoiser under guidance, for one sampling call: its conditions are joined and prepared
+    once.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        *,
+        scale: float,
+        negative: Condition | None = None,
+        two_passes: bool = False,
+        prepare: Callable[[Condition], Condition] | None = None,
+    ) -> None:
+        """Choose what each pass is conditioned on.
+
+        Args:
+            condition: of each image.
+            scale: 1 needs no second half and makes none; as published, neither does less than 1.
+            negative: what to guide away from, of each image; null if left out. A negative prompt
+            is a text like any other, and is routed as one.
+            two_passes: whether the halves are computed one after the other, as published; in one
+            batch they are the same where samples are routed independently of each other.
+            prepare: computes what of a condition stays the same from step to step.
+        """
+        prepare = prepare or (lambda same: same)
+        self._denoiser, self._scale = denoiser, scale
+        self._halves: tuple[Condition, ...] = ()
+        if scale <= 1.0:
+            self._alone = prepare(condition)
+            return
+        against = condition.null_like() if negative is None else negative
+        if two_passes:
+            self._halves = prepare(condition), prepare(against)
+            self._alone = self._halves[0]
+        else:
+            both = prepare(condition.cat([against]))
+            self._halves = (both,)
+            self._alone = replace(both.select(slice(len(condition))), num_null=condition.num_null)
+
+    def __call__(
+        self, latents_BZHW: Tensor, timestep_B: Tensor, *, channels: int, guide: bool = True
+    ) -> Tensor:
+        """Return negative + scale * (conditional - negative) on the first `channels` channels, the
+        conditional others as they are; without `guide`, the conditional prediction in one pass.
+
+        Source: official sampler; differs: see `two_passes`. Official DiT guides three channels,
+        whatever their number.
+        Args:
+            channels: those of the velocity or the noise; beyond them a variance may follow, which
+            extrapolation would ruin.
+        """
+        if not (self._halves and guide):
+            return self._denoiser(latents_BZHW, timestep_B, self._alone)
+        if len(self._halves) == 2:
+            conditional, negative = (
+                self._denoiser(latents_BZHW, timestep_B, half) for half in self._halves
+            )
+        else:
+            conditional, negative = self._denoiser(
+                torch.cat([latents_BZHW, latents_BZHW]),
+                torch.cat([timestep_B, timestep_B]),
+                self._halves[0],
+            ).chunk(2)
+        negative = negative[:, :channels]
+        result = negative + self._scale * (conditional[:, :channels] - negative)
+        return torch.cat([result, conditional[:, channels:]], dim=1)

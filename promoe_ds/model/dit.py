@@ -38,6 +38,15 @@ class DenoiserOutput:
     prediction_BZHW: Tensor
     plans: dict[int, RoutingPlan]
 
+    @property
+    def aux_losses(self) -> dict[str, Tensor]:
+        """The routers' losses by name, each the sum over the layers."""
+        losses: dict[str, Tensor] = {}
+        for plan in self.plans.values():
+            for name, value in plan.aux_losses.items():
+                losses[name] = losses[name] + value if name in losses else value
+        return losses
+
 
 class DiT(nn.Module):
     """Predicts the velocity (or noise) of noised latents under a condition."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promoe_ds.condition import ClassCondition
+from promoe_ds.condition import Condition, TextCondition
 from promoe_ds.data import LatentDataset
 from promoe_ds.diffusion import DiffusionBatch, build_objective
 from promoe_ds.errors import ConfigError, DataError
@@ -49,7 +49,7 @@ class LayerAnalysis:
     """One layer in numbers.
 
     similarity_EE: overlap of the experts' output subspaces; ratios: inter/intra distance by level,
-    of k-means clusters, of experts and of classes; tsne_n2: at the middle level.
+    of k-means clusters, of experts and of classes or caption groups; tsne_n2: at the middle level.
     """
 
     layer: int
@@ -105,16 +105,17 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, Z, H, W), their conditions and the noise that all levels share."""
+    """Images (B, Z, H, W), their conditions and groups, and the noise that all levels share.
+
+    group, groups: what a group is called: class, or caption group.
+    """
 
     clean_BZHW: Tensor
-    condition: ClassCondition
+    condition: Condition
+    labels_B: Tensor
     noise_BZHW: Tensor
-
-    @property
-    def labels_B(self) -> Tensor:
-        """The images' classes."""
-        return self.condition.labels_B
+    group: str
+    groups: str
 
 
 @dataclass(frozen=True)
@@ -134,16 +135,21 @@ class Observations:
 def draw_images(dataset: LatentDataset, count: int, seed: int) -> Batch:
     """Take images at random, the same for the same seed.
 
-    Raises: DataError if the set has fewer.
+    Raises: DataError if the set has fewer, or captions without groups.
     """
     if count > len(dataset):
         raise DataError(f"--images {count}: the data set has {len(dataset)}: ask for fewer")
     random = np.random.default_rng(seed)
     clean, condition = dataset.take(np.sort(random.permutation(len(dataset))[:count]))
-    assert isinstance(condition, ClassCondition)
-    return Batch(
-        clean, condition, torch.from_numpy(random.standard_normal(clean.shape, dtype=np.float32))
-    )
+    if condition.group_B is None:
+        raise DataError(
+            "the analysis sorts images by the groups of their captions, and this data set knows"
+            " none (data.caption_groups=0)"
+        )
+    noise = torch.from_numpy(random.standard_normal(clean.shape, dtype=np.float32))
+    is_text = isinstance(condition, TextCondition)
+    names = ("caption group", "caption groups") if is_text else ("class", "classes")
+    return Batch(clean, condition, condition.group_B, noise, *names)
 
 
 def analyse(network: DiT, batch: Batch, settings: Settings, *, name: str) -> Analysis:
@@ -178,7 +184,7 @@ def _analyse_layer(
             " 'promoe_ds[report]'"
         ) from None
     labels_n = batch.labels_B.numpy()[seen.places_n // seen.experts_MBS.shape[2]]
-    ratios: dict[str, list[float]] = {"k-means clusters": [], "experts": [], "classes": []}
+    ratios: dict[str, list[float]] = {"k-means clusters": [], "experts": [], batch.groups: []}
     for level, tokens_nD in enumerate(seen.tokens_MnD):
         clusters = KMeans(
             min(_CLUSTERS, len(tokens_nD)), n_init=3, random_state=settings.seed
@@ -191,7 +197,11 @@ def _analyse_layer(
         perplexity=min(30.0, (len(middle) - 1) / 3), init="pca", random_state=settings.seed
     ).fit_transform(middle)
     information = specialisation(
-        seen.experts_MBS, batch.labels_B.numpy(), rounds=settings.rounds, seed=settings.seed
+        seen.experts_MBS,
+        batch.labels_B.numpy(),
+        group=batch.group,
+        rounds=settings.rounds,
+        seed=settings.seed,
     )
     return LayerAnalysis(index, seen, similarity_EE, ratios, information, tsne)
 
@@ -200,7 +210,7 @@ def _analyse_layer(
 def observe(
     network: DiT, batch: Batch, sigmas: Sequence[float], *, kept: int, seed: int
 ) -> dict[int, Observations]:
-    """Route the batch at every noise level, conditional on its classes.
+    """Route the batch at every noise level, conditional on its own conditions.
 
     Args:
         network: in evaluation mode; kept: tokens to keep of each level and layer.

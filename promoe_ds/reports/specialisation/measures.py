@@ -111,12 +111,17 @@ def _plogp(p: np.ndarray) -> float:
 
 
 def specialisation(
-    experts_MBS: np.ndarray, labels_B: np.ndarray, *, rounds: int, seed: int
+    experts_MBS: np.ndarray,
+    labels_B: np.ndarray,
+    *,
+    rounds: int,
+    seed: int,
+    group: str = "class",
 ) -> dict[str, Information]:
-    """Return what class, noise level and position tell of the expert, each against its own kind of
-    chance.
+    """Return what the label (by the name of its `group`), noise level and position tell of the
+    expert, each against its own kind of chance.
 
-    Tokens of an image are alike, so classes are shuffled as whole images, noise levels within an
+    Tokens of an image are alike, so labels are shuffled as whole images, noise levels within an
     image, positions within an image and level: the shuffled data keeps every other tie.
     """
     random = np.random.default_rng(seed)
@@ -124,7 +129,7 @@ def specialisation(
     within_rows = partial(random.permuted, axis=1)
     # Values, how they are shuffled, and how they are laid out as (M, B, S), or broadcast to it.
     attributes: dict[str, tuple[np.ndarray, Callable, Callable]] = {
-        "class": (labels_B, random.permutation, lambda labels: labels[None, :, None]),
+        group: (labels_B, random.permutation, lambda labels: labels[None, :, None]),
         "noise level": (
             np.tile(np.arange(levels), (images, 1)),
             within_rows,

@@ -32,16 +32,18 @@ _RATIO_NOTES = {
     "experts": (
         "Tokens grouped by their expert: high if each expert's tokens are a group of their own."
     ),
-    "classes": (
-        "Tokens grouped by the class of their image: low if patches of a class differ more than"
-        " classes do."
-    ),
 }
 
 
 def overview_charts(analysis: Analysis) -> list[Chart]:
     """Return the charts that compare layers."""
-    layers, settings = analysis.layers, analysis.settings
+    layers, settings, batch = analysis.layers, analysis.settings, analysis.batch
+    notes = _RATIO_NOTES | {
+        batch.groups: (
+            f"Tokens grouped by the {batch.group} of their image: low if patches of a {batch.group}"
+            f" differ more than {batch.groups} do."
+        )
+    }
     kinds = list(layers[0].information)
     scores = np.array([[each.information[kind].score for kind in kinds] for each in layers])
     overlaps = [(f"layer {each.layer}", each.overlap, f"{each.overlap:.3f}") for each in layers]
@@ -55,8 +57,9 @@ def overview_charts(analysis: Analysis) -> list[Chart]:
             color=linear_color(-0.5, 0.5),
             form=".3f",
             note=(
-                "Mutual information with the class, the noise level and the patch's place, over the"
-                " entropy of the expert, minus that of shuffled data: 0 is chance, 1 is all."
+                f"Mutual information with the {batch.group}, the noise level and the patch's place,"
+                " over the entropy of the expert, minus that of shuffled data: 0 is chance, 1 is"
+                " all."
             ),
         ),
         bar_chart(
@@ -78,7 +81,7 @@ def overview_charts(analysis: Analysis) -> list[Chart]:
                 is_ordered=True,
                 note=note,
             )
-            for kind, note in _RATIO_NOTES.items()
+            for kind, note in notes.items()
         ),
     ]
 
@@ -136,7 +139,7 @@ def token_maps(analysis: Analysis, layer: LayerAnalysis, names: list[str]) -> Ch
     grid, batch = round(experts_BMS.shape[2] ** 0.5), analysis.batch
     apart = 1.08 * grid
     wide, tall = apart * len(titles), apart * len(experts_BMS)
-    rows: Rows = [["image", "class", "sigma", "patch", "expert", "x", "y", "x2", "y2"]]
+    rows: Rows = [["image", batch.group, "sigma", "patch", "expert", "x", "y", "x2", "y2"]]
     for (image, level, patch), expert in np.ndenumerate(experts_BMS):
         x, y = (level + 1) * apart + patch % grid, image * apart + patch // grid
         label, sigma = int(batch.labels_B[image]), analysis.settings.sigmas[level]
@@ -159,7 +162,7 @@ def token_maps(analysis: Analysis, layer: LayerAnalysis, names: list[str]) -> Ch
     place = {**plane(wide, tall), "x2": {"field": "x2"}, "y2": {"field": "y2"}}
     shown = {
         "color": color_of("expert", names),
-        "tooltip": tooltip("expert", "class", "sigma", "patch"),
+        "tooltip": tooltip("expert", batch.group, "sigma", "patch"),
     }
     layers = [
         {

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from promoe_ds.data.text_encoder import TextEncoder
 from promoe_ds.model.export import save_export
 
 from ..builders import random_network
+from ..data.text_encoders import LONGEST, WIDTH, save_encoder
 
 
 class TinyNetwork(nn.Module):
@@ -47,3 +49,14 @@ def make_export(folder: Path, **sections: dict[str, Any]) -> Path:
     network = random_network(**sections)
     save_export(folder / "export", network.state_dict(), network.config, origin={"step": 5})
     return folder / "export"
+
+
+def text_sections(folder: Path) -> dict[str, dict[str, Any]]:
+    """Save a text encoder; return the sections of a model that takes its texts."""
+    encoder = str(save_encoder(folder / "encoder", "bert"))
+    fingerprint = TextEncoder(encoder).identity.fingerprint
+    sizes = {"num_classes": 1000, "text_width": WIDTH, "text_length": LONGEST}
+    return {
+        "model": {"condition": "text", **sizes},
+        "data": {"text_encoder": encoder, "text_fingerprint": fingerprint},
+    }

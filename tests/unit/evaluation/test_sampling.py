@@ -14,20 +14,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError
-from promoe_ds.evaluation.sample_job import (
-    SampleRequest,
-    _choose_dtype,
-    choose_labels,
-    draw_samples,
-    make_plan,
-)
-from promoe_ds.evaluation.sampling import (
-    LatentSampler,
-    aligned_passes,
-    even_passes,
-)
+from promoe_ds.evaluation.sample_job import _with_dtype, draw_samples
+from promoe_ds.evaluation.sample_request import SampleRequest, choose_labels, make_plan
+from promoe_ds.evaluation.sampling import LatentSampler, aligned_passes, even_passes
 from promoe_ds.model.export import load_model
 from promoe_ds.pipeline import ProMoEPipeline, ProMoETransformer2DModel
 
@@ -63,8 +55,8 @@ def test_dtype_follows_the_device_unless_asked_otherwise_and_is_said(
     dtype: str | None, device: str, expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "promoe_ds"):
-        found = _choose_dtype(asked(dtype=dtype), torch.device(device))
-    assert found == {"bf16": torch.bfloat16, "fp32": torch.float32}[expected]
+        found = _with_dtype(asked(dtype=dtype), torch.device(device))
+    assert found.dtype == expected
     assert f"sampling in {expected} on {device}" in caplog.text
     assert ("default" in caplog.text) == (dtype is None)
 
@@ -125,11 +117,12 @@ def test_every_sampler_splits_guidance_where_the_method_mixes_samples(
     network.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
     transformer = ProMoETransformer2DModel(config.model_dump(mode="json"))
     transformer.denoiser = network
+    transformer.eval()
     pipeline = ProMoEPipeline(transformer, FlowMatchEulerDiscreteScheduler())
     pipeline([0, 1, 2], output_type="latent")
     plan = make_plan(asked(), config)
     sampler = LatentSampler(network, config, plan, seed=0, device=torch.device("cpu"))
-    sampler.sample(range(3), np.zeros(3, dtype=np.int64))
+    sampler.sample(range(3), ClassCondition(torch.zeros(3, dtype=torch.int64), 10))
     assert passes == ([3] * 8 if method == "diff_moe" else [6] * 4)
 
 
