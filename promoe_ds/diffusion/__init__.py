@@ -3,17 +3,17 @@ imports the model.
 """
 
 from promoe_ds.diffusion.build import build_objective
-from promoe_ds.diffusion.guidance import choose_scale, guided
+from promoe_ds.diffusion.guidance import GuidedDenoiser, choose_scale
 from promoe_ds.diffusion.objective import DiffusionBatch, Objective, draw_batch
 from promoe_ds.diffusion.sampler import SamplingPlan, sample_latents
 
 __all__ = [
     "DiffusionBatch",
+    "GuidedDenoiser",
     "Objective",
     "SamplingPlan",
     "build_objective",
     "choose_scale",
     "draw_batch",
-    "guided",
     "sample_latents",
 ]

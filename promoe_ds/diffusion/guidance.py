@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,39 +54,71 @@ def choose_scale(config: RunConfig, asked: float | None, name: str) -> tuple[flo
     return scale, ""
 
 
-def guided(
-    denoiser: Denoiser,
-    latents_BZHW: Tensor,
-    timestep_B: Tensor,
-    condition: Condition,
-    *,
-    scale: float,
-    channels: int,
-    two_passes: bool = False,
-) -> Tensor:
-    """Return null + scale * (conditional - null) on the first `channels` channels, the conditional
-    others as they are.
-
-    Source: official sampler; differs: both halves share one batch, which changes nothing where
-    samples are routed independently of each other, unless `two_passes` asks for one after the other
-    as published. Official DiT guides three channels, whatever their number.
-    Args:
-        scale: 1 needs no null pass and makes none; as published, neither does less than 1.
-        channels: those of the velocity or the noise; beyond them a variance may follow, which
-        extrapolation would ruin.
+class GuidedDenoiser:
+    """A denoiser under guidance, for one sampling call: its conditions are joined and prepared
+    once.
     """
-    if scale <= 1.0:
-        return denoiser(latents_BZHW, timestep_B, condition)
-    null = condition.null_like()
-    if two_passes:
-        conditional = denoiser(latents_BZHW, timestep_B, condition)
-        unconditional = denoiser(latents_BZHW, timestep_B, null)
-    else:
-        conditional, unconditional = denoiser(
-            torch.cat([latents_BZHW, latents_BZHW]),
-            torch.cat([timestep_B, timestep_B]),
-            condition.cat([null]),
-        ).chunk(2)
-    unconditional = unconditional[:, :channels]
-    result = unconditional + scale * (conditional[:, :channels] - unconditional)
-    return torch.cat([result, conditional[:, channels:]], dim=1)
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        condition: Condition,
+        *,
+        scale: float,
+        negative: Condition | None = None,
+        two_passes: bool = False,
+        prepare: Callable[[Condition], Condition] | None = None,
+    ) -> None:
+        """Choose what each pass is conditioned on.
+
+        Args:
+            condition: of each image.
+            scale: 1 needs no second half and makes none; as published, neither does less than 1.
+            negative: what to guide away from, of each image; null if left out. A negative prompt
+            is a text like any other, and is routed as one.
+            two_passes: whether the halves are computed one after the other, as published; in one
+            batch they are the same where samples are routed independently of each other.
+            prepare: computes what of a condition stays the same from step to step.
+        """
+        prepare = prepare or (lambda same: same)
+        self._denoiser, self._scale = denoiser, scale
+        self._halves: tuple[Condition, ...] = ()
+        if scale <= 1.0:
+            self._alone = prepare(condition)
+            return
+        against = condition.null_like() if negative is None else negative
+        if two_passes:
+            self._halves = prepare(condition), prepare(against)
+            self._alone = self._halves[0]
+        else:
+            both = prepare(condition.cat([against]))
+            self._halves = (both,)
+            self._alone = replace(both.select(slice(len(condition))), num_null=condition.num_null)
+
+    def __call__(
+        self, latents_BZHW: Tensor, timestep_B: Tensor, *, channels: int, guide: bool = True
+    ) -> Tensor:
+        """Return negative + scale * (conditional - negative) on the first `channels` channels, the
+        conditional others as they are; without `guide`, the conditional prediction in one pass.
+
+        Source: official sampler; differs: see `two_passes`. Official DiT guides three channels,
+        whatever their number.
+        Args:
+            channels: those of the velocity or the noise; beyond them a variance may follow, which
+            extrapolation would ruin.
+        """
+        if not (self._halves and guide):
+            return self._denoiser(latents_BZHW, timestep_B, self._alone)
+        if len(self._halves) == 2:
+            conditional, negative = (
+                self._denoiser(latents_BZHW, timestep_B, half) for half in self._halves
+            )
+        else:
+            conditional, negative = self._denoiser(
+                torch.cat([latents_BZHW, latents_BZHW]),
+                torch.cat([timestep_B, timestep_B]),
+                self._halves[0],
+            ).chunk(2)
+        negative = negative[:, :channels]
+        result = negative + self._scale * (conditional[:, :channels] - negative)
+        return torch.cat([result, conditional[:, channels:]], dim=1)

@@ -25,19 +25,24 @@ from torch import Tensor
 
 from promoe_ds.condition import Condition
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.diffusion.guidance import Denoiser, guided
+from promoe_ds.diffusion.guidance import Denoiser, GuidedDenoiser
 from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, respaced_timesteps
 from promoe_ds.randomness import generators
 
 #: How far below noise level 1 the multistep solvers start.
 _BELOW_ONE = 1e-6
+#: Noise levels are fp32: one that differs by less from an end of the guidance interval is that end.
+_SAME_LEVEL = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
     """How to sample: the solver and its steps, guidance, the flow schedule's shift (applied once).
 
-    two_passes: whether guidance's halves are computed one after the other, see `guided`.
+    cfg_interval: noise levels between which there is guidance (Kynkäänniemi et al., 2024), at all
+    if None; outside them a step makes one pass without it. That of a DDPM timestep is its share of
+    `num_train_timesteps`.
+    two_passes: whether guidance's halves are computed one after the other, see `GuidedDenoiser`.
     """
 
     steps: int
@@ -45,6 +50,7 @@ class SamplingPlan:
     shift: float = 1.0
     solver: str = "euler"
     num_train_timesteps: int = 1000
+    cfg_interval: tuple[float, float] | None = None
     two_passes: bool = False
 
     @classmethod
@@ -60,21 +66,13 @@ class SamplingPlan:
         }
         return cls(**values | {name: value for name, value in given.items() if value is not None})
 
-    def guided(
-        self, denoiser: Denoiser, latents_BZHW: Tensor, timestep: Tensor, condition: Condition
-    ) -> Tensor:
-        """Return the guided prediction at one timestep, a scalar, of all latents; guides as many
-        channels as they have.
-        """
-        return guided(
-            denoiser,
-            latents_BZHW,
-            timestep.expand(len(latents_BZHW)),
-            condition,
-            scale=self.cfg_scale,
-            channels=latents_BZHW.shape[1],
-            two_passes=self.two_passes,
-        )
+    def guides_at(self, timesteps: Tensor) -> list[bool]:
+        """Return whether there is guidance at each timestep.  Sync: one, under an interval."""
+        if self.cfg_interval is None:
+            return [True] * len(timesteps)
+        low, high = self.cfg_interval
+        sigmas = (timesteps.double() / self.num_train_timesteps).tolist()
+        return [low - _SAME_LEVEL <= sigma <= high + _SAME_LEVEL for sigma in sigmas]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +132,9 @@ def sample_latents(
     condition: Condition,
     plan: SamplingPlan,
     generators: Sequence[torch.Generator] = (),
+    *,
+    negative: Condition | None = None,
+    prepare: Callable[[Condition], Condition] | None = None,
 ) -> Tensor:
     """Integrate from noise to data.
 
@@ -149,20 +150,32 @@ def sample_latents(
         noise_BZHW: fp32 start.
         condition: of each image.
         generators: one an image, see `image_generators`; only ddpm draws from them.
+        negative, prepare: see `GuidedDenoiser`.
     Returns: latents (B, Z, H, W), fp32.
     Raises: ValueError for an unknown solver, or ddpm without a generator for each image.
     """
     if plan.solver not in (*_INTEGRATORS, "heun"):
         raise ValueError(f"solver {plan.solver!r} is none of {', '.join(_INTEGRATORS)}, heun")
+    guided = GuidedDenoiser(
+        denoiser,
+        condition,
+        scale=plan.cfg_scale,
+        negative=negative,
+        two_passes=plan.two_passes,
+        prepare=prepare,
+    )
     if plan.solver == "heun":
-        return _sample_heun(denoiser, noise_BZHW, condition, plan)
+        return _sample_heun(guided, noise_BZHW, plan)
     integrator = _INTEGRATORS[plan.solver](plan, noise_BZHW, generators)
-    latents = noise_BZHW
-    for step, timestep in zip(integrator.scheduler.timesteps, integrator.timesteps, strict=True):
-        prediction = plan.guided(denoiser, latents, timestep, condition)
-        channels = noise_BZHW.shape[1] * integrator.channels_per_latent
+    latents, channels = noise_BZHW, noise_BZHW.shape[1]
+    timesteps = integrator.timesteps
+    for step, timestep, guide in zip(
+        integrator.scheduler.timesteps, timesteps, plan.guides_at(timesteps), strict=True
+    ):
+        prediction = guided(latents, timestep.expand(len(latents)), channels=channels, guide=guide)
+        predicted = prediction[:, : channels * integrator.channels_per_latent].float()
         latents = integrator.scheduler.step(
-            prediction[:, :channels].float(), step, latents, **integrator.options
+            predicted, step, latents, **integrator.options
         ).prev_sample
     return latents
 
@@ -177,9 +190,7 @@ def _euler(
     return _Integrator(scheduler=scheduler, timesteps=scheduler.timesteps)
 
 
-def _sample_heun(
-    denoiser: Denoiser, noise_BZHW: Tensor, condition: Condition, plan: SamplingPlan
-) -> Tensor:
+def _sample_heun(guided: GuidedDenoiser, noise_BZHW: Tensor, plan: SamplingPlan) -> Tensor:
     """Integrate by Heun's method; the last step, to noise level 0, is Euler's.
 
     diffusers' own Heun scheduler ends one step above 0 and shifts twice, see `shifted_sigmas`.
@@ -187,10 +198,14 @@ def _sample_heun(
     channels = noise_BZHW.shape[1]
 
     def velocity(latents: Tensor, sigma: float) -> Tensor:
-        timestep = torch.tensor(
-            sigma * plan.num_train_timesteps, dtype=torch.float32, device=latents.device
+        timestep = torch.tensor([sigma * plan.num_train_timesteps], dtype=torch.float32)
+        prediction = guided(
+            latents,
+            timestep.to(latents.device).expand(len(latents)),
+            channels=channels,
+            guide=plan.guides_at(timestep)[0],
         )
-        return plan.guided(denoiser, latents, timestep, condition)[:, :channels].float()
+        return prediction[:, :channels].float()
 
     latents, sigmas = noise_BZHW, [*shifted_sigmas(plan.steps, plan.shift).tolist(), 0.0]
     for here, there in pairwise(sigmas):

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config import RunConfig
+from promoe_ds.data import LatentDataset
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion import SamplingPlan, choose_scale
 from promoe_ds.distributed.context import DistributedContext
@@ -25,7 +27,7 @@ _WANTED = ("pool", RunningGaussian)
 
 
 class OnlineEvaluation:
-    """Samples the same noise and labels each time, and compares them with the reference."""
+    """Samples the same noise and conditions each time, and compares them with the reference."""
 
     def __init__(self, config: RunConfig, ranks: DistributedContext) -> None:
         """Load extractor, reference and autoencoder; all ranks call this together, before training.
@@ -81,14 +83,23 @@ class OnlineEvaluation:
                 first = (number * team.world_size + team.rank) * size
                 count = max(0, min(size, settings.samples - first))
                 indices = range(first, first + max(count, 1))
-                labels = np.array(
-                    [index % self._config.model.num_classes for index in indices], dtype=np.int64
-                )
-                features = self._extractor(self._images(sampler.sample(indices, labels))).pool
+                latents = sampler.sample(indices, self._conditions(indices, trainer.dataset))
+                features = self._extractor(self._images(latents)).pool
                 running = running or RunningGaussian(settings.samples, features.shape[1])
                 running.add(first, features[:count])
         distance = frechet_distance(running.result(team), self._reference)
         return {"frechet_distance": distance, "evaluation_seconds": time.perf_counter() - started}
+
+    def _conditions(self, indices: range, dataset: LatentDataset) -> Condition:
+        """Return the condition of each image: the classes in turn, or captions spread evenly over
+        the training data.
+        """
+        model = self._config.model
+        if model.condition == "class":
+            labels = torch.tensor([index % model.num_classes for index in indices])
+            return ClassCondition(labels, model.null_label)
+        rows = np.array(indices) * len(dataset) // self._config.evaluation.samples
+        return dataset.take(rows % len(dataset))[1]
 
     def _images(self, latents: torch.Tensor) -> np.ndarray:
         values = latents if self._vae is None else self._vae.decode(latents)

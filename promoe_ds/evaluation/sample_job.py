@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from promoe_ds.checkpoint.manifest import checksum
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion import SamplingPlan, choose_scale
@@ -104,7 +105,8 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
 
     def sample(indices: range) -> np.ndarray:
         """Return images (B, H, W, C) uint8, or latents (B, Z, H, W), of one pass."""
-        latents = sampler.sample(indices, labels[indices.start : indices.stop])
+        own = torch.from_numpy(labels[indices.start : indices.stop])
+        latents = sampler.sample(indices, ClassCondition(own, config.model.null_label))
         values = latents if vae is None else vae.decode(latents)
         if not torch.isfinite(values).all():
             raise CheckpointError(

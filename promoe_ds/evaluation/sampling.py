@@ -1,4 +1,4 @@
-"""Sampling latents: image i depends on (seed, i) and its label, up to rounding.
+"""Sampling latents: image i depends on (seed, i) and its condition, up to rounding.
 
 The first noise of an image and the noise that a solver adds are functions of (seed, i), to the bit.
 The arithmetic between them is not: a matrix product of another number of rows, or on another number
@@ -18,11 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from promoe_ds.condition import ClassCondition
+from promoe_ds.condition import Condition
 from promoe_ds.config import RunConfig
 from promoe_ds.diffusion.sampler import (
     SamplingPlan,
@@ -30,6 +29,7 @@ from promoe_ds.diffusion.sampler import (
     initial_noise,
     sample_latents,
 )
+from promoe_ds.model import DiT
 
 
 class LatentSampler:
@@ -37,7 +37,7 @@ class LatentSampler:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: DiT,
         config: RunConfig,
         plan: SamplingPlan,
         *,
@@ -48,15 +48,25 @@ class LatentSampler:
         self._network, self._plan, self._seed, self._device = network, plan, seed, device
         size = config.model.input_size
         self._shape = (config.model.in_channels, size, size)
-        self._scale, self._null = config.data.latent_scale, config.model.null_label
+        self._scale = config.data.latent_scale
 
-    def sample(self, indices: Sequence[int], labels_B: np.ndarray) -> Tensor:
-        """Return the unscaled latents (B, Z, H, W), fp32, of some images, all in one pass."""
-        noise = initial_noise(self._shape, seed=self._seed, indices=indices).to(self._device)
-        condition = ClassCondition(torch.from_numpy(labels_B), self._null).counted()
-        condition = condition.to(self._device)
-        generators = image_generators(seed=self._seed, indices=indices)
-        latents = sample_latents(self._network, noise, condition, self._plan, generators)
+    def sample(
+        self, indices: Sequence[int], condition: Condition, negative: Condition | None = None
+    ) -> Tensor:
+        """Return the unscaled latents (B, Z, H, W), fp32, of some images, all in one pass.
+
+        Args:
+            condition, negative: of each of them, on the host; see `GuidedDenoiser`.
+        """
+        latents = sample_latents(
+            self._network,
+            initial_noise(self._shape, seed=self._seed, indices=indices).to(self._device),
+            condition.counted().to(self._device),
+            self._plan,
+            image_generators(seed=self._seed, indices=indices),
+            negative=None if negative is None else negative.counted().to(self._device),
+            prepare=self._network.prepare,
+        )
         return latents / self._scale
 
 

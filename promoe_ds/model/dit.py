@@ -85,6 +85,10 @@ class DiT(nn.Module):
         """Return the MoE layers by block index."""
         return {index: block.moe for index, block in enumerate(self.blocks) if block.is_moe}
 
+    def prepare(self, condition: Condition) -> Condition:
+        """Return the condition with what of it is the same in every pass, computed once."""
+        return condition
+
     def forward(
         self, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition | Tensor
     ) -> Tensor:

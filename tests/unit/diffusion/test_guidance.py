@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
-from promoe_ds.diffusion.guidance import choose_scale, guided
+from promoe_ds.diffusion.guidance import GuidedDenoiser, choose_scale
 from promoe_ds.errors import ConfigError
 
 from ..builders import random_tensor, small_config
@@ -26,7 +28,13 @@ def answer(latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
 
 
 def run(
-    scale: float, *, labels: Tensor = LABELS, channels: int = 2, two_passes: bool = False
+    scale: float,
+    *,
+    labels: Tensor = LABELS,
+    channels: int = 2,
+    negative: Tensor | None = None,
+    guide: bool = True,
+    **options: Any,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, list[int]]]]:
     """Return the guided prediction, and what the denoiser was asked for."""
     calls = []
@@ -35,8 +43,11 @@ def run(
         calls.append((latents, timestep, condition.labels_B.tolist()))
         return answer(latents, timestep, condition.labels_B)
 
-    options = {"scale": scale, "channels": channels, "two_passes": two_passes}
-    return guided(denoiser, LATENTS, TIMESTEP, ClassCondition(labels, NULL), **options), calls
+    away = None if negative is None else ClassCondition(negative, NULL)
+    guided = GuidedDenoiser(
+        denoiser, ClassCondition(labels, NULL), scale=scale, negative=away, **options
+    )
+    return guided(LATENTS, TIMESTEP, channels=channels, guide=guide), calls
 
 
 @pytest.mark.parametrize("two_passes", [False, True])
@@ -62,6 +73,48 @@ def test_guidance_scale_up_to_one_makes_one_conditional_pass(scale: float) -> No
     result, calls = run(scale)
     assert [labels for _, _, labels in calls] == [[0, 3, 9]]
     assert torch.equal(result, answer(LATENTS, TIMESTEP, LABELS))
+
+
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_outside_its_interval_guidance_makes_one_conditional_pass(two_passes: bool) -> None:
+    result, calls = run(3.0, guide=False, two_passes=two_passes)
+    assert [labels for _, _, labels in calls] == [[0, 3, 9]]
+    assert torch.equal(result, answer(LATENTS, TIMESTEP, LABELS))
+
+
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_negative_condition_takes_the_place_of_the_null_one(two_passes: bool) -> None:
+    away = torch.tensor([5, NULL, 5])
+    result, calls = run(2.0, negative=away, two_passes=two_passes)
+    conditional, negative = (answer(LATENTS, TIMESTEP, labels)[:, :2] for labels in (LABELS, away))
+    assert torch.equal(result[:, :2], negative + 2.0 * (conditional - negative))
+    assert [label for call in calls for label in call[2]] == [0, 3, 9, 5, NULL, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "prepared"),
+    [({}, [[4, 10]]), ({"two_passes": True}, [[4], [10]]), ({"scale": 1.0}, [[4]])],
+)
+def test_conditions_are_prepared_once_a_sampling_call(options: dict, prepared: list) -> None:
+    seen, asked = [], []
+
+    def prepare(condition: ClassCondition) -> ClassCondition:
+        seen.append(condition.labels_B.tolist())
+        return ClassCondition(condition.labels_B + 100, NULL + 100)
+
+    def denoiser(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
+        asked.extend(condition.labels_B.tolist())
+        return latents
+
+    guided = GuidedDenoiser(
+        denoiser,
+        ClassCondition(torch.tensor([4]), NULL),
+        prepare=prepare,
+        **{"scale": 2, **options},
+    )
+    for guide in (True, False, True):
+        guided(LATENTS[:1], TIMESTEP[:1], channels=2, guide=guide)
+    assert seen == prepared and min(asked) == 104  # nothing unprepared, the lone passes included
 
 
 def test_guidance_of_null_labels_changes_nothing() -> None:

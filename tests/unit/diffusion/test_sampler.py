@@ -132,6 +132,25 @@ def test_sampler_hands_labels_and_guidance_on_and_takes_the_first_channels(solve
     assert result.dtype == torch.float32 and not result.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("interval", "guided"),
+    [(None, "11111"), ((0.4, 0.8), "01110"), ((0.41, 0.79), "00100"), ((0.9, 1.0), "10000")],
+)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_guidance_acts_between_two_noise_levels_and_at_both(
+    solver: str, interval: tuple[float, float] | None, guided: str
+) -> None:
+    passes: dict[int, int] = {}
+
+    def denoiser(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tensor:
+        passes[round(timestep[0].item())] = len(latents)
+        return torch.zeros_like(latents)
+
+    noise = random_tensor(1, 1, 2, 2)
+    sample(denoiser, noise, steps=5, cfg_scale=2.0, cfg_interval=interval, solver=solver)
+    assert passes == {1000 - 200 * step: 1 + int(on) for step, on in enumerate(guided)}
+
+
 def test_sampler_unknown_solver_is_refused() -> None:
     with pytest.raises(ValueError, match="'magic' is none of euler"):
         sample(lambda x, t, y: x, torch.zeros(1, 1, 2, 2), solver="magic")

@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
+from promoe_ds.condition import ClassCondition
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.sample_job import SampleRequest, choose_labels, draw_samples, make_plan
@@ -100,7 +101,7 @@ def test_every_sampler_splits_guidance_where_the_method_mixes_samples(
     pipeline([0, 1, 2], output_type="latent")
     plan = make_plan(asked(), config)
     sampler = LatentSampler(network, config, plan, seed=0, device=torch.device("cpu"))
-    sampler.sample(range(3), np.zeros(3, dtype=np.int64))
+    sampler.sample(range(3), ClassCondition(torch.zeros(3, dtype=torch.int64), 10))
     assert passes == ([3] * 8 if method == "diff_moe" else [6] * 4)
 
 
