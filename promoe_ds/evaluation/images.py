@@ -33,6 +33,7 @@ _LOG = get_logger("sample")
 SETTINGS_FILE = "samples.json"
 NPZ_FILE = "samples.npz"
 LATENTS_FILE = "latents.safetensors"
+PROMPTS_FILE = "prompts.json"
 _PARTS = "parts"
 #: Settings that do not change an image: a job may resume with others.
 _FREE = ("num", "model")
@@ -95,6 +96,19 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
         found = "none" if labels is None else f"{labels.dtype} {labels.shape}"
         raise DataError(f"{file}: labels: {found}, expected integers ({len(images)},)")
     return images.read(range(len(images))), np.array(labels)
+
+
+def read_sample_prompts(path: Path, num: int) -> list[str]:
+    """Return the prompts of the `num` images of a folder of samples, or of a file in it, in their
+    order.
+
+    Raises: DataError if the folder does not say them.
+    """
+    file = (path if path.is_dir() else path.parent) / PROMPTS_FILE
+    prompts = read_json(file, "prompts of samples, by file", dict[str, str])
+    if len(prompts) != num:
+        raise DataError(f"{file}: {len(prompts)} prompts for {num} images")
+    return list(prompts.values())
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
