@@ -183,7 +183,7 @@ class TextCondition(Condition):
 
     def drop(self, mask_B: Tensor) -> TextCondition:
         """Return the texts with the masked ones empty."""
-        padded = self._padded(max(self.mask_BL.shape[1], len(self.empty.tokens_LC)))
+        padded = self.padded(max(self.mask_BL.shape[1], len(self.empty.tokens_LC)))
         empty = F.pad(
             self.empty.tokens_LC, (0, 0, 0, padded.mask_BL.shape[1] - len(self.empty.tokens_LC))
         )
@@ -200,12 +200,22 @@ class TextCondition(Condition):
             num_null=None,
         )
 
+    def null_like(self) -> TextCondition:
+        """Return as many empty texts, in the places that these need."""
+        batch, length = len(self), len(self.empty.tokens_LC)
+        room = replace(
+            self,
+            tokens_BLC=self.empty.tokens_LC.expand(batch, -1, -1),
+            mask_BL=self.mask_BL.new_ones(batch, length),
+        )
+        return super(TextCondition, room.padded(padded_length(length))).null_like()
+
     def counted(self) -> TextCondition:
         """Return the same texts with `num_null`, in as many places as the longest one needs, up to
         a multiple: however they were padded, the same value.
         """
         longest = int(self.mask_BL.sum(dim=1).max())
-        return super(TextCondition, self._padded(padded_length(longest))).counted()
+        return super(TextCondition, self.padded(padded_length(longest))).counted()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TextCondition:
         """Return the texts with a function applied to each tensor of B rows."""
@@ -226,7 +236,7 @@ class TextCondition(Condition):
 
     def _joined(self, others: Sequence[TextCondition]) -> TextCondition:
         length = max(each.mask_BL.shape[1] for each in (self, *others))
-        parts = [each._padded(length) for each in (self, *others)]
+        parts = [each.padded(length) for each in (self, *others)]
         groups = [each.groups_B for each in parts if each.groups_B is not None]
         return replace(
             self,
@@ -237,11 +247,12 @@ class TextCondition(Condition):
             groups_B=torch.cat(groups) if len(groups) == len(parts) else None,
         )
 
-    def _padded(self, length: int) -> TextCondition:
+    def padded(self, length: int) -> TextCondition:
         """Return the same texts with `length` places, none of which cuts a text."""
         more = length - self.mask_BL.shape[1]
         return replace(
             self,
             tokens_BLC=F.pad(self.tokens_BLC, (0, 0, 0, more)),
             mask_BL=F.pad(self.mask_BL, (0, more)),
+            num_null=None,
         )

@@ -69,11 +69,13 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     )
 
 
-def forward_flops_per_image(config: RunConfig) -> int:
+def forward_flops_per_image(config: RunConfig, text_tokens: int = 0) -> int:
     """Floating-point operations of one conditional image's forward pass (a multiply-add is two).
 
     Matrix products only: linear layers, attention, the experts a token activates, routing scores.
-    A text counts with its longest length.
+
+    Args:
+        text_tokens: of the image's text; with none, what a log calls used is never more than was.
     """
     model, routing = config.model, config.routing
     width, depth, layers = model.hidden_size, model.depth, len(config.moe_block_indices)
@@ -82,26 +84,23 @@ def forward_flops_per_image(config: RunConfig) -> int:
     shared = routing.num_shared_experts * config.shared_expert_width
     active = routed + shared * _MATRICES[config.shared_expert_type]
     router_per_token, router_per_image = _router_products(config)
-    is_text = model.condition == "text"
-    text_keys = depth * model.text_length * width if is_text else 0
     per_token = (
         (model.in_channels + model.out_channels) * patch * width
-        + depth * (4 * width * width + 2 * tokens * width)
-        + 2 * text_keys
+        + depth * (4 * width * width + 2 * (tokens + text_tokens) * width)
         + (depth - layers) * 2 * width * int(model.mlp_ratio * width)
         + layers * (width * active + router_per_token)
     )
     per_image = (
         TIMESTEP_FREQUENCIES * width + (3 + 6 * depth) * width * width + layers * router_per_image
     )
-    if is_text:
-        per_image += width * model.pooled_width + 2 * text_keys * model.text_width
+    if model.condition == "text":
+        per_image += (model.pooled_width + 2 * depth * text_tokens * model.text_width) * width
     return 2 * (tokens * per_token + per_image)
 
 
-def training_flops_per_image(config: RunConfig) -> int:
+def training_flops_per_image(config: RunConfig, text_tokens: int = 0) -> int:
     """Forward and backward pass: three times the forward one (Kaplan et al., 2020)."""
-    return 3 * forward_flops_per_image(config)
+    return 3 * forward_flops_per_image(config, text_tokens)
 
 
 def _feed_forward(width: int, hidden: int, expert_type: str) -> int:

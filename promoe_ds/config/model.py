@@ -86,6 +86,11 @@ class ModelConfig(Section):
         return self.text_pooled_width or self.text_width
 
     @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text; 0 where there are none."""
+        return self.text_length if self.condition == "text" else 0
+
+    @property
     def tokens_per_image(self) -> int:
         """S: patches of one image."""
         return (self.input_size // self.patch_size) ** 2

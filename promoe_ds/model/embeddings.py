@@ -119,8 +119,13 @@ class TextEmbedding(ConditionEmbedding):
         return self.pooled(_of_text(condition).pooled_BC.to(self.pooled.weight.dtype))
 
     def texts(self, condition: Condition, tokens_per_image: int) -> Texts:
-        """Return the states, and which tokens are keys: those of the image and of the text."""
+        """Return the states, and which tokens are keys: those of the image and of the text.
+
+        Sync: one, where the condition was not counted.
+        """
         text = _of_text(condition)
+        if text.num_null is None:  # nobody on the host has looked: padding could change roundings
+            text = text.counted()
         is_key_BK = F.pad(text.mask_BL, (tokens_per_image, 0), value=True)
         return Texts(is_key_BK[:, None, None], text.tokens_BLC.to(self.pooled.weight.dtype))
 

@@ -154,7 +154,7 @@ def _train(config: RunConfig, gpus: int, rates: Assumptions) -> PipelineStep:
     images = config.train.max_steps * config.train.global_batch_size
     seconds = (
         images
-        * training_flops_per_image(config)
+        * training_flops_per_image(config, config.model.longest_text)
         / (gpus * rates.device.flops["bf16"] * rates.training_share)
     )
     states = states_of_config(
@@ -183,7 +183,7 @@ def _sample(
     drawing = (
         samples
         * passes
-        * forward_flops_per_image(config)
+        * forward_flops_per_image(config, config.model.longest_text)
         / (gpus * rates.device.flops["bf16"] * rates.inference_share)
     )
     decoding = samples * DECODER_FLOPS * _pixel_ratio(config) / (gpus * rates.convolution_flops)

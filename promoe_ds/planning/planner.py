@@ -127,7 +127,7 @@ def plan_step(
         memory=memory,
         phase=phase,
         host=shapes.states.host + shapes.states.update * layout.offload,
-        flops=layout.images * training_flops_per_image(config),
+        flops=layout.images * training_flops_per_image(config, config.model.longest_text),
         traffic=traffic,
         seconds=step_seconds(config, layout, cluster, shapes, traffic, efficiency),
         efficiency=efficiency,

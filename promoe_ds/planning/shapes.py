@@ -170,7 +170,7 @@ def _condition(config: RunConfig, images: int) -> Condition:
     model = config.model
     groups_B = torch.empty(images, dtype=torch.int64)
     if model.condition == "class":
-        return ClassCondition(groups_B, model.null_label)
+        return ClassCondition(groups_B, model.null_label, num_null=0)
     length = padded_length(model.text_length)
     states = torch.empty(images, length, model.text_width, dtype=torch.bfloat16)
     pooled_BC = torch.empty(images, model.pooled_width)
@@ -182,4 +182,5 @@ def _condition(config: RunConfig, images: int) -> Condition:
         EmptyText(states[0], pooled_BC[0]),
         groups_B=groups_B if config.num_groups else None,
         num_groups=config.num_groups,
+        num_null=0,
     )

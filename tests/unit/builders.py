@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.config.routing import METHODS as TRAITS
+from promoe_ds.data.dataset import SyntheticLatents
 from promoe_ds.model import DiT, build_model, initialise
 from promoe_ds.routing import ROUTERS
 
@@ -29,6 +31,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "train": {"max_steps": 10},
 }
 
+#: What makes a small run one of texts, of up to twenty tokens in ten groups.
+TEXT: dict[str, dict[str, Any]] = {
+    "model": {
+        "condition": "text",
+        "num_classes": 1000,
+        "text_width": 12,
+        "text_pooled_width": 8,
+        "text_length": 20,
+    },
+    "data": {"caption_groups": 10},
+}
 
 #: Routing methods, dense apart.
 METHODS = tuple(ROUTERS)
@@ -95,6 +108,14 @@ def random_network(seed: int = 0, **sections: dict[str, Any]) -> DiT:
     initialise(network, seed)
     randomise(network, seed)
     return network
+
+
+def condition_of(config: RunConfig, labels: Tensor) -> Condition:
+    """Return labels as a condition; of a text model, a text of each, the null one empty."""
+    if config.model.condition == "class":
+        return ClassCondition(labels, config.model.null_label).counted()
+    condition = SyntheticLatents(config, torch.device("cpu")).take(labels.numpy())[1]
+    return condition.drop(labels == config.num_groups).counted()
 
 
 def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -54,7 +54,10 @@ def test_text_condition_drops_joins_and_selects() -> None:
     assert dropped.mask_BL.tolist() == [[True, True], [True, False]]
     assert dropped.pooled_BC.tolist() == [[-2] * 3, [1] * 3]
     assert not condition.is_null_B.any() and dropped.counted().num_null == 1
-    both = _texts(3).cat([condition.null_like()])
+    nulls = condition.null_like()
+    assert nulls.num_null == 2 and nulls.mask_BL.sum(dim=1).tolist() == [2, 2]
+    assert nulls.group_B.tolist() == [5, 5] and nulls.tokens_BLC[:, :2].eq(-1).all()
+    both = _texts(3).cat([condition.drop(torch.ones(2, dtype=torch.bool))])
     assert both.mask_BL.tolist() == [[True] * 3, [True, True, False], [True, True, False]]
     assert both.select(torch.tensor([2, 0])).is_null_B.tolist() == [True, False]
     moved = both.counted().to(torch.device("meta"))

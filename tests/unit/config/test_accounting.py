@@ -22,6 +22,8 @@ from promoe_ds.model import DiT, build_model
 
 from ..builders import (
     METHODS,
+    TEXT,
+    condition_of,
     of_method,
     packaged_config,
     random_network,
@@ -43,6 +45,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "qk_norm": {"model": {"qk_norm": True}},
     "all blocks": {"routing": {"moe_blocks": "all"}},
     "odd depth": {"model": {"depth": 5}},
+    "text": TEXT,
+    "text, pooled as wide": {"model": {**TEXT["model"], "text_pooled_width": None}},
     "no shared": {"routing": {"num_shared_experts": 0}},
     "two shared": {"routing": {"num_shared_experts": 2}},
     "no unconditional": {"routing": {"num_unconditional_experts": 0}},
@@ -163,6 +167,7 @@ def test_parameters_activated_of_promoe_are_nearly_those_of_dit(size: str) -> No
         "no learned sigma",
         "widths",
         "shapes",
+        "text",
     ],
 )
 def test_forward_flops_equal_those_counted_by_torch(setting: str) -> None:
@@ -171,9 +176,11 @@ def test_forward_flops_equal_those_counted_by_torch(setting: str) -> None:
     model, images = network.config.model, 3
     latents = random_tensor(images, model.in_channels, model.input_size, model.input_size)
     counter = FlopCounterMode(display=False)
+    condition = condition_of(network.config, torch.arange(images))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        network(latents, torch.full((images,), 500.0), torch.arange(images))
-    assert counter.get_total_flops() == images * forward_flops_per_image(network.config)
+        network(latents, torch.full((images,), 500.0), condition)
+    length = condition.mask_BL.shape[1] if setting == "text" else 0
+    assert counter.get_total_flops() == images * forward_flops_per_image(network.config, length)
 
 
 @pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS.keys())

@@ -9,9 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from promoe_ds.condition import Condition
 from promoe_ds.model import DiT, build_model, initialise
 
-from ..builders import METHODS, of_method, random_network, random_tensor, randomise, small_config
+from ..builders import (
+    METHODS,
+    TEXT,
+    condition_of,
+    of_method,
+    random_network,
+    random_tensor,
+    randomise,
+    small_config,
+)
 from ..routing.plans import NULL, give_state
 
 LABELS = torch.tensor([3, NULL, 0, 7])
@@ -24,13 +34,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "no learned sigma": {"model": {"learn_sigma": False, "in_channels": 4}},
     "no unconditional": {"routing": {"num_unconditional_experts": 0, "num_shared_experts": 0}},
+    "text": TEXT,
+    "text, dense": {**TEXT, "routing": {"method": "dense"}},
 }
 
 
-def inputs(network: DiT, images: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(network: DiT, images: int = 4) -> tuple[Tensor, Tensor, Condition]:
     model = network.config.model
     latents = random_tensor(images, model.in_channels, model.input_size, model.input_size)
-    return latents, torch.linspace(0, 1000, images), LABELS[:images]
+    condition = condition_of(network.config, LABELS[:images])
+    return latents, torch.linspace(0, 1000, images), condition
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -52,17 +65,18 @@ def test_network_untrained_returns_zero_and_trained_what_the_config_says(setting
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_network_output_of_an_image_does_not_depend_on_its_batch_mates(setting: str) -> None:
     network = random_network(**SETTINGS[setting], parallel={"expert_backend": "loop"}).double()
-    latents, timestep, labels = inputs(network)
-    together = network(latents.double(), timestep, labels)
-    for i in range(len(labels)):
-        alone = network(latents[i : i + 1].double(), timestep[i : i + 1], labels[i : i + 1])
+    latents, timestep, condition = inputs(network)
+    together = network(latents.double(), timestep, condition)
+    for i in range(len(condition)):
+        one = slice(i, i + 1)
+        alone = network(latents[one].double(), timestep[one], condition.select(one).counted())
         # Matrix products of another height may add in another order.
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-9, atol=1e-9)
 
 
 def test_network_depends_on_label_timestep_and_position() -> None:
     network = random_network()
-    latents, timestep, labels = inputs(network, images=1)
+    (latents, timestep, _), labels = inputs(network, images=1), LABELS[:1]
     output = network(latents, timestep, labels)
     assert network(latents.double(), timestep, labels).dtype == torch.float64
     assert not torch.equal(network(latents, timestep + 1, labels), output)
@@ -107,6 +121,7 @@ CHECKPOINTED: dict[str, dict[str, Any]] = {
     "balanced": {"model": {"depth": 4}, "routing": {"top_k": 2, "balance_weight": 0.1}},
     "all blocks": {"routing": {"moe_blocks": "all"}},
     "dense": {"routing": {"method": "dense"}},
+    "text": TEXT,
 }
 
 
@@ -199,13 +214,21 @@ def test_checkpointing_keeps_less_the_more_it_recomputes() -> None:
     assert kept["full"] < kept["selective"] < kept["none"]
 
 
-@pytest.mark.parametrize("routing", [{}, {"num_shared_experts": 0}, {"method": "dense"}])
-def test_compiled_network_equals_eager(routing: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"routing": {"num_shared_experts": 0}},
+        {"routing": {"method": "dense"}},
+        {**TEXT, "routing": {"method": "dense"}},
+    ],
+)
+def test_compiled_network_equals_eager(sections: dict[str, Any]) -> None:
     """The graphs are captured whole and run without a compiler's rounding; weights keep their
     names.
     """
-    loss, gradients, _ = training_pass(random_network(routing=routing))
-    network = random_network(routing=routing)
+    loss, gradients, _ = training_pass(random_network(**sections))
+    network = random_network(**sections)
     for block in network.blocks:
         block.compile_dense(backend="aot_eager")
     compiled_loss, compiled_gradients, _ = training_pass(network)

@@ -11,7 +11,7 @@ from torch import Tensor
 from promoe_ds.model import DiT, build_model, initialise
 from promoe_ds.moe import StackedExperts
 
-from ..builders import METHODS, of_method, small_config
+from ..builders import METHODS, TEXT, of_method, small_config
 
 ROUTED = "blocks.1.moe.routed."
 
@@ -20,6 +20,11 @@ def initialised(seed: int = 0, **sections: Any) -> DiT:
     network = build_model(small_config(**sections))
     initialise(network, seed)
     return network
+
+
+def wide(name: str) -> dict[str, dict[str, Any]]:
+    """Return the sections of a network of width 64 that has a parameter of this name."""
+    return {"model": {**(TEXT["model"] if "text" in name else {}), "hidden_size": 64}}
 
 
 def weights(network: DiT) -> dict[str, Tensor]:
@@ -121,6 +126,7 @@ def test_init_untrained_biases_modulation_and_output_are_zero(seed: int) -> None
     ("name", "fan_in", "fan_out"),
     [
         ("blocks.0.attention.qkv.weight", 64, 192),
+        ("blocks.0.attention.text_kv.weight", 12, 128),
         ("blocks.0.feed_forward.down.weight", 256, 64),
         ("patch_embedding.proj.weight", 4, 64),
         (ROUTED + "up_weight", 64, 128),
@@ -135,7 +141,7 @@ def test_init_untrained_biases_modulation_and_output_are_zero(seed: int) -> None
 def test_init_matrices_are_xavier_uniform(name: str, fan_in: int, fan_out: int) -> None:
     routing = {"expert_type": "swiglu"} if "gate" in name else {}
     routing |= {"method": "expert_race"} if ".router." in name else {}
-    value = weights(initialised(model={"hidden_size": 64}, routing=routing))[name]
+    value = weights(initialised(**wide(name), routing=routing))[name]
     bound = (6 / (fan_in + fan_out)) ** 0.5
     assert value.abs().max() <= bound
     # 256 draws at least: the largest lies near the bound, the deviation within some percent of
@@ -175,10 +181,11 @@ def test_init_linear_gates_start_as_published(method: str, std: float, is_unifor
         "label_embedding.table.weight",
         "timestep_embedding.up.weight",
         "timestep_embedding.down.weight",
+        "text_embedding.pooled.weight",
     ],
 )
 def test_init_embeddings_and_prototypes_are_normal_002(name: str) -> None:
-    value = weights(initialised(model={"hidden_size": 64}))[name]
+    value = weights(initialised(**wide(name)))[name]
     # 256 draws at least: the estimate lies within 15 percent (over three standard errors).
     assert value.std().item() == pytest.approx(0.02, rel=0.15)
     assert value.abs().max() > 0.04  # beyond the bound of a uniform draw with this deviation
