@@ -74,6 +74,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="largest safetensors file (default 2)",
     )
     add("--vae", metavar="DIR_OR_ID", help="autoencoder of the latents, for --to diffusers")
+    add("--text-encoder", metavar="DIR_OR_ID", help="of the model's prompts, for --to diffusers")
     add("--recipe", metavar="NAME_OR_PATH", help="architecture of a .pth file")
     parser.add_overrides("change a value of --recipe")
     add(
@@ -111,7 +112,7 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
         options.recipe or not options.overrides, "--set changes a value of --recipe: name one"
     )
     if to != "diffusers":
-        parser.without_effect(options, "vae", reason=f"with --to {to}")
+        parser.without_effect(options, "vae", "text_encoder", reason=f"with --to {to}")
 
 
 def main(arguments: list[str]) -> None:
@@ -130,6 +131,7 @@ def main(arguments: list[str]) -> None:
         with_optimizer=options.with_optimizer,
         verify=options.verify,
         vae=options.vae,
+        text_encoder=options.text_encoder,
         ema_sigma_rel=options.ema_sigma_rel,
         max_shard_bytes=int(options.max_shard_size * 10**9),
     )

@@ -86,6 +86,11 @@ def number(kind: type = int, **bounds: Any) -> Callable[[str], Any]:
     return read
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Read comma-separated numbers."""
+    return tuple(map(number(float), text.split(",")))
+
+
 def integers(text: str) -> tuple[int, ...]:
     """Read comma-separated integers."""
     return tuple(map(number(), text.split(",")))

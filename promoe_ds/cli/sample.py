@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from promoe_ds.cli.entry import command, joined_processes
-from promoe_ds.cli.options import Parser, integers
+from promoe_ds.cli.options import Parser, integers, numbers
 from promoe_ds.config.diffusion import SOLVERS
 from promoe_ds.logs import get_logger
 
@@ -19,12 +19,36 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="export folder (promoe-convert --to single)")
     add("--out", type=Path, required=True, help="folder to write")
-    add("--classes", type=integers, help="comma-separated labels; all classes if left out")
+    subjects = parser.add_mutually_exclusive_group()
+    subjects.add_argument(
+        "--classes", type=integers, help="comma-separated labels; all classes if left out"
+    )
+    subjects.add_argument(
+        "--prompt",
+        dest="prompts",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what to draw, by a model of text; may be given several times; blank is no text",
+    )
+    subjects.add_argument(
+        "--prompts", dest="prompts_file", type=Path, metavar="FILE", help="one prompt a line, UTF-8"
+    )
+    add(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="what guidance leads away from, instead of from no text",
+    )
+    add(
+        "--text-encoder",
+        metavar="DIR_OR_ID",
+        help="that the model was trained with; the recipe's if left out",
+    )
     add(
         "--labels",
         choices=["balanced", "random"],
         default="balanced",
-        help="the classes in turn, or at random",
+        help="the classes or prompts in turn, or at random",
     )
     # Launchers take --num for an abbreviation of their own options; the long name passes.
     add(
@@ -32,12 +56,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--num-samples",
         type=int,
         help=(
-            "samples in all; 10 a class if left out; under torchrun and deepspeed write"
-            " --num-samples"
+            "samples in all; 10 a class or one a prompt if left out; under torchrun and deepspeed"
+            " write --num-samples"
         ),
     )
     add("--steps", type=int, help="solver steps; the recipe's default if left out")
     add("--cfg-scale", type=float, help="guidance scale; the recipe's default if left out")
+    add(
+        "--cfg-interval",
+        type=numbers,
+        metavar="LOW,HIGH",
+        help="noise levels between which there is guidance, of 0 to 1; everywhere if left out",
+    )
     add(
         "--solver",
         choices=["auto", *(name for names in SOLVERS.values() for name in names)],
@@ -55,8 +85,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=False,
         help=(
-            "one image a pass, on one thread: every bit depends on seed, index and label alone; in"
-            " batches images agree to rounding"
+            "one image a pass, on one thread: every bit depends on seed, index and label or prompt"
+            " alone; in batches images agree to rounding"
         ),
     )
     add("--vae", metavar="DIR_OR_ID", help="AutoencoderKL that decodes latents into images")
@@ -68,16 +98,19 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="processes that share a set of experts: for models that fit no device",
     )
     parser.add_process()
-    add("--grid", action="store_true", help="also write grid.png, one row a class")
+    add("--grid", action="store_true", help="also write grid.png: one row a class, or prompts")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> None:
     """Arguments to request to files."""
     options = parse_arguments(arguments)
-    from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
+    from promoe_ds.evaluation.sample_job import draw_samples
+    from promoe_ds.evaluation.sample_request import SampleRequest, read_prompts
 
-    del options.local_rank
+    prompts_file = options.prompts_file
+    options.prompts = tuple(options.prompts) if prompts_file is None else read_prompts(prompts_file)
+    del options.local_rank, options.prompts_file
     with joined_processes(options.device) as team:
         for path in draw_samples(SampleRequest(**vars(options)), team):
             get_logger("sample").info("wrote %s", path)

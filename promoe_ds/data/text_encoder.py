@@ -41,7 +41,7 @@ class TextIdentity:
     """
 
     name: str
-    fingerprint: str
+    fingerprint: str | None
     width: int
     pooled_width: int
     max_length: int
@@ -63,7 +63,8 @@ class TextIdentity:
                 f" {self.pooled_width}, but model.text_width={wanted[0]} and"
                 f" model.text_pooled_width={wanted[1]}"
             )
-        if data.text_fingerprint not in (None, self.fingerprint):
+        known = data.text_fingerprint, self.fingerprint
+        if None not in known and known[0] != known[1]:
             raise DataError(
                 f"{where}: {self.name} has the weights {self.fingerprint}, but the model is trained"
                 f" with {data.text_fingerprint} (data.text_fingerprint, data.text_encoder="
@@ -92,6 +93,7 @@ class TextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         max_length: int | None = None,
+        parts: tuple[Any, Any] | None = None,
     ) -> None:
         """Load it.
 
@@ -101,10 +103,13 @@ class TextEncoder:
             dtype: that it computes in.
             max_length: tokens that longer texts are cut to, its own marks among them; what the
                 encoder takes if left out, at most 512.
+            parts: network and tokenizer that are loaded already and used as they are; their
+                checksum is not taken, a rounded network has another.
         Raises: DataError if transformers or the encoder is missing, or it is not one.
         """
-        source = _folder_of(name)
-        network, self._tokenizer = _load(source)
+        network, self._tokenizer = parts or load_text_model(name)
+        if parts is None and getattr(network, "pooler", None) is not None:
+            network.pooler = None  # a BERT's is of no use here, and many checkpoints lack it
         config = network.config
         takes = min(
             self._tokenizer.model_max_length,
@@ -115,12 +120,12 @@ class TextEncoder:
         self._has_pooled = config.model_type.startswith("clip")
         self.identity = TextIdentity(
             name=name,
-            fingerprint=fingerprint_of(network),
+            fingerprint=None if parts else fingerprint_of(network),
             width=config.hidden_size,
             pooled_width=config.hidden_size,
             max_length=max_length or min(takes, _LONGEST),
         )
-        self._network = network.to(device=device, dtype=dtype)
+        self._network = network if parts else network.to(device=device, dtype=dtype)
         self._device = torch.device(device)
         empty = self.encode([""])
         self.empty = EmptyText(empty.states[0], empty.pooled[0])
@@ -233,11 +238,12 @@ def _folder_of(name: str) -> str:
     return name
 
 
-def _load(source: str) -> tuple[Any, Any]:
-    """Return the network, in the types of its files, and its tokenizer.
+def load_text_model(name: str) -> tuple[Any, Any]:
+    """Return an encoder's network, in the types of its files, and its tokenizer.
 
     Raises: DataError if transformers is missing, or the folder has not all of them.
     """
+    source = _folder_of(name)
     try:
         from transformers import (
             MODEL_FOR_TEXT_ENCODING_MAPPING,
@@ -259,9 +265,6 @@ def _load(source: str) -> tuple[Any, Any]:
             source, config=config, use_safetensors=True, dtype="auto", output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
-    # A BERT's pooler is of no use here, and many checkpoints lack it.
-    if getattr(network, "pooler", None) is not None:
-        network.pooler = None
     if missing := [key for key in found["missing_keys"] if not key.startswith("pooler.")]:
         raise DataError(
             f"{source}: its weights lack {len(missing)} parameters of a"

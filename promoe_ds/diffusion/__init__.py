@@ -3,7 +3,7 @@ imports the model.
 """
 
 from promoe_ds.diffusion.build import build_objective
-from promoe_ds.diffusion.guidance import GuidedDenoiser, choose_scale
+from promoe_ds.diffusion.guidance import GuidedDenoiser, check_guided, check_interval, choose_scale
 from promoe_ds.diffusion.objective import DiffusionBatch, Objective, draw_batch
 from promoe_ds.diffusion.sampler import SamplingPlan, sample_latents
 
@@ -13,6 +13,8 @@ __all__ = [
     "Objective",
     "SamplingPlan",
     "build_objective",
+    "check_guided",
+    "check_interval",
     "choose_scale",
     "draw_batch",
     "sample_latents",

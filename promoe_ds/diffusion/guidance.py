@@ -6,7 +6,7 @@ Letters: B images, Z latent channels, H, W latent size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -52,6 +52,35 @@ def choose_scale(config: RunConfig, asked: float | None, name: str) -> tuple[flo
     if asked > 1 and not trained:
         raise ConfigError(f"{name}={asked:g}: {why}; use 1, which is no guidance")
     return scale, ""
+
+
+def check_interval(asked: Sequence[float] | None, name: str) -> tuple[float, float] | None:
+    """Return the noise levels between which there is guidance, which the user asks for under
+    `name`; None where it is everywhere.
+
+    Raises: ConfigError if they are no interval.
+    """
+    if asked is None:
+        return None
+    if len(asked) != 2 or not 0 <= asked[0] < asked[1] <= 1:
+        values = ",".join(f"{value:g}" for value in asked)
+        raise ConfigError(
+            f"{name}={values}: must be two noise levels, from 0 (data) to 1 (noise), the lower one"
+            " first, e.g. 0.2,0.8"
+        )
+    return asked[0], asked[1]
+
+
+def check_guided(scale: float, given: Mapping[str, object]) -> None:
+    """Raise ConfigError if anything is given, by its name, that has an effect under guidance
+    alone, and there is none.
+    """
+    for name, value in given.items():
+        if value is not None and scale <= 1:
+            raise ConfigError(
+                f"{name}: has no effect at guidance scale {scale:g}: leave it out, or take a scale"
+                " above 1"
+            )
 
 
 class GuidedDenoiser:

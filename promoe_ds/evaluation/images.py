@@ -7,9 +7,12 @@ Letters: N images, H, W size, C colour channels, Z latent channels.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import textwrap
+import unicodedata
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,8 @@ from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
 from promoe_ds.config import RunConfig
@@ -35,6 +39,10 @@ NPZ_FILE = "samples.npz"
 LATENTS_FILE = "latents.safetensors"
 PROMPTS_FILE = "prompts.json"
 _PARTS = "parts"
+#: Letters of a prompt in a file's name.
+_LONGEST_SLUG = 40
+#: Of a grid with captions, in pixels.
+_CAPTIONED_COLUMNS, _CAPTIONED_SIZE, _LETTER_SIZE, _CAPTION_GAP = 10, 96, 11, 6
 #: Settings that do not change an image: a job may resume with others.
 _FREE = ("num", "model")
 _REMEDY = ". Free the disk and run the same command again"
@@ -53,9 +61,20 @@ def to_uint8(images_NCHW: np.ndarray) -> np.ndarray:
     return np.clip(127.5 * images_NCHW + 128.0, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def image_name(index: int, label: int) -> str:
-    """Return the published file name, e.g. img000123_class45.png."""
-    return f"img{index:06d}_class{label}.png"
+def image_name(index: int, shows: str) -> str:
+    """Return a file's name: the published one, img000123_class45.png, or img000123_a-red-apple.png
+    of a prompt.
+    """
+    return f"img{index:06d}_{shows}.png"
+
+
+def slug(prompt: str) -> str:
+    """Return what of a prompt is safe in a file's name: lower-case ASCII letters, digits, hyphens;
+    "prompt" if that is nothing.
+    """
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain)[:_LONGEST_SLUG].strip("-")
+    return words or "prompt"
 
 
 def as_picture(image_HWC: np.ndarray) -> Image.Image:
@@ -83,6 +102,26 @@ def make_grid(
         edges = (0, missing), (gap, 0), (gap, 0), (0, 0)
         rows.append(np.concatenate(np.pad(cells, edges, constant_values=255), axis=1))
     return np.pad(np.vstack(rows), ((0, gap), (0, gap), (0, 0)), constant_values=255)
+
+
+def captioned_grid(images_NHWC: np.ndarray, captions: Sequence[str]) -> Image.Image:
+    """Lay out images row by row, each above its caption, which is cut behind three lines."""
+    zoom = max(1, _CAPTIONED_SIZE // images_NHWC.shape[1])
+    side, columns = images_NHWC.shape[1] * zoom, min(_CAPTIONED_COLUMNS, len(captions))
+    font = ImageFont.load_default(_LETTER_SIZE)
+    cell = side + _CAPTION_GAP, side + 3 * (_LETTER_SIZE + 3) + _CAPTION_GAP
+    rows = -(-len(captions) // columns)
+    grid = Image.new("RGB", (columns * cell[0] + _CAPTION_GAP, rows * cell[1]), "white")
+    draw = ImageDraw.Draw(grid)
+    letters = int(side / font.getlength("n"))
+    for place, (image, caption) in enumerate(zip(images_NHWC, captions, strict=True)):
+        corner = place % columns * cell[0] + _CAPTION_GAP, place // columns * cell[1] + _CAPTION_GAP
+        picture = as_picture(image).resize((side, side), Image.Resampling.NEAREST)
+        grid.paste(picture, corner)
+        lines = textwrap.wrap(caption, letters, max_lines=3, placeholder=" ...")
+        below = corner[0], corner[1] + side
+        draw.multiline_text(below, "\n".join(lines), "black", font, spacing=2)
+    return grid
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -152,10 +191,13 @@ class SampleFolder:
     """The folder that a sampling job fills: PNG files, or latents where nothing decodes them."""
 
     path: Path
+    #: (N,) int64: each image's class, or the place of its prompt in `prompts`.
     labels: np.ndarray
     #: Of one image (H, W, C), or of one latent (Z, H, W).
     shape: tuple[int, int, int]
     as_images: bool
+    #: What the images are drawn from, if not classes.
+    prompts: tuple[str, ...] = ()
 
     @property
     def whole(self) -> Path:
@@ -186,6 +228,10 @@ class SampleFolder:
             if environment not in environments:
                 environments = [*environments, environment]
             self._files.mkdir(parents=True, exist_ok=True)
+            if self.prompts:
+                named = range(len(self.labels))
+                prompts = {self._path(index).name: self._prompt(index) for index in named}
+                write_json(self.path / PROMPTS_FILE, prompts)
             write_json(self.path / SETTINGS_FILE, {**settings, "environments": environments})
 
     def _compare(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -216,7 +262,7 @@ class SampleFolder:
         """
         with self._writing(_REMEDY), replacing(self._path(index)) as temporary:
             if self.as_images:
-                as_picture(value).save(temporary, format="PNG")
+                as_picture(value).save(temporary, format="PNG", pnginfo=self._text(index))
             else:
                 with temporary.open("wb") as file:
                     np.save(file, value)
@@ -292,6 +338,18 @@ class SampleFolder:
                     for part in parts:
                         file.write(np.ascontiguousarray(part).tobytes())
 
+    def _prompt(self, index: int) -> str:
+        return self.prompts[self.labels[index]]
+
+    def _text(self, index: int) -> PngInfo | None:
+        """Return the text that an image's file carries: its prompt, if it has one."""
+        if not self.prompts:
+            return None
+        text = PngInfo()
+        text.add_itxt("prompt", self._prompt(index))
+        return text
+
     def _path(self, index: int) -> Path:
-        name = image_name(index, int(self.labels[index]))
+        shows = slug(self._prompt(index)) if self.prompts else f"class{self.labels[index]}"
+        name = image_name(index, shows)
         return self._files / (name if self.as_images else f"{name.removesuffix('.png')}.npy")

@@ -1,32 +1,41 @@
-"""Sampling labelled images from an export, on one process or many; a stopped job resumes."""
+"""Sampling images of classes or prompts from an export, on one process or many; a stopped job
+resumes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+from PIL import Image
 
 from promoe_ds.checkpoint.manifest import checksum
-from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig
+from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.data.vae import Vae
-from promoe_ds.diffusion import SamplingPlan, choose_scale
+from promoe_ds.diffusion import SamplingPlan
 from promoe_ds.distributed.context import DistributedContext, single_process
 from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.evaluation.images import (
     SampleFolder,
     as_picture,
+    captioned_grid,
     draws_pixels,
     image_shape,
     make_grid,
     to_uint8,
+)
+from promoe_ds.evaluation.sample_request import (
+    SampleRequest,
+    choose_labels,
+    load_conditions,
+    make_plan,
 )
 from promoe_ds.evaluation.sampling import (
     LatentSampler,
@@ -37,7 +46,6 @@ from promoe_ds.evaluation.sampling import (
 from promoe_ds.evaluation.sharded_model import load_sharded_model
 from promoe_ds.logs import Progress, get_logger
 from promoe_ds.model.export import WEIGHTS_STEM, load_model, read_export_config, read_export_origin
-from promoe_ds.randomness import generator
 from promoe_ds.versions import device_name, versions_of
 
 _LOG = get_logger("sample")
@@ -45,28 +53,7 @@ _LOG = get_logger("sample")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _GRID_COLUMNS = 20
 _GRID_IMAGE_SIZE = 40
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """What to sample; None takes the recipe's default, or what fits the device."""
-
-    model: Path
-    out: Path
-    classes: tuple[int, ...] | None = None
-    labels: str = "balanced"
-    num: int | None = None
-    steps: int | None = None
-    cfg_scale: float | None = None
-    solver: str | None = None
-    seed: int = 0
-    batch_size: int = 64
-    device: str | None = None
-    dtype: str = "fp32"
-    vae: str | None = None
-    exact: bool = False
-    ep_size: int = 1
-    grid: bool = False
+_GRID_PROMPTS = 100
 
 
 def draw_samples(request: SampleRequest, team: DistributedContext | None = None) -> list[Path]:
@@ -74,18 +61,22 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
 
     Models of pixels (one or three channels), and of latents with an autoencoder to decode them,
     give PNG files and `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus `labels`); others give
-    `latents.safetensors`, unscaled.
-    Raises: ConfigError for labels, numbers or an output folder that cannot be; CheckpointError for
-        the export.
+    `latents.safetensors`, unscaled. Of prompts, `labels` are their places among the request's, each
+    PNG file carries its own as text, and `prompts.json` maps files to prompts.
+    Raises: ConfigError for labels, prompts, numbers or an output folder that cannot be; DataError
+        for an encoder that cannot be loaded; CheckpointError for the export.
     """
     team = team or single_process(check_device(request.device))
     config, exact = read_export_config(request.model), request.exact
     labels, plan = choose_labels(request, config), make_plan(request, config)
     vae = _load_vae(request, config, team)
+    conditions, encoder = load_conditions(request, config, team.device)
     as_images = vae is not None or draws_pixels(config)
     shape = image_shape(config, vae)
-    folder = SampleFolder(request.out, labels, shape if as_images else shape[::-1], as_images)
-    settings = team.on_main(lambda: _settings(request, plan, vae))
+    folder = SampleFolder(
+        request.out, labels, shape if as_images else shape[::-1], as_images, request.prompts
+    )
+    settings = team.on_main(lambda: _settings(request, plan, vae, encoder))
     environment = {
         "device": device_name(team.device),
         "versions": versions_of("diffusers", "numpy"),
@@ -105,8 +96,8 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
 
     def sample(indices: range) -> np.ndarray:
         """Return images (B, H, W, C) uint8, or latents (B, Z, H, W), of one pass."""
-        own = torch.from_numpy(labels[indices.start : indices.stop])
-        latents = sampler.sample(indices, ClassCondition(own, config.model.null_label))
+        own = labels[indices.start : indices.stop]
+        latents = sampler.sample(indices, *conditions(own))
         values = latents if vae is None else vae.decode(latents)
         if not torch.isfinite(values).all():
             raise CheckpointError(
@@ -147,49 +138,6 @@ def _run(
         sample(passes[-1])  # for the other ranks' rows that come to the experts here
 
 
-def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
-    """Return every image's label, a function of its index: in turn, or random by (seed, index)."""
-    num_classes = config.model.num_classes
-    classes = request.classes or tuple(range(num_classes))
-    wrong = [label for label in classes if not 0 <= label < num_classes]
-    if wrong:
-        raise ConfigError(
-            f"--classes {wrong[0]}: this model knows the classes 0 ... {num_classes - 1}"
-        )
-    count = 10 * len(classes) if request.num is None else request.num
-    for name, value in (
-        ("--num", count),
-        ("--steps", request.steps),
-        ("--batch-size", request.batch_size),
-        ("--ep-size", request.ep_size),
-    ):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} {value}: must be at least 1")
-    if not 0 <= request.seed < 2**63:
-        raise ConfigError(f"--seed {request.seed}: must be at least 0 and below 2**63")
-    if request.labels == "random":
-        numbers = (generator(request.seed, "sample", 2, index) for index in range(count))
-        places = [int(each.integers(len(classes))) for each in numbers]
-    else:
-        places = [index % len(classes) for index in range(count)]
-    return np.array(classes, dtype=np.int64)[places]
-
-
-def make_plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
-    """Return how to sample: what the request states over the recipe's defaults.
-
-    Raises: ConfigError if it does not fit the objective.
-    """
-    problem = config.diffusion.sampling_problem(solver=request.solver, steps=request.steps)
-    if problem:
-        raise ConfigError(f"--{problem}")
-    scale, why = choose_scale(config, request.cfg_scale, "--cfg-scale")
-    if why:
-        _LOG.warning("%s", why)
-    solver = config.diffusion.solvers[0] if request.solver == "auto" else request.solver
-    return SamplingPlan.of(config, steps=request.steps, cfg_scale=scale, solver=solver)
-
-
 def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContext) -> Vae | None:
     if request.vae is None:
         return None
@@ -209,7 +157,9 @@ def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContex
     return vae
 
 
-def _settings(request: SampleRequest, plan: SamplingPlan, vae: Vae | None) -> dict[str, Any]:
+def _settings(
+    request: SampleRequest, plan: SamplingPlan, vae: Vae | None, encoder: TextIdentity | None
+) -> dict[str, Any]:
     """Return all that decides the images, but for the software and the machine; and the source."""
     return {
         "model": str(request.model),
@@ -221,11 +171,15 @@ def _settings(request: SampleRequest, plan: SamplingPlan, vae: Vae | None) -> di
         "solver": plan.solver,
         "steps": plan.steps,
         "cfg_scale": plan.cfg_scale,
+        "cfg_interval": plan.cfg_interval and list(plan.cfg_interval),
         "shift": plan.shift,
         "dtype": request.dtype,
         "exact": request.exact,
         "batch_size": None if request.exact else request.batch_size,
         "vae": None if vae is None else vae.identity.fingerprint,
+        "prompts": list(request.prompts) or None,
+        "negative_prompt": request.negative_prompt,
+        "text_encoder": encoder and encoder.fingerprint,
         "uint8": "clamp(127.5 * x + 128, 0, 255), truncated",
         # Stated only where it is so: earlier folders of other methods resume.
         **({"guidance": "two passes"} if plan.two_passes else {}),
@@ -242,15 +196,24 @@ def _finish(request: SampleRequest, folder: SampleFolder) -> list[Path]:
     """Return what was written, the grid among it if it is wanted."""
     if not folder.as_images:
         return [folder.whole]
-    labels = folder.labels
-    written = [folder.path / f"img*.png ({len(labels)} files)", folder.whole]
+    written = [folder.path / f"img*.png ({len(folder.labels)} files)", folder.whole]
     if request.grid:
-        of_class = (np.flatnonzero(labels == label)[:_GRID_COLUMNS] for label in np.unique(labels))
-        chosen = np.sort(np.concatenate(list(of_class)))
-        images = np.stack([folder.read(index) for index in chosen.tolist()])
-        columns = int(np.bincount(labels[chosen]).max())
-        zoom = max(1, _GRID_IMAGE_SIZE // images.shape[1])
-        grid = make_grid(images, labels[chosen], columns=columns, zoom=zoom)
         written.append(folder.path / "grid.png")
-        as_picture(grid).save(written[-1], format="PNG")
+        _grid(folder).save(written[-1], format="PNG")
     return written
+
+
+def _grid(folder: SampleFolder) -> Image.Image:
+    """Return one row a class; of prompts, all in turn with their captions."""
+    labels = folder.labels
+    of_label = (np.flatnonzero(labels == label)[:_GRID_COLUMNS] for label in np.unique(labels))
+    chosen = np.sort(np.concatenate(list(of_label)))
+    if folder.prompts:
+        chosen = chosen[:_GRID_PROMPTS]
+    images = np.stack([folder.read(index) for index in chosen.tolist()])
+    if folder.prompts:
+        captions = [folder.prompts[label] for label in labels[chosen]]
+        return captioned_grid(images, captions)
+    columns = int(np.bincount(labels[chosen]).max())
+    zoom = max(1, _GRID_IMAGE_SIZE // images.shape[1])
+    return as_picture(make_grid(images, labels[chosen], columns=columns, zoom=zoom))

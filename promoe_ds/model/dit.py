@@ -38,6 +38,15 @@ class DenoiserOutput:
     prediction_BZHW: Tensor
     plans: dict[int, RoutingPlan]
 
+    @property
+    def aux_losses(self) -> dict[str, Tensor]:
+        """The routers' losses by name, each the sum over the layers."""
+        losses: dict[str, Tensor] = {}
+        for plan in self.plans.values():
+            for name, value in plan.aux_losses.items():
+                losses[name] = losses[name] + value if name in losses else value
+        return losses
+
 
 class DiT(nn.Module):
     """Predicts the velocity (or noise) of noised latents under a condition."""
@@ -84,10 +93,6 @@ class DiT(nn.Module):
     def moe_layers(self) -> dict[int, MoELayer]:
         """Return the MoE layers by block index."""
         return {index: block.moe for index, block in enumerate(self.blocks) if block.is_moe}
-
-    def prepare(self, condition: Condition) -> Condition:
-        """Return the condition with what of it is the same in every pass, computed once."""
-        return condition
 
     def forward(
         self, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition | Tensor

@@ -1,10 +1,10 @@
-"""Class-conditional sampling as a diffusers pipeline: the package's own sampler behind diffusers'
-conventions.
-"""
+"""Sampling as a diffusers pipeline: the package's own sampler behind diffusers' conventions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from promoe_ds.condition import ClassCondition, Condition
-from promoe_ds.diffusion.guidance import choose_scale
+from promoe_ds.condition import ClassCondition, Condition, TextCondition
+from promoe_ds.data.text_encoder import TextEncoder
+from promoe_ds.diffusion.guidance import check_guided, check_interval, choose_scale
 from promoe_ds.diffusion.sampler import (
     SamplingPlan,
     image_generators,
@@ -30,6 +31,7 @@ from promoe_ds.diffusion.sampler import (
 )
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.images import as_picture, draws_pixels, to_uint8
+from promoe_ds.evaluation.sample_request import check_prompts
 from promoe_ds.logs import get_logger
 from promoe_ds.pipeline.transformer import ProMoETransformer2DModel
 
@@ -41,18 +43,20 @@ _OUTPUT_TYPES = ("pil", "np", "latent")
 
 
 class ProMoEPipeline(DiffusionPipeline):
-    """Draws images of classes; image i is a function of (seed, i) alone, the same as
-    `promoe_ds.cli.sample` draws.
+    """Draws images of classes or prompts; image i is a function of (seed, i) and of its class or
+    prompt alone, the same as `promoe_ds.cli.sample` draws.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 (diffusers reads it)
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae", "tokenizer", "text_encoder"]  # noqa: RUF012 (diffusers reads it)
 
     def __init__(
         self,
         transformer: ProMoETransformer2DModel,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
     ) -> None:
         """Put the parts together.
 
@@ -60,78 +64,161 @@ class ProMoEPipeline(DiffusionPipeline):
             scheduler: its kind and settings choose the solver: FlowMatchEulerDiscrete, DDPM or
             DDIM.
             vae: decodes latents; needless for models of pixels.
+            tokenizer, text_encoder: of transformers, what a model of texts was trained with.
         """
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+        )
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: Sequence[int] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = 0,
         output_type: str = "pil",
         return_dict: bool = True,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draw one image a label.
+        """Draw one image a label or prompt.
 
         Args:
+            class_labels, prompt: what to draw, by a model of classes or of texts; a blank prompt is
+            the null condition.
             num_inference_steps, guidance_scale: the recipe's if left out; guidance as (Ho &
             Salimans, 2022), 1 is none.
+            negative_prompt: what guidance leads away from, one for all or one a prompt; the null
+            condition if left out.
+            guidance_interval: noise levels between which there is guidance, e.g. (0.2, 0.8).
+            generator: gives the seed in place of `seed`; or one an image, each for its own.
             output_type: "pil", "np" (N, H, W, C in [0, 1]) or "latent" (N, Z, H, W, as the network
             sees them).
         Raises: ConfigError naming the argument that does not fit the model.
         """
+        self._check_output(output_type)
+        plan = self._plan(num_inference_steps, guidance_scale, guidance_interval)
+        check_guided(plan.cfg_scale, {"negative_prompt": negative_prompt})
+        condition, negative = self._conditions(class_labels, prompt, negative_prompt)
+        model, device = self.transformer.run_config.model, self._execution_device
+        shape = model.in_channels, model.input_size, model.input_size
+        draws = _draws(len(condition), seed, generator)
+        noise = [initial_noise(shape, seed=own, indices=indices) for own, indices in draws]
+        added = [image_generators(seed=own, indices=indices) for own, indices in draws]
+        # Hooks that bring the network to the device do so when it is called.
+        is_offloaded = hasattr(self.transformer, "_hf_hook")
+        latents = sample_latents(
+            self._denoise,
+            torch.cat(noise).to(device),
+            condition.counted().to(device),
+            plan,
+            list(chain.from_iterable(added)),
+            negative=negative and negative.counted().to(device),
+            prepare=None if is_offloaded else self.transformer.denoiser.prepare,
+        )
+        images = latents if output_type == "latent" else self._images(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def encode_prompt(self, prompts: Sequence[str]) -> TextCondition:
+        """Return prompts as the network takes them, on the host; blank ones are null.
+
+        Raises: ConfigError if the pipeline has no text encoder, or one of other widths.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ConfigError(
+                "prompt: this pipeline has no text_encoder and tokenizer: give both to"
+                " ProMoEPipeline.from_pretrained, or export it with --text-encoder"
+            )
+        config = self.transformer.run_config
+        encoder = TextEncoder(
+            "text_encoder",
+            device=self._execution_device,
+            max_length=config.model.text_length,
+            parts=(self.text_encoder, self.tokenizer),
+        )
+        encoder.identity.check("prompt", config)
+        return encoder.condition(prompts)
+
+    def _check_output(self, output_type: str) -> None:
         config = self.transformer.run_config
         if output_type not in _OUTPUT_TYPES:
             raise ConfigError(f"output_type={output_type!r} is none of {', '.join(_OUTPUT_TYPES)}")
-        if output_type != "latent" and self.vae is None and not draws_pixels(config):
+        if output_type == "latent":
+            return
+        if self.vae is None and not draws_pixels(config):
             raise ConfigError(
                 f"output_type={output_type!r}: latents of {config.model.in_channels} channels need"
                 " a vae: ProMoEPipeline.from_pretrained(folder,"
                 ' vae=AutoencoderKL.from_pretrained(...)), or take output_type="latent"'
             )
-        if (
-            output_type != "latent"
-            and self.vae is not None
-            and (shift := self.vae.config.get("shift_factor"))
-        ):
+        if self.vae is not None and (shift := self.vae.config.get("shift_factor")):
             raise ConfigError(
                 f"vae: shifts its latents by shift_factor={shift}, this package only scales them:"
                 " take one without"
             )
-        wrong = [label for label in class_labels if not 0 <= label < config.model.num_classes]
-        if wrong or not len(class_labels):
+
+    def _conditions(
+        self,
+        class_labels: Sequence[int] | None,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None,
+    ) -> tuple[Condition, Condition | None]:
+        """Return what to draw, and what to lead it away from."""
+        model = self.transformer.run_config.model
+        if model.condition == "text":
+            if class_labels is not None or prompt is None:
+                raise ConfigError("class_labels: this model is conditioned on text: give a prompt=")
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            return self._texts(prompts, negative_prompt)
+        if prompt is not None or negative_prompt is not None:
+            raise ConfigError("prompt: this model is conditioned on classes: give class_labels=")
+        labels = list(class_labels or ())
+        if not labels or not all(0 <= label < model.num_classes for label in labels):
             raise ConfigError(
-                f"class_labels={list(class_labels)}: this model knows the classes 0 ... "
-                f"{config.model.num_classes - 1}"
+                f"class_labels={labels}: this model knows the classes 0 ... {model.num_classes - 1}"
             )
-        shape, indices = (
-            (config.model.in_channels, config.model.input_size, config.model.input_size),
-            range(len(class_labels)),
+        return ClassCondition(torch.tensor(labels), model.null_label), None
+
+    def _texts(
+        self, prompts: list[str], negative_prompt: str | Sequence[str] | None
+    ) -> tuple[Condition, Condition | None]:
+        check_prompts(prompts, "prompt")
+        if negative_prompt is None:
+            return self.encode_prompt(prompts), None
+        negative = (
+            [negative_prompt] * len(prompts)
+            if isinstance(negative_prompt, str)
+            else list(negative_prompt)
         )
-        condition = ClassCondition(
-            torch.tensor(list(class_labels), device=self._execution_device), config.model.null_label
-        )
-        noise = initial_noise(shape, seed=seed, indices=indices).to(self._execution_device)
-        latents = sample_latents(
-            self._denoise,
-            noise,
-            condition,
-            self._plan(num_inference_steps, guidance_scale),
-            image_generators(seed=seed, indices=indices),
-        )
-        images = latents if output_type == "latent" else self._images(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if len(negative) != len(prompts):
+            raise ConfigError(
+                f"negative_prompt: {len(negative)} for {len(prompts)} prompts: give one for all or"
+                " one for each"
+            )
+        check_prompts(negative, "negative_prompt")
+        return self.encode_prompt(prompts), self.encode_prompt(negative)
 
     def _denoise(self, latents_BZHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         return self.transformer(
             latents_BZHW.to(self.transformer.dtype), timestep_B, condition
         ).sample
 
-    def _plan(self, steps: int | None, scale: float | None) -> SamplingPlan:
+    def _plan(
+        self,
+        steps: int | None,
+        scale: float | None,
+        interval: Sequence[float] | None = None,
+    ) -> SamplingPlan:
         config, kind = self.transformer.run_config, type(self.scheduler)
         if kind not in _SOLVERS:
             raise ConfigError(
@@ -144,10 +231,13 @@ class ProMoEPipeline(DiffusionPipeline):
         scale, why = choose_scale(config, scale, "guidance_scale")
         if why:
             _LOG.warning("%s", why)
+        between = check_interval(interval, "guidance_interval")
+        check_guided(scale, {"guidance_interval": between})
         return SamplingPlan.of(
             config,
             steps=steps,
             cfg_scale=scale,
+            cfg_interval=between,
             solver=_SOLVERS[kind],
             shift=self.scheduler.config.get("shift", 1.0),
             num_train_timesteps=self.scheduler.config.num_train_timesteps,
@@ -161,3 +251,22 @@ class ProMoEPipeline(DiffusionPipeline):
         if output_type == "np":
             return pixels.astype(np.float32) / 255
         return [as_picture(image) for image in pixels]
+
+
+def _draws(
+    count: int, seed: int, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> list[tuple[int, range]]:
+    """Return seeds, each with the indices of its images."""
+    if generator is None:
+        return [(seed, range(count))]
+    if isinstance(generator, torch.Generator):
+        return [(_seed_of(generator), range(count))]
+    if len(generator) != count:
+        raise ConfigError(
+            f"generator: {len(generator)} for {count} images: give one for all or one for each"
+        )
+    return [(_seed_of(each), range(1)) for each in generator]
+
+
+def _seed_of(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))

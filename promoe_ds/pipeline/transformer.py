@@ -5,11 +5,13 @@ Letters: B images, Z latent channels, H, W latent size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
@@ -19,9 +21,18 @@ from promoe_ds.model import build_model
 from promoe_ds.model.export import writer_of
 
 
-class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
+@dataclass
+class ProMoETransformer2DModelOutput(Transformer2DModelOutput):
+    """The prediction, and in training the routers' auxiliary losses by name: weighted, summed over
+    the layers, to be added to the loss.
+    """
+
+    aux_losses: dict[str, Tensor] | None = None
+
+
+class ProMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A DiT of any method of this package, loaded and saved by diffusers; its tensors are the
-    export's, under `denoiser.`.
+    export's, under `denoiser.`. Takes PEFT's adapters (`add_adapter`).
     """
 
     @register_to_config
@@ -48,18 +59,26 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):
         timestep: Tensor,
         class_labels: Condition | Tensor,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+    ) -> ProMoETransformer2DModelOutput | tuple[Any, ...]:
         """Predict.
 
         Args:
             hidden_states: noised latents (B, Z, H, W).
             timestep: (B,) or a number; 1000 * sigma of the rectified flow, or a DDPM timestep.
-            class_labels: (B,) int64; the number of classes stands for none.
-        Returns: (B, out_channels, H, W): the velocity (or noise) first, then what else the network
-        was trained to put out.
+            class_labels: (B,) int64; the number of classes stands for none. Or a condition, as
+            `ProMoEPipeline.encode_prompt` makes one of texts.
+        Returns: `sample` (B, out_channels, H, W): the velocity (or noise) first, then what else the
+        network was trained to put out; and, in training mode, `aux_losses`.
         """
         timestep_B = torch.as_tensor(timestep, device=hidden_states.device).expand(
             len(hidden_states)
         )
-        sample = self.denoiser(hidden_states, timestep_B, class_labels)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        if self.training:
+            made = self.denoiser.denoise(hidden_states, timestep_B, class_labels)
+            output = ProMoETransformer2DModelOutput(
+                sample=made.prediction_BZHW, aux_losses=made.aux_losses
+            )
+        else:
+            sample = self.denoiser(hidden_states, timestep_B, class_labels)
+            output = ProMoETransformer2DModelOutput(sample=sample)
+        return output if return_dict else output.to_tuple()

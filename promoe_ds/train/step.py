@@ -55,9 +55,7 @@ class TrainingModule(nn.Module):
                 self.objective.noised(batch), self.objective.timestep(batch), batch.condition
             )
         terms = self.objective.losses(output.prediction_BZHW, batch)
-        for plan in output.plans.values():
-            for name, value in plan.aux_losses.items():
-                terms[name] = terms[name] + value if name in terms else value
+        terms |= output.aux_losses
         terms |= self._per_layer_terms(output.plans, batch)
         return TrainingOutput(torch.stack(list(terms.values())).sum(), terms, output.plans)
 

@@ -48,6 +48,7 @@ class Request:
     verify: bool = True
     max_shard_bytes: int = MAX_SHARD_BYTES
     vae: str | None = None
+    text_encoder: str | None = None
     ema_sigma_rel: float | None = None
 
 
@@ -246,6 +247,7 @@ def _describe(source: Source, request: Request, kinds: dict[str, str]) -> Conten
         origin={"source": info.format, **info.origin},
         max_shard_bytes=request.max_shard_bytes,
         vae=request.vae,
+        text_encoder=request.text_encoder,
     )
 
 

@@ -1,5 +1,5 @@
 """The folder of a diffusers pipeline, but for the network's weights: which classes, which settings,
-which autoencoder.
+which autoencoder, which text encoder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEule
 
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.errors import CheckpointError, explaining
+from promoe_ds.data.text_encoder import encoder_of, load_text_model
+from promoe_ds.errors import CheckpointError, ConfigError, explaining
 from promoe_ds.files import write_json
 from promoe_ds.model.export import writer_of
 
@@ -28,14 +29,21 @@ KEY_PREFIX = "denoiser."
 
 
 def write_pipeline_configs(
-    folder: Path, config: RunConfig, origin: Mapping[str, Any], vae: str | None
+    folder: Path,
+    config: RunConfig,
+    origin: Mapping[str, Any],
+    vae: str | None,
+    text_encoder: str | None,
 ) -> None:
     """Write all of a pipeline's folder but the network's weights.
 
     Args:
         vae: a folder or hub name of an AutoencoderKL, which is copied; without one, latents are all
             that can be drawn.
-    Raises: CheckpointError naming the autoencoder that cannot be loaded.
+        text_encoder: likewise of the encoder of prompts, with its tokenizer; without one, both must
+            be given when the pipeline is loaded.
+    Raises: CheckpointError naming the autoencoder that cannot be loaded; DataError for a text
+        encoder that cannot be, or is not the model's.
     """
     version = diffusers.__version__
     index: dict[str, Any] = {
@@ -43,6 +51,8 @@ def write_pipeline_configs(
         "_diffusers_version": version,
         TRANSFORMER: list(_CLASS),
         "vae": [None, None],
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
     }
     scheduler = _scheduler(config)
     scheduler.save_pretrained(folder / "scheduler")
@@ -54,6 +64,16 @@ def write_pipeline_configs(
             )
             autoencoder.save_pretrained(folder / "vae")
         index["vae"] = ["diffusers", "AutoencoderKL"]
+    if text_encoder is not None:
+        if config.model.condition == "class":
+            raise ConfigError(
+                f"--text-encoder {text_encoder}: the model is conditioned on classes: leave it out"
+            )
+        encoder_of(config, name=text_encoder)  # to refuse another one
+        parts = dict(zip(("text_encoder", "tokenizer"), load_text_model(text_encoder), strict=True))
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+            index[name] = ["transformers", type(part).__name__]
     network = {
         "_class_name": _CLASS[1],
         "_diffusers_version": version,

@@ -53,6 +53,7 @@ class Content:
     averages_since: dict[str, int]
     max_shard_bytes: int = MAX_SHARD_BYTES
     vae: str | None = None
+    text_encoder: str | None = None
 
     def dtype_of(self, kind: str, name: str) -> torch.dtype:
         """Return the type that a tensor is written in: the moments and the routers' running state
@@ -129,7 +130,7 @@ class PipelineTarget:
             "samples_seen": content.samples_seen,
             "own_positions": OUR_POSITIONS in content.kinds[kind],
         }
-        write_pipeline_configs(folder, content.config, origin, content.vae)
+        write_pipeline_configs(folder, content.config, origin, content.vae, content.text_encoder)
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor; return `digest` of it."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promoe_ds.condition import ClassCondition, Condition
+from promoe_ds.condition import Condition, TextCondition
 from promoe_ds.data import LatentDataset
 from promoe_ds.diffusion import DiffusionBatch, build_objective
 from promoe_ds.errors import ConfigError, DataError
@@ -29,8 +29,6 @@ from promoe_ds.reports.specialisation.measures import (
 from promoe_ds.routing.assignment import Assignment, expert_of_rows
 
 _CLUSTERS, _IMAGES_A_PASS = 10, 16
-#: Of a batch's `group_name`.
-GROUPED_BY = {"class": "classes", "caption group": "caption groups"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +49,7 @@ class LayerAnalysis:
     """One layer in numbers.
 
     similarity_EE: overlap of the experts' output subspaces; ratios: inter/intra distance by level,
-    of k-means clusters, of experts and of classes or groups of captions; tsne_n2: at the middle
-    level.
+    of k-means clusters, of experts and of classes or caption groups; tsne_n2: at the middle level.
     """
 
     layer: int
@@ -86,7 +83,7 @@ class Analysis:
             "format": 1,
             "model": self.name,
             "settings": asdict(self.settings),
-            "images": len(self.batch),
+            "images": len(self.batch.labels_B),
             "subspace_chance": self.chance,
             "layers": [
                 {
@@ -108,25 +105,17 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, Z, H, W), their conditions and the noise that all levels share."""
+    """Images (B, Z, H, W), their conditions and groups, and the noise that all levels share.
+
+    group, groups: what a group is called: class, or caption group.
+    """
 
     clean_BZHW: Tensor
     condition: Condition
+    labels_B: Tensor
     noise_BZHW: Tensor
-
-    def __len__(self) -> int:
-        return len(self.condition)
-
-    @property
-    def groups_B(self) -> np.ndarray | None:
-        """The images' classes or groups of captions, if they have any."""
-        groups_B = self.condition.group_B
-        return None if groups_B is None else groups_B.numpy()
-
-    @property
-    def group_name(self) -> str:
-        """What a group is."""
-        return "class" if isinstance(self.condition, ClassCondition) else "caption group"
+    group: str
+    groups: str
 
 
 @dataclass(frozen=True)
@@ -146,15 +135,21 @@ class Observations:
 def draw_images(dataset: LatentDataset, count: int, seed: int) -> Batch:
     """Take images at random, the same for the same seed.
 
-    Raises: DataError if the set has fewer.
+    Raises: DataError if the set has fewer, or captions without groups.
     """
     if count > len(dataset):
         raise DataError(f"--images {count}: the data set has {len(dataset)}: ask for fewer")
     random = np.random.default_rng(seed)
     clean, condition = dataset.take(np.sort(random.permutation(len(dataset))[:count]))
-    return Batch(
-        clean, condition, torch.from_numpy(random.standard_normal(clean.shape, dtype=np.float32))
-    )
+    if condition.group_B is None:
+        raise DataError(
+            "the analysis sorts images by the groups of their captions, and this data set knows"
+            " none (data.caption_groups=0)"
+        )
+    noise = torch.from_numpy(random.standard_normal(clean.shape, dtype=np.float32))
+    is_text = isinstance(condition, TextCondition)
+    names = ("caption group", "caption groups") if is_text else ("class", "classes")
+    return Batch(clean, condition, condition.group_B, noise, *names)
 
 
 def analyse(network: DiT, batch: Batch, settings: Settings, *, name: str) -> Analysis:
@@ -188,18 +183,14 @@ def _analyse_layer(
             "scikit-learn is not installed, t-SNE and k-means need it: pip install"
             " 'promoe_ds[report]'"
         ) from None
-    ratios: dict[str, list[float]] = {"k-means clusters": [], "experts": []}
-    images_n = seen.places_n // seen.experts_MBS.shape[2]
-    of_images = []
-    if batch.groups_B is not None:
-        ratios[GROUPED_BY[batch.group_name]] = []
-        of_images.append(batch.groups_B[images_n])
+    labels_n = batch.labels_B.numpy()[seen.places_n // seen.experts_MBS.shape[2]]
+    ratios: dict[str, list[float]] = {"k-means clusters": [], "experts": [], batch.groups: []}
     for level, tokens_nD in enumerate(seen.tokens_MnD):
         clusters = KMeans(
             min(_CLUSTERS, len(tokens_nD)), n_init=3, random_state=settings.seed
         ).fit_predict(tokens_nD)
         experts_n = seen.experts_MBS[level].ravel()[seen.places_n]
-        for key, groups in zip(ratios, (clusters, experts_n, *of_images), strict=True):
+        for key, groups in zip(ratios, (clusters, experts_n, labels_n), strict=True):
             ratios[key].append(inter_intra_ratio(tokens_nD, groups))
     middle = seen.tokens_MnD[len(settings.sigmas) // 2]
     tsne = TSNE(
@@ -210,13 +201,13 @@ def _analyse_layer(
 
 
 def expert_information(network: DiT, batch: Batch, settings: Settings) -> dict[str, float]:
-    """Return what the images' group (class or group of captions; `group`), the noise level and the
+    """Return what the images' group (class or caption group: `group`), the noise level and the
     position tell of a token's expert beyond chance, each the mean over the MoE layers.
     """
     seen = observe(network, batch, settings.sigmas, kept=0, seed=settings.seed)
     layers = [_information(each, batch, settings) for each in seen.values()]
     return {
-        "group" if kind == batch.group_name else kind: float(
+        "group" if kind == batch.group else kind: float(
             np.mean([layer[kind].score for layer in layers])
         )
         for kind in layers[0]
@@ -226,10 +217,10 @@ def expert_information(network: DiT, batch: Batch, settings: Settings) -> dict[s
 def _information(seen: Observations, batch: Batch, settings: Settings) -> dict[str, Information]:
     return specialisation(
         seen.experts_MBS,
-        batch.groups_B,
+        batch.labels_B.numpy(),
+        group=batch.group,
         rounds=settings.rounds,
         seed=settings.seed,
-        group=batch.group_name,
     )
 
 
@@ -237,13 +228,13 @@ def _information(seen: Observations, batch: Batch, settings: Settings) -> dict[s
 def observe(
     network: DiT, batch: Batch, sigmas: Sequence[float], *, kept: int, seed: int
 ) -> dict[int, Observations]:
-    """Route the batch at every noise level, each image under its own condition.
+    """Route the batch at every noise level, conditional on its own conditions.
 
     Args:
         network: in evaluation mode; kept: tokens to keep of each level and layer.
     Returns: by layer.
     """
-    tokens_per_image, images = network.config.model.tokens_per_image, len(batch)
+    tokens_per_image, images = network.config.model.tokens_per_image, len(batch.labels_B)
     places_n = np.sort(np.random.default_rng(seed).permutation(images * tokens_per_image)[:kept])
     starts = range(0, images, _IMAGES_A_PASS)
     levels = [

@@ -112,27 +112,24 @@ def _plogp(p: np.ndarray) -> float:
 
 def specialisation(
     experts_MBS: np.ndarray,
-    groups_B: np.ndarray | None,
+    labels_B: np.ndarray,
     *,
     rounds: int,
     seed: int,
     group: str = "class",
 ) -> dict[str, Information]:
-    """Return what the image's group, noise level and position tell of the expert, each against its
-    own kind of chance; `group` is what groups are called, None where there are none.
+    """Return what the label (by the name of its `group`), noise level and position tell of the
+    expert, each against its own kind of chance.
 
-    Tokens of an image are alike, so groups are shuffled as whole images, noise levels within an
+    Tokens of an image are alike, so labels are shuffled as whole images, noise levels within an
     image, positions within an image and level: the shuffled data keeps every other tie.
     """
     random = np.random.default_rng(seed)
     (levels, images, tokens), chosen_MBS = experts_MBS.shape, experts_MBS >= 0
     within_rows = partial(random.permuted, axis=1)
     # Values, how they are shuffled, and how they are laid out as (M, B, S), or broadcast to it.
-    attributes: dict[str, tuple[np.ndarray, Callable, Callable]] = {}
-    if groups_B is not None:
-        laid_out_B = groups_B, random.permutation, lambda groups: groups[None, :, None]
-        attributes[group] = laid_out_B
-    attributes |= {
+    attributes: dict[str, tuple[np.ndarray, Callable, Callable]] = {
+        group: (labels_B, random.permutation, lambda labels: labels[None, :, None]),
         "noise level": (
             np.tile(np.arange(levels), (images, 1)),
             within_rows,

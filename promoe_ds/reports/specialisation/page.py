@@ -20,7 +20,7 @@ from promoe_ds.reports.charts import (
 )
 from promoe_ds.reports.maps import heat_chart, plane
 from promoe_ds.reports.page import Page, Part, figures, part, write_page
-from promoe_ds.reports.specialisation.analysis import GROUPED_BY, Analysis, LayerAnalysis
+from promoe_ds.reports.specialisation.analysis import Analysis, LayerAnalysis
 from promoe_ds.reports.theme import WIDTH, color_of, linear_color, png_url, tooltip
 
 _SHOWN_IMAGES = 4
@@ -32,19 +32,18 @@ _RATIO_NOTES = {
     "experts": (
         "Tokens grouped by their expert: high if each expert's tokens are a group of their own."
     ),
-    **{
-        several: (
-            f"Tokens grouped by the {one} of their image: low if patches of a {one} differ more"
-            f" than {several} do."
-        )
-        for one, several in GROUPED_BY.items()
-    },
 }
 
 
 def overview_charts(analysis: Analysis) -> list[Chart]:
     """Return the charts that compare layers."""
-    layers, settings = analysis.layers, analysis.settings
+    layers, settings, batch = analysis.layers, analysis.settings, analysis.batch
+    notes = _RATIO_NOTES | {
+        batch.groups: (
+            f"Tokens grouped by the {batch.group} of their image: low if patches of a {batch.group}"
+            f" differ more than {batch.groups} do."
+        )
+    }
     kinds = list(layers[0].information)
     scores = np.array([[each.information[kind].score for kind in kinds] for each in layers])
     overlaps = [(f"layer {each.layer}", each.overlap, f"{each.overlap:.3f}") for each in layers]
@@ -58,8 +57,9 @@ def overview_charts(analysis: Analysis) -> list[Chart]:
             color=linear_color(-0.5, 0.5),
             form=".3f",
             note=(
-                f"Mutual information with the {', the '.join(kinds)} of a patch, over the"
-                " entropy of the expert, minus that of shuffled data: 0 is chance, 1 is all."
+                f"Mutual information with the {batch.group}, the noise level and the patch's place,"
+                " over the entropy of the expert, minus that of shuffled data: 0 is chance, 1 is"
+                " all."
             ),
         ),
         bar_chart(
@@ -79,9 +79,9 @@ def overview_charts(analysis: Analysis) -> list[Chart]:
                 {f"layer {each.layer}": np.array(each.ratios[kind]) for each in layers},
                 even=1.0,
                 is_ordered=True,
-                note=_RATIO_NOTES[kind],
+                note=note,
             )
-            for kind in layers[0].ratios
+            for kind, note in notes.items()
         ),
     ]
 
@@ -139,11 +139,10 @@ def token_maps(analysis: Analysis, layer: LayerAnalysis, names: list[str]) -> Ch
     grid, batch = round(experts_BMS.shape[2] ** 0.5), analysis.batch
     apart = 1.08 * grid
     wide, tall = apart * len(titles), apart * len(experts_BMS)
-    rows: Rows = [["image", batch.group_name, "sigma", "patch", "expert", "x", "y", "x2", "y2"]]
+    rows: Rows = [["image", batch.group, "sigma", "patch", "expert", "x", "y", "x2", "y2"]]
     for (image, level, patch), expert in np.ndenumerate(experts_BMS):
         x, y = (level + 1) * apart + patch % grid, image * apart + patch // grid
-        label = None if batch.groups_B is None else int(batch.groups_B[image])
-        sigma = analysis.settings.sigmas[level]
+        label, sigma = int(batch.labels_B[image]), analysis.settings.sigmas[level]
         name = names[expert] if expert >= 0 else ""
         rows.append([image, label, sigma, patch, name, x, y, x + 1, y + 1])
     pictures = [
@@ -163,7 +162,7 @@ def token_maps(analysis: Analysis, layer: LayerAnalysis, names: list[str]) -> Ch
     place = {**plane(wide, tall), "x2": {"field": "x2"}, "y2": {"field": "y2"}}
     shown = {
         "color": color_of("expert", names),
-        "tooltip": tooltip("expert", batch.group_name, "sigma", "patch"),
+        "tooltip": tooltip("expert", batch.group, "sigma", "patch"),
     }
     layers = [
         {
@@ -216,7 +215,7 @@ def build_page(analysis: Analysis) -> Page:
         "Specialisation of experts",
         analysis.name,
         facts=[
-            f"{len(layers)} layers × {analysis.experts} experts · {len(analysis.batch)}"
+            f"{len(layers)} layers × {analysis.experts} experts · {len(analysis.batch.labels_B)}"
             f" images at sigma {', '.join(f'{sigma:g}' for sigma in settings.sigmas)} · seed"
             f" {settings.seed}"
         ],

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from promoe_ds.data.text_encoder import TextEncoder
 from promoe_ds.model.export import save_export
 
 from ..builders import random_network
+from ..data.text_encoders import LONGEST, WIDTH, save_encoder
 
 
 class TinyNetwork(nn.Module):
@@ -47,3 +49,18 @@ def make_export(folder: Path, **sections: dict[str, Any]) -> Path:
     network = random_network(**sections)
     save_export(folder / "export", network.state_dict(), network.config, origin={"step": 5})
     return folder / "export"
+
+
+def make_text_export(folder: Path, **sections: dict[str, Any]) -> Path:
+    """Write a model of random weights that takes texts, and its encoder beside it."""
+    encoder = save_encoder(folder / "encoder", "bert")
+    text = {
+        "condition": "text",
+        "num_classes": 1000,
+        "text_width": WIDTH,
+        "text_length": LONGEST,
+        **sections.pop("model", {}),
+    }
+    fingerprint = TextEncoder(str(encoder)).identity.fingerprint
+    data = {"text_encoder": str(encoder), "text_fingerprint": fingerprint}
+    return make_export(folder, model=text, data=data, **sections)

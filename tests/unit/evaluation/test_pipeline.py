@@ -14,7 +14,7 @@ from promoe_ds import ProMoEPipeline, ProMoETransformer2DModel
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.online import OnlineEvaluation
-from promoe_ds.evaluation.sample_job import SampleRequest, make_plan
+from promoe_ds.evaluation.sample_request import SampleRequest, make_plan
 
 from ..builders import small_config
 

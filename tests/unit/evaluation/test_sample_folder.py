@@ -12,7 +12,8 @@ from PIL import Image
 
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.images import SampleFolder
-from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
+from promoe_ds.evaluation.sample_job import draw_samples
+from promoe_ds.evaluation.sample_request import SampleRequest
 from promoe_ds.evaluation.sampling import LatentSampler
 
 from .made import make_export
@@ -30,11 +31,11 @@ def drawn(monkeypatch) -> list[int]:
     """Return the indices of images as they are drawn; after a -1 in it, drawing is interrupted."""
     real, indices_drawn = LatentSampler.sample, []
 
-    def sample(self, indices, labels):
+    def sample(self, indices, *conditions):
         if -1 in indices_drawn and len(indices_drawn) == 5:
             raise KeyboardInterrupt
         indices_drawn.extend(indices)
-        return real(self, indices, labels)
+        return real(self, indices, *conditions)
 
     monkeypatch.setattr(LatentSampler, "sample", sample)
     return indices_drawn

@@ -17,7 +17,8 @@ from torch import Tensor
 from promoe_ds.condition import ClassCondition
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError
-from promoe_ds.evaluation.sample_job import SampleRequest, choose_labels, draw_samples, make_plan
+from promoe_ds.evaluation.sample_job import draw_samples
+from promoe_ds.evaluation.sample_request import SampleRequest, choose_labels, make_plan
 from promoe_ds.evaluation.sampling import LatentSampler, aligned_passes, even_passes
 from promoe_ds.model.export import load_model
 from promoe_ds.pipeline import ProMoEPipeline, ProMoETransformer2DModel
@@ -97,6 +98,7 @@ def test_every_sampler_splits_guidance_where_the_method_mixes_samples(
     network.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
     transformer = ProMoETransformer2DModel(config.model_dump(mode="json"))
     transformer.denoiser = network
+    transformer.eval()
     pipeline = ProMoEPipeline(transformer, FlowMatchEulerDiscreteScheduler())
     pipeline([0, 1, 2], output_type="latent")
     plan = make_plan(asked(), config)

@@ -39,7 +39,7 @@ from promoe_ds.reports.specialisation.page import (
 )
 from promoe_ds.routing import Assignment
 
-from ..builders import METHODS, of_method, random_network
+from ..builders import METHODS, TEXT, of_method, random_network, small_config
 
 
 def _analysis(images: int, sigmas: tuple[float, ...], **sections) -> Analysis:
@@ -168,12 +168,22 @@ def test_observe_keeps_no_more_tokens_than_asked_for(monkeypatch: pytest.MonkeyP
     assert seen[1].tokens_MnD.shape == (2, 11, 16)
 
 
-def test_analysis_of_a_small_model_writes_a_page_and_its_numbers(tmp_path) -> None:
-    analysis = _analysis(12, (0.2, 0.8), model={"depth": 4}, routing={"num_experts": 4})
+@pytest.mark.parametrize(
+    ("sections", "group", "groups"),
+    [({"model": {}}, "class", "classes"), (TEXT, "caption group", "caption groups")],
+)
+def test_analysis_of_a_small_model_writes_a_page_and_its_numbers(
+    tmp_path, sections: dict, group: str, groups: str
+) -> None:
+    sections = {**sections, "model": {**sections["model"], "depth": 4}}
+    analysis = _analysis(12, (0.2, 0.8), routing={"num_experts": 4}, **sections)
     write_report(analysis, tmp_path / "page.html")
     values = json.loads((tmp_path / "page.json").read_text(), parse_constant=pytest.fail)
     assert values == json.loads(json.dumps(analysis.numbers()))
     assert [layer["layer"] for layer in values["layers"]] == [1, 3]
+    for layer in values["layers"]:
+        assert set(layer["information"]) == {group, "noise level", "position"}
+        assert groups in layer["inter_intra_ratio"]
     charts = [
         *overview_charts(analysis),
         *(chart for layer in analysis.layers for chart in layer_charts(analysis, layer)),
@@ -226,3 +236,6 @@ def test_analysis_of_a_dense_model_or_too_few_images_is_refused() -> None:
         analyse(network, batch, Settings(), name="small")
     with pytest.raises(DataError, match="--images 99999: the data set has 4096"):
         draw_images(build_dataset(network.config), 99999, seed=0)
+    without = small_config(model=TEXT["model"])
+    with pytest.raises(DataError, match=r"data\.caption_groups=0"):
+        draw_images(build_dataset(without), 2, seed=0)

@@ -1,0 +1,203 @@
+"""What a sampling job is asked for: of which classes or prompts, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from promoe_ds.condition import ClassCondition, Condition, TextCondition
+from promoe_ds.config import RunConfig
+from promoe_ds.data.text_encoder import TextEncoder, TextIdentity, encoder_of
+from promoe_ds.diffusion import SamplingPlan, check_guided, check_interval, choose_scale
+from promoe_ds.errors import ConfigError
+from promoe_ds.logs import get_logger
+from promoe_ds.randomness import generator
+
+_LOG = get_logger("sample")
+
+#: Of images' labels, as `choose_labels` gives them: their conditions, and what to guide them away
+# from.
+Conditions = Callable[[np.ndarray], tuple[Condition, Condition | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What to sample; None takes the recipe's default, or what fits the device."""
+
+    model: Path
+    out: Path
+    classes: tuple[int, ...] | None = None
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str | None = None
+    labels: str = "balanced"
+    num: int | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None
+    cfg_interval: tuple[float, ...] | None = None
+    solver: str | None = None
+    seed: int = 0
+    batch_size: int = 64
+    device: str | None = None
+    dtype: str = "fp32"
+    vae: str | None = None
+    text_encoder: str | None = None
+    exact: bool = False
+    ep_size: int = 1
+    grid: bool = False
+
+
+def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
+    """Return every image's class, or its prompt's place, a function of its index: in turn, or
+    random by (seed, index).
+    """
+    if config.model.condition == "text":
+        subjects: Sequence[int] = range(len(request.prompts))
+        count = len(subjects) if request.num is None else request.num
+    else:
+        subjects = request.classes or range(config.model.num_classes)
+        count = 10 * len(subjects) if request.num is None else request.num
+    _check_subjects(request, config)
+    for name, value in (
+        ("--num", count),
+        ("--steps", request.steps),
+        ("--batch-size", request.batch_size),
+        ("--ep-size", request.ep_size),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} {value}: must be at least 1")
+    if not 0 <= request.seed < 2**63:
+        raise ConfigError(f"--seed {request.seed}: must be at least 0 and below 2**63")
+    if request.labels == "random":
+        numbers = (generator(request.seed, "sample", 2, index) for index in range(count))
+        places = [int(each.integers(len(subjects))) for each in numbers]
+    else:
+        places = [index % len(subjects) for index in range(count)]
+    return np.array(subjects, dtype=np.int64)[places]
+
+
+def _check_subjects(request: SampleRequest, config: RunConfig) -> None:
+    """Refuse what the model is not conditioned on."""
+    if config.model.condition == "text":
+        if request.classes is not None:
+            raise ConfigError(
+                "--classes: this model is conditioned on text, it knows no classes: use --prompt or"
+                " --prompts"
+            )
+        if not request.prompts:
+            raise ConfigError(
+                "--prompt: this model is conditioned on text: say what to draw by --prompt, or by"
+                " --prompts, a file with one a line"
+            )
+        check_prompts(request.prompts, "--prompt")
+        if request.negative_prompt is not None:
+            check_prompts([request.negative_prompt], "--negative-prompt")
+        return
+    for name, value in (
+        ("--prompt", request.prompts),
+        ("--negative-prompt", request.negative_prompt),
+        ("--text-encoder", request.text_encoder),
+    ):
+        if value not in (None, ()):
+            raise ConfigError(
+                f"{name}: this model is conditioned on classes, not on text: use --classes"
+            )
+    classes = request.classes or ()
+    wrong = [label for label in classes if not 0 <= label < config.model.num_classes]
+    if wrong:
+        raise ConfigError(
+            f"--classes {wrong[0]}: this model knows the classes 0 ..."
+            f" {config.model.num_classes - 1}"
+        )
+
+
+def make_plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
+    """Return how to sample: what the request states over the recipe's defaults.
+
+    Raises: ConfigError if it does not fit the objective.
+    """
+    problem = config.diffusion.sampling_problem(solver=request.solver, steps=request.steps)
+    if problem:
+        raise ConfigError(f"--{problem}")
+    scale, why = choose_scale(config, request.cfg_scale, "--cfg-scale")
+    if why:
+        _LOG.warning("%s", why)
+    interval = check_interval(request.cfg_interval, "--cfg-interval")
+    check_guided(scale, {"--cfg-interval": interval, "--negative-prompt": request.negative_prompt})
+    solver = config.diffusion.solvers[0] if request.solver == "auto" else request.solver
+    return SamplingPlan.of(
+        config, steps=request.steps, cfg_scale=scale, cfg_interval=interval, solver=solver
+    )
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Return the lines of a file, each a prompt.
+
+    Raises: ConfigError if it cannot be read, is not UTF-8, or holds none.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: {error.strerror}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"--prompts {path}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the"
+            " file as UTF-8"
+        ) from None
+    if not text.strip():
+        raise ConfigError(f"--prompts {path}: holds no prompt: write one a line")
+    return tuple(line.removesuffix("\r") for line in text.removesuffix("\n").split("\n"))
+
+
+def check_prompts(prompts: Sequence[str], name: str) -> None:
+    """Report the prompts that mean no text.
+
+    Raises: ConfigError for one that is no text: bytes of the command line that are not UTF-8.
+    """
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{name} {prompt!a}: is not UTF-8: give it in UTF-8") from None
+    if blank := sum(not prompt.strip() for prompt in prompts):
+        _LOG.warning("%s: %d of %d blank: the null condition, no text", name, blank, len(prompts))
+
+
+def load_conditions(
+    request: SampleRequest, config: RunConfig, device: torch.device
+) -> tuple[Conditions, TextIdentity | None]:
+    """Return what makes conditions of labels, and which text encoder it takes, if any.
+
+    Raises: DataError if none is named or can be loaded, or it is not the one of the training.
+    """
+    if config.model.condition == "class":
+        null = config.model.null_label
+        return lambda labels: (ClassCondition(torch.from_numpy(labels), null), None), None
+    encoder = encoder_of(config, name=request.text_encoder, device=device)
+    return _PromptConditions(encoder, request.prompts, request.negative_prompt), encoder.identity
+
+
+class _PromptConditions:
+    """Encodes prompts as images need them: all at once would fill the memory."""
+
+    def __init__(
+        self, encoder: TextEncoder, prompts: Sequence[str], negative_prompt: str | None
+    ) -> None:
+        self._encoder, self._prompts, self._negative_prompt = encoder, prompts, negative_prompt
+
+    def __call__(self, labels_B: np.ndarray) -> tuple[TextCondition, TextCondition | None]:
+        condition = self._encoder.condition([self._prompts[label] for label in labels_B])
+        if self._negative_prompt is None:
+            return condition, None
+        return condition, self._negative.select(torch.zeros(len(labels_B), dtype=torch.int64))
+
+    @cached_property
+    def _negative(self) -> TextCondition:
+        return self._encoder.condition([self._negative_prompt or ""])
