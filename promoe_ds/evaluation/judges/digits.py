@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class DigitsJudge(Judge):
             landmark=("real digits", "accuracy_on_real"),
         ),
     )
-    libraries = {"sklearn": "report"}
+    libraries: ClassVar[dict[str, str]] = {"sklearn": "report"}
 
     def wanted(self, num: int) -> dict[str, Any]:
         """Return so many digits, all classes in turn."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from promoe_ds.condition import TextCondition
 from promoe_ds.config import RunConfig
-from promoe_ds.data.emoji import SIZE, Split, load_emoji
+from promoe_ds.data.emoji import ATTRIBUTION, SIZE, Split, load_emoji
 from promoe_ds.data.text_encoder import TextEncoder
 from promoe_ds.errors import DataError, first_few
-from promoe_ds.evaluation.frechet import fit_gaussian, frechet_distance
+from promoe_ds.evaluation.frechet import fit_gaussian, frechet_distance, warn_of_few
 from promoe_ds.evaluation.images import read_sample_prompts, read_samples, to_uint8
 from promoe_ds.evaluation.judges.judge import Figure, Judge, heldout_figure
 from promoe_ds.evaluation.judges.matcher import cached_matcher
@@ -62,7 +62,8 @@ class EmojiJudge(Judge):
             landmark=("real pictures", "frechet_of_real"),
         ),
     )
-    libraries = {"resvg_py": "text", "transformers": "text"}
+    attribution = ATTRIBUTION
+    libraries: ClassVar[dict[str, str]] = {"resvg_py": "text", "transformers": "text"}
 
     def wanted(self, num: int) -> dict[str, Any]:
         """Return prompts: the held-out captions, at most half of all, and known ones, evenly
@@ -97,7 +98,9 @@ class EmojiJudge(Judge):
         seen = len(train.captions)
         made_of = encoder.identity.fingerprint, *train.captions
         matcher, name = cached_matcher(real[:seen], sentences[:seen], made_of)
-        target = fit_gaussian(matcher.features(real))
+        features = matcher.features(real)
+        warn_of_few(samples, len(images), features.shape[1])
+        target = fit_gaussian(features)
         noise = np.random.default_rng(_NOISE_SEED).integers(0, 256, images.shape, dtype=np.uint8)
         report: dict[str, Any] = {
             "samples": len(images),

@@ -43,6 +43,8 @@ class Judge(ABC):
     """
 
     figures: ClassVar[tuple[Figure, ...]]
+    #: What the licence of the pictures asks for beside samples of models trained on them.
+    attribution: ClassVar[str] = ""
     libraries: ClassVar[dict[str, str]]
 
     @abstractmethod

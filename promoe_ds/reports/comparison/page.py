@@ -11,13 +11,19 @@ import numpy as np
 from PIL import Image
 
 from promoe_ds.errors import DataError
-from promoe_ds.evaluation.images import make_grid, read_samples
+from promoe_ds.evaluation.images import (
+    as_picture,
+    captioned_grid,
+    make_grid,
+    read_sample_prompts,
+    read_samples,
+)
 from promoe_ds.evaluation.judges.table import JUDGES, figures_of
 from promoe_ds.reports.comparison.charts import charts, running_window
 from promoe_ds.reports.page import Page, Part, figures, part
 from promoe_ds.reports.theme import png_url
 
-_GRID_COLUMNS, _GRID_ZOOM = 10, 3
+_GRID_COLUMNS, _GRID_PROMPTS, _GRID_ZOOM = 10, 40, 3
 #: Column: metric of the results, heading, decimals, factor to its unit. Between them are those of
 # the data set's judge.
 _FIRST = ("final_loss", "final loss", 4, 1.0)
@@ -60,7 +66,7 @@ def build_page(comparison: Mapping[str, Any], folder: Path) -> Page:
             *part("heading", text="Figures"),
             *part("figures", items=figures(drawn, [""])),
             *part("text", text=legend if drawn else "No run has a result yet."),
-            *_samples(entries, folder),
+            *_samples(entries, folder, comparison["dataset"]),
             *part("heading", text="How it was measured"),
             *part("terms", items=_terms(comparison, environments)),
             *part("heading", text="Settings"),
@@ -173,24 +179,39 @@ def show(
     return mean if summary["sd"] is None else f"{mean} ± {factor * summary['sd']:.{decimals}f}"
 
 
-def _samples(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[Part]:
+def _samples(entries: Sequence[Mapping[str, Any]], folder: Path, dataset: str) -> list[Part]:
     """Show each candidate's samples of its first seed."""
     found = []
     for entry in entries:
         seed = next(iter(entry["seeds"]), None)
         run_dir = folder / "runs" / f"{entry['name']}-seed{seed}"
         with suppress(DataError):  # not judged, or cleared away
-            images, labels = read_samples(run_dir / "samples")
-            columns = min(_GRID_COLUMNS, int(np.bincount(labels).max()))
-            grid = make_grid(images, labels, columns=columns, zoom=_GRID_ZOOM)
-            url = png_url(Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid))
-            found.append((f"{entry['name']}, seed {seed}", url, grid.shape[1], grid.shape[0]))
-    words = f"One row a class. The same noise for every candidate, guidance {_guidance(entries)}."
+            grid = _grid(run_dir / "samples", entry["config"]["model"])
+            found.append((f"{entry['name']}, seed {seed}", png_url(grid), *grid.size))
+    judge = JUDGES.get(dataset)
+    words = (
+        "Each above its prompt, or one row a class. The same noise for every candidate, guidance"
+        f" {_guidance(entries)}. {judge.attribution if judge else ''}"
+    )
     return [
         *part("heading", text="Samples" if found else ""),
         *part("text", text=words if found else ""),
         *part("pictures", items=found),
     ]
+
+
+def _grid(samples: Path, model: Mapping[str, Any]) -> Image.Image:
+    """Return a few samples, row by row with their prompts, or one row a class.
+
+    Raises: DataError if there are none.
+    """
+    images, labels = read_samples(samples)
+    if model.get("condition") == "text":
+        prompts = read_sample_prompts(samples, len(images))
+        shown = range(0, len(images), -(-len(images) // _GRID_PROMPTS))
+        return captioned_grid(images[shown], [prompts[index] for index in shown])
+    columns = min(_GRID_COLUMNS, int(np.bincount(labels).max()))
+    return as_picture(make_grid(images, labels, columns=columns, zoom=_GRID_ZOOM))
 
 
 def _environments(entries: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], list[str]]]:
