@@ -104,6 +104,7 @@ def main(arguments: list[str]) -> None:
         batch_size=options.batch_size,
         save_reference=options.save_reference,
         half_precision_manifold=options.half_precision_manifold,
+        clip=options.clip,
     )
     with joined_processes(options.device) as team:
         team.on_main(lambda: check_target(options.out, "--out"))
