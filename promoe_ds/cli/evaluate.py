@@ -1,7 +1,8 @@
 """Evaluate samples: `python -m promoe_ds.cli.evaluate --samples DIR_OR_NPZ --reference NPZ_OR_DIR
 --out metrics.json`.
 
-Also under torchrun or deepspeed. Needs no deepspeed.
+Also under torchrun or deepspeed. Needs no deepspeed. Samples of the data sets digits and emoji are
+judged without a reference or a download: `--samples DIR --dataset emoji`, one process.
 """
 
 import argparse
@@ -35,7 +36,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="npz with mu, sigma, mu_s, sigma_s and arr_0 as ADM's, or folder of images",
     )
     parser.add_argument(
-        "--metrics", help="comma-separated, of fid, sfid, is, precision and recall; all if left out"
+        "--metrics",
+        help=(
+            "comma-separated, of fid, sfid, is, precision, recall and clip_score; all but the last"
+            " if left out"
+        ),
     )
     parser.add_argument(
         "--extractor",
@@ -44,6 +49,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             "inception, inception:WEIGHTS, pixels, FILE.pt (TorchScript), or "
             "FILE.py:NAME (a module)"
         ),
+    )
+    parser.add_argument(
+        "--dataset",
+        help="digits or emoji: judge samples by that data set's own judge instead",
+    )
+    parser.add_argument(
+        "--clip",
+        metavar="DIR_OR_HUB_ID",
+        help="CLIP of transformers, for clip_score: how near samples are to their prompts",
     )
     parser.add_argument(
         "--batch-size", type=number(ge=1), default=64, help="images a process looks at at once"
@@ -66,12 +80,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         ),
     )
     parser.add_process()
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.dataset is not None:
+        other = "reference", "metrics", "extractor", "clip", "batch_size", "save_reference"
+        parser.without_effect(
+            options, *other, "half_precision_manifold", reason="on a data set's own judge"
+        )
+    return options
 
 
 def main(arguments: list[str]) -> None:
     """Arguments to request to metrics.json."""
     options = parse_arguments(arguments)
+    if options.dataset is not None:
+        return judge(options)
 
     from promoe_ds.evaluation.metrics import (
         METRICS,
@@ -91,6 +113,7 @@ def main(arguments: list[str]) -> None:
         half_precision_manifold=options.half_precision_manifold,
         image_size=options.image_size,
         num=options.num,
+        clip=options.clip,
     )
     with joined_processes(options.device) as team:
         team.on_main(lambda: check_target(options.out, "--out"))
@@ -102,6 +125,20 @@ def main(arguments: list[str]) -> None:
             sys.stdout.flush()
             write_metrics(options.out, figures)
             get_logger("evaluate").info("wrote %s", options.out)
+
+
+def judge(options: argparse.Namespace) -> None:
+    """Judge samples by their data set's judge."""
+    from promoe_ds.evaluation.judges.table import judge_of
+    from promoe_ds.evaluation.metrics import check_target, write_metrics
+
+    own = judge_of(options.dataset)
+    check_target(options.out, "--out")
+    report = own.judge(options.samples)
+    sys.stdout.write(own.words(report))
+    sys.stdout.flush()
+    write_metrics(options.out, {"dataset": options.dataset, **report})
+    get_logger("evaluate").info("wrote %s", options.out)
 
 
 run = command(main)

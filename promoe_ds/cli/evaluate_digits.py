@@ -4,7 +4,6 @@
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from promoe_ds.cli.entry import command
@@ -30,26 +29,17 @@ def main(arguments: list[str]) -> None:
     Raises: DataError if fewer samples are recognised than required.
     """
     options = parse_arguments(arguments)
-    from promoe_ds.evaluation.digits import judge_samples
+    from promoe_ds.evaluation.judges.digits import DigitsJudge
 
-    report = judge_samples(options.samples)
-    by_class = "  ".join(
-        f"{label}: {share:.0%}" for label, share in report.accuracy_by_class.items()
-    )
-    sys.stdout.write(f"""{report.samples} samples
-  recognised as their label by a classifier trained on real digits: {report.accuracy:.1%}
-    (the same classifier on real digits it has not seen: {report.accuracy_on_real:.1%})
-    {by_class}
-  Frechet distance of the pixels to real digits never trained on: {report.frechet:.3f}
-    (0 = same mean and covariance; the training digits: {report.frechet_of_training_digits:.3f}, \
-uniform noise: {report.frechet_of_noise:.3f})
-""")
+    judge = DigitsJudge()
+    report = judge.judge(options.samples)
+    sys.stdout.write(judge.words(report))
     if options.out is not None:
-        options.out.write_text(json_text(asdict(report), indent=1), encoding="utf-8")
-    if report.accuracy < options.require:
+        options.out.write_text(json_text(report, indent=1), encoding="utf-8")
+    if report["accuracy"] < options.require:
         raise DataError(
-            f"only {report.accuracy:.1%} of the samples were recognised, {options.require:.1%} are"
-            " required"
+            f"only {report['accuracy']:.1%} of the samples were recognised, {options.require:.1%}"
+            " are required"
         )
 
 

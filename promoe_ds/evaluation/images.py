@@ -137,6 +137,19 @@ def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return images.read(range(len(images))), np.array(labels)
 
 
+def read_sample_prompts(path: Path, num: int) -> list[str]:
+    """Return the prompts of the first `num` images of a folder of samples, or of a file in it, in
+    their order.
+
+    Raises: DataError if the folder does not say them.
+    """
+    file = (path if path.is_dir() else path.parent) / PROMPTS_FILE
+    prompts = read_json(file, "prompts of samples, by file", dict[str, str])
+    if len(prompts) < num:
+        raise DataError(f"{file}: {len(prompts)} prompts for {num} images")
+    return list(prompts.values())[:num]
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return how the samples of a folder were made; None if it does not say.
 

@@ -1,7 +1,7 @@
 """Figures of samples with ADM's protocol, on one process or many; `METRICS` lists them.
 
-A new metric is an entry of `METRICS`: which statistic of which output of the extractor it needs,
-and how the samples' and the reference's become a number.
+`clip_score` apart, a new metric is an entry of `METRICS`: which statistic of which output of the
+extractor it needs, and how the samples' and the reference's become a number.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 from promoe_ds.data.vae import TF32
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.evaluation.features import Extractor, load_extractor
+from promoe_ds.evaluation.clip_score import CLIP_SCORE, ClipScorer, clip_score
+from promoe_ds.evaluation.features import PIXELS, Extractor, load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
-from promoe_ds.evaluation.images import open_samples
+from promoe_ds.evaluation.images import open_samples, read_sample_prompts
 from promoe_ds.evaluation.precision_recall import NEIGHBOURS, share_in_manifold
 from promoe_ds.evaluation.reference import (
     Reference,
@@ -117,10 +118,12 @@ class EvaluateRequest:
     half_precision_manifold: bool = False
     image_size: int | None = None
     num: int | None = None
+    #: Folder or hub id of the CLIP that `clip_score` needs.
+    clip: str | None = None
 
     @property
     def chosen(self) -> dict[str, Metric]:
-        """The metrics asked for, in the order of the report."""
+        """The metrics of features that are asked for, in the order of the report."""
         return {name: metric for name, metric in METRICS.items() if name in self.metrics}
 
 
@@ -139,7 +142,12 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
         reference = open_reference(
             request.reference, size=samples.height, channels=samples.channels
         )
-    extractor = load_extractor(request.extractor, team.device)
+    scorer, prompts = None, []
+    if CLIP_SCORE in request.metrics:
+        scorer = ClipScorer(request.clip, team.device)
+        prompts = read_sample_prompts(request.samples, len(samples))
+    # Without metrics of features, only the checksum of the pixels is wanted.
+    extractor = load_extractor(request.extractor if request.chosen else PIXELS, team.device)
     _check_possible(request, samples, reference, extractor, team)
     if "fid" in request.metrics and (settings or {}).get("labels") == "balanced":
         _LOG.info(
@@ -158,6 +166,10 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
         name: metric.figure(found[metric.wanted], known.get(metric.wanted), team, half)
         for name, metric in chosen.items()
     }
+    if scorer is not None:
+        figures[CLIP_SCORE] = clip_score(
+            samples, prompts, scorer, team, batch_size=request.batch_size
+        )
     for name, value in figures.items():
         if np.isnan(value):
             raise DataError(
@@ -178,6 +190,7 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
         },
         "reference": description,
         "extractor": extractor.identity,
+        "clip": scorer and scorer.identity,
         "protocol": _protocol(request, team),
         "versions": versions_of("numpy", "scipy", "torch-fidelity", "pillow"),
     }
@@ -235,8 +248,13 @@ def write_metrics(path: Path, figures: dict[str, Any]) -> None:
 
 
 def _check_request(request: EvaluateRequest, team: DistributedContext) -> None:
-    if not request.metrics or set(request.metrics) - set(METRICS):
-        raise ConfigError(f"--metrics {','.join(request.metrics)}: choose from {','.join(METRICS)}")
+    known = (*METRICS, CLIP_SCORE)
+    if not request.metrics or set(request.metrics) - set(known):
+        raise ConfigError(f"--metrics {','.join(request.metrics)}: choose from {','.join(known)}")
+    if (CLIP_SCORE in request.metrics) != (request.clip is not None):
+        raise ConfigError(
+            f"--metrics {CLIP_SCORE} and --clip, a folder or hub id of a CLIP, need each other"
+        )
     if request.reference is None:
         if needing := [name for name, metric in request.chosen.items() if metric.reference]:
             raise ConfigError(f"--reference is needed for {', '.join(needing)}")

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from promoe_ds.evaluation.judges.table import figures_of
 from promoe_ds.reports.charts import NO_AXIS, Chart, Rows, lines, rule, steps_axis
 from promoe_ds.reports.theme import (
     PICKED,
@@ -69,25 +70,13 @@ def _of_images(comparison: Comparison) -> list[Chart | None]:
     return [
         points(
             comparison,
-            "heldout_loss",
-            "Diffusion loss of the averaged weights on held-out digits, lower is better",
-            unit="squared error, equal noise for all",
-        ),
-        points(
-            comparison,
-            "frechet",
-            "Fréchet distance of pixels to held-out digits, lower is better",
-            unit="squared distance, pixels in [0, 1]",
-            landmark=("training digits", images["frechet_of_training_digits"]),
-        ),
-        points(
-            comparison,
-            "accuracy",
-            "Samples recognised as their label, higher is better",
-            unit="% of samples",
-            factor=100.0,
-            landmark=("real digits", images["accuracy_on_real"]),
-        ),
+            figure.name,
+            figure.title,
+            unit=figure.unit,
+            factor=figure.factor,
+            landmark=figure.landmark and (figure.landmark[0], images[figure.landmark[1]]),
+        )
+        for figure in figures_of(comparison["dataset"])
     ]
 
 

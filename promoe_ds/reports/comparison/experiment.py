@@ -21,6 +21,7 @@ from promoe_ds.config import (
     training_flops_per_image,
 )
 from promoe_ds.errors import ConfigError, DataError, TrainingError, differences
+from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.files import write_json
 from promoe_ds.reports.comparison.candidates import (
     Candidate,
@@ -32,9 +33,9 @@ from promoe_ds.reports.comparison.candidates import (
     load_candidates,
 )
 from promoe_ds.reports.comparison.results import (
-    JUDGED_DATASETS,
     SCHEMA_VERSION,
     Result,
+    metrics_of,
     read_json,
     summarise,
 )
@@ -72,7 +73,7 @@ def compare(request: ComparisonRequest) -> list[Path]:
         "deepspeed_config": str(request.deepspeed_config),
         "deepspeed": check_launch(request, candidates),
     }
-    require_libraries(judges_images=_has_images(candidates))
+    require_libraries(dataset_of(candidates))
     with _locked(request.out) as lock:
         runs = [
             PlannedRun(candidate=candidate, seed=seed, root=request.out)
@@ -117,21 +118,25 @@ def _write(
         ) from None
 
 
-def require_libraries(*, judges_images: bool) -> None:
+def require_libraries(dataset: str) -> None:
     """Refuse to start what could not be reported at the end.
 
     Raises: ConfigError naming the library and how to install it.
     """
-    for library in ("vl_convert", *(["sklearn"] if judges_images else [])):
+    needed = {"vl_convert": "report"}
+    if dataset in JUDGES:
+        needed |= JUDGES[dataset].libraries
+    for library, extra in needed.items():
         if find_spec(library) is None:
             raise ConfigError(
                 f"{library} is not installed, the comparison's report needs it: pip install"
-                " 'promoe_ds[report]'"
+                f" 'promoe_ds[{extra}]'"
             )
 
 
-def _has_images(candidates: Sequence[Candidate]) -> bool:
-    return candidates[0].config.data.dataset in JUDGED_DATASETS  # equal for all
+def dataset_of(candidates: Sequence[Candidate]) -> str:
+    """Return the data set of all."""
+    return candidates[0].config.data.dataset
 
 
 @contextmanager
@@ -221,8 +226,8 @@ def assemble(
     return {
         "schema": SCHEMA_VERSION,
         "settings": settings,
-        "dataset": candidates[0].config.data.dataset,
-        "judges_images": _has_images(candidates),
+        "dataset": dataset_of(candidates),
+        "judges_images": dataset_of(candidates) in JUDGES,
         "missing": missing,
         "contenders": [_describe(each, results[each.name], baseline) for each in candidates],
     }
@@ -232,14 +237,17 @@ def _describe(
     candidate: Candidate, results: dict[int, Result], baseline: dict[int, Result]
 ) -> dict[str, Any]:
     count = count_parameters(candidate.config)
+    metrics = metrics_of(candidate.config.data.dataset)
     return {
         "name": candidate.name,
         "recipe": candidate.recipe,
         "overrides": list(candidate.overrides),
         "parameters": {"total": count.total, "activated": count.activated},
         "training_gflops_per_image": training_flops_per_image(candidate.config) / 1e9,
-        "summary": summarise(results),
-        "difference_to_first": None if results is baseline else summarise(results, baseline),
+        "summary": summarise(results, metrics),
+        "difference_to_first": (
+            None if results is baseline else summarise(results, metrics, baseline)
+        ),
         "seeds": {str(seed): result for seed, result in sorted(results.items())},
         "config": candidate.config.model_dump(mode="json"),
     }

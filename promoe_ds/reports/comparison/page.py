@@ -11,21 +11,28 @@ import numpy as np
 from PIL import Image
 
 from promoe_ds.errors import DataError
-from promoe_ds.evaluation.images import make_grid, read_samples
+from promoe_ds.evaluation.images import (
+    as_picture,
+    captioned_grid,
+    make_grid,
+    read_sample_prompts,
+    read_samples,
+)
+from promoe_ds.evaluation.judges.table import JUDGES, figures_of
 from promoe_ds.reports.comparison.charts import charts, running_window
 from promoe_ds.reports.page import Page, Part, figures, part
 from promoe_ds.reports.theme import png_url
 
-_GRID_COLUMNS, _GRID_ZOOM = 10, 3
-#: Column: metric of the results, heading, decimals, factor to its unit.
-_COLUMNS = (
-    ("final_loss", "final loss", 4, 1.0),
-    ("heldout_loss", "held-out loss", 4, 1.0),
-    ("frechet", "Fréchet", 3, 1.0),
-    ("accuracy", "accuracy, %", 1, 100.0),
+_GRID_COLUMNS, _GRID_PROMPTS, _GRID_ZOOM = 10, 40, 3
+#: Column: metric of the results, heading, decimals, factor to its unit. Between them are those of
+# the data set's judge.
+_FIRST = ("final_loss", "final loss", 4, 1.0)
+_LAST = (
     ("load_max_over_mean", "load max/mean", 2, 1.0),
     ("load_entropy", "load entropy", 3, 1.0),
     ("dead_experts", "dead experts", 2, 1.0),
+    ("information_group", "expert by group", 3, 1.0),
+    ("information_noise", "expert by noise", 3, 1.0),
     ("step_ms", "ms a step", 1, 1.0),
 )
 
@@ -55,11 +62,11 @@ def build_page(comparison: Mapping[str, Any], folder: Path) -> Page:
         ],
         parts=[
             *_warnings(comparison, environments),
-            *_tables(entries),
+            *_tables(entries, comparison["dataset"]),
             *part("heading", text="Figures"),
             *part("figures", items=figures(drawn, [""])),
             *part("text", text=legend if drawn else "No run has a result yet."),
-            *_samples(entries, folder),
+            *_samples(entries, folder, comparison["dataset"]),
             *part("heading", text="How it was measured"),
             *part("terms", items=_terms(comparison, environments)),
             *part("heading", text="Settings"),
@@ -107,9 +114,13 @@ def _warnings(comparison: Mapping[str, Any], environments: Sequence[tuple]) -> l
     return [*(missing if by_reason else []), *(mixed if len(environments) > 1 else [])]
 
 
-def _tables(entries: Sequence[Mapping[str, Any]]) -> list[Part]:
+def _tables(entries: Sequence[Mapping[str, Any]], dataset: str) -> list[Part]:
+    judged = [(each.name, each.heading, each.decimals, each.factor) for each in figures_of(dataset)]
+    # Summaries of earlier versions lack what was not measured then.
     columns = [
-        column for column in _COLUMNS if any(entry["summary"][column[0]] for entry in entries)
+        column
+        for column in (_FIRST, *judged, *_LAST)
+        if any(entry["summary"].get(column[0]) for entry in entries)
     ]
     headings = ["candidate", *(heading for _, heading, *_ in columns)]
     results: list[list[object]] = [
@@ -153,7 +164,7 @@ def _cells(
     summary: Mapping[str, Any], columns: Sequence[tuple], *, signed: bool = False
 ) -> list[str]:
     return [
-        show(summary[metric], decimals, factor, signed=signed)
+        show(summary.get(metric), decimals, factor, signed=signed)
         for metric, _, decimals, factor in columns
     ]
 
@@ -168,24 +179,39 @@ def show(
     return mean if summary["sd"] is None else f"{mean} ± {factor * summary['sd']:.{decimals}f}"
 
 
-def _samples(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[Part]:
+def _samples(entries: Sequence[Mapping[str, Any]], folder: Path, dataset: str) -> list[Part]:
     """Show each candidate's samples of its first seed."""
     found = []
     for entry in entries:
         seed = next(iter(entry["seeds"]), None)
         run_dir = folder / "runs" / f"{entry['name']}-seed{seed}"
         with suppress(DataError):  # not judged, or cleared away
-            images, labels = read_samples(run_dir / "samples")
-            columns = min(_GRID_COLUMNS, int(np.bincount(labels).max()))
-            grid = make_grid(images, labels, columns=columns, zoom=_GRID_ZOOM)
-            url = png_url(Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid))
-            found.append((f"{entry['name']}, seed {seed}", url, grid.shape[1], grid.shape[0]))
-    words = f"One row a class. The same noise for every candidate, guidance {_guidance(entries)}."
+            grid = _grid(run_dir / "samples", entry["config"]["model"])
+            found.append((f"{entry['name']}, seed {seed}", png_url(grid), *grid.size))
+    judge = JUDGES.get(dataset)
+    words = (
+        "Each above its prompt, or one row a class. The same noise for every candidate, guidance"
+        f" {_guidance(entries)}. {judge.attribution if judge else ''}"
+    )
     return [
         *part("heading", text="Samples" if found else ""),
         *part("text", text=words if found else ""),
         *part("pictures", items=found),
     ]
+
+
+def _grid(samples: Path, model: Mapping[str, Any]) -> Image.Image:
+    """Return a few samples, row by row with their prompts, or one row a class.
+
+    Raises: DataError if there are none.
+    """
+    images, labels = read_samples(samples)
+    if model.get("condition") == "text":
+        prompts = read_sample_prompts(samples, len(images))
+        shown = range(0, len(images), -(-len(images) // _GRID_PROMPTS))
+        return captioned_grid(images[shown], [prompts[index] for index in shown])
+    columns = min(_GRID_COLUMNS, int(np.bincount(labels).max()))
+    return as_picture(make_grid(images, labels, columns=columns, zoom=_GRID_ZOOM))
 
 
 def _environments(entries: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], list[str]]]:
@@ -211,24 +237,18 @@ def _guidance(entries: Sequence[Mapping[str, Any]]) -> str:
 def _terms(comparison: Mapping[str, Any], environments: Sequence[tuple]) -> list[tuple[str, str]]:
     """Return what each figure is, and how it was measured."""
     entries, settings = comparison["contenders"], comparison["settings"]
-    not_judged = {
-        "held-out loss, Fréchet, accuracy": (
-            "Not given: without downloads only models of the digits data set can be "
-            f"judged, and this is {comparison['dataset']}."
-        )
-    }
     judged = {
-        "held-out loss": (
-            "Mean diffusion loss of the moving-average weights on the digits held out from"
-            " training, each with its label and the same noises and noise levels for every"
-            " candidate and seed."
+        "samples": (
+            f"{settings['samples']} a run, of the moving-average weights, guidance"
+            f" {_guidance(entries)}, noise of seed {settings['sample_seed']}."
         ),
-        "Fréchet, accuracy": (
-            f"Of {settings['samples']} samples a run (moving-average weights, guidance"
-            f" {_guidance(entries)}, noise of seed {settings['sample_seed']}): squared"
-            " Fréchet distance of their pixels to the digits held out from training; share"
-            " that a classifier trained on real digits recognises as the label asked for."
-        ),
+        **{figure.heading: figure.meaning for figure in figures_of(comparison["dataset"])},
+    }
+    not_judged = {
+        "samples": (
+            f"Not judged: without downloads only {' and '.join(JUDGES)} can be, and this is"
+            f" {comparison['dataset']}."
+        )
     }
     has_load = [entry["name"] for entry in entries if entry["summary"]["load_entropy"]]
     dense = [entry["name"] for entry in entries if entry["seeds"] and entry["name"] not in has_load]
@@ -240,12 +260,20 @@ def _terms(comparison: Mapping[str, Any], environments: Sequence[tuple]) -> list
             + (f" No experts: {', '.join(dense)}." if dense else "")
         )
     }
+    information = {
+        "expert by group, expert by noise": (
+            "Mutual information of a token's expert with the class or the group of captions of its"
+            " image, and with the noise level, over the entropy of the expert, minus that of"
+            " shuffled data; mean over blocks. 0 is chance."
+        )
+    }
     terms = {
         "final loss": (
             "Mean diffusion loss over the last tenth of the log lines, auxiliary losses left out."
         ),
         **(judged if comparison["judges_images"] else not_judged),
         **(load if has_load else {}),
+        **(information if any(e["summary"].get("information_group") for e in entries) else {}),
         "ms a step": (
             "Median over a run's log lines, without the first. It compares what was measured"
             f" alike: {'; '.join(_measured_with(environments))}."

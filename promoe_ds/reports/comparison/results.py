@@ -13,6 +13,7 @@ import numpy as np
 
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import DataError
+from promoe_ds.evaluation.judges.table import figures_of
 from promoe_ds.load_stats import entropy, max_over_mean, shares
 from promoe_ds.reports.log import load_log
 from promoe_ds.reports.records import Metrics, read_lines
@@ -20,24 +21,22 @@ from promoe_ds.reports.records import Metrics, read_lines
 #: Of result.json and comparison.json; docs/comparison_format.md describes both.
 SCHEMA_VERSION = 1
 JUDGEMENT_FILE = "judgement.json"
-#: Data sets whose samples `evaluation` can judge without downloads.
-JUDGED_DATASETS = {"digits"}
-#: The figures that are summarised over seeds, in the order of the report.
-METRICS = (
-    "final_loss",
-    "heldout_loss",
-    "frechet",
-    "accuracy",
-    "load_max_over_mean",
-    "load_entropy",
-    "dead_experts",
-    "step_ms",
-)
+#: What is read from training, before and behind the figures of the data set's judge.
+_OF_LOSS = ("final_loss",)
+_OF_EXPERTS = ("load_max_over_mean", "load_entropy", "dead_experts")
+#: What the experts are chosen by: the judgement's entry by the metric's name.
+INFORMATION = {"information_group": "group", "information_noise": "noise level"}
 _FINAL_SHARE_OF_LINES = 0.1
 _LOAD_SHARE_OF_STEPS = 0.2
 
 Result = dict[str, Any]
 Summary = dict[str, dict[str, Any] | None]
+
+
+def metrics_of(dataset: str) -> tuple[str, ...]:
+    """Return the metrics that are summarised over seeds, in the order of the report."""
+    of_images = (figure.name for figure in figures_of(dataset))
+    return (*_OF_LOSS, *of_images, *_OF_EXPERTS, *INFORMATION, "step_ms")
 
 
 def collect_result(run_dir: Path, config: RunConfig) -> Result:
@@ -47,6 +46,7 @@ def collect_result(run_dir: Path, config: RunConfig) -> Result:
     """
     judgement = read_json(run_dir / JUDGEMENT_FILE, has_schema=False)
     step, images = judgement["checkpoint_step"], judgement["images"]
+    judged, information = {**(images or {}), **judgement}, judgement["information"] or {}
     if step != config.train.max_steps:
         raise DataError(
             f"{run_dir}: the newest checkpoint is of step {step}, not of the last one,"
@@ -57,13 +57,12 @@ def collect_result(run_dir: Path, config: RunConfig) -> Result:
     layers = load_by_layer(run_dir, config) if config.moe_block_indices else None
     return {
         "final_loss": statistics.fmean(loss for _, loss in curve[-last:]),
-        "heldout_loss": judgement["heldout_loss"],
-        "frechet": images and images["frechet"],
-        "accuracy": images and images["accuracy"],
+        **{figure.name: judged[figure.name] for figure in figures_of(config.data.dataset)},
         "layers": layers,
         "load_max_over_mean": _mean(layers, "max_over_mean"),
         "load_entropy": _mean(layers, "entropy"),
         "dead_experts": _mean(layers, "dead_experts"),
+        **{metric: information.get(kind) for metric, kind in INFORMATION.items()},
         "step_ms": statistics.median(times) if times else None,
         "checkpoint_step": step,
         "device": judgement["device"],
@@ -150,7 +149,9 @@ def describe(values: Sequence[float]) -> dict[str, Any] | None:
 
 
 def summarise(
-    results: Mapping[int, Result], baseline: Mapping[int, Result] | None = None
+    results: Mapping[int, Result],
+    metrics: Sequence[str],
+    baseline: Mapping[int, Result] | None = None,
 ) -> Summary:
     """Describe every metric over the seeds that have it; None if none has.
 
@@ -160,7 +161,7 @@ def summarise(
         results: by seed; baseline: describe the differences to these results, over the seeds that
         both have.
     """
-    nothing = dict.fromkeys(METRICS, 0)
+    nothing = dict.fromkeys(metrics, 0)
     pairs = [
         (result, nothing if baseline is None else baseline[seed])
         for seed, result in results.items()
@@ -174,5 +175,5 @@ def summarise(
                 if mine.get(metric) is not None and base.get(metric) is not None
             ]
         )
-        for metric in METRICS
+        for metric in metrics
     }

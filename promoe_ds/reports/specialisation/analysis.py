@@ -196,14 +196,32 @@ def _analyse_layer(
     tsne = TSNE(
         perplexity=min(30.0, (len(middle) - 1) / 3), init="pca", random_state=settings.seed
     ).fit_transform(middle)
-    information = specialisation(
+    information = _information(seen, batch, settings)
+    return LayerAnalysis(index, seen, similarity_EE, ratios, information, tsne)
+
+
+def expert_information(network: DiT, batch: Batch, settings: Settings) -> dict[str, float]:
+    """Return what the images' group (class or caption group: `group`), the noise level and the
+    position tell of a token's expert beyond chance, each the mean over the MoE layers.
+    """
+    seen = observe(network, batch, settings.sigmas, kept=0, seed=settings.seed)
+    layers = [_information(each, batch, settings) for each in seen.values()]
+    return {
+        "group" if kind == batch.group else kind: float(
+            np.mean([layer[kind].score for layer in layers])
+        )
+        for kind in layers[0]
+    }
+
+
+def _information(seen: Observations, batch: Batch, settings: Settings) -> dict[str, Information]:
+    return specialisation(
         seen.experts_MBS,
         batch.labels_B.numpy(),
         group=batch.group,
         rounds=settings.rounds,
         seed=settings.seed,
     )
-    return LayerAnalysis(index, seen, similarity_EE, ratios, information, tsne)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from promoe_ds.errors import DataError
-from promoe_ds.evaluation.digits import judge_samples
 from promoe_ds.evaluation.images import make_grid, read_samples, to_uint8
 
 
@@ -44,26 +43,3 @@ def test_read_samples_missing_or_broken_names_the_file(tmp_path, content) -> Non
         np.savez(tmp_path / "samples.npz", **{"arr_0": np.zeros((2, 8, 8, 1), np.uint8), **content})
     with pytest.raises(DataError, match=r"samples\.npz: "):
         read_samples(tmp_path)
-
-
-def test_judge_real_digits_are_recognised_and_shuffled_labels_are_not(tmp_path) -> None:
-    from promoe_ds.data.digits import load_digits_split
-
-    images, labels = load_digits_split(0.2, heldout=True)
-    for name, given in (("right", labels), ("wrong", (labels + 1) % 10)):
-        np.savez(tmp_path / f"{name}.npz", arr_0=to_uint8(images), labels=given)
-    right, wrong = (judge_samples(tmp_path / f"{name}.npz") for name in ("right", "wrong"))
-    assert right.accuracy == right.accuracy_on_real > 0.95
-    assert wrong.accuracy < 0.05
-    assert right.frechet == pytest.approx(0.0, abs=1e-6)
-    assert right.frechet_of_training_digits < 0.2 < right.frechet_of_noise
-
-
-def test_judge_images_of_another_size_are_refused(tmp_path) -> None:
-    np.savez(
-        tmp_path / "samples.npz",
-        arr_0=np.zeros((4, 16, 16, 1), dtype=np.uint8),
-        labels=np.zeros(4, dtype=int),
-    )
-    with pytest.raises(DataError, match="are no 8x8 digits"):
-        judge_samples(tmp_path)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from promoe_ds.config import count_parameters, load_config, training_flops_per_image
-from promoe_ds.reports.comparison.results import summarise
+from promoe_ds.reports.comparison.results import metrics_of, summarise
 
 ENVIRONMENT = {
     "jobs": 2,
@@ -65,6 +65,8 @@ def synthetic_result(
         "load_max_over_mean": 1.5 if experts else None,
         "load_entropy": 0.97 if experts else None,
         "dead_experts": 0.0 if experts else None,
+        "information_group": 0.2 if experts else None,
+        "information_noise": 0.1 if experts else None,
         "layers": layers,
         "step_ms": 80.0 + 5 * quality + seed,
         "loss_curve": curve,
@@ -82,7 +84,7 @@ def synthetic_comparison(
     """
     config = load_config("digits_promoe", ["parallel.ep_size=1"])
     count = count_parameters(config)
-    first = next(iter(candidates))
+    first, metrics = next(iter(candidates)), metrics_of(dataset)
     entries = [
         {
             "name": name,
@@ -90,10 +92,10 @@ def synthetic_comparison(
             "overrides": ["parallel.ep_size=1"],
             "config": config.model_dump(mode="json"),
             "parameters": {"total": count.total, "activated": count.activated},
-            "summary": summarise(results),
+            "summary": summarise(results, metrics),
             "training_gflops_per_image": training_flops_per_image(config) / 1e9,
             "difference_to_first": (
-                None if name == first else summarise(results, candidates[first])
+                None if name == first else summarise(results, metrics, candidates[first])
             ),
             "seeds": {str(seed): result for seed, result in results.items()},
         }

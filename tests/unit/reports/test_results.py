@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from promoe_ds.errors import DataError
+from promoe_ds.evaluation.judges.table import JUDGES, figures_of
 from promoe_ds.reports.comparison.results import (
-    METRICS,
     collect_result,
     load_by_layer,
+    metrics_of,
     read_json,
     read_metrics,
     summarise,
@@ -22,13 +24,17 @@ from ..builders import small_config
 from .routing_logs import line, write
 from .synthetic import synthetic_result
 
+METRICS = metrics_of("digits")
+
 
 def _result(**figures: float | None) -> dict:
     return {**dict.fromkeys(METRICS), **figures}
 
 
 def test_summarise_leaves_out_what_a_run_has_not() -> None:
-    summary = summarise({0: _result(final_loss=1.0, frechet=3.0), 1: _result(final_loss=2.0)})
+    summary = summarise(
+        {0: _result(final_loss=1.0, frechet=3.0), 1: _result(final_loss=2.0)}, METRICS
+    )
     assert summary["final_loss"]["mean"] == 1.5
     assert summary["frechet"] == {"n": 1, "mean": 3.0, "sd": None, "min": 3.0, "max": 3.0}
     assert summary["dead_experts"] is None
@@ -38,22 +44,23 @@ def test_paired_differences_pair_by_seed_by_hand() -> None:
     mine = {0: _result(final_loss=5.0), 1: _result(final_loss=7.0), 2: _result(final_loss=100.0)}
     first = {1: _result(final_loss=4.0), 0: _result(final_loss=3.0), 3: _result(final_loss=0.0)}
     # Seeds 0 and 1: 2 and 3; seed 2 has no partner.
-    assert summarise(mine, first)["final_loss"] == {
+    assert summarise(mine, METRICS, first)["final_loss"] == {
         "n": 2,
         "mean": 2.5,
         "sd": pytest.approx(math.sqrt(0.5)),
         "min": 2.0,
         "max": 3.0,
     }
-    assert summarise(mine, first)["accuracy"] is None
+    assert summarise(mine, METRICS, first)["accuracy"] is None
 
 
 CONFIG = small_config(train={"max_steps": 10})
 
 
-def _write_run(folder: Path, *, step: int = 10) -> Path:
+def _write_run(folder: Path, *, step: int = 10, **judged: Any) -> Path:
+    judgement = {"images": None, "heldout_loss": None, "information": None, **judged}
     (folder / "judgement.json").write_text(
-        json.dumps({"checkpoint_step": step, "device": "cpu", "images": None, "heldout_loss": None})
+        json.dumps({"checkpoint_step": step, "device": "cpu", **judgement})
     )
     _write_metrics(folder, {5: 2.0, 10: 1.0})
     # Of ten steps the last fifth are 9 and 10: the line of step 5 does not count.
@@ -80,12 +87,24 @@ def test_collect_result_reads_load_of_the_last_fifth_and_averages_layers(tmp_pat
     assert (result["final_loss"], result["loss_curve"]) == (1.0, [[5, 2.0], [10, 1.0]])
     assert [layer["max_over_mean"] for layer in result["layers"]] == [1.0, 3.0]
     assert (result["load_max_over_mean"], result["dead_experts"]) == (2.0, 1.0)
-    assert (result["frechet"], result["accuracy"], result["images"]) == (None, None, None)
-    assert (
-        set(METRICS)
-        <= result.keys()
-        == synthetic_result(0).keys() - {"seed", "samples", "sample_seed", "environment"}
-    )
+    assert result["images"] is None and "frechet" not in result
+
+
+@pytest.mark.parametrize("dataset", JUDGES)
+def test_collect_result_has_the_figures_of_the_data_sets_judge(tmp_path, dataset) -> None:
+    heldout, *others = (figure.name for figure in figures_of(dataset))
+    images = {name: 0.5 + place for place, name in enumerate(others)}
+    information = {"group": 0.25, "noise level": 0.125, "position": 0.0}
+    folder = _write_run(tmp_path, images=images, heldout_loss=2.0, information=information)
+    # What reads a run's figures needs of its recipe no more than this.
+    data = CONFIG.data.model_copy(update={"dataset": dataset})
+    result = collect_result(folder, CONFIG.model_copy(update={"data": data}))
+    assert images.items() <= result.items() and result[heldout] == 2.0
+    assert (result["information_group"], result["information_noise"]) == (0.25, 0.125)
+    assert set(metrics_of(dataset)) <= result.keys()
+    if dataset == "digits":
+        of_run = {"seed", "samples", "sample_seed", "environment"}
+        assert result.keys() == synthetic_result(0).keys() - of_run
 
 
 def test_collect_result_averages_the_last_tenth_and_takes_the_median_time_without_the_first_line(

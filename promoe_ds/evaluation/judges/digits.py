@@ -1,22 +1,22 @@
-"""Evaluating digits models: their samples, by a classifier trained on real digits, and their loss
-on unseen ones.
-"""
+"""The judge of digits: a classifier trained on real ones, and the distance of pixels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
+from promoe_ds.config import RunConfig
 from promoe_ds.data.digits import load_digits_split
-from promoe_ds.diffusion import build_objective, draw_batch
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.frechet import fit_gaussian, frechet_distance
 from promoe_ds.evaluation.images import read_samples, to_uint8
-from promoe_ds.model.dit import DiT
+from promoe_ds.evaluation.judges.judge import Figure, Judge, heldout_figure
 
 _NOISE_SEED = 0
 
@@ -34,6 +34,63 @@ class DigitsReport:
     frechet: float
     frechet_of_training_digits: float
     frechet_of_noise: float
+
+
+class DigitsJudge(Judge):
+    """Judges 8x8 digits by pixels."""
+
+    figures = (
+        heldout_figure("digits"),
+        Figure(
+            name="frechet",
+            heading="Fréchet",
+            title="Fréchet distance of pixels to held-out digits, lower is better",
+            unit="squared distance, pixels in [0, 1]",
+            meaning="Squared Fréchet distance of pixels to the digits held out from training.",
+            landmark=("training digits", "frechet_of_training_digits"),
+        ),
+        Figure(
+            name="accuracy",
+            heading="accuracy, %",
+            title="Samples recognised as their label, higher is better",
+            unit="% of samples",
+            meaning=(
+                "Share that a classifier trained on real digits recognises as the label asked for."
+            ),
+            decimals=1,
+            factor=100.0,
+            landmark=("real digits", "accuracy_on_real"),
+        ),
+    )
+    libraries: ClassVar[dict[str, str]] = {"sklearn": "report"}
+
+    def wanted(self, num: int) -> dict[str, Any]:
+        """Return so many digits, all classes in turn."""
+        return {"num": num}
+
+    def judge(self, samples: Path, heldout_fraction: float = 0.2) -> dict[str, Any]:
+        """Return a `DigitsReport`."""
+        return asdict(judge_samples(samples, heldout_fraction))
+
+    def words(self, report: dict[str, Any]) -> str:
+        """Return a report as text."""
+        by_class = "  ".join(
+            f"{label}: {share:.0%}" for label, share in report["accuracy_by_class"].items()
+        )
+        return f"""{report["samples"]} samples
+  recognised as their label by a classifier trained on real digits: {report["accuracy"]:.1%}
+    (the same classifier on real digits it has not seen: {report["accuracy_on_real"]:.1%})
+    {by_class}
+  Frechet distance of the pixels to real digits never trained on: {report["frechet"]:.3f}
+    (0 = same mean and covariance; the training digits: \
+{report["frechet_of_training_digits"]:.3f}, uniform noise: {report["frechet_of_noise"]:.3f})
+"""
+
+    def heldout(self, config: RunConfig) -> tuple[Tensor, ClassCondition]:
+        """Return the held-out digits and their labels."""
+        images, labels = load_digits_split(config.data.heldout_fraction, heldout=True)
+        condition = ClassCondition(torch.from_numpy(labels), config.model.null_label)
+        return torch.from_numpy(images), condition
 
 
 def judge_samples(path: Path, heldout_fraction: float = 0.2) -> DigitsReport:
@@ -72,36 +129,6 @@ def judge_samples(path: Path, heldout_fraction: float = 0.2) -> DigitsReport:
         frechet_of_training_digits=frechet_distance(fit_gaussian(real), target),
         frechet_of_noise=frechet_distance(fit_gaussian(noise), target),
     )
-
-
-@torch.no_grad()
-def heldout_loss(model: DiT, *, draws: int = 8, seed: int = 0, batch_size: int = 64) -> float:
-    """Return the mean diffusion loss of a model, in evaluation mode, on the digits held out from
-    its training.
-
-    Every image meets its own label and the same `draws` noises and noise levels whatever the model:
-    differences between models are theirs. Methods that choose from the batch get batches of
-    `batch_size`. Args:
-        model: of a digits recipe.
-    """
-    config, objective = model.config, build_objective(model.config.diffusion)
-    images, labels = map(
-        torch.from_numpy, load_digits_split(config.data.heldout_fraction, heldout=True)
-    )
-    images, condition = (
-        images * config.data.latent_scale,
-        ClassCondition(labels, config.model.null_label),
-    )
-    total = 0.0
-    for draw in range(draws):
-        for start in range(0, len(labels), batch_size):
-            slots = range(len(labels))[start : start + batch_size]
-            own = condition.select(slice(start, slots.stop))
-            clean = images[start : slots.stop]
-            batch = draw_batch(clean, own, objective, seed=seed, step=draw, slots=slots)
-            prediction = model(objective.noised(batch), objective.timestep(batch), own)
-            total += len(slots) * objective.losses(prediction, batch)["diffusion"].item()
-    return total / (draws * len(labels))
 
 
 def _features(images_NHWC: np.ndarray) -> np.ndarray:
