@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from benchmarks.candidates import for_timing, free_memory, with_precision, with_trainer
@@ -20,6 +19,7 @@ from benchmarks.parity import PRECISIONS, layer_comparisons, network_parity
 from benchmarks.processes import in_fresh_process, single_process
 from benchmarks.timing import Result, interleave, wall_clock
 from promoe_ds.backends.devices import find_device
+from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, load_config, training_flops_per_image
 from promoe_ds.diffusion import SamplingPlan
 from promoe_ds.errors import ConfigError
@@ -224,9 +224,10 @@ def sampling_step(config: RunConfig, images: int, device: torch.device) -> float
     network = build_model(config).to(device, sampling_dtype(device)).eval()
     plan = SamplingPlan.of(config, steps=_SAMPLING_STEPS, cfg_scale=1.5, solver="euler")
     sampler = LatentSampler(network, config, plan, seed=0, device=device)
-    labels = np.arange(images) % config.model.num_classes
+    labels = torch.arange(images) % config.model.num_classes
+    condition = ClassCondition(labels, config.model.null_label)
     with torch.no_grad():
-        timing = interleave({"": lambda: sampler.sample(range(images), labels)}, rounds=3)
+        timing = interleave({"": lambda: sampler.sample(range(images), condition)}, rounds=3)
     return timing[""].wall_ms / _SAMPLING_STEPS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -83,7 +84,7 @@ def _compare_layer(
     labels[-1] = model.null_label
     partition = partition_samples(ClassCondition(labels, model.null_label))
     with torch.no_grad():
-        plan = layer.route(tokens, partition)
+        plan = replace(layer.route(tokens, partition), tokens_BSD=None)  # both bring their own
     found = _results(layer, tokens, partition, plan, context)
     reference = initialised(build_moe_layer(config)).to(device).double()
     values = dict(layer.named_parameters())

@@ -18,6 +18,7 @@ from promoe_ds.private_names import check_names, find_private, read_private
 _FAKE_TENSORS, _GROUPS = "torch._subclasses.fake_tensor", "torch.distributed.distributed_c10d"
 #: module -> attributes; a dot goes into a class.
 NAMES = {
+    "torch": ("_foreach_add_", "_foreach_copy_", "_foreach_norm"),
     "torch.nn": ("Module._apply",),
     _FAKE_TENSORS: ("FakeTensorMode",),
     _GROUPS: ("_set_pg_timeout", "default_pg_timeout", "default_pg_nccl_timeout"),
@@ -80,6 +81,22 @@ def file_offset(fake: Tensor) -> int:
     Raises: ConfigError naming torch's version and the attribute.
     """
     return int(read_private(fake.untyped_storage(), "_checkpoint_offset", library="torch"))
+
+
+def add_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Add tensors to tensors in place, on a GPU by few kernels."""
+    torch._foreach_add_(targets, sources)
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors into tensors, on a GPU by few kernels."""
+    torch._foreach_copy_(targets, sources)
+
+
+def norms_of_all(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return the norm of each tensor, an fp32 scalar, on a GPU by few kernels."""
+    norms: tuple[Tensor, ...] = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    return norms
 
 
 def set_group_timeouts(timeout_seconds: float, *groups: Any) -> None:

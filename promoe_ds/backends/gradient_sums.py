@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from promoe_ds.backends.deepspeed_private import OwnedSlice
+from promoe_ds.torch_private import add_all, copy_all, norms_of_all
 
 #: A gradient of this part of a bucket or more is not joined with others.
 _LARGE = 1 / 4
@@ -104,7 +105,7 @@ class GradientSums:
         for place in self._places:
             if place.part is not None and place not in self._arrived:
                 self._target(place, place.part).zero_()
-        return [self._flat(group) for group in range(len(self._settings.partitions))]
+        return [self.flat_sum(group) for group in range(len(self._settings.partitions))]
 
     def _collect(self, place: Place) -> None:
         gradient, place.parameter.grad = place.parameter.grad, None
@@ -127,7 +128,7 @@ class GradientSums:
     def _send(self, ranks: Any, bucket_of: Sequence[tuple[Place, Tensor]]) -> None:
         """Begin to sum gradients over these ranks.  Collectives: one, if there are others."""
         places, gradients = zip(*bucket_of, strict=True)
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        norms = norms_of_all(list(gradients))
         self._norms.update(zip(places, norms, strict=True))
         flats = [gradient.reshape(-1) for gradient in gradients]
         if dist.get_world_size(ranks) == 1:
@@ -154,15 +155,15 @@ class GradientSums:
                 source = total.narrow(0, part.start, part.numel)
                 pairs[place in self._arrived].append((self._target(place, part), source))
         self._arrived.update(places)
-        for has_some, join in ((False, torch._foreach_copy_), (True, torch._foreach_add_)):
+        for has_some, join in ((False, copy_all), (True, add_all)):
             if pairs[has_some]:
-                targets, sources = zip(*pairs[has_some], strict=True)
+                targets, sources = map(list, zip(*pairs[has_some], strict=True))
                 join(targets, sources)
 
     def _target(self, place: Place, part: OwnedSlice) -> Tensor:
-        return self._flat(place.group).narrow(0, part.flat_start, part.numel)
+        return self.flat_sum(place.group).narrow(0, part.flat_start, part.numel)
 
-    def _flat(self, group: int) -> Tensor:
+    def flat_sum(self, group: int) -> Tensor:
         """Return the flat sum of a parameter group; new, only its padding is written."""
         if group not in self._flats:
             flat = self._flats[group] = torch.empty(

@@ -164,9 +164,9 @@ class DrawnLatents(ABC):
         latents, labels = self.read(np.asarray(indices), flips)
         if self.kind == "moments":
             latents = draw_latents(latents, self._seed, positions)
-        return latents.mul_(self._scale), self._conditions(indices, labels, positions)
+        return latents.mul_(self._scale), self.conditions(indices, labels, positions)
 
-    def _conditions(
+    def conditions(
         self, indices: np.ndarray, labels: Tensor, positions: np.ndarray | None
     ) -> Condition:
         """Return what these samples, of these labels, are conditioned on."""

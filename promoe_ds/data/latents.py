@@ -129,11 +129,12 @@ class PackedLatents(DrawnLatents):
         labels = [int(self._label_rows[place][row]) for place, row, _ in taken]
         return records, torch.tensor(labels, dtype=torch.int64)
 
-    def _conditions(
+    def conditions(
         self, indices: np.ndarray, labels: Tensor, positions: np.ndarray | None
     ) -> Condition:
+        """Return the labels, or the captions that are packed beside the latents."""
         if self._texts is None:
-            return super()._conditions(indices, labels, positions)
+            return super().conditions(indices, labels, positions)
         shards, rows = self._places(indices)
         condition = self._texts.take(shards.tolist(), rows.tolist(), positions)
         if not self._groups:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from promoe_ds.torch_private import storage_key
+
 
 def stack_of(name: str) -> str:
     """Return the routed experts' parameter to which a parameter of the unconditional expert could
@@ -35,7 +37,7 @@ def is_behind(stack_E: Tensor, single: Tensor) -> bool:
         and stack_E.is_contiguous()
         and single.is_contiguous()
         and single.dtype == stack_E.dtype
-        and single.untyped_storage()._cdata == stack_E.untyped_storage()._cdata
+        and storage_key(single) == storage_key(stack_E)
         and single.storage_offset() == stack_E.storage_offset() + stack_E.numel()
     )
 

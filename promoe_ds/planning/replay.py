@@ -77,15 +77,15 @@ class _TracedSums(GradientSums):
     def continue_step(self) -> None:
         """Find the sums of an earlier pass."""
         for place in self._places:
-            self._flat(place.group)
+            self.flat_sum(place.group)
         self._arrived.update(self._places)
 
     def _reduce_traced(self, bucket: Tensor, ranks: dist.ProcessGroup) -> Any:
         dist.all_reduce(self.trace.label(bucket, "buckets"), group=ranks)
         return SimpleNamespace(wait=lambda: None)
 
-    def _flat(self, group: int) -> Tensor:
-        return self.trace.label(super()._flat(group), "gradients")
+    def flat_sum(self, group: int) -> Tensor:
+        return self.trace.label(super().flat_sum(group), "gradients")
 
 
 class EngineReplay:

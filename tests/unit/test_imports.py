@@ -84,7 +84,7 @@ NARROW: dict[str, set[str]] = {
     "versions": {"errors", "config"},
     "kernels": set(),
     "routing": {"errors", "registry", "config", "condition", "kernels", "torch_private"},
-    "moe": {"registry", "routing", "config", "kernels"},
+    "moe": {"torch_private", "registry", "routing", "config", "kernels"},
     "diffusion": {"config", "randomness", "errors", "condition"},
     "launch": {"errors", "logs", "files", "run_files", "config"},
     "distributed": {"errors", "logs", "config", "launch"},

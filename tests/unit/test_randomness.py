@@ -85,6 +85,7 @@ def test_streams_numbers_never_change() -> None:
         "noise": 2,
         "sigma": 3,
         "label_drop": 4,
+        "caption": 10,
         "init": 5,
         "sample": 6,
         "synthetic": 7,
