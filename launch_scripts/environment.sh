@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: a virtual environment with what they need, pinned. Installs once.
+# Sourced by the quickstarts and test.sh: a virtual environment with what they need, pinned. Installs once.
 #
 # An active virtual environment (or conda environment) is used; otherwise .venv in the repository is made and used.
 
@@ -35,4 +35,27 @@ EOF
     fi
     # One thread a rank: ranks share the cores of a laptop, and results do not depend on their number.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+}
+
+# The folder of a quickstart's outputs, promoe_out: the one given, if empty, else runs/NAME, NAME-2, ...
+promoe_output() {
+    promoe_out="$1"
+    if [ -n "$promoe_out" ] && [ -e "$promoe_out" ] && [ -n "$(ls -A "$promoe_out")" ]; then
+        echo "error: $promoe_out is not empty: name another folder" >&2
+        return 1
+    fi
+    if [ -z "$promoe_out" ]; then
+        promoe_out="$promoe_root/runs/$2"
+        local number=1
+        while [ -e "$promoe_out" ]; do
+            number=$((number + 1))
+            promoe_out="$promoe_root/runs/$2-$number"
+        done
+    fi
+    mkdir -p "$promoe_out"
+    promoe_out="$(cd "$promoe_out" && pwd)"
+}
+
+promoe_free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }

@@ -7,29 +7,15 @@ if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
     sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}"
     exit 0
 fi
-out="${1:-}"
-if [ -n "$out" ] && [ -e "$out" ] && [ -n "$(ls -A "$out")" ]; then
-    echo "error: $out is not empty: name another folder" >&2
-    exit 1
-fi
-if [ -z "$out" ]; then
-    out="$promoe_root/runs/quickstart" number=1
-    while [ -e "$out" ]; do
-        number=$((number + 1))
-        out="$promoe_root/runs/quickstart-$number"
-    done
-fi
-mkdir -p "$out"
-out="$(cd "$out" && pwd)"
+promoe_output "${1:-}" quickstart
+out="$promoe_out"
 promoe_environment
 cd "$promoe_root"
 
 # Two processes on the CPU, whatever devices there are, so that everybody sees the same; --quiet silences the launcher alone.
 export DS_ACCELERATOR=cpu
 train() {
-    local port
-    port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
-    deepspeed --quiet --num_gpus 2 --master_port "$port" --module promoe_ds.cli.train --recipe digits_promoe \
+    deepspeed --quiet --num_gpus 2 --master_port "$(promoe_free_port)" --module promoe_ds.cli.train --recipe digits_promoe \
         --deepspeed_config ds_configs/zero2_fp32.json --run-dir "$out/run" "$@"
 }
 

@@ -19,6 +19,8 @@ from promoe_ds.torch_private import tensors_in
 _ROOT = f"{Path(__file__).resolve().parents[2]}/"
 #: Libraries whose code is named where it asks for something, beside this package's.
 _LIBRARIES = ("deepspeed/", "megatron/", "transformer_engine/")
+#: Our own names of torch's operations.
+_HELPERS = f"{_ROOT}promoe_ds/torch_private.py"
 #: Their wrappers, which say nothing about who asks.
 _WRAPPERS = ("deepspeed/comm/", "deepspeed/accelerator/", "deepspeed/utils/")
 _LONGEST_CHAIN = 2
@@ -153,7 +155,9 @@ def _frames() -> Iterator[tuple[str, Any]]:
     while frame is not None:
         path = frame.f_code.co_filename
         inside = path.rpartition("site-packages/")[2]
-        if path.startswith(_ROOT + "promoe_ds/"):
+        if path == _HELPERS:
+            pass
+        elif path.startswith(_ROOT + "promoe_ds/"):
             yield path.removeprefix(_ROOT), frame
         elif (
             inside is not path

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import textwrap
 import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
@@ -28,6 +27,7 @@ from promoe_ds.config import RunConfig
 from promoe_ds.data.reading import read_json, reading
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError, DataError, differences
+from promoe_ds.evaluation.grids import as_picture
 from promoe_ds.evaluation.sources import FolderImages, NpzImages, npz_array
 from promoe_ds.files import replacing, write_json
 from promoe_ds.logs import get_logger
@@ -41,8 +41,6 @@ PROMPTS_FILE = "prompts.json"
 _PARTS = "parts"
 #: Letters of a prompt in a file's name.
 _LONGEST_SLUG = 40
-#: Of a grid with captions, in pixels.
-_CAPTIONED_COLUMNS, _CAPTIONED_SIZE, _LETTER_SIZE, _CAPTION_GAP = 10, 96, 11, 6
 #: Settings that do not change an image: a job may resume with others.
 _FREE = ("num", "model")
 _REMEDY = ". Free the disk and run the same command again"
@@ -77,11 +75,6 @@ def slug(prompt: str) -> str:
     return words or "prompt"
 
 
-def as_picture(image_HWC: np.ndarray) -> Image.Image:
-    """Return a uint8 image as Pillow's, grey for a single channel."""
-    return Image.fromarray(image_HWC.squeeze(-1) if image_HWC.shape[-1] == 1 else image_HWC)
-
-
 def image_shape(config: RunConfig, vae: Vae | None) -> tuple[int, int, int]:
     """Return the shape (H, W, C) of a model's images, decoded by `vae` where there is one."""
     model = config.model
@@ -89,39 +82,6 @@ def image_shape(config: RunConfig, vae: Vae | None) -> tuple[int, int, int]:
         return model.input_size, model.input_size, model.in_channels
     side = model.input_size * vae.identity.downsampling
     return side, side, 3
-
-
-def make_grid(
-    images_NHWC: np.ndarray, labels: np.ndarray, *, columns: int, zoom: int, gap: int = 2
-) -> np.ndarray:
-    """Lay out up to `columns` images of each class, one row a class, ascending; (H, W, C)."""
-    rows = []
-    for label in np.unique(labels):
-        cells = images_NHWC[labels == label][:columns].repeat(zoom, axis=1).repeat(zoom, axis=2)
-        missing = columns - len(cells)
-        edges = (0, missing), (gap, 0), (gap, 0), (0, 0)
-        rows.append(np.concatenate(np.pad(cells, edges, constant_values=255), axis=1))
-    return np.pad(np.vstack(rows), ((0, gap), (0, gap), (0, 0)), constant_values=255)
-
-
-def captioned_grid(images_NHWC: np.ndarray, captions: Sequence[str]) -> Image.Image:
-    """Lay out images row by row, each above its caption, which is cut behind three lines."""
-    zoom = max(1, _CAPTIONED_SIZE // images_NHWC.shape[1])
-    side, columns = images_NHWC.shape[1] * zoom, min(_CAPTIONED_COLUMNS, len(captions))
-    font = ImageFont.load_default(_LETTER_SIZE)
-    cell = side + _CAPTION_GAP, side + 3 * (_LETTER_SIZE + 3) + _CAPTION_GAP
-    rows = -(-len(captions) // columns)
-    grid = Image.new("RGB", (columns * cell[0] + _CAPTION_GAP, rows * cell[1]), "white")
-    draw = ImageDraw.Draw(grid)
-    letters = int(side / font.getlength("n"))
-    for place, (image, caption) in enumerate(zip(images_NHWC, captions, strict=True)):
-        corner = place % columns * cell[0] + _CAPTION_GAP, place // columns * cell[1] + _CAPTION_GAP
-        picture = as_picture(image).resize((side, side), Image.Resampling.NEAREST)
-        grid.paste(picture, corner)
-        lines = textwrap.wrap(caption, letters, max_lines=3, placeholder=" ...")
-        below = corner[0], corner[1] + side
-        draw.multiline_text(below, "\n".join(lines), "black", font, spacing=2)
-    return grid
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -23,15 +23,8 @@ from promoe_ds.diffusion import SamplingPlan
 from promoe_ds.distributed.context import DistributedContext, single_process
 from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import CheckpointError, ConfigError
-from promoe_ds.evaluation.images import (
-    SampleFolder,
-    as_picture,
-    captioned_grid,
-    draws_pixels,
-    image_shape,
-    make_grid,
-    to_uint8,
-)
+from promoe_ds.evaluation.grids import as_picture, captioned_grid, make_grid
+from promoe_ds.evaluation.images import SampleFolder, draws_pixels, image_shape, to_uint8
 from promoe_ds.evaluation.sample_request import (
     SampleRequest,
     choose_labels,

@@ -67,18 +67,19 @@ def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, kernels: str) 
 
 
 class _SplitHeads(torch.autograd.Function):
-    """Queries, keys and values (B, A, S, G) as views of one product (B, S, 3, A, G), whose gradient
-    is written where they came from: no stack of three that is then laid out anew.
+    """Queries, keys and values (B, A, S, G), or the latter two, as views of one product
+    (B, S, 3 or 2, A, G), whose gradient is written where they came from: no stack of them that is
+    then laid out anew.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv_BS3AG: Tensor) -> tuple[Tensor, ...]:
-        return qkv_BS3AG.permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(ctx: Any, parts_BSnAG: Tensor) -> tuple[Tensor, ...]:
+        return parts_BSnAG.permute(2, 0, 3, 1, 4).unbind(0)
 
     @staticmethod
     def backward(ctx: Any, *grads_BASG: Tensor) -> Tensor:
         batch, heads, tokens, width = grads_BASG[0].shape
-        grad = grads_BASG[0].new_empty(batch, tokens, 3, heads, width)
+        grad = grads_BASG[0].new_empty(batch, tokens, len(grads_BASG), heads, width)
         for part, grad_BASG in zip(grad.unbind(2), grads_BASG, strict=True):
             part.copy_(grad_BASG.transpose(1, 2))
         return grad
@@ -133,7 +134,7 @@ class SelfAttention(nn.Module):
         """Return keys and values of texts, each (B, A, L, G)."""
         batch, length, _ = states_BLC.shape
         kv_BL2AG = self.text_kv(states_BLC).view(batch, length, 2, self.num_heads, -1)
-        k_BALG, v_BALG = kv_BL2AG.permute(2, 0, 3, 1, 4).unbind(0)
+        k_BALG, v_BALG = _SplitHeads.apply(kv_BL2AG)
         return self.text_k_norm(k_BALG), v_BALG
 
     def forward(self, x_BSD: Tensor, texts: Texts | None = None) -> Tensor:

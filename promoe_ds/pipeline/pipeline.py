@@ -30,7 +30,8 @@ from promoe_ds.diffusion.sampler import (
     sample_latents,
 )
 from promoe_ds.errors import ConfigError
-from promoe_ds.evaluation.images import as_picture, draws_pixels, to_uint8
+from promoe_ds.evaluation.grids import as_picture
+from promoe_ds.evaluation.images import draws_pixels, to_uint8
 from promoe_ds.evaluation.sample_request import check_prompts
 from promoe_ds.logs import get_logger
 from promoe_ds.pipeline.transformer import ProMoETransformer2DModel

@@ -148,6 +148,14 @@ def expert_of_rows(assignment: Assignment) -> Tensor:
     return torch.repeat_interleave(experts_E, counts_E, output_size=assignment.token_ids_N.numel())
 
 
+def routed_experts_of_rows(assignment: Assignment, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return each row's routed expert, and whether it has one: where the unconditional expert is
+    joined, its rows have none, and the last one in its place.
+    """
+    expert_N = expert_of_rows(assignment)
+    return expert_N.clamp(max=num_experts - 1), expert_N < num_experts
+
+
 @torch.no_grad()
 def sum_tokens_by_expert(tokens_TD: Tensor, assignment: Assignment) -> Tensor:
     """Return the sum of every expert's tokens, (E, D) in at least fp32; their mean is Eq. 6's

@@ -22,7 +22,7 @@ from promoe_ds.load_stats import load_summary
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.collectives import EXCHANGES
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.routing.assignment import RoutingPlan, expert_of_rows
+from promoe_ds.routing.assignment import RoutingPlan, routed_experts_of_rows
 from promoe_ds.routing.router import similarity_matrix
 
 SCHEMA_VERSION = 2
@@ -91,7 +91,7 @@ class RoutingAccumulator:
         if token_sums:
             self._sums["token_sums"] += torch.stack(token_sums)
         if self._config.parallel.ep_size > 1:
-            self._sums["bytes"] += self._bytes_exchanged(in_order)
+            self._sums["bytes"] += torch.stack([*map(self._bytes, self._layers.values(), in_order)])
         for row, plan in enumerate(in_order):
             self._tables.add(row, plan, group_B)
         if self._group is not None:
@@ -101,12 +101,9 @@ class RoutingAccumulator:
             )
         self._passes += 1
 
-    def _bytes_exchanged(self, plans: list[RoutingPlan]) -> Tensor:
-        width, sent = self._config.model.hidden_size, []
-        for layer, plan in zip(self._layers.values(), plans, strict=True):
-            element_size = next(layer.routed.parameters()).element_size()
-            sent.append(layer.dispatcher.bytes_exchanged(plan.assignment, width, element_size))
-        return torch.stack(sent)
+    def _bytes(self, layer: MoELayer, plan: RoutingPlan) -> Tensor:
+        width, size = self._config.model.hidden_size, next(layer.routed.parameters()).element_size()
+        return layer.dispatcher.bytes_exchanged(plan.assignment, width, size)
 
     @contextmanager
     def waits_paused(self) -> Iterator[None]:
@@ -246,9 +243,7 @@ class RoutingAccumulator:
 
 
 class _Tables:
-    """Optional counts by class (the last row is the null label) and by patch: (L, classes + 1, E)
-    and (L, S, E).
-    """
+    """Optional counts by class, (L, classes + 1, E), the last row null, and by patch, (L, S, E)."""
 
     def __init__(self, config: RunConfig, layers: int, device: torch.device) -> None:
         self._experts, self._patches = config.routing.num_experts, config.model.tokens_per_image
@@ -277,13 +272,9 @@ class _Tables:
             )
         if "tokens_per_position" in self._counts:
             table = self._counts["tokens_per_position"][row].view(-1)
-            expert_N = expert_of_rows(plan.assignment)
-            ones_N = torch.ones_like(expert_N, dtype=table.dtype)
-            if len(plan.assignment.tokens_per_expert_E) > self._experts:
-                ones_N *= expert_N < self._experts  # the last one is unconditional
-                expert_N.clamp_(max=self._experts - 1)
+            expert_N, is_routed_N = routed_experts_of_rows(plan.assignment, self._experts)
             cells_N = plan.assignment.token_ids_N % self._patches * self._experts + expert_N
-            table.scatter_add_(0, cells_N, ones_N)
+            table.scatter_add_(0, cells_N, is_routed_N.to(table.dtype))
 
     def take(self, steps: int, *, last: bool) -> tuple[dict[str, Tensor], int]:
         """End a log interval; return the tables that are due now and the steps that they cover, and

@@ -33,8 +33,7 @@ from promoe_ds.distributed.host_topology import check_placement
 from promoe_ds.errors import ConfigError
 from promoe_ds.kernels.choice import can_run, uses_triton
 from promoe_ds.logs import get_logger
-from promoe_ds.model import build_model, initialise
-from promoe_ds.model.build import freeze
+from promoe_ds.model import build_model, freeze, initialise
 from promoe_ds.model.dit import DiT
 from promoe_ds.train.clipping import global_grad_norm
 from promoe_ds.train.ema import Ema, FusedUpdate
@@ -117,8 +116,7 @@ class Trainer:
         self._gate = UpdateGate(self.engine.optimizer) if has_zero and not on_device else None
         self._device_gate = None
         fuses = uses_triton(next(self.module.parameters()), config.parallel.kernels)
-        if fuses:
-            # After ZeRO has laid the weights where they stay.
+        if fuses:  # after ZeRO has laid the weights where they stay
             _LOG.info("unconditional expert: %s", _UNCONDITIONAL[network.join_unconditional()])
         self._health = HealthWatch(self.module, hooks=not on_device)
         if on_device:

@@ -78,8 +78,10 @@ json.dump(found, sys.stdout)
 @pytest.mark.parametrize(
     ("world_size", "recipes"),
     [
-        (512, ("promoe_45b", "promoe_16b")),
-        pytest.param(128, ("promoe_8b", "promoe_3b"), marks=pytest.mark.combinations),
+        (512, ("promoe_45b", "promoe_16b", "promoe_t2i_8b")),
+        pytest.param(
+            128, ("promoe_8b", "promoe_3b", "promoe_t2i_3b"), marks=pytest.mark.combinations
+        ),
     ],
 )
 def test_large_recipe_on_ranks_that_do_not_exist_has_its_groups_bytes_and_memory(

@@ -33,6 +33,8 @@ class Case:
     passes: int = 1
     #: Beside what every step reads: by place, for each MoE layer and pass.
     layer_reads: dict[str, int] = field(default_factory=dict)
+    #: Tensors of a batch.
+    copies: int = 4
 
     def request(self) -> dict[str, Any]:
         """Return it as `benchmarks.trace.trace` takes it."""
@@ -67,20 +69,20 @@ def _exchanged(recipe: str, *overrides: str) -> Case:
 def _packaged(recipe: str) -> Case:
     """Return a packaged recipe as it is, on as many ranks as its experts need."""
     overrides = _SMALL_MAP if recipe == "classification_b" else ()
-    parallel = load_config(recipe, overrides).parallel
-    if parallel.ep_size == 1:
-        return Case(recipe=recipe, overrides=overrides)
+    config = load_config(recipe, overrides)
+    ep_size = config.parallel.ep_size
     return Case(
         recipe=recipe,
         overrides=overrides,
-        world_size=parallel.ep_size,
-        layer_reads={_EXCHANGE: 1},
+        world_size=ep_size,
+        layer_reads={_EXCHANGE: 1} if ep_size > 1 else {},
+        copies=9 if config.model.condition == "text" else 4,
     )
 
 
-#: One recipe of every method.
+#: One recipe of every method, and one of text.
 METHODS = ("promoe_s", "promoe_ec_s", "ditmoe_s", "ecdit_s", "diffmoe_s", "expertrace_s")
-METHODS += ("kmeans_b", "dit_s", "digits_classification", "promoe_s_ddpm")
+METHODS += ("kmeans_b", "dit_s", "digits_classification", "promoe_s_ddpm", "promoe_t2i_b")
 LAYOUTS = {
     "promoe_b, 8 ranks": Case(recipe="promoe_b", world_size=8),
     "promoe_b, 8 ranks, ep 4": _exchanged("promoe_b"),

@@ -19,9 +19,9 @@ _EVERY_RUN = {*METHODS, *LAYOUTS, *MEGATRON}
 #: How often the host reads, waits or copies, by place: once a step, a pass. Whatever is added here
 #: makes the host wait for the device: think first.
 _A_STEP = {"device to host: promoe_ds/train/trainer.py:Trainer._decide_on_device": 1}
-_A_PASS = {"pinned host to device: promoe_ds/diffusion/objective.py:DiffusionBatch.to": 4}
+_BATCH = "pinned host to device: promoe_ds/diffusion/objective.py:DiffusionBatch.to"
 
-_REDUCTION = "gradient_sums.py:GradientSums._send"
+_REDUCTION = "reduction_private.py:GradientReducer"
 
 _needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="no Megatron-core")
 _each_case = pytest.mark.parametrize(
@@ -162,7 +162,8 @@ def _asked_by_host(one: dict[str, Any]) -> Counter[str]:
 
 def _listed(case: Case, moe_layers: int) -> Counter[str]:
     listed: Counter[str] = Counter(_A_STEP)
-    for places, times in ((_A_PASS, case.passes), (case.layer_reads, moe_layers * case.passes)):
+    a_pass = {_BATCH: case.copies}
+    for places, times in ((a_pass, case.passes), (case.layer_reads, moe_layers * case.passes)):
         listed.update({place: count * times for place, count in places.items()})
     return listed
 

@@ -11,13 +11,8 @@ import numpy as np
 from PIL import Image
 
 from promoe_ds.errors import DataError
-from promoe_ds.evaluation.images import (
-    as_picture,
-    captioned_grid,
-    make_grid,
-    read_sample_prompts,
-    read_samples,
-)
+from promoe_ds.evaluation.grids import as_picture, captioned_grid, make_grid
+from promoe_ds.evaluation.images import read_sample_prompts, read_samples
 from promoe_ds.evaluation.judges.table import JUDGES, figures_of
 from promoe_ds.reports.comparison.charts import charts, running_window
 from promoe_ds.reports.page import Page, Part, figures, part

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from promoe_ds.errors import DataError
-from promoe_ds.evaluation.images import make_grid, read_samples, to_uint8
+from promoe_ds.evaluation.grids import make_grid
+from promoe_ds.evaluation.images import read_samples, to_uint8
 
 
 def test_uint8_truncates_as_published_and_moves_channels_last() -> None:

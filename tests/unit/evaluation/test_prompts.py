@@ -15,7 +15,8 @@ from PIL import Image
 
 from promoe_ds.cli.sample import main
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.evaluation.images import captioned_grid, image_name, slug
+from promoe_ds.evaluation.grids import captioned_grid
+from promoe_ds.evaluation.images import image_name, slug
 from promoe_ds.evaluation.sample_job import draw_samples
 from promoe_ds.evaluation.sample_request import SampleRequest, read_prompts
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.condition import TextCondition
-from promoe_ds.diffusion.guidance import guided
+from promoe_ds.diffusion.guidance import GuidedDenoiser
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT
 
@@ -139,7 +139,8 @@ def test_text_guidance_with_keys_and_values_made_before_equals_slow_oracle() -> 
     expected = oracle(network, condition, null=True)
     expected = expected + scale * (oracle(network, condition) - expected)
     torch.testing.assert_close(null + scale * (conditional - null), expected, rtol=1e-9, atol=1e-9)
-    found = guided(network, latents, TIMESTEPS, condition, scale=scale, channels=2)
+    guided = GuidedDenoiser(network, condition, scale=scale, prepare=network.prepare)
+    found = guided(latents, TIMESTEPS, channels=2)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
