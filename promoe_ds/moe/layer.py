@@ -88,8 +88,9 @@ class MoELayer(nn.Module):
             at_autocast_dtype(tokens.flatten(0, 1))
             for tokens in plan.tokens_BSD or (tokens_BSD, tokens_BSD)
         )
-        last = self.unconditional if partition.joins_unconditional else None
-        routed = partial(self.routed, last=last)
+        routed: Callable[..., Tensor] = self.routed
+        if partition.joins_unconditional:
+            routed = partial(self.routed, last=self.unconditional)
         add_routed = self.dispatcher.begin(partial(self._run, routed), routed_TD, plan.assignment)
         # Replicated experts need no exchange: they compute while the routed rows travel.
         output_TD = self._replicated(

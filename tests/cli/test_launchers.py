@@ -19,11 +19,13 @@ from .commands import REPOSITORY, TWO, losses, module, run, succeed, tool, train
 
 BLOCKER = """
 import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("deepspeed", "megatron", "transformer_engine"):
-            raise ModuleNotFoundError(f"{name} is not installed here")
-sys.meta_path.insert(0, Blocker())
+from importlib.machinery import PathFinder
+find_spec, absent = PathFinder.find_spec, ("deepspeed", "megatron", "transformer_engine")
+PathFinder.find_spec = staticmethod(
+    lambda name, path=None, target=None: (
+        None if name.split(".")[0] in absent else find_spec(name, path, target)
+    )
+)
 sys.argv = ["sample"] + sys.argv[1:]
 import runpy
 runpy.run_module("promoe_ds.cli.sample", run_name="__main__")
