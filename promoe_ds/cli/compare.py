@@ -15,7 +15,8 @@ from pathlib import Path
 
 from promoe_ds.cli.entry import command
 from promoe_ds.cli.options import Parser, integers
-from promoe_ds.reports.comparison.candidates import ComparisonRequest
+from promoe_ds.evaluation.judges.table import JUDGES
+from promoe_ds.reports.comparison.candidates import ComparisonRequest, methods_of
 from promoe_ds.reports.comparison.experiment import compare
 
 _INTERRUPTED = 130
@@ -24,6 +25,11 @@ _INTERRUPTED = 130
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
+    parser.add_argument(
+        "--methods",
+        choices=JUDGES,
+        help="all methods' recipes of this data set, and ProMoE without each of its parts",
+    )
     parser.add_argument(
         "--recipes",
         default="",
@@ -49,7 +55,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
     parser.add_deepspeed_config(ComparisonRequest.deepspeed_config)
     parser.add_argument(
-        "--samples", type=int, default=500, help="drawn from every run of a digits recipe"
+        "--samples",
+        type=int,
+        default=500,
+        help="drawn from every run, where its data set has a judge",
     )
     parser.add_argument(
         "--sample-seed", type=int, default=0, help="of the initial noise, equal for all"
@@ -75,6 +84,10 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.recipes = tuple(name.strip() for name in options.recipes.split(",") if name.strip())
     options.variants, options.overrides = tuple(options.variants), tuple(options.overrides)
+    if methods := vars(options).pop("methods"):
+        recipes, variants = methods_of(methods)
+        options.recipes = (*recipes, *options.recipes)
+        options.variants = (*variants, *options.variants)
     options.deepspeed_config = Path(options.deepspeed_config)
     request = ComparisonRequest(**vars(options))
     try:

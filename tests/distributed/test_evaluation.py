@@ -9,14 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from promoe_ds.checkpoint.conversion import Request, convert
 from promoe_ds.cli.train import main
+from promoe_ds.data import build_dataset
 from promoe_ds.data.digits import load_digits_split
+from promoe_ds.diffusion import SamplingPlan
 from promoe_ds.distributed.context import single_process
 from promoe_ds.evaluation.images import to_uint8
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
-from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
+from promoe_ds.evaluation.sample_job import draw_samples
+from promoe_ds.evaluation.sample_request import SampleRequest
+from promoe_ds.evaluation.sampling import LatentSampler
+from promoe_ds.model.export import load_model
 
 from ..processes import run_ranks
 from .jobs import TINY, losses, metrics
@@ -28,6 +34,17 @@ EVALUATION = (
     "evaluation.steps=4",
     "evaluation.batch_size=16",
     "train.max_steps=4",
+)
+
+
+#: Random captions of six tokens or fewer, in place of digits.
+OF_TEXT = (
+    "data.dataset=synthetic",
+    "data.synthetic_samples=70",
+    "model.condition=text",
+    "model.num_classes=1000",
+    "model.text_width=12",
+    "model.text_length=6",
 )
 
 
@@ -83,3 +100,28 @@ def test_evaluation_while_training_judges_the_average_and_changes_nothing(
     assert judged[-1]["frechet_distance"] == pytest.approx(
         found["metrics"]["fid"], rel=1e-3
     )  # a pixel may round otherwise
+
+
+def test_evaluation_of_texts_draws_captions_spread_over_the_training_data(tmp_path: Path) -> None:
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, arr_0=to_uint8(load_digits_split(0.2, heldout=True)[0]))
+    given = [*EVALUATION, *OF_TEXT, "evaluation.cfg_scale=2.0", f"evaluation.reference={reference}"]
+    train(tmp_path / "judged", 2, *given)
+    train(tmp_path / "plain", 2, *OF_TEXT, "train.max_steps=4")
+    assert losses(tmp_path / "judged") == losses(tmp_path / "plain")
+
+    convert(tmp_path / "judged", Request(destination=tmp_path / "export", to="single"))
+    network = load_model(tmp_path / "export")
+    plan = SamplingPlan.of(network.config, steps=4, cfg_scale=2.0)
+    sampler = LatentSampler(network, network.config, plan, seed=0, device=torch.device("cpu"))
+    captions = build_dataset(network.config).take(np.arange(50) * 70 // 50)[1]
+    pixels = to_uint8(sampler.sample(range(50), captions).numpy())
+    np.savez(tmp_path / "samples.npz", arr_0=pixels)
+    request = EvaluateRequest(
+        samples=tmp_path / "samples.npz",
+        reference=reference,
+        metrics=("fid",),
+        extractor="pixels",
+    )
+    expected = evaluate(request, single_process())["metrics"]["fid"]
+    assert metrics(tmp_path / "judged")[-1]["frechet_distance"] == pytest.approx(expected, rel=1e-3)

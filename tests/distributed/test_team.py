@@ -22,7 +22,7 @@ from promoe_ds.model.export import load_model, save_export
 from ..processes import run_ranks
 from ..unit.builders import random_network, randomise
 from ..unit.data.made import SCALE, save_images, save_vae
-from ..unit.evaluation.made import TinyNetwork
+from ..unit.evaluation.made import TinyNetwork, text_sections
 from .team_worker import run_team_worker
 
 #: Eleven images: no number of ranks or batch size divides them.
@@ -31,7 +31,10 @@ MODELS = {
     "token_choice": {"routing": {"num_experts": 4, "top_k": 2}},
     "expert_choice": {"routing": {"method": "expert_choice", "num_experts": 4, "top_k": 2}},
     "ddpm": {"routing": {"num_experts": 4}, "diffusion": {"objective": "ddpm"}},
+    "text": {"routing": {"num_experts": 4}},
 }
+#: What a model is asked for besides.
+ASKED = {"text": {"prompts": ("a red apple", "", "heart of gold"), "negative_prompt": "purple"}}
 #: What each number of ranks draws: batch sizes and sets of experts cut over ranks.
 LAYOUTS = {
     2: ({"batch_size": 1}, {"batch_size": 8}, {"ep_size": 2}),
@@ -70,6 +73,7 @@ def tasks_of(folder: Path, world_size: int) -> list[tuple[str, dict]]:
                     "model": folder / name,
                     "out": folder / f"{name}_{world_size}_{number}",
                     **COMMON,
+                    **ASKED.get(name, {}),
                     **layout,
                 },
             )
@@ -87,11 +91,12 @@ def tasks_of(folder: Path, world_size: int) -> list[tuple[str, dict]]:
 def drawn(tmp_path_factory) -> Path:
     """Draw, encode and judge everything on 2 and on 4 ranks."""
     folder = tmp_path_factory.mktemp("team")
+    sizes = {"in_channels": 4, "hidden_size": 48, "depth": 4, "num_heads": 4}
     for name, sections in MODELS.items():
+        texts = text_sections(folder) if name == "text" else {"model": {}}
+        sections = texts | sections | {"model": {**texts["model"], **sizes}}
         # Small weights: a chain of wild noise predictions would overflow.
-        network = random_network(
-            model={"in_channels": 4, "hidden_size": 48, "depth": 4, "num_heads": 4}, **sections
-        )
+        network = random_network(**sections)
         randomise(network, std=0.1)
         save_export(folder / name, network.state_dict(), network.config, origin={})
     for name, data in (("pixels", {}), ("latent", {"latent_scale": SCALE, "dataset": "latents"})):
@@ -146,6 +151,7 @@ def test_samples_of_1_2_and_4_ranks_any_batch_and_ep_size_are_equal_bit_for_bit(
                 out=drawn / f"{name}_1_{batch_size}",
                 batch_size=batch_size,
                 **COMMON,
+                **ASKED.get(name, {}),
             )
         )
     expected = latents_of(drawn / f"{name}_1_1")

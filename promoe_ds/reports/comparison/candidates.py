@@ -23,6 +23,12 @@ from promoe_ds.config import (
 from promoe_ds.config.loader import dotted_names
 from promoe_ds.errors import ConfigError, differences
 
+#: What `methods_of` a data set are: recipes by their ends, and variants of ProMoE.
+_METHODS = ("promoe", "dit", "ditmoe", "ecdit", "diffmoe")
+_VARIANTS = {
+    "promoe_without_rcl": "routing.rcl_weight=0",
+    "promoe_without_conditional_routing": "routing.num_unconditional_experts=0",
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 #: A comma starts a new override only before `section.field=`: lists such as [0.9, 0.95] hold
 # commas, too.
@@ -75,6 +81,15 @@ class Candidate:
     recipe: str
     overrides: tuple[str, ...]
     config: RunConfig
+
+
+def methods_of(dataset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the recipes of all methods on a packaged data set, and variants of ProMoE's that lack
+    one part each; of equal activated size.
+    """
+    promoe, *others = (f"{dataset}_{method}" for method in _METHODS)
+    variants = (f"{name}={promoe},{override}" for name, override in _VARIANTS.items())
+    return (promoe, *others), tuple(variants)
 
 
 def check_numbers(request: ComparisonRequest) -> None:

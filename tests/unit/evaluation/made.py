@@ -51,16 +51,12 @@ def make_export(folder: Path, **sections: dict[str, Any]) -> Path:
     return folder / "export"
 
 
-def make_text_export(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Write a model of random weights that takes texts, and its encoder beside it."""
-    encoder = save_encoder(folder / "encoder", "bert")
-    text = {
-        "condition": "text",
-        "num_classes": 1000,
-        "text_width": WIDTH,
-        "text_length": LONGEST,
-        **sections.pop("model", {}),
+def text_sections(folder: Path) -> dict[str, dict[str, Any]]:
+    """Save a text encoder; return the sections of a model that takes its texts."""
+    encoder = str(save_encoder(folder / "encoder", "bert"))
+    fingerprint = TextEncoder(encoder).identity.fingerprint
+    sizes = {"num_classes": 1000, "text_width": WIDTH, "text_length": LONGEST}
+    return {
+        "model": {"condition": "text", **sizes},
+        "data": {"text_encoder": encoder, "text_fingerprint": fingerprint},
     }
-    fingerprint = TextEncoder(str(encoder)).identity.fingerprint
-    data = {"text_encoder": str(encoder), "text_fingerprint": fingerprint}
-    return make_export(folder, model=text, data=data, **sections)

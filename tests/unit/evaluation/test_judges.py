@@ -15,6 +15,7 @@ from torch import nn
 
 from promoe_ds.cli.evaluate import main as evaluate
 from promoe_ds.config import load_config
+from promoe_ds.data import build_dataset
 from promoe_ds.data.digits import load_digits_split
 from promoe_ds.data.emoji import load_emoji
 from promoe_ds.data.text_encoder import TextEncoder
@@ -25,7 +26,13 @@ from promoe_ds.evaluation.judges.digits import DigitsJudge, judge_samples
 from promoe_ds.evaluation.judges.emoji import EmojiJudge
 from promoe_ds.evaluation.judges.judge import heldout_loss
 from promoe_ds.evaluation.judges.table import JUDGES
+from promoe_ds.evaluation.sample_job import draw_samples
+from promoe_ds.evaluation.sample_request import SampleRequest
+from promoe_ds.model.build import build_model
+from promoe_ds.model.export import save_export
+from promoe_ds.model.init import initialise
 from promoe_ds.randomness import generator
+from promoe_ds.reports.specialisation.analysis import Settings, draw_images, expert_information
 
 
 class _Silent(nn.Module):
@@ -166,6 +173,29 @@ def test_judge_real_emoji_reach_the_ceiling_and_shuffled_prompts_chance(
     wrong = _write(tmp_path / "wrong", images[::-1].copy(), prompts)
     report = EmojiJudge().judge(wrong)
     assert report["recall10_known"] < 5 * chance < report["recall10_known_of_real"]
+
+
+def test_model_of_emoji_is_sampled_judged_and_its_experts_analysed(tmp_path, quick) -> None:
+    config = load_config(
+        "emoji_promoe",
+        ["model.hidden_size=16", "model.depth=2", "model.num_heads=2", "parallel.ep_size=1"],
+    )
+    network, judge = build_model(config).eval(), EmojiJudge()
+    initialise(network, seed=0)
+    save_export(tmp_path / "export", network.state_dict(), network.config, origin={"step": 5})
+    wanted = judge.wanted(6)
+    request = SampleRequest(model=tmp_path / "export", out=tmp_path / "out", steps=2, **wanted)
+    draw_samples(request)
+    report = judge.judge(tmp_path / "out")
+    assert (report["samples"], report["recall"]["heldout"]["samples"]) == (6, 3)
+    # Predicts zero, as all models do at first: the loss is the mean square of the velocity.
+    images, condition = judge.heldout(config)
+    assert len(images) == len(condition) and not condition.is_null_B.any()
+    expected = 1 + images.square().mean().item()
+    assert heldout_loss(network, images, condition, draws=2) == pytest.approx(expected, rel=0.02)
+    batch = draw_images(build_dataset(config), 8, seed=0)
+    information = expert_information(network, batch, Settings(sigmas=(0.2, 0.8), rounds=2))
+    assert set(information) == {"group", "noise level", "position"}
 
 
 def test_emoji_judge_spreads_few_and_repeats_many() -> None:

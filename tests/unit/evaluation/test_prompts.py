@@ -20,14 +20,15 @@ from promoe_ds.evaluation.sample_job import draw_samples
 from promoe_ds.evaluation.sample_request import SampleRequest, read_prompts
 
 from ..data.text_encoders import save_encoder
-from .made import make_export, make_text_export
+from .made import make_export, text_sections
 
 APPLE, HEART = "a red apple", "purple heart"
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_export(tmp_path_factory.mktemp("text"), sampling={"cfg_scale": 2.0})
+    folder = tmp_path_factory.mktemp("text")
+    return make_export(folder, sampling={"cfg_scale": 2.0}, **text_sections(folder))
 
 
 def draw(export: Path, out: Path, **request: Any) -> np.ndarray:

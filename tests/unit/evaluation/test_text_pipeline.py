@@ -23,7 +23,7 @@ from promoe_ds.train.step import TrainingModule
 
 from ..builders import condition_of, random_network, random_tensor
 from ..data.text_encoders import save_encoder
-from .made import make_export, make_text_export
+from .made import make_export, text_sections
 
 APPLE, HEART = "a red apple", "purple heart"
 
@@ -32,7 +32,7 @@ APPLE, HEART = "a red apple", "purple heart"
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return an export of a text model, and a pipeline of it."""
     folder = tmp_path_factory.mktemp("text")
-    export = make_text_export(folder, sampling={"cfg_scale": 2.0, "steps": 3})
+    export = make_export(folder, sampling={"cfg_scale": 2.0, "steps": 3}, **text_sections(folder))
     to_pipeline(export, folder / "pipeline", text_encoder=str(folder / "encoder"))
     return export, folder / "pipeline"
 

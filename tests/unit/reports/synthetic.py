@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from promoe_ds.config import count_parameters, load_config, training_flops_per_image
+from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.reports.comparison.results import metrics_of, summarise
 
 ENVIRONMENT = {
@@ -104,7 +105,7 @@ def synthetic_comparison(
     return {
         "schema": 1,
         "dataset": dataset,
-        "judges_images": dataset == "digits",
+        "judges_images": dataset in JUDGES,
         "contenders": entries,
         "settings": {
             "steps": 400,

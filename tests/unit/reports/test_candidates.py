@@ -10,6 +10,7 @@ import pytest
 
 from promoe_ds.config import config_from_dict, count_parameters
 from promoe_ds.errors import ConfigError
+from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.reports.comparison.candidates import (
     Candidate,
     ComparisonRequest,
@@ -17,6 +18,7 @@ from promoe_ds.reports.comparison.candidates import (
     check_launch,
     check_numbers,
     load_candidates,
+    methods_of,
     parse_variant,
 )
 
@@ -177,6 +179,18 @@ def test_check_fair_names_the_field_that_differs_and_its_candidate(change, field
         check_fair([_candidate("a"), _candidate("b", **change)], tolerance=10)
     assert "a (there)" in str(caught.value) and "b (here)" in str(caught.value)
     assert field in str(caught.value)
+
+
+@pytest.mark.parametrize("dataset", JUDGES)
+def test_methods_of_a_data_set_are_of_equal_activated_size(dataset) -> None:
+    recipes, variants = methods_of(dataset)
+    methods = replace(REQUEST, recipes=recipes, variants=variants)
+    candidates = load_candidates(methods)
+    check_fair(candidates, methods.tolerance)
+    routing = {each.name: each.config.routing for each in candidates}
+    assert (len(routing), len({each.method for each in routing.values()})) == (7, 5)
+    assert routing["promoe_without_rcl"].rcl_weight == 0
+    assert routing["promoe_without_conditional_routing"].num_unconditional_experts == 0
 
 
 def test_check_fair_methods_may_differ_in_what_makes_them() -> None:

@@ -4,12 +4,15 @@ unescaped.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from promoe_ds.config import load_config
+from promoe_ds.evaluation.judges.table import figures_of
 from promoe_ds.reports.comparison import charts
 from promoe_ds.reports.comparison.page import build_page, show
 from promoe_ds.reports.comparison.results import read_json
@@ -117,6 +120,29 @@ def test_page_shows_samples_of_the_first_seed(tmp_path) -> None:
         "promoe, seed 0"
     ]
     assert len(re.findall(r'<img [^>]*src="data:image/png;base64,', render(page))) == 1
+
+
+def test_page_of_emoji_has_its_judges_figures_and_shows_prompts(tmp_path) -> None:
+    figures = {figure.name: 0.25 for figure in figures_of("emoji")}
+    landmarks = {figure.landmark[1]: 0.5 for figure in figures_of("emoji") if figure.landmark}
+    result = synthetic_result(0) | {**figures, "images": {**figures, **landmarks}}
+    comparison = synthetic_comparison({"promoe": {0: result}}, seeds=(0,), dataset="emoji")
+    comparison["contenders"][0]["config"] = load_config("emoji_promoe").model_dump(mode="json")
+    folder = tmp_path / "runs" / "promoe-seed0" / "samples"
+    folder.mkdir(parents=True)
+    images = np.zeros((50, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "samples.npz", arr_0=images, labels=np.arange(50))
+    prompts = {f"img{index:06d}.png": f"caption {index}" for index in range(50)}
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    page = build_page(comparison, tmp_path)
+    (table,) = (part["rows"] for part in _parts(page, "table"))
+    assert table[1][table[0].index("recall@10, held-out, %")] == "25.0"
+    assert sum("Recall@10" in title for title in _titles(page)) == 3
+    terms = dict(item for part in _parts(page, "terms") for item in part["items"])
+    assert "real pictures" in terms["recall@10, known, %"]
+    (pictures,) = (part["items"] for part in _parts(page, "pictures"))
+    assert pictures[0][0] == "promoe, seed 0" and pictures[0][2] > 3 * pictures[0][3] / 2
+    assert "CC BY-SA 4.0" in render(page)
 
 
 def test_curves_by_hand() -> None:
