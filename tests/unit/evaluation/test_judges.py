@@ -28,9 +28,8 @@ from promoe_ds.evaluation.judges.judge import heldout_loss
 from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.evaluation.sample_job import draw_samples
 from promoe_ds.evaluation.sample_request import SampleRequest
-from promoe_ds.model.build import build_model
+from promoe_ds.model import build_model, initialise
 from promoe_ds.model.export import save_export
-from promoe_ds.model.init import initialise
 from promoe_ds.randomness import generator
 from promoe_ds.reports.specialisation.analysis import Settings, draw_images, expert_information
 
@@ -180,8 +179,9 @@ def test_model_of_emoji_is_sampled_judged_and_its_experts_analysed(tmp_path, qui
         "emoji_promoe",
         ["model.hidden_size=16", "model.depth=2", "model.num_heads=2", "parallel.ep_size=1"],
     )
+    torch.manual_seed(0)
     network, judge = build_model(config).eval(), EmojiJudge()
-    initialise(network, seed=0)
+    initialise(network, 0)
     save_export(tmp_path / "export", network.state_dict(), network.config, origin={"step": 5})
     wanted = judge.wanted(6)
     request = SampleRequest(model=tmp_path / "export", out=tmp_path / "out", steps=2, **wanted)
