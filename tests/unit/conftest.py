@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,18 @@ from hypothesis import settings
 settings.register_profile("unit", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.load_profile("unit")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """Leave no variable behind: a port that one test has chosen may be taken when the next one
+    asks for it.
+    """
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture
