@@ -82,7 +82,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.resume in ("auto", "none"):
+        parser.without_effect(options, "label_map", reason=f"with --resume {options.resume}")
+    return options
 
 
 def main(arguments: list[str]) -> None:

@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from promoe_ds.checkpoint.conversion.convert import Request, convert_source, open_source
-from promoe_ds.checkpoint.conversion.sources import Source
+from promoe_ds.checkpoint.conversion.sources import Source, is_export
 from promoe_ds.checkpoint.load import differing_fields
 from promoe_ds.checkpoint.manifest import list_checkpoints, named_checkpoints, read_manifest
 from promoe_ds.checkpoint.torch_file import load_torch
@@ -30,7 +30,6 @@ from promoe_ds.config.section import read_yaml
 from promoe_ds.errors import CheckpointError, ConfigError, explaining
 from promoe_ds.logs import get_logger
 from promoe_ds.model.build import build_model
-from promoe_ds.model.export import CONFIG_FILE
 from promoe_ds.model.init import fill_parameter
 from promoe_ds.model.official import POSITIONS as PUBLISHED_POSITIONS
 from promoe_ds.model.state import POSITIONS, state_shapes
@@ -57,23 +56,20 @@ def find_start(
     `folder`.
     Args:
         path: a checkpoint, a run, an export, or a file of the published code.
-        label_map: YAML file, new label: old label, or `new`; where the number of classes differs.
+        label_map: YAML file, new label: old label, or `new`.
     Raises: CheckpointError or ConfigError for a path, a map or a difference that cannot be.
     """
-    if path.is_dir() and not (path / CONFIG_FILE).is_file():
-        found = named_checkpoints(path)
-        saved = read_manifest(found[0]).config
-        if not _differs(saved, config) or _differs(saved, _with_own_fields(config, saved)):
-            if label_map is not None:
-                raise ConfigError(
-                    f"--label-map {label_map}: {path} has the classes of this run: leave it out"
-                )
-            return found
-    elif path.name == "latest":
+    if path.name == "latest":
         return named_checkpoints(path)
+    if path.is_dir() and not is_export(path):
+        found = named_checkpoints(path)
+        saved = read_manifest(found[0]).run_config(found[0])
+        fits = not _differs(saved, config) and label_map is None
+        if fits or _differs(saved, _with_own_fields(config, saved)):
+            return found  # whatever else differs, loading says
     architecture = _published_architecture(path, config) if path.is_file() else None
     source = open_source(path, architecture)
-    there = source.info.config.model_dump(mode="json")
+    there = source.info.config
     if wrong := _differs(there, _with_own_fields(config, there)):
         raise CheckpointError(
             f"--resume {path}: of another architecture or objective: {'; '.join(wrong)}. A branch"
@@ -81,21 +77,21 @@ def find_start(
             " routing.num_experts"
         )
     shutil.rmtree(folder, ignore_errors=True)
-    adapted = AdaptedSource(source, config, _read_label_map(label_map, source.info.config, config))
+    adapted = AdaptedSource(source, config, _read_label_map(label_map, there, config))
     convert_source(adapted, Request(destination=folder, to="deepspeed"))
     for line in adapted.report():
         _LOG.info("resume: %s", line)
     return list_checkpoints(folder)
 
 
-def _differs(saved: dict[str, Any], config: RunConfig) -> list[str]:
-    return differing_fields(saved, config, architecture_only=True)
+def _differs(saved: RunConfig, config: RunConfig) -> list[str]:
+    return differing_fields(saved.model_dump(mode="json"), config, architecture_only=True)
 
 
-def _with_own_fields(config: RunConfig, saved: dict[str, Any]) -> RunConfig:
+def _with_own_fields(config: RunConfig, saved: RunConfig) -> RunConfig:
     """Return the run's config with what a branch may change as it was saved."""
-    model = {name: saved["model"][name] for name in _MODEL_FIELDS if name in saved["model"]}
-    experts = {"num_experts": saved["routing"]["num_experts"]}
+    model = {name: getattr(saved.model, name) for name in _MODEL_FIELDS}
+    experts = {"num_experts": saved.routing.num_experts}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update=model),
@@ -165,7 +161,7 @@ class AdaptedSource:
         """Compare the shapes; no value is read yet.
 
         Args:
-            label_map: new label -> old label; None keeps the rows only of as many classes.
+            label_map: new label -> old label; None keeps the rows of as many classes.
         """
         self._source, self._config, self._map = source, config, label_map
         self._dropped = set(source.shapes)
@@ -213,6 +209,8 @@ class AdaptedSource:
             return self._new(name)
         value = self._source.read(kind, name).float()
         self._dropped.discard(name)
+        if name == _LABELS and self._map is not None:
+            return self._labels(value)
         if tuple(value.shape) == shape:
             self._counts[_pattern(name), "copied"] += 1
             return value

@@ -84,6 +84,11 @@ class Source(Protocol):
         """Raise CheckpointError unless every value of `kind` was read once; return how many."""
 
 
+def is_export(path: Path) -> bool:
+    """Whether a folder is an export or a pipeline of diffusers, not a checkpoint of training."""
+    return (path / MODEL_INDEX).is_file() or (path / CONFIG_FILE).is_file()
+
+
 def open_folder(path: Path, *, check: bool = True) -> Source:
     """Recognise a folder's format and open it.
 
@@ -92,7 +97,7 @@ def open_folder(path: Path, *, check: bool = True) -> Source:
         check: whether tensors of exports and pipelines are compared with their checksums.
     Raises: CheckpointError if it is none of them, or damaged.
     """
-    if (path / MODEL_INDEX).is_file() or (path / CONFIG_FILE).is_file():
+    if is_export(path):
         return ExportSource(path, check=check)
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such file or folder")

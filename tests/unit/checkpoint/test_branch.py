@@ -69,6 +69,25 @@ def test_label_map_keeps_rows_and_starts_the_others_anew(small, tmp_path, caplog
     assert not torch.equal(fresh[0], old[9])
 
 
+def test_label_map_of_as_many_classes_moves_rows(small, tmp_path) -> None:
+    path, before = small
+    labels = tmp_path / "labels.yaml"
+    labels.write_text("".join(f"{new}: {9 - new}\n" for new in range(10)), encoding="utf-8")
+    checkpoint = tmp_path / "checkpoint"
+    convert(path, Request(destination=checkpoint, to="deepspeed"))
+    for source in (path, checkpoint):
+        after = _start(source, small_config(), label_map=labels)
+        assert torch.equal(after[LABELS], before[LABELS][[*range(9, -1, -1), 10]])
+
+
+def test_pipeline_of_diffusers_starts_a_run(small, tmp_path) -> None:
+    path, before = small
+    pipeline = tmp_path / "pipeline"
+    convert(path, Request(destination=pipeline, to="diffusers"))
+    after = _start(pipeline, small_config())
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("experts", [6, 3])
 def test_other_number_of_experts_copies_them_in_turn(tmp_path, method, experts) -> None:
