@@ -64,6 +64,24 @@ def reading(path: Path, what: str, *, kind: str | None = None) -> Iterator[None]
         raise DataError(f"{shown(path)}: not a readable {what} ({complaint})") from None
 
 
+def read_text(path: Path) -> str:
+    """Return what a text file holds.
+
+    Raises: DataError naming a file that cannot be read, or the first byte that is not UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{shown(path)}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{shown(path)}: line {line} is not UTF-8 (byte {content[error.start]:#04x}): convert"
+            " it, e.g. by iconv -f latin1 -t utf-8"
+        ) from None
+
+
 def read_json(path: Path, what: str, kind: type[_T]) -> _T:
     """Return what a JSON file holds.
 

@@ -12,9 +12,10 @@ import torch
 
 from promoe_ds.condition import ClassCondition, Condition, TextCondition
 from promoe_ds.config import RunConfig
+from promoe_ds.data.reading import read_text
 from promoe_ds.data.text_encoder import TextEncoder, TextIdentity, encoder_of
 from promoe_ds.diffusion import SamplingPlan, check_guided, check_interval, choose_scale
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.logs import get_logger
 from promoe_ds.randomness import generator
 
@@ -140,17 +141,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     Raises: ConfigError if it cannot be read, is not UTF-8, or holds none.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"--prompts {path}: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"--prompts {path}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the"
-            " file as UTF-8"
-        ) from None
+        text = read_text(path)
+    except DataError as error:
+        raise ConfigError(f"--prompts {error}") from None
     if not text.strip():
         raise ConfigError(f"--prompts {path}: holds no prompt: write one a line")
     return tuple(line.removesuffix("\r") for line in text.removesuffix("\n").split("\n"))

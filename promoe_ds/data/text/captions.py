@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from promoe_ds.data.reading import reading, shown
+from promoe_ds.data.reading import read_text, reading, shown
 from promoe_ds.errors import DataError
 
 #: What --captions says where a text file is beside each image.
@@ -55,7 +55,7 @@ class _TextFiles(Captions):
         path = (self._root / name).with_suffix(BESIDE)
         if not path.is_file():
             raise DataError(f"{shown(path)}: no such file: the image {shown(name)} has no caption")
-        captions = [line.strip() for line in _decoded(path).splitlines() if line.strip()]
+        captions = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if not captions:
             raise DataError(f"{shown(path)}: is empty: the image {shown(name)} has no caption")
         return captions
@@ -97,7 +97,7 @@ class _Table(Captions):
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     decoder = msgspec.json.Decoder(dict[str, Any])
-    for number, line in enumerate(_decoded(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             with reading(path, f"table: line {number} is not JSON"):
                 row = decoder.decode(line)
@@ -106,25 +106,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with reading(path, "table of comma-separated values"):
-        rows = csv.DictReader(_decoded(path).splitlines(keepends=True))
+        rows = csv.DictReader(read_text(path).splitlines(keepends=True))
         yield from ((rows.line_num, row) for row in rows)
-
-
-def _decoded(path: Path) -> str:
-    """Return a file's text.
-
-    Raises: DataError naming the first byte that is no UTF-8.
-    """
-    with reading(path, "text"):
-        content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{shown(path)}: is no UTF-8: byte {content[error.start]:#04x} in line {line}:"
-            " convert it, e.g. by iconv -f latin1 -t utf-8"
-        ) from None
 
 
 def _listed(row: dict[str, Any]) -> str:

@@ -151,7 +151,7 @@ def test_encoding_resumes_with_what_is_missing_and_refuses_other_texts(own: Path
     [
         (None, r"n02_2\.txt: no such file: the image n02/n02_2\.png has no caption"),
         (b" \n\t\n", r"n02_2\.txt: is empty: the image n02/n02_2\.png has no caption"),
-        (b"a red\ncaf\xe9", r"n02_2\.txt: is no UTF-8: byte 0xe9 in line 2: convert it"),
+        (b"a red\ncaf\xe9", r"n02_2\.txt: line 2 is not UTF-8 \(byte 0xe9\): convert it"),
     ],
 )
 def test_caption_that_is_none_is_named_and_where_allowed_empty(
