@@ -22,7 +22,7 @@ echo "== drawing launch_scripts/emoji_prompts.txt"
 python -m promoe_ds.cli.sample --model "$promoe_out/export" --out "$promoe_out/prompts" --device cpu \
     --prompts launch_scripts/emoji_prompts.txt --grid
 echo "== drawing and judging known and held-out captions"
-python -m promoe_ds.evaluation.judges emoji 254 > "$promoe_out/captions.txt"
+python -m promoe_ds.cli.evaluate --dataset emoji --write-prompts "$promoe_out/captions.txt"
 python -m promoe_ds.cli.sample --model "$promoe_out/export" --out "$promoe_out/samples" --device cpu \
     --prompts "$promoe_out/captions.txt"
 python -m promoe_ds.cli.evaluate --samples "$promoe_out/samples" --dataset emoji --out "$promoe_out/report.json"

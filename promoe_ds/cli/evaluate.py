@@ -11,7 +11,11 @@ from pathlib import Path
 
 from promoe_ds.cli.entry import command, joined_processes
 from promoe_ds.cli.options import Parser, number
+from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
+
+#: As many held-out captions of emoji as there are, and as many known ones.
+_PROMPTS = 254
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -20,7 +24,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--samples",
         type=Path,
-        required=True,
         help="folder of samples, or npz with arr_0 (N, H, W, C) uint8",
     )
     parser.add_argument(
@@ -35,6 +38,33 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         type=Path,
         help="npz with mu, sigma, mu_s, sigma_s and arr_0 as ADM's, or folder of images",
     )
+    _add_metrics(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("metrics.json"),
+        help="JSON with the figures and what they depend on",
+    )
+    parser.add_argument(
+        "--save-reference", type=Path, metavar="NPZ", help="also write the reference's statistics"
+    )
+    parser.add_process()
+    _add_judge(parser)
+    options = parser.parse_args(arguments)
+    is_judged = options.dataset is not None
+    parser.require(options.samples or options.write_prompts, "--samples is needed")
+    if is_judged:
+        other = ["reference", "metrics", "extractor", "clip", "batch_size", "save_reference"]
+        other += ["half_precision_manifold", "image_size"]
+        other += [] if options.write_prompts else ["num"]
+        parser.without_effect(options, *other, reason="on a data set's own judge")
+    else:
+        parser.without_effect(options, "write_prompts", reason="without --dataset")
+    return options
+
+
+def _add_metrics(parser: Parser) -> None:
+    """Add what is computed, and of which features."""
     parser.add_argument(
         "--metrics",
         help=(
@@ -51,25 +81,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         ),
     )
     parser.add_argument(
-        "--dataset",
-        help="digits or emoji: judge samples by that data set's own judge instead",
-    )
-    parser.add_argument(
         "--clip",
         metavar="DIR_OR_HUB_ID",
         help="CLIP of transformers, for clip_score: how near samples are to their prompts",
     )
     parser.add_argument(
         "--batch-size", type=number(ge=1), default=64, help="images a process looks at at once"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("metrics.json"),
-        help="JSON with the figures and what they depend on",
-    )
-    parser.add_argument(
-        "--save-reference", type=Path, metavar="NPZ", help="also write the reference's statistics"
     )
     parser.add_argument(
         "--half-precision-manifold",
@@ -79,14 +96,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             "precision, as ADM's script computes them: other digits than fp64's"
         ),
     )
-    parser.add_process()
-    options = parser.parse_args(arguments)
-    if options.dataset is not None:
-        other = "reference", "metrics", "extractor", "clip", "batch_size", "save_reference"
-        parser.without_effect(
-            options, *other, "half_precision_manifold", reason="on a data set's own judge"
-        )
-    return options
+
+
+def _add_judge(parser: Parser) -> None:
+    """Add the judges of data sets that a package brings."""
+    parser.add_argument(
+        "--dataset",
+        help="digits or emoji: judge samples by that data set's own judge instead",
+    )
+    parser.add_argument(
+        "--write-prompts",
+        type=Path,
+        metavar="FILE",
+        help="with --dataset emoji: write --num captions to sample and judge (254), and end",
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -133,12 +156,25 @@ def judge(options: argparse.Namespace) -> None:
     from promoe_ds.evaluation.metrics import check_target, write_metrics
 
     own = judge_of(options.dataset)
+    if options.write_prompts is not None:
+        prompts = own.wanted(options.num or _PROMPTS).get("prompts", ())
+        return write_prompts(prompts, options.write_prompts)
     check_target(options.out, "--out")
     report = own.judge(options.samples)
     sys.stdout.write(own.words(report))
     sys.stdout.flush()
     write_metrics(options.out, {"dataset": options.dataset, **report})
     get_logger("evaluate").info("wrote %s", options.out)
+
+
+def write_prompts(prompts: tuple[str, ...], path: Path) -> None:
+    """Write what a judge wants to be drawn, one prompt a line."""
+    from promoe_ds.evaluation.metrics import check_target
+
+    check_target(path, "--write-prompts")
+    if not prompts:
+        raise ConfigError(f"--write-prompts {path}: this data set has classes, no prompts")
+    path.write_text("".join(f"{each}\n" for each in prompts), encoding="utf-8")
 
 
 run = command(main)

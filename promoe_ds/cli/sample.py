@@ -19,6 +19,44 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="export folder (promoe-convert --to single)")
     add("--out", type=Path, required=True, help="folder to write")
+    _add_subjects(parser)
+    _add_solver(parser)
+    add("--seed", type=int, default=0)
+    add(
+        "--batch-size",
+        type=int,
+        default=64,
+        help="images a process samples at once, without --exact",
+    )
+    add(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help=(
+            "one image a pass, on one thread: every bit depends on seed, index and label or prompt"
+            " alone; in batches images agree to rounding"
+        ),
+    )
+    add("--vae", metavar="DIR_OR_ID", help="AutoencoderKL that decodes latents into images")
+    add(
+        "--dtype",
+        choices=["fp32", "bf16"],
+        help="of the network's weights; if left out bf16 on CUDA, fp32 on CPUs",
+    )
+    add(
+        "--ep-size",
+        type=int,
+        default=1,
+        help="processes that share a set of experts: for models that fit no device",
+    )
+    parser.add_process()
+    add("--grid", action="store_true", help="also write grid.png: one row a class, or prompts")
+    return parser.parse_args(arguments)
+
+
+def _add_subjects(parser: Parser) -> None:
+    """Add what says what to draw, and how many."""
+    add = parser.add_argument
     subjects = parser.add_mutually_exclusive_group()
     subjects.add_argument(
         "--classes", type=integers, help="comma-separated labels; all classes if left out"
@@ -60,6 +98,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             " write --num-samples"
         ),
     )
+
+
+def _add_solver(parser: Parser) -> None:
+    """Add what says how to draw it."""
+    add = parser.add_argument
     add("--steps", type=int, help="solver steps; the recipe's default if left out")
     add("--cfg-scale", type=float, help="guidance scale; the recipe's default if left out")
     add(
@@ -73,37 +116,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         choices=["auto", *(name for names in SOLVERS.values() for name in names)],
         help="must fit the model's objective; the recipe's default if left out",
     )
-    add("--seed", type=int, default=0)
-    add(
-        "--batch-size",
-        type=int,
-        default=64,
-        help="images a process samples at once, without --exact",
-    )
-    add(
-        "--exact",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help=(
-            "one image a pass, on one thread: every bit depends on seed, index and label or prompt"
-            " alone; in batches images agree to rounding"
-        ),
-    )
-    add("--vae", metavar="DIR_OR_ID", help="AutoencoderKL that decodes latents into images")
-    add(
-        "--dtype",
-        choices=["fp32", "bf16"],
-        help="of the network's weights; if left out bf16 on CUDA, fp32 on CPUs",
-    )
-    add(
-        "--ep-size",
-        type=int,
-        default=1,
-        help="processes that share a set of experts: for models that fit no device",
-    )
-    parser.add_process()
-    add("--grid", action="store_true", help="also write grid.png: one row a class, or prompts")
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> None:

@@ -73,7 +73,7 @@ class DiffusionConfig(Section):
 
     @property
     def trains_null_label(self) -> bool:
-        """Whether training sees images with their labels and without, which guidance needs both."""
+        """Whether training sees images with their condition and without; guidance needs both."""
         return 0 < self.label_dropout < 1
 
     def sampling_problem(self, *, solver: str | None = None, steps: int | None = None) -> str:

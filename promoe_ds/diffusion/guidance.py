@@ -27,8 +27,8 @@ def choose_scale(config: RunConfig, asked: float | None, name: str) -> tuple[flo
     Args:
         asked: what the user asks for under `name`; None takes the recipe's, without guidance where
         that cannot be.
-    Raises: ConfigError if the user asks for what is no scale, or for a label that training never
-    saw.
+    Raises: ConfigError if the user asks for what is no scale, or for a null condition that training
+    never saw.
     """
     scale, trained = (
         config.sampling.cfg_scale if asked is None else asked,
@@ -36,7 +36,7 @@ def choose_scale(config: RunConfig, asked: float | None, name: str) -> tuple[flo
     )
     why = (
         f"the model was trained with diffusion.label_dropout={config.diffusion.label_dropout:g}: it"
-        " never saw images both with their labels and without"
+        " never saw images both with their condition and without"
     )
     if asked is None:
         return (

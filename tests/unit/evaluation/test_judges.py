@@ -27,7 +27,7 @@ from promoe_ds.evaluation.judges.emoji import EmojiJudge
 from promoe_ds.evaluation.judges.judge import heldout_loss
 from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.evaluation.sample_job import draw_samples
-from promoe_ds.evaluation.sample_request import SampleRequest
+from promoe_ds.evaluation.sample_request import SampleRequest, read_prompts
 from promoe_ds.model import build_model, initialise
 from promoe_ds.model.export import save_export
 from promoe_ds.randomness import generator
@@ -196,6 +196,14 @@ def test_model_of_emoji_is_sampled_judged_and_its_experts_analysed(tmp_path, qui
     batch = draw_images(build_dataset(config), 8, seed=0)
     information = expert_information(network, batch, Settings(sigmas=(0.2, 0.8), rounds=2))
     assert set(information) == {"group", "noise level", "position"}
+
+
+def test_prompts_to_judge_are_written_for_the_sampler(tmp_path) -> None:
+    file = tmp_path / "prompts.txt"
+    evaluate(["--dataset", "emoji", "--write-prompts", str(file), "--num", "10"])
+    assert read_prompts(file) == EmojiJudge().wanted(10)["prompts"]
+    with pytest.raises(ConfigError, match="has classes, no prompts"):
+        evaluate(["--dataset", "digits", "--write-prompts", str(file)])
 
 
 def test_emoji_judge_spreads_few_and_repeats_many() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
-from promoe_ds.routing import partition_samples
+from promoe_ds.routing import ROUTERS, partition_samples
 
 from ..builders import METHODS, random_tensor
 from ..model.test_methods import NULL, denoise, make_network
@@ -25,7 +25,11 @@ CASES: dict[str, dict[str, Any]] = {
     "first choices form centroids": {"method": "token_choice", "rcl_assignments": "first"},
     "no shared expert": {"method": "token_choice", "num_shared_experts": 0},
     "no unconditional expert": {"method": "token_choice", "num_unconditional_experts": 0},
-    "unconditional expert joined": {"method": "token_choice", "top_k": 1, "joins": True},
+    **{
+        f"{method}, unconditional expert joined": {"method": method, "top_k": 1, "joins": True}
+        for method in METHODS
+        if method != "dense" and ROUTERS[method].is_per_sample
+    },
 }
 
 
