@@ -32,7 +32,7 @@ from promoe_ds.logs import get_logger
 from promoe_ds.model.build import build_model
 from promoe_ds.model.init import fill_parameter
 from promoe_ds.model.official import POSITIONS as PUBLISHED_POSITIONS
-from promoe_ds.model.state import POSITIONS, state_shapes
+from promoe_ds.model.state import state_shapes
 
 _LOG = get_logger("checkpoint")
 
@@ -72,12 +72,11 @@ def find_start(
     there = source.info.config
     if wrong := _differs(there, _with_own_fields(config, there)):
         raise CheckpointError(
-            f"--resume {path}: of another architecture or objective: {'; '.join(wrong)}. A branch"
-            f" may change {', '.join(f'model.{name}' for name in _MODEL_FIELDS)} and"
-            " routing.num_experts"
+            f"{path}: is of another architecture or objective: {'; '.join(wrong)}. A branch may"
+            " change classes, input_size, position_scale, condition and number of experts"
         )
     shutil.rmtree(folder, ignore_errors=True)
-    adapted = AdaptedSource(source, config, _read_label_map(label_map, there, config))
+    adapted = AdaptedSource(source, config, _read_label_map(label_map, path, there, config))
     convert_source(adapted, Request(destination=folder, to="deepspeed"))
     for line in adapted.report():
         _LOG.info("resume: %s", line)
@@ -120,14 +119,20 @@ def _published_architecture(path: Path, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update=model)})
 
 
-def _read_label_map(path: Path | None, there: RunConfig, here: RunConfig) -> dict[int, int] | None:
+def _read_label_map(
+    path: Path | None, source: Path, there: RunConfig, here: RunConfig
+) -> dict[int, int] | None:
     """Return new label -> old label of the classes that keep their row; None: no map was given.
 
     Raises: ConfigError for a map that misses a class or names one that is not there.
     """
     if path is None:
         return None
-    where, old, new = f"--label-map {path}", there.model.num_classes, here.model.num_classes
+    where, old, new = (
+        f"{source}: --label-map {path}",
+        there.model.num_classes,
+        here.model.num_classes,
+    )
     try:
         given = _LABEL_MAP.validate_python(read_yaml(path.read_bytes(), str(path)))
     except (OSError, ValidationError) as error:
@@ -166,18 +171,9 @@ class AdaptedSource:
         self._source, self._config, self._map = source, config, label_map
         self._dropped = set(source.shapes)
         self._counts: Counter[tuple[str, str]] = Counter()
-        own = state_shapes(config)
-        self.shapes = dict(own)
-        if (
-            POSITIONS in source.shapes
-            and source.info.config.model.input_size == config.model.input_size
-        ):
-            self.shapes[POSITIONS] = source.shapes[POSITIONS]
-        self.kinds = {
-            kind: [name for name in self.shapes if name != POSITIONS or name in names]
-            for kind, names in source.kinds.items()
-            if kind not in MOMENTS
-        }
+        # Training computes the positions itself, whatever a file brings.
+        self.shapes = state_shapes(config)
+        self.kinds = {kind: list(self.shapes) for kind in source.kinds if kind not in MOMENTS}
         with torch.device("meta"):
             network = build_model(config)
         self._gates = {
@@ -189,18 +185,12 @@ class AdaptedSource:
             for index, moe in network.moe_layers().items()
             for name in moe.router.per_expert
         }
-        parallel = config.parallel.model_copy(
-            update={"expert_order": source.info.config.parallel.expert_order}
-            if source.info.config.routing.num_experts == config.routing.num_experts
-            else {"expert_order": None}
-        )
-        self.info = replace(
-            source.info,
-            config=source.info.config.model_copy(
-                update={"model": config.model, "routing": config.routing, "parallel": parallel}
-            ),
-            averages_since={},
-        )
+        there = source.info.config
+        is_as_many = there.routing.num_experts == config.routing.num_experts
+        order = there.parallel.expert_order if is_as_many else None
+        parallel = config.parallel.model_copy(update={"expert_order": order})
+        update = {"model": config.model, "routing": config.routing, "parallel": parallel}
+        self.info = replace(source.info, config=there.model_copy(update=update))
 
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor of the run's model, fp32."""
