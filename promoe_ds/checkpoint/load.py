@@ -11,6 +11,7 @@ from promoe_ds.checkpoint.save import TrainingState, layout_of
 from promoe_ds.checkpoint.zero_reader import check_progress
 from promoe_ds.config import RunConfig
 from promoe_ds.config.optimizer import OptimizerConfig, learning_rate
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.errors import CheckpointError, differences
 from promoe_ds.logs import get_logger
 
@@ -23,7 +24,7 @@ _SCHEDULE = ("lr", "schedule", "warmup_steps", "min_lr", "schedule_steps")
 #: what leaves a trace.
 FREE_FIELDS = {
     "optimizer": {"schedule_steps", "implementation"},
-    "data": {"path", "vae", "workers", "max_corrupt"},
+    "data": {"path", "vae", "workers", "max_corrupt", "check_latents"},
     "train": {
         "max_steps",
         "stop_after_steps",
@@ -145,9 +146,9 @@ def _report_changes(
             "losses and choices taken over a pass change with it (docs/methods.md)",
         ),
         (
-            "data.latent_scale",
-            saved.data.latent_scale,
-            trainer.config.data.latent_scale,
+            "the normalisation of latents",
+            LatentNormalization.of(saved.data),
+            LatentNormalization.of(trainer.config.data),
             "unless the latents are of another autoencoder, the network sees them at a scale that"
             " it was not trained on",
         ),
@@ -159,7 +160,7 @@ def _report_changes(
         ),
     ):
         if before != now:
-            _LOG.warning("resume: %s was %g and is %g: %s", what, before, now, consequence)
+            _LOG.warning("resume: %s was %s and is %s: %s", what, before, now, consequence)
 
 
 def _changed_schedule(saved: RunConfig, config: RunConfig, step: int) -> str:

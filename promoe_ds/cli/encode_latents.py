@@ -8,6 +8,7 @@ torchrun or deepspeed.
     --out latents
     promoe-encode --images pictures --out latents --vae stabilityai/sd-vae-ft-mse --captions .txt
     promoe-encode --verify latents
+    promoe-encode --measure latents
 
 The same command resumes after an interruption, on any number of processes. --from-npz packs the
 cache of the published code (`.latent.npz`) or of DiffMoE. The folder's format is in
@@ -47,8 +48,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     task.add_argument(
         "--verify", type=Path, metavar="DIR", help="only read finished latents and check every byte"
     )
+    task.add_argument(
+        "--measure",
+        type=Path,
+        metavar="DIR",
+        help="only measure mean and deviation of finished latents, which encoding does as well",
+    )
     add("--out", type=Path, metavar="DIR", help="folder to write")
-    add("--vae", metavar="DIR_OR_ID", help="AutoencoderKL: folder or hub id")
+    add("--vae", metavar="DIR_OR_ID", help="diffusers autoencoder: folder or hub id")
     add(
         "--vae-name",
         metavar="NAME",
@@ -89,11 +96,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
     """End with what does not go together."""
-    parser.require(options.verify or options.out, "--out is needed")
+    is_finished = options.verify or options.measure
+    parser.require(is_finished or options.out, "--out is needed")
     parser.require(options.vae or not options.images, "--images needs --vae")
-    if options.verify or options.captions is None:
+    if is_finished or options.captions is None:
         texts = "captions", "text_encoder", "text_length", "text_dtype", "max_uncaptioned"
-        why = "with --verify" if options.verify else "without --captions"
+        why = "with finished latents" if is_finished else "without --captions"
         parser.without_effect(options, *texts, reason=why)
     if options.from_npz:
         parser.require(
@@ -109,7 +117,7 @@ def main(arguments: list[str]) -> None:
     """Arguments to request to packed latents, or to their check."""
     options = parse_arguments(arguments)
     from promoe_ds.data.encode import EncodeRequest, encode
-    from promoe_ds.data.shards import verify
+    from promoe_ds.data.shards import measure_folder, verify
     from promoe_ds.data.text.packed import verify_texts
 
     log = get_logger("encode")
@@ -124,6 +132,9 @@ def main(arguments: list[str]) -> None:
             )
             if (texts := verify_texts(options.verify, team)) is not None:
                 log.info("%s: so are all %d captions", options.verify, texts.counts.captions)
+            return
+        if options.measure is not None:
+            log.info("%s: %s", options.measure, measure_folder(options.measure, team).statistics)
             return
         given = {each.name: getattr(options, each.name, None) for each in fields(EncodeRequest)}
         given |= {"source": options.images or options.from_npz, "from_npz": bool(options.from_npz)}

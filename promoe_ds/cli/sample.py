@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             " alone; in batches images agree to rounding"
         ),
     )
-    add("--vae", metavar="DIR_OR_ID", help="AutoencoderKL that decodes latents into images")
+    add("--vae", metavar="DIR_OR_ID", help="autoencoder that decodes latents into images")
     add(
         "--dtype",
         choices=["fp32", "bf16"],

@@ -28,12 +28,42 @@ class DataConfig(Section):
         ),
     )
     path: str | None = Field(None, description="folder of `latents`, or of a tree of `images`")
-    latent_scale: float = Field(1.0, gt=0, description="latents are multiplied by it")
+    latent_normalization: Literal["auto", "scale", "channel", "none"] = Field(
+        "auto",
+        description=(
+            "auto: what the autoencoder's config states, mean and deviation by channel, else scale"
+            " and shift; scale: these; channel: what was measured of the latents; none. Values that"
+            " are set below win, and training writes those that it takes into the run's config"
+        ),
+    )
+    latent_scale: float = Field(
+        1.0, gt=0, description="latents are multiplied by it; 1 is what latent_normalization says"
+    )
+    latents_mean: tuple[float, ...] = Field(
+        (), description="before that subtracted from latents: one value (a shift) or one a channel"
+    )
+    latents_std: tuple[float, ...] = Field(
+        (), description="before that latents are divided by it: one value or one a channel"
+    )
+    latents_normalized: bool = Field(
+        False,
+        description=(
+            "`latents` are stored normalised: training takes them as they are, samples are"
+            " denormalised all the same"
+        ),
+    )
+    check_latents: bool = Field(
+        True,
+        description=(
+            "refuse `latents` and `images` whose first samples, normalised, are far from mean 0 and"
+            " deviation 1"
+        ),
+    )
     vae: str | None = Field(
         None,
         description=(
-            "AutoencoderKL: folder, hub id or fingerprint; what latents must come from, and what "
-            "encodes images and decodes samples"
+            "diffusers autoencoder: folder, hub id (owner/name or owner/name/subfolder) or"
+            " fingerprint; what latents must come from, and what encodes images and decodes samples"
         ),
     )
     vae_dtype: Literal["bf16", "fp32"] = Field(
@@ -84,10 +114,35 @@ class DataConfig(Section):
             )
         require(
             self.dataset != "images" or self.vae is not None,
-            "dataset=images encodes on the fly: set vae to the folder or hub id of an"
-            " AutoencoderKL",
+            "dataset=images encodes on the fly: set vae to the folder or hub id of an autoencoder",
         )
+        require(
+            all(each > 0 for each in self.latents_std),
+            f"latents_std={self.latents_std} divides latents: all values must be above 0",
+        )
+        self._check_normalization()
         require(
             self.dataset != "emoji" or self.text_encoder is not None,
             "dataset=emoji encodes its captions: set text_encoder, e.g. to all-minilm-l6-v2",
+        )
+
+    def _check_normalization(self) -> None:
+        """Refuse values that contradict the kind of normalisation."""
+        kind = self.latent_normalization
+        unused = {
+            "none": ("latent_scale", "latents_mean", "latents_std"),
+            "scale": ("latents_std",),
+            "channel": ("latent_scale",),
+        }
+        self.refuse_set(*unused.get(kind, ()), use=f"latent_normalization={kind}")
+        if not self.latents_normalized:
+            return
+        require(
+            self.dataset == "latents",
+            f"latents_normalized=true has no use for dataset={self.dataset}: leave it out",
+        )
+        require(
+            kind == "auto" or kind == "scale" or bool(self.latents_std),
+            f"latents_normalized=true, but latent_normalization={kind} does not say by what: set"
+            " latent_scale, or latents_mean and latents_std",
         )

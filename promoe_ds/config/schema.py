@@ -76,6 +76,12 @@ class RunConfig(Section):
                 f" channels, but model.input_size={model.input_size} and model.in_channels="
                 f"{model.in_channels}",
             )
+        for field in ("latents_mean", "latents_std"):
+            require(
+                len(values := getattr(self.data, field)) in (0, 1, model.in_channels),
+                f"data.{field} has {len(values)} values, but model.in_channels="
+                f"{model.in_channels}: state one, or one a channel",
+            )
         if self.data.dataset == "digits":
             require(
                 model.num_classes >= 10,

@@ -8,7 +8,12 @@ import torch
 
 from promoe_ds.config.data import ON_DISK
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.data.dataset import LatentDataset, SyntheticLatents
+from promoe_ds.data.dataset import (
+    DrawnLatents,
+    LatentDataset,
+    SyntheticLatents,
+    with_normalization,
+)
 from promoe_ds.data.digits import TrainingDigits
 from promoe_ds.data.emoji import TrainingEmoji
 from promoe_ds.data.latents import open_latents
@@ -41,10 +46,13 @@ def build_dataset(config: RunConfig, device: torch.device | None = None) -> Late
     return DATASETS[data.dataset](config, device or torch.device("cpu"))
 
 
-def with_text_encoder(config: RunConfig, dataset: LatentDataset) -> RunConfig:
-    """Return the config with the weights of the text encoder, so that no other one is taken for it
-    when the run is resumed or the model is sampled.
+def with_resolved_data(config: RunConfig, dataset: LatentDataset) -> RunConfig:
+    """Return the config with what the data set has found: the weights of the text encoder, so that
+    no other one is taken for it when the run is resumed or the model is sampled; and what latents
+    are normalised by, so that samples are decoded without the data.
     """
+    if isinstance(dataset, DrawnLatents):
+        config = with_normalization(config, dataset.normalization)
     identity = getattr(dataset, "text_identity", None)
     if identity is None:
         return config

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from promoe_ds.condition import ClassCondition, Condition, EmptyText, TextCondition
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.normalization.check import normalization_problem
+from promoe_ds.data.normalization.choice import choose_normalization
+from promoe_ds.data.normalization.statistics import LOG_VARIANCE_BOUNDS, LatentStatistics
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.data.reading import shown, warn_once
-from promoe_ds.data.vae import Vae, VaeIdentity
+from promoe_ds.data.vae import MOMENTS, Vae, VaeIdentity
 from promoe_ds.errors import DataError
 from promoe_ds.randomness import generator, hashes
-
-#: Bounds of the logarithm of the posterior's variance, as diffusers' DiagonalGaussianDistribution
-# has them.
-_LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
 
 
 class LatentDataset(Protocol):
@@ -91,9 +91,10 @@ class DrawnLatents(ABC):
     """Latents or posteriors of classes, mirrored and drawn by position.
 
     kind: `moments` of posteriors, or `latents`.  A reader sets `_labels`.
+    normalization: between the autoencoder's latents and the network's.
     """
 
-    kind = "moments"
+    kind = MOMENTS
     #: (N,) int64.
     _labels: Tensor
 
@@ -105,12 +106,15 @@ class DrawnLatents(ABC):
         has_twins: bool,
         classes: int | None = None,
         vae: VaeIdentity | None = None,
+        measured: LatentStatistics | None = None,
     ) -> None:
-        """Take scale, seed and mirroring from the recipe, and compare with it what is known.
+        """Take normalisation, seed and mirroring from the recipe, and compare with it what is
+        known.
 
         Args:
             has_twins: whether samples can be mirrored.
-            classes, vae: number of classes, autoencoder; None where nothing says it.
+            classes, vae, measured: number of classes, autoencoder, statistics of the latents; None
+                where nothing says it.
         Raises: DataError naming both sides of what does not fit; rank 0 warns of fewer classes than
             the recipe's, and of an autoencoder that is taken on trust.
         """
@@ -128,8 +132,11 @@ class DrawnLatents(ABC):
                 "%s: %d classes of %s=%d: the labels from %d on never occur",
                 *(where, classes, named, groups, classes),
             )
+        self.normalization = choose_normalization(data, vae, measured, where)
+        self._where, self._measured = where, measured
+        self._applied = LatentNormalization() if data.latents_normalized else self.normalization
         if vae is not None:
-            _check_vae(where, vae, config)
+            _check_vae(where, vae, with_normalization(config, self.normalization))
         elif data.vae is not None:
             warn_once(
                 "%s: nothing there says which autoencoder the latents come from; that it is"
@@ -137,7 +144,7 @@ class DrawnLatents(ABC):
                 *(where, data.vae),
             )
         self._flip = has_twins and data.flip is not False
-        self._scale, self._seed = data.latent_scale, config.train.seed
+        self._seed = config.train.seed
         self._null = config.model.null_label
 
     def __len__(self) -> int:
@@ -145,7 +152,7 @@ class DrawnLatents(ABC):
 
     @abstractmethod
     def read(self, indices: np.ndarray, flips: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return unscaled records (B, C, H, W), fp32, mirrored where `flips` says so, and labels
+        """Return records as stored (B, C, H, W), fp32, mirrored where `flips` says so, and labels
         (B,).
 
         Raises: DataError naming what cannot be read or is not finite.
@@ -154,7 +161,7 @@ class DrawnLatents(ABC):
     def take(
         self, indices: np.ndarray, positions: np.ndarray | None = None
     ) -> tuple[Tensor, Condition]:
-        """Return scaled fp32 latents (B, Z, H, W) on the CPU and their conditions.
+        """Return normalised fp32 latents (B, Z, H, W) on the CPU and their conditions.
 
         Raises: DataError naming what cannot be read or is not finite.
         """
@@ -162,9 +169,18 @@ class DrawnLatents(ABC):
         if self._flip and positions is not None:
             flips = (hashes(self._seed, "flip", positions) & np.uint64(1)).astype(bool)
         latents, labels = self.read(np.asarray(indices), flips)
-        if self.kind == "moments":
+        if self.kind == MOMENTS:
             latents = draw_latents(latents, self._seed, positions)
-        return latents.mul_(self._scale), self.conditions(indices, labels, positions)
+        return self._applied.normalize(latents), self.conditions(indices, labels, positions)
+
+    def check(self, latents_BZHW: Tensor) -> None:
+        """Compare the first latents that were taken with what normalised ones are like.
+
+        Raises: DataError saying what they look like: scaled twice, never, or of another
+            autoencoder.
+        """
+        if problem := normalization_problem(latents_BZHW, self._applied, self._measured):
+            raise DataError(f"{shown(self._where)}: {problem}")
 
     def conditions(
         self, indices: np.ndarray, labels: Tensor, positions: np.ndarray | None
@@ -191,7 +207,7 @@ def draw_latents(moments_BCHW: Tensor, seed: int, positions: np.ndarray | None) 
     keys = hashes(seed, "posterior", positions).tolist()
     for row, key in zip(noise.unbind(0), keys, strict=True):
         row.normal_(generator=source.manual_seed(key >> 1))
-    return log_variance.clamp(*_LOG_VARIANCE_BOUNDS).mul_(0.5).exp_().mul_(noise).add_(mean)
+    return log_variance.clamp(*LOG_VARIANCE_BOUNDS).mul_(0.5).exp_().mul_(noise).add_(mean)
 
 
 def first_not_finite(records_BCHW: Tensor) -> int | None:
@@ -199,6 +215,12 @@ def first_not_finite(records_BCHW: Tensor) -> int | None:
     if torch.isfinite(records_BCHW).all():
         return None
     return int((~torch.isfinite(records_BCHW)).flatten(1).any(dim=1).nonzero()[0])
+
+
+def with_normalization(config: RunConfig, normalization: LatentNormalization) -> RunConfig:
+    """Return the config with the values that latents are normalised by."""
+    data = config.data.model_copy(update=normalization.fields)
+    return config.model_copy(update={"data": data})
 
 
 def _check_vae(where: Path, vae: VaeIdentity, config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.errors import DataError
 from promoe_ds.randomness import generator
 
@@ -49,7 +50,8 @@ class TrainingDigits:
         Raises: DataError if scikit-learn is missing.
         """
         self._images, self._labels = load_digits_split(config.data.heldout_fraction, heldout=False)
-        self._scale, self._null = np.float32(config.data.latent_scale), config.model.null_label
+        self._normalization = LatentNormalization.of(config.data)
+        self._null = config.model.null_label
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -59,5 +61,5 @@ class TrainingDigits:
     ) -> tuple[Tensor, ClassCondition]:
         """Return the chosen images, (B, 1, 8, 8) fp32, and their labels."""
         labels = torch.from_numpy(self._labels[indices])
-        images = torch.from_numpy(self._images[indices] * self._scale)
+        images = self._normalization.normalize(torch.from_numpy(self._images[indices]))
         return images, ClassCondition(labels, self._null)

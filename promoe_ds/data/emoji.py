@@ -24,6 +24,7 @@ from torch import Tensor
 
 from promoe_ds.condition import TextCondition
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.data.text_encoder import encoder_of
 from promoe_ds.errors import DataError
 
@@ -153,7 +154,8 @@ class TrainingEmoji:
         self.text_identity, self._empty = encoder.identity, encoder.empty
         texts = encoder.encode(split.captions)
         self._states, self._pooled_NC = texts.states, texts.pooled
-        self._images = split.images_N3HW * np.float32(config.data.latent_scale)
+        images_N3HW = torch.from_numpy(split.images_N3HW)
+        self._images = LatentNormalization.of(config.data).normalize(images_N3HW)
         self._groups = torch.from_numpy(split.groups_N)
         self._num_groups = config.data.caption_groups
 
@@ -171,4 +173,4 @@ class TrainingEmoji:
             groups_B=self._groups[indices] if self._num_groups else None,
             num_groups=self._num_groups,
         )
-        return torch.from_numpy(self._images[indices]), condition
+        return self._images[torch.from_numpy(indices)], condition

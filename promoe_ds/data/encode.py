@@ -22,9 +22,9 @@ import xxhash
 from torch import Tensor
 
 from promoe_ds.data.images import COMPOSED, TURNED, read_image
-from promoe_ds.data.reading import read_json, shown, some_of
+from promoe_ds.data.normalization.statistics import LatentStatistics, measure, merge
+from promoe_ds.data.reading import read_json, reading, shown, some_of
 from promoe_ds.data.shards import (
-    MOMENTS,
     UNFINISHED,
     LatentIndex,
     Shard,
@@ -34,7 +34,7 @@ from promoe_ds.data.shards import (
 )
 from promoe_ds.data.trees import Tree, TreeReader, scan_tree
 from promoe_ds.data.unpacked import NPZ_SUFFIX, read_npz_moments
-from promoe_ds.data.vae import Vae, VaeIdentity
+from promoe_ds.data.vae import MOMENTS, Vae, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError, differences
 from promoe_ds.files import write_json
@@ -74,10 +74,13 @@ class EncodeRequest:
 
 
 class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """What `shard-N.json` says: how many images were changed, by kind; which were skipped."""
+    """What `shard-N.json` says: how many images were changed, by kind; which were skipped; the
+    latents' statistics, None of an empty shard.
+    """
 
     record: ShardRecord
     skipped: list[str]
+    statistics: LatentStatistics | None = None
     changes: dict[str, int] = {}
 
 
@@ -85,16 +88,18 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
 class _Source:
     """What is packed: the files of a tree, of which autoencoder.
 
-    shape: of a record, (2 Z, H, W). sides: 2 with the mirrored image, else 1.
-    moments: returns those of a batch, by side. changes: what `reader` changed of images.
+    kind: of the records: moments, or latents of an autoencoder without a posterior.
+    shape: of a record, (C, H, W). sides: 2 with the mirrored image, else 1.
+    records: returns those of a batch, by side. changes: what `reader` changed of images.
     """
 
     tree: Tree
     identity: VaeIdentity
+    kind: str
     shape: tuple[int, int, int]
     sides: int
     reader: TreeReader
-    moments: Callable[[np.ndarray], Sequence[Tensor]]
+    records: Callable[[np.ndarray], Sequence[Tensor]]
     changes: list[str] = field(default_factory=list)
 
 
@@ -159,16 +164,17 @@ def _images(request: EncodeRequest, team: DistributedContext) -> _Source:
             f" pixels that {identity.name} makes one latent of"
         )
 
-    def moments(images_BHWC: np.ndarray) -> list[Tensor]:
+    def records(images_BHWC: np.ndarray) -> list[Tensor]:
         return [vae.encode(each) for each in (images_BHWC, images_BHWC[:, :, ::-1].copy())[:sides]]
 
     return _Source(
         tree=tree,
         identity=identity,
-        shape=(2 * identity.latent_channels, side, side),
+        kind=vae.kind,
+        shape=(vae.record_channels, side, side),
         sides=sides,
         reader=request.reader(tree, partial(read_image, size=request.image_size, changes=changes)),
-        moments=moments,
+        records=records,
         changes=changes,
     )
 
@@ -194,10 +200,11 @@ def _cached(request: EncodeRequest) -> _Source:
     return _Source(
         tree=tree,
         identity=VaeIdentity(name=request.vae_name, latent_channels=shape[1] // 2),
+        kind=MOMENTS,
         shape=shape[1:],
         sides=sides,
         reader=request.reader(tree, partial(read_npz_moments, shape=shape)),
-        moments=lambda values: torch.from_numpy(values).unbind(1)[:sides],
+        records=lambda values: torch.from_numpy(values).unbind(1)[:sides],
     )
 
 
@@ -232,6 +239,9 @@ def _claim(out: Path, settings: dict[str, Any]) -> LatentIndex | None:
             raise ConfigError(
                 f"--out {out} is no empty folder and holds no latents: choose another one"
             )
+        if isinstance(before.get("vae"), dict):
+            with reading(path, "record of an encoding"):  # an earlier version's knew less
+                before = {**before, "vae": asdict(msgspec.convert(before["vae"], VaeIdentity))}
         if differing := differences(before, settings):
             raise ConfigError(
                 f"--out {out} already holds other latents: {'; '.join(differing)}. Choose another"
@@ -253,14 +263,18 @@ def _encode_shard(request: EncodeRequest, source: _Source, files: range, path: P
     for start in range(0, len(files), request.batch_size):
         if good := source.reader.read(files[start : start + request.batch_size]):
             kept += good
-            moments = source.moments(np.stack(list(good.values())))
-            for parts, part in zip(sides, moments, strict=True):
+            records = source.records(np.stack(list(good.values())))
+            for parts, part in zip(sides, records, strict=True):
                 parts.append(part.cpu().to(dtype))
     skipped = [shown(tree.names[index]) for index in sorted(set(files) - set(kept))]
     labels, names = torch.from_numpy(tree.labels[kept]), [tree.names[index] for index in kept]
+    variants = [torch.cat(parts) for parts in sides]
+    measured = measure(variants, has_posterior=source.kind == MOMENTS)
     try:
-        record = write_shard(path, [torch.cat(parts) for parts in sides], labels, names)
-        entry = ShardEntry(record=record, skipped=skipped, changes=Counter(source.changes))
+        record = write_shard(path, variants, labels, names, source.kind)
+        entry = ShardEntry(
+            record=record, skipped=skipped, statistics=measured, changes=Counter(source.changes)
+        )
         write_json(path.with_suffix(".json"), msgspec.to_builtins(entry))
     except OSError as error:
         raise DataError(
@@ -298,7 +312,7 @@ def _finish(
         )
     index = LatentIndex(
         count=len(labels),
-        kind=MOMENTS,
+        kind=source.kind,
         shape=source.shape,
         dtype=request.dtype,
         flipped=settings["flipped"],
@@ -307,6 +321,7 @@ def _finish(
         classes=tuple(map(shown, tree.classes)),
         class_counts=tuple(counts),
         shards=records,
+        statistics=_merged(entries),
         skipped=skipped,
         encoding={name: settings[name] for name in ("files", "listing", "shard_size", "vae_dtype")},
         versions=versions_of("diffusers", "numpy", "pillow", "safetensors"),
@@ -315,6 +330,13 @@ def _finish(
     for leftover in (request.out / UNFINISHED, *request.out.glob("shard-*.json")):
         leftover.unlink()
     return index
+
+
+def _merged(entries: Sequence[ShardEntry]) -> LatentStatistics | None:
+    """Return the statistics of all shards, None where an earlier version wrote one of them."""
+    parts = [entry.statistics for entry in entries if entry.record.count]
+    found = [part for part in parts if part is not None]
+    return merge(found) if len(found) == len(parts) else None
 
 
 def _read_entry(path: Path) -> ShardEntry:

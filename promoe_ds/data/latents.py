@@ -1,7 +1,8 @@
 """Packed latents on disk, read memory-mapped.
 
 A folder of packed shards holds `*.safetensors`, taken in the order of their names, and `index.json`
-if this package wrote it (see `shards`). Values are unscaled, of any float dtype.
+if this package wrote it (see `shards`). Values are as the autoencoder
+made them, of any float dtype.
 Letters: B samples, C channels on disk, Z latent channels, H, W latent size.
 """
 
@@ -17,11 +18,12 @@ from torch import Tensor
 from promoe_ds.condition import Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.dataset import DrawnLatents, first_not_finite
-from promoe_ds.data.shards import INDEX, MOMENTS, UNFINISHED, LatentIndex, Shard, read_index
+from promoe_ds.data.shards import INDEX, UNFINISHED, LatentIndex, Shard, read_index
 from promoe_ds.data.text.packed import PackedTexts
 from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.data.trees import scan_tree
 from promoe_ds.data.unpacked import NPZ_SUFFIX, NpzLatents
+from promoe_ds.data.vae import MOMENTS
 from promoe_ds.errors import DataError
 
 
@@ -84,6 +86,7 @@ class PackedLatents(DrawnLatents):
             has_twins=first.flipped,
             classes=len(index.classes) if index else None,
             vae=index.vae if index else None,
+            measured=index.statistics if index else None,
         )
         for shard in self._shards:
             _check_shard(shard, config)

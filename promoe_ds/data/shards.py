@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from promoe_ds.data.dataset import first_not_finite
+from promoe_ds.data.normalization.statistics import LatentStatistics, measure, merge
 from promoe_ds.data.reading import read_json, reading, shown
-from promoe_ds.data.vae import VaeIdentity
+from promoe_ds.data.vae import LATENTS, MOMENTS, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import DataError, first_few
 from promoe_ds.file_kind import SAFETENSORS
@@ -33,8 +34,7 @@ from promoe_ds.files import replacing, write_json
 INDEX = "index.json"
 #: What an encoding under way keeps beside its shards; the index, written last, replaces it.
 UNFINISHED = "encoding.json"
-MOMENTS = "moments"
-_KINDS = ("latents", MOMENTS)
+_KINDS = (LATENTS, MOMENTS)
 _FLIP = "_flip"
 
 
@@ -58,7 +58,8 @@ class LatentIndex(
     """What `index.json` says.
 
     `encoding` is what else two calls that fill one folder must share: number and checksum of the
-    source's file names, images a shard, type of the autoencoder's computation.
+    source's file names, images a shard, type of the autoencoder's computation. `statistics` are
+    those of the latents, as stored; earlier versions did not measure them.
     """
 
     count: int
@@ -71,6 +72,7 @@ class LatentIndex(
     classes: tuple[str, ...]
     class_counts: tuple[int, ...]
     shards: tuple[ShardRecord, ...]
+    statistics: LatentStatistics | None = None
     skipped: tuple[str, ...] = ()
     encoding: dict[str, Any] = {}
     versions: dict[str, str] = {}
@@ -85,6 +87,9 @@ class LatentIndex(
                 raise ValueError(f"the file name {shard.file!r} leaves the folder")
         if self.count != (found := sum(shard.count for shard in self.shards)):
             raise ValueError(f"count is {self.count}, its shards hold {found}")
+        channels = self.shape[0] // (2 if self.kind == MOMENTS else 1)
+        if self.statistics is not None and len(self.statistics.mean) != channels:
+            raise ValueError(f"statistics are of {len(self.statistics.mean)} channels")
 
     def write(self, folder: Path) -> None:
         """Write `index.json`, in one move."""
@@ -103,7 +108,8 @@ def read_index(folder: Path) -> LatentIndex | None:
 class Shard:
     """An open shard; records stay on disk until they are taken.
 
-    layout: kind, type, and whether there are mirrored twins, in words.
+    layout: kind, type, and whether there are mirrored twins, in words. variants: the records, and
+    where there are any the mirrored ones, mapped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -133,6 +139,7 @@ class Shard:
             self.checksums = None
             if "checksums" in tensors:
                 self.checksums = tensors["checksums"].numpy().view(np.uint64)
+            self.variants = variants
             # As bytes: numpy knows no bfloat16, and copies rows several times faster than torch.
             self._bytes = [_as_bytes(variant) for variant in variants]
         self.flipped = len(variants) > 1
@@ -182,16 +189,20 @@ class Shard:
 
 
 def write_shard(
-    path: Path, variants: Sequence[Tensor], labels: Tensor, names: Sequence[str]
+    path: Path,
+    variants: Sequence[Tensor],
+    labels: Tensor,
+    names: Sequence[str],
+    kind: str = MOMENTS,
 ) -> ShardRecord:
     """Write a shard, in one move, and return its entry in the index.
 
     Args:
-        variants: moments (n, C, H, W) and, where there are any, those of the mirrored images.
-        labels: (n,); names: the records' sources.
+        variants: records (n, C, H, W) and, where there are any, those of the mirrored images.
+        labels: (n,); names: the records' sources; kind: moments, or latents.
     Raises: DataError naming a record that is not finite.
     """
-    tensors = {MOMENTS + _FLIP * side: each.contiguous() for side, each in enumerate(variants)}
+    tensors = {kind + _FLIP * side: each.contiguous() for side, each in enumerate(variants)}
     digests = []
     for values in tensors.values():
         if (bad := first_not_finite(values)) is not None:
@@ -235,6 +246,29 @@ def verify(folder: Path, team: DistributedContext) -> LatentIndex:
     if problems := [problem for of_rank in found for problem in of_rank]:
         raise DataError(first_few(problems))
     return index
+
+
+def measure_folder(folder: Path, team: DistributedContext) -> LatentIndex:
+    """Measure the latents of a finished folder and write their statistics into its index; all ranks
+    call this together.
+
+    Raises: DataError for a folder without an index, or a shard that cannot be read.
+    """
+    index = read_index(folder)
+    if index is None:
+        raise DataError(
+            f"{folder}: no {INDEX} there to write statistics into: set data.latents_mean and"
+            " data.latents_std in the recipe"
+        )
+    has_posterior = index.kind == MOMENTS
+    own = [
+        measure(Shard(folder / record.file).variants, has_posterior=has_posterior)
+        for record in index.shards[team.rank :: team.world_size]
+    ]
+    parts = [part for of_rank in team.gather(own) for part in of_rank if part is not None]
+    measured = msgspec.structs.replace(index, statistics=merge(parts))
+    team.on_main(lambda: measured.write(folder))
+    return measured
 
 
 def file_problem(folder: Path, record: ShardRecord, index: str) -> str | None:

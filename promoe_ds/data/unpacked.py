@@ -42,7 +42,8 @@ class EncodedImages(DrawnLatents):
         """
         data, self._tree = config.data, scan_tree(Path(config.data.path))
         self._vae = Vae(data.vae, device=device, dtype=_DTYPES[data.vae_dtype])
-        identity, classes = self._vae.identity, len(self._tree.classes)
+        self.kind, identity = self._vae.kind, self._vae.identity
+        classes = len(self._tree.classes)
         super().__init__(config, self._tree.root, has_twins=True, classes=classes, vae=identity)
         self._labels = torch.from_numpy(self._tree.labels)
         self._reader = TreeReader(
@@ -73,14 +74,14 @@ class EncodedImages(DrawnLatents):
             )
         sides = zip(chosen.tolist(), flips, strict=True)
         pixels = [images[index][:, ::-1] if flip else images[index] for index, flip in sides]
-        moments = self._vae.encode(np.stack(pixels)).cpu()
-        if (bad := first_not_finite(moments)) is not None:
+        records = self._vae.encode(np.stack(pixels)).cpu()
+        if (bad := first_not_finite(records)) is not None:
             path = self._tree.root / self._tree.names[chosen[bad]]
             raise DataError(
                 f"{shown(path)}: its latent is not finite: encode with data.vae_dtype=fp32, or "
                 "remove the image"
             )
-        return moments, self._labels[chosen]
+        return records, self._labels[chosen]
 
 
 class NpzLatents(DrawnLatents):

@@ -1,4 +1,4 @@
-"""The autoencoder between images and latents: diffusers' AutoencoderKL, frozen.
+"""The autoencoder between images and latents: one of diffusers', frozen.
 
 Letters: B images, Z latent channels, H, W size, C colour channels.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 import xxhash
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.data.reading import reading
 from promoe_ds.errors import DataError
 
@@ -25,8 +27,10 @@ from promoe_ds.errors import DataError
 DECODED_AT_ONCE = 8
 #: Whether figures and pixels are computed with TF32, for the files that state how they came about.
 TF32 = False
-#: Scales that differ by less are the same, written with fewer digits.
-_TOLERANCE = 1e-6
+#: Kinds of records: moments of posteriors, which have two channels for one of a latent, or latents.
+MOMENTS, LATENTS = "moments", "latents"
+#: Normalises its latents itself, by statistics of its own, and takes pixels in 0 ... 1.
+_REPRESENTATION = "AutoencoderRAE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,28 +38,54 @@ class VaeIdentity:
     """Which autoencoder latents belong to.
 
     `fingerprint` is the checksum of its weights; `name` what the user calls it; `downsampling`
-    pixels per latent pixel. Of another trainer's cache only the name is known.
+    pixels per latent pixel; `scaling_factor` to `latents_std` what its config says of its latents.
+    Of another trainer's cache only the name is known.
     """
 
     name: str
     latent_channels: int
     fingerprint: str | None = None
     scaling_factor: float | None = None
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
     downsampling: int | None = None
 
     def is_called(self, wanted: str | None) -> bool:
         """Whether `wanted` is its name or fingerprint."""
         return wanted is not None and wanted in (self.name, self.fingerprint)
 
+    def normalization(self, kind: str) -> LatentNormalization | None:
+        """Return what its config says, None if that is nothing.
+
+        Args:
+            kind: of `data.latent_normalization`: auto or scale.
+        """
+        scale = 1.0 if self.scaling_factor is None else self.scaling_factor
+        if kind == "auto" and self.latents_std:
+            return LatentNormalization(
+                latent_scale=scale,
+                latents_mean=self.latents_mean or (),
+                latents_std=self.latents_std,
+            )
+        if self.scaling_factor is None and not self.shift_factor:
+            return None
+        shift = (self.shift_factor,) if self.shift_factor else ()
+        return LatentNormalization(latent_scale=scale, latents_mean=shift)
+
     def misfit(self, config: RunConfig) -> str:
-        """Return how channels and scale, where it is known, differ from a recipe's, or nothing."""
-        channels, scale = config.model.in_channels, config.data.latent_scale
-        own = scale if self.scaling_factor is None else self.scaling_factor
-        if self.latent_channels == channels and abs(own - scale) <= _TOLERANCE:
+        """Return how channels and normalisation, where it is known, differ from a recipe's, or
+        nothing.
+        """
+        channels, data = config.model.in_channels, config.data
+        wanted = LatentNormalization.of(data)
+        is_free = data.latent_normalization in ("channel", "none")
+        own = (None if is_free else self.normalization(data.latent_normalization)) or wanted
+        if self.latent_channels == channels and own.equals(wanted, channels):
             return ""
         return (
-            f"{self.latent_channels} latent channels scaled by {own}, the model's are {channels}"
-            f" (model.in_channels) scaled by {scale} (data.latent_scale)"
+            f"{self.latent_channels} latent channels {own}, the model's are {channels}"
+            f" (model.in_channels) {wanted} (data.latent_scale, latents_mean, latents_std)"
         )
 
 
@@ -74,7 +104,10 @@ def without_tf32() -> Iterator[None]:
 
 
 class Vae:
-    """A frozen autoencoder on a device."""
+    """A frozen autoencoder on a device.
+
+    kind: of the records that it makes: moments, or latents where it has no posterior.
+    """
 
     def __init__(
         self,
@@ -87,56 +120,162 @@ class Vae:
         """Load it.
 
         Args:
-            source: a folder or hub id with weights in safetensors.
+            source: see `load_autoencoder`.
             name: what to call it; `source` if left out.
-        Raises: DataError if there is no AutoencoderKL, or one that shifts its latents.
+        Raises: DataError if there is no autoencoder of images.
         """
-        if not Path(source).is_dir() and source.count("/") != 1:
-            raise DataError(
-                f"{source}: no such folder, and no hub id (owner/name) of an AutoencoderKL"
-            )
-        with reading(Path(source), "AutoencoderKL in safetensors"):
-            network = AutoencoderKL.from_pretrained(
-                source, use_safetensors=True, low_cpu_mem_usage=False
-            )
-        config = network.config
-        if shift := config.get("shift_factor"):
-            raise DataError(
-                f"{source}: shifts its latents by shift_factor={shift}, this package only scales"
-                " them (data.latent_scale): take an autoencoder without a shift"
-            )
-        self.identity = VaeIdentity(
-            name=name or source,
-            fingerprint=fingerprint_of(network),
-            scaling_factor=float(config.scaling_factor),
-            downsampling=2 ** (len(config.block_out_channels) - 1),
-            latent_channels=int(config.latent_channels),
-        )
+        network = load_autoencoder(source)
+        identity = identify(network, name or source)
+        self.identity = replace(identity, fingerprint=fingerprint_of(network))
         # torch's own cast: diffusers' warns of an empty list of modules.
         self._network = torch.nn.Module.to(
             network.requires_grad_(False).eval(), device=device, dtype=dtype
         )
         self._device, self._dtype = device, dtype
+        side = 2 * self.identity.downsampling
+        with reading(Path(source), "autoencoder of images"):
+            self.kind, records = self._encode(np.zeros((1, side, side, 3), dtype=np.uint8))
+            if records.ndim != 4 or records.shape[1] != self.record_channels:
+                raise ValueError(f"it makes {tuple(records.shape)} of an image")
 
-    @torch.no_grad()
-    @without_tf32()
+    @property
+    def record_channels(self) -> int:
+        """C: channels of the records."""
+        return self.identity.latent_channels * (2 if self.kind == MOMENTS else 1)
+
     def encode(self, images_BHWC: np.ndarray) -> Tensor:
-        """Return the posteriors' moments (B, 2 Z, H, W) of uint8 images, fp32, on the device:
-        means, then log variances.
+        """Return records (B, C, H, W) of uint8 images, fp32, on the device: latents, or moments,
+        means and then log variances.
+
+        Raises: DataError for images of a size that it does not take.
         """
-        pixels = (
-            torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        )
-        return self._network.encode(pixels.to(self._dtype)).latent_dist.parameters.float()
+        records = self._encode(images_BHWC)[1]
+        pixels = self.identity.downsampling
+        if (found := [each * pixels for each in records.shape[2:]]) != list(images_BHWC.shape[1:3]):
+            raise DataError(
+                f"{self.identity.name}: takes images of {found[0]}x{found[1]} pixels, these have"
+                f" {images_BHWC.shape[1]}x{images_BHWC.shape[2]}"
+            )
+        return records
 
     @torch.no_grad()
     @without_tf32()
     def decode(self, latents_BZHW: Tensor) -> Tensor:
-        """Return images (B, C, H, W), about -1 ... 1, fp32, of unscaled latents; a few at a time,
-        whatever B is.
+        """Return images (B, C, H, W), about -1 ... 1, fp32, of latents as it makes them; a few at a
+        time, whatever B is.
+
+        Raises: DataError for latents of a size that it does not take.
         """
         parts = latents_BZHW.to(self._device, self._dtype).split(DECODED_AT_ONCE)
-        return torch.cat([self._network.decode(part).sample.float() for part in parts])
+        return torch.cat([decode_latents(self._network, part).float() for part in parts])
+
+    @torch.no_grad()
+    @without_tf32()
+    def _encode(self, images_BHWC: np.ndarray) -> tuple[str, Tensor]:
+        """Return the kind of the records, and the records."""
+        pixels = torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 127.5
+        if _takes_unit_range(self._network):
+            pixels = pixels / 2
+        else:
+            pixels = pixels - 1.0
+        encoded = self._network.encode(pixels.to(self._dtype))
+        if hasattr(encoded, "latent_dist"):
+            return MOMENTS, encoded.latent_dist.parameters.float()
+        return LATENTS, encoded.to_tuple()[0].float()
+
+
+def load_autoencoder(source: str) -> ModelMixin:
+    """Return a diffusers autoencoder of the class that its config.json names.
+
+    Args:
+        source: a folder, or a hub id (owner/name or owner/name/subfolder), with weights in
+            safetensors.
+    Raises: DataError if there is none, or diffusers does not know its class.
+    """
+    where, folder = source, None
+    if not Path(source).is_dir():
+        owner, *names = source.split("/", 2)
+        if not names or not all((owner, *names)):
+            raise DataError(
+                f"{source}: no such folder, and no hub id (owner/name or owner/name/subfolder) of"
+                " an autoencoder"
+            )
+        where, folder = f"{owner}/{names[0]}", names[1] if len(names) > 1 else None
+    with reading(Path(source), "autoencoder in safetensors"):
+        name = str(AutoencoderKL.load_config(where, subfolder=folder).get("_class_name"))
+        kind = getattr(diffusers, name, None)
+        if not all(hasattr(kind, method) for method in ("from_pretrained", "encode", "decode")):
+            raise DataError(
+                f"{source}: its config.json says _class_name={name}, which is no autoencoder of"
+                f" diffusers {diffusers.__version__}: another release may know it"
+            )
+        return kind.from_pretrained(
+            where, subfolder=folder, use_safetensors=True, low_cpu_mem_usage=False
+        )
+
+
+def identify(network: ModelMixin, name: str) -> VaeIdentity:
+    """Return what an autoencoder's config says, without a checksum of its weights.
+
+    Raises: DataError if that is no autoencoder of single images.
+    """
+    config, kind = network.config, type(network).__name__
+    if kind == _REPRESENTATION:
+        return VaeIdentity(
+            name=name,
+            latent_channels=int(config.encoder_hidden_size),
+            scaling_factor=1.0,
+            downsampling=int(config.patch_size),
+        )
+    stages = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
+    downsampling = getattr(network, "spatial_compression_ratio", None) or 2 ** (len(stages) - 1)
+    if "latent_channels" not in config or downsampling < 1:
+        raise DataError(
+            f"{name}: the config of this {kind} does not say its latent_channels and"
+            " block_out_channels, as those of autoencoders of single images do"
+        )
+
+    def numbers(field: str) -> tuple[float, ...] | None:
+        values = config.get(field)
+        if values is not None and len(values) != config.latent_channels:
+            raise DataError(
+                f"{name}: its config has {len(values)} {field} of {config.latent_channels}"
+                " latent_channels"
+            )
+        return None if values is None else tuple(map(float, values))
+
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    return VaeIdentity(
+        name=name,
+        latent_channels=int(config.latent_channels),
+        scaling_factor=None if scale is None else float(scale),
+        shift_factor=None if shift is None else float(shift),
+        latents_mean=numbers("latents_mean"),
+        latents_std=numbers("latents_std"),
+        downsampling=int(downsampling),
+    )
+
+
+def decode_latents(network: ModelMixin, latents_BZHW: Tensor) -> Tensor:
+    """Return images (B, C, H, W), about -1 ... 1, of latents as the autoencoder makes them.
+
+    Raises: DataError for latents of a size that it does not take.
+    """
+    images = network.decode(latents_BZHW).sample
+    pixels = identify(network, type(network).__name__).downsampling
+    wanted = [each * pixels for each in latents_BZHW.shape[2:]]
+    if list(images.shape[2:]) != wanted:
+        raise DataError(
+            f"{type(network).__name__}: makes images of {images.shape[2]}x{images.shape[3]} pixels,"
+            f" {wanted[0]}x{wanted[1]} were expected of latents of"
+            f" {latents_BZHW.shape[2]}x{latents_BZHW.shape[3]}: it takes those of"
+            f" {images.shape[2] // pixels}x{images.shape[3] // pixels} alone"
+        )
+    return images * 2.0 - 1.0 if _takes_unit_range(network) else images
+
+
+def _takes_unit_range(network: ModelMixin) -> bool:
+    return type(network).__name__ == _REPRESENTATION
 
 
 def fingerprint_of(network: torch.nn.Module) -> str:

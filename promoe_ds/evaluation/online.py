@@ -50,6 +50,8 @@ class OnlineEvaluation:
                     " folder or hub id of their autoencoder"
                 )
             self._vae = Vae(config.data.vae, device=ranks.device)
+            if misfit := self._vae.identity.misfit(config):
+                raise ConfigError(f"data.vae={config.data.vae}: has {misfit}")
         size, _, channels = image_shape(config, self._vae)
         opened = open_reference(Path(settings.reference), size=size, channels=channels)
         features = check_fits(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from promoe_ds.condition import Condition
 from promoe_ds.config import RunConfig
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.diffusion.sampler import (
     SamplingPlan,
     image_generators,
@@ -48,12 +49,13 @@ class LatentSampler:
         self._network, self._plan, self._seed, self._device = network, plan, seed, device
         size = config.model.input_size
         self._shape = (config.model.in_channels, size, size)
-        self._scale = config.data.latent_scale
+        self._normalization = LatentNormalization.of(config.data)
 
     def sample(
         self, indices: Sequence[int], condition: Condition, negative: Condition | None = None
     ) -> Tensor:
-        """Return the unscaled latents (B, Z, H, W), fp32, of some images, all in one pass.
+        """Return the latents (B, Z, H, W), fp32, of some images, as their autoencoder makes them;
+        all in one pass.
 
         Args:
             condition, negative: of each of them, on the host; see `GuidedDenoiser`.
@@ -67,7 +69,7 @@ class LatentSampler:
             negative=None if negative is None else negative.counted().to(self._device),
             prepare=self._network.prepare,
         )
-        return latents / self._scale
+        return self._normalization.denormalize(latents)
 
 
 def sampling_dtype(device: torch.device) -> torch.dtype:

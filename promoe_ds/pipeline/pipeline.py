@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
+    ModelMixin,
     SchedulerMixin,
 )
 from PIL import Image
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition, Condition, TextCondition
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.data.text_encoder import TextEncoder
+from promoe_ds.data.vae import decode_latents, identify
 from promoe_ds.diffusion.guidance import check_guided, check_interval, choose_scale
 from promoe_ds.diffusion.sampler import (
     SamplingPlan,
@@ -55,7 +57,7 @@ class ProMoEPipeline(DiffusionPipeline):
         self,
         transformer: ProMoETransformer2DModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: ModelMixin | None = None,
         tokenizer: Any = None,
         text_encoder: Any = None,
     ) -> None:
@@ -64,7 +66,7 @@ class ProMoEPipeline(DiffusionPipeline):
         Args:
             scheduler: its kind and settings choose the solver: FlowMatchEulerDiscrete, DDPM or
             DDIM.
-            vae: decodes latents; needless for models of pixels.
+            vae: an autoencoder that decodes latents; needless for models of pixels.
             tokenizer, text_encoder: of transformers, what a model of texts was trained with.
         """
         super().__init__()
@@ -160,13 +162,10 @@ class ProMoEPipeline(DiffusionPipeline):
             raise ConfigError(
                 f"output_type={output_type!r}: latents of {config.model.in_channels} channels need"
                 " a vae: ProMoEPipeline.from_pretrained(folder,"
-                ' vae=AutoencoderKL.from_pretrained(...)), or take output_type="latent"'
+                ' vae=AutoModel.from_pretrained(...)), or take output_type="latent"'
             )
-        if self.vae is not None and (shift := self.vae.config.get("shift_factor")):
-            raise ConfigError(
-                f"vae: shifts its latents by shift_factor={shift}, this package only scales them:"
-                " take one without"
-            )
+        if self.vae is not None and (misfit := identify(self.vae, "vae").misfit(config)):
+            raise ConfigError(f"vae: has {misfit}: take the one that the latents come from")
 
     def _conditions(
         self,
@@ -245,9 +244,10 @@ class ProMoEPipeline(DiffusionPipeline):
         )
 
     def _images(self, latents_BZHW: Tensor, output_type: str) -> list[Image.Image] | np.ndarray:
-        values = latents_BZHW / self.transformer.run_config.data.latent_scale
+        config = self.transformer.run_config
+        values = LatentNormalization.of(config.data).denormalize(latents_BZHW)
         if self.vae is not None:
-            values = self.vae.decode(values.to(self.vae.dtype)).sample
+            values = decode_latents(self.vae, values.to(self.vae.dtype))
         pixels = to_uint8(values.float().cpu().numpy())
         if output_type == "np":
             return pixels.astype(np.float32) / 255

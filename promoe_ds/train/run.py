@@ -18,7 +18,7 @@ from promoe_ds.checkpoint.resharding import with_placement_of
 from promoe_ds.checkpoint.resume import choose_checkpoint
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.config import DeepSpeedPlan, RunConfig
-from promoe_ds.data import build_dataset, with_text_encoder
+from promoe_ds.data import build_dataset, with_resolved_data
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import TrainingError
 from promoe_ds.logs import get_logger
@@ -71,13 +71,13 @@ def _train(run: Run, context: DistributedContext, supervisor: Supervisor) -> Non
     )
     config = with_placement_of(run.config, choice.folder)
     dataset = build_dataset(config, context.device)
-    config = with_text_encoder(config, dataset)
+    config = with_resolved_data(config, dataset)
     trainer = Trainer(config, run.deepspeed_plan, context, dataset)
     if choice.folder is None:
         trainer.start_routers()
     else:
         load_checkpoint(trainer, choice.folder, same_run=choice.same_run)
-    trainer.check_scale()
+    trainer.check_latents()
     _describe(trainer)
     same_run = choice.folder is not None and choice.same_run
     writer = MetricsWriter(

@@ -27,6 +27,7 @@ from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.config import DeepSpeedPlan, RunConfig, plan_batches
 from promoe_ds.config.optimizer import OptimizerConfig, learning_rate
 from promoe_ds.data import LatentDataset
+from promoe_ds.data.dataset import DrawnLatents
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.host_memory import keep_freed_memory
 from promoe_ds.distributed.host_topology import check_placement
@@ -56,10 +57,10 @@ _UNCONDITIONAL = {
     True: "one more group of the routed experts' product: every step has one shape",
     False: "by itself, if there is one",
 }
-#: Samples of the first batch that routers may start from, and whose scale is checked.
+#: Samples of the first batch that routers may start from.
 _STARTING_SAMPLES = 32
-#: Standard deviations of latents that noise of deviation 1 is made for.
-_USUAL_DEVIATIONS = (0.5, 2.0)
+#: Samples of the first batches whose normalisation is checked.
+_CHECKED_SAMPLES = 64
 
 
 class Trainer:
@@ -152,20 +153,16 @@ class Trainer:
                 self.config.train.seed,
             )
 
-    def check_scale(self) -> None:
-        """Warn, by rank 0, of a first batch whose standard deviation is far from 1: scaled twice,
-        or not at all.
+    def check_latents(self) -> None:
+        """Compare the first latents with what normalised ones are like: rank 0 reads them for all.
+
+        Raises: DataError, on every rank, if they are scaled twice, never, or as another
+            autoencoder's.
         """
-        slots = range(min(self.batches.global_batch, _STARTING_SAMPLES))
-        deviation = self.loader.samples(Place(self.step, self.samples_seen), slots)[0].std().item()
-        least, most = _USUAL_DEVIATIONS
-        if self.context.is_main and not least <= deviation <= most:
-            _LOG.warning(
-                "the first batch has a standard deviation of %.3g, about 1 is usual: check"
-                " data.latent_scale=%g (latents that were stored scaled need 1)",
-                deviation,
-                self.config.data.latent_scale,
-            )
+        dataset, place = self.dataset, Place(self.step, self.samples_seen)
+        if isinstance(dataset, DrawnLatents) and self.config.data.check_latents:
+            slots = range(_CHECKED_SAMPLES)
+            self.context.on_main(lambda: dataset.check(self.loader.samples(place, slots)[0]))
 
     @contextmanager
     def averaged_network(self) -> Iterator[DiT]:

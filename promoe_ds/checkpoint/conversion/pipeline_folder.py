@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.text_encoder import encoder_of, load_text_model
+from promoe_ds.data.vae import identify, load_autoencoder
 from promoe_ds.errors import CheckpointError, ConfigError, explaining
 from promoe_ds.files import write_json
 from promoe_ds.model.export import writer_of
@@ -38,12 +39,12 @@ def write_pipeline_configs(
     """Write all of a pipeline's folder but the network's weights.
 
     Args:
-        vae: a folder or hub name of an AutoencoderKL, which is copied; without one, latents are all
+        vae: a folder or hub name of an autoencoder, which is copied; without one, latents are all
             that can be drawn.
         text_encoder: likewise of the encoder of prompts, with its tokenizer; without one, both must
             be given when the pipeline is loaded.
-    Raises: CheckpointError naming the autoencoder that cannot be loaded; DataError for a text
-        encoder that cannot be, or is not the model's.
+    Raises: DataError for an autoencoder or a text encoder that cannot be loaded; ConfigError for
+        one that is not the model's.
     """
     version = diffusers.__version__
     index: dict[str, Any] = {
@@ -58,12 +59,11 @@ def write_pipeline_configs(
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     if vae is not None:
-        with explaining(f"--vae {vae}: no AutoencoderKL in safetensors could be loaded from there"):
-            autoencoder = AutoencoderKL.from_pretrained(
-                vae, use_safetensors=True, low_cpu_mem_usage=False
-            )
-            autoencoder.save_pretrained(folder / "vae")
-        index["vae"] = ["diffusers", "AutoencoderKL"]
+        autoencoder = load_autoencoder(vae)
+        if misfit := identify(autoencoder, vae).misfit(config):
+            raise ConfigError(f"--vae {vae}: has {misfit}")
+        autoencoder.save_pretrained(folder / "vae")
+        index["vae"] = ["diffusers", type(autoencoder).__name__]
     if text_encoder is not None:
         if config.model.condition == "class":
             raise ConfigError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from promoe_ds.condition import Condition
 from promoe_ds.config import RunConfig
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.diffusion import build_objective, draw_batch
 from promoe_ds.model.dit import DiT
 
@@ -105,7 +106,7 @@ def heldout_loss(
     between models are theirs. Methods that choose from the batch get batches of `batch_size`.
     """
     config, objective = model.config, build_objective(model.config.diffusion)
-    images, total = images_NCHW * config.data.latent_scale, 0.0
+    images, total = LatentNormalization.of(config.data).normalize(images_NCHW), 0.0
     for draw in range(draws):
         for start in range(0, len(images), batch_size):
             slots = range(len(images))[start : start + batch_size]

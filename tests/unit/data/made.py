@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
@@ -27,22 +27,68 @@ from ..builders import small_config
 DOWNSAMPLING, CHANNELS, SCALE = 2, 1, 0.5
 
 
-def save_vae(folder: Path, seed: int = 0) -> Path:
-    """Save a tiny, randomly initialised AutoencoderKL: 8x8 pixels to 4x4 latents of one channel."""
+def save_vae(folder: Path, seed: int = 0, kind: str = "kl", **config: Any) -> Path:
+    """Save a tiny, randomly initialised autoencoder, by default an AutoencoderKL: 8x8 pixels to 4x4
+    latents of one channel.
+    """
     torch.manual_seed(seed)
-    AutoencoderKL(
+    AUTOENCODERS[kind](**config).save_pretrained(folder)
+    return folder
+
+
+def _kl(**config: Any) -> AutoencoderKL:
+    common = {"latent_channels": CHANNELS, "scaling_factor": SCALE}
+    return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        latent_channels=CHANNELS,
         block_out_channels=(8, 8),
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
         sample_size=8,
-        scaling_factor=SCALE,
-    ).save_pretrained(folder)
-    return folder
+        **{**common, **config},
+    )
+
+
+def _dc(**config: Any) -> AutoencoderDC:
+    sides = {
+        "block_types": ("ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 8),
+        "layers_per_block": (1, 1),
+        "qkv_multiscales": ((), (5,)),
+    }
+    both = {f"{side}_{name}": sides[name] for side in ("encoder", "decoder") for name in sides}
+    return AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, downsample_block_type="Conv", **both, **config
+    )
+
+
+def _rae(**config: Any) -> AutoencoderRAE:
+    return AutoencoderRAE(
+        encoder_hidden_size=64,
+        encoder_patch_size=4,
+        encoder_num_hidden_layers=1,
+        encoder_input_size=16,
+        patch_size=2,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+        latents_mean=[[[0.1]]] * 64,
+        latents_std=[[[0.9]]] * 64,
+        **config,
+    )
+
+
+def _tiny(**config: Any) -> AutoencoderTiny:
+    blocks = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")}
+    counts = {f"num_{side}_blocks": (1, 1) for side in ("encoder", "decoder")}
+    return AutoencoderTiny(latent_channels=2, **blocks, **counts, **config)
+
+
+#: Tiny autoencoders by kind; all make 4x4 latents of 8x8 pixels.
+AUTOENCODERS = {"kl": _kl, "dc": _dc, "rae": _rae, "tiny": _tiny}
 
 
 def save_images(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from promoe_ds.config import load_config
-from promoe_ds.data import build_dataset, emoji, with_text_encoder
+from promoe_ds.data import build_dataset, emoji, with_resolved_data
 from promoe_ds.data.emoji import COMPOSITIONS, load_emoji
 from promoe_ds.data.text_encoder import encoder_of
 from promoe_ds.errors import ConfigError, DataError
@@ -76,7 +76,7 @@ def test_emoji_data_set_holds_the_training_side_with_captions_encoded() -> None:
         )
     assert torch.equal(condition.mask_BL, alone.mask_BL) and not condition.is_null_B.any()
     assert condition.group_B.tolist() == split.groups_N[indices].tolist()
-    saved = with_text_encoder(config, dataset).data
+    saved = with_resolved_data(config, dataset).data
     assert saved.text_fingerprint == encoder.identity.fingerprint
 
 

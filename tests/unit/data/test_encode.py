@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import ExifTags, Image
 
 from promoe_ds.data import encode as module
@@ -143,10 +144,52 @@ def test_encode_finds_the_missing_shards_only(made: Path, tmp_path: Path) -> Non
 def test_encode_by_an_autoencoder_that_does_not_fit_is_refused(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--image-size 9: .* 2 pixels that tiny"):
         encode(request(made, tmp_path / "out", image_size=9), TEAM)
+    vae = str(save_vae(tmp_path / "vae", kind="rae"))
+    with pytest.raises(DataError, match=r"tiny: takes images of 8x8 pixels, these have 16x16"):
+        encode(request(made, tmp_path / "out", image_size=16, vae=vae), TEAM)
+    with pytest.raises(DataError, match=r"makes images of 8x8 pixels, 16x16 .* of 4x4 alone"):
+        Vae(vae).decode(torch.zeros(1, 64, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, r"not a readable autoencoder .*config\.json"),
+        (
+            {"_class_name": "AutoencoderOfOld"},
+            r"_class_name=AutoencoderOfOld, .*diffusers",
+        ),
+        ({"_class_name": "UNet2DModel"}, r"_class_name=UNet2DModel, which is no autoencoder"),
+        ({"_class_name": "AutoencoderKLWan"}, "not a readable autoencoder"),
+        ({"latents_mean": [0.0, 0.0]}, "2 latents_mean of 1 latent_channels"),
+        ({"latent_channels": 2}, "not a readable autoencoder"),
+    ],
+)
+def test_autoencoder_that_cannot_be_loaded_says_why(
+    tmp_path: Path, change: dict | None, message: str
+) -> None:
     config = save_vae(tmp_path / "vae") / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "shift_factor": 0.1159}))
-    with pytest.raises(DataError, match=r"shift_factor=0\.1159"):
+    values = {**json.loads(config.read_text()), **(change or {})}
+    config.write_text(json.dumps(values)) if change else config.unlink()
+    with pytest.raises(DataError, match=message):
         Vae(str(tmp_path / "vae"))
+
+
+def test_autoencoder_of_a_hub_id_may_be_in_a_subfolder(monkeypatch) -> None:
+    asked = []
+
+    def load_config(source, subfolder):
+        asked.append((source, subfolder))
+        return {"_class_name": "none"}
+
+    monkeypatch.setattr(AutoencoderKL, "load_config", load_config)
+    for source in ("owner/name", "owner/name/vae"):
+        with pytest.raises(DataError, match="_class_name=none"):
+            Vae(source)
+    assert asked == [("owner/name", None), ("owner/name", "vae")]
+    for source in ("name", "owner/", "/nowhere/at/all"):
+        with pytest.raises(DataError, match="no such folder, and no hub id"):
+            Vae(source)
 
 
 def test_shard_of_a_latent_that_is_not_finite_is_not_written(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,28 @@ def test_pipeline_of_latents_of_one_channel_needs_a_vae_for_images() -> None:
     )
 
 
-def test_pipeline_with_a_vae_that_shifts_its_latents_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("data", "fits"),
+    [
+        ({"latent_scale": 0.5}, False),
+        ({"latent_scale": 0.5, "latents_mean": (0.1159,)}, True),
+        ({"latent_scale": 0.4, "latents_mean": (0.1159,)}, False),
+        ({"latents_mean": (0.2,), "latents_std": (3.0,), "latent_normalization": "channel"}, True),
+        ({"latent_normalization": "none"}, True),
+    ],
+)
+def test_pipeline_takes_the_vae_whose_normalisation_the_model_was_trained_on(
+    data: dict, fits: bool
+) -> None:
     vae = AutoencoderKL(
-        latent_channels=1, block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1159
+        latent_channels=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.1159,
     )
-    pipeline = make_pipeline(vae, data={"dataset": "latents", "latent_scale": 0.5})
-    with pytest.raises(
-        ConfigError, match=re.escape("vae: shifts its latents by shift_factor=0.1159")
-    ):
+    pipeline = make_pipeline(vae, data={"dataset": "latents", **data})
+    with nullcontext() if fits else pytest.raises(ConfigError, match=r"vae: has 1 .*less 0\.1159"):
         pipeline([0], num_inference_steps=2)
 
 

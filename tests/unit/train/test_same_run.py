@@ -103,7 +103,7 @@ def test_changes_that_leave_a_trace_are_told(caplog: pytest.LogCaptureFixture) -
     assert told(100, 1.0, 4, same_run=True) == []
     assert told(90, 0.5, 2, same_run=True) == [
         "the micro-batch was 4 and is 2",
-        "data.latent_scale was 1 and is 0.5",
+        "the normalisation of latents was scaled by 1.0 and is scaled by 0.5",
         "the number of samples in the data set was 100 and is 90",
     ]
     assert told(90, 1.0, 4, same_run=False) == ["settings changed from the checkpoint's"], (

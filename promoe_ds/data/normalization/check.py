@@ -1,0 +1,93 @@
+"""Whether the first samples look as normalised latents do, and what has happened if they do not.
+
+Letters: B samples, Z latent channels, H, W latent size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from promoe_ds.data.normalization.statistics import LatentStatistics, measure
+from promoe_ds.data.normalization.values import LatentNormalization
+
+#: Of latents that noise of deviation 1 is made for: least and most deviation, largest mean.
+_USUAL = (0.5, 2.0, 1.0)
+#: The same, of latents that must have been normalised once more: less would explain too much.
+_CLEARLY = (2 / 3, 1.5, 1.0)
+#: Deviations below are compared as if they were this: a constant channel.
+_SMALLEST = 0.01
+
+
+def normalization_problem(
+    latents_BZHW: Tensor, normalization: LatentNormalization, expected: LatentStatistics | None
+) -> str:
+    """Return what looks wrong with normalised latents, and the remedy; nothing if they are usual.
+
+    One scale for all channels makes no promise about each: then all together are compared with
+    mean 0 and deviation 1, and each channel with what was measured of the data set.
+    Args:
+        expected: statistics of the whole data set before normalisation, where they are known.
+    """
+    found = measure([latents_BZHW], has_posterior=False)
+    if found is None:
+        return ""
+    pools = not normalization.is_per_channel
+    is_usual = _is_within(found, _USUAL, pools=pools)
+    if is_usual and (expected is None or _agree(found, expected.normalized(normalization))):
+        return ""
+    shown = found.pooled
+    return (
+        f"the first {len(latents_BZHW)} latents have a mean of {shown.mean[0]:.3g} and a standard"
+        f" deviation of {shown.std[0]:.3g}{_by_channel(found)} after normalisation, and look like"
+        f" {_explanation(found, normalization, pools=pools)}, or data.check_latents=false if they"
+        " are meant to be so"
+    )
+
+
+def _explanation(
+    found: LatentStatistics, normalization: LatentNormalization, *, pools: bool
+) -> str:
+    if normalization.is_identity:
+        if found.pooled.std[0] < _USUAL[0]:
+            return (
+                "latents that were scaled twice before they were stored, or those of another"
+                " autoencoder: set data.latent_scale"
+            )
+        return (
+            "latents that were never scaled: set data.latent_scale to the autoencoder's"
+            " scaling_factor, or data.latent_normalization=channel"
+        )
+    if _is_within(found.denormalized(normalization), _CLEARLY, pools=pools):
+        return (
+            "latents that are scaled twice, as they were stored normalised: set"
+            " data.latents_normalized=true"
+        )
+    return (
+        "those of another autoencoder, or of other channels, than the normalisation is for"
+        f" ({normalization}): set data.vae, data.latent_scale, latents_mean and latents_std to what"
+        " they come from"
+    )
+
+
+def _is_within(found: LatentStatistics, bounds: tuple[float, float, float], *, pools: bool) -> bool:
+    least, most, largest = bounds
+    each = found.pooled if pools else found
+    means, deviations = np.abs(each.mean), np.array(each.std)
+    return bool((means <= largest).all() and ((deviations >= least) & (deviations <= most)).all())
+
+
+def _agree(found: LatentStatistics, expected: LatentStatistics) -> bool:
+    """Whether each channel's mean and deviation are about the expected ones."""
+    least, most, largest = _USUAL
+    wanted, deviations = np.array(expected.std), np.array(found.std)
+    unit = np.maximum(wanted, _SMALLEST)
+    is_near = np.abs(np.subtract(found.mean, expected.mean)) <= largest * unit
+    return bool((is_near & (deviations >= least * wanted) & (deviations <= most * unit)).all())
+
+
+def _by_channel(found: LatentStatistics) -> str:
+    if len(found.mean) == 1:
+        return ""
+    least, most = min(found.std), max(found.std)
+    return f" (by channel {least:.3g} ... {most:.3g})"
