@@ -32,8 +32,8 @@ class DataConfig(Section):
         "auto",
         description=(
             "auto: what the autoencoder's config states, mean and deviation by channel, else scale"
-            " and shift; scale: these; channel: what was measured of the latents; none. Values that"
-            " are set below win, and training writes those that it takes into the run's config"
+            " and shift; scale: scale and shift alone; channel: what was measured of the latents;"
+            " none. Values set below win, and training writes those that it takes into checkpoints"
         ),
     )
     latent_scale: float = Field(

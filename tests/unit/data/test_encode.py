@@ -60,6 +60,8 @@ def test_encode_interrupted_resumes_and_ends_the_same(
     assert sorted(path.name for path in out.iterdir()) == ["index.json", *written]
     for name in written[:2]:
         assert (out / name).read_bytes() == (made / "latents" / name).read_bytes()
+    statistics = [read_index(folder).statistics for folder in (out, made / "latents")]
+    np.testing.assert_allclose(*((each.mean, each.std) for each in statistics), rtol=1e-5)
     encode(request(made, out), TEAM)  # nothing left to do
     assert len(written) == 4
 
