@@ -182,16 +182,21 @@ class Shard:
 
 
 def write_shard(
-    path: Path, variants: Sequence[Tensor], labels: Tensor, names: Sequence[str]
+    path: Path,
+    variants: Sequence[Tensor],
+    labels: Tensor,
+    names: Sequence[str],
+    kind: str = MOMENTS,
 ) -> ShardRecord:
     """Write a shard, in one move, and return its entry in the index.
 
     Args:
-        variants: moments (n, C, H, W) and, where there are any, those of the mirrored images.
+        variants: moments or latents (n, C, H, W), as `kind` says, and, where there are any, those
+            of the mirrored images.
         labels: (n,); names: the records' sources.
     Raises: DataError naming a record that is not finite.
     """
-    tensors = {MOMENTS + _FLIP * side: each.contiguous() for side, each in enumerate(variants)}
+    tensors = {kind + _FLIP * side: each.contiguous() for side, each in enumerate(variants)}
     digests = []
     for values in tensors.values():
         if (bad := first_not_finite(values)) is not None:
