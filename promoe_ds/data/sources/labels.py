@@ -43,9 +43,11 @@ class Labels:
         Args:
             names: of the classes that integers count, if anything says them.
             as_numbers: texts of digits alone are integers.
-        Raises: DataError for integers that are no labels.
+        Raises: DataError for integers that are no labels, or no label at all.
         """
         values = list(self._seen)
+        if not values:
+            raise DataError(f"{shown(where)}: the files there hold no sample")
         if as_numbers and all(str(value).isdecimal() for value in values):
             values = [int(value) for value in values]
         if all(isinstance(value, int) for value in values):

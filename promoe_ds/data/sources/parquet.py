@@ -129,7 +129,7 @@ class Rows:
         self._batches: Iterator[Any] = iter(())
         self._broken: tuple[int, DataError] | None = None
         self._file: Any = None
-        self._open = -1
+        self._opened = -1
 
     def take(self, index: int) -> tuple[Any, int]:
         """Return a batch of rows, and the place of a row in it: fast in ascending order.
@@ -140,7 +140,7 @@ class Rows:
             self._enter(place_of(self._ends, index)[0])
         while index >= self._first + len(self._batch):
             self._first += len(self._batch)
-            with self._trying(self._open):
+            with self._trying(self._opened):
                 self._batch = next(self._batches)
         return self._batch, index - self._first
 
@@ -152,8 +152,8 @@ class Rows:
         self._end = int(self._ends[number])
         self._first, self._batch, self._number = self._end - rows, (), number
         with self._trying(file):
-            if file != self._open:
-                self._file, self._open = _open(self._paths[file]), file
+            if file != self._opened:
+                self._file, self._opened = _open(self._paths[file]), file
             self._batches = self._file.iter_batches(
                 batch_size=_ROWS, row_groups=[group], columns=self._columns, use_threads=False
             )

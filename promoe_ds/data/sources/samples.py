@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from promoe_ds.data.listing import Files
+from promoe_ds.data.reading import shown
 from promoe_ds.errors import DataError
 from promoe_ds.logs import get_logger
 
@@ -72,7 +73,7 @@ class PackedSamples(Samples[_T]):
         self.root, self.files, self._settings = files.root, files, settings
         self.ends = np.cumsum(counts, dtype=np.int64)
         if not self.ends[-1]:
-            raise DataError(f"{files.root}: the {len(files.names)} files hold no sample")
+            raise DataError(f"{shown(files.root)}: the files there hold no sample")
         self.names = RowNames(files.names, self.ends)
 
     def fetch(self, indices: Sequence[int]) -> list[_T | DataError]:

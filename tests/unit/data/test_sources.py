@@ -251,6 +251,7 @@ PNG = picture()
         (rows(image=[PNG, None], label=[0, 1]), r"x\.parquet/1: image is null.*--max-corrupt=0"),
         (rows(image=[PNG, b"no"], label=[0, 1]), r"x\.parquet/1: not a readable image"),
         (rows(image=pa.array([], pa.binary())), "hold no sample"),
+        (rows(image=pa.array([], pa.binary()), label=pa.array([], pa.int64())), "hold no sample"),
         (two_files, r"y\.parquet: label is string, in x\.parquet int64"),
         (lambda folder: (folder / "x.parquet").write_bytes(b"PAR1 no"), "not a readable parquet"),
         (
