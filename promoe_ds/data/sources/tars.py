@@ -116,11 +116,11 @@ class TarImages(PackedSamples[Blob]):
                     f"{shown(path)}: {shown(key)} has several images ({', '.join(images)}): name"
                     " one with --image-column"
                 )
-            value = _label(path, sample, label)
+            value = None if label == "" else _label(path, sample, label)
             if images:
                 image = sample[images[0]]
                 yield image.name, image.start, image.size, value
-            elif sample.keys() & {_LABEL, _TEXT, _TABLE, label}:
+            elif sample.keys() & {_LABEL, _TEXT, _TABLE, *keep}:
                 yield key, -1, 0, value
 
     def _finish(

@@ -156,7 +156,13 @@ def test_parquet_labels_are_numbers_or_places_among_sorted_names(
 def test_tar_labels_come_from_cls_or_what_is_named(
     tmp_path: Path, members: dict, column: str | None, classes: tuple, expected: list[int]
 ) -> None:
-    images = {"./a.jpg": picture(), "b.PNG": picture(), "._a.jpg": b"", "readme.md": b""}
+    images = {
+        "./a.jpg": picture(),
+        "b.PNG": picture(),
+        "._a.jpg": b"",
+        "readme.md": b"",
+        "LICENSE": b"",
+    }
     write_tar(tmp_path / "x.tar", {**images, **members})
     samples, _ = open_samples(tmp_path, IMAGES, Columns(label=column), split="train")
     assert samples.classes == classes and samples.labels.tolist() == expected
