@@ -1,38 +1,56 @@
-"""How fast latents come from disk: packed shards, one npz file an image; opening a large index."""
+"""How fast latents come from disk: packed shards, one npz file an image; opening a large index; and
+how fast images come from folders, parquet and tars.
+"""
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.processes import in_fresh_process, process_memory
 from benchmarks.timing import Result, interleave, wall_clock
 from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.data import LatentDataset, build_dataset, sample_indices
 from promoe_ds.data.shards import LatentIndex, write_shard
+from promoe_ds.data.sources.formats import IMAGES, open_samples
+from promoe_ds.data.sources.samples import Columns, SampleReader
 
 IMAGENET_IMAGES = 1_281_167
 _SHARD, _BATCH, _CLASSES = 4096, 256, 1000
 _SHAPE, _EMPTY = (8, 32, 32), (8, 2, 2)
 #: One npz file for so many packed records: they are slow, and an eighth of them is enough.
 _NPZ_SHARE = 8
+#: Of the images that are decoded: width and height, side after the crop, images a class and file.
+_PIXELS, _SIDE, _IMAGES_A_FILE = (500, 375), 256, 512
+#: Rows of a row group, as `datasets` writes images.
+_ROWS = 100
 
 
 def benchmark_data(
-    folder: Path, *, rounds: int = 7, records: int = 8192, index_records: int = IMAGENET_IMAGES
+    folder: Path,
+    *,
+    rounds: int = 7,
+    records: int = 8192,
+    images: int = 2048,
+    index_records: int = IMAGENET_IMAGES,
 ) -> Result:
     """Time the loaders on synthetic latents; all but one draw flips and posteriors as training
-    does.
+    does. Time what reads and decodes the same synthetic JPEGs in class folders, parquet and tars,
+    two threads each.
 
     Figures: medians over rounds, in records a second of one process: by the clock, and by the
     processor time of all its threads; and seconds and megabytes of a process of its own that opens
     an index of ImageNet's size, whose records are small.
     Args:
-        folder: empty; takes records x 72 KB, and 0.5 GB for the index.
+        folder: empty; takes records x 72 KB, images x 0.3 MB, and 0.5 GB for the index.
         rounds: of each candidate, in turn; the median counts.
         records: a multiple of 256.
     """
@@ -45,16 +63,22 @@ def benchmark_data(
     )
     wall = {name: 1e3 * len(candidates[name][0]) / one.wall_ms for name, one in timings.items()}
     cpu = {name: 1e3 * len(candidates[name][0]) / one.cpu_ms for name, one in timings.items()}
+    decoded = interleave(_image_readers(folder / "images", images), rounds=rounds, warmup=1)
+    speeds = {
+        name: {"wall": 1e3 * images / one.wall_ms, "cpu": 1e3 * images / one.cpu_ms}
+        for name, one in decoded.items()
+    }
     shards = _write_packed(folder / "imagenet", index_records, _EMPTY)
     for _ in range(2):  # the first process waits for what was just written to reach the disk
         seconds, megabytes = in_fresh_process(_open, folder / "imagenet")
     over = [rates["packed"] / rates["npz, 8 threads"] for rates in (wall, cpu)]
     return Result(
         suite="data",
-        settings={"rounds": rounds, "records": records},
+        settings={"rounds": rounds, "records": records, "images": images},
         figures={
             "wall": wall,
             "cpu": cpu,
+            "images": speeds,
             "index_records": index_records,
             "index_shards": shards,
             "index_seconds": seconds,
@@ -68,6 +92,11 @@ def benchmark_data(
             f"{'records a second':32}{'by the clock':>14}{'by processor time':>20}",
             *(f"{name:32}{wall[name]:14,.0f}{cpu[name]:20,.0f}" for name in wall),
             f"{'packed over npz, 8 threads':32}{over[0]:14.1f}{over[1]:20.1f}",
+            (
+                f"{images} JPEGs of {_PIXELS[0]} x {_PIXELS[1]} pixels, decoded and cropped to "
+                f"{_SIDE}, 2 threads"
+            ),
+            *(f"{name:32}{of['wall']:14,.1f}{of['cpu']:20,.1f}" for name, of in speeds.items()),
             (
                 f"opening {index_records:,} records in {shards} shards: {seconds:.2f} s, "
                 f"{megabytes:.0f} MB in all for the process"
@@ -103,6 +132,47 @@ def _epoch(dataset: LatentDataset, draws: bool) -> Callable[[], None]:
             dataset.take(indices, np.arange(start, start + _BATCH) if draws else None)
 
     return run
+
+
+def _image_readers(folder: Path, images: int) -> dict[str, Callable[[], None]]:
+    """Write JPEGs in each format; return what reads all of them, by format."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    random = np.random.default_rng(0)
+    for name in ("tree", "parquet", "tar"):
+        (folder / name).mkdir(parents=True)
+    for number, first in enumerate(range(0, images, _IMAGES_A_FILE)):
+        blobs = [_jpeg(random) for _ in range(first, min(first + _IMAGES_A_FILE, images))]
+        (folder / "tree" / f"{number:04d}").mkdir()
+        with tarfile.open(folder / "tar" / f"{number:04d}.tar", "w") as archive:
+            for row, blob in enumerate(blobs):
+                (folder / "tree" / f"{number:04d}" / f"{row:06d}.jpg").write_bytes(blob)
+                for name, content in ((f"{row:06d}.jpg", blob), (f"{row:06d}.cls", b"0")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+        table = pa.table({"image": [{"bytes": blob, "path": None} for blob in blobs]})
+        pq.write_table(table, folder / "parquet" / f"{number:04d}.parquet", row_group_size=_ROWS)
+    return {name: partial(_decode, folder / name) for name in ("tree", "parquet", "tar")}
+
+
+def _jpeg(random: np.random.Generator) -> bytes:
+    """Return a picture with large shapes and some noise, about 100 KB."""
+    coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize(_PIXELS, Image.Resampling.BICUBIC), dtype=np.float32)
+    noise = random.standard_normal((_PIXELS[1], _PIXELS[0], 1), dtype=np.float32)
+    buffer = io.BytesIO()
+    noisy = (pixels + 12 * noise).clip(0, 255).astype(np.uint8)
+    Image.fromarray(noisy).save(buffer, "jpeg", quality=90)
+    return buffer.getvalue()
+
+
+def _decode(path: Path) -> None:
+    samples, found = open_samples(path, IMAGES, Columns(), split="train")
+    reader = SampleReader(samples, partial(found.read, size=_SIDE), workers=2)
+    for start in range(0, len(samples), 32):
+        reader.read(range(start, min(start + 32, len(samples))))
 
 
 def _config(path: Path, *, size: int = 32, **data: object) -> RunConfig:

@@ -10,6 +10,8 @@ from pathlib import Path
 TORCH = "a file of torch.save"
 SCRIPT = "a TorchScript archive"
 SAFETENSORS = "a safetensors file"
+PARQUET = "a parquet file"
+TAR = "a tar archive: unpack it first"
 
 #: How files begin that no reader of checkpoints takes, and what to do about each.
 _BEGINNINGS = (
@@ -23,6 +25,7 @@ _BEGINNINGS = (
     (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
     (b"\x93NUMPY", "a NumPy array"),
     (b"\x89HDF", "an HDF5 file"),
+    (b"PAR1", PARQUET),
     # The number that torch.save put in front before it wrote zip archives.
     (
         b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
@@ -36,7 +39,8 @@ _HEAD = 512
 def identify(path: Path) -> str:
     """Return what a file is, a noun phrase, with what to do about it where something can be done.
 
-    TORCH, SCRIPT and SAFETENSORS are returned as they are; nothing is executed from the file.
+    TORCH, SCRIPT, SAFETENSORS, PARQUET and TAR are returned as they are; nothing is executed from
+    the file.
     Raises: OSError if it cannot be read.
     """
     with path.open("rb") as file:
@@ -51,7 +55,7 @@ def identify(path: Path) -> str:
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
         return SAFETENSORS
     if head[257:262] == b"ustar":
-        return "a tar archive: unpack it first"
+        return TAR
     text = head.decode("utf-8", errors="replace").lstrip("\ufeff \t\r\n").lower()
     if text.startswith(("<!doctype", "<html", "<?xml", "<head")):
         return "a web page: download the file itself, not the page that shows it"

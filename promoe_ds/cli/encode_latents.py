@@ -1,18 +1,21 @@
-"""Encode a tree of images into packed latents, plain and mirrored: one process, or many under
+"""Encode images into packed latents, plain and mirrored: one process, or many under
 torchrun or deepspeed.
 
     torchrun --nproc-per-node 8 -m promoe_ds.cli.encode_latents --images imagenet/train --out
     latents \\
         --vae stabilityai/sd-vae-ft-mse
-    promoe-encode --from-npz sd-vae-ft-mse_Latents_256img_npz --vae-name stabilityai/sd-vae-ft-mse
-    --out latents
+    promoe-encode --images 'imagenet-1k/data/train-*.parquet' --out latents --vae ...
+    promoe-encode --images 'shards/{000..127}.tar' --captions .txt --out latents --vae ...
+    promoe-encode --from-latents sd-vae-ft-mse_Latents_256img_npz --vae-name
+    stabilityai/sd-vae-ft-mse --out latents
     promoe-encode --images pictures --out latents --vae stabilityai/sd-vae-ft-mse --captions .txt
     promoe-encode --verify latents
     promoe-encode --measure latents
 
-The same command resumes after an interruption, on any number of processes. --from-npz packs the
-cache of the published code (`.latent.npz`) or of DiffMoE. The folder's format is in
-docs/imagenet.md; `--set data.path=latents` trains on it.
+The same command resumes after an interruption, on any number of processes. --from-latents (or
+--from-npz) packs the cache of the published code (`.latent.npz`) or of DiffMoE, and latents in
+parquet or .pt files: docs/inputs.md lists what is read. The folder's format is in docs/imagenet.md;
+`--set data.path=latents` trains on it.
 """
 
 import argparse
@@ -33,17 +36,22 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     task.add_argument(
         "--images",
         type=Path,
-        metavar="DIR",
+        metavar="PATH",
         help=(
-            "tree of images, one folder a class, any depth below; or the "
-            "folder above with train and val"
+            "tree of images, one folder a class, any depth below; or the folder above with train"
+            " and val; or parquet files or tars: a folder of them, one, a pattern"
+            " ('train-{000..127}.tar'), or a data set of the hub (OWNER/NAME)"
         ),
     )
     task.add_argument(
+        "--from-latents",
         "--from-npz",
         type=Path,
-        metavar="DIR",
-        help="tree of .npz files, one an image, one folder a class",
+        metavar="PATH",
+        help=(
+            "latents that are encoded already: a tree of .npz files, one folder a class;"
+            " or parquet or .pt files: a folder of them, one, a pattern"
+        ),
     )
     task.add_argument(
         "--verify", type=Path, metavar="DIR", help="only read finished latents and check every byte"
@@ -65,7 +73,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--split",
         default="train",
         choices=["train", "val", "test"],
-        help="where DIR holds these folders",
+        help="where PATH holds these folders, or files that are called so",
+    )
+    add(
+        "--image-column",
+        metavar="NAME",
+        help="column of the images in parquet (image), extension in tars (that of an image)",
+    )
+    add(
+        "--label-column",
+        metavar="NAME",
+        help=(
+            "column of the labels in parquet (label, labels), extension or json key in tars (cls);"
+            " '': none"
+        ),
     )
     add("--image-size", type=number(ge=1), default=256, help="pixels a side after the crop")
     add(
@@ -103,13 +124,17 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
         texts = "captions", "text_encoder", "text_length", "text_dtype", "max_uncaptioned"
         why = "with finished latents" if is_finished else "without --captions"
         parser.without_effect(options, *texts, reason=why)
-    if options.from_npz:
+    if options.from_latents:
         parser.require(
             options.vae_name,
-            "--from-npz needs --vae-name: the files do not say which autoencoder they come from",
+            "--from-latents needs --vae-name: nothing there says which autoencoder they come from",
         )
         parser.without_effect(
-            options, "vae", "flip", reason="with --from-npz, which encodes nothing"
+            options,
+            "vae",
+            "flip",
+            "image_column",
+            reason="with --from-latents, which encodes nothing",
         )
 
 
@@ -137,7 +162,8 @@ def main(arguments: list[str]) -> None:
             log.info("%s: %s", options.measure, measure_folder(options.measure, team).statistics)
             return
         given = {each.name: getattr(options, each.name, None) for each in fields(EncodeRequest)}
-        given |= {"source": options.images or options.from_npz, "from_npz": bool(options.from_npz)}
+        source = options.images or options.from_latents
+        given |= {"source": source, "from_latents": bool(options.from_latents)}
         index = encode(EncodeRequest(**given), team)
         log.info(
             "%s: %d records of %d classes in %d shards, %d images skipped",
@@ -148,7 +174,6 @@ def main(arguments: list[str]) -> None:
             len(index.skipped),
         )
         if options.captions is not None:
-            source = options.images or options.from_npz
             encode_captions(options, source, options.out, team)
 
 

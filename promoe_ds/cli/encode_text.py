@@ -4,8 +4,9 @@
         --text-encoder google/t5-v1_1-xl --text-dtype bfloat16
     promoe-encode-text --latents latents --images pictures --captions caption
 
-A caption is a line of the .txt file beside each image, or the column's cell in metadata.jsonl or
-metadata.csv, whose column file_name names the images. The same command resumes after an
+A caption is a line of the .txt file beside each image or in its sample of a tar, or the column's
+cell in parquet, in metadata.jsonl or metadata.csv, whose column file_name names the images, or the
+key's value in a tar's .json. The same command resumes after an
 interruption, on any number of processes. The format is in docs/text.md; `--set data.path=latents`
 trains on it.
 """
@@ -26,13 +27,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--latents", type=Path, required=True, metavar="DIR", help="packed latents of the images"
     )
     parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="tree that they were encoded from"
+        "--images",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="what they were encoded from, as promoe-encode takes it",
     )
     parser.add_argument(
         "--split",
         default="train",
         choices=["train", "val", "test"],
-        help="where DIR holds these folders",
+        help="where PATH holds these folders, or files that are called so",
     )
     add_captions(parser, required=True)
     parser.add_process()
@@ -46,7 +51,10 @@ def add_captions(parser: Parser, *, required: bool) -> None:
         "--captions",
         required=required,
         metavar="COLUMN|.txt",
-        help="column of metadata.jsonl or metadata.csv in the tree, or a .txt file beside an image",
+        help=(
+            "column of parquet, or of metadata.jsonl or metadata.csv in the tree, or key of a tar's"
+            " .json; or the .txt file beside an image"
+        ),
     )
     add(
         "--text-encoder",

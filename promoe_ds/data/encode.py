@@ -1,4 +1,4 @@
-"""From a tree of images to packed latents, on many ranks, resumable: whole shards are the unit of
+"""From images to packed latents, on many ranks, resumable: whole shards are the unit of
 work.
 
 The shards that are missing are split over the ranks. A shard is complete once its entry
@@ -7,10 +7,9 @@ The shards that are missing are split over the ranks. A shard is complete once i
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
-from promoe_ds.data.images import COMPOSED, TURNED, read_image
+from promoe_ds.data.images import COMPOSED, TURNED
 from promoe_ds.data.normalization.statistics import LatentStatistics, measure, merge
 from promoe_ds.data.reading import read_json, reading, shown, some_of
 from promoe_ds.data.shards import (
@@ -32,8 +30,9 @@ from promoe_ds.data.shards import (
     read_index,
     write_shard,
 )
-from promoe_ds.data.trees import Tree, TreeReader, scan_tree
-from promoe_ds.data.unpacked import NPZ_SUFFIX, read_npz_moments
+from promoe_ds.data.sources.files import fetch_from_hub
+from promoe_ds.data.sources.formats import IMAGES, LATENTS, TREE, Format, open_samples
+from promoe_ds.data.sources.samples import Columns, SampleReader, Samples
 from promoe_ds.data.vae import MOMENTS, Vae, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError, differences
@@ -42,18 +41,22 @@ from promoe_ds.logs import Progress, get_logger
 from promoe_ds.versions import versions_of
 
 _LOG = get_logger("encode")
+#: Settings that an index keeps in `encoding`.
+_ENCODING = ("files", "listing", "source", "shard_size", "vae_dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeRequest:
-    """What to encode: images by `vae`, or the npz files of another trainer's cache (`from_npz`)."""
+    """What to encode: images by `vae`, or another program's cache of latents (`from_latents`)."""
 
     source: Path
     out: Path
     vae: str | None = None
     vae_name: str | None = None
-    from_npz: bool = False
+    from_latents: bool = False
     split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
     image_size: int = 256
     flip: bool = True
     dtype: str = "float32"
@@ -67,10 +70,16 @@ class EncodeRequest:
         """Return the place of a shard."""
         return self.out / f"shard-{number:05d}.safetensors"
 
-    def reader(self, tree: Tree, read: Callable[[Path], np.ndarray]) -> TreeReader:
-        """Return what reads the files of a tree."""
+    def samples(self) -> tuple[Samples[Any], Format]:
+        """Return the samples of the source and their format."""
+        formats = LATENTS if self.from_latents else IMAGES
+        columns = Columns(image=self.image_column, label=self.label_column)
+        return open_samples(self.source, formats, columns, split=self.split)
+
+    def reader(self, samples: Samples[Any], read: Callable[..., np.ndarray]) -> SampleReader:
+        """Return what reads the samples."""
         limit = self.max_corrupt
-        return TreeReader(tree, read, self.workers, max_corrupt=limit, setting="--max-corrupt")
+        return SampleReader(samples, read, self.workers, max_corrupt=limit, setting="--max-corrupt")
 
 
 class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,32 +95,36 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """What is packed: the files of a tree, of which autoencoder.
+    """What is packed: which samples, of which autoencoder.
 
-    kind: of the records: moments, or latents of an autoencoder without a posterior.
+    format: of the samples. kind: moments, or latents of an autoencoder without a posterior.
     shape: of a record, (C, H, W). sides: 2 with the mirrored image, else 1.
     records: returns those of a batch, by side. changes: what `reader` changed of images.
     """
 
-    tree: Tree
+    samples: Samples[Any]
+    format: str
     identity: VaeIdentity
     kind: str
     shape: tuple[int, int, int]
     sides: int
-    reader: TreeReader
+    reader: SampleReader
     records: Callable[[np.ndarray], Sequence[Tensor]]
     changes: list[str] = field(default_factory=list)
 
 
 def encode(request: EncodeRequest, team: DistributedContext) -> LatentIndex:
-    """Encode a tree; all ranks call this together. Return the index.
+    """Encode images; all ranks call this together. Return the index.
 
     Raises: DataError for images that cannot be read, beyond `max_corrupt` of a rank or of all
         together; ConfigError for a request that cannot be, or an output folder that holds something
         else.
     """
-    source = _cached(request) if request.from_npz else _images(request, team)
-    settings, files = _settings(request, source), range(len(source.tree))
+    # Rank 0 alone fetches what is on the hub first.
+    team.on_main(lambda: fetch_from_hub(request.source, request.split))
+    request = replace(request, source=fetch_from_hub(request.source, request.split))
+    source = _cached(request) if request.from_latents else _images(request, team)
+    settings, files = _settings(request, source), range(len(source.samples))
     if (done := team.on_main(lambda: _claim(request.out, settings))) is not None:
         return done
     size = request.shard_size
@@ -139,12 +152,12 @@ def missing_shards(request: EncodeRequest, shards: int) -> list[int]:
 
 
 def _images(request: EncodeRequest, team: DistributedContext) -> _Source:
-    """Return a tree of images and the autoencoder that encodes them.
+    """Return the images and the autoencoder that encodes them.
 
-    Raises: DataError for a tree or an autoencoder that cannot be read; ConfigError for a size that
+    Raises: DataError for images or an autoencoder that cannot be read; ConfigError for a size that
         the autoencoder would cut.
     """
-    tree = scan_tree(request.source, split=request.split)
+    samples, form = request.samples()
     load = partial(
         Vae,
         request.vae,
@@ -168,56 +181,62 @@ def _images(request: EncodeRequest, team: DistributedContext) -> _Source:
         return [vae.encode(each) for each in (images_BHWC, images_BHWC[:, :, ::-1].copy())[:sides]]
 
     return _Source(
-        tree=tree,
+        samples=samples,
+        format=form.name,
         identity=identity,
         kind=vae.kind,
         shape=(vae.record_channels, side, side),
         sides=sides,
-        reader=request.reader(tree, partial(read_image, size=request.image_size, changes=changes)),
+        reader=request.reader(
+            samples, partial(form.read, size=request.image_size, changes=changes)
+        ),
         records=records,
         changes=changes,
     )
 
 
 def _cached(request: EncodeRequest) -> _Source:
-    """Return a tree of cached moments; all have the shape of the first that can be read.
+    """Return cached latents; all have the shape of the first that can be read.
 
     Raises: ConfigError if their autoencoder is not named; DataError if there are more unreadable
         ones than allowed.
     """
     if request.vae_name is None:
         raise ConfigError(
-            "--from-npz: the files do not say which autoencoder they come from: name it with"
+            "--from-latents: the files do not say which autoencoder they come from: name it with"
             " --vae-name, as recipes do in data.vae"
         )
-    tree = scan_tree(request.source, (NPZ_SUFFIX,), split=request.split)
-    probe = request.reader(tree, read_npz_moments)
-    shapes = (found[i].shape for i in range(len(tree)) if (found := probe.read([i])))
+    samples, form = request.samples()
+    probe = request.reader(samples, form.read)
+    shapes = (found[i].shape for i in range(len(samples)) if (found := probe.read([i])))
     if (shape := next(shapes, None)) is None:
-        raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
-    sides = min(shape[0], 1 + request.flip)
+        raise DataError(f"{samples.root}: none of its {len(samples)} records could be read")
+    sides, channels = min(shape[0], 1 + request.flip), shape[1]
+    if samples.kind == MOMENTS:
+        channels //= 2
     # No more is known than the name that the user gives, and the channels.
     return _Source(
-        tree=tree,
-        identity=VaeIdentity(name=request.vae_name, latent_channels=shape[1] // 2),
-        kind=MOMENTS,
+        samples=samples,
+        format=form.name,
+        identity=VaeIdentity(name=request.vae_name, latent_channels=channels),
+        kind=samples.kind,
         shape=shape[1:],
         sides=sides,
-        reader=request.reader(tree, partial(read_npz_moments, shape=shape)),
+        reader=request.reader(samples, partial(form.read, shape=shape)),
         records=lambda values: torch.from_numpy(values).unbind(1)[:sides],
     )
 
 
 def _settings(request: EncodeRequest, source: _Source) -> dict[str, Any]:
     """Return what must agree between the calls that fill one folder."""
-    names = os.fsencode("\n".join(source.tree.names))
     return {
-        "files": len(source.tree),
-        "listing": xxhash.xxh3_64(names).hexdigest(),
-        "image_size": None if request.from_npz else request.image_size,
+        "files": len(source.samples),
+        "listing": source.samples.listing(),
+        "source": source.format,
+        "image_size": None if request.from_latents else request.image_size,
         "flipped": source.sides == 2,
         "dtype": request.dtype,
-        "vae_dtype": None if request.from_npz else request.vae_dtype,
+        "vae_dtype": None if request.from_latents else request.vae_dtype,
         "shard_size": request.shard_size,
         "vae": asdict(source.identity),
     }
@@ -230,10 +249,11 @@ def _claim(out: Path, settings: dict[str, Any]) -> LatentIndex | None:
     path, before = out / UNFINISHED, settings
     try:
         if (index := read_index(out)) is not None:
-            before = {**msgspec.to_builtins(index), **index.encoding}
+            # Earlier versions read nothing but trees.
+            before = {"source": TREE, **msgspec.to_builtins(index), **index.encoding}
             _LOG.info("%s: latents are there already", out)
         elif path.is_file():
-            before = read_json(path, "record of an encoding", dict)
+            before = {"source": TREE, **read_json(path, "record of an encoding", dict)}
             _LOG.info("%s: resuming the encoding found there", out)
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(
@@ -256,8 +276,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> LatentIndex | None:
 
 
 def _encode_shard(request: EncodeRequest, source: _Source, files: range, path: Path) -> None:
-    """Encode one shard; it is empty if none of its files can be read."""
-    tree, dtype, kept = source.tree, getattr(torch, request.dtype), list[int]()
+    """Encode one shard; it is empty if none of its records can be read."""
+    samples, dtype, kept = source.samples, getattr(torch, request.dtype), list[int]()
     sides = [[torch.empty(0, *source.shape, dtype=dtype)] for _ in range(source.sides)]
     source.changes.clear()
     for start in range(0, len(files), request.batch_size):
@@ -266,8 +286,8 @@ def _encode_shard(request: EncodeRequest, source: _Source, files: range, path: P
             records = source.records(np.stack(list(good.values())))
             for parts, part in zip(sides, records, strict=True):
                 parts.append(part.cpu().to(dtype))
-    skipped = [shown(tree.names[index]) for index in sorted(set(files) - set(kept))]
-    labels, names = torch.from_numpy(tree.labels[kept]), [tree.names[index] for index in kept]
+    skipped = [shown(samples.names[index]) for index in sorted(set(files) - set(kept))]
+    labels, names = torch.from_numpy(samples.labels[kept]), [samples.names[i] for i in kept]
     variants = [torch.cat(parts) for parts in sides]
     measured = measure(variants, has_posterior=source.kind == MOMENTS)
     try:
@@ -287,7 +307,7 @@ def _finish(
 ) -> LatentIndex:
     """Make the index from all entries; rank 0 only."""
     entries = [_read_entry(request.path(number)) for number in range(shards)]
-    skipped, tree = tuple(name for entry in entries for name in entry.skipped), source.tree
+    skipped, samples = tuple(name for entry in entries for name in entry.skipped), source.samples
     if len(skipped) > request.max_corrupt:
         raise DataError(
             f"{len(skipped)} files could not be read, --max-corrupt={request.max_corrupt} are"
@@ -297,18 +317,18 @@ def _finish(
     records = tuple(entry.record for entry in entries)
     labels = torch.cat([Shard(request.out / record.file).labels for record in records])
     if not len(labels):
-        raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
-    counts = labels.bincount(minlength=len(tree.classes)).tolist()
+        raise DataError(f"{samples.root}: none of its {len(samples)} files could be read")
+    counts = labels.bincount(minlength=len(samples.classes)).tolist()
     if changes := sum((Counter(entry.changes) for entry in entries), Counter()):
         _LOG.info(
             "%s: %d images with transparent pixels were composed over white, %d turned upright as"
             " their EXIF data say",
-            *(tree.root, changes[COMPOSED], changes[TURNED]),
+            *(samples.root, changes[COMPOSED], changes[TURNED]),
         )
-    if unread := [name for name, count in zip(tree.classes, counts, strict=True) if not count]:
+    if unread := [name for name, count in zip(samples.classes, counts, strict=True) if not count]:
         _LOG.warning(
             "%s: no image of %d classes could be read, their labels never occur: %s",
-            *(tree.root, len(unread), some_of(unread)),
+            *(samples.root, len(unread), some_of(unread)),
         )
     index = LatentIndex(
         count=len(labels),
@@ -318,12 +338,12 @@ def _finish(
         flipped=settings["flipped"],
         image_size=settings["image_size"],
         vae=source.identity,
-        classes=tuple(map(shown, tree.classes)),
+        classes=tuple(map(shown, samples.classes)),
         class_counts=tuple(counts),
         shards=records,
         statistics=_merged(entries),
         skipped=skipped,
-        encoding={name: settings[name] for name in ("files", "listing", "shard_size", "vae_dtype")},
+        encoding={name: settings[name] for name in _ENCODING},
         versions=versions_of("diffusers", "numpy", "pillow", "safetensors"),
     )
     index.write(request.out)

@@ -5,9 +5,11 @@ Letters: H, W size in pixels, C colour channels.
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +35,14 @@ _BIG_PIXELS = 2**24
 #: Pixels of a picture enlarged before its square is cut: a thin one would take gigabytes.
 _MAX_ENLARGED = 2**26
 _ONE_BIG = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file inside of another one: what messages call it, and what reads its bytes."""
+
+    path: Path
+    content: Callable[[], bytes]
 
 
 def plain_image(image: Image.Image, changes: list[str] | None = None) -> Image.Image:
@@ -105,20 +115,22 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def read_picture(
-    path: Path, fit: Callable[[Image.Image], _T], changes: list[str] | None = None
+    file: Path | Blob, fit: Callable[[Image.Image], _T], changes: list[str] | None = None
 ) -> _T:
     """Decode a picture, its first frame where there are several, and return what `fit` makes of it.
 
     Raises: DataError naming a file that is no whole image, or has more pixels than Pillow allows.
     """
-    with reading(path, "image"), Image.open(path, formats=image_formats()) as image:
-        with _ONE_BIG if image.width * image.height > _BIG_PIXELS else nullcontext():
-            return fit(plain_image(image, changes))
+    with reading(file.path if isinstance(file, Blob) else file, "image"):
+        source = io.BytesIO(file.content()) if isinstance(file, Blob) else file
+        with Image.open(source, formats=image_formats()) as image:
+            with _ONE_BIG if image.width * image.height > _BIG_PIXELS else nullcontext():
+                return fit(plain_image(image, changes))
 
 
-def read_image(path: Path, size: int, changes: list[str] | None = None) -> np.ndarray:
+def read_image(file: Path | Blob, size: int, changes: list[str] | None = None) -> np.ndarray:
     """Return an image's central square, (size, size, 3) uint8.
 
     Raises: DataError naming a file that is no whole image.
     """
-    return read_picture(path, lambda image: center_crop(image, size), changes)
+    return read_picture(file, lambda image: center_crop(image, size), changes)

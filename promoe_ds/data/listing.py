@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import stat
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -60,7 +62,31 @@ def is_leftover(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LEFTOVERS
 
 
-class FileList:
+@dataclass
+class Files:
+    """Files of a folder, by `names`, relative and sorted."""
+
+    root: Path
+    names: list[str]
+
+    def paths(self) -> list[Path]:
+        """Return where they are."""
+        return [self.root / name for name in self.names]
+
+    def file_of(self, record: str) -> tuple[int, str]:
+        """Return the number of the file that a record is in, whose name begins with the file's, and
+        the rest of its name.
+
+        Raises: DataError if there is none.
+        """
+        for place in (at for at, sign in enumerate(record) if sign == "/"):
+            if (number := bisect_left(self.names, record[:place])) < len(self.names):
+                if self.names[number] == record[:place]:
+                    return number, record[place + 1 :]
+        raise DataError(f"{shown(self.root)}: holds no file of the record {shown(record)}")
+
+
+class FileList(Files):
     """The files of some kinds below a folder: `names`, relative and sorted.
 
     `folders` are those of the first level. Links are followed after all real folders, so that a
@@ -68,16 +94,21 @@ class FileList:
     listed already, or to a folder above the tree, is named and left out.
     """
 
-    def __init__(self, root: Path, suffixes: Collection[str] | None = None) -> None:
+    def __init__(
+        self, root: Path, suffixes: Collection[str] | None = None, *, kind: str | None = None
+    ) -> None:
         """List the tree; rank 0 says what was left out.
 
+        Args:
+            suffixes: extensions in lower case; those of images if left out.
+            kind: what messages call such a file.
         Raises: DataError for a folder that cannot be read or holds no such file, or a link of the
             first level to nothing.
         """
-        self.root = root
-        self.names: list[str] = []
+        super().__init__(root, [])
         self.folders: list[str] = []
-        self.kind = "readable image" if suffixes is None else f"{', '.join(suffixes)} file"
+        by_suffix = "readable image" if suffixes is None else f"{', '.join(suffixes)} file"
+        self.kind = kind or by_suffix
         self._suffixes = image_suffixes() if suffixes is None else suffixes
         self._notes = {note: Counter[str]() for note in _NOTES}
         self._seen: set[tuple[int, int]] = set()

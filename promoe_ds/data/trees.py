@@ -1,4 +1,4 @@
-"""Trees of class folders: which folders are classes, in which order, and how their files are read.
+"""Trees of class folders: which folders are classes, and in which order.
 
 A class's label is its place among the sorted folders of the first level; docs/inputs.md states the
 rules.
@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from promoe_ds.data.listing import FileList, is_leftover
-from promoe_ds.data.reading import reading, shown, some_of, warn_once
+from promoe_ds.data.reading import reading, shown, some_of
+from promoe_ds.data.sources.labels import warn_of_order
+from promoe_ds.data.sources.samples import Samples
 from promoe_ds.errors import DataError
-from promoe_ds.logs import get_logger
-
-_LOG = get_logger("data")
 
 #: What `--split` finds by itself.
 _SPLITS = {"train", "val", "test"}
@@ -34,7 +32,7 @@ _SPLIT_LIKE = re.compile(
 
 
 @dataclass(frozen=True)
-class Tree:
+class Tree(Samples[Path]):
     """Files below `root`, sorted by name, and the label of each: its place among `classes`."""
 
     root: Path
@@ -42,8 +40,13 @@ class Tree:
     labels: np.ndarray
     classes: tuple[str, ...]
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def fetch(self, indices: Sequence[int]) -> list[Path | DataError]:
+        """Return the paths of these files."""
+        return [self.root / self.names[index] for index in indices]
+
+    def listing(self) -> str:
+        """Return the checksum of the names, which say the labels."""
+        return xxhash.xxh3_64(os.fsencode("\n".join(self.names))).hexdigest()
 
 
 def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str = "train") -> Tree:
@@ -60,7 +63,15 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
     """
     root = root_of_split(path, split)
     refuse_splits(root)
-    files = FileList(root, suffixes)
+    return tree_of(FileList(root, suffixes))
+
+
+def tree_of(files: FileList) -> Tree:
+    """Return the tree of files that are listed.
+
+    Raises: DataError as `scan_tree` has it.
+    """
+    root = files.root
     if homeless := [name for name in files.names if os.sep not in name]:
         raise DataError(
             f"{root}: {shown(homeless[0])} is beside the class folders: move it into the folder of "
@@ -80,7 +91,7 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
             f"{some_of(empty)}. A class's label is its place among the sorted folders: fill them, "
             "or remove what is no class"
         )
-    _warn_of_order(root, classes)
+    warn_of_order(root, classes)
     label_of = {name: label for label, name in enumerate(classes)}
     labels = np.array([label_of[folder] for folder in folders], dtype=np.int64)
     return Tree(root, files.names, labels, tuple(classes))
@@ -135,82 +146,3 @@ def _split_like(folders: list[str]) -> list[str]:
     }
     is_sure = len(matches) == len(folders) or any(match[1] for match in matches.values())
     return list(matches) if is_sure else []
-
-
-def _warn_of_order(root: Path, classes: list[str]) -> None:
-    """Say what a person would not expect of the labels' order."""
-    by_value = sorted(classes, key=_with_numbers)
-    for label, (found, expected) in enumerate(zip(classes, by_value, strict=True)):
-        if found != expected:
-            warn_once(
-                "%s: class folders are sorted as text, not as numbers: label %d is folder %s, not "
-                "%s. Pad the names with zeros for the order of numbers",
-                *(shown(root), label, shown(found), shown(expected)),
-            )
-            break
-    folded = Counter(name.casefold() for name in classes)
-    if alike := [name for name in classes if folded[name.casefold()] > 1]:
-        warn_once(
-            "%s: class folders that differ in capitals alone are classes of their own: %s",
-            *(shown(root), some_of(alike)),
-        )
-
-
-def _with_numbers(name: str) -> list[str | int]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-class TreeReader:
-    """Reads files of a tree in several threads: decoders release Python's lock."""
-
-    def __init__(
-        self,
-        tree: Tree,
-        read: Callable[[Path], np.ndarray],
-        workers: int,
-        *,
-        max_corrupt: int = 0,
-        setting: str = "",
-    ) -> None:
-        """Read with `read`, which raises DataError for a file that it cannot.
-
-        Args:
-            max_corrupt: files that may be left out, as `setting` says; without it none may.
-        """
-        self._tree, self._read, self._limit, self._setting = tree, read, max_corrupt, setting
-        self._pool = ThreadPoolExecutor(workers)
-        self._corrupt: set[str] = set()
-
-    def read(self, indices: Iterable[int]) -> dict[int, np.ndarray]:
-        """Return what each of these files holds, but for those that cannot be read.
-
-        Raises: DataError, naming the latest of them, when they are too many.
-        """
-        found = {}
-        for index, value in zip(indices, self._pool.map(self._try, indices), strict=True):
-            if isinstance(value, DataError):
-                self._count(self._tree.names[index], value)
-            else:
-                found[index] = value
-        return found
-
-    def _try(self, index: int) -> np.ndarray | DataError:
-        try:
-            return self._read(self._tree.root / self._tree.names[index])
-        except DataError as error:
-            return error
-
-    def _count(self, name: str, problem: DataError) -> None:
-        """Name and count an unreadable file; again the same costs nothing."""
-        if not self._setting:
-            raise problem
-        if name in self._corrupt:
-            return
-        self._corrupt.add(name)
-        count, allowed = len(self._corrupt), f"{self._setting}={self._limit}"
-        if count > self._limit:
-            raise DataError(
-                f"{problem}; that makes {count} unreadable files, {allowed} are allowed: repair or "
-                "remove them, or raise it"
-            )
-        _LOG.warning("skipped %s (%d of %s)", problem, count, allowed)

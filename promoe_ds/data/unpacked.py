@@ -18,7 +18,9 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.dataset import DrawnLatents, first_not_finite
 from promoe_ds.data.images import read_image
 from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.trees import Tree, TreeReader, scan_tree
+from promoe_ds.data.sources.cached import checked
+from promoe_ds.data.sources.samples import SampleReader
+from promoe_ds.data.trees import Tree, scan_tree
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import DataError
 
@@ -46,7 +48,7 @@ class EncodedImages(DrawnLatents):
         classes = len(self._tree.classes)
         super().__init__(config, self._tree.root, has_twins=True, classes=classes, vae=identity)
         self._labels = torch.from_numpy(self._tree.labels)
-        self._reader = TreeReader(
+        self._reader = SampleReader(
             self._tree,
             partial(read_image, size=config.model.input_size * identity.downsampling),
             data.workers,
@@ -102,7 +104,9 @@ class NpzLatents(DrawnLatents):
         super().__init__(config, tree.root, has_twins=sides == 2, classes=len(tree.classes))
         self._labels = torch.from_numpy(tree.labels)
         shape = (sides, 2 * config.model.in_channels, size, size)
-        self._reader = TreeReader(tree, partial(read_npz_moments, shape=shape), config.data.workers)
+        self._reader = SampleReader(
+            tree, partial(read_npz_moments, shape=shape), config.data.workers
+        )
 
     def read(self, indices: np.ndarray, flips: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return moments and labels.
@@ -131,22 +135,4 @@ def read_npz_moments(path: Path, shape: tuple[int, ...] | None = None) -> np.nda
                 f"({NPZ_NAMES[0][1]}, {NPZ_NAMES[1][1]})"
             )
         sides = [data[name] for name in names if name in data]
-    # Some caches kept the batch dimension of one.
-    sides = [side[0] if side.ndim == 4 and len(side) == 1 else side for side in sides]
-    found = " and ".join(f"{side.dtype} {side.shape}" for side in sides)
-    wanted = "one or two of floats, alike, (2 Z, H, W)"
-    if shape is not None:
-        wanted = f"{shape[0]} x ({' x '.join(map(str, shape[1:]))}) of floats"
-    fits = all(
-        side.dtype.kind == "f"
-        and side.ndim == 3
-        and len(side) % 2 == 0
-        and (len(sides), *side.shape) == (shape or (len(sides), *sides[0].shape))
-        for side in sides
-    )
-    if not fits:
-        raise DataError(f"{shown(path)}: moments {found} do not fit, expected {wanted}")
-    moments = np.stack(sides).astype(np.float32)
-    if not np.isfinite(moments).all():
-        raise DataError(f"{shown(path)}: not finite: encode this image anew")
-    return moments
+    return checked(path, "moments", sides, shape)

@@ -33,8 +33,8 @@ SAMPLE = [
 ENCODE = [
     ("--images x --vae v", 2, "--out is needed"),
     ("--images x --out o", 2, "--images needs --vae"),
-    ("--from-npz x --out o", 2, "--from-npz needs --vae-name"),
-    ("--from-npz x --out o --vae-name n --no-flip", 2, "--flip has no effect with --from-npz"),
+    ("--from-npz x --out o", 2, "--from-latents needs --vae-name"),
+    ("--from-npz x --out o --vae-name n --no-flip", 2, "--flip has no effect with --from-latents"),
     ("--images x --verify y", 2, "--verify"),
     ("--verify y --workers 0", 2, "--workers: 0"),
 ]

@@ -30,10 +30,11 @@ LIBRARIES: dict[str, set[str]] = {
     "moe": {"torch"},
     "model": {"torch", "numpy", "safetensors", "xxhash"},
     "diffusion": {"torch", "numpy", "diffusers"},
-    # Pillow decodes images, diffusers encodes them; resvg draws emoji, transformers encodes texts.
+    # Pillow decodes images, diffusers encodes them; resvg draws emoji, transformers encodes texts;
+    # pyarrow reads parquet, huggingface_hub fetches it.
     # Tensors and records carry xxhash checksums.
     "data": {"torch", "numpy", "safetensors", "sklearn", "PIL", "diffusers", "xxhash", "msgspec"}
-    | {"transformers", "resvg_py"},
+    | {"transformers", "resvg_py", "pyarrow", "huggingface_hub"},
     # Runs on the launching host, before any rank, and must not need torch there.
     "launch": {"psutil"},
     "run_files": set(),

@@ -47,6 +47,17 @@ def open_captions(root: Path, source: str) -> Captions:
     return _TextFiles(root) if source == BESIDE else _Table(root, source)
 
 
+def texts_of(cell: str | list[str | None] | None) -> list[str]:
+    """Return the captions of a cell, a text or several, but for blank ones.
+
+    Raises: ValueError if it is no text.
+    """
+    texts = cell if isinstance(cell, list) else [cell]
+    if any(not isinstance(text, str | None) for text in texts):
+        raise ValueError(f"no text: {cell!r}")
+    return [text.strip() for text in texts if text and text.strip()]
+
+
 class _TextFiles(Captions):
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -55,7 +66,7 @@ class _TextFiles(Captions):
         path = (self._root / name).with_suffix(BESIDE)
         if not path.is_file():
             raise DataError(f"{shown(path)}: no such file: the image {shown(name)} has no caption")
-        captions = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        captions = texts_of(read_text(path).splitlines())
         if not captions:
             raise DataError(f"{shown(path)}: is empty: the image {shown(name)} has no caption")
         return captions
@@ -79,12 +90,8 @@ class _Table(Captions):
                         f"{path}: row {number} has no column {wanted!r}, but {_listed(row)}"
                     )
             cell = row[column]
-            texts = cell if isinstance(cell, list) else [cell]
-            if any(not isinstance(text, str) for text in texts if text is not None):
-                raise DataError(f"{path}: row {number}: {column} is no text: {cell!r}")
-            self._captions.setdefault(shown(row[_FILE]), []).extend(
-                text.strip() for text in texts if text is not None and text.strip()
-            )
+            with reading(path, f"table: row {number}: {column}"):
+                self._captions.setdefault(shown(row[_FILE]), []).extend(texts_of(cell))
 
     def of(self, name: str) -> list[str]:
         if captions := self._captions.get(shown(name)):

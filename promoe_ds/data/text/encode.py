@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from promoe_ds.data.reading import read_json, some_of
 from promoe_ds.data.shards import INDEX, LatentIndex, Shard, ShardRecord, read_index
-from promoe_ds.data.text.captions import Captions, open_captions
+from promoe_ds.data.sources.files import fetch_from_hub
+from promoe_ds.data.sources.formats import TREE, open_captions_of
+from promoe_ds.data.text.captions import Captions
 from promoe_ds.data.text.packed import (
     EMPTY,
     TEXT_INDEX,
@@ -23,7 +25,6 @@ from promoe_ds.data.text.packed import (
     write_text_shard,
 )
 from promoe_ds.data.text_encoder import TextEncoder, TextIdentity
-from promoe_ds.data.trees import root_of_split
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.files import replacing, write_json
@@ -86,7 +87,9 @@ def encode_texts(request: TextRequest, team: DistributedContext) -> TextIndex:
     encoder = first or load()
     if (done := team.on_main(lambda: _finished(request, latents, encoder.identity))) is not None:
         return done
-    captions = open_captions(root_of_split(request.images, request.split), request.captions)
+    images = fetch_from_hub(request.images, request.split)
+    form = latents.encoding.get("source", TREE)
+    captions = open_captions_of(images, form, request.captions, split=request.split)
     todo = team.on_main(
         lambda: [
             record

@@ -242,13 +242,14 @@ def test_report_of_a_synthetic_run_is_measured(tmp_path: Path) -> None:
 
 
 def test_data_are_timed_by_loader_and_the_index_is_opened(tmp_path: Path) -> None:
-    result = benchmark_data(tmp_path, rounds=1, records=256, index_records=5000)
+    result = benchmark_data(tmp_path, rounds=1, records=256, images=5, index_records=5000)
     assert (
         result.figures["wall"].keys()
         == result.figures["cpu"].keys()
         == {"packed, means", "packed", "npz, 8 threads", "npz, 1 thread"}
     )
     assert all(rate > 0 for rate in result.figures["wall"].values())
+    assert result.figures["images"].keys() == {"tree", "parquet", "tar"}
     assert (result.figures["index_shards"], result.figures["index_megabytes"] > 0) == (2, True)
 
 

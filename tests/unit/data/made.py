@@ -4,12 +4,17 @@ network.
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE, AutoencoderTiny
 from PIL import Image
@@ -151,3 +156,50 @@ def true_moments(folder: Path, *, mirrored: bool = False) -> Tensor:
 def copy_of(made: Path, target: Path) -> Path:
     """Copy the packed latents, to be damaged."""
     return shutil.copytree(made / "latents", target / "copy")
+
+
+def save_parquet(
+    images: Path, folder: Path, files: int = 2, *, rows_in_group: int = 3, **columns: list[Any]
+) -> Path:
+    """Write the images of a tree as the hub has them, `data/train-0000N-of-...`: image, label with
+    the classes' names, and more columns.
+    """
+    tree = scan_tree(images)
+    values = {
+        "image": [{"bytes": (images / n).read_bytes(), "path": n} for n in tree.names],
+        "label": tree.labels.tolist(),
+        **columns,
+    }
+    names = {"info": {"features": {"label": {"names": list(tree.classes), "_type": "ClassLabel"}}}}
+    table = pa.table(values).replace_schema_metadata({"huggingface": json.dumps(names)})
+    (folder / "data").mkdir(parents=True)
+    share = -(-len(table) // files)
+    for number in range(files):
+        path = folder / "data" / f"train-{number:05d}-of-{files:05d}.parquet"
+        pq.write_table(table.slice(number * share, share), path, row_group_size=rows_in_group)
+    return folder
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """Write files into a tar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def save_tars(images: Path, folder: Path, files: int = 2, **texts: list[bytes]) -> Path:
+    """Write the images of a tree as samples of tars, with their labels and other files."""
+    tree = scan_tree(images)
+    share = -(-len(tree) // files)
+    for number in range(files):
+        members = {}
+        for row in range(number * share, min((number + 1) * share, len(tree))):
+            members[f"{row:06d}.png"] = (images / tree.names[row]).read_bytes()
+            members[f"{row:06d}.cls"] = str(tree.labels[row]).encode()
+            members |= {f"{row:06d}.{name}": each[row] for name, each in texts.items()}
+        write_tar(folder / f"train-{number:03d}.tar", members)
+    return folder

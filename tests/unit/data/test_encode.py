@@ -210,7 +210,7 @@ def cached(folder: Path, files: dict[str, dict[str, np.ndarray]]) -> EncodeReque
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **content)
     common = {"source": folder / "npz", "out": folder / "packed", "vae_name": "tiny"}
-    return EncodeRequest(**common, from_npz=True, shard_size=6)
+    return EncodeRequest(**common, from_latents=True, shard_size=6)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_npz_cache_of_several_shapes_or_without_a_name_is_refused(tmp_path: Path
     )
     with pytest.raises(DataError, match=r"b/2\.npz: .*\(2, 6, 6\) .* 2 x \(2 x 4 x 4\)"):
         encode(packing, TEAM)
-    with pytest.raises(ConfigError, match=r"--from-npz: .*--vae-name"):
+    with pytest.raises(ConfigError, match=r"--from-latents: .*--vae-name"):
         encode(replace(packing, vae_name=None), TEAM)
 
 

@@ -24,7 +24,8 @@ from promoe_ds.data.images import (
     read_image,
     read_picture,
 )
-from promoe_ds.data.trees import TreeReader, scan_tree
+from promoe_ds.data.sources.samples import SampleReader
+from promoe_ds.data.trees import scan_tree
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.sources import FolderImages
 
@@ -318,7 +319,7 @@ def test_unreadable_files_are_counted_once_up_to_the_limit(tmp_path: Path) -> No
     tree = scan_tree(save_images(tmp_path, per_class=1))
     for name in tree.names:
         (tmp_path / name).write_bytes(b"broken")
-    reader = TreeReader(
+    reader = SampleReader(
         tree, partial(read_image, size=8), 2, max_corrupt=2, setting="data.max_corrupt"
     )
     assert reader.read([0, 1, 0]) == reader.read([1]) == {}

@@ -18,6 +18,7 @@ import torch
 from promoe_ds.config.loader import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data import LatentDataset, build_dataset
+from promoe_ds.data.encode import encode
 from promoe_ds.data.shards import ShardRecord, read_index
 from promoe_ds.data.text.encode import TextRequest, encode_texts
 from promoe_ds.data.text.packed import (
@@ -33,7 +34,8 @@ from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError
 
 from ..builders import small_values
-from .made import SCALE
+from .made import SCALE, save_parquet, save_tars
+from .made import request as image_request
 from .text_encoders import LONGEST, WIDTH, save_encoder
 
 TEAM = single_process()
@@ -246,3 +248,48 @@ def test_index_of_a_hundred_million_captions_opens_without_a_file(own: Path) -> 
     texts = PackedTexts(own / "latents", latents, text_config(own))
     with pytest.raises(DataError, match=r"shard-20000\.safetensors"):
         texts.take([20_000], [7], None)
+
+
+# Captions in parquet and tars.
+
+
+@pytest.mark.parametrize(
+    ("form", "source"),
+    [("parquet", "text"), ("parquet", "texts"), ("tar", ".txt"), ("tar", "text")],
+)
+def test_captions_in_files_are_encoded_beside_their_latents(
+    made: Path, tmp_path: Path, form: str, source: str
+) -> None:
+    captions = [PHRASES[number % 4] for number in range(15)]
+    if form == "parquet":
+        columns = {"text": captions, "texts": [[each, None, " "] for each in captions]}
+    else:
+        columns = {
+            "txt": [f"{each}\n\n".encode() for each in captions],
+            "json": [json.dumps({"text": each}).encode() for each in captions],
+        }
+    images = (save_parquet if form == "parquet" else save_tars)(
+        made / "images", tmp_path / "images", **columns
+    )
+    encode(image_request(made, tmp_path / "latents", source=images), TEAM)
+    save_encoder(tmp_path / "encoder", "bert")
+    index = encode_texts(request(tmp_path, captions=source), TEAM)
+    assert (index.counts.captions, index.counts.blank) == (15, 0)
+    _, condition = open_texts(tmp_path, caption_groups=3).take(np.array([0, 4, 1, 14]))
+    assert torch.equal(condition.pooled_BC[0], condition.pooled_BC[1])
+    assert not torch.equal(condition.pooled_BC[0], condition.pooled_BC[2])
+    assert condition.group_B.tolist() == [0, 0, 0, 2]
+    (tmp_path / "latents" / "text.json").unlink()
+    with pytest.raises(DataError, match="other"):
+        encode_texts(request(tmp_path, captions=".other" if form == "tar" else "other"), TEAM)
+
+
+def test_rows_without_a_caption_are_counted(made: Path, tmp_path: Path) -> None:
+    images = save_parquet(made / "images", tmp_path / "images", text=["a heart", None, " "] * 5)
+    encode(image_request(made, tmp_path / "latents", source=images), TEAM)
+    save_encoder(tmp_path / "encoder", "bert")
+    asked = request(tmp_path, captions="text", max_uncaptioned=10)
+    assert encode_texts(asked, TEAM).counts.blank == 10
+    (tmp_path / "latents" / "text.json").unlink()
+    with pytest.raises(DataError, match=r"/1: text is blank: no caption.*--max-uncaptioned=9"):
+        encode_texts(replace(asked, max_uncaptioned=9), TEAM)

@@ -239,8 +239,8 @@ def test_tree_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch)
 @pytest.mark.parametrize(
     ("classes", "words"),
     [
-        (("2", "10"), ("label 0 is folder 10, not 2",)),
-        (("class2", "class10", "x"), ("label 0 is folder class10",)),
+        (("2", "10"), ("label 0 is 10, not 2",)),
+        (("class2", "class10", "x"), ("label 0 is class10",)),
         (("Cat", "cat"), ("Cat, cat",)),
         (("02", "10"), ()),
         (("n01", "n02"), ()),

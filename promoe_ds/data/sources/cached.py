@@ -1,0 +1,80 @@
+"""Latents that other programs encoded: moments of posteriors, or latents drawn once.
+
+Letters: Z latent channels, C channels on disk, H, W size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from promoe_ds.data.reading import shown
+from promoe_ds.errors import DataError
+
+#: What a record's values and its mirrored twin's, which may be missing, are called: by kind.
+SIDES = {"moments": ("moments", "moments_flip"), "latents": ("latents", "latents_flip")}
+
+
+@dataclass(frozen=True)
+class CachedRecord:
+    """A record's values, and those of the mirrored image where they are there."""
+
+    path: Path
+    kind: str
+    sides: Sequence[np.ndarray]
+
+
+def sides_of(path: Path, names: Collection[str]) -> tuple[str, list[str]]:
+    """Return the kind of the latents in a file of such columns or tensors, and what they are
+    called there.
+
+    Raises: DataError if there are none.
+    """
+    for kind, sides in SIDES.items():
+        if sides[0] in names:
+            return kind, [side for side in sides if side in names]
+    raise DataError(
+        f"{shown(path)}: holds {', '.join(map(shown, names)) or 'nothing'}, expected"
+        f" {' or '.join(SIDES)}, with or without the twins (..._flip)"
+    )
+
+
+def read_record(record: CachedRecord, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Return a record's values as `checked` has them.
+
+    Raises: DataError as there.
+    """
+    return checked(record.path, record.kind, record.sides, shape)
+
+
+def checked(
+    path: Path, kind: str, sides: Sequence[np.ndarray], shape: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Return the values of a record and, where they are there, of the mirrored image: (1 or 2, C,
+    H, W) fp32; C = 2 Z for moments, Z for latents.
+
+    Raises: DataError naming the file that holds something else or, where `shape` is given, another
+        shape, or values that are not finite.
+    """
+    # Some caches kept the batch dimension of one.
+    sides = [side[0] if side.ndim == 4 and len(side) == 1 else side for side in sides]
+    found = " and ".join(f"{side.dtype} {side.shape}" for side in sides)
+    wanted = f"one or two of floats, alike, ({'2 Z' if kind == 'moments' else 'Z'}, H, W)"
+    if shape is not None:
+        wanted = f"{shape[0]} x ({' x '.join(map(str, shape[1:]))}) of floats"
+    fits = all(
+        side.dtype.kind == "f"
+        and side.ndim == 3
+        and (kind != "moments" or len(side) % 2 == 0)
+        and (len(sides), *side.shape) == (shape or (len(sides), *sides[0].shape))
+        for side in sides
+    )
+    if not fits:
+        raise DataError(f"{shown(path)}: {kind} {found} do not fit, expected {wanted}")
+    values = np.stack(sides).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise DataError(f"{shown(path)}: not finite: encode this image anew")
+    return values

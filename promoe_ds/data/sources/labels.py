@@ -1,0 +1,101 @@
+"""From the labels that people write, numbers or names, to places among classes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from promoe_ds.data.reading import shown, some_of, warn_once
+from promoe_ds.errors import DataError
+
+#: Names of the labels' column, the first that is there, where the user names none.
+LABEL_NAMES = ("label", "labels")
+#: More classes than anybody has: such numbers are no labels.
+_MOST_CLASSES = 2**20
+#: The single class of records without labels.
+_UNLABELLED = "all"
+
+
+class Labels:
+    """Collects labels file by file: integers stay what they are, names become places in their
+    sorted list.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int | str, int] = {}
+        self._parts: list[np.ndarray] = []
+
+    def add(self, values: Iterable[int | str], codes: np.ndarray | None = None) -> None:
+        """Add a label of each record; with `codes` (n,), the values that these count."""
+        places = [self._seen.setdefault(value, len(self._seen)) for value in values]
+        added = np.array(places, dtype=np.int64)
+        self._parts.append(added if codes is None else added[codes])
+
+    def finish(
+        self, where: Path, names: Sequence[str] | None = None, *, as_numbers: bool = False
+    ) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Return labels (N,) int64, and the classes' names.
+
+        Args:
+            names: of the classes that integers count, if anything says them.
+            as_numbers: texts of digits alone are integers.
+        Raises: DataError for integers that are no labels, or no label at all.
+        """
+        values = list(self._seen)
+        if not values:
+            raise DataError(f"{shown(where)}: the files there hold no sample")
+        if as_numbers and all(str(value).isdecimal() for value in values):
+            values = [int(value) for value in values]
+        if all(isinstance(value, int) for value in values):
+            classes = _numbered(where, [int(value) for value in values], names)
+            final = np.array(values, dtype=np.int64)
+        else:
+            classes = tuple(sorted(map(str, values)))
+            warn_of_order(where, classes)
+            label_of = {name: label for label, name in enumerate(classes)}
+            final = np.array([label_of[str(value)] for value in values], dtype=np.int64)
+        return final[np.concatenate(self._parts)], classes
+
+
+def no_labels(where: Path, count: int, why: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return labels and classes of records of which nothing says a label: all are of one class."""
+    warn_once("%s: %s: all %d records are of one class", *(shown(where), why, count))
+    return np.zeros(count, dtype=np.int64), (_UNLABELLED,)
+
+
+def warn_of_order(root: Path, classes: Sequence[str]) -> None:
+    """Say what a person would not expect of the labels' order."""
+    by_value = sorted(classes, key=_with_numbers)
+    for label, (found, expected) in enumerate(zip(classes, by_value, strict=True)):
+        if found != expected:
+            warn_once(
+                "%s: classes are sorted as text, not as numbers: label %d is %s, not %s. Pad the"
+                " names with zeros for the order of numbers",
+                *(shown(root), label, shown(found), shown(expected)),
+            )
+            break
+    folded = Counter(name.casefold() for name in classes)
+    if alike := [name for name in classes if folded[name.casefold()] > 1]:
+        warn_once(
+            "%s: classes that differ in capitals alone are classes of their own: %s",
+            *(shown(root), some_of(alike)),
+        )
+
+
+def _numbered(where: Path, values: list[int], names: Sequence[str] | None) -> tuple[str, ...]:
+    least, most = min(values), max(values)
+    limit = len(names) if names is not None else _MOST_CLASSES
+    if not 0 <= least <= most < limit:
+        raise DataError(
+            f"{shown(where)}: labels reach from {least} to {most}, expected 0 ... {limit - 1}: name"
+            " another column with --label-column, or none with --label-column ''"
+        )
+    return tuple(names if names is not None else map(str, range(most + 1)))
+
+
+def _with_numbers(name: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
