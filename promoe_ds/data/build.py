@@ -8,6 +8,7 @@ import torch
 
 from promoe_ds.config.data import ON_DISK
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.buckets.dataset import BucketedLatents, configs_of_buckets
 from promoe_ds.data.dataset import LatentDataset, SyntheticLatents
 from promoe_ds.data.digits import TrainingDigits
 from promoe_ds.data.emoji import TrainingEmoji
@@ -38,7 +39,10 @@ def build_dataset(config: RunConfig, device: torch.device | None = None) -> Late
             f"data.path is not set: data.dataset={data.dataset} needs {ON_DISK[data.dataset]} "
             "(--set data.path=DIR)"
         )
-    return DATASETS[data.dataset](config, device or torch.device("cpu"))
+    device, open_one = device or torch.device("cpu"), DATASETS[data.dataset]
+    if not config.model.buckets:
+        return open_one(config, device)
+    return BucketedLatents(config, [open_one(each, device) for each in configs_of_buckets(config)])
 
 
 def with_text_encoder(config: RunConfig, dataset: LatentDataset) -> RunConfig:

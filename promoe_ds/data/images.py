@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from promoe_ds.config.model import sides
 from promoe_ds.data.listing import image_formats
 from promoe_ds.data.reading import reading
 
@@ -83,25 +84,28 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Return the central square of an image, (size, size, 3) uint8.
+def center_crop(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """Return the centre of an image, (H, W, 3) uint8.
 
-    Source: ADM (Dhariwal & Nichol, 2021), the published code the same: halve by box filter while at
-    least twice too large, then bicubic to the shorter side, then cut.
+    Source: ADM (Dhariwal & Nichol, 2021), the published code the same for squares: halve by box
+    filter while both sides are at least twice too large, then bicubic until the image just covers
+    what is wanted, then cut.
+    Args:
+        size: the side of a square, or (H, W).
     Raises: ValueError for one so thin that it would not fit in memory once enlarged.
     """
-    image = image.convert("RGB")
-    while min(image.size) >= 2 * size:
+    image, (high, wide) = image.convert("RGB"), sides(size)
+    while image.width >= 2 * wide and image.height >= 2 * high:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(wide / image.width, high / image.height)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > _MAX_ENLARGED:
         raise ValueError(
-            f"{image.width} x {image.height} pixels are too thin to be cut to {size} x {size}"
+            f"{image.width} x {image.height} pixels are too thin to be cut to {wide} x {high}"
         )
     pixels = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+    top, left = (height - high) // 2, (width - wide) // 2
+    return pixels[top : top + high, left : left + wide]
 
 
 def read_picture(
@@ -116,8 +120,10 @@ def read_picture(
             return fit(plain_image(image, changes))
 
 
-def read_image(path: Path, size: int, changes: list[str] | None = None) -> np.ndarray:
-    """Return an image's central square, (size, size, 3) uint8.
+def read_image(
+    path: Path, size: int | tuple[int, int], changes: list[str] | None = None
+) -> np.ndarray:
+    """Return an image's centre, (H, W, 3) uint8: see `center_crop`.
 
     Raises: DataError naming a file that is no whole image.
     """

@@ -173,8 +173,8 @@ def _listed_files(folder: Path, index: LatentIndex) -> list[Path]:
 
 
 def _check_shard(shard: Shard, config: RunConfig) -> None:
-    size, labels = config.model.input_size, shard.labels
-    shape = (config.model.in_channels * (2 if shard.kind == MOMENTS else 1), size, size)
+    model, labels = config.model, shard.labels
+    shape = (model.in_channels * (2 if shard.kind == MOMENTS else 1), *model.latent_size)
     if shard.shape[1:] != shape or labels.shape != shard.shape[:1]:
         raise DataError(
             f"{shard.path}: {shard.kind} {shard.shape} and labels {tuple(labels.shape)} do not fit"

@@ -47,6 +47,11 @@ class VaeIdentity:
         """Whether `wanted` is its name or fingerprint."""
         return wanted is not None and wanted in (self.name, self.fingerprint)
 
+    def pixels(self, latent_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the height and width of the image that a latent of some size is made of."""
+        height, width = latent_size
+        return height * self.downsampling, width * self.downsampling
+
     def misfit(self, config: RunConfig) -> str:
         """Return how channels and scale, where it is known, differ from a recipe's, or nothing."""
         channels, scale = config.model.in_channels, config.data.latent_scale

@@ -268,7 +268,7 @@ class Trainer:
         output = self.engine(batch)
         self._health.see_loss(output.loss)
         self.engine.backward(output.loss)
-        self.routing.add(output.plans, batch.sigma_B, batch.condition.group_B)
+        self.routing.add(output.plans, batch.sigma_B, batch.condition.group_B, batch.latent_size)
         self._router_state.add(output.plans)
         return output
 
