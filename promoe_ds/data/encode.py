@@ -42,11 +42,16 @@ from promoe_ds.logs import Progress, get_logger
 from promoe_ds.versions import versions_of
 
 _LOG = get_logger("encode")
+#: Settings that an index keeps in `encoding`.
+_ENCODING = ("files", "chosen", "listing", "shard_size", "vae_dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeRequest:
-    """What to encode: images by `vae`, or the npz files of another trainer's cache (`from_npz`)."""
+    """What to encode: images by `vae`, or the npz files of another trainer's cache (`from_npz`).
+
+    chosen: places, ascending, of the files to take; all if left out.
+    """
 
     source: Path
     out: Path
@@ -54,7 +59,8 @@ class EncodeRequest:
     vae_name: str | None = None
     from_npz: bool = False
     split: str = "train"
-    image_size: int = 256
+    image_size: int | tuple[int, int] = 256
+    chosen: Sequence[int] | None = None
     flip: bool = True
     dtype: str = "float32"
     vae_dtype: str = "float32"
@@ -98,15 +104,21 @@ class _Source:
     changes: list[str] = field(default_factory=list)
 
 
-def encode(request: EncodeRequest, team: DistributedContext) -> LatentIndex:
+def encode(request: EncodeRequest, team: DistributedContext, vae: Vae | None = None) -> LatentIndex:
     """Encode a tree; all ranks call this together. Return the index.
 
+    Args:
+        vae: the request's, if it is loaded already.
     Raises: DataError for images that cannot be read, beyond `max_corrupt` of a rank or of all
         together; ConfigError for a request that cannot be, or an output folder that holds something
         else.
     """
-    source = _cached(request) if request.from_npz else _images(request, team)
-    settings, files = _settings(request, source), range(len(source.tree))
+    if request.from_npz:
+        source = _cached(request)
+    else:
+        source = _images(request, vae or load_vae(request, team))
+    files = range(len(source.tree)) if request.chosen is None else request.chosen
+    settings = _settings(request, source, files)
     if (done := team.on_main(lambda: _claim(request.out, settings))) is not None:
         return done
     size = request.shard_size
@@ -133,13 +145,11 @@ def missing_shards(request: EncodeRequest, shards: int) -> list[int]:
     return [number for number in range(shards) if not is_complete(request.path(number))]
 
 
-def _images(request: EncodeRequest, team: DistributedContext) -> _Source:
-    """Return a tree of images and the autoencoder that encodes them.
+def load_vae(request: EncodeRequest, team: DistributedContext) -> Vae:
+    """Load the autoencoder of a request; all ranks call this together.
 
-    Raises: DataError for a tree or an autoencoder that cannot be read; ConfigError for a size that
-        the autoencoder would cut.
+    Raises: DataError if it cannot be read.
     """
-    tree = scan_tree(request.source, split=request.split)
     load = partial(
         Vae,
         request.vae,
@@ -150,23 +160,27 @@ def _images(request: EncodeRequest, team: DistributedContext) -> _Source:
     # Into the memory of every rank at once: rank 0 alone fetches a hub id from the network first.
     first = load() if team.is_main else None
     team.barrier()
-    vae, changes, sides = first or load(), list[str](), 1 + request.flip
-    identity = vae.identity
-    side, cut = divmod(request.image_size, identity.downsampling)
-    if cut:
-        raise ConfigError(
-            f"--image-size {request.image_size}: must be a multiple of the {identity.downsampling}"
-            f" pixels that {identity.name} makes one latent of"
-        )
+    return first or load()
+
+
+def _images(request: EncodeRequest, vae: Vae) -> _Source:
+    """Return a tree of images and the autoencoder that encodes them.
+
+    Raises: DataError for a tree that cannot be read; ConfigError for a size that the autoencoder
+        would cut.
+    """
+    tree = scan_tree(request.source, split=request.split)
+    changes, variants, identity = list[str](), 1 + request.flip, vae.identity
 
     def moments(images_BHWC: np.ndarray) -> list[Tensor]:
-        return [vae.encode(each) for each in (images_BHWC, images_BHWC[:, :, ::-1].copy())[:sides]]
+        both = images_BHWC, images_BHWC[:, :, ::-1].copy()
+        return [vae.encode(each) for each in both[:variants]]
 
     return _Source(
         tree=tree,
         identity=identity,
-        shape=(2 * identity.latent_channels, side, side),
-        sides=sides,
+        shape=(2 * identity.latent_channels, *identity.latents(request.image_size)),
+        sides=variants,
         reader=request.reader(tree, partial(read_image, size=request.image_size, changes=changes)),
         moments=moments,
         changes=changes,
@@ -201,13 +215,15 @@ def _cached(request: EncodeRequest) -> _Source:
     )
 
 
-def _settings(request: EncodeRequest, source: _Source) -> dict[str, Any]:
+def _settings(request: EncodeRequest, source: _Source, files: Sequence[int]) -> dict[str, Any]:
     """Return what must agree between the calls that fill one folder."""
-    names = os.fsencode("\n".join(source.tree.names))
+    names, size = os.fsencode("\n".join(source.tree.names)), request.image_size
+    chosen = None if request.chosen is None else xxhash.xxh3_64(np.array(files)).hexdigest()
     return {
-        "files": len(source.tree),
+        "files": len(files),
+        "chosen": chosen,
         "listing": xxhash.xxh3_64(names).hexdigest(),
-        "image_size": None if request.from_npz else request.image_size,
+        "image_size": None if request.from_npz else size if isinstance(size, int) else list(size),
         "flipped": source.sides == 2,
         "dtype": request.dtype,
         "vae_dtype": None if request.from_npz else request.vae_dtype,
@@ -245,7 +261,9 @@ def _claim(out: Path, settings: dict[str, Any]) -> LatentIndex | None:
     return index
 
 
-def _encode_shard(request: EncodeRequest, source: _Source, files: range, path: Path) -> None:
+def _encode_shard(
+    request: EncodeRequest, source: _Source, files: Sequence[int], path: Path
+) -> None:
     """Encode one shard; it is empty if none of its files can be read."""
     tree, dtype, kept = source.tree, getattr(torch, request.dtype), list[int]()
     sides = [[torch.empty(0, *source.shape, dtype=dtype)] for _ in range(source.sides)]
@@ -283,7 +301,7 @@ def _finish(
     records = tuple(entry.record for entry in entries)
     labels = torch.cat([Shard(request.out / record.file).labels for record in records])
     if not len(labels):
-        raise DataError(f"{tree.root}: none of its {len(tree)} files could be read")
+        raise DataError(f"{tree.root}: none of its {settings['files']} files could be read")
     counts = labels.bincount(minlength=len(tree.classes)).tolist()
     if changes := sum((Counter(entry.changes) for entry in entries), Counter()):
         _LOG.info(
@@ -291,7 +309,8 @@ def _finish(
             " their EXIF data say",
             *(tree.root, changes[COMPOSED], changes[TURNED]),
         )
-    if unread := [name for name, count in zip(tree.classes, counts, strict=True) if not count]:
+    unread = [name for name, count in zip(tree.classes, counts, strict=True) if not count]
+    if unread and request.chosen is None:
         _LOG.warning(
             "%s: no image of %d classes could be read, their labels never occur: %s",
             *(tree.root, len(unread), some_of(unread)),
@@ -308,7 +327,7 @@ def _finish(
         class_counts=tuple(counts),
         shards=records,
         skipped=skipped,
-        encoding={name: settings[name] for name in ("files", "listing", "shard_size", "vae_dtype")},
+        encoding={name: settings[name] for name in _ENCODING},
         versions=versions_of("diffusers", "numpy", "pillow", "safetensors"),
     )
     index.write(request.out)

@@ -108,6 +108,19 @@ def center_crop(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
     return pixels[top : top + high, left : left + wide]
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    """Return the height and width of a picture as it is shown, from its header.
+
+    Raises: DataError naming a file that is no image.
+    """
+    with reading(path, "image"), Image.open(path, formats=image_formats()) as image:
+        width, height = image.size
+        orientation = None
+        with suppress(Exception):  # damaged EXIF data beside a whole picture
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return (width, height) if orientation in range(5, 9) else (height, width)
+
+
 def read_picture(
     path: Path, fit: Callable[[Image.Image], _T], changes: list[str] | None = None
 ) -> _T:

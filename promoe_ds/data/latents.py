@@ -38,6 +38,11 @@ def open_latents(config: RunConfig, device: torch.device) -> PackedLatents | Npz
         )
     if _shard_files(folder) or any((folder / name).is_file() for name in (INDEX, UNFINISHED)):
         return PackedLatents(config)
+    if any(folder.glob(f"*/{INDEX}")):
+        raise DataError(
+            f"data.path={folder}: holds a folder of latents for each of several sizes: name one of"
+            " them, or list all sizes in model.buckets"
+        )
     try:
         tree = scan_tree(folder, (NPZ_SUFFIX,))
     except DataError as error:

@@ -89,6 +89,7 @@ def test_resume_of_buckets_on_one_process_equals_uninterrupted_and_two_ranks(
             run_dir=tmp_path / name,
             overrides=(
                 *CONDITIONS["buckets"],
+                "parallel.ep_size=1",
                 "train.micro_batch_size=8",
                 "parallel.activation_checkpointing=full",
                 "train.max_steps=12",

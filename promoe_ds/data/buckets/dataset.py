@@ -16,7 +16,7 @@ from promoe_ds.condition import Condition
 from promoe_ds.config.model import size_name
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.dataset import LatentDataset
-from promoe_ds.data.reading import shown, some_of
+from promoe_ds.data.reading import some_of
 from promoe_ds.data.shards import INDEX, UNFINISHED, LatentIndex, read_index
 from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.errors import DataError
@@ -83,6 +83,29 @@ def largest_bucket(dataset: LatentDataset) -> LatentDataset:
     return dataset.largest if isinstance(dataset, BucketedLatents) else dataset
 
 
+def latent_folders(path: Path) -> list[Path]:
+    """Return the folders of packed latents that a path names: itself, or that of each bucket in it.
+
+    Raises: DataError for one that is not complete, or is none.
+    """
+    if (path / INDEX).is_file():
+        return [path]
+    below = path.iterdir() if path.is_dir() else ()
+    folders = sorted(each for each in below if each.is_dir() and not each.name.startswith("."))
+    strange = [each for each in folders if not (each / INDEX).is_file()]
+    if unfinished := [each.name for each in strange if (each / UNFINISHED).is_file()]:
+        raise DataError(
+            f"{path}: the latents in {some_of(unfinished)} are not complete: run promoe-encode"
+            " again with the same arguments, it resumes where it stopped"
+        )
+    if strange or not folders:
+        where = f" in {some_of([each.name for each in strange])}" if strange else ""
+        raise DataError(
+            f"{path}: no {INDEX}{where}: expected packed latents, or a folder of them for each size"
+        )
+    return folders
+
+
 def configs_of_buckets(config: RunConfig) -> list[RunConfig]:
     """Return the recipe of each bucket's own data set: one size, and its folder if it has one.
 
@@ -114,7 +137,7 @@ def _folders(path: Path, config: RunConfig) -> dict[tuple[int, int], Path]:
             f"data.path={path}: holds latents of one size: name the folder that holds a folder of"
             " latents for each of model.buckets, or leave model.buckets out"
         )
-    indices = _indices_below(path)
+    indices = {folder: _index(folder) for folder in latent_folders(path)}
     sizes, found = config.model.sizes, dict[tuple[int, int], Path]()
     for folder, index in indices.items():
         size = index.shape[1:]
@@ -136,22 +159,12 @@ def _folders(path: Path, config: RunConfig) -> dict[tuple[int, int], Path]:
         for name in ("classes", "vae"):
             if getattr(indices[folder], name) != getattr(indices[first], name):
                 raise DataError(
-                    f"{folder}: its {name} are not those of {first}: encode all buckets together"
+                    f"{folder}: differs from {first} in its {name}: encode all buckets together"
                 )
     return found
 
 
-def _indices_below(path: Path) -> dict[Path, LatentIndex]:
-    folders = sorted(each for each in path.iterdir() if each.is_dir()) if path.is_dir() else []
-    if unfinished := [each.name for each in folders if (each / UNFINISHED).is_file()]:
-        raise DataError(
-            f"data.path={path}: the latents in {some_of(unfinished)} are not complete: run"
-            " promoe-encode again with the same arguments, it resumes where it stopped"
-        )
-    found = {folder: read_index(folder) for folder in folders}
-    if strange := [folder.name for folder, index in found.items() if index is None]:
-        raise DataError(
-            f"data.path={shown(path)}: {some_of(strange)} has no {INDEX}: model.buckets needs"
-            " latents that promoe-encode has packed, a folder a size, and nothing else"
-        )
-    return {folder: index for folder, index in found.items() if index is not None}
+def _index(folder: Path) -> LatentIndex:
+    index = read_index(folder)
+    assert index is not None  # `latent_folders` has seen it
+    return index

@@ -74,7 +74,7 @@ def test_loader_batches_are_a_function_of_their_place_alone(config) -> None:
 
 def test_loader_of_buckets_gives_one_size_a_global_batch_and_every_sample_once_an_epoch() -> None:
     loader, sizes, seen = make_loader(config=BUCKETS), [], []
-    for step in range(5):  # two epochs of 10 + 10 samples in batches of 8
+    for step in range(4):  # two epochs of 10 + 10 samples in batches of 8: 2 * 16 of 2 * 20
         whole, _ = loader.samples(Place(step, 8 * step), range(8))
         parts = [loader.samples(Place(step, 8 * step), range(s, s + 2))[0] for s in (0, 2, 4, 6)]
         assert torch.equal(torch.cat(parts), whole)
@@ -82,7 +82,7 @@ def test_loader_of_buckets_gives_one_size_a_global_batch_and_every_sample_once_a
         seen += [latent.numpy().tobytes() for latent in whole]
     assert sorted(set(sizes)) == [(2, 6), (4, 4)]
     counts = Counter(seen)
-    assert len(counts) == 20 and set(counts.values()) <= {1, 2, 3}
+    assert len(counts) == 20 and set(counts.values()) == {1, 2}
     loader.close()
 
 
