@@ -59,7 +59,7 @@ class ModelConfig(Section):
         (),
         description=(
             "sizes of latents where there are several, one a batch; input_size is the largest of"
-            " them"
+            " them, by which costs are counted"
         ),
     )
     position_scale: float = Field(

@@ -71,7 +71,8 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
     conditions, encoder = load_conditions(request, config, team.device)
     as_images = vae is not None or draws_pixels(config)
     shape = image_shape(config, vae, size)
-    request = _with_dtype(request, team.device)
+    own_size = size == config.model.latent_size
+    request = replace(_with_dtype(request, team.device), size=None if own_size else size)
     folder = SampleFolder(
         request.out,
         labels,
@@ -180,6 +181,8 @@ def _settings(
         "weights": _checksum(request.model),
         "seed": request.seed,
         "labels": request.labels,
+        # None, as in earlier folders, where it is the model's own.
+        "size": request.size and size_name(request.size),
         "classes": request.classes and list(request.classes),
         "solver": plan.solver,
         "steps": plan.steps,
@@ -196,7 +199,6 @@ def _settings(
         "uint8": "clamp(127.5 * x + 128, 0, 255), truncated",
         # Stated only where it is so: earlier folders of other methods resume.
         **({"guidance": "two passes"} if plan.two_passes else {}),
-        **({"size": size_name(request.size)} if request.size else {}),
     }
 
 
