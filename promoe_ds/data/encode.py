@@ -113,10 +113,7 @@ def encode(request: EncodeRequest, team: DistributedContext, vae: Vae | None = N
         together; ConfigError for a request that cannot be, or an output folder that holds something
         else.
     """
-    if request.from_npz:
-        source = _cached(request)
-    else:
-        source = _images(request, vae or load_vae(request, team))
+    source = _cached(request) if request.from_npz else _images(request, team, vae)
     files = range(len(source.tree)) if request.chosen is None else request.chosen
     settings = _settings(request, source, files)
     if (done := team.on_main(lambda: _claim(request.out, settings))) is not None:
@@ -163,24 +160,24 @@ def load_vae(request: EncodeRequest, team: DistributedContext) -> Vae:
     return first or load()
 
 
-def _images(request: EncodeRequest, vae: Vae) -> _Source:
-    """Return a tree of images and the autoencoder that encodes them.
+def _images(request: EncodeRequest, team: DistributedContext, vae: Vae | None) -> _Source:
+    """Return a tree of images and the autoencoder that encodes them, loaded unless it is given.
 
-    Raises: DataError for a tree that cannot be read; ConfigError for a size that the autoencoder
-        would cut.
+    Raises: DataError for a tree or an autoencoder that cannot be read; ConfigError for a size that
+        the autoencoder would cut.
     """
     tree = scan_tree(request.source, split=request.split)
-    changes, variants, identity = list[str](), 1 + request.flip, vae.identity
+    vae, changes, sides = vae or load_vae(request, team), list[str](), 1 + request.flip
+    identity = vae.identity
 
     def moments(images_BHWC: np.ndarray) -> list[Tensor]:
-        both = images_BHWC, images_BHWC[:, :, ::-1].copy()
-        return [vae.encode(each) for each in both[:variants]]
+        return [vae.encode(each) for each in (images_BHWC, images_BHWC[:, :, ::-1].copy())[:sides]]
 
     return _Source(
         tree=tree,
         identity=identity,
         shape=(2 * identity.latent_channels, *identity.latents(request.image_size)),
-        sides=variants,
+        sides=sides,
         reader=request.reader(tree, partial(read_image, size=request.image_size, changes=changes)),
         moments=moments,
         changes=changes,

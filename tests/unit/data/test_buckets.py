@@ -17,6 +17,8 @@ from promoe_ds.data.buckets.dataset import latent_folders
 from promoe_ds.data.buckets.encode import encode_buckets, nearest_sizes
 from promoe_ds.data.images import read_image
 from promoe_ds.data.shards import read_index, verify
+from promoe_ds.data.text.encode import TextRequest, encode_texts
+from promoe_ds.data.text_encoder import TextEncoder
 from promoe_ds.data.trees import scan_tree
 from promoe_ds.data.vae import Vae
 from promoe_ds.distributed.context import single_process
@@ -24,6 +26,7 @@ from promoe_ds.errors import ConfigError, DataError
 
 from ..builders import small_config
 from .made import SCALE, labelled, request, save_images, save_vae
+from .text_encoders import LONGEST, WIDTH, save_encoder
 
 TEAM = single_process()
 #: Of images: a square, a wide one, a high one; of their latents half of it.
@@ -175,6 +178,39 @@ def test_folders_that_do_not_belong_together_are_named(own: Path, how: str, mess
     damage(own, how)
     with pytest.raises(DataError, match=message):
         open_buckets(own)
+
+
+def test_captions_of_every_bucket_are_beside_its_latents(packed, own: Path, tmp_path) -> None:
+    shutil.copytree(packed / "images", tmp_path / "images")
+    words = dict(zip(SHAPES, ("heart", "apple", "gold"), strict=True))
+    for name in scan_tree(tmp_path / "images").names:
+        (tmp_path / "images" / name).with_suffix(".txt").write_text(words[name[:3]])
+    encoders = [str(save_encoder(tmp_path / kind, kind)) for kind in ("bert", "clip_text")]
+
+    def encode_with(encoder: str, *folders: str) -> None:
+        for folder in folders:
+            (own / folder / "text.json").unlink(missing_ok=True)
+            encode_texts(
+                TextRequest(
+                    images=tmp_path / "images",
+                    out=own / folder,
+                    captions=".txt",
+                    text_encoder=encoder,
+                ),
+                TEAM,
+            )
+
+    encode_with(encoders[0], "8x8", "4x12", "12x4")
+    text = {"condition": "text", "text_width": WIDTH, "text_length": LONGEST, "num_classes": 1000}
+    dataset, encoder = open_buckets(own, **text), TextEncoder(encoders[0])
+    assert dataset.text_identity == encoder.identity
+    for place, word in enumerate(words.values()):
+        _, condition = dataset.take(np.array([5 * place]))
+        wanted = encoder.condition([word])
+        torch.testing.assert_close(condition.pooled_BC, wanted.pooled_BC)
+    encode_with(encoders[1], "4x12")
+    with pytest.raises(DataError, match="several text encoders"):
+        open_buckets(own, **text)
 
 
 def test_index_of_one_size_keeps_its_number(made: Path) -> None:
