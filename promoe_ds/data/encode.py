@@ -215,7 +215,8 @@ def _cached(request: EncodeRequest) -> _Source:
 def _settings(request: EncodeRequest, source: _Source, files: Sequence[int]) -> dict[str, Any]:
     """Return what must agree between the calls that fill one folder."""
     names, size = os.fsencode("\n".join(source.tree.names)), request.image_size
-    chosen = None if request.chosen is None else xxhash.xxh3_64(np.array(files)).hexdigest()
+    places = np.array(files, dtype=np.int64).tobytes()
+    chosen = None if request.chosen is None else xxhash.xxh3_64(places).hexdigest()
     return {
         "files": len(files),
         "chosen": chosen,

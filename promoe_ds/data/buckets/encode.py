@@ -68,7 +68,7 @@ def nearest_sizes(
             height, width = picture_size(path)
         except DataError:
             return np.array(0)
-        return np.abs(ratios - math.log(width / height)).argmin()
+        return np.asarray(np.abs(ratios - math.log(width / height)).argmin())
 
     own, reader = range(team.rank, len(tree), team.world_size), request.reader(tree, nearest)
     found, progress = list[np.ndarray](), Progress(_LOG, len(tree), "images looked at")
