@@ -211,7 +211,7 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> R
 def training_module(config: RunConfig, images: int) -> tuple[TrainingModule, DiffusionBatch]:
     """Return a network to train, on the CPU, and a batch of so many images with labels."""
     model, generator = config.model, torch.Generator().manual_seed(0)
-    shape = (images, model.in_channels, model.input_size, model.input_size)
+    shape = (images, model.in_channels, *model.latent_size)
     clean, noise = (torch.randn(shape, generator=generator) for _ in range(2))
     batch = DiffusionBatch(
         clean,

@@ -154,9 +154,9 @@ def distance_to_float64(module: TrainingModule, device: torch.device) -> float:
     reference.reset_positions()
     reference = reference.to(device).double().eval()
     model, generator = config.model, torch.Generator().manual_seed(0)
-    latents = torch.randn(
-        _IMAGES, model.in_channels, model.input_size, model.input_size, generator=generator
-    ).to(device)
+    latents = torch.randn(_IMAGES, model.in_channels, *model.latent_size, generator=generator).to(
+        device
+    )
     inputs = torch.linspace(100, 900, _IMAGES, device=device), torch.arange(_IMAGES, device=device)
     network.eval()
     with torch.no_grad():

@@ -40,7 +40,7 @@ def published_step(config: RunConfig) -> Callable[[], None]:
         network.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=0.0
     )
     model, decay = config.model, settings.ema_decays[0]
-    latents = torch.randn(images, model.in_channels, model.input_size, model.input_size)
+    latents = torch.randn(images, model.in_channels, *model.latent_size)
     labels = torch.randint(model.num_classes, (images,))
 
     def step() -> None:
@@ -152,7 +152,7 @@ class PublishedNetwork(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.final = nn.Linear(width, patch * patch * model.out_channels)
-        self.register_buffer("positions", sincos_positions(width, model.input_size // patch))
+        self.register_buffer("positions", sincos_positions(width, model.patch_grid))
 
     def forward(self, x_BZHW: Tensor, time_B: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prediction (B, out_channels, H, W) and the sum of the layers' contrasts."""
@@ -169,6 +169,6 @@ class PublishedNetwork(nn.Module):
             contrasts.append(contrast)
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
         patches = self.final(self.norm(x) * (1 + scale) + shift)
-        grid, patch = model.input_size // model.patch_size, model.patch_size
-        image = patches.view(len(x), grid, grid, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+        grid, patch = model.patch_grid, model.patch_size
+        image = patches.view(len(x), *grid, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
         return image.reshape(len(x), -1, *x_BZHW.shape[2:]), torch.stack(contrasts).sum()

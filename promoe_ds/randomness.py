@@ -25,6 +25,7 @@ STREAMS = {
     "flip": 8,
     "posterior": 9,
     "caption": 10,
+    "bucket": 11,
 }
 
 _MASK64 = (1 << 64) - 1

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from promoe_ds.cli.encode_text import add_captions, encode_captions
 from promoe_ds.cli.entry import command, joined_processes
-from promoe_ds.cli.options import Parser, number
+from promoe_ds.cli.options import Parser, number, size, sizes
 from promoe_ds.logs import get_logger
 
 
@@ -88,7 +88,22 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             " '': none"
         ),
     )
-    add("--image-size", type=number(ge=1), default=256, help="pixels a side after the crop")
+    add(
+        "--image-size",
+        type=size,
+        default=256,
+        metavar="PIXELS",
+        help="side after the crop, or HxW, e.g. 224x288",
+    )
+    add(
+        "--buckets",
+        type=sizes,
+        metavar="HxW,HxW,...",
+        help=(
+            "sizes in place of one: each image goes to the nearest aspect ratio, each size into a"
+            " folder of its own below --out (model.buckets)"
+        ),
+    )
     add(
         "--flip",
         action=argparse.BooleanOptionalAction,
@@ -124,6 +139,11 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
         texts = "captions", "text_encoder", "text_length", "text_dtype", "max_uncaptioned"
         why = "with finished latents" if is_finished else "without --captions"
         parser.without_effect(options, *texts, reason=why)
+    if options.buckets is not None:
+        distinct = len(set(options.buckets)) == len(options.buckets)
+        parser.require(distinct, "--buckets names a size twice")
+        parser.require(options.images, "--buckets has no effect without --images: leave it out")
+        parser.without_effect(options, "image_size", reason="with --buckets, which names the sizes")
     if options.from_latents:
         parser.require(
             options.vae_name,
@@ -141,22 +161,24 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> None:
     """Arguments to request to packed latents, or to their check."""
     options = parse_arguments(arguments)
-    from promoe_ds.data.encode import EncodeRequest, encode
+    from promoe_ds.data.buckets.dataset import latent_folders
+    from promoe_ds.data.buckets.encode import encode_buckets
+    from promoe_ds.data.encode import encode
     from promoe_ds.data.shards import measure_folder, verify
+    from promoe_ds.data.sources.packing import EncodeRequest
     from promoe_ds.data.text.packed import verify_texts
 
     log = get_logger("encode")
     with joined_processes(options.device) as team:
         if options.verify is not None:
-            index = verify(options.verify, team)
-            log.info(
-                "%s: all %d records of %d shards are what was written",
-                options.verify,
-                index.count,
-                len(index.shards),
-            )
-            if (texts := verify_texts(options.verify, team)) is not None:
-                log.info("%s: so are all %d captions", options.verify, texts.counts.captions)
+            for folder in latent_folders(options.verify):
+                index = verify(folder, team)
+                log.info(
+                    "%s: all %d records of %d shards are what was written",
+                    *(folder, index.count, len(index.shards)),
+                )
+                if (texts := verify_texts(folder, team)) is not None:
+                    log.info("%s: so are all %d captions", folder, texts.counts.captions)
             return
         if options.measure is not None:
             log.info("%s: %s", options.measure, measure_folder(options.measure, team).statistics)
@@ -164,17 +186,19 @@ def main(arguments: list[str]) -> None:
         given = {each.name: getattr(options, each.name, None) for each in fields(EncodeRequest)}
         source = options.images or options.from_latents
         given |= {"source": source, "from_latents": bool(options.from_latents)}
-        index = encode(EncodeRequest(**given), team)
-        log.info(
-            "%s: %d records of %d classes in %d shards, %d images skipped",
-            options.out,
-            index.count,
-            len(index.classes),
-            len(index.shards),
-            len(index.skipped),
-        )
-        if options.captions is not None:
-            encode_captions(options, source, options.out, team)
+        asked = EncodeRequest(**given)
+        if options.buckets is None:
+            indices = {options.out: encode(asked, team)}
+        else:
+            indices = encode_buckets(asked, options.buckets, team)
+        for folder, index in indices.items():
+            log.info(
+                "%s: %d records of %d classes in %d shards, %d images skipped",
+                *(folder, index.count, len(index.classes)),
+                *(len(index.shards), len(index.skipped)),
+            )
+            if options.captions is not None:
+                encode_captions(options, source, folder, team)
 
 
 run = command(main)

@@ -80,8 +80,11 @@ def add_captions(parser: Parser, *, required: bool) -> None:
 def main(arguments: list[str]) -> None:
     """Arguments to request to packed texts."""
     options = parse_arguments(arguments)
+    from promoe_ds.data.buckets.dataset import latent_folders
+
     with joined_processes(options.device) as team:
-        encode_captions(options, options.images, options.latents, team)
+        for folder in latent_folders(options.latents):
+            encode_captions(options, options.images, folder, team)
 
 
 def encode_captions(options: argparse.Namespace, images: Path, folder: Path, team: Any) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from promoe_ds.cli.entry import command, joined_processes
-from promoe_ds.cli.options import Parser, number
+from promoe_ds.cli.options import Parser, number, size
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
 
@@ -28,9 +28,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--image-size",
-        type=number(ge=1),
+        type=size,
         metavar="PIXELS",
-        help="crop and resize a folder's images to this side",
+        help="crop and resize a folder's images to this side, or to HxW",
     )
     parser.add_argument("--num", type=number(ge=1), help="evaluate the first so many samples")
     parser.add_argument(

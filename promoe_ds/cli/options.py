@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from promoe_ds.config.model import read_size
 from promoe_ds.config.section import name_and_message
 
 
@@ -84,6 +85,21 @@ def number(kind: type = int, **bounds: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text}: {message}") from None
 
     return read
+
+
+def size(text: str) -> int | tuple[int, int]:
+    """Read the side of a square, or HxW."""
+    try:
+        return read_size(given if len(given := text.split("x")) > 1 else text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected a side or HxW, e.g. 256 or 224x288"
+        ) from None
+
+
+def sizes(text: str) -> tuple[int | tuple[int, int], ...]:
+    """Read comma-separated sizes."""
+    return tuple(map(size, text.split(",")))
 
 
 def numbers(text: str) -> tuple[float, ...]:

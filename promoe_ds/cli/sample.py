@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from promoe_ds.cli.entry import command, joined_processes
-from promoe_ds.cli.options import Parser, integers, numbers
+from promoe_ds.cli.options import Parser, integers, numbers, size
 from promoe_ds.config.diffusion import SOLVERS
 from promoe_ds.logs import get_logger
 
@@ -21,6 +21,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder to write")
     _add_subjects(parser)
     _add_solver(parser)
+    add(
+        "--size",
+        type=size,
+        metavar="HxW",
+        help="of the latents, as model.input_size and model.buckets; the largest if left out",
+    )
     add("--seed", type=int, default=0)
     add(
         "--batch-size",

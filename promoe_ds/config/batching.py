@@ -52,7 +52,7 @@ def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
         f" train.micro_batch_size={micro} times {world_size} ranks = {micro * world_size}",
         ConfigError,
     )
-    routing, tokens = config.routing, micro * config.model.tokens_per_image
+    routing, tokens = config.routing, micro * config.model.fewest_tokens
     require(
         routing.method != "diff_moe" or tokens * routing.top_k >= routing.num_experts,
         f"routing.top_k={routing.top_k} of {tokens} tokens per micro-batch gives each of"

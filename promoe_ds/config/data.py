@@ -13,6 +13,8 @@ ON_DISK = {
 }
 #: Data sets that have labels and no texts.
 OF_CLASSES = ("digits", "images")
+#: Data sets that may have latents of several sizes.
+PACKED = ("latents", "synthetic")
 #: Pictures that a package brings: pixels a side, channels.
 EMBEDDED = {"digits": (8, 1), "emoji": (32, 3)}
 

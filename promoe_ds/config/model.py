@@ -1,8 +1,8 @@
 """The model section: the sizes of the network."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, model_validator
 
 from promoe_ds.config.section import Section, require
 
@@ -16,13 +16,52 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
+_SIDE = TypeAdapter(PositiveInt)
+
+
+def read_size(value: Any) -> int | tuple[int, int]:
+    """Return a size as it is kept: one number of a square, else (height, width).
+
+    Raises: ValueError unless it is one or two whole numbers above 0.
+    """
+    given = value if isinstance(value, list | tuple) else [value, value]
+    try:
+        height, width = map(_SIDE.validate_python, given)
+    except ValueError:
+        raise ValueError("expected a whole number above 0, or two: [height, width]") from None
+    return height if height == width else (height, width)
+
+
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return the height and the width of a size."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def size_name(size: int | tuple[int, int]) -> str:
+    """Return a size as commands and folders name it, e.g. 28x36."""
+    return "x".join(map(str, sides(size)))
+
+
+#: Of latents or images.
+Size = Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], BeforeValidator(read_size)]
+
+
 class ModelConfig(Section):
     """The diffusion transformer's sizes (Peebles & Xie, 2023; ProMoE Table 2)."""
 
     preset: Literal["s", "b", "m", "l", "xl"] | None = Field(
         None, description="fills the sizes left out"
     )
-    input_size: int = Field(32, gt=0, description="height and width of a latent, in latent pixels")
+    input_size: Size = Field(
+        32, description="side of a latent in latent pixels, or its [height, width]"
+    )
+    buckets: tuple[Size, ...] = Field(
+        (),
+        description=(
+            "sizes of latents where there are several, one a batch; input_size is the largest of"
+            " them, by which costs are counted"
+        ),
+    )
     position_scale: float = Field(
         1.0,
         gt=0,
@@ -86,9 +125,28 @@ class ModelConfig(Section):
             self.hidden_size % 4 == 0,
             f"hidden_size={self.hidden_size} must be a multiple of 4 (sin-cos positions)",
         )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        for name, size in (
+            ("input_size", self.input_size),
+            *(("buckets", size) for size in self.buckets),
+        ):
+            require(
+                not any(side % self.patch_size for side in sides(size)),
+                f"patch_size={self.patch_size} does not divide {name}={size_name(size)}",
+            )
+        if not self.buckets:
+            return
+        names = ", ".join(map(size_name, self.buckets))
         require(
-            self.input_size % self.patch_size == 0,
-            f"patch_size={self.patch_size} does not divide input_size={self.input_size}",
+            len(set(self.buckets)) == len(self.buckets),
+            f"buckets={names} names a size twice",
+        )
+        require(
+            self.input_size in self.buckets
+            and all(self.tokens_of(size) <= self.tokens_per_image for size in self.buckets),
+            f"input_size={size_name(self.input_size)} must be the largest of buckets={names}",
         )
 
     @property
@@ -112,9 +170,39 @@ class ModelConfig(Section):
         return self.text_length if self.condition == "text" else 0
 
     @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of a latent; of the largest bucket, where there are several."""
+        return sides(self.input_size)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of every size that the model is trained at."""
+        return tuple(map(sides, self.buckets)) or (self.latent_size,)
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of a latent of `latent_size`."""
+        return self.grid_of(self.latent_size)
+
+    def grid_of(self, latent_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of patches of a latent of some size."""
+        height, width = latent_size
+        return height // self.patch_size, width // self.patch_size
+
+    def tokens_of(self, size: int | tuple[int, int]) -> int:
+        """Return the patches of a latent of some size."""
+        rows, columns = self.grid_of(sides(size))
+        return rows * columns
+
+    @property
     def tokens_per_image(self) -> int:
-        """S: patches of one image."""
-        return (self.input_size // self.patch_size) ** 2
+        """S: patches of one image; of the largest, where there are several sizes."""
+        return self.tokens_of(self.input_size)
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Patches of the smallest image."""
+        return min(map(self.tokens_of, self.sizes))
 
     @property
     def out_channels(self) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from promoe_ds.config.data import EMBEDDED, OF_CLASSES, DataConfig
+from promoe_ds.config.data import EMBEDDED, OF_CLASSES, PACKED, DataConfig
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.config.model import ModelConfig
 from promoe_ds.config.optimizer import OptimizerConfig
@@ -71,10 +71,10 @@ class RunConfig(Section):
         self._check_condition()
         if (shape := EMBEDDED.get(self.data.dataset)) is not None:
             require(
-                (model.input_size, model.in_channels) == shape,
+                (model.input_size, model.in_channels, model.buckets) == (*shape, ()),
                 f"data.dataset={self.data.dataset} has {shape[0]}x{shape[0]} pixels of {shape[1]}"
-                f" channels, but model.input_size={model.input_size} and model.in_channels="
-                f"{model.in_channels}",
+                f" channels, but model.input_size={model.input_size}, model.buckets="
+                f"{list(model.buckets)} and model.in_channels={model.in_channels}",
             )
         for field in ("latents_mean", "latents_std"):
             require(
@@ -82,6 +82,11 @@ class RunConfig(Section):
                 f"data.{field} has {len(values)} values, but model.in_channels="
                 f"{model.in_channels}: state one, or one a channel",
             )
+        require(
+            not model.buckets or self.data.dataset in PACKED,
+            f"model.buckets needs latents packed by size (data.dataset=latents), but"
+            f" data.dataset={self.data.dataset}: leave it out, or encode with --buckets",
+        )
         if self.data.dataset == "digits":
             require(
                 model.num_classes >= 10,
@@ -143,8 +148,8 @@ class RunConfig(Section):
         precision = self.precision
         require(
             routing.method != "ec_dit"
-            or model.tokens_per_image * routing.top_k >= routing.num_experts,
-            f"routing.top_k={routing.top_k} of {model.tokens_per_image} tokens per image gives each"
+            or model.fewest_tokens * routing.top_k >= routing.num_experts,
+            f"routing.top_k={routing.top_k} of {model.fewest_tokens} tokens per image gives each"
             f" of routing.num_experts={routing.num_experts} experts less than one token"
             " (method=ec_dit): raise top_k or lower num_experts",
         )

@@ -1,7 +1,16 @@
 """Data: sets of latents and the order in which they are trained on."""
 
+from promoe_ds.data.buckets.dataset import bucket_lengths, largest_bucket
 from promoe_ds.data.build import build_dataset, with_resolved_data
 from promoe_ds.data.dataset import LatentDataset
-from promoe_ds.data.order import sample_indices
+from promoe_ds.data.order import batch_indices, sample_indices
 
-__all__ = ["LatentDataset", "build_dataset", "sample_indices", "with_resolved_data"]
+__all__ = [
+    "LatentDataset",
+    "batch_indices",
+    "bucket_lengths",
+    "build_dataset",
+    "largest_bucket",
+    "sample_indices",
+    "with_resolved_data",
+]

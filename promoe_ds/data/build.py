@@ -8,6 +8,7 @@ import torch
 
 from promoe_ds.config.data import ON_DISK
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.buckets.dataset import BucketedLatents, configs_of_buckets, largest_bucket
 from promoe_ds.data.dataset import (
     DrawnLatents,
     LatentDataset,
@@ -43,7 +44,10 @@ def build_dataset(config: RunConfig, device: torch.device | None = None) -> Late
             f"data.path is not set: data.dataset={data.dataset} needs {ON_DISK[data.dataset]} "
             "(--set data.path=DIR)"
         )
-    return DATASETS[data.dataset](config, device or torch.device("cpu"))
+    device, open_one = device or torch.device("cpu"), DATASETS[data.dataset]
+    if not config.model.buckets:
+        return open_one(config, device)
+    return BucketedLatents(config, [open_one(each, device) for each in configs_of_buckets(config)])
 
 
 def with_resolved_data(config: RunConfig, dataset: LatentDataset) -> RunConfig:
@@ -51,8 +55,8 @@ def with_resolved_data(config: RunConfig, dataset: LatentDataset) -> RunConfig:
     no other one is taken for it when the run is resumed or the model is sampled; and what latents
     are normalised by, so that samples are decoded without the data.
     """
-    if isinstance(dataset, DrawnLatents):
-        config = with_normalization(config, dataset.normalization)
+    if isinstance(one := largest_bucket(dataset), DrawnLatents):
+        config = with_normalization(config, one.normalization)
     identity = getattr(dataset, "text_identity", None)
     if identity is None:
         return config

@@ -60,7 +60,7 @@ class SyntheticLatents:
     ) -> tuple[Tensor, Condition]:
         """Return the latents and conditions of these indices, always the same."""
         model = self._model
-        shape = model.in_channels, model.input_size, model.input_size
+        shape = model.in_channels, *model.latent_size
         draws = [generator(self._seed, "synthetic", int(index)) for index in indices]
         latents = [draw.standard_normal(shape, dtype=np.float32) for draw in draws]
         clean = torch.from_numpy(np.stack(latents))

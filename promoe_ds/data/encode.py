@@ -8,16 +8,15 @@ The shards that are missing are split over the ranks. A shard is complete once i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
+import xxhash
 
 from promoe_ds.data.images import COMPOSED, TURNED
 from promoe_ds.data.normalization.statistics import LatentStatistics, measure, merge
@@ -30,9 +29,14 @@ from promoe_ds.data.shards import (
     read_index,
     write_shard,
 )
-from promoe_ds.data.sources.files import fetch_from_hub
-from promoe_ds.data.sources.formats import IMAGES, LATENTS, TREE, Format, open_samples
-from promoe_ds.data.sources.samples import Columns, SampleReader, Samples
+from promoe_ds.data.sources.formats import TREE
+from promoe_ds.data.sources.packing import (
+    EncodeRequest,
+    PackedSource,
+    fetched,
+    open_cached,
+    open_images,
+)
 from promoe_ds.data.vae import MOMENTS, Vae, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError, differences
@@ -42,44 +46,9 @@ from promoe_ds.versions import versions_of
 
 _LOG = get_logger("encode")
 #: Settings that an index keeps in `encoding`.
-_ENCODING = ("files", "listing", "source", "shard_size", "vae_dtype")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeRequest:
-    """What to encode: images by `vae`, or another program's cache of latents (`from_latents`)."""
-
-    source: Path
-    out: Path
-    vae: str | None = None
-    vae_name: str | None = None
-    from_latents: bool = False
-    split: str = "train"
-    image_column: str | None = None
-    label_column: str | None = None
-    image_size: int = 256
-    flip: bool = True
-    dtype: str = "float32"
-    vae_dtype: str = "float32"
-    batch_size: int = 32
-    shard_size: int = 4096
-    workers: int = 8
-    max_corrupt: int = 0
-
-    def path(self, number: int) -> Path:
-        """Return the place of a shard."""
-        return self.out / f"shard-{number:05d}.safetensors"
-
-    def samples(self) -> tuple[Samples[Any], Format]:
-        """Return the samples of the source and their format."""
-        formats = LATENTS if self.from_latents else IMAGES
-        columns = Columns(image=self.image_column, label=self.label_column)
-        return open_samples(self.source, formats, columns, split=self.split)
-
-    def reader(self, samples: Samples[Any], read: Callable[..., np.ndarray]) -> SampleReader:
-        """Return what reads the samples."""
-        limit = self.max_corrupt
-        return SampleReader(samples, read, self.workers, max_corrupt=limit, setting="--max-corrupt")
+_ENCODING = ("files", "chosen", "listing", "source", "shard_size", "vae_dtype")
+#: What earlier versions did not say, because they knew nothing else.
+_EARLIER = {"source": TREE, "chosen": None}
 
 
 class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,38 +62,19 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
     changes: dict[str, int] = {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """What is packed: which samples, of which autoencoder.
-
-    format: of the samples. kind: moments, or latents of an autoencoder without a posterior.
-    shape: of a record, (C, H, W). sides: 2 with the mirrored image, else 1.
-    records: returns those of a batch, by side. changes: what `reader` changed of images.
-    """
-
-    samples: Samples[Any]
-    format: str
-    identity: VaeIdentity
-    kind: str
-    shape: tuple[int, int, int]
-    sides: int
-    reader: SampleReader
-    records: Callable[[np.ndarray], Sequence[Tensor]]
-    changes: list[str] = field(default_factory=list)
-
-
-def encode(request: EncodeRequest, team: DistributedContext) -> LatentIndex:
+def encode(request: EncodeRequest, team: DistributedContext, vae: Vae | None = None) -> LatentIndex:
     """Encode images; all ranks call this together. Return the index.
 
+    Args:
+        vae: the request's, if it is loaded already.
     Raises: DataError for images that cannot be read, beyond `max_corrupt` of a rank or of all
         together; ConfigError for a request that cannot be, or an output folder that holds something
         else.
     """
-    # Rank 0 alone fetches what is on the hub first.
-    team.on_main(lambda: fetch_from_hub(request.source, request.split))
-    request = replace(request, source=fetch_from_hub(request.source, request.split))
-    source = _cached(request) if request.from_latents else _images(request, team)
-    settings, files = _settings(request, source), range(len(source.samples))
+    request = fetched(request, team)
+    source = open_cached(request) if request.from_latents else open_images(request, team, vae)
+    files = range(len(source.samples)) if request.chosen is None else request.chosen
+    settings = _settings(request, source, files)
     if (done := team.on_main(lambda: _claim(request.out, settings))) is not None:
         return done
     size = request.shard_size
@@ -151,89 +101,20 @@ def missing_shards(request: EncodeRequest, shards: int) -> list[int]:
     return [number for number in range(shards) if not is_complete(request.path(number))]
 
 
-def _images(request: EncodeRequest, team: DistributedContext) -> _Source:
-    """Return the images and the autoencoder that encodes them.
-
-    Raises: DataError for images or an autoencoder that cannot be read; ConfigError for a size that
-        the autoencoder would cut.
-    """
-    samples, form = request.samples()
-    load = partial(
-        Vae,
-        request.vae,
-        device=team.device,
-        dtype=getattr(torch, request.vae_dtype),
-        name=request.vae_name,
-    )
-    # Into the memory of every rank at once: rank 0 alone fetches a hub id from the network first.
-    first = load() if team.is_main else None
-    team.barrier()
-    vae, changes, sides = first or load(), list[str](), 1 + request.flip
-    identity = vae.identity
-    side, cut = divmod(request.image_size, identity.downsampling)
-    if cut:
-        raise ConfigError(
-            f"--image-size {request.image_size}: must be a multiple of the {identity.downsampling}"
-            f" pixels that {identity.name} makes one latent of"
-        )
-
-    def records(images_BHWC: np.ndarray) -> list[Tensor]:
-        return [vae.encode(each) for each in (images_BHWC, images_BHWC[:, :, ::-1].copy())[:sides]]
-
-    return _Source(
-        samples=samples,
-        format=form.name,
-        identity=identity,
-        kind=vae.kind,
-        shape=(vae.record_channels, side, side),
-        sides=sides,
-        reader=request.reader(
-            samples, partial(form.read, size=request.image_size, changes=changes)
-        ),
-        records=records,
-        changes=changes,
-    )
-
-
-def _cached(request: EncodeRequest) -> _Source:
-    """Return cached latents; all have the shape of the first that can be read.
-
-    Raises: ConfigError if their autoencoder is not named; DataError if there are more unreadable
-        ones than allowed.
-    """
-    if request.vae_name is None:
-        raise ConfigError(
-            "--from-latents: the files do not say which autoencoder they come from: name it with"
-            " --vae-name, as recipes do in data.vae"
-        )
-    samples, form = request.samples()
-    probe = request.reader(samples, form.read)
-    shapes = (found[i].shape for i in range(len(samples)) if (found := probe.read([i])))
-    if (shape := next(shapes, None)) is None:
-        raise DataError(f"{samples.root}: none of its {len(samples)} records could be read")
-    sides, channels = min(shape[0], 1 + request.flip), shape[1]
-    if samples.kind == MOMENTS:
-        channels //= 2
-    # No more is known than the name that the user gives, and the channels.
-    return _Source(
-        samples=samples,
-        format=form.name,
-        identity=VaeIdentity(name=request.vae_name, latent_channels=channels),
-        kind=samples.kind,
-        shape=shape[1:],
-        sides=sides,
-        reader=request.reader(samples, partial(form.read, shape=shape)),
-        records=lambda values: torch.from_numpy(values).unbind(1)[:sides],
-    )
-
-
-def _settings(request: EncodeRequest, source: _Source) -> dict[str, Any]:
+def _settings(request: EncodeRequest, source: PackedSource, files: Sequence[int]) -> dict[str, Any]:
     """Return what must agree between the calls that fill one folder."""
+    places, size = np.array(files, dtype=np.int64).tobytes(), request.image_size
+    chosen = None if request.chosen is None else xxhash.xxh3_64(places).hexdigest()
     return {
-        "files": len(source.samples),
+        "files": len(files),
+        "chosen": chosen,
         "listing": source.samples.listing(),
         "source": source.format,
-        "image_size": None if request.from_latents else request.image_size,
+        "image_size": None
+        if request.from_latents
+        else size
+        if isinstance(size, int)
+        else list(size),
         "flipped": source.sides == 2,
         "dtype": request.dtype,
         "vae_dtype": None if request.from_latents else request.vae_dtype,
@@ -249,11 +130,10 @@ def _claim(out: Path, settings: dict[str, Any]) -> LatentIndex | None:
     path, before = out / UNFINISHED, settings
     try:
         if (index := read_index(out)) is not None:
-            # Earlier versions read nothing but trees.
-            before = {"source": TREE, **msgspec.to_builtins(index), **index.encoding}
+            before = {**_EARLIER, **msgspec.to_builtins(index), **index.encoding}
             _LOG.info("%s: latents are there already", out)
         elif path.is_file():
-            before = {"source": TREE, **read_json(path, "record of an encoding", dict)}
+            before = {**_EARLIER, **read_json(path, "record of an encoding", dict)}
             _LOG.info("%s: resuming the encoding found there", out)
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(
@@ -275,7 +155,9 @@ def _claim(out: Path, settings: dict[str, Any]) -> LatentIndex | None:
     return index
 
 
-def _encode_shard(request: EncodeRequest, source: _Source, files: range, path: Path) -> None:
+def _encode_shard(
+    request: EncodeRequest, source: PackedSource, files: Sequence[int], path: Path
+) -> None:
     """Encode one shard; it is empty if none of its records can be read."""
     samples, dtype, kept = source.samples, getattr(torch, request.dtype), list[int]()
     sides = [[torch.empty(0, *source.shape, dtype=dtype)] for _ in range(source.sides)]
@@ -303,7 +185,7 @@ def _encode_shard(request: EncodeRequest, source: _Source, files: range, path: P
 
 
 def _finish(
-    request: EncodeRequest, source: _Source, settings: dict[str, Any], shards: int
+    request: EncodeRequest, source: PackedSource, settings: dict[str, Any], shards: int
 ) -> LatentIndex:
     """Make the index from all entries; rank 0 only."""
     entries = [_read_entry(request.path(number)) for number in range(shards)]
@@ -317,7 +199,7 @@ def _finish(
     records = tuple(entry.record for entry in entries)
     labels = torch.cat([Shard(request.out / record.file).labels for record in records])
     if not len(labels):
-        raise DataError(f"{samples.root}: none of its {len(samples)} files could be read")
+        raise DataError(f"{samples.root}: none of its {settings['files']} files could be read")
     counts = labels.bincount(minlength=len(samples.classes)).tolist()
     if changes := sum((Counter(entry.changes) for entry in entries), Counter()):
         _LOG.info(
@@ -325,7 +207,8 @@ def _finish(
             " their EXIF data say",
             *(samples.root, changes[COMPOSED], changes[TURNED]),
         )
-    if unread := [name for name, count in zip(samples.classes, counts, strict=True) if not count]:
+    unread = [name for name, count in zip(samples.classes, counts, strict=True) if not count]
+    if unread and request.chosen is None:
         _LOG.warning(
             "%s: no image of %d classes could be read, their labels never occur: %s",
             *(samples.root, len(unread), some_of(unread)),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from promoe_ds.config.model import sides
 from promoe_ds.data.listing import image_formats
 from promoe_ds.data.reading import reading
 
@@ -93,25 +94,49 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Return the central square of an image, (size, size, 3) uint8.
+def center_crop(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """Return the centre of an image, (H, W, 3) uint8.
 
-    Source: ADM (Dhariwal & Nichol, 2021), the published code the same: halve by box filter while at
-    least twice too large, then bicubic to the shorter side, then cut.
+    Source: ADM (Dhariwal & Nichol, 2021), the published code the same for squares: halve by box
+    filter while both sides are at least twice too large, then bicubic until the image just covers
+    what is wanted, then cut.
+    Args:
+        size: the side of a square, or (H, W).
     Raises: ValueError for one so thin that it would not fit in memory once enlarged.
     """
-    image = image.convert("RGB")
-    while min(image.size) >= 2 * size:
+    image, (high, wide) = image.convert("RGB"), sides(size)
+    while image.width >= 2 * wide and image.height >= 2 * high:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(wide / image.width, high / image.height)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > _MAX_ENLARGED:
         raise ValueError(
-            f"{image.width} x {image.height} pixels are too thin to be cut to {size} x {size}"
+            f"{image.width} x {image.height} pixels are too thin to be cut to {wide} x {high}"
         )
     pixels = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+    top, left = (height - high) // 2, (width - wide) // 2
+    return pixels[top : top + high, left : left + wide]
+
+
+@contextmanager
+def _opened(file: Path | Blob) -> Iterator[Image.Image]:
+    with reading(file.path if isinstance(file, Blob) else file, "image"):
+        source = io.BytesIO(file.content()) if isinstance(file, Blob) else file
+        with Image.open(source, formats=image_formats()) as image:
+            yield image
+
+
+def picture_size(file: Path | Blob) -> tuple[int, int]:
+    """Return the height and width of a picture as it is shown, from its header.
+
+    Raises: DataError naming a file that is no image.
+    """
+    with _opened(file) as image:
+        width, height = image.size
+        orientation = None
+        with suppress(Exception):  # damaged EXIF data beside a whole picture
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return (width, height) if orientation in range(5, 9) else (height, width)
 
 
 def read_picture(
@@ -121,15 +146,15 @@ def read_picture(
 
     Raises: DataError naming a file that is no whole image, or has more pixels than Pillow allows.
     """
-    with reading(file.path if isinstance(file, Blob) else file, "image"):
-        source = io.BytesIO(file.content()) if isinstance(file, Blob) else file
-        with Image.open(source, formats=image_formats()) as image:
-            with _ONE_BIG if image.width * image.height > _BIG_PIXELS else nullcontext():
-                return fit(plain_image(image, changes))
+    with _opened(file) as image:
+        with _ONE_BIG if image.width * image.height > _BIG_PIXELS else nullcontext():
+            return fit(plain_image(image, changes))
 
 
-def read_image(file: Path | Blob, size: int, changes: list[str] | None = None) -> np.ndarray:
-    """Return an image's central square, (size, size, 3) uint8.
+def read_image(
+    file: Path | Blob, size: int | tuple[int, int], changes: list[str] | None = None
+) -> np.ndarray:
+    """Return an image's centre, (H, W, 3) uint8: see `center_crop`.
 
     Raises: DataError naming a file that is no whole image.
     """

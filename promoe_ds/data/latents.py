@@ -40,6 +40,11 @@ def open_latents(config: RunConfig, device: torch.device) -> PackedLatents | Npz
         )
     if _shard_files(folder) or any((folder / name).is_file() for name in (INDEX, UNFINISHED)):
         return PackedLatents(config)
+    if any(folder.glob(f"*/{INDEX}")):
+        raise DataError(
+            f"data.path={folder}: holds a folder of latents for each of several sizes: name one of"
+            " them, or list all sizes in model.buckets"
+        )
     try:
         tree = scan_tree(folder, (NPZ_SUFFIX,))
     except DataError as error:
@@ -176,8 +181,8 @@ def _listed_files(folder: Path, index: LatentIndex) -> list[Path]:
 
 
 def _check_shard(shard: Shard, config: RunConfig) -> None:
-    size, labels = config.model.input_size, shard.labels
-    shape = (config.model.in_channels * (2 if shard.kind == MOMENTS else 1), size, size)
+    model, labels = config.model, shard.labels
+    shape = (model.in_channels * (2 if shard.kind == MOMENTS else 1), *model.latent_size)
     if shard.shape[1:] != shape or labels.shape != shard.shape[:1]:
         raise DataError(
             f"{shard.path}: {shard.kind} {shard.shape} and labels {tuple(labels.shape)} do not fit"

@@ -57,9 +57,11 @@ class LatentIndex(
 ):
     """What `index.json` says.
 
-    `encoding` is what else two calls that fill one folder must share: number and checksum of the
-    source's file names, images a shard, type of the autoencoder's computation. `statistics` are
-    those of the latents, as stored; earlier versions did not measure them.
+    `image_size` is the side in pixels, or height and width. `encoding` is what else two calls that
+    fill one folder must share: number and checksum of the source's file names, images a shard, type
+    of the autoencoder's computation, and the checksum of the places of the files that were taken,
+    where those are not all. `statistics` are those of the latents, as stored; earlier versions did
+    not measure them.
     """
 
     count: int
@@ -67,7 +69,7 @@ class LatentIndex(
     shape: tuple[int, int, int]
     dtype: str
     flipped: bool
-    image_size: int | None
+    image_size: int | list[int] | None
     vae: VaeIdentity | None
     classes: tuple[str, ...]
     class_counts: tuple[int, ...]

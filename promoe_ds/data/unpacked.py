@@ -50,7 +50,7 @@ class EncodedImages(DrawnLatents):
         self._labels = torch.from_numpy(self._tree.labels)
         self._reader = SampleReader(
             self._tree,
-            partial(read_image, size=config.model.input_size * identity.downsampling),
+            partial(read_image, size=identity.pixels(config.model.latent_size)),
             data.workers,
             max_corrupt=data.max_corrupt,
             setting="data.max_corrupt",
@@ -99,11 +99,10 @@ class NpzLatents(DrawnLatents):
 
         Raises: DataError if it has more classes than the recipe, or its first file cannot be read.
         """
-        size = config.model.input_size
         sides = len(read_npz_moments(tree.root / tree.names[0]))
         super().__init__(config, tree.root, has_twins=sides == 2, classes=len(tree.classes))
         self._labels = torch.from_numpy(tree.labels)
-        shape = (sides, 2 * config.model.in_channels, size, size)
+        shape = (sides, 2 * config.model.in_channels, *config.model.latent_size)
         self._reader = SampleReader(
             tree, partial(read_npz_moments, shape=shape), config.data.workers
         )

@@ -17,10 +17,11 @@ import xxhash
 from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
 
+from promoe_ds.config.model import sides, size_name
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.data.reading import reading
-from promoe_ds.errors import DataError
+from promoe_ds.errors import ConfigError, DataError
 
 #: Images of a pass of the decoder: one alone has enough work for a GPU, and hundreds of megabytes
 # of activations.
@@ -72,6 +73,25 @@ class VaeIdentity:
             return None
         shift = (self.shift_factor,) if self.shift_factor else ()
         return LatentNormalization(latent_scale=scale, latents_mean=shift)
+
+    def pixels(self, latent_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the height and width of the image that a latent of some size is made of."""
+        height, width = latent_size
+        return height * self.downsampling, width * self.downsampling
+
+    def latents(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
+        """Return the height and width of the latents of images of some size.
+
+        Raises: ConfigError for a size that the autoencoder would cut.
+        """
+        (height, width), factor = sides(image_size), self.downsampling
+        if height % factor or width % factor:
+            name = image_size if isinstance(image_size, int) else size_name(image_size)
+            raise ConfigError(
+                f"--image-size {name}: must be a multiple of the {factor} pixels that {self.name}"
+                " makes one latent of"
+            )
+        return height // factor, width // factor
 
     def misfit(self, config: RunConfig) -> str:
         """Return how channels and normalisation, where it is known, differ from a recipe's, or

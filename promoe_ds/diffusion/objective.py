@@ -29,6 +29,12 @@ class DiffusionBatch:
     sigma_B: Tensor
     condition: Condition
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        height, width = self.clean_BZHW.shape[2:]
+        return height, width
+
     def to(self, device: torch.device) -> DiffusionBatch:
         """Return the batch on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

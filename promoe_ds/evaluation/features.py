@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from promoe_ds.checkpoint.manifest import checksum
+from promoe_ds.config.model import sides
 from promoe_ds.data.vae import fingerprint_of, without_tf32
 from promoe_ds.errors import ConfigError
 from promoe_ds.file_kind import SCRIPT, identify
@@ -117,9 +118,9 @@ class Extractor:
             None if logits is None else logits.double().softmax(dim=1).cpu().numpy(),
         )
 
-    def probe(self, size: int, channels: int) -> Features:
+    def probe(self, size: int | tuple[int, int], channels: int) -> Features:
         """Return the features of one blank image: what this network has, and of which sizes."""
-        return self(np.zeros((1, size, size, channels), dtype=np.uint8))
+        return self(np.zeros((1, *sides(size), channels), dtype=np.uint8))
 
 
 def load_extractor(source: str, device: torch.device | str) -> Extractor:

@@ -32,19 +32,19 @@ def make_grid(
 
 def captioned_grid(images_NHWC: np.ndarray, captions: Sequence[str]) -> Image.Image:
     """Lay out images row by row, each above its caption, which is cut behind three lines."""
-    zoom = max(1, _CAPTIONED_SIZE // images_NHWC.shape[1])
-    side, columns = images_NHWC.shape[1] * zoom, min(_CAPTIONED_COLUMNS, len(captions))
-    font = ImageFont.load_default(_LETTER_SIZE)
-    cell = side + _CAPTION_GAP, side + 3 * (_LETTER_SIZE + 3) + _CAPTION_GAP
+    zoom = max(1, _CAPTIONED_SIZE // max(images_NHWC.shape[1:3]))
+    high, wide = images_NHWC.shape[1] * zoom, images_NHWC.shape[2] * zoom
+    font, columns = ImageFont.load_default(_LETTER_SIZE), min(_CAPTIONED_COLUMNS, len(captions))
+    cell = wide + _CAPTION_GAP, high + 3 * (_LETTER_SIZE + 3) + _CAPTION_GAP
     rows = -(-len(captions) // columns)
     grid = Image.new("RGB", (columns * cell[0] + _CAPTION_GAP, rows * cell[1]), "white")
     draw = ImageDraw.Draw(grid)
-    letters = int(side / font.getlength("n"))
+    letters = int(wide / font.getlength("n"))
     for place, (image, caption) in enumerate(zip(images_NHWC, captions, strict=True)):
         corner = place % columns * cell[0] + _CAPTION_GAP, place // columns * cell[1] + _CAPTION_GAP
-        picture = as_picture(image).resize((side, side), Image.Resampling.NEAREST)
+        picture = as_picture(image).resize((wide, high), Image.Resampling.NEAREST)
         grid.paste(picture, corner)
         lines = textwrap.wrap(caption, letters, max_lines=3, placeholder=" ...")
-        below = corner[0], corner[1] + side
+        below = corner[0], corner[1] + high
         draw.multiline_text(below, "\n".join(lines), "black", font, spacing=2)
     return grid

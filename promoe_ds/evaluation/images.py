@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
 from promoe_ds.config import RunConfig
+from promoe_ds.config.model import size_name
 from promoe_ds.data.reading import read_json, reading
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError, DataError, differences
@@ -75,17 +76,22 @@ def slug(prompt: str) -> str:
     return words or "prompt"
 
 
-def image_shape(config: RunConfig, vae: Vae | None) -> tuple[int, int, int]:
-    """Return the shape (H, W, C) of a model's images, decoded by `vae` where there is one."""
-    model = config.model
+def image_shape(
+    config: RunConfig, vae: Vae | None, latent_size: tuple[int, int] | None = None
+) -> tuple[int, int, int]:
+    """Return the shape (H, W, C) of a model's images, decoded by `vae` where there is one.
+
+    Args:
+        latent_size: (H, W) of the latents; the model's own if left out.
+    """
+    size = latent_size or config.model.latent_size
     if vae is None:
-        return model.input_size, model.input_size, model.in_channels
-    side = model.input_size * vae.identity.downsampling
-    return side, side, 3
+        return *size, config.model.in_channels
+    return *vae.identity.pixels(size), 3
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return images (N, H, H, C) uint8 and labels (N,) of a samples.npz or of its folder.
+    """Return images (N, H, W, C) uint8 and labels (N,) of a samples.npz or of its folder.
 
     Raises: DataError if it is missing or no such file.
     """
@@ -127,7 +133,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def open_samples(
-    path: Path, *, size: int | None = None, num: int | None = None
+    path: Path, *, size: int | tuple[int, int] | None = None, num: int | None = None
 ) -> tuple[NpzImages | FolderImages, dict[str, Any] | None]:
     """Open samples; return them, and how they were made where their folder says so.
 
@@ -140,10 +146,11 @@ def open_samples(
     images: NpzImages | FolderImages
     if not path.is_dir() or (npz.is_file() and size is None):
         images = NpzImages(npz)
-        if size not in (None, images.height):
+        if size not in (None, images.size):
             raise DataError(
-                f"{path}: its images have {images.height} pixels a side, --image-size {size} asks"
-                " for another: only image files are resized, name their folder"
+                f"{path}: its images have {size_name(images.size)} pixels, --image-size"
+                f" {size_name(size)} asks for others: only image files are resized, name their"
+                " folder"
             )
         record = read_record(npz.parent) if npz.name == NPZ_FILE else None
     else:

@@ -116,7 +116,7 @@ class EvaluateRequest:
     batch_size: int = 64
     save_reference: Path | None = None
     half_precision_manifold: bool = False
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     num: int | None = None
     #: Folder or hub id of the CLIP that `clip_score` needs.
     clip: str | None = None
@@ -139,9 +139,7 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
     samples, settings = open_samples(request.samples, size=request.image_size, num=request.num)
     reference = None
     if request.reference is not None:
-        reference = open_reference(
-            request.reference, size=samples.height, channels=samples.channels
-        )
+        reference = open_reference(request.reference, size=samples.size, channels=samples.channels)
     scorer, prompts = None, []
     if CLIP_SCORE in request.metrics:
         scorer = ClipScorer(request.clip, team.device)
@@ -183,7 +181,7 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
         "samples": {
             "path": str(request.samples),
             "count": len(samples),
-            "size": samples.height,
+            "size": samples.size,
             "resized": request.image_size is not None,
             "pixels": checksum,
             "settings": settings,
@@ -279,7 +277,7 @@ def _check_possible(
     Raises: ConfigError or DataError for what does not fit.
     """
     chosen = request.chosen
-    probe = extractor.probe(samples.height, samples.channels)
+    probe = extractor.probe(samples.size, samples.channels)
     for name, metric in chosen.items():
         if getattr(probe, metric.output) is None:
             raise ConfigError(
@@ -291,7 +289,7 @@ def _check_possible(
     features = check_fits(
         reference,
         extractor,
-        size=samples.height,
+        size=samples.size,
         channels=samples.channels,
         need_images=any(metric.reference == "images" for metric in chosen.values()),
     )

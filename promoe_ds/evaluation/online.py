@@ -10,7 +10,8 @@ import torch
 
 from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config import RunConfig
-from promoe_ds.data import LatentDataset
+from promoe_ds.config.model import read_size
+from promoe_ds.data import LatentDataset, largest_bucket
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion import SamplingPlan, choose_scale
 from promoe_ds.distributed.context import DistributedContext
@@ -52,7 +53,8 @@ class OnlineEvaluation:
             self._vae = Vae(config.data.vae, device=ranks.device)
             if misfit := self._vae.identity.misfit(config):
                 raise ConfigError(f"data.vae={config.data.vae}: has {misfit}")
-        size, _, channels = image_shape(config, self._vae)
+        *shape, channels = image_shape(config, self._vae)
+        size = read_size(shape)
         opened = open_reference(Path(settings.reference), size=size, channels=channels)
         features = check_fits(
             opened, self._extractor, size=size, channels=channels, need_images=False
@@ -102,6 +104,7 @@ class OnlineEvaluation:
         if model.condition == "class":
             labels = torch.tensor([index % model.num_classes for index in indices])
             return ClassCondition(labels, model.null_label)
+        dataset = largest_bucket(dataset)
         rows = np.array(indices) * len(dataset) // self._config.evaluation.samples
         return dataset.take(rows % len(dataset))[1]
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from promoe_ds.checkpoint.manifest import checksum
+from promoe_ds.config.model import size_name
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor
@@ -36,7 +37,7 @@ class Reference:
         """Return the outputs whose Gaussians it states, or that its images give."""
         if self.stated:
             return list(self.stated)
-        probe = extractor.probe(self.images.height, self.images.channels)
+        probe = extractor.probe(self.images.size, self.images.channels)
         return [output for output in _STATED if getattr(probe, output) is not None]
 
     def check_stated(self, output: str, width: int, flag: str) -> None:
@@ -56,7 +57,7 @@ class Reference:
             )
 
 
-def open_reference(path: Path, *, size: int, channels: int) -> Reference:
+def open_reference(path: Path, *, size: int | tuple[int, int], channels: int) -> Reference:
     """Open a reference and see what it holds.
 
     Args:
@@ -105,9 +106,14 @@ def read_reference(
 
 
 def check_fits(
-    reference: Reference, extractor: Extractor, *, size: int, channels: int, need_images: bool
+    reference: Reference,
+    extractor: Extractor,
+    *,
+    size: int | tuple[int, int],
+    channels: int,
+    need_images: bool,
 ) -> int:
-    """Compare what a reference holds with samples of `size` pixels a side and `channels`.
+    """Compare what a reference holds with samples of `size` pixels and `channels`.
 
     Args:
         need_images: whether its images are used even where it states statistics.
@@ -120,12 +126,13 @@ def check_fits(
         reference.check_stated("pool", features, name)
     if (images := reference.images) is None or not (need_images or not reference.stated):
         return features
-    if images.height != size:
+    if images.size != size:
         raise DataError(
-            f"{reference.path}: images of {images.height} pixels a side, the samples have {size}: "
-            "take a reference of that size, or a folder of its images, which is cropped to it"
+            f"{reference.path}: images of {size_name(images.size)} pixels, the samples have"
+            f" {size_name(size)}: take a reference of that size, or a folder of its images, which"
+            " is cropped to it"
         )
-    if extractor.probe(images.height, images.channels).pool.shape[1] != features:
+    if extractor.probe(images.size, images.channels).pool.shape[1] != features:
         raise DataError(
             f"{reference.path}: images of {images.channels} channels, the samples have {channels}: "
             f"the extractor {name} cannot compare them"

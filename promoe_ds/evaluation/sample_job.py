@@ -17,6 +17,7 @@ from PIL import Image
 
 from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.config import RunConfig
+from promoe_ds.config.model import size_name
 from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion import SamplingPlan
@@ -28,6 +29,7 @@ from promoe_ds.evaluation.images import SampleFolder, draws_pixels, image_shape,
 from promoe_ds.evaluation.sample_request import (
     SampleRequest,
     choose_labels,
+    choose_size,
     load_conditions,
     make_plan,
 )
@@ -64,13 +66,19 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
     team = team or single_process(check_device(request.device))
     config, exact = read_export_config(request.model), request.exact
     labels, plan = choose_labels(request, config), make_plan(request, config)
+    size = choose_size(request, config)
     vae = _load_vae(request, config, team)
     conditions, encoder = load_conditions(request, config, team.device)
     as_images = vae is not None or draws_pixels(config)
-    shape = image_shape(config, vae)
-    request = _with_dtype(request, team.device)
+    shape = image_shape(config, vae, size)
+    own_size = size == config.model.latent_size
+    request = replace(_with_dtype(request, team.device), size=None if own_size else size)
     folder = SampleFolder(
-        request.out, labels, shape if as_images else shape[::-1], as_images, request.prompts
+        request.out,
+        labels,
+        shape if as_images else (config.model.in_channels, *size),
+        as_images,
+        request.prompts,
     )
     settings = team.on_main(lambda: _settings(request, plan, vae, encoder))
     environment = {
@@ -88,7 +96,7 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
         align_weights(network)
     team.on_main(lambda: folder.open({**settings, "num": len(labels)}, environment))
     todo = team.on_main(folder.missing)
-    sampler = LatentSampler(network, config, plan, seed=request.seed, device=team.device)
+    sampler = LatentSampler(network, config, plan, seed=request.seed, device=team.device, size=size)
 
     def sample(indices: range) -> np.ndarray:
         """Return images (B, H, W, C) uint8, or latents (B, Z, H, W), of one pass."""
@@ -173,6 +181,8 @@ def _settings(
         "weights": _checksum(request.model),
         "seed": request.seed,
         "labels": request.labels,
+        # None, as in earlier folders, where it is the model's own.
+        "size": request.size and size_name(request.size),
         "classes": request.classes and list(request.classes),
         "solver": plan.solver,
         "steps": plan.steps,

@@ -12,6 +12,7 @@ import torch
 
 from promoe_ds.condition import ClassCondition, Condition, TextCondition
 from promoe_ds.config import RunConfig
+from promoe_ds.config.model import sides, size_name
 from promoe_ds.data.reading import read_text
 from promoe_ds.data.text_encoder import TextEncoder, TextIdentity, encoder_of
 from promoe_ds.diffusion import SamplingPlan, check_guided, check_interval, choose_scale
@@ -41,6 +42,7 @@ class SampleRequest:
     cfg_scale: float | None = None
     cfg_interval: tuple[float, ...] | None = None
     solver: str | None = None
+    size: int | tuple[int, int] | None = None
     seed: int = 0
     batch_size: int = 64
     device: str | None = None
@@ -114,6 +116,27 @@ def _check_subjects(request: SampleRequest, config: RunConfig) -> None:
             f"--classes {wrong[0]}: this model knows the classes 0 ..."
             f" {config.model.num_classes - 1}"
         )
+
+
+def choose_size(request: SampleRequest, config: RunConfig) -> tuple[int, int]:
+    """Return the height and width of the latents; warn of a size that the model never saw.
+
+    Raises: ConfigError if the model has no patches for it.
+    """
+    model = config.model
+    if request.size is None:
+        return model.latent_size
+    size, name = sides(request.size), size_name(request.size)
+    if any(side % model.patch_size for side in size):
+        raise ConfigError(
+            f"--size {name}: both sides must be multiples of model.patch_size={model.patch_size}"
+        )
+    if size not in model.sizes:
+        _LOG.warning(
+            "--size %s: the model was trained at %s (of latents): at another size images get worse",
+            *(name, ", ".join(map(size_name, model.sizes))),
+        )
+    return size
 
 
 def make_plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +45,16 @@ class LatentSampler:
         *,
         seed: int,
         device: torch.device,
+        size: tuple[int, int] | None = None,
     ) -> None:
-        """Sample from `network`, in evaluation mode on `device`."""
+        """Sample from `network`, in evaluation mode on `device`.
+
+        Args:
+            size: of the latents, (H, W); the model's own if left out.
+        """
         self._network, self._plan, self._seed, self._device = network, plan, seed, device
-        size = config.model.input_size
-        self._shape = (config.model.in_channels, size, size)
+        self._size = size or config.model.latent_size
+        self._shape = (config.model.in_channels, *self._size)
         self._normalization = LatentNormalization.of(config.data)
 
     def sample(
@@ -67,7 +73,7 @@ class LatentSampler:
             self._plan,
             image_generators(seed=self._seed, indices=indices),
             negative=None if negative is None else negative.counted().to(self._device),
-            prepare=self._network.prepare,
+            prepare=partial(self._network.prepare, latent_size=self._size),
         )
         return self._normalization.denormalize(latents)
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
+from promoe_ds.config.model import read_size, sides
 from promoe_ds.data.images import center_crop, read_picture
 from promoe_ds.data.listing import FileList
 from promoe_ds.data.reading import reading, shown
@@ -29,17 +30,18 @@ class NpzImages:
     def __init__(self, path: Path) -> None:
         """Open the file.
 
-        Raises: DataError if it holds no square uint8 images, channels last, grey or in colour.
+        Raises: DataError if it holds no uint8 images, channels last, grey or in colour.
         """
         self.path = path
         images = npz_array(path, "arr_0")
         if images is None or not _are_images(images):
             found = "no arr_0" if images is None else f"{images.dtype} {images.shape}"
             raise DataError(
-                f"{path}: {found}, expected uint8 images (N, H, H, C) of 1 or 3 channels as arr_0"
+                f"{path}: {found}, expected uint8 images (N, H, W, C) of 1 or 3 channels as arr_0"
                 f"{_remedy(images)}"
             )
-        self._images, self.height, self.channels = images, images.shape[1], images.shape[3]
+        self._images, self.channels = images, images.shape[3]
+        self.size = read_size(images.shape[1:3])
 
     def __len__(self) -> int:
         return len(self._images)
@@ -49,7 +51,7 @@ class NpzImages:
         self._images = self._images[:count]
 
     def read(self, rows: range) -> np.ndarray:
-        """Return images (n, H, H, C) uint8."""
+        """Return images (n, H, W, C) uint8."""
         return np.array(self._images[rows.start : rows.stop])
 
 
@@ -60,15 +62,19 @@ class FolderImages:
     colour; where grey is wanted, files in colour are refused.
     """
 
-    def __init__(self, path: Path, size: int | None = None, channels: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        size: int | tuple[int, int] | None = None,
+        channels: int | None = None,
+    ) -> None:
         """List the folder.
 
         Args:
-            size: pixels a side of what is read; that of the first file if left out, which all must
-                share then.
+            size: side in pixels, or (H, W), of what is read; that of the first file if left out,
+                which all must share then.
             channels: 1 or 3; those of the first file if left out.
-        Raises: DataError if it holds no image or splits of a data set, or its first file is not
-            square where all must share its size.
+        Raises: DataError if it holds no image or splits of a data set.
         """
         self.path = path
         refuse_splits(path)
@@ -80,11 +86,7 @@ class FolderImages:
             raise DataError(f"{path}: no image below it")
         self._crop = size is not None
         mode, (width, height) = read_picture(self._files[0], lambda image: (image.mode, image.size))
-        if not self._crop and width != height:
-            raise DataError(
-                f"{shown(self._files[0])}: {width} x {height} pixels, expected square images"
-            )
-        self.height = size or height
+        self.size = size or read_size((height, width))
         self.channels = channels or (1 if mode == "L" else 3)
 
     def __len__(self) -> int:
@@ -95,7 +97,7 @@ class FolderImages:
         self._files = self._files[:count]
 
     def read(self, rows: range) -> np.ndarray:
-        """Return images (n, H, H, C) uint8.
+        """Return images (n, H, W, C) uint8.
 
         Raises: DataError naming a file that cannot be read, is of another size, or in colour where
             grey is wanted.
@@ -112,14 +114,15 @@ class FolderImages:
             raise DataError(
                 f"{shown(file)}: is in colour, expected grey as the first file or the samples"
             )
-        if image.size == (self.height, self.height):
+        height, width = sides(self.size)
+        if image.size == (width, height):
             pixels = np.asarray(image.convert("RGB"))
         elif self._crop:
-            pixels = center_crop(image, self.height)
+            pixels = center_crop(image, self.size)
         else:
             raise DataError(
-                f"{shown(file)}: {image.width} x {image.height} pixels, expected {self.height} x "
-                f"{self.height} as {shown(self._files[0])}"
+                f"{shown(file)}: {image.width} x {image.height} pixels, expected {width} x {height}"
+                f" as {shown(self._files[0])}"
             )
         return pixels[:, :, : self.channels]
 
@@ -127,7 +130,7 @@ class FolderImages:
 def _are_images(array: np.ndarray) -> bool:
     if array.dtype != np.uint8 or array.ndim != 4 or 0 in array.shape:
         return False
-    return array.shape[1] == array.shape[2] and array.shape[3] in (1, 3)
+    return array.shape[3] in (1, 3)
 
 
 def _remedy(array: np.ndarray | None) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.errors import ConfigError
 from promoe_ds.model.blocks import DiTBlock, FinalLayer, Texts
 from promoe_ds.model.embeddings import (
     ConditionEmbedding,
@@ -72,6 +73,8 @@ class DiT(nn.Module):
             "positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False
         )
         self.register_load_state_dict_pre_hook(_take_own_positions)
+        #: Position tables of other sizes, by rows and columns of patches, made when first needed.
+        self._other_positions: dict[tuple[int, int], Tensor] = {}
         self._joins_unconditional = False
 
     def join_unconditional(self) -> bool:
@@ -98,6 +101,26 @@ class DiT(nn.Module):
         positions = fixed_positions(self.config.model)
         self.positions = positions.to(self.positions.device, self.positions.dtype)
 
+    def _positions_of(self, grid: tuple[int, int]) -> Tensor:
+        """Return the position table of a grid of patches, beside the network's own."""
+        model, own = self.config.model, self.positions
+        if grid == model.patch_grid:
+            return own
+        table = self._other_positions.get(grid)
+        if table is None or (table.device, table.dtype) != (own.device, own.dtype):
+            table = fixed_positions(model, grid).to(own.device, own.dtype)
+            self._other_positions[grid] = table
+        return table
+
+    def _grid_of(self, latents_BZHW: Tensor) -> tuple[int, int]:
+        model, (height, width) = self.config.model, latents_BZHW.shape[-2:]
+        if height % model.patch_size or width % model.patch_size:
+            raise ConfigError(
+                f"latents of {height}x{width}: their sides must be multiples of"
+                f" model.patch_size={model.patch_size}"
+            )
+        return model.grid_of((height, width))
+
     @property
     def condition_embedding(self) -> ConditionEmbedding:
         """The embedding of what images are conditioned on."""
@@ -115,7 +138,7 @@ class DiT(nn.Module):
         """Predict; what samplers call.
 
         Args:
-            latents_BZHW: noised latents.
+            latents_BZHW: noised latents, of any size that the patch size divides.
             timestep_B: float, as the objective gives it: sigma * num_train_timesteps, or DDPM's
             integer.
             condition: of each sample, prepared or not; labels int64 in 0 ... num_classes mean a
@@ -140,8 +163,9 @@ class DiT(nn.Module):
             joins_unconditional=self._joins_unconditional,
         )
         dtype = self.patch_embedding.proj.weight.dtype
-        x_BSD = self.patch_embedding(latents_BZHW.to(dtype)) + self.positions.to(dtype)
-        vector_BD, texts = self._embed(condition)
+        grid = self._grid_of(latents_BZHW)
+        x_BSD = self.patch_embedding(latents_BZHW.to(dtype)) + self._positions_of(grid).to(dtype)
+        vector_BD, texts = self._embed(condition, x_BSD.shape[1])
         condition_BD = self.timestep_embedding(timestep_B) + vector_BD
         plans: dict[int, RoutingPlan] = {}
         for index, block in enumerate(self.blocks):
@@ -149,16 +173,22 @@ class DiT(nn.Module):
             if plan is not None:
                 plans[index] = plan
         patches = self.final_layer(x_BSD, condition_BD)
-        return DenoiserOutput(self._unpatchify(patches).to(latents_BZHW.dtype), plans)
+        prediction = self._unpatchify(patches, grid)
+        return DenoiserOutput(prediction.to(latents_BZHW.dtype), plans)
 
     @torch.no_grad()
-    def prepare(self, condition: Condition) -> Condition:
+    def prepare(
+        self, condition: Condition, latent_size: tuple[int, int] | None = None
+    ) -> Condition:
         """Return a condition with what does not depend on noise levels computed once for all of
         them: each block's keys and values of the texts. One of classes comes back as it is.
 
         Call after dropping and joining, in the context of the passes themselves (autocast, FP8).
+        Args:
+            latent_size: of the images; the model's own if left out.
         """
-        vector_BD, texts = self._embed(condition)
+        model = self.config.model
+        vector_BD, texts = self._embed(condition, model.tokens_of(latent_size or model.input_size))
         made = tuple(
             Texts(
                 each.is_key_B11K,
@@ -172,29 +202,29 @@ class DiT(nn.Module):
             return condition
         return PreparedCondition(condition, vector_BD, made, num_null=condition.num_null)
 
-    def _embed(self, condition: Condition) -> tuple[Tensor, Sequence[Texts | None]]:
+    def _embed(
+        self, condition: Condition, tokens_per_image: int
+    ) -> tuple[Tensor, Sequence[Texts | None]]:
         """Return the condition's vector (B, D), and what each block's attention reads of it."""
         if isinstance(condition, PreparedCondition):
             return condition.vector_BD, condition.texts
         embedding = self.condition_embedding
-        texts = embedding.texts(condition, self.config.model.tokens_per_image)
+        texts = embedding.texts(condition, tokens_per_image)
         return embedding.vector(condition), [texts] * len(self.blocks)
 
     def patchify(self, latents_BZHW: Tensor) -> Tensor:
         """Return the latents' patches (B, S, patch * patch * Z), values in the order of the
         network's own output.
         """
-        model = self.config.model
-        grid, patch = model.input_size // model.patch_size, model.patch_size
-        tiles = latents_BZHW.reshape(len(latents_BZHW), -1, grid, patch, grid, patch)
-        return tiles.permute(0, 2, 4, 3, 5, 1).reshape(len(latents_BZHW), grid * grid, -1)
+        (rows, columns), patch = self._grid_of(latents_BZHW), self.config.model.patch_size
+        tiles = latents_BZHW.reshape(len(latents_BZHW), -1, rows, patch, columns, patch)
+        return tiles.permute(0, 2, 4, 3, 5, 1).reshape(len(latents_BZHW), rows * columns, -1)
 
-    def _unpatchify(self, patches: Tensor) -> Tensor:
-        model = self.config.model
-        grid = model.input_size // model.patch_size
-        tiles = patches.view(-1, grid, grid, model.patch_size, model.patch_size, model.out_channels)
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        (rows, columns), patch = grid, self.config.model.patch_size
+        tiles = patches.view(-1, rows, columns, patch, patch, self.config.model.out_channels)
         return tiles.permute(0, 5, 1, 3, 2, 4).reshape(
-            -1, model.out_channels, model.input_size, model.input_size
+            len(tiles), -1, rows * patch, columns * patch
         )
 
 

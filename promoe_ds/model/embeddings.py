@@ -36,17 +36,17 @@ class PatchEmbedding(nn.Module):
         return self.proj(latents_BZHW).flatten(2).transpose(1, 2)
 
 
-def sincos_positions(width: int, grid: int, scale: float = 1.0) -> Tensor:
-    """Return fixed 2-D positions (grid * grid, width), fp32.
+def sincos_positions(width: int, grid: tuple[int, int], scale: float = 1.0) -> Tensor:
+    """Return fixed 2-D positions (rows * columns, width), fp32.
 
     Source: MAE / DiT; the half of `width` for the column comes first, then that for the row, each
     sin then cos.
     Args:
         width: a multiple of 4.
-        grid: patches per side; scale: coordinates are multiplied by it.
+        grid: rows and columns of patches; scale: coordinates are multiplied by it.
     """
-    places = np.arange(grid, dtype=np.float64) * scale
-    rows, columns = np.meshgrid(places, places, indexing="ij")
+    places = (np.arange(count, dtype=np.float64) * scale for count in grid)
+    rows, columns = np.meshgrid(*places, indexing="ij")
     omega = MAX_PERIOD ** -(np.arange(width // 4, dtype=np.float64) / (width / 4))
     halves = []
     for coordinate in (columns, rows):
@@ -55,10 +55,11 @@ def sincos_positions(width: int, grid: int, scale: float = 1.0) -> Tensor:
     return torch.from_numpy(np.concatenate(halves, axis=1)).float()
 
 
-def fixed_positions(model: ModelConfig) -> Tensor:
-    """Return the position table of a network, (S, D), fp32."""
-    grid = model.input_size // model.patch_size
-    return sincos_positions(model.hidden_size, grid, model.position_scale)
+def fixed_positions(model: ModelConfig, grid: tuple[int, int] | None = None) -> Tensor:
+    """Return the position table of a network, (S, D), fp32, for its own grid of patches or
+    another.
+    """
+    return sincos_positions(model.hidden_size, grid or model.patch_grid, model.position_scale)
 
 
 class TimestepEmbedding(nn.Module):

@@ -113,7 +113,7 @@ class ProMoEPipeline(DiffusionPipeline):
         check_guided(plan.cfg_scale, {"negative_prompt": negative_prompt})
         condition, negative = self._conditions(class_labels, prompt, negative_prompt)
         model, device = self.transformer.run_config.model, self._execution_device
-        shape = model.in_channels, model.input_size, model.input_size
+        shape = model.in_channels, *model.latent_size
         draws = _draws(len(condition), seed, generator)
         noise = [initial_noise(shape, seed=own, indices=indices) for own, indices in draws]
         added = [image_generators(seed=own, indices=indices) for own, indices in draws]

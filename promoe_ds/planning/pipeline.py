@@ -7,6 +7,7 @@ assumption is a field here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from promoe_ds.backends.devices import DEVICES, Device
 from promoe_ds.config import RunConfig, count_parameters, training_flops_per_image
@@ -135,7 +136,7 @@ def _unpack(rates: Assumptions) -> PipelineStep:
 def _encode(config: RunConfig, gpus: int, dtype: str, rates: Assumptions) -> PipelineStep:
     model = config.model
     record = (
-        2 * 2 * model.in_channels * model.input_size**2 * _BYTES[dtype]
+        2 * 2 * model.in_channels * prod(model.latent_size) * _BYTES[dtype]
     )  # plain and mirrored, mean and variance
     decoding = TRAIN_IMAGES / (rates.images_per_core * rates.cores_per_gpu * gpus)
     encoding = (
@@ -220,4 +221,4 @@ def _evaluate(config: RunConfig, gpus: int, samples: int, rates: Assumptions) ->
 
 def _pixel_ratio(config: RunConfig) -> float:
     """Pixels of an image, eight a side for each latent pixel, over those of 256 x 256."""
-    return (8 * config.model.input_size) ** 2 / _PIXELS
+    return 8**2 * prod(config.model.latent_size) / _PIXELS

@@ -189,7 +189,7 @@ def _materialise(network: DiT) -> None:
 
 def _batch(config: RunConfig, images: int) -> DiffusionBatch:
     model = config.model
-    shape = (images, model.in_channels, model.input_size, model.input_size)
+    shape = (images, model.in_channels, *model.latent_size)
     return DiffusionBatch(
         torch.empty(shape),
         torch.empty(shape),

@@ -42,6 +42,7 @@ class RoutingLog:
     matrix_LEE: the prototypes' newest logged cosines, NaN if there are none.
     order_LE: the expert at each place, now; ep_size: ranks that share a set of experts, now.
     tables: name -> layer -> [(last step, rows x E counts)], e.g. "tokens_per_class".
+    patch_columns: patches beside each other; None: images are square.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class RoutingLog:
     ep_size: int
     ranks: int
     tables: dict[str, dict[int, list[tuple[int, np.ndarray]]]]
+    patch_columns: int | None
     notes: list[str]
 
     @property
@@ -179,6 +181,7 @@ class Columns:
     newest_order: dict[int, list[int]] = field(default_factory=dict)
     tables: dict[tuple[str, int, int], _Series] = field(default_factory=dict)
     placement: tuple[int, int] = (1, 1)
+    patch_columns: int | None = None
 
     def take(self, line: Line) -> str:
         """Take a line's values; return why it is left out, "" if it is not."""
@@ -222,6 +225,8 @@ class Columns:
         if (matrix := detail.prototype_similarity_matrix) is not None:
             values = by_first_number(np.array(matrix, dtype=float), order)
             self.matrices[layer] = by_first_number(values.T, order).T
+        if detail.tokens_per_position is not None:
+            self.patch_columns = detail.tokens_per_position.columns
         for name in TABLES:
             if (table := getattr(detail, name)) is not None:
                 counts = by_first_number(np.array(table.counts, dtype=np.int64), order)
@@ -273,6 +278,7 @@ class Columns:
             ep_size=self.placement[0],
             ranks=self.placement[1],
             tables=self._tables(notes),
+            patch_columns=self.patch_columns,
             notes=notes,
             **by_expert,
         )

@@ -101,13 +101,13 @@ def map_over_time(
 def tile_chart(
     title: str, tiles: dict[str, np.ndarray], *, columns: int = 4, note: str = ""
 ) -> Chart:
-    """Draw small square maps of shares in 0 ... 1 side by side, each under its name."""
-    side = len(next(iter(tiles.values())))
+    """Draw small maps of shares in 0 ... 1, all of one size, side by side, each under its name."""
+    down, across = next(iter(tiles.values())).shape
     rows: Rows = [["map", "row", "column", "share", "x", "y"]]
     for place, (name, values) in enumerate(tiles.items()):
-        left, top = (place % columns) * (side + 1), (place // columns) * (side + 2) + 1
+        left, top = (place % columns) * (across + 1), (place // columns) * (down + 2) + 1
         rows += [[name, r, c, v, left + c, top + r] for (r, c), v in np.ndenumerate(values)]
-    wide, tall = columns * (side + 1) - 1, -(-len(tiles) // columns) * (side + 2)
+    wide, tall = columns * (across + 1) - 1, -(-len(tiles) // columns) * (down + 2)
     cells = {
         **plane(wide, tall),
         "x2": {"field": "x2"},

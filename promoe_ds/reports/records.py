@@ -54,10 +54,13 @@ class Exchanges(Struct, frozen=True):
 
 
 class Table(Struct, frozen=True):
-    """Counts by row and expert, and how many steps they cover."""
+    """Counts by row and expert, and how many steps they cover; columns: patches beside each other,
+    where the image is not square.
+    """
 
     counts: Rows
     steps: Count = 0
+    columns: Positive | None = None
 
 
 class LayerDetail(Struct, frozen=True):
@@ -106,9 +109,11 @@ class LayerDetail(Struct, frozen=True):
                     f"layer_detail.{name} has not one value for each of {experts} experts"
                 )
         patches = len(lists["tokens_per_position"])
-        if math.isqrt(patches) ** 2 != patches:
+        columns = getattr(self.tokens_per_position, "columns", None)
+        if patches % columns if columns else math.isqrt(patches) ** 2 != patches:
+            shape = f"is no image of {columns} columns" if columns else "is no square image"
             raise ValueError(
-                f"layer_detail.tokens_per_position has {patches} patches, which is no square image"
+                f"layer_detail.tokens_per_position has {patches} patches, which {shape}"
             )
 
 

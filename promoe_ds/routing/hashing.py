@@ -65,11 +65,12 @@ class HashRouter(Router):
         Gradient: none; the experts have theirs.  Sync: none.  Collectives: none.
         """
         batch, tokens, _ = tokens_BSD.shape
-        if self._table_SK.shape[0] != tokens or self._table_SK.device != tokens_BSD.device:
+        # Of fewer tokens, the table is the beginning of a longer one.
+        if self._table_SK.shape[0] < tokens or self._table_SK.device != tokens_BSD.device:
             rows = hashed_experts(tokens, self.num_experts, self.top_k, self.block)
             table = [[self.order.index(expert) for expert in row] for row in rows]
             self._table_SK = torch.tensor(table).to(tokens_BSD.device, non_blocking=True)
-        expert_ids_BSK = self._table_SK.expand(batch, -1, -1)
+        expert_ids_BSK = self._table_SK[:tokens].expand(batch, -1, -1)
         gates_BSK = at_least_fp32(tokens_BSD).new_full(expert_ids_BSK.shape, 1 / self.top_k)
         assignment, stats = self._plan_token_choice(
             tokens_BSD, gates_BSK, expert_ids_BSK, partition

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from promoe_ds.condition import Condition
 from promoe_ds.config import BatchPlan, RunConfig
-from promoe_ds.data import LatentDataset, sample_indices
+from promoe_ds.data import LatentDataset, batch_indices, bucket_lengths
 from promoe_ds.diffusion import DiffusionBatch, draw_batch
 from promoe_ds.diffusion.objective import Objective
 from promoe_ds.distributed.context import DistributedContext
@@ -96,11 +96,14 @@ class BatchLoader:
         """Return the latents and conditions of some slots of a step's global batch, before
         dropout.
         """
-        start = place.samples_seen + slots.start
-        indices = sample_indices(
-            len(self._dataset), seed=self._config.train.seed, count=len(slots), start=start
+        indices = batch_indices(
+            bucket_lengths(self._dataset),
+            seed=self._config.train.seed,
+            start=place.samples_seen,
+            batch=self._batches.global_batch,
+            slots=slots,
         )
-        return self._dataset.take(indices, np.arange(start, start + len(slots)))
+        return self._dataset.take(indices, place.samples_seen + np.array(slots))
 
     def _begin(self, place: Place) -> tuple[Place, Future[DiffusionBatch]]:
         return place, self._worker.submit(self._make_own, place)

@@ -60,7 +60,11 @@ class RoutingAccumulator:
         self._passes = 0
 
     def add(
-        self, plans: dict[int, RoutingPlan], sigma_B: Tensor, group_B: Tensor | None = None
+        self,
+        plans: dict[int, RoutingPlan],
+        sigma_B: Tensor,
+        group_B: Tensor | None = None,
+        latent_size: tuple[int, int] | None = None,
     ) -> None:
         """Count one pass.  Sync: none.
 
@@ -68,37 +72,36 @@ class RoutingAccumulator:
             plans: by block index, as the model returned them.
             sigma_B: noise levels; bin q holds q / Q <= sigma < (q + 1) / Q, the last one also 1.
             group_B: of the condition after dropout, for the table by class.
+            latent_size: of the images; `model.input_size`, the table by patch's, if left out.
         """
         if not self._layers:
             return
         bin_B = (sigma_B * self._bins).long().clamp_(0, self._bins - 1)
         in_bin_QB = torch.nn.functional.one_hot(bin_B, self._bins).T.double()
-        tokens, in_order = self._config.model.tokens_per_image, [plans[i] for i in self._layers]
+        model, in_order = self._config.model, [plans[i] for i in self._layers]
+        size = latent_size or model.latent_size
         stats = [plan.stats for plan in in_order]
         routed_LB1 = torch.stack([each.is_routed_B for each in stats]).double()[..., None]
         columns_LBC = torch.cat(
             [
                 torch.stack([each.tokens_per_expert_BE for each in stats]).double(),
                 torch.stack([each.gate_sums_BE for each in stats]).double(),
-                tokens * routed_LB1,
-                tokens * (1 - routed_LB1),
+                model.tokens_of(size) * torch.cat([routed_LB1, 1 - routed_LB1], dim=2),
             ],
             dim=2,
         )
         self._sums["columns"] += in_bin_QB @ columns_LBC
         self._sums["similarity"] += torch.stack([each.prototype_similarity for each in stats])
-        token_sums = [s.token_sums_ED for s in stats if s.token_sums_ED is not None]
-        if token_sums:
+        if token_sums := [s.token_sums_ED for s in stats if s.token_sums_ED is not None]:
             self._sums["token_sums"] += torch.stack(token_sums)
         if self._config.parallel.ep_size > 1:
             self._sums["bytes"] += torch.stack([*map(self._bytes, self._layers.values(), in_order)])
         for row, plan in enumerate(in_order):
-            self._tables.add(row, plan, group_B)
+            self._tables.add(row, plan, group_B, has_places=size == model.latent_size)
         if self._group is not None:
             rows_LE = torch.stack([plan.assignment.tokens_per_expert_E for plan in in_order])
-            self._sent_PLw.append(
-                rows_LE.view(len(rows_LE), self._config.parallel.ep_size, -1).sum(dim=2)
-            )
+            by_rank_LwE = rows_LE.view(len(rows_LE), self._config.parallel.ep_size, -1)
+            self._sent_PLw.append(by_rank_LwE.sum(dim=2))
         self._passes += 1
 
     def _bytes(self, layer: MoELayer, plan: RoutingPlan) -> Tensor:
@@ -167,6 +170,7 @@ class RoutingAccumulator:
                 ),
                 **{
                     name: {"steps": steps_of_tables, "counts": sums[name][row].long().tolist()}
+                    | self._tables.shapes.get(name, {})
                     for name in tables
                 },
             }
@@ -247,30 +251,26 @@ class _Tables:
 
     def __init__(self, config: RunConfig, layers: int, device: torch.device) -> None:
         self._experts, self._patches = config.routing.num_experts, config.model.tokens_per_image
-        rows = {
-            "tokens_per_class": config.counts_classes * (config.num_groups + 1),
-            "tokens_per_position": config.counts_positions * self._patches,
-        }
+        groups = config.counts_classes * config.num_groups
+        patches = config.counts_positions * self._patches
+        sizes = {"tokens_per_class": groups and groups + 1, "tokens_per_position": patches}
         self._counts = {
             name: _zeros((layers, size, self._experts), device)
-            for name, size in rows.items()
+            for name, size in sizes.items()
             if size
         }
-        self._every = config.counts_every(
-            self._experts
-            * max(
-                config.counts_classes * config.num_groups,
-                config.counts_positions * self._patches,
-            )
-        )
+        self._every = config.counts_every(self._experts * max(groups, patches))
+        rows, columns = config.model.patch_grid
+        #: What is said of the rows of a table: nothing of patches of a square image.
+        self.shapes = {} if rows == columns else {"tokens_per_position": {"columns": columns}}
         self._intervals = self._steps = 0
 
-    def add(self, row: int, plan: RoutingPlan, group_B: Tensor | None) -> None:
+    def add(self, row: int, plan: RoutingPlan, group_B: Tensor | None, *, has_places: bool) -> None:
         if "tokens_per_class" in self._counts and group_B is not None:
             self._counts["tokens_per_class"][row].index_add_(
                 0, group_B, plan.stats.tokens_per_expert_BE.double()
             )
-        if "tokens_per_position" in self._counts:
+        if has_places and "tokens_per_position" in self._counts:
             table = self._counts["tokens_per_position"][row].view(-1)
             expert_N, is_routed_N = routed_experts_of_rows(plan.assignment, self._experts)
             cells_N = plan.assignment.token_ids_N % self._patches * self._experts + expert_N

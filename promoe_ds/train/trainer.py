@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,7 +27,7 @@ from promoe_ds.backends.zero_private import DeviceGate, UpdateGate
 from promoe_ds.checkpoint.engine import RecordingStorage
 from promoe_ds.config import DeepSpeedPlan, RunConfig, plan_batches
 from promoe_ds.config.optimizer import OptimizerConfig, learning_rate
-from promoe_ds.data import LatentDataset
+from promoe_ds.data import LatentDataset, largest_bucket, sample_indices
 from promoe_ds.data.dataset import DrawnLatents
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.host_memory import keep_freed_memory
@@ -139,11 +140,10 @@ class Trainer:
         """
         slots = range(min(self.batches.global_batch, _STARTING_SAMPLES))
         objective = self.module.objective
-        batch = self.loader.make(Place(self.step, self.samples_seen), slots).to(self.context.device)
+        place = Place(self.step, self.samples_seen)
+        batch = self.loader.make(place, slots).to(self.context.device)
         # Their own condition: dropout could leave no sample for the centroids to start from.
-        condition = self.loader.samples(Place(self.step, self.samples_seen), slots)[1].to(
-            self.context.device
-        )
+        condition = self.loader.samples(place, slots)[1].to(self.context.device)
         with self.routing.waits_paused():
             seed_centroids(
                 self.network,
@@ -159,10 +159,13 @@ class Trainer:
         Raises: DataError, on every rank, if they are scaled twice, never, or as another
             autoencoder's.
         """
-        dataset, place = self.dataset, Place(self.step, self.samples_seen)
+        dataset, start = largest_bucket(self.dataset), self.samples_seen
         if isinstance(dataset, DrawnLatents) and self.config.data.check_latents:
-            slots = range(_CHECKED_SAMPLES)
-            self.context.on_main(lambda: dataset.check(self.loader.samples(place, slots)[0]))
+            indices = sample_indices(
+                len(dataset), seed=self.config.train.seed, start=start, count=_CHECKED_SAMPLES
+            )
+            positions = np.arange(start, start + _CHECKED_SAMPLES)
+            self.context.on_main(lambda: dataset.check(dataset.take(indices, positions)[0]))
 
     @contextmanager
     def averaged_network(self) -> Iterator[DiT]:
@@ -265,7 +268,7 @@ class Trainer:
         output = self.engine(batch)
         self._health.see_loss(output.loss)
         self.engine.backward(output.loss)
-        self.routing.add(output.plans, batch.sigma_B, batch.condition.group_B)
+        self.routing.add(output.plans, batch.sigma_B, batch.condition.group_B, batch.latent_size)
         self._router_state.add(output.plans)
         return output
 

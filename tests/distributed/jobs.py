@@ -43,7 +43,13 @@ TEXT = (
     "data.synthetic_samples=256",
     "data.caption_groups=10",
 )
-CONDITIONS = {"class": (), "text": TEXT}
+#: Images of three sizes, in epochs of seven or eight batches.
+BUCKETS = (
+    "model.buckets=[8, [4, 8], [8, 4]]",
+    "data.dataset=synthetic",
+    "data.synthetic_samples=40",
+)
+CONDITIONS = {"class": (), "text": TEXT, "buckets": BUCKETS}
 
 
 @dataclass(frozen=True, kw_only=True)

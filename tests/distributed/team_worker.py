@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from promoe_ds.data.encode import EncodeRequest, encode
+from promoe_ds.data.encode import encode
+from promoe_ds.data.sources.packing import EncodeRequest
 from promoe_ds.distributed.context import DistributedContext, join_processes
 from promoe_ds.distributed.process_group import stop_distributed
 from promoe_ds.errors import PromoeError

@@ -17,6 +17,8 @@ from .jobs import (
     CONDITIONS,
     Job,
     assert_same_state,
+    assert_same_steps,
+    losses,
     metrics,
     routing,
     run_jobs,
@@ -47,6 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("zero0", 0, False, "class"),
         ("bf16", 1, True, "class"),
         ("text", 2, False, "text"),
+        ("buckets", 2, False, "buckets"),
     ):
         for kind, pieces in (("whole", (None,)), ("pieces", (3, 5, None))):
             found[f"{name}_{kind}"] = run_dir = folder / f"{name}_{kind}"
@@ -66,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero0", "bf16", "text"])
+@pytest.mark.parametrize("name", ["zero2", "zero0", "bf16", "text", "buckets"])
 def test_resume_twice_equals_uninterrupted_bit_for_bit(runs, name) -> None:
     whole, pieces = runs[f"{name}_whole"], runs[f"{name}_pieces"]
     assert_same_state(whole, pieces, *KINDS)
@@ -76,6 +79,33 @@ def test_resume_twice_equals_uninterrupted_bit_for_bit(runs, name) -> None:
             k: v for k, v in after.items() if k not in timing
         }
     assert without_times(routing(whole)) == without_times(routing(pieces))
+
+
+def test_resume_of_buckets_on_one_process_equals_uninterrupted_and_two_ranks(
+    runs, tmp_path
+) -> None:
+    jobs = [
+        Job(
+            run_dir=tmp_path / name,
+            overrides=(
+                *CONDITIONS["buckets"],
+                "parallel.ep_size=1",
+                "train.micro_batch_size=8",
+                "parallel.activation_checkpointing=full",
+                "train.max_steps=12",
+                *stop,
+            ),
+        )
+        for name, stop in (
+            ("whole", ()),
+            ("pieces", ("train.stop_after_steps=5",)),
+            ("pieces", ()),
+        )
+    ]
+    assert run_jobs(1, jobs, tmp_path) == [""] * 3
+    assert_same_state(tmp_path / "whole", tmp_path / "pieces", *KINDS)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
+    assert_same_steps(runs["buckets_whole"], tmp_path / "whole")
 
 
 def test_state_bf16_masters_and_average_stay_fp32(runs) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from promoe_ds.data.encode import EncodeRequest, encode
+from promoe_ds.data.encode import encode
+from promoe_ds.data.sources.packing import EncodeRequest
 from promoe_ds.distributed.context import single_process
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
 from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples

@@ -38,7 +38,8 @@ _LOG = get_logger("checkpoint")
 
 #: What may differ between the model that is there and the one that is trained.
 _TEXT_FIELDS = ("condition", "text_width", "text_pooled_width", "text_length")
-_MODEL_FIELDS = ("num_classes", "input_size", "position_scale", *_TEXT_FIELDS)
+_SIZE_FIELDS = ("input_size", "buckets", "position_scale")
+_MODEL_FIELDS = ("num_classes", *_SIZE_FIELDS, *_TEXT_FIELDS)
 _LABELS = "label_embedding.table.weight"
 _TEXT_VECTOR = "text_embedding.pooled.weight"
 _PUBLISHED_LABELS = "y_embedder.embedding_table.weight"
@@ -110,10 +111,12 @@ def _published_architecture(path: Path, config: RunConfig) -> RunConfig:
             for key, value in section.items()
         }
         labels, positions = state[_PUBLISHED_LABELS], state[PUBLISHED_POSITIONS]
+    # All published models are of square images.
     grid = round(positions.shape[-2] ** 0.5)
     model = {
         "num_classes": len(labels) - 1,
         "input_size": grid * config.model.patch_size,
+        "buckets": (),
         "position_scale": 1.0,
     }
     return config.model_copy(update={"model": config.model.model_copy(update=model)})

@@ -31,7 +31,7 @@ from promoe_ds.checkpoint.conversion.convert import (
 from promoe_ds.checkpoint.conversion.sources import Source, SourceInfo
 from promoe_ds.checkpoint.zero_files import WEIGHTS
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.data import build_dataset, sample_indices
+from promoe_ds.data import build_dataset, largest_bucket, sample_indices
 from promoe_ds.diffusion import DiffusionBatch, build_objective, draw_batch
 from promoe_ds.errors import CheckpointError, ConfigError, differences
 from promoe_ds.model.build import build_model
@@ -207,7 +207,7 @@ def _check_fit(info: SourceInfo, config: RunConfig) -> None:
 
 def _training_batch(config: RunConfig, images: int) -> DiffusionBatch:
     """Take the recipe's first training images, noised and with labels dropped as in training."""
-    dataset, seed = build_dataset(config), config.train.seed
+    dataset, seed = largest_bucket(build_dataset(config)), config.train.seed
     clean, condition = dataset.take(sample_indices(len(dataset), seed=seed, start=0, count=images))
     return draw_batch(
         clean, condition, build_objective(config.diffusion), seed=seed, step=0, slots=range(images)

@@ -74,10 +74,11 @@ def _tables(view: RunView, row: int) -> Iterator[Chart]:
         )
     counts = view.log.table("tokens_per_position", layer, view.window)
     if counts is not None:
-        side, part_PE = round(len(counts) ** 0.5), shares(counts)
+        part_PE = shares(counts)
+        columns = view.log.patch_columns or round(len(counts) ** 0.5)
         yield tile_chart(
             f"Layer {layer}: load by patch",
-            {name: part_PE[:, e].reshape(side, side) for e, name in enumerate(names)},
+            {name: part_PE[:, e].reshape(-1, columns) for e, name in enumerate(names)},
             note=(
                 "The image's patches in their places: how much of a patch's tokens an expert gets."
             ),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.condition import Condition, TextCondition
-from promoe_ds.data import LatentDataset
+from promoe_ds.data import LatentDataset, largest_bucket
 from promoe_ds.diffusion import DiffusionBatch, build_objective
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.model.dit import DiT
@@ -133,10 +133,11 @@ class Observations:
 
 
 def draw_images(dataset: LatentDataset, count: int, seed: int) -> Batch:
-    """Take images at random, the same for the same seed.
+    """Take images at random, the same for the same seed; of several sizes, those of the largest.
 
     Raises: DataError if the set has fewer, or captions without groups.
     """
+    dataset = largest_bucket(dataset)
     if count > len(dataset):
         raise DataError(f"--images {count}: the data set has {len(dataset)}: ask for fewer")
     random = np.random.default_rng(seed)

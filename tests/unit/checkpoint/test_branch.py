@@ -44,9 +44,12 @@ def small(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return _export(tmp_path / "export", network), network.state_dict()
 
 
-def test_other_resolution_keeps_every_weight(small, caplog) -> None:
+@pytest.mark.parametrize("size", [8, [8, 4]])
+@pytest.mark.parametrize("buckets", [[], [6]])
+def test_other_resolution_keeps_every_weight(small, caplog, size, buckets) -> None:
     path, before = small
-    larger = small_config(model={"input_size": 8, "position_scale": 0.5})
+    sizes = {"input_size": size, "buckets": buckets and [size, [2, 8]]}
+    larger = small_config(model={**sizes, "position_scale": 0.5})
     after = _start(path, larger)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)

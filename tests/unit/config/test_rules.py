@@ -40,6 +40,19 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
     ({"model": {"num_heads": 3}}, ("model: num_heads=3", "hidden_size=16")),
     ({"model": {"hidden_size": 18}}, ("model: hidden_size=18", "multiple of 4")),
     ({"model": {"input_size": 5}}, ("model: patch_size=2", "input_size=5")),
+    ({"model": {"input_size": [4, 7]}}, ("model: patch_size=2", "input_size=4x7")),
+    ({"model": {"input_size": [4]}}, ("model.input_size=[4]: ", "[height, width]")),
+    ({"model": {"input_size": [4, 4, 4]}}, ("model.input_size=[4, 4, 4]: ", "[height, width]")),
+    ({"model": {"input_size": [0, 4]}}, ("model.input_size=[0, 4]: ", "above 0")),
+    ({"model": {"input_size": "four"}}, ("model.input_size=four: ", "whole number")),
+    ({"model": {"input_size": "4x6"}}, ("model.input_size=4x6: ", "[height, width]")),
+    ({"model": {"input_size": True}}, ("model.input_size=True",)),
+    ({"model": {"buckets": [4, [2, 5]]}}, ("model: patch_size=2", "buckets=2x5")),
+    ({"model": {"buckets": [4, [4, 4]]}}, ("model: buckets=4x4, 4x4", "twice")),
+    ({"model": {"buckets": [[2, 4]]}}, ("model: input_size=4x4", "buckets=2x4")),
+    ({"model": {"buckets": [4, [2, 6], [6, 4]]}}, ("model: input_size=4x4", "largest", "6x4")),
+    ({"model": {"buckets": [[2, "x"], 4]}}, ("model.buckets.0=[2, 'x']: ", "whole number")),
+    ({"model": {"buckets": 4}}, ("model.buckets=4: ",)),
     ({"optimizer": {"lr": 1e-4, "min_lr": 1e-3}}, ("min_lr=0.001", "lr=0.0001")),
     ({"optimizer": {"ema_decays": [0.9, 0.9]}}, ("ema_decays=[0.9, 0.9]",)),
     (
@@ -116,7 +129,22 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
         {"parallel": {"expert_backend": "grouped_mm"}, "routing": {"expert_width": 12}},
         ("parallel.expert_backend=grouped_mm", "width 12"),
     ),
+    (
+        {"routing": {"method": "ec_dit"}, "model": {"buckets": [4, [2, 2]]}},
+        ("routing.top_k=1 of 1 tokens", "method=ec_dit"),
+    ),
     ({"data": {"dataset": "digits"}}, ("data.dataset=digits", "model.input_size=4")),
+    (
+        {"data": {"dataset": "digits"}, "model": {"input_size": 8, "buckets": [8, 4]}},
+        ("data.dataset=digits", "model.buckets=[8, 4]"),
+    ),
+    (
+        {
+            "data": {"dataset": "images", "path": "/x", "vae": "x"},
+            "model": {"buckets": [4, [2, 6]]},
+        },
+        ("model.buckets", "data.dataset=images"),
+    ),
     (
         {"data": {"dataset": "digits"}, "model": {"input_size": 8, "in_channels": 3}},
         ("data.dataset=digits", "model.in_channels=3"),

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
 from promoe_ds.data import LatentDataset, build_dataset
-from promoe_ds.data.encode import EncodeRequest
 from promoe_ds.data.images import read_image
+from promoe_ds.data.sources.packing import EncodeRequest
 from promoe_ds.data.trees import scan_tree
 
 from ..builders import small_config

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from promoe_ds.data.encode import EncodeRequest, encode
+from promoe_ds.data.encode import encode
+from promoe_ds.data.sources.packing import EncodeRequest
 from promoe_ds.data.trees import scan_tree
 from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import PromoeError

@@ -14,8 +14,9 @@ from diffusers import AutoencoderKL
 from PIL import ExifTags, Image
 
 from promoe_ds.data import encode as module
-from promoe_ds.data.encode import EncodeRequest, encode, missing_shards
+from promoe_ds.data.encode import encode, missing_shards
 from promoe_ds.data.shards import Shard, read_index, verify, write_shard
+from promoe_ds.data.sources.packing import EncodeRequest
 from promoe_ds.data.trees import scan_tree
 from promoe_ds.data.vae import Vae
 from promoe_ds.distributed.context import single_process

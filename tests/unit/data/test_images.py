@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from promoe_ds.config.model import sides
 from promoe_ds.data.images import (
     COMPOSED,
     TURNED,
@@ -51,6 +52,22 @@ def test_center_crop_equals_adms(size: tuple[int, int]) -> None:
     cropped = center_crop(image, 8)
     assert cropped.shape == (8, 8, 3)
     assert np.array_equal(cropped, adm_center_crop(image, 8))
+
+
+@pytest.mark.parametrize(
+    ("image_size", "size", "corner"),
+    [((20, 8), (8, 8), (0, 6)), ((4, 12), (6, 4), (3, 0)), ((9, 16), (16, 7), (0, 1))],
+)
+@pytest.mark.parametrize("halved", [0, 1])
+def test_center_crop_of_a_rectangle_halves_both_sides_and_cuts_the_centre(
+    image_size: tuple[int, int], size: tuple[int, int], corner: tuple[int, int], halved: int
+) -> None:
+    shape = (image_size[1] << halved, image_size[0] << halved, 3)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8))
+    pixels = np.array(image.resize(image_size, resample=Image.BOX))
+    (top, left), (height, width) = corner, size
+    expected = pixels[top : top + height, left : left + width]
+    assert np.array_equal(center_crop(image, size), expected)
 
 
 RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (16, 1))
@@ -282,12 +299,14 @@ def test_any_damage_gives_a_picture_or_names_the_file(
     st.sampled_from(sorted(MODES)),
     st.integers(1, 40),
     st.integers(1, 40),
-    st.sampled_from((1, 8, 24)),
+    st.sampled_from((1, 8, 24, (8, 24), (5, 3))),
 )
-def test_any_mode_and_size_gives_a_square(name: str, width: int, height: int, size: int) -> None:
+def test_any_mode_and_size_gives_what_is_wanted(
+    name: str, width: int, height: int, size: int | tuple[int, int]
+) -> None:
     image = MODES[name][0]
     image = image.crop((0, 0, width, height)) if "16" in name else image.resize((width, height))
-    assert center_crop(plain_image(image), size).shape == (size, size, 3)
+    assert center_crop(plain_image(image), size).shape == (*sides(size), 3)
 
 
 @pytest.mark.parametrize("size", [(1, 6000), (6000, 1), (60_000, 2)])

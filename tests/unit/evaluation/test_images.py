@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from promoe_ds.data.vae import VaeIdentity
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.grids import make_grid
-from promoe_ds.evaluation.images import read_samples, to_uint8
+from promoe_ds.evaluation.images import image_shape, read_samples, to_uint8
+
+from ..builders import small_config
 
 
 def test_uint8_truncates_as_published_and_moves_channels_last() -> None:
@@ -15,6 +20,22 @@ def test_uint8_truncates_as_published_and_moves_channels_last() -> None:
     expected = [0, 0, 0, 128, 128, 191, 254, 255, 255]
     assert to_uint8(values.reshape(-1, 1, 1, 1)).flatten().tolist() == expected
     assert to_uint8(np.zeros((2, 3, 4, 5))).shape == (2, 4, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("vae", "size", "expected"),
+    [
+        (None, None, (4, 6, 1)),
+        (None, (6, 4), (6, 4, 1)),
+        (2, None, (8, 12, 3)),
+        (2, (2, 4), (4, 8, 3)),
+    ],
+)
+def test_image_shape_is_that_of_the_latents_decoded(vae, size, expected) -> None:
+    if vae is not None:
+        identity = VaeIdentity(name="x", latent_channels=1, downsampling=vae)
+        vae = SimpleNamespace(identity=identity)
+    assert image_shape(small_config(model={"input_size": [4, 6]}), vae, size) == expected
 
 
 def test_grid_has_one_row_a_class_in_order() -> None:

@@ -230,7 +230,7 @@ def test_features_that_are_not_finite_name_their_images(files: Path, tmp_path: P
         ((9, 3, 12, 12), "u1", "transpose"),
         ((9, 1, 12, 12), "u1", "transpose"),
         ((9, 12, 12, 4), "u1", "fourth"),
-        ((9, 12, 13, 3), "u1", "expected"),
+        ((9, 12, 13, 3), "u1", "12x13"),
         ((9, 12, 12, 2), "u1", "expected"),
         ((12, 12, 3), "u1", "expected"),
         ((9, 12, 12, 3), "f4", "float32"),

@@ -39,6 +39,15 @@ def test_pipeline_of_latents_of_one_channel_needs_a_vae_for_images() -> None:
     )
 
 
+def test_pipeline_of_a_model_that_is_not_square_draws_its_size(tmp_path: Path) -> None:
+    pipeline = make_pipeline(model={"input_size": [2, 6]})
+    pipeline.save_pretrained(tmp_path)
+    for each in (pipeline, ProMoEPipeline.from_pretrained(tmp_path)):
+        assert each.transformer.run_config.model.input_size == (2, 6)
+        images = each([0, 1], num_inference_steps=2, output_type="np").images
+        assert images.shape == (2, 2, 6, 1)
+
+
 @pytest.mark.parametrize(
     ("data", "fits"),
     [

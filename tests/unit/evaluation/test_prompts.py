@@ -127,13 +127,14 @@ def test_names_of_files_are_safe_for_any_prompt(prompt: str, expected: str) -> N
     assert slug(prompt) == expected and image_name(7, expected).startswith("img000007_")
 
 
-def test_grid_shows_each_image_above_its_caption() -> None:
-    images = np.stack([np.full((8, 8, 1), value, np.uint8) for value in (40, 80, 120)])
+@pytest.mark.parametrize("height", [8, 4])
+def test_grid_shows_each_image_above_its_caption(height: int) -> None:
+    images = np.stack([np.full((height, 8, 1), value, np.uint8) for value in (40, 80, 120)])
     grid = np.asarray(captioned_grid(images, [APPLE, "", "word " * 90]))
-    cell = 96 + 6
+    cell, end = 96 + 6, 6 + 12 * height
     for place, value in enumerate((40, 80, 120)):
-        assert (grid[6:102, 6 + place * cell : 102 + place * cell] == value).all()
-    below = grid[102:]
+        assert (grid[6:end, 6 + place * cell : 102 + place * cell] == value).all()
+    below = grid[end:]
     inked = [(below[:, 6 + place * cell : 102 + place * cell] < 128).sum() for place in range(3)]
     assert inked[1] == 0 < inked[0] < inked[2]
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
 from promoe_ds.data.vae import Vae
 from promoe_ds.errors import ConfigError
+from promoe_ds.evaluation.images import read_record, read_samples
 from promoe_ds.evaluation.sample_job import _with_dtype, draw_samples
 from promoe_ds.evaluation.sample_request import SampleRequest, choose_labels, make_plan
 from promoe_ds.evaluation.sampling import LatentSampler, aligned_passes, even_passes
@@ -145,6 +147,34 @@ def test_samples_do_not_depend_on_the_batch_size_to_the_bit(
     if solver == "euler":
         batched = draw(export, batch_size=3, **request)
         torch.testing.assert_close(batched, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_samples_have_the_size_that_is_asked_for(
+    tmp_path: Path, channels: int, told: list[str]
+) -> None:
+    model = {"input_size": [6, 4], "buckets": [[6, 4], 4], "in_channels": channels}
+    export = make_export(tmp_path, model=model)
+    for size, expected in ((None, (6, 4)), (4, (4, 4)), ((2, 6), (2, 6))):
+        out = tmp_path / str(size)
+        draw_samples(asked(model=export, out=out, num=3, steps=2, size=size, grid=True))
+        record = read_record(out)
+        assert record.get("size") == (None if size is None else "x".join(map(str, expected)))
+        if channels == 1:
+            images, labels = read_samples(out)
+            assert (images.shape, labels.tolist()) == ((3, *expected, 1), [0, 1, 2])
+            (high, wide), zoom = expected, 40 // expected[0]
+            assert Image.open(out / "grid.png").size == (wide * zoom + 4, 3 * high * zoom + 8)
+        else:
+            latents = load_file(out / "latents.safetensors")["latents"]
+            assert latents.shape == (3, channels, *expected)
+    (warning,) = [line for line in told if line.startswith("--size")]
+    assert warning.startswith("--size 2x6: the model was trained at 6x4, 4x4")
+    with pytest.raises(ConfigError, match=r"--size 3x4: .* model\.patch_size=2"):
+        draw(export, num=1, size=(3, 4))
+    draw_samples(asked(model=export, out=tmp_path / "None", num=3, steps=2, size=(6, 4)))
+    with pytest.raises(ConfigError, match="size is '4x4' there and None here"):
+        draw_samples(asked(model=export, out=tmp_path / "4", num=3, steps=2))
 
 
 def test_passes_are_aligned_blocks_whoever_asks() -> None:

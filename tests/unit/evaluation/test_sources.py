@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from promoe_ds.config.model import sides
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.images import open_samples
 from promoe_ds.evaluation.sources import FolderImages, NpzImages
@@ -26,14 +27,18 @@ def test_folder_with_grey_and_coloured_files_gives_the_samples_channels(tmp_path
     assert FolderImages(tmp_path, 4, 1).read(range(1)).shape == (1, 4, 4, 1)
 
 
-def test_folder_whose_first_image_is_not_square_or_a_bomb_names_it(
+def test_folder_with_an_image_of_another_size_or_a_bomb_names_it(
     tmp_path: Path, monkeypatch
 ) -> None:
     Image.new("L", (8, 9)).save(tmp_path / "a.png")
     Image.new("L", (8, 8)).save(tmp_path / "b.png")
-    with pytest.raises(DataError, match=r"a\.png: 8 x 9 pixels"):
-        FolderImages(tmp_path)
-    assert FolderImages(tmp_path, 8, 1).read(range(2)).shape == (2, 8, 8, 1)
+    images = FolderImages(tmp_path)
+    assert (images.size, images.read(range(1)).shape) == ((9, 8), (1, 9, 8, 1))
+    with pytest.raises(DataError, match=r"b\.png: 8 x 8 pixels, expected 8 x 9"):
+        images.read(range(2))
+    for size in (8, (4, 6)):
+        expected = (2, *sides(size), 1)
+        assert FolderImages(tmp_path, size, 1).read(range(2)).shape == expected
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(DataError, match=r"a\.png: not a readable image"):
         FolderImages(tmp_path, 8, 3)
@@ -49,8 +54,8 @@ def test_samples_of_any_size_are_resized_and_the_first_taken(tmp_path: Path) -> 
         open_samples(tmp_path, size=8, num=4)
     np.savez(tmp_path / "whole.npz", arr_0=np.zeros((3, 8, 8, 3), dtype=np.uint8))
     assert len(open_samples(tmp_path / "whole.npz", num=1)[0]) == 1
-    with pytest.raises(DataError, match="8 pixels a side, --image-size 16"):
-        open_samples(tmp_path / "whole.npz", size=16)
+    with pytest.raises(DataError, match="8x8 pixels, --image-size 8x16"):
+        open_samples(tmp_path / "whole.npz", size=(8, 16))
 
 
 @settings(max_examples=60)

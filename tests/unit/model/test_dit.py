@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.condition import Condition
+from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT, build_model, initialise
 
 from ..builders import (
@@ -36,12 +37,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no unconditional": {"routing": {"num_unconditional_experts": 0, "num_shared_experts": 0}},
     "text": TEXT,
     "text, dense": {**TEXT, "routing": {"method": "dense"}},
+    "not square": {"model": {"input_size": [6, 4]}},
 }
 
 
 def inputs(network: DiT, images: int = 4) -> tuple[Tensor, Tensor, Condition]:
     model = network.config.model
-    latents = random_tensor(images, model.in_channels, model.input_size, model.input_size)
+    latents = random_tensor(images, model.in_channels, *model.latent_size)
     condition = condition_of(network.config, LABELS[:images])
     return latents, torch.linspace(0, 1000, images), condition
 
@@ -54,7 +56,7 @@ def test_network_untrained_returns_zero_and_trained_what_the_config_says(setting
     randomise(network)
     output, config = network.denoise(*inputs(network)), network.config
     model, has_unconditional = config.model, config.routing.num_unconditional_experts > 0
-    assert output.prediction_BZHW.shape == (4, model.out_channels, *[model.input_size] * 2)
+    assert output.prediction_BZHW.shape == (4, model.out_channels, *model.latent_size)
     assert tuple(output.plans) == tuple(network.moe_layers()) == config.moe_block_indices
     for plan in output.plans.values():
         assert plan.stats.is_routed_B.tolist() == [True, not has_unconditional, True, True]
@@ -243,15 +245,18 @@ def test_compiled_network_equals_eager(sections: dict[str, Any]) -> None:
 # Patches.
 
 
-def test_unpatchify_equals_torchs_fold() -> None:
+@pytest.mark.parametrize("size", [(6, 6), (4, 6), (8, 2)])
+def test_unpatchify_equals_torchs_fold(size: tuple[int, int]) -> None:
     network = random_network(
         model={"input_size": 6, "patch_size": 2, "in_channels": 3, "learn_sigma": False}
     )
-    patches = random_tensor(2, 9, 12)
+    grid = network.config.model.grid_of(size)
+    tokens = grid[0] * grid[1]
+    patches = random_tensor(2, tokens, 12)
     # Within a token: row, column, channel; torch's fold wants the channel first.
-    columns = patches.view(2, 9, 4, 3).transpose(2, 3).flatten(2).transpose(1, 2)
-    expected = torch.nn.functional.fold(columns, (6, 6), kernel_size=2, stride=2)
-    assert torch.equal(network._unpatchify(patches), expected)
+    columns = patches.view(2, tokens, 4, 3).transpose(2, 3).flatten(2).transpose(1, 2)
+    expected = torch.nn.functional.fold(columns, size, kernel_size=2, stride=2)
+    assert torch.equal(network._unpatchify(patches, grid), expected)
 
 
 @pytest.mark.parametrize(
@@ -261,12 +266,34 @@ def test_unpatchify_equals_torchs_fold() -> None:
         {"input_size": 6, "patch_size": 2, "in_channels": 3},
         {"input_size": 6, "patch_size": 3},
         {"input_size": 4, "patch_size": 1, "in_channels": 2},
+        {"input_size": [4, 8]},
     ],
 )
-def test_patchify_is_the_inverse_of_the_networks_own_unpatchify(model: dict[str, int]) -> None:
+def test_patchify_is_the_inverse_of_the_networks_own_unpatchify(model: dict[str, Any]) -> None:
     network = random_network(model={**model, "learn_sigma": False})
     sizes = network.config.model
-    latents = random_tensor(2, sizes.in_channels, sizes.input_size, sizes.input_size)
+    latents = random_tensor(2, sizes.in_channels, *sizes.latent_size)
     patches = network.patchify(latents)
     assert patches.shape == (2, sizes.tokens_per_image, sizes.in_channels * sizes.patch_size**2)
-    assert torch.equal(network._unpatchify(patches), latents)
+    assert torch.equal(network._unpatchify(patches, sizes.patch_grid), latents)
+
+
+@pytest.mark.parametrize("sections", [{}, TEXT, {"routing": {"method": "hash"}}])
+def test_network_of_one_size_computes_another_as_a_network_of_that_size(
+    sections: dict[str, Any],
+) -> None:
+    one, other = (
+        random_network(**{**sections, "model": {**sections.get("model", {}), "input_size": size}})
+        for size in (6, [4, 6])
+    )
+    other.load_state_dict(one.state_dict())
+    own, (latents, timestep, condition) = inputs(one), inputs(other)
+    before = one(*own)
+    assert torch.equal(one(latents, timestep, condition), other(latents, timestep, condition))
+    prepared = one.prepare(condition, (4, 6))
+    torch.testing.assert_close(
+        one(latents, timestep, prepared), other(latents, timestep, condition)
+    )
+    assert torch.equal(one(*own), before)
+    with pytest.raises(ConfigError, match=r"5x6.*patch_size=2"):
+        one(latents.new_zeros(4, 1, 5, 6), timestep, condition)

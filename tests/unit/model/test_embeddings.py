@@ -25,13 +25,16 @@ def wave(coordinate: float, width: int) -> list[float]:
     return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
 
 
-@pytest.mark.parametrize(("width", "grid"), [(4, 1), (8, 2), (16, 3), (384, 16)])
-def test_positions_equal_direct_formula(width: int, grid: int) -> None:
-    # Token s stands in row s // grid, column s % grid; the column's half comes first.
+@pytest.mark.parametrize(
+    ("width", "rows", "columns"), [(4, 1, 1), (8, 2, 2), (16, 3, 5), (16, 4, 2), (384, 16, 16)]
+)
+def test_positions_equal_direct_formula(width: int, rows: int, columns: int) -> None:
+    # Token s is in row s // columns, column s % columns; the column's half comes first.
     expected = [
-        wave(s % grid, width // 2) + wave(s // grid, width // 2) for s in range(grid * grid)
+        wave(s % columns, width // 2) + wave(s // columns, width // 2)
+        for s in range(rows * columns)
     ]
-    positions = sincos_positions(width, grid)
+    positions = sincos_positions(width, (rows, columns))
     assert positions.dtype == torch.float32
     # Computed in fp64 and rounded once; the direct formula's power may differ in the last bit of
     # fp64.

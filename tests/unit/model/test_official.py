@@ -143,7 +143,7 @@ def raises_saying(message: str) -> Any:
 
 
 UP, DOWN = "blocks.1.mlp.experts.{}.up_proj.bias", "blocks.1.mlp.experts.4.down_proj"
-TABLE = sincos_positions(16, 2)[None]
+TABLE = sincos_positions(16, (2, 2))[None]
 
 
 @pytest.mark.parametrize(

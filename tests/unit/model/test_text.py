@@ -94,7 +94,8 @@ def slow_denoise(
         x_SD = x_SD + gate_a * slow_attention(block.attention, tokens_SD, states_LC)
         tokens_SD = slow_modulated(block.feed_forward_norm, x_SD, shift_f, scale_f)
         x_SD = x_SD + gate_f * block.feed_forward(tokens_SD)
-    return network._unpatchify(network.final_layer(x_SD[None], condition_D[None]))[0]
+    patches = network.final_layer(x_SD[None], condition_D[None])
+    return network._unpatchify(patches, network.config.model.patch_grid)[0]
 
 
 def oracle(network: DiT, condition: TextCondition, *, null: bool = False) -> Tensor:

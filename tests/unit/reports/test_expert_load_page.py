@@ -57,6 +57,16 @@ def titles_of(text: str) -> list[str]:
     return re.findall(r'class="chart" role="img" aria-label="([^"]+)"', text)
 
 
+def test_patches_of_an_image_that_is_not_square_are_in_their_places(tmp_path) -> None:
+    counts = [[patch, 1, 1, 1] for patch in range(8)]
+    table = {"steps": 5, "counts": counts, "columns": 4}
+    lines = interval(5, details={"tokens_per_position": table})
+    view = RunView.open(write(tmp_path, lines))
+    (chart,) = (each for each in layer_charts(view, 1) if "patch" in each.title)
+    first = {(row, column): share for name, row, column, share, *_ in chart.rows[1:9]}
+    assert first == {(p // 4, p % 4): pytest.approx(p / (p + 3)) for p in range(8)}
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_page_has_every_chart_and_fetches_nothing(views, count) -> None:
     text = pages.render(build_page(views[:count]))

@@ -96,6 +96,10 @@ def test_log_holds_every_count_where_it_belongs(tmp_path) -> None:
             {"layer_detail": detail(tokens_per_position={"steps": 5, "counts": [[1] * 4] * 3})},
             "layer_detail.tokens_per_position",
         ),
+        (
+            {"layer_detail": detail(tokens_per_position={"counts": [[1] * 4] * 4, "columns": 3})},
+            "no image of 3 columns",
+        ),
     ],
 )
 def test_log_broken_line_is_named_and_left_out(tmp_path, change, field) -> None:

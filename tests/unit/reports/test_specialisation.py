@@ -229,6 +229,11 @@ def test_place_of_the_page_stays_as_it_was(tmp_path) -> None:
     assert (tmp_path / "page.html").read_text() == "before"
 
 
+def test_images_of_several_sizes_are_drawn_from_the_largest() -> None:
+    config = small_config(model={"input_size": [4, 6], "buckets": [4, [4, 6]]})
+    assert draw_images(build_dataset(config), 5, seed=0).clean_BZHW.shape == (5, 1, 4, 6)
+
+
 def test_analysis_of_a_dense_model_or_too_few_images_is_refused() -> None:
     network = random_network(routing={"method": "dense"})
     batch = draw_images(build_dataset(network.config), 2, seed=0)

@@ -50,15 +50,18 @@ def one_of(ranks: int, rank: int) -> DistributedContext:
 
 def make_network(method: str, **sections: Any) -> DiT:
     logging = {"timestep_bins": BINS, **sections.pop("logging", {})}
+    model = {"depth": 4, **sections.pop("model", {})}
     network = random_network(
-        model={"depth": 4}, logging=logging, **{**of_method(method), **sections}
+        model=model, logging=logging, **{**of_method(method), **sections}
     ).train()
     give_superclasses(network, network.config)
     return network
 
 
-def run(network: DiT, seed: int = 0, labels: list[int] = LABELS) -> dict[int, RoutingPlan]:
-    latents = random_tensor(len(labels), 1, 4, 4, seed=seed)
+def run(
+    network: DiT, seed: int = 0, labels: list[int] = LABELS, size: tuple[int, int] = (4, 4)
+) -> dict[int, RoutingPlan]:
+    latents = random_tensor(len(labels), 1, *size, seed=seed)
     with torch.no_grad():
         return network.denoise(latents, torch.tensor(SIGMA) * 1000, torch.tensor(labels)).plans
 
@@ -139,6 +142,25 @@ def test_lines_gates_and_tables_equal_the_plans_own_lists(method: str) -> None:
         assert detail["tokens_per_class"] == {"steps": 10, "counts": by_class.long().tolist()}
         assert detail["tokens_per_position"] == {"steps": 10, "counts": by_patch.long().tolist()}
         assert "layer_detail" not in here[1]
+
+
+def test_lines_of_several_sizes_count_all_tokens_and_the_patches_of_the_largest() -> None:
+    network = make_network("token_choice", model={"input_size": [4, 8], "buckets": [[4, 8], 4]})
+    accumulator = RoutingAccumulator(network.config, network, ONE_RANK)
+    passes = {size: run(network, size=size) for size in ((4, 8), (4, 4))}
+    for size, plans in passes.items():
+        accumulator.add(plans, torch.tensor(SIGMA), torch.tensor(LABELS), size)
+    lines = accumulator.reduce(step=20, steps=10)
+    routed, null = sum(label != NULL for label in LABELS), LABELS.count(NULL)
+    for layer in (1, 3):
+        here = [line for line in lines if line["layer"] == layer]
+        VALIDATOR.validate(json.loads(json.dumps(here[0])))
+        assert sum(line["conditional_tokens"] for line in here) == (8 + 4) * routed
+        assert sum(line["unconditional_tokens"] for line in here) == (8 + 4) * null
+        table, by_patch = here[0]["layer_detail"]["tokens_per_position"], torch.zeros(8, 4)
+        for token, expert, _ in rows_of([passes[4, 8]], layer):
+            by_patch[token % 8, expert] += 1
+        assert table == {"steps": 10, "counts": by_patch.long().tolist(), "columns": 4}
 
 
 def test_lines_without_assignments_have_no_gate_mean() -> None:

@@ -1,0 +1,1 @@
+"""Latents of several sizes: one folder of packed latents a size, one size a batch."""
