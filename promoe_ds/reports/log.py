@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.errors import DataError
+from promoe_ds.errors import DataError, first_few
 from promoe_ds.load_stats import divide
 from promoe_ds.reports.intervals import KeptLines
 from promoe_ds.reports.records import TABLES, Exchanges, LayerDetail, Line, log_file, read_lines
 
 EXCHANGES = Exchanges.__struct_fields__
-_SHOWN_PROBLEMS = 3
 #: Sums that a table over training is kept in.
 _MOST_PARTS = 64
 
@@ -108,20 +107,17 @@ def load_log(run_dir: Path) -> RoutingLog:
             problems.append(f"line {number:,}: {problem}")
         else:
             is_cut = True
-    shown = "; ".join(problems[:_SHOWN_PROBLEMS])
     if not schemas:
         reason = "is empty: the run has no MoE layer or did not reach its first log step"
         if problems:
-            reason = f"has no routing record: {shown}"
+            reason = f"has no routing record: {first_few(problems)}"
         elif is_cut:
             reason = "has no complete line: the run was interrupted in its first log step"
         raise DataError(f"{path} {reason}")
     notes = []
     if problems:
-        more = "; …" if len(problems) > _SHOWN_PROBLEMS else ""
-        notes.append(
-            f"{len(problems):,} line{'s' if len(problems) > 1 else ''} left out ({shown}{more})"
-        )
+        plural = "s" if len(problems) > 1 else ""
+        notes.append(f"{len(problems):,} line{plural} left out ({first_few(problems)})")
     if is_cut:
         notes.append("the last line is cut off: the run was interrupted, or is writing it now")
     if early := schemas.count(1):
