@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from promoe_ds.backends.devices import Device
 from promoe_ds.config import BatchPlan, DeepSpeedPlan
-from promoe_ds.errors import ConfigError
 
 #: Bytes/s that one device sends to other nodes, by the name that `--network` takes: one network
 #: card a device.
@@ -32,11 +31,6 @@ class Cluster:
     gpus_per_node: int
     device: Device
     network_bandwidth: float
-
-    def __post_init__(self) -> None:
-        for option, value in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
-            if value < 1:
-                raise ConfigError(f"{option} {value}: must be at least 1")
 
     @property
     def ranks(self) -> int:

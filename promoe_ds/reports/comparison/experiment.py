@@ -28,7 +28,6 @@ from promoe_ds.reports.comparison.candidates import (
     ComparisonRequest,
     check_fair,
     check_launch,
-    check_numbers,
     flat_fields,
     load_candidates,
 )
@@ -59,7 +58,6 @@ def compare(request: ComparisonRequest) -> list[Path]:
     Raises: ConfigError for what cannot be compared; TrainingError, after the report is written, if
     runs failed.
     """
-    check_numbers(request)
     candidates = load_candidates(request)
     check_fair(candidates, request.tolerance)
     settings = {
