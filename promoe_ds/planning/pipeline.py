@@ -15,8 +15,8 @@ from promoe_ds.data.vae import DECODED_AT_ONCE
 from promoe_ds.planning.cluster import ClusterLayout
 from promoe_ds.planning.zero import states_of_config
 
-#: Published sizes of ILSVRC 2012: images and bytes of the two archives.
-TRAIN_IMAGES, VAL_IMAGES = 1_281_167, 50_000
+#: Published sizes of ILSVRC 2012: images for training, bytes of the two archives.
+TRAIN_IMAGES = 1_281_167
 TRAIN_BYTES, VAL_BYTES = 147_897_477_120, 6_744_924_160
 #: Floating-point operations of Stable Diffusion's AutoencoderKL for one image of 256 pixels, by
 # torch's counter.
