@@ -43,8 +43,8 @@ class ClusterLayout:
     """How a run is spread over ranks.
 
     bucket: elements of a gradient bucket (`zero_optimization.reduce_bucket_size`); overlap:
-    `overlap_comm`, two buckets; on_cpu: plain operations, and of a bucket only what is written, for
-    a CPU maps pages at their first use; offload: masters, moments and averages are in the
+    `overlap_comm`, two buckets; on_cpu: plain operations, and memory for kept gradients as they
+    come, for a CPU maps pages at their first use; offload: masters, moments and averages are in the
     host's memory, and the update runs there (`offload_optimizer`); data_before_expert: ranks that
     share experts are spread (`use_data_before_expert_parallelism`), not neighbours.
     """

@@ -99,7 +99,6 @@ class EngineReplay:
         for number in range(len(groups)):
             self._lay(number)
         self._make_states(parameters, settings)
-        self._bucket = min(layout.bucket, self._total) if layout.on_cpu else layout.bucket
         self._filled = 0
         self._buckets: list[Tensor] = []
         self._gradients: list[Tensor] = []
@@ -178,8 +177,8 @@ class EngineReplay:
                 self._sums.take(self._places[parameter])
             return
         if not self._buckets:
-            count = 2 if layout.overlap and not layout.on_cpu else 1
-            self._buckets = [self._make(self._bucket, "buckets") for _ in range(count)]
+            count = 2 if layout.overlap else 1
+            self._buckets = [self._make(layout.bucket, "buckets") for _ in range(count)]
         if self._filled + parameter.numel() > layout.bucket:
             self._reduce(BESIDE)
         self._filled += parameter.numel()
