@@ -194,7 +194,8 @@ class Columns:
             )
         )
         gates = self._by_number(line.layer, line.gate_sum_per_expert or [None] * self.experts)
-        self.floats.extend(_numbers([line.gate_mean, line.prototype_similarity, *gates]))
+        values = [line.gate_mean, line.prototype_similarity, *gates]
+        self.floats.extend(np.array(values, dtype=float).tolist())  # NaN for what was not logged
         return ""
 
     def _by_number(self, layer: int, values: Sequence[Any]) -> Sequence[Any]:
@@ -215,7 +216,7 @@ class Columns:
             detail.rank_max_over_mean,
             *(getattr(detail.exchanges, name).seconds for name in EXCHANGES),
         ]
-        self.details[step, layer] = np.array(_numbers(values), dtype=np.float32)
+        self.details[step, layer] = np.array(values, dtype=np.float32)
         if (matrix := detail.prototype_similarity_matrix) is not None:
             cosines = by_first_number(np.array(matrix, dtype=float), order)
             self.matrices[layer] = by_first_number(cosines.T, order).T
@@ -288,8 +289,3 @@ class Columns:
             if sum(key[0] == name for key in self.tables) > len(by_layer)
         ]
         return result
-
-
-def _numbers(values: list[float | None]) -> list[float]:
-    """Return values with NaN for what was not logged."""
-    return [np.nan if value is None else value for value in values]

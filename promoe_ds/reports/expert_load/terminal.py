@@ -12,7 +12,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from promoe_ds.load_stats import entropy, max_over_mean, relative, shares, variation
@@ -111,9 +111,8 @@ def words(value: float | None, form: str) -> str:
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for name in head:
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = (Column(name, justify="right", no_wrap=True) for name in head)
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE)
     for row in rows:
         table.add_row(*row)
     return table
@@ -231,12 +230,16 @@ def _live_table(view: RunView, width: int, rows: list[int]) -> tuple[Table, int]
             columns[name] = column
             rest -= len(name) + 1
     curve = min(_KEPT, max(0, rest) + _KEPT // 3)
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("layer", width=5, justify="right", no_wrap=True)
-    table.add_column("experts", width=blocks, no_wrap=True)
-    for name in columns:
-        table.add_column(name, width=len(name), justify="right", no_wrap=True)
-    table.add_column("so far", width=curve, no_wrap=True)
+    table = Table(
+        Column("layer", width=5, justify="right", no_wrap=True),
+        Column("experts", width=blocks, no_wrap=True),
+        *(Column(name, width=len(name), justify="right", no_wrap=True) for name in columns),
+        Column("so far", width=curve, no_wrap=True),
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        header_style="dim",
+    )
     for row in rows:
         table.add_row(
             str(view.log.layers[row]),
