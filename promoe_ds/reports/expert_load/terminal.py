@@ -5,7 +5,6 @@ training in a terminal of any size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -164,9 +163,7 @@ class Follower:
             self.view = RunView.of(log, slice(0, len(log.steps_T)))
 
 
-def follow(
-    run_dir: Path, console: Console, *, every: float, is_over: Callable[[], bool] = lambda: False
-) -> None:
+def follow(run_dir: Path, console: Console, *, every: float) -> None:
     """Show a run's load until interrupted.
 
     Args:
@@ -176,7 +173,7 @@ def follow(
     follower.look()
     try:
         with Live(_screen(follower, console), console=console, auto_refresh=False) as live:
-            while not is_over():
+            while True:
                 time.sleep(every)
                 follower.look()
                 live.update(_screen(follower, console), refresh=True)
