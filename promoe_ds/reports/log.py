@@ -20,8 +20,6 @@ from promoe_ds.reports.intervals import KeptLines
 from promoe_ds.reports.records import TABLES, Exchanges, LayerDetail, Line, log_file, read_lines
 
 EXCHANGES = Exchanges.__struct_fields__
-#: Of tables over a stretch of training: the last step, how many there are, their sum.
-TableSum = tuple[int, int, np.ndarray]
 #: Sums that a table over training is kept in.
 _MOST_PARTS = 64
 
@@ -43,8 +41,7 @@ class RoutingLog:
         rank; NaN if not logged.
     matrix_LEE: the prototypes' newest logged cosines, NaN if there are none.
     order_LE: the expert at each place, now; ep_size: ranks that share a set of experts, now.
-    tables: name -> layer -> [(last step, tables in the sum, rows x E counts)], e.g. of
-        "tokens_per_class".
+    tables: name -> layer -> [(last step, rows x E counts)], e.g. "tokens_per_class".
     """
 
     path: Path
@@ -67,7 +64,7 @@ class RoutingLog:
     order_LE: np.ndarray
     ep_size: int
     ranks: int
-    tables: dict[str, dict[int, list[TableSum]]]
+    tables: dict[str, dict[int, list[tuple[int, np.ndarray]]]]
     notes: list[str]
 
     @property
@@ -93,8 +90,8 @@ class RoutingLog:
         if not series:
             return None
         start = int(self.steps_T[window][0] - self.covered_T[window][0])
-        inside = [counts for step, _, counts in series if step > start]
-        return np.sum(inside or [series[-1][2]], axis=0)
+        inside = [counts for step, counts in series if step > start]
+        return np.sum(inside or [series[-1][1]], axis=0)
 
 
 def load_log(run_dir: Path) -> RoutingLog:
@@ -139,18 +136,14 @@ def by_first_number(values: np.ndarray, order: Sequence[int] | None) -> np.ndarr
 
 @dataclass
 class _Series:
-    """Sums of a table over stretches of training of equal numbers of tables; of tables with several
-    numbers of rows, of the newest.
-    """
+    """Sums of a table over stretches of training of equal numbers of tables."""
 
     width: int = 1
-    parts: list[TableSum] = field(default_factory=list)
+    parts: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
 
     def add(self, step: int, counts: np.ndarray) -> None:
         """Add the table of a step; one that goes back in steps replaces what was repeated."""
-        self.parts = [
-            part for part in self.parts if part[0] < step and part[2].shape == counts.shape
-        ]
+        self.parts = [part for part in self.parts if part[0] < step]
         if self.parts and self.parts[-1][1] < self.width:
             _, tables, total = self.parts.pop()
             self.parts.append((step, tables + 1, total + counts))
@@ -180,7 +173,7 @@ class Columns:
     details: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # by step and layer
     matrices: dict[int, np.ndarray] = field(default_factory=dict)
     orders: dict[int, list[int]] = field(default_factory=dict)
-    tables: dict[str, dict[int, _Series]] = field(default_factory=dict)
+    tables: dict[tuple[str, int, int], _Series] = field(default_factory=dict)
     placement: tuple[int, int] = (1, 1)
 
     def take(self, line: Line) -> str:
@@ -230,7 +223,7 @@ class Columns:
         for name in TABLES:
             if (table := getattr(detail, name)) is not None:
                 counts = by_first_number(np.array(table.counts, dtype=np.int64), order)
-                self.tables.setdefault(name, {}).setdefault(layer, _Series()).add(step, counts)
+                self.tables.setdefault((name, layer, len(counts)), _Series()).add(step, counts)
 
     def arrange(self, path: Path, notes: list[str]) -> RoutingLog:
         """Make arrays of what was taken; `notes` gets what had to be corrected."""
@@ -280,9 +273,19 @@ class Columns:
             order_LE=np.array([self.orders.get(layer, plain) for layer in layers]),
             ep_size=self.placement[0],
             ranks=self.placement[1],
-            tables={
-                name: {layer: series.parts for layer, series in by_layer.items()}
-                for name, by_layer in self.tables.items()
-            },
+            tables=self._tables(notes),
             notes=notes,
         )
+
+    def _tables(self, notes: list[str]) -> dict[str, dict[int, list[tuple[int, np.ndarray]]]]:
+        """Return every layer's tables; of those with several numbers of rows the newest."""
+        result: dict[str, dict[int, list[tuple[int, np.ndarray]]]] = {}
+        ours = sorted(self.tables.items(), key=lambda item: item[1].parts[-1][0])
+        for (name, layer, _), series in ours:
+            result.setdefault(name, {})[layer] = [(step, total) for step, _, total in series.parts]
+        notes += [
+            f"{name} had other numbers of rows before: only the newest kind is shown"
+            for name, by_layer in result.items()
+            if sum(key[0] == name for key in self.tables) > len(by_layer)
+        ]
+        return result
