@@ -7,18 +7,16 @@ round by round.
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.benchmark import timer as wall_clock  # waits for the device first
 
-from promoe_ds.versions import device_name, versions_of
+from promoe_ds.versions import device_name, processor_name, versions_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +35,8 @@ class Timing:
 
 def machine_description() -> dict[str, Any]:
     """Return processor, threads, device and versions."""
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **versions_of("deepspeed", "megatron-core", "transformer-engine"),

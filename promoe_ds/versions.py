@@ -1,10 +1,11 @@
-"""Which software wrote a checkpoint, latents or figures."""
+"""Which software wrote a checkpoint, latents or figures, and on what it ran."""
 
 from __future__ import annotations
 
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -42,6 +43,14 @@ def check_deepspeed() -> None:
 def device_name(device: torch.device) -> str:
     """Return what computes: `cpu`, or a GPU's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def processor_name() -> str:
+    """Return the model of this machine's processor."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
 
 
 def versions_of(*packages: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from promoe_ds.cli.entry import command
-from promoe_ds.cli.options import Parser, integers
+from promoe_ds.cli.options import Parser, number
 from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.reports.comparison.candidates import ComparisonRequest, methods_of
 from promoe_ds.reports.comparison.experiment import compare
@@ -44,32 +44,47 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="a recipe with overrides, under a name of its own; may be repeated",
     )
     parser.add_overrides("overrides for all candidates")
-    parser.add_argument("--steps", type=int, required=True, help="optimizer steps of every run")
-    parser.add_argument("--seeds", type=integers, default=(0,), help="comma-separated, e.g. 0,1,2")
+    parser.add_argument(
+        "--steps", type=number(ge=1), required=True, help="optimizer steps of every run"
+    )
+    parser.add_argument("--seeds", type=_seeds, default=(0,), help="comma-separated, e.g. 0,1,2")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the experiment: report and runs"
     )
     parser.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time; 1 where one GPU serves them all"
+        "--jobs",
+        type=number(ge=1),
+        default=2,
+        help="runs at a time; 1 where one GPU serves them all",
     )
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
+    parser.add_argument("--ranks", type=number(ge=1), default=1, help="processes of each run")
     parser.add_deepspeed_config(ComparisonRequest.deepspeed_config)
     parser.add_argument(
         "--samples",
-        type=int,
+        type=number(ge=2),
         default=500,
         help="drawn from every run, where its data set has a judge",
     )
     parser.add_argument(
-        "--sample-seed", type=int, default=0, help="of the initial noise, equal for all"
+        "--sample-seed",
+        type=number(ge=0),
+        default=0,
+        help="of the initial noise, equal for all",
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number(float, ge=0),
         default=0.05,
         help="how far activated parameters may be apart, 0.05 = 5%%",
     )
     return parser.parse_args(arguments)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    seeds = tuple(map(number(ge=0, lt=2**63), text.split(",")))
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text}: expected different integers, e.g. 0,1,2")
+    return seeds
 
 
 def main(arguments: list[str]) -> None:

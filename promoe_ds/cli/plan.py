@@ -16,7 +16,7 @@ from typing import Any
 
 from promoe_ds.backends.devices import DEVICES
 from promoe_ds.cli.entry import command
-from promoe_ds.cli.options import Parser
+from promoe_ds.cli.options import Parser, number
 from promoe_ds.config import (
     DS_CONFIGS_DIR,
     load_config,
@@ -33,8 +33,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__)
     parser.add_run(deepspeed_config=DS_CONFIGS_DIR / "zero2_bf16.json")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--nodes", type=number(ge=1), default=1)
+    parser.add_argument("--gpus-per-node", type=number(ge=1), default=8)
     parser.add_argument("--gpu", type=str.lower, default="h100", choices=DEVICES)
     parser.add_argument("--network", type=str.lower, default="ib-ndr400", choices=NETWORKS)
     parser.add_argument(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from promoe_ds.backends.devices import Device
 from promoe_ds.config import BatchPlan, DeepSpeedPlan
-from promoe_ds.errors import ConfigError
 
 #: Bytes/s that one device sends to other nodes, by the name that `--network` takes: one network
 #: card a device.
@@ -33,11 +32,6 @@ class Cluster:
     device: Device
     network_bandwidth: float
 
-    def __post_init__(self) -> None:
-        for option, value in (("--nodes", self.nodes), ("--gpus-per-node", self.gpus_per_node)):
-            if value < 1:
-                raise ConfigError(f"{option} {value}: must be at least 1")
-
     @property
     def ranks(self) -> int:
         """Processes, one a device."""
@@ -49,8 +43,8 @@ class ClusterLayout:
     """How a run is spread over ranks.
 
     bucket: elements of a gradient bucket (`zero_optimization.reduce_bucket_size`); overlap:
-    `overlap_comm`, two buckets; on_cpu: plain operations, and of a bucket only what is written, for
-    a CPU maps pages at their first use; offload: masters, moments and averages are in the
+    `overlap_comm`, two buckets; on_cpu: plain operations, and memory for kept gradients as they
+    come, for a CPU maps pages at their first use; offload: masters, moments and averages are in the
     host's memory, and the update runs there (`offload_optimizer`); data_before_expert: ranks that
     share experts are spread (`use_data_before_expert_parallelism`), not neighbours.
     """

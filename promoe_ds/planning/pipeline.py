@@ -16,8 +16,8 @@ from promoe_ds.data.vae import DECODED_AT_ONCE
 from promoe_ds.planning.cluster import ClusterLayout
 from promoe_ds.planning.zero import states_of_config
 
-#: Published sizes of ILSVRC 2012: images and bytes of the two archives.
-TRAIN_IMAGES, VAL_IMAGES = 1_281_167, 50_000
+#: Published sizes of ILSVRC 2012: images for training, bytes of the two archives.
+TRAIN_IMAGES = 1_281_167
 TRAIN_BYTES, VAL_BYTES = 147_897_477_120, 6_744_924_160
 #: Floating-point operations of Stable Diffusion's AutoencoderKL for one image of 256 pixels, by
 # torch's counter.
@@ -29,10 +29,10 @@ _VAE_WEIGHTS = 4 * 83_653_863
 #: Of Inception v3 for one image of 299 pixels: 5.7e9 multiply-adds (Szegedy et al., 2016).
 INCEPTION_FLOPS = 11.4e9
 INCEPTION_FEATURES, SPATIAL_FEATURES = 2048, 2023
-#: Images of ADM's reference that precision and recall look at.
-REFERENCE_IMAGES = 10_000
+#: Samples that are drawn, with guidance, and images of ADM's reference that precision and recall
+# look at.
+SAMPLES, REFERENCE_IMAGES = 50_000, 10_000
 _PIXELS = 256**2
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +78,6 @@ def plan_pipeline(
     config: RunConfig,
     *,
     gpus: int,
-    samples: int = 50_000,
-    cfg_scale: float = 1.5,
-    latent_dtype: str = "float32",
     assumptions: Assumptions | None = None,
 ) -> list[PipelineStep]:
     """Compute the steps from ImageNet's archives to the figures of one model.
@@ -88,17 +85,15 @@ def plan_pipeline(
     Args:
         config: of a model of latents.
         gpus: that work at each step.
-        cfg_scale: above 1 every sampling step computes each image twice.
-        latent_dtype: of the packed latents.
     """
     rates = assumptions or Assumptions()
     return [
         _unpack(rates),
-        _encode(config, gpus, latent_dtype, rates),
+        _encode(config, gpus, rates),
         _train(config, gpus, rates),
         _convert(config, rates),
-        _sample(config, gpus, samples, cfg_scale, rates),
-        _evaluate(config, gpus, samples, rates),
+        _sample(config, gpus, rates),
+        _evaluate(gpus, rates),
     ]
 
 
@@ -133,11 +128,10 @@ def _unpack(rates: Assumptions) -> PipelineStep:
     )
 
 
-def _encode(config: RunConfig, gpus: int, dtype: str, rates: Assumptions) -> PipelineStep:
+def _encode(config: RunConfig, gpus: int, rates: Assumptions) -> PipelineStep:
     model = config.model
-    record = (
-        2 * 2 * model.in_channels * prod(model.latent_size) * _BYTES[dtype]
-    )  # plain and mirrored, mean and variance
+    # Plain and mirrored, mean and variance, fp32.
+    record = 2 * 2 * model.in_channels * prod(model.latent_size) * 4
     decoding = TRAIN_IMAGES / (rates.images_per_core * rates.cores_per_gpu * gpus)
     encoding = (
         2 * TRAIN_IMAGES * ENCODER_FLOPS * _pixel_ratio(config) / (gpus * rates.convolution_flops)
@@ -177,18 +171,17 @@ def _convert(config: RunConfig, rates: Assumptions) -> PipelineStep:
     )
 
 
-def _sample(
-    config: RunConfig, gpus: int, samples: int, cfg_scale: float, rates: Assumptions
-) -> PipelineStep:
-    passes = config.sampling.steps * (2 if cfg_scale > 1 else 1)
+def _sample(config: RunConfig, gpus: int, rates: Assumptions) -> PipelineStep:
+    # Guidance computes each image twice.
     drawing = (
-        samples
-        * passes
+        SAMPLES
+        * 2
+        * config.sampling.steps
         * forward_flops_per_image(config, config.model.longest_text)
         / (gpus * rates.device.flops["bf16"] * rates.inference_share)
     )
-    decoding = samples * DECODER_FLOPS * _pixel_ratio(config) / (gpus * rates.convolution_flops)
-    pixels = samples * 3 * _PIXELS * _pixel_ratio(config)
+    decoding = SAMPLES * DECODER_FLOPS * _pixel_ratio(config) / (gpus * rates.convolution_flops)
+    pixels = SAMPLES * 3 * _PIXELS * _pixel_ratio(config)
     # The npz, and PNG files that noise-free images keep below the size of their pixels.
     return PipelineStep(
         name="sample",
@@ -197,15 +190,14 @@ def _sample(
         device=2 * count_parameters(config).total  # bf16, as GPUs sample
         + _VAE_WEIGHTS
         + DECODED_AT_ONCE * DECODER_BYTES * _pixel_ratio(config),
-        host=pixels / samples,
+        host=pixels / SAMPLES,
     )
 
 
-def _evaluate(config: RunConfig, gpus: int, samples: int, rates: Assumptions) -> PipelineStep:
-    images = samples + REFERENCE_IMAGES
+def _evaluate(gpus: int, rates: Assumptions) -> PipelineStep:
+    images = SAMPLES + REFERENCE_IMAGES
     features = images * INCEPTION_FLOPS / (gpus * rates.convolution_flops)
-    pairs = samples**2 + REFERENCE_IMAGES**2 + 2 * samples * REFERENCE_IMAGES
-    distances = 2 * INCEPTION_FEATURES * pairs / (gpus * rates.fp64_flops)
+    distances = 2 * INCEPTION_FEATURES * images**2 / (gpus * rates.fp64_flops)
     roots = (
         2 * 60 * INCEPTION_FEATURES**3 / 50e9
     )  # two matrix roots and singular values each, on one processor

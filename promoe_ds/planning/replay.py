@@ -50,22 +50,6 @@ class ReplayGroup:
         return [p.numel() for p in self.parameters], dist.get_world_size(self.replicas)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a parameter is: the ranks over which its group is partitioned, the partitions that it
-    touches, its elements in the first, which is rank 0's, and where it starts in the group.
-    """
-
-    replicas: dist.ProcessGroup
-    partitions: range
-    owned: int
-    start: int
-
-    def slice_of(self, parameter: nn.Parameter) -> OwnedSlice | None:
-        """Return what rank 0 owns of it, which is its beginning."""
-        return OwnedSlice(parameter, 0, self.start, self.owned) if self.owned else None
-
-
 class _TracedSums(GradientSums):
     """The trainer's sums of gradients, seen by a trace."""
 
@@ -110,13 +94,11 @@ class EngineReplay:
             torch.empty(size * group.sizes[1], dtype=self._dtype)
             for size, group in zip(self._owned, groups, strict=True)
         ]
-        self._places = {
-            p: place
-            for group, size in zip(groups, self._owned, strict=True)
-            for p, place in _lay(group, size).items()
-        }
+        self._places: dict[nn.Parameter, Place] = {}
+        self._touched: dict[nn.Parameter, range] = {}
+        for number in range(len(groups)):
+            self._lay(number)
         self._make_states(parameters, settings)
-        self._bucket = min(layout.bucket, self._total) if layout.on_cpu else layout.bucket
         self._filled = 0
         self._buckets: list[Tensor] = []
         self._gradients: list[Tensor] = []
@@ -129,14 +111,19 @@ class EngineReplay:
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._take)
 
+    def _lay(self, number: int) -> None:
+        """Lay a group's parameters into its partitions, one behind the other: rank 0's first."""
+        group, size = self._groups[number], self._owned[number]
+        ends = accumulate(p.numel() for p in group.parameters)
+        for parameter, end in zip(group.parameters, ends, strict=True):
+            start = end - parameter.numel()
+            owned = min(end, size) - start
+            part = OwnedSlice(parameter, 0, start, owned) if owned > 0 else None
+            self._places[parameter] = Place(parameter, group.replicas, number, part)
+            self._touched[parameter] = range(start // size, (end - 1) // size + 1)
+
     def _make_sums(self) -> _TracedSums:
         layout = self._layout
-        self._sum_places = {
-            parameter: Place(parameter, place.replicas, number, place.slice_of(parameter))
-            for number, group in enumerate(self._groups)
-            for parameter in group.parameters
-            for place in (self._places[parameter],)
-        }
         settings = SumSettings(
             partitions=self._owned,
             bucket=layout.bucket,
@@ -145,7 +132,7 @@ class EngineReplay:
             sent_as=self._dtype,
             kept_as=self._dtype,
         )
-        return _TracedSums(list(self._sum_places.values()), settings)
+        return _TracedSums(list(self._places.values()), settings)
 
     def _make_states(self, parameters: list[nn.Parameter], settings: OptimizerConfig) -> None:
         """Make the optimizer as the trainer does, with all its state."""
@@ -187,11 +174,11 @@ class EngineReplay:
             return
         if self._sums is not None:
             with self._trace.during(BESIDE):
-                self._sums.take(self._sum_places[parameter])
+                self._sums.take(self._places[parameter])
             return
         if not self._buckets:
-            count = 2 if layout.overlap and not layout.on_cpu else 1
-            self._buckets = [self._make(self._bucket, "buckets") for _ in range(count)]
+            count = 2 if layout.overlap else 1
+            self._buckets = [self._make(layout.bucket, "buckets") for _ in range(count)]
         if self._filled + parameter.numel() > layout.bucket:
             self._reduce(BESIDE)
         self._filled += parameter.numel()
@@ -220,7 +207,7 @@ class EngineReplay:
         if self._layout.zero_stage > 0:
             self._reduce(AFTER)
             if self._earlier is not None:
-                own = sum(p.numel() for p, place in self._places.items() if place.owned)
+                own = sum(p.numel() for p, place in self._places.items() if place.part)
                 with self._trace.during(AFTER):
                     self._earlier[:own].add_(self._earlier[:own])
         elif self._layout.world_size > 1:
@@ -243,32 +230,32 @@ class EngineReplay:
         flat = waiting[-1].grad.view(-1) if is_alone else self._buckets[0][: self._filled]
         with self._trace.during(part):
             flat.div_(self._layout.world_size)
-            for replicas in dict.fromkeys(self._places[p].replicas for p in waiting):
-                places = {p: self._places[p] for p in waiting}
-                same = {p: place for p, place in places.items() if place.replicas is replicas}
-                self._reduce_over(replicas, flat, same, are_all=len(same) == len(waiting))
+            places = [self._places[p] for p in waiting]
+            for ranks in dict.fromkeys(place.ranks for place in places):
+                same = [place for place in places if place.ranks is ranks]
+                self._reduce_over(ranks, flat, same, are_all=len(same) == len(places))
         for parameter in waiting:
             self._let_go(parameter)
         self._filled = 0
 
     def _reduce_over(
         self,
-        replicas: dist.ProcessGroup,
+        ranks: dist.ProcessGroup,
         flat: Tensor,
-        places: dict[nn.Parameter, _Place],
+        places: list[Place],
         *,
         are_all: bool,
     ) -> None:
-        tensors = [flat[: p.numel()] for p in places]
-        touched = {partition for place in places.values() for partition in place.partitions}
+        tensors = [flat[: place.parameter.numel()] for place in places]
+        touched = {partition for place in places for partition in self._touched[place.parameter]}
         reduced = flat
         if len(touched) > 1 or not are_all:
             reduced = self._trace.label(torch.cat(tensors), "buckets")
-        dist.all_reduce(reduced, group=replicas)
-        for tensor, place in zip(tensors, places.values(), strict=True):
-            if place.owned:
-                own = reduced[: place.owned]
-                tensor[: place.owned].copy_(own)  # into the bucket,
+        dist.all_reduce(reduced, group=ranks)
+        for tensor, place in zip(tensors, places, strict=True):
+            if place.part:
+                own = place.part.numel
+                tensor[:own].copy_(reduced[:own])  # into the bucket,
                 tensor.copy_(tensor)  # and from there to what is kept
 
     def _reduce_without_zero(self) -> None:
@@ -336,14 +323,3 @@ class EngineReplay:
 
 def _norm(flat: Tensor) -> Tensor:
     return torch.linalg.vector_norm(flat, dtype=torch.float32)
-
-
-def _lay(group: ReplayGroup, size: int) -> dict[nn.Parameter, _Place]:
-    """Lay a group's parameters into partitions of `size` elements, one behind the other."""
-    ends = accumulate(p.numel() for p in group.parameters)
-    places = {}
-    for parameter, end in zip(group.parameters, ends, strict=True):
-        start = end - parameter.numel()
-        touched = range(start // size, (end - 1) // size + 1)
-        places[parameter] = _Place(group.replicas, touched, max(0, min(end, size) - start), start)
-    return places

@@ -20,23 +20,25 @@ from promoe_ds.torch_private import (
 )
 
 #: Make a tensor without writing it, or change its shape alone.
-_NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
-_NO_KERNEL |= {"set_", "record_stream"}
+_NO_KERNEL = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("resize_", "set_", "record_stream"),
+}
 #: Write their result without reading what was there.
 _OVERWRITE = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_", "uniform_", "normal_"}
-#: Arguments that our operations write without reading what was there.
-_OUTPUTS = {"out_N"}
 #: Touch as much of the indexed tensor as they bring or take.
 _ADD_ROWS = {"index_add_", "scatter_add_", "index_put_", "index_copy_"}
 _TAKE_ROWS = {"index_select", "gather", "embedding", "index", "select_rows"}
 #: Arguments that operations of ours write without reading what was there.
 _OUTPUTS = {"out_N"}
 #: Kernels of operations that are several.
-_KERNELS = {"sort": 6, "argsort": 6, "index_put_": 3, "embedding_dense_backward": 6}
-_KERNELS |= {"_grouped_mm": 2, "topk": 2, "repeat_interleave": 3}
-_KERNELS |= {"sum_by_expert": 2, "sum_groups": 2, "cosine_backward": 2, "sort_choices": 2}
-_KERNELS |= {"modulated_norm_backward": 2, "residual_norm_backward": 2}
-_KERNELS |= {"gated_residual_backward": 2, "bias_gelu_backward": 2, "join_heads": 2}
+_KERNELS = {
+    **dict.fromkeys(("sort", "argsort", "embedding_dense_backward"), 6),
+    **dict.fromkeys(("index_put_", "repeat_interleave"), 3),
+    **dict.fromkeys(("_grouped_mm", "topk", "sum_by_expert", "sum_groups", "sort_choices"), 2),
+    **dict.fromkeys(("cosine_backward", "modulated_norm_backward", "residual_norm_backward"), 2),
+    **dict.fromkeys(("gated_residual_backward", "bias_gelu_backward", "join_heads"), 2),
+}
 #: torch's operations on lists: numbers of a block, blocks of a kernel (MultiTensorApply.cuh).
 _BLOCK, _BLOCKS = 65536, 320
 #: Products of fused attention on a CPU, which torch's counter does not know.

@@ -6,20 +6,20 @@ Letters: T log intervals, L MoE layers, Q timestep bins, E routed experts, X exc
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from promoe_ds.errors import DataError
+from promoe_ds.errors import DataError, first_few
 from promoe_ds.load_stats import divide
 from promoe_ds.reports.intervals import KeptLines
 from promoe_ds.reports.records import TABLES, Exchanges, LayerDetail, Line, log_file, read_lines
 
 EXCHANGES = Exchanges.__struct_fields__
-_SHOWN_PROBLEMS = 3
 #: Sums that a table over training is kept in.
 _MOST_PARTS = 64
 
@@ -110,20 +110,17 @@ def load_log(run_dir: Path) -> RoutingLog:
             problems.append(f"line {number:,}: {problem}")
         else:
             is_cut = True
-    shown = "; ".join(problems[:_SHOWN_PROBLEMS])
     if not schemas:
         reason = "is empty: the run has no MoE layer or did not reach its first log step"
         if problems:
-            reason = f"has no routing record: {shown}"
+            reason = f"has no routing record: {first_few(problems)}"
         elif is_cut:
             reason = "has no complete line: the run was interrupted in its first log step"
         raise DataError(f"{path} {reason}")
     notes = []
     if problems:
-        more = "; …" if len(problems) > _SHOWN_PROBLEMS else ""
-        notes.append(
-            f"{len(problems):,} line{'s' if len(problems) > 1 else ''} left out ({shown}{more})"
-        )
+        plural = "s" if len(problems) > 1 else ""
+        notes.append(f"{len(problems):,} line{plural} left out ({first_few(problems)})")
     if is_cut:
         notes.append("the last line is cut off: the run was interrupted, or is writing it now")
     if early := schemas.count(1):
@@ -165,20 +162,19 @@ class _Series:
 
 @dataclass
 class Columns:
-    """What is taken from each line, in the order of the file.
+    """What is taken from each line, in the order of the file; by the experts' first numbers.
 
-    experts: of the first line; lines with another number are left out.
+    experts: of the first line; lines with another number are left out; orders: the expert at each
+    place, of layers whose experts have moved: stated by the line of bin 0, which comes first.
     """
 
     experts: int = 0
     keys: array = field(default_factory=lambda: array("q"))  # step, steps, layer, bin, bins
     counts: array = field(default_factory=lambda: array("q"))  # routed, null, bytes, tokens
     floats: array = field(default_factory=lambda: array("d"))  # gate mean, similarity, gates
-    detail_keys: array = field(default_factory=lambda: array("q"))  # step, layer
-    details: array = field(default_factory=lambda: array("f"))
+    details: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # by step and layer
     matrices: dict[int, np.ndarray] = field(default_factory=dict)
-    orders: dict[tuple[int, int], list[int]] = field(default_factory=dict)
-    newest_order: dict[int, list[int]] = field(default_factory=dict)
+    orders: dict[int, list[int]] = field(default_factory=dict)
     tables: dict[tuple[str, int, int], _Series] = field(default_factory=dict)
     placement: tuple[int, int] = (1, 1)
     patch_columns: int | None = None
@@ -189,42 +185,44 @@ class Columns:
         self.experts = self.experts or len(tokens)
         if len(tokens) != self.experts:
             return f"has {len(tokens)} experts, the lines before it {self.experts}"
+        if line.layer_detail is not None:
+            self._take_detail(line.step, line.layer, line.layer_detail)
         self.keys.extend((line.step, line.steps, line.layer, line.timestep_bin, line.timestep_bins))
         self.counts.extend(
             (
                 line.conditional_tokens,
                 line.unconditional_tokens,
                 line.layer_bytes_exchanged,
-                *tokens,
+                *self._by_number(line.layer, tokens),
             )
         )
-        gates = line.gate_sum_per_expert or [None] * self.experts
-        self.floats.extend(_numbers([line.gate_mean, line.prototype_similarity, *gates]))
-        if line.layer_detail is not None:
-            self._take_detail(line.step, line.layer, line.layer_detail)
+        gates = self._by_number(line.layer, line.gate_sum_per_expert or [None] * self.experts)
+        values = [line.gate_mean, line.prototype_similarity, *gates]
+        self.floats.extend(np.array(values, dtype=float).tolist())  # NaN for what was not logged
         return ""
+
+    def _by_number(self, layer: int, values: Sequence[Any]) -> Sequence[Any]:
+        """Return a layer's values, which go by place, by the experts' first numbers."""
+        order = self.orders.get(layer)
+        return values if order is None else by_first_number(np.array(values), order).tolist()
 
     def _take_detail(self, step: int, layer: int, detail: LayerDetail) -> None:
         order = detail.experts
-        if order is not None:
-            self.orders[step, layer] = order
-        self.newest_order[layer] = order or list(range(self.experts))
+        if order is None:
+            self.orders.pop(layer, None)
+        else:
+            self.orders[layer] = order
         self.placement = (detail.ep_size, detail.ranks)
-        self.detail_keys.extend((step, layer))
-        waits = [getattr(detail.exchanges, name).seconds for name in EXCHANGES]
-        self.details.extend(
-            _numbers(
-                [
-                    *detail.prototype_to_centroid,
-                    *detail.prototype_to_other_centroids,
-                    detail.rank_max_over_mean,
-                    *waits,
-                ]
-            )
-        )
+        values = [
+            *self._by_number(layer, detail.prototype_to_centroid),
+            *self._by_number(layer, detail.prototype_to_other_centroids),
+            detail.rank_max_over_mean,
+            *(getattr(detail.exchanges, name).seconds for name in EXCHANGES),
+        ]
+        self.details[step, layer] = np.array(values, dtype=np.float32)
         if (matrix := detail.prototype_similarity_matrix) is not None:
-            values = by_first_number(np.array(matrix, dtype=float), order)
-            self.matrices[layer] = by_first_number(values.T, order).T
+            cosines = by_first_number(np.array(matrix, dtype=float), order)
+            self.matrices[layer] = by_first_number(cosines.T, order).T
         if detail.tokens_per_position is not None:
             self.patch_columns = detail.tokens_per_position.columns
         for name in TABLES:
@@ -250,57 +248,40 @@ class Columns:
         gate_mean_TLQ = lines.spread(floats[:, 0])
         weights_TLQ = np.where(np.isnan(gate_mean_TLQ), 0, lines.spread(counts[:, 3:].sum(axis=1)))
         gates = np.nan_to_num(gate_mean_TLQ) * weights_TLQ
-        details = self._spread(steps, lines.layers_L)
-        by_expert = {
-            "tokens_TLE": totals_TL[..., 3:],
-            "tokens_TLQE": tokens_TLQE,
-            "gates_TLE": lines.spread(floats[:, 2:]).sum(axis=2),
-            "to_centroid_TLE": details[..., :experts],
-            "to_others_TLE": details[..., experts : 2 * experts],
-        }
-        self._move_back(by_expert.values(), steps, lines.layers_L)
-        nothing, plain = np.full((experts, experts), np.nan), list(range(experts))
-        layers = lines.layers_L.tolist()
+        layers, plain = lines.layers_L.tolist(), list(range(experts))
+        unknown_EE = np.full((experts, experts), np.nan)
+        unknown = np.full(2 * experts + 1 + len(EXCHANGES), np.nan, dtype=np.float32)
+        details = np.array(
+            [
+                [self.details.get((step, layer), unknown) for layer in layers]
+                for step in steps.tolist()
+            ]
+        )
         return RoutingLog(
             path=path,
             layers=layers,
             steps_T=steps,
             covered_T=lines.covered_T,
+            tokens_TLE=totals_TL[..., 3:],
+            tokens_TLQE=tokens_TLQE,
             routed_TL=totals_TL[..., 0],
             null_TL=totals_TL[..., 1],
+            gates_TLE=lines.spread(floats[:, 2:]).sum(axis=2),
             gate_mean_TL=divide(gates.sum(axis=2), weights_TLQ.sum(axis=2)),
             similarity_TL=lines.last(floats[:, 1], np.nan),
             bytes_TL=lines.last(counts[:, 2], 0),
+            to_centroid_TLE=details[..., :experts],
+            to_others_TLE=details[..., experts : 2 * experts],
             rank_uneven_TL=details[..., 2 * experts],
             wait_TLX=details[..., 2 * experts + 1 :],
-            matrix_LEE=np.array([self.matrices.get(layer, nothing) for layer in layers]),
-            order_LE=np.array([self.newest_order.get(layer, plain) for layer in layers]),
+            matrix_LEE=np.array([self.matrices.get(layer, unknown_EE) for layer in layers]),
+            order_LE=np.array([self.orders.get(layer, plain) for layer in layers]),
             ep_size=self.placement[0],
             ranks=self.placement[1],
             tables=self._tables(notes),
             patch_columns=self.patch_columns,
             notes=notes,
-            **by_expert,
         )
-
-    def _move_back(
-        self, by_expert: Iterable[np.ndarray], steps: np.ndarray, layers: np.ndarray
-    ) -> None:
-        """Reorder values (T, L, ..., E), which go by place, by the experts' first numbers."""
-        for (step, layer), order in self.orders.items():
-            at = np.flatnonzero(steps == step), np.flatnonzero(layers == layer)
-            for values in by_expert:
-                values[at] = by_first_number(values[at], order)
-
-    def _spread(self, steps: np.ndarray, layers: np.ndarray) -> np.ndarray:
-        """Return the details (T, L, ...), NaN if a line has none; the later of two for a step."""
-        width = 2 * self.experts + 1 + len(EXCHANGES)
-        details = np.full((len(steps), len(layers), width), np.nan, dtype=np.float32)
-        keys = np.frombuffer(self.detail_keys, dtype=np.int64).reshape(-1, 2)
-        known = np.isin(keys[:, 0], steps) & np.isin(keys[:, 1], layers)
-        at = np.searchsorted(steps, keys[known, 0]), np.searchsorted(layers, keys[known, 1])
-        details[at] = np.frombuffer(self.details, dtype=np.float32).reshape(-1, width)[known]
-        return details
 
     def _tables(self, notes: list[str]) -> dict[str, dict[int, list[tuple[int, np.ndarray]]]]:
         """Return every layer's tables; of those with several numbers of rows the newest."""
@@ -314,8 +295,3 @@ class Columns:
             if sum(key[0] == name for key in self.tables) > len(by_layer)
         ]
         return result
-
-
-def _numbers(values: list[float | None]) -> list[float]:
-    """Return values with NaN for what was not logged."""
-    return [np.nan if value is None else value for value in values]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,21 +18,6 @@ from promoe_ds.evaluation.images import read_samples, to_uint8
 from promoe_ds.evaluation.judges.judge import Figure, Judge, heldout_figure
 
 _NOISE_SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DigitsReport:
-    """Accuracies in [0, 1]; squared Fréchet distances between pixels in [0, 1], each to the
-    held-out digits.
-    """
-
-    samples: int
-    accuracy: float
-    accuracy_by_class: dict[int, float]
-    accuracy_on_real: float
-    frechet: float
-    frechet_of_training_digits: float
-    frechet_of_noise: float
 
 
 class DigitsJudge(Judge):
@@ -69,8 +53,40 @@ class DigitsJudge(Judge):
         return {"num": num}
 
     def judge(self, samples: Path, heldout_fraction: float = 0.2) -> dict[str, Any]:
-        """Return a `DigitsReport`."""
-        return asdict(judge_samples(samples, heldout_fraction))
+        """Return accuracies in [0, 1], of samples and of real digits, and squared Fréchet distances
+        of pixels in [0, 1] to the held-out digits.
+
+        The classifier (a support-vector machine on pixels) sees the training digits only; its
+        accuracy on the held-out ones says how far it can be trusted. Training digits and uniform
+        noise are the distance's two landmarks.
+        """
+        from sklearn.svm import SVC
+
+        images, labels = read_samples(samples)
+        are_digits = images.shape[1:] == (8, 8, 1) and set(labels.tolist()) <= set(range(10))
+        if not are_digits or len(images) < 2:
+            raise DataError(
+                f"{samples}: {images.shape} images are no 8x8 digits with labels 0 ... 9"
+            )
+        train_images, train_labels = load_digits_split(heldout_fraction, heldout=False)
+        heldout_images, heldout_labels = load_digits_split(heldout_fraction, heldout=True)
+        real, unseen = _features(to_uint8(train_images)), _features(to_uint8(heldout_images))
+        classifier = SVC(gamma="scale", C=10.0).fit(real, train_labels)
+        features = _features(images)
+        is_right = classifier.predict(features) == labels
+        target = fit_gaussian(unseen)
+        noise = np.random.default_rng(_NOISE_SEED).random(features.shape)
+        return {
+            "samples": len(labels),
+            "accuracy": float(is_right.mean()),
+            "accuracy_by_class": {
+                int(label): float(is_right[labels == label].mean()) for label in np.unique(labels)
+            },
+            "accuracy_on_real": float(classifier.score(unseen, heldout_labels)),
+            "frechet": frechet_distance(fit_gaussian(features), target),
+            "frechet_of_training_digits": frechet_distance(fit_gaussian(real), target),
+            "frechet_of_noise": frechet_distance(fit_gaussian(noise), target),
+        }
 
     def words(self, report: dict[str, Any]) -> str:
         """Return a report as text."""
@@ -91,44 +107,6 @@ class DigitsJudge(Judge):
         images, labels = load_digits_split(config.data.heldout_fraction, heldout=True)
         condition = ClassCondition(torch.from_numpy(labels), config.model.null_label)
         return torch.from_numpy(images), condition
-
-
-def judge_samples(path: Path, heldout_fraction: float = 0.2) -> DigitsReport:
-    """Classify samples and measure their distance to the digits held out from training.
-
-    The classifier (a support-vector machine on pixels) sees the training digits only; its accuracy
-    on the held-out ones says how far it can be trusted. Training digits and uniform noise are the
-    distance's two landmarks. Args:
-        path: samples.npz or its folder.
-        heldout_fraction: that of the recipe, `data.heldout_fraction`.
-    Raises: DataError if the samples are no 8x8 grey images with labels 0 ... 9.
-    """
-    from sklearn.svm import SVC
-
-    images, labels = read_samples(path)
-    if (
-        images.shape[1:] != (8, 8, 1)
-        or len(images) < 2
-        or not set(labels.tolist()) <= set(range(10))
-    ):
-        raise DataError(f"{path}: {images.shape} images are no 8x8 digits with labels 0 ... 9")
-    train_images, train_labels = load_digits_split(heldout_fraction, heldout=False)
-    heldout_images, heldout_labels = load_digits_split(heldout_fraction, heldout=True)
-    real, unseen = _features(to_uint8(train_images)), _features(to_uint8(heldout_images))
-    classifier = SVC(gamma="scale", C=10.0).fit(real, train_labels)
-    features = _features(images)
-    is_right = classifier.predict(features) == labels
-    target = fit_gaussian(unseen)
-    noise = np.random.default_rng(_NOISE_SEED).random(features.shape)
-    return DigitsReport(
-        samples=len(labels),
-        accuracy=float(is_right.mean()),
-        accuracy_by_class={int(c): float(is_right[labels == c].mean()) for c in np.unique(labels)},
-        accuracy_on_real=float(classifier.score(unseen, heldout_labels)),
-        frechet=frechet_distance(fit_gaussian(features), target),
-        frechet_of_training_digits=frechet_distance(fit_gaussian(real), target),
-        frechet_of_noise=frechet_distance(fit_gaussian(noise), target),
-    )
 
 
 def _features(images_NHWC: np.ndarray) -> np.ndarray:

@@ -92,23 +92,6 @@ def methods_of(dataset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (promoe, *others), tuple(variants)
 
 
-def check_numbers(request: ComparisonRequest) -> None:
-    """Refuse numbers that cannot be meant.
-
-    Raises: ConfigError naming the option.
-    """
-    least = {"steps": 1, "jobs": 1, "ranks": 1, "samples": 2, "sample_seed": 0, "tolerance": 0}
-    for name, minimum in least.items():
-        if not (value := getattr(request, name)) >= minimum:  # nan is neither
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
-    seeds = request.seeds
-    if not seeds or len(set(seeds)) < len(seeds) or not 0 <= min(seeds) <= max(seeds) < 2**63:
-        raise ConfigError(
-            f"--seeds {','.join(map(str, seeds))}: expected different integers from 0 on, e.g."
-            " 0,1,2"
-        )
-
-
 def load_candidates(request: ComparisonRequest) -> list[Candidate]:
     """Load and validate every candidate, recipes first, in the order of the command line.
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from promoe_ds import __version__
 from promoe_ds.config import (
     config_from_dict,
     count_parameters,
@@ -28,7 +25,6 @@ from promoe_ds.reports.comparison.candidates import (
     ComparisonRequest,
     check_fair,
     check_launch,
-    check_numbers,
     flat_fields,
     load_candidates,
 )
@@ -41,6 +37,7 @@ from promoe_ds.reports.comparison.results import (
 )
 from promoe_ds.reports.comparison.runner import PlannedRun, do_all
 from promoe_ds.reports.page import write_page
+from promoe_ds.versions import processor_name, versions_of
 
 JSON_FILE, HTML_FILE, _LOCK_FILE = "comparison.json", "comparison.html", "lock"
 #: Settings that all runs of a folder share; seeds and candidates may be added, jobs and tolerance
@@ -59,7 +56,6 @@ def compare(request: ComparisonRequest) -> list[Path]:
     Raises: ConfigError for what cannot be compared; TrainingError, after the report is written, if
     runs failed.
     """
-    check_numbers(request)
     candidates = load_candidates(request)
     check_fair(candidates, request.tolerance)
     settings = {
@@ -255,17 +251,12 @@ def _describe(
 
 def environment_of(request: ComparisonRequest) -> dict[str, Any]:
     """Return what times depend on; every result holds what it was made under."""
-    versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
-    table = Path("/proc/cpuinfo")
-    model = re.search(
-        r"^model name\s*: (.*)$", table.read_text() if table.is_file() else "", re.MULTILINE
-    )
     return {
         "jobs": request.jobs,
         "ranks": request.ranks,
-        "versions": {"promoe_ds": __version__, **versions, "python": platform.python_version()},
+        "versions": versions_of("deepspeed"),
         "machine": {
-            "processor": model[1] if model else platform.processor() or platform.machine(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
             "system": platform.system(),
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -211,15 +212,13 @@ def _grid(samples: Path, model: Mapping[str, Any]) -> Image.Image:
 
 def _environments(entries: Sequence[Mapping[str, Any]]) -> list[tuple[dict[str, Any], list[str]]]:
     """Return the different conditions under which results were made, and the runs of each."""
-    found: list[tuple[dict[str, Any], list[str]]] = []
+    found: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for entry in entries:
         for seed, result in entry["seeds"].items():
             environment = {**result["environment"], "device": result["device"]}
-            runs = next((runs for known, runs in found if known == environment), None)
-            if runs is None:
-                found.append((environment, runs := []))
-            runs.append(f"{entry['name']}, seed {seed}")
-    return found
+            key = json.dumps(environment, sort_keys=True)
+            found.setdefault(key, (environment, []))[1].append(f"{entry['name']}, seed {seed}")
+    return list(found.values())
 
 
 def _guidance(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -209,7 +209,7 @@ def do_all(
     }
     failures: dict[PlannedRun, str] = {}
     running: dict[PlannedRun, subprocess.Popen] = {}
-    missing, done = list(left), sum(_steps_done(run, request) for run in left)
+    missing, done = list(left), sum(_reached(run, request)[0] for run in left)
     _LOG.info("runs: %d, of which %d to do, %d at a time", len(runs), len(missing), request.jobs)
     progress = Progress(_LOG, len(missing) * request.steps - done, "steps")
     try:
@@ -227,26 +227,23 @@ def do_all(
                     _LOG.error("%s: %s", run.label, error)
                 del left[run], running[run]
                 after_each(failures)
-            before, done = done, sum(_steps_done(run, request) for run in missing)
-            progress.add(done - before, "  ".join(_stage(run, request) for run in running))
+            before, done = done, sum(_reached(run, request)[0] for run in missing)
+            progress.add(done - before, "  ".join(_reached(run, request)[1] for run in running))
             time.sleep(_POLL_SECONDS if left else 0)
     finally:
         stop(running.values())
     return failures
 
 
-def _steps_done(run: PlannedRun, request: ComparisonRequest) -> int:
-    line = newest_line(run.run_dir / "metrics.jsonl")
-    return min(request.steps, line.step) if line else 0
-
-
-def _stage(run: PlannedRun, request: ComparisonRequest) -> str:
-    line = newest_line(run.run_dir / "metrics.jsonl")
-    if line is None or line.step >= request.steps:
-        stage = "judging" if line else "starting"
-    else:
-        stage = "not finite" if line.loss_diffusion is None else f"{line.loss_diffusion:.3f}"
-    return f"{run.candidate.name}/{run.seed} {stage}"
+def _reached(run: PlannedRun, request: ComparisonRequest) -> tuple[int, str]:
+    """Return the steps that a run has done, and its name with its stage or newest loss."""
+    line, name = newest_line(run.run_dir / "metrics.jsonl"), f"{run.candidate.name}/{run.seed}"
+    if line is None:
+        return 0, f"{name} starting"
+    if line.step >= request.steps:
+        return request.steps, f"{name} judging"
+    loss = "not finite" if line.loss_diffusion is None else f"{line.loss_diffusion:.3f}"
+    return line.step, f"{name} {loss}"
 
 
 def newest_line(path: Path) -> Metrics | None:

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from promoe_ds.errors import first_few
 from promoe_ds.load_stats import max_over_mean
 from promoe_ds.reports.expert_load.run import STARVED_SHARE, RunView, Starved
 
@@ -19,7 +20,6 @@ ALIKE_PROTOTYPES = 0.5
 _UNEVEN_BIN = 3.0
 #: Part of a step that another placement has to gain.
 _WORTH_A_RESUME = 0.01
-_MOST_NAMED = 6
 #: What a finding asks for, by its level.
 TAGS = {"bad": "act", "warn": "watch", "good": "fine"}
 
@@ -67,7 +67,7 @@ def _starved(view: RunView) -> Iterator[Finding]:
             yield Finding(
                 level,
                 f"{len(those)} {word} expert{'s' if len(those) > 1 else ''}",
-                f"{_first(places)}: {what}. Raise routing.rcl_weight, or give a balance loss"
+                f"{first_few(places)}: {what}. Raise routing.rcl_weight, or give a balance loss"
                 " (routing.balance_weight) where the method takes one; an expert dead since the"
                 " start has a prototype far from all tokens: start again with another train.seed or"
                 " fewer experts.",
@@ -78,12 +78,6 @@ def _since(each: Starved) -> str:
     if each.is_always and not each.since:
         return "from the start"
     return f"since step {each.since:,}{' or before' if each.is_always else ''}"
-
-
-def _first(names: Sequence[object]) -> str:
-    """Return the first few names, and how many more there are."""
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(map(str, names[:_MOST_NAMED])) + more
 
 
 def _unevenness(view: RunView) -> Iterator[Finding]:
@@ -128,11 +122,11 @@ def _time(view: RunView) -> Iterator[Finding]:
 
 def _prototypes(view: RunView) -> Iterator[Finding]:
     log, newest = view.log, view.newest(view.log.similarity_TL)
-    alike = [log.layers[row] for row in np.flatnonzero(newest > ALIKE_PROTOTYPES)]
+    alike = [f"layer {log.layers[row]}" for row in np.flatnonzero(newest > ALIKE_PROTOTYPES)]
     if alike:
         yield Finding(
             "warn",
-            f"Prototypes look alike in layer {_first(alike)}",
+            f"Prototypes look alike in {first_few(alike)}",
             f"Their mean cosine is above {ALIKE_PROTOTYPES}: experts compete for the same"
             " tokens. Raise routing.rcl_weight or lower routing.rcl_temperature.",
         )
@@ -142,7 +136,7 @@ def _prototypes(view: RunView) -> Iterator[Finding]:
         yield Finding(
             "warn",
             "Prototypes away from their own tokens",
-            f"{_first(away)}: nearer to the other experts' centroids than to their own. Right"
+            f"{first_few(away)}: nearer to the other experts' centroids than to their own. Right"
             " after the start this is normal; later it says that the contrastive loss is too"
             " weak.",
         )

@@ -1,7 +1,8 @@
 """Which experts should share a rank: the advice, and what other placements and sizes would give,
 from the log alone.
 
-Letters: T log intervals, L MoE layers, E routed experts, W ranks of an expert-parallel group.
+Letters: T log intervals, L MoE layers, E routed experts, W ranks of an expert-parallel group, O
+orders to choose from.
 """
 
 from __future__ import annotations
@@ -112,23 +113,18 @@ def advise(log: RoutingLog, window: slice, ep_size: int) -> np.ndarray:
     stretches = max(1, min(_MOST_STRETCHES, len(tokens_TLE), _MOST_JUDGED // log.experts**2))
     starts = np.linspace(0, len(tokens_TLE), stretches, endpoint=False).astype(int)
     stretches_TLE = np.add.reduceat(tokens_TLE, starts, axis=0)
-    orders = []
-    for row, present in enumerate(log.order_LE.tolist()):
-        greedy = balance(tokens_TLE[:, row].sum(axis=0), ep_size)
-        options = [exchange(stretches_TLE[:, row], order, ep_size) for order in (present, greedy)]
-        fullest = [_fullest(tokens_TLE[:, row], order, ep_size) for order in (*options, present)]
-        best = int(np.argmin(fullest[:2]))
-        orders.append(
-            options[best] if fullest[best] < fullest[2] * (1 - _WORTH_MOVING) else present
-        )
-    return np.array(orders)
-
-
-def _fullest(tokens_TE: np.ndarray, order: list[int], ep_size: int) -> float:
-    """Return the load of the fullest rank, interval by interval, summed."""
-    return float(
-        tokens_TE[:, order].reshape(len(tokens_TE), ep_size, -1).sum(axis=2).max(axis=1).sum()
+    greedy = [balance(load_E, ep_size) for load_E in tokens_TLE.sum(axis=0)]
+    options_OLE = np.array(
+        [
+            [exchange(stretches_TLE[:, row], order, ep_size) for row, order in enumerate(orders)]
+            for orders in (log.order_LE.tolist(), greedy)
+        ]
     )
+    uneven_OL = np.array([unevenness(tokens_TLE, order_LE, ep_size) for order_LE in options_OLE])
+    best_LE = np.take_along_axis(options_OLE, uneven_OL.argmin(axis=0)[None, :, None], axis=0)[0]
+    present_L = unevenness(tokens_TLE, log.order_LE, ep_size)
+    is_worth_L = uneven_OL.min(axis=0) < present_L * (1 - _WORTH_MOVING)
+    return np.where(is_worth_L[:, None], best_LE, log.order_LE)
 
 
 def exchange(tokens_TE: np.ndarray, order: list[int], ep_size: int) -> list[int]:

@@ -5,14 +5,13 @@ training in a terminal of any size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from promoe_ds.load_stats import entropy, max_over_mean, relative, shares, variation
@@ -111,9 +110,8 @@ def words(value: float | None, form: str) -> str:
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for name in head:
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = (Column(name, justify="right", no_wrap=True) for name in head)
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE)
     for row in rows:
         table.add_row(*row)
     return table
@@ -165,9 +163,7 @@ class Follower:
             self.view = RunView.of(log, slice(0, len(log.steps_T)))
 
 
-def follow(
-    run_dir: Path, console: Console, *, every: float, is_over: Callable[[], bool] = lambda: False
-) -> None:
+def follow(run_dir: Path, console: Console, *, every: float) -> None:
     """Show a run's load until interrupted.
 
     Args:
@@ -177,7 +173,7 @@ def follow(
     follower.look()
     try:
         with Live(_screen(follower, console), console=console, auto_refresh=False) as live:
-            while not is_over():
+            while True:
                 time.sleep(every)
                 follower.look()
                 live.update(_screen(follower, console), refresh=True)
@@ -231,12 +227,16 @@ def _live_table(view: RunView, width: int, rows: list[int]) -> tuple[Table, int]
             columns[name] = column
             rest -= len(name) + 1
     curve = min(_KEPT, max(0, rest) + _KEPT // 3)
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("layer", width=5, justify="right", no_wrap=True)
-    table.add_column("experts", width=blocks, no_wrap=True)
-    for name in columns:
-        table.add_column(name, width=len(name), justify="right", no_wrap=True)
-    table.add_column("so far", width=curve, no_wrap=True)
+    table = Table(
+        Column("layer", width=5, justify="right", no_wrap=True),
+        Column("experts", width=blocks, no_wrap=True),
+        *(Column(name, width=len(name), justify="right", no_wrap=True) for name in columns),
+        Column("so far", width=curve, no_wrap=True),
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        header_style="dim",
+    )
     for row in rows:
         table.add_row(
             str(view.log.layers[row]),

@@ -22,7 +22,7 @@ from promoe_ds.data.text_encoder import TextEncoder
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.images import to_uint8
 from promoe_ds.evaluation.judges import emoji, matcher
-from promoe_ds.evaluation.judges.digits import DigitsJudge, judge_samples
+from promoe_ds.evaluation.judges.digits import DigitsJudge
 from promoe_ds.evaluation.judges.emoji import EmojiJudge
 from promoe_ds.evaluation.judges.judge import heldout_loss
 from promoe_ds.evaluation.judges.table import JUDGES
@@ -70,11 +70,11 @@ def test_judge_real_digits_are_recognised_and_shuffled_labels_are_not(tmp_path) 
     images, labels = load_digits_split(0.2, heldout=True)
     for name, given in (("right", labels), ("wrong", (labels + 1) % 10)):
         np.savez(tmp_path / f"{name}.npz", arr_0=to_uint8(images), labels=given)
-    right, wrong = (judge_samples(tmp_path / f"{name}.npz") for name in ("right", "wrong"))
-    assert right.accuracy == right.accuracy_on_real > 0.95
-    assert wrong.accuracy < 0.05
-    assert right.frechet == pytest.approx(0.0, abs=1e-6)
-    assert right.frechet_of_training_digits < 0.2 < right.frechet_of_noise
+    right, wrong = (DigitsJudge().judge(tmp_path / f"{name}.npz") for name in ("right", "wrong"))
+    assert right["accuracy"] == right["accuracy_on_real"] > 0.95
+    assert wrong["accuracy"] < 0.05
+    assert right["frechet"] == pytest.approx(0.0, abs=1e-6)
+    assert right["frechet_of_training_digits"] < 0.2 < right["frechet_of_noise"]
 
 
 def test_judge_images_of_another_size_are_refused(tmp_path) -> None:
@@ -84,7 +84,7 @@ def test_judge_images_of_another_size_are_refused(tmp_path) -> None:
         labels=np.zeros(4, dtype=int),
     )
     with pytest.raises(DataError, match="are no 8x8 digits"):
-        judge_samples(tmp_path)
+        DigitsJudge().judge(tmp_path)
 
 
 def _squares(count: int = 16) -> tuple[np.ndarray, torch.Tensor]:

@@ -30,14 +30,13 @@ def steps(**values) -> dict:
     return {step.name: step for step in plan_pipeline(CONFIG, **{"gpus": 8, **values})}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_encode_disk_is_that_of_a_written_shard(tmp_path: Path, dtype: str) -> None:
-    records = torch.zeros(2, 64, 8, 32, 32, dtype=getattr(torch, dtype))
+def test_encode_disk_is_that_of_a_written_shard(tmp_path: Path) -> None:
+    records = torch.zeros(2, 64, 8, 32, 32)
     labels = torch.zeros(64, dtype=torch.int64)
     names = [f"n01440764/n01440764_{number}.JPEG" for number in range(64)]
     record = write_shard(tmp_path / "shard.safetensors", list(records), labels, names)
     written = record.bytes / 64 * TRAIN_IMAGES
-    assert steps(latent_dtype=dtype)["encode"].disk == pytest.approx(written, rel=0.01)
+    assert steps()["encode"].disk == pytest.approx(written, rel=0.01)
 
 
 def test_npz_of_50k_samples_is_half_of_the_sampling_disk() -> None:
@@ -76,10 +75,9 @@ def test_tool_plans_the_pipeline_and_writes_it(
     )
 
 
-def test_times_follow_gpus_guidance_and_assumptions() -> None:
+def test_times_follow_gpus_and_assumptions() -> None:
     eight, sixteen = steps(), steps(gpus=16)
     assert sixteen["train"].seconds == pytest.approx(eight["train"].seconds / 2)
-    assert steps(cfg_scale=1.0)["sample"].seconds < 0.7 * eight["sample"].seconds
     slower = steps(assumptions=Assumptions(training_share=0.125))
     assert slower["train"].seconds == pytest.approx(2 * eight["train"].seconds)
     assert slower["sample"].seconds == eight["sample"].seconds

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from promoe_ds.cli.compare import parse_arguments
 from promoe_ds.config import config_from_dict, count_parameters
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.judges.table import JUDGES
@@ -16,7 +17,6 @@ from promoe_ds.reports.comparison.candidates import (
     ComparisonRequest,
     check_fair,
     check_launch,
-    check_numbers,
     load_candidates,
     methods_of,
     parse_variant,
@@ -224,19 +224,21 @@ def test_check_launch_names_the_candidate_that_the_ranks_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "value"),
     [
-        ({"steps": 0}, "--steps 0: must be at least 1"),
-        ({"jobs": 0}, "--jobs 0"),
-        ({"ranks": 0}, "--ranks 0"),
-        ({"samples": 1}, "--samples 1: must be at least 2"),
-        ({"sample_seed": -1}, "--sample-seed -1"),
-        ({"tolerance": -0.1}, "--tolerance -0.1"),
-        ({"seeds": ()}, "--seeds"),
-        ({"seeds": (0, 0)}, "--seeds 0,0: expected different"),
-        ({"seeds": (-1,)}, "--seeds -1"),
+        ("--steps", "0"),
+        ("--jobs", "0"),
+        ("--ranks", "0"),
+        ("--samples", "1"),
+        ("--sample-seed", "-1"),
+        ("--tolerance", "-0.1"),
+        ("--tolerance", "nan"),
+        ("--seeds", ""),
+        ("--seeds", "0,0"),
+        ("--seeds", "-1"),
     ],
 )
-def test_check_numbers_impossible_one_names_its_option(options, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_numbers(replace(REQUEST, **options))
+def test_number_that_cannot_be_meant_names_its_option(option, value, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(["--steps", "20", "--out", "out", f"{option}={value}"])
+    assert stop.value.code == 2 and f"{option}: {value}" in capsys.readouterr().err
