@@ -4,7 +4,7 @@ resumes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,13 @@ import torch
 import xxhash
 from PIL import Image
 
-from promoe_ds.checkpoint.manifest import checksum
+from promoe_ds.checkpoint.manifest import (
+    checksum,
+    list_checkpoints,
+    manifest_checksum,
+    step_folder,
+    step_of,
+)
 from promoe_ds.config import RunConfig
 from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.data.vae import Vae
@@ -24,9 +30,16 @@ from promoe_ds.distributed.context import DistributedContext, single_process
 from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.evaluation.grids import as_picture, captioned_grid, make_grid
-from promoe_ds.evaluation.images import SampleFolder, draws_pixels, image_shape, to_uint8
+from promoe_ds.evaluation.images import (
+    SETTINGS_FILE,
+    SampleFolder,
+    draws_pixels,
+    image_shape,
+    to_uint8,
+)
 from promoe_ds.evaluation.sample_request import (
     SampleRequest,
+    at_scales,
     choose_labels,
     load_conditions,
     make_plan,
@@ -40,7 +53,13 @@ from promoe_ds.evaluation.sampling import (
 )
 from promoe_ds.evaluation.sharded_model import load_sharded_model
 from promoe_ds.logs import Progress, get_logger
-from promoe_ds.model.export import WEIGHTS_STEM, load_model, read_export_config, read_export_origin
+from promoe_ds.model.export import (
+    CONFIG_FILE,
+    WEIGHTS_STEM,
+    load_model,
+    read_export_config,
+    read_export_origin,
+)
 from promoe_ds.versions import device_name, versions_of
 
 _LOG = get_logger("sample")
@@ -73,6 +92,10 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
         request.out, labels, shape if as_images else shape[::-1], as_images, request.prompts
     )
     settings = team.on_main(lambda: _settings(request, plan, vae, encoder))
+    settings = {**settings, "num": len(labels)}
+    if team.on_main(lambda: folder.is_complete(settings)):
+        _LOG.info("%s: all %d samples are there", request.out, len(labels))
+        return team.on_main(lambda: _finish(request, folder))
     environment = {
         "device": device_name(team.device),
         "versions": versions_of("diffusers", "numpy"),
@@ -86,7 +109,7 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
         )
     if exact:
         align_weights(network)
-    team.on_main(lambda: folder.open({**settings, "num": len(labels)}, environment))
+    team.on_main(lambda: folder.open(settings, environment))
     todo = team.on_main(folder.missing)
     sampler = LatentSampler(network, config, plan, seed=request.seed, device=team.device)
 
@@ -113,6 +136,73 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
         f"--out {request.out}: {len(todo)} samples, the first of them {todo[0]}, cannot be read "
         "back after they were written twice: check the disk"
     )
+
+
+def draw_series(
+    request: SampleRequest,
+    team: DistributedContext | None = None,
+    *,
+    checkpoint_steps: Sequence[int] = (),
+    cfg_scales: Sequence[float] = (),
+) -> list[Path]:
+    """Sample checkpoints of a run at some guidance scales, a job each; all ranks call this
+    together. Return what rank 0 wrote.
+
+    A job's folder is `request.out`; below it `step_N` where checkpoints are named, and below that
+    `cfg_S` where there are several scales. Complete jobs are left as they are.
+    Args:
+        checkpoint_steps: then `request.model` is the run; its checkpoints are exported to `exports`
+            below `request.out`, once, which needs deepspeed.
+    Raises: CheckpointError for a checkpoint that is not there; as `draw_samples`.
+    """
+    team = team or single_process(check_device(request.device))
+    models = {request.out: request.model}
+    if checkpoint_steps:
+        models = team.on_main(lambda: _export_checkpoints(request, checkpoint_steps))
+    jobs = [
+        job
+        for out, model in models.items()
+        for job in at_scales(replace(request, out=out, model=model), cfg_scales)
+    ]
+    if len(jobs) > 1:
+        if (request.out / SETTINGS_FILE).exists():
+            raise ConfigError(
+                f"--out {request.out}: holds samples of one job: choose another folder for several"
+            )
+        for job in jobs:  # what cannot be is found before the first image
+            make_plan(job, read_export_config(job.model))
+    return [path for job in jobs for path in draw_samples(job, team)]
+
+
+def _export_checkpoints(request: SampleRequest, steps: Sequence[int]) -> dict[Path, Path]:
+    """Export checkpoints of a run that are not exported yet; return folder for samples -> export.
+
+    Raises: CheckpointError if there is no such checkpoint; ConfigError for an export of another
+        one.
+    """
+    from promoe_ds.checkpoint.conversion import Request, convert
+
+    run = request.model
+    root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    found = {step_of(path): path for path in list_checkpoints(root)}
+    if missing := [step for step in steps if step not in found]:
+        there = ", ".join(map(str, sorted(found))) or "none"
+        raise CheckpointError(
+            f"--checkpoint-steps {missing[0]}: {root} has no such checkpoint; there are: {there}"
+        )
+    exports = {}
+    for step in steps:
+        name, source = step_folder(step), found[step]
+        exports[request.out / name] = export = request.out / "exports" / name
+        if not (export / CONFIG_FILE).is_file():
+            conversion = convert(source, Request(destination=export, to="single"))
+            _LOG.info("%s", " ".join(filter(None, [f"exported {source}.", conversion.note])))
+        elif read_export_origin(export).get("manifest") != manifest_checksum(source):
+            raise ConfigError(
+                f"--out {request.out}: {export} is not of {source}: remove it, or choose another"
+                " folder"
+            )
+    return exports
 
 
 def _run(

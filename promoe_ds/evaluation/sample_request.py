@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -50,6 +50,18 @@ class SampleRequest:
     exact: bool = False
     ep_size: int = 1
     grid: bool = False
+
+
+def at_scales(request: SampleRequest, scales: Sequence[float]) -> list[SampleRequest]:
+    """Return the request at each of some guidance scales: several in folders `cfg_S` of their own,
+    none as it is.
+    """
+    if len(scales) <= 1:
+        return [replace(request, cfg_scale=scale) for scale in scales] or [request]
+    return [
+        replace(request, cfg_scale=scale, out=request.out / f"cfg_{scale}")
+        for scale in dict.fromkeys(scales)
+    ]
 
 
 def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
