@@ -62,6 +62,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="processes that share a set of experts: for models that fit no device",
     )
     parser.add_process()
+    add(
+        "--features",
+        metavar="EXTRACTOR",
+        help="also write features.npz: mu and sigma by an extractor, as evaluate takes it",
+    )
     add("--grid", action="store_true", help="also write grid.png: one row a class, or prompts")
     return parser.parse_args(arguments)
 

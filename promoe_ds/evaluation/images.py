@@ -36,6 +36,7 @@ _LOG = get_logger("sample")
 
 SETTINGS_FILE = "samples.json"
 NPZ_FILE = "samples.npz"
+FEATURES_FILE = "features.npz"
 LATENTS_FILE = "latents.safetensors"
 PROMPTS_FILE = "prompts.json"
 _PARTS = "parts"

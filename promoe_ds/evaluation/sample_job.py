@@ -15,13 +15,7 @@ import torch
 import xxhash
 from PIL import Image
 
-from promoe_ds.checkpoint.manifest import (
-    checksum,
-    list_checkpoints,
-    manifest_checksum,
-    step_folder,
-    step_of,
-)
+from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.config import RunConfig
 from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.data.vae import Vae
@@ -29,18 +23,20 @@ from promoe_ds.diffusion import SamplingPlan
 from promoe_ds.distributed.context import DistributedContext, single_process
 from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.evaluation.features import Extractor, load_extractor
 from promoe_ds.evaluation.grids import as_picture, captioned_grid, make_grid
 from promoe_ds.evaluation.images import (
-    SETTINGS_FILE,
+    FEATURES_FILE,
     SampleFolder,
     draws_pixels,
     image_shape,
     to_uint8,
 )
+from promoe_ds.evaluation.reference import save_features
 from promoe_ds.evaluation.sample_request import (
     SampleRequest,
-    at_scales,
     choose_labels,
+    expand_series,
     load_conditions,
     make_plan,
 )
@@ -52,9 +48,9 @@ from promoe_ds.evaluation.sampling import (
     sampling_dtype,
 )
 from promoe_ds.evaluation.sharded_model import load_sharded_model
+from promoe_ds.evaluation.sources import NpzImages
 from promoe_ds.logs import Progress, get_logger
 from promoe_ds.model.export import (
-    CONFIG_FILE,
     WEIGHTS_STEM,
     load_model,
     read_export_config,
@@ -76,11 +72,30 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
     Models of pixels (one or three channels), and of latents with an autoencoder to decode them,
     give PNG files and `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus `labels`); others give
     `latents.safetensors`, unscaled. Of prompts, `labels` are their places among the request's, each
-    PNG file carries its own as text, and `prompts.json` maps files to prompts.
+    PNG file carries its own as text, and `prompts.json` maps files to prompts. With an extractor,
+    `features.npz` states the statistics of its features.
     Raises: ConfigError for labels, prompts, numbers or an output folder that cannot be; DataError
         for an encoder that cannot be loaded; CheckpointError for the export.
     """
     team = team or single_process(check_device(request.device))
+    extractor = None
+    if request.features is not None:
+        extractor = load_extractor(request.features, team.device)
+    folder = _draw(request, extractor, team)
+    written = team.on_main(lambda: _finish(request, folder))
+    if extractor is not None:
+        written.append(folder.path / FEATURES_FILE)
+        images = NpzImages(folder.whole)
+        save_features(written[-1], images, extractor, team, batch_size=request.batch_size)
+    return written
+
+
+def _draw(
+    request: SampleRequest, extractor: Extractor | None, team: DistributedContext
+) -> SampleFolder:
+    """Draw what is missing; return the folder. All that can be wrong with the request is found
+    before the first image.
+    """
     config, exact = read_export_config(request.model), request.exact
     labels, plan = choose_labels(request, config), make_plan(request, config)
     vae = _load_vae(request, config, team)
@@ -91,11 +106,13 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
     folder = SampleFolder(
         request.out, labels, shape if as_images else shape[::-1], as_images, request.prompts
     )
+    if extractor is not None:
+        _check_features(extractor, folder)
     settings = team.on_main(lambda: _settings(request, plan, vae, encoder))
     settings = {**settings, "num": len(labels)}
     if team.on_main(lambda: folder.is_complete(settings)):
         _LOG.info("%s: all %d samples are there", request.out, len(labels))
-        return team.on_main(lambda: _finish(request, folder))
+        return folder
     environment = {
         "device": device_name(team.device),
         "versions": versions_of("diffusers", "numpy"),
@@ -131,7 +148,7 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
             _run(passes, sample, folder, team, in_lockstep=request.ep_size > 1)
         team.barrier()
         if not (todo := team.on_main(folder.assemble)):
-            return team.on_main(lambda: _finish(request, folder))
+            return folder
     raise ConfigError(
         f"--out {request.out}: {len(todo)} samples, the first of them {todo[0]}, cannot be read "
         "back after they were written twice: check the disk"
@@ -145,64 +162,15 @@ def draw_series(
     checkpoint_steps: Sequence[int] = (),
     cfg_scales: Sequence[float] = (),
 ) -> list[Path]:
-    """Sample checkpoints of a run at some guidance scales, a job each; all ranks call this
-    together. Return what rank 0 wrote.
-
-    A job's folder is `request.out`; below it `step_N` where checkpoints are named, and below that
-    `cfg_S` where there are several scales. Complete jobs are left as they are.
-    Args:
-        checkpoint_steps: then `request.model` is the run; its checkpoints are exported to `exports`
-            below `request.out`, once, which needs deepspeed.
-    Raises: CheckpointError for a checkpoint that is not there; as `draw_samples`.
+    """Sample checkpoints of a run at some guidance scales, see `expand_series`; all ranks call this
+    together. Complete jobs are left as they are. Return what rank 0 wrote.
     """
     team = team or single_process(check_device(request.device))
-    models = {request.out: request.model}
-    if checkpoint_steps:
-        models = team.on_main(lambda: _export_checkpoints(request, checkpoint_steps))
-    jobs = [
-        job
-        for out, model in models.items()
-        for job in at_scales(replace(request, out=out, model=model), cfg_scales)
-    ]
+    jobs = team.on_main(lambda: expand_series(request, checkpoint_steps, cfg_scales))
     if len(jobs) > 1:
-        if (request.out / SETTINGS_FILE).exists():
-            raise ConfigError(
-                f"--out {request.out}: holds samples of one job: choose another folder for several"
-            )
         for job in jobs:  # what cannot be is found before the first image
             make_plan(job, read_export_config(job.model))
     return [path for job in jobs for path in draw_samples(job, team)]
-
-
-def _export_checkpoints(request: SampleRequest, steps: Sequence[int]) -> dict[Path, Path]:
-    """Export checkpoints of a run that are not exported yet; return folder for samples -> export.
-
-    Raises: CheckpointError if there is no such checkpoint; ConfigError for an export of another
-        one.
-    """
-    from promoe_ds.checkpoint.conversion import Request, convert
-
-    run = request.model
-    root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    found = {step_of(path): path for path in list_checkpoints(root)}
-    if missing := [step for step in steps if step not in found]:
-        there = ", ".join(map(str, sorted(found))) or "none"
-        raise CheckpointError(
-            f"--checkpoint-steps {missing[0]}: {root} has no such checkpoint; there are: {there}"
-        )
-    exports = {}
-    for step in steps:
-        name, source = step_folder(step), found[step]
-        exports[request.out / name] = export = request.out / "exports" / name
-        if not (export / CONFIG_FILE).is_file():
-            conversion = convert(source, Request(destination=export, to="single"))
-            _LOG.info("%s", " ".join(filter(None, [f"exported {source}.", conversion.note])))
-        elif read_export_origin(export).get("manifest") != manifest_checksum(source):
-            raise ConfigError(
-                f"--out {request.out}: {export} is not of {source}: remove it, or choose another"
-                " folder"
-            )
-    return exports
 
 
 def _run(
@@ -222,6 +190,15 @@ def _run(
         progress.add(len(indices) * team.world_size)  # the other ranks are about as far
     if in_lockstep and len(own) * team.world_size < len(passes):
         sample(passes[-1])  # for the other ranks' rows that come to the experts here
+
+
+def _check_features(extractor: Extractor, folder: SampleFolder) -> None:
+    """Raise ConfigError if an extractor cannot tell the statistics of what a folder is to hold."""
+    if not folder.as_images:
+        raise ConfigError("--features: latents have none: decode them by --vae")
+    if len(folder.labels) < 2:
+        raise ConfigError("--features: the statistics of one image are none: raise --num")
+    extractor.probe(folder.shape[0], folder.shape[2])
 
 
 def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContext) -> Vae | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +105,33 @@ def test_sample_file_that_is_cut_is_put_together_anew(tmp_path: Path) -> None:
     (request.out / "samples.npz").write_bytes(whole[:50])
     draw_samples(request)
     assert (request.out / "samples.npz").read_bytes() == whole
+
+
+def test_features_are_written_beside_the_samples_and_again_for_more_of_them(tmp_path: Path) -> None:
+    request = SampleRequest(
+        model=make_export(tmp_path), out=tmp_path / "out", num=5, steps=2, features="pixels"
+    )
+    assert draw_samples(request)[-1] == request.out / "features.npz"
+    draw_samples(replace(request, num=6))
+    with (
+        np.load(request.out / "features.npz") as stated,
+        np.load(request.out / "samples.npz") as data,
+    ):
+        pixels = data["arr_0"].reshape(6, -1) / 255
+        np.testing.assert_allclose(stated["mu"], pixels.mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(stated["sigma"], np.cov(pixels, rowvar=False), atol=1e-6)
+        assert stated["count"] == 6 and "pixels" in str(stated["extractor"])
+
+
+@pytest.mark.parametrize(
+    ("values", "channels", "message"),
+    [({}, 4, r"--features: latents .*--vae"), ({"num": 1}, 1, r"--features: .*--num")],
+)
+def test_features_of_what_has_none_are_refused(
+    tmp_path: Path, values: dict, channels: int, message: str
+) -> None:
+    export = make_export(tmp_path, model={"in_channels": channels})
+    request = SampleRequest(model=export, out=tmp_path / "out", steps=2, features="pixels")
+    with pytest.raises(ConfigError, match=message):
+        draw_samples(replace(request, **values))
+    assert not request.out.exists()
