@@ -6,11 +6,11 @@ from pydantic import Field, model_validator
 
 from promoe_ds.config.section import Section, require
 
-#: The sizes of ProMoE's Table 2, which are DiT's, and one between B and L.
+#: The sizes of ProMoE's Table 2, which are DiT's, and its code's M, between B and L.
 PRESETS: dict[str, dict[str, int]] = {
     "s": {"hidden_size": 384, "depth": 12, "num_heads": 6},
     "b": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-    "m": {"hidden_size": 960, "depth": 16, "num_heads": 15},
+    "m": {"hidden_size": 960, "depth": 16, "num_heads": 16},
     "l": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
     "xl": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
@@ -53,6 +53,13 @@ class ModelConfig(Section):
     num_classes: int = Field(
         1000, gt=0, description="the null label is num_classes; condition=class only"
     )
+    null_row: bool = Field(
+        True,
+        description=(
+            "whether the label table has a row for the null label, its last; without it"
+            " label_dropout is 0; condition=class only"
+        ),
+    )
     text_width: int = Field(
         384, gt=0, description="of the text encoder's states; condition=text only"
     )
@@ -73,7 +80,7 @@ class ModelConfig(Section):
     def check(self) -> None:
         """Refuse fields that contradict each other."""
         if self.condition == "text":
-            self.refuse_set("num_classes", use="condition=text")
+            self.refuse_set("num_classes", "null_row", use="condition=text")
         else:
             texts = "text_width", "text_pooled_width", "text_length"
             self.refuse_set(*texts, use="condition=class")
@@ -95,6 +102,11 @@ class ModelConfig(Section):
     def null_label(self) -> int:
         """The label that means «no condition»."""
         return self.num_classes
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table."""
+        return self.num_classes + self.null_row
 
     @property
     def head_width(self) -> int:

@@ -121,6 +121,7 @@ class RunConfig(Section):
                 self.data.dataset != "emoji",
                 "data.dataset=emoji has captions and no labels: set model.condition=text",
             )
+            self._check_null_row()
             texts = "text_encoder", "text_fingerprint", "caption_groups"
             try:
                 self.data.refuse_set(*texts, use="model.condition=class")
@@ -131,6 +132,18 @@ class RunConfig(Section):
             "logging.class_counts=true has nothing to count by: set data.caption_groups, or leave"
             " it out",
         )
+
+    def _check_null_row(self) -> None:
+        experts = 0 if self.routing.method == "dense" else self.routing.num_unconditional_experts
+        for name, value in (
+            ("diffusion.label_dropout", self.diffusion.label_dropout),
+            ("routing.num_unconditional_experts", experts),
+        ):
+            require(
+                self.model.null_row or value == 0,
+                f"{name}={value:g} is for samples of the null label, which model.null_row=false"
+                f" leaves out: set {name}=0, or model.null_row=true",
+            )
 
     def _check_experts(self) -> None:
         model, routing, parallel = self.model, self.routing, self.parallel

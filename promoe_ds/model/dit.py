@@ -65,7 +65,7 @@ class DiT(nn.Module):
         if model.condition == "text":
             self.text_embedding = TextEmbedding(model.pooled_width, model.hidden_size)
         else:
-            self.label_embedding = LabelEmbedding(model.num_classes, model.hidden_size)
+            self.label_embedding = LabelEmbedding(model.label_rows, model.hidden_size)
         self.blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))
         self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels)
         self.register_buffer(

@@ -11,7 +11,7 @@ from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.config.routing import RoutingConfig, RoutingMethod
 
-from ..builders import METHODS, small_config, small_values
+from ..builders import METHODS, TEXT, small_config, small_values
 from .said import refuses
 
 DDPM = {"objective": "ddpm"}
@@ -53,6 +53,18 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
     (
         {"routing": {"method": "ec_dit", "capacity_schedule": [-1, 2]}},
         ("routing.capacity_schedule.0=-1",),
+    ),
+    (
+        {"model": {"null_row": False}},
+        ("diffusion.label_dropout=0.1", "model.null_row=false", "set diffusion.label_dropout=0"),
+    ),
+    (
+        {"model": {"null_row": False}, "diffusion": {"label_dropout": 0}},
+        ("routing.num_unconditional_experts=1", "set routing.num_unconditional_experts=0"),
+    ),
+    (
+        {"model": {**TEXT["model"], "null_row": False}, "data": TEXT["data"]},
+        ("model: null_row=False", "condition=text"),
     ),
     ({"data": {"path": "/x"}}, ("data: path=/x", "dataset=synthetic")),
     ({"data": {"dataset": "digits", "path": "/x"}}, ("data: path=/x", "dataset=digits")),
