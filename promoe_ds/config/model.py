@@ -47,6 +47,13 @@ class ModelConfig(Section):
     learn_sigma: bool = Field(
         True, description="twice the channels out; the first half is the prediction"
     )
+    time: Literal["noise", "data"] = Field(
+        "noise",
+        description=(
+            "what the network sees and predicts: noise at num_train_timesteps and noise - clean |"
+            " data at 1 and clean - noise, as SiT's and DiffMoE's flows; rectified flow only"
+        ),
+    )
     condition: Literal["class", "text"] = Field(
         "class", description="what images are conditioned on: a label | an encoded text"
     )

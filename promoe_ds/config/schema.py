@@ -104,6 +104,11 @@ class RunConfig(Section):
             "diffusion.objective=ddpm learns the variance, but model.learn_sigma=false has no"
             " channels for it: set model.learn_sigma=true",
         )
+        require(
+            self.diffusion.objective == "rectified_flow" or model.time == "noise",
+            f"model.time={model.time} is a flow's, but diffusion.objective="
+            f"{self.diffusion.objective}: set model.time=noise",
+        )
         problem = self.diffusion.sampling_problem(
             solver=self.sampling.solver, steps=self.sampling.steps
         )

@@ -142,6 +142,9 @@ class DiT(nn.Module):
         dtype = self.patch_embedding.proj.weight.dtype
         x_BSD = self.patch_embedding(latents_BZHW.to(dtype)) + self.positions.to(dtype)
         vector_BD, texts = self._embed(condition)
+        sees_data = self.config.model.time == "data"
+        if sees_data:
+            timestep_B = 1 - timestep_B / self.config.diffusion.num_train_timesteps
         condition_BD = self.timestep_embedding(timestep_B) + vector_BD
         plans: dict[int, RoutingPlan] = {}
         for index, block in enumerate(self.blocks):
@@ -149,7 +152,8 @@ class DiT(nn.Module):
             if plan is not None:
                 plans[index] = plan
         patches = self.final_layer(x_BSD, condition_BD)
-        return DenoiserOutput(self._unpatchify(patches).to(latents_BZHW.dtype), plans)
+        prediction_BZHW = self._unpatchify(-patches if sees_data else patches)
+        return DenoiserOutput(prediction_BZHW.to(latents_BZHW.dtype), plans)
 
     @torch.no_grad()
     def prepare(self, condition: Condition) -> Condition:

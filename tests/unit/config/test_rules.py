@@ -66,6 +66,10 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
         {"model": {**TEXT["model"], "null_row": False}, "data": TEXT["data"]},
         ("model: null_row=False", "condition=text"),
     ),
+    (
+        {"model": {"time": "data"}, "diffusion": DDPM},
+        ("model.time=data", "objective=ddpm"),
+    ),
     ({"data": {"path": "/x"}}, ("data: path=/x", "dataset=synthetic")),
     ({"data": {"dataset": "digits", "path": "/x"}}, ("data: path=/x", "dataset=digits")),
     ({"data": {"dataset": "digits", "flip": True}}, ("data: flip=true", "dataset=digits")),
