@@ -158,7 +158,7 @@ def main(arguments: list[str]) -> None:
     del options.local_rank, options.prompts_file, options.checkpoint_steps, options.cfg_scales
     with joined_processes(options.device) as team:
         for path in draw_series(SampleRequest(**vars(options)), team, **series):
-            get_logger("sample").info("wrote %s", path)
+            get_logger("sample").info("done: %s", path)
 
 
 run = command(main)

@@ -67,7 +67,7 @@ _GRID_PROMPTS = 100
 
 
 def draw_samples(request: SampleRequest, team: DistributedContext | None = None) -> list[Path]:
-    """Sample and write images; all ranks call this together. Return what rank 0 wrote.
+    """Sample and write images; all ranks call this together. Return the files of them, by rank 0.
 
     Models of pixels (one or three channels), and of latents with an autoencoder to decode them,
     give PNG files and `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus `labels`); others give
@@ -163,13 +163,12 @@ def draw_series(
     cfg_scales: Sequence[float] = (),
 ) -> list[Path]:
     """Sample checkpoints of a run at some guidance scales, see `expand_series`; all ranks call this
-    together. Complete jobs are left as they are. Return what rank 0 wrote.
+    together. Complete jobs are left as they are. Return the files of all.
     """
     team = team or single_process(check_device(request.device))
     jobs = team.on_main(lambda: expand_series(request, checkpoint_steps, cfg_scales))
-    if len(jobs) > 1:
-        for job in jobs:  # what cannot be is found before the first image
-            make_plan(job, read_export_config(job.model))
+    for job in jobs if len(cfg_scales) > 1 else ():  # what cannot be is found before any image
+        make_plan(job, read_export_config(job.model))
     return [path for job in jobs for path in draw_samples(job, team)]
 
 
@@ -266,7 +265,7 @@ def _checksum(export: Path) -> str:
 
 
 def _finish(request: SampleRequest, folder: SampleFolder) -> list[Path]:
-    """Return what was written, the grid among it if it is wanted."""
+    """Return the files of a complete folder; draw the grid if it is wanted."""
     if not folder.as_images:
         return [folder.whole]
     written = [folder.path / f"img*.png ({len(folder.labels)} files)", folder.whole]
