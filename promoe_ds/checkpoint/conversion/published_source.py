@@ -48,8 +48,7 @@ class OfficialSource(StateSource):
         check_records(path)
         with explaining(f"{path}: is not laid out as the published code does it"):
             self._tensors, note = _read_sections(path, content)
-            optimizer = next((content[name] for name in _OPTIMIZERS if content.get(name)), {})
-            states = optimizer.get("state") or {}
+            states = _optimizer_states(content)
             step = int(content.get("step", _updates(states)))
             note = "; ".join(filter(None, [note, _time_note(content, config)]))
             info = SourceInfo(
@@ -95,12 +94,20 @@ class OfficialSource(StateSource):
         named = {key: states[index] for index, key in enumerate(counted, 1) if index in states}
         if not len(named) == len(states) == len(counted):
             raise CheckpointError(
-                f"{self.info.path}: the optimizer's state is that of {len(states)} parameters, "
+                f"{self.info.path}: its optimizer holds the state of {len(states)} parameters, "
                 f"expected {len(counted)}"
             )
         for kind in MOMENTS:
             self._tensors[kind] = {key: state[kind] for key, state in named.items()}
         self.optimizer_step = int(named[counted[0]]["step"])
+
+
+def _optimizer_states(content: dict[str, Any]) -> dict[int, Any]:
+    """Return the optimizer's state of each parameter by its number; none where it was not kept."""
+    for name in _OPTIMIZERS:
+        if optimizer := content.get(name):
+            return optimizer.get("state") or {}
+    return {}
 
 
 def _updates(states: dict[int, Any]) -> int:
