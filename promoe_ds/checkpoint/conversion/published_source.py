@@ -49,7 +49,7 @@ class OfficialSource(StateSource):
         with explaining(f"{path}: is not laid out as the published code does it"):
             self._tensors, note = _read_sections(path, content)
             states = _optimizer_states(content)
-            step = int(content.get("step", _updates(states)))
+            step = int(content["step"] if "step" in content else _updates(states))
             note = "; ".join(filter(None, [note, _time_note(content, config)]))
             info = SourceInfo(
                 path=path,
