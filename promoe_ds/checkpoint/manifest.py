@@ -160,6 +160,11 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
+def manifest_checksum(folder: Path) -> str:
+    """Return the checksum of a checkpoint's manifest, which tells it from all others."""
+    return f"xxh3_64:{checksum(folder / MANIFEST)}"
+
+
 def step_folder(step: int) -> str:
     """Return the name of a step's checkpoint folder."""
     return f"step_{step:07d}"

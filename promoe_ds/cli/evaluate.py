@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--samples",
         type=Path,
-        help="folder of samples, or npz with arr_0 (N, H, W, C) uint8",
+        help="folder of samples, or npz with arr_0 (N, H, W, C) uint8, or with mu and sigma",
     )
     parser.add_argument(
         "--image-size",

@@ -1,7 +1,7 @@
 """Sample from an export: `python -m promoe_ds.cli.sample --model EXPORT_DIR --out DIR`, also under
 torchrun or deepspeed.
 
-Needs no deepspeed. The same command resumes after an interruption.
+Needs no deepspeed, but for --checkpoint-steps. The same command resumes after an interruption.
 """
 
 import argparse
@@ -17,7 +17,19 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser("Sample images from an exported model.", "promoe_ds.cli.sample")
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="export folder (promoe-convert --to single)")
+    add(
+        "--model",
+        type=Path,
+        required=True,
+        help="export folder (promoe-convert --to single), or a run with --checkpoint-steps",
+    )
+    add(
+        "--checkpoint-steps",
+        type=integers,
+        default=(),
+        metavar="N,N",
+        help="sample these checkpoints of a run, into OUT/step_N; exports stay in OUT/exports",
+    )
     add("--out", type=Path, required=True, help="folder to write")
     _add_subjects(parser)
     _add_solver(parser)
@@ -56,6 +68,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="processes that share a set of experts: for models that fit no device",
     )
     parser.add_process()
+    add(
+        "--features",
+        metavar="EXTRACTOR",
+        help="also write features.npz: mu and sigma by an extractor, as evaluate takes it",
+    )
     add("--grid", action="store_true", help="also write grid.png: one row a class, or prompts")
     return parser.parse_args(arguments)
 
@@ -110,7 +127,15 @@ def _add_solver(parser: Parser) -> None:
     """Add what says how to draw it."""
     add = parser.add_argument
     add("--steps", type=int, help="solver steps; the recipe's default if left out")
-    add("--cfg-scale", type=float, help="guidance scale; the recipe's default if left out")
+    add(
+        "--cfg-scale",
+        dest="cfg_scales",
+        nargs="+",
+        type=numbers,
+        default=(),
+        metavar="S",
+        help="guidance scales, several into OUT/cfg_S; the recipe's default if left out",
+    )
     add(
         "--cfg-interval",
         type=numbers,
@@ -127,15 +152,19 @@ def _add_solver(parser: Parser) -> None:
 def main(arguments: list[str]) -> None:
     """Arguments to request to files."""
     options = parse_arguments(arguments)
-    from promoe_ds.evaluation.sample_job import draw_samples
+    from promoe_ds.evaluation.sample_job import draw_series
     from promoe_ds.evaluation.sample_request import SampleRequest, read_prompts
 
     prompts_file = options.prompts_file
     options.prompts = tuple(options.prompts) if prompts_file is None else read_prompts(prompts_file)
-    del options.local_rank, options.prompts_file
+    series = {
+        "checkpoint_steps": options.checkpoint_steps,
+        "cfg_scales": [scale for scales in options.cfg_scales for scale in scales],
+    }
+    del options.local_rank, options.prompts_file, options.checkpoint_steps, options.cfg_scales
     with joined_processes(options.device) as team:
-        for path in draw_samples(SampleRequest(**vars(options)), team):
-            get_logger("sample").info("wrote %s", path)
+        for path in draw_series(SampleRequest(**vars(options)), team, **series):
+            get_logger("sample").info("done: %s", path)
 
 
 run = command(main)

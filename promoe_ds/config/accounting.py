@@ -148,7 +148,7 @@ def _outside_blocks(config: RunConfig) -> int:
     patch = model.patch_size**2
     patches = model.in_channels * patch * width + width
     timestep = TIMESTEP_FREQUENCIES * width + width + width * width + width
-    rows = model.pooled_width if model.condition == "text" else model.num_classes
-    condition = (rows + 1) * width
+    rows = model.pooled_width + 1 if model.condition == "text" else model.label_rows
+    condition = rows * width
     final = 2 * width * width + 2 * width + patch * model.out_channels * (width + 1)
     return patches + timestep + condition + final

@@ -30,7 +30,9 @@ class DiffusionConfig(Section):
         0.0, description="of the normal under the logistic function; logit_normal only"
     )
     sigma_std: float = Field(
-        1.0, gt=0, description="others call it sigmoid_scale; logit_normal only"
+        1.0,
+        gt=0,
+        description="of that normal; others multiply both by a sigmoid_scale; logit_normal only",
     )
     mode_scale: float = Field(
         1.29, ge=-1, le=_MAX_MODE_SCALE, description="more favours the middle; mode only"

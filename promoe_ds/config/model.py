@@ -6,11 +6,11 @@ from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, model_val
 
 from promoe_ds.config.section import Section, require
 
-#: The sizes of ProMoE's Table 2, which are DiT's, and one between B and L.
+#: The sizes of ProMoE's Table 2, which are DiT's, and its code's M, between B and L.
 PRESETS: dict[str, dict[str, int]] = {
     "s": {"hidden_size": 384, "depth": 12, "num_heads": 6},
     "b": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-    "m": {"hidden_size": 960, "depth": 16, "num_heads": 15},
+    "m": {"hidden_size": 960, "depth": 16, "num_heads": 16},
     "l": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
     "xl": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
@@ -86,11 +86,25 @@ class ModelConfig(Section):
     learn_sigma: bool = Field(
         True, description="twice the channels out; the first half is the prediction"
     )
+    time: Literal["noise", "data"] = Field(
+        "noise",
+        description=(
+            "what the network sees and predicts: noise at num_train_timesteps and noise - clean |"
+            " data at 1 and clean - noise, as SiT's and DiffMoE's flows; rectified flow only"
+        ),
+    )
     condition: Literal["class", "text"] = Field(
         "class", description="what images are conditioned on: a label | an encoded text"
     )
     num_classes: int = Field(
         1000, gt=0, description="the null label is num_classes; condition=class only"
+    )
+    null_row: bool = Field(
+        True,
+        description=(
+            "whether the label table has a row for the null label, its last; without it"
+            " label_dropout is 0; condition=class only"
+        ),
     )
     text_width: int = Field(
         384, gt=0, description="of the text encoder's states; condition=text only"
@@ -112,7 +126,7 @@ class ModelConfig(Section):
     def check(self) -> None:
         """Refuse fields that contradict each other."""
         if self.condition == "text":
-            self.refuse_set("num_classes", use="condition=text")
+            self.refuse_set("num_classes", "null_row", use="condition=text")
         else:
             texts = "text_width", "text_pooled_width", "text_length"
             self.refuse_set(*texts, use="condition=class")
@@ -153,6 +167,11 @@ class ModelConfig(Section):
     def null_label(self) -> int:
         """The label that means «no condition»."""
         return self.num_classes
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table."""
+        return self.num_classes + self.null_row
 
     @property
     def head_width(self) -> int:

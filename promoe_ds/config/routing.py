@@ -1,7 +1,7 @@
 """The routing section: which method serves the mixture of experts, and its settings."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,8 @@ class Method:
     unit_gates: bool = False
 
 
+_Step = Annotated[int, Field(ge=0)]
+
 _PROMOE = ("activation", "score_scale", "rcl_weight", "rcl_temperature", "rcl_scope")
 _BALANCE = ("balance_weight", "balance_level")
 #: Every routing method; its router is the class registered for it in promoe_ds.routing.
@@ -48,9 +50,11 @@ METHODS: dict[RoutingMethod, Method] = {
     "token_choice": Method(reads=(*_PROMOE, "rcl_assignments", *_BALANCE)),
     "expert_choice": Method(reads=_PROMOE, tokens_choose=False),
     "dit_moe": Method(reads=_BALANCE),
-    "ec_dit": Method(tokens_choose=False),
+    "ec_dit": Method(reads=("capacity_schedule",), tokens_choose=False),
     "diff_moe": Method(
-        reads=("capacity_weight", "threshold_decay"), tokens_choose=False, mixes_samples=True
+        reads=("capacity_schedule", "capacity_weight", "threshold_decay"),
+        tokens_choose=False,
+        mixes_samples=True,
     ),
     "expert_race": Method(
         reads=("activation", "threshold_decay", "similarity_weight", "per_layer_weight"),
@@ -116,6 +120,13 @@ class RoutingConfig(Section):
     balance_level: Literal["batch", "sample"] = Field(
         "batch", description="what the loss asks to be even: a pass, or each image"
     )
+    capacity_schedule: tuple[_Step, _Step] | None = Field(
+        None,
+        description=(
+            "in training every expert takes all tokens up to the first of two steps, then linearly"
+            " fewer until top_k at the second"
+        ),
+    )
     capacity_weight: float = Field(0.01, gt=0, description="of DiffMoE's capacity predictor's loss")
     threshold_decay: float = Field(0.95, ge=0, lt=1, description="of running thresholds, per step")
     similarity_weight: float = Field(
@@ -154,6 +165,13 @@ class RoutingConfig(Section):
             f"top_k={self.top_k}: method={self.method} gives every token one expert (Sec. 4.3): set"
             " top_k=1",
         )
+        if self.capacity_schedule is not None:
+            first, last = self.capacity_schedule
+            require(
+                first <= last,
+                f"capacity_schedule={[first, last]}: its second step comes before its first: swap"
+                " them",
+            )
         for field in type(self).model_fields:
             readers = [name for name, method in METHODS.items() if field in method.reads]
             if readers and self.method not in readers:

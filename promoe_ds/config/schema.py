@@ -115,6 +115,11 @@ class RunConfig(Section):
             "diffusion.objective=ddpm learns the variance, but model.learn_sigma=false has no"
             " channels for it: set model.learn_sigma=true",
         )
+        require(
+            self.diffusion.objective == "rectified_flow" or model.time == "noise",
+            f"model.time={model.time} is a flow's, but diffusion.objective="
+            f"{self.diffusion.objective}: set model.time=noise",
+        )
         problem = self.diffusion.sampling_problem(
             solver=self.sampling.solver, steps=self.sampling.steps
         )
@@ -132,6 +137,7 @@ class RunConfig(Section):
                 self.data.dataset != "emoji",
                 "data.dataset=emoji has captions and no labels: set model.condition=text",
             )
+            self._check_null_row()
             texts = "text_encoder", "text_fingerprint", "caption_groups"
             try:
                 self.data.refuse_set(*texts, use="model.condition=class")
@@ -142,6 +148,18 @@ class RunConfig(Section):
             "logging.class_counts=true has nothing to count by: set data.caption_groups, or leave"
             " it out",
         )
+
+    def _check_null_row(self) -> None:
+        experts = 0 if self.routing.method == "dense" else self.routing.num_unconditional_experts
+        for name, value in (
+            ("diffusion.label_dropout", self.diffusion.label_dropout),
+            ("routing.num_unconditional_experts", experts),
+        ):
+            require(
+                self.model.null_row or value == 0,
+                f"{name}={value:g} is for samples of the null label, which model.null_row=false"
+                f" leaves out: set {name}=0, or model.null_row=true",
+            )
 
     def _check_experts(self) -> None:
         model, routing, parallel = self.model, self.routing, self.parallel

@@ -37,6 +37,7 @@ _LOG = get_logger("sample")
 
 SETTINGS_FILE = "samples.json"
 NPZ_FILE = "samples.npz"
+FEATURES_FILE = "features.npz"
 LATENTS_FILE = "latents.safetensors"
 PROMPTS_FILE = "prompts.json"
 _PARTS = "parts"
@@ -214,6 +215,22 @@ class SampleFolder:
                 prompts = {self._path(index).name: self._prompt(index) for index in named}
                 write_json(self.path / PROMPTS_FILE, prompts)
             write_json(self.path / SETTINGS_FILE, {**settings, "environments": environments})
+
+    def is_complete(self, settings: dict[str, Any]) -> bool:
+        """Whether all samples of this job are there, and the file of them; rank 0 only.
+
+        Raises: ConfigError if it holds samples made with other settings.
+        """
+        before = read_record(self.path)
+        if before is None or before["num"] != len(self.labels) or not self.whole.is_file():
+            return False
+        self._compare(before, settings)
+        if self.missing():
+            return False
+        try:
+            return not self.as_images or len(NpzImages(self.whole)) == len(self.labels)
+        except DataError:
+            return False
 
     def _compare(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
         fixed = {name: value for name, value in settings.items() if name not in _FREE}

@@ -20,12 +20,14 @@ from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.clip_score import CLIP_SCORE, ClipScorer, clip_score
 from promoe_ds.evaluation.features import PIXELS, Extractor, load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
-from promoe_ds.evaluation.images import open_samples, read_sample_prompts
+from promoe_ds.evaluation.images import open_samples, read_record, read_sample_prompts
 from promoe_ds.evaluation.precision_recall import NEIGHBOURS, share_in_manifold
 from promoe_ds.evaluation.reference import (
     Reference,
     check_fits,
+    compare_statistics,
     open_reference,
+    open_statistics,
     read_reference,
     save_statistics,
 )
@@ -136,6 +138,8 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
         files.
     """
     _check_request(request, team)
+    if (stated := open_statistics(request.samples)) is not None:
+        return _evaluate_statistics(stated, request, team)
     samples, settings = open_samples(request.samples, size=request.image_size, num=request.num)
     reference = None
     if request.reference is not None:
@@ -147,11 +151,7 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
     # Without metrics of features, only the checksum of the pixels is wanted.
     extractor = load_extractor(request.extractor if request.chosen else PIXELS, team.device)
     _check_possible(request, samples, reference, extractor, team)
-    if "fid" in request.metrics and (settings or {}).get("labels") == "balanced":
-        _LOG.info(
-            "the samples' labels are balanced; the published protocol draws them at random, and its"
-            " FID is about 0.1 higher: sample with --labels random to compare with a paper's row"
-        )
+    _warn_of_labels(request, settings, reference)
     chosen = request.chosen
     # Dictionaries keep an order, which all ranks share.
     wanted = dict.fromkeys(metric.wanted for metric in chosen.values())
@@ -168,14 +168,9 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
         figures[CLIP_SCORE] = clip_score(
             samples, prompts, scorer, team, batch_size=request.batch_size
         )
-    for name, value in figures.items():
-        if np.isnan(value):
-            raise DataError(
-                f"--metrics {name}: the statistics are too large for a finite figure: scale the "
-                "extractor's features"
-            )
+    _check_finite(figures)
     if request.save_reference is not None and team.is_main:
-        save_statistics(request.save_reference, known)
+        save_statistics(request.save_reference, known, extractor, "--save-reference")
     return {
         "metrics": figures,
         "samples": {
@@ -192,6 +187,48 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
         "protocol": _protocol(request, team),
         "versions": versions_of("numpy", "scipy", "torch-fidelity", "pillow"),
     }
+
+
+def _evaluate_statistics(
+    samples: Reference, request: EvaluateRequest, team: DistributedContext
+) -> dict[str, Any]:
+    """Evaluate samples of which a file states statistics alone; no network is needed."""
+    wrong = [f"metrics {name}" for name in request.metrics if name not in ("fid", "sfid")]
+    wrong += [name for name in ("image_size", "num", "save_reference") if getattr(request, name)]
+    if wrong:
+        raise ConfigError(
+            f"--{wrong[0].replace('_', '-')}: {request.samples} states statistics alone, which give"
+            " the metrics fid and sfid, of all images"
+        )
+    outputs = {name: metric.output for name, metric in request.chosen.items()}
+    pairs, report, reference = compare_statistics(samples, request.reference, outputs)
+    figures = {name: METRICS[name].figure(*pair, team, False) for name, pair in pairs.items()}
+    _check_finite(figures)
+    settings = read_record(request.samples.parent)
+    _warn_of_labels(request, settings, reference)
+    report["samples"]["settings"] = settings
+    return {"metrics": figures, **report, "versions": versions_of("numpy", "scipy")}
+
+
+def _check_finite(figures: dict[str, float]) -> None:
+    for name, value in figures.items():
+        if np.isnan(value):
+            raise DataError(
+                f"--metrics {name}: the statistics are too large for a finite figure: scale the "
+                "extractor's features"
+            )
+
+
+def _warn_of_labels(
+    request: EvaluateRequest, settings: dict[str, Any] | None, reference: Reference | None
+) -> None:
+    """Say where a figure is none to compare with a paper's, whose reference states statistics."""
+    is_balanced = (settings or {}).get("labels") == "balanced"
+    if "fid" in request.metrics and is_balanced and reference is not None and reference.stated:
+        _LOG.warning(
+            "the samples' labels are balanced; the published protocol draws them at random, and its"
+            " FID is about 0.1 higher: sample with --labels random to compare with a paper's row"
+        )
 
 
 def _known(

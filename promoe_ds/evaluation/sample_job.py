@@ -4,7 +4,7 @@ resumes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +24,21 @@ from promoe_ds.diffusion import SamplingPlan
 from promoe_ds.distributed.context import DistributedContext, single_process
 from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.evaluation.features import Extractor, load_extractor
 from promoe_ds.evaluation.grids import as_picture, captioned_grid, make_grid
-from promoe_ds.evaluation.images import SampleFolder, draws_pixels, image_shape, to_uint8
+from promoe_ds.evaluation.images import (
+    FEATURES_FILE,
+    SampleFolder,
+    draws_pixels,
+    image_shape,
+    to_uint8,
+)
+from promoe_ds.evaluation.reference import save_features
 from promoe_ds.evaluation.sample_request import (
     SampleRequest,
     choose_labels,
     choose_size,
+    expand_series,
     load_conditions,
     make_plan,
 )
@@ -41,8 +50,14 @@ from promoe_ds.evaluation.sampling import (
     sampling_dtype,
 )
 from promoe_ds.evaluation.sharded_model import load_sharded_model
+from promoe_ds.evaluation.sources import NpzImages
 from promoe_ds.logs import Progress, get_logger
-from promoe_ds.model.export import WEIGHTS_STEM, load_model, read_export_config, read_export_origin
+from promoe_ds.model.export import (
+    WEIGHTS_STEM,
+    load_model,
+    read_export_config,
+    read_export_origin,
+)
 from promoe_ds.versions import device_name, versions_of
 
 _LOG = get_logger("sample")
@@ -54,16 +69,35 @@ _GRID_PROMPTS = 100
 
 
 def draw_samples(request: SampleRequest, team: DistributedContext | None = None) -> list[Path]:
-    """Sample and write images; all ranks call this together. Return what rank 0 wrote.
+    """Sample and write images; all ranks call this together. Return the files of them, by rank 0.
 
     Models of pixels (one or three channels), and of latents with an autoencoder to decode them,
     give PNG files and `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus `labels`); others give
     `latents.safetensors`, unscaled. Of prompts, `labels` are their places among the request's, each
-    PNG file carries its own as text, and `prompts.json` maps files to prompts.
+    PNG file carries its own as text, and `prompts.json` maps files to prompts. With an extractor,
+    `features.npz` states the statistics of its features.
     Raises: ConfigError for labels, prompts, numbers or an output folder that cannot be; DataError
         for an encoder that cannot be loaded; CheckpointError for the export.
     """
     team = team or single_process(check_device(request.device))
+    extractor = None
+    if request.features is not None:
+        extractor = load_extractor(request.features, team.device)
+    folder = _draw(request, extractor, team)
+    written = team.on_main(lambda: _finish(request, folder))
+    if extractor is not None:
+        written.append(folder.path / FEATURES_FILE)
+        images = NpzImages(folder.whole)
+        save_features(written[-1], images, extractor, team, batch_size=request.batch_size)
+    return written
+
+
+def _draw(
+    request: SampleRequest, extractor: Extractor | None, team: DistributedContext
+) -> SampleFolder:
+    """Draw what is missing; return the folder. All that can be wrong with the request is found
+    before the first image.
+    """
     config, exact = read_export_config(request.model), request.exact
     labels, plan = choose_labels(request, config), make_plan(request, config)
     size = choose_size(request, config)
@@ -80,7 +114,13 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
         as_images,
         request.prompts,
     )
+    if extractor is not None:
+        _check_features(extractor, folder)
     settings = team.on_main(lambda: _settings(request, plan, vae, encoder))
+    settings = {**settings, "num": len(labels)}
+    if team.on_main(lambda: folder.is_complete(settings)):
+        _LOG.info("%s: all %d samples are there", request.out, len(labels))
+        return folder
     environment = {
         "device": device_name(team.device),
         "versions": versions_of("diffusers", "numpy"),
@@ -94,7 +134,7 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
         )
     if exact:
         align_weights(network)
-    team.on_main(lambda: folder.open({**settings, "num": len(labels)}, environment))
+    team.on_main(lambda: folder.open(settings, environment))
     todo = team.on_main(folder.missing)
     sampler = LatentSampler(network, config, plan, seed=request.seed, device=team.device, size=size)
 
@@ -116,11 +156,28 @@ def draw_samples(request: SampleRequest, team: DistributedContext | None = None)
             _run(passes, sample, folder, team, in_lockstep=request.ep_size > 1)
         team.barrier()
         if not (todo := team.on_main(folder.assemble)):
-            return team.on_main(lambda: _finish(request, folder))
+            return folder
     raise ConfigError(
         f"--out {request.out}: {len(todo)} samples, the first of them {todo[0]}, cannot be read "
         "back after they were written twice: check the disk"
     )
+
+
+def draw_series(
+    request: SampleRequest,
+    team: DistributedContext | None = None,
+    *,
+    checkpoint_steps: Sequence[int] = (),
+    cfg_scales: Sequence[float] = (),
+) -> list[Path]:
+    """Sample checkpoints of a run at some guidance scales, see `expand_series`; all ranks call this
+    together. Complete jobs are left as they are. Return the files of all.
+    """
+    team = team or single_process(check_device(request.device))
+    jobs = team.on_main(lambda: expand_series(request, checkpoint_steps, cfg_scales))
+    for job in jobs if len(cfg_scales) > 1 else ():  # what cannot be is found before any image
+        make_plan(job, read_export_config(job.model))
+    return [path for job in jobs for path in draw_samples(job, team)]
 
 
 def _run(
@@ -140,6 +197,15 @@ def _run(
         progress.add(len(indices) * team.world_size)  # the other ranks are about as far
     if in_lockstep and len(own) * team.world_size < len(passes):
         sample(passes[-1])  # for the other ranks' rows that come to the experts here
+
+
+def _check_features(extractor: Extractor, folder: SampleFolder) -> None:
+    """Raise ConfigError if an extractor cannot tell the statistics of what a folder is to hold."""
+    if not folder.as_images:
+        raise ConfigError("--features: latents have none: decode them by --vae")
+    if len(folder.labels) < 2:
+        raise ConfigError("--features: the statistics of one image are none: raise --num")
+    extractor.probe(folder.shape[0], folder.shape[2])
 
 
 def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContext) -> Vae | None:
@@ -209,7 +275,7 @@ def _checksum(export: Path) -> str:
 
 
 def _finish(request: SampleRequest, folder: SampleFolder) -> list[Path]:
-    """Return what was written, the grid among it if it is wanted."""
+    """Return the files of a complete folder; draw the grid if it is wanted."""
     if not folder.as_images:
         return [folder.whole]
     written = [folder.path / f"img*.png ({len(folder.labels)} files)", folder.whole]

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from promoe_ds.checkpoint.manifest import (
+    list_checkpoints,
+    manifest_checksum,
+    step_folder,
+    step_of,
+)
 from promoe_ds.condition import ClassCondition, Condition, TextCondition
 from promoe_ds.config import RunConfig
 from promoe_ds.config.model import sides, size_name
 from promoe_ds.data.reading import read_text
 from promoe_ds.data.text_encoder import TextEncoder, TextIdentity, encoder_of
 from promoe_ds.diffusion import SamplingPlan, check_guided, check_interval, choose_scale
-from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.errors import CheckpointError, ConfigError, DataError
+from promoe_ds.evaluation.images import SETTINGS_FILE
 from promoe_ds.logs import get_logger
+from promoe_ds.model.export import CONFIG_FILE, read_export_origin
 from promoe_ds.randomness import generator
 
 _LOG = get_logger("sample")
@@ -52,6 +60,66 @@ class SampleRequest:
     exact: bool = False
     ep_size: int = 1
     grid: bool = False
+    #: An extractor, as `load_extractor` takes it.
+    features: str | None = None
+
+
+def expand_series(
+    request: SampleRequest, checkpoint_steps: Sequence[int], cfg_scales: Sequence[float]
+) -> list[SampleRequest]:
+    """Return the requests that sample checkpoints of a run at some guidance scales, one of each.
+
+    Their folder is `request.out`; below it `step_N` where checkpoints are named, and below that
+    `cfg_S` where there are several scales.
+    Args:
+        checkpoint_steps: then `request.model` is the run; its checkpoints are exported, once, to
+            `exports` below `request.out`, which needs deepspeed.
+    Raises: CheckpointError if there is no such checkpoint; ConfigError if the folder holds samples
+        of a single job, or an export of another checkpoint.
+    """
+    scales = tuple(dict.fromkeys(cfg_scales)) or (request.cfg_scale,)
+    if (checkpoint_steps or len(scales) > 1) and (request.out / SETTINGS_FILE).exists():
+        raise ConfigError(
+            f"--out {request.out}: holds samples of one job: choose another folder for several"
+        )
+    models = {request.out: request.model}
+    if checkpoint_steps:
+        models = _export_checkpoints(request.model, checkpoint_steps, request.out)
+    return [
+        replace(
+            request,
+            model=model,
+            out=out if len(scales) == 1 else out / f"cfg_{scale}",
+            cfg_scale=scale,
+        )
+        for out, model in models.items()
+        for scale in scales
+    ]
+
+
+def _export_checkpoints(run: Path, steps: Sequence[int], out: Path) -> dict[Path, Path]:
+    """Export the checkpoints that are not exported yet; return folder for samples -> export."""
+    from promoe_ds.checkpoint.conversion import Request, convert
+
+    root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    found = {step_of(path): path for path in list_checkpoints(root)}
+    if missing := [step for step in steps if step not in found]:
+        there = ", ".join(map(str, sorted(found))) or "none"
+        raise CheckpointError(
+            f"--checkpoint-steps {missing[0]}: {root} has no such checkpoint; there are: {there}"
+        )
+    exports = {}
+    for step in steps:
+        name, source = step_folder(step), found[step]
+        exports[out / name] = export = out / "exports" / name
+        if not (export / CONFIG_FILE).is_file():
+            conversion = convert(source, Request(destination=export, to="single"))
+            _LOG.info("%s", " ".join(filter(None, [f"exported {source}.", conversion.note])))
+        elif read_export_origin(export).get("manifest") != manifest_checksum(source):
+            raise ConfigError(
+                f"--out {out}: {export} is not of {source}: remove it, or choose another folder"
+            )
+    return exports
 
 
 def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:

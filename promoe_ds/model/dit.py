@@ -66,7 +66,7 @@ class DiT(nn.Module):
         if model.condition == "text":
             self.text_embedding = TextEmbedding(model.pooled_width, model.hidden_size)
         else:
-            self.label_embedding = LabelEmbedding(model.num_classes, model.hidden_size)
+            self.label_embedding = LabelEmbedding(model.label_rows, model.hidden_size)
         self.blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))
         self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels)
         self.register_buffer(
@@ -166,6 +166,9 @@ class DiT(nn.Module):
         grid = self._grid_of(latents_BZHW)
         x_BSD = self.patch_embedding(latents_BZHW.to(dtype)) + self._positions_of(grid).to(dtype)
         vector_BD, texts = self._embed(condition, x_BSD.shape[1])
+        sees_data = self.config.model.time == "data"
+        if sees_data:
+            timestep_B = 1 - timestep_B / self.config.diffusion.num_train_timesteps
         condition_BD = self.timestep_embedding(timestep_B) + vector_BD
         plans: dict[int, RoutingPlan] = {}
         for index, block in enumerate(self.blocks):
@@ -173,8 +176,8 @@ class DiT(nn.Module):
             if plan is not None:
                 plans[index] = plan
         patches = self.final_layer(x_BSD, condition_BD)
-        prediction = self._unpatchify(patches, grid)
-        return DenoiserOutput(prediction.to(latents_BZHW.dtype), plans)
+        prediction_BZHW = self._unpatchify(-patches if sees_data else patches, grid)
+        return DenoiserOutput(prediction_BZHW.to(latents_BZHW.dtype), plans)
 
     @torch.no_grad()
     def prepare(

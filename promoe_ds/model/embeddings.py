@@ -97,11 +97,11 @@ class ConditionEmbedding(nn.Module):
 
 
 class LabelEmbedding(ConditionEmbedding):
-    """One vector for each class and one, the last, for the null label."""
+    """One vector for each class and, where there is a null label, one, the last, for it."""
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, rows: int, width: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(num_classes + 1, width)
+        self.table = nn.Embedding(rows, width)
 
     def vector(self, condition: Condition) -> Tensor:
         """Return (B, D). Dropout is done where the batch is made."""

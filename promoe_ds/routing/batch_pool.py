@@ -15,12 +15,7 @@ from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.registry import register
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import Partition
-from promoe_ds.routing.router import (
-    ROUTERS,
-    GateRouter,
-    expert_capacity,
-    pool_token_ids,
-)
+from promoe_ds.routing.router import ROUTERS, GateRouter, pool_token_ids
 from promoe_ds.routing.scores import linear_fp32, linear_scores
 
 
@@ -75,9 +70,7 @@ class BatchPoolRouter(GateRouter):
         scores_TE = linear_scores(pool_TD, self.gate_weight).softmax(dim=-1)
         logits_TE = self.predictor(pool_TD)
         if self.training:
-            pool_ids_EC = scores_TE.topk(
-                expert_capacity(len(pool_TD), self.num_experts, self.top_k), dim=0
-            ).indices.T
+            pool_ids_EC = scores_TE.topk(self._capacity(len(pool_TD)), dim=0).indices.T
             expert_ids_N = torch.arange(
                 self.num_experts, device=pool_ids_EC.device
             ).repeat_interleave(pool_ids_EC.shape[1])

@@ -71,7 +71,7 @@ class LinearExpertChoiceRouter(GateRouter):
         Gradient: reaches tokens and gate.  Sync: none.  Collectives: none.
         """
         tokens = partition.take_routed(tokens_BSD)
-        capacity = expert_capacity(tokens.shape[1], self.num_experts, self.top_k)
+        capacity = self._capacity(tokens.shape[1])
         scores_BSE = linear_scores(tokens, self.gate_weight).softmax(dim=-1)
         assignment, stats, _ = self._plan_expert_choice(scores_BSE, capacity, partition)
         return RoutingPlan(assignment=assignment, aux_losses={}, stats=stats)

@@ -53,6 +53,8 @@ class Router(KeepsBuffersPrecise):
         super().__init__()
         self.settings = settings
         self.num_experts, self.top_k = settings.num_experts, settings.top_k
+        #: Which training step's capacity experts have; set from outside, as `reduce_sum`.
+        self.step = 0
         self.reduce_sum: ReduceSum = identity_reduce
         #: See `kernels.choice`; set from outside, as `reduce_sum`.
         self.kernels = "eager"
@@ -238,8 +240,16 @@ class GateRouter(Router):
         """Return the gate's rows."""
         return self.gate_weight
 
+    def _capacity(self, num_tokens: int) -> int:
+        """Return how many of some tokens an expert takes; in training by the schedule."""
+        settings, top_k = self.settings, float(self.top_k)
+        if self.training:
+            schedule = settings.capacity_schedule
+            top_k = scheduled_top_k(self.step, self.num_experts, self.top_k, schedule)
+        return expert_capacity(num_tokens, self.num_experts, top_k)
 
-def expert_capacity(num_tokens: int, num_experts: int, top_k: int) -> int:
+
+def expert_capacity(num_tokens: int, num_experts: int, top_k: float) -> int:
     """Return C = int(T / E * K): how many of T tokens an expert takes so that a token has K experts
     on average.
 
@@ -247,6 +257,25 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int) -> int:
     be one less.
     """
     return int(num_tokens / num_experts * top_k)
+
+
+def scheduled_top_k(
+    step: int, num_experts: int, top_k: int, schedule: tuple[int, int] | None
+) -> float:
+    """Return how many experts a token has on average at a training step, the first of which is 0.
+
+    Source: the capacity schedule of DiffMoE's and EC-DiT's published code: all of them up to and
+    including a first step, then linearly fewer until top_k at a second one; differs: steps are
+    updates, not passes, and a resumed run goes on where it was.
+    Args:
+        schedule: both steps; None is top_k from the start.
+    """
+    if schedule is None or step > schedule[1]:
+        return top_k
+    first, last = schedule
+    if step <= first:
+        return num_experts
+    return top_k + (num_experts - top_k) * (last - step) / (last - first)
 
 
 def pool_token_ids(partition: Partition, pool_ids_N: Tensor, tokens_per_image: int) -> Tensor:

@@ -28,6 +28,11 @@ class RouterState:
         self._routers = {index: layer.router for index, layer in network.moe_layers().items()}
         self._observations: dict[int, Tensor] = {}
 
+    def begin_step(self, step: int) -> None:
+        """Tell the routers which step of the training begins, by which their capacity may go."""
+        for router in self._routers.values():
+            router.step = step
+
     def add(self, plans: dict[int, RoutingPlan]) -> None:
         """Take one pass's observations.  Sync: none."""
         for index, plan in plans.items():

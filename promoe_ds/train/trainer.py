@@ -194,7 +194,7 @@ class Trainer:
         On a GPU under ZeRO the device decides and the result is read later: the host never waits
         for the step.
         """
-        lr = self._set_learning_rate()
+        lr = self._follow_schedules()
         terms: dict[str, torch.Tensor] = {}
         for micro_step in range(self.batches.accumulation):
             output = self._forward_and_backward(micro_step)
@@ -254,17 +254,17 @@ class Trainer:
             problem = f"step {step}: the norm of all gradients is not finite"
         return Verdict(float("nan") if problem else norm, problem, stop_requested=bool(stop))
 
-    def _set_learning_rate(self) -> float:
+    def _follow_schedules(self) -> float:
         lr = learning_rate(self.step, self.config.train.max_steps, self.config.optimizer)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.ema.updates = self.step
+        self._router_state.begin_step(self.step)
         return lr
 
     def _forward_and_backward(self, micro_step: int) -> TrainingOutput:
-        batch = self.loader.take(Place(self.step, self.samples_seen, micro_step)).to(
-            self.context.device
-        )
+        place = Place(self.step, self.samples_seen, micro_step)
+        batch = self.loader.take(place).to(self.context.device)
         output = self.engine(batch)
         self._health.see_loss(output.loss)
         self.engine.backward(output.loss)

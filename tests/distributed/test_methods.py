@@ -119,18 +119,19 @@ def test_running_state_moves_and_is_the_same_for_raw_and_averaged_weights(
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_running_state_interrupted_run_repeats_uninterrupted_one(tmp_path, bf16) -> None:
-    """Bit for bit, thresholds and centroids included, also where weights are bf16."""
+    """Bit for bit, thresholds and centroids included, also where weights are bf16 and capacity goes
+    by a schedule.
+    """
     jobs, pairs = [], {}
     for recipe in STATES:
         whole, parts = tmp_path / f"{recipe}_whole", tmp_path / f"{recipe}_parts"
         pairs[recipe] = whole, parts
         common = {"recipe": recipe, "bf16": bf16}
-        jobs.append(Job(run_dir=whole, overrides=("train.max_steps=6",), **common))
-        jobs += [
-            Job(
-                run_dir=parts, overrides=("train.max_steps=6", "train.stop_after_steps=3"), **common
-            )
-        ] * 2
+        steps: tuple[str, ...] = ("train.max_steps=6",)
+        if recipe == "digits_diffmoe":
+            steps += ("routing.capacity_schedule=[1, 5]",)
+        jobs.append(Job(run_dir=whole, overrides=steps, **common))
+        jobs += [Job(run_dir=parts, overrides=(*steps, "train.stop_after_steps=3"), **common)] * 2
     assert run_jobs(2, jobs, tmp_path) == [""] * len(jobs)
     for recipe, (whole, parts) in pairs.items():
         assert losses(parts) == losses(whole), recipe

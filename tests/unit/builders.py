@@ -43,6 +43,13 @@ TEXT: dict[str, dict[str, Any]] = {
     "data": {"caption_groups": 10},
 }
 
+#: What makes a small run one without a null label.
+NO_NULL: dict[str, dict[str, Any]] = {
+    "model": {"null_row": False},
+    "diffusion": {"label_dropout": 0.0},
+    "routing": {"num_unconditional_experts": 0},
+}
+
 #: Routing methods, dense apart.
 METHODS = tuple(ROUTERS)
 

@@ -114,7 +114,7 @@ def _published_architecture(path: Path, config: RunConfig) -> RunConfig:
     # All published models are of square images.
     grid = round(positions.shape[-2] ** 0.5)
     model = {
-        "num_classes": len(labels) - 1,
+        "num_classes": len(labels) - config.model.null_row,
         "input_size": grid * config.model.patch_size,
         "buckets": (),
         "position_scale": 1.0,
@@ -250,13 +250,14 @@ class AdaptedSource:
         return value
 
     def _labels(self, table: Tensor) -> Tensor:
-        """Return rows of the label map, new ones, and the null row, which is the last."""
-        kept = self._map or {}
-        self._counts[_LABELS, f"with {len(kept)} old rows of {self.shapes[_LABELS][0] - 1}"] += 1
+        """Return rows of the label map, new ones, and the null row, which is the last, if any."""
+        kept, model = self._map or {}, self._config.model
+        self._counts[_LABELS, f"with {len(kept)} old rows of {model.num_classes}"] += 1
         value = self._initial(_LABELS, self.shapes[_LABELS])
         for label, source in kept.items():
             value[label] = table[source]
-        value[-1] = table[-1]
+        if model.null_row:
+            value[-1] = table[-1]
         return value
 
     def _experts(self, name: str, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Files of the published code, behind the reader that all formats share."""
+"""Files of the published code and its relatives, behind the reader that all formats share."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ _SECTIONS = {
     WEIGHTS: ("model_state_dict", "model", "state_dict"),
     EMA: ("ema_model_state_dict", "ema"),
 }
+#: The optimizer's, likewise; DiT's, SiT's and DiffMoE's files have it beside `args`, and no `step`.
+_OPTIMIZERS = ("optimizer_state_dict", "opt")
 #: What DistributedDataParallel and torch.compile put before names, in any order; the latter also
 #: within.
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
@@ -36,7 +38,8 @@ _SHOWN = 5
 class OfficialSource(StateSource):
     """A file of the published code: `model_state_dict`, `ema_model_state_dict`, or a state dict.
 
-    Beside them `step` and `optimizer_state_dict`, where they are kept.
+    Beside them `step` and `optimizer_state_dict`, where they are kept. DiffMoE's own files, like
+    DiT's and SiT's, have `model`, `ema` and `opt`, whose updates are the step.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
@@ -45,7 +48,9 @@ class OfficialSource(StateSource):
         check_records(path)
         with explaining(f"{path}: is not laid out as the published code does it"):
             self._tensors, note = _read_sections(path, content)
-            step = int(content.get("step", 0))
+            states = _optimizer_states(content)
+            step = int(content["step"] if "step" in content else _updates(states))
+            note = "; ".join(filter(None, [note, _time_note(content, config)]))
             info = SourceInfo(
                 path=path,
                 format="official",
@@ -60,7 +65,7 @@ class OfficialSource(StateSource):
             }
             for kind in self._tensors:
                 self._drop_fixed_positions(kind)
-            self._find_moments(content.get("optimizer_state_dict") or {})
+            self._find_moments(states)
             for kind, tensors in self._tensors.items():
                 found = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
                 self._add_kind(kind, found, self._keys)
@@ -80,21 +85,44 @@ class OfficialSource(StateSource):
         if not rename_official({POSITIONS: copy_tensor(state[POSITIONS])}, self.info.config):
             del state[POSITIONS]
 
-    def _find_moments(self, optimizer: dict[str, Any]) -> None:
+    def _find_moments(self, states: dict[int, Any]) -> None:
         """Find moments by their numbers: the published optimizer counts as modules register."""
-        if not (states := optimizer.get("state")):
+        if not states:
             return
         weights = next(iter(self._tensors.values()))
         counted = [key for key in weights if is_published_parameter(key) and key != POSITIONS]
         named = {key: states[index] for index, key in enumerate(counted, 1) if index in states}
         if not len(named) == len(states) == len(counted):
             raise CheckpointError(
-                f"{self.info.path}: optimizer_state_dict holds the state of {len(states)} "
-                f"parameters, expected {len(counted)}"
+                f"{self.info.path}: its optimizer holds the state of {len(states)} parameters, "
+                f"expected {len(counted)}"
             )
         for kind in MOMENTS:
             self._tensors[kind] = {key: state[kind] for key, state in named.items()}
         self.optimizer_step = int(named[counted[0]]["step"])
+
+
+def _optimizer_states(content: dict[str, Any]) -> dict[int, Any]:
+    """Return the optimizer's state of each parameter by its number; none where it was not kept."""
+    for name in _OPTIMIZERS:
+        if optimizer := content.get(name):
+            return optimizer.get("state") or {}
+    return {}
+
+
+def _updates(states: dict[int, Any]) -> int:
+    return int(next(iter(states.values()))["step"]) if states else 0
+
+
+def _time_note(content: dict[str, Any], config: RunConfig) -> str:
+    """Return what to know of a file without the published code's own names, if it is a flow's."""
+    is_flow = config.diffusion.objective == "rectified_flow"
+    if not (is_flow and "ema" in content and "opt" in content and config.model.time == "noise"):
+        return ""
+    return (
+        "taken as a flow whose network sees noise at 1000; SiT's and DiffMoE's see data at 1:"
+        " --set model.time=data"
+    )
 
 
 def _read_sections(path: Path, content: Any) -> tuple[dict[str, dict[str, Tensor]], str]:

@@ -21,7 +21,12 @@ from promoe_ds.checkpoint.conversion.pipeline_folder import (
     read_pipeline_config,
 )
 from promoe_ds.checkpoint.coverage import Coverage
-from promoe_ds.checkpoint.manifest import find_problems, named_checkpoints, read_manifest
+from promoe_ds.checkpoint.manifest import (
+    find_problems,
+    manifest_checksum,
+    named_checkpoints,
+    read_manifest,
+)
 from promoe_ds.checkpoint.zero_files import MOMENTS, WEIGHTS, is_weights
 from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from promoe_ds.config.schema import RunConfig
@@ -121,7 +126,11 @@ class TrainingSource(ShardedCheckpoint):
             samples_seen=manifest.samples_seen,
             largest_file=max(file.bytes for file in manifest.files.values()),
             averages_since=manifest.averages_since,
-            origin={"layout": str(manifest.layout), "versions": manifest.versions},
+            origin={
+                "layout": str(manifest.layout),
+                "versions": manifest.versions,
+                "manifest": manifest_checksum(folder),
+            },
         )
 
 

@@ -15,7 +15,7 @@ from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model import DiT
 from promoe_ds.model.export import save_export
 
-from ..builders import METHODS, TEXT, of_method, random_network, small_config
+from ..builders import METHODS, NO_NULL, TEXT, of_method, random_network, small_config
 
 LABELS = "label_embedding.table.weight"
 
@@ -70,6 +70,21 @@ def test_label_map_keeps_rows_and_starts_the_others_anew(small, tmp_path, caplog
     fresh = _start(path, config)[LABELS]
     assert torch.equal(fresh[1], table[1]) and torch.equal(fresh[3], old[10])
     assert not torch.equal(fresh[0], old[9])
+
+
+def test_label_map_of_a_model_without_a_null_label_maps_every_row(tmp_path) -> None:
+    network = random_network(**NO_NULL)
+    path, old = _export(tmp_path / "export", network), network.state_dict()[LABELS]
+    labels = tmp_path / "labels.yaml"
+    labels.write_text("0: 9\n1: new\n2: 3\n", encoding="utf-8")
+    config = small_config(**{**NO_NULL, "model": {"null_row": False, "num_classes": 3}})
+    published = tmp_path / "published"
+    convert(path, Request(destination=published, to="official"))
+    for source in (path, next(published.glob("*.pth"))):
+        table = _start(source, config, label_map=labels)[LABELS]
+        assert table.shape == (3, 16) and torch.equal(table[[0, 2]], old[[9, 3]])
+    with pytest.raises(CheckpointError, match=r"model\.null_row is False there and True here"):
+        find_start(path, small_config(routing=NO_NULL["routing"]), tmp_path / "other")
 
 
 def test_label_map_of_as_many_classes_moves_rows(small, tmp_path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from promoe_ds import load_model
 from promoe_ds.checkpoint.conversion import Request, convert
+from promoe_ds.checkpoint.conversion.branch import find_start
+from promoe_ds.checkpoint.conversion.convert import open_source
 from promoe_ds.checkpoint.conversion.upcycling import UpcycleRequest, upcycle
 from promoe_ds.checkpoint.torch_file import load_torch
 from promoe_ds.config.schema import RunConfig
@@ -27,7 +30,7 @@ from promoe_ds.errors import CheckpointError, PromoeError
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.model.build import build_model
 from promoe_ds.model.export import fill_network
-from promoe_ds.model.official import to_official
+from promoe_ds.model.official import is_published_parameter, published_order, to_official
 from promoe_ds.model.shards import ShardReader
 from promoe_ds.pipeline import ProMoEPipeline
 
@@ -169,6 +172,45 @@ def test_parts_prefixes_and_precisions_of_a_published_file_are_read(
     keys = content.get(SECTIONS[1], ())
     has_prefix = any("module." in key or "_orig_mod." in key for key in keys)
     assert ("prefix" in report.note) == has_prefix
+
+
+@pytest.mark.parametrize("method", ["diff_moe", "ec_dit", "dit_moe", "dense"])
+def test_file_of_diffmoes_own_training_is_read_with_its_optimizer(
+    tmp_path: Path, method: str
+) -> None:
+    """Its `N.pt`: three state dicts and the command line's arguments; no step beside them."""
+    none = {"num_unconditional_experts": 0, "num_shared_experts": 0}
+    sections = of_method(method, **none) if method != "dense" else {"routing": {"method": "dense"}}
+    networks = [random_network(seed, **sections) for seed in (0, 1)]
+    config = networks[0].config
+    raw, average = (to_official(network.state_dict(), config) for network in networks)
+    counted = sorted(filter(is_published_parameter, raw), key=published_order)
+    assert counted[0] == "pos_embed"  # the first of the parameters, and frozen
+    states = {
+        index: {
+            "step": torch.tensor(40.0),
+            "exp_avg": raw[key] + 1,
+            "exp_avg_sq": raw[key].square(),
+        }
+        for index, key in enumerate(counted)
+        if index > 0
+    }
+    opt = {"state": states, "param_groups": [{"lr": 1e-4, "params": list(range(len(counted)))}]}
+    raw = {key: raw[key] for key in sorted(raw, key=published_order)}
+    content = {"model": raw, "ema": average, "opt": opt, "args": Namespace(config="a.yaml")}
+    report = go(content, tmp_path, config=config, with_optimizer=True)
+    assert report.step == 40 and list(report.kinds) == ["ema", "weights", "exp_avg", "exp_avg_sq"]
+    assert "model.time=data" in report.note
+    source = open_source(tmp_path / "single")
+    for name, value in networks[0].named_parameters():
+        assert torch.equal(source.read("weights", name), value)
+        assert torch.equal(source.read("exp_avg", name), value + 1)
+        assert torch.equal(source.read("exp_avg_sq", name), value.square())
+        assert torch.equal(source.read("ema", name), networks[1].get_parameter(name))
+    (start,) = find_start(tmp_path / "file.pth", config, tmp_path / "start")
+    assert torch.equal(open_source(start).read("ema", name), networks[1].get_parameter(name))
+    sees_data = small_config(**{**sections, "model": {"time": "data"}})
+    assert "model.time" not in go(content, tmp_path / "data", config=sees_data).note
 
 
 def test_diffmoe_file_in_half_precision_holds_its_decay_rounded(tmp_path: Path) -> None:

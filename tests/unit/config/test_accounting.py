@@ -22,6 +22,7 @@ from promoe_ds.model import DiT, build_model
 
 from ..builders import (
     METHODS,
+    NO_NULL,
     TEXT,
     condition_of,
     of_method,
@@ -46,6 +47,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "all blocks": {"routing": {"moe_blocks": "all"}},
     "odd depth": {"model": {"depth": 5}},
     "text": TEXT,
+    "no null label": NO_NULL,
     "wide heads": {"model": {"head_dim": 12}},
     "text, wide heads": {"model": {**TEXT["model"], "head_dim": 12, "mlp_type": "swiglu"}},
     "dense swiglu": {"model": {"mlp_type": "swiglu"}, "routing": {"method": "dense"}},

@@ -11,7 +11,7 @@ from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.config.routing import RoutingConfig, RoutingMethod
 
-from ..builders import METHODS, small_config, small_values
+from ..builders import METHODS, TEXT, small_config, small_values
 from .said import refuses
 
 DDPM = {"objective": "ddpm"}
@@ -58,6 +58,30 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
     (
         {"optimizer": {"ema_decays": [0.9999, 0.9999999, 0.99999991]}},
         ("ema_decays=[0.9999, 0.9999999, 0.99999991]", "(ema, ema_1)"),
+    ),
+    (
+        {"routing": {"method": "ec_dit", "capacity_schedule": [5, 2]}},
+        ("routing: capacity_schedule=[5, 2]",),
+    ),
+    (
+        {"routing": {"method": "ec_dit", "capacity_schedule": [-1, 2]}},
+        ("routing.capacity_schedule.0=-1",),
+    ),
+    (
+        {"model": {"null_row": False}},
+        ("diffusion.label_dropout=0.1", "model.null_row=false", "set diffusion.label_dropout=0"),
+    ),
+    (
+        {"model": {"null_row": False}, "diffusion": {"label_dropout": 0}},
+        ("routing.num_unconditional_experts=1", "set routing.num_unconditional_experts=0"),
+    ),
+    (
+        {"model": {**TEXT["model"], "null_row": False}, "data": TEXT["data"]},
+        ("model: null_row=False", "condition=text"),
+    ),
+    (
+        {"model": {"time": "data"}, "diffusion": DDPM},
+        ("model.time=data", "objective=ddpm"),
     ),
     ({"data": {"path": "/x"}}, ("data: path=/x", "dataset=synthetic")),
     ({"data": {"dataset": "digits", "path": "/x"}}, ("data: path=/x", "dataset=digits")),
@@ -255,6 +279,7 @@ OTHER: dict[str, Any] = {
     "rcl_assignments": "first",
     "balance_weight": 0.01,
     "balance_level": "sample",
+    "capacity_schedule": (2, 5),
     "capacity_weight": 0.1,
     "threshold_decay": 0.9,
     "similarity_weight": 0.0,
@@ -284,7 +309,7 @@ def test_field_is_taken_by_the_methods_that_read_it_and_refused_by_the_others(
     if field in TRAITS[method].reads:
         assert getattr(routing(method, **{field: value}), field) == value
         return
-    readers = ", ".join(reader for reader in METHODS if field in TRAITS[reader].reads)
+    readers = ", ".join(reader for reader in TRAITS if field in TRAITS[reader].reads)
     with refuses(f"routing: {field}={value}", f"method={method}", f"read by {readers}"):
         routing(method, **{field: value})
 

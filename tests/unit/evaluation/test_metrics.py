@@ -16,9 +16,11 @@ from PIL import Image
 
 from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import fit_gaussian, frechet_distance
 from promoe_ds.evaluation.metrics import EvaluateRequest, check_target, evaluate
-from promoe_ds.evaluation.sources import npz_array
+from promoe_ds.evaluation.reference import save_features
+from promoe_ds.evaluation.sources import NpzImages, npz_array
 
 from .made import TinyNetwork, features, save_tiny
 from .test_statistics import prdc, scipy_frechet, scipy_inception_score
@@ -258,3 +260,36 @@ def test_few_images_for_their_features_are_reported(files: Path, told: list[str]
     judge(files, metrics=("fid",), extractor="pixels")
     found = [line.partition(": ")[2].partition(":")[0] for line in told]
     assert found == ["61 images for 432 features", "47 images for 432 features"]
+
+
+def test_statistics_of_samples_give_the_distances_of_their_images(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = judge(files, save_reference=tmp_path / "reference.npz")
+    extractor = load_extractor(str(files / "tiny.pt"), "cpu")
+    path, images = tmp_path / "features.npz", NpzImages(files / "samples.npz")
+    save_features(path, images, extractor, TEAM, batch_size=20)
+    before = path.stat().st_mtime_ns
+    save_features(path, images, extractor, TEAM, batch_size=20)
+    assert path.stat().st_mtime_ns == before
+    (tmp_path / "samples.json").write_text('{"num": 61, "labels": "balanced"}')
+    given = {"samples": path, "reference": tmp_path / "reference.npz", "metrics": ("fid", "sfid")}
+    report = judge(files, **given)
+    expected = {name: whole["metrics"][name] for name in ("fid", "sfid")}
+    assert report["metrics"] == pytest.approx(expected, rel=1e-9)
+    assert report["extractor"] == whole["extractor"] and report["samples"]["settings"]["num"] == 61
+    assert "--labels random" in caplog.text
+    for values, message in (
+        ({"metrics": ("fid", "is")}, "--metrics is: .*states statistics alone"),
+        ({"num": 3}, "--num: .*states statistics alone"),
+        ({"reference": files / "reference.npz"}, "--reference .*states no mu"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            judge(files, **{**given, **values})
+    save_features(tmp_path / "other.npz", images, load_extractor("pixels", "cpu"), TEAM, 20)
+    with pytest.raises(DataError, match=r"other\.npz: mu has 432 features"):
+        judge(files, **{**given, "reference": tmp_path / "other.npz"})
+    with np.load(path) as stated:
+        np.savez(tmp_path / "renamed.npz", **{**stated, "extractor": np.array("{}")})
+    with pytest.raises(DataError, match=r"renamed\.npz: .*another extractor"):
+        judge(files, **{**given, "reference": tmp_path / "renamed.npz"})

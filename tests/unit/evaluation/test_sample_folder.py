@@ -78,6 +78,7 @@ def test_sampling_draws_damaged_files_anew(
         raise DataError("unreadable")
 
     monkeypatch.setattr(SampleFolder, "read", unreadable)
+    (request_.out / "samples.npz").unlink()
     with pytest.raises(ConfigError, match="9 samples, the first of them 0, cannot be read"):
         draw_samples(request_)
 

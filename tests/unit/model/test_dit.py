@@ -76,6 +76,16 @@ def test_network_output_of_an_image_does_not_depend_on_its_batch_mates(setting: 
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-9, atol=1e-9)
 
 
+def test_network_whose_time_runs_to_data_sees_and_predicts_the_other_way() -> None:
+    """As SiT and DiffMoE train: t = 1 - sigma as it is, and clean - noise."""
+    sees_noise, sees_data = random_network(), random_network(model={"time": "data"})
+    latents, _, condition = inputs(sees_noise)
+    t_B = torch.tensor([0.0, 0.25, 0.7, 1.0])
+    published = sees_noise(latents, t_B, condition)
+    found = sees_data(latents, 1000 * (1 - t_B), condition)
+    torch.testing.assert_close(found, -published, rtol=1e-5, atol=1e-5)
+
+
 def test_network_depends_on_label_timestep_and_position() -> None:
     network = random_network()
     (latents, timestep, _), labels = inputs(network, images=1), LABELS[:1]

@@ -16,7 +16,7 @@ from promoe_ds.model.embeddings import (
     sincos_positions,
 )
 
-from ..builders import random_tensor
+from ..builders import random_tensor, small_config
 
 
 def wave(coordinate: float, width: int) -> list[float]:
@@ -85,7 +85,7 @@ def test_patch_embedding_takes_patches_row_by_row() -> None:
 
 
 def test_label_embedding_has_a_last_row_for_the_null_label() -> None:
-    embedding = LabelEmbedding(10, 4)
+    embedding = LabelEmbedding(small_config().model.label_rows, 4)
     assert embedding.table.weight.shape == (11, 4)
     assert torch.equal(
         embedding.vector(ClassCondition(torch.tensor([10, 0]), 10)), embedding.table.weight[[10, 0]]

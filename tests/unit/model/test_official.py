@@ -14,7 +14,7 @@ from promoe_ds.errors import CheckpointError
 from promoe_ds.model.embeddings import sincos_positions
 from promoe_ds.model.official import from_official, to_official
 
-from ..builders import of_method, random_network, random_tensor, small_config
+from ..builders import NO_NULL, of_method, random_network, random_tensor, small_config
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "moe": {},
@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "all blocks": {"routing": {"moe_blocks": "all"}},
     "no shared": {"routing": {"num_shared_experts": 0}},
     "no unconditional": {"routing": {"num_unconditional_experts": 0}},
+    "no null label": NO_NULL,
     "eleven blocks": {"model": {"depth": 11}},
     "twelve experts": {"routing": {"num_experts": 12}},
 }

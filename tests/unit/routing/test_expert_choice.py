@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from promoe_ds.routing.batch_pool import capacity_loss, move_thresholds, observe_thresholds
-from promoe_ds.routing.router import expert_capacity
+from promoe_ds.routing.router import expert_capacity, scheduled_top_k
 
 from ..builders import random_tensor
 from .plans import NULL, make_router, route
@@ -40,6 +42,42 @@ def test_capacity_rounds_as_published_for_all_sizes() -> None:
             :, half - 1
         ].tolist()
     assert expert_capacity(196, 22, 11) == 97 and inexact > 1000
+
+
+@pytest.mark.parametrize("schedule", [None, (0, 0), (0, 3), (2, 2), (3, 10)])
+def test_scheduled_top_k_is_that_of_a_counter_of_steps(schedule: tuple[int, int] | None) -> None:
+    """The published models count their training passes from -1, a step before each."""
+    count = -1
+    for step in range(14):
+        count, expected = count + 1, 2.0
+        if schedule is not None and count <= schedule[0]:
+            expected = 12.0
+        elif schedule is not None and count <= schedule[1]:
+            left = (schedule[1] - count) / (schedule[1] - schedule[0])
+            expected = 2 + 10 * left
+        assert scheduled_top_k(step, 12, 2, schedule) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["ec_dit", "diff_moe"])
+def test_capacity_falls_with_the_steps_of_training_and_not_in_evaluation(method: str) -> None:
+    router, tokens = make_router(method, capacity_schedule=(1, 5)), random_tensor(2, 6, 8)
+    tokens, taken = tokens.double(), {}
+    for step in (0, 1, 2, 3, 5, 6):
+        router.step = step
+        plan = route(router, tokens, [0, 1])
+        taken[step] = plan.assignment.tokens_per_expert_E.tolist()
+        if step < 2:  # all tokens for all experts, and the lowest score is that of the last
+            gates = plan.assignment.gates_N.view(4, 12).sum(dim=0)
+            torch.testing.assert_close(gates, torch.ones_like(gates))
+    # Of 12 tokens, or of 6 in each of two images, by four experts: K = 4, 4, 3.5, 3, 2, 2.
+    samples = 2 if method == "ec_dit" else 1
+    expected = [samples * math.floor(12 / samples / 4 * k) for k in (4, 4, 3.5, 3, 2, 2)]
+    assert list(taken.values()) == [[each] * 4 for each in expected]
+    router.step, plain = 0, make_router(method)
+    assert torch.equal(
+        route(router.eval(), tokens, [0, 1]).assignment.token_ids_N,
+        route(plain.eval(), tokens, [0, 1]).assignment.token_ids_N,
+    )
 
 
 @pytest.mark.parametrize("method", ["expert_choice", "ec_dit"])
