@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.model.blocks import DiTBlock, FinalLayer, Texts
+from promoe_ds.model.blocks import DiTBlock, FinalLayer, Norm, Texts
 from promoe_ds.model.embeddings import (
     ConditionEmbedding,
     LabelEmbedding,
@@ -24,6 +24,7 @@ from promoe_ds.model.embeddings import (
     TimestepEmbedding,
     fixed_positions,
 )
+from promoe_ds.model.rotary import rotations
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import partition_samples
@@ -53,8 +54,12 @@ class DiT(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, config: RunConfig, blocks: list[DiTBlock]) -> None:
-        """Assemble the network around `blocks`; uninitialised (`model.init` fills it)."""
+    def __init__(
+        self, config: RunConfig, blocks: list[DiTBlock], norm: type[Norm] = nn.LayerNorm
+    ) -> None:
+        """Assemble the network around `blocks`, with `norm` behind them; uninitialised
+        (`model.init` fills it).
+        """
         super().__init__()
         model = config.model
         self.config = config
@@ -67,7 +72,7 @@ class DiT(nn.Module):
         else:
             self.label_embedding = LabelEmbedding(model.num_classes, model.hidden_size)
         self.blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))
-        self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels)
+        self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels, norm)
         self.register_buffer(
             "positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False
         )
@@ -143,13 +148,22 @@ class DiT(nn.Module):
         x_BSD = self.patch_embedding(latents_BZHW.to(dtype)) + self.positions.to(dtype)
         vector_BD, texts = self._embed(condition)
         condition_BD = self.timestep_embedding(timestep_B) + vector_BD
+        turns_SG = self._rotations(x_BSD)
         plans: dict[int, RoutingPlan] = {}
         for index, block in enumerate(self.blocks):
-            x_BSD, plan = block(x_BSD, condition_BD, partition, texts[index])
+            x_BSD, plan = block(x_BSD, condition_BD, partition, texts[index], turns_SG)
             if plan is not None:
                 plans[index] = plan
         patches = self.final_layer(x_BSD, condition_BD)
         return DenoiserOutput(self._unpatchify(patches).to(latents_BZHW.dtype), plans)
+
+    def _rotations(self, like: Tensor) -> Tensor | None:
+        """Return the rotary positions of the patches, None where there are none."""
+        model = self.config.model
+        if model.block == "dit":
+            return None
+        side = model.input_size // model.patch_size
+        return rotations(side, side, model.head_width, model.position_scale, like)
 
     @torch.no_grad()
     def prepare(self, condition: Condition) -> Condition:

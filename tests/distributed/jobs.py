@@ -43,7 +43,8 @@ TEXT = (
     "data.synthetic_samples=256",
     "data.caption_groups=10",
 )
-CONDITIONS = {"class": (), "text": TEXT}
+#: Conditions, and what else changes a network from end to end.
+CONDITIONS = {"class": (), "text": TEXT, "modern": ("model.block=modern",)}
 
 
 @dataclass(frozen=True, kw_only=True)

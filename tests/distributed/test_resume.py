@@ -47,6 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("zero0", 0, False, "class"),
         ("bf16", 1, True, "class"),
         ("text", 2, False, "text"),
+        ("modern", 2, True, "modern"),
     ):
         for kind, pieces in (("whole", (None,)), ("pieces", (3, 5, None))):
             found[f"{name}_{kind}"] = run_dir = folder / f"{name}_{kind}"
@@ -66,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero0", "bf16", "text"])
+@pytest.mark.parametrize("name", ["zero2", "zero0", "bf16", "text", "modern"])
 def test_resume_twice_equals_uninterrupted_bit_for_bit(runs, name) -> None:
     whole, pieces = runs[f"{name}_whole"], runs[f"{name}_pieces"]
     assert_same_state(whole, pieces, *KINDS)

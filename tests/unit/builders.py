@@ -43,6 +43,9 @@ TEXT: dict[str, dict[str, Any]] = {
     "data": {"caption_groups": 10},
 }
 
+#: What makes its blocks modern ones.
+MODERN: dict[str, dict[str, Any]] = {"model": {"block": "modern"}}
+
 #: Routing methods, dense apart.
 METHODS = tuple(ROUTERS)
 

@@ -14,6 +14,7 @@ from promoe_ds.model import DiT, build_model, initialise
 
 from ..builders import (
     METHODS,
+    MODERN,
     TEXT,
     condition_of,
     of_method,
@@ -36,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no unconditional": {"routing": {"num_unconditional_experts": 0, "num_shared_experts": 0}},
     "text": TEXT,
     "text, dense": {**TEXT, "routing": {"method": "dense"}},
+    "modern": MODERN,
 }
 
 
@@ -122,6 +124,7 @@ CHECKPOINTED: dict[str, dict[str, Any]] = {
     "all blocks": {"routing": {"moe_blocks": "all"}},
     "dense": {"routing": {"method": "dense"}},
     "text": TEXT,
+    "modern, text": TEXT | {"model": TEXT["model"] | MODERN["model"]},
 }
 
 
@@ -221,6 +224,7 @@ def test_checkpointing_keeps_less_the_more_it_recomputes() -> None:
         {"routing": {"num_shared_experts": 0}},
         {"routing": {"method": "dense"}},
         {**TEXT, "routing": {"method": "dense"}},
+        MODERN,
     ],
 )
 def test_compiled_network_equals_eager(sections: dict[str, Any]) -> None:
