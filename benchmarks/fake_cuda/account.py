@@ -66,6 +66,7 @@ _PLACES = {
     "backends/": "permute and combine",
     "model/blocks.py:SelfAttention": "layout of attention",
     "model/blocks.py:_SplitHeads": "layout of attention",
+    "model/rotary.py": "layout of attention",
     "model/": "norms, modulation, gates",
 }
 

@@ -137,9 +137,10 @@ def _block_without_feed_forward(config: RunConfig) -> int:
     head_width = config.model.head_width
     inner = config.model.num_heads * head_width
     attention_and_modulation = 4 * width * inner + 3 * inner + 6 * width * width + 7 * width
-    qk_norm = 4 * head_width if config.model.qk_norm else 0
+    norm = head_width if config.model.block == "modern" else 2 * head_width  # no bias
+    qk_norm = 2 * norm if config.model.qk_norm else 0
     is_text = config.model.condition == "text"
-    text = 2 * inner * (config.model.text_width + 1) + 2 * head_width if is_text else 0
+    text = 2 * inner * (config.model.text_width + 1) + norm if is_text else 0
     return attention_and_modulation + qk_norm + text
 
 

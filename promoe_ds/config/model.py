@@ -15,6 +15,9 @@ PRESETS: dict[str, dict[str, int]] = {
     "xl": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
 
+#: What block=modern fills in where it is left out.
+_MODERN = {"mlp_type": "swiglu", "qk_norm": True}
+
 
 _SIDE = TypeAdapter(PositiveInt)
 
@@ -78,7 +81,21 @@ class ModelConfig(Section):
     head_dim: int | None = Field(
         None, gt=0, description="width of a head; hidden_size / num_heads if left out"
     )
-    mlp_ratio: float = Field(4.0, gt=0, description="width of a dense feed-forward over D")
+    block: Literal["dit", "modern"] = Field(
+        "dit",
+        description=(
+            "dit: layer norm; modern: RMSNorm, rotary positions by row and column beside the added"
+            " ones and, where left out, qk_norm=true, mlp_type=swiglu, routing.expert_type=swiglu"
+        ),
+    )
+    mlp_ratio: float = Field(
+        4.0,
+        gt=0,
+        description=(
+            "width of a dense feed-forward over D; under block=modern of one with GELU: SwiGLU's is"
+            " 2/3 of it, to the nearest multiple of 32, which costs the same"
+        ),
+    )
     mlp_type: Literal["gelu", "swiglu"] = Field(
         "gelu", description="of dense feed-forwards, as routing.expert_type"
     )
@@ -121,7 +138,8 @@ class ModelConfig(Section):
     def _fill_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {**PRESETS.get(str(values.get("preset")), {}), **values}
+        block = _MODERN if values.get("block") == "modern" else {}
+        return {**PRESETS.get(str(values.get("preset")), {}), **block, **values}
 
     def check(self) -> None:
         """Refuse fields that contradict each other."""
@@ -138,6 +156,11 @@ class ModelConfig(Section):
         require(
             self.hidden_size % 4 == 0,
             f"hidden_size={self.hidden_size} must be a multiple of 4 (sin-cos positions)",
+        )
+        require(
+            self.block == "dit" or self.head_width % 4 == 0,
+            f"block=modern turns pairs of a head by row and column: a head's width"
+            f" {self.head_width} must be a multiple of 4: give head_dim, or another num_heads",
         )
         self._check_sizes()
 

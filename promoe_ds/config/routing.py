@@ -92,7 +92,12 @@ class RoutingConfig(Section):
         1, ge=0, description="N_u of Eq. 5; 0 routes null samples too"
     )
     expert_width: int | None = Field(
-        None, gt=0, description="F; mlp_ratio * D / (1 + N_s) if left out"
+        None,
+        gt=0,
+        description=(
+            "F; mlp_ratio * D / (1 + N_s) if left out, of SwiGLU under model.block=modern 2/3 of"
+            " it as model.mlp_ratio says"
+        ),
     )
     shared_expert_width: int | None = Field(None, gt=0, description="as expert_width if left out")
     expert_type: Literal["gelu", "swiglu"] = Field(

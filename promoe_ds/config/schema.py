@@ -5,9 +5,10 @@ errors (`loader` adds the nearest valid name). Sizes that cannot work are refuse
 anything is allocated.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from promoe_ds.config.data import EMBEDDED, OF_CLASSES, PACKED, DataConfig
 from promoe_ds.config.diffusion import DiffusionConfig
@@ -31,6 +32,9 @@ from promoe_ds.config.section import Section, require
 
 #: Grouped GEMM wants rows of a multiple of 16 bytes: eight numbers of bf16.
 _GROUPED_GEMM_MULTIPLE = 8
+
+#: Widths that are chosen here are multiples of it: what MXFP8's products ask for.
+_WIDTH_MULTIPLE = 32
 
 #: Cells of a table that is written at every log step unasked; and in how many a larger one is.
 _SMALL_TABLE, _LARGE_TABLE_EVERY = 1024, 20
@@ -56,6 +60,17 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_block(cls, values: Any) -> Any:
+        """Make the experts of a modern block SwiGLU where nothing is said of them."""
+        sections = values if isinstance(values, Mapping) else {}
+        model, routing = sections.get("model"), sections.get("routing", {})
+        is_modern = isinstance(model, Mapping) and model.get("block") == "modern"
+        if not (is_modern and isinstance(routing, Mapping)):
+            return values
+        return {**values, "routing": {"expert_type": "swiglu", **routing}}
 
     def check(self) -> None:
         """Refuse sections that contradict each other."""
@@ -285,15 +300,27 @@ class RunConfig(Section):
     @property
     def dense_width(self) -> int:
         """Hidden width of a dense feed-forward."""
-        return int(self.model.mlp_ratio * self.model.hidden_size)
+        return self._as_costly(self._gelu_width, self.model.mlp_type)
 
     @property
     def expert_width(self) -> int:
         """F: hidden width of one routed or unconditional expert; by default, one and the shared
         ones are a dense layer's.
         """
-        shared = self.routing.num_shared_experts
-        return self.routing.expert_width or max(1, self.dense_width // (1 + shared))
+        width = max(1, self._gelu_width // (1 + self.routing.num_shared_experts))
+        return self.routing.expert_width or self._as_costly(width, self.routing.expert_type)
+
+    @property
+    def _gelu_width(self) -> int:
+        return int(self.model.mlp_ratio * self.model.hidden_size)
+
+    def _as_costly(self, width: int, feed_forward: str) -> int:
+        """Return the hidden width that costs as much as one of `width` with GELU does; in a DiT
+        block, as published, the same.
+        """
+        if self.model.block == "dit" or feed_forward == "gelu":
+            return width
+        return max(1, round(width * 2 / 3 / _WIDTH_MULTIPLE)) * _WIDTH_MULTIPLE
 
     @property
     def shared_expert_width(self) -> int:

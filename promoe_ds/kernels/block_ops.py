@@ -12,33 +12,45 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from promoe_ds.kernels.ops import COLUMNS, PARTS, ROWS, fused_op, power_of_two, sum_of_parts
+from promoe_ds.kernels.ops import fused_op, power_of_two, sum_of_parts
 
 #: Parts of an image's tokens whose sums are taken apart.
 _PARTS = 8
 
 
 def modulated_norm(
-    x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
+    x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, is_centred: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return x, and its layer norm without weights, times 1 + scale, plus shift, in x's dtype.
+    """Return x, and its norm without weights, times 1 + scale, plus shift, in x's dtype.
 
+    Args:
+        is_centred: whether it is the layer norm or, without the mean taken away, the RMS norm.
     Gradient: reaches all three. What is computed from the x returned adds its gradient in the
     kernel of the norm's.  Sync: none.
     """
-    x, normed = _Norm.apply(x_BSD.contiguous(), *_alike(shift_BD, scale_BD), eps)
+    x, normed = _Norm.apply(x_BSD.contiguous(), *_alike(shift_BD, scale_BD), eps, is_centred)
     return x, normed
 
 
 def residual_norm(
-    x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
+    x_BSD: Tensor,
+    gate_BD: Tensor,
+    y_BSD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    eps: float,
+    is_centred: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return x + gate * y, and its modulated norm, both in x's dtype.
+    """Return x + gate * y, and its modulated norm, both in x's dtype; as `modulated_norm`.
 
     Gradient: reaches all five.  Sync: none.
     """
     total, normed = _ResidualNorm.apply(
-        x_BSD.contiguous(), y_BSD.contiguous(), *_alike(gate_BD, shift_BD, scale_BD), eps
+        x_BSD.contiguous(),
+        y_BSD.contiguous(),
+        *_alike(gate_BD, shift_BD, scale_BD),
+        eps,
+        is_centred,
     )
     return total, normed
 
@@ -52,64 +64,40 @@ def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
     return result
 
 
-def split_heads(qkv_BS3AG: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values (B, A, S, G) as views of their product, A heads of width G.
-
-    Gradient: reaches the product, and the bias (3*A*G,) that it includes: where the three gradients
-    are put together, they are summed over the tokens.  Sync: none.
-    """
-    parts: tuple[Tensor, Tensor, Tensor] = _SplitHeads.apply(qkv_BS3AG, bias)
-    return parts
-
-
-class _SplitHeads(Function):
-    @staticmethod
-    def forward(ctx: Any, qkv_BS3AG: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        ctx.shape, ctx.dtype = qkv_BS3AG.shape, bias.dtype
-        return qkv_BS3AG.permute(2, 0, 3, 1, 4).unbind(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads_BASG: Tensor) -> tuple[Tensor, Tensor]:
-        rows = ctx.shape[0] * ctx.shape[1]
-        parts_TD = [grad.transpose(1, 2).reshape(rows, -1) for grad in grads_BASG]
-        grad_T3D, grad_bias = _join_heads(*parts_TD, ctx.dtype)
-        return grad_T3D.view(ctx.shape), grad_bias
-
-
 class _Norm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Any:
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, *kind: Any) -> Any:
         ctx.save_for_backward(x, scale)
-        ctx.eps = eps
+        ctx.kind = kind
         ctx.set_materialize_grads(False)
-        return x, _modulated_norm(x, shift, scale, eps)
+        return x, _modulated_norm(x, shift, scale, *kind)
 
     @staticmethod
     def backward(ctx: Any, base: Tensor | None, grad: Tensor | None) -> Any:
         if grad is None:
-            return base, None, None, None
+            return base, None, None, None, None
         x, scale = ctx.saved_tensors
         base = None if base is None else base.contiguous()
-        grad_x, sums = _modulated_norm_backward(grad.contiguous(), base, x, scale, ctx.eps)
-        return grad_x, *sums, None
+        grad_x, sums = _modulated_norm_backward(grad.contiguous(), base, x, scale, *ctx.kind)
+        return grad_x, *sums, None, None
 
 
 class _ResidualNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+        ctx: Any, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *kind: Any
     ) -> Any:
-        total, normed = _residual_norm(x, y, gate, shift, scale, eps)
+        total, normed = _residual_norm(x, y, gate, shift, scale, *kind)
         ctx.save_for_backward(total, y, gate, scale)
-        ctx.eps = eps
+        ctx.kind = kind
         return total, normed
 
     @staticmethod
     def backward(ctx: Any, base: Tensor, grad: Tensor) -> Any:
         grad_x, grad_y, (of_shift, of_scale, of_gate) = _residual_norm_backward(
-            grad.contiguous(), base.contiguous(), *ctx.saved_tensors, ctx.eps
+            grad.contiguous(), base.contiguous(), *ctx.saved_tensors, *ctx.kind
         )
-        return grad_x, grad_y, of_gate, of_shift, of_scale, None
+        return grad_x, grad_y, of_gate, of_shift, of_scale, None, None
 
 
 class _GatedResidual(Function):
@@ -126,28 +114,36 @@ class _GatedResidual(Function):
 
 
 @fused_op("modulated_norm")
-def _modulated_norm(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Tensor:
+def _modulated_norm(
+    x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, is_centred: bool
+) -> Tensor:
     out = torch.empty_like(x_BSD)
-    _run_norm(x_BSD, None, shift_BD, scale_BD, x_BSD, out, eps)
+    _run_norm(x_BSD, None, shift_BD, scale_BD, x_BSD, out, eps, is_centred)
     return out
 
 
 @_modulated_norm.register_fake
-def _(x_BSD, shift_BD, scale_BD, eps):
+def _(x_BSD, shift_BD, scale_BD, eps, is_centred):
     return torch.empty_like(x_BSD)
 
 
 @fused_op("residual_norm")
 def _residual_norm(
-    x_BSD: Tensor, y_BSD: Tensor, gate_BD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float
+    x_BSD: Tensor,
+    y_BSD: Tensor,
+    gate_BD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    eps: float,
+    is_centred: bool,
 ) -> tuple[Tensor, Tensor]:
     total, out = torch.empty_like(x_BSD), torch.empty_like(x_BSD)
-    _run_norm(x_BSD, (gate_BD, y_BSD), shift_BD, scale_BD, total, out, eps)
+    _run_norm(x_BSD, (gate_BD, y_BSD), shift_BD, scale_BD, total, out, eps, is_centred)
     return total, out
 
 
 @_residual_norm.register_fake
-def _(x_BSD, y_BSD, gate_BD, shift_BD, scale_BD, eps):
+def _(x_BSD, y_BSD, gate_BD, shift_BD, scale_BD, eps, is_centred):
     return torch.empty_like(x_BSD), torch.empty_like(x_BSD)
 
 
@@ -159,6 +155,7 @@ def _run_norm(
     total_BSD: Tensor,
     out_BSD: Tensor,
     eps: float,
+    is_centred: bool,
 ) -> None:
     """Run the norm's program; line: gate and y of a residual line before it."""
     from promoe_ds.kernels import block_programs
@@ -176,21 +173,29 @@ def _run_norm(
         D=width,
         BLOCK=power_of_two(width),
         EPS=eps,
+        IS_CENTRED=is_centred,
         HAS_RESIDUAL=line is not None,
     )
 
 
 @fused_op("modulated_norm_backward")
 def _modulated_norm_backward(
-    grad_BSD: Tensor, base_BSD: Tensor | None, x_BSD: Tensor, scale_BD: Tensor, eps: float
+    grad_BSD: Tensor,
+    base_BSD: Tensor | None,
+    x_BSD: Tensor,
+    scale_BD: Tensor,
+    eps: float,
+    is_centred: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x_BSD)
-    sums = _run_norm_backward(grad_BSD, base_BSD, x_BSD, None, scale_BD, grad_x, grad_x, eps)
+    sums = _run_norm_backward(
+        grad_BSD, base_BSD, x_BSD, None, scale_BD, grad_x, grad_x, eps, is_centred
+    )
     return grad_x, sums
 
 
 @_modulated_norm_backward.register_fake
-def _(grad_BSD, base_BSD, x_BSD, scale_BD, eps):
+def _(grad_BSD, base_BSD, x_BSD, scale_BD, eps, is_centred):
     return torch.empty_like(x_BSD), scale_BD.new_empty(2, *scale_BD.shape)
 
 
@@ -203,15 +208,18 @@ def _residual_norm_backward(
     gate_BD: Tensor,
     scale_BD: Tensor,
     eps: float,
+    is_centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_y = torch.empty_like(total_BSD), torch.empty_like(y_BSD)
     line = (gate_BD, y_BSD)
-    sums = _run_norm_backward(grad_BSD, base_BSD, total_BSD, line, scale_BD, grad_x, grad_y, eps)
+    sums = _run_norm_backward(
+        grad_BSD, base_BSD, total_BSD, line, scale_BD, grad_x, grad_y, eps, is_centred
+    )
     return grad_x, grad_y, sums
 
 
 @_residual_norm_backward.register_fake
-def _(grad_BSD, base_BSD, total_BSD, y_BSD, gate_BD, scale_BD, eps):
+def _(grad_BSD, base_BSD, total_BSD, y_BSD, gate_BD, scale_BD, eps, is_centred):
     sums = scale_BD.new_empty(3, *scale_BD.shape)
     return torch.empty_like(total_BSD), torch.empty_like(y_BSD), sums
 
@@ -225,6 +233,7 @@ def _run_norm_backward(
     grad_x: Tensor,
     grad_y: Tensor,
     eps: float,
+    is_centred: bool,
 ) -> Tensor:
     """Return the gradients of shift, scale and, with a residual line, its gate: (2 or 3, B, D)."""
     from promoe_ds.kernels import block_programs
@@ -248,6 +257,7 @@ def _run_norm_backward(
         PARTS=_PARTS,
         BLOCK=power_of_two(width),
         EPS=eps,
+        IS_CENTRED=is_centred,
         HAS_BASE=base_BSD is not None,
         HAS_RESIDUAL=line is not None,
     )
@@ -313,35 +323,3 @@ def _alike(*parts_BD: Tensor) -> tuple[Tensor, ...]:
     if len({part.stride() for part in parts_BD}) == 1:
         return parts_BD
     return tuple(part.contiguous() for part in parts_BD)
-
-
-@fused_op("join_heads")
-def _join_heads(
-    queries_TD: Tensor, keys_TD: Tensor, values_TD: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the three side by side, (T, 3D), and their sums in `dtype`, (3D,)."""
-    from promoe_ds.kernels import block_programs
-
-    tokens, width = queries_TD.shape
-    out = queries_TD.new_empty(tokens, 3 * width)
-    parts = min(4 * PARTS, -(-tokens // ROWS))
-    partial = torch.empty(1, parts, 3 * width, device=out.device)
-    block_programs.join_heads[(-(-width // COLUMNS), parts)](
-        queries_TD,
-        keys_TD,
-        values_TD,
-        out,
-        partial,
-        tokens,
-        parts,
-        D=width,
-        ROWS=ROWS,
-        BLOCK=COLUMNS,
-    )
-    return out, sum_of_parts(partial, dtype)[0]
-
-
-@_join_heads.register_fake
-def _(queries_TD, keys_TD, values_TD, dtype):
-    tokens, width = queries_TD.shape
-    return queries_TD.new_empty(tokens, 3 * width), queries_TD.new_empty(3 * width, dtype=dtype)

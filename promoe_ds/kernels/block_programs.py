@@ -57,9 +57,13 @@ def adamw(
 
 
 @triton.jit
-def _normalised(x, inside, D: tl.constexpr, EPS: tl.constexpr):
-    """Return a row without its mean, divided by its deviation, and one over the deviation."""
-    centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
+def _normalised(x, inside, D: tl.constexpr, EPS: tl.constexpr, IS_CENTRED: tl.constexpr):
+    """Return a row, without its mean if centred, divided by the root of its mean square, and one
+    over that root.
+    """
+    centred = x
+    if IS_CENTRED:
+        centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
     return centred * inverse, inverse
 
@@ -78,6 +82,7 @@ def modulated_norm(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
     """out = normalised x * (1 + scale of the image) + shift; with a residual line, x is first x +
@@ -97,7 +102,7 @@ def modulated_norm(
         rounded = x.to(sum_TD.dtype.element_ty)
         tl.store(sum_TD + at, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    normalised, _ = _normalised(x, inside, D, EPS)
+    normalised, _ = _normalised(x, inside, D, EPS, IS_CENTRED)
     result = normalised * (1.0 + scale) + shift
     tl.store(out_TD + at, result.to(out_TD.dtype.element_ty), mask=inside)
 
@@ -120,6 +125,7 @@ def modulated_norm_backward(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     HAS_BASE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
@@ -141,12 +147,14 @@ def modulated_norm_backward(
         at = (image * S + place) * D + column
         x = tl.load(x_TD + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_TD + at, mask=inside, other=0.0).to(tl.float32)
-        normalised, inverse = _normalised(x, inside, D, EPS)
+        normalised, inverse = _normalised(x, inside, D, EPS, IS_CENTRED)
         of_shift += grad
         of_scale += grad * normalised
         inner = grad * (1.0 + scale)
         along = tl.sum(inner * normalised, 0) / D
-        total = (inner - tl.sum(inner, 0) / D - normalised * along) * inverse
+        if IS_CENTRED:
+            inner -= tl.sum(inner, 0) / D
+        total = (inner - normalised * along) * inverse
         if HAS_BASE:
             total += tl.load(base_TD + at, mask=inside, other=0.0).to(tl.float32)
         rounded = total.to(grad_x_TD.dtype.element_ty)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.kernels import block_ops
+from promoe_ds.kernels import block_ops, head_ops
 from promoe_ds.kernels.choice import uses_triton
+from promoe_ds.model.rotary import rotated
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.moe.recompute import Recompute, recomputed
 from promoe_ds.routing.assignment import RoutingPlan
@@ -25,24 +26,35 @@ NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-5
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the dtype of its weights: fused, where autocast would mix two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return super().forward(x if self.weight is None else x.to(self.weight.dtype))
+
+
+Norm = nn.LayerNorm | RMSNorm
+
+
 def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """Return x * (1 + scale) + shift, per image."""
     return x_BSD * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 def modulated_norm(
-    norm: nn.LayerNorm, x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, kernels: str
+    norm: Norm, x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor, kernels: str
 ) -> tuple[Tensor, Tensor]:
     """Return x for further use, and norm(x) * (1 + scale) + shift, per image; `kernels` as
     `kernels.choice` says.
     """
     if uses_triton(x_BSD, kernels):
-        return block_ops.modulated_norm(x_BSD, shift_BD, scale_BD, norm.eps)
+        return block_ops.modulated_norm(x_BSD, shift_BD, scale_BD, NORM_EPS, _centres(norm))
     return x_BSD, modulate(norm(x_BSD), shift_BD, scale_BD)
 
 
 def residual_norm(
-    norm: nn.LayerNorm,
+    norm: Norm,
     x_BSD: Tensor,
     gate_BD: Tensor,
     y_BSD: Tensor,
@@ -54,7 +66,9 @@ def residual_norm(
     says.
     """
     if uses_triton(x_BSD, kernels):
-        return block_ops.residual_norm(x_BSD, gate_BD, y_BSD, shift_BD, scale_BD, norm.eps)
+        return block_ops.residual_norm(
+            x_BSD, gate_BD, y_BSD, shift_BD, scale_BD, NORM_EPS, _centres(norm)
+        )
     x_BSD = gated_residual(x_BSD, gate_BD, y_BSD, kernels)
     return modulated_norm(norm, x_BSD, shift_BD, scale_BD, kernels)
 
@@ -64,6 +78,10 @@ def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, kernels: str) 
     if uses_triton(x_BSD, kernels):
         return block_ops.gated_residual(x_BSD, gate_BD, y_BSD)
     return x_BSD + gate_BD[:, None] * y_BSD
+
+
+def _centres(norm: Norm) -> bool:
+    return isinstance(norm, nn.LayerNorm)
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -115,7 +133,13 @@ class SelfAttention(nn.Module):
         qk_norm: bool,
         head_width: int | None = None,
         text_width: int | None = None,
+        norm: type[Norm] = nn.LayerNorm,
     ) -> None:
+        """Build uninitialised.
+
+        Args:
+            norm: of queries and keys; a text's keys have it with and without `qk_norm`.
+        """
         super().__init__()
         head_width = head_width or width // num_heads
         self.num_heads, inner = num_heads, num_heads * head_width
@@ -123,12 +147,12 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(inner, width)
         #: Of what follows the product with `qkv`; set from outside.
         self.kernels = "eager"
-        self.q_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm = norm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = norm(head_width, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
         if text_width is not None:
             self.text_kv = nn.Linear(text_width, 2 * inner)
             # Always: encoders' states have scales of their own.
-            self.text_k_norm = nn.LayerNorm(head_width, eps=QK_NORM_EPS)
+            self.text_k_norm = norm(head_width, eps=QK_NORM_EPS)
 
     def text_keys_values(self, states_BLC: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of texts, each (B, A, L, G)."""
@@ -137,18 +161,26 @@ class SelfAttention(nn.Module):
         k_BALG, v_BALG = _SplitHeads.apply(kv_BL2AG)
         return self.text_k_norm(k_BALG), v_BALG
 
-    def forward(self, x_BSD: Tensor, texts: Texts | None = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D)."""
+    def forward(
+        self, x_BSD: Tensor, texts: Texts | None = None, turns_SG: Tensor | None = None
+    ) -> Tensor:
+        """Map (B, S, D) to (B, S, D).
+
+        Args:
+            turns_SG: `rotations` of the image tokens; a text's keys are at no place.
+        """
         batch, tokens, _ = x_BSD.shape
         if type(self.qkv) is nn.Linear and uses_triton(x_BSD, self.kernels):
             qkv_BSW = F.linear(x_BSD, self.qkv.weight, self.qkv.bias.detach())
-            q_BASG, k_BAKG, v_BAKG = block_ops.split_heads(
+            q_BASG, k_BAKG, v_BAKG = head_ops.split_heads(
                 qkv_BSW.unflatten(-1, (3, self.num_heads, -1)), self.qkv.bias
             )
         else:
             qkv_BS3AG = self.qkv(x_BSD).view(batch, tokens, 3, self.num_heads, -1)
             q_BASG, k_BAKG, v_BAKG = _SplitHeads.apply(qkv_BS3AG)
         q_BASG, k_BAKG = self.q_norm(q_BASG), self.k_norm(k_BAKG)
+        if turns_SG is not None:
+            q_BASG, k_BAKG = rotated(q_BASG, turns_SG), rotated(k_BAKG, turns_SG)
         is_key_B11K = None
         if texts is not None:
             is_key_B11K = texts.is_key_B11K
@@ -162,11 +194,17 @@ class SelfAttention(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and a feed-forward (dense or experts), both under adaLN-Zero."""
 
-    def __init__(self, width: int, attention: SelfAttention, feed_forward: nn.Module) -> None:
+    def __init__(
+        self,
+        width: int,
+        attention: SelfAttention,
+        feed_forward: nn.Module,
+        norm: type[Norm] = nn.LayerNorm,
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.attention_norm = norm(width, elementwise_affine=False, eps=NORM_EPS)
         self.attention = attention
-        self.feed_forward_norm = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.feed_forward_norm = norm(width, elementwise_affine=False, eps=NORM_EPS)
         self.modulation = nn.Linear(width, 6 * width)
         self.is_moe = isinstance(feed_forward, MoELayer)
         if isinstance(feed_forward, MoELayer):
@@ -184,6 +222,7 @@ class DiTBlock(nn.Module):
         condition_BD: Tensor,
         partition: Partition,
         texts: Texts | None = None,
+        turns_SG: Tensor | None = None,
     ) -> tuple[Tensor, RoutingPlan | None]:
         """Map (B, S, D) to (B, S, D) and return the layer's routing plan, None for a dense block.
 
@@ -191,7 +230,7 @@ class DiTBlock(nn.Module):
         them and is not: its decision, losses and statistics exist once. With `recompute_hidden` a
         dense feed-forward is recomputed alone.
         """
-        x_BSD, tokens_BSD, gate_BD = self._run(self._attend, x_BSD, condition_BD, texts)
+        x_BSD, tokens_BSD, gate_BD = self._run(self._attend, x_BSD, condition_BD, texts, turns_SG)
         if not self.is_moe:
             return self._run(self._apply_dense, x_BSD, tokens_BSD, gate_BD), None
         plan = self.moe.route(tokens_BSD, partition)
@@ -215,7 +254,7 @@ class DiTBlock(nn.Module):
             self.moe.unconditional.compile(backend=backend, dynamic=True)
 
     def _attend(
-        self, x_BSD: Tensor, condition_BD: Tensor, texts: Texts | None
+        self, x_BSD: Tensor, condition_BD: Tensor, texts: Texts | None, turns_SG: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(
             F.silu(condition_BD)
@@ -227,7 +266,7 @@ class DiTBlock(nn.Module):
             self.feed_forward_norm,
             x_BSD,
             gate_a,
-            self.attention(tokens_BSD, texts),
+            self.attention(tokens_BSD, texts, turns_SG),
             shift_f,
             scale_f,
             self.kernels,
@@ -263,9 +302,11 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated norm and a linear map from tokens to patches."""
 
-    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+    def __init__(
+        self, width: int, patch_size: int, out_channels: int, norm: type[Norm] = nn.LayerNorm
+    ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.norm = norm(width, elementwise_affine=False, eps=NORM_EPS)
         self.modulation = nn.Linear(width, 2 * width)
         self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
         self.kernels = "eager"  # as a block's

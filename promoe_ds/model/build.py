@@ -9,11 +9,14 @@ from torch import nn
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import ConfigError
-from promoe_ds.model.blocks import DiTBlock, FinalLayer, SelfAttention
+from promoe_ds.model.blocks import DiTBlock, FinalLayer, Norm, RMSNorm, SelfAttention
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.experts import FEED_FORWARDS, FeedForward, StackedExperts
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing import build_router
+
+#: The norm of each `model.block`.
+_NORMS: dict[str, type[Norm]] = {"dit": nn.LayerNorm, "modern": RMSNorm}
 
 
 def build_model(config: RunConfig) -> DiT:
@@ -23,7 +26,7 @@ def build_model(config: RunConfig) -> DiT:
     keeps this rank's experts.
     """
     blocks = [_build_block(config, index) for index in range(config.model.depth)]
-    network = DiT(config, blocks)
+    network = DiT(config, blocks, _NORMS[config.model.block])
     _choose_kernels(network, config)
     for block in network.blocks:
         block.recompute = config.parallel.activation_checkpointing == "full"
@@ -60,20 +63,21 @@ def _choose_kernels(network: nn.Module, config: RunConfig) -> None:
 
 
 def _build_block(config: RunConfig, index: int) -> DiTBlock:
-    model = config.model
+    model, norm = config.model, _NORMS[config.model.block]
     attention = SelfAttention(
         model.hidden_size,
         model.num_heads,
         qk_norm=model.qk_norm,
         head_width=model.head_width,
         text_width=model.text_width if model.condition == "text" else None,
+        norm=norm,
     )
     feed_forward = (
         build_moe_layer(config, index)
         if config.is_moe_block(index)
         else FEED_FORWARDS[model.mlp_type](model.hidden_size, config.dense_width)
     )
-    return DiTBlock(model.hidden_size, attention, feed_forward)
+    return DiTBlock(model.hidden_size, attention, feed_forward, norm)
 
 
 def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:

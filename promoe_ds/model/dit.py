@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import ConfigError
-from promoe_ds.model.blocks import DiTBlock, FinalLayer, Texts
+from promoe_ds.model.blocks import DiTBlock, FinalLayer, Norm, Texts
 from promoe_ds.model.embeddings import (
     ConditionEmbedding,
     LabelEmbedding,
@@ -25,6 +25,7 @@ from promoe_ds.model.embeddings import (
     TimestepEmbedding,
     fixed_positions,
 )
+from promoe_ds.model.rotary import rotations
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.routing.partition import partition_samples
@@ -54,8 +55,12 @@ class DiT(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, config: RunConfig, blocks: list[DiTBlock]) -> None:
-        """Assemble the network around `blocks`; uninitialised (`model.init` fills it)."""
+    def __init__(
+        self, config: RunConfig, blocks: list[DiTBlock], norm: type[Norm] = nn.LayerNorm
+    ) -> None:
+        """Assemble the network around `blocks`, with `norm` behind them; uninitialised
+        (`model.init` fills it).
+        """
         super().__init__()
         model = config.model
         self.config = config
@@ -68,7 +73,7 @@ class DiT(nn.Module):
         else:
             self.label_embedding = LabelEmbedding(model.label_rows, model.hidden_size)
         self.blocks = cast("Sequence[DiTBlock]", nn.ModuleList(blocks))
-        self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels)
+        self.final_layer = FinalLayer(model.hidden_size, model.patch_size, model.out_channels, norm)
         self.register_buffer(
             "positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False
         )
@@ -170,14 +175,22 @@ class DiT(nn.Module):
         if sees_data:
             timestep_B = 1 - timestep_B / self.config.diffusion.num_train_timesteps
         condition_BD = self.timestep_embedding(timestep_B) + vector_BD
+        turns_SG = self._rotations(grid, x_BSD)
         plans: dict[int, RoutingPlan] = {}
         for index, block in enumerate(self.blocks):
-            x_BSD, plan = block(x_BSD, condition_BD, partition, texts[index])
+            x_BSD, plan = block(x_BSD, condition_BD, partition, texts[index], turns_SG)
             if plan is not None:
                 plans[index] = plan
         patches = self.final_layer(x_BSD, condition_BD)
         prediction_BZHW = self._unpatchify(-patches if sees_data else patches, grid)
         return DenoiserOutput(prediction_BZHW.to(latents_BZHW.dtype), plans)
+
+    def _rotations(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
+        """Return the rotary positions of a grid of patches, None where there are none."""
+        model = self.config.model
+        if model.block == "dit":
+            return None
+        return rotations(*grid, model.head_width, model.position_scale, like)
 
     @torch.no_grad()
     def prepare(

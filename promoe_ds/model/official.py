@@ -265,6 +265,10 @@ def _renamed(key: str, config: RunConfig, *, reverse: bool = False) -> str:
             f"model.condition={config.model.condition} was never published: it has no official"
             " layout"
         )
+    if config.model.block != "dit":
+        raise CheckpointError(
+            f"model.block={config.model.block} was never published: it has no official layout"
+        )
     if method not in _METHOD_RENAMES:
         raise CheckpointError(
             f"routing.method={method} was never published: it has no official layout"

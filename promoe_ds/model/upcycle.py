@@ -6,7 +6,8 @@ take the first units, every routed and unconditional expert the rest. A part wid
 repeats them, each copy with its share of the outgoing weights, so that their sum is unchanged.
 Routed experts narrower than the rest take consecutive windows of it, expert after expert, around
 and around. Where the shared experts can hold all units, the others start silent (zero outgoing
-weights). SwiGLU parts cannot express GELU units and start silent, too.
+weights). Parts of another type (GELU, SwiGLU) cannot express the units and start silent,
+too.
 
 Letters: D width, F hidden width of an expert, E routed experts.
 """
@@ -21,13 +22,12 @@ from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.model.init import fill_parameter
+from promoe_ds.moe.experts import EXPERT_PARAMETERS
 
-#: Names of a dense feed-forward's parameters, as a MoE layer's stacked experts call them.
+#: By type, what a dense feed-forward calls the parameters of a MoE layer's stacked experts.
 DENSE_PARAMETERS = {
-    "up_weight": "up.weight",
-    "up_bias": "up.bias",
-    "down_weight": "down.weight",
-    "down_bias": "down.bias",
+    kind: {name: name.replace("_", ".") for name in names}
+    for kind, names in EXPERT_PARAMETERS.items()
 }
 
 
@@ -45,26 +45,28 @@ class UnitPart:
     has_bias: bool
 
     def parameters(self, dense: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-        """Return up_weight (F, D), up_bias (F,), down_weight (D, F), down_bias (D,), the output
-        times `scale`.
+        """Return gate_weight or none and up_weight (F, D), down_weight (D, F), up_bias (F,) and
+        down_bias (D,) or none, the output times `scale`.
 
         Args:
             dense: the dense feed-forward's, under the same names.
         """
         copies = torch.bincount(self.units)[self.units]
         factor = 0.0 if self.silent else scale
+        outgoing = {
+            "down_weight": lambda value: value[:, self.units] * (factor / copies),
+            "down_bias": lambda value: value * (factor if self.has_bias else 0.0),
+        }
         return {
-            "up_weight": dense["up_weight"][self.units],
-            "up_bias": dense["up_bias"][self.units],
-            "down_weight": dense["down_weight"][:, self.units] * (factor / copies),
-            "down_bias": dense["down_bias"] * (factor if self.has_bias else 0.0),
+            name: outgoing[name](value) if name in outgoing else value[self.units]
+            for name, value in dense.items()
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitSplit:
     """How a dense feed-forward is split over a MoE layer; None for parts that the layer does
-    not have or that are SwiGLU.
+    not have or that are of another type.
 
     shared_units, rest_units: hidden units held by the shared experts, and left to the others.
     """
@@ -96,12 +98,12 @@ def split_units(config: RunConfig) -> UnitSplit:
     """Decide who takes over which hidden units.
 
     Args:
-        config: the MoE recipe; its dense width is mlp_ratio * D.
+        config: the MoE recipe, of whose width and type its dense feed-forwards are.
     """
-    routing, dense = config.routing, config.dense_width
+    routing, dense, kind = config.routing, config.dense_width, config.model.mlp_type
     shared_width = (
         routing.num_shared_experts * config.shared_expert_width
-        if config.shared_expert_type == "gelu"
+        if config.shared_expert_type == kind
         else 0
     )
     held = min(shared_width, dense)
@@ -111,7 +113,7 @@ def split_units(config: RunConfig) -> UnitSplit:
         units = torch.arange(offset, offset + width) % (rest or dense) + (held if rest else 0)
         return UnitPart(units=units, silent=rest == 0, has_bias=held == 0)
 
-    is_gelu, width = routing.expert_type == "gelu", config.expert_width
+    is_alike, width = routing.expert_type == kind, config.expert_width
     stride = width if width < (rest or dense) else 0
     unconditional = routing.num_unconditional_experts * width
     return UnitSplit(
@@ -122,10 +124,10 @@ def split_units(config: RunConfig) -> UnitSplit:
         ),
         routed=(
             tuple(part_of(width, expert * stride) for expert in range(routing.num_experts))
-            if is_gelu
+            if is_alike
             else None
         ),
-        unconditional=part_of(unconditional, 0) if is_gelu and unconditional else None,
+        unconditional=part_of(unconditional, 0) if is_alike and unconditional else None,
         shared_units=held,
         rest_units=rest,
     )

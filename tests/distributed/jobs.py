@@ -49,7 +49,8 @@ BUCKETS = (
     "data.dataset=synthetic",
     "data.synthetic_samples=40",
 )
-CONDITIONS = {"class": (), "text": TEXT, "buckets": BUCKETS}
+#: Conditions, and what else changes a network from end to end.
+CONDITIONS = {"class": (), "text": TEXT, "buckets": BUCKETS, "modern": ("model.block=modern",)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,10 @@ RUNS = {
     "dit": (2, 2, False, "digits_dit", ()),
     "kmeans": (2, 2, False, "digits_kmeans", ("parallel.ep_size=2",)),
     "text": (2, 2, False, "digits_promoe", ("parallel.ep_size=2", *TEXT)),
+    "modern": (2, 2, True, "digits_promoe_modern", ("parallel.ep_size=2",)),
 }
-#: A method or a condition that was never published has no official layout.
-NEVER = (("official", "kmeans"), ("official", "text"))
+#: A method, a condition or a block that was never published has no official layout.
+NEVER = (("official", "kmeans"), ("official", "text"), ("official", "modern"))
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,7 @@ def test_weights_by_name_and_type(runs, tmp_path) -> None:
         (tmp_path / "raw", "official", {"with_optimizer": True}, "leave --with-optimizer out"),
         (runs["kmeans"], "official", {}, "never published"),
         (runs["text"], "official", {}, "model.condition=text was never published"),
+        (runs["modern"], "official", {}, "model.block=modern was never published"),
     )
     for source, to, options, message in refusals:
         with pytest.raises(CheckpointError, match=re.escape(message)):

@@ -30,6 +30,9 @@ COVERING = [
 ]
 #: Under text, each number of ranks and of experts' ranks, and each stage, once.
 TEXT_CASES = [((1, 1), 2), ((2, 1), 1), ((2, 2), 0), ((4, 2), 1), ((4, 4), 2)]
+#: With another block, most ranks once.
+MODERN_CASES = [((1, 1), 2), ((4, 2), 1)]
+CHOSEN = {"class": COVERING, "text": TEXT_CASES, "modern": MODERN_CASES}
 CASES = pytest.mark.parametrize(
     ("condition", "layout", "stage"),
     [
@@ -39,7 +42,7 @@ CASES = pytest.mark.parametrize(
             stage,
             marks=() if (layout, stage) in covering else pytest.mark.combinations,
         )
-        for condition, covering in (("class", COVERING), ("text", TEXT_CASES))
+        for condition, covering in CHOSEN.items()
         for layout in LAYOUTS
         for stage in STAGES
     ],
@@ -52,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, asked) -> dict[tuple[str, int
     """Train some clipped steps on every layout and stage that is asked for."""
     folder = tmp_path_factory.mktemp("layouts")
     found = {}
-    chosen = {("class", *case) for case in COVERING} | {("text", *case) for case in TEXT_CASES}
+    chosen = {(condition, *case) for condition, cases in CHOSEN.items() for case in cases}
     for world_size in (1, 2, 4):
         jobs = []
         for condition, (ranks, ep_size), stage in sorted(

@@ -50,6 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("bf16", 1, True, "class"),
         ("text", 2, False, "text"),
         ("buckets", 2, False, "buckets"),
+        ("modern", 2, True, "modern"),
     ):
         for kind, pieces in (("whole", (None,)), ("pieces", (3, 5, None))):
             found[f"{name}_{kind}"] = run_dir = folder / f"{name}_{kind}"
@@ -69,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero0", "bf16", "text", "buckets"])
+@pytest.mark.parametrize("name", ["zero2", "zero0", "bf16", "text", "buckets", "modern"])
 def test_resume_twice_equals_uninterrupted_bit_for_bit(runs, name) -> None:
     whole, pieces = runs[f"{name}_whole"], runs[f"{name}_pieces"]
     assert_same_state(whole, pieces, *KINDS)

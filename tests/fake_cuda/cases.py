@@ -80,9 +80,10 @@ def _packaged(recipe: str) -> Case:
     )
 
 
-#: One recipe of every method, and one of text.
+#: One recipe of every method, one of text and one of another block.
 METHODS = ("promoe_s", "promoe_ec_s", "ditmoe_s", "ecdit_s", "diffmoe_s", "expertrace_s")
 METHODS += ("kmeans_b", "dit_s", "digits_classification", "promoe_s_ddpm", "promoe_t2i_b")
+METHODS += ("promoe_b_modern",)
 LAYOUTS = {
     "promoe_b, 8 ranks": Case(recipe="promoe_b", world_size=8),
     "promoe_b, 8 ranks, ep 4": _exchanged("promoe_b"),

@@ -50,6 +50,9 @@ NO_NULL: dict[str, dict[str, Any]] = {
     "routing": {"num_unconditional_experts": 0},
 }
 
+#: What makes its blocks modern ones.
+MODERN: dict[str, dict[str, Any]] = {"model": {"block": "modern"}}
+
 #: Routing methods, dense apart.
 METHODS = tuple(ROUTERS)
 

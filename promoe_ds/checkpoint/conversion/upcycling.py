@@ -175,7 +175,7 @@ class _UpcycledSource:
     def _read_feed_forward(self, block: int) -> dict[str, Tensor]:
         return {
             ours: self._dense.read(self._kind, f"blocks.{block}.feed_forward.{theirs}").float()
-            for ours, theirs in DENSE_PARAMETERS.items()
+            for ours, theirs in DENSE_PARAMETERS[self.info.config.model.mlp_type].items()
         }
 
 
@@ -184,11 +184,6 @@ def _check_fit(info: SourceInfo, config: RunConfig) -> None:
         raise CheckpointError(
             f"{info.path}: is no dense model (routing.method={info.config.routing.method}): only a"
             " dense feed-forward can be split over experts"
-        )
-    if info.config.model.mlp_type != "gelu":
-        raise CheckpointError(
-            f"{info.path}: model.mlp_type={info.config.model.mlp_type}: only a dense feed-forward"
-            " with GELU can be split over experts"
         )
     if config.routing.method == "dense":
         raise ConfigError(
@@ -304,7 +299,7 @@ def _describe(
         held = f"{config.expert_width} of {split.rest_units} hidden units"
         routed = f"in part only: an expert holds {held}"
     else:
-        routed = "in part only: SwiGLU experts start silent"
+        routed = "in part only: experts of another type than the dense ones start silent"
     return (
         f"{split.shared_units} hidden units to the shared experts, {split.rest_units} to each of"
         f" the others; the dense function is kept for null samples: {null}; for conditional tokens:"

@@ -45,6 +45,10 @@ _FREE_FIELDS = {
     "model.preset",
     # what a dense model spends on its feed-forward; its activated parameters are equal
     "model.mlp_ratio",
+    # what a block is made of, at equal activated parameters
+    "model.block",
+    "model.mlp_type",
+    "model.qk_norm",
     "train.checkpoint_every",
     "train.keep_last",
     "train.max_nonfinite_steps",

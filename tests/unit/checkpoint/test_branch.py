@@ -185,6 +185,13 @@ def test_label_map_that_does_not_fit_is_refused(small, tmp_path, text, said) -> 
     assert said in str(error.value) and str(labels) in str(error.value)
 
 
-def test_another_architecture_is_refused(small, tmp_path) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.depth is 2 there and 3 here"):
-        find_start(small[0], small_config(model={"depth": 3}), tmp_path / "start")
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"depth": 3}, r"model\.depth is 2 there and 3 here"),
+        ({"block": "modern"}, r"model\.block is 'dit' there and 'modern' here"),
+    ],
+)
+def test_another_architecture_is_refused(small, tmp_path, model, said) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        find_start(small[0], small_config(model=model), tmp_path / "start")

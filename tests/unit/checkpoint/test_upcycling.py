@@ -16,16 +16,18 @@ from promoe_ds.config import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model.export import save_export
 
-from ..builders import METHODS, of_method, random_network, small_config
+from ..builders import METHODS, MODERN, of_method, random_network, small_config
+
+
+def export_dense(folder: Path, **sections: Any) -> Path:
+    network = random_network(**sections, routing={"method": "dense"})
+    save_export(folder, network.state_dict(), network.config, {"step": 5, "kind": "ema"})
+    return folder
 
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    network = random_network(routing={"method": "dense"})
-    save_export(
-        tmp_path / "dense", network.state_dict(), network.config, {"step": 5, "kind": "ema"}
-    )
-    return tmp_path / "dense"
+    return export_dense(tmp_path / "dense")
 
 
 def go(dense: Path, name: str, config: RunConfig, **options: Any) -> tuple[str, dict[str, float]]:
@@ -60,6 +62,14 @@ def test_upcycle_into_a_shared_expert_that_holds_all_is_exact(dense: Path) -> No
     assert "for conditional tokens: exactly" in note
 
 
+def test_upcycle_of_a_modern_block_keeps_the_dense_output_of_null_samples(tmp_path: Path) -> None:
+    config = small_config(**MODERN, routing={"expert_width": 16})
+    note, differences = go(export_dense(tmp_path / "dense", **MODERN), "new", config)
+    assert "16 hidden units to the shared experts, 16 to each" in note
+    assert differences["null samples"] < 1e-5
+    assert differences["conditional samples"] < 1.0
+
+
 def test_upcycle_scaled_prototypes_at_tokens_are_nearer_than_random_ones(dense: Path) -> None:
     config = small_config()
     _, differences = go(dense, "kmeans", config, to="single")
@@ -84,6 +94,7 @@ def test_upcycle_scaled_prototypes_at_tokens_are_nearer_than_random_ones(dense: 
     [
         ({"routing": {"method": "dense"}}, {}, ConfigError, "has no experts"),
         ({"model": {"hidden_size": 32}}, {}, CheckpointError, "model.hidden_size is 16"),
+        (MODERN, {}, CheckpointError, "model.block is 'dit' there and 'modern' here"),
         (
             {"diffusion": {"objective": "ddpm"}},
             {},

@@ -22,6 +22,7 @@ from promoe_ds.model import DiT, build_model
 
 from ..builders import (
     METHODS,
+    MODERN,
     NO_NULL,
     TEXT,
     condition_of,
@@ -51,6 +52,10 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "wide heads": {"model": {"head_dim": 12}},
     "text, wide heads": {"model": {**TEXT["model"], "head_dim": 12, "mlp_type": "swiglu"}},
     "dense swiglu": {"model": {"mlp_type": "swiglu"}, "routing": {"method": "dense"}},
+    "modern": MODERN,
+    "modern, dense": {**MODERN, "routing": {"method": "dense"}},
+    "text, modern": {"model": {**TEXT["model"], **MODERN["model"]}},
+    "modern without qk_norm": {"model": {**MODERN["model"], "qk_norm": False}},
     "text, pooled as wide": {"model": {**TEXT["model"], "text_pooled_width": None}},
     "no shared": {"routing": {"num_shared_experts": 0}},
     "two shared": {"routing": {"num_shared_experts": 2}},
@@ -159,6 +164,15 @@ def test_parameters_activated_of_promoe_are_nearly_those_of_dit(size: str) -> No
     )
 
 
+@pytest.mark.parametrize("recipe", ["promoe_b", "digits_promoe", "emoji_promoe"])
+def test_parameters_and_flops_of_a_modern_recipe_are_nearly_those_of_its_base(recipe: str) -> None:
+    base, modern = load_config(recipe), load_config(f"{recipe}_modern")
+    before, after = count_parameters(base), count_parameters(modern)
+    assert after.activated == pytest.approx(before.activated, rel=0.01)
+    assert after.total == pytest.approx(before.total, rel=0.03)
+    assert forward_flops_per_image(modern) == pytest.approx(forward_flops_per_image(base), rel=0.01)
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -176,6 +190,8 @@ def test_parameters_activated_of_promoe_are_nearly_those_of_dit(size: str) -> No
         "wide heads",
         "text, wide heads",
         "dense swiglu",
+        "modern",
+        "text, modern",
     ],
 )
 def test_forward_flops_equal_those_counted_by_torch(setting: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.config.model import PRESETS
 
-from ..builders import small_config, small_values
+from ..builders import MODERN, small_config, small_values
 
 #: Sections of a small run, a property, its value.
 DERIVED: list[tuple[dict[str, dict[str, Any]], str, Any]] = [
@@ -53,6 +53,17 @@ DERIVED: list[tuple[dict[str, dict[str, Any]], str, Any]] = [
         "shared_expert_type",
         "gelu",
     ),
+    (MODERN, "model.qk_norm", True),
+    (MODERN, "model.mlp_type", "swiglu"),
+    (MODERN, "routing.expert_type", "swiglu"),
+    ({"model": {"block": "modern", "qk_norm": False}}, "model.qk_norm", False),
+    ({**MODERN, "routing": {"expert_type": "gelu"}}, "shared_expert_type", "gelu"),
+    ({"model": {"block": "modern", "hidden_size": 192}}, "dense_width", 512),
+    ({"model": {"block": "modern", "hidden_size": 192}}, "expert_width", 256),
+    ({"model": {"block": "modern", "hidden_size": 128}}, "dense_width", 352),
+    ({"model": {"block": "modern", "mlp_type": "gelu"}}, "dense_width", 64),
+    ({**MODERN, "routing": {"expert_width": 24}}, "expert_width", 24),
+    ({"model": {"mlp_type": "swiglu"}}, "dense_width", 64),
     ({"routing": {"method": "expert_race"}}, "target_patch_values", 4),
     ({"routing": {"method": "expert_race", "per_layer_weight": 0.0}}, "target_patch_values", 0),
     ({}, "target_patch_values", 0),
@@ -76,6 +87,12 @@ def value_of(config: RunConfig, name: str) -> Any:
 @pytest.mark.parametrize(("sections", "name", "expected"), DERIVED, ids=str)
 def test_derived(sections: dict[str, dict[str, Any]], name: str, expected: Any) -> None:
     assert value_of(small_config(**sections), name) == expected
+
+
+@pytest.mark.parametrize("sections", [MODERN, {**MODERN, "routing": {"method": "dense"}}])
+def test_modern_block_read_from_its_own_saved_values_is_the_same(sections: dict) -> None:
+    config = small_config(**sections)
+    assert config_from_dict(config.model_dump(mode="json"), source="saved") == config
 
 
 @pytest.mark.parametrize("preset", PRESETS)

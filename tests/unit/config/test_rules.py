@@ -100,6 +100,10 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
     ),
     ({"diffusion": {"noise_levels": "mode", "mode_scale": 2.0}}, ("mode_scale=2.0", "1.75")),
     ({"diffusion": {**DDPM, "num_train_timesteps": 20}}, ("num_train_timesteps=20", "than 20")),
+    (
+        {"model": {"block": "modern", "head_dim": 6}},
+        ("model: block=modern", "width 6 must be a multiple of 4"),
+    ),
     ({"routing": {"top_k": 5}}, ("routing: top_k=5", "num_experts=4")),
     ({"routing": CLASSIFICATION}, ("routing: method=classification", "superclass_map")),
     (

@@ -35,9 +35,10 @@ CONSTANTS = {
     "sum_rows_by_expert": {"D": D, "E": E, "PARTS": 16, "HAS_IDS": True, **TILE},
     "spread_to_tokens": {**ONE_TOKEN, "E": E, "BASES": 2},
     "cosine": {**KEYS, "EPS": 1e-12, "TOKENS": 16},
-    "modulated_norm": {**ONE_TOKEN, "EPS": 1e-6, "HAS_RESIDUAL": True},
+    "modulated_norm": {**ONE_TOKEN, "EPS": 1e-6, "IS_CENTRED": True, "HAS_RESIDUAL": True},
     "modulated_norm_backward": {
-        **ONE_TOKEN, "EPS": 1e-6, "PARTS": 8, "HAS_BASE": True, "HAS_RESIDUAL": True
+        **ONE_TOKEN, "EPS": 1e-6, "PARTS": 8, "IS_CENTRED": True, "HAS_BASE": True,
+        "HAS_RESIDUAL": True
     },
     "sum_parts": {"ROWS": 8, "BLOCK": 128},
     "gated_residual": ONE_TOKEN,

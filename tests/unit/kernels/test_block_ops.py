@@ -14,6 +14,7 @@ from promoe_ds.model.blocks import SelfAttention, modulate
 from ..builders import random_tensor, randomise
 from .test_ops import DEVICE, _draw, _gradients, _same, every_dtype
 
+every_norm = pytest.mark.parametrize("is_centred", [True, False], ids=["layer", "rms"])
 every_shape = pytest.mark.parametrize("shape", [(1, 1, 24), (2, 37, 72), (3, 8, 136)], ids=str)
 
 
@@ -23,41 +24,46 @@ def _modulation(shape: tuple[int, int, int], dtype: torch.dtype) -> list[torch.T
     return [part.detach().requires_grad_() for part in wide.chunk(6, dim=-1)]
 
 
-def _exact_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _exact_norm(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, is_centred: bool
+) -> torch.Tensor:
     """Return the modulated norm in fp64, rounded once, as the fused one."""
-    exact = F.layer_norm(x.double(), x.shape[-1:], eps=1e-6)
+    norm = F.layer_norm if is_centred else F.rms_norm
+    exact = norm(x.double(), x.shape[-1:], eps=1e-6)
     return modulate(exact, shift.double(), scale.double()).to(x.dtype)
 
 
 @pytest.mark.parametrize("is_used", [False, True], ids=["alone", "x used"])
+@every_norm
 @every_dtype
 @every_shape
-def test_modulated_norm_and_its_gradients(shape, dtype, is_used) -> None:
+def test_modulated_norm_and_its_gradients(shape, dtype, is_centred, is_used) -> None:
     results = []
     for is_fused in (True, False):
         x = _draw(*shape, seed=3, dtype=dtype).requires_grad_()
         shift, scale, *_ = _modulation(shape, dtype)
         if is_fused:
-            passed, output = block_ops.modulated_norm(x, shift, scale, 1e-6)
+            passed, output = block_ops.modulated_norm(x, shift, scale, 1e-6, is_centred)
         else:
-            passed, output = x, _exact_norm(x, shift, scale)
+            passed, output = x, _exact_norm(x, shift, scale, is_centred)
         output = torch.cat([output, passed]) if is_used else output
         results.append(_gradients(output, x, shift, scale))
     _same(*results, dtype)
 
 
+@every_norm
 @every_dtype
 @every_shape
-def test_residual_norm_and_its_gradients(shape, dtype) -> None:
+def test_residual_norm_and_its_gradients(shape, dtype, is_centred) -> None:
     results = []
     for is_fused in (True, False):
         x, y = (_draw(*shape, seed=seed, dtype=dtype).requires_grad_() for seed in (3, 4))
         gate, shift, scale, *_ = _modulation(shape, dtype)
         if is_fused:
-            total, output = block_ops.residual_norm(x, gate, y, shift, scale, 1e-6)
+            total, output = block_ops.residual_norm(x, gate, y, shift, scale, 1e-6, is_centred)
         else:
             total = (x.double() + gate.double()[:, None] * y.double()).to(dtype)
-            output = _exact_norm(total, shift, scale)
+            output = _exact_norm(total, shift, scale, is_centred)
         both = torch.cat([output, total])
         results.append(_gradients(both, x, gate, y, shift, scale))
     _same(*results, dtype)
@@ -99,8 +105,8 @@ def test_operations_are_whole_for_tracing_and_compiling(name) -> None:
     x, y = (_draw(*shape, seed=seed) for seed in (3, 4))
     first, second, third, *_ = (part.detach() for part in _modulation(shape, torch.float32))
     arguments = {
-        "modulated_norm": (x, first, second, 1e-6),
-        "residual_norm": (x, y, first, second, third, 1e-6),
+        "modulated_norm": (x, first, second, 1e-6, True),
+        "residual_norm": (x, y, first, second, third, 1e-6, False),
         "gated_residual": (x, first, y),
     }
     torch.library.opcheck(

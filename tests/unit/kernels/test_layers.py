@@ -81,14 +81,19 @@ def test_fused_layer_equals_the_plain_one(case, dtype, labels) -> None:
         assert max(difference, default=0.0) <= TOLERANCE[dtype] * scale, name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fused_network_equals_the_plain_one(case) -> None:
+@pytest.mark.parametrize(
+    ("case", "block"), [*((case, "dit") for case in CASES), ("token_choice", "modern")]
+)
+def test_fused_network_equals_the_plain_one(case, block) -> None:
     """Blocks and layers, on tokens whose memory is laid out as the patch embedding leaves it."""
     results = []
     for kernels in ("eager", "triton"):
         routing = {name: value for name, value in CASES[case].items() if name != "joins"}
         network = make_network(
-            routing.pop("method"), routing=routing, parallel={"kernels": kernels}
+            routing.pop("method"),
+            model={"block": block},
+            routing=routing,
+            parallel={"kernels": kernels},
         ).train()
         output = denoise(network, [1, NULL, 4])
         losses = [loss for plan in output.plans.values() for loss in plan.aux_losses.values()]

@@ -15,6 +15,7 @@ from promoe_ds.model import DiT, build_model, initialise
 
 from ..builders import (
     METHODS,
+    MODERN,
     TEXT,
     condition_of,
     of_method,
@@ -38,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "text": TEXT,
     "text, dense": {**TEXT, "routing": {"method": "dense"}},
     "not square": {"model": {"input_size": [6, 4]}},
+    "modern": MODERN,
 }
 
 
@@ -134,6 +136,7 @@ CHECKPOINTED: dict[str, dict[str, Any]] = {
     "all blocks": {"routing": {"moe_blocks": "all"}},
     "dense": {"routing": {"method": "dense"}},
     "text": TEXT,
+    "modern, text": TEXT | {"model": TEXT["model"] | MODERN["model"]},
 }
 
 
@@ -233,6 +236,7 @@ def test_checkpointing_keeps_less_the_more_it_recomputes() -> None:
         {"routing": {"num_shared_experts": 0}},
         {"routing": {"method": "dense"}},
         {**TEXT, "routing": {"method": "dense"}},
+        MODERN,
     ],
 )
 def test_compiled_network_equals_eager(sections: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from promoe_ds.model import DiT, build_model, initialise
 from promoe_ds.moe import StackedExperts
 
-from ..builders import METHODS, TEXT, of_method, small_config
+from ..builders import METHODS, MODERN, TEXT, of_method, small_config
 
 ROUTED = "blocks.1.moe.routed."
 
@@ -96,20 +96,21 @@ def test_init_experts_of_all_ranks_together_are_those_of_one(
 
 
 @pytest.mark.parametrize(
-    "experts",
+    ("block", "experts"),
     [
-        {},
-        {"expert_type": "swiglu"},
-        {"shared_expert_type": "swiglu", "num_unconditional_experts": 2},
+        ("dit", {}),
+        ("modern", {}),
+        ("dit", {"shared_expert_type": "swiglu", "num_unconditional_experts": 2}),
     ],
-    ids=["gelu", "swiglu", "shared swiglu"],
+    ids=["gelu", "modern with swiglu", "shared swiglu"],
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_init_after_meta_covers_every_parameter_and_buffer(
-    method: str, experts: dict[str, Any]
+    method: str, block: str, experts: dict[str, Any]
 ) -> None:
+    sections = {"model": {"block": block}, **of_method(method, **experts)}
     with torch.device("meta"):
-        network = build_model(small_config(**of_method(method, **experts)))
+        network = build_model(small_config(**sections))
     network.to_empty(device="cpu")
     for value in (*network.parameters(), *network.buffers()):
         value.data.fill_(torch.nan)  # what memory may hold
@@ -119,13 +120,19 @@ def test_init_after_meta_covers_every_parameter_and_buffer(
         for name, value in (*network.named_parameters(), *network.named_buffers())
         if not value.isfinite().all()
     ] == []
-    expected = initialised(**of_method(method, **experts)).state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+    expected = initialised(**sections)
+    tables, state = dict(expected.named_buffers()), expected.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert all(torch.equal(value, tables[name]) for name, value in network.named_buffers())
 
 
-@pytest.mark.parametrize("seed", [0, 2**62])
-def test_init_untrained_biases_modulation_and_output_are_zero(seed: int) -> None:
-    network = initialised(seed, model={"qk_norm": True})
+@pytest.mark.parametrize(
+    ("seed", "model"), [(0, {"qk_norm": True}), (2**62, {"qk_norm": True}), (0, MODERN["model"])]
+)
+def test_init_untrained_biases_modulation_and_output_are_zero(
+    seed: int, model: dict[str, Any]
+) -> None:
+    network = initialised(seed, model=model)
     for name, value in weights(network).items():
         if name.endswith("bias") or "modulation" in name or name.startswith("final_layer"):
             assert not value.any(), name

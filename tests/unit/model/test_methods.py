@@ -15,7 +15,7 @@ from promoe_ds.moe import FeedForward
 from promoe_ds.moe.experts import FEED_FORWARDS
 from promoe_ds.routing import ROUTERS
 
-from ..builders import METHODS, of_method, random_network, random_tensor
+from ..builders import METHODS, MODERN, of_method, random_network, random_tensor
 from ..routing.plans import NULL, give_state
 
 TYPES: dict[str, dict[str, Any]] = {
@@ -69,11 +69,16 @@ def test_network_of_every_method_is_built_of_what_the_config_says(
 @pytest.mark.parametrize(
     "labels", [[3, NULL, 0], [NULL, NULL], [1]], ids=["mixed", "all unconditional", "one image"]
 )
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("mode", "block"),
+    [("none", "dit"), ("selective", "dit"), ("full", "dit"), ("full", "modern")],
+)
 def test_network_every_parameter_gets_a_finite_gradient(
-    method: str, labels: list[int], mode: str
+    method: str, labels: list[int], mode: str, block: str
 ) -> None:
-    network = make_network(method, parallel={"activation_checkpointing": mode}).train()
+    network = make_network(
+        method, model={"block": block}, parallel={"activation_checkpointing": mode}
+    ).train()
     output = denoise(network, labels)
     loss = output.prediction_BZHW.square().mean()
     for plan in output.plans.values():
@@ -101,7 +106,7 @@ def test_state_names_the_buffers_and_fits_its_own_model(method: str) -> None:
 def test_export_of_every_method_is_loaded_with_its_running_state(
     method: str, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
-    network = make_network(method, routing={"expert_type": "swiglu"}).eval()
+    network = make_network(method, **MODERN).eval()  # with SwiGLU experts
     save_export(tmp_path, network.state_dict(), network.config, origin={})
     loaded = load_model(tmp_path, dtype=dtype).state_dict()
     expected = network.to(dtype=dtype).state_dict()

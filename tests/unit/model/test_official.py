@@ -14,7 +14,7 @@ from promoe_ds.errors import CheckpointError
 from promoe_ds.model.embeddings import sincos_positions
 from promoe_ds.model.official import from_official, to_official
 
-from ..builders import NO_NULL, of_method, random_network, random_tensor, small_config
+from ..builders import MODERN, NO_NULL, of_method, random_network, random_tensor, small_config
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "moe": {},
@@ -119,10 +119,21 @@ def test_official_names_are_the_published_ones(
     assert state.keys() - inner == outside | {"pos_embed", "y_embedder.embedding_table.weight"}
 
 
-@pytest.mark.parametrize("method", ["expert_race", "classification", "kmeans", "hash"])
-def test_official_of_a_method_never_published_is_refused(method: str) -> None:
-    network = random_network(**of_method(method))
-    message = f"routing.method={method} was never published: it has no official layout"
+@pytest.mark.parametrize(
+    ("sections", "field"),
+    [
+        (MODERN, "model.block=modern"),
+        *(
+            (of_method(method), f"routing.method={method}")
+            for method in ("expert_race", "classification", "kmeans", "hash")
+        ),
+    ],
+)
+def test_official_of_what_was_never_published_is_refused(
+    sections: dict[str, Any], field: str
+) -> None:
+    network = random_network(**sections)
+    message = f"{field} was never published: it has no official layout"
     with raises_saying(message):
         to_official(network.state_dict(), network.config)
     with raises_saying(message):

@@ -7,7 +7,7 @@ import torch
 
 from promoe_ds.model.state import state_shapes
 from promoe_ds.model.upcycle import DENSE_PARAMETERS, UnitSplit, split_units, upcycled_parameter
-from promoe_ds.moe.experts import FEED_FORWARDS, FeedForward
+from promoe_ds.moe.experts import FEED_FORWARDS
 
 from ..builders import random_tensor, randomise, small_config
 
@@ -40,15 +40,16 @@ SPLITS = {
 
 
 def build(
-    routing: dict, scale: float = 1.0, noise: float = 0.0
-) -> tuple[FeedForward, dict[str, torch.Tensor], UnitSplit]:
+    routing: dict, scale: float = 1.0, noise: float = 0.0, kind: str = "gelu"
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor], UnitSplit]:
     """Return a dense feed-forward, the parameters of the layer made of it, and how it was dealt
     out.
     """
-    config = small_config(routing={"num_experts": 3, **routing})
-    dense = randomise(FeedForward(16, 64))
+    config = small_config(model={"mlp_type": kind}, routing={"num_experts": 3, **routing})
+    dense = randomise(FEED_FORWARDS[kind](16, 64))
     values = {
-        ours: dense.get_parameter(theirs).detach() for ours, theirs in DENSE_PARAMETERS.items()
+        ours: dense.get_parameter(theirs).detach()
+        for ours, theirs in DENSE_PARAMETERS[kind].items()
     }
     split = split_units(config)
     options = {"gate_scale": scale, "noise": noise, "seed": 3}
@@ -77,10 +78,15 @@ def run(
     return torch.func.functional_call(kind(1, 1), weights, (x,))
 
 
+@pytest.mark.parametrize("kind", FEED_FORWARDS)
 @pytest.mark.parametrize("name", SPLITS)
-def test_split_parts_add_up_to_the_dense_function_where_it_says_so(name: str) -> None:
+def test_split_parts_add_up_to_the_dense_function_where_it_says_so(name: str, kind: str) -> None:
     routing, conditional, null = SPLITS[name]
-    dense, layer, split = build(routing)
+    if kind == "swiglu":  # each type in the other's place
+        other = {"gelu": "swiglu", "swiglu": "gelu"}
+        routing = {"expert_type": "gelu"} | routing
+        routing = {field: other.get(value, value) for field, value in routing.items()}
+    dense, layer, split = build(routing, kind=kind)
     x = random_tensor(20, 16)
     expected, shared = dense(x).detach(), run(layer, "shared", x)
     assert (split.routed_is_exact, split.unconditional_is_exact) == (conditional, null)

@@ -100,8 +100,11 @@ def test_pass_of_every_method_sends_the_rows_that_it_lists(method: str) -> None:
     assert shapes.trace.rows_sent(0) == 4 * run.model.hidden_size * 4 * shapes.rows_leaving > 0
 
 
-def test_pass_work_is_the_accounted_one() -> None:
-    run = config(parallel={"expert_backend": "loop"}, routing={"rcl_weight": 0.0})
+@pytest.mark.parametrize("block", ["dit", "modern"])
+def test_pass_work_is_the_accounted_one(block: str) -> None:
+    model = {"hidden_size": 32, "depth": 4, "block": block}
+    parallel = {"expert_backend": "loop"}
+    run = config(model=model, parallel=parallel, routing={"rcl_weight": 0.0})
     work = trace_pass(run, layout(world_size=1)).trace.work[PASS]
     images, width, tokens = 4, 32, run.model.tokens_per_image
     # Accounted: three forward passes. Fused attention makes its scores anew; raw pixels, labels and
