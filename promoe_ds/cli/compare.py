@@ -24,7 +24,7 @@ _INTERRUPTED = 130
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-compare")
     parser.add_argument(
         "--methods",
         choices=JUDGES,
@@ -84,6 +84,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.recipes = tuple(name.strip() for name in options.recipes.split(",") if name.strip())
     options.variants, options.overrides = tuple(options.variants), tuple(options.overrides)
+    options.imports = tuple(options.imports)
     if methods := vars(options).pop("methods"):
         recipes, variants = methods_of(methods)
         options.recipes = (*recipes, *options.recipes)

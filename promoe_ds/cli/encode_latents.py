@@ -1,13 +1,10 @@
 """Encode a tree of images into packed latents, plain and mirrored: one process, or many under
 torchrun or deepspeed.
 
-    torchrun --nproc-per-node 8 -m promoe_ds.cli.encode_latents --images imagenet/train --out
-    latents \\
-        --vae stabilityai/sd-vae-ft-mse
-    promoe-encode --from-npz sd-vae-ft-mse_Latents_256img_npz --vae-name stabilityai/sd-vae-ft-mse
-    --out latents
     promoe-encode --images pictures --out latents --vae stabilityai/sd-vae-ft-mse --captions .txt
-    promoe-encode --verify latents
+    torchrun --nproc-per-node 8 -m promoe_ds.cli.encode_latents --images imagenet/train \\
+        --out latents --vae stabilityai/sd-vae-ft-mse
+    promoe-encode --from-npz npz_folder --vae-name stabilityai/sd-vae-ft-mse --out latents
 
 The same command resumes after an interruption, on any number of processes. --from-npz packs the
 cache of the published code (`.latent.npz`) or of DiffMoE. The folder's format is in
@@ -26,7 +23,7 @@ from promoe_ds.logs import get_logger
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-encode")
     add = parser.add_argument
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument(

@@ -1,5 +1,7 @@
-"""Sample from an export: `python -m promoe_ds.cli.sample --model EXPORT_DIR --out DIR`, also under
-torchrun or deepspeed.
+"""Sample images from an export, by one process, or by many under torchrun or deepspeed.
+
+    promoe-sample --model exports/digits --out samples --num 500 --grid
+    promoe-sample --model exports/emoji --out samples --prompt "red apple" --cfg-scale 3
 
 Needs no deepspeed. The same command resumes after an interruption.
 """
@@ -15,7 +17,7 @@ from promoe_ds.logs import get_logger
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser("Sample images from an exported model.", "promoe_ds.cli.sample")
+    parser = Parser(__doc__, "promoe-sample")
     add = parser.add_argument
     add("--model", type=Path, required=True, help="export folder (promoe-convert --to single)")
     add("--out", type=Path, required=True, help="folder to write")
@@ -49,6 +51,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=1,
         help="processes that share a set of experts: for models that fit no device",
     )
+    parser.add_import()
     parser.add_process()
     add("--grid", action="store_true", help="also write grid.png: one row a class, or prompts")
     return parser.parse_args(arguments)
@@ -126,7 +129,7 @@ def main(arguments: list[str]) -> None:
 
     prompts_file = options.prompts_file
     options.prompts = tuple(options.prompts) if prompts_file is None else read_prompts(prompts_file)
-    del options.local_rank, options.prompts_file
+    del options.local_rank, options.prompts_file, options.imports
     with joined_processes(options.device) as team:
         for path in draw_samples(SampleRequest(**vars(options)), team):
             get_logger("sample").info("wrote %s", path)

@@ -5,6 +5,7 @@ reported.
 import difflib
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -12,11 +13,14 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from promoe_ds.errors import ConfigError
 
@@ -31,6 +35,32 @@ def _read_switch(value: Any) -> Any:
 
 #: On, off, or by what fits.
 Switch = Annotated[Literal["auto", True, False], BeforeValidator(_read_switch)]
+
+
+@dataclass(frozen=True)
+class NameIn:
+    """Of a text field, by `Annotated`: it names an entry of a table, to which a file that --import
+    names may have added.
+    """
+
+    table: Mapping[str, Any]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Check the name when a value is read."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Return the names that there are."""
+        return {"enum": list(self.table), "type": "string"}
+
+    def _check(self, name: str) -> str:
+        hint = suggest(name, self.table, "one of your own comes from a file, named by --import")
+        require(name in self.table, f"is none of {', '.join(self.table)}; {hint}")
+        return name
 
 
 class Section(BaseModel):

@@ -103,6 +103,21 @@ def read_export_origin(folder: Path) -> dict[str, Any]:
     return origin
 
 
+def is_export(folder: Path) -> bool:
+    """Whether a folder has an export's config."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def read_export_state(folder: Path, config: RunConfig) -> dict[str, Tensor]:
+    """Return the weights of an export.
+
+    Raises: CheckpointError naming a tensor or file that is missing or does not fit.
+    """
+    state = dict(ShardReader(folder, WEIGHTS_STEM).items())
+    check_state(state, config)
+    return state
+
+
 def load_model(
     export_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> DiT:
@@ -120,8 +135,7 @@ def load_model(
     """
     folder = Path(export_dir)
     config = read_export_config(folder)
-    state = dict(ShardReader(folder, WEIGHTS_STEM).items())
-    check_state(state, config)
+    state = read_export_state(folder, config)
     with torch.device("meta"):
         network = build_model(config)
     return fill_network(network, state).to(device=device, dtype=dtype)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config.routing import RoutingConfig, RoutingMethod
+from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.kernels.router_ops import mean_similarity
@@ -216,7 +216,7 @@ class Router(KeepsBuffersPrecise):
 
 
 #: The router of every `routing.method` but dense; `config.routing.METHODS` names its settings.
-ROUTERS: dict[RoutingMethod, type[Router]] = {}
+ROUTERS: dict[str, type[Router]] = {}
 
 
 def build_router(config: RunConfig, block: int = 0) -> Router:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from promoe_ds.train.step import TrainingModule, autocast_context
+from promoe_ds.training.step import TrainingModule, autocast_context
 
 from ..builders import METHODS, random_network
 from .test_step import batch_of, make_module

@@ -21,10 +21,10 @@ from promoe_ds.moe.collectives import WaitClock
 from promoe_ds.reports.log import load_log
 from promoe_ds.routing import RoutingPlan
 from promoe_ds.routing.assignment import sum_by_product, sum_tokens_by_expert
-from promoe_ds.train.metrics import append_lines
-from promoe_ds.train.router_state import give_superclasses
-from promoe_ds.train.routing_log import RoutingAccumulator
-from promoe_ds.train.trackers import flatten
+from promoe_ds.training.metrics import append_lines
+from promoe_ds.training.router_state import give_superclasses
+from promoe_ds.training.routing_log import RoutingAccumulator
+from promoe_ds.training.trackers import flatten
 from tests.unit.ranks import ONE_RANK, call_together, pretend_one_rank
 
 from ..builders import METHODS, of_method, random_network, random_tensor

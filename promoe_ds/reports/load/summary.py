@@ -8,9 +8,9 @@ import numpy as np
 from rich.console import Console
 
 from promoe_ds.errors import DataError
-from promoe_ds.reports.expert_load.placement import advise, unevenness, write_placement
-from promoe_ds.reports.expert_load.run import RunView
-from promoe_ds.reports.expert_load.terminal import findings_text, load_table, placement_table
+from promoe_ds.reports.load.placement import advise, unevenness, write_placement
+from promoe_ds.reports.load.run import RunView
+from promoe_ds.reports.load.terminal import findings_text, load_table, placement_table
 
 
 def summarise(view: RunView, console: Console, *, everything: bool, is_named: bool) -> None:

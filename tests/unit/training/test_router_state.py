@@ -15,7 +15,7 @@ from torch import Tensor
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT
 from promoe_ds.routing import RoutingPlan
-from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids
+from promoe_ds.training.router_state import RouterState, give_superclasses, seed_centroids
 from tests.unit.ranks import call_together, pretend_one_rank
 
 from ..builders import METHODS, of_method, random_network, random_tensor

@@ -22,12 +22,12 @@ from promoe_ds.data import build_dataset, with_text_encoder
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import TrainingError
 from promoe_ds.logs import get_logger
-from promoe_ds.train.loop import FinishedStep, TrainingLoop
-from promoe_ds.train.metrics import MetricsWriter
-from promoe_ds.train.run_directory import run_directory
-from promoe_ds.train.step import StepResult
-from promoe_ds.train.supervisor import Supervisor
-from promoe_ds.train.trainer import Trainer
+from promoe_ds.training.loop import FinishedStep, TrainingLoop
+from promoe_ds.training.metrics import MetricsWriter
+from promoe_ds.training.run_directory import run_directory
+from promoe_ds.training.step import StepResult
+from promoe_ds.training.supervisor import Supervisor
+from promoe_ds.training.trainer import Trainer
 
 _LOG = get_logger("train")
 

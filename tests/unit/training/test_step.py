@@ -10,8 +10,8 @@ from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
 from promoe_ds.diffusion import DiffusionBatch
-from promoe_ds.train.router_state import give_superclasses
-from promoe_ds.train.step import TrainingModule, TrainingOutput
+from promoe_ds.training.router_state import give_superclasses
+from promoe_ds.training.step import TrainingModule, TrainingOutput
 
 from ..builders import METHODS, of_method, random_network, random_tensor
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from promoe_ds.load_stats import max_over_mean
-from promoe_ds.reports.expert_load.run import STARVED_SHARE, RunView, Starved
+from promoe_ds.reports.load.run import STARVED_SHARE, RunView, Starved
 
 #: Beyond these, something is to be done.
 UNEVEN, VERY_UNEVEN = 1.5, 2.5

@@ -10,7 +10,7 @@ from promoe_ds.launch.heartbeat import ATTEMPT_VARIABLE
 from promoe_ds.launch.lock import LockedError, locked
 from promoe_ds.logs import configure_logging
 from promoe_ds.run_files import LAUNCHER_LOCK, TRAINING_LOCK, make_launch_folder
-from promoe_ds.train.run_directory import run_directory
+from promoe_ds.training.run_directory import run_directory
 
 from ..builders import small_config
 from ..ranks import ONE_RANK

@@ -13,11 +13,11 @@ import torch
 from promoe_ds.config import SupervisionConfig
 from promoe_ds.errors import Preempted, TrainingError
 from promoe_ds.moe.collectives import WaitClock
-from promoe_ds.train import run
-from promoe_ds.train.loop import TrainingLoop
-from promoe_ds.train.routing_log import RoutingAccumulator
-from promoe_ds.train.step import StepResult, Verdict
-from promoe_ds.train.supervisor import Supervisor
+from promoe_ds.training import run
+from promoe_ds.training.loop import TrainingLoop
+from promoe_ds.training.routing_log import RoutingAccumulator
+from promoe_ds.training.step import StepResult, Verdict
+from promoe_ds.training.supervisor import Supervisor
 
 from ..builders import random_network, random_tensor
 from ..ranks import ONE_RANK, pretend_one_rank

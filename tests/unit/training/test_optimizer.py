@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.config.optimizer import EMA, OptimizerConfig, learning_rate, power_exponent
-from promoe_ds.train.ema import Ema
+from promoe_ds.training.ema import Ema
 
 from ..builders import random_network, random_tensor
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from promoe_ds.load_stats import entropy, max_over_mean, relative, shares, variation
-from promoe_ds.reports.expert_load.findings import TAGS, UNEVEN, VERY_UNEVEN, Finding, find
-from promoe_ds.reports.expert_load.run import STARVED_SHARE, RunView
+from promoe_ds.reports.load.findings import TAGS, UNEVEN, VERY_UNEVEN, Finding, find
+from promoe_ds.reports.load.run import STARVED_SHARE, RunView
 from promoe_ds.reports.log import Columns
 from promoe_ds.reports.maps import farthest_from_even
 from promoe_ds.reports.records import FILE_NAME, Line, log_file, read_lines

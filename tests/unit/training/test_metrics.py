@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import promoe_ds.train.metrics as metrics
+import promoe_ds.training.metrics as metrics
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import write_json
 from promoe_ds.logs import configure_logging, get_logger
-from promoe_ds.train.metrics import append_lines, drop_lines_after
+from promoe_ds.training.metrics import append_lines, drop_lines_after
 
 
 def line(step: int, size: int = 0) -> bytes:

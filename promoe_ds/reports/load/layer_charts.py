@@ -8,8 +8,8 @@ import numpy as np
 
 from promoe_ds.load_stats import divide, relative, shares
 from promoe_ds.reports.charts import Chart, bar_chart, line_chart
-from promoe_ds.reports.expert_load.charts import RELATIVE, bins_of, experts_of
-from promoe_ds.reports.expert_load.run import RunView
+from promoe_ds.reports.load.charts import RELATIVE, bins_of, experts_of
+from promoe_ds.reports.load.run import RunView
 from promoe_ds.reports.maps import heat_chart, map_over_time, tile_chart
 from promoe_ds.reports.theme import linear_color
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from promoe_ds.load_stats import divide, entropy, known_mean, max_over_mean, relative, variation
 from promoe_ds.reports.charts import Chart, bar_chart, finite, line_chart
-from promoe_ds.reports.expert_load.run import RunView
+from promoe_ds.reports.load.run import RunView
 from promoe_ds.reports.maps import heat_chart, map_over_time
 from promoe_ds.reports.theme import short
 

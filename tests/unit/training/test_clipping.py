@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from promoe_ds.train.clipping import global_grad_norm
+from promoe_ds.training.clipping import global_grad_norm
 
 from ..builders import random_tensor
 

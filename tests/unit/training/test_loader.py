@@ -14,7 +14,7 @@ from promoe_ds.data import build_dataset
 from promoe_ds.diffusion import build_objective
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import DataError
-from promoe_ds.train.loader import BatchLoader, Place
+from promoe_ds.training.loader import BatchLoader, Place
 
 from ..builders import small_config
 

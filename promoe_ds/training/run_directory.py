@@ -18,7 +18,7 @@ from promoe_ds.launch.heartbeat import attempt_folder
 from promoe_ds.launch.lock import locked, wait_until_free
 from promoe_ds.logs import configure_logging
 from promoe_ds.run_files import LAUNCH_FOLDER, LAUNCHER_LOCK, STACKS_FOLDER, TRAINING_LOCK
-from promoe_ds.train.watchdog import end_rank
+from promoe_ds.training.watchdog import end_rank
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from promoe_ds.errors import ConfigError
-from promoe_ds.train.trackers import flatten, open_trackers, read_wandb_id
+from promoe_ds.training.trackers import flatten, open_trackers, read_wandb_id
 
 from ..builders import small_config
 from ..reports.routing_logs import interval

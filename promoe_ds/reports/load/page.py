@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from promoe_ds.load_stats import entropy, max_over_mean, shares, variation
-from promoe_ds.reports.expert_load.charts import overview_charts
-from promoe_ds.reports.expert_load.findings import (
+from promoe_ds.reports.load.charts import overview_charts
+from promoe_ds.reports.load.findings import (
     MUCH_TIME_LOST,
     TAGS,
     TIME_LOST,
@@ -17,8 +17,8 @@ from promoe_ds.reports.expert_load.findings import (
     VERY_UNEVEN,
     find,
 )
-from promoe_ds.reports.expert_load.layer_charts import layer_charts
-from promoe_ds.reports.expert_load.run import RunView
+from promoe_ds.reports.load.layer_charts import layer_charts
+from promoe_ds.reports.load.run import RunView
 from promoe_ds.reports.page import Page, Part, figures, part, write_charts, write_page
 from promoe_ds.reports.theme import number
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from promoe_ds.errors import Preempted, TrainingError
 from promoe_ds.logs import get_logger
-from promoe_ds.train.step import StepResult, Verdict
-from promoe_ds.train.supervisor import Supervisor
-from promoe_ds.train.trainer import Trainer
+from promoe_ds.training.step import StepResult, Verdict
+from promoe_ds.training.supervisor import Supervisor
+from promoe_ds.training.trainer import Trainer
 
 _LOG = get_logger("train")
 

@@ -19,9 +19,9 @@ from promoe_ds.distributed.peers import peer_problem
 from promoe_ds.launch.heartbeat import read_heartbeat, read_rank_statuses, renew_heartbeat
 from promoe_ds.launch.processes import kill_leftover_processes, processes_with
 from promoe_ds.launch.shutdown import RANK_SIGNALS, EarlySignals
-from promoe_ds.train import watchdog
-from promoe_ds.train.health import HealthWatch, agree
-from promoe_ds.train.supervisor import Supervisor, supervised
+from promoe_ds.training import watchdog
+from promoe_ds.training.health import HealthWatch, agree
+from promoe_ds.training.supervisor import Supervisor, supervised
 
 REPOSITORY = Path(__file__).parents[3]
 #: A rank that is set up, makes one step and then does what `body` says.
@@ -29,7 +29,7 @@ RANK = """
 import os, sys, time, threading
 from pathlib import Path
 from promoe_ds.config import SupervisionConfig
-from promoe_ds.train.supervisor import supervised
+from promoe_ds.training.supervisor import supervised
 from promoe_ds.cli.entry import run_entry
 from promoe_ds.launch.shutdown import EarlySignals
 def main(arguments):

@@ -18,7 +18,7 @@ from promoe_ds.launch.shutdown import EarlySignals, ShutdownRequest
 from promoe_ds.logs import rank_from_environment
 from promoe_ds.run_files import STACKS_FOLDER
 from promoe_ds.torch_private import set_group_timeouts
-from promoe_ds.train.watchdog import Watchdog
+from promoe_ds.training.watchdog import Watchdog
 
 
 class Supervisor:

@@ -19,7 +19,7 @@ from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import CheckpointError
 from promoe_ds.files import json_text
 from promoe_ds.logs import duration, get_logger
-from promoe_ds.train.trackers import Trackers, open_trackers
+from promoe_ds.training.trackers import Trackers, open_trackers
 
 _LOG = get_logger("metrics")
 

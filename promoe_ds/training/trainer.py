@@ -35,13 +35,13 @@ from promoe_ds.kernels.choice import can_run, uses_triton
 from promoe_ds.logs import get_logger
 from promoe_ds.model import build_model, freeze, initialise
 from promoe_ds.model.dit import DiT
-from promoe_ds.train.clipping import global_grad_norm
-from promoe_ds.train.ema import Ema, FusedUpdate
-from promoe_ds.train.health import HealthWatch, StepHealth, agree
-from promoe_ds.train.loader import BatchLoader, Place
-from promoe_ds.train.router_state import RouterState, give_superclasses, seed_centroids
-from promoe_ds.train.routing_log import RoutingAccumulator
-from promoe_ds.train.step import (
+from promoe_ds.training.clipping import global_grad_norm
+from promoe_ds.training.ema import Ema, FusedUpdate
+from promoe_ds.training.health import HealthWatch, StepHealth, agree
+from promoe_ds.training.loader import BatchLoader, Place
+from promoe_ds.training.router_state import RouterState, give_superclasses, seed_centroids
+from promoe_ds.training.routing_log import RoutingAccumulator
+from promoe_ds.training.step import (
     StepResult,
     TrainingModule,
     TrainingOutput,

@@ -19,7 +19,7 @@ from promoe_ds.config.accounting import count_parameters
 from promoe_ds.config.loader import read_saved
 from promoe_ds.errors import PromoeError
 from promoe_ds.load_stats import divide, known_mean, shares
-from promoe_ds.reports.expert_load.placement import Candidate, advise, candidates
+from promoe_ds.reports.load.placement import Candidate, advise, candidates
 from promoe_ds.reports.log import RoutingLog, load_log
 from promoe_ds.reports.records import Metrics, read_lines
 
