@@ -184,8 +184,11 @@ class RoutingConfig(Section):
         try:
             return section.model_validate(values).model_dump(mode="json")
         except ValidationError as error:
-            problems = map(name_and_message, error.errors())
-            raise ValueError("; ".join(f"{name}: {text}" for name, text in problems)) from None
+            problem = error.errors()[0]
+            name, message = name_and_message(problem)
+            if problem["type"] == "extra_forbidden":
+                message = f"no such option; there are {', '.join(section.model_fields)}"
+            raise ValueError(f"{name}={problem['input']}: {message}") from None
 
     @property
     def traits(self) -> Method:

@@ -103,11 +103,6 @@ def read_export_origin(folder: Path) -> dict[str, Any]:
     return origin
 
 
-def is_export(folder: Path) -> bool:
-    """Whether a folder has an export's config."""
-    return (folder / CONFIG_FILE).is_file()
-
-
 def read_export_state(folder: Path, config: RunConfig) -> dict[str, Tensor]:
     """Return the weights of an export.
 

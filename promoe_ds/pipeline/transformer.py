@@ -21,8 +21,8 @@ from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.model import build_model
 from promoe_ds.model.export import (
+    CONFIG_FILE,
     fill_network,
-    is_export,
     read_export_config,
     read_export_origin,
     read_export_state,
@@ -68,7 +68,8 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Raises: CheckpointError naming what is missing or damaged.
         """
-        config, origin, state = _read_export(folder) if is_export(folder) else _read_run(folder)
+        read = _read_export if (folder / CONFIG_FILE).is_file() else _read_run
+        config, origin, state = read(folder)
         with torch.device("meta"):
             model = cls(config.model_dump(mode="json"), origin)
         fill_network(model.denoiser, state)
