@@ -86,7 +86,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
     """End with what does not go together."""
-    parser.require(options.verify or options.out, "--out is needed")
+    parser.require(options.verify or options.out, "--out is needed: the folder to write")
     parser.require(options.vae or not options.images, "--images needs --vae")
     if options.verify or options.captions is None:
         texts = "captions", "text_encoder", "text_length", "text_dtype", "max_uncaptioned"

@@ -54,7 +54,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     _add_judge(parser)
     options = parser.parse_args(arguments)
     is_judged = options.dataset is not None
-    parser.require(options.samples or options.write_prompts, "--samples is needed")
+    parser.require(
+        options.samples or options.write_prompts,
+        "--samples is needed: the folder of samples, or an npz",
+    )
     if is_judged:
         other = ["reference", "metrics", "extractor", "clip", "batch_size", "save_reference"]
         other += ["half_precision_manifold", "image_size"]
@@ -175,7 +178,9 @@ def write_prompts(prompts: tuple[str, ...], path: Path) -> None:
 
     check_target(path, "--write-prompts")
     if not prompts:
-        raise ConfigError(f"--write-prompts {path}: this data set has classes, no prompts")
+        raise ConfigError(
+            f"--write-prompts {path}: this data set has classes, no prompts: leave it out"
+        )
     path.write_text("".join(f"{each}\n" for each in prompts), encoding="utf-8")
 
 

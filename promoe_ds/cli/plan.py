@@ -78,7 +78,7 @@ def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
     if config.data.dataset != "latents":
         raise ConfigError(
             f"--recipe {options.recipe}: data.dataset={config.data.dataset}, the pipeline trains on"
-            " latents"
+            " latents: name a recipe with data.dataset=latents"
         )
     assumptions = Assumptions(device=DEVICES[options.gpu])
     steps = plan_pipeline(

@@ -88,7 +88,8 @@ class ModelConfig(Section):
         )
         require(
             self.input_size % self.patch_size == 0,
-            f"patch_size={self.patch_size} does not divide input_size={self.input_size}",
+            f"patch_size={self.patch_size} does not divide input_size={self.input_size}: change one"
+            " of them",
         )
 
     @property

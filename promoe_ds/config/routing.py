@@ -199,7 +199,7 @@ class RoutingConfig(Section):
         """Refuse fields that contradict each other."""
         require(
             self.method == "dense" or self.top_k <= self.num_experts,
-            f"top_k={self.top_k} exceeds num_experts={self.num_experts}",
+            f"top_k={self.top_k} exceeds num_experts={self.num_experts}: lower it",
         )
         require(
             not self.traits.single_choice or self.top_k == 1,

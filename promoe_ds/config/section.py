@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, first_few
 
 #: In place of pydantic's words, which are about Python.
 _MESSAGES = {"missing": "must be set", "model_type": "must be a mapping of fields"}
@@ -114,7 +114,7 @@ def explain(
     unknown: Callable[[str], str],
     show: Callable[[Any], str] = str,
 ) -> ConfigError:
-    """Return what is wrong with a file's values as one error, with a line for each problem.
+    """Return what is wrong with a file's values as one error.
 
     Args:
         unknown: what to say about a name that is no field.
@@ -131,7 +131,9 @@ def explain(
             lines.append(f"{name}={show(problem['input'])}: {message}")
     if len(lines) == 1:
         return ConfigError(f"{source}: {lines[0]}")
-    return ConfigError("\n  ".join([f"{source} does not describe a run:", *lines]))
+    # Three lines at most, whatever is wrong.
+    listed = [f"{source} does not describe a run:", lines[0], first_few(lines[1:])]
+    return ConfigError("\n  ".join(listed))
 
 
 def name_and_message(problem: Mapping[str, Any]) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.errors import CheckpointError, ConfigError, cause_of
 from promoe_ds.files import write_json
 from promoe_ds.model.build import build_model
 from promoe_ds.model.dit import DiT
@@ -82,7 +82,7 @@ def read_export_config(folder: Path) -> RunConfig:
         hint = ""
         if (folder / "checkpoints").is_dir():
             hint = f". It is a run: convert it first, promoe-convert {folder} EXPORT --to single"
-        raise CheckpointError(f"{folder} is no export: {path}: {error}{hint}") from None
+        raise CheckpointError(f"{folder} is no export: {path} ({cause_of(error)}){hint}") from None
 
 
 def writer_of(origin: Any) -> Any:

@@ -45,7 +45,9 @@ def _take(run_dir: Path, config: RunConfig, resume: str, held: ExitStack) -> Non
         _lock(run_dir, config, held)
         _open(run_dir, config, resume)
     except OSError as error:
-        raise CheckpointError(f"--run-dir {run_dir}: {error}") from None
+        raise CheckpointError(
+            f"--run-dir {run_dir}: {error}: correct its rights, or take another directory"
+        ) from None
 
 
 def _require_free(run_dir: Path) -> None:
