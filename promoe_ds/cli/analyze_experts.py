@@ -1,7 +1,9 @@
 """Analyse what a model's experts specialise in, from an export and a batch of its data.
 
-promoe-experts exports/digits            writes exports/digits/experts.html and .json
-promoe-experts exports/digits --images 256 --out experts.html --export figures
+    promoe-experts exports/digits            writes exports/digits/experts.html and .json
+    promoe-experts exports/digits --images 256 --out experts.html --export figures
+
+Needs scikit-learn and vl-convert (promoe_ds[report]).
 """
 
 import argparse

@@ -3,6 +3,7 @@ HTML and one JSON.
 
     promoe-compare --recipes digits_promoe --variant no_rcl=digits_promoe,routing.rcl_weight=0 \\
         --steps 900 --seeds 0,1,2 --out runs/comparison
+    promoe-compare --methods digits --steps 900 --seeds 0,1,2 --out runs/methods
 
 The first candidate is the one that the others are compared with. The same command continues what is
 unfinished; with candidates or seeds added, only those are trained.

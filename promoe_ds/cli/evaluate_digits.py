@@ -1,7 +1,9 @@
 """Judge samples of a digits model: what share of them a classifier recognises, digit by digit.
 
-promoe-evaluate-digits samples
-promoe-evaluate-digits samples --out report.json --require 0.85
+    promoe-evaluate-digits samples
+    promoe-evaluate-digits samples --out report.json --require 0.85
+
+Needs scikit-learn (promoe_ds[report]).
 """
 
 import argparse
