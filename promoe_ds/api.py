@@ -29,7 +29,6 @@ from promoe_ds.distributed.launchers import read_place
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import configure_logging
 from promoe_ds.reports.columns import read_columns
-from promoe_ds.versions import check_deepspeed
 
 if TYPE_CHECKING:
     from promoe_ds.distributed.context import DistributedContext
@@ -63,6 +62,8 @@ def train(
             f"promoe_ds.train trains on one process, a launcher started {place.world_size}: use"
             " --module promoe_ds.cli.train there"
         )
+    from promoe_ds.versions import check_deepspeed
+
     check_deepspeed()
     given = overrides or {}
     config = load_config(recipe, [f"{name}={_as_yaml(given[name])}" for name in given])
