@@ -28,7 +28,7 @@ from promoe_ds.distributed.process_group import local_device
 from promoe_ds.errors import ConfigError, PromoeError
 from promoe_ds.model import DiT, build_model, initialise
 from promoe_ds.moe.layer import MoELayer
-from promoe_ds.train.trainer import Trainer
+from promoe_ds.training.trainer import Trainer
 
 #: `parallel.dispatch` of the layers that other libraries bring.
 LIBRARIES = EXTERNAL_DISPATCH

@@ -25,7 +25,7 @@ from promoe_ds.diffusion import SamplingPlan
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.sampling import LatentSampler, sampling_dtype
 from promoe_ds.model import build_model
-from promoe_ds.train.trainer import Trainer
+from promoe_ds.training.trainer import Trainer
 
 _T = TypeVar("_T")
 

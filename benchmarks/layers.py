@@ -36,7 +36,7 @@ from promoe_ds.routing import (
     build_router,
     partition_samples,
 )
-from promoe_ds.train.step import TrainingModule
+from promoe_ds.training.step import TrainingModule
 
 _Call = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
 _Context = Callable[[], AbstractContextManager]

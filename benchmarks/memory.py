@@ -27,7 +27,7 @@ from promoe_ds.planning.cluster import Cluster, layout_of
 from promoe_ds.planning.planner import StepPlan, plan_step
 from promoe_ds.planning.shapes import fake_world, trace_pass
 from promoe_ds.planning.trace import CollectiveWatch
-from promoe_ds.train.step import TrainingModule
+from promoe_ds.training.step import TrainingModule
 
 #: ZeRO 2 with buckets small enough to matter less than what they carry.
 ZERO_2: dict[str, Any] = {

@@ -29,7 +29,7 @@ from promoe_ds.moe.experts import BACKENDS
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing import Partition, partition_samples
 from promoe_ds.routing.assignment import RoutingPlan
-from promoe_ds.train.step import TrainingModule
+from promoe_ds.training.step import TrainingModule
 
 #: Precisions that a run may have.
 PRECISIONS = ("fp32", "bf16", "fp8")

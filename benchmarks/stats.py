@@ -19,7 +19,7 @@ from benchmarks.timing import Result, compare, wall_clock
 from promoe_ds.config import change_config
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.routing.assignment import sum_tokens_by_expert
-from promoe_ds.train.routing_log import RoutingAccumulator
+from promoe_ds.training.routing_log import RoutingAccumulator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +173,8 @@ def benchmark_report(run: SyntheticRun, folder: Path) -> Result:
 
 
 def _build_report(folder: Path) -> Path:
-    from promoe_ds.reports.expert_load.page import write_report
-    from promoe_ds.reports.expert_load.run import RunView
+    from promoe_ds.reports.load.page import write_report
+    from promoe_ds.reports.load.run import RunView
 
     page = folder / "expert_load.html"
     write_report(page, [RunView.open(folder)])

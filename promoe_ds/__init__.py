@@ -1,7 +1,7 @@
 """promoe_ds: distributed training of ProMoE diffusion transformers.
 
-`load_model(export_dir)` loads a single export, `ProMoEPipeline.from_pretrained(folder)` a diffusers
-pipeline; neither needs deepspeed, megatron or transformer-engine.
+What is public is in `__all__` and described in docs/python.md. `load_model` and `Pipeline` need no
+deepspeed, megatron or transformer-engine.
 """
 
 from __future__ import annotations
@@ -9,23 +9,45 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from promoe_ds import reports
+    from promoe_ds.api import read_routing, train
     from promoe_ds.model.export import load_model
-    from promoe_ds.pipeline import ProMoEPipeline, ProMoETransformer2DModel
+    from promoe_ds.pipeline import Pipeline, ProMoEPipeline, ProMoETransformer2DModel
 
 __version__ = "0.2.0"
-__all__ = ["ProMoEPipeline", "ProMoETransformer2DModel", "__version__", "load_model"]
+__all__ = [
+    "Pipeline",
+    "ProMoEPipeline",
+    "ProMoETransformer2DModel",
+    "__version__",
+    "load_model",
+    "read_routing",
+    "reports",
+    "train",
+]
+
+#: Where a name comes from when it is asked for: `import promoe_ds.config` stays free of torch.
+_HOMES = {
+    "Pipeline": "promoe_ds.pipeline",
+    "ProMoEPipeline": "promoe_ds.pipeline",
+    "ProMoETransformer2DModel": "promoe_ds.pipeline",
+    # diffusers looks up the base class that says how to load a pipeline's parts beside them.
+    "ModelMixin": "promoe_ds.pipeline",
+    "load_model": "promoe_ds.model.export",
+    "read_routing": "promoe_ds.api",
+    "train": "promoe_ds.api",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Deferred: `import promoe_ds.config` must stay free of torch.
-    if name == "load_model":
-        from promoe_ds.model.export import load_model
+    import importlib
 
-        return load_model
-    # diffusers looks up a pipeline's parts, and the base class that says how to load them, in their
-    # package.
-    if name in ("ProMoEPipeline", "ProMoETransformer2DModel", "ModelMixin"):
-        import promoe_ds.pipeline
-
-        return getattr(promoe_ds.pipeline, name)
+    if name == "reports":
+        return importlib.import_module("promoe_ds.reports")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

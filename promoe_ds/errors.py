@@ -79,7 +79,9 @@ class Preempted(PromoeError):  # noqa: N818  # no error: the job ended as reques
 #: What the structure of a damaged or foreign file may raise.
 _MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 #: Longer values are cut in messages.
-_LONGEST_VALUE = 60
+_LONGEST_VALUE, _LONGEST_CAUSE = 60, 200
+#: What torch puts before the cause, where it refuses to execute what a file asks for.
+_TORCH_CAUSE = "WeightsUnpickler error: "
 
 
 @contextmanager
@@ -93,8 +95,18 @@ def explaining(what: str) -> Iterator[None]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except (OSError, *_MISFITS) as error:
-        cause = next(iter(str(error).splitlines()), "")
-        raise CheckpointError(f"{what} ({type(error).__name__}: {cause})") from None
+        raise CheckpointError(f"{what} ({cause_of(error)})") from None
+
+
+def cause_of(error: BaseException) -> str:
+    """Return what a library complains of, `KIND: its first line`, for the middle of a message.
+
+    torch's first lines about a file advise to execute what the file says: they are left out.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    rest = [line.partition(_TORCH_CAUSE)[2] for line in lines if _TORCH_CAUSE in line]
+    text = _cut((rest or lines or [""])[0], _LONGEST_CAUSE)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def first_few(problems: Sequence[str], shown: int = 5) -> str:
@@ -113,5 +125,8 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+    return _cut(repr(value), _LONGEST_VALUE)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -44,7 +44,7 @@ _PRELOADED = (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
     "megatron.core.transformer.moe.moe_layer",
-    "promoe_ds.train.loop",
+    "promoe_ds.training.loop",
     "promoe_ds.checkpoint.conversion",
     "promoe_ds.distributed.context",
     "promoe_ds.evaluation.sample_job",

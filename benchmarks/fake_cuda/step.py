@@ -33,7 +33,7 @@ from promoe_ds.data import build_dataset
 from promoe_ds.errors import ConfigError
 from promoe_ds.planning.shapes import fake_world
 from promoe_ds.routing.assignment import RoutingPlan
-from promoe_ds.train.trainer import Trainer
+from promoe_ds.training.trainer import Trainer
 
 _TIMEOUT_SECONDS = 600.0
 #: Steps before the one that is noted: the first one makes the optimizer's state.
@@ -124,7 +124,7 @@ def _without_values(recorder: Recorder) -> Iterator[None]:
     """Leave out what needs values: initial weights, the hosts' names of ranks that are not there;
     answer reads of whole tensors.
     """
-    trainer, plain = "promoe_ds.train.trainer", FakeTensor.tolist
+    trainer, plain = "promoe_ds.training.trainer", FakeTensor.tolist
 
     def read(tensor: FakeTensor) -> Any:
         if sys._getframe(1).f_locals.get("sorted_idxs") is tensor:  # Megatron-core's, no counts

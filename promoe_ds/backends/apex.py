@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from promoe_ds.backends.te_support import BROKEN_INSTALLATION
 from promoe_ds.config.optimizer import OptimizerConfig
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, cause_of
 
 #: PyPI's package of this name is another one.
 INSTALL = (
@@ -47,7 +47,7 @@ def build_apex_adam(groups: list[dict[str, Any]], settings: OptimizerConfig) -> 
             groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adam_w_mode=True
         )
     except BROKEN_INSTALLATION as error:  # it looks for its kernels here
-        raise _missing(f"{type(error).__name__}: {error}") from None
+        raise _missing(cause_of(error)) from None
     optimizer.register_step_pre_hook(_take_steps)
     optimizer.register_step_post_hook(_keep_steps)
     return optimizer
@@ -58,7 +58,7 @@ def _fused_adam() -> Any:
     try:
         found = importlib.import_module("apex.optimizers").FusedAdam
     except (*BROKEN_INSTALLATION, AttributeError) as error:
-        raise _missing(f"{type(error).__name__}: {error}") from None
+        raise _missing(cause_of(error)) from None
     return found
 
 

@@ -32,7 +32,7 @@ from promoe_ds.backends.te_support import (
     megatron_fp8,
 )
 from promoe_ds.config import RunConfig
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, cause_of
 from promoe_ds.logs import get_logger
 from promoe_ds.moe.dispatch import (
     ALL_TO_ALLS_PER_STEP,
@@ -196,7 +196,7 @@ def require_megatron() -> None:
         )
         raise ConfigError(
             "parallel.dispatch=megatron needs megatron-core, which cannot be imported"
-            f" ({type(error).__name__}: {error}): {remedy}, or use parallel.dispatch=alltoall"
+            f" ({cause_of(error)}): {remedy}, or use parallel.dispatch=alltoall"
         ) from None
 
 
@@ -240,7 +240,7 @@ def _build_layer(
         raise ConfigError(
             "parallel.dispatch=megatron,"
             f" parallel.megatron_dispatcher={config.parallel.megatron_dispatcher}: Megatron refuses"
-            f" or misses a library ({error}): fix it, or use parallel.dispatch=alltoall"
+            f" or misses a library ({cause_of(error)}): fix it, or use parallel.dispatch=alltoall"
         ) from None
     if on_cpu:
         copy_without_stream(layer)

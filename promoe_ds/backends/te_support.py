@@ -15,7 +15,7 @@ import torch
 
 from promoe_ds.config import RunConfig
 from promoe_ds.config.parallel import PrecisionConfig, fp8_multiple
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, cause_of
 from promoe_ds.private_names import read_private
 
 #: Before it grouped products had neither current scaling nor MXFP8, and `te.checkpoint` refused
@@ -57,8 +57,7 @@ def find_transformer_engine() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module(_TORCH_PART)
     except BROKEN_INSTALLATION as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        return None, f"it cannot be imported ({type(error).__name__}: {first_line})"
+        return None, f"it cannot be imported ({cause_of(error)})"
     version = transformer_engine_version()
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < LEAST_VERSION:
         least = ".".join(map(str, LEAST_VERSION))

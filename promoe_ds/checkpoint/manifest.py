@@ -118,7 +118,10 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path}: format {values['format']} is not {FORMAT}; use the version that wrote it"
             )
         if values.pop(_OWN_CHECKSUM, own := _checksum_of(values)) != own:
-            raise CheckpointError(f"{path} does not match its own checksum")
+            raise CheckpointError(
+                f"{path} does not match its own checksum: copy the checkpoint again, or take"
+                " another"
+            )
         values["config"] = with_new_names(values["config"])[0]
         manifest = msgspec.convert(values, Manifest)
     named = CHECKPOINT_NAME.match(folder.resolve().name)

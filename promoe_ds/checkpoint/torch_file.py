@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from promoe_ds.backends.deepspeed_private import LossScaler, fragment_address
-from promoe_ds.errors import CheckpointError, explaining
+from promoe_ds.errors import CheckpointError, cause_of, explaining
 from promoe_ds.file_kind import SAFETENSORS, TORCH, identify
 from promoe_ds.model.shards import bytes_of
 from promoe_ds.torch_private import fake_tensors, file_offset
@@ -105,7 +105,7 @@ def check_records(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        raise CheckpointError(f"{path}: cannot be read ({cause_of(error)})") from None
     if damaged is not None:
         raise CheckpointError(
             f"{path}: its record {damaged} does not match its CRC-32: the file is damaged, or was "
@@ -127,7 +127,7 @@ def _unreadable_reason(path: Path, error: Exception) -> str:
                 f"it asks for {', '.join(wanted)} when it is opened, and files that could run code "
                 "are refused; if you trust it, save its tensors alone"
             )
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return f"{cause_of(error)}: copy or download it again"
 
 
 class TorchFileWriter:

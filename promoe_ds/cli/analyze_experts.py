@@ -1,6 +1,9 @@
 """Analyse what a model's experts specialise in, from an export and a batch of its data.
 
-promoe-experts EXPORT_DIR      EXPORT_DIR/experts.html and EXPORT_DIR/experts.json
+    promoe-experts exports/digits            writes exports/digits/experts.html and .json
+    promoe-experts exports/digits --images 256 --out experts.html --export figures
+
+Needs scikit-learn and vl-convert (promoe_ds[report]).
 """
 
 import argparse
@@ -26,7 +29,7 @@ from promoe_ds.reports.specialisation.page import (
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     defaults = Settings()
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-experts")
     parser.add_argument("export_dir", type=Path, help="folder of promoe-convert --to single")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the page; its numbers go beside it as .json"
@@ -62,6 +65,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=number(ge=0, lt=2**32), default=defaults.seed)
     parser.add_argument("--device", default="cpu")
+    parser.add_import()
     return parser.parse_args(arguments)
 
 

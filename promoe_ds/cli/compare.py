@@ -3,6 +3,7 @@ HTML and one JSON.
 
     promoe-compare --recipes digits_promoe --variant no_rcl=digits_promoe,routing.rcl_weight=0 \\
         --steps 900 --seeds 0,1,2 --out runs/comparison
+    promoe-compare --methods digits --steps 900 --seeds 0,1,2 --out runs/methods
 
 The first candidate is the one that the others are compared with. The same command continues what is
 unfinished; with candidates or seeds added, only those are trained.
@@ -24,7 +25,7 @@ _INTERRUPTED = 130
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-compare")
     parser.add_argument(
         "--methods",
         choices=JUDGES,
@@ -99,6 +100,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.recipes = tuple(name.strip() for name in options.recipes.split(",") if name.strip())
     options.variants, options.overrides = tuple(options.variants), tuple(options.overrides)
+    options.imports = tuple(options.imports)
     if methods := vars(options).pop("methods"):
         recipes, variants = methods_of(methods)
         options.recipes = (*recipes, *options.recipes)

@@ -10,9 +10,8 @@ pipeline, or a `.pth` file of the published code, whose architecture --recipe na
     single     a folder for one GPU: promoe_ds.load_model reads it without deepspeed
     official   ckpt_step_N.pth as the published code writes and reads it
     diffusers  a ProMoEPipeline's folder
-    deepspeed  a folder to --resume from, on any number of ranks: it continues at the same step with
-    --with-optimizer, and
-               starts a new run from the weights without
+    deepspeed  a folder to --resume from, on any number of ranks: with --with-optimizer at the
+               same step, without it a new run from the weights
 """
 
 import argparse
@@ -27,7 +26,7 @@ from promoe_ds.cli.options import Parser, number
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-convert")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE")
     add(
@@ -47,8 +46,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--weights",
         metavar="ema|raw|NAME",
         help=(
-            "which weights: the first moving average, the trained ones, or an average by its name;"
-            " by default ema for single and diffusers, all as they are for the others"
+            "first moving average, trained weights, or an average by name; if left out, ema for"
+            " single and diffusers, all of them for the others"
         ),
     )
     weights.add_argument(
@@ -56,8 +55,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         type=float,
         metavar="LENGTH",
         help=(
-            "a moving average of another length, mixed from the "
-            "power-function averages of a run's checkpoints (optimizer.ema_sigma_rels), e.g. 0.08"
+            "mix a moving average of another length from those of optimizer.ema_sigma_rels, e.g."
+            " 0.08"
         ),
     )
     add(

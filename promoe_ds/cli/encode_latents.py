@@ -1,16 +1,9 @@
 """Encode images into packed latents, plain and mirrored: one process, or many under
 torchrun or deepspeed.
 
-    torchrun --nproc-per-node 8 -m promoe_ds.cli.encode_latents --images imagenet/train --out
-    latents \\
-        --vae stabilityai/sd-vae-ft-mse
-    promoe-encode --images 'imagenet-1k/data/train-*.parquet' --out latents --vae ...
-    promoe-encode --images 'shards/{000..127}.tar' --captions .txt --out latents --vae ...
-    promoe-encode --from-latents sd-vae-ft-mse_Latents_256img_npz --vae-name
-    stabilityai/sd-vae-ft-mse --out latents
     promoe-encode --images pictures --out latents --vae stabilityai/sd-vae-ft-mse --captions .txt
-    promoe-encode --verify latents
-    promoe-encode --measure latents
+    promoe-encode --images 'imagenet/train-*.parquet' --out latents --vae stabilityai/sd-vae-ft-mse
+    promoe-encode --from-latents npz_folder --vae-name stabilityai/sd-vae-ft-mse --out latents
 
 The same command resumes after an interruption, on any number of processes. --from-latents (or
 --from-npz) packs the cache of the published code (`.latent.npz`) or of DiffMoE, and latents in
@@ -30,7 +23,7 @@ from promoe_ds.logs import get_logger
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-encode")
     add = parser.add_argument
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument(
@@ -133,7 +126,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def _check(parser: Parser, options: argparse.Namespace) -> None:
     """End with what does not go together."""
     is_finished = options.verify or options.measure
-    parser.require(is_finished or options.out, "--out is needed")
+    parser.require(is_finished or options.out, "--out is needed: the folder to write")
     parser.require(options.vae or not options.images, "--images needs --vae")
     if is_finished or options.captions is None:
         texts = "captions", "text_encoder", "text_length", "text_dtype", "max_uncaptioned"

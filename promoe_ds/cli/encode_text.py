@@ -22,7 +22,7 @@ from promoe_ds.logs import get_logger
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-encode-text")
     parser.add_argument(
         "--latents", type=Path, required=True, metavar="DIR", help="packed latents of the images"
     )

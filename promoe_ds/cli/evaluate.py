@@ -1,8 +1,10 @@
-"""Evaluate samples: `python -m promoe_ds.cli.evaluate --samples DIR_OR_NPZ --reference NPZ_OR_DIR
---out metrics.json`.
+"""Evaluate samples: FID, sFID, IS, precision and recall; or by a data set's own judge.
+
+    promoe-evaluate --samples samples --reference VIRTUAL_imagenet256_labeled.npz --out metrics.json
+    promoe-evaluate --samples samples --dataset emoji
 
 Also under torchrun or deepspeed. Needs no deepspeed. Samples of the data sets digits and emoji are
-judged without a reference or a download: `--samples DIR --dataset emoji`, one process.
+judged without a reference or a download, by one process.
 """
 
 import argparse
@@ -20,7 +22,7 @@ _PROMPTS = 254
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser("FID, sFID, IS, precision and recall of samples.", "promoe_ds.cli.evaluate")
+    parser = Parser(__doc__, "promoe-evaluate")
     parser.add_argument(
         "--samples",
         type=Path,
@@ -52,7 +54,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     _add_judge(parser)
     options = parser.parse_args(arguments)
     is_judged = options.dataset is not None
-    parser.require(options.samples or options.write_prompts, "--samples is needed")
+    parser.require(
+        options.samples or options.write_prompts,
+        "--samples is needed: the folder of samples, or an npz",
+    )
     if is_judged:
         other = ["reference", "metrics", "extractor", "clip", "batch_size", "save_reference"]
         other += ["half_precision_manifold", "image_size"]
@@ -173,7 +178,9 @@ def write_prompts(prompts: tuple[str, ...], path: Path) -> None:
 
     check_target(path, "--write-prompts")
     if not prompts:
-        raise ConfigError(f"--write-prompts {path}: this data set has classes, no prompts")
+        raise ConfigError(
+            f"--write-prompts {path}: this data set has classes, no prompts: leave it out"
+        )
     path.write_text("".join(f"{each}\n" for each in prompts), encoding="utf-8")
 
 

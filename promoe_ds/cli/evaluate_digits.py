@@ -1,5 +1,9 @@
-"""Judge samples of a digits model: promoe-evaluate-digits SAMPLES_DIR [--out report.json]
-[--require 0.85].
+"""Judge samples of a digits model: what share of them a classifier recognises, digit by digit.
+
+    promoe-evaluate-digits samples
+    promoe-evaluate-digits samples --out report.json --require 0.85
+
+Needs scikit-learn (promoe_ds[report]).
 """
 
 import argparse
@@ -14,7 +18,7 @@ from promoe_ds.files import json_text
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-evaluate-digits")
     parser.add_argument("samples", type=Path, help="samples.npz or the folder that holds it")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument(

@@ -1,10 +1,10 @@
 """Report how a run uses its experts, from its routing.jsonl: a summary here, a page to open, files
 to keep.
 
-promoe-load RUN_DIR                       summary, and RUN_DIR/expert_load.html
-promoe-load RUN_DIR --compare OTHER_RUN   both side by side
-promoe-load RUN_DIR --follow              a view that follows training
-promoe-load RUN_DIR --placement FILE      write an order of experts that evens out the ranks
+    promoe-load RUN_DIR                       summary, and RUN_DIR/expert_load.html
+    promoe-load RUN_DIR --compare OTHER_RUN   both side by side
+    promoe-load RUN_DIR --follow              a view that follows training
+    promoe-load RUN_DIR --placement FILE      write an order of experts that evens out the ranks
 """
 
 import argparse
@@ -15,10 +15,10 @@ from rich.console import Console
 
 from promoe_ds.cli.entry import command
 from promoe_ds.cli.options import Parser, number
-from promoe_ds.reports.expert_load.page import export, write_report
-from promoe_ds.reports.expert_load.run import open_runs
-from promoe_ds.reports.expert_load.summary import place, summarise
-from promoe_ds.reports.expert_load.terminal import follow
+from promoe_ds.reports.load.page import export, write_report
+from promoe_ds.reports.load.run import open_runs
+from promoe_ds.reports.load.summary import place, summarise
+from promoe_ds.reports.load.terminal import follow
 
 #: What --follow has nothing to do with.
 _OF_A_REPORT = ("compare", "out", "export", "last_steps", "no_html", "placement", "ep_size")
@@ -26,7 +26,7 @@ _OF_A_REPORT = ("compare", "out", "export", "last_steps", "no_html", "placement"
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-load")
     parser.add_argument("run_dir", type=Path, help="directory of a run, or its routing.jsonl")
     parser.add_argument(
         "--compare", type=Path, metavar="RUN_DIR", help="a second run, side by side"
@@ -42,8 +42,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         type=number(gt=0),
         metavar="N",
         help=(
-            "what counts as now, and what the table sums: the last so many "
-            "training steps; if left out, the table sums all and the page shows the last tenth"
+            "steps that count as now, and that the table sums; if left out, the page's last tenth,"
+            " the table's all"
         ),
     )
     parser.add_argument("--no-html", action="store_true", help="the summary alone")
@@ -69,6 +69,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="between looks with --follow (default 2)",
     )
+    parser.add_import()
     options = parser.parse_args(arguments)
     if options.follow:
         parser.without_effect(options, *_OF_A_REPORT, reason="with --follow")

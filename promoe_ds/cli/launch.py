@@ -1,4 +1,11 @@
-"""Launch on several hosts: `python -m promoe_ds.cli.launch --hostfile H -- --recipe NAME ...`."""
+"""Check several hosts, train on them by deepspeed --hostfile, watch the job, restart it.
+
+    promoe-launch --hostfile hosts -- --recipe promoe_b \\
+        --deepspeed_config ds_configs/zero2_bf16.json
+    promoe-launch --hostfile hosts --check-only -- --recipe promoe_b --deepspeed_config ...
+
+promoe-preflight is promoe-launch --check-only. What follows -- goes to promoe-train.
+"""
 
 import argparse
 import os
@@ -26,10 +33,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Job, bool]:
     What follows `--` belongs to promoe_ds.cli.train.
     Raises: ConfigError or LaunchError for what cannot be a job, or what every rank would refuse.
     """
-    parser = Parser(
-        "Check several hosts, train on them by deepspeed --hostfile, watch the job.",
-        "promoe_ds.cli.launch",
-    )
+    parser = Parser(__doc__, "promoe-launch")
     add = parser.add_argument
     add("--hostfile", type=Path, required=True, help="one `NAME slots=N` a line")
     add("--check-only", action="store_true", help="check every host, and exit")
@@ -52,7 +56,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Job, bool]:
         "training",
         nargs=argparse.REMAINDER,
         metavar="-- ...",
-        help="arguments of promoe_ds.cli.train",
+        help="arguments of promoe-train",
     )
     options = parser.parse_args(arguments)
     training = options.training[options.training[:1] == ["--"] :]
@@ -77,6 +81,7 @@ def _job(options: argparse.Namespace, training: list[str], train: argparse.Names
         deepspeed_config=train.deepspeed_config,
         config=config,
         run_dir=train.run_dir or Path("runs") / config.name,
+        imports=tuple(train.imports),
         interface=options.interface,
         master_port=options.master_port,
         max_restarts=options.max_restarts,

@@ -3,24 +3,81 @@ several commands, and types that check their values.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from promoe_ds.config.extensions import import_extension
 from promoe_ds.config.model import read_size
 from promoe_ds.config.section import name_and_message
 
+#: The page of the documentation that each command's help names.
+PAGES = {
+    "promoe-train": "docs/recipes.md",
+    "promoe-launch": "docs/multinode.md",
+    "promoe-sample": "docs/inputs.md",
+    "promoe-evaluate": "docs/inputs.md",
+    "promoe-evaluate-digits": "docs/comparison.md",
+    "promoe-convert": "docs/checkpoints.md",
+    "promoe-upcycle": "docs/checkpoints.md",
+    "promoe-encode": "docs/imagenet.md",
+    "promoe-encode-text": "docs/text.md",
+    "promoe-plan": "docs/planning.md",
+    "promoe-compare": "docs/comparison.md",
+    "promoe-load": "docs/profiling.md",
+    "promoe-experts": "docs/profiling.md",
+}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Text as it is written, options in few lines, and only what must be given in the usage."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        """Add the usage line."""
+        needed = [each for each in actions if each.required and each.option_strings]
+        words = [f"{each.option_strings[0]} {each.metavar or each.dest.upper()}" for each in needed]
+        others = [str(each.metavar or each.dest) for each in actions if not each.option_strings]
+        line = ["%(prog)s", *words, "[options]", *others]
+        super().add_usage(" ".join(line), actions, groups, prefix)
+
+
+class _Import(argparse.Action):
+    """Imports the file at once: what it registers may be named by the options behind it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        import_extension(values)
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help is a command's docstring as it is written."""
+    """A parser whose help is a command's docstring, with its examples, and the page about it.
 
-    def __init__(self, description: str | None, prog: str | None = None) -> None:
+    prog: the command's name, of PAGES.
+    """
+
+    def __init__(self, description: str | None, prog: str) -> None:
         super().__init__(
             prog=prog,
             description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"More: {PAGES[prog]}",
+            formatter_class=_Help,
         )
 
     def require(self, holds: object, problem: str) -> None:
@@ -37,15 +94,27 @@ class Parser(argparse.ArgumentParser):
             )
 
     def add_overrides(self, text: str = "override the recipe, e.g. train.max_steps=100") -> None:
-        """Add --set."""
+        """Add --set, and --import for what it may name."""
         self.add_argument(
             "--set",
             dest="overrides",
             nargs="+",
             action="extend",
             default=[],
-            metavar="SECTION.FIELD=VALUE",
+            metavar="FIELD=VALUE",
             help=text,
+        )
+        self.add_import()
+
+    def add_import(self) -> None:
+        """Add --import."""
+        self.add_argument(
+            "--import",
+            dest="imports",
+            action=_Import,
+            default=[],
+            metavar="FILE",
+            help="Python file or module with a router or data set of your own; may be repeated",
         )
 
     def add_run(self, deepspeed_config: Path | None = None) -> None:

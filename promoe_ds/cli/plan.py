@@ -1,5 +1,7 @@
-"""Plan a run before it starts: promoe-plan --recipe NAME --nodes N --gpus-per-node G [--gpu h100]
-[--pipeline].
+"""Plan a run before it starts: memory, traffic and time of a step.
+
+    promoe-plan --recipe promoe_b --nodes 2 --gpus-per-node 8 --gpu h100
+    promoe-plan --recipe promoe_b --nodes 2 --pipeline
 
 Prints parameters, memory of a rank, bytes sent over each link and a predicted step time, of the
 recipe as it is and of the fastest layout that fits; with --pipeline disk, time and memory of every
@@ -31,7 +33,7 @@ from promoe_ds.planning.cluster import NETWORKS, Cluster, layout_of
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-plan")
     parser.add_run(deepspeed_config=DS_CONFIGS_DIR / "zero2_bf16.json")
     parser.add_argument("--nodes", type=number(ge=1), default=1)
     parser.add_argument("--gpus-per-node", type=number(ge=1), default=8)
@@ -76,7 +78,7 @@ def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
     if config.data.dataset != "latents":
         raise ConfigError(
             f"--recipe {options.recipe}: data.dataset={config.data.dataset}, the pipeline trains on"
-            " latents"
+            " latents: name a recipe with data.dataset=latents"
         )
     assumptions = Assumptions(device=DEVICES[options.gpu])
     steps = plan_pipeline(

@@ -1,5 +1,7 @@
-"""Sample from an export: `python -m promoe_ds.cli.sample --model EXPORT_DIR --out DIR`, also under
-torchrun or deepspeed.
+"""Sample images from an export, by one process, or by many under torchrun or deepspeed.
+
+    promoe-sample --model exports/digits --out samples --num 500 --grid
+    promoe-sample --model exports/emoji --out samples --prompt "red apple" --cfg-scale 3
 
 Needs no deepspeed, but for --checkpoint-steps. The same command resumes after an interruption.
 """
@@ -15,7 +17,7 @@ from promoe_ds.logs import get_logger
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser("Sample images from an exported model.", "promoe_ds.cli.sample")
+    parser = Parser(__doc__, "promoe-sample")
     add = parser.add_argument
     add(
         "--model",
@@ -67,6 +69,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=1,
         help="processes that share a set of experts: for models that fit no device",
     )
+    parser.add_import()
     parser.add_process()
     add(
         "--features",
@@ -162,6 +165,7 @@ def main(arguments: list[str]) -> None:
         "cfg_scales": [scale for scales in options.cfg_scales for scale in scales],
     }
     del options.local_rank, options.prompts_file, options.checkpoint_steps, options.cfg_scales
+    del options.imports
     with joined_processes(options.device) as team:
         for path in draw_series(SampleRequest(**vars(options)), team, **series):
             get_logger("sample").info("done: %s", path)

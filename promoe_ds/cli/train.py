@@ -1,5 +1,9 @@
-"""Train: `deepspeed --module promoe_ds.cli.train --recipe NAME --deepspeed_config FILE`, or
-torchrun, srun, python -m.
+"""Train a diffusion transformer: one process, or one of many under deepspeed, torchrun or srun.
+
+    promoe-train --recipe digits_promoe --set parallel.ep_size=1 \\
+        --deepspeed_config ds_configs/zero0_fp32.json
+    deepspeed --num_gpus 8 --module promoe_ds.cli.train --recipe promoe_b \\
+        --deepspeed_config ds_configs/zero2_bf16.json --run-dir runs/b
 """
 
 import argparse
@@ -10,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from promoe_ds.api import run_training
 from promoe_ds.cli.entry import command
 from promoe_ds.cli.options import Parser
 from promoe_ds.config import (
@@ -46,22 +51,22 @@ class _ShowFields(argparse.Action):
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser("Train a diffusion transformer.", "promoe_ds.cli.train")
+    parser = Parser(__doc__, "promoe-train")
     parser.add_run()
-    parser.add_argument("--run-dir", type=Path, help="default: runs/<recipe's name>")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<recipe's name>")
     parser.add_argument(
         "--resume",
         default="auto",
         help=(
-            "auto (newest complete checkpoint of this run), none, or the path of a checkpoint, run,"
-            " export or published .pth, whose model may have other classes, size or experts"
+            "auto: this run's newest checkpoint; none; or the path of a checkpoint, run, export or"
+            " published .pth, whose model may differ in classes, size, experts"
         ),
     )
     parser.add_argument(
         "--label-map",
         type=Path,
         metavar="FILE",
-        help="with --resume PATH: YAML, new label: old label (or new), which rows classes keep",
+        help="with --resume PATH: YAML, `new label: old label` (or `new`)",
     )
     parser.add_argument(
         "--fields",
@@ -69,15 +74,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="SECTION",
-        help="print what --set takes, with defaults and meaning (docs/recipes.md), and exit",
+        help="print what --set takes, with defaults and meaning, and exit",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help=(
-            "print config, sizes and memory plan, and exit; without a launcher for the fewest ranks"
-            " possible"
-        ),
+        help=("print config, sizes and memory, and exit; for the fewest ranks without a launcher"),
     )
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
@@ -112,29 +114,22 @@ def main(arguments: list[str]) -> None:
 
     from promoe_ds.backends.process_group import start_distributed
     from promoe_ds.distributed.process_group import complete_environment, stop_distributed
-    from promoe_ds.train.run import Run, train
-    from promoe_ds.train.supervisor import supervised
+    from promoe_ds.training.supervisor import supervised
 
     run_dir = options.run_dir or Path("runs") / config.name
     complete_environment()
     with supervised(
         config.supervision, run_dir, early, config.parallel.timeout_seconds
     ) as supervisor:
-        ranks = start_distributed(config.parallel.timeout_seconds)
-        evaluate = None
-        if config.evaluation.every:
-            from promoe_ds.evaluation.online import OnlineEvaluation
-
-            evaluate = OnlineEvaluation(config, ranks)
-        asked = Run(
-            config=config,
-            deepspeed_plan=plan,
-            run_dir=run_dir,
+        run_training(
+            config,
+            plan,
+            run_dir,
+            start_distributed(config.parallel.timeout_seconds),
+            supervisor,
             resume=options.resume,
             label_map=options.label_map,
-            evaluate=evaluate,
         )
-        train(asked, ranks, supervisor)
         stop_distributed()
 
 

@@ -1,9 +1,11 @@
-"""Make a mixture of experts of a dense model: promoe-upcycle SOURCE DESTINATION --recipe promoe_b
+"""Make a mixture of experts of a dense model.
+
+    promoe-upcycle runs/dit_b start --recipe promoe_b
+    promoe-upcycle dit.pth start --recipe promoe_b --source-recipe dit_b --prototypes random
 
 SOURCE is a dense checkpoint of any format that promoe-convert reads; DESTINATION is then trained
 with `--resume DESTINATION`. The shared experts take the first hidden units of every dense
 feed-forward, all other experts the rest; prototypes start at the k-means centroids of real tokens.
-docs/checkpoints.md says what of the dense function is kept.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from promoe_ds.cli.options import Parser, number
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "promoe-upcycle")
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument(
         "destination",

@@ -6,6 +6,7 @@ and the operations with `torch.utils.flop_counter`.
 
 from dataclasses import dataclass
 
+from promoe_ds.config.routing import RouterSize
 from promoe_ds.config.schema import RunConfig
 
 TIMESTEP_FREQUENCIES = 256
@@ -57,7 +58,7 @@ def count_parameters(config: RunConfig) -> ParameterCount:
     )
     dense = _outside_blocks(config) + model.depth * _block_without_feed_forward(config)
     dense += (model.depth - layers) * _feed_forward(width, config.dense_width, model.mlp_type)
-    dense += layers * (_router_parameters(config) + shared)
+    dense += layers * (_router_size(config).parameters + shared)
     return ParameterCount(
         dense=dense,
         routed=layers * routing.num_experts * expert,
@@ -84,15 +85,15 @@ def forward_flops_per_image(config: RunConfig, text_tokens: int = 0) -> int:
     routed = routing.top_k * config.expert_width * _MATRICES[routing.expert_type]
     shared = routing.num_shared_experts * config.shared_expert_width
     active = routed + shared * _MATRICES[config.shared_expert_type]
-    router_per_token, router_per_image = _router_products(config)
+    router = _router_size(config)
     per_token = (
         (model.in_channels + model.out_channels) * patch * width
         + depth * inner * (4 * width + 2 * (tokens + text_tokens))
         + (depth - layers) * _MATRICES[model.mlp_type] * width * config.dense_width
-        + layers * (width * active + router_per_token)
+        + layers * (width * active + router.per_token)
     )
     per_image = (
-        TIMESTEP_FREQUENCIES * width + (3 + 6 * depth) * width * width + layers * router_per_image
+        TIMESTEP_FREQUENCIES * width + (3 + 6 * depth) * width * width + layers * router.per_image
     )
     if model.condition == "text":
         per_image += model.pooled_width * width + 2 * depth * text_tokens * model.text_width * inner
@@ -109,27 +110,10 @@ def _feed_forward(width: int, hidden: int, expert_type: str) -> int:
     return _MATRICES[expert_type] * width * hidden + biases
 
 
-def _router_parameters(config: RunConfig) -> int:
-    width, experts = config.model.hidden_size, config.routing.num_experts
-    biases = {
-        "diff_moe": width + experts,
-        "expert_race": width + config.target_patch_values,
-        "classification": experts,
-    }
-    weights = 0 if config.routing.method in ("kmeans", "hash") else sum(_router_products(config))
-    return weights + biases.get(config.routing.method, 0)
-
-
-def _router_products(config: RunConfig) -> tuple[int, int]:
-    """Multiply-adds of one layer's router: per token and per image."""
-    width, experts = config.model.hidden_size, config.routing.num_experts
-    special = {
-        "hash": (0, 0),
-        "classification": (0, width * experts),
-        "diff_moe": (width * (experts + width + experts), 0),
-        "expert_race": (width * (width + experts + config.target_patch_values), 0),
-    }
-    return special.get(config.routing.method, (width * experts, 0))
+def _router_size(config: RunConfig) -> RouterSize:
+    return config.routing.traits.size(
+        config.model.hidden_size, config.routing.num_experts, config.target_patch_values
+    )
 
 
 def _block_without_feed_forward(config: RunConfig) -> int:

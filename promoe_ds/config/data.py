@@ -1,28 +1,52 @@
 """The data section: where samples come from."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from promoe_ds.config.section import Section, Switch, require
+from promoe_ds.config.section import NameIn, Section, Switch, require
 
-#: Data sets that are read from a folder, and what it holds.
-ON_DISK = {
-    "latents": "the folder of *.safetensors shards",
-    "images": "a tree of images, one folder a class",
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetTraits:
+    """What the rest of a run must know of a data set before it is opened.
+
+    folder: what `data.path` holds, "" if it is not read.
+    conditions: what its samples may be conditioned on.
+    size: pixels a side and channels of pictures that come as they are; None: the recipe's.
+    classes: that it has labels of, 0 if the recipe says so.
+    holds_latents: whether its samples are an autoencoder's, whatever their channels.
+    several_sizes: whether its samples may be of the sizes of `model.buckets`.
+    """
+
+    folder: str = ""
+    conditions: tuple[str, ...] = ("class", "text")
+    size: tuple[int, int] | None = None
+    classes: int = 0
+    holds_latents: bool = False
+    several_sizes: bool = False
+
+
+#: Every data set; what opens it is the entry of promoe_ds.data.build.DATASETS. A file that --import
+# names adds its own (examples/custom_dataset.py).
+DATASETS: dict[str, DatasetTraits] = {
+    "digits": DatasetTraits(size=(8, 1), conditions=("class",), classes=10),
+    "emoji": DatasetTraits(size=(32, 3), conditions=("text",)),
+    "latents": DatasetTraits(
+        folder="the folder of *.safetensors shards", holds_latents=True, several_sizes=True
+    ),
+    "images": DatasetTraits(
+        folder="a tree of images, one folder a class", conditions=("class",), holds_latents=True
+    ),
+    "synthetic": DatasetTraits(several_sizes=True),
 }
-#: Data sets that have labels and no texts.
-OF_CLASSES = ("digits", "images")
-#: Data sets that may have latents of several sizes.
-PACKED = ("latents", "synthetic")
-#: Pictures that a package brings: pixels a side, channels.
-EMBEDDED = {"digits": (8, 1), "emoji": (32, 3)}
 
 
 class DataConfig(Section):
     """Where samples come from."""
 
-    dataset: Literal["digits", "emoji", "latents", "images", "synthetic"] = Field(
+    dataset: Annotated[str, NameIn(DATASETS)] = Field(
         "digits",
         description=(
             "scikit-learn's digits; OpenMoji's pictures with captions; encoded latents; images, "
@@ -106,9 +130,14 @@ class DataConfig(Section):
     heldout_fraction: float = Field(0.2, gt=0, lt=1, description="of digits, never trained on")
     synthetic_samples: int = Field(4096, gt=0, description="length of the data set `synthetic`")
 
+    @property
+    def traits(self) -> DatasetTraits:
+        """What DATASETS says of this data set."""
+        return DATASETS[self.dataset]
+
     def check(self) -> None:
         """Refuse fields that contradict each other."""
-        if self.dataset not in ON_DISK:
+        if not self.traits.folder:
             self.refuse_set("path", use=f"dataset={self.dataset}")
             require(
                 self.flip is not True,

@@ -190,7 +190,7 @@ def _recipe_path(recipe: str | Path) -> Path:
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: the recipe is its own base")
+        raise ConfigError(f"{path}: the recipe is its own base: change its `base`")
     try:
         values = read_yaml(path.read_bytes(), str(path))
     except OSError as error:

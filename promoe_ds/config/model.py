@@ -171,7 +171,8 @@ class ModelConfig(Section):
         ):
             require(
                 not any(side % self.patch_size for side in sides(size)),
-                f"patch_size={self.patch_size} does not divide {name}={size_name(size)}",
+                f"patch_size={self.patch_size} does not divide {name}={size_name(size)}: change"
+                " one of them",
             )
         if not self.buckets:
             return

@@ -125,7 +125,7 @@ class OptimizerConfig(Section):
 
     def check(self) -> None:
         """Refuse fields that contradict each other."""
-        require(self.min_lr <= self.lr, f"min_lr={self.min_lr} exceeds lr={self.lr}")
+        require(self.min_lr <= self.lr, f"min_lr={self.min_lr} exceeds lr={self.lr}: lower it")
         require(
             len(set(self.averages.values())) == len(self.ema_decays) + len(self.ema_sigma_rels),
             f"ema_decays={list(self.ema_decays)}, ema_sigma_rels={list(self.ema_sigma_rels)}: two"

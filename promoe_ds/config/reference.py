@@ -9,6 +9,7 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import ConfigError
 
 _TYPES = {"integer": "int", "number": "float", "boolean": "bool", "string": "str"}
+_TYPES["object"] = "mapping"
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 _NEEDED = "must be set"
 

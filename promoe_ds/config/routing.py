@@ -1,30 +1,47 @@
 """The routing section: which method serves the mixture of experts, and its settings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from promoe_ds.config.section import Section, require
+from promoe_ds.config.section import NameIn, Section, name_and_message, require
 
-RoutingMethod = Literal[
-    "dense",
-    "token_choice",
-    "expert_choice",
-    "dit_moe",
-    "ec_dit",
-    "diff_moe",
-    "expert_race",
-    "classification",
-    "kmeans",
-    "hash",
-]
+
+class RouterSize(NamedTuple):
+    """Parameters of one layer's router, and its multiply-adds per token and per image."""
+
+    parameters: int
+    per_token: int
+    per_image: int = 0
+
+
+def linear_gate(width: int, experts: int, target_values: int) -> RouterSize:
+    """Return the size of a matrix (E, D) without bias.
+
+    Args:
+        target_values: P, which a router predicts for every token (Expert Race).
+    """
+    return RouterSize(width * experts, width * experts)
+
+
+def _pool_gate(width: int, experts: int, target_values: int) -> RouterSize:
+    products = width * (experts + width + experts)
+    return RouterSize(products + width + experts, products)
+
+
+def _race_gate(width: int, experts: int, target_values: int) -> RouterSize:
+    products = width * (width + experts + target_values)
+    return RouterSize(products + width + target_values, products)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What the rest of a run must know of a routing method before any router is built.
 
+    size: from D, E and P (0 without regularisation by the target) to the router's size.
+    options: the section that `routing.options` is read by; None: there are none.
     reads: fields of RoutingConfig that not every method reads; elsewhere a value other than the
     default is refused.
     tokens_choose: every token asks for top_k experts; otherwise the experts choose among tokens.
@@ -38,14 +55,17 @@ class Method:
     single_choice: bool = False
     mixes_samples: bool = False
     unit_gates: bool = False
+    size: Callable[[int, int, int], RouterSize] = linear_gate
+    options: type[Section] | None = None
 
 
 _Step = Annotated[int, Field(ge=0)]
 
 _PROMOE = ("activation", "score_scale", "rcl_weight", "rcl_temperature", "rcl_scope")
 _BALANCE = ("balance_weight", "balance_level")
-#: Every routing method; its router is the class registered for it in promoe_ds.routing.
-METHODS: dict[RoutingMethod, Method] = {
+#: Every routing method; its router is the class registered for it in promoe_ds.routing. A file that
+# --import names adds its own (examples/custom_router.py).
+METHODS: dict[str, Method] = {
     "dense": Method(),
     "token_choice": Method(reads=(*_PROMOE, "rcl_assignments", *_BALANCE)),
     "expert_choice": Method(reads=_PROMOE, tokens_choose=False),
@@ -55,16 +75,22 @@ METHODS: dict[RoutingMethod, Method] = {
         reads=("capacity_schedule", "capacity_weight", "threshold_decay"),
         tokens_choose=False,
         mixes_samples=True,
+        size=_pool_gate,
     ),
     "expert_race": Method(
         reads=("activation", "threshold_decay", "similarity_weight", "per_layer_weight"),
         tokens_choose=False,
+        size=_race_gate,
     ),
     "classification": Method(
-        reads=("classification_weight", "superclass_map", "superclasses"), single_choice=True
+        reads=("classification_weight", "superclass_map", "superclasses"),
+        single_choice=True,
+        size=lambda width, experts, _: RouterSize((width + 1) * experts, 0, width * experts),
     ),
-    "kmeans": Method(single_choice=True),
-    "hash": Method(unit_gates=True),
+    "kmeans": Method(
+        single_choice=True, size=lambda width, experts, _: RouterSize(0, width * experts)
+    ),
+    "hash": Method(unit_gates=True, size=lambda *_: RouterSize(0, 0)),
 }
 
 
@@ -75,8 +101,13 @@ class RoutingConfig(Section):
     experts choose, top_k is the number of experts that a token has on average.
     """
 
-    method: RoutingMethod = Field(
+    method: Annotated[str, NameIn(METHODS)] = Field(
         "token_choice", description="token_choice and expert_choice are ProMoE's"
+    )
+    options: dict[str, Any] = Field(
+        {},
+        validate_default=True,
+        description="of a method of your own (--import), which declares them",
     )
     moe_blocks: Literal["interleave", "all"] = Field(
         "interleave", description="odd blocks, or every block"
@@ -154,6 +185,25 @@ class RoutingConfig(Section):
         ),
     )
 
+    @field_validator("options")
+    @classmethod
+    def _read_options(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Read the options by the method's own section, and fill in those left out."""
+        if (method := info.data.get("method")) is None:
+            return values
+        section = METHODS[method].options
+        if section is None:
+            require(not values, f"has no use for method={method}: leave it out")
+            return {}
+        try:
+            return section.model_validate(values).model_dump(mode="json")
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name, message = name_and_message(problem)
+            if problem["type"] == "extra_forbidden":
+                message = f"no such option; there are {', '.join(section.model_fields)}"
+            raise ValueError(f"{name}={problem['input']}: {message}") from None
+
     @property
     def traits(self) -> Method:
         """What METHODS says of this method."""
@@ -163,7 +213,7 @@ class RoutingConfig(Section):
         """Refuse fields that contradict each other."""
         require(
             self.method == "dense" or self.top_k <= self.num_experts,
-            f"top_k={self.top_k} exceeds num_experts={self.num_experts}",
+            f"top_k={self.top_k} exceeds num_experts={self.num_experts}: lower it",
         )
         require(
             not self.traits.single_choice or self.top_k == 1,

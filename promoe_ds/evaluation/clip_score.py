@@ -11,7 +11,7 @@ import torch
 from promoe_ds.data.reading import reading
 from promoe_ds.data.vae import fingerprint_of, without_tf32
 from promoe_ds.distributed.context import DistributedContext
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, cause_of
 from promoe_ds.evaluation.sources import FolderImages, NpzImages
 
 CLIP_SCORE = "clip_score"
@@ -31,7 +31,8 @@ class ClipScorer:
             from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
         except ImportError as error:
             raise ConfigError(
-                f"--clip {source}: needs transformers ({error}): pip install 'promoe_ds[text]'"
+                f"--clip {source}: needs transformers ({cause_of(error)}):"
+                " pip install 'promoe_ds[text]'"
             ) from None
         with reading(Path(source), "CLIP with tokenizer and preprocessor_config.json"):
             network, found = CLIPModel.from_pretrained(

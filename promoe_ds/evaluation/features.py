@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.config.model import sides
 from promoe_ds.data.vae import fingerprint_of, without_tf32
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, cause_of
 from promoe_ds.file_kind import SCRIPT, identify
 from promoe_ds.versions import versions_of
 
@@ -157,8 +157,8 @@ def load_extractor(source: str, device: torch.device | str) -> Extractor:
         network = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
-            f"extractor {source}: no TorchScript archive that can be read:"
-            f" {str(error).splitlines()[0]}"
+            f"extractor {source}: no TorchScript archive that can be read ({cause_of(error)}):"
+            " save the network with torch.jit.script(network).save(FILE)"
         ) from None
     return Extractor(network, {"name": source, "checksum": _checksum(path)}, device)
 
@@ -181,9 +181,9 @@ class _TensorflowInception(nn.Module):
             AttributeError,
         ) as error:  # torchvision of another build fails in its own ways
             raise ConfigError(
-                f"extractor inception: torch-fidelity cannot be imported ({type(error).__name__}:"
-                f" {str(error).splitlines()[0]}): pip install 'promoe_ds[eval]' beside a"
-                " torchvision made for this torch, or name a network of your own"
+                f"extractor inception: torch-fidelity cannot be imported ({cause_of(error)}): pip"
+                " install 'promoe_ds[eval]' beside a torchvision made for this torch, or name a"
+                " network of your own"
             ) from None
         try:
             self._network = FeatureExtractorInceptionV3(
@@ -193,7 +193,7 @@ class _TensorflowInception(nn.Module):
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"extractor inception: its weights cannot be loaded ({str(error).splitlines()[0]}):"
+                f"extractor inception: its weights cannot be loaded ({cause_of(error)}):"
                 " give them as inception:FILE"
             ) from None
         self._spatial: Tensor | None = None

@@ -51,7 +51,7 @@ _REMEDY = ". Free the disk and run the same command again"
 def draws_pixels(config: RunConfig) -> bool:
     """Whether a model makes images as they are: one or three channels, and not trained on latents,
     which may have as many."""
-    return config.model.in_channels in (1, 3) and config.data.dataset not in ("latents", "images")
+    return config.model.in_channels in (1, 3) and not config.data.traits.holds_latents
 
 
 def to_uint8(images_NCHW: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from promoe_ds.evaluation.images import draws_pixels, image_shape, to_uint8
 from promoe_ds.evaluation.reference import check_fits, open_reference, read_reference
 from promoe_ds.evaluation.sampling import LatentSampler, even_passes, sampling_dtype
 from promoe_ds.evaluation.statistics import RunningGaussian
-from promoe_ds.train.trainer import Trainer
+from promoe_ds.training.trainer import Trainer
 
 _WANTED = ("pool", RunningGaussian)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from promoe_ds.config import RunConfig, load_config, read_deepspeed_json
+from promoe_ds.config.extensions import import_extension
 from promoe_ds.launch.network import local_interfaces, resolve
 from promoe_ds.launch.processes import kill_leftover_processes
 
@@ -56,6 +57,18 @@ def config_hash(config: RunConfig, deepspeed: Mapping[str, Any]) -> str:
     """Return a checksum of a resolved recipe and DeepSpeed JSON."""
     text = json.dumps([config.model_dump(mode="json"), deepspeed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_config_hash(
+    recipe: str, overrides: Sequence[str], deepspeed_config: str, imports: Sequence[str]
+) -> str:
+    """Return `config_hash` of what this host reads.
+
+    Raises: ConfigError; whatever a file of `imports` raises.
+    """
+    for name in imports:
+        import_extension(name)
+    return config_hash(load_config(recipe, overrides), read_deepspeed_json(deepspeed_config))
 
 
 def check_run_directory(folder: str, name: str, token: str) -> dict[str, Any]:
@@ -96,8 +109,8 @@ def count_gpus() -> dict[str, Any]:
 _ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "time": lambda: {"time": time.time()},
     "describe": describe,
-    "config": lambda recipe, overrides, deepspeed_config: {
-        "hash": config_hash(load_config(recipe, overrides), read_deepspeed_json(deepspeed_config))
+    "config": lambda recipe, overrides, deepspeed_config, imports: {
+        "hash": read_config_hash(recipe, overrides, deepspeed_config, imports)
     },
     "run_directory": check_run_directory,
     "port": check_port,

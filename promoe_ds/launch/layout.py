@@ -22,6 +22,7 @@ class Job:
     deepspeed_config: str
     config: RunConfig
     run_dir: Path
+    imports: tuple[str, ...] = ()
     interface: str = ""
     master_port: int = 29500
     max_restarts: int = 0

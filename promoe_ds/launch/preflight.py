@@ -117,7 +117,8 @@ def _clock_offset(agent: Agent) -> float:
 def _check_config(job: Job, hosts: _Hosts) -> None:
     here = config_hash(job.config, read_deepspeed_json(job.deepspeed_config))
     source = {"recipe": job.recipe, "deepspeed_config": job.deepspeed_config}
-    for host, answer in hosts.ask("config", overrides=job.overrides, **source):
+    more = {"overrides": job.overrides, "imports": job.imports}
+    for host, answer in hosts.ask("config", **source, **more):
         if answer["hash"] != here:
             problem = "reads another recipe or DeepSpeed JSON than this host"
             hosts.add(host, problem, "let all hosts read the same files")

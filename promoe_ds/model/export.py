@@ -18,7 +18,7 @@ from torch import Tensor
 
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.errors import CheckpointError, ConfigError
+from promoe_ds.errors import CheckpointError, ConfigError, cause_of
 from promoe_ds.files import write_json
 from promoe_ds.model.build import build_model
 from promoe_ds.model.dit import DiT
@@ -82,7 +82,7 @@ def read_export_config(folder: Path) -> RunConfig:
         hint = ""
         if (folder / "checkpoints").is_dir():
             hint = f". It is a run: convert it first, promoe-convert {folder} EXPORT --to single"
-        raise CheckpointError(f"{folder} is no export: {path}: {error}{hint}") from None
+        raise CheckpointError(f"{folder} is no export: {path} ({cause_of(error)}){hint}") from None
 
 
 def writer_of(origin: Any) -> Any:
@@ -103,6 +103,16 @@ def read_export_origin(folder: Path) -> dict[str, Any]:
     return origin
 
 
+def read_export_state(folder: Path, config: RunConfig) -> dict[str, Tensor]:
+    """Return the weights of an export.
+
+    Raises: CheckpointError naming a tensor or file that is missing or does not fit.
+    """
+    state = dict(ShardReader(folder, WEIGHTS_STEM).items())
+    check_state(state, config)
+    return state
+
+
 def load_model(
     export_dir: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> DiT:
@@ -120,8 +130,7 @@ def load_model(
     """
     folder = Path(export_dir)
     config = read_export_config(folder)
-    state = dict(ShardReader(folder, WEIGHTS_STEM).items())
-    check_state(state, config)
+    state = read_export_state(folder, config)
     with torch.device("meta"):
         network = build_model(config)
     return fill_network(network, state).to(device=device, dtype=dtype)

@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from promoe_ds.errors import CheckpointError
+from promoe_ds.errors import CheckpointError, cause_of
 from promoe_ds.file_kind import SAFETENSORS, identify
 
 #: Larger sets of tensors are cut into files of at most this many bytes.
 MAX_SHARD_BYTES = 2 * 10**9
 _CHECKSUMS = "xxh3_64"
+_AGAIN = ": copy or convert the export again"
 
 
 class ShardReader:
@@ -58,7 +59,9 @@ class ShardReader:
                 self.dtypes[name] = handle.get_slice(name).get_dtype()
             self._checksums |= self._read_checksums(file) if check else {}
         if missing := self._files.keys() - self.shapes.keys():
-            raise CheckpointError(f"{folder}: {sorted(missing)[0]} is in the index and in no file")
+            raise CheckpointError(
+                f"{folder}: {sorted(missing)[0]} is in the index and in no file{_AGAIN}"
+            )
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, mapped from its file, after comparing it with its checksum where the
@@ -70,7 +73,7 @@ class ShardReader:
             value = handle.get_tensor(name)
         if name in self._checksums and self._checksums[name] != digest(value):
             raise CheckpointError(
-                f"{self._folder / self._files[name]}: {name} does not match its checksum"
+                f"{self._folder / self._files[name]}: {name} does not match its checksum{_AGAIN}"
             )
         return value
 
@@ -95,12 +98,12 @@ class ShardReader:
     @contextmanager
     def _reading(self, name: str) -> Iterator[safe_open]:
         if name not in self._files:
-            raise CheckpointError(f"{self._folder}: holds no {name}")
+            raise CheckpointError(f"{self._folder}: holds no {name}{_AGAIN}")
         try:
             yield self._handle(self._files[name])
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"{self._folder / self._files[name]}: cannot be read: {error}"
+                f"{self._folder / self._files[name]}: cannot be read ({cause_of(error)}){_AGAIN}"
             ) from None
 
     def _read_checksums(self, file: str) -> dict[str, str]:
@@ -110,7 +113,7 @@ class ShardReader:
             return dict(json.loads(text))
         except (ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{self._folder / file}: {_CHECKSUMS} cannot be understood ({error})"
+                f"{self._folder / file}: {_CHECKSUMS} cannot be understood ({cause_of(error)})"
             ) from None
 
     def _handle(self, file: str) -> safe_open:
@@ -120,12 +123,14 @@ class ShardReader:
             try:
                 self._open = (file, safe_open(self._folder / file, framework="pt"))
             except OSError as error:
-                raise CheckpointError(f"{self._folder / file}: cannot be read: {error}") from None
+                raise CheckpointError(
+                    f"{self._folder / file}: cannot be read: {error.strerror or error}"
+                ) from None
             except SafetensorError as error:
                 kind = identify(self._folder / file)
                 raise CheckpointError(
                     f"{self._folder / file}: cannot be read: "
-                    f"{error if kind == SAFETENSORS else f'it is {kind}'}"
+                    f"{cause_of(error) if kind == SAFETENSORS else f'it is {kind}'}"
                 ) from None
         return self._open[1]
 
@@ -188,7 +193,7 @@ class ShardWriter:
                 metadata={"format": "pt", _CHECKSUMS: json.dumps(self._checksums)},
             )
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be written: {error}") from None
+            raise CheckpointError(f"{path}: cannot be written ({cause_of(error)})") from None
         self._written.append((path, list(self._pending)))
         self._pending, self._checksums, self._bytes = {}, {}, 0
 
@@ -218,12 +223,10 @@ def _read_index(folder: Path, stem: str) -> dict[str, str]:
         files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder / single}: there is no such file, nor {index.name}"
+            f"{folder / single}: there is no such file, nor {index.name}{_AGAIN}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{index}: cannot be understood ({type(error).__name__}: {error})"
-        ) from None
+        raise CheckpointError(f"{index}: cannot be understood ({cause_of(error)})") from None
     for file in files.values():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{index}: the file name {file!r} leaves the folder")

@@ -2,7 +2,7 @@
 
 from diffusers import ModelMixin
 
-from promoe_ds.pipeline.pipeline import ProMoEPipeline
+from promoe_ds.pipeline.pipeline import Pipeline, ProMoEPipeline
 from promoe_ds.pipeline.transformer import ProMoETransformer2DModel
 
-__all__ = ["ModelMixin", "ProMoEPipeline", "ProMoETransformer2DModel"]
+__all__ = ["ModelMixin", "Pipeline", "ProMoEPipeline", "ProMoETransformer2DModel"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from promoe_ds.diffusion.sampler import (
     initial_noise,
     sample_latents,
 )
+from promoe_ds.diffusion.schedulers import build_scheduler
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.grids import as_picture
 from promoe_ds.evaluation.images import draws_pixels, to_uint8
@@ -77,6 +79,27 @@ class ProMoEPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             text_encoder=text_encoder,
         )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> ProMoEPipeline:
+        """Load a pipeline.
+
+        Args:
+            pretrained_model_name_or_path: a pipeline's folder or hub id, as diffusers takes it; or
+            a single export, a run directory (its newest checkpoint) or a checkpoint, of which the
+            first average of the weights is taken, else the weights.
+            options: diffusers' own; of an export, run or checkpoint `torch_dtype`, and the parts
+            `scheduler`, `vae`, `tokenizer`, `text_encoder` where they are needed.
+        Raises: CheckpointError naming what is missing or damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir() or (folder / "model_index.json").is_file():
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        transformer = ProMoETransformer2DModel.from_export(folder, options.pop("torch_dtype", None))
+        scheduler = options.pop("scheduler", None) or build_scheduler(transformer.run_config)
+        return cls(transformer, scheduler, **options)
 
     @torch.no_grad()
     def __call__(
@@ -252,6 +275,10 @@ class ProMoEPipeline(DiffusionPipeline):
         if output_type == "np":
             return pixels.astype(np.float32) / 255
         return [as_picture(image) for image in pixels]
+
+
+#: The short name.
+Pipeline = ProMoEPipeline
 
 
 def _draws(

@@ -6,7 +6,8 @@ Letters: B images, Z latent channels, H, W latent size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -17,8 +18,16 @@ from torch import Tensor
 
 from promoe_ds.condition import Condition
 from promoe_ds.config import config_from_dict
+from promoe_ds.config.schema import RunConfig
 from promoe_ds.model import build_model
-from promoe_ds.model.export import writer_of
+from promoe_ds.model.export import (
+    CONFIG_FILE,
+    fill_network,
+    read_export_config,
+    read_export_origin,
+    read_export_state,
+    writer_of,
+)
 
 
 @dataclass
@@ -53,6 +62,19 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if (origin or {}).get("own_positions"):
             self.denoiser.keep_own_positions()
 
+    @classmethod
+    def from_export(cls, folder: Path, dtype: torch.dtype | None = None) -> Self:
+        """Load the network of a single export, a run directory or a checkpoint.
+
+        Raises: CheckpointError naming what is missing or damaged.
+        """
+        read = _read_export if (folder / CONFIG_FILE).is_file() else _read_run
+        config, origin, state = read(folder)
+        with torch.device("meta"):
+            model = cls(config.model_dump(mode="json"), origin)
+        fill_network(model.denoiser, state)
+        return model.eval() if dtype is None else model.to(dtype=dtype).eval()
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -82,3 +104,23 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             sample = self.denoiser(hidden_states, timestep_B, class_labels)
             output = ProMoETransformer2DModelOutput(sample=sample)
         return output if return_dict else output.to_tuple()
+
+
+_Parts = tuple[RunConfig, dict[str, Any], dict[str, Tensor]]
+
+
+def _read_export(folder: Path) -> _Parts:
+    config = read_export_config(folder)
+    return config, read_export_origin(folder), read_export_state(folder, config)
+
+
+def _read_run(folder: Path) -> _Parts:
+    # An export needs no deepspeed; reading what training wrote does.
+    from promoe_ds.checkpoint.conversion.convert import find_weights
+    from promoe_ds.checkpoint.conversion.sources import open_folder
+
+    source = open_folder(folder)
+    kind = find_weights(source, None)
+    state = {name: source.read(kind, name) for name in source.kinds[kind]}
+    source.check(kind)
+    return source.info.config, source.info.origin, state

@@ -26,9 +26,9 @@ from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.planning.cluster import ClusterLayout
 from promoe_ds.planning.trace import ShapeTrace
 from promoe_ds.planning.zero import States, partition_size
-from promoe_ds.train.clipping import global_grad_norm
-from promoe_ds.train.ema import Ema, FusedUpdate
-from promoe_ds.train.health import HealthWatch
+from promoe_ds.training.clipping import global_grad_norm
+from promoe_ds.training.ema import Ema, FusedUpdate
+from promoe_ds.training.health import HealthWatch
 
 #: Parts of a step beside its passes: gradients that are reduced while the backward pass runs, and
 #: after it; the update; the gathering of the weights.

@@ -27,8 +27,8 @@ from promoe_ds.planning.trace import ShapeTrace
 from promoe_ds.planning.zero import States, states_of_groups
 from promoe_ds.routing.assignment import RoutingPlan
 from promoe_ds.torch_private import fake_store, fake_tensors
-from promoe_ds.train.router_state import give_superclasses
-from promoe_ds.train.step import TrainingModule, autocast_context
+from promoe_ds.training.router_state import give_superclasses
+from promoe_ds.training.step import TrainingModule, autocast_context
 
 #: Settings whose memory and traffic shapes of plain tensors do not show: what can be planned.
 _PLANNED = (

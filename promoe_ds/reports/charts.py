@@ -69,13 +69,23 @@ class Chart:
         """
         name = slug(re.sub(r", last [\d,]+ steps", "", self.title))
         (folder / f"{name}.csv").write_text(csv_text(self.rows), encoding="utf-8")
+        (folder / f"{name}.png").write_bytes(self.png())
+
+    def png(self) -> bytes:
+        """Return the picture, in the light theme.
+
+        Raises: ConfigError without vl-convert.
+        """
         spec = self.vega_lite()
         width = 1.5 * WIDTH if spec["width"] == "container" else spec["width"]
         note = textwrap.wrap(self.note, int(width / 6.4))
         title = {"text": self.title, "subtitle": note, "anchor": "start"}
         spec |= {"width": width, "background": THEMES["light"]["card"], "title": title}
-        png = vl_convert().vegalite_to_png(spec, config=vega_config("light"), scale=2)
-        (folder / f"{name}.png").write_bytes(png)
+        return vl_convert().vegalite_to_png(spec, config=vega_config("light"), scale=2)
+
+    def _repr_png_(self) -> bytes:
+        """Return what a notebook shows."""
+        return self.png()
 
 
 def csv_text(rows: Sequence[Sequence[Any]]) -> str:

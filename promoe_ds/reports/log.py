@@ -101,7 +101,17 @@ def load_log(run_dir: Path) -> RoutingLog:
 
     Raises: DataError if there is no such file, nothing in it, or a newer schema.
     """
-    path, columns = log_file(run_dir), Columns()
+    path = log_file(run_dir)
+    columns, notes = collect(path)
+    return columns.arrange(path, notes)
+
+
+def collect(path: Path) -> tuple[Columns, list[str]]:
+    """Return what a file's lines say, and notes about those that were left out.
+
+    Raises: as `load_log`.
+    """
+    columns = Columns()
     problems, schemas, is_cut = [], [], False
     for number, _, line, problem in read_lines(path):
         if line is not None and not (problem := columns.take(line)):
@@ -128,7 +138,7 @@ def load_log(run_dir: Path) -> RoutingLog:
             f"{early:,} of {len(schemas):,} lines have schema 1: gates by expert, prototypes, waits"
             " and tables by class and patch were not logged then"
         )
-    return columns.arrange(path, notes)
+    return columns, notes
 
 
 def by_first_number(values: np.ndarray, order: Sequence[int] | None) -> np.ndarray:

@@ -78,7 +78,7 @@ class BatchPoolRouter(GateRouter):
         else:
             expert_ids_N, pool_ids_N = self._predicted_choice(scores_TE, logits_TE)
         token_ids_N = pool_token_ids(partition, pool_ids_N, tokens_per_image)
-        assignment, stats = self._plan_pairs(
+        assignment, stats = self.plan_pairs(
             token_ids_N,
             expert_ids_N,
             scores_TE[pool_ids_N, expert_ids_N],

@@ -61,7 +61,7 @@ class ClassificationRouter(Router):
         logits_BE = linear_fp32(mean_BD, self.classifier)
         gate_B, expert_B = logits_BE.softmax(dim=-1).max(dim=-1)
         shape = (*tokens_BSD.shape[:2], 1)
-        assignment, stats = self._plan_token_choice(
+        assignment, stats = self.plan_token_choice(
             tokens_BSD,
             gate_B[:, None, None].expand(shape),
             expert_B[:, None, None].expand(shape),

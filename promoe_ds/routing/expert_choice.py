@@ -41,7 +41,7 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
             settings.activation,
             dim=1,
         )
-        assignment, stats, chosen_BEC = self._plan_expert_choice(scores_BSE, capacity, partition)
+        assignment, stats, chosen_BEC = self.plan_expert_choice(scores_BSE, capacity, partition)
         aux_losses = {}
         if self.training and settings.rcl_weight > 0:
             aux_losses["rcl"] = settings.rcl_weight * expert_choice_contrastive_loss(
@@ -73,5 +73,5 @@ class LinearExpertChoiceRouter(GateRouter):
         tokens = partition.take_routed(tokens_BSD)
         capacity = self._capacity(tokens.shape[1])
         scores_BSE = linear_scores(tokens, self.gate_weight).softmax(dim=-1)
-        assignment, stats, _ = self._plan_expert_choice(scores_BSE, capacity, partition)
+        assignment, stats, _ = self.plan_expert_choice(scores_BSE, capacity, partition)
         return RoutingPlan(assignment=assignment, aux_losses={}, stats=stats)

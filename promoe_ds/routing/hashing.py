@@ -72,9 +72,7 @@ class HashRouter(Router):
             self._table_SK = torch.tensor(table).to(tokens_BSD.device, non_blocking=True)
         expert_ids_BSK = self._table_SK[:tokens].expand(batch, -1, -1)
         gates_BSK = at_least_fp32(tokens_BSD).new_full(expert_ids_BSK.shape, 1 / self.top_k)
-        assignment, stats = self._plan_token_choice(
-            tokens_BSD, gates_BSK, expert_ids_BSK, partition
-        )
+        assignment, stats = self.plan_token_choice(tokens_BSD, gates_BSK, expert_ids_BSK, partition)
         return RoutingPlan(assignment=assignment, aux_losses={}, stats=stats)
 
 

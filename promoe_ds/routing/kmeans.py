@@ -63,9 +63,7 @@ class KMeansRouter(Router):
         """
         scores_BSE = (-euclidean_distances(tokens_BSD, self.centroids)).softmax(dim=-1)
         gates_BS1, expert_ids_BS1 = choose_top_k(scores_BSE, 1)
-        assignment, stats = self._plan_token_choice(
-            tokens_BSD, gates_BS1, expert_ids_BS1, partition
-        )
+        assignment, stats = self.plan_token_choice(tokens_BSD, gates_BS1, expert_ids_BS1, partition)
         observation = (
             self._observe(tokens_BSD.detach(), expert_ids_BS1, partition) if self.training else None
         )

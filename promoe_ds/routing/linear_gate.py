@@ -34,9 +34,7 @@ class LinearGateRouter(GateRouter):
         settings = self.settings
         scores_BSE = linear_scores(tokens_BSD, self.gate_weight).softmax(dim=-1)
         gates_BSK, expert_ids_BSK = choose_top_k(scores_BSE, self.top_k)
-        assignment, stats = self._plan_token_choice(
-            tokens_BSD, gates_BSK, expert_ids_BSK, partition
-        )
+        assignment, stats = self.plan_token_choice(tokens_BSD, gates_BSK, expert_ids_BSK, partition)
         aux_losses = {}
         if self.training and settings.balance_weight > 0:
             aux_losses["balance"] = settings.balance_weight * load_balance_loss(

@@ -80,7 +80,7 @@ class ExpertRaceRouter(GateRouter):
             winning_ids_N % self.num_experts,
         )
         token_ids_N = pool_token_ids(partition, pool_ids_N, tokens_per_image)
-        assignment, stats = self._plan_pairs(
+        assignment, stats = self.plan_pairs(
             token_ids_N,
             expert_ids_N,
             scores_TE.flatten()[winning_ids_N],

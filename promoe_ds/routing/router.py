@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from promoe_ds.config.routing import RoutingConfig, RoutingMethod
+from promoe_ds.config.routing import RoutingConfig
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.kernels.router_ops import mean_similarity
@@ -86,7 +86,7 @@ class Router(KeepsBuffersPrecise):
         for buffer in self.buffers():
             buffer.zero_()
 
-    def _plan_token_choice(
+    def plan_token_choice(
         self,
         tokens_BSD: Tensor,
         gates_BSK: Tensor,
@@ -129,7 +129,7 @@ class Router(KeepsBuffersPrecise):
         )
         return assignment, self._stats(counts_BE, gate_sums_BE, partition)
 
-    def _plan_expert_choice(
+    def plan_expert_choice(
         self, scores_BSE: Tensor, capacity: int, partition: Partition
     ) -> tuple[Assignment, RoutingStats, Tensor]:
         """Let every expert choose C tokens of each routed sample; also returns their places
@@ -147,7 +147,7 @@ class Router(KeepsBuffersPrecise):
         token_ids_N = pool_token_ids(
             partition, (sample_B * tokens_per_image + places_BL).flatten(), tokens_per_image
         )
-        assignment, stats = self._plan_pairs(
+        assignment, stats = self.plan_pairs(
             token_ids_N, experts_BL.flatten(), gates_BL.flatten(), partition, tokens_per_image
         )
         return assignment, stats, chosen_BEC
@@ -176,7 +176,7 @@ class Router(KeepsBuffersPrecise):
             ),
         )
 
-    def _plan_pairs(
+    def plan_pairs(
         self,
         token_ids_N: Tensor,
         expert_ids_N: Tensor,
@@ -218,7 +218,7 @@ class Router(KeepsBuffersPrecise):
 
 
 #: The router of every `routing.method` but dense; `config.routing.METHODS` names its settings.
-ROUTERS: dict[RoutingMethod, type[Router]] = {}
+ROUTERS: dict[str, type[Router]] = {}
 
 
 def build_router(config: RunConfig, block: int = 0) -> Router:

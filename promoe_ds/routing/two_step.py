@@ -63,9 +63,7 @@ class TwoStepRouter(PrototypeRouter):
         )
         scores_BSE = activate(scores_BSE, settings.activation)
         gates_BSK, expert_ids_BSK = choose_top_k(scores_BSE, settings.top_k)
-        assignment, stats = self._plan_token_choice(
-            tokens_BSD, gates_BSK, expert_ids_BSK, partition
-        )
+        assignment, stats = self.plan_token_choice(tokens_BSD, gates_BSK, expert_ids_BSK, partition)
         token_sums_ED, again_BSD = None, passed_BSD
         sums_are_all = settings.top_k == 1 or settings.rcl_assignments == "all"
         if self.training and sums_are_all and uses_triton(tokens_BSD, self.kernels):

@@ -16,7 +16,7 @@ from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe import AllToAllDispatcher, StackedExperts
 from promoe_ds.routing import ClassificationRouter, KMeansRouter, partition_samples
-from promoe_ds.train.clipping import global_grad_norm
+from promoe_ds.training.clipping import global_grad_norm
 
 from ..processes import run_ranks
 from .scenes import EXPERTS, WIDTH, scene

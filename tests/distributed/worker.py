@@ -22,9 +22,9 @@ from promoe_ds.diffusion.rectified_flow import RectifiedFlow
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.process_group import complete_environment, stop_distributed
 from promoe_ds.errors import PromoeError
-from promoe_ds.train import trainer as trainer_module
-from promoe_ds.train.run import Run, train
-from promoe_ds.train.trainer import Trainer
+from promoe_ds.training import trainer as trainer_module
+from promoe_ds.training.run import Run, train
+from promoe_ds.training.trainer import Trainer
 
 REAL_LOSSES = RectifiedFlow.losses
 REAL_WRITE = RecordingStorage._write

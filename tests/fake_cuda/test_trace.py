@@ -18,7 +18,7 @@ from .cases import CASES, COUNTS, LAYOUTS, MEGATRON, METHODS, Case, installed
 _EVERY_RUN = {*METHODS, *LAYOUTS, *MEGATRON}
 #: How often the host reads, waits or copies, by place: once a step, a pass. Whatever is added here
 #: makes the host wait for the device: think first.
-_A_STEP = {"device to host: promoe_ds/train/trainer.py:Trainer._decide_on_device": 1}
+_A_STEP = {"device to host: promoe_ds/training/trainer.py:Trainer._decide_on_device": 1}
 _BATCH = "pinned host to device: promoe_ds/diffusion/objective.py:DiffusionBatch.to"
 
 _REDUCTION = "reduction_private.py:GradientReducer"

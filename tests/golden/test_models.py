@@ -13,8 +13,8 @@ from promoe_ds.config import count_parameters
 from promoe_ds.diffusion import DiffusionBatch, SamplingPlan, sample_latents
 from promoe_ds.model import DiT, build_model
 from promoe_ds.model.official import from_official, to_official
-from promoe_ds.train.ema import Ema
-from promoe_ds.train.step import TrainingModule
+from promoe_ds.training.ema import Ema
+from promoe_ds.training.step import TrainingModule
 
 from .conftest import Case
 from .published import config_of, method_of, model_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,17 +15,24 @@ from pathlib import Path
 
 import pytest
 
+#: Of a command's help: a screen.
+_MOST_LINES = 55
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 @pytest.mark.parametrize(("name", "target"), PROJECT["scripts"].items(), ids=PROJECT["scripts"])
-def test_console_script_explains_itself(name, target, monkeypatch, capsys) -> None:
+def test_console_script_explains_itself_on_a_screen(name, target, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as ending:
         EntryPoint(name, target, "console_scripts").load()()
     assert ending.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: ")
+    *lines, page = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("usage: promoe-") and len(lines) < _MOST_LINES
+    examples = [line for line in lines if re.match(r"    (promoe-\w|deepspeed |torchrun )", line)]
+    assert len(examples) >= 2
+    assert (ROOT / page.removeprefix("More: ")).is_file()
 
 
 def test_every_command_has_a_console_script() -> None:

@@ -149,7 +149,9 @@ def convert_source(source: Source, request: Request) -> Conversion:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         _publish(folder, final)
     except OSError as error:
-        raise CheckpointError(f"{final}: cannot be written: {error}") from None
+        raise CheckpointError(
+            f"{final}: cannot be written: {error}: free the disk, or take another place"
+        ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     weights = next(iter(content.kinds.values()))
@@ -297,8 +299,8 @@ def _verify(
         for name in shapes:
             if digest(written.read(kind, name)) != digests[kind, name]:
                 raise CheckpointError(
-                    f"{written.info.path}: {kind} of {name} reads back differently: the disk is "
-                    "not to be trusted"
+                    f"{written.info.path}: {kind} of {name} reads back differently: check "
+                    "the disk, then convert again"
                 )
         written.check(kind)
 

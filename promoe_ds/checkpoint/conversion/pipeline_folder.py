@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.text_encoder import encoder_of, load_text_model
 from promoe_ds.data.vae import identify, load_autoencoder
+from promoe_ds.diffusion.schedulers import build_scheduler
 from promoe_ds.errors import CheckpointError, ConfigError, explaining
 from promoe_ds.files import write_json
 from promoe_ds.model.export import writer_of
@@ -55,7 +55,7 @@ def write_pipeline_configs(
         "text_encoder": [None, None],
         "tokenizer": [None, None],
     }
-    scheduler = _scheduler(config)
+    scheduler = build_scheduler(config)
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     if vae is not None:
@@ -97,18 +97,3 @@ def read_pipeline_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         origin = dict(values.get("origin") or {})
         config = config_from_dict(values["run"], source=str(path), written_by=writer_of(origin))
     return config, origin
-
-
-def _scheduler(
-    config: RunConfig,
-) -> FlowMatchEulerDiscreteScheduler | DDPMScheduler | DDIMScheduler:
-    """Return the scheduler nearest to the recipe's solver, Euler's for every solver of a
-    flow.
-    """
-    timesteps = config.diffusion.num_train_timesteps
-    if config.diffusion.objective == "rectified_flow":
-        return FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=timesteps, shift=config.diffusion.shift
-        )
-    kind = DDPMScheduler if config.resolved_solver == "ddpm" else DDIMScheduler
-    return kind(num_train_timesteps=timesteps, beta_schedule="linear", clip_sample=False)

@@ -131,7 +131,10 @@ def _read_sections(path: Path, content: Any) -> tuple[dict[str, dict[str, Tensor
     A state dict without a name is taken as the raw weights.
     """
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path}: holds no state dict, but a {type(content).__name__}")
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}, not a state dict: save the model's"
+            " state_dict()"
+        )
     sections = {
         kind: content[name]
         for kind, names in _SECTIONS.items()

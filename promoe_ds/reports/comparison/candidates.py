@@ -75,6 +75,7 @@ class ComparisonRequest:
     samples: int = 500
     sample_seed: int = 0
     tolerance: float = 0.05
+    imports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What follows a training: convert, sample, judge.
 
-`python -m promoe_ds.reports.comparison.judge RUN_DIR SAMPLES SAMPLE_SEED`, a process of its own, as
-the training was: a crash or a lack of memory costs one run, and ends with it.
+`python -m promoe_ds.reports.comparison.judge RUN_DIR SAMPLES SAMPLE_SEED [FILE.py ...]`, a process
+of its own, as the training was: a crash or a lack of memory costs one run, and ends with it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from promoe_ds.config.extensions import import_extension
 from promoe_ds.errors import PromoeError
 from promoe_ds.files import write_json
 from promoe_ds.reports.comparison.results import JUDGEMENT_FILE
@@ -75,6 +76,8 @@ def judge_run(run_dir: Path, *, samples: int, sample_seed: int) -> dict[str, Any
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     try:
+        for name in sys.argv[4:]:
+            import_extension(name)
         judgement = judge_run(folder, samples=int(sys.argv[2]), sample_seed=int(sys.argv[3]))
         write_json(folder / JUDGEMENT_FILE, judgement)
     except PromoeError as problem:

@@ -50,7 +50,7 @@ def collect_result(run_dir: Path, config: RunConfig) -> Result:
     if step != config.train.max_steps:
         raise DataError(
             f"{run_dir}: the newest checkpoint is of step {step}, not of the last one,"
-            f" {config.train.max_steps}"
+            f" {config.train.max_steps}: train it to its end"
         )
     curve, times = read_metrics(run_dir / "metrics.jsonl", config.train.global_batch_size)
     last = max(1, round(_FINAL_SHARE_OF_LINES * len(curve)))

@@ -86,6 +86,7 @@ def train_command(run: PlannedRun, request: ComparisonRequest) -> list[str]:
         *(launcher if request.ranks > 1 else []),
         "-m",
         "promoe_ds.cli.train",
+        *(part for name in request.imports for part in ("--import", name)),
         "--recipe",
         run.candidate.recipe,
         "--deepspeed_config",
@@ -103,7 +104,8 @@ def train_command(run: PlannedRun, request: ComparisonRequest) -> list[str]:
 def judge_command(run: PlannedRun, request: ComparisonRequest) -> list[str]:
     """Return the command that converts, samples and judges a trained run."""
     numbers = str(request.samples), str(request.sample_seed)
-    return [sys.executable, "-m", "promoe_ds.reports.comparison.judge", str(run.run_dir), *numbers]
+    module = "promoe_ds.reports.comparison.judge"
+    return [sys.executable, "-m", module, str(run.run_dir), *numbers, *request.imports]
 
 
 #: What is done of each run, one after the other, each in a process of its own.

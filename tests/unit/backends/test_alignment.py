@@ -19,7 +19,7 @@ from promoe_ds.checkpoint.manifest import read_manifest
 from promoe_ds.checkpoint.save import Saver
 from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from promoe_ds.config import RunConfig
-from promoe_ds.train.trainer import Trainer
+from promoe_ds.training.trainer import Trainer
 
 from ..builders import of_method, small_config
 

@@ -18,7 +18,7 @@ from promoe_ds.backends.apex import INSTALL, build_apex_adam, check_apex
 from promoe_ds.checkpoint.torch_file import load_torch
 from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.errors import ConfigError
-from promoe_ds.train.ema import Ema
+from promoe_ds.training.ema import Ema
 
 from ..builders import random_tensor
 
@@ -183,7 +183,7 @@ def test_a_run_with_apex_leaves_decisions_to_the_host(tmp_path, monkeypatch) -> 
     from promoe_ds.backends.deepspeed_private import forget_expert_groups
     from promoe_ds.cli import train
     from promoe_ds.distributed.process_group import stop_distributed
-    from promoe_ds.train import trainer
+    from promoe_ds.training import trainer
 
     install(monkeypatch, FusedAdam=FusedAdam)
     monkeypatch.setattr(trainer, "check_apex", lambda device, offloads: None)

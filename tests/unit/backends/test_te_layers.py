@@ -19,7 +19,7 @@ from promoe_ds.config.parallel import Fp8Recipe, PrecisionConfig
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT
-from promoe_ds.train.step import TrainingModule
+from promoe_ds.training.step import TrainingModule
 
 from ..builders import random_network, random_tensor, small_config
 from .fake_te import install

@@ -10,7 +10,7 @@ import torch
 from benchmarks import parity
 from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.errors import TrainingError
-from promoe_ds.train.step import TrainingModule
+from promoe_ds.training.step import TrainingModule
 
 from ..backends import fake_te
 from ..builders import random_network, small_config

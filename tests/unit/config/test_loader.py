@@ -81,7 +81,7 @@ def test_several_problems_are_all_reported() -> None:
     values = small_values(
         model={"depth": 0}, routing={"rcl_scope": "world"}, train={"foo_bar_baz": 1}
     )
-    with refuses("\n  model.depth=0", "\n  routing.rcl_scope=world", "\n  train.foo_bar_baz"):
+    with refuses("\n  model.depth=0", "\n  routing.rcl_scope=world", "; train.foo_bar_baz"):
         config_from_dict(values, source="recipe")
 
 

@@ -19,7 +19,7 @@ from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.sample_job import draw_samples
 from promoe_ds.evaluation.sample_request import SampleRequest
-from promoe_ds.train.step import TrainingModule
+from promoe_ds.training.step import TrainingModule
 
 from ..builders import condition_of, random_network, random_tensor
 from ..data.text_encoders import save_encoder

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from promoe_ds.config import load_config
-from promoe_ds.reports.expert_load.run import RunView
+from promoe_ds.reports.load.run import RunView
 
 from .routing_logs import interval, write
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from promoe_ds.config import count_parameters, load_config, training_flops_per_image
-from promoe_ds.reports.expert_load import findings
-from promoe_ds.reports.expert_load.page import layer_rows
-from promoe_ds.reports.expert_load.run import RunView
+from promoe_ds.reports.load import findings
+from promoe_ds.reports.load.page import layer_rows
+from promoe_ds.reports.load.run import RunView
 
 from .routing_logs import interval, write
 

@@ -16,10 +16,10 @@ from PIL import Image
 from promoe_ds.errors import ConfigError
 from promoe_ds.reports import page as pages
 from promoe_ds.reports.charts import Chart, csv_text, line_chart
-from promoe_ds.reports.expert_load.charts import load_over_time, overview_charts
-from promoe_ds.reports.expert_load.layer_charts import layer_charts
-from promoe_ds.reports.expert_load.page import build_page, export, write_report
-from promoe_ds.reports.expert_load.run import RunView, open_runs
+from promoe_ds.reports.load.charts import load_over_time, overview_charts
+from promoe_ds.reports.load.layer_charts import layer_charts
+from promoe_ds.reports.load.page import build_page, export, write_report
+from promoe_ds.reports.load.run import RunView, open_runs
 from promoe_ds.reports.maps import heat_chart, map_over_time
 
 from .routing_logs import detail, interval, line, old, write

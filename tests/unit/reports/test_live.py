@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console, Group
 
 from promoe_ds.errors import DataError
-from promoe_ds.reports.expert_load import terminal
-from promoe_ds.reports.expert_load.terminal import Follower, draw
+from promoe_ds.reports.load import terminal
+from promoe_ds.reports.load.terminal import Follower, draw
 
 from .routing_logs import detail, interval, line, write
 

@@ -13,7 +13,7 @@ from promoe_ds.moe.collectives import EXCHANGES
 from promoe_ds.reports import log as log_module
 from promoe_ds.reports.log import load_log
 from promoe_ds.reports.records import json_schema
-from promoe_ds.train.metrics import append_lines
+from promoe_ds.training.metrics import append_lines
 
 from .routing_logs import detail, interval, line, old, write
 

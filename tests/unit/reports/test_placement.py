@@ -9,14 +9,14 @@ import pytest
 
 from promoe_ds.config import load_config
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.reports.expert_load.placement import (
+from promoe_ds.reports.load.placement import (
     advise,
     balance,
     exchange,
     unevenness,
     write_placement,
 )
-from promoe_ds.reports.expert_load.run import RunView
+from promoe_ds.reports.load.run import RunView
 from promoe_ds.reports.log import load_log
 
 from .routing_logs import interval, line, write
