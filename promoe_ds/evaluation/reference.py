@@ -173,7 +173,7 @@ def save_features(
     """
     if team.on_main(lambda: _holds_features(path, extractor, len(images))):
         return
-    probe = extractor.probe(images.height, images.channels)
+    probe = extractor.probe(images.size, images.channels)
     outputs = [output for output in _STATED if getattr(probe, output) is not None]
     wanted = [(output, RunningGaussian) for output in outputs]
     known, _ = summarise(images, extractor, team, batch_size=batch_size, wanted=wanted)
