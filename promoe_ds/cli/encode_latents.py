@@ -11,7 +11,7 @@ torchrun or deepspeed.
 
 The same command resumes after an interruption, on any number of processes. --from-npz packs the
 cache of the published code (`.latent.npz`) or of DiffMoE. The folder's format is in
-docs/imagenet.md; `--set data.path=latents` trains on it.
+docs/guides/imagenet.md; `--set data.path=latents` trains on it.
 """
 
 import argparse

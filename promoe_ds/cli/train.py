@@ -69,7 +69,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="SECTION",
-        help="print what --set takes, with defaults and meaning (docs/recipes.md), and exit",
+        help="print what --set takes, with defaults and meaning, and exit",
     )
     parser.add_argument(
         "--dry-run",

@@ -1,4 +1,6 @@
-"""Every command of docs/paper_tables.md loads, and its parameter counts are those printed there."""
+"""Every command of docs/measured/paper_tables.md loads, and its parameter counts are those
+printed there.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 from promoe_ds.config import count_parameters, load_config
 from tests.unit.builders import superclass_map
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "paper_tables.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "measured" / "paper_tables.md"
 _ROW = re.compile(
     r"^\| (?P<model>[^|]+) \| `(?P<arguments>[^`]+)` \| (?P<activated>\S+) \| (?P<total>\S+) \| "
     r"(?P<published>[^|]*) \|",

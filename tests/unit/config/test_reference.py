@@ -13,7 +13,7 @@ from promoe_ds.config.reference import field_lines, field_tables, list_fields
 
 from .said import refuses
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "recipes.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "recipes.md"
 FIELDS = {each.name: each for fields in list_fields().values() for each in fields}
 
 
@@ -41,7 +41,7 @@ def test_reference_states_types_limits_and_defaults(name: str, takes: str, defau
 
 def test_reference_document_holds_the_tables() -> None:
     assert field_tables() in DOCUMENT.read_text(encoding="utf-8"), (
-        "docs/recipes.md: put in what field_tables() returns"
+        "docs/reference/recipes.md: put in what field_tables() returns"
     )
 
 
