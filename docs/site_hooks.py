@@ -23,7 +23,9 @@ from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[1]
 _MADE = re.compile(r"^<!-- made: (\w+) -->$", re.MULTILINE)
-_FETCHED = re.compile(r'<(?:script|img|link|iframe|source)\b[^>]*(?:src|href)="(?:https?:)?//[^>]*>')
+_FETCHED = re.compile(
+    r'<(?:script|img|link|iframe|source)\b[^>]*(?:src|href)="(?:https?:)?//[^>]*>'
+)
 
 
 def on_page_markdown(markdown: str, **unused: object) -> str:

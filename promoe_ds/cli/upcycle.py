@@ -3,7 +3,7 @@
 SOURCE is a dense checkpoint of any format that promoe-convert reads; DESTINATION is then trained
 with `--resume DESTINATION`. The shared experts take the first hidden units of every dense
 feed-forward, all other experts the rest; prototypes start at the k-means centroids of real tokens.
-docs/reference/checkpoints.md says what of the dense function is kept.
+docs/guides/finetune.md says what of the dense function is kept.
 """
 
 import argparse
