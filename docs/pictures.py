@@ -276,7 +276,7 @@ def draw_house(variant: str) -> str:
         (x, y), *inner, (to_x, to_y) = (place[point] for point in way)
         passed = [(px, py + side) for px, py in inner for side in (-16, 16)]
         sheet.arrow((x, y + 16), *passed, (to_x, to_y - 17))
-    for room in levels:
+    for room in sorted(levels):
         x, y = place[room]
         sheet.box(x - 58, y - 16, 116, 32)
         sheet.text(x, y + 5, room)
