@@ -36,7 +36,7 @@ PAGES = [
     ),
 ]
 _BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>(?:not )?run): (?P<words>.*) -->\n)?"
+    r"(?:^<!-- (?P<mark>(?:not )?run): (?P<words>[^\n]*) -->\n)?"
     r"^```(?P<kind>bash|python)\n(?P<code>.*?)^```",
     re.MULTILINE | re.DOTALL,
 )
@@ -84,6 +84,8 @@ def _command(line: str) -> list[str]:
         words = [_SIZES.get(re.sub(r"_(s|b|l|xl)$", "", word), word) for word in words]
         words = [word.replace("zero2_bf16", "zero2_fp32") for word in words]
         words += ["--set", *TINY, "parallel.ep_size=1"]
+    elif "--recipe" in words and words[1].endswith(("convert_checkpoint.py", "upcycle.py")):
+        words += ["--set", *(setting for setting in TINY if setting.startswith("model."))]
     return words
 
 
