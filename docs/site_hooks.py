@@ -160,8 +160,12 @@ def public_names() -> list[str]:
 def _undocumented(thing: griffe.Object | griffe.Alias) -> Iterator[str]:
     if not thing.has_docstring:
         yield thing.path
-    for member in thing.members.values() if thing.is_class else ():
-        if member.is_public and member.is_function:
+    if thing.is_module:
+        members = [thing[name] for name in thing.exports or ()]
+    else:
+        members = [each for each in thing.members.values() if thing.is_class and each.is_function]
+    for member in members:
+        if member.is_public:
             yield from _undocumented(member)
 
 
