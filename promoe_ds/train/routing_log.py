@@ -2,8 +2,8 @@
 routing.jsonl.
 
 The format is documented in docs/reference/routing_stats.md. Letters: B images, S tokens per
-image, D width, E routed experts, L MoE layers, Q timestep bins, N rows of an assignment, P passes, w ranks of an
-expert-parallel group, X exchanges.
+image, D width, E routed experts, L MoE layers, Q timestep bins, N rows of an assignment, P passes,
+w ranks of an expert-parallel group, X exchanges.
 """
 
 from __future__ import annotations

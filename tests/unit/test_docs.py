@@ -1,4 +1,4 @@
-"""What the site says of the house is so: paths that code names, drawings, the router of its page."""
+"""What the site says of the house is so: paths that code names, drawings, the page's router."""
 
 from __future__ import annotations
 
