@@ -115,4 +115,4 @@ def test_commands_of_a_page_run(page: str, checkout: Path) -> None:
             assert block.words
             continue
         for command in commands_of(block):
-            succeed(run(*command, cwd=checkout, timeout=120))
+            succeed(run(*command, cwd=checkout))
