@@ -30,7 +30,7 @@ EOF
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
         echo "installing into $(python -c 'import sys; print(sys.prefix)')"
         (cd "$promoe_root" && python -m pip install --quiet --disable-pip-version-check \
-            --constraint launch_scripts/constraints.txt --editable '.[megatron,report,test,text]') || return 1
+            --constraint launch_scripts/constraints.txt --editable '.[docs,megatron,report,test,text]') || return 1
         echo "$wanted" > "$stamp"
     fi
     # One thread a rank: ranks share the cores of a laptop, and results do not depend on their number.

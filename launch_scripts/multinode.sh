@@ -3,7 +3,7 @@
 #
 # Checks every host, launches over pdsh, watches the job and restarts it, e.g.
 #   ./launch_scripts/multinode.sh hosts promoe_xl ds_configs/zero2_bf16.json /shared/runs/xl --max-restarts 3 -- --set parallel.ep_size=4
-# From the first ssh key to the first step: docs/multinode.md.
+# From the first ssh key to the first step: docs/guides/multinode.md.
 set -euo pipefail
 if [ $# -lt 4 ]; then
     sed -n 's/^# //;2p' "$0" >&2

@@ -2,7 +2,7 @@
 # Train on this host alone: ./launch_scripts/single_node.sh RECIPE DEEPSPEED_CONFIG RUN_DIR [arguments of promoe_ds.cli.train]
 #
 # One rank for each GPU, or PROMOE_RANKS of them. SIGTERM, Ctrl-C and SIGUSR1 let the ranks finish their step, save and end
-# with code 75 (docs/multinode.md).
+# with code 75 (docs/guides/multinode.md).
 set -euo pipefail
 if [ $# -lt 3 ]; then
     sed -n 's/^# //;2p' "$0" >&2

@@ -5,7 +5,7 @@ case "${1:-}" in -h | --help)
     cat << 'EOF'
 usage: ./launch_scripts/test.sh [--all] [pytest arguments]
 
-Sets up an environment, then runs ruff and the tests, several at a time.
+Sets up an environment, then runs ruff, mypy, the site (strict) and the tests, several at a time.
   (nothing)   everything that guards a promise of the README: at most 12 minutes on two idle cores
   --all       every combination of the parts as well: at most 35 minutes
   -n 0        one test at a time (pytest-xdist); other arguments go to pytest as they are:
@@ -37,5 +37,6 @@ fi
 ruff check .
 ruff format --check .
 mypy
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 # Two tests that compute and one that waits, a file's tests together, in the order of tests/conftest.py.
 exec python -m pytest -n 3 --dist loadscope --no-loadscope-reorder "$@"

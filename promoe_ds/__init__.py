@@ -1,7 +1,7 @@
 """promoe_ds: distributed training of ProMoE diffusion transformers.
 
-What is public is in `__all__` and described in docs/python.md. `load_model` and `Pipeline` need no
-deepspeed, megatron or transformer-engine.
+What is public is in `__all__` and described in docs/reference/python.md. `load_model` and
+`Pipeline` need no deepspeed, megatron or transformer-engine.
 """
 
 from __future__ import annotations

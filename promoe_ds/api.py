@@ -1,5 +1,5 @@
-"""What a notebook needs without a command line; `promoe_ds` has these names, docs/python.md lists
-them.
+"""What a notebook needs without a command line; `promoe_ds` has these names,
+docs/reference/python.md lists them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The exceptions that a user may meet: each message says the value, the field and the remedy.
 
-Their exit codes are listed in docs/multinode.md; 1 is a defect (a traceback), 0 the end.
+Their exit codes are listed in docs/reference/exit_codes.md; 1 is a defect (a traceback), 0 the end.
 """
 
 from __future__ import annotations

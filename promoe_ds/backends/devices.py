@@ -1,4 +1,4 @@
-"""Devices by name: what their makers state. Sources: docs/planning.md."""
+"""Devices by name: what their makers state. Sources: docs/guides/planning.md."""
 
 from __future__ import annotations
 

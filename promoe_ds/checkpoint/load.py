@@ -143,7 +143,7 @@ def _report_changes(
             "the micro-batch",
             micro_batch,
             trainer.batches.micro_batch,
-            "losses and choices taken over a pass change with it (docs/methods.md)",
+            "losses and choices taken over a pass change with it (docs/reference/methods.md)",
         ),
         (
             "the normalisation of latents",

@@ -7,8 +7,8 @@ torchrun or deepspeed.
 
 The same command resumes after an interruption, on any number of processes. --from-latents (or
 --from-npz) packs the cache of the published code (`.latent.npz`) or of DiffMoE, and latents in
-parquet or .pt files: docs/inputs.md lists what is read. The folder's format is in docs/imagenet.md;
-`--set data.path=latents` trains on it.
+parquet or .pt files: docs/reference/inputs.md lists what is read. The folder's format is
+in docs/guides/imagenet.md; `--set data.path=latents` trains on it.
 """
 
 import argparse

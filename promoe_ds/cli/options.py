@@ -15,19 +15,19 @@ from promoe_ds.config.section import name_and_message
 
 #: The page of the documentation that each command's help names.
 PAGES = {
-    "promoe-train": "docs/recipes.md",
-    "promoe-launch": "docs/multinode.md",
-    "promoe-sample": "docs/inputs.md",
-    "promoe-evaluate": "docs/inputs.md",
-    "promoe-evaluate-digits": "docs/comparison.md",
-    "promoe-convert": "docs/checkpoints.md",
-    "promoe-upcycle": "docs/checkpoints.md",
-    "promoe-encode": "docs/imagenet.md",
-    "promoe-encode-text": "docs/text.md",
-    "promoe-plan": "docs/planning.md",
-    "promoe-compare": "docs/comparison.md",
-    "promoe-load": "docs/profiling.md",
-    "promoe-experts": "docs/profiling.md",
+    "promoe-train": "docs/reference/recipes.md",
+    "promoe-launch": "docs/guides/multinode.md",
+    "promoe-sample": "docs/guides/evaluate.md",
+    "promoe-evaluate": "docs/guides/evaluate.md",
+    "promoe-evaluate-digits": "docs/guides/evaluate.md",
+    "promoe-convert": "docs/guides/convert.md",
+    "promoe-upcycle": "docs/guides/finetune.md",
+    "promoe-encode": "docs/guides/imagenet.md",
+    "promoe-encode-text": "docs/guides/text.md",
+    "promoe-plan": "docs/guides/planning.md",
+    "promoe-compare": "docs/guides/evaluate.md",
+    "promoe-load": "docs/guides/profiling.md",
+    "promoe-experts": "docs/guides/profiling.md",
 }
 
 

@@ -5,8 +5,8 @@
 
 Prints parameters, memory of a rank, bytes sent over each link and a predicted step time, of the
 recipe as it is and of the fastest layout that fits; with --pipeline disk, time and memory of every
-step from ImageNet's archives to the figures of docs/imagenet.md. Nothing is trained and no device
-is needed: shapes go through the real layers.
+step from ImageNet's archives to the figures of docs/guides/imagenet.md. Nothing is trained and no
+device is needed: shapes go through the real layers.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--pipeline",
         action="store_true",
-        help="plan docs/imagenet.md instead: latents, training, 50,000 samples, figures",
+        help="plan docs/guides/imagenet.md instead: latents, training, 50,000 samples, figures",
     )
     parser.add_argument("--out", type=Path, help="also write the plans as JSON")
     return parser.parse_args(arguments)
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
 
 
 def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Print the steps of docs/imagenet.md; return them and what was assumed."""
+    """Print the steps of docs/guides/imagenet.md; return them and what was assumed."""
     from promoe_ds.planning.pipeline import Assumptions, pipeline_lines, plan_pipeline
 
     config = load_config(options.recipe, options.overrides)

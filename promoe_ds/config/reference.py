@@ -1,5 +1,5 @@
-"""Every field of a recipe, as a person reads it: what `--fields` prints and docs/recipes.md
-holds.
+"""Every field of a recipe, as a person reads it: what `--fields` prints and the page of recipes
+shows.
 """
 
 import json

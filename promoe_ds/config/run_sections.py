@@ -112,7 +112,8 @@ class EvaluationConfig(Section):
         None, description="npz with mu and sigma (or arr_0), or folder of images"
     )
     extractor: str = Field(
-        "inception", description="inception, pixels, or the path of a network: see docs/imagenet.md"
+        "inception",
+        description="inception, pixels, or the path of a network: see docs/guides/evaluate.md",
     )
     samples: int = Field(
         5000, gt=1, description="drawn each time, always the same noise and labels"

@@ -1,4 +1,4 @@
-"""Data: sets of latents and the order in which they are trained on."""
+"""Data: digits, emoji, images, packed latents and captions, and their order in training."""
 
 from promoe_ds.data.buckets.dataset import bucket_lengths, largest_bucket
 from promoe_ds.data.build import build_dataset, with_resolved_data

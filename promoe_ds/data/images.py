@@ -49,7 +49,7 @@ class Blob:
 def plain_image(image: Image.Image, changes: list[str] | None = None) -> Image.Image:
     """Return a picture as grey (L) or colour (RGB), upright, by the rule of its mode.
 
-    docs/inputs.md lists the rules.
+    docs/reference/inputs.md lists the rules.
     Args:
         changes: takes `COMPOSED` if pixels let a white ground through, `TURNED` if EXIF says how
             the camera was held.

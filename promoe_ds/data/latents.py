@@ -50,7 +50,7 @@ def open_latents(config: RunConfig, device: torch.device) -> PackedLatents | Npz
     except DataError as error:
         raise DataError(
             f"data.path={folder}: no *.safetensors shard there, and no tree of {NPZ_SUFFIX} files:"
-            f" {error}. docs/inputs.md lists what is read, and converts .npy features"
+            f" {error}. docs/reference/inputs.md lists what is read, and converts .npy features"
         ) from None
     return NpzLatents(config, tree)
 

@@ -1,7 +1,8 @@
 """Files below a folder: the one way in which every command lists images or cached latents.
 
 Each real file is listed once. Hidden files and leftovers of other programs are skipped, files of
-other kinds left out, links followed; rank 0 says how many of each. docs/inputs.md states the rules.
+other kinds left out, links followed; rank 0 says how many of each. docs/reference/inputs.md states
+the rules.
 """
 
 from __future__ import annotations

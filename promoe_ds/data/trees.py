@@ -1,7 +1,7 @@
 """Trees of class folders: which folders are classes, and in which order.
 
-A class's label is its place among the sorted folders of the first level; docs/inputs.md states the
-rules.
+A class's label is its place among the sorted folders of the first level;
+docs/reference/inputs.md states the rules.
 """
 
 from __future__ import annotations

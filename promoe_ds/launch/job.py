@@ -86,7 +86,8 @@ def _job_for_restart(job: Job, dead: Mapping[str, str]) -> Job:
     problems = [f"{host}: {problem}" for host, problem in dead.items()]
     if len(dead) == len(job.hosts):
         raise LaunchError(
-            f'{"; ".join(problems)}. Repair or remove these hosts (docs/multinode.md, "Keys")'
+            f"{'; '.join(problems)}. Repair or remove these hosts"
+            ' (docs/guides/multinode.md, "Keys")'
         )
     smaller = choose_layout(job, [host for host in job.hosts if host.name not in dead])
     for problem in problems:

@@ -182,7 +182,7 @@ def _check_network(
         interface = choose_interface(job.interface, environment, described)
     except LaunchError as error:
         host, _, problem = str(error).partition(": ")
-        return hosts.add(host, problem, 'see docs/multinode.md, "Interfaces"')
+        return hosts.add(host, problem, 'see docs/guides/multinode.md, "Interfaces"')
     first = job.host_names[0]
     if first in described:
         address = described[first]["interfaces"][interface]

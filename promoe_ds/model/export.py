@@ -123,9 +123,8 @@ def load_model(
         device: where the module goes.
         dtype: of the weights; as stored (fp32) if left out.
     Returns: the network; `module(latents_BZHW, timestep_B, labels_B)` returns (B, out_channels, H,
-    W). Timesteps run from 0
-        (data) to `diffusion.num_train_timesteps` (noise; 1000): sigma times that number. Labels are
-        classes, `num_classes` is none.
+        W). Timesteps run from 0 (data) to `diffusion.num_train_timesteps` (noise; 1000): sigma
+        times that number. Labels are classes, `num_classes` is none.
     Raises: CheckpointError naming what is missing or does not fit.
     """
     folder = Path(export_dir)

@@ -66,10 +66,12 @@ class ProMoEPipeline(DiffusionPipeline):
         """Put the parts together.
 
         Args:
+            transformer: the network.
             scheduler: its kind and settings choose the solver: FlowMatchEulerDiscrete, DDPM or
-            DDIM.
+                DDIM.
             vae: an autoencoder that decodes latents; needless for models of pixels.
-            tokenizer, text_encoder: of transformers, what a model of texts was trained with.
+            tokenizer: of transformers, what a model of texts was trained with.
+            text_encoder: the same.
         """
         super().__init__()
         self.register_modules(
@@ -119,16 +121,18 @@ class ProMoEPipeline(DiffusionPipeline):
         """Draw one image a label or prompt.
 
         Args:
-            class_labels, prompt: what to draw, by a model of classes or of texts; a blank prompt is
-            the null condition.
-            num_inference_steps, guidance_scale: the recipe's if left out; guidance as (Ho &
-            Salimans, 2022), 1 is none.
+            class_labels: what to draw, by a model of classes.
+            num_inference_steps: of the solver; the recipe's if left out.
+            guidance_scale: as (Ho & Salimans, 2022), 1 is none; the recipe's if left out.
+            seed: image i is a function of (seed, i) and its label or prompt.
+            output_type: "pil", "np" (N, H, W, C in [0, 1]) or "latent" (N, Z, H, W, as the network
+                sees them).
+            return_dict: an `ImagePipelineOutput`, or a tuple of the images.
+            prompt: what to draw, by a model of texts; a blank one is the null condition.
             negative_prompt: what guidance leads away from, one for all or one a prompt; the null
-            condition if left out.
+                condition if left out.
             guidance_interval: noise levels between which there is guidance, e.g. (0.2, 0.8).
             generator: gives the seed in place of `seed`; or one an image, each for its own.
-            output_type: "pil", "np" (N, H, W, C in [0, 1]) or "latent" (N, Z, H, W, as the network
-            sees them).
         Raises: ConfigError naming the argument that does not fit the model.
         """
         self._check_output(output_type)
@@ -277,8 +281,8 @@ class ProMoEPipeline(DiffusionPipeline):
         return [as_picture(image) for image in pixels]
 
 
-#: The short name.
 Pipeline = ProMoEPipeline
+"""`ProMoEPipeline` by its short name."""
 
 
 def _draws(

@@ -88,7 +88,7 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             hidden_states: noised latents (B, Z, H, W).
             timestep: (B,) or a number; 1000 * sigma of the rectified flow, or a DDPM timestep.
             class_labels: (B,) int64; the number of classes stands for none. Or a condition, as
-            `ProMoEPipeline.encode_prompt` makes one of texts.
+                `ProMoEPipeline.encode_prompt` makes one of texts.
         Returns: `sample` (B, out_channels, H, W): the velocity (or noise) first, then what else the
         network was trained to put out; and, in training mode, `aux_losses`.
         """

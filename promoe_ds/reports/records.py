@@ -1,6 +1,7 @@
-"""routing.jsonl: its lines, their fields, types and ranges (docs/routing_stats.md).
+"""routing.jsonl: its lines, their fields, types and ranges (docs/reference/routing_stats.md).
 
-`python -m promoe_ds.reports.records` prints the JSON Schema, which is docs/routing.schema.json.
+`python -m promoe_ds.reports.records` prints the JSON Schema, which is
+docs/reference/routing.schema.json.
 """
 
 from __future__ import annotations

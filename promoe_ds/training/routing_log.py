@@ -1,9 +1,9 @@
 """Routing statistics: accumulated on the device, reduced once per log interval, written as
 routing.jsonl.
 
-The format is documented in docs/routing_stats.md. Letters: B images, S tokens per image, D width, E
-routed experts, L MoE layers, Q timestep bins, N rows of an assignment, P passes, w ranks of an
-expert-parallel group, X exchanges.
+The format is documented in docs/reference/routing_stats.md. Letters: B images, S tokens per
+image, D width, E routed experts, L MoE layers, Q timestep bins, N rows of an assignment, P passes,
+w ranks of an expert-parallel group, X exchanges.
 """
 
 from __future__ import annotations

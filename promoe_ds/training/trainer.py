@@ -95,7 +95,7 @@ class Trainer:
         self.dataset, self.batches = dataset, plan_batches(config, context.world_size)
         has_zero, is_alone = deepspeed_plan.zero_stage > 0, context.world_size == 1
         if is_alone and not has_zero and context.device.type == "cpu":
-            keep_freed_memory()  # under ZeRO 2 this costs memory (docs/performance.md)
+            keep_freed_memory()  # under ZeRO 2 this costs memory (docs/measured/performance.md)
         network, self.expert_group = _build_sharded_network(config, deepspeed_plan, context)
         compute = (
             use_transformer_engine(network, config, context.device)

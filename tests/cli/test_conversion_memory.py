@@ -1,5 +1,5 @@
-"""A conversion's memory does not grow with the model: the bound that docs/checkpoints.md states,
-measured on a real process.
+"""A conversion's memory does not grow with the model: the bound that docs/measured/performance.md
+states, measured on a real process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/imagenet.md from a folder of images to metrics.json, as a user types it, with a tiny
+"""docs/guides/imagenet.md from a folder of images to metrics.json, as a user types it, with a tiny
 autoencoder.
 """
 

@@ -1,7 +1,7 @@
 """Several data sets, each of one size of latents, as one; and where the packed ones are.
 
-`data.path` holds a folder of packed latents for each size, of any name; docs/inputs.md documents
-it. Letters: B samples, Z latent channels, H, W latent size.
+`data.path` holds a folder of packed latents for each size, of any name; docs/guides/latents.md
+documents it. Letters: B samples, Z latent channels, H, W latent size.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from promoe_ds.load_stats import entropy, max_over_mean, shares
 from promoe_ds.reports.log import load_log
 from promoe_ds.reports.records import Metrics, read_lines
 
-#: Of result.json and comparison.json; docs/comparison_format.md describes both.
+#: Of result.json and comparison.json; docs/reference/comparison_format.md describes both.
 SCHEMA_VERSION = 1
 JUDGEMENT_FILE = "judgement.json"
 #: What is read from training, before and behind the figures of the data set's judge.

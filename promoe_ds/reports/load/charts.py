@@ -1,4 +1,6 @@
-"""The charts of a run's report that show all layers. Formulas in docs/routing_stats.md."""
+"""The charts of a run's report that show all layers. Formulas are in
+docs/reference/routing_stats.md.
+"""
 
 from __future__ import annotations
 

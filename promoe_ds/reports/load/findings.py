@@ -1,5 +1,5 @@
 """What a reader should know first: each pathology with its number, place and remedy
-(docs/profiling.md has the reasons).
+(docs/guides/profiling.md has the reasons).
 """
 
 from __future__ import annotations

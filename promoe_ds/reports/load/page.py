@@ -54,8 +54,8 @@ def build_page(views: Sequence[RunView]) -> Page:
         for name in sections[0]
     }
     words = (
-        "Formulas and fields: docs/routing_stats.md. What to do about each finding:"
-        " docs/profiling.md."
+        "Formulas and fields: docs/reference/routing_stats.md. What to do about each finding:"
+        " docs/guides/profiling.md."
     )
     return Page(
         "Expert load",

@@ -234,7 +234,9 @@ def build_page(analysis: Analysis) -> Page:
                 }
                 for layer in layers
             ),
-            *part("text", text="How each number is made, and what it says: docs/profiling.md."),
+            *part(
+                "text", text="How each number is made, and what it says: docs/guides/profiling.md."
+            ),
         ],
     )
 

@@ -1,19 +1,14 @@
-"""What is printed about fields is what the schema says, every field has a meaning, and the document
-holds it all.
-"""
+"""What is printed about fields is what the schema says, and every field has a meaning."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
 from promoe_ds.config.loader import dotted_names
-from promoe_ds.config.reference import field_lines, field_tables, list_fields
+from promoe_ds.config.reference import field_lines, list_fields
 
 from .said import refuses
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "recipes.md"
 FIELDS = {each.name: each for fields in list_fields().values() for each in fields}
 
 
@@ -37,12 +32,6 @@ def test_reference_lists_every_name_that_set_takes_with_a_meaning() -> None:
 )
 def test_reference_states_types_limits_and_defaults(name: str, takes: str, default: str) -> None:
     assert (FIELDS[name].takes, FIELDS[name].default) == (takes, default)
-
-
-def test_reference_document_holds_the_tables() -> None:
-    assert field_tables() in DOCUMENT.read_text(encoding="utf-8"), (
-        "docs/recipes.md: put in what field_tables() returns"
-    )
 
 
 def test_reference_of_one_section_and_of_none() -> None:

@@ -160,10 +160,10 @@ def test_fast_dit_features_are_refused_and_train_once_converted_as_documented(
         (tmp_path / "features" / folder).mkdir(parents=True)
         for number in range(12):
             np.save(tmp_path / "features" / folder / f"{number}.npy", values[number : number + 1])
-    with pytest.raises(DataError, match=r"found 24 \.npy\. docs/inputs\.md"):
+    with pytest.raises(DataError, match=r"found 24 \.npy\. docs/reference/inputs\.md"):
         open_folder(tmp_path / "features")
     monkeypatch.chdir(tmp_path)
-    documented = (Path(__file__).parents[3] / "docs" / "inputs.md").read_text(encoding="utf-8")
+    documented = (Path(__file__).parents[3] / "docs/reference/inputs.md").read_text("utf-8")
     exec(documented.split("```python")[1].split("```")[0].replace("50_000", "5"), {})
     found, found_labels = labelled(open_folder(tmp_path / "latents").take(np.arange(12)))
     torch.testing.assert_close(found, torch.from_numpy(latents))

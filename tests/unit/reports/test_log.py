@@ -24,7 +24,7 @@ def test_exchanges_are_those_that_are_timed() -> None:
 
 def test_published_schema_is_that_of_the_reader() -> None:
     assert (
-        json.loads((Path(__file__).parents[3] / "docs" / "routing.schema.json").read_text())
+        json.loads((Path(__file__).parents[3] / "docs/reference/routing.schema.json").read_text())
         == json_schema()
     )
 

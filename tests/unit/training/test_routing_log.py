@@ -33,7 +33,7 @@ NULL, BINS = 10, 2
 #: Noise levels and labels of a batch: the last image is all noise and belongs to the upper of two
 # bins.
 SIGMA, LABELS = [0.1, 0.49, 0.5, 0.7, 1.0], [3, NULL, 0, NULL, 7]
-SCHEMA = json.loads((Path(__file__).parents[3] / "docs" / "routing.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parents[3] / "docs/reference/routing.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 Passes = list[dict[int, RoutingPlan]]
