@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -295,9 +296,10 @@ def photograph(page: Path, out: Path, width: int, height: int, *, is_dark: bool 
 
 def picture_terminal(run_dir: Path) -> dict[str, str]:
     """Return what training printed and what --follow shows at its end, as SVG."""
-    from promoe_ds.reports.expert_load.terminal import Follower, draw
     from rich.console import Console
     from rich.text import Text
+
+    from promoe_ds.reports.load.terminal import Follower, draw
 
     log = (run_dir / "train.log").read_text(encoding="utf-8").splitlines()
     training, follow = (Console(record=True, width=w, file=StringIO()) for w in (132, 96))
@@ -318,6 +320,20 @@ def picture_terminal(run_dir: Path) -> dict[str, str]:
     }
 
 
+def draw_loss(run_dir: Path) -> bytes:
+    """Return the diffusion loss of a run over its steps, as PNG."""
+    import numpy as np
+
+    from promoe_ds.reports.charts import line_chart
+
+    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    entries = [
+        entry for line in text.splitlines() if "loss_diffusion" in (entry := json.loads(line))
+    ]
+    losses = {"loss": np.array([entry["loss_diffusion"] for entry in entries])}
+    return line_chart("Diffusion loss", ("step", [e["step"] for e in entries]), losses).png()
+
+
 DRAWINGS: dict[str, Callable[[str], str]] = {
     "router": draw_router,
     "dispatch": draw_dispatch,
@@ -329,10 +345,14 @@ def main() -> None:
     """Write all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, help="a run whose report has been written")
-    run_dir = parser.parse_args().run
+    parser.add_argument("--loss", type=Path, help="a run whose loss is drawn (emoji_loss.png)")
+    options = parser.parse_args()
+    run_dir = options.run
     for name, make in DRAWINGS.items():
         for variant in PALETTES:
             (IMAGES / f"{name}_{variant}.svg").write_text(make(variant), encoding="utf-8")
+    if options.loss is not None:
+        (IMAGES / "emoji_loss.png").write_bytes(draw_loss(options.loss))
     if run_dir is not None:
         for name, text in picture_terminal(run_dir).items():
             (IMAGES / f"{name}.svg").write_text(text, encoding="utf-8")
