@@ -30,21 +30,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--images",
         type=Path,
         metavar="PATH",
-        help=(
-            "tree of images, one folder a class, any depth below; or the folder above with train"
-            " and val; or parquet files or tars: a folder of them, one, a pattern"
-            " ('train-{000..127}.tar'), or a data set of the hub (OWNER/NAME)"
-        ),
+        help="images: a tree of class folders, parquet files, tars, or OWNER/NAME on the hub",
     )
     task.add_argument(
         "--from-latents",
         "--from-npz",
         type=Path,
         metavar="PATH",
-        help=(
-            "latents that are encoded already: a tree of .npz files, one folder a class;"
-            " or parquet or .pt files: a folder of them, one, a pattern"
-        ),
+        help="latents that are encoded already: a tree of .npz files, parquet, .pt",
     )
     task.add_argument(
         "--verify", type=Path, metavar="DIR", help="only read finished latents and check every byte"
@@ -53,7 +46,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--measure",
         type=Path,
         metavar="DIR",
-        help="only measure mean and deviation of finished latents, which encoding does as well",
+        help="only measure finished latents of earlier versions",
     )
     add("--out", type=Path, metavar="DIR", help="folder to write")
     add("--vae", metavar="DIR_OR_ID", help="diffusers autoencoder: folder or hub id")
@@ -66,20 +59,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--split",
         default="train",
         choices=["train", "val", "test"],
-        help="where PATH holds these folders, or files that are called so",
+        help="which of these PATH holds",
     )
     add(
         "--image-column",
         metavar="NAME",
-        help="column of the images in parquet (image), extension in tars (that of an image)",
+        help="column of the images; in tars their extension",
     )
     add(
         "--label-column",
         metavar="NAME",
-        help=(
-            "column of the labels in parquet (label, labels), extension or json key in tars (cls);"
-            " '': none"
-        ),
+        help="column of the labels; in tars extension or json key; '': no labels",
     )
     add(
         "--image-size",
@@ -92,10 +82,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--buckets",
         type=sizes,
         metavar="HxW,HxW,...",
-        help=(
-            "sizes in place of one: each image goes to the nearest aspect ratio, each size into a"
-            " folder of its own below --out (model.buckets)"
-        ),
+        help="several sizes, each a folder: images go to the nearest aspect ratio",
     )
     add(
         "--flip",

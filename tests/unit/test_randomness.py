@@ -86,6 +86,7 @@ def test_streams_numbers_never_change() -> None:
         "sigma": 3,
         "label_drop": 4,
         "caption": 10,
+        "bucket": 11,
         "init": 5,
         "sample": 6,
         "synthetic": 7,

@@ -20,7 +20,7 @@ from promoe_ds.data.reading import reading, shown
 from promoe_ds.data.sources.labels import LABEL_NAMES, Labels, no_labels
 from promoe_ds.data.sources.samples import Columns, PackedSamples, place_of
 from promoe_ds.data.text.captions import Captions, texts_of
-from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.errors import ConfigError, DataError, cause_of
 from promoe_ds.file_kind import PARQUET
 
 #: Name of the images' column, where the user names none.
@@ -263,7 +263,7 @@ def _open(path: Path) -> Any:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ConfigError(
-            f"{shown(path)}: needs pyarrow ({error}): pip install 'promoe_ds[data]'"
+            f"{shown(path)}: needs pyarrow ({cause_of(error)}): pip install 'promoe_ds[data]'"
         ) from None
     return ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
 

@@ -84,8 +84,11 @@ def test_transformer_engine_layers_give_torchs_results(
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
+        # Roundings follow a tensor's largest values (to 160 here); of the keys' bias, whose gradient
+        # is zero, nothing else is left.
+        near = 1e-6 * max(5.0, gradient.abs().max().item())
         torch.testing.assert_close(
-            found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}"
+            found[1][name], gradient, rtol=1e-4, atol=near, msg=lambda t, n=name: f"{n}: {t}"
         )
     kinds = {name for name, _ in state.rows}
     norms = set() if kind == "modern" else {"norm"}  # RMSNorm stays torch's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def save_pt(**content: Any) -> Callable[[Path], object]:
         ),
         (save_pt(latents=torch.zeros(2, 1, 4, 4).int()), r"x\.pt/0: latents int32 .*floats"),
         (save_pt(moments=torch.zeros(2, 3, 4, 4)), r"x\.pt/0: moments float32 .*2 Z"),
-        (save_pt(latents=Path("x")), "not a readable dict of tensors"),
+        (save_pt(latents=Fraction(1, 2)), "not a readable dict of tensors"),
         (rows(latents=[[[[0.0], [0.0, 1.0]]]]), r"x\.parquet/0: latents is no array"),
         (rows(latents=[None], label=[0]), r"x\.parquet/0: latents is null"),
         (rows(latents=[0.5]), r"x\.parquet/0: latents is double, no list"),

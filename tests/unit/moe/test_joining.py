@@ -20,7 +20,7 @@ from promoe_ds.routing import ROUTERS, partition_samples
 from tests.unit.ranks import pretend_one_rank
 
 from ..builders import METHODS, of_method, random_network, random_tensor
-from ..train.test_routing_log import accumulate, make_network
+from ..training.test_routing_log import accumulate, make_network
 from .test_layer import FLOAT64, NULL, TOKENS, WIDTH, loss_of, make_layer
 
 JOINABLE = [method for method in METHODS if ROUTERS[method].is_per_sample]
