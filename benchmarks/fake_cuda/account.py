@@ -45,10 +45,10 @@ _FUSED = {
 }
 #: What the place of an operation contains -> its category; the first that fits.
 _PLACES = {
-    "train/health.py": "health",
-    "train/routing_log.py": "routing log",
+    "training/health.py": "health",
+    "training/routing_log.py": "routing log",
     "routing/assignment.py:sum_tokens_by_expert": "routing log",
-    "train/ema.py": "averages of the weights",
+    "training/ema.py": "averages of the weights",
     "zero_private.py:DeviceGate": "gradient norm",
     "reduction_private.py:GradientReducer.own_norms": "gradient norm",
     "backends/gradient_sums.py": "gradients: buckets and copies",
@@ -57,7 +57,7 @@ _PLACES = {
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.step": "clip and casts of the update",
     "stage_1_and_2.py:DeepSpeedZeroOptimizer.update_lp_params": "clip and casts of the update",
     "deepspeed/": "gradients: buckets and copies",
-    "train/clipping.py": "gradient norm",
+    "training/clipping.py": "gradient norm",
     "routing/": "router",
     "kernels/ops.py:rows_of_tokens": "permute and combine",
     "moe/experts.py": "experts: biases, activation",
