@@ -84,7 +84,7 @@ def test_transformer_engine_layers_give_torchs_results(
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        # Roundings follow a tensor's largest values (to 160 here); of the keys' bias, whose gradient
+        # Roundings follow a tensor's largest values, up to 160; of the keys' bias, whose gradient
         # is zero, nothing else is left.
         near = 1e-6 * max(5.0, gradient.abs().max().item())
         torch.testing.assert_close(
