@@ -19,7 +19,7 @@ from promoe_ds.errors import CheckpointError, ConfigError, DataError
 from ..processes import REPOSITORY, Forks, environment
 from .commands import TINY, ZERO2, losses
 
-PAGE = REPOSITORY / "docs" / "python.md"
+PAGE = REPOSITORY / "docs" / "reference" / "python.md"
 SIGNATURES = {
     "load_model": "(export_dir, device='cpu', dtype=None)",
     "read_routing": "(run_dir)",
