@@ -58,7 +58,7 @@ def test_public_names_are_these_and_on_their_page() -> None:
     text = PAGE.read_text(encoding="utf-8")
     missing = {name for name in [*PUBLIC, *SIGNATURES] if f"`{name}" not in text}
     assert missing <= {"__version__", "reports"}
-    assert len(text.splitlines()) <= 80
+    assert len(text.splitlines()) <= 90
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
