@@ -10,9 +10,8 @@ import pytest
 
 from .jobs import (
     CONDITIONS,
-    NEAR,
     Job,
-    assert_same_state,
+    assert_near_state,
     assert_same_steps,
     metrics,
     routing,
@@ -95,7 +94,7 @@ def test_layout_any_ranks_and_stage_ends_with_same_state(
     runs, condition, layout, stage, kind
 ) -> None:
     reference, other = runs[condition, 1, 1, 2], runs[(condition, *layout, stage)]
-    assert_same_state(reference, other, kind, rtol=1e-4, atol=NEAR)
+    assert_near_state(reference, other, kind)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
