@@ -24,7 +24,18 @@ from promoe_ds.logs import get_logger
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(__doc__, "promoe-encode")
-    add = parser.add_argument
+    _add_paths(parser)
+    _add_images(parser)
+    _add_work(parser)
+    add_captions(parser, required=False)
+    parser.add_process()
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    return options
+
+
+def _add_paths(parser: Parser) -> None:
+    """Add what is done, and where to."""
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument(
         "--images",
@@ -48,7 +59,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="only measure finished latents of earlier versions",
     )
-    add("--out", type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write")
+
+
+def _add_images(parser: Parser) -> None:
+    """Add what is encoded, and by what."""
+    add = parser.add_argument
     add("--vae", metavar="DIR_OR_ID", help="diffusers autoencoder: folder or hub id")
     add(
         "--vae-name",
@@ -90,6 +106,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=True,
         help="also encode the mirrored image",
     )
+
+
+def _add_work(parser: Parser) -> None:
+    """Add how it is computed and stored."""
+    add = parser.add_argument
     add(
         "--dtype",
         default="float32",
@@ -102,12 +123,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--batch-size", type=number(ge=1), default=32, help="images a process encodes at once")
     add("--shard-size", type=number(ge=1), default=4096, help="images a file")
     add("--workers", type=number(ge=1), default=8, help="threads a process that decode images")
-    add("--max-corrupt", type=int, default=0, help="unreadable images that are named and skipped")
-    add_captions(parser, required=False)
-    parser.add_process()
-    options = parser.parse_args(arguments)
-    _check(parser, options)
-    return options
+    add(
+        "--max-corrupt",
+        type=number(ge=0),
+        default=0,
+        help="unreadable images that are named and skipped",
+    )
 
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
@@ -161,7 +182,8 @@ def main(arguments: list[str]) -> None:
                     log.info("%s: so are all %d captions", folder, texts.counts.captions)
             return
         if options.measure is not None:
-            log.info("%s: %s", options.measure, measure_folder(options.measure, team).statistics)
+            for folder in latent_folders(options.measure):
+                log.info("%s: %s", folder, measure_folder(folder, team).statistics)
             return
         given = {each.name: getattr(options, each.name, None) for each in fields(EncodeRequest)}
         source = options.images or options.from_latents
@@ -177,8 +199,8 @@ def main(arguments: list[str]) -> None:
                 *(folder, index.count, len(index.classes)),
                 *(len(index.shards), len(index.skipped)),
             )
-            if options.captions is not None:
-                encode_captions(options, source, folder, team)
+        if options.captions is not None:
+            encode_captions(options, source, list(indices), team)
 
 
 run = command(main)

@@ -11,6 +11,8 @@ processes. The format is in docs/guides/text.md; `--set data.path=latents` train
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,41 +84,42 @@ def main(arguments: list[str]) -> None:
     from promoe_ds.data.buckets.dataset import latent_folders
 
     with joined_processes(options.device) as team:
-        for folder in latent_folders(options.latents):
-            encode_captions(options, options.images, folder, team)
+        encode_captions(options, options.images, latent_folders(options.latents), team)
 
 
-def encode_captions(options: argparse.Namespace, images: Path, folder: Path, team: Any) -> None:
+def encode_captions(
+    options: argparse.Namespace, images: Path, folders: Sequence[Path], team: Any
+) -> None:
     """Encode the captions of images beside their latents, as the options of `add_captions` say."""
-    from promoe_ds.data.text.encode import TextRequest, encode_texts
+    from promoe_ds.data.text.encode import TextRequest, encode_texts, load_encoder
 
-    index = encode_texts(
-        TextRequest(
-            images=images,
-            out=folder,
-            captions=options.captions,
-            text_encoder=options.text_encoder,
-            split=options.split,
-            text_length=options.text_length,
-            text_dtype=options.text_dtype,
-            max_uncaptioned=options.max_uncaptioned,
-        ),
-        team,
+    request = TextRequest(
+        images=images,
+        out=folders[0],
+        captions=options.captions,
+        text_encoder=options.text_encoder,
+        split=options.split,
+        text_length=options.text_length,
+        text_dtype=options.text_dtype,
+        max_uncaptioned=options.max_uncaptioned,
     )
-    get_logger("encode").info(
-        "%s: %d captions, %d tokens, the longest of %d, %d cut, %d images without one; by %s, for"
-        " --set model.text_width=%d model.text_pooled_width=%d model.text_length=%d",
-        folder,
-        index.counts.captions - index.counts.blank,
-        index.counts.tokens,
-        index.counts.longest,
-        index.counts.truncated,
-        index.counts.blank,
-        index.encoder.name,
-        index.encoder.width,
-        index.encoder.pooled_width,
-        max(index.counts.longest, 2),
-    )
+    encoder = load_encoder(request, team)
+    for folder in folders:
+        index = encode_texts(replace(request, out=folder), team, encoder)
+        get_logger("encode").info(
+            "%s: %d captions, %d tokens, the longest of %d, %d cut, %d images without one; by %s,"
+            " for --set model.text_width=%d model.text_pooled_width=%d model.text_length=%d",
+            folder,
+            index.counts.captions - index.counts.blank,
+            index.counts.tokens,
+            index.counts.longest,
+            index.counts.truncated,
+            index.counts.blank,
+            index.encoder.name,
+            index.encoder.width,
+            index.encoder.pooled_width,
+            max(index.counts.longest, 2),
+        )
 
 
 run = command(main)

@@ -32,12 +32,14 @@ from promoe_ds.data.shards import (
 from promoe_ds.data.sources.formats import TREE
 from promoe_ds.data.sources.packing import (
     EncodeRequest,
+    ImageSource,
     PackedSource,
     fetched,
+    load_images,
     open_cached,
     open_images,
 )
-from promoe_ds.data.vae import MOMENTS, Vae, VaeIdentity
+from promoe_ds.data.vae import MOMENTS, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError, differences
 from promoe_ds.files import write_json
@@ -62,17 +64,22 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
     changes: dict[str, int] = {}
 
 
-def encode(request: EncodeRequest, team: DistributedContext, vae: Vae | None = None) -> LatentIndex:
+def encode(
+    request: EncodeRequest, team: DistributedContext, images: ImageSource | None = None
+) -> LatentIndex:
     """Encode images; all ranks call this together. Return the index.
 
     Args:
-        vae: the request's, if it is loaded already.
+        images: the request's, if they are listed already.
     Raises: DataError for images that cannot be read, beyond `max_corrupt` of a rank or of all
         together; ConfigError for a request that cannot be, or an output folder that holds something
         else.
     """
     request = fetched(request, team)
-    source = open_cached(request) if request.from_latents else open_images(request, team, vae)
+    if request.from_latents:
+        source = open_cached(request)
+    else:
+        source = open_images(request, images or load_images(request, team))
     files = range(len(source.samples)) if request.chosen is None else request.chosen
     settings = _settings(request, source, files)
     if (done := team.on_main(lambda: _claim(request.out, settings))) is not None:

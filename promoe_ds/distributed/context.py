@@ -35,10 +35,13 @@ class DistributedContext:
         return self.rank == 0
 
     def gather(self, value: _T) -> list[_T]:
-        """Return every rank's small picklable value, by rank: for rare events, not for tensors."""
+        """Return every rank's small picklable value, by rank: for rare events, not for tensors.
+
+        Waits as a barrier does.
+        """
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self._waiting)
         return values
 
     def from_main(self, value: _T) -> _T:
@@ -54,7 +57,8 @@ class DistributedContext:
             dist.barrier(group=self._waiting)
 
     def wait_patiently(self) -> None:
-        """Let barriers outlast the time-out of other collectives; all ranks call this together.
+        """Let barriers and gathers outlast the time-out of other collectives; all ranks call this
+        together.
 
         A rank that dies ends them all the same: its connections break, and the launcher ends the
         others.
@@ -90,6 +94,20 @@ class DistributedContext:
             raise outcome
         return outcome
 
+    def main_first(self, action: Callable[[], _T]) -> _T:
+        """Run something on rank 0 and then on the others, which find the files that it has fetched;
+        return each rank's own result. The others wait as at a barrier.
+
+        Raises: what the action raises.
+        """
+        if not self.is_main:
+            self.barrier()
+        try:
+            return action()
+        finally:
+            if self.is_main:
+                self.barrier()
+
     def on_all_ranks(self, action: Callable[[], None]) -> None:
         """Run something that may fail on one rank alone, so that it fails on all.
 
@@ -118,8 +136,8 @@ def join_processes(
     Args:
         device: of this process; if left out, or just "cuda", its own GPU where there are any, else
         the CPU.
-        timeout_seconds: of every collective but barriers, which wait for as long as a rank's share
-        of the work takes.
+        timeout_seconds: of every collective but barriers and gathers, which wait for as long as a
+        rank's share of the work takes.
     Raises: ConfigError if the launcher's variables do not fit, or there is no such device.
     """
     if device is not None:

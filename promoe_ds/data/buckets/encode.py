@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from promoe_ds.config.model import sides, size_name
 from promoe_ds.data.encode import encode
 from promoe_ds.data.images import Blob, picture_size
 from promoe_ds.data.shards import LatentIndex
-from promoe_ds.data.sources.packing import EncodeRequest, fetched, load_vae
+from promoe_ds.data.sources.packing import EncodeRequest, fetched, load_images
+from promoe_ds.data.sources.samples import Samples
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.logs import Progress, get_logger
@@ -23,6 +25,8 @@ from promoe_ds.logs import Progress, get_logger
 _LOG = get_logger("encode")
 #: Images that threads are given together.
 _AT_ONCE = 4096
+#: The place of the first size.
+_FIRST = np.array(0)
 
 
 def encode_buckets(
@@ -37,46 +41,49 @@ def encode_buckets(
     request = fetched(request, team)
     folders = {size: request.out / size_name(size) for size in sizes}
     team.on_main(lambda: _check_out(request.out, list(folders.values())))
-    vae = load_vae(request, team)
+    images = load_images(request, team)
     for size in sizes:
-        vae.identity.latents(size)
-    shares = nearest_sizes(request, sizes, team)
+        images.vae.identity.latents(size)
+    shares = nearest_sizes(request, images.samples, sizes, team)
     if empty := [size_name(size) for size, share in zip(sizes, shares, strict=True) if not share]:
         raise ConfigError(
             f"--buckets {','.join(empty)}: no image has an aspect ratio nearest to it: leave it out"
         )
     return {
         folders[size]: encode(
-            replace(request, out=folders[size], image_size=size, chosen=share), team, vae
+            replace(request, out=folders[size], image_size=size, chosen=share), team, images
         )
         for size, share in zip(sizes, shares, strict=True)
     }
 
 
 def nearest_sizes(
-    request: EncodeRequest, sizes: Sequence[int | tuple[int, int]], team: DistributedContext
+    request: EncodeRequest,
+    samples: Samples[Any],
+    sizes: Sequence[int | tuple[int, int]],
+    team: DistributedContext,
 ) -> list[list[int]]:
     """Return, for each size, the places of the images whose aspect ratio is nearest to its own, by
     their logarithms; the first of equals. What cannot be read goes to the first, where it counts.
 
     Reads every image's header, each rank a share of them.
     """
-    samples, _ = request.samples()
     ratios = np.array([math.log(width / height) for height, width in map(sides, sizes)])
 
     def nearest(file: Path | Blob) -> np.ndarray:
         try:
             height, width = picture_size(file)
         except DataError:
-            return np.array(0)
+            return _FIRST
         return np.asarray(np.abs(ratios - math.log(width / height)).argmin())
 
     own, reader = range(team.rank, len(samples), team.world_size), request.reader(samples, nearest)
     found, progress = list[np.ndarray](), Progress(_LOG, len(samples), "images looked at")
     for start in range(0, len(own), _AT_ONCE):
-        part = reader.read(own[start : start + _AT_ONCE])
-        found += part.values()
-        progress.add(len(part) * team.world_size)  # the other ranks are about as far
+        block = own[start : start + _AT_ONCE]
+        part = reader.read(block)
+        found += [part.get(index, _FIRST) for index in block]
+        progress.add(len(block) * team.world_size)  # the other ranks are about as far
     chosen = np.zeros(len(samples), dtype=np.int64)
     for rank, places in enumerate(team.gather(np.array(found, dtype=np.int64))):
         chosen[rank :: team.world_size] = places

@@ -61,6 +61,15 @@ class EncodeRequest:
         return SampleReader(samples, read, self.workers, max_corrupt=limit, setting="--max-corrupt")
 
 
+@dataclass(frozen=True)
+class ImageSource:
+    """Images of any size, their format, and the autoencoder that encodes them."""
+
+    samples: Samples[Any]
+    format: Format
+    vae: Vae
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedSource:
     """What is packed: which samples, of which autoencoder.
@@ -83,16 +92,16 @@ class PackedSource:
 
 def fetched(request: EncodeRequest, team: DistributedContext) -> EncodeRequest:
     """Return the request with its source on this host; all ranks call this together."""
-    # Rank 0 alone fetches what is on the hub first.
-    team.on_main(lambda: fetch_from_hub(request.source, request.split))
-    return replace(request, source=fetch_from_hub(request.source, request.split))
+    source = team.main_first(lambda: fetch_from_hub(request.source, request.split))
+    return replace(request, source=source)
 
 
-def load_vae(request: EncodeRequest, team: DistributedContext) -> Vae:
-    """Load the autoencoder of a request; all ranks call this together.
+def load_images(request: EncodeRequest, team: DistributedContext) -> ImageSource:
+    """List the images of a request and load its autoencoder; all ranks call this together.
 
-    Raises: DataError if it cannot be read.
+    Raises: DataError if they cannot be read.
     """
+    samples, form = request.samples()
     load = partial(
         Vae,
         request.vae,
@@ -100,21 +109,16 @@ def load_vae(request: EncodeRequest, team: DistributedContext) -> Vae:
         dtype=getattr(torch, request.vae_dtype),
         name=request.vae_name,
     )
-    # Into the memory of every rank at once: rank 0 alone fetches a hub id from the network first.
-    first = load() if team.is_main else None
-    team.barrier()
-    return first or load()
+    return ImageSource(samples, form, team.main_first(load))
 
 
-def open_images(request: EncodeRequest, team: DistributedContext, vae: Vae | None) -> PackedSource:
-    """Return images and the autoencoder that encodes them, loaded unless it is given.
+def open_images(request: EncodeRequest, images: ImageSource) -> PackedSource:
+    """Return images of the request's size, and what encodes them.
 
-    Raises: DataError for images or an autoencoder that cannot be read; ConfigError for a size that
-        the autoencoder would cut.
+    Raises: ConfigError for a size that the autoencoder would cut.
     """
-    samples, form = request.samples()
-    vae, changes, sides = vae or load_vae(request, team), list[str](), 1 + request.flip
-    identity = vae.identity
+    samples, form, vae = images.samples, images.format, images.vae
+    changes, sides, identity = list[str](), 1 + request.flip, vae.identity
 
     def records(images_BHWC: np.ndarray) -> list[Tensor]:
         return [vae.encode(each) for each in (images_BHWC, images_BHWC[:, :, ::-1].copy())[:sides]]

@@ -67,13 +67,11 @@ class TextEntry(msgspec.Struct, frozen=True, kw_only=True):
     uncaptioned: list[str]
 
 
-def encode_texts(request: TextRequest, team: DistributedContext) -> TextIndex:
-    """Encode the captions of packed latents; all ranks call this together. Return the index.
+def load_encoder(request: TextRequest, team: DistributedContext) -> TextEncoder:
+    """Load the text encoder of a request; all ranks call this together.
 
-    Raises: DataError for images without captions, beyond `max_uncaptioned`, or captions that cannot
-        be read; ConfigError if there are no latents, or texts of another encoder.
+    Raises: DataError if it cannot be read.
     """
-    latents = team.on_main(lambda: _latents(request.out))
     load = partial(
         TextEncoder,
         request.text_encoder,
@@ -81,13 +79,24 @@ def encode_texts(request: TextRequest, team: DistributedContext) -> TextIndex:
         dtype=getattr(torch, request.text_dtype),
         max_length=request.text_length,
     )
-    # Rank 0 alone fetches a hub id from the network first.
-    first = load() if team.is_main else None
-    team.barrier()
-    encoder = first or load()
+    return team.main_first(load)
+
+
+def encode_texts(
+    request: TextRequest, team: DistributedContext, encoder: TextEncoder | None = None
+) -> TextIndex:
+    """Encode the captions of packed latents; all ranks call this together. Return the index.
+
+    Args:
+        encoder: the request's, if it is loaded already.
+    Raises: DataError for images without captions, beyond `max_uncaptioned`, or captions that cannot
+        be read; ConfigError if there are no latents, or texts of another encoder.
+    """
+    latents = team.on_main(lambda: _latents(request.out))
+    encoder = encoder or load_encoder(request, team)
     if (done := team.on_main(lambda: _finished(request, latents, encoder.identity))) is not None:
         return done
-    images = fetch_from_hub(request.images, request.split)
+    images = team.main_first(lambda: fetch_from_hub(request.images, request.split))
     form = latents.encoding.get("source", TREE)
     captions = open_captions_of(images, form, request.captions, split=request.split)
     todo = team.on_main(

@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,15 @@ def save_images(
     return root
 
 
+def picture(
+    mode: str = "RGB", form: str = "png", size: tuple[int, int] = (9, 9), **more: Any
+) -> bytes:
+    """Return the bytes of a picture of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (200, 100, 0)).convert(mode).save(buffer, form, **more)
+    return buffer.getvalue()
+
+
 def labelled(taken: tuple[Tensor, ClassCondition]) -> tuple[Tensor, Tensor]:
     """Return latents and labels of what a class-conditional set has given."""
     latents, condition = taken
@@ -178,6 +188,11 @@ def save_parquet(
         path = folder / "data" / f"train-{number:05d}-of-{files:05d}.parquet"
         pq.write_table(table.slice(number * share, share), path, row_group_size=rows_in_group)
     return folder
+
+
+def rows(**columns: Any) -> Callable[[Path], object]:
+    """Return what writes a parquet file of some columns into a folder."""
+    return lambda folder: pq.write_table(pa.table(columns), folder / "x.parquet")
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:

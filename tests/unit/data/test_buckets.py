@@ -25,7 +25,7 @@ from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError
 
 from ..builders import small_config
-from .made import SCALE, labelled, request, save_images, save_vae
+from .made import SCALE, labelled, picture, request, save_images, save_vae, write_tar
 from .text_encoders import LONGEST, WIDTH, save_encoder
 
 TEAM = single_process()
@@ -97,9 +97,21 @@ def test_image_is_turned_as_it_is_shown_and_what_cannot_be_read_goes_to_the_firs
     Image.new("RGB", (30, 9)).save(tmp_path / "images" / "a" / "b.jpg", exif=exif)
     (tmp_path / "images" / "a" / "c.png").write_bytes(b"broken")
     Image.new("L", (7, 7)).save(tmp_path / "images" / "a" / "d.png")
-    found = nearest_sizes(request(tmp_path, "out"), (8, (12, 4), (4, 12)), TEAM)
+    asked = request(tmp_path, "out")
+    found = nearest_sizes(asked, asked.samples()[0], (8, (12, 4), (4, 12)), TEAM)
     # By name: a_0.png is wide, b.jpg is turned, c.png broken, d.png square.
     assert found == [[2, 3], [1], [0]]
+
+
+def test_sample_without_an_image_counts_once_and_shifts_no_other(tmp_path: Path) -> None:
+    save_vae(tmp_path / "vae")
+    wide, square = (picture(size=size) for size in ((30, 9), (9, 9)))
+    members = {"a.cls": b"0", "b.png": wide, "b.cls": b"1", "c.png": square, "c.cls": b"2"}
+    source = write_tar(tmp_path / "x.tar", members)
+    asked = request(tmp_path, "out", source=source, max_corrupt=1)
+    indices = encode_buckets(asked, (8, (4, 12)), TEAM)
+    assert [index.class_counts for index in indices.values()] == [(0, 0, 1), (0, 1, 0)]
+    assert [index.skipped for index in indices.values()] == [("x.tar/a",), ()]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from promoe_ds.data.trees import scan_tree
 from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import PromoeError
 
-from .made import labelled, open_set, true_moments
+from .made import labelled, open_set, rows, true_moments
 
 TEAM = single_process()
 
@@ -62,10 +62,6 @@ def test_cached_latents_are_packed(made: Path, tmp_path: Path, form: str) -> Non
     found, found_labels = labelled(open_set(packing.out, vae="tiny").take(*where))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(found_labels, labels)
-
-
-def rows(**columns: Any) -> Callable[[Path], object]:
-    return lambda folder: pq.write_table(pa.table(columns), folder / "x.parquet")
 
 
 def save_pt(**content: Any) -> Callable[[Path], object]:

@@ -28,17 +28,10 @@ from promoe_ds.data.sources.samples import Columns
 from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError, PromoeError
 
-from .made import labelled, open_set, request, save_parquet, save_tars, write_tar
+from .made import labelled, open_set, picture, request, rows, save_parquet, save_tars, write_tar
 
 TEAM = single_process()
 SAVERS: dict[str, Callable[..., Path]] = {"parquet": save_parquet, "tar": save_tars}
-
-
-def picture(mode: str = "RGB", form: str = "png", **more: Any) -> bytes:
-    """Return the bytes of a picture of some mode."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (9, 9), (200, 100, 0)).convert(mode).save(buffer, form, **more)
-    return buffer.getvalue()
 
 
 # From images to packed latents.
@@ -222,10 +215,6 @@ def test_data_set_of_the_hub_is_read_from_its_cache(
 
 
 # What does not fit.
-
-
-def rows(**columns: Any) -> Callable[[Path], object]:
-    return lambda folder: pq.write_table(pa.table(columns), folder / "x.parquet")
 
 
 def tar(**members: bytes) -> Callable[[Path], object]:
