@@ -54,7 +54,7 @@ def find_files(
     if not paths:
         raise DataError(f"{shown(path)}: no such file or folder")
     root = _folder_of(paths)
-    return Files(root, [str(each.relative_to(root)) for each in paths])
+    return Files(root, sorted(str(each.relative_to(root)) for each in paths))
 
 
 def fetch_from_hub(path: Path, split: str) -> Path:

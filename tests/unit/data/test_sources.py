@@ -196,6 +196,15 @@ def test_files_are_found_by_split_pattern_and_name(
         assert find_files(tmp_path / path, (".tar",), split=split).names == expected
 
 
+def test_record_is_found_among_files_of_several_folders(tmp_path: Path) -> None:
+    names = ["a-b/x.tar", "a/x.tar"]
+    for name in names:
+        write_tar(tmp_path / name, {"p.jpg": b""})
+    files = find_files(tmp_path / "{a,a-b}" / "x.tar", (".tar",), split="train")
+    assert files.names == names
+    assert [files.file_of(f"{name}/p.jpg") for name in names] == [(0, "p.jpg"), (1, "p.jpg")]
+
+
 def test_data_set_of_the_hub_is_read_from_its_cache(
     made: Path, tmp_path: Path, monkeypatch
 ) -> None:
