@@ -25,7 +25,7 @@ from torch import Tensor
 from promoe_ds.data.dataset import first_not_finite
 from promoe_ds.data.normalization.statistics import LatentStatistics, measure, merge
 from promoe_ds.data.reading import read_json, reading, shown
-from promoe_ds.data.vae import LATENTS, MOMENTS, VaeIdentity
+from promoe_ds.data.vae import FLIP, LATENTS, MOMENTS, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import DataError, first_few
 from promoe_ds.file_kind import SAFETENSORS
@@ -34,8 +34,6 @@ from promoe_ds.files import replacing, write_json
 INDEX = "index.json"
 #: What an encoding under way keeps beside its shards; the index, written last, replaces it.
 UNFINISHED = "encoding.json"
-_KINDS = (LATENTS, MOMENTS)
-_FLIP = "_flip"
 
 
 class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,10 +121,10 @@ class Shard:
         with reading(path, "latent shard", kind=SAFETENSORS):
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            self.kind = next((kind for kind in _KINDS if kind in tensors), _KINDS[0])
+            self.kind = LATENTS if LATENTS in tensors else MOMENTS
             self.labels, plain = tensors["labels"], tensors[self.kind]
             self.dtype, self.shape = plain.dtype, tuple(plain.shape)
-            variants = [plain, *(tensors[name] for name in (self.kind + _FLIP,) if name in tensors)]
+            variants = [plain, *(tensors[name] for name in (self.kind + FLIP,) if name in tensors)]
             found = [f"{_name(each.dtype)} {tuple(each.shape)}" for each in variants]
             if not self.dtype.is_floating_point:
                 raise DataError(
@@ -204,7 +202,7 @@ def write_shard(
         labels: (n,); names: the records' sources; kind: moments, or latents.
     Raises: DataError naming a record that is not finite.
     """
-    tensors = {kind + _FLIP * side: each.contiguous() for side, each in enumerate(variants)}
+    tensors = {kind + FLIP * side: each.contiguous() for side, each in enumerate(variants)}
     digests = []
     for values in tensors.values():
         if (bad := first_not_finite(values)) is not None:

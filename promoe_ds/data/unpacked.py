@@ -18,10 +18,10 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.dataset import DrawnLatents, first_not_finite
 from promoe_ds.data.images import read_image
 from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.sources.cached import checked
+from promoe_ds.data.sources.cached import CachedRecord, read_record
 from promoe_ds.data.sources.samples import SampleReader
 from promoe_ds.data.trees import Tree, scan_tree
-from promoe_ds.data.vae import Vae
+from promoe_ds.data.vae import MOMENTS, Vae
 from promoe_ds.errors import DataError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -134,4 +134,4 @@ def read_npz_moments(path: Path, shape: tuple[int, ...] | None = None) -> np.nda
                 f"({NPZ_NAMES[0][1]}, {NPZ_NAMES[1][1]})"
             )
         sides = [data[name] for name in names if name in data]
-    return checked(path, "moments", sides, shape)
+    return read_record(CachedRecord(path, MOMENTS, sides), shape)

@@ -12,10 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from promoe_ds.data.reading import shown
+from promoe_ds.data.vae import FLIP, KINDS, MOMENTS
 from promoe_ds.errors import DataError
-
-#: What a record's values and its mirrored twin's, which may be missing, are called: by kind.
-SIDES = {"moments": ("moments", "moments_flip"), "latents": ("latents", "latents_flip")}
 
 
 @dataclass(frozen=True)
@@ -33,42 +31,33 @@ def sides_of(path: Path, names: Collection[str]) -> tuple[str, list[str]]:
 
     Raises: DataError if there are none.
     """
-    for kind, sides in SIDES.items():
-        if sides[0] in names:
-            return kind, [side for side in sides if side in names]
+    for kind in KINDS:
+        if kind in names:
+            return kind, [side for side in (kind, kind + FLIP) if side in names]
     raise DataError(
         f"{shown(path)}: holds {', '.join(map(shown, names)) or 'nothing'}, expected"
-        f" {' or '.join(SIDES)}, with or without the twins (..._flip)"
+        f" {' or '.join(KINDS)}, with or without the twins (..._flip)"
     )
 
 
 def read_record(record: CachedRecord, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Return a record's values as `checked` has them.
-
-    Raises: DataError as there.
-    """
-    return checked(record.path, record.kind, record.sides, shape)
-
-
-def checked(
-    path: Path, kind: str, sides: Sequence[np.ndarray], shape: tuple[int, ...] | None = None
-) -> np.ndarray:
     """Return the values of a record and, where they are there, of the mirrored image: (1 or 2, C,
     H, W) fp32; C = 2 Z for moments, Z for latents.
 
     Raises: DataError naming the file that holds something else or, where `shape` is given, another
         shape, or values that are not finite.
     """
+    path, kind = record.path, record.kind
     # Some caches kept the batch dimension of one.
-    sides = [side[0] if side.ndim == 4 and len(side) == 1 else side for side in sides]
+    sides = [side[0] if side.ndim == 4 and len(side) == 1 else side for side in record.sides]
     found = " and ".join(f"{side.dtype} {side.shape}" for side in sides)
-    wanted = f"one or two of floats, alike, ({'2 Z' if kind == 'moments' else 'Z'}, H, W)"
+    wanted = f"one or two of floats, alike, ({'2 Z' if kind == MOMENTS else 'Z'}, H, W)"
     if shape is not None:
         wanted = f"{shape[0]} x ({' x '.join(map(str, shape[1:]))}) of floats"
     fits = all(
         side.dtype.kind == "f"
         and side.ndim == 3
-        and (kind != "moments" or len(side) % 2 == 0)
+        and (kind != MOMENTS or len(side) % 2 == 0)
         and (len(sides), *side.shape) == (shape or (len(sides), *sides[0].shape))
         for side in sides
     )

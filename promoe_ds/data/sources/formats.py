@@ -29,7 +29,7 @@ from promoe_ds.errors import ConfigError, DataError
 TREE = "tree"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Format:
     """A format of files: what they are called, how their samples are opened, how one of them is
     decoded, and where their captions are.
@@ -58,57 +58,25 @@ def _beside(files: Files, source: str) -> Captions:
     return open_captions(files.root, source)
 
 
+def _packed(
+    suffix: str,
+    open_: Callable[[Files, Columns], Samples[Any]],
+    read: Callable[..., np.ndarray],
+    captions: Callable[[Files, str], Captions],
+) -> Format:
+    """Return the format of files of one extension, which hold many samples each."""
+    return Format(suffix[1:], suffix, (suffix,), open_, read, captions)
+
+
 IMAGES = (
-    Format(
-        name=TREE,
-        kind="readable image",
-        suffixes=image_suffixes(),
-        open=_open_tree,
-        read=read_image,
-        captions=_beside,
-    ),
-    Format(
-        name="parquet",
-        kind=".parquet",
-        suffixes=(".parquet",),
-        open=ParquetImages,
-        read=read_image,
-        captions=ParquetCaptions,
-    ),
-    Format(
-        name="tar",
-        kind=".tar",
-        suffixes=(".tar",),
-        open=TarImages,
-        read=read_image,
-        captions=TarCaptions,
-    ),
+    Format(TREE, "readable image", image_suffixes(), _open_tree, read_image, _beside),
+    _packed(".parquet", ParquetImages, read_image, ParquetCaptions),
+    _packed(".tar", TarImages, read_image, TarCaptions),
 )
 LATENTS = (
-    Format(
-        name=TREE,
-        kind=NPZ_SUFFIX,
-        suffixes=(NPZ_SUFFIX,),
-        open=_open_tree,
-        read=read_npz_moments,
-        captions=_beside,
-    ),
-    Format(
-        name="parquet",
-        kind=".parquet",
-        suffixes=(".parquet",),
-        open=ParquetLatents,
-        read=read_record,
-        captions=ParquetCaptions,
-    ),
-    Format(
-        name="pt",
-        kind=".pt",
-        suffixes=(".pt",),
-        open=TorchLatents,
-        read=read_record,
-        captions=_beside,
-    ),
+    Format(TREE, NPZ_SUFFIX, (NPZ_SUFFIX,), _open_tree, read_npz_moments, _beside),
+    _packed(".parquet", ParquetLatents, read_record, ParquetCaptions),
+    _packed(".pt", TorchLatents, read_record, _beside),
 )
 
 
@@ -122,10 +90,8 @@ def open_samples(
     format_of = {suffix: each for each in formats for suffix in each.suffixes}
     kind = ", ".join(each.kind for each in formats)
     files = find_files(path, format_of, split=split, kind=kind)
-    suffixes = Counter(f".{name.rpartition('.')[2].lower()}" for name in files.names)
-    counts = Counter[str]()
-    for suffix, count in suffixes.items():
-        counts[format_of[suffix].name] += count
+    suffixes = (f".{name.rpartition('.')[2].lower()}" for name in files.names)
+    counts = Counter(format_of[suffix].name for suffix in suffixes)
     if len(counts) > 1:
         found = " and ".join(f"{count} of {name}" for name, count in counts.items())
         raise DataError(

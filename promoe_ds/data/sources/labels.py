@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from promoe_ds.data.reading import shown, some_of, warn_once
 from promoe_ds.errors import DataError
 
 #: Names of the labels' column, the first that is there, where the user names none.
-LABEL_NAMES = ("label", "labels")
+_USUAL = ("label", "labels")
 #: More classes than anybody has: such numbers are no labels.
 _MOST_CLASSES = 2**20
 #: The single class of records without labels.
@@ -61,8 +61,20 @@ class Labels:
         return final[np.concatenate(self._parts)], classes
 
 
-def no_labels(where: Path, count: int, why: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return labels and classes of records of which nothing says a label: all are of one class."""
+def label_column(wanted: str | None, names: Collection[str]) -> str:
+    """Return the name of the labels: the user's, else the first usual one; '' for no labels."""
+    return wanted if wanted is not None else next((each for each in _USUAL if each in names), "")
+
+
+def no_labels(
+    where: Path, count: int, wanted: str | None, what: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return labels and classes of records of which nothing says a label: all are of one class.
+
+    Args:
+        wanted: the user's name of the labels; what: would hold them.
+    """
+    why = "no labels are read" if wanted == "" else f"no {what} is there"
     warn_once("%s: %s: all %d records are of one class", *(shown(where), why, count))
     return np.zeros(count, dtype=np.int64), (_UNLABELLED,)
 

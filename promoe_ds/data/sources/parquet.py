@@ -17,7 +17,7 @@ import numpy as np
 from promoe_ds.data.images import Blob
 from promoe_ds.data.listing import Files
 from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.sources.labels import LABEL_NAMES, Labels, no_labels
+from promoe_ds.data.sources.labels import Labels, label_column, no_labels
 from promoe_ds.data.sources.samples import Columns, PackedSamples, place_of
 from promoe_ds.data.text.captions import Captions, texts_of
 from promoe_ds.errors import ConfigError, DataError, cause_of
@@ -81,12 +81,9 @@ class Tables:
 
         Raises: DataError for a column that holds no labels, or not all.
         """
-        name = columns.label
-        if name is None:
-            name = next((each for each in LABEL_NAMES if each in self.names), None)
-        if not name:
-            why = "no labels are read" if name == "" else "no column of labels is there"
-            return no_labels(self.files.root, sum(self.counts), why)
+        if not (name := label_column(columns.label, self.names)):
+            count = sum(self.counts)
+            return no_labels(self.files.root, count, columns.label, "column of labels")
         from pyarrow import types
 
         kind, found = self.type_of(name), Labels()

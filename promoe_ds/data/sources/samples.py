@@ -16,6 +16,7 @@ import xxhash
 
 from promoe_ds.data.listing import Files
 from promoe_ds.data.reading import shown
+from promoe_ds.data.vae import MOMENTS
 from promoe_ds.errors import DataError
 from promoe_ds.logs import get_logger
 
@@ -42,7 +43,7 @@ class Samples(ABC, Generic[_T]):
     names: Sequence[str]
     labels: np.ndarray
     classes: tuple[str, ...]
-    kind = "moments"
+    kind = MOMENTS
 
     def __len__(self) -> int:
         return len(self.names)

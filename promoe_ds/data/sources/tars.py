@@ -130,8 +130,7 @@ class TarImages(PackedSamples[Blob]):
         if 0 < len(unlabelled) < len(names) or (unlabelled and wanted):
             raise DataError(f"{shown(root / unlabelled[0])}: has no label {wanted or _LABEL}")
         if unlabelled or not names:
-            why = "no labels are read" if wanted == "" else f"no {_LABEL} file is there"
-            return no_labels(root, len(names), why)
+            return no_labels(root, len(names), wanted, f"{_LABEL} file")
         return self._found.finish(root, as_numbers=True)
 
 

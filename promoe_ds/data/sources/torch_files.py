@@ -13,7 +13,7 @@ from torch import Tensor
 from promoe_ds.data.listing import Files
 from promoe_ds.data.reading import reading, shown
 from promoe_ds.data.sources.cached import CachedRecord, sides_of
-from promoe_ds.data.sources.labels import LABEL_NAMES, Labels, no_labels
+from promoe_ds.data.sources.labels import Labels, label_column, no_labels
 from promoe_ds.data.sources.samples import Columns, PackedSamples, place_of
 from promoe_ds.errors import DataError
 from promoe_ds.file_kind import TORCH
@@ -30,10 +30,7 @@ class TorchLatents(PackedSamples[CachedRecord]):
         paths = files.paths()
         self._tensors = [_tensors(path) for path in paths]
         self.kind, self._sides = sides_of(paths[0], self._tensors[0])
-        first, labels = self._tensors[0], Labels()
-        name = columns.label
-        if name is None:
-            name = next((each for each in LABEL_NAMES if each in first), None)
+        name, labels = label_column(columns.label, self._tensors[0]), Labels()
         for path, tensors in zip(paths, self._tensors, strict=True):
             if missing := [each for each in (*self._sides, name) if each and each not in tensors]:
                 raise DataError(f"{shown(path)}: no {missing[0]}, but {', '.join(tensors)}")
@@ -46,8 +43,9 @@ class TorchLatents(PackedSamples[CachedRecord]):
         if name:
             self.labels, self.classes = labels.finish(files.root)
         else:
-            why = "no labels are read" if name == "" else "no tensor of labels is there"
-            self.labels, self.classes = no_labels(files.root, sum(counts), why)
+            self.labels, self.classes = no_labels(
+                files.root, sum(counts), columns.label, "tensor of labels"
+            )
         super().__init__(files, counts)
 
     def take(self, index: int) -> CachedRecord:
