@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from promoe_ds.data.images import COMPOSED, TURNED
-from promoe_ds.data.normalization.statistics import LatentStatistics, measure, merge
+from promoe_ds.data.normalization.statistics import LatentStatistics, measure, merge_known
 from promoe_ds.data.reading import read_json, reading, shown, some_of
 from promoe_ds.data.shards import (
     UNFINISHED,
@@ -112,19 +112,16 @@ def _settings(request: EncodeRequest, source: PackedSource, files: Sequence[int]
     """Return what must agree between the calls that fill one folder."""
     places, size = np.array(files, dtype=np.int64).tobytes(), request.image_size
     chosen = None if request.chosen is None else xxhash.xxh3_64(places).hexdigest()
+    is_cached = request.from_latents
     return {
         "files": len(files),
         "chosen": chosen,
         "listing": source.samples.listing(),
         "source": source.format,
-        "image_size": None
-        if request.from_latents
-        else size
-        if isinstance(size, int)
-        else list(size),
+        "image_size": None if is_cached else (size if isinstance(size, int) else list(size)),
         "flipped": source.sides == 2,
         "dtype": request.dtype,
-        "vae_dtype": None if request.from_latents else request.vae_dtype,
+        "vae_dtype": None if is_cached else request.vae_dtype,
         "shard_size": request.shard_size,
         "vae": asdict(source.identity),
     }
@@ -231,7 +228,8 @@ def _finish(
         classes=tuple(map(shown, samples.classes)),
         class_counts=tuple(counts),
         shards=records,
-        statistics=_merged(entries),
+        # Earlier versions measured none.
+        statistics=merge_known([entry.statistics for entry in entries if entry.record.count]),
         skipped=skipped,
         encoding={name: settings[name] for name in _ENCODING},
         versions=versions_of("diffusers", "numpy", "pillow", "safetensors"),
@@ -240,13 +238,6 @@ def _finish(
     for leftover in (request.out / UNFINISHED, *request.out.glob("shard-*.json")):
         leftover.unlink()
     return index
-
-
-def _merged(entries: Sequence[ShardEntry]) -> LatentStatistics | None:
-    """Return the statistics of all shards, None where an earlier version wrote one of them."""
-    parts = [entry.statistics for entry in entries if entry.record.count]
-    found = [part for part in parts if part is not None]
-    return merge(found) if len(found) == len(parts) else None
 
 
 def _read_entry(path: Path) -> ShardEntry:

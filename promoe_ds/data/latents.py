@@ -1,8 +1,8 @@
 """Packed latents on disk, read memory-mapped.
 
 A folder of packed shards holds `*.safetensors`, taken in the order of their names, and `index.json`
-if this package wrote it (see `shards`). Values are as the autoencoder
-made them, of any float dtype.
+if this package wrote it (see `shards`). Values are of any float dtype, as the autoencoder made
+them.
 Letters: B samples, C channels on disk, Z latent channels, H, W latent size.
 """
 
@@ -33,18 +33,20 @@ def open_latents(config: RunConfig, device: torch.device) -> PackedLatents | Npz
     Raises: DataError if there is neither, or it does not fit the recipe.
     """
     folder = Path(config.data.path)
+    own_files = *_shard_files(folder), folder / INDEX, folder / UNFINISHED
+    is_packed = any(file.is_file() for file in own_files)
+    if not is_packed and any(folder.glob(f"*/{INDEX}")):
+        raise DataError(
+            f"data.path={folder}: holds a folder of latents for each of several sizes: name one of"
+            " them, or list all sizes in model.buckets"
+        )
     if config.model.condition == "text" and not (folder / INDEX).is_file():
         raise DataError(
             f"data.path={folder}: model.condition=text needs packed latents with captions, but"
             f" there is no {INDEX}: encode the images, then their captions by tools/encode_text.py"
         )
-    if _shard_files(folder) or any((folder / name).is_file() for name in (INDEX, UNFINISHED)):
+    if is_packed:
         return PackedLatents(config)
-    if any(folder.glob(f"*/{INDEX}")):
-        raise DataError(
-            f"data.path={folder}: holds a folder of latents for each of several sizes: name one of"
-            " them, or list all sizes in model.buckets"
-        )
     try:
         tree = scan_tree(folder, (NPZ_SUFFIX,))
     except DataError as error:

@@ -105,6 +105,16 @@ def read_index(folder: Path) -> LatentIndex | None:
     return read_json(path, "index of latents", LatentIndex) if path.is_file() else None
 
 
+def index_of(folder: Path) -> LatentIndex:
+    """Return a folder's index.
+
+    Raises: DataError if there is none, or as `read_index`.
+    """
+    if (index := read_index(folder)) is None:
+        raise DataError(f"{folder}: no {INDEX} there: expected packed latents")
+    return index
+
+
 class Shard:
     """An open shard; records stay on disk until they are taken.
 
@@ -238,9 +248,7 @@ def verify(folder: Path, team: DistributedContext) -> LatentIndex:
 
     Raises: DataError naming the shards, and the first records, that are not what was written.
     """
-    index = read_index(folder)
-    if index is None:
-        raise DataError(f"{folder}: no {INDEX} there: nothing to compare with")
+    index = index_of(folder)
     own = index.shards[team.rank :: team.world_size]
     found = team.gather([problem for record in own for problem in _problems(folder, record)])
     if problems := [problem for of_rank in found for problem in of_rank]:
@@ -254,12 +262,7 @@ def measure_folder(folder: Path, team: DistributedContext) -> LatentIndex:
 
     Raises: DataError for a folder without an index, or a shard that cannot be read.
     """
-    index = read_index(folder)
-    if index is None:
-        raise DataError(
-            f"{folder}: no {INDEX} there to write statistics into: set data.latents_mean and"
-            " data.latents_std in the recipe"
-        )
+    index = index_of(folder)
     has_posterior = index.kind == MOMENTS
     own = [
         measure(Shard(folder / record.file).variants, has_posterior=has_posterior)

@@ -15,9 +15,11 @@ from torch import Tensor
 from promoe_ds.condition import Condition
 from promoe_ds.config.model import size_name
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.data.dataset import LatentDataset
+from promoe_ds.data.dataset import LatentDataset, with_normalization
+from promoe_ds.data.normalization.choice import choose_normalization
+from promoe_ds.data.normalization.statistics import merge_known
 from promoe_ds.data.reading import some_of
-from promoe_ds.data.shards import INDEX, UNFINISHED, LatentIndex, read_index
+from promoe_ds.data.shards import INDEX, UNFINISHED, LatentIndex, index_of
 from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.errors import DataError
 
@@ -31,8 +33,8 @@ class BucketedLatents:
     def __init__(self, config: RunConfig, buckets: Sequence[LatentDataset]) -> None:
         """Join data sets in the order of `model.buckets`.
 
-        Raises: DataError naming one with fewer samples than a batch, encoded by another text
-            encoder than the others, or normalised otherwise.
+        Raises: DataError naming one with fewer samples than a batch, or encoded by another text
+            encoder than the others.
         """
         self._buckets = buckets
         self.lengths = tuple(map(len, buckets))
@@ -53,11 +55,6 @@ class BucketedLatents:
             raise DataError(
                 f"data.path={config.data.path}: the captions of the buckets were encoded by several"
                 " text encoders: encode all by one"
-            )
-        if len({str(getattr(each, "normalization", None)) for each in buckets}) > 1:
-            raise DataError(
-                f"data.path={config.data.path}: latents of the buckets would be normalised"
-                " differently, each as measured: set data.latents_mean and data.latents_std"
             )
 
     def __len__(self) -> int:
@@ -114,12 +111,19 @@ def latent_folders(path: Path) -> list[Path]:
 def configs_of_buckets(config: RunConfig) -> list[RunConfig]:
     """Return the recipe of each bucket's own data set: one size, and its folder if it has one.
 
-    Raises: DataError for folders that do not fit `model.buckets`.
+    All are normalised alike: what was measured is that of all of them together.
+    Raises: DataError for folders that do not fit `model.buckets`, or were not measured although
+        `data.latent_normalization` is by channel.
     """
     sizes, path = config.model.sizes, config.data.path
     folders = dict.fromkeys(sizes, path)
     if path is not None:
-        folders = {size: str(found) for size, found in _folders(Path(path), config).items()}
+        found = _folders(Path(path), config)
+        folders = {size: str(folder) for size, (folder, _) in found.items()}
+        if config.data.latent_normalization == "channel":
+            measured = merge_known([index.statistics for _, index in found.values()])
+            chosen = choose_normalization(config.data, None, measured, Path(path))
+            config = with_normalization(config, chosen)
     return [
         config.model_copy(
             update={
@@ -131,8 +135,8 @@ def configs_of_buckets(config: RunConfig) -> list[RunConfig]:
     ]
 
 
-def _folders(path: Path, config: RunConfig) -> dict[tuple[int, int], Path]:
-    """Return the folder of each size below `path`.
+def _folders(path: Path, config: RunConfig) -> dict[tuple[int, int], tuple[Path, LatentIndex]]:
+    """Return the folder of each size below `path`, and its index.
 
     Raises: DataError if a size of the recipe has none, a folder's size is not in the recipe, or
         folders do not belong together.
@@ -142,18 +146,18 @@ def _folders(path: Path, config: RunConfig) -> dict[tuple[int, int], Path]:
             f"data.path={path}: holds latents of one size: name the folder that holds a folder of"
             " latents for each of model.buckets, or leave model.buckets out"
         )
-    indices = {folder: _index(folder) for folder in latent_folders(path)}
-    sizes, found = config.model.sizes, dict[tuple[int, int], Path]()
+    indices = {folder: index_of(folder) for folder in latent_folders(path)}
+    sizes, found = config.model.sizes, dict[tuple[int, int], tuple[Path, LatentIndex]]()
     for folder, index in indices.items():
         size = index.shape[1:]
         if size in found:
-            raise DataError(f"{folder}: has latents of {size_name(size)}, as {found[size]} has")
+            raise DataError(f"{folder}: has latents of {size_name(size)}, as {found[size][0]} has")
         if size not in sizes:
             raise DataError(
                 f"{folder}: has latents of {size_name(size)}, which is none of model.buckets"
                 f" ({', '.join(map(size_name, sizes))}): add it, or move the folder away"
             )
-        found[size] = folder
+        found[size] = folder, index
     if missing := [size_name(size) for size in sizes if size not in found]:
         raise DataError(
             f"data.path={path}: no folder of latents of {', '.join(missing)} (model.buckets) in it,"
@@ -167,9 +171,3 @@ def _folders(path: Path, config: RunConfig) -> dict[tuple[int, int], Path]:
                     f"{folder}: differs from {first} in its {name}: encode all buckets together"
                 )
     return found
-
-
-def _index(folder: Path) -> LatentIndex:
-    index = read_index(folder)
-    assert index is not None  # `latent_folders` has seen it
-    return index

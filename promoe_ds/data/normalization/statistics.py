@@ -79,6 +79,12 @@ def merge(parts: Sequence[LatentStatistics]) -> LatentStatistics:
     return LatentStatistics(count=count, mean=tuple(means), std=tuple(deviations))
 
 
+def merge_known(parts: Sequence[LatentStatistics | None]) -> LatentStatistics | None:
+    """Return the statistics of all parts together, None where those of one are unknown."""
+    known = [part for part in parts if part is not None]
+    return merge(known) if len(known) == len(parts) else None
+
+
 def measure(variants: Sequence[Tensor], *, has_posterior: bool) -> LatentStatistics | None:
     """Return the statistics of latents as training takes them, None if there are none.
 

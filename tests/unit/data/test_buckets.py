@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from promoe_ds.cli.encode_latents import main
 from promoe_ds.data import LatentDataset, bucket_lengths, build_dataset, largest_bucket
 from promoe_ds.data.buckets.dataset import latent_folders
 from promoe_ds.data.buckets.encode import encode_buckets, nearest_sizes
 from promoe_ds.data.images import read_image
+from promoe_ds.data.normalization.statistics import merge
 from promoe_ds.data.shards import read_index, verify
 from promoe_ds.data.text.encode import TextRequest, encode_texts
 from promoe_ds.data.text_encoder import TextEncoder
@@ -32,7 +34,7 @@ TEAM = single_process()
 #: Of images: a square, a wide one, a high one; of their latents half of it.
 SIZES = (8, (4, 12), (12, 4))
 #: (width, height) of images, and the place of the size that is nearest.
-SHAPES = {"n01": ((20, 17), 0), "n02": (((36, 12)), 1), "n03": ((9, 30), 2)}
+SHAPES = {"n01": ((20, 17), 0), "n02": ((36, 12), 1), "n03": ((9, 30), 2)}
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +55,13 @@ def own(packed: Path, tmp_path: Path) -> Path:
 
 
 def open_buckets(
-    path: Path, batch: int = 2, buckets: tuple[Any, ...] = (4, (2, 6), (6, 2)), **model: Any
+    path: Path,
+    batch: int = 2,
+    buckets: tuple[Any, ...] = (4, (2, 6), (6, 2)),
+    data: dict[str, Any] | None = None,
+    **model: Any,
 ) -> LatentDataset:
-    data = {"dataset": "latents", "path": str(path), "latent_scale": SCALE}
+    data = {"dataset": "latents", "path": str(path), "latent_scale": SCALE, **(data or {})}
     train = {"global_batch_size": batch}
     return build_dataset(small_config(data=data, train=train, model={"buckets": buckets, **model}))
 
@@ -151,6 +157,27 @@ def test_buckets_that_do_not_fit_the_recipe_are_refused(packed, buckets, batch, 
         open_buckets(packed / "latents", batch, buckets)
 
 
+def test_buckets_are_normalised_by_what_was_measured_of_all_of_them(packed, own: Path) -> None:
+    parts = [read_index(folder).statistics for folder in latent_folders(own)]
+    for folder in latent_folders(own):
+        index = json.loads((folder / "index.json").read_text())
+        del index["statistics"]
+        (folder / "index.json").write_text(json.dumps(index))
+    by_channel = {"latent_normalization": "channel", "latent_scale": 1.0}
+    with pytest.raises(DataError, match=r"latents: .*no measured statistics: .*--measure"):
+        open_buckets(own, data=by_channel)
+    main(["--measure", str(own), "--device", "cpu"])
+    assert [read_index(folder).statistics for folder in latent_folders(own)] == parts
+    dataset, plain = open_buckets(own, data=by_channel), open_buckets(own)
+    pooled = merge(parts)
+    assert len({part.mean for part in parts}) == 3 and pooled not in parts
+    for first in (0, 5, 10):
+        taken, usual = (each.take(np.array([first]))[0] for each in (dataset, plain))
+        expected = (usual / SCALE - pooled.mean[0]) / pooled.std[0]
+        torch.testing.assert_close(taken, expected, rtol=1e-5, atol=1e-5)
+    assert largest_bucket(dataset).normalization.latents_mean == pooled.mean
+
+
 def test_folder_of_one_size_or_of_other_channels_is_refused(packed) -> None:
     with pytest.raises(DataError, match="holds latents of one size"):
         open_buckets(packed / "latents" / "8x8")
@@ -158,6 +185,9 @@ def test_folder_of_one_size_or_of_other_channels_is_refused(packed) -> None:
         open_buckets(packed / "latents", in_channels=2)
     with pytest.raises(DataError, match=r"no index\.json"):
         open_buckets(packed / "nothing")
+    texts = {"condition": "text", "text_width": WIDTH, "text_length": LONGEST, "num_classes": 1000}
+    with pytest.raises(DataError, match=r"several sizes: .* model\.buckets"):
+        open_buckets(packed / "latents", buckets=(), **texts)
 
 
 def damage(folder: Path, how: str) -> None:
