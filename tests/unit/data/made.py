@@ -195,10 +195,10 @@ def rows(**columns: Any) -> Callable[[Path], object]:
     return lambda folder: pq.write_table(pa.table(columns), folder / "x.parquet")
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+def write_tar(path: Path, members: dict[str, bytes], form: int = tarfile.DEFAULT_FORMAT) -> Path:
     """Write files into a tar."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, "w", format=form) as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)

@@ -4,7 +4,6 @@ resumed, and what is said of files that do not fit.
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 
 from promoe_ds.data.encode import encode
-from promoe_ds.data.shards import Shard, read_index
+from promoe_ds.data.shards import LatentIndex, Shard, read_index
 from promoe_ds.data.sources import parquet
 from promoe_ds.data.sources.files import fetch_from_hub, find_files
 from promoe_ds.data.sources.formats import IMAGES, open_samples
@@ -37,29 +36,25 @@ SAVERS: dict[str, Callable[..., Path]] = {"parquet": save_parquet, "tar": save_t
 # From images to packed latents.
 
 
+def encoded(made: Path, folder: Path, form: str) -> tuple[Path, LatentIndex]:
+    """Write the images in a form into `source`, encode them into `out`; return source and index."""
+    source = SAVERS[form](made / "images", folder / "source")
+    return source, encode(request(made, folder / "out", source=source), TEAM)
+
+
 @pytest.mark.parametrize("form", SAVERS)
 def test_images_in_files_become_the_latents_of_their_tree(
     made: Path, tmp_path: Path, form: str
 ) -> None:
-    source = SAVERS[form](made / "images", tmp_path / "source")
-    index = encode(request(made, tmp_path / "out", source=source), TEAM)
+    source, index = encoded(made, tmp_path, form)
     tree, expected = read_index(made / "latents"), open_set(made / "latents")
     assert index.class_counts == tree.class_counts and index.encoding["source"] == form
     assert index.classes == (tree.classes if form == "parquet" else ("0", "1", "2"))
     where = np.arange(15), np.arange(15)
-    for found, wanted in zip(
-        labelled(open_set(tmp_path / "out").take(*where)),
-        labelled(expected.take(*where)),
-        strict=True,
-    ):
-        assert torch.equal(found, wanted)
-    name = Shard(tmp_path / "out" / index.shards[2].file).name(1)
-    assert (
-        name
-        == {"parquet": "data/train-00001-of-00002.parquet/1", "tar": "train-001.tar/000009.png"}[
-            form
-        ]
-    )
+    pairs = labelled(open_set(tmp_path / "out").take(*where)), labelled(expected.take(*where))
+    assert all(map(torch.equal, *pairs))
+    names = {"parquet": "data/train-00001-of-00002.parquet/1", "tar": "train-001.tar/000009.png"}
+    assert Shard(tmp_path / "out" / index.shards[2].file).name(1) == names[form]
     assert encode(request(made, tmp_path / "out", source=source), TEAM) == index
 
 
@@ -67,8 +62,7 @@ def test_images_in_files_become_the_latents_of_their_tree(
 def test_encoding_of_files_resumes_and_refuses_others(
     made: Path, tmp_path: Path, form: str
 ) -> None:
-    source = SAVERS[form](made / "images", tmp_path / "source")
-    index = encode(request(made, tmp_path / "out", source=source), TEAM)
+    source, index = encoded(made, tmp_path, form)
     (tmp_path / "out" / "index.json").rename(tmp_path / "index.json")
     (tmp_path / "out" / "shard-00001.safetensors").unlink()
     samples, _ = open_samples(source, IMAGES, Columns(), split="train")
@@ -345,10 +339,7 @@ def test_parquet_is_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch) -> No
 def test_tar_of_long_and_foreign_names_is_read(tmp_path: Path) -> None:
     name = "/".join(["folder" * 9] * 4) + "/ä b.jpg"
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        with tarfile.open(tmp_path / "x.tar", "w", format=form) as archive:
-            info = tarfile.TarInfo(name)
-            info.size = len(PNG)
-            archive.addfile(info, io.BytesIO(PNG))
+        write_tar(tmp_path / "x.tar", {name: PNG}, form)
         samples, known = open_samples(tmp_path, IMAGES, Columns(), split="train")
         assert list(samples.names) == [f"x.tar/{name}"]
         assert known.read(samples.fetch([0])[0], 8).shape == (8, 8, 3)
