@@ -102,20 +102,22 @@ def _with_own_fields(config: RunConfig, saved: RunConfig) -> RunConfig:
 
 
 def _config_of_start(saved: RunConfig, config: RunConfig) -> RunConfig:
-    """Return the run's config with what loading asks of the saved model's: the averages that there
-    are, the experts' order, and what its latents were normalised by. All else must fit the run:
-    the saved data set, say, may have other classes.
+    """Return the saved config, which loading compares with the run's, with those of the run's
+    sections that must fit its model: the saved data set, say, may have other classes. Of the saved
+    ones, loading asks for the experts' order and what latents were normalised by.
     """
     is_as_many = saved.routing.num_experts == config.routing.num_experts
     order = saved.parallel.expert_order if is_as_many else None
-    averages = {name: getattr(saved.optimizer, name) for name in ("ema_decays", "ema_sigma_rels")}
     data = {"latent_normalization": "auto", "latents_normalized": False}
     data |= LatentNormalization.of(saved.data).fields
-    return config.model_copy(
+    return saved.model_copy(
         update={
+            "model": config.model,
+            "routing": config.routing,
             "parallel": config.parallel.model_copy(update={"expert_order": order}),
-            "optimizer": config.optimizer.model_copy(update=averages),
+            "precision": config.precision,
             "data": config.data.model_copy(update=data),
+            "logging": config.logging,
         }
     )
 

@@ -74,10 +74,8 @@ def test_label_map_keeps_rows_and_starts_the_others_anew(small, tmp_path, caplog
 
 def test_branch_to_another_data_set_keeps_what_loading_asks_of_the_old_one(tmp_path) -> None:
     digits = {"dataset": "digits", "latent_scale": 0.5}
-    averages = {"ema_decays": [0.9, 0.99]}
-    network = random_network(
-        **{"model": {"input_size": 8, "null_row": True}, "data": digits, "optimizer": averages}
-    )
+    optimizer = {"ema_decays": [0.9, 0.99], "lr": 0.5}
+    network = random_network(model={"input_size": 8}, data=digits, optimizer=optimizer)
     path, old = _export(tmp_path / "export", network), network.state_dict()[LABELS]
     labels = tmp_path / "labels.yaml"
     labels.write_text("0: 9\n1: new\n2: 3\n3: 0\n", encoding="utf-8")
@@ -87,7 +85,7 @@ def test_branch_to_another_data_set_keeps_what_loading_asks_of_the_old_one(tmp_p
     assert torch.equal(source.read("weights", LABELS)[[0, 2, 3, 4]], old[[9, 3, 0, 10]])
     saved = source.info.config
     assert (saved.data.dataset, saved.data.latent_scale) == ("synthetic", 0.5)
-    assert (saved.optimizer.ema_decays, saved.train.max_steps) == ((0.9, 0.99), 3)
+    assert (saved.optimizer, saved.train) == (network.config.optimizer, network.config.train)
 
 
 def test_label_map_of_a_model_without_a_null_label_maps_every_row(tmp_path) -> None:
