@@ -15,9 +15,9 @@ PRESETS: dict[str, dict[str, int]] = {
     "xl": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
 
-#: What block=modern fills in where it is left out.
+#: What block=modern fills in where it is left out; a multiple of its widths, for MXFP8's products.
 _MODERN = {"mlp_type": "swiglu", "qk_norm": True}
-
+_WIDTH_MULTIPLE = 32
 
 _SIDE = TypeAdapter(PositiveInt)
 
@@ -201,6 +201,15 @@ class ModelConfig(Section):
     def head_width(self) -> int:
         """Width of one head of attention."""
         return self.head_dim or self.hidden_size // self.num_heads
+
+    def hidden_width(self, feed_forward: str, parts: int = 1) -> int:
+        """Return the hidden width of one of `parts` that together are a dense feed-forward, of type
+        gelu or swiglu: in a DiT block, as published, the same, in a modern one as costly.
+        """
+        width = max(1, int(self.mlp_ratio * self.hidden_size) // parts)
+        if self.block == "dit" or feed_forward == "gelu":
+            return width
+        return max(1, round(width * 2 / 3 / _WIDTH_MULTIPLE)) * _WIDTH_MULTIPLE
 
     @property
     def pooled_width(self) -> int:

@@ -33,9 +33,6 @@ from promoe_ds.config.section import Section, require
 #: Grouped GEMM wants rows of a multiple of 16 bytes: eight numbers of bf16.
 _GROUPED_GEMM_MULTIPLE = 8
 
-#: Widths that are chosen here are multiples of it: what MXFP8's products ask for.
-_WIDTH_MULTIPLE = 32
-
 #: Cells of a table that is written at every log step unasked; and in how many a larger one is.
 _SMALL_TABLE, _LARGE_TABLE_EVERY = 1024, 20
 
@@ -84,30 +81,7 @@ class RunConfig(Section):
         else:
             self._check_experts()
         self._check_condition()
-        if (shape := self.data.traits.size) is not None:
-            require(
-                (model.input_size, model.in_channels, model.buckets) == (*shape, ()),
-                f"data.dataset={self.data.dataset} has {shape[0]}x{shape[0]} pixels of {shape[1]}"
-                f" channels, but model.input_size={model.input_size}, model.buckets="
-                f"{list(model.buckets)} and model.in_channels={model.in_channels}",
-            )
-        for field in ("latents_mean", "latents_std"):
-            require(
-                len(values := getattr(self.data, field)) in (0, 1, model.in_channels),
-                f"data.{field} has {len(values)} values, but model.in_channels="
-                f"{model.in_channels}: state one, or one a channel",
-            )
-        require(
-            not model.buckets or self.data.traits.several_sizes,
-            f"model.buckets needs latents packed by size (data.dataset=latents), but"
-            f" data.dataset={self.data.dataset}: leave it out, or encode with --buckets",
-        )
-        if classes := self.data.traits.classes:
-            require(
-                model.num_classes >= classes,
-                f"data.dataset={self.data.dataset} has the labels 0..{classes - 1}, but"
-                f" model.num_classes={model.num_classes}: set model.num_classes={classes}",
-            )
+        self._check_data()
         require(
             self.evaluation.every % self.train.log_every == 0,
             f"evaluation.every={self.evaluation.every} must be a multiple of train.log_every="
@@ -139,6 +113,33 @@ class RunConfig(Section):
             solver=self.sampling.solver, steps=self.sampling.steps
         )
         require(not problem, f"sampling.{problem}")
+
+    def _check_data(self) -> None:
+        model, data, traits = self.model, self.data, self.data.traits
+        if traits.size is not None:
+            side, channels = traits.size
+            require(
+                (model.input_size, model.in_channels, model.buckets) == (side, channels, ()),
+                f"data.dataset={data.dataset} has {side}x{side} pixels of {channels} channels, but"
+                f" model.input_size={model.input_size}, model.buckets={list(model.buckets)} and"
+                f" model.in_channels={model.in_channels}",
+            )
+        for field in ("latents_mean", "latents_std"):
+            require(
+                len(values := getattr(data, field)) in (0, 1, model.in_channels),
+                f"data.{field} has {len(values)} values, but model.in_channels="
+                f"{model.in_channels}: state one, or one a channel",
+            )
+        require(
+            not model.buckets or traits.several_sizes,
+            f"model.buckets needs latents packed by size (data.dataset=latents), but"
+            f" data.dataset={data.dataset}: leave it out, or encode with --buckets",
+        )
+        require(
+            model.num_classes >= traits.classes,
+            f"data.dataset={data.dataset} has the labels 0..{traits.classes - 1}, but"
+            f" model.num_classes={model.num_classes}: set model.num_classes={traits.classes}",
+        )
 
     def _check_condition(self) -> None:
         if self.model.condition == "text":
@@ -301,27 +302,16 @@ class RunConfig(Section):
     @property
     def dense_width(self) -> int:
         """Hidden width of a dense feed-forward."""
-        return self._as_costly(self._gelu_width, self.model.mlp_type)
+        return self.model.hidden_width(self.model.mlp_type)
 
     @property
     def expert_width(self) -> int:
         """F: hidden width of one routed or unconditional expert; by default, one and the shared
         ones are a dense layer's.
         """
-        width = max(1, self._gelu_width // (1 + self.routing.num_shared_experts))
-        return self.routing.expert_width or self._as_costly(width, self.routing.expert_type)
-
-    @property
-    def _gelu_width(self) -> int:
-        return int(self.model.mlp_ratio * self.model.hidden_size)
-
-    def _as_costly(self, width: int, feed_forward: str) -> int:
-        """Return the hidden width that costs as much as one of `width` with GELU does; in a DiT
-        block, as published, the same.
-        """
-        if self.model.block == "dit" or feed_forward == "gelu":
-            return width
-        return max(1, round(width * 2 / 3 / _WIDTH_MULTIPLE)) * _WIDTH_MULTIPLE
+        routing = self.routing
+        parts = 1 + routing.num_shared_experts
+        return routing.expert_width or self.model.hidden_width(routing.expert_type, parts)
 
     @property
     def shared_expert_width(self) -> int:

@@ -12,7 +12,7 @@ import shutil
 import unicodedata
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,12 +225,10 @@ class SampleFolder:
         if before is None or before["num"] != len(self.labels) or not self.whole.is_file():
             return False
         self._compare(before, settings)
-        if self.missing():
-            return False
-        try:
-            return not self.as_images or len(NpzImages(self.whole)) == len(self.labels)
-        except DataError:
-            return False
+        with suppress(DataError):
+            is_whole = not self.as_images or len(NpzImages(self.whole)) == len(self.labels)
+            return is_whole and not self.missing()
+        return False
 
     def _compare(self, before: dict[str, Any], settings: dict[str, Any]) -> None:
         fixed = {name: value for name, value in settings.items() if name not in _FREE}
@@ -325,11 +323,8 @@ class SampleFolder:
         }
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, (shape, dtype, parts) in arrays.items():
-                header = {
-                    "descr": npy.dtype_to_descr(dtype),
-                    "fortran_order": False,
-                    "shape": shape,
-                }
+                descr = npy.dtype_to_descr(dtype)
+                header = {"descr": descr, "fortran_order": False, "shape": shape}
                 # A ZipInfo of its own carries no time: the same samples are the same file.
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
                     npy.write_array_header_1_0(file, header)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,12 @@ from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.clip_score import CLIP_SCORE, ClipScorer, clip_score
 from promoe_ds.evaluation.features import PIXELS, Extractor, load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
-from promoe_ds.evaluation.images import open_samples, read_record, read_sample_prompts
+from promoe_ds.evaluation.images import (
+    FEATURES_FILE,
+    open_samples,
+    read_record,
+    read_sample_prompts,
+)
 from promoe_ds.evaluation.precision_recall import NEIGHBOURS, share_in_manifold
 from promoe_ds.evaluation.reference import (
     Reference,
@@ -70,6 +76,10 @@ class Metric:
         return self.output, self.statistic
 
 
+#: What compares every image with its nearest neighbours.
+_of_neighbours = partial(
+    Metric, output="pool", statistic=AllFeatures, reference="images", least_images=NEIGHBOURS + 1
+)
 #: By the name that `--metrics` takes, in the order of the report.
 METRICS = {
     **{
@@ -86,23 +96,11 @@ METRICS = {
         figure=lambda score, reference, team, half: score,
         reference="",
     ),
-    "precision": Metric(
-        output="pool",
-        statistic=AllFeatures,
-        figure=lambda samples, reference, team, half: share_in_manifold(
-            samples, reference, team, half=half
-        ),
-        reference="images",
-        least_images=NEIGHBOURS + 1,
+    "precision": _of_neighbours(
+        figure=lambda samples, real, team, half: share_in_manifold(samples, real, team, half=half)
     ),
-    "recall": Metric(
-        output="pool",
-        statistic=AllFeatures,
-        figure=lambda samples, reference, team, half: share_in_manifold(
-            reference, samples, team, half=half
-        ),
-        reference="images",
-        least_images=NEIGHBOURS + 1,
+    "recall": _of_neighbours(
+        figure=lambda samples, real, team, half: share_in_manifold(real, samples, team, half=half)
     ),
 }
 
@@ -204,7 +202,8 @@ def _evaluate_statistics(
     pairs, report, reference = compare_statistics(samples, request.reference, outputs)
     figures = {name: METRICS[name].figure(*pair, team, False) for name, pair in pairs.items()}
     _check_finite(figures)
-    settings = read_record(request.samples.parent)
+    is_of_job = request.samples.name == FEATURES_FILE
+    settings = read_record(request.samples.parent) if is_of_job else None
     _warn_of_labels(request, settings, reference)
     report["samples"]["settings"] = settings
     return {"metrics": figures, **report, "versions": versions_of("numpy", "scipy")}

@@ -52,6 +52,7 @@ from promoe_ds.evaluation.sampling import (
 from promoe_ds.evaluation.sharded_model import load_sharded_model
 from promoe_ds.evaluation.sources import NpzImages
 from promoe_ds.logs import Progress, get_logger
+from promoe_ds.model.dit import DiT
 from promoe_ds.model.export import (
     WEIGHTS_STEM,
     load_model,
@@ -121,19 +122,11 @@ def _draw(
     if team.on_main(lambda: folder.is_complete(settings)):
         _LOG.info("%s: all %d samples are there", request.out, len(labels))
         return folder
+    network = _load_network(request, team)
     environment = {
         "device": device_name(team.device),
         "versions": versions_of("diffusers", "numpy"),
     }
-    dtype = DTYPES[str(request.dtype)]
-    if request.ep_size == 1:
-        network = load_model(request.model, device=team.device, dtype=dtype)
-    else:
-        network = load_sharded_model(
-            request.model, team, ep_size=request.ep_size, dtype=dtype, exact=exact
-        )
-    if exact:
-        align_weights(network)
     team.on_main(lambda: folder.open(settings, environment))
     todo = team.on_main(folder.missing)
     sampler = LatentSampler(network, config, plan, seed=request.seed, device=team.device, size=size)
@@ -199,13 +192,26 @@ def _run(
         sample(passes[-1])  # for the other ranks' rows that come to the experts here
 
 
+def _load_network(request: SampleRequest, team: DistributedContext) -> DiT:
+    dtype, exact = DTYPES[str(request.dtype)], request.exact
+    if request.ep_size == 1:
+        network = load_model(request.model, device=team.device, dtype=dtype)
+    else:
+        network = load_sharded_model(
+            request.model, team, ep_size=request.ep_size, dtype=dtype, exact=exact
+        )
+    if exact:
+        align_weights(network)
+    return network
+
+
 def _check_features(extractor: Extractor, folder: SampleFolder) -> None:
     """Raise ConfigError if an extractor cannot tell the statistics of what a folder is to hold."""
     if not folder.as_images:
         raise ConfigError("--features: latents have none: decode them by --vae")
     if len(folder.labels) < 2:
         raise ConfigError("--features: the statistics of one image are none: raise --num")
-    extractor.probe(folder.shape[0], folder.shape[2])
+    extractor.probe(folder.shape[:2], folder.shape[2])
 
 
 def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContext) -> Vae | None:

@@ -5,7 +5,7 @@ Letters: B images, S tokens per image, D width, Z latent channels, H, W latent s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -78,8 +78,8 @@ class DiT(nn.Module):
             "positions", torch.empty(model.tokens_per_image, model.hidden_size), persistent=False
         )
         self.register_load_state_dict_pre_hook(_take_own_positions)
-        #: Position tables of other sizes, by rows and columns of patches, made when first needed.
-        self._other_positions: dict[tuple[int, int], Tensor] = {}
+        #: Position tables of other sizes, and rotations, made when first needed.
+        self._tables: dict[tuple[object, ...], Tensor] = {}
         self._joins_unconditional = False
 
     def join_unconditional(self) -> bool:
@@ -111,11 +111,27 @@ class DiT(nn.Module):
         model, own = self.config.model, self.positions
         if grid == model.patch_grid:
             return own
-        table = self._other_positions.get(grid)
-        if table is None or (table.device, table.dtype) != (own.device, own.dtype):
-            table = fixed_positions(model, grid).to(own.device, own.dtype)
-            self._other_positions[grid] = table
-        return table
+        return self._table(
+            "positions", grid, own, lambda: fixed_positions(model, grid).to(own.device, own.dtype)
+        )
+
+    def _rotations(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
+        """Return the rotary positions of a grid of patches, None where there are none."""
+        model = self.config.model
+        if model.block == "dit":
+            return None
+        width, scale = model.head_width, model.position_scale
+        return self._table("rotations", grid, like, lambda: rotations(*grid, width, scale, like))
+
+    def _table(
+        self, name: str, grid: tuple[int, int], like: Tensor, make: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return a table of a grid of patches, made when first needed."""
+        key = name, grid, like.device, like.dtype
+        if key not in self._tables:
+            with torch.inference_mode(mode=False):  # training may follow sampling
+                self._tables[key] = make()
+        return self._tables[key]
 
     def _grid_of(self, latents_BZHW: Tensor) -> tuple[int, int]:
         model, (height, width) = self.config.model, latents_BZHW.shape[-2:]
@@ -184,13 +200,6 @@ class DiT(nn.Module):
         patches = self.final_layer(x_BSD, condition_BD)
         prediction_BZHW = self._unpatchify(-patches if sees_data else patches, grid)
         return DenoiserOutput(prediction_BZHW.to(latents_BZHW.dtype), plans)
-
-    def _rotations(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
-        """Return the rotary positions of a grid of patches, None where there are none."""
-        model = self.config.model
-        if model.block == "dit":
-            return None
-        return rotations(*grid, model.head_width, model.position_scale, like)
 
     @torch.no_grad()
     def prepare(

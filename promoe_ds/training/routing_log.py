@@ -80,17 +80,13 @@ class RoutingAccumulator:
         in_bin_QB = torch.nn.functional.one_hot(bin_B, self._bins).T.double()
         model, in_order = self._config.model, [plans[i] for i in self._layers]
         size = latent_size or model.latent_size
-        stats = [plan.stats for plan in in_order]
-        routed_LB1 = torch.stack([each.is_routed_B for each in stats]).double()[..., None]
-        columns_LBC = torch.cat(
-            [
-                torch.stack([each.tokens_per_expert_BE for each in stats]).double(),
-                torch.stack([each.gate_sums_BE for each in stats]).double(),
-                model.tokens_of(size) * torch.cat([routed_LB1, 1 - routed_LB1], dim=2),
-            ],
-            dim=2,
-        )
-        self._sums["columns"] += in_bin_QB @ columns_LBC
+        tokens, stats = model.tokens_of(size), [plan.stats for plan in in_order]
+        is_routed_LB = torch.stack([each.is_routed_B for each in stats])
+        routed_LB1 = tokens * is_routed_LB.double()[..., None]
+        counts_LBE = torch.stack([each.tokens_per_expert_BE for each in stats]).double()
+        gates_LBE = torch.stack([each.gate_sums_BE for each in stats]).double()
+        columns_LBC = [counts_LBE, gates_LBE, routed_LB1, tokens - routed_LB1]
+        self._sums["columns"] += in_bin_QB @ torch.cat(columns_LBC, dim=2)
         self._sums["similarity"] += torch.stack([each.prototype_similarity for each in stats])
         if token_sums := [s.token_sums_ED for s in stats if s.token_sums_ED is not None]:
             self._sums["token_sums"] += torch.stack(token_sums)

@@ -80,17 +80,8 @@ class Trainer:
         Raises: ConfigError for what is not installed, or not where the recipe needs it.
         """
         uses_te = config.precision.uses_transformer_engine
-        if uses_te:
-            require_transformer_engine(config.precision, context.device)
         uses_apex = config.optimizer.implementation == "apex"
-        if uses_apex:
-            check_apex(context.device, offloads=deepspeed_plan.offloads)
-        if config.parallel.kernels == "triton" and not can_run(context.device):
-            raise ConfigError(
-                f"parallel.kernels=triton needs Triton and a GPU, and this process computes on"
-                f" {context.device.type}: install triton (CUDA builds of torch bring it) and use a"
-                " GPU, or set parallel.kernels=auto"
-            )
+        _require_libraries(config, deepspeed_plan, context.device)
         self.config, self.deepspeed_plan, self.context = config, deepspeed_plan, context
         self.dataset, self.batches = dataset, plan_batches(config, context.world_size)
         has_zero, is_alone = deepspeed_plan.zero_stage > 0, context.world_size == 1
@@ -294,6 +285,19 @@ def decides_on_device(context: DistributedContext, plan: DeepSpeedPlan) -> bool:
     return context.device.type == "cuda" and plan.zero_stage > 0 and not plan.offloads
 
 
+def _require_libraries(config: RunConfig, plan: DeepSpeedPlan, device: torch.device) -> None:
+    if config.precision.uses_transformer_engine:
+        require_transformer_engine(config.precision, device)
+    if config.optimizer.implementation == "apex":
+        check_apex(device, offloads=plan.offloads)
+    if config.parallel.kernels == "triton" and not can_run(device):
+        raise ConfigError(
+            f"parallel.kernels=triton needs Triton and a GPU, and this process computes on"
+            f" {device.type}: install triton (CUDA builds of torch bring it) and use a GPU, or set"
+            " parallel.kernels=auto"
+        )
+
+
 def _build_optimizer(
     module: TrainingModule, settings: OptimizerConfig, plan: DeepSpeedPlan, *, is_sharded: bool
 ) -> torch.optim.Optimizer:
@@ -313,11 +317,7 @@ def _build_optimizer(
     if uses_apex:
         return build_apex_adam(groups, settings)
     return torch.optim.AdamW(
-        groups,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=True,
+        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
     )
 
 

@@ -27,6 +27,7 @@ from promoe_ds.checkpoint.torch_file import load_torch
 from promoe_ds.checkpoint.zero_files import MOMENTS, ROUTED
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.config.section import read_yaml
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.errors import CheckpointError, ConfigError, explaining
 from promoe_ds.logs import get_logger
 from promoe_ds.model.build import build_model
@@ -100,6 +101,27 @@ def _with_own_fields(config: RunConfig, saved: RunConfig) -> RunConfig:
     )
 
 
+def _config_of_start(saved: RunConfig, config: RunConfig) -> RunConfig:
+    """Return the saved config, which loading compares with the run's, with those of the run's
+    sections that must fit its model: the saved data set, say, may have other classes. Of the saved
+    ones, loading asks for the experts' order and what latents were normalised by.
+    """
+    is_as_many = saved.routing.num_experts == config.routing.num_experts
+    order = saved.parallel.expert_order if is_as_many else None
+    data = {"latent_normalization": "auto", "latents_normalized": False}
+    data |= LatentNormalization.of(saved.data).fields
+    return saved.model_copy(
+        update={
+            "model": config.model,
+            "routing": config.routing,
+            "parallel": config.parallel.model_copy(update={"expert_order": order}),
+            "precision": config.precision,
+            "data": config.data.model_copy(update=data),
+            "logging": config.logging,
+        }
+    )
+
+
 def _published_architecture(path: Path, config: RunConfig) -> RunConfig:
     """Return the recipe with the classes and the resolution that a published file has."""
     content = load_torch(path, is_mapped=True)
@@ -131,11 +153,8 @@ def _read_label_map(
     """
     if path is None:
         return None
-    where, old, new = (
-        f"{source}: --label-map {path}",
-        there.model.num_classes,
-        here.model.num_classes,
-    )
+    where = f"{source}: --label-map {path}"
+    old, new = there.model.num_classes, here.model.num_classes
     try:
         given = _LABEL_MAP.validate_python(read_yaml(path.read_bytes(), str(path)))
     except (OSError, ValidationError) as error:
@@ -188,12 +207,7 @@ class AdaptedSource:
             for index, moe in network.moe_layers().items()
             for name in moe.router.per_expert
         }
-        there = source.info.config
-        is_as_many = there.routing.num_experts == config.routing.num_experts
-        order = there.parallel.expert_order if is_as_many else None
-        parallel = config.parallel.model_copy(update={"expert_order": order})
-        update = {"model": config.model, "routing": config.routing, "parallel": parallel}
-        self.info = replace(source.info, config=there.model_copy(update=update))
+        self.info = replace(source.info, config=_config_of_start(source.info.config, config))
 
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor of the run's model, fp32."""

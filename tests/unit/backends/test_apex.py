@@ -6,21 +6,20 @@ from __future__ import annotations
 
 import copy
 import sys
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from promoe_ds.backends.apex import INSTALL, build_apex_adam, check_apex
 from promoe_ds.checkpoint.torch_file import load_torch
 from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.errors import ConfigError
-from promoe_ds.training.ema import Ema
 
-from ..builders import random_tensor
+from ..averaged import AveragedOptimizer
 
 SETTINGS = OptimizerConfig(lr=1e-2, betas=(0.8, 0.95), ema_decays=(0.9,))
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -70,36 +69,11 @@ def install(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:
     monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
 
 
-class Trained:
-    """An optimizer with its averages, whose groups DeepSpeed steps one by one."""
-
+class Trained(AveragedOptimizer):
     def __init__(self, kind: str) -> None:
-        self.weights = [nn.Parameter(random_tensor(4, seed=seed)) for seed in (1, 2, 3)]
-        groups = [{"params": self.weights[:1]}, {"params": self.weights[1:], "weight_decay": 0.1}]
-        for group in groups:
-            group.setdefault("weight_decay", 0.0)
         options = {"lr": SETTINGS.lr, "betas": SETTINGS.betas, "eps": SETTINGS.eps, "fused": True}
-        is_apex = kind == "apex"
-        self.optimizer = build_apex_adam(groups, SETTINGS) if is_apex else AdamW(groups, **options)
-        self.ema = Ema(self.optimizer, SETTINGS.averages)
-
-    def update(self, seed: int, *, has_gradients: bool = True) -> None:
-        for number, weight in enumerate(self.weights):
-            gradient = random_tensor(4, seed=10 * seed + number)
-            weight.grad = gradient if has_gradients else None
-        groups = self.optimizer.param_groups
-        for group in groups:
-            self.optimizer.param_groups = [group]
-            self.optimizer.step()
-        self.optimizer.param_groups = groups
-        self.ema.updates += has_gradients
-
-    def continue_from(self, other: Trained) -> None:
-        """Take weights and state, as a resume does; the groups stay this optimizer's own."""
-        for mine, theirs in zip(self.weights, other.weights, strict=True):
-            mine.data.copy_(theirs)
-            self.optimizer.state[mine] = copy.deepcopy(other.optimizer.state[theirs])
-        self.ema.updates = other.ema.updates
+        plain, apex = partial(AdamW, **options), partial(build_apex_adam, settings=SETTINGS)
+        super().__init__(apex if kind == "apex" else plain, SETTINGS)
 
 
 def assert_same(one: Trained, other: Trained) -> None:
@@ -114,9 +88,9 @@ def assert_same(one: Trained, other: Trained) -> None:
 def test_apex_updates_and_keeps_its_state_as_torch_does(monkeypatch) -> None:
     install(monkeypatch, FusedAdam=FusedAdam)
     apex, plain = Trained("apex"), Trained("torch")
-    for seed, has_gradients in enumerate((True, True, False, True)):
+    for has_gradients in (True, True, False, True):
         for each in (apex, plain):
-            each.update(seed, has_gradients=has_gradients)
+            each.update(has_gradients=has_gradients)
     assert_same(apex, plain)
     assert not any("step" in group for group in apex.optimizer.param_groups)
 
@@ -125,24 +99,24 @@ def test_apex_updates_and_keeps_its_state_as_torch_does(monkeypatch) -> None:
 def test_each_continues_the_others_state(monkeypatch, before: str, after: str) -> None:
     install(monkeypatch, FusedAdam=FusedAdam)
     whole, first, second = Trained(before), Trained(before), Trained(after)
-    for seed in range(4):
-        whole.update(seed)
-    for seed in range(2):
-        first.update(seed)
+    for _ in range(4):
+        whole.update()
+    for _ in range(2):
+        first.update()
     second.continue_from(first)
-    for seed in range(2, 4):
-        second.update(seed)
+    for _ in range(2):
+        second.update()
     assert_same(second, whole)
 
 
 def test_apex_state_comes_back_by_its_own_dictionary(monkeypatch) -> None:
     install(monkeypatch, FusedAdam=FusedAdam)
     saved, loaded = Trained("apex"), Trained("apex")
-    saved.update(0)
+    saved.update()
     loaded.continue_from(saved)
     loaded.optimizer.load_state_dict(copy.deepcopy(saved.optimizer.state_dict()))
     for each in (saved, loaded):
-        each.update(1)
+        each.update()
     assert_same(saved, loaded)
 
 

@@ -72,6 +72,22 @@ def test_label_map_keeps_rows_and_starts_the_others_anew(small, tmp_path, caplog
     assert not torch.equal(fresh[0], old[9])
 
 
+def test_branch_to_another_data_set_keeps_what_loading_asks_of_the_old_one(tmp_path) -> None:
+    digits = {"dataset": "digits", "latent_scale": 0.5}
+    optimizer = {"ema_decays": [0.9, 0.99], "lr": 0.5}
+    network = random_network(model={"input_size": 8}, data=digits, optimizer=optimizer)
+    path, old = _export(tmp_path / "export", network), network.state_dict()[LABELS]
+    labels = tmp_path / "labels.yaml"
+    labels.write_text("0: 9\n1: new\n2: 3\n3: 0\n", encoding="utf-8")
+    config = small_config(model={"input_size": 8, "num_classes": 4}, train={"max_steps": 3})
+    (folder,) = find_start(path, config, tmp_path / "start", labels)
+    source = open_source(folder)
+    assert torch.equal(source.read("weights", LABELS)[[0, 2, 3, 4]], old[[9, 3, 0, 10]])
+    saved = source.info.config
+    assert (saved.data.dataset, saved.data.latent_scale) == ("synthetic", 0.5)
+    assert (saved.optimizer, saved.train) == (network.config.optimizer, network.config.train)
+
+
 def test_label_map_of_a_model_without_a_null_label_maps_every_row(tmp_path) -> None:
     network = random_network(**NO_NULL)
     path, old = _export(tmp_path / "export", network), network.state_dict()[LABELS]

@@ -5,6 +5,7 @@ definitions, and what does not fit.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,9 @@ def test_statistics_of_samples_give_the_distances_of_their_images(
     assert report["metrics"] == pytest.approx(expected, rel=1e-9)
     assert report["extractor"] == whole["extractor"] and report["samples"]["settings"]["num"] == 61
     assert "--labels random" in caplog.text
+    shutil.copy(path, tmp_path / "of_others.npz")
+    others = judge(files, **{**given, "samples": tmp_path / "of_others.npz"})
+    assert others["metrics"] == report["metrics"] and others["samples"]["settings"] is None
     for values, message in (
         ({"metrics": ("fid", "is")}, "--metrics is: .*states statistics alone"),
         ({"num": 3}, "--num: .*states statistics alone"),

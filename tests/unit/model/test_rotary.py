@@ -10,7 +10,7 @@ from torch import Tensor
 
 from promoe_ds.model.rotary import rotated, rotations
 
-from ..builders import random_tensor
+from ..builders import MODERN, random_network, random_tensor
 
 #: Rows and columns that differ, so that one cannot stand for the other.
 ROWS, COLUMNS, WIDTH = 3, 5, 8
@@ -76,6 +76,16 @@ def test_rotary_scores_depend_on_differences_of_coordinates_alone(rows: int, col
 def test_rotary_scale_of_a_half_keeps_every_second_patch_of_twice_the_grid() -> None:
     small, large = turns(2, 3), turns(4, 6, scale=0.5)
     assert torch.equal(large.view(4, 6, -1)[::2, ::2], small.view(2, 3, -1))
+
+
+def test_rotary_positions_made_while_sampling_serve_training() -> None:
+    network = random_network(**MODERN)
+    arguments = random_tensor(2, 1, 4, 4), torch.tensor([0.0, 500.0]), torch.tensor([3, 7])
+    with torch.inference_mode():
+        found = network(*arguments)
+    again = network(*arguments)
+    assert torch.equal(again, found)
+    again.square().mean().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -132,10 +132,16 @@ def oracle(network: DiT, condition: TextCondition, *, null: bool = False) -> Ten
 
 
 @pytest.mark.parametrize(
-    "model", [{}, {"qk_norm": True}, {"block": "modern"}, {"block": "modern", "qk_norm": False}]
+    ("model", "near"),
+    [
+        ({}, 1e-5),
+        ({"qk_norm": True}, 1e-5),
+        ({"block": "modern"}, 1e-4),
+        ({"block": "modern", "qk_norm": False}, 1e-4),
+    ],
 )
 def test_text_network_equals_slow_oracle_with_masks_and_dropped_conditions(
-    model: dict[str, Any],
+    model: dict[str, Any], near: float
 ) -> None:
     network = text_network(**model).double()
     condition = texts(network)
@@ -143,7 +149,8 @@ def test_text_network_equals_slow_oracle_with_masks_and_dropped_conditions(
         found = network(LATENTS.double(), TIMESTEPS, each)
         torch.testing.assert_close(found, oracle(network, each), rtol=1e-10, atol=1e-10)
     single = text_network(**model)(LATENTS, TIMESTEPS, condition)
-    torch.testing.assert_close(single.double(), oracle(network, condition), rtol=1e-3, atol=1e-4)
+    expected = oracle(network, condition)
+    torch.testing.assert_close(single.double(), expected, rtol=10 * near, atol=near)
 
 
 def test_text_guidance_with_keys_and_values_made_before_equals_slow_oracle() -> None:

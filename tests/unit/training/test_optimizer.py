@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.config.optimizer import EMA, OptimizerConfig, learning_rate, power_exponent
-from promoe_ds.training.ema import Ema
 
-from ..builders import random_network, random_tensor
+from ..averaged import AveragedOptimizer
+from ..builders import random_network
 
 STEPS = 5
 #: A fused optimizer with state, one without state, one whose state is smaller than the weights.
@@ -25,36 +26,10 @@ OPTIMIZERS = {
 }
 
 
-class Trained:
-    """An optimizer and its averages as the trainer drives them under ZeRO: `step` is called once a
-    group, `updates` grows by one an update.
-    """
-
+class Trained(AveragedOptimizer):
     def __init__(self, kind: type = torch.optim.AdamW, **averages: Any) -> None:
-        shapes = enumerate([(4, 3), (5,), (2, 3, 2)])
-        self.weights = [nn.Parameter(random_tensor(*shape, seed=seed)) for seed, shape in shapes]
-        groups = [{"params": self.weights[:1]}, {"params": self.weights[1:], "weight_decay": 0.0}]
-        self.optimizer = kind(groups, lr=1e-2, weight_decay=0.01, **OPTIMIZERS[kind])
         settings = OptimizerConfig(**{"ema_decays": (0.9,), **averages})
-        self.ema, self.step = Ema(self.optimizer, settings.averages), 0
-
-    def update(self, *, has_gradients: bool = True) -> None:
-        for seed, weight in enumerate(self.weights):
-            gradient = random_tensor(*weight.shape, seed=100 * self.step + seed)
-            weight.grad = gradient if has_gradients else None
-        groups = self.optimizer.param_groups
-        for group in groups:
-            self.optimizer.param_groups = [group]
-            self.optimizer.step()
-        self.optimizer.param_groups = groups
-        self.step += 1
-        self.ema.updates += has_gradients
-
-    def values(self) -> list[Tensor]:
-        return [weight.detach().double() for weight in self.weights]
-
-    def averages(self, name: str = EMA) -> list[Tensor]:
-        return [self.optimizer.state[weight][name].clone() for weight in self.weights]
+        super().__init__(partial(kind, lr=1e-2, **OPTIMIZERS[kind]), settings)
 
 
 def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -> None:

@@ -108,12 +108,8 @@ def assert_counts(lines: list[dict[str, Any]], passes: Passes) -> None:
 def test_lines_equal_the_plans_own_lists_and_keep_to_the_schema(method: str) -> None:
     accumulator, passes = accumulate(make_network(method))
     lines = accumulator.reduce(step=20, steps=10)
-    assert [(line["layer"], line["timestep_bin"]) for line in lines] == [
-        (1, 0),
-        (1, 1),
-        (3, 0),
-        (3, 1),
-    ]
+    places = [(line["layer"], line["timestep_bin"]) for line in lines]
+    assert places == [(1, 0), (1, 1), (3, 0), (3, 1)]
     assert_counts(lines, passes)
     for line in json.loads(json.dumps(lines)):
         VALIDATOR.validate(line)
@@ -230,9 +226,8 @@ def test_lines_prototypes_are_compared_with_the_centroids_of_their_tokens() -> N
         others = [cosines[expert][other] for other in fed if other != expert]
         own = pytest.approx(cosines[expert][expert], abs=1e-4) if expert in fed else None
         assert detail["prototype_to_centroid"][expert] == own
-        assert detail["prototype_to_other_centroids"][expert] == pytest.approx(
-            sum(others) / len(others), abs=1e-4
-        )
+        mean = pytest.approx(sum(others) / len(others), abs=1e-4)
+        assert detail["prototype_to_other_centroids"][expert] == mean
     own = cosine_similarity(keys[:, None], keys[None], dim=-1)
     found = torch.tensor(detail["prototype_similarity_matrix"])
     torch.testing.assert_close(found, own, atol=1e-4, rtol=0)
@@ -274,14 +269,8 @@ def test_lines_say_what_each_rank_computed_and_how_uneven_passes_were(
     for accumulator, plans_of_rank in zip(accumulators, passes, strict=True):
         for plans in plans_of_rank:
             accumulator.add(plans, torch.tensor(SIGMA))
-    lines, *_ = call_together(
-        monkeypatch,
-        accumulators,
-        "reduce",
-        step=3,
-        steps=3,
-        groups={"from_0": (0, 1), "from_2": (2, 3)},
-    )
+    groups = {"from_0": (0, 1), "from_2": (2, 3)}
+    lines, *_ = call_together(monkeypatch, accumulators, "reduce", step=3, steps=3, groups=groups)
     for layer, line in ((1, lines[0]), (3, lines[BINS])):
         fullest, of_ep_rank = 0, torch.zeros(2, dtype=torch.int64)
         for seed in range(3):
@@ -294,13 +283,11 @@ def test_lines_say_what_each_rank_computed_and_how_uneven_passes_were(
             of_ep_rank += sum(computed)
         detail = line["layer_detail"]
         assert detail["tokens_per_ep_rank"] == of_ep_rank.tolist()
-        assert detail["rank_max_over_mean"] == pytest.approx(
-            fullest / (of_ep_rank.sum().item() / 4)
-        )
+        mean = of_ep_rank.sum().item() / 4
+        assert detail["rank_max_over_mean"] == pytest.approx(fullest / mean)
         assert (detail["passes"], detail["ranks"], detail["ep_size"]) == (3, 4, 2)
-        assert (
-            detail["exchanges"]["counts"]["bytes"] == 3 * 4 * 8 * 4 // 2
-        )  # passes, ranks, int64, experts; half stay
+        sent_counts = 3 * 4 * 8 * 4 // 2  # passes, ranks, int64, experts; half stay
+        assert detail["exchanges"]["counts"]["bytes"] == sent_counts
 
 
 def test_lines_of_another_backend_leave_open_what_nobody_measured(
@@ -312,10 +299,8 @@ def test_lines_of_another_backend_leave_open_what_nobody_measured(
     lines, _ = call_together(
         monkeypatch, accumulators, "reduce", step=1, steps=1, groups={"from_0": (0, 1)}
     )
-    assert all(
-        each == {"bytes": None, "seconds": None}
-        for each in lines[0]["layer_detail"]["exchanges"].values()
-    )
+    exchanges = lines[0]["layer_detail"]["exchanges"].values()
+    assert all(each == {"bytes": None, "seconds": None} for each in exchanges)
     VALIDATOR.validate(lines[0])
     assert "exchange_wait_seconds/layer_1" not in flatten({"step": 1}, lines)[0]
 
@@ -333,9 +318,8 @@ def test_lines_count_no_waits_of_passes_that_train_nothing() -> None:
 
 
 def test_lines_large_matrix_comes_by_the_step_wherever_a_run_was_resumed() -> None:
-    network = random_network(
-        routing={"num_experts": 33}, train={"max_steps": 130, "log_every": 3}
-    ).train()
+    train = {"max_steps": 130, "log_every": 3}
+    network = random_network(routing={"num_experts": 33}, train=train).train()
 
     def steps_with_matrix(start: int, stop: int) -> list[int]:
         accumulator, passes = accumulate(network, passes=1)
@@ -359,9 +343,8 @@ def test_lines_without_a_matrix_are_read_with_the_newest_one(tmp_path: Path) -> 
     for step in (5, 10, 15):
         lines = accumulator.reduce(step=step, steps=5)
         append_lines(tmp_path / "routing.jsonl", lines)
-        written.append(
-            [line["layer_detail"].get("prototype_similarity_matrix") for line in lines[::BINS]]
-        )
+        details = [line["layer_detail"] for line in lines[::BINS]]
+        written.append([detail.get("prototype_similarity_matrix") for detail in details])
         accumulator.add(passes[0], torch.tensor(SIGMA), torch.tensor(LABELS))
     assert written[0] == written[2] == [None, None]
     assert load_log(tmp_path).matrix_LEE.tolist() == written[1]
