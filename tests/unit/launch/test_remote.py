@@ -71,7 +71,7 @@ def test_agent_that_is_late_is_given_up(commands) -> None:
 
 def test_agent_reads_a_recipe_with_a_router_of_one_s_own(commands) -> None:
     files = {"recipe": "digits_promoe", "deepspeed_config": str(DEEPSPEED)}
-    asked = {**files, "overrides": ["routing.method=nearest"]}
+    asked = {**files, "overrides": ["routing.method=nearest"], "timeout": 300.0}
     with connected(["host"], {}) as agents:
         with pytest.raises(RemoteError, match=r"ConfigError: .*routing\.method=nearest"):
             agents["host"].ask("config", **asked, imports=[])
