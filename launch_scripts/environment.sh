@@ -1,9 +1,10 @@
-# Sourced by the quickstarts and test.sh: a virtual environment with what they need, pinned. Installs once.
+# Sourced by the quickstarts and test.sh: a virtual environment with what each needs, pinned. Installs once.
 #
 # An active virtual environment (or conda environment) is used; otherwise .venv in the repository is made and used.
 
 promoe_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
+# promoe_environment EXTRAS: of pyproject.toml, comma-separated.
 promoe_environment() {
     local prefix="${VIRTUAL_ENV:-${CONDA_PREFIX:-$promoe_root/.venv}}"
     if [[ "$prefix" = *[[:space:]]* ]]; then
@@ -24,14 +25,15 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit(f"promoe_ds needs Python 3.11 or newer, this is {sys.version.split()[0]}: set PYTHON to a newer one")
 EOF
-    local stamp wanted
+    local stamp wanted installed
     stamp="$(python -c 'import sys; print(sys.prefix)')/.promoe_ds_installed"
     wanted="$(cat "$promoe_root/launch_scripts/constraints.txt" "$promoe_root/pyproject.toml" | cksum) $promoe_root"
-    if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+    installed="$(grep -sF "$wanted " "$stamp" || true)"  # of these versions; other versions are replaced
+    if ! grep -qxF "$wanted $1" <<< "$installed"; then
         echo "installing into $(python -c 'import sys; print(sys.prefix)')"
         (cd "$promoe_root" && python -m pip install --quiet --disable-pip-version-check \
-            --constraint launch_scripts/constraints.txt --editable '.[docs,megatron,report,test,text]') || return 1
-        echo "$wanted" > "$stamp"
+            --constraint launch_scripts/constraints.txt --editable ".[$1]") || return 1
+        printf '%s\n' "$installed" "$wanted $1" > "$stamp"
     fi
     # One thread a rank: ranks share the cores of a laptop, and results do not depend on their number.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

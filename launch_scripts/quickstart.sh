@@ -9,7 +9,7 @@ if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
 fi
 promoe_output "${1:-}" quickstart
 out="$promoe_out"
-promoe_environment
+promoe_environment report
 cd "$promoe_root"
 
 # Two processes on the CPU, whatever devices there are, so that everybody sees the same; --quiet silences the launcher alone.

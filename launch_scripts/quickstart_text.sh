@@ -8,7 +8,7 @@ if [ "${1:-}" = "-h" ] || [ "${1:-}" = "--help" ]; then
     exit 0
 fi
 promoe_output "${1:-}" quickstart-text
-promoe_environment
+promoe_environment report,text
 cd "$promoe_root"
 
 # Two processes on the CPU, whatever devices there are, so that everybody sees the same.

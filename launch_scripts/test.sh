@@ -15,7 +15,7 @@ EOF
     ;;
 esac
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-promoe_environment
+promoe_environment docs,megatron,report,test,text
 cd "$promoe_root"
 
 # install_packages WHAT_FOR PACKAGES...: where root, and where no systemd would start their servers for good. The tests that need what

@@ -40,12 +40,6 @@ class TrainingError(PromoeError):
     exit_code = 5
 
 
-class RoutingError(PromoeError):
-    """A routing request that has no meaning, e.g. more choices than experts."""
-
-    exit_code = 6
-
-
 class PeerError(PromoeError):
     """Other ranks are gone or do not answer."""
 

@@ -176,7 +176,9 @@ def main(arguments: list[str]) -> None:
                 index = verify(folder, team)
                 log.info(
                     "%s: all %d records of %d shards are what was written",
-                    *(folder, index.count, len(index.shards)),
+                    folder,
+                    index.count,
+                    len(index.shards),
                 )
                 if (texts := verify_texts(folder, team)) is not None:
                     log.info("%s: so are all %d captions", folder, texts.counts.captions)
@@ -196,8 +198,11 @@ def main(arguments: list[str]) -> None:
         for folder, index in indices.items():
             log.info(
                 "%s: %d records of %d classes in %d shards, %d images skipped",
-                *(folder, index.count, len(index.classes)),
-                *(len(index.shards), len(index.skipped)),
+                folder,
+                index.count,
+                len(index.classes),
+                len(index.shards),
+                len(index.skipped),
             )
         if options.captions is not None:
             encode_captions(options, source, list(indices), team)

@@ -10,6 +10,7 @@ judged without a reference or a download, by one process.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from promoe_ds.cli.entry import command, joined_processes
 from promoe_ds.cli.options import Parser, number, size
@@ -91,7 +92,7 @@ def _add_metrics(parser: Parser) -> None:
         help="CLIP of transformers, for clip_score: how near samples are to their prompts",
     )
     parser.add_argument(
-        "--batch-size", type=number(ge=1), default=64, help="images a process looks at at once"
+        "--batch-size", type=number(ge=1), default=64, help="images that a process takes at once"
     )
     parser.add_argument(
         "--half-precision-manifold",
@@ -113,16 +114,23 @@ def _add_judge(parser: Parser) -> None:
         "--write-prompts",
         type=Path,
         metavar="FILE",
-        help="with --dataset emoji: write --num captions to sample and judge (254), and end",
+        help="with --dataset emoji: write --num captions (254 if left out) to sample, and exit",
     )
 
 
 def main(arguments: list[str]) -> None:
     """Arguments to request to metrics.json."""
     options = parse_arguments(arguments)
-    if options.dataset is not None:
-        return judge(options)
+    if options.write_prompts is not None:
+        write_prompts(options.dataset, options.num or _PROMPTS, options.write_prompts)
+    elif options.dataset is not None:
+        judge(options.dataset, options.samples, options.out)
+    else:
+        compare(options)
 
+
+def compare(options: argparse.Namespace) -> None:
+    """Compare samples with a reference; show the figures and write them."""
     from promoe_ds.evaluation.metrics import (
         METRICS,
         EvaluateRequest,
@@ -155,27 +163,29 @@ def main(arguments: list[str]) -> None:
             get_logger("evaluate").info("wrote %s", options.out)
 
 
-def judge(options: argparse.Namespace) -> None:
-    """Judge samples by their data set's judge."""
+def judge(dataset: str, samples: Path, out: Path | None) -> dict[str, Any]:
+    """Judge samples by their data set's judge; show, write and return the figures."""
     from promoe_ds.evaluation.judges.table import judge_of
     from promoe_ds.evaluation.metrics import check_target, write_metrics
 
-    own = judge_of(options.dataset)
-    if options.write_prompts is not None:
-        prompts = own.wanted(options.num or _PROMPTS).get("prompts", ())
-        return write_prompts(prompts, options.write_prompts)
-    check_target(options.out, "--out")
-    report = own.judge(options.samples)
+    own = judge_of(dataset)
+    if out is not None:
+        check_target(out, "--out")
+    report = own.judge(samples)
     sys.stdout.write(own.words(report))
     sys.stdout.flush()
-    write_metrics(options.out, {"dataset": options.dataset, **report})
-    get_logger("evaluate").info("wrote %s", options.out)
+    if out is not None:
+        write_metrics(out, {"dataset": dataset, **report})
+        get_logger("evaluate").info("wrote %s", out)
+    return report
 
 
-def write_prompts(prompts: tuple[str, ...], path: Path) -> None:
-    """Write what a judge wants to be drawn, one prompt a line."""
+def write_prompts(dataset: str, num: int, path: Path) -> None:
+    """Write what a data set's judge wants to be drawn, one prompt a line."""
+    from promoe_ds.evaluation.judges.table import judge_of
     from promoe_ds.evaluation.metrics import check_target
 
+    prompts = judge_of(dataset).wanted(num).get("prompts", ())
     check_target(path, "--write-prompts")
     if not prompts:
         raise ConfigError(

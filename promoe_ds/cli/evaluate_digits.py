@@ -7,13 +7,12 @@ Needs scikit-learn (promoe_ds[report]).
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from promoe_ds.cli.entry import command
-from promoe_ds.cli.options import Parser
+from promoe_ds.cli.evaluate import judge
+from promoe_ds.cli.options import Parser, number
 from promoe_ds.errors import DataError
-from promoe_ds.files import json_text
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -22,7 +21,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("samples", type=Path, help="samples.npz or the folder that holds it")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument(
-        "--require", type=float, default=0.0, help="fail if fewer samples are recognised"
+        "--require",
+        type=number(float, ge=0, le=1),
+        default=0.0,
+        metavar="SHARE",
+        help="fail if a smaller share of the samples is recognised",
     )
     return parser.parse_args(arguments)
 
@@ -33,13 +36,7 @@ def main(arguments: list[str]) -> None:
     Raises: DataError if fewer samples are recognised than required.
     """
     options = parse_arguments(arguments)
-    from promoe_ds.evaluation.judges.digits import DigitsJudge
-
-    judge = DigitsJudge()
-    report = judge.judge(options.samples)
-    sys.stdout.write(judge.words(report))
-    if options.out is not None:
-        options.out.write_text(json_text(report, indent=1), encoding="utf-8")
+    report = judge("digits", options.samples, options.out)
     if report["accuracy"] < options.require:
         raise DataError(
             f"only {report['accuracy']:.1%} of the samples were recognised, {options.require:.1%}"

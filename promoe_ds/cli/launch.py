@@ -41,11 +41,11 @@ def parse_arguments(arguments: list[str]) -> tuple[Job, bool]:
         "--max-restarts",
         type=number(ge=0),
         default=0,
-        help="restart so often, on fewer hosts if some stay dead",
+        help="how many times to restart, on fewer hosts if some stay dead",
     )
     add(
         "--host-wait",
-        type=float,
+        type=number(float, ge=0),
         default=30.0,
         metavar="SECONDS",
         help="how long a restart waits for a dead host",

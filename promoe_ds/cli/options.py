@@ -5,6 +5,7 @@ several commands, and types that check their values.
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -31,8 +32,10 @@ PAGES = {
 }
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Text as it is written, options in few lines, and only what must be given in the usage."""
+class _Help(argparse.HelpFormatter):
+    """Examples as they are written, options in few lines, and only what must be given in the
+    usage.
+    """
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
@@ -51,9 +54,22 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         line = ["%(prog)s", *words, "[options]", *others]
         super().add_usage(" ".join(line), actions, groups, prefix)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(
+            part if part.startswith(" ") else fill(part, width, break_on_hyphens=False)
+            for part in text.strip().split("\n\n")
+        )
 
-class _Import(argparse.Action):
-    """Imports the file at once: what it registers may be named by the options behind it."""
+
+class AtOnce(argparse.Action):
+    """Does something with each value as soon as it is read, and keeps the values.
+
+    A `type` that raises would be reported as a value of the wrong type.
+    """
+
+    def __init__(self, *names: Any, do: Callable[[str], object], **options: Any) -> None:
+        super().__init__(*names, default=[], **options)
+        self._do = do
 
     def __call__(
         self,
@@ -62,7 +78,8 @@ class _Import(argparse.Action):
         values: Any,
         option: str | None = None,
     ) -> None:
-        import_extension(values)
+        """Do it."""
+        self._do(values)
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
 
 
@@ -111,8 +128,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--import",
             dest="imports",
-            action=_Import,
-            default=[],
+            action=AtOnce,
+            do=import_extension,  # options behind it may name what the file registers
             metavar="FILE",
             help="Python file or module with a router or data set of your own; may be repeated",
         )

@@ -10,13 +10,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from promoe_ds.api import run_training
 from promoe_ds.cli.entry import command
-from promoe_ds.cli.options import Parser
+from promoe_ds.cli.options import AtOnce, Parser
 from promoe_ds.config import (
     BatchPlan,
     DeepSpeedPlan,
@@ -33,20 +32,6 @@ from promoe_ds.distributed.launchers import read_place
 from promoe_ds.files import json_text
 from promoe_ds.launch.shutdown import EarlySignals
 from promoe_ds.logs import rank_from_environment
-
-
-class _ShowFields(argparse.Action):
-    """As --help: prints and exits, whatever else is missing."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option: str | None = None,
-    ) -> None:
-        sys.stdout.write(field_lines(values))
-        parser.exit()
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -70,7 +55,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--fields",
-        action=_ShowFields,
+        action=AtOnce,
+        do=_show_fields,
         nargs="?",
         const="",
         metavar="SECTION",
@@ -79,7 +65,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help=("print config, sizes and memory, and exit; for the fewest ranks without a launcher"),
+        help="print config, sizes and memory, and exit; for the fewest ranks without a launcher",
     )
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
@@ -88,6 +74,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if options.resume in ("auto", "none"):
         parser.without_effect(options, "label_map", reason=f"with --resume {options.resume}")
     return options
+
+
+def _show_fields(section: str) -> None:
+    """Print the fields and exit, as --help does: whatever else is missing."""
+    sys.stdout.write(field_lines(section))
+    sys.exit()
 
 
 def main(arguments: list[str]) -> None:

@@ -21,7 +21,8 @@ from promoe_ds.run_files import CHECKPOINTS, LAUNCH_FOLDER
 _T = TypeVar("_T")
 _CLOCK_TOLERANCE_SECONDS = 2.0
 _CLOCK_READINGS = 3
-_GPU_SECONDS = 150.0
+#: To import torch from a file system that many hosts read at once.
+_TORCH_SECONDS = 150.0
 #: fp32 weights, moments and average, and the module's own copy.
 _CHECKPOINT_BYTES_PER_PARAMETER = 20
 #: Part of what ssh or the agent reports -> remedy.
@@ -117,7 +118,7 @@ def _clock_offset(agent: Agent) -> float:
 def _check_config(job: Job, hosts: _Hosts) -> None:
     here = config_hash(job.config, read_deepspeed_json(job.deepspeed_config))
     source = {"recipe": job.recipe, "deepspeed_config": job.deepspeed_config}
-    more = {"overrides": job.overrides, "imports": job.imports}
+    more = {"overrides": job.overrides, "imports": job.imports, "timeout": _TORCH_SECONDS}
     for host, answer in hosts.ask("config", **source, **more):
         if answer["hash"] != here:
             problem = "reads another recipe or DeepSpeed JSON than this host"
@@ -168,7 +169,7 @@ def _bytes_needed(job: Job) -> int:
 
 def _check_gpus(job: Job, hosts: _Hosts) -> None:
     slots = {host.name: host.slots for host in job.hosts}
-    for host, answer in hosts.ask("gpus", timeout=_GPU_SECONDS):
+    for host, answer in hosts.ask("gpus", timeout=_TORCH_SECONDS):
         if answer["gpus"] != slots[host]:
             remedy = "correct the hostfile, or train on CPUs: DS_ACCELERATOR=cpu in .deepspeed_env"
             hosts.add(host, f"{answer['gpus']} GPUs, but slots={slots[host]}", remedy)

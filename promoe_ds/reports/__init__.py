@@ -20,5 +20,6 @@ def expert_load(run_dir: str | Path, *, last_steps: int | None = None) -> Expert
     Raises: DataError if there is no such log, or nothing in it.
     """
     from promoe_ds.reports.load.report import ExpertLoad
+    from promoe_ds.reports.load.run import RunView
 
-    return ExpertLoad.open(Path(run_dir), last_steps)
+    return ExpertLoad(RunView.open(Path(run_dir), last_steps))

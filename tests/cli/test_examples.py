@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,16 @@ import pytest
 import yaml
 
 from ..processes import REPOSITORY
-from .commands import TINY, check_refused, losses, module, succeed, train_arguments
+from .commands import (
+    TINY,
+    ZERO2,
+    check_refused,
+    losses,
+    module,
+    succeed,
+    tool,
+    train_arguments,
+)
 from .test_python import in_a_process
 
 EXAMPLES = REPOSITORY / "examples"
@@ -41,6 +51,23 @@ def test_example_of_one_s_own_trains_converts_and_samples(tmp_path, name, settin
     # Without the file nothing knows the name, and nothing of a run or an export imports it.
     word = settings[0].partition("=")[2]
     check_refused(module("sample", *drawn, cwd=tmp_path), f"={word}: is none of", 4)
+
+
+def test_router_of_one_s_own_is_compared_on_two_ranks(tmp_path) -> None:
+    """The file is imported by the comparison, by each rank under the launcher, and by the judge."""
+    own = ("--import", str(EXAMPLES / "custom_router.py"), "--ranks", "2", "--jobs", "1")
+    candidate = ("--variant", f"nearest=digits_promoe,{','.join(ROUTER)}")
+    sizes = ("--steps", "4", "--samples", "20", "--deepspeed-config", ZERO2)
+    overrides = ("parallel.ep_size=2", "sampling.steps=2", *TINY)
+    where = ("--out", "out", "--set", *(one for one in overrides if "max_steps" not in one))
+    done = tool("compare", *own, *candidate, *sizes, *where, cwd=tmp_path, timeout=240)
+    log = tmp_path / "out/logs/nearest-seed0.log"
+    assert done.returncode == 0, done.stderr + (log.read_text() if log.is_file() else "")
+    (nearest,) = json.loads((tmp_path / "out/comparison.json").read_text())["contenders"]
+    result = nearest["seeds"]["0"]
+    assert result["config"]["routing"]["options"] == {"temperature": 0.5}
+    assert result["checkpoint_step"] == 4 and result["images"]["samples"] == 20
+    assert result["information"] is not None
 
 
 def test_options_of_one_s_own_router_are_kept_with_the_run_and_checked(tmp_path) -> None:

@@ -30,6 +30,11 @@ SAMPLE = [
     ("--out s --model export --num 0", 2, "--num 0: must be at least 1"),
     ("--out s --model export --solver ddim", 2, "--solver=ddim"),
 ]
+DIGITS = [
+    ("nowhere", 3, "nowhere"),
+    ("run --out no/report.json", 2, "--out no/report.json: there is no folder no"),
+    ("run --require nan", 2, "--require: nan"),
+]
 ENCODE = [
     ("--images x --vae v", 2, "--out is needed"),
     ("--images x --out o", 2, "--images needs --vae"),
@@ -68,6 +73,7 @@ ANALYZE = [
 ]
 COMMANDS = {
     "convert_checkpoint": CONVERT,
+    "evaluate_digits": DIGITS,
     "encode_latents": ENCODE,
     "expert_load": LOAD,
     "analyze_experts": ANALYZE,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from promoe_ds.load_stats import entropy, max_over_mean, shares, variation
+from promoe_ds.reports.charts import Chart
 from promoe_ds.reports.load.charts import overview_charts
 from promoe_ds.reports.load.findings import (
     MUCH_TIME_LOST,
@@ -90,11 +91,15 @@ def export(folder: Path, views: Sequence[RunView]) -> int:
     count = 0
     for view in views:
         target = folder if len(views) == 1 else folder / view.name.replace("/", "_")
-        sections = overview_charts(view, views).values()
-        charts = [chart for section in sections for chart in section if chart is not None]
-        charts += [chart for layer in view.log.layers for chart in layer_charts(view, layer)]
-        count += write_charts(target, charts, {"layers": layer_rows(view)})
+        count += write_charts(target, all_charts(view, views), {"layers": layer_rows(view)})
     return count
+
+
+def all_charts(view: RunView, peers: Sequence[RunView]) -> list[Chart]:
+    """Return the charts of a run, then those of its layers; peers: as of `overview_charts`."""
+    sections = overview_charts(view, peers).values()
+    charts = [chart for section in sections for chart in section if chart is not None]
+    return charts + [chart for layer in view.log.layers for chart in layer_charts(view, layer)]
 
 
 def layer_rows(view: RunView) -> list[list[object]]:

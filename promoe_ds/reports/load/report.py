@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from promoe_ds.reports.charts import Chart
-from promoe_ds.reports.load.charts import overview_charts
 from promoe_ds.reports.load.findings import Finding, find
-from promoe_ds.reports.load.layer_charts import layer_charts
-from promoe_ds.reports.load.page import build_page, layer_rows
+from promoe_ds.reports.load.page import all_charts, build_page, layer_rows
 from promoe_ds.reports.load.run import RunView
 from promoe_ds.reports.page import render
 
@@ -19,11 +16,6 @@ class ExpertLoad:
     """How one run uses its experts; made by `promoe_ds.reports.expert_load`."""
 
     view: RunView
-
-    @classmethod
-    def open(cls, run_dir: Path, last_steps: int | None = None) -> ExpertLoad:
-        """Read a run; as `promoe_ds.reports.expert_load`."""
-        return cls(RunView.open(run_dir, last_steps))
 
     def findings(self) -> list[Finding]:
         """Return what is to be said of the run, the worst first: `level`, `title`, `text` each."""
@@ -39,12 +31,7 @@ class ExpertLoad:
 
     def figures(self) -> dict[str, Chart]:
         """Return the figures by title; a notebook shows one as a picture, with vl-convert."""
-        sections = overview_charts(self.view, [self.view]).values()
-        charts = [chart for section in sections for chart in section if chart is not None]
-        charts += [
-            chart for layer in self.view.log.layers for chart in layer_charts(self.view, layer)
-        ]
-        return {chart.title: chart for chart in charts}
+        return {chart.title: chart for chart in all_charts(self.view, [self.view])}
 
     def to_html(self) -> str:
         """Return the page: one document, which opens offline.

@@ -136,29 +136,32 @@ def token_maps(analysis: Analysis, layer: LayerAnalysis, names: list[str]) -> Ch
     """Draw some images with the expert of every patch, level by level."""
     titles = ["image", *(f"σ {sigma:g}" for sigma in analysis.settings.sigmas)]
     experts_BMS = layer.seen.experts_MBS[:, :_SHOWN_IMAGES].transpose(1, 0, 2)
-    grid, batch = round(experts_BMS.shape[2] ** 0.5), analysis.batch
-    apart = 1.08 * grid
-    wide, tall = apart * len(titles), apart * len(experts_BMS)
+    batch, patches = analysis.batch, experts_BMS.shape[2]
+    height, width = batch.clean_BZHW.shape[2:]
+    across = round((patches * width / height) ** 0.5)
+    down = patches // across
+    x_step, y_step = 1.08 * across, 1.08 * down  # from one map to the next
+    wide, tall = x_step * len(titles), y_step * len(experts_BMS)
     rows: Rows = [["image", batch.group, "sigma", "patch", "expert", "x", "y", "x2", "y2"]]
     for (image, level, patch), expert in np.ndenumerate(experts_BMS):
-        x, y = (level + 1) * apart + patch % grid, image * apart + patch // grid
+        x, y = (level + 1) * x_step + patch % across, image * y_step + patch // across
         label, sigma = int(batch.labels_B[image]), analysis.settings.sigmas[level]
         name = names[expert] if expert >= 0 else ""
         rows.append([image, label, sigma, patch, name, x, y, x + 1, y + 1])
     pictures = [
         {
             "url": url,
-            "x": column * apart,
-            "x2": column * apart + grid,
-            "y": image * apart,
-            "y2": image * apart + grid,
+            "x": column * x_step,
+            "x2": column * x_step + across,
+            "y": image * y_step,
+            "y2": image * y_step + down,
         }
         for image, url in enumerate(
             png_url(_gray(clean.numpy())) for clean in batch.clean_BZHW[: len(experts_BMS)]
         )
         for column in range(len(titles))
     ]
-    heads = [{"x": (column + 0.5) * apart, "text": title} for column, title in enumerate(titles)]
+    heads = [{"x": (column + 0.5) * x_step, "text": title} for column, title in enumerate(titles)]
     place = {**plane(wide, tall), "x2": {"field": "x2"}, "y2": {"field": "y2"}}
     shown = {
         "color": color_of("expert", names),

@@ -62,6 +62,11 @@ def test_ep_size_that_does_not_divide_the_ranks_is_refused(tmp_path) -> None:
         launch.parse_arguments([*_arguments(tmp_path), "parallel.ep_size=4"])
 
 
+def test_import_goes_to_the_agents_and_to_the_ranks(tmp_path) -> None:
+    job, _ = launch.parse_arguments([*_arguments(tmp_path), "--import", "json"])
+    assert job.imports == ("json",) and job.arguments[-2:] == ("--import", "json")
+
+
 def test_hostfile_mistake_is_one_line_and_runs_nothing(tmp_path) -> None:
     arguments = _arguments(tmp_path)
     (tmp_path / "hosts").write_text("host1 slots=1\nhost2;touch${IFS}oops slots=1\n")

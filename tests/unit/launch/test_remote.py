@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from promoe_ds.launch import remote
 from promoe_ds.launch.remote import Agent, RemoteError, connected, on_all, ssh_command, ssh_options
 
+REPOSITORY = Path(__file__).parents[3]
+DEEPSPEED = REPOSITORY / "ds_configs/zero2_fp32.json"
+ROUTER = REPOSITORY / "examples/custom_router.py"
 #: Greets, then answers a variable as its time; hangs when asked for a port.
 AGENT = """
 import os, time
@@ -63,6 +67,15 @@ def test_agent_that_is_late_is_given_up(commands) -> None:
             agent.ask(action, timeout=0.3)
     agent.close()
     assert agent._process.returncode == -9
+
+
+def test_agent_reads_a_recipe_with_a_router_of_one_s_own(commands) -> None:
+    files = {"recipe": "digits_promoe", "deepspeed_config": str(DEEPSPEED)}
+    asked = {**files, "overrides": ["routing.method=nearest"], "timeout": 300.0}
+    with connected(["host"], {}) as agents:
+        with pytest.raises(RemoteError, match=r"ConfigError: .*routing\.method=nearest"):
+            agents["host"].ask("config", **asked, imports=[])
+        assert agents["host"].ask("config", **asked, imports=[str(ROUTER)])["hash"]
 
 
 def test_ssh_holds_a_silent_connection_as_long_as_asked() -> None:

@@ -222,6 +222,17 @@ def test_token_maps_of_many_experts_show_each_patch_s_own() -> None:
     ]  # row by row, downwards
 
 
+def test_token_maps_of_wide_images_are_as_wide() -> None:
+    model = {"input_size": [4, 6], "patch_size": 1}
+    analysis = _analysis(4, (0.5,), model=model)
+    chart = token_maps(analysis, analysis.layers[0], ["e0", "e1", "e2", "e3"])
+    x, y = (np.array([row[place] for row in chart.rows[1:25]]) for place in (5, 6))
+    assert (x - x[0]).tolist() == [*range(6)] * 4
+    assert (y - y[0]).tolist() == [row for row in range(4) for _ in range(6)]
+    picture = chart.spec["layer"][0]["data"]["values"][0]
+    assert (picture["x2"] - picture["x"], picture["y2"] - picture["y"]) == (6, 4)
+
+
 def test_place_of_the_page_stays_as_it_was(tmp_path) -> None:
     (tmp_path / "page.html").write_text("before")
     check_place(tmp_path / "page.html")
