@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from html import escape
 from io import StringIO
 from itertools import pairwise
@@ -39,20 +40,13 @@ class Drawing:
         self._parts: list[str] = []
 
     def text(
-        self,
-        x: float,
-        y: float,
-        words: str,
-        *,
-        size: int = 15,
-        anchor: str = "middle",
-        **style: str,
+        self, x: float, y: float, words: str, *, size: int = 15, anchor: str = "middle", **look: str
     ) -> None:
-        """Write a line; style: `colour`, `weight`."""
+        """Write a line; look: `colour`, `weight`."""
         self._parts.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}"'
-            f' font-weight="{style.get("weight", "400")}"'
-            f' fill="{style.get("colour", self.ink)}">{escape(words)}</text>'
+            f' font-weight="{look.get("weight", "400")}"'
+            f' fill="{look.get("colour", self.ink)}">{escape(words)}</text>'
         )
 
     def box(
@@ -103,12 +97,7 @@ class Drawing:
 
 def draw_router(variant: str) -> str:
     """Return a token's way through the two steps."""
-    sheet = Drawing(
-        640,
-        510,
-        variant,
-        "Conditional tokens go to the nearest prototypes, null ones to their expert",
-    )
+    sheet = Drawing(640, 510, variant, "A token's way through the two steps of the router")
     blue, orange, green, _ = EXPERTS
     sheet.text(190, 28, "tokens of an image with a label", weight="600")
     sheet.text(540, 28, "… without one (null)", weight="600")
@@ -214,16 +203,12 @@ def read_imports() -> dict[str, set[str]]:
 
 def levels_of(imports: dict[str, set[str]]) -> dict[str, int]:
     """Return the length of the longest way down from each room."""
-    levels: dict[str, int] = {}
 
+    @cache
     def level(room: str) -> int:
-        if room not in levels:
-            levels[room] = 1 + max(map(level, imports[room]), default=-1)
-        return levels[room]
+        return 1 + max(map(level, imports[room]), default=-1)
 
-    for room in imports:
-        level(room)
-    return levels
+    return {room: level(room) for room in imports}
 
 
 def direct_imports() -> dict[str, set[str]]:
