@@ -332,13 +332,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a run whose report has been written")
     parser.add_argument("--loss", type=Path, help="a run whose loss is drawn (emoji_loss.png)")
     options = parser.parse_args()
-    run_dir = options.run
     for name, make in DRAWINGS.items():
         for variant in PALETTES:
             (IMAGES / f"{name}_{variant}.svg").write_text(make(variant), encoding="utf-8")
     if options.loss is not None:
         (IMAGES / "emoji_loss.png").write_bytes(draw_loss(options.loss))
-    if run_dir is not None:
+    if (run_dir := options.run) is not None:
         for name, text in picture_terminal(run_dir).items():
             (IMAGES / f"{name}.svg").write_text(text, encoding="utf-8")
         page = run_dir / "expert_load.html"
