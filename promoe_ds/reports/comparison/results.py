@@ -10,6 +10,12 @@ of the differences to the baseline's run of the same seed). A result, also kept 
 the metrics of `metrics_of`, `loss_curve` (pairs of step and loss_diffusion), `layers` (loads by MoE
 block), `images` (the judge's whole report), `checkpoint_step` and `environment`: times compare
 between equal ones only. What there is none of is null.
+
+Metrics: `final_loss`, mean over the last tenth of the log lines; `heldout_loss` of the averaged
+weights on images never trained on, each under its own condition, equal noise for all; those of
+samples by the data set's judge; loads of the last fifth of the steps, averaged over MoE blocks;
+`information_...`, what class or group of captions, and noise level, say of a token's expert beyond
+chance, of 128 training images; `step_ms`, median wall time of a step after the first log line.
 """
 
 from __future__ import annotations
