@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from html import escape
 from io import StringIO
 from itertools import pairwise
@@ -39,20 +39,13 @@ class Drawing:
         self._parts: list[str] = []
 
     def text(
-        self,
-        x: float,
-        y: float,
-        words: str,
-        *,
-        size: int = 15,
-        anchor: str = "middle",
-        **style: str,
+        self, x: float, y: float, words: str, *, size: int = 15, anchor: str = "middle", **look: str
     ) -> None:
-        """Write a line; style: `colour`, `weight`."""
+        """Write a line; look: `colour`, `weight`."""
         self._parts.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}"'
-            f' font-weight="{style.get("weight", "400")}"'
-            f' fill="{style.get("colour", self.ink)}">{escape(words)}</text>'
+            f' font-weight="{look.get("weight", "400")}"'
+            f' fill="{look.get("colour", self.ink)}">{escape(words)}</text>'
         )
 
     def box(
@@ -103,12 +96,7 @@ class Drawing:
 
 def draw_router(variant: str) -> str:
     """Return a token's way through the two steps."""
-    sheet = Drawing(
-        640,
-        510,
-        variant,
-        "Conditional tokens go to the nearest prototypes, null ones to their expert",
-    )
+    sheet = Drawing(640, 510, variant, "A token's way through the two steps of the router")
     blue, orange, green, _ = EXPERTS
     sheet.text(190, 28, "tokens of an image with a label", weight="600")
     sheet.text(540, 28, "… without one (null)", weight="600")
@@ -214,16 +202,12 @@ def read_imports() -> dict[str, set[str]]:
 
 def levels_of(imports: dict[str, set[str]]) -> dict[str, int]:
     """Return the length of the longest way down from each room."""
-    levels: dict[str, int] = {}
 
+    @cache
     def level(room: str) -> int:
-        if room not in levels:
-            levels[room] = 1 + max(map(level, imports[room]), default=-1)
-        return levels[room]
+        return 1 + max(map(level, imports[room]), default=-1)
 
-    for room in imports:
-        level(room)
-    return levels
+    return {room: level(room) for room in imports}
 
 
 def direct_imports() -> dict[str, set[str]]:
@@ -320,20 +304,6 @@ def picture_terminal(run_dir: Path) -> dict[str, str]:
     }
 
 
-def draw_loss(run_dir: Path) -> bytes:
-    """Return the diffusion loss of a run over its steps, as PNG."""
-    import numpy as np
-
-    from promoe_ds.reports.charts import line_chart
-
-    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
-    entries = [
-        entry for line in text.splitlines() if "loss_diffusion" in (entry := json.loads(line))
-    ]
-    losses = {"loss": np.array([entry["loss_diffusion"] for entry in entries])}
-    return line_chart("Diffusion loss", ("step", [e["step"] for e in entries]), losses).png()
-
-
 DRAWINGS: dict[str, Callable[[str], str]] = {
     "router": draw_router,
     "dispatch": draw_dispatch,
@@ -345,15 +315,11 @@ def main() -> None:
     """Write all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, help="a run whose report has been written")
-    parser.add_argument("--loss", type=Path, help="a run whose loss is drawn (emoji_loss.png)")
     options = parser.parse_args()
-    run_dir = options.run
     for name, make in DRAWINGS.items():
         for variant in PALETTES:
             (IMAGES / f"{name}_{variant}.svg").write_text(make(variant), encoding="utf-8")
-    if options.loss is not None:
-        (IMAGES / "emoji_loss.png").write_bytes(draw_loss(options.loss))
-    if run_dir is not None:
+    if (run_dir := options.run) is not None:
         for name, text in picture_terminal(run_dir).items():
             (IMAGES / f"{name}.svg").write_text(text, encoding="utf-8")
         page = run_dir / "expert_load.html"

@@ -7,7 +7,7 @@
 A caption is a line of the .txt file beside each image or in its sample of a tar, or the column's
 cell in parquet, in metadata.jsonl or metadata.csv, whose column file_name names the images, or the
 key's value in a tar's .json. The same command resumes after an interruption, on any number of
-processes. The format is in docs/guides/text.md; `--set data.path=latents` trains on it.
+processes. `--set data.path=latents` trains on it.
 """
 
 import argparse

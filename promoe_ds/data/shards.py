@@ -3,7 +3,7 @@
 A shard's tensors: `latents` or `moments` (n, C, H, W) and, where there are mirrored twins,
 `latents_flip` or `moments_flip`; `labels` (n,); written by this package also `checksums` (n, 1 or
 2), the xxh3_64 of each record's bytes as int64, and `names`, the records' sources, joined by line
-feeds. `index.json` says what is there and what it belongs to: docs/guides/imagenet.md documents it.
+feeds. `index.json` says what is there and what it belongs to, as `LatentIndex` lists.
 """
 
 from __future__ import annotations

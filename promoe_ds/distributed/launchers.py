@@ -1,8 +1,7 @@
 """What launchers put into a process's environment: its rank, the number of ranks, rank 0's address.
 
 An inner launcher counts (torchrun started once a node by srun); two that contradict each other are
-an error, because each process would otherwise train alone. The table is in
-docs/reference/inputs.md.
+an error, because each process would otherwise train alone (docs/reference/inputs.md).
 """
 
 from __future__ import annotations

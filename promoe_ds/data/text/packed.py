@@ -4,7 +4,7 @@
 A file's tensors: `states` (tokens of all captions, C) bf16 and `pooled` (captions, P) fp32;
 `state_ends` (captions,), where each caption's states end; `caption_ends` (n,), where the captions
 of each image end; `checksums` (captions,), the xxh3_64 of a caption's states and vector as int64. A
-caption without states is blank: null. docs/guides/text.md documents the format.
+caption without states is blank: null.
 """
 
 from __future__ import annotations

@@ -1,4 +1,22 @@
-"""A run's figures, read from what training and judging left, and their statistics over seeds."""
+"""A run's figures, read from what training and judging left, and their statistics over seeds.
+
+Of comparison.json: `settings` are those of the newest call; `missing` lists runs without a result
+(`contender`, `seed`, `reason`); `contenders` are the candidates in the order of the command line,
+the first is the baseline. A candidate has `name`, `recipe`, `overrides`, `config` (with train.seed
+0), `parameters` (`total`, and `activated`, which one conditional token uses),
+`training_gflops_per_image` (10⁹ operations, forward and backward), `seeds` (a result each),
+`summary` (by metric `n`, `mean`, `sd` over n - 1, `min`, `max`) and `difference_to_first` (the same
+of the differences to the baseline's run of the same seed). A result, also kept as result.json, has
+the metrics of `metrics_of`, `loss_curve` (pairs of step and loss_diffusion), `layers` (loads by MoE
+block), `images` (the judge's whole report), `checkpoint_step` and `environment`: times compare
+between equal ones only. What there is none of is null.
+
+Metrics: `final_loss`, mean over the last tenth of the log lines; `heldout_loss` of the averaged
+weights on images never trained on, each under its own condition, equal noise for all; those of
+samples by the data set's judge; loads of the last fifth of the steps, averaged over MoE blocks;
+`information_...`, what class or group of captions, and noise level, say of a token's expert beyond
+chance, of 128 training images; `step_ms`, median wall time of a step after the first log line.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +36,7 @@ from promoe_ds.load_stats import entropy, max_over_mean, shares
 from promoe_ds.reports.log import load_log
 from promoe_ds.reports.records import Metrics, read_lines
 
-#: Of result.json and comparison.json; docs/reference/comparison_format.md describes both.
+#: Of result.json and comparison.json.
 SCHEMA_VERSION = 1
 JUDGEMENT_FILE = "judgement.json"
 #: What is read from training, before and behind the figures of the data set's judge.
