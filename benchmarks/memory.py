@@ -152,7 +152,7 @@ def compare_with_measurement(
     deepspeed = resolve_deepspeed(
         {"zero_optimization": zero}, config, batches, source="measurement"
     )
-    layout = layout_of(batches, deepspeed)
+    layout = layout_of(batches, deepspeed, on_cpu=True)
     here = Cluster(nodes=1, gpus_per_node=world_size, device=DEVICES["h100"], network_bandwidth=1.0)
     with fake_world(world_size):
         plan, shapes = plan_step(config, layout, here), trace_pass(config, layout)

@@ -43,9 +43,10 @@ class ClusterLayout:
     """How a run is spread over ranks.
 
     bucket: elements of a gradient bucket (`zero_optimization.reduce_bucket_size`); overlap:
-    `overlap_comm`, two buckets; offload: masters, moments and averages are in the host's memory,
-    and the update runs there (`offload_optimizer`); data_before_expert: ranks that share experts
-    are spread (`use_data_before_expert_parallelism`), not neighbours.
+    `overlap_comm`, two buckets; on_cpu: plain operations, and memory for kept gradients as they
+    come, for a CPU maps pages at their first use; offload: masters, moments and averages are in the
+    host's memory, and the update runs there (`offload_optimizer`); data_before_expert: ranks that
+    share experts are spread (`use_data_before_expert_parallelism`), not neighbours.
     """
 
     world_size: int
@@ -55,6 +56,7 @@ class ClusterLayout:
     precision: str
     bucket: int = DEFAULT_BUCKET
     overlap: bool = True
+    on_cpu: bool = False
     offload: bool = False
     data_before_expert: bool = False
 
@@ -62,6 +64,11 @@ class ClusterLayout:
     def number_bytes(self) -> int:
         """Bytes of a weight, a gradient and an activation."""
         return 2 if self.precision == "bf16" else 4
+
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether the device decides about updates, see `train.trainer.decides_on_device`."""
+        return not self.on_cpu and self.zero_stage > 0 and not self.offload
 
     @property
     def images(self) -> int:
@@ -79,7 +86,9 @@ class ClusterLayout:
         return [stride * index for index in range(self.world_size // ep_size)]
 
 
-def layout_of(batches: BatchPlan, deepspeed: DeepSpeedPlan) -> ClusterLayout:
+def layout_of(
+    batches: BatchPlan, deepspeed: DeepSpeedPlan, *, on_cpu: bool = False
+) -> ClusterLayout:
     """Return the layout that a batch plan and a resolved DeepSpeed JSON describe."""
     zero = deepspeed.json.get("zero_optimization", {})
     return ClusterLayout(
@@ -89,6 +98,7 @@ def layout_of(batches: BatchPlan, deepspeed: DeepSpeedPlan) -> ClusterLayout:
         zero_stage=deepspeed.zero_stage,
         precision=deepspeed.precision,
         offload=deepspeed.offloads,
+        on_cpu=on_cpu,
         bucket=int(zero.get("reduce_bucket_size", DEFAULT_BUCKET)),
         overlap=bool(zero.get("overlap_comm", False)),
         data_before_expert=bool(deepspeed.json.get("use_data_before_expert_parallelism", False)),

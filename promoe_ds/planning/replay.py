@@ -1,9 +1,9 @@
-"""What the engine and the update do with a step's gradients, on tensors of the same sizes.
+"""What DeepSpeed's engine and the update do in a step, replayed on tensors of the same sizes.
 
-Under ZeRO the trainer's own `GradientSums` run, as on a GPU. With an offloaded optimizer DeepSpeed
-sums instead: its buckets, which stay on the device, are counted beside, so that the plan is rather
-too large.
-Source without ZeRO: deepspeed 0.19.8, runtime/engine.py.
+Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and runtime/engine.py: gradients are copied
+into a bucket; a full one is averaged, through a flat copy where it holds several ranks' parts, and
+this rank's part is copied back and kept. A parameter larger than the bucket is reduced alone.
+Where the device decides about updates, the trainer's own `GradientSums` run instead.
 `tests/fake_cuda/test_planner.py` compares bytes and collectives with the engine's own.
 """
 
@@ -25,7 +25,7 @@ from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.kernels.choice import uses_triton
 from promoe_ds.planning.cluster import ClusterLayout
 from promoe_ds.planning.trace import ShapeTrace
-from promoe_ds.planning.zero import partition_size
+from promoe_ds.planning.zero import States, partition_size
 from promoe_ds.training.clipping import global_grad_norm
 from promoe_ds.training.ema import Ema, FusedUpdate
 from promoe_ds.training.health import HealthWatch
@@ -80,25 +80,34 @@ class EngineReplay:
         module: nn.Module,
         groups: list[ReplayGroup],
         layout: ClusterLayout,
+        states: States,
         settings: OptimizerConfig,
     ) -> None:
         """Hook the module's parameters, and make its states."""
         self._layout, self._groups = layout, groups
         parameters = [p for group in groups for p in group.parameters]
-        self._dtype = parameters[0].dtype
+        self._total, self._dtype = sum(p.numel() for p in parameters), parameters[0].dtype
+        whole = states.weights if layout.zero_stage == 1 else 0
+        self._kept = (states.gradients - whole) // layout.number_bytes
         self._owned = [partition_size(*group.sizes) for group in groups]
         self._weights = [
             torch.empty(size * group.sizes[1], dtype=self._dtype)
             for size, group in zip(self._owned, groups, strict=True)
         ]
         self._places: dict[nn.Parameter, Place] = {}
+        self._touched: dict[nn.Parameter, range] = {}
         for number in range(len(groups)):
             self._lay(number)
         self._make_states(parameters, settings)
-        self._sums = self._make_sums() if layout.zero_stage > 0 else None
-        self._health = HealthWatch(module, hooks=self._sums is None)
+        self._filled = 0
+        self._buckets: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        self._earlier: Tensor | None = None
+        self._waiting: list[nn.Parameter] = []
+        decides = layout.decides_on_device
+        self._health = HealthWatch(module, hooks=not decides)
+        self._sums = self._make_sums() if decides else None
         self._norms: list[Tensor] = []
-        self._deepspeed_buckets: Tensor | None = None
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._take)
 
@@ -111,6 +120,7 @@ class EngineReplay:
             owned = min(end, size) - start
             part = OwnedSlice(parameter, 0, start, owned) if owned > 0 else None
             self._places[parameter] = Place(parameter, group.replicas, number, part)
+            self._touched[parameter] = range(start // size, (end - 1) // size + 1)
 
     def _make_sums(self) -> _TracedSums:
         layout = self._layout
@@ -151,18 +161,36 @@ class EngineReplay:
     def begin_backward(self, loss: Tensor) -> None:
         """Take note of the loss; find the gradients of an earlier pass, where there was one."""
         self._health.see_loss(loss)
-        layout = self._layout
-        if layout.offload:
-            buckets = torch.empty((1 + layout.overlap) * layout.bucket, dtype=self._dtype)
-            self._deepspeed_buckets = self._trace.label(buckets, "buckets")
-        if layout.zero_stage == 2 and layout.accumulation > 1:
-            self._sums.continue_step()
+        if self._layout.accumulation > 1 and self._layout.zero_stage == 2:
+            if self._sums is not None:
+                self._sums.continue_step()
+                return
+            self._earlier = self._make(self._kept, "gradients")
 
     def _take(self, parameter: nn.Parameter) -> None:
-        self._trace.label(parameter.grad, "gradients")
+        layout, gradient = self._layout, parameter.grad
+        self._trace.label(gradient, "gradients")
+        if layout.zero_stage == 0:
+            return
         if self._sums is not None:
             with self._trace.during(BESIDE):
                 self._sums.take(self._places[parameter])
+            return
+        if not self._buckets:
+            count = 2 if layout.overlap else 1
+            self._buckets = [self._make(layout.bucket, "buckets") for _ in range(count)]
+        if self._filled + parameter.numel() > layout.bucket:
+            self._reduce(BESIDE)
+        self._filled += parameter.numel()
+        self._waiting.append(parameter)
+        if parameter.numel() <= layout.bucket:
+            with self._trace.during(BESIDE):
+                self._buckets[0][: parameter.numel()].copy_(gradient.view(-1))
+            self._let_go(parameter)
+
+    def _let_go(self, parameter: nn.Parameter) -> None:
+        if self._layout.zero_stage == 2:
+            parameter.grad = None
 
     @torch.no_grad()
     def finish_backward(self) -> None:
@@ -174,10 +202,61 @@ class EngineReplay:
             self._norms = list(norms.values())
             self._health.see_norms([place.parameter for place in norms], self._norms)
         self._health.end_step().is_bad()
-        self._deepspeed_buckets = None
-        if self._sums is None and self._layout.world_size > 1:
+        if self._sums is not None:
+            return
+        if self._layout.zero_stage > 0:
+            self._reduce(AFTER)
+            if self._earlier is not None:
+                own = sum(p.numel() for p, place in self._places.items() if place.part)
+                with self._trace.during(AFTER):
+                    self._earlier[:own].add_(self._earlier[:own])
+        elif self._layout.world_size > 1:
             with self._trace.during(AFTER):
                 self._reduce_without_zero()
+        self._buckets.clear()
+
+    @torch.no_grad()
+    def _reduce(self, part: str) -> None:
+        """Average a bucket, or one larger parameter, over the ranks; keep this rank's part."""
+        if not self._filled:
+            return
+        if self._layout.on_cpu:
+            share = self._kept * self._filled // self._total
+            self._gradients.append(self._make(share, "gradients"))
+        elif not self._gradients:
+            self._gradients.append(self._make(self._kept, "gradients"))
+        waiting, self._waiting = self._waiting, []
+        is_alone = self._filled > self._layout.bucket
+        flat = waiting[-1].grad.view(-1) if is_alone else self._buckets[0][: self._filled]
+        with self._trace.during(part):
+            flat.div_(self._layout.world_size)
+            places = [self._places[p] for p in waiting]
+            for ranks in dict.fromkeys(place.ranks for place in places):
+                same = [place for place in places if place.ranks is ranks]
+                self._reduce_over(ranks, flat, same, are_all=len(same) == len(places))
+        for parameter in waiting:
+            self._let_go(parameter)
+        self._filled = 0
+
+    def _reduce_over(
+        self,
+        ranks: dist.ProcessGroup,
+        flat: Tensor,
+        places: list[Place],
+        *,
+        are_all: bool,
+    ) -> None:
+        tensors = [flat[: place.parameter.numel()] for place in places]
+        touched = {partition for place in places for partition in self._touched[place.parameter]}
+        reduced = flat
+        if len(touched) > 1 or not are_all:
+            reduced = self._trace.label(torch.cat(tensors), "buckets")
+        dist.all_reduce(reduced, group=ranks)
+        for tensor, place in zip(tensors, places, strict=True):
+            if place.part:
+                own = place.part.numel
+                tensor[:own].copy_(reduced[:own])  # into the bucket,
+                tensor.copy_(tensor)  # and from there to what is kept
 
     def _reduce_without_zero(self) -> None:
         for group in self._groups:
@@ -215,19 +294,31 @@ class EngineReplay:
         # A group's own weights stand for its kept gradients: as many numbers of the same dtype.
         own = [weights[:size] for weights, size in zip(self._weights, self._owned, strict=True)]
         adam: Any = self._optimizer  # torch's AdamW reads two attributes that it does not declare
-        is_one = self._layout.world_size == self._layout.accumulation == 1
-        norms = self._norms if is_one else [_norm(flat) for flat in own]
-        torch.stack(norms).square().sum().sqrt()
-        adam.found_inf, adam.grad_scale = torch.zeros(()), torch.ones(())
-        update = FusedUpdate(adam, self._ema) if uses_triton(own[0], kernels) else None
+        update = None
+        if self._sums is not None:
+            is_one = self._layout.world_size == self._layout.accumulation == 1
+            norms = self._norms if is_one else [_norm(flat) for flat in own]
+            torch.stack(norms).square().sum().sqrt()
+            adam.found_inf, adam.grad_scale = torch.zeros(()), torch.ones(())
+            update = FusedUpdate(adam, self._ema) if uses_triton(own[0], kernels) else None
+        else:
+            for gradient in own:
+                _norm(gradient)
         for group, (gradient, master) in enumerate(zip(own, self._masters, strict=True)):
             if update is not None:
                 update(group, gradient, gradient, adam.found_inf, adam.grad_scale)
                 continue
-            master.grad = self._trace.label(gradient.to(torch.float32), "gradients")
+            flat = gradient
+            if self._sums is None:
+                flat = self._trace.label(torch.cat([gradient, gradient[:0]]), "gradients")
+            master.grad = self._trace.label(flat.to(torch.float32), "gradients")
+            del flat
             adam.step()
             master.grad = None
             gradient.copy_(master)
+
+    def _make(self, elements: int, label: str) -> Tensor:
+        return self._trace.label(torch.empty(elements, dtype=self._dtype), label)
 
 
 def _norm(flat: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +86,7 @@ def trace_pass(
         group = expert_group or dist.new_group(layout.expert_ranks(ep_size))
     leaving: list[int] = []
     network = _local_network(config, layout, group)
-    with fake_tensors(), as_on_gpu():
+    with fake_tensors(), nullcontext() if layout.on_cpu else as_on_gpu():
         _materialise(network)
         # The CPU's autocast: fake tensors of a GPU need one.
         module = TrainingModule(network, autocast_context(config, "cpu")).train()
@@ -104,7 +104,7 @@ def trace_pass(
 
         for layer in module.denoiser.moe_layers().values():
             layer.router.register_forward_hook(expect_rows)
-        engine = EngineReplay(module, groups, layout, config.optimizer)
+        engine = EngineReplay(module, groups, layout, states, config.optimizer)
         engine.start(trace)
         with trace:
             output = module(batch)  # as a training step, which keeps the plans until its end

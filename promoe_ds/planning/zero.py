@@ -1,9 +1,8 @@
 """What one rank keeps under ZeRO between the passes of a step.
 
 Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py: each parameter group is one flat buffer,
-cut into equal partitions. Of the summed gradients a rank keeps those of its partition, as the
-trainer does on a GPU; DeepSpeed itself, on CPUs and with an offloaded optimizer, those of all
-parameters that the partition touches.
+cut into equal partitions; gradients of whole parameters that a rank's partition touches are kept,
+but where the device decides about updates, those of the partition alone.
 """
 
 from __future__ import annotations
@@ -70,12 +69,15 @@ def states_of_groups(
             offloaded=False,
         )
     owned = [partition_size(sizes, ranks) for sizes, ranks in groups]
+    copied = sum(owned)
+    if not layout.decides_on_device:  # else only a partition's own numbers are kept
+        copied = sum(_copied(sizes, ranks) for sizes, ranks in groups)
     padded = sum(share * ranks for share, (_, ranks) in zip(owned, groups, strict=True))
     return States(
         weights=size * padded,
         optimizer=12 * sum(owned),
         ema=4 * averages * sum(owned),
-        gradients=size * (sum(owned) + padded * (layout.zero_stage == 1)),
+        gradients=size * (copied if layout.zero_stage == 2 else padded + copied),
         update=4 * sum(owned) * layout.offload,
         offloaded=layout.offload,
     )
@@ -95,3 +97,17 @@ def states_of_config(config: RunConfig, layout: ClusterLayout) -> States:
 def partition_size(sizes: list[int], ranks: int) -> int:
     """Return the elements of one rank's partition."""
     return -(-sum(sizes) // (_ALIGNMENT * ranks)) * _ALIGNMENT
+
+
+def _copied(sizes: list[int], ranks: int) -> int:
+    """Return the elements of all parameters that a partition touches, at worst.
+
+    Gradients of whole parameters are copied, also of those that begin or end in another's
+    partition.
+    """
+    owned, start, copied = partition_size(sizes, ranks), 0, [0] * ranks
+    for size in sizes:
+        for rank in range(start // owned, min(ranks - 1, (start + size - 1) // owned) + 1):
+            copied[rank] += size
+        start += size
+    return max(copied)
