@@ -4,6 +4,7 @@ test.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -61,6 +62,7 @@ def _prepare() -> None:
             signal.signal(number, lambda *unused: None)
     os.umask(0o022)
     sys.addaudithook(_watch)
+    gc.disable()  # until everything is imported, which makes no garbage
 
 
 def _watch(event: str, arguments: tuple) -> None:
@@ -108,8 +110,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     )
 
 
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, but not among the modules."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Kill what the whole session has left, also where it was interrupted."""
+    """Kill what the whole session has left, also where it was interrupted; end without a search for
+    garbage.
+    """
+    gc.freeze()
     if not hasattr(config, "workerinput"):
         sweep(SESSION, os.environ[SESSION])
 

@@ -31,26 +31,6 @@ REPOSITORY = Path(__file__).parents[1]
 #: Every process of a session of tests has the first in its environment, every one that a test
 # started the second.
 SESSION, TEST = "TESTS_SESSION", "TESTS_TEST"
-#: What a rank or a command imports sooner or later, torch.compile's libraries through DeepSpeed's
-# Muon for one.
-_PRELOADED = (
-    "torch",
-    "setuptools",
-    "sklearn.datasets",
-    "diffusers",
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "deepspeed.runtime.zero.stage_1_and_2",
-    "deepspeed.module_inject.auto_ep_layer",
-    "deepspeed.ops.op_builder.all_ops",
-    "megatron.core.transformer.moe.moe_layer",
-    "promoe_ds.training.loop",
-    "promoe_ds.checkpoint.conversion",
-    "promoe_ds.distributed.context",
-    "promoe_ds.evaluation.sample_job",
-    "promoe_ds.evaluation.metrics",
-    "promoe_ds.data",
-)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -252,7 +232,7 @@ def _serve() -> None:
     try:
         os.environ.update(environment())
         os.environ.pop(TEST, None)  # it serves all tests
-        forkserver.set_forkserver_preload(list(_PRELOADED))
+        forkserver.set_forkserver_preload(["tests.preloaded"])
         forkserver.ensure_running()
     finally:
         os.environ.clear()

@@ -1,5 +1,6 @@
 """What every entry shares: one readable message and an exit code for errors that a user can fix."""
 
+import gc
 import os
 import sys
 import time
@@ -30,9 +31,11 @@ def run_entry(main: Callable[[list[str]], None]) -> None:
     """
     rank = rank_from_environment()
     configure_logging(rank)
+    gc.set_threshold(10_000)  # imports make half a million objects, and no garbage
     try:
         main(sys.argv[1:])
         write_rank_status(rank, 0, "finished")
+        gc.freeze()  # no search for garbage at the end
     except PromoeError as error:
         write_rank_status(rank, error.exit_code, str(error))
         if rank > 0:
