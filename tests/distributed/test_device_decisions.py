@@ -11,9 +11,10 @@ import pytest
 
 from .jobs import Job, assert_same_state, metrics, run_jobs
 
-#: Two passes a step; small, since Triton's interpreter is slow.
+#: Two passes a step of four tokens an image: Triton's interpreter is slow.
 SHORT = (
     "model.depth=2",
+    "model.patch_size=4",
     "parallel.ep_size=2",
     "train.max_steps=4",
     "train.log_every=2",
