@@ -67,8 +67,8 @@ class AtOnce(argparse.Action):
     A `type` that raises would be reported as a value of the wrong type.
     """
 
-    def __init__(self, *names: Any, do: Callable[[str], object], **options: Any) -> None:
-        super().__init__(*names, default=[], **options)
+    def __init__(self, *, do: Callable[[str], object], **options: Any) -> None:
+        super().__init__(default=[], **options)
         self._do = do
 
     def __call__(
