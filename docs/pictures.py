@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -304,6 +305,20 @@ def picture_terminal(run_dir: Path) -> dict[str, str]:
     }
 
 
+def draw_loss(run_dir: Path) -> bytes:
+    """Return the diffusion loss of a run over its steps, as PNG."""
+    import numpy as np
+
+    from promoe_ds.reports.charts import line_chart
+
+    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    entries = [
+        entry for line in text.splitlines() if "loss_diffusion" in (entry := json.loads(line))
+    ]
+    losses = {"loss": np.array([entry["loss_diffusion"] for entry in entries])}
+    return line_chart("Diffusion loss", ("step", [e["step"] for e in entries]), losses).png()
+
+
 DRAWINGS: dict[str, Callable[[str], str]] = {
     "router": draw_router,
     "dispatch": draw_dispatch,
@@ -315,10 +330,13 @@ def main() -> None:
     """Write all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, help="a run whose report has been written")
+    parser.add_argument("--loss", type=Path, help="a run whose loss is drawn (emoji_loss.png)")
     options = parser.parse_args()
     for name, make in DRAWINGS.items():
         for variant in PALETTES:
             (IMAGES / f"{name}_{variant}.svg").write_text(make(variant), encoding="utf-8")
+    if options.loss is not None:
+        (IMAGES / "emoji_loss.png").write_bytes(draw_loss(options.loss))
     if (run_dir := options.run) is not None:
         for name, text in picture_terminal(run_dir).items():
             (IMAGES / f"{name}.svg").write_text(text, encoding="utf-8")
