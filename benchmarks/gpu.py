@@ -21,7 +21,7 @@ from benchmarks.timing import Result, interleave, wall_clock
 from promoe_ds.backends.devices import find_device
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config import RunConfig, load_config, training_flops_per_image
-from promoe_ds.diffusion import SamplingPlan
+from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.sampling import LatentSampler, sampling_dtype
 from promoe_ds.model import build_model

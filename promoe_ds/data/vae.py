@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
 import numpy as np
 import torch
 import xxhash
-from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor
 
 from promoe_ds.config.model import sides, size_name
@@ -22,6 +21,9 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.data.reading import reading
 from promoe_ds.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 #: Images of a pass of the decoder: one alone has enough work for a GPU, and hundreds of megabytes
 # of activations.
@@ -214,6 +216,8 @@ def load_autoencoder(source: str) -> ModelMixin:
             safetensors.
     Raises: DataError if there is none, or diffusers does not know its class.
     """
+    import diffusers
+
     where, folder = source, None
     if not Path(source).is_dir():
         owner, *names = source.split("/", 2)
@@ -224,7 +228,7 @@ def load_autoencoder(source: str) -> ModelMixin:
             )
         where, folder = f"{owner}/{names[0]}", names[1] if len(names) > 1 else None
     with reading(Path(source), "autoencoder in safetensors"):
-        name = str(AutoencoderKL.load_config(where, subfolder=folder).get("_class_name"))
+        name = str(diffusers.AutoencoderKL.load_config(where, subfolder=folder).get("_class_name"))
         kind = getattr(diffusers, name, None)
         if not all(hasattr(kind, method) for method in ("from_pretrained", "encode", "decode")):
             raise DataError(

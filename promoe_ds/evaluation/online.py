@@ -13,7 +13,8 @@ from promoe_ds.config import RunConfig
 from promoe_ds.config.model import read_size
 from promoe_ds.data import LatentDataset, largest_bucket
 from promoe_ds.data.vae import Vae
-from promoe_ds.diffusion import SamplingPlan, choose_scale
+from promoe_ds.diffusion import choose_scale
+from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.features import load_extractor

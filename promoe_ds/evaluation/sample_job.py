@@ -20,7 +20,7 @@ from promoe_ds.config import RunConfig
 from promoe_ds.config.model import size_name
 from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.data.vae import Vae
-from promoe_ds.diffusion import SamplingPlan
+from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.distributed.context import DistributedContext, single_process
 from promoe_ds.distributed.process_group import check_device
 from promoe_ds.errors import CheckpointError, ConfigError

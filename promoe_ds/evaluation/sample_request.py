@@ -21,7 +21,8 @@ from promoe_ds.config import RunConfig
 from promoe_ds.config.model import sides, size_name
 from promoe_ds.data.reading import read_text
 from promoe_ds.data.text_encoder import TextEncoder, TextIdentity, encoder_of
-from promoe_ds.diffusion import SamplingPlan, check_guided, check_interval, choose_scale
+from promoe_ds.diffusion import check_guided, check_interval, choose_scale
+from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.errors import CheckpointError, ConfigError, DataError
 from promoe_ds.evaluation.images import SETTINGS_FILE
 from promoe_ds.logs import get_logger

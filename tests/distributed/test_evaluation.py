@@ -15,7 +15,7 @@ from promoe_ds.checkpoint.conversion import Request, convert
 from promoe_ds.cli.train import main
 from promoe_ds.data import build_dataset
 from promoe_ds.data.digits import load_digits_split
-from promoe_ds.diffusion import SamplingPlan
+from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.distributed.context import single_process
 from promoe_ds.evaluation.images import to_uint8
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate

@@ -34,6 +34,7 @@ def test_plan_memory_and_exchange_are_those_of_real_ranks(comparison: Comparison
     assert (comparison.measured_exchange > 0) == (len(comparison.ranks) > 1)
 
 
+@pytest.mark.combinations
 def test_memory_of_four_ranks_is_under_half_of_plain_data_parallelism(
     comparison: Comparison,
 ) -> None:

@@ -10,7 +10,8 @@ import torch
 from promoe_ds.backends.parameter_groups import parameter_groups
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config import count_parameters
-from promoe_ds.diffusion import DiffusionBatch, SamplingPlan, sample_latents
+from promoe_ds.diffusion import DiffusionBatch
+from promoe_ds.diffusion.sampler import SamplingPlan, sample_latents
 from promoe_ds.model import DiT, build_model
 from promoe_ds.model.official import from_official, to_official
 from promoe_ds.training.ema import Ema

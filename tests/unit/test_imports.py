@@ -280,3 +280,12 @@ def test_export_and_sampling_import_no_training_engine() -> None:
         " promoe_ds.ProMoETransformer2DModel"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_training_imports_no_library_of_pictures_or_texts() -> None:
+    # diffusers brings transformers, peft and scipy: most of the time that a rank took to start.
+    code = (
+        "import sys\nimport promoe_ds.training.run, promoe_ds.cli.train\nsys.exit(' '.join("
+        "{'diffusers', 'transformers', 'scipy', 'sklearn'} & sys.modules.keys()) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

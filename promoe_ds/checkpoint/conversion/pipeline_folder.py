@@ -9,13 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from promoe_ds.config import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.text_encoder import encoder_of, load_text_model
 from promoe_ds.data.vae import identify, load_autoencoder
-from promoe_ds.diffusion.schedulers import build_scheduler
 from promoe_ds.errors import CheckpointError, ConfigError, explaining
 from promoe_ds.files import write_json
 from promoe_ds.model.export import writer_of
@@ -46,6 +43,10 @@ def write_pipeline_configs(
     Raises: DataError for an autoencoder or a text encoder that cannot be loaded; ConfigError for
         one that is not the model's.
     """
+    import diffusers
+
+    from promoe_ds.diffusion.schedulers import build_scheduler
+
     version = diffusers.__version__
     index: dict[str, Any] = {
         "_class_name": "ProMoEPipeline",
