@@ -231,7 +231,8 @@ def install(folder: Path, recorder: Any) -> Compiled:
     compiled = Compiled(recorder)
     (folder / f"transformer_engine/{_NAME}.stub.so").touch()
     # Its export of models, which nobody here asks for.
-    sys.modules["onnx"] = sys.modules["onnxscript"] = MagicMock()
+    for name in ("onnx", "onnxscript"):
+        sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
     sys.path.insert(0, str(folder))
     torch.cuda.default_generators = (MagicMock(),)  # of which recomputation keeps the state
     for launcher in (JITFunction, Autotuner):  # the tensors are there without a launch

@@ -253,7 +253,16 @@ def test_data_are_timed_by_loader_and_the_index_is_opened(tmp_path: Path) -> Non
     assert (result.figures["index_shards"], result.figures["index_megabytes"] > 0) == (2, True)
 
 
-@pytest.mark.parametrize("suite", ["moe-layer", "router", "stats", "step", "dispatch"])
+@pytest.mark.parametrize(
+    "suite",
+    [
+        "moe-layer",
+        "router",
+        "stats",
+        "dispatch",
+        pytest.param("step", marks=pytest.mark.combinations),
+    ],
+)
 def test_suite_from_the_command_line_names_candidates_and_what_is_missing(
     suite: str, tmp_path: Path, capsys, monkeypatch
 ) -> None:
