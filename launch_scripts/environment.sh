@@ -30,7 +30,7 @@ EOF
     wanted="$(cat "$promoe_root/launch_scripts/constraints.txt" "$promoe_root/pyproject.toml" | cksum) $promoe_root"
     installed="$(grep -sF "$wanted " "$stamp" || true)"  # of these versions; other versions are replaced
     if ! grep -qxF "$wanted $1" <<< "$installed"; then
-        echo "installing into $(python -c 'import sys; print(sys.prefix)')"
+        echo "installing into $(python -c 'import sys; print(sys.prefix)'): some minutes"
         (cd "$promoe_root" && python -m pip install --quiet --disable-pip-version-check \
             --constraint launch_scripts/constraints.txt --editable ".[$1]") || return 1
         printf '%s\n' "$installed" "$wanted $1" > "$stamp"
