@@ -31,11 +31,10 @@ def run_entry(main: Callable[[list[str]], None]) -> None:
     """
     rank = rank_from_environment()
     configure_logging(rank)
-    gc.set_threshold(10_000)  # imports make half a million objects, and no garbage
     try:
         main(sys.argv[1:])
         write_rank_status(rank, 0, "finished")
-        gc.freeze()  # no search for garbage at the end
+        gc.freeze()  # the interpreter's end looks for garbage among all modules, for seconds
     except PromoeError as error:
         write_rank_status(rank, error.exit_code, str(error))
         if rank > 0:

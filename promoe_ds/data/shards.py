@@ -111,7 +111,7 @@ def index_of(folder: Path) -> LatentIndex:
     Raises: DataError if there is none, or as `read_index`.
     """
     if (index := read_index(folder)) is None:
-        raise DataError(f"{folder}: no {INDEX} there: expected packed latents")
+        raise DataError(f"{folder}: no {INDEX} there: name a folder that promoe-encode has written")
     return index
 
 

@@ -132,17 +132,14 @@ def oracle(network: DiT, condition: TextCondition, *, null: bool = False) -> Ten
 
 
 @pytest.mark.parametrize(
-    ("model", "near"),
-    [
-        ({}, 1e-4),
-        ({"qk_norm": True}, 1e-4),
-        ({"block": "modern"}, 1e-4),
-        ({"block": "modern", "qk_norm": False}, 1e-4),
-    ],
+    "model", [{}, {"qk_norm": True}, {"block": "modern"}, {"block": "modern", "qk_norm": False}]
 )
 def test_text_network_equals_slow_oracle_with_masks_and_dropped_conditions(
-    model: dict[str, Any], near: float
+    model: dict[str, Any],
 ) -> None:
+    """In float64 to 1e-10; in fp32, whose roundings attention may amplify, each sample to 1e-5 of
+    its norm.
+    """
     network = text_network(**model).double()
     condition = texts(network)
     for each in (condition, condition.drop(torch.tensor([True, False, False, False]))):
@@ -150,7 +147,8 @@ def test_text_network_equals_slow_oracle_with_masks_and_dropped_conditions(
         torch.testing.assert_close(found, oracle(network, each), rtol=1e-10, atol=1e-10)
     single = text_network(**model)(LATENTS, TIMESTEPS, condition)
     expected = oracle(network, condition)
-    torch.testing.assert_close(single.double(), expected, rtol=10 * near, atol=near)
+    off_B = (single - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert off_B.max() <= 1e-5
 
 
 def test_text_guidance_with_keys_and_values_made_before_equals_slow_oracle() -> None:
