@@ -1,6 +1,6 @@
 """What mkdocs puts into the pages from the code, and what it refuses.
 
-A page's comment `<!-- made: fields -->` becomes the tables of a recipe's fields, `commands` every
+A page's line `<!-- made: fields --> ...` becomes the tables of a recipe's fields, `commands` every
 command's --help, `python` the documentation of every public name, and so on. The build fails where
 a public name has none, and where a page would fetch something from another server.
 """
@@ -25,7 +25,7 @@ import griffe
 from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[1]
-_MADE = re.compile(r"^<!-- made: (\w+) -->$", re.MULTILINE)
+_MADE = re.compile(r"^<!-- made: (\w+) -->.*$", re.MULTILINE)
 _FETCHED = re.compile(
     r'<(?:script|img|link|iframe|source)\b[^>]*(?:src|href)="(?:https?:)?//[^>]*>'
 )

@@ -79,9 +79,9 @@ def read_export_config(folder: Path) -> RunConfig:
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        hint = ""
-        if (folder / "checkpoints").is_dir():
-            hint = f". It is a run: convert it first, promoe-convert {folder} EXPORT --to single"
+        is_run = (folder / "checkpoints").is_dir()
+        run = folder if is_run else "RUN"
+        hint = f"{'. It is a run' * is_run}: promoe-convert {run} EXPORT --to single makes one"
         raise CheckpointError(f"{folder} is no export: {path} ({cause_of(error)}){hint}") from None
 
 

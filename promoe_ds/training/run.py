@@ -179,3 +179,5 @@ def _describe(trainer: Trainer) -> None:
         batches.accumulation,
         trainer.step,
     )
+    if trainer.context.device.type == "cpu" and plan.precision == "bf16":
+        _LOG.warning("bf16 is slow on CPUs: ds_configs/zero2_fp32.json trains in fp32")

@@ -105,7 +105,9 @@ def open_folder(path: Path, *, check: bool = True) -> Source:
     if is_export(path):
         return ExportSource(path, check=check)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: there is no such file or folder")
+        raise CheckpointError(
+            f"{path}: there is no such file or folder: name a run, checkpoint, export or .pth file"
+        )
     return TrainingSource(named_checkpoints(path)[0])
 
 

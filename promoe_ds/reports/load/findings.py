@@ -45,8 +45,8 @@ def find(view: RunView) -> list[Finding]:
     nothing = Finding(
         "good",
         "Nothing wrong found",
-        "Every expert has tokens, no layer is far from even, prototypes stay apart "
-        "and no rank makes the others wait for long.",
+        f"In the last {view.window_steps:,} steps every expert has tokens, no layer is far from"
+        " even, prototypes stay apart and no rank makes the others wait for long.",
     )
     return sorted(found, key=lambda finding: finding.level) or [nothing]  # "bad" before "warn"
 
