@@ -117,7 +117,7 @@ def refuse_existing(destination: Path) -> None:
         not destination.is_dir() or any(path.name != _UNFINISHED for path in destination.iterdir())
     ):
         raise CheckpointError(
-            f"{destination} exists already: choose another destination or remove it"
+            f"{destination} exists already: choose another destination, or delete it"
         )
 
 

@@ -198,9 +198,8 @@ def _measured(view: RunView, words: str) -> str:
 
 def placements(view: RunView) -> Chart | None:
     """What other numbers of ranks and placements would give."""
-    if not view.tokens_LE.any():
+    if not view.tokens_LE.any() or not (others := view.candidates[1:]):
         return None
-    others = view.candidates[1:]
     lost = [view.time_lost(each.uneven_L) for each in others]
     means = [float(np.nanmean(each.uneven_L)) for each in others]
     bars = [

@@ -80,7 +80,7 @@ def unevenness(tokens_TLE: np.ndarray, order_LE: np.ndarray, ep_size: int) -> np
 
 def candidates(log: RoutingLog, window: slice, advised: Candidate) -> list[Candidate]:
     """Return, for every number of ranks that divides the experts, the plain order and the advised
-    one.
+    one; none that is the present placement.
 
     Args:
         advised: that of the present number of ranks, which is known.
@@ -95,7 +95,11 @@ def candidates(log: RoutingLog, window: slice, advised: Candidate) -> list[Candi
                 if ep_size == advised.ep_size
                 else Candidate.of(log, window, "advised", advise(log, window, ep_size), ep_size)
             )
-    return found
+    return [
+        each
+        for each in found
+        if each.ep_size != log.ep_size or not np.array_equal(each.order_LE, log.order_LE)
+    ]
 
 
 def advise(log: RoutingLog, window: slice, ep_size: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import pytest
 
 from promoe_ds.config import load_config
 from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.reports.load.charts import placements
 from promoe_ds.reports.load.placement import (
     advise,
     balance,
@@ -91,6 +92,20 @@ def test_advice_never_makes_it_worse_and_names_every_layer(tmp_path) -> None:
     advised = {each.ep_size: each.uneven_L.max() for each in others if each.name == "advised"}
     assert advised == {2: pytest.approx(1.0)}
     assert {each.ep_size for each in others} == {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "others"),
+    [
+        ([9], []),
+        ([9, 9], [(1, "plain order")]),
+        ([9, 8, 2, 1], [(1, "plain order"), (2, "advised"), (4, "plain order")]),
+    ],
+)
+def test_the_present_placement_is_listed_once(tmp_path, tokens, others) -> None:
+    view = RunView.open(write(tmp_path, [*interval(5, tokens=tokens), *interval(9, tokens=tokens)]))
+    assert [(each.ep_size, each.name) for each in view.candidates[1:]] == others
+    assert (placements(view) is None) == (not others)
 
 
 def test_advice_is_judged_by_what_it_is_measured_by(tmp_path) -> None:
