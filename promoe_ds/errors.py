@@ -11,9 +11,11 @@ from typing import Any
 
 
 class PromoeError(Exception):
-    """Base of every error that is reported to the user as one message, without a traceback."""
+    """Base of every error that is reported to the user as one message, `KIND: MESSAGE`, without a
+    traceback.
+    """
 
-    exit_code = 1
+    exit_code, kind = 1, "error"
 
 
 class ConfigError(PromoeError):
@@ -67,7 +69,13 @@ class LaunchError(PromoeError):
 class Preempted(PromoeError):  # noqa: N818  # no error: the job ended as requested
     """The job was asked to stop, finished its step, saved and ended; it can be started again."""
 
-    exit_code = 75
+    exit_code, kind = 75, "stopped"
+
+
+class Interrupted(PromoeError):  # noqa: N818  # as above
+    """The user interrupted a command (Ctrl-C), training a second time."""
+
+    exit_code, kind = 130, "interrupted"
 
 
 #: What the structure of a damaged or foreign file may raise.

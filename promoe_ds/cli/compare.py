@@ -16,11 +16,10 @@ from pathlib import Path
 
 from promoe_ds.cli.entry import command
 from promoe_ds.cli.options import Parser, number
+from promoe_ds.errors import Interrupted
 from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.reports.comparison.candidates import ComparisonRequest, methods_of
 from promoe_ds.reports.comparison.experiment import compare
-
-_INTERRUPTED = 130
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -89,9 +88,9 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 def main(arguments: list[str]) -> None:
-    """Arguments to request to the report of all runs; ends with 130 after an interrupt.
+    """Arguments to request to the report of all runs.
 
-    Raises: ConfigError for what cannot be compared; TrainingError if runs failed.
+    Raises: ConfigError for what cannot be compared; TrainingError if runs failed; Interrupted.
     """
     options = parse_arguments(arguments)
     # Also where a shell or a batch system starts us with interrupts ignored, or ends us with
@@ -111,8 +110,7 @@ def main(arguments: list[str]) -> None:
         for path in compare(request):
             sys.stdout.write(f"wrote {path}\n")
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: the same command resumes from the newest checkpoints\n")
-        sys.exit(_INTERRUPTED)
+        raise Interrupted("the same command resumes from the newest checkpoints") from None
 
 
 run = command(main)

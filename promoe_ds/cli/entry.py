@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from promoe_ds.errors import Preempted, PromoeError
+from promoe_ds.errors import Interrupted, PromoeError
 from promoe_ds.launch.heartbeat import write_rank_status
 from promoe_ds.logs import configure_logging, rank_from_environment
 
@@ -35,12 +35,13 @@ def run_entry(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
         write_rank_status(rank, 0, "finished")
         gc.freeze()  # the interpreter's end looks for garbage among all modules, for seconds
-    except PromoeError as error:
+    except (PromoeError, KeyboardInterrupt) as caught:
+        error = caught if isinstance(caught, PromoeError) else Interrupted("by Ctrl-C")
         write_rank_status(rank, error.exit_code, str(error))
         if rank > 0:
             time.sleep(_HEAD_START_SECONDS)
-        kind = "stopped" if isinstance(error, Preempted) else "error"
-        sys.stderr.write(f"{kind}: {error}\n" if rank == 0 else f"{kind}: rank {rank}: {error}\n")
+        place = "" if rank == 0 else f"rank {rank}: "
+        sys.stderr.write(f"{error.kind}: {place}{error}\n")
         sys.stderr.flush()
         # No interpreter shutdown: ranks that wait in a collective of another library would keep
         # this one alive.

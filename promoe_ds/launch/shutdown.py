@@ -7,14 +7,17 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 from promoe_ds.errors import OrphanedError
 from promoe_ds.launch.processes import launcher_chain, lost_deepspeed
 from promoe_ds.logs import rank_from_environment
 
-#: Signals that a rank takes as a shutdown request; a launcher takes the terminal's as well.
-RANK_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: Signals that a rank takes as a shutdown request; a launcher takes SIGHUP as well.
+RANK_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+#: A terminal and a launcher may each send a SIGINT for one Ctrl-C, one right after the other.
+_REPEAT_SECONDS = 0.5
 
 
 class ShutdownRequest:
@@ -24,23 +27,24 @@ class ShutdownRequest:
     """
 
     def __init__(self, *, terminal: bool = False) -> None:
-        """Take SIGTERM and SIGUSR1, and with `terminal` SIGINT and SIGHUP unless ignored."""
-        self.reason, self.at_once = "", False
-        numbers = list(RANK_SIGNALS)
-        if terminal:  # nohup and background jobs of a shell ignore them
-            numbers += [n for n in _TERMINAL_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-        if threading.current_thread() is threading.main_thread():
-            for number in numbers:
+        """Take over the signals; those of a terminal unless they are ignored."""
+        self.reason, self.at_once, self._since = "", False, float("inf")
+        for number in (*RANK_SIGNALS, *([signal.SIGHUP] if terminal else [])):
+            # nohup and background jobs of a shell ignore them
+            ignored = number in _TERMINAL_SIGNALS and signal.getsignal(number) is signal.SIG_IGN
+            if threading.current_thread() is threading.main_thread() and not ignored:
                 signal.signal(number, self._handle)
 
     def request(self, reason: str) -> None:
         """Request a shutdown; the first reason is kept."""
-        self.reason = self.reason or reason
+        if reason and not self.reason:
+            self.reason, self._since = reason, time.monotonic()
 
     def _handle(self, number: int, frame: object) -> None:
         # Batch systems send several signals, and a save is under way by then: only Ctrl-C repeats a
         # request.
-        self.at_once = self.at_once or (bool(self.reason) and number == signal.SIGINT)
+        is_repeated = time.monotonic() - self._since > _REPEAT_SECONDS
+        self.at_once = self.at_once or (is_repeated and number == signal.SIGINT)
         self.request(signal.Signals(number).name)
 
 
@@ -62,3 +66,9 @@ class EarlySignals(ShutdownRequest):
             file=sys.__stderr__
         )  # NCCL's time-outs abort the process: show its stacks
         super().__init__()
+
+    def _handle(self, number: int, frame: object) -> None:
+        super()._handle(number, frame)
+        if number == signal.SIGINT:
+            # At Ctrl-C `deepspeed` ends, and the launcher below it waits for its ranks.
+            self.chain = self.chain[:1]

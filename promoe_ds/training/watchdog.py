@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from promoe_ds.errors import OrphanedError, PromoeError, StalledError
+from promoe_ds.errors import Interrupted, OrphanedError, PromoeError, StalledError
 from promoe_ds.launch.heartbeat import attempt_folder, read_heartbeat, write_rank_status
 from promoe_ds.launch.processes import broken_link
 from promoe_ds.launch.shutdown import EarlySignals
@@ -82,6 +82,8 @@ class Watchdog:
         next_sign = time.monotonic() + SIGN_OF_LIFE_SECONDS
         while not self._closed.wait(_POLL_SECONDS):
             now = time.monotonic()
+            if self._early.at_once:
+                end_rank(self._rank, Interrupted(f"{self._here()}: not saved"))
             if now > self._deadline:
                 self._end_stalled()
             if gone := broken_link(self._early.chain):
@@ -128,5 +130,5 @@ class Watchdog:
 def end_rank(rank: int, error: PromoeError) -> None:
     """End this process from a thread: the main thread may hang where no exception reaches it."""
     write_rank_status(rank, error.exit_code, str(error))
-    _LOG.error("error: %s", error)
+    _LOG.error("%s: %s", error.kind, error)
     os._exit(error.exit_code)

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -37,28 +39,64 @@ def test_script_without_arguments_prints_its_usage(name: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_single_node_sigterm_saves_and_ends_with_75(tmp_path) -> None:
-    """Plain `deepspeed`, asked to stop, leaves its ranks behind."""
+@contextmanager
+def _training(folder: Path, *command: str) -> Iterator[subprocess.Popen]:
+    """Run an endless training in a session of its own; give its process after its first line."""
     settings = environment(PROMOE_RANKS="2", MASTER_PORT=str(free_port()), VIRTUAL_ENV=sys.prefix)
-    endless = ("train.max_steps=100000", "train.checkpoint_every=100000")
-    arguments = ("digits_promoe", ZERO2, str(tmp_path / "run"), "--set", *TINY, *endless)
-    with (tmp_path / "output").open("w") as output:
-        script = subprocess.Popen(
-            ["bash", str(REPOSITORY / "launch_scripts/single_node.sh"), *arguments],
+    endless = ("--set", *TINY, "train.max_steps=100000", "train.checkpoint_every=100000")
+    with (folder / "output").open("w") as output:
+        process = subprocess.Popen(
+            [*command, *endless],
             env=settings,
+            cwd=REPOSITORY,
             stdout=output,
             stderr=output,
             start_new_session=True,
         )
     try:
-        lines, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 200
+        lines, deadline = folder / "run/metrics.jsonl", time.monotonic() + 200
         while not (lines.is_file() and lines.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.2)
-        script.send_signal(signal.SIGTERM)
-        assert script.wait(150) == 75, (tmp_path / "output").read_text()
-        saved = read_manifest(list_checkpoints(tmp_path / "run/checkpoints")[0])
-        assert saved.step == len(lines.read_text().splitlines())
-        assert "stopped: " in (tmp_path / "output").read_text()
+        yield process
     finally:
-        if script.poll() is None:
-            os.killpg(script.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _steps_of(folder: Path) -> tuple[int, int]:
+    """Return the step of the only checkpoint, and the lines that were logged."""
+    (checkpoint,) = list_checkpoints(folder / "run/checkpoints")
+    return read_manifest(checkpoint).step, len(
+        (folder / "run/metrics.jsonl").read_text().splitlines()
+    )
+
+
+def test_single_node_sigterm_saves_and_ends_with_75(tmp_path) -> None:
+    """Plain `deepspeed`, asked to stop, leaves its ranks behind."""
+    script = ("bash", str(REPOSITORY / "launch_scripts/single_node.sh"))
+    with _training(tmp_path, *script, "digits_promoe", ZERO2, str(tmp_path / "run")) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(150) == 75, (tmp_path / "output").read_text()
+        saved, logged = _steps_of(tmp_path)
+        assert saved == logged
+        assert "stopped: " in (tmp_path / "output").read_text()
+
+
+def test_ctrl_c_of_deepspeed_saves_without_a_traceback_of_a_rank(tmp_path) -> None:
+    """`deepspeed` itself ends at once, with a traceback of its own; its ranks save meanwhile."""
+    launcher = ("deepspeed", "--num_gpus", "2", "--master_port", str(free_port()))
+    arguments = ("--recipe", "digits_promoe", "--deepspeed_config", ZERO2)
+    with _training(
+        tmp_path,
+        *launcher,
+        *("--module", "promoe_ds.cli.train", *arguments, "--run-dir", str(tmp_path / "run")),
+    ) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(150)
+        deadline = time.monotonic() + 150
+        while "stopped: " not in (tmp_path / "output").read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        saved, logged = _steps_of(tmp_path)
+        assert saved == logged
+        output = (tmp_path / "output").read_text()
+        assert output.count("Traceback") <= 1, output

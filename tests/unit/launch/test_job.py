@@ -18,6 +18,7 @@ import pytest
 from promoe_ds.config import load_config
 from promoe_ds.launch import attempt as attempts
 from promoe_ds.launch import job as jobs
+from promoe_ds.launch import shutdown as shutdowns
 from promoe_ds.launch.attempt import Attempt, Outcome
 from promoe_ds.launch.hostfile import Host
 from promoe_ds.launch.job import _prepare, run_job
@@ -153,6 +154,7 @@ def test_attempt_ends_at_once_though_ranks_do_not(tmp_path, monkeypatch, shutdow
     script.chmod(0o755)
     monkeypatch.setattr(attempts, "_command", lambda attempt: [str(script)])
     monkeypatch.setattr(attempts, "kill_leftovers_on", lambda *unused: {})
+    monkeypatch.setattr(shutdowns, "_REPEAT_SECONDS", -1.0)
     attempt = replace(ATTEMPT, folder=tmp_path / "attempt_001")
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+from promoe_ds.launch import shutdown as shutdowns
 from promoe_ds.launch.heartbeat import read_rank_statuses
 from promoe_ds.launch.shutdown import ShutdownRequest
 
@@ -78,12 +80,14 @@ def test_signal_before_the_supervisor_is_a_shutdown_request(tmp_path) -> None:
     assert (rank.returncode, output) == (0, "SIGTERM\n"), errors
 
 
-def test_launcher_second_interrupt_means_at_once_and_other_signals_do_not() -> None:
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+def test_later_interrupt_means_at_once_and_other_signals_do_not(monkeypatch) -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    clock = iter([0.0, 0.0, 0.1, 0.2, 2.0, 3.0])
     try:
         shutdown = ShutdownRequest(terminal=True)
-        for number, at_once in zip(numbers, (False, False, True, True), strict=True):
+        monkeypatch.setattr(shutdowns, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        for number, at_once in zip(numbers, (False, False, False, True, True), strict=True):
             os.kill(os.getpid(), number)
             assert (shutdown.reason, shutdown.at_once) == ("SIGTERM", at_once)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup

@@ -117,13 +117,23 @@ def test_heartbeat_shutdown_request_reaches_the_rank(tmp_path) -> None:
     assert read_heartbeat(tmp_path) is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", RANK_SIGNALS)
 def test_signal_is_a_shutdown_request_not_an_end(tmp_path, number) -> None:
     rank = _rank(tmp_path, f"{UNTIL_ASKED}; print(supervisor.stop_reason)")
     assert rank.stdout.readline() == "ready\n"
     rank.send_signal(number)
     output, _ = rank.communicate(timeout=200)
     assert (rank.returncode, output) == (0, f"{number.name}\n")
+
+
+def test_second_interrupt_ends_a_rank_at_once(tmp_path) -> None:
+    rank = _rank(tmp_path, "time.sleep(200)")
+    assert rank.stdout.readline() == "ready\n"
+    for _ in range(2):
+        rank.send_signal(signal.SIGINT)
+        time.sleep(0.8)
+    _, errors = rank.communicate(timeout=100)
+    assert (rank.returncode, "interrupted: rank 3 on " in errors) == (130, True), errors
 
 
 def test_signal_during_the_imports_is_handed_over(tmp_path) -> None:
@@ -272,7 +282,7 @@ def test_sign_of_life_says_where_a_rank_was_last(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PROMOE_STATUS_DIR", str(tmp_path))
     monkeypatch.setattr(watchdog, "SIGN_OF_LIFE_SECONDS", 0.0)
     early = EarlySignals.__new__(EarlySignals)
-    early.chain = ()
+    early.chain, early.at_once = (), False
     watch = watchdog.Watchdog(3, tmp_path, 60.0, early)
     watch.start()
     try:
