@@ -30,12 +30,12 @@ EOF
     wanted="$(cat "$promoe_root/launch_scripts/constraints.txt" "$promoe_root/pyproject.toml" | cksum) $promoe_root"
     installed="$(grep -sF "$wanted " "$stamp" || true)"  # of these versions; other versions are replaced
     if ! grep -qxF "$wanted $1" <<< "$installed"; then
-        echo "installing into $(python -c 'import sys; print(sys.prefix)'): some minutes"
+        echo "installing into $(python -c 'import sys; print(sys.prefix)'), silently: 1 to 10 minutes"
         (cd "$promoe_root" && python -m pip install --quiet --disable-pip-version-check \
             --constraint launch_scripts/constraints.txt --editable ".[$1]") || return 1
         printf '%s\n' "$installed" "$wanted $1" > "$stamp"
     fi
-    # One thread a rank: ranks share the cores of a laptop, and results do not depend on their number.
+    # One thread a rank: ranks share the cores of a laptop, and more threads add in another order.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }
 

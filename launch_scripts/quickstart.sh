@@ -30,4 +30,5 @@ python -m promoe_ds.cli.sample --model "$out/export" --out "$out/samples" --num 
 echo "== evaluating"
 python tools/evaluate_digits.py "$out/samples" --out "$out/report.json" --require 0.85
 python tools/expert_load.py "$out/run"
-echo "outputs: run $out/run, export $out/export, samples $out/samples, grid $out/samples/grid.png, report $out/report.json"
+echo "outputs: run $out/run, export $out/export, samples $out/samples, grid $out/samples/grid.png, figures $out/report.json," \
+    "page of the experts $out/run/expert_load.html"

@@ -28,5 +28,6 @@ python -m promoe_ds.cli.sample --model "$promoe_out/export" --out "$promoe_out/s
 python -m promoe_ds.cli.evaluate --samples "$promoe_out/samples" --dataset emoji --out "$promoe_out/report.json"
 python tools/expert_load.py "$promoe_out/run"
 echo "a prompt of your own: python -m promoe_ds.cli.sample --model $promoe_out/export --out OUT --prompt 'a red apple'"
-echo "outputs: run $promoe_out/run, export $promoe_out/export, grid $promoe_out/prompts/grid.png, report $promoe_out/report.json"
+echo "outputs: run $promoe_out/run, export $promoe_out/export, grid $promoe_out/prompts/grid.png," \
+    "figures $promoe_out/report.json, page of the experts $promoe_out/run/expert_load.html"
 echo "The pictures are made from OpenMoji's (CC BY-SA 4.0, https://openmoji.org)."

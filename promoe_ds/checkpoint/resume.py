@@ -125,7 +125,7 @@ def _continue_run(
             f" own under {root}: name that again (--resume {start.named}), or start anew in another"
             " --run-dir"
         )
-    _LOG.info("resume: no checkpoint under %s, starting from step 0", root)
+    _LOG.info("resume: starting from step 0, %s has no checkpoint yet", root)
     return Choice()
 
 

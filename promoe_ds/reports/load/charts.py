@@ -131,8 +131,8 @@ def load_over_time(view: RunView) -> Chart:
         names,
         view.steps_P.tolist(),
         note=(
-            f"A row an expert, e0 on top of each layer. {RELATIVE} A row that turns deep blue has"
-            " died."
+            f"A row an expert, e0 on top of each layer. {RELATIVE} The deepest blue is"
+            " a third of an even share, or less: the findings name experts that starve."
         ),
     )
 

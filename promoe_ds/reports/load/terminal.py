@@ -47,10 +47,10 @@ def load_table(view: RunView, window: slice, *, covered: str) -> Table:
         "CV": (variation(tokens_LE), "{:.2f}"),
         "entropy": (entropy(tokens_LE), "{:.3f}"),
         "dead": (view.starved_L(is_dead=True), "{}"),
-        "conditional": (log.routed_TL[window].sum(axis=0), "{:,}"),
-        "null": (log.null_TL[window].sum(axis=0), "{:,}"),
+        "conditional tokens": (log.routed_TL[window].sum(axis=0), "{:,}"),
+        "null tokens": (log.null_TL[window].sum(axis=0), "{:,}"),
         "prototype cos": (view.newest(log.similarity_TL), "{:+.2f}"),
-        "exchanged": (log.bytes_TL[window].sum(axis=0) / 1e6, "{:,.1f} MB"),
+        "sent": (log.bytes_TL[window].sum(axis=0) / 1e6, "{:,.1f} MB"),
     }
     return _table(
         f"Expert load, {covered} (share of routed tokens; max/mean 1.00 = even)",
