@@ -33,14 +33,15 @@ class ShutdownRequest:
             # nohup and background jobs of a shell ignore them
             ignored = number in _TERMINAL_SIGNALS and signal.getsignal(number) is signal.SIG_IGN
             if threading.current_thread() is threading.main_thread() and not ignored:
-                signal.signal(number, self._handle)
+                signal.signal(number, self.handle)
 
     def request(self, reason: str) -> None:
         """Request a shutdown; the first reason is kept."""
         if reason and not self.reason:
             self.reason, self._since = reason, time.monotonic()
 
-    def _handle(self, number: int, frame: object) -> None:
+    def handle(self, number: int, frame: object) -> None:
+        """Take a signal, as `signal.signal` asks for."""
         # Batch systems send several signals, and a save is under way by then: only Ctrl-C repeats a
         # request.
         is_repeated = time.monotonic() - self._since > _REPEAT_SECONDS
@@ -67,8 +68,9 @@ class EarlySignals(ShutdownRequest):
         )  # NCCL's time-outs abort the process: show its stacks
         super().__init__()
 
-    def _handle(self, number: int, frame: object) -> None:
-        super()._handle(number, frame)
+    def handle(self, number: int, frame: object) -> None:
+        """Take a signal; one from the terminal came to the launcher, too."""
+        super().handle(number, frame)
         if number == signal.SIGINT:
             # At Ctrl-C `deepspeed` ends, and the launcher below it waits for its ranks.
             self.chain = self.chain[:1]
