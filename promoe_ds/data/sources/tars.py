@@ -22,7 +22,7 @@ from promoe_ds.data.listing import Files, image_suffixes, is_leftover
 from promoe_ds.data.reading import reading, shown
 from promoe_ds.data.sources.labels import Labels, no_labels
 from promoe_ds.data.sources.samples import Columns, PackedSamples, place_of
-from promoe_ds.data.text.captions import Captions, texts_of
+from promoe_ds.data.text.captions import Captions, lines_of, texts_of
 from promoe_ds.errors import DataError
 from promoe_ds.file_kind import TAR
 from promoe_ds.logs import Progress, get_logger
@@ -160,7 +160,7 @@ class TarCaptions(Captions):
         with reading(where, f"sample with texts in {self._source}"):
             if is_text:
                 found: Any = sample[extension].content if extension in sample else b""
-                captions = texts_of(found.decode("utf-8-sig").splitlines())
+                captions = texts_of(lines_of(found.decode("utf-8-sig")))
             else:
                 captions = texts_of(_table(sample).get(self._source))
         if not captions:

@@ -20,6 +20,8 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.data import LatentDataset, build_dataset
 from promoe_ds.data.encode import encode
 from promoe_ds.data.shards import ShardRecord, read_index
+from promoe_ds.data.sources.formats import open_captions_of
+from promoe_ds.data.text.captions import open_captions
 from promoe_ds.data.text.encode import TextRequest, encode_texts
 from promoe_ds.data.text.packed import (
     TEXT_INDEX,
@@ -34,7 +36,7 @@ from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError
 
 from ..builders import small_values
-from .made import SCALE, save_parquet, save_tars
+from .made import SCALE, save_parquet, save_tars, write_tar
 from .made import request as image_request
 from .text_encoders import LONGEST, WIDTH, save_encoder
 
@@ -129,6 +131,18 @@ def test_captions_of_a_table_are_those_of_text_files(own: Path, form: str) -> No
     ):
         (own / "latents" / TEXT_INDEX).unlink()
         encode_texts(request(own, captions="caption"), TEAM)
+
+
+def test_only_a_line_feed_or_carriage_return_ends_a_caption(tmp_path: Path) -> None:
+    # Texts of web pages hold these: `str.splitlines` would end a line, and a row, at each.
+    captions = [f"a red{mark}apple" for mark in "\u2028\x85\x0b\x1c"]
+    (tmp_path / "x.txt").write_bytes("\r\n".join([*captions, "b\rc"]).encode())
+    assert open_captions(tmp_path, ".txt").of("x.png") == [*captions, "b", "c"]
+    rows = [f"x.png,{each}\n" for each in captions]
+    (tmp_path / "metadata.csv").write_text("".join(["file_name,what\n", *rows]), encoding="utf-8")
+    assert open_captions(tmp_path, "what").of("x.png") == captions
+    path = write_tar(tmp_path / "x.tar", {"x.txt": "\n".join(captions).encode(), "x.png": b""})
+    assert open_captions_of(path, "tar", ".txt", split="train").of("x.tar/x.png") == captions
 
 
 def test_encoding_resumes_with_what_is_missing_and_refuses_other_texts(own: Path) -> None:
