@@ -182,6 +182,8 @@ class TextEncoder:
     def _tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Return the token numbers of each text, cut, and how many were cut."""
         longest = self.identity.max_length
+        if not texts:  # which tokenizers do not take
+            return [], 0
         whole = ["" if is_blank(text) else text for text in texts]
         ids = self._tokenizer(whole, truncation=True, max_length=longest)["input_ids"]
         # Only texts as long as allowed can have been cut: those are counted anew, uncut.

@@ -36,7 +36,7 @@ from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError
 
 from ..builders import small_values
-from .made import SCALE, save_parquet, save_tars, write_tar
+from .made import SCALE, save_parquet, save_tars, save_vae, write_tar
 from .made import request as image_request
 from .text_encoders import LONGEST, WIDTH, save_encoder
 
@@ -190,6 +190,17 @@ def test_captions_too_long_are_cut_counted_and_said(own: Path, caplog) -> None:
     index = encode_texts(request(own, text_length=4), TEAM)
     assert (index.counts.longest, index.counts.truncated) == (4, 16)
     assert "16 of 30 captions are longer than the 4 tokens" in caplog.text
+
+
+def test_captions_of_a_shard_without_images_are_none(own: Path) -> None:
+    for number in (0, 2, 4):
+        (own / "images" / "n03" / f"n03_{number}.png").write_bytes(b"broken")
+    save_vae(own / "vae")
+    encode(image_request(own, own / "few", max_corrupt=3, shard_size=12), TEAM)
+    index = encode_texts(request(own, out=own / "few"), TEAM)
+    assert [shard.count for shard in index.shards] == [12, 0]
+    assert verify_texts(own / "few", TEAM) == index
+    assert len(build_dataset(text_config(own, path=str(own / "few"))).take(np.arange(12))[1]) == 12
 
 
 @pytest.mark.parametrize(
