@@ -189,8 +189,8 @@ class TextEncoder:
         # Only texts as long as allowed can have been cut: those are counted anew, uncut.
         full = [text for text, each in zip(whole, ids, strict=True) if len(each) == longest]
         uncut = self._tokenizer(full, verbose=False)["input_ids"] if full else []
-        # A decoder's tokenizer makes nothing of the empty text.
-        end = [self._tokenizer.eos_token_id or self._tokenizer.pad_token_id]
+        # A decoder's tokenizer makes nothing of the empty text. Some number their end 0.
+        end = [self._tokenizer.eos_token_id or self._tokenizer.pad_token_id or 0]
         return [each or end for each in ids], sum(len(each) > longest for each in uncut)
 
 
