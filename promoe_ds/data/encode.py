@@ -172,8 +172,8 @@ def _encode_shard(
             records = source.records(np.stack(list(good.values())))
             for parts, part in zip(sides, records, strict=True):
                 parts.append(part.cpu().to(dtype))
-    skipped = [shown(samples.names[index]) for index in sorted(set(files) - set(kept))]
-    labels, names = torch.from_numpy(samples.labels[kept]), [samples.names[i] for i in kept]
+    skipped = [shown(samples.name(index)) for index in sorted(set(files) - set(kept))]
+    labels, names = torch.from_numpy(samples.labels[kept]), [samples.name(index) for index in kept]
     variants = [torch.cat(parts) for parts in sides]
     measured = measure(variants, has_posterior=source.kind == MOMENTS)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +40,13 @@ class Tree(Samples[Path]):
     labels: np.ndarray
     classes: tuple[str, ...]
 
-    def fetch(self, indices: Sequence[int]) -> list[Path | DataError]:
-        """Return the paths of these files."""
-        return [self.root / self.names[index] for index in indices]
+    def name(self, index: int) -> str:
+        """Return a file's path below the root."""
+        return self.names[index]
+
+    def take(self, index: int) -> Path:
+        """Return a file's path."""
+        return self.root / self.names[index]
 
     def listing(self) -> str:
         """Return the checksum of the names, which say the labels."""

@@ -193,7 +193,7 @@ class ParquetImages(PackedSamples[Blob]):
         Raises: DataError for a row without one, or a damaged row group.
         """
         batch, row = self._rows.take(index)
-        where, column = self.root / self.names[index], batch.column(0)
+        where, column = self.root / self.name(index), batch.column(0)
         image = (column.flatten()[0] if self._is_struct else column)[row]
         if not image.is_valid:
             raise DataError(f"{shown(where)}: {self._column} is null: no image")

@@ -45,7 +45,7 @@ class ParquetLatents(PackedSamples[CachedRecord]):
         Raises: DataError for a row without, or lists of several lengths.
         """
         batch, row = self._rows.take(index)
-        path = self.root / self.names[index]
+        path = self.root / self.name(index)
         sides = [_nested(path, side, batch.column(side)[row]) for side in self._sides]
         if self._sides is _POSTERIOR and sides[0].shape == sides[1].shape:
             mean, std = sides

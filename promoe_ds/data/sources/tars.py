@@ -73,21 +73,24 @@ class TarImages(PackedSamples[Blob]):
             a label where others have one.
         """
         self._columns, self._found = columns, Labels()
-        names, places, unlabelled = list[str](), list[np.ndarray](), list[str]()
+        self._names, places, unlabelled = list[str](), list[np.ndarray](), list[str]()
         progress, counts = Progress(_LOG, len(files.names), "tars"), list[int]()
         for file, path in zip(files.names, files.paths(), strict=True):
             images = [*self._images(path)]
             labels = [label for *_, label in images if label is not None]
             self._found.add(labels)
-            names += [f"{file}/{name}" for name, *_ in images]
+            self._names += [f"{file}/{name}" for name, *_ in images]
             unlabelled += [f"{file}/{name}" for name, *_, label in images if label is None]
             places.append(np.array([place[1:3] for place in images], np.int64).reshape(-1, 2))
             counts.append(len(images))
             progress.add(1)
         self._places = np.concatenate(places)
-        self.labels, self.classes = self._finish(files.root, names, unlabelled)
+        self.labels, self.classes = self._finish(files.root, self._names, unlabelled)
         super().__init__(files, counts, repr(columns))
-        self.names = names
+
+    def name(self, index: int) -> str:
+        """Return `TAR/FILE`, of a sample without an image `TAR/KEY`."""
+        return self._names[index]
 
     def take(self, index: int) -> Blob:
         """Return the image of a sample.
@@ -95,7 +98,7 @@ class TarImages(PackedSamples[Blob]):
         Raises: DataError for a sample without one.
         """
         start, size = self._places[index].tolist()
-        where = self.root / self.names[index]
+        where = self.root / self.name(index)
         if start < 0:
             raise DataError(f"{shown(where)}: a sample without an image")
         path = self.root / self.files.names[place_of(self.ends, index)[0]]

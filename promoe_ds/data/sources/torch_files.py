@@ -55,7 +55,7 @@ class TorchLatents(PackedSamples[CachedRecord]):
         # numpy knows no bfloat16; integers stay, to be refused.
         floats = [side.float() if side.is_floating_point() else side for side in sides]
         return CachedRecord(
-            self.root / self.names[index], self.kind, [each.numpy() for each in floats]
+            self.root / self.name(index), self.kind, [each.numpy() for each in floats]
         )
 
 

@@ -103,7 +103,7 @@ def test_pictures_of_any_mode_are_read_from_files_as_from_folders(
     found = []
     for name in ("tree", "x.parquet", "x.tar"):
         samples, known = open_samples(tmp_path / name, IMAGES, Columns(), split="train")
-        found.append(known.read(samples.fetch([0])[0], 8))
+        found.append(known.read(samples.take(0), 8))
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
     assert found[0].shape == (8, 8, 3)
 
@@ -156,7 +156,7 @@ def test_tar_labels_come_from_cls_or_what_is_named(
     write_tar(tmp_path / "x.tar", {**images, **members})
     samples, _ = open_samples(tmp_path, IMAGES, Columns(label=column), split="train")
     assert samples.classes == classes and samples.labels.tolist() == expected
-    assert list(samples.names) == ["x.tar/a.jpg", "x.tar/b.PNG"]
+    assert [samples.name(index) for index in (0, 1)] == ["x.tar/a.jpg", "x.tar/b.PNG"]
 
 
 # Which files are meant.
@@ -330,8 +330,8 @@ def test_parquet_is_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch) -> No
     del images
     footers, most, before = len(opened), 0, pa.total_allocated_bytes()
     for start in range(0, count, 32):
-        found = samples.fetch(range(start, start + 32))
-        assert len(found[0].content()) == size and samples.names[start] == f"x.parquet/{start}"
+        found = [samples.take(index) for index in range(start, start + 32)]
+        assert len(found[0].content()) == size and samples.name(start) == f"x.parquet/{start}"
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < count * size / 3 and len(opened) == footers + 1
 
@@ -341,5 +341,5 @@ def test_tar_of_long_and_foreign_names_is_read(tmp_path: Path) -> None:
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         write_tar(tmp_path / "x.tar", {name: PNG}, form)
         samples, known = open_samples(tmp_path, IMAGES, Columns(), split="train")
-        assert list(samples.names) == [f"x.tar/{name}"]
-        assert known.read(samples.fetch([0])[0], 8).shape == (8, 8, 3)
+        assert samples.name(0) == f"x.tar/{name}" and len(samples) == 1
+        assert known.read(samples.take(0), 8).shape == (8, 8, 3)
