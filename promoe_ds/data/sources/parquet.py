@@ -17,7 +17,7 @@ import numpy as np
 from promoe_ds.data.images import Blob
 from promoe_ds.data.listing import Files
 from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.sources.labels import Labels, label_column, no_labels
+from promoe_ds.data.sources.labels import Labels
 from promoe_ds.data.sources.samples import Columns, PackedSamples, place_of
 from promoe_ds.data.text.captions import Captions, texts_of
 from promoe_ds.errors import ConfigError, DataError, cause_of
@@ -70,36 +70,34 @@ class Tables:
         """Return the rows of some columns, to be read in order."""
         return Rows(self.paths, self._groups, columns)
 
-    def values(self, column: str) -> Iterator[Any]:
-        """Yield a column of each file, whole."""
-        for path in self.paths:
-            with _reading(path), _open(path) as file:
-                yield file.read(columns=[column], use_threads=False).column(0).combine_chunks()
-
-    def labels(self, columns: Columns) -> tuple[np.ndarray, tuple[str, ...]]:
+    def labels(self, wanted: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
         """Return labels (N,) int64 and the classes' names.
 
+        Args:
+            wanted: the user's name of their column, None for the usual one, '' for none.
         Raises: DataError for a column that holds no labels, or not all.
         """
-        if not (name := label_column(columns.label, self.names)):
-            count = sum(self.counts)
-            return no_labels(self.files.root, count, columns.label, "column of labels")
+        found = Labels(self.files.root, wanted, "column of labels")
+        if not (name := found.column(self.names)):
+            return found.finish(sum(self.counts))
         from pyarrow import types
 
-        kind, found = self.type_of(name), Labels()
+        kind = self.type_of(name)
         kind = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_integer(kind) or _is_text(kind)):
             raise DataError(
                 f"{shown(self.paths[0])}: {name} is {kind}, no integer and no text: name another"
                 " column with --label-column, or none with --label-column ''"
             )
-        for path, values in zip(self.paths, self.values(name), strict=True):
+        for path in self.paths:
+            with _reading(path), _open(path) as file:
+                values = file.read(columns=[name], use_threads=False).column(0).combine_chunks()
             if values.null_count:
                 row = values.is_null().index(True).as_py()
                 raise DataError(f"{shown(path)}: row {row} has no {name}")
             coded = values if types.is_dictionary(values.type) else values.dictionary_encode()
             found.add(coded.dictionary.to_pylist(), coded.indices.to_numpy(zero_copy_only=False))
-        return found.finish(self.files.root, self._class_names(name))
+        return found.finish(sum(self.counts), self._class_names(name))
 
     def _class_names(self, column: str) -> list[str] | None:
         """Return the names of a ClassLabel, as `datasets` writes them beside the schema."""
@@ -182,8 +180,8 @@ class ParquetImages(PackedSamples[Blob]):
                 f"{shown(tables.paths[0])}: {self._column} is {kind}, no image: expected bytes, or"
                 " struct<bytes, path>"
             )
-        self.labels, self.classes = tables.labels(columns)
         super().__init__(files, tables.counts, self._column)
+        self.labels, self.classes = tables.labels(columns.label)
         self._is_struct = kind.num_fields > 0
         self._rows = tables.rows([f"{self._column}.bytes" if self._is_struct else self._column])
 

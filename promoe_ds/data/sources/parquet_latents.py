@@ -35,8 +35,8 @@ class ParquetLatents(PackedSamples[CachedRecord]):
             self.kind, self._sides = sides_of(tables.paths[0], tables.names)
         for side in self._sides:
             tables.type_of(side)
-        self.labels, self.classes = tables.labels(columns)
         super().__init__(files, tables.counts)
+        self.labels, self.classes = tables.labels(columns.label)
         self._rows = tables.rows(self._sides)
 
     def take(self, index: int) -> CachedRecord:
