@@ -18,6 +18,7 @@ _USUAL = ("label", "labels")
 _MOST_CLASSES = 2**20
 #: The single class of records without labels.
 _UNLABELLED = "all"
+_INTEGER = re.compile(r"-?\d+")
 
 
 class Labels:
@@ -58,7 +59,7 @@ class Labels:
         Args:
             count: N.
             names: of the classes that integers count, if anything says them.
-            as_numbers: texts of digits alone are integers.
+            as_numbers: texts of an integer are that integer.
         Raises: DataError for integers that are no labels.
         """
         values = list(self._seen)
@@ -67,7 +68,7 @@ class Labels:
             where = shown(self._where)
             warn_once("%s: %s: all %d records are of one class", *(where, why, count))
             return np.zeros(count, dtype=np.int64), (_UNLABELLED,)
-        if as_numbers and all(str(value).isdecimal() for value in values):
+        if as_numbers and all(_INTEGER.fullmatch(str(value)) for value in values):
             values = [int(value) for value in values]
         if all(isinstance(value, int) for value in values):
             classes = _numbered(self._where, [int(value) for value in values], names)

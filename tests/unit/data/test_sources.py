@@ -261,6 +261,7 @@ PNG = picture()
         ),
         (tar(a_jpg=PNG, a_cls=b"0", b_cls=b"1"), r"x\.tar/b: a sample without an image.*corrupt=0"),
         (tar(a_jpg=PNG, a_cls=b"0", b_jpg=PNG), r"x\.tar/b\.jpg: has no label cls"),
+        (tar(a_jpg=PNG, a_cls=b"-1", b_jpg=PNG, b_cls=b"5"), r"labels reach from -1 to 5"),
         (tar(a_jpg=PNG, a_png=PNG), r"a has several images \(jpg, png\): .*--image-column"),
         (tar(a_jpg=b"no"), r"x\.tar/a\.jpg: not a readable image"),
         (tar(a_txt=b"no image"), r"x\.tar/a: a sample without an image"),
