@@ -7,7 +7,7 @@ a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,14 @@ class Tables:
         self.files, self.paths = files, files.paths()
         self.counts = list[int]()
         self._schemas = list[Any]()
-        self._groups = list[tuple[int, int, int]]()
+        #: Of row groups that are not empty: the number of the file, their own, and their rows.
+        self.groups = list[tuple[int, int, int]]()
         for number, path in enumerate(self.paths):
             with _reading(path), _open(path) as file:
                 rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
                 self._schemas.append(file.schema_arrow)
             self.counts.append(sum(rows))
-            self._groups += [(number, group, count) for group, count in enumerate(rows) if count]
+            self.groups += [(number, group, count) for group, count in enumerate(rows) if count]
         self.names = list[str](self._schemas[0].names)
 
     def type_of(self, column: str) -> Any:
@@ -54,21 +55,15 @@ class Tables:
 
         Raises: DataError naming a file where it is missing or of another type.
         """
-        first = None
         for path, schema in zip(self.paths, self._schemas, strict=True):
             if column not in schema.names:
                 raise DataError(f"{shown(path)}: no column {column!r}, but {', '.join(self.names)}")
-            found = schema.field(column).type
-            first = found if first is None else first
+            first, found = (each.field(column).type for each in (self._schemas[0], schema))
             if found != first:
                 raise DataError(
                     f"{shown(path)}: {column} is {found}, in {self.paths[0].name} {first}"
                 )
         return first
-
-    def rows(self, columns: Sequence[str]) -> Rows:
-        """Return the rows of some columns, to be read in order."""
-        return Rows(self.paths, self._groups, columns)
 
     def labels(self, wanted: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
         """Return labels (N,) int64 and the classes' names.
@@ -112,56 +107,47 @@ class Rows:
     hold beside it.
     """
 
-    def __init__(
-        self, paths: list[Path], groups: list[tuple[int, int, int]], columns: Sequence[str]
-    ) -> None:
-        """Read nothing yet. A group is the number of its file, its own, and its rows."""
-        self._paths, self._columns = paths, list(columns)
-        self._groups = np.array(groups, dtype=np.int64).reshape(-1, 3)
+    def __init__(self, tables: Tables, columns: Sequence[str]) -> None:
+        """Read nothing yet."""
+        self._paths, self._columns = tables.paths, list(columns)
+        self._groups = np.array(tables.groups, dtype=np.int64).reshape(-1, 3)
         self._ends = np.cumsum(self._groups[:, 2])
-        self._first = self._end = 0
+        self._group = self._opened = -1
+        self._file: Any = None
+        self._first = 0
         self._batch: Any = ()
         self._batches: Iterator[Any] = iter(())
-        self._broken: tuple[int, DataError] | None = None
-        self._file: Any = None
-        self._opened = -1
+        self._problem: DataError | None = None
 
     def take(self, index: int) -> tuple[Any, int]:
         """Return a batch of rows, and the place of a row in it: fast in ascending order.
 
         Raises: DataError if the row group is damaged.
         """
-        if not self._first <= index < self._end:
-            self._enter(place_of(self._ends, index)[0])
-        while index >= self._first + len(self._batch):
-            self._first += len(self._batch)
-            with self._trying(self._opened):
-                self._batch = next(self._batches)
-        return self._batch, index - self._first
-
-    def _enter(self, number: int) -> None:
-        """Go to the beginning of a row group."""
-        if self._broken is not None and self._broken[0] == number:
-            raise self._broken[1]
-        file, group, rows = self._groups[number].tolist()
-        self._end = int(self._ends[number])
-        self._first, self._batch, self._number = self._end - rows, (), number
-        with self._trying(file):
-            if file != self._opened:
-                self._file, self._opened = _open(self._paths[file]), file
-            self._batches = self._file.iter_batches(
-                batch_size=_ROWS, row_groups=[group], columns=self._columns, use_threads=False
-            )
-
-    @contextmanager
-    def _trying(self, file: int) -> Iterator[None]:
-        """Remember a row group that cannot be read: it is not tried again for each of its rows."""
+        group, row = place_of(self._ends, index)
+        if group != self._group or row < self._first:
+            self._group, self._first, self._batch = group, 0, ()
+            self._batches, self._problem = self._read(group), None
+        if self._problem is not None:
+            raise self._problem
         try:
-            with _reading(self._paths[file]):
-                yield
+            while row >= self._first + len(self._batch):
+                self._first += len(self._batch)
+                with _reading(self._paths[self._groups[group, 0]]):
+                    self._batch = next(self._batches)
         except DataError as error:
-            self._broken, self._end = (self._number, error), self._first
+            self._problem = error  # the group is not tried again for each of its rows
             raise
+        return self._batch, row - self._first
+
+    def _read(self, group: int) -> Iterator[Any]:
+        """Yield the batches of a row group."""
+        file, number, _ = self._groups[group].tolist()
+        if file != self._opened:
+            self._file, self._opened = _open(self._paths[file]), file
+        yield from self._file.iter_batches(
+            batch_size=_ROWS, row_groups=[number], columns=self._columns, use_threads=False
+        )
 
 
 class ParquetImages(PackedSamples[Blob]):
@@ -183,7 +169,8 @@ class ParquetImages(PackedSamples[Blob]):
         super().__init__(files, tables.counts, self._column)
         self.labels, self.classes = tables.labels(columns.label)
         self._is_struct = kind.num_fields > 0
-        self._rows = tables.rows([f"{self._column}.bytes" if self._is_struct else self._column])
+        column = f"{self._column}.bytes" if self._is_struct else self._column
+        self._rows = Rows(tables, [column])
 
     def take(self, index: int) -> Blob:
         """Return the image of a row.
@@ -213,7 +200,7 @@ class ParquetCaptions(Captions):
         if not _is_text(kind.value_type if types.is_list(kind) else kind):
             raise DataError(f"{shown(tables.paths[0])}: {column} is {kind}, no text")
         self._files, self._column = files, column
-        self._ends, self._rows = np.cumsum(tables.counts), tables.rows([column])
+        self._ends, self._rows = np.cumsum(tables.counts), Rows(tables, [column])
 
     def of(self, name: str) -> list[str]:
         """Return the captions of a row."""

@@ -12,7 +12,7 @@ import numpy as np
 from promoe_ds.data.listing import Files
 from promoe_ds.data.reading import shown
 from promoe_ds.data.sources.cached import CachedRecord, sides_of
-from promoe_ds.data.sources.parquet import Tables
+from promoe_ds.data.sources.parquet import Rows, Tables
 from promoe_ds.data.sources.samples import Columns, PackedSamples
 from promoe_ds.errors import DataError
 
@@ -37,7 +37,7 @@ class ParquetLatents(PackedSamples[CachedRecord]):
             tables.type_of(side)
         super().__init__(files, tables.counts)
         self.labels, self.classes = tables.labels(columns.label)
-        self._rows = tables.rows(self._sides)
+        self._rows = Rows(tables, self._sides)
 
     def take(self, index: int) -> CachedRecord:
         """Return the values of a row.
