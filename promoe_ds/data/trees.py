@@ -65,9 +65,7 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
         file of that kind is beside the class folders, or a class has none: left out, it would give
         all classes after it another label.
     """
-    root = root_of_split(path, split)
-    refuse_splits(root)
-    return tree_of(FileList(root, suffixes))
+    return tree_of(FileList(root_of_split(path, split), suffixes))
 
 
 def tree_of(files: FileList) -> Tree:
@@ -116,7 +114,8 @@ def refuse_splits(path: Path) -> None:
 def root_of_split(path: Path, split: str) -> Path:
     """Return the tree in a folder, which may hold it as one of train, val and test.
 
-    Raises: DataError if there is no such folder, or it is not clear which of its folders is meant.
+    Raises: DataError if there is no such folder, it is not clear which of its folders is meant, or
+        the one that is meant holds splits.
     """
     folders = _folders_of(path)
     if not (like := _split_like(folders)):
@@ -124,6 +123,7 @@ def root_of_split(path: Path, split: str) -> Path:
     if set(folders) <= _SPLITS:
         if split not in folders:
             raise DataError(f"{path}: holds {', '.join(folders)} but no {split}")
+        refuse_splits(path / split)
         return path / split
     others = [name for name in folders if name not in like]
     beside = f"beside {some_of(others)}" if others else "alone"

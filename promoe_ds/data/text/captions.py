@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from promoe_ds.data.listing import Files
 from promoe_ds.data.reading import read_text, reading, shown
 from promoe_ds.errors import DataError
 
@@ -38,14 +39,14 @@ class Captions(ABC):
         """
 
 
-def open_captions(root: Path, source: str) -> Captions:
-    """Return the captions of the images below `root`.
+def open_captions(files: Files, source: str) -> Captions:
+    """Return the captions of files of one image.
 
     Args:
         source: `.txt`, or the column of the table.
     Raises: DataError for a table that is missing, cannot be read, or lacks the column.
     """
-    return _TextFiles(root) if source == BESIDE else _Table(root, source)
+    return _TextFiles(files.root) if source == BESIDE else _Table(files.root, source)
 
 
 def texts_of(cell: str | list[str | None] | None) -> list[str]:

@@ -19,6 +19,7 @@ from promoe_ds.config.loader import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data import LatentDataset, build_dataset
 from promoe_ds.data.encode import encode
+from promoe_ds.data.listing import Files
 from promoe_ds.data.shards import ShardRecord, read_index
 from promoe_ds.data.sources.formats import open_captions_of
 from promoe_ds.data.text.captions import open_captions
@@ -137,10 +138,10 @@ def test_only_a_line_feed_or_carriage_return_ends_a_caption(tmp_path: Path) -> N
     # Texts of web pages hold these: `str.splitlines` would end a line, and a row, at each.
     captions = [f"a red{mark}apple" for mark in "\u2028\x85\x0b\x1c"]
     (tmp_path / "x.txt").write_bytes("\r\n".join([*captions, "b\rc"]).encode())
-    assert open_captions(tmp_path, ".txt").of("x.png") == [*captions, "b", "c"]
+    assert open_captions(Files(tmp_path, []), ".txt").of("x.png") == [*captions, "b", "c"]
     rows = [f"x.png,{each}\n" for each in captions]
     (tmp_path / "metadata.csv").write_text("".join(["file_name,what\n", *rows]), encoding="utf-8")
-    assert open_captions(tmp_path, "what").of("x.png") == captions
+    assert open_captions(Files(tmp_path, []), "what").of("x.png") == captions
     path = write_tar(tmp_path / "x.tar", {"x.txt": "\n".join(captions).encode(), "x.png": b""})
     assert open_captions_of(path, "tar", ".txt", split="train").of("x.tar/x.png") == captions
 
