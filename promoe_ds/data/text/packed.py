@@ -130,9 +130,13 @@ class PackedTexts:
             )
         self.identity = index.encoder
         self.identity.check(where, config)
-        wanted = config.data.text_encoder
-        if wanted is not None and not self.identity.is_called(wanted):
-            _check_encoder(where, self.identity, wanted)
+        if not self.identity.is_meant(config.data.text_encoder, TextEncoder):
+            raise DataError(
+                f"{where}: the captions were encoded by {index.encoder.name}"
+                f" ({index.encoder.fingerprint}), the recipe wants"
+                f" data.text_encoder={config.data.text_encoder}: encode them anew, or set"
+                " data.text_encoder to the one that they come from"
+            )
         if index.counts.longest > config.model.text_length:
             raise DataError(
                 f"{where}: the longest caption has {index.counts.longest} tokens, but"
@@ -251,15 +255,3 @@ def _checksum(states_LC: Tensor, pooled_P: Tensor) -> int:
     for values in (states_LC.contiguous(), pooled_P.contiguous()):
         digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.intdigest()
-
-
-def _check_encoder(where: Path, identity: TextIdentity, wanted: str) -> None:
-    # A copy in a folder of another name is the same encoder if its weights are.
-    if not (
-        Path(wanted).is_dir() and TextEncoder(wanted).identity.fingerprint == identity.fingerprint
-    ):
-        raise DataError(
-            f"{where}: the captions were encoded by {identity.name} ({identity.fingerprint}), the"
-            f" recipe wants data.text_encoder={wanted}: encode them anew, or set data.text_encoder"
-            " to the one that they come from"
-        )
