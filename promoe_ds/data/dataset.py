@@ -7,6 +7,7 @@ Letters: B samples, C channels on disk, Z latent channels, H, W latent size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -219,7 +220,7 @@ def first_not_finite(records_BCHW: Tensor) -> int | None:
 
 def with_normalization(config: RunConfig, normalization: LatentNormalization) -> RunConfig:
     """Return the config with the values that latents are normalised by."""
-    data = config.data.model_copy(update=normalization.fields)
+    data = config.data.model_copy(update=asdict(normalization))
     return config.model_copy(update={"data": data})
 
 

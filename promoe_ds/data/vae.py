@@ -216,10 +216,7 @@ class Vae:
     def _encode(self, images_BHWC: np.ndarray) -> tuple[str, Tensor]:
         """Return the kind of the records, and the records."""
         pixels = torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 127.5
-        if _takes_unit_range(self._network):
-            pixels = pixels / 2
-        else:
-            pixels = pixels - 1.0
+        pixels = pixels / 2 if _takes_unit_range(self._network) else pixels - 1.0
         encoded = self._network.encode(pixels.to(self._dtype))
         if hasattr(encoded, "latent_dist"):
             return MOMENTS, encoded.latent_dist.parameters.float()

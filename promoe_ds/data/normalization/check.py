@@ -32,14 +32,15 @@ def normalization_problem(
     found = measure([latents_BZHW], has_posterior=False)
     if found is None:
         return ""
-    pools = not normalization.is_per_channel
+    pools = not normalization.latents_std
     is_usual = _is_within(found, _USUAL, pools=pools)
     if is_usual and (expected is None or _agree(found, expected.normalized(normalization))):
         return ""
-    shown = found.pooled
+    shown, least, most = found.pooled, min(found.std), max(found.std)
+    by_channel = f" (by channel {least:.3g} ... {most:.3g})" if len(found.std) > 1 else ""
     return (
         f"the first {len(latents_BZHW)} latents have a mean of {shown.mean[0]:.3g} and a standard"
-        f" deviation of {shown.std[0]:.3g}{_by_channel(found)} after normalisation, and look like"
+        f" deviation of {shown.std[0]:.3g}{by_channel} after normalisation, and look like"
         f" {_explanation(found, normalization, pools=pools)}, or data.check_latents=false if they"
         " are meant to be so"
     )
@@ -84,10 +85,3 @@ def _agree(found: LatentStatistics, expected: LatentStatistics) -> bool:
     unit = np.maximum(wanted, _SMALLEST)
     is_near = np.abs(np.subtract(found.mean, expected.mean)) <= largest * unit
     return bool((is_near & (deviations >= least * wanted) & (deviations <= most * unit)).all())
-
-
-def _by_channel(found: LatentStatistics) -> str:
-    if len(found.mean) == 1:
-        return ""
-    least, most = min(found.std), max(found.std)
-    return f" (by channel {least:.3g} ... {most:.3g})"
