@@ -211,11 +211,13 @@ def draw_latents(moments_BCHW: Tensor, seed: int, positions: np.ndarray | None) 
     return log_variance.clamp(*LOG_VARIANCE_BOUNDS).mul_(0.5).exp_().mul_(noise).add_(mean)
 
 
-def first_not_finite(records_BCHW: Tensor) -> int | None:
-    """Return the place of the first record with a value that is not finite; None if all are."""
-    if torch.isfinite(records_BCHW).all():
+def first_not_finite(records: Tensor) -> int | None:
+    """Return the place of the first record, (B, ...), with a value that is not finite; None if all
+    are.
+    """
+    if torch.isfinite(records).all():
         return None
-    return int((~torch.isfinite(records_BCHW)).flatten(1).any(dim=1).nonzero()[0])
+    return int((~torch.isfinite(records)).flatten(1).any(dim=1).nonzero()[0])
 
 
 def with_normalization(config: RunConfig, normalization: LatentNormalization) -> RunConfig:

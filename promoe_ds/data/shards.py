@@ -18,8 +18,7 @@ import msgspec
 import numpy as np
 import torch
 import xxhash
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from promoe_ds.data.dataset import first_not_finite
@@ -129,8 +128,7 @@ class Shard:
         """
         self.path = path
         with reading(path, "latent shard", kind=SAFETENSORS):
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = load_file(path)  # maps it
             self.kind = LATENTS if LATENTS in tensors else MOMENTS
             self.labels, plain = tensors["labels"], tensors[self.kind]
             self.dtype, self.shape = plain.dtype, tuple(plain.shape)
@@ -228,17 +226,22 @@ def write_shard(
         "checksums": torch.from_numpy(checksums.view(np.int64)),
         "names": torch.frombuffer(bytearray(text), dtype=torch.uint8),
     }
+    return save_shard(path, tensors, len(labels))
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor], count: int) -> ShardRecord:
+    """Write a file of tensors, in one move, and return its entry in the index."""
     with replacing(path) as temporary:
         save_file(tensors, temporary)
-        return describe_shard(temporary, len(labels), name=path.name)
+    return _describe(path, count)
 
 
-def describe_shard(path: Path, count: int, *, name: str) -> ShardRecord:
-    """Return a shard's entry in the index: reads the whole file."""
+def _describe(path: Path, count: int) -> ShardRecord:
+    """Return a file's entry in the index: reads all of it."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, xxhash.xxh3_64)
     return ShardRecord(
-        file=name, count=count, bytes=path.stat().st_size, checksum=digest.hexdigest()
+        file=path.name, count=count, bytes=path.stat().st_size, checksum=digest.hexdigest()
     )
 
 
@@ -281,8 +284,8 @@ def file_problem(folder: Path, record: ShardRecord, index: str) -> str | None:
     path = folder / record.file
     if not path.is_file():
         return f"{path}: missing"
-    found = describe_shard(path, record.count, name=record.file)
-    return None if found == record else f"{path}: its checksum is not that of {index}"
+    is_same = _describe(path, record.count) == record
+    return None if is_same else f"{path}: its checksum is not that of {index}"
 
 
 def _problems(folder: Path, record: ShardRecord) -> Iterator[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from promoe_ds.condition import EmptyText, TextCondition
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.dataset import first_not_finite
 from promoe_ds.data.reading import reading, warn_once
 from promoe_ds.data.vae import Identity, fingerprint_of, without_tf32
 from promoe_ds.errors import DataError, cause_of
@@ -148,8 +149,7 @@ class TextEncoder:
                     places, states_BLC.to("cpu", STATES_DTYPE), strict=True
                 ):
                     states[place] = states_LC
-        if not torch.isfinite(pooled).all():
-            bad = int((~torch.isfinite(pooled)).any(dim=1).nonzero()[0])
+        if (bad := first_not_finite(pooled)) is not None:
             raise DataError(
                 f"{self.identity.name}: makes values of {texts[bad]!r} that are not finite: encode"
                 " in fp32"
