@@ -23,9 +23,9 @@ from promoe_ds.data.normalization.statistics import LatentStatistics, measure, m
 from promoe_ds.data.reading import read_json, reading, shown, some_of
 from promoe_ds.data.shards import (
     UNFINISHED,
+    Entry,
     LatentIndex,
     Shard,
-    ShardRecord,
     read_index,
     write_shard,
 )
@@ -53,15 +53,14 @@ _ENCODING = ("files", "chosen", "listing", "source", "shard_size", "vae_dtype")
 _EARLIER = {"source": TREE, "chosen": None}
 
 
-class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
+class ShardEntry(Entry, frozen=True, kw_only=True):
     """What `shard-N.json` says: how many images were changed, by kind; which were skipped; the
     latents' statistics, None of an empty shard.
     """
 
-    record: ShardRecord
     skipped: list[str]
     statistics: LatentStatistics | None = None
-    changes: dict[str, int] = {}
+    changes: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 def encode(
@@ -97,15 +96,8 @@ def encode(
 
 
 def missing_shards(request: EncodeRequest, shards: int) -> list[int]:
-    """Return the numbers of the shards that are not complete: each is written in one move, and then
-    its entry.
-    """
-
-    def is_complete(path: Path) -> bool:
-        has_both = path.is_file() and path.with_suffix(".json").is_file()
-        return has_both and _read_entry(path).record.bytes == path.stat().st_size
-
-    return [number for number in range(shards) if not is_complete(request.path(number))]
+    """Return the numbers of the shards that are not complete."""
+    return [n for n in range(shards) if ShardEntry.of_complete(request.path(n)) is None]
 
 
 def _settings(request: EncodeRequest, source: PackedSource, files: Sequence[int]) -> dict[str, Any]:
@@ -181,7 +173,7 @@ def _encode_shard(
         entry = ShardEntry(
             record=record, skipped=skipped, statistics=measured, changes=Counter(source.changes)
         )
-        write_json(path.with_suffix(".json"), msgspec.to_builtins(entry))
+        entry.write(path)
     except OSError as error:
         raise DataError(
             f"{path}: could not be written: {error}. Free the disk and run the same command again"
@@ -192,7 +184,7 @@ def _finish(
     request: EncodeRequest, source: PackedSource, settings: dict[str, Any], shards: int
 ) -> LatentIndex:
     """Make the index from all entries; rank 0 only."""
-    entries = [_read_entry(request.path(number)) for number in range(shards)]
+    entries = [ShardEntry.read(request.path(number)) for number in range(shards)]
     skipped, samples = tuple(name for entry in entries for name in entry.skipped), source.samples
     if len(skipped) > request.max_corrupt:
         raise DataError(
@@ -238,7 +230,3 @@ def _finish(
     for leftover in (request.out / UNFINISHED, *request.out.glob("shard-*.json")):
         leftover.unlink()
     return index
-
-
-def _read_entry(path: Path) -> ShardEntry:
-    return read_json(path.with_suffix(".json"), "record of an encoding", ShardEntry)

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -42,6 +42,34 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     bytes: int
     checksum: str
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a JSON file beside a shard says until there is an index. It is written last: a shard
+    without it is not complete.
+    """
+
+    record: ShardRecord
+
+    def write(self, path: Path) -> None:
+        """Write the entry of the shard `path`, in one move."""
+        write_json(path.with_suffix(".json"), msgspec.to_builtins(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the entry of the shard `path`.
+
+        Raises: DataError naming the file that cannot be understood, and its field.
+        """
+        return read_json(path.with_suffix(".json"), "record of an encoding", cls)
+
+    @classmethod
+    def of_complete(cls, path: Path) -> Self | None:
+        """Return the entry of the shard `path`, None where the shard is not complete."""
+        if not (path.is_file() and path.with_suffix(".json").is_file()):
+            return None
+        entry = cls.read(path)
+        return entry if entry.record.bytes == path.stat().st_size else None
 
 
 class LatentIndex(
