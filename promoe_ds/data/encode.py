@@ -34,7 +34,6 @@ from promoe_ds.data.sources.packing import (
     EncodeRequest,
     ImageSource,
     PackedSource,
-    fetched,
     load_images,
     open_cached,
     open_images,
@@ -74,7 +73,6 @@ def encode(
         together; ConfigError for a request that cannot be, or an output folder that holds something
         else.
     """
-    request = fetched(request, team)
     if request.from_latents:
         source = open_cached(request)
     else:

@@ -16,7 +16,7 @@ from promoe_ds.config.model import sides, size_name
 from promoe_ds.data.encode import encode
 from promoe_ds.data.images import Blob, picture_size
 from promoe_ds.data.shards import LatentIndex
-from promoe_ds.data.sources.packing import EncodeRequest, fetched, load_images
+from promoe_ds.data.sources.packing import EncodeRequest, load_images
 from promoe_ds.data.sources.samples import Samples
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
@@ -38,7 +38,6 @@ def encode_buckets(
     Raises: as `encode`; ConfigError for sizes to which no image is nearest, or an output folder
         that holds others.
     """
-    request = fetched(request, team)
     folders = {size: request.out / size_name(size) for size in sizes}
     team.on_main(lambda: _check_out(request.out, list(folders.values())))
     images = load_images(request, team)

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from promoe_ds.data.reading import some_of
-from promoe_ds.data.shards import INDEX, Entry, LatentIndex, Shard, ShardRecord, read_index
-from promoe_ds.data.sources.files import fetch_from_hub
+from promoe_ds.data.shards import Entry, LatentIndex, Shard, ShardRecord, index_of
 from promoe_ds.data.sources.formats import TREE, open_captions_of
 from promoe_ds.data.text.captions import Captions
 from promoe_ds.data.text.packed import (
@@ -88,15 +87,14 @@ def encode_texts(
     Args:
         encoder: the request's, if it is loaded already.
     Raises: DataError for images without captions, beyond `max_uncaptioned`, or captions that cannot
-        be read; ConfigError if there are no latents, or texts of another encoder.
+        be read, or if there are no latents; ConfigError if there are texts of another encoder.
     """
-    latents = team.on_main(lambda: _latents(request.out))
+    latents = team.on_main(lambda: index_of(request.out))
     encoder = encoder or load_encoder(request, team)
     if (done := team.on_main(lambda: _finished(request, latents, encoder.identity))) is not None:
         return done
-    images = team.main_first(lambda: fetch_from_hub(request.images, request.split))
     form = latents.encoding.get("source", TREE)
-    captions = open_captions_of(images, form, request.captions, split=request.split)
+    captions = open_captions_of(request.images, form, request.captions, split=request.split)
     todo = team.on_main(
         lambda: [
             record
@@ -111,15 +109,6 @@ def encode_texts(
         progress.add(record.count * team.world_size)
     team.barrier()
     return team.on_main(lambda: _finish(request, latents, encoder))
-
-
-def _latents(folder: Path) -> LatentIndex:
-    index = read_index(folder) if folder.is_dir() else None
-    if index is None:
-        raise ConfigError(
-            f"--out {folder}: no {INDEX} of packed latents there: encode the images first"
-        )
-    return index
 
 
 def _finished(
