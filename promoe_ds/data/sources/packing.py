@@ -54,7 +54,7 @@ class EncodeRequest:
         columns = Columns(image=self.image_column, label=self.label_column)
         return open_samples(self.source, formats, columns, split=self.split)
 
-    def reader(self, samples: Samples[Any], read: Callable[..., np.ndarray]) -> SampleReader:
+    def reader(self, samples: Samples[Any], read: Callable[..., Any]) -> SampleReader:
         """Return what reads the samples."""
         limit = self.max_corrupt
         return SampleReader(samples, read, self.workers, max_corrupt=limit, setting="--max-corrupt")

@@ -108,7 +108,7 @@ class SampleReader:
     def __init__(
         self,
         samples: Samples[_T],
-        read: Callable[[_T], np.ndarray],
+        read: Callable[[_T], Any],
         workers: int,
         *,
         max_corrupt: int = 0,
@@ -124,8 +124,8 @@ class SampleReader:
         self._pool = ThreadPoolExecutor(workers)
         self._corrupt: set[str] = set()
 
-    def read(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
-        """Return what each of these samples holds, but for those that cannot be read.
+    def read(self, indices: Sequence[int]) -> dict[int, Any]:
+        """Return what `read` makes of each of these samples, but for those that cannot be read.
 
         Raises: DataError, naming the latest of them, when they are too many.
         """
