@@ -159,11 +159,13 @@ class TextCondition(Condition):
     def of_states(
         cls, states: Sequence[Tensor], pooled_BC: Tensor, empty: EmptyText, **others: Any
     ) -> Self:
-        """Return texts whose states have lengths of their own, each (L, C); none is null unless
-        `null_B` says so.
+        """Return texts whose states have lengths of their own, each (L, C); none is null.
+
+        Args:
+            others: fields by their names.
         """
         lengths = torch.tensor([len(each) for each in states])
-        null_B = others.pop("null_B", torch.zeros(len(states), dtype=torch.bool))
+        null_B = torch.zeros(len(states), dtype=torch.bool)
         tokens_BLC = pad_sequence(list(states), batch_first=True)
         mask_BL = torch.arange(tokens_BLC.shape[1]) < lengths[:, None]
         return cls(tokens_BLC, mask_BL, pooled_BC, null_B, empty, **others)

@@ -172,9 +172,8 @@ class Shard:
                     f"{path}: {self.kind} are {found[0]}, their mirrored twins {found[1]}: store"
                     " both in one shape and type"
                 )
-            self.checksums = None
-            if "checksums" in tensors:
-                self.checksums = tensors["checksums"].numpy().view(np.uint64)
+            sums = tensors.get("checksums")
+            self.checksums = None if sums is None else sums.numpy().view(np.uint64)
             self.variants = variants
             # As bytes: numpy knows no bfloat16, and copies rows several times faster than torch.
             self._bytes = [_as_bytes(variant) for variant in variants]
