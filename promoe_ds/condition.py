@@ -209,15 +209,15 @@ class TextCondition(Condition):
             self,
             tokens_BLC=self.empty.tokens_LC.expand(batch, -1, -1),
             mask_BL=self.mask_BL.new_ones(batch, length),
-        )
-        return super(TextCondition, room.padded(padded_length(length))).null_like()
+        ).padded(padded_length(length))
+        return replace(room.drop(torch.ones_like(self.null_B)), num_null=batch)
 
     def counted(self) -> TextCondition:
         """Return the same texts with `num_null`, in as many places as the longest one needs, up to
         a multiple: however they were padded, the same value.
         """
         longest = int(self.mask_BL.sum(dim=1).max())
-        return super(TextCondition, self.padded(padded_length(longest))).counted()
+        return replace(self.padded(padded_length(longest)), num_null=int(self.null_B.sum()))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TextCondition:
         """Return the texts with a function applied to each tensor of B rows."""
