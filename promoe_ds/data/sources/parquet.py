@@ -193,11 +193,9 @@ class ParquetCaptions(Captions):
 
         Raises: DataError if there is no such column of texts.
         """
-        from pyarrow import types
-
         tables = Tables(files)
         kind = tables.type_of(column)
-        if not _is_text(kind.value_type if types.is_list(kind) else kind):
+        if not _is_text(getattr(kind, "value_type", kind)):  # of a list of any kind, or coded
             raise DataError(f"{shown(tables.paths[0])}: {column} is {kind}, no text")
         self._files, self._column = files, column
         self._ends, self._rows = np.cumsum(tables.counts), Rows(tables, [column])

@@ -22,7 +22,7 @@ from promoe_ds.data.encode import encode
 from promoe_ds.data.shards import LatentIndex, Shard, read_index
 from promoe_ds.data.sources import parquet
 from promoe_ds.data.sources.files import fetch_from_hub, find_files
-from promoe_ds.data.sources.formats import IMAGES, open_samples
+from promoe_ds.data.sources.formats import IMAGES, open_captions_of, open_samples
 from promoe_ds.data.sources.samples import Columns
 from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError, PromoeError
@@ -157,6 +157,22 @@ def test_tar_labels_come_from_cls_or_what_is_named(
     samples, _ = open_samples(tmp_path, IMAGES, Columns(label=column), split="train")
     assert samples.classes == classes and samples.labels.tolist() == expected
     assert [samples.name(index) for index in (0, 1)] == ["x.tar/a.jpg", "x.tar/b.PNG"]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array([["a", "b"]], pa.large_list(pa.large_string())), ["a", "b"]),
+        (pa.array([["a", "b"]], pa.list_(pa.string(), 2)), ["a", "b"]),
+        (pa.array(["a"]).dictionary_encode(), ["a"]),
+    ],
+)
+def test_parquet_captions_are_texts_however_they_are_stored(
+    tmp_path: Path, column: pa.Array, expected: list[str]
+) -> None:
+    rows(text=column)(tmp_path)
+    captions = open_captions_of(tmp_path, "parquet", "text", split="train")
+    assert captions.of("x.parquet/0") == expected
 
 
 # Which files are meant.
