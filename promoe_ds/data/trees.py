@@ -17,7 +17,7 @@ import xxhash
 
 from promoe_ds.data.listing import FileList, is_leftover
 from promoe_ds.data.reading import reading, shown, some_of
-from promoe_ds.data.sources.labels import warn_of_order
+from promoe_ds.data.sources.labels import Labels
 from promoe_ds.data.sources.samples import Samples
 from promoe_ds.errors import DataError
 
@@ -93,10 +93,9 @@ def tree_of(files: FileList) -> Tree:
             f"{some_of(empty)}. A class's label is its place among the sorted folders: fill them, "
             "or remove what is no class"
         )
-    warn_of_order(root, classes)
-    label_of = {name: label for label, name in enumerate(classes)}
-    labels = np.array([label_of[folder] for folder in folders], dtype=np.int64)
-    return Tree(root, files.names, labels, tuple(classes))
+    labels = Labels(root, None, "class folder")
+    labels.add(folders)
+    return Tree(root, files.names, *labels.finish(len(folders)))
 
 
 def refuse_splits(path: Path) -> None:

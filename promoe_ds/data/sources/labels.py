@@ -75,13 +75,13 @@ class Labels:
             final = np.array(values, dtype=np.int64)
         else:
             classes = tuple(sorted(map(str, values)))
-            warn_of_order(self._where, classes)
+            _warn_of_order(self._where, classes)
             label_of = {name: label for label, name in enumerate(classes)}
             final = np.array([label_of[str(value)] for value in values], dtype=np.int64)
         return final[np.concatenate(self._parts)], classes
 
 
-def warn_of_order(root: Path, classes: Sequence[str]) -> None:
+def _warn_of_order(root: Path, classes: Sequence[str]) -> None:
     """Say what a person would not expect of the labels' order."""
     by_value = sorted(classes, key=_with_numbers)
     for label, (found, expected) in enumerate(zip(classes, by_value, strict=True)):
