@@ -24,6 +24,7 @@ from torch import Tensor
 from promoe_ds.data.dataset import first_not_finite
 from promoe_ds.data.normalization.statistics import LatentStatistics, measure, merge
 from promoe_ds.data.reading import read_json, reading, shown
+from promoe_ds.data.sources.cached import sides_of
 from promoe_ds.data.vae import FLIP, LATENTS, MOMENTS, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import DataError, first_few
@@ -157,10 +158,10 @@ class Shard:
         self.path = path
         with reading(path, "latent shard", kind=SAFETENSORS):
             tensors = load_file(path)  # maps it
-            self.kind = LATENTS if LATENTS in tensors else MOMENTS
-            self.labels, plain = tensors["labels"], tensors[self.kind]
-            self.dtype, self.shape = plain.dtype, tuple(plain.shape)
-            variants = [plain, *(tensors[name] for name in (self.kind + FLIP,) if name in tensors)]
+            self.kind, sides = sides_of(path, tensors, (LATENTS, MOMENTS))
+            variants = [tensors[side] for side in sides]
+            self.labels, self.dtype = tensors["labels"], variants[0].dtype
+            self.shape = tuple(variants[0].shape)
             found = [f"{_name(each.dtype)} {tuple(each.shape)}" for each in variants]
             if not self.dtype.is_floating_point:
                 raise DataError(

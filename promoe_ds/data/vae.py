@@ -31,7 +31,7 @@ DECODED_AT_ONCE = 8
 #: Whether figures and pixels are computed with TF32, for the files that state how they came about.
 TF32 = False
 #: Kinds of records: moments of posteriors, which have two channels for one of a latent, or latents.
-KINDS = MOMENTS, LATENTS = "moments", "latents"
+MOMENTS, LATENTS = "moments", "latents"
 #: What the name of the mirrored image's record ends with.
 FLIP = "_flip"
 #: Normalises its latents itself, by statistics of its own, and takes pixels in 0 ... 1.
