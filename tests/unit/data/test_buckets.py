@@ -212,7 +212,7 @@ def damage(folder: Path, how: str) -> None:
         ("classes", "in its classes"),
         ("vae", "in its vae"),
         ("twice", r"again: has latents of 4x4|8x8: has latents of 4x4"),
-        ("unfinished", "in 8x8 are not complete"),
+        ("unfinished", "8x8: these latents are not complete"),
         ("strange", r"no index\.json in images"),
     ],
 )
