@@ -159,11 +159,13 @@ class TextCondition(Condition):
     def of_states(
         cls, states: Sequence[Tensor], pooled_BC: Tensor, empty: EmptyText, **others: Any
     ) -> Self:
-        """Return texts whose states have lengths of their own, each (L, C); none is null unless
-        `null_B` says so.
+        """Return texts whose states have lengths of their own, each (L, C); none is null.
+
+        Args:
+            others: fields by their names.
         """
         lengths = torch.tensor([len(each) for each in states])
-        null_B = others.pop("null_B", torch.zeros(len(states), dtype=torch.bool))
+        null_B = torch.zeros(len(states), dtype=torch.bool)
         tokens_BLC = pad_sequence(list(states), batch_first=True)
         mask_BL = torch.arange(tokens_BLC.shape[1]) < lengths[:, None]
         return cls(tokens_BLC, mask_BL, pooled_BC, null_B, empty, **others)
@@ -207,15 +209,15 @@ class TextCondition(Condition):
             self,
             tokens_BLC=self.empty.tokens_LC.expand(batch, -1, -1),
             mask_BL=self.mask_BL.new_ones(batch, length),
-        )
-        return super(TextCondition, room.padded(padded_length(length))).null_like()
+        ).padded(padded_length(length))
+        return replace(room.drop(torch.ones_like(self.null_B)), num_null=batch)
 
     def counted(self) -> TextCondition:
         """Return the same texts with `num_null`, in as many places as the longest one needs, up to
         a multiple: however they were padded, the same value.
         """
         longest = int(self.mask_BL.sum(dim=1).max())
-        return super(TextCondition, self.padded(padded_length(longest))).counted()
+        return replace(self.padded(padded_length(longest)), num_null=int(self.null_B.sum()))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TextCondition:
         """Return the texts with a function applied to each tensor of B rows."""

@@ -166,6 +166,7 @@ def main(arguments: list[str]) -> None:
     from promoe_ds.data.buckets.encode import encode_buckets
     from promoe_ds.data.encode import encode
     from promoe_ds.data.shards import measure_folder, verify
+    from promoe_ds.data.sources.files import fetch_from_hub
     from promoe_ds.data.sources.packing import EncodeRequest
     from promoe_ds.data.text.packed import verify_texts
 
@@ -188,7 +189,8 @@ def main(arguments: list[str]) -> None:
                 log.info("%s: %s", folder, measure_folder(folder, team).statistics)
             return
         given = {each.name: getattr(options, each.name, None) for each in fields(EncodeRequest)}
-        source = options.images or options.from_latents
+        path = options.images or options.from_latents
+        source = team.main_first(lambda: fetch_from_hub(path, options.split))
         given |= {"source": source, "from_latents": bool(options.from_latents)}
         asked = EncodeRequest(**given)
         if options.buckets is None:

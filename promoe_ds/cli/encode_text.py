@@ -82,9 +82,11 @@ def main(arguments: list[str]) -> None:
     """Arguments to request to packed texts."""
     options = parse_arguments(arguments)
     from promoe_ds.data.buckets.dataset import latent_folders
+    from promoe_ds.data.sources.files import fetch_from_hub
 
     with joined_processes(options.device) as team:
-        encode_captions(options, options.images, latent_folders(options.latents), team)
+        images = team.main_first(lambda: fetch_from_hub(options.images, options.split))
+        encode_captions(options, images, latent_folders(options.latents), team)
 
 
 def encode_captions(

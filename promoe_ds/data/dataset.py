@@ -7,6 +7,7 @@ Letters: B samples, C channels on disk, Z latent channels, H, W latent size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -210,29 +211,27 @@ def draw_latents(moments_BCHW: Tensor, seed: int, positions: np.ndarray | None) 
     return log_variance.clamp(*LOG_VARIANCE_BOUNDS).mul_(0.5).exp_().mul_(noise).add_(mean)
 
 
-def first_not_finite(records_BCHW: Tensor) -> int | None:
-    """Return the place of the first record with a value that is not finite; None if all are."""
-    if torch.isfinite(records_BCHW).all():
+def first_not_finite(records: Tensor) -> int | None:
+    """Return the place of the first record, (B, ...), with a value that is not finite; None if all
+    are.
+    """
+    if torch.isfinite(records).all():
         return None
-    return int((~torch.isfinite(records_BCHW)).flatten(1).any(dim=1).nonzero()[0])
+    return int((~torch.isfinite(records)).flatten(1).any(dim=1).nonzero()[0])
 
 
 def with_normalization(config: RunConfig, normalization: LatentNormalization) -> RunConfig:
     """Return the config with the values that latents are normalised by."""
-    data = config.data.model_copy(update=normalization.fields)
+    data = config.data.model_copy(update=asdict(normalization))
     return config.model_copy(update={"data": data})
 
 
 def _check_vae(where: Path, vae: VaeIdentity, config: RunConfig) -> None:
     if misfit := vae.misfit(config):
         raise DataError(f"{where}: {vae.name} has {misfit}")
-    wanted = config.data.vae
-    if wanted is None or vae.is_called(wanted):
-        return
-    # A copy in a folder of another name is the same autoencoder if its weights are.
-    if not (Path(wanted).is_dir() and vae.is_called(Vae(wanted).identity.fingerprint)):
+    if not vae.is_meant(config.data.vae, Vae):
         raise DataError(
-            f"{where}: the latents were encoded by {vae.name} "
-            f"({vae.fingerprint or 'weights unknown'}), the recipe wants data.vae={wanted}: encode "
-            "them anew, or set data.vae to the one that they come from"
+            f"{where}: the latents were encoded by {vae.name}"
+            f" ({vae.fingerprint or 'weights unknown'}), the recipe wants data.vae="
+            f"{config.data.vae}: encode them anew, or set data.vae to the one that they come from"
         )

@@ -117,7 +117,7 @@ def _drawn() -> EmojiSplit:
     # OpenMoji and Unicode differ in where they write U+FE0F, which asks for the coloured form.
     files = {path.stem.replace("-FE0F", ""): path for path in Path(str(pictures)).glob("*.svg")}
     images, captions, groups = [], [], []
-    group_names: list[str] = []
+    group_of: dict[str, int] = {}
     for line in Path(str(names)).read_text(encoding="utf-8").splitlines():
         if line.startswith(_GROUP):
             group = line.removeprefix(_GROUP)
@@ -125,16 +125,14 @@ def _drawn() -> EmojiSplit:
             path = files.get(found["code"].strip().replace(" FE0F", "").replace(" ", "-"))
             if path is None:
                 continue
-            if group not in group_names:
-                group_names.append(group)
             png = resvg_py.svg_to_bytes(
                 svg_path=str(path), width=SIZE, height=SIZE, background="white"
             )
             images.append(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
             captions.append(found["name"])
-            groups.append(group_names.index(group))
+            groups.append(group_of.setdefault(group, len(group_of)))
     pixels = np.stack(images).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0
-    return EmojiSplit(pixels, captions, np.array(groups, dtype=np.int64), tuple(group_names))
+    return EmojiSplit(pixels, captions, np.array(groups, dtype=np.int64), tuple(group_of))
 
 
 class TrainingEmoji:

@@ -23,9 +23,9 @@ from promoe_ds.data.normalization.statistics import LatentStatistics, measure, m
 from promoe_ds.data.reading import read_json, reading, shown, some_of
 from promoe_ds.data.shards import (
     UNFINISHED,
+    Entry,
     LatentIndex,
     Shard,
-    ShardRecord,
     read_index,
     write_shard,
 )
@@ -34,7 +34,6 @@ from promoe_ds.data.sources.packing import (
     EncodeRequest,
     ImageSource,
     PackedSource,
-    fetched,
     load_images,
     open_cached,
     open_images,
@@ -53,15 +52,14 @@ _ENCODING = ("files", "chosen", "listing", "source", "shard_size", "vae_dtype")
 _EARLIER = {"source": TREE, "chosen": None}
 
 
-class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
+class ShardEntry(Entry, frozen=True, kw_only=True):
     """What `shard-N.json` says: how many images were changed, by kind; which were skipped; the
     latents' statistics, None of an empty shard.
     """
 
-    record: ShardRecord
     skipped: list[str]
     statistics: LatentStatistics | None = None
-    changes: dict[str, int] = {}
+    changes: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 def encode(
@@ -75,7 +73,6 @@ def encode(
         together; ConfigError for a request that cannot be, or an output folder that holds something
         else.
     """
-    request = fetched(request, team)
     if request.from_latents:
         source = open_cached(request)
     else:
@@ -97,15 +94,8 @@ def encode(
 
 
 def missing_shards(request: EncodeRequest, shards: int) -> list[int]:
-    """Return the numbers of the shards that are not complete: each is written in one move, and then
-    its entry.
-    """
-
-    def is_complete(path: Path) -> bool:
-        has_both = path.is_file() and path.with_suffix(".json").is_file()
-        return has_both and _read_entry(path).record.bytes == path.stat().st_size
-
-    return [number for number in range(shards) if not is_complete(request.path(number))]
+    """Return the numbers of the shards that are not complete."""
+    return [n for n in range(shards) if ShardEntry.of_complete(request.path(n)) is None]
 
 
 def _settings(request: EncodeRequest, source: PackedSource, files: Sequence[int]) -> dict[str, Any]:
@@ -172,8 +162,8 @@ def _encode_shard(
             records = source.records(np.stack(list(good.values())))
             for parts, part in zip(sides, records, strict=True):
                 parts.append(part.cpu().to(dtype))
-    skipped = [shown(samples.names[index]) for index in sorted(set(files) - set(kept))]
-    labels, names = torch.from_numpy(samples.labels[kept]), [samples.names[i] for i in kept]
+    skipped = [shown(samples.name(index)) for index in sorted(set(files) - set(kept))]
+    labels, names = torch.from_numpy(samples.labels[kept]), [samples.name(index) for index in kept]
     variants = [torch.cat(parts) for parts in sides]
     measured = measure(variants, has_posterior=source.kind == MOMENTS)
     try:
@@ -181,7 +171,7 @@ def _encode_shard(
         entry = ShardEntry(
             record=record, skipped=skipped, statistics=measured, changes=Counter(source.changes)
         )
-        write_json(path.with_suffix(".json"), msgspec.to_builtins(entry))
+        entry.write(path)
     except OSError as error:
         raise DataError(
             f"{path}: could not be written: {error}. Free the disk and run the same command again"
@@ -192,7 +182,7 @@ def _finish(
     request: EncodeRequest, source: PackedSource, settings: dict[str, Any], shards: int
 ) -> LatentIndex:
     """Make the index from all entries; rank 0 only."""
-    entries = [_read_entry(request.path(number)) for number in range(shards)]
+    entries = [ShardEntry.read(request.path(number)) for number in range(shards)]
     skipped, samples = tuple(name for entry in entries for name in entry.skipped), source.samples
     if len(skipped) > request.max_corrupt:
         raise DataError(
@@ -238,7 +228,3 @@ def _finish(
     for leftover in (request.out / UNFINISHED, *request.out.glob("shard-*.json")):
         leftover.unlink()
     return index
-
-
-def _read_entry(path: Path) -> ShardEntry:
-    return read_json(path.with_suffix(".json"), "record of an encoding", ShardEntry)

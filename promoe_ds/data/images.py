@@ -132,7 +132,9 @@ def picture_size(file: Path | Blob) -> tuple[int, int]:
     Raises: DataError naming a file that is no image.
     """
     with _opened(file) as image:
-        width, height = image.size
+        tags = getattr(image, "tag_v2", {})  # of a TIFF, whose size may be as it is shown already
+        width = tags.get(ExifTags.Base.ImageWidth, image.width)
+        height = tags.get(ExifTags.Base.ImageLength, image.height)
         orientation = None
         with suppress(Exception):  # damaged EXIF data beside a whole picture
             orientation = image.getexif().get(ExifTags.Base.Orientation)

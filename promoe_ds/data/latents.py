@@ -101,10 +101,9 @@ class PackedLatents(DrawnLatents):
                 raise DataError(
                     f"{shard.path}: holds {shard.layout}, {first.path.name} {first.layout}"
                 )
-        self._texts: PackedTexts | None = None
+        is_text = config.model.condition == "text"
+        self._texts = PackedTexts(folder, index, config) if is_text else None
         self._groups = config.num_groups
-        if config.model.condition == "text":
-            self._texts = PackedTexts(folder, index, config)
         # Mapped like the records: those of 100 million images would take 800 MB.
         self._label_rows = [shard.labels.numpy() for shard in self._shards]
         self._starts = np.cumsum([0, *map(len, self._shards)])

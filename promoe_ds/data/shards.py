@@ -12,19 +12,19 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import numpy as np
 import torch
 import xxhash
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from promoe_ds.data.dataset import first_not_finite
 from promoe_ds.data.normalization.statistics import LatentStatistics, measure, merge
 from promoe_ds.data.reading import read_json, reading, shown
+from promoe_ds.data.sources.cached import sides_of
 from promoe_ds.data.vae import FLIP, LATENTS, MOMENTS, VaeIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import DataError, first_few
@@ -43,6 +43,34 @@ class ShardRecord(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     bytes: int
     checksum: str
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a JSON file beside a shard says until there is an index. It is written last: a shard
+    without it is not complete.
+    """
+
+    record: ShardRecord
+
+    def write(self, path: Path) -> None:
+        """Write the entry of the shard `path`, in one move."""
+        write_json(path.with_suffix(".json"), msgspec.to_builtins(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the entry of the shard `path`.
+
+        Raises: DataError naming the file that cannot be understood, and its field.
+        """
+        return read_json(path.with_suffix(".json"), "record of an encoding", cls)
+
+    @classmethod
+    def of_complete(cls, path: Path) -> Self | None:
+        """Return the entry of the shard `path`, None where the shard is not complete."""
+        if not (path.is_file() and path.with_suffix(".json").is_file()):
+            return None
+        entry = cls.read(path)
+        return entry if entry.record.bytes == path.stat().st_size else None
 
 
 class LatentIndex(
@@ -129,12 +157,11 @@ class Shard:
         """
         self.path = path
         with reading(path, "latent shard", kind=SAFETENSORS):
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            self.kind = LATENTS if LATENTS in tensors else MOMENTS
-            self.labels, plain = tensors["labels"], tensors[self.kind]
-            self.dtype, self.shape = plain.dtype, tuple(plain.shape)
-            variants = [plain, *(tensors[name] for name in (self.kind + FLIP,) if name in tensors)]
+            tensors = load_file(path)  # maps it
+            self.kind, sides = sides_of(path, tensors, (LATENTS, MOMENTS))
+            variants = [tensors[side] for side in sides]
+            self.labels, self.dtype = tensors["labels"], variants[0].dtype
+            self.shape = tuple(variants[0].shape)
             found = [f"{_name(each.dtype)} {tuple(each.shape)}" for each in variants]
             if not self.dtype.is_floating_point:
                 raise DataError(
@@ -146,9 +173,8 @@ class Shard:
                     f"{path}: {self.kind} are {found[0]}, their mirrored twins {found[1]}: store"
                     " both in one shape and type"
                 )
-            self.checksums = None
-            if "checksums" in tensors:
-                self.checksums = tensors["checksums"].numpy().view(np.uint64)
+            sums = tensors.get("checksums")
+            self.checksums = None if sums is None else sums.numpy().view(np.uint64)
             self.variants = variants
             # As bytes: numpy knows no bfloat16, and copies rows several times faster than torch.
             self._bytes = [_as_bytes(variant) for variant in variants]
@@ -228,17 +254,22 @@ def write_shard(
         "checksums": torch.from_numpy(checksums.view(np.int64)),
         "names": torch.frombuffer(bytearray(text), dtype=torch.uint8),
     }
+    return save_shard(path, tensors, len(labels))
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor], count: int) -> ShardRecord:
+    """Write a file of tensors, in one move, and return its entry in the index."""
     with replacing(path) as temporary:
         save_file(tensors, temporary)
-        return describe_shard(temporary, len(labels), name=path.name)
+    return _describe(path, count)
 
 
-def describe_shard(path: Path, count: int, *, name: str) -> ShardRecord:
-    """Return a shard's entry in the index: reads the whole file."""
+def _describe(path: Path, count: int) -> ShardRecord:
+    """Return a file's entry in the index: reads all of it."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, xxhash.xxh3_64)
     return ShardRecord(
-        file=name, count=count, bytes=path.stat().st_size, checksum=digest.hexdigest()
+        file=path.name, count=count, bytes=path.stat().st_size, checksum=digest.hexdigest()
     )
 
 
@@ -281,8 +312,8 @@ def file_problem(folder: Path, record: ShardRecord, index: str) -> str | None:
     path = folder / record.file
     if not path.is_file():
         return f"{path}: missing"
-    found = describe_shard(path, record.count, name=record.file)
-    return None if found == record else f"{path}: its checksum is not that of {index}"
+    is_same = _describe(path, record.count) == record
+    return None if is_same else f"{path}: its checksum is not that of {index}"
 
 
 def _problems(folder: Path, record: ShardRecord) -> Iterator[str]:

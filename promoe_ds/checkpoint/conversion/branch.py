@@ -11,7 +11,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -109,7 +109,7 @@ def _config_of_start(saved: RunConfig, config: RunConfig) -> RunConfig:
     is_as_many = saved.routing.num_experts == config.routing.num_experts
     order = saved.parallel.expert_order if is_as_many else None
     data = {"latent_normalization": "auto", "latents_normalized": False}
-    data |= LatentNormalization.of(saved.data).fields
+    data |= asdict(LatentNormalization.of(saved.data))
     return saved.model_copy(
         update={
             "model": config.model,

@@ -18,7 +18,7 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.dataset import LatentDataset, with_normalization
 from promoe_ds.data.normalization.choice import choose_normalization
 from promoe_ds.data.normalization.statistics import merge_known
-from promoe_ds.data.reading import some_of
+from promoe_ds.data.reading import shown, some_of
 from promoe_ds.data.shards import INDEX, UNFINISHED, LatentIndex, index_of
 from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.errors import DataError
@@ -95,10 +95,10 @@ def latent_folders(path: Path) -> list[Path]:
     below = path.iterdir() if path.is_dir() else ()
     folders = sorted(each for each in below if each.is_dir() and not each.name.startswith("."))
     strange = [each for each in folders if not (each / INDEX).is_file()]
-    if unfinished := [each.name for each in strange if (each / UNFINISHED).is_file()]:
+    if unfinished := [each for each in (path, *strange) if (each / UNFINISHED).is_file()]:
         raise DataError(
-            f"{path}: the latents in {some_of(unfinished)} are not complete: run promoe-encode"
-            " again with the same arguments, it resumes where it stopped"
+            f"{shown(unfinished[0])}: these latents are not complete: run promoe-encode again with"
+            " the same arguments, it resumes where it stopped"
         )
     if strange or not folders:
         where = f" in {some_of([each.name for each in strange])}" if strange else ""

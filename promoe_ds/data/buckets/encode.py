@@ -16,7 +16,7 @@ from promoe_ds.config.model import sides, size_name
 from promoe_ds.data.encode import encode
 from promoe_ds.data.images import Blob, picture_size
 from promoe_ds.data.shards import LatentIndex
-from promoe_ds.data.sources.packing import EncodeRequest, fetched, load_images
+from promoe_ds.data.sources.packing import EncodeRequest, load_images
 from promoe_ds.data.sources.samples import Samples
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
@@ -25,8 +25,6 @@ from promoe_ds.logs import Progress, get_logger
 _LOG = get_logger("encode")
 #: Images that threads are given together.
 _AT_ONCE = 4096
-#: The place of the first size.
-_FIRST = np.array(0)
 
 
 def encode_buckets(
@@ -38,7 +36,6 @@ def encode_buckets(
     Raises: as `encode`; ConfigError for sizes to which no image is nearest, or an output folder
         that holds others.
     """
-    request = fetched(request, team)
     folders = {size: request.out / size_name(size) for size in sizes}
     team.on_main(lambda: _check_out(request.out, list(folders.values())))
     images = load_images(request, team)
@@ -70,19 +67,19 @@ def nearest_sizes(
     """
     ratios = np.array([math.log(width / height) for height, width in map(sides, sizes)])
 
-    def nearest(file: Path | Blob) -> np.ndarray:
+    def nearest(file: Path | Blob) -> int:
         try:
             height, width = picture_size(file)
         except DataError:
-            return _FIRST
-        return np.asarray(np.abs(ratios - math.log(width / height)).argmin())
+            return 0
+        return int(np.abs(ratios - math.log(width / height)).argmin())
 
     own, reader = range(team.rank, len(samples), team.world_size), request.reader(samples, nearest)
-    found, progress = list[np.ndarray](), Progress(_LOG, len(samples), "images looked at")
+    found, progress = list[int](), Progress(_LOG, len(samples), "images looked at")
     for start in range(0, len(own), _AT_ONCE):
         block = own[start : start + _AT_ONCE]
         part = reader.read(block)
-        found += [part.get(index, _FIRST) for index in block]
+        found += [part.get(index, 0) for index in block]
         progress.add(len(block) * team.world_size)  # the other ranks are about as far
     chosen = np.zeros(len(samples), dtype=np.int64)
     for rank, places in enumerate(team.gather(np.array(found, dtype=np.int64))):

@@ -11,8 +11,10 @@ from torch import Tensor
 from promoe_ds.data.normalization.statistics import LatentStatistics, measure
 from promoe_ds.data.normalization.values import LatentNormalization
 
-#: Of latents that noise of deviation 1 is made for: least and most deviation, largest mean.
+#: Of latents that noise of deviation 1 is made for: least and most deviation, largest mean, in
+# deviations of what is expected.
 _USUAL = (0.5, 2.0, 1.0)
+_STANDARD = LatentStatistics(count=1, mean=(0.0,), std=(1.0,))
 #: The same, of latents that must have been normalised once more: less would explain too much.
 _CLEARLY = (2 / 3, 1.5, 1.0)
 #: Deviations below are compared as if they were this: a constant channel.
@@ -32,22 +34,20 @@ def normalization_problem(
     found = measure([latents_BZHW], has_posterior=False)
     if found is None:
         return ""
-    pools = not normalization.is_per_channel
-    is_usual = _is_within(found, _USUAL, pools=pools)
+    is_usual = _agree(_promised(found, normalization), _STANDARD)
     if is_usual and (expected is None or _agree(found, expected.normalized(normalization))):
         return ""
-    shown = found.pooled
+    shown, least, most = found.pooled, min(found.std), max(found.std)
+    by_channel = f" (by channel {least:.3g} ... {most:.3g})" if len(found.std) > 1 else ""
     return (
         f"the first {len(latents_BZHW)} latents have a mean of {shown.mean[0]:.3g} and a standard"
-        f" deviation of {shown.std[0]:.3g}{_by_channel(found)} after normalisation, and look like"
-        f" {_explanation(found, normalization, pools=pools)}, or data.check_latents=false if they"
-        " are meant to be so"
+        f" deviation of {shown.std[0]:.3g}{by_channel} after normalisation, and look like"
+        f" {_explanation(found, normalization)}, or data.check_latents=false if they are meant to"
+        " be so"
     )
 
 
-def _explanation(
-    found: LatentStatistics, normalization: LatentNormalization, *, pools: bool
-) -> str:
+def _explanation(found: LatentStatistics, normalization: LatentNormalization) -> str:
     if normalization.is_identity:
         if found.pooled.std[0] < _USUAL[0]:
             return (
@@ -58,7 +58,8 @@ def _explanation(
             "latents that were never scaled: set data.latent_scale to the autoencoder's"
             " scaling_factor, or data.latent_normalization=channel"
         )
-    if _is_within(found.denormalized(normalization), _CLEARLY, pools=pools):
+    raw = _promised(found.denormalized(normalization), normalization)
+    if _agree(raw, _STANDARD, _CLEARLY):
         return (
             "latents that are scaled twice, as they were stored normalised: set"
             " data.latents_normalized=true"
@@ -70,24 +71,19 @@ def _explanation(
     )
 
 
-def _is_within(found: LatentStatistics, bounds: tuple[float, float, float], *, pools: bool) -> bool:
-    least, most, largest = bounds
-    each = found.pooled if pools else found
-    means, deviations = np.abs(each.mean), np.array(each.std)
-    return bool((means <= largest).all() and ((deviations >= least) & (deviations <= most)).all())
+def _promised(found: LatentStatistics, normalization: LatentNormalization) -> LatentStatistics:
+    """Return what a normalisation makes promises about: each channel, or all of them together."""
+    return found if normalization.latents_std else found.pooled
 
 
-def _agree(found: LatentStatistics, expected: LatentStatistics) -> bool:
+def _agree(
+    found: LatentStatistics,
+    expected: LatentStatistics,
+    bounds: tuple[float, float, float] = _USUAL,
+) -> bool:
     """Whether each channel's mean and deviation are about the expected ones."""
-    least, most, largest = _USUAL
+    least, most, largest = bounds
     wanted, deviations = np.array(expected.std), np.array(found.std)
     unit = np.maximum(wanted, _SMALLEST)
     is_near = np.abs(np.subtract(found.mean, expected.mean)) <= largest * unit
     return bool((is_near & (deviations >= least * wanted) & (deviations <= most * unit)).all())
-
-
-def _by_channel(found: LatentStatistics) -> str:
-    if len(found.mean) == 1:
-        return ""
-    least, most = min(found.std), max(found.std)
-    return f" (by channel {least:.3g} ... {most:.3g})"

@@ -5,8 +5,8 @@ Letters: N records, C channels on disk, Z latent channels, H, W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import fsum, sqrt
+from collections.abc import Sequence
+from math import fsum
 
 import msgspec
 import numpy as np
@@ -49,34 +49,35 @@ class LatentStatistics(msgspec.Struct, frozen=True, kw_only=True):
     def normalized(self, by: LatentNormalization) -> LatentStatistics:
         """Return the statistics of the same latents after normalisation."""
         mean, factor = by.per_channel(len(self.mean))
-        return self._of((np.array(self.mean) - mean) * factor, np.array(self.std) * factor)
+        means, deviations = np.array(self.mean), np.array(self.std)
+        return _statistics(self.count, (means - mean) * factor, deviations * factor)
 
     def denormalized(self, by: LatentNormalization) -> LatentStatistics:
         """Return the statistics of latents of which these are those after normalisation."""
         mean, factor = by.per_channel(len(self.mean))
-        return self._of(np.array(self.mean) / factor + mean, np.array(self.std) / factor)
-
-    def _of(self, mean_Z: np.ndarray, std_Z: np.ndarray) -> LatentStatistics:
-        return LatentStatistics(
-            count=self.count, mean=tuple(mean_Z.tolist()), std=tuple(std_Z.tolist())
-        )
+        means, deviations = np.array(self.mean), np.array(self.std)
+        return _statistics(self.count, means / factor + mean, deviations / factor)
 
 
 def merge(parts: Sequence[LatentStatistics]) -> LatentStatistics:
     """Return the statistics of all parts together, in any order the same."""
-    count = sum(part.count for part in parts)
+    counts_P1 = np.array([[part.count] for part in parts])
+    means_PZ = np.array([part.mean for part in parts])
+    stds_PZ = np.array([part.std for part in parts])
+    count = int(counts_P1.sum())
 
-    def average(values: Iterable[float]) -> float:
-        weights = (part.count for part in parts)
-        return fsum(weight * value for weight, value in zip(weights, values, strict=True)) / count
+    def average(values_PZ: np.ndarray) -> np.ndarray:
+        return np.array([fsum(channel) for channel in (counts_P1 * values_PZ).T]) / count
 
-    means, deviations = [], []
-    for channel in range(len(parts[0].mean)):
-        mean = average(part.mean[channel] for part in parts)
-        squares = (part.std[channel] ** 2 + (part.mean[channel] - mean) ** 2 for part in parts)
-        means.append(mean)
-        deviations.append(sqrt(average(squares)))
-    return LatentStatistics(count=count, mean=tuple(means), std=tuple(deviations))
+    mean_Z = average(means_PZ)
+    std_Z = np.sqrt(average(stds_PZ**2 + (means_PZ - mean_Z) ** 2))
+    return _statistics(count, mean_Z, std_Z)
+
+
+def _statistics(
+    count: int, mean_Z: np.ndarray | Tensor, std_Z: np.ndarray | Tensor
+) -> LatentStatistics:
+    return LatentStatistics(count=count, mean=tuple(mean_Z.tolist()), std=tuple(std_Z.tolist()))
 
 
 def merge_known(parts: Sequence[LatentStatistics | None]) -> LatentStatistics | None:
@@ -109,8 +110,4 @@ def _measured(records_NCHW: Tensor, has_posterior: bool) -> LatentStatistics:
     variance_Z, mean_Z = torch.var_mean(values, dim=axes, correction=0)
     if has_posterior:
         variance_Z = variance_Z + log_variance.clamp(*LOG_VARIANCE_BOUNDS).exp().mean(dim=axes)
-    return LatentStatistics(
-        count=values.numel() // values.shape[1],
-        mean=tuple(mean_Z.tolist()),
-        std=tuple(variance_Z.sqrt().tolist()),
-    )
+    return _statistics(values.numel() // values.shape[1], mean_Z, variance_Z.sqrt())

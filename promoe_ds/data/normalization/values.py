@@ -5,8 +5,8 @@ Letters: B samples, Z latent channels, H, W latent size.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -41,19 +41,9 @@ class LatentNormalization:
         )
 
     @property
-    def fields(self) -> dict[str, Any]:
-        """Its values by their names in the data section."""
-        return asdict(self)
-
-    @property
     def is_identity(self) -> bool:
         """Whether it changes nothing."""
         return self == LatentNormalization()
-
-    @property
-    def is_per_channel(self) -> bool:
-        """Whether every channel has a deviation of its own."""
-        return bool(self.latents_std)
 
     def normalize(self, latents_BZHW: Tensor) -> Tensor:
         """Return latents as the network sees them."""

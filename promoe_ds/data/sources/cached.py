@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.data.reading import shown
-from promoe_ds.data.vae import FLIP, KINDS, MOMENTS
+from promoe_ds.data.reading import shown, some_of
+from promoe_ds.data.vae import FLIP, LATENTS, MOMENTS
 from promoe_ds.errors import DataError
 
 
@@ -25,18 +25,20 @@ class CachedRecord:
     sides: Sequence[np.ndarray]
 
 
-def sides_of(path: Path, names: Collection[str]) -> tuple[str, list[str]]:
-    """Return the kind of the latents in a file of such columns or tensors, and what they are
-    called there.
+def sides_of(
+    path: Path, names: Collection[str], wanted: Sequence[str] = (MOMENTS, LATENTS)
+) -> tuple[str, list[str]]:
+    """Return the first wanted name that a file has among its columns or tensors; and it with its
+    mirrored twin, if that is there.
 
-    Raises: DataError if there are none.
+    Raises: DataError if there is none.
     """
-    for kind in KINDS:
-        if kind in names:
-            return kind, [side for side in (kind, kind + FLIP) if side in names]
+    for name in wanted:
+        if name in names:
+            return name, [side for side in (name, name + FLIP) if side in names]
     raise DataError(
-        f"{shown(path)}: holds {', '.join(map(shown, names)) or 'nothing'}, expected"
-        f" {' or '.join(KINDS)}, with or without the twins (..._flip)"
+        f"{shown(path)}: holds {some_of(names) or 'nothing'}, expected {' or '.join(wanted)}, with"
+        " or without its twin (..._flip)"
     )
 
 

@@ -4,6 +4,7 @@ on the hub.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from glob import glob, has_magic
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from promoe_ds.data.listing import FileList, Files
 from promoe_ds.data.reading import reading, shown, some_of
-from promoe_ds.data.trees import refuse_splits, root_of_split
+from promoe_ds.data.trees import root_of_split
 from promoe_ds.errors import DataError
 
 #: Extensions of files that hold many records.
@@ -40,9 +41,7 @@ def find_files(
     Raises: DataError if there is none, or it is not clear which are meant.
     """
     if path.is_dir():
-        root = root_of_split(path, split)
-        refuse_splits(root)
-        found = FileList(root, suffixes, kind=kind)
+        found = FileList(root_of_split(path, split), suffixes, kind=kind)
         found.names = _of_split(found, split)
         return found
     paths = [path] if path.is_file() else sorted(set(_matching(path)))
@@ -53,7 +52,7 @@ def find_files(
         )
     if not paths:
         raise DataError(f"{shown(path)}: no such file or folder")
-    root = _folder_of(paths)
+    root = Path(os.path.commonpath([each.parent for each in paths]))
     return Files(root, sorted(str(each.relative_to(root)) for each in paths))
 
 
@@ -123,11 +122,3 @@ def _expanded(pattern: str) -> Iterator[str]:
         choices = [f"{number:0{len(bounds[1])}d}" for number in range(first, last + 1)]
     for choice in choices:
         yield from _expanded(pattern[: braces.start()] + choice + pattern[braces.end() :])
-
-
-def _folder_of(paths: list[Path]) -> Path:
-    """Return the deepest folder that holds all files."""
-    folder = paths[0].parent
-    while not all(path.is_relative_to(folder) for path in paths):
-        folder = folder.parent
-    return folder

@@ -54,10 +54,6 @@ def _open_tree(files: Files, columns: Columns) -> Tree:
     return tree_of(files)
 
 
-def _beside(files: Files, source: str) -> Captions:
-    return open_captions(files.root, source)
-
-
 def _packed(
     suffix: str,
     open_: Callable[[Files, Columns], Samples[Any]],
@@ -69,14 +65,14 @@ def _packed(
 
 
 IMAGES = (
-    Format(TREE, "readable image", image_suffixes(), _open_tree, read_image, _beside),
+    Format(TREE, "readable image", image_suffixes(), _open_tree, read_image, open_captions),
     _packed(".parquet", ParquetImages, read_image, ParquetCaptions),
     _packed(".tar", TarImages, read_image, TarCaptions),
 )
 LATENTS = (
-    Format(TREE, NPZ_SUFFIX, (NPZ_SUFFIX,), _open_tree, read_npz_moments, _beside),
+    Format(TREE, NPZ_SUFFIX, (NPZ_SUFFIX,), _open_tree, read_npz_moments, open_captions),
     _packed(".parquet", ParquetLatents, read_record, ParquetCaptions),
-    _packed(".pt", TorchLatents, read_record, _beside),
+    _packed(".pt", TorchLatents, read_record, open_captions),
 )
 
 

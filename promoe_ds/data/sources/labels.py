@@ -18,16 +18,32 @@ _USUAL = ("label", "labels")
 _MOST_CLASSES = 2**20
 #: The single class of records without labels.
 _UNLABELLED = "all"
+_INTEGER = re.compile(r"-?\d+")
 
 
 class Labels:
     """Collects labels file by file: integers stay what they are, names become places in their
-    sorted list.
+    sorted list. Where none are added, all records are of one class.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, where: Path, wanted: str | None, what: str) -> None:
+        """Begin with none.
+
+        Args:
+            where: what messages call the records. wanted: the user's name of the labels, None for
+                the usual one, '' for none. what: would hold them.
+        """
+        self._where, self._wanted, self._what = where, wanted, what
         self._seen: dict[int | str, int] = {}
         self._parts: list[np.ndarray] = []
+
+    def column(self, names: Collection[str]) -> str:
+        """Return the name of the labels: the user's, else the first usual one of `names`; '' for
+        none.
+        """
+        if self._wanted is not None:
+            return self._wanted
+        return next((each for each in _USUAL if each in names), "")
 
     def add(self, values: Iterable[int | str], codes: np.ndarray | None = None) -> None:
         """Add a label of each record; with `codes` (n,), the values that these count."""
@@ -36,50 +52,36 @@ class Labels:
         self._parts.append(added if codes is None else added[codes])
 
     def finish(
-        self, where: Path, names: Sequence[str] | None = None, *, as_numbers: bool = False
+        self, count: int, names: Sequence[str] | None = None, *, as_numbers: bool = False
     ) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Return labels (N,) int64, and the classes' names.
+        """Return labels (N,) int64, and the classes' names; rank 0 warns where there are none.
 
         Args:
+            count: N.
             names: of the classes that integers count, if anything says them.
-            as_numbers: texts of digits alone are integers.
-        Raises: DataError for integers that are no labels, or no label at all.
+            as_numbers: texts of an integer are that integer.
+        Raises: DataError for integers that are no labels.
         """
         values = list(self._seen)
         if not values:
-            raise DataError(f"{shown(where)}: the files there hold no sample")
-        if as_numbers and all(str(value).isdecimal() for value in values):
+            why = "no labels are read" if self._wanted == "" else f"no {self._what} is there"
+            where = shown(self._where)
+            warn_once("%s: %s: all %d records are of one class", *(where, why, count))
+            return np.zeros(count, dtype=np.int64), (_UNLABELLED,)
+        if as_numbers and all(_INTEGER.fullmatch(str(value)) for value in values):
             values = [int(value) for value in values]
         if all(isinstance(value, int) for value in values):
-            classes = _numbered(where, [int(value) for value in values], names)
+            classes = _numbered(self._where, [int(value) for value in values], names)
             final = np.array(values, dtype=np.int64)
         else:
             classes = tuple(sorted(map(str, values)))
-            warn_of_order(where, classes)
+            _warn_of_order(self._where, classes)
             label_of = {name: label for label, name in enumerate(classes)}
             final = np.array([label_of[str(value)] for value in values], dtype=np.int64)
         return final[np.concatenate(self._parts)], classes
 
 
-def label_column(wanted: str | None, names: Collection[str]) -> str:
-    """Return the name of the labels: the user's, else the first usual one; '' for no labels."""
-    return wanted if wanted is not None else next((each for each in _USUAL if each in names), "")
-
-
-def no_labels(
-    where: Path, count: int, wanted: str | None, what: str
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return labels and classes of records of which nothing says a label: all are of one class.
-
-    Args:
-        wanted: the user's name of the labels; what: would hold them.
-    """
-    why = "no labels are read" if wanted == "" else f"no {what} is there"
-    warn_once("%s: %s: all %d records are of one class", *(shown(where), why, count))
-    return np.zeros(count, dtype=np.int64), (_UNLABELLED,)
-
-
-def warn_of_order(root: Path, classes: Sequence[str]) -> None:
+def _warn_of_order(root: Path, classes: Sequence[str]) -> None:
     """Say what a person would not expect of the labels' order."""
     by_value = sorted(classes, key=_with_numbers)
     for label, (found, expected) in enumerate(zip(classes, by_value, strict=True)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from promoe_ds.data.sources.files import fetch_from_hub
 from promoe_ds.data.sources.formats import IMAGES, LATENTS, Format, open_samples
 from promoe_ds.data.sources.samples import Columns, SampleReader, Samples
 from promoe_ds.data.vae import MOMENTS, Vae, VaeIdentity
@@ -55,7 +54,7 @@ class EncodeRequest:
         columns = Columns(image=self.image_column, label=self.label_column)
         return open_samples(self.source, formats, columns, split=self.split)
 
-    def reader(self, samples: Samples[Any], read: Callable[..., np.ndarray]) -> SampleReader:
+    def reader(self, samples: Samples[Any], read: Callable[..., Any]) -> SampleReader:
         """Return what reads the samples."""
         limit = self.max_corrupt
         return SampleReader(samples, read, self.workers, max_corrupt=limit, setting="--max-corrupt")
@@ -88,12 +87,6 @@ class PackedSource:
     reader: SampleReader
     records: Callable[[np.ndarray], Sequence[Tensor]]
     changes: list[str] = field(default_factory=list)
-
-
-def fetched(request: EncodeRequest, team: DistributedContext) -> EncodeRequest:
-    """Return the request with its source on this host; all ranks call this together."""
-    source = team.main_first(lambda: fetch_from_hub(request.source, request.split))
-    return replace(request, source=source)
 
 
 def load_images(request: EncodeRequest, team: DistributedContext) -> ImageSource:

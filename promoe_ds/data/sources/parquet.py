@@ -7,7 +7,7 @@ a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from promoe_ds.data.images import Blob
 from promoe_ds.data.listing import Files
 from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.sources.labels import Labels, label_column, no_labels
+from promoe_ds.data.sources.labels import Labels
 from promoe_ds.data.sources.samples import Columns, PackedSamples, place_of
 from promoe_ds.data.text.captions import Captions, texts_of
 from promoe_ds.errors import ConfigError, DataError, cause_of
@@ -40,13 +40,14 @@ class Tables:
         self.files, self.paths = files, files.paths()
         self.counts = list[int]()
         self._schemas = list[Any]()
-        self._groups = list[tuple[int, int, int]]()
+        #: Of row groups that are not empty: the number of the file, their own, and their rows.
+        self.groups = list[tuple[int, int, int]]()
         for number, path in enumerate(self.paths):
             with _reading(path), _open(path) as file:
                 rows = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
                 self._schemas.append(file.schema_arrow)
             self.counts.append(sum(rows))
-            self._groups += [(number, group, count) for group, count in enumerate(rows) if count]
+            self.groups += [(number, group, count) for group, count in enumerate(rows) if count]
         self.names = list[str](self._schemas[0].names)
 
     def type_of(self, column: str) -> Any:
@@ -54,52 +55,44 @@ class Tables:
 
         Raises: DataError naming a file where it is missing or of another type.
         """
-        first = None
         for path, schema in zip(self.paths, self._schemas, strict=True):
             if column not in schema.names:
                 raise DataError(f"{shown(path)}: no column {column!r}, but {', '.join(self.names)}")
-            found = schema.field(column).type
-            first = found if first is None else first
+            first, found = (each.field(column).type for each in (self._schemas[0], schema))
             if found != first:
                 raise DataError(
                     f"{shown(path)}: {column} is {found}, in {self.paths[0].name} {first}"
                 )
         return first
 
-    def rows(self, columns: Sequence[str]) -> Rows:
-        """Return the rows of some columns, to be read in order."""
-        return Rows(self.paths, self._groups, columns)
-
-    def values(self, column: str) -> Iterator[Any]:
-        """Yield a column of each file, whole."""
-        for path in self.paths:
-            with _reading(path), _open(path) as file:
-                yield file.read(columns=[column], use_threads=False).column(0).combine_chunks()
-
-    def labels(self, columns: Columns) -> tuple[np.ndarray, tuple[str, ...]]:
+    def labels(self, wanted: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
         """Return labels (N,) int64 and the classes' names.
 
+        Args:
+            wanted: the user's name of their column, None for the usual one, '' for none.
         Raises: DataError for a column that holds no labels, or not all.
         """
-        if not (name := label_column(columns.label, self.names)):
-            count = sum(self.counts)
-            return no_labels(self.files.root, count, columns.label, "column of labels")
+        found = Labels(self.files.root, wanted, "column of labels")
+        if not (name := found.column(self.names)):
+            return found.finish(sum(self.counts))
         from pyarrow import types
 
-        kind, found = self.type_of(name), Labels()
+        kind = self.type_of(name)
         kind = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_integer(kind) or _is_text(kind)):
             raise DataError(
                 f"{shown(self.paths[0])}: {name} is {kind}, no integer and no text: name another"
                 " column with --label-column, or none with --label-column ''"
             )
-        for path, values in zip(self.paths, self.values(name), strict=True):
+        for path in self.paths:
+            with _reading(path), _open(path) as file:
+                values = file.read(columns=[name], use_threads=False).column(0).combine_chunks()
             if values.null_count:
                 row = values.is_null().index(True).as_py()
                 raise DataError(f"{shown(path)}: row {row} has no {name}")
             coded = values if types.is_dictionary(values.type) else values.dictionary_encode()
             found.add(coded.dictionary.to_pylist(), coded.indices.to_numpy(zero_copy_only=False))
-        return found.finish(self.files.root, self._class_names(name))
+        return found.finish(sum(self.counts), self._class_names(name))
 
     def _class_names(self, column: str) -> list[str] | None:
         """Return the names of a ClassLabel, as `datasets` writes them beside the schema."""
@@ -114,56 +107,47 @@ class Rows:
     hold beside it.
     """
 
-    def __init__(
-        self, paths: list[Path], groups: list[tuple[int, int, int]], columns: Sequence[str]
-    ) -> None:
-        """Read nothing yet. A group is the number of its file, its own, and its rows."""
-        self._paths, self._columns = paths, list(columns)
-        self._groups = np.array(groups, dtype=np.int64).reshape(-1, 3)
+    def __init__(self, tables: Tables, columns: Sequence[str]) -> None:
+        """Read nothing yet."""
+        self._paths, self._columns = tables.paths, list(columns)
+        self._groups = np.array(tables.groups, dtype=np.int64).reshape(-1, 3)
         self._ends = np.cumsum(self._groups[:, 2])
-        self._first = self._end = 0
+        self._group = self._opened = -1
+        self._file: Any = None
+        self._first = 0
         self._batch: Any = ()
         self._batches: Iterator[Any] = iter(())
-        self._broken: tuple[int, DataError] | None = None
-        self._file: Any = None
-        self._opened = -1
+        self._problem: DataError | None = None
 
     def take(self, index: int) -> tuple[Any, int]:
         """Return a batch of rows, and the place of a row in it: fast in ascending order.
 
         Raises: DataError if the row group is damaged.
         """
-        if not self._first <= index < self._end:
-            self._enter(place_of(self._ends, index)[0])
-        while index >= self._first + len(self._batch):
-            self._first += len(self._batch)
-            with self._trying(self._opened):
-                self._batch = next(self._batches)
-        return self._batch, index - self._first
-
-    def _enter(self, number: int) -> None:
-        """Go to the beginning of a row group."""
-        if self._broken is not None and self._broken[0] == number:
-            raise self._broken[1]
-        file, group, rows = self._groups[number].tolist()
-        self._end = int(self._ends[number])
-        self._first, self._batch, self._number = self._end - rows, (), number
-        with self._trying(file):
-            if file != self._opened:
-                self._file, self._opened = _open(self._paths[file]), file
-            self._batches = self._file.iter_batches(
-                batch_size=_ROWS, row_groups=[group], columns=self._columns, use_threads=False
-            )
-
-    @contextmanager
-    def _trying(self, file: int) -> Iterator[None]:
-        """Remember a row group that cannot be read: it is not tried again for each of its rows."""
+        group, row = place_of(self._ends, index)
+        if group != self._group or row < self._first:
+            self._group, self._first, self._batch = group, 0, ()
+            self._batches, self._problem = self._read(group), None
+        if self._problem is not None:
+            raise self._problem
         try:
-            with _reading(self._paths[file]):
-                yield
+            while row >= self._first + len(self._batch):
+                self._first += len(self._batch)
+                with _reading(self._paths[self._groups[group, 0]]):
+                    self._batch = next(self._batches)
         except DataError as error:
-            self._broken, self._end = (self._number, error), self._first
+            self._problem = error  # the group is not tried again for each of its rows
             raise
+        return self._batch, row - self._first
+
+    def _read(self, group: int) -> Iterator[Any]:
+        """Yield the batches of a row group."""
+        file, number, _ = self._groups[group].tolist()
+        if file != self._opened:
+            self._file, self._opened = _open(self._paths[file]), file
+        yield from self._file.iter_batches(
+            batch_size=_ROWS, row_groups=[number], columns=self._columns, use_threads=False
+        )
 
 
 class ParquetImages(PackedSamples[Blob]):
@@ -182,10 +166,11 @@ class ParquetImages(PackedSamples[Blob]):
                 f"{shown(tables.paths[0])}: {self._column} is {kind}, no image: expected bytes, or"
                 " struct<bytes, path>"
             )
-        self.labels, self.classes = tables.labels(columns)
         super().__init__(files, tables.counts, self._column)
+        self.labels, self.classes = tables.labels(columns.label)
         self._is_struct = kind.num_fields > 0
-        self._rows = tables.rows([f"{self._column}.bytes" if self._is_struct else self._column])
+        column = f"{self._column}.bytes" if self._is_struct else self._column
+        self._rows = Rows(tables, [column])
 
     def take(self, index: int) -> Blob:
         """Return the image of a row.
@@ -193,7 +178,7 @@ class ParquetImages(PackedSamples[Blob]):
         Raises: DataError for a row without one, or a damaged row group.
         """
         batch, row = self._rows.take(index)
-        where, column = self.root / self.names[index], batch.column(0)
+        where, column = self.root / self.name(index), batch.column(0)
         image = (column.flatten()[0] if self._is_struct else column)[row]
         if not image.is_valid:
             raise DataError(f"{shown(where)}: {self._column} is null: no image")
@@ -208,14 +193,12 @@ class ParquetCaptions(Captions):
 
         Raises: DataError if there is no such column of texts.
         """
-        from pyarrow import types
-
         tables = Tables(files)
         kind = tables.type_of(column)
-        if not _is_text(kind.value_type if types.is_list(kind) else kind):
+        if not _is_text(getattr(kind, "value_type", kind)):  # of a list of any kind, or coded
             raise DataError(f"{shown(tables.paths[0])}: {column} is {kind}, no text")
         self._files, self._column = files, column
-        self._ends, self._rows = np.cumsum(tables.counts), tables.rows([column])
+        self._ends, self._rows = np.cumsum(tables.counts), Rows(tables, [column])
 
     def of(self, name: str) -> list[str]:
         """Return the captions of a row."""

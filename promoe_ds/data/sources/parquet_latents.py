@@ -12,7 +12,7 @@ import numpy as np
 from promoe_ds.data.listing import Files
 from promoe_ds.data.reading import shown
 from promoe_ds.data.sources.cached import CachedRecord, sides_of
-from promoe_ds.data.sources.parquet import Tables
+from promoe_ds.data.sources.parquet import Rows, Tables
 from promoe_ds.data.sources.samples import Columns, PackedSamples
 from promoe_ds.errors import DataError
 
@@ -35,9 +35,9 @@ class ParquetLatents(PackedSamples[CachedRecord]):
             self.kind, self._sides = sides_of(tables.paths[0], tables.names)
         for side in self._sides:
             tables.type_of(side)
-        self.labels, self.classes = tables.labels(columns)
         super().__init__(files, tables.counts)
-        self._rows = tables.rows(self._sides)
+        self.labels, self.classes = tables.labels(columns.label)
+        self._rows = Rows(tables, self._sides)
 
     def take(self, index: int) -> CachedRecord:
         """Return the values of a row.
@@ -45,7 +45,7 @@ class ParquetLatents(PackedSamples[CachedRecord]):
         Raises: DataError for a row without, or lists of several lengths.
         """
         batch, row = self._rows.take(index)
-        path = self.root / self.names[index]
+        path = self.root / self.name(index)
         sides = [_nested(path, side, batch.column(side)[row]) for side in self._sides]
         if self._sides is _POSTERIOR and sides[0].shape == sides[1].shape:
             mean, std = sides

@@ -8,8 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import xxhash
@@ -35,23 +36,28 @@ class Columns:
 class Samples(ABC, Generic[_T]):
     """Images, or latents that are encoded already, in a fixed order.
 
-    root: what messages call them all. names: one a sample, as shards of latents write it. labels:
-    (N,) int64, places among `classes`. kind: of latents that are encoded already.
+    root: what messages call them all. labels: (N,) int64, places among `classes`. kind: of latents
+    that are encoded already.
     """
 
     root: Path
-    names: Sequence[str]
     labels: np.ndarray
     classes: tuple[str, ...]
     kind = MOMENTS
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.labels)
 
     @abstractmethod
-    def fetch(self, indices: Sequence[int]) -> list[_T | DataError]:
-        """Return what a decoder takes of each sample, or why there is nothing. One thread calls it,
-        for best speed with ascending indices.
+    def name(self, index: int) -> str:
+        """Return what shards of latents and messages call a sample."""
+
+    @abstractmethod
+    def take(self, index: int) -> _T:
+        """Return what a decoder takes of a sample. One thread calls it, for best speed with
+        ascending indices.
+
+        Raises: DataError if there is nothing.
         """
 
     @abstractmethod
@@ -75,11 +81,11 @@ class PackedSamples(Samples[_T]):
         self.ends = np.cumsum(counts, dtype=np.int64)
         if not self.ends[-1]:
             raise DataError(f"{shown(files.root)}: the files there hold no sample")
-        self.names = RowNames(files.names, self.ends)
 
-    def fetch(self, indices: Sequence[int]) -> list[_T | DataError]:
-        """Return what a decoder takes of each sample, or why there is nothing."""
-        return [self._try(index) for index in indices]
+    def name(self, index: int) -> str:
+        """Return `FILE/ROW`."""
+        file, row = place_of(self.ends, index)
+        return f"{self.files.names[file]}/{row}"
 
     def listing(self) -> str:
         """Return the checksum of files, their sizes and numbers of samples, and of labels."""
@@ -88,41 +94,6 @@ class PackedSamples(Samples[_T]):
         digest = xxhash.xxh3_64(repr(parts).encode(errors="surrogateescape"))
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
-
-    @abstractmethod
-    def take(self, index: int) -> _T:
-        """Return what a decoder takes of a sample.
-
-        Raises: DataError if there is nothing.
-        """
-
-    def _try(self, index: int) -> _T | DataError:
-        try:
-            return self.take(index)
-        except DataError as error:
-            return error
-
-
-class RowNames(Sequence[str]):
-    """`FILE/ROW` of each row of files, made when asked for."""
-
-    def __init__(self, files: Sequence[str], ends: np.ndarray) -> None:
-        self._files, self._ends = files, ends
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(len(self))[index]]
-        file, row = place_of(self._ends, range(len(self))[index])
-        return f"{self._files[file]}/{row}"
 
 
 def place_of(ends: np.ndarray, index: int) -> tuple[int, int]:
@@ -137,7 +108,7 @@ class SampleReader:
     def __init__(
         self,
         samples: Samples[_T],
-        read: Callable[[_T], np.ndarray],
+        read: Callable[[_T], Any],
         workers: int,
         *,
         max_corrupt: int = 0,
@@ -153,27 +124,20 @@ class SampleReader:
         self._pool = ThreadPoolExecutor(workers)
         self._corrupt: set[str] = set()
 
-    def read(self, indices: Sequence[int]) -> dict[int, np.ndarray]:
-        """Return what each of these samples holds, but for those that cannot be read.
+    def read(self, indices: Sequence[int]) -> dict[int, Any]:
+        """Return what `read` makes of each of these samples, but for those that cannot be read.
 
         Raises: DataError, naming the latest of them, when they are too many.
         """
         found = {}
-        values = self._pool.map(self._try, self._samples.fetch(indices))
+        items = [_attempt(self._samples.take, index) for index in indices]
+        values = self._pool.map(partial(_attempt, self._read), items)
         for index, value in zip(indices, values, strict=True):
             if isinstance(value, DataError):
-                self._count(self._samples.names[index], value)
+                self._count(self._samples.name(index), value)
             else:
                 found[index] = value
         return found
-
-    def _try(self, item: Any) -> np.ndarray | DataError:
-        if isinstance(item, DataError):
-            return item
-        try:
-            return self._read(item)
-        except DataError as error:
-            return error
 
     def _count(self, name: str, problem: DataError) -> None:
         """Name and count an unreadable sample; again the same costs nothing."""
@@ -189,3 +153,13 @@ class SampleReader:
                 "remove them, or raise it"
             )
         _LOG.warning("skipped %s (%d of %s)", problem, count, allowed)
+
+
+def _attempt(action: Callable[[Any], _T], value: Any) -> _T | DataError:
+    """Return what an action makes of a value, or why it cannot; why there is no value stays."""
+    if isinstance(value, DataError):
+        return value
+    try:
+        return action(value)
+    except DataError as error:
+        return error

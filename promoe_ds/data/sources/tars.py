@@ -20,9 +20,9 @@ import numpy as np
 from promoe_ds.data.images import Blob
 from promoe_ds.data.listing import Files, image_suffixes, is_leftover
 from promoe_ds.data.reading import reading, shown
-from promoe_ds.data.sources.labels import Labels, no_labels
+from promoe_ds.data.sources.labels import Labels
 from promoe_ds.data.sources.samples import Columns, PackedSamples, place_of
-from promoe_ds.data.text.captions import Captions, texts_of
+from promoe_ds.data.text.captions import Captions, lines_of, texts_of
 from promoe_ds.errors import DataError
 from promoe_ds.file_kind import TAR
 from promoe_ds.logs import Progress, get_logger
@@ -72,22 +72,28 @@ class TarImages(PackedSamples[Blob]):
         Raises: DataError for a tar that cannot be read, a sample of several images, or one without
             a label where others have one.
         """
-        self._columns, self._found = columns, Labels()
-        names, places, unlabelled = list[str](), list[np.ndarray](), list[str]()
-        progress, counts = Progress(_LOG, len(files.names), "tars"), list[int]()
+        self._columns, self._names = columns, list[str]()
+        labels = Labels(files.root, columns.label, f"{_LABEL} file")
+        places, unlabelled, counts = list[np.ndarray](), list[str](), list[int]()
+        progress = Progress(_LOG, len(files.names), "tars")
         for file, path in zip(files.names, files.paths(), strict=True):
             images = [*self._images(path)]
-            labels = [label for *_, label in images if label is not None]
-            self._found.add(labels)
-            names += [f"{file}/{name}" for name, *_ in images]
+            labels.add([label for *_, label in images if label is not None])
+            self._names += [f"{file}/{name}" for name, *_ in images]
             unlabelled += [f"{file}/{name}" for name, *_, label in images if label is None]
             places.append(np.array([place[1:3] for place in images], np.int64).reshape(-1, 2))
             counts.append(len(images))
             progress.add(1)
         self._places = np.concatenate(places)
-        self.labels, self.classes = self._finish(files.root, names, unlabelled)
         super().__init__(files, counts, repr(columns))
-        self.names = names
+        if unlabelled and (columns.label or len(unlabelled) < len(self._names)):
+            where = shown(self.root / unlabelled[0])
+            raise DataError(f"{where}: has no label {columns.label or _LABEL}")
+        self.labels, self.classes = labels.finish(len(self._names), as_numbers=True)
+
+    def name(self, index: int) -> str:
+        """Return `TAR/FILE`, of a sample without an image `TAR/KEY`."""
+        return self._names[index]
 
     def take(self, index: int) -> Blob:
         """Return the image of a sample.
@@ -95,7 +101,7 @@ class TarImages(PackedSamples[Blob]):
         Raises: DataError for a sample without one.
         """
         start, size = self._places[index].tolist()
-        where = self.root / self.names[index]
+        where = self.root / self.name(index)
         if start < 0:
             raise DataError(f"{shown(where)}: a sample without an image")
         path = self.root / self.files.names[place_of(self.ends, index)[0]]
@@ -122,16 +128,6 @@ class TarImages(PackedSamples[Blob]):
                 yield image.name, image.start, image.size, value
             elif sample.keys() & {_LABEL, _TEXT, _TABLE, *keep}:
                 yield key, -1, 0, value
-
-    def _finish(
-        self, root: Path, names: list[str], unlabelled: list[str]
-    ) -> tuple[np.ndarray, tuple[str, ...]]:
-        wanted = self._columns.label
-        if 0 < len(unlabelled) < len(names) or (unlabelled and wanted):
-            raise DataError(f"{shown(root / unlabelled[0])}: has no label {wanted or _LABEL}")
-        if unlabelled or not names:
-            return no_labels(root, len(names), wanted, f"{_LABEL} file")
-        return self._found.finish(root, as_numbers=True)
 
 
 class TarCaptions(Captions):
@@ -160,7 +156,7 @@ class TarCaptions(Captions):
         with reading(where, f"sample with texts in {self._source}"):
             if is_text:
                 found: Any = sample[extension].content if extension in sample else b""
-                captions = texts_of(found.decode("utf-8-sig").splitlines())
+                captions = texts_of(lines_of(found.decode("utf-8-sig")))
             else:
                 captions = texts_of(_table(sample).get(self._source))
         if not captions:

@@ -13,7 +13,7 @@ from torch import Tensor
 from promoe_ds.data.listing import Files
 from promoe_ds.data.reading import reading, shown
 from promoe_ds.data.sources.cached import CachedRecord, sides_of
-from promoe_ds.data.sources.labels import Labels, label_column, no_labels
+from promoe_ds.data.sources.labels import Labels
 from promoe_ds.data.sources.samples import Columns, PackedSamples, place_of
 from promoe_ds.errors import DataError
 from promoe_ds.file_kind import TORCH
@@ -30,23 +30,20 @@ class TorchLatents(PackedSamples[CachedRecord]):
         paths = files.paths()
         self._tensors = [_tensors(path) for path in paths]
         self.kind, self._sides = sides_of(paths[0], self._tensors[0])
-        name, labels = label_column(columns.label, self._tensors[0]), Labels()
+        labels = Labels(files.root, columns.label, "tensor of labels")
+        name = labels.column(self._tensors[0])
+        wanted = [*self._sides, name] if name else self._sides
         for path, tensors in zip(paths, self._tensors, strict=True):
-            if missing := [each for each in (*self._sides, name) if each and each not in tensors]:
+            if missing := [each for each in wanted if each not in tensors]:
                 raise DataError(f"{shown(path)}: no {missing[0]}, but {', '.join(tensors)}")
-            lengths = {len(tensors[each]) for each in (*self._sides, name) if each}
+            lengths = {len(tensors[each]) for each in wanted}
             if len(lengths) > 1:
                 raise DataError(f"{shown(path)}: tensors of {sorted(lengths)} records in one file")
             if name:
                 labels.add(_integers(path, name, tensors[name]))
         counts = [len(tensors[self._sides[0]]) for tensors in self._tensors]
-        if name:
-            self.labels, self.classes = labels.finish(files.root)
-        else:
-            self.labels, self.classes = no_labels(
-                files.root, sum(counts), columns.label, "tensor of labels"
-            )
         super().__init__(files, counts)
+        self.labels, self.classes = labels.finish(sum(counts))
 
     def take(self, index: int) -> CachedRecord:
         """Return the values of a record."""
@@ -55,18 +52,18 @@ class TorchLatents(PackedSamples[CachedRecord]):
         # numpy knows no bfloat16; integers stay, to be refused.
         floats = [side.float() if side.is_floating_point() else side for side in sides]
         return CachedRecord(
-            self.root / self.names[index], self.kind, [each.numpy() for each in floats]
+            self.root / self.name(index), self.kind, [each.numpy() for each in floats]
         )
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     with reading(path, "dict of tensors", kind=TORCH):
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {str(name): each for name, each in loaded.items() if _is_batch(each)}
-
-
-def _is_batch(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
+        return {
+            str(name): each
+            for name, each in loaded.items()
+            if isinstance(each, Tensor) and each.ndim > 0
+        }
 
 
 def _integers(path: Path, name: str, labels: Tensor) -> list[int]:

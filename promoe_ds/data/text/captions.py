@@ -8,6 +8,7 @@ several rows of one image are captions of it.
 from __future__ import annotations
 
 import csv
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from promoe_ds.data.listing import Files
 from promoe_ds.data.reading import read_text, reading, shown
 from promoe_ds.errors import DataError
 
@@ -37,14 +39,14 @@ class Captions(ABC):
         """
 
 
-def open_captions(root: Path, source: str) -> Captions:
-    """Return the captions of the images below `root`.
+def open_captions(files: Files, source: str) -> Captions:
+    """Return the captions of files of one image.
 
     Args:
         source: `.txt`, or the column of the table.
     Raises: DataError for a table that is missing, cannot be read, or lacks the column.
     """
-    return _TextFiles(root) if source == BESIDE else _Table(root, source)
+    return _TextFiles(files.root) if source == BESIDE else _Table(files.root, source)
 
 
 def texts_of(cell: str | list[str | None] | None) -> list[str]:
@@ -58,6 +60,13 @@ def texts_of(cell: str | list[str | None] | None) -> list[str]:
     return [text.strip() for text in texts if text and text.strip()]
 
 
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text, as Python reads them from a file. `str.splitlines` ends a line at
+    more characters, as U+2028, which captions hold.
+    """
+    return io.StringIO(text, newline=None).readlines()
+
+
 class _TextFiles(Captions):
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -66,7 +75,7 @@ class _TextFiles(Captions):
         path = (self._root / name).with_suffix(BESIDE)
         if not path.is_file():
             raise DataError(f"{shown(path)}: no such file: the image {shown(name)} has no caption")
-        captions = texts_of(read_text(path).splitlines())
+        captions = texts_of(lines_of(read_text(path)))
         if not captions:
             raise DataError(f"{shown(path)}: is empty: the image {shown(name)} has no caption")
         return captions
@@ -104,7 +113,7 @@ class _Table(Captions):
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     decoder = msgspec.json.Decoder(dict[str, Any])
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(lines_of(read_text(path)), 1):
         if line.strip():
             with reading(path, f"table: line {number} is not JSON"):
                 row = decoder.decode(line)
@@ -113,7 +122,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with reading(path, "table of comma-separated values"):
-        rows = csv.DictReader(read_text(path).splitlines(keepends=True))
+        rows = csv.DictReader(lines_of(read_text(path)))
         yield from ((rows.line_num, row) for row in rows)
 
 

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import torch
 from safetensors.torch import save_file
 
-from promoe_ds.data.reading import read_json, some_of
-from promoe_ds.data.shards import INDEX, LatentIndex, Shard, ShardRecord, read_index
-from promoe_ds.data.sources.files import fetch_from_hub
+from promoe_ds.data.reading import some_of
+from promoe_ds.data.shards import Entry, LatentIndex, Shard, ShardRecord, index_of
 from promoe_ds.data.sources.formats import TREE, open_captions_of
 from promoe_ds.data.text.captions import Captions
 from promoe_ds.data.text.packed import (
@@ -27,7 +25,7 @@ from promoe_ds.data.text.packed import (
 from promoe_ds.data.text_encoder import TextEncoder, TextIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.files import replacing, write_json
+from promoe_ds.files import replacing
 from promoe_ds.logs import Progress, get_logger
 from promoe_ds.versions import versions_of
 
@@ -54,12 +52,11 @@ class TextRequest:
         return self.out / f"text-{Path(record.file).stem}.safetensors"
 
 
-class TextEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """What `text-N.json` says of a file until the index is written: what it holds, of which latents
-    and encoder; which images have no caption.
+class TextEntry(Entry, frozen=True, kw_only=True):
+    """What `text-N.json` says: of which latents, encoder and captions a file is; which images have
+    no caption.
     """
 
-    record: ShardRecord
     latents: ShardRecord
     encoder: TextIdentity
     source: str
@@ -90,15 +87,14 @@ def encode_texts(
     Args:
         encoder: the request's, if it is loaded already.
     Raises: DataError for images without captions, beyond `max_uncaptioned`, or captions that cannot
-        be read; ConfigError if there are no latents, or texts of another encoder.
+        be read, or if there are no latents; ConfigError if there are texts of another encoder.
     """
-    latents = team.on_main(lambda: _latents(request.out))
+    latents = team.on_main(lambda: index_of(request.out))
     encoder = encoder or load_encoder(request, team)
     if (done := team.on_main(lambda: _finished(request, latents, encoder.identity))) is not None:
         return done
-    images = team.main_first(lambda: fetch_from_hub(request.images, request.split))
     form = latents.encoding.get("source", TREE)
-    captions = open_captions_of(images, form, request.captions, split=request.split)
+    captions = open_captions_of(request.images, form, request.captions, split=request.split)
     todo = team.on_main(
         lambda: [
             record
@@ -113,15 +109,6 @@ def encode_texts(
         progress.add(record.count * team.world_size)
     team.barrier()
     return team.on_main(lambda: _finish(request, latents, encoder))
-
-
-def _latents(folder: Path) -> LatentIndex:
-    index = read_index(folder) if folder.is_dir() else None
-    if index is None:
-        raise ConfigError(
-            f"--out {folder}: no {INDEX} of packed latents there: encode the images first"
-        )
-    return index
 
 
 def _finished(
@@ -142,14 +129,10 @@ def _finished(
 
 
 def _is_complete(request: TextRequest, latents: ShardRecord, encoder: TextIdentity) -> bool:
-    path = request.path(latents)
-    if not (path.is_file() and path.with_suffix(".json").is_file()):
+    entry = TextEntry.of_complete(request.path(latents))
+    if entry is None or entry.uncaptioned:  # images that had no caption may have one now
         return False
-    entry = _read_entry(path)
-    made_from = entry.latents, entry.encoder, entry.source
-    is_whole = entry.record.bytes == path.stat().st_size
-    # Images that had no caption may have one now.
-    return is_whole and made_from == (latents, encoder, request.captions) and not entry.uncaptioned
+    return (entry.latents, entry.encoder, entry.source) == (latents, encoder, request.captions)
 
 
 def _encode_shard(
@@ -182,7 +165,7 @@ def _encode_shard(
             counts=sums,
             uncaptioned=uncaptioned,
         )
-        write_json(path.with_suffix(".json"), msgspec.to_builtins(entry))
+        entry.write(path)
     except OSError as error:
         raise DataError(
             f"{path}: could not be written: {error}. Free the disk and run the same command again"
@@ -192,7 +175,7 @@ def _encode_shard(
 def _finish(request: TextRequest, latents: LatentIndex, encoder: TextEncoder) -> TextIndex:
     """Make the index from all entries; rank 0 only."""
     paths = [request.path(record) for record in latents.shards]
-    entries = [_read_entry(path) for path in paths]
+    entries = [TextEntry.read(path) for path in paths]
     uncaptioned = [problem for entry in entries for problem in entry.uncaptioned]
     if len(uncaptioned) > request.max_uncaptioned:
         raise DataError(
@@ -225,7 +208,3 @@ def _finish(request: TextRequest, latents: LatentIndex, encoder: TextEncoder) ->
     for path in paths:
         path.with_suffix(".json").unlink()
     return index
-
-
-def _read_entry(path: Path) -> TextEntry:
-    return read_json(path.with_suffix(".json"), "record of encoded captions", TextEntry)

@@ -16,19 +16,18 @@ import msgspec
 import numpy as np
 import torch
 import xxhash
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from promoe_ds.condition import EmptyText, TextCondition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data.reading import read_json, reading
-from promoe_ds.data.shards import LatentIndex, ShardRecord, describe_shard, file_problem
+from promoe_ds.data.shards import LatentIndex, ShardRecord, file_problem, save_shard
 from promoe_ds.data.text_encoder import STATES_DTYPE, EncodedTexts, TextEncoder, TextIdentity
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import DataError, first_few
 from promoe_ds.file_kind import SAFETENSORS
-from promoe_ds.files import replacing, write_json
+from promoe_ds.files import write_json
 from promoe_ds.randomness import hashes
 
 TEXT_INDEX = "text.json"
@@ -130,9 +129,13 @@ class PackedTexts:
             )
         self.identity = index.encoder
         self.identity.check(where, config)
-        wanted = config.data.text_encoder
-        if wanted is not None and not self.identity.is_called(wanted):
-            _check_encoder(where, self.identity, wanted)
+        if not self.identity.is_meant(config.data.text_encoder, TextEncoder):
+            raise DataError(
+                f"{where}: the captions were encoded by {index.encoder.name}"
+                f" ({index.encoder.fingerprint}), the recipe wants"
+                f" data.text_encoder={config.data.text_encoder}: encode them anew, or set"
+                " data.text_encoder to the one that they come from"
+            )
         if index.counts.longest > config.model.text_length:
             raise DataError(
                 f"{where}: the longest caption has {index.counts.longest} tokens, but"
@@ -140,8 +143,8 @@ class PackedTexts:
                 f" --text-length {config.model.text_length}"
             )
         with reading(folder / EMPTY, "empty text", kind=SAFETENSORS):
-            with safe_open(folder / EMPTY, framework="pt") as file:
-                self._empty = EmptyText(file.get_tensor("states"), file.get_tensor("pooled"))
+            empty = load_file(folder / EMPTY)
+            self._empty = EmptyText(empty["states"], empty["pooled"])
         self._records, self._seed = index.shards, config.train.seed
         self._open: dict[int, TextShard] = {}
 
@@ -181,11 +184,11 @@ class TextShard:
         """
         self._path = path
         with reading(path, "file of encoded captions", kind=SAFETENSORS):
-            with safe_open(path, framework="pt") as file:
-                self._states, self._pooled = file.get_tensor("states"), file.get_tensor("pooled")
-                self._state_ends = file.get_tensor("state_ends").numpy()
-                self._caption_ends = file.get_tensor("caption_ends").numpy()
-                self._checksums = file.get_tensor("checksums").numpy().view(np.uint64)
+            tensors = load_file(path)
+            self._states, self._pooled = tensors["states"], tensors["pooled"]
+            self._state_ends = tensors["state_ends"].numpy()
+            self._caption_ends = tensors["caption_ends"].numpy()
+            self._checksums = tensors["checksums"].numpy().view(np.uint64)
         found = path.stat().st_size, len(self._caption_ends)
         if found != (record.bytes, record.count):
             raise DataError(
@@ -241,9 +244,7 @@ def write_text_shard(
         truncated=texts.truncated,
         blank=sum(blank),
     )
-    with replacing(path) as temporary:
-        save_file(tensors, temporary)
-        return describe_shard(temporary, len(captions_of_images), name=path.name), counts
+    return save_shard(path, tensors, len(captions_of_images)), counts
 
 
 def _checksum(states_LC: Tensor, pooled_P: Tensor) -> int:
@@ -251,15 +252,3 @@ def _checksum(states_LC: Tensor, pooled_P: Tensor) -> int:
     for values in (states_LC.contiguous(), pooled_P.contiguous()):
         digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.intdigest()
-
-
-def _check_encoder(where: Path, identity: TextIdentity, wanted: str) -> None:
-    # A copy in a folder of another name is the same encoder if its weights are.
-    if not (
-        Path(wanted).is_dir() and TextEncoder(wanted).identity.fingerprint == identity.fingerprint
-    ):
-        raise DataError(
-            f"{where}: the captions were encoded by {identity.name} ({identity.fingerprint}), the"
-            f" recipe wants data.text_encoder={wanted}: encode them anew, or set data.text_encoder"
-            " to the one that they come from"
-        )

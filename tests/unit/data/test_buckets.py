@@ -212,7 +212,7 @@ def damage(folder: Path, how: str) -> None:
         ("classes", "in its classes"),
         ("vae", "in its vae"),
         ("twice", r"again: has latents of 4x4|8x8: has latents of 4x4"),
-        ("unfinished", "in 8x8 are not complete"),
+        ("unfinished", "8x8: these latents are not complete"),
         ("strange", r"no index\.json in images"),
     ],
 )
@@ -253,8 +253,3 @@ def test_captions_of_every_bucket_are_beside_its_latents(packed, own: Path, tmp_
     encode_with(encoders[1], "4x12")
     with pytest.raises(DataError, match="several text encoders"):
         open_buckets(own, **text)
-
-
-def test_index_of_one_size_keeps_its_number(made: Path) -> None:
-    index = read_index(made / "latents")
-    assert index is not None and index.image_size == 8 and index.encoding["chosen"] is None

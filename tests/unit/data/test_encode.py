@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from PIL import ExifTags, Image
 
 from promoe_ds.data import encode as module
+from promoe_ds.data.buckets.dataset import latent_folders
 from promoe_ds.data.encode import encode, missing_shards
 from promoe_ds.data.shards import Shard, read_index, verify, write_shard
 from promoe_ds.data.sources.packing import EncodeRequest
@@ -51,6 +52,8 @@ def test_encode_interrupted_resumes_and_ends_the_same(
         encode(request(made, out), TEAM)
     with pytest.raises(DataError, match=r"encoding\.json"):
         open_set(out)
+    with pytest.raises(DataError, match="out: these latents are not complete"):
+        latent_folders(out)
     monkeypatch.setattr(
         module,
         "write_shard",

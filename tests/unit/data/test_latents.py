@@ -106,7 +106,7 @@ WHOLE = save({"latents": GOOD, "labels": LABELS})
         ({"latents": GOOD.bool(), "labels": LABELS}, ("bool", "floats")),
         ({"latents": torch.tensor(1.0), "labels": LABELS}, ()),
         ({"latents": GOOD}, ("not a readable", "labels")),
-        ({"labels": LABELS}, ("not a readable", "latents")),
+        ({"labels": LABELS}, ("holds labels, expected latents or moments",)),
         ({"latents": GOOD, "labels": LABELS + 9}, ("9 to 10", "model.num_classes=10")),
         ({"latents": GOOD, "labels": LABELS - 1}, ("-1 to 0",)),
         ({"latents": GOOD, "labels": LABELS.float()}, ("float32", "integers")),

@@ -19,7 +19,10 @@ from promoe_ds.config.loader import config_from_dict
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data import LatentDataset, build_dataset
 from promoe_ds.data.encode import encode
+from promoe_ds.data.listing import Files
 from promoe_ds.data.shards import ShardRecord, read_index
+from promoe_ds.data.sources.formats import open_captions_of
+from promoe_ds.data.text.captions import open_captions
 from promoe_ds.data.text.encode import TextRequest, encode_texts
 from promoe_ds.data.text.packed import (
     TEXT_INDEX,
@@ -34,7 +37,7 @@ from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError
 
 from ..builders import small_values
-from .made import SCALE, save_parquet, save_tars
+from .made import SCALE, save_parquet, save_tars, save_vae, write_tar
 from .made import request as image_request
 from .text_encoders import LONGEST, WIDTH, save_encoder
 
@@ -131,6 +134,18 @@ def test_captions_of_a_table_are_those_of_text_files(own: Path, form: str) -> No
         encode_texts(request(own, captions="caption"), TEAM)
 
 
+def test_only_a_line_feed_or_carriage_return_ends_a_caption(tmp_path: Path) -> None:
+    # Texts of web pages hold these: `str.splitlines` would end a line, and a row, at each.
+    captions = [f"a red{mark}apple" for mark in "\u2028\x85\x0b\x1c"]
+    (tmp_path / "x.txt").write_bytes("\r\n".join([*captions, "b\rc"]).encode())
+    assert open_captions(Files(tmp_path, []), ".txt").of("x.png") == [*captions, "b", "c"]
+    rows = [f"x.png,{each}\n" for each in captions]
+    (tmp_path / "metadata.csv").write_text("".join(["file_name,what\n", *rows]), encoding="utf-8")
+    assert open_captions(Files(tmp_path, []), "what").of("x.png") == captions
+    path = write_tar(tmp_path / "x.tar", {"x.txt": "\n".join(captions).encode(), "x.png": b""})
+    assert open_captions_of(path, "tar", ".txt", split="train").of("x.tar/x.png") == captions
+
+
 def test_encoding_resumes_with_what_is_missing_and_refuses_other_texts(own: Path) -> None:
     index = encode_texts(request(own), TEAM)
     assert encode_texts(request(own), TEAM) == index
@@ -176,6 +191,17 @@ def test_captions_too_long_are_cut_counted_and_said(own: Path, caplog) -> None:
     index = encode_texts(request(own, text_length=4), TEAM)
     assert (index.counts.longest, index.counts.truncated) == (4, 16)
     assert "16 of 30 captions are longer than the 4 tokens" in caplog.text
+
+
+def test_captions_of_a_shard_without_images_are_none(own: Path) -> None:
+    for number in (0, 2, 4):
+        (own / "images" / "n03" / f"n03_{number}.png").write_bytes(b"broken")
+    save_vae(own / "vae")
+    encode(image_request(own, own / "few", max_corrupt=3, shard_size=12), TEAM)
+    index = encode_texts(request(own, out=own / "few"), TEAM)
+    assert [shard.count for shard in index.shards] == [12, 0]
+    assert verify_texts(own / "few", TEAM) == index
+    assert len(build_dataset(text_config(own, path=str(own / "few"))).take(np.arange(12))[1]) == 12
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from promoe_ds.data.encode import encode
 from promoe_ds.data.shards import LatentIndex, Shard, read_index
 from promoe_ds.data.sources import parquet
 from promoe_ds.data.sources.files import fetch_from_hub, find_files
-from promoe_ds.data.sources.formats import IMAGES, open_samples
+from promoe_ds.data.sources.formats import IMAGES, open_captions_of, open_samples
 from promoe_ds.data.sources.samples import Columns
 from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError, PromoeError
@@ -103,7 +103,7 @@ def test_pictures_of_any_mode_are_read_from_files_as_from_folders(
     found = []
     for name in ("tree", "x.parquet", "x.tar"):
         samples, known = open_samples(tmp_path / name, IMAGES, Columns(), split="train")
-        found.append(known.read(samples.fetch([0])[0], 8))
+        found.append(known.read(samples.take(0), 8))
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
     assert found[0].shape == (8, 8, 3)
 
@@ -156,7 +156,23 @@ def test_tar_labels_come_from_cls_or_what_is_named(
     write_tar(tmp_path / "x.tar", {**images, **members})
     samples, _ = open_samples(tmp_path, IMAGES, Columns(label=column), split="train")
     assert samples.classes == classes and samples.labels.tolist() == expected
-    assert list(samples.names) == ["x.tar/a.jpg", "x.tar/b.PNG"]
+    assert [samples.name(index) for index in (0, 1)] == ["x.tar/a.jpg", "x.tar/b.PNG"]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array([["a", "b"]], pa.large_list(pa.large_string())), ["a", "b"]),
+        (pa.array([["a", "b"]], pa.list_(pa.string(), 2)), ["a", "b"]),
+        (pa.array(["a"]).dictionary_encode(), ["a"]),
+    ],
+)
+def test_parquet_captions_are_texts_however_they_are_stored(
+    tmp_path: Path, column: pa.Array, expected: list[str]
+) -> None:
+    rows(text=column)(tmp_path)
+    captions = open_captions_of(tmp_path, "parquet", "text", split="train")
+    assert captions.of("x.parquet/0") == expected
 
 
 # Which files are meant.
@@ -261,6 +277,7 @@ PNG = picture()
         ),
         (tar(a_jpg=PNG, a_cls=b"0", b_cls=b"1"), r"x\.tar/b: a sample without an image.*corrupt=0"),
         (tar(a_jpg=PNG, a_cls=b"0", b_jpg=PNG), r"x\.tar/b\.jpg: has no label cls"),
+        (tar(a_jpg=PNG, a_cls=b"-1", b_jpg=PNG, b_cls=b"5"), r"labels reach from -1 to 5"),
         (tar(a_jpg=PNG, a_png=PNG), r"a has several images \(jpg, png\): .*--image-column"),
         (tar(a_jpg=b"no"), r"x\.tar/a\.jpg: not a readable image"),
         (tar(a_txt=b"no image"), r"x\.tar/a: a sample without an image"),
@@ -330,8 +347,8 @@ def test_parquet_is_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch) -> No
     del images
     footers, most, before = len(opened), 0, pa.total_allocated_bytes()
     for start in range(0, count, 32):
-        found = samples.fetch(range(start, start + 32))
-        assert len(found[0].content()) == size and samples.names[start] == f"x.parquet/{start}"
+        found = [samples.take(index) for index in range(start, start + 32)]
+        assert len(found[0].content()) == size and samples.name(start) == f"x.parquet/{start}"
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < count * size / 3 and len(opened) == footers + 1
 
@@ -341,5 +358,5 @@ def test_tar_of_long_and_foreign_names_is_read(tmp_path: Path) -> None:
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         write_tar(tmp_path / "x.tar", {name: PNG}, form)
         samples, known = open_samples(tmp_path, IMAGES, Columns(), split="train")
-        assert list(samples.names) == [f"x.tar/{name}"]
-        assert known.read(samples.fetch([0])[0], 8).shape == (8, 8, 3)
+        assert samples.name(0) == f"x.tar/{name}" and len(samples) == 1
+        assert known.read(samples.take(0), 8).shape == (8, 8, 3)

@@ -55,6 +55,16 @@ def test_text_condition_is_padded_masked_and_null_where_blank(tmp_path: Path, fa
     assert torch.equal(dropped.tokens_BLC[0], condition.tokens_BLC[2])
 
 
+def test_empty_text_of_a_decoder_is_its_end_though_that_is_token_0(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path, "qwen")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token, tokenizer.eos_token = None, "<pad>"
+    tokenizer.save_pretrained(folder)
+    encoder = TextEncoder(str(folder))
+    alone = encoder._network(input_ids=torch.tensor([[0]])).last_hidden_state[0]
+    torch.testing.assert_close(encoder.empty.pooled_C, alone.mean(0))
+
+
 def test_text_longer_than_the_encoder_takes_is_cut_counted_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

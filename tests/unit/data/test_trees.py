@@ -4,7 +4,6 @@ evaluation.
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 import tempfile
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from promoe_ds.data.listing import FileList, image_suffixes
 from promoe_ds.data.reading import shown
@@ -22,16 +20,9 @@ from promoe_ds.data.trees import scan_tree
 from promoe_ds.errors import DataError
 from promoe_ds.evaluation.sources import FolderImages
 
-from .made import save_images
+from .made import picture, save_images
 
-
-def picture() -> bytes:
-    out = io.BytesIO()
-    Image.new("L", (2, 2), 7).save(out, format="PNG")
-    return out.getvalue()
-
-
-PNG = picture()
+PNG = picture("L", size=(2, 2))
 SIX = {f"{name}/{number}.png": "" for name in ("cat", "dog") for number in range(3)}
 NAMES = sorted(SIX)
 
