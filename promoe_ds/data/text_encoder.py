@@ -182,8 +182,9 @@ class TextEncoder:
         full = [text for text, each in zip(whole, ids, strict=True) if len(each) == longest]
         uncut = self._tokenizer(full, verbose=False)["input_ids"] if full else []
         # A decoder's tokenizer makes nothing of the empty text. Some number their end 0.
-        end = [self._tokenizer.eos_token_id or self._tokenizer.pad_token_id or 0]
-        return [each or end for each in ids], sum(len(each) > longest for each in uncut)
+        ends = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        known = [number for number in ends if number is not None]
+        return [each or known[:1] for each in ids], sum(len(each) > longest for each in uncut)
 
 
 def encoder_of(
