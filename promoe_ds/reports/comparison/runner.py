@@ -31,7 +31,8 @@ _TAIL_BYTES = 4096
 #: Variables of a launcher or a batch job around the comparison: they do not describe the runs
 #: inside it.
 _LAUNCH_VARIABLES = re.compile(
-    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|(SLURM|TORCHELASTIC)_.*"
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
+    r"|(SLURM|TORCHELASTIC|PMIX?|PALS|(OMPI|MV2|MVP)_COMM_WORLD)_.*|MPI_LOCAL.*"
 )
 
 

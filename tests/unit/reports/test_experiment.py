@@ -283,9 +283,11 @@ def test_compare_interrupted_ends_those_under_way(request_, done, monkeypatch) -
 
 
 def test_children_know_nothing_of_a_launcher_around_them(request_, monkeypatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
+    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "PMIX_RANK")
+    names += ("PMI_SIZE", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_SIZE")
+    for name in names:
         monkeypatch.setenv(name, "2")
-    script = 'test -z "$RANK$SLURM_STEP_NUM_TASKS" && test $OMP_NUM_THREADS = 1'
+    script = f'test -z "${"$".join(names)}" && test $OMP_NUM_THREADS = 1'
     monkeypatch.setitem(PARTS, "training", lambda run, request: ["sh", "-c", script])
     assert next(do_run(_planned(request_), request_, {}, ())).wait() == 0
 
