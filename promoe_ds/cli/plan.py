@@ -27,7 +27,6 @@ from promoe_ds.config import (
     resolve_deepspeed,
 )
 from promoe_ds.errors import ConfigError
-from promoe_ds.files import json_text
 from promoe_ds.planning.cluster import NETWORKS, Cluster, layout_of
 
 
@@ -57,17 +56,17 @@ def main(arguments: list[str]) -> None:
     Raises: ConfigError for what cannot be planned.
     """
     options = parse_arguments(arguments)
-    if options.out is not None and not options.out.parent.is_dir():
-        raise ConfigError(
-            f"--out {options.out}: there is no folder {options.out.parent}: make it first"
-        )
+    from promoe_ds.evaluation.metrics import check_target, write_metrics
+
+    if options.out is not None:
+        check_target(options.out, "--out")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if options.pipeline:
         result = plan_pipeline_of(options)
     else:
         result = plan_layouts(options)
     if options.out is not None:
-        options.out.write_text(json_text(result, indent=1), encoding="utf-8")
+        write_metrics(options.out, result)
 
 
 def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:

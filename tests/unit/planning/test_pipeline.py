@@ -15,6 +15,7 @@ from promoe_ds.cli.plan import main
 from promoe_ds.config import count_parameters, load_config
 from promoe_ds.data.shards import write_shard
 from promoe_ds.data.vae import DECODED_AT_ONCE
+from promoe_ds.errors import ConfigError
 from promoe_ds.planning.pipeline import (
     DECODER_BYTES,
     ENCODER_BYTES,
@@ -73,6 +74,11 @@ def test_tool_plans_the_pipeline_and_writes_it(
         plan["pipeline"][4]["seconds"] == pytest.approx(expected.seconds)
         and plan["assumptions"]["device"]["name"] == "a100"
     )
+
+
+def test_tool_refuses_a_folder_for_its_file_before_it_plans(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--out .*: is a folder: name a file in it"):
+        main(["--recipe", "promoe_b", "--pipeline", "--out", str(tmp_path)])
 
 
 def test_times_follow_gpus_and_assumptions() -> None:
