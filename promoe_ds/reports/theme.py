@@ -160,13 +160,6 @@ def number(value: Any) -> Any:
     return value
 
 
-def short(value: float) -> str:
-    """Return a count in few signs: 1500 -> 1.5K."""
-    sizes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
-    size, letter = next((each for each in sizes if abs(value) >= each[0]), (1.0, ""))
-    return f"{value / size:.3g}{letter}"
-
-
 def slug(words: str) -> str:
     """Return words as part of a file's name or a page's address."""
     return re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_")

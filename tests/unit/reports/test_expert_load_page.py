@@ -16,7 +16,7 @@ from PIL import Image
 from promoe_ds.errors import ConfigError
 from promoe_ds.reports import page as pages
 from promoe_ds.reports.charts import Chart, csv_text, line_chart
-from promoe_ds.reports.load.charts import load_over_time, overview_charts
+from promoe_ds.reports.load.charts import load_over_time, overview_charts, traffic
 from promoe_ds.reports.load.layer_charts import layer_charts
 from promoe_ds.reports.load.page import build_page, export, write_report
 from promoe_ds.reports.load.run import RunView, open_runs
@@ -240,6 +240,16 @@ def test_chart_gives_numbers_as_numbers_and_gaps_as_gaps() -> None:
     assert Chart(title="x", rows=[["name"], ["1"]], spec={}).vega_lite()["data"]["format"][
         "parse"
     ] == {"name": "string"}
+
+
+def test_chart_of_bytes_never_counts_a_thousand_of_a_unit(tmp_path) -> None:
+    lines = interval(5, layers=(1,), layer_bytes_exchanged=5 * 999_700_000)
+    (head, row) = traffic(RunView.open(write(tmp_path, lines))).rows
+    assert dict(zip(head, row, strict=True)) == {
+        "name": "layer 1",
+        "value": 999_700_000,
+        "words": "999.7 MB",
+    }
 
 
 def test_chart_of_many_rows_shows_the_one_of_a_few_that_is_farthest_from_even() -> None:
