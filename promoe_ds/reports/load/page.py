@@ -90,7 +90,7 @@ def export(folder: Path, views: Sequence[RunView]) -> int:
     """
     count = 0
     for view in views:
-        target = folder if len(views) == 1 else folder / view.name.replace("/", "_")
+        target = folder if len(views) == 1 else folder / view.name
         count += write_charts(target, all_charts(view, views), {"layers": layer_rows(view)})
     return count
 

@@ -235,7 +235,7 @@ def open_runs(run_dirs: Sequence[Path], last_steps: int | None = None) -> list[R
         return views
     paths = [view.log.path.resolve() for view in views]
     # The file's name counts if one folder has several logs.
-    if len({path.parent for path in paths}) == len(paths):
+    if len({path.parent for path in paths}) == len(set(paths)):
         paths = [path.parent for path in paths]
     above = os.path.commonpath([path.parent for path in paths])
     for place, (view, path) in enumerate(zip(views, paths, strict=True), start=1):

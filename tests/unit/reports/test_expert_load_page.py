@@ -125,22 +125,24 @@ def test_page_of_two_runs_puts_every_chart_under_its_own_name(tmp_path) -> None:
     """
     lines = interval(5, 10, details={"ep_size": 1, "rank_max_over_mean": None})
     first, second = (
-        write(tmp_path / "one" / "run", lines),
-        write(tmp_path / "old" / "run", [old(each) for each in lines]),
+        write(tmp_path / "one_run", lines),
+        write(tmp_path / "one" / "run", [old(each) for each in lines]),
     )
     third = write(tmp_path / "two", interval(5, 10))
     text = pages.render(build_page(open_runs([first, third])))
     assert re.findall(r"<i>([\w/]+)</i>Load of each rank<small>(\w+)", text) == [
-        ("one/run", "Not"),
+        ("one_run", "Not"),
         ("two", "Rows"),
     ]
     views = open_runs([second, first])
-    assert [view.name for view in views] == ["old/run", "one/run"]
+    assert [view.name for view in views] == ["one/run", "one_run"]
     found = re.findall(
         r"<i>([\w/]+)</i>Layer 3: mean gate<small>(\w+)", pages.render(build_page(views))
     )
-    assert found == [("old/run", "Not"), ("one/run", "The")]
-    assert export(tmp_path / "out", views) == len(list((tmp_path / "out").glob("*_run/*.png")))
+    assert found == [("one/run", "Not"), ("one_run", "The")]
+    # Neither overwrites the other's files.
+    assert export(tmp_path / "out", views) == len(list((tmp_path / "out").rglob("*.png")))
+    assert [view.name for view in open_runs([first, first])] == ["one_run (1)", "one_run (2)"]
 
 
 def test_page_says_which_tables_were_not_logged(views, tmp_path) -> None:
