@@ -175,7 +175,8 @@ class Columns:
     """What is taken from each line, in the order of the file; by the experts' first numbers.
 
     experts: of the first line; lines with another number are left out; orders: the expert at each
-    place, of layers whose experts have moved: stated by the line of bin 0, which comes first.
+    place, of layers whose experts have moved, else None: stated by the line of bin 0, which comes
+    first.
     """
 
     experts: int = 0
@@ -184,7 +185,7 @@ class Columns:
     floats: array = field(default_factory=lambda: array("d"))  # gate mean, similarity, gates
     details: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)  # by step and layer
     matrices: dict[int, np.ndarray] = field(default_factory=dict)
-    orders: dict[int, list[int]] = field(default_factory=dict)
+    orders: dict[int, list[int] | None] = field(default_factory=dict)
     tables: dict[tuple[str, int, int], _Series] = field(default_factory=dict)
     placement: tuple[int, int] = (1, 1)
     patch_columns: int | None = None
@@ -207,8 +208,8 @@ class Columns:
             )
         )
         gates = self._by_number(line.layer, line.gate_sum_per_expert or [None] * self.experts)
-        values = [line.gate_mean, line.prototype_similarity, *gates]
-        self.floats.extend(np.array(values, dtype=float).tolist())  # NaN for what was not logged
+        values = np.array([line.gate_mean, line.prototype_similarity, *gates], dtype=float)
+        self.floats.extend(values.tolist())  # NaN for what was not logged
         return ""
 
     def _by_number(self, layer: int, values: Sequence[Any]) -> Sequence[Any]:
@@ -217,11 +218,7 @@ class Columns:
         return values if order is None else by_first_number(np.array(values), order).tolist()
 
     def _take_detail(self, step: int, layer: int, detail: LayerDetail) -> None:
-        order = detail.experts
-        if order is None:
-            self.orders.pop(layer, None)
-        else:
-            self.orders[layer] = order
+        order = self.orders[layer] = detail.experts
         self.placement = (detail.ep_size, detail.ranks)
         values = [
             *self._by_number(layer, detail.prototype_to_centroid),
@@ -255,9 +252,8 @@ class Columns:
         counts_TLQ = lines.spread(counts)
         totals_TL, tokens_TLQE = counts_TLQ.sum(axis=2), counts_TLQ[:, :, :bins, 3:]
         tokens_TLQE[~has_bins_T] = 0
-        gate_mean_TLQ = lines.spread(floats[:, 0])
-        weights_TLQ = np.where(np.isnan(gate_mean_TLQ), 0, lines.spread(counts[:, 3:].sum(axis=1)))
-        gates = np.nan_to_num(gate_mean_TLQ) * weights_TLQ
+        weights_N = np.where(np.isnan(floats[:, 0]), 0, counts[:, 3:].sum(axis=1))
+        gates_N = np.nan_to_num(floats[:, 0]) * weights_N
         layers, plain = lines.layers_L.tolist(), list(range(experts))
         unknown_EE = np.full((experts, experts), np.nan)
         unknown = np.full(2 * experts + 1 + len(EXCHANGES), np.nan, dtype=np.float32)
@@ -277,7 +273,9 @@ class Columns:
             routed_TL=totals_TL[..., 0],
             null_TL=totals_TL[..., 1],
             gates_TLE=lines.spread(floats[:, 2:]).sum(axis=2),
-            gate_mean_TL=divide(gates.sum(axis=2), weights_TLQ.sum(axis=2)),
+            gate_mean_TL=divide(
+                lines.spread(gates_N).sum(axis=2), lines.spread(weights_N).sum(axis=2)
+            ),
             similarity_TL=lines.last(floats[:, 1], np.nan),
             bytes_TL=lines.last(counts[:, 2], 0),
             to_centroid_TLE=details[..., :experts],
@@ -285,7 +283,7 @@ class Columns:
             rank_uneven_TL=details[..., 2 * experts],
             wait_TLX=details[..., 2 * experts + 1 :],
             matrix_LEE=np.array([self.matrices.get(layer, unknown_EE) for layer in layers]),
-            order_LE=np.array([self.orders.get(layer, plain) for layer in layers]),
+            order_LE=np.array([self.orders.get(layer) or plain for layer in layers]),
             ep_size=self.placement[0],
             ranks=self.placement[1],
             tables=self._tables(notes),
