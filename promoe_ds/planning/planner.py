@@ -23,7 +23,6 @@ from promoe_ds.planning.work import Efficiency
 
 #: Share of a device's memory that the allocator, the CUDA context and nccl are left with.
 RESERVE = 0.08
-_GIGA = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +165,7 @@ def plan_lines(plan: StepPlan) -> list[str]:
     parallel, seconds = plan.config.parallel, plan.total_seconds
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     moment = f"{plan.phase} pass" if plan.phase == "backward" else plan.phase
-    host = [f"  {'in host memory':14}{plan.host / _GIGA:10.2f}"] if plan.host else []
+    host = [f"  {'in host memory':14}{plan.host / 1e9:10.2f}"] if plan.host else []
     return [
         f"{plan.config.name}: {count.total:,} parameters, {count.activated:,} active for a token, "
         f"{plan.parameters_per_rank:,} on a rank",
@@ -176,9 +175,9 @@ def plan_lines(plan: StepPlan) -> list[str]:
         f"{layout.zero_stage}, {layout.precision}",
         "",
         f"memory of a rank, GB (fullest in the {moment})",
-        *(f"  {kind:14}{value / _GIGA:10.2f}" for kind, value in plan.memory.items()),
-        f"  {'total':14}{plan.total_memory / _GIGA:10.2f}   of "
-        f"{cluster.device.memory / _GIGA:.0f}: {verdict}",
+        *(f"  {kind:14}{value / 1e9:10.2f}" for kind, value in plan.memory.items()),
+        f"  {'total':14}{plan.total_memory / 1e9:10.2f}   of "
+        f"{cluster.device.memory / 1e9:.0f}: {verdict}",
         *host,
         "",
         f"{'sent by a rank in a step, MB':32}{'in the node':>14}{'to other nodes':>16}",
