@@ -69,7 +69,7 @@ def compare(request: ComparisonRequest) -> list[Path]:
         "deepspeed_config": str(request.deepspeed_config),
         "deepspeed": check_launch(request, candidates),
     }
-    require_libraries(dataset_of(candidates))
+    require_libraries(candidates[0].config.data.dataset)
     with _locked(request.out) as lock:
         runs = [
             PlannedRun(candidate=candidate, seed=seed, root=request.out)
@@ -128,11 +128,6 @@ def require_libraries(dataset: str) -> None:
                 f"{library} is not installed, the comparison's report needs it: pip install"
                 f" 'promoe_ds[{extra}]'"
             )
-
-
-def dataset_of(candidates: Sequence[Candidate]) -> str:
-    """Return the data set of all."""
-    return candidates[0].config.data.dataset
 
 
 @contextmanager
@@ -218,12 +213,12 @@ def assemble(
         else:
             reason = failures.get(run, "not finished yet")
             missing.append({"contender": run.candidate.name, "seed": run.seed, "reason": reason})
-    baseline = results[candidates[0].name]
+    baseline, dataset = results[candidates[0].name], candidates[0].config.data.dataset
     return {
         "schema": SCHEMA_VERSION,
         "settings": settings,
-        "dataset": dataset_of(candidates),
-        "judges_images": dataset_of(candidates) in JUDGES,
+        "dataset": dataset,
+        "judges_images": dataset in JUDGES,
         "missing": missing,
         "contenders": [_describe(each, results[each.name], baseline) for each in candidates],
     }
