@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
     Raises: DataError for a log that cannot be read.
     """
     options = parse_arguments(arguments)
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)  # names stay as they are
     if options.follow:
         follow(options.run_dir, console, every=options.every)
         return
@@ -104,9 +104,7 @@ def main(arguments: list[str]) -> None:
         out = options.out or views[0].log.path.with_name("expert_load.html")
         size = write_report(out, views)
         console.print(
-            f"report: {out} ({size / 1e6:.2f} MB, one file, opens offline)",
-            highlight=False,
-            soft_wrap=True,
+            f"report: {out} ({size / 1e6:.2f} MB, one file, opens offline)", soft_wrap=True
         )
     if options.export is not None:
         console.print(

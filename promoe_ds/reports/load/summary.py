@@ -59,6 +59,5 @@ def place(view: RunView, console: Console, path: Path, ep_size: int | None) -> N
     )
     console.print(
         f"placement: {path}: {what}; fullest of {size} ranks over the mean {change}.{apply}",
-        highlight=False,
         soft_wrap=True,
     )
