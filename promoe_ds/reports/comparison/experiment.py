@@ -8,7 +8,6 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from promoe_ds.config import (
 from promoe_ds.errors import ConfigError, DataError, TrainingError, differences
 from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.files import write_json
+from promoe_ds.reports.charts import DRAWING, require_libraries
 from promoe_ds.reports.comparison.candidates import (
     Candidate,
     ComparisonRequest,
@@ -69,7 +69,8 @@ def compare(request: ComparisonRequest) -> list[Path]:
         "deepspeed_config": str(request.deepspeed_config),
         "deepspeed": check_launch(request, candidates),
     }
-    require_libraries(candidates[0].config.data.dataset)
+    judge = JUDGES.get(candidates[0].config.data.dataset)
+    require_libraries(DRAWING | (judge.libraries if judge else {}))
     with _locked(request.out) as lock:
         runs = [
             PlannedRun(candidate=candidate, seed=seed, root=request.out)
@@ -112,22 +113,6 @@ def _write(
             f"--out {folder}: the report could not be written: {error}. Free the disk and run the"
             " same command again"
         ) from None
-
-
-def require_libraries(dataset: str) -> None:
-    """Refuse to start what could not be reported at the end.
-
-    Raises: ConfigError naming the library and how to install it.
-    """
-    needed = {"vl_convert": "report"}
-    if dataset in JUDGES:
-        needed |= JUDGES[dataset].libraries
-    for library, extra in needed.items():
-        if find_spec(library) is None:
-            raise ConfigError(
-                f"{library} is not installed, the comparison's report needs it: pip install"
-                f" 'promoe_ds[{extra}]'"
-            )
 
 
 @contextmanager

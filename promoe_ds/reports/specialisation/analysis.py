@@ -156,7 +156,7 @@ def draw_images(dataset: LatentDataset, count: int, seed: int) -> Batch:
 def analyse(network: DiT, batch: Batch, settings: Settings, *, name: str) -> Analysis:
     """Measure every MoE layer of a model.
 
-    Raises: ConfigError if the model has none, or a library of the extra `report` is missing.
+    Raises: ConfigError if the model has none.
     """
     if not network.moe_layers():
         raise ConfigError(f"{name} is dense: it has no experts to analyse")
@@ -176,14 +176,9 @@ def analyse(network: DiT, batch: Batch, settings: Settings, *, name: str) -> Ana
 def _analyse_layer(
     index: int, similarity_EE: np.ndarray, seen: Observations, batch: Batch, settings: Settings
 ) -> LayerAnalysis:
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.manifold import TSNE
-    except ImportError:
-        raise ConfigError(
-            "scikit-learn is not installed, t-SNE and k-means need it: pip install"
-            " 'promoe_ds[report]'"
-        ) from None
+    from sklearn.cluster import KMeans
+    from sklearn.manifold import TSNE
+
     labels_n = batch.labels_B.numpy()[seen.places_n // seen.experts_MBS.shape[2]]
     ratios: dict[str, list[float]] = {"k-means clusters": [], "experts": [], batch.groups: []}
     for level, tokens_nD in enumerate(seen.tokens_MnD):

@@ -11,12 +11,13 @@ from PIL import Image
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.files import replace_text
 from promoe_ds.reports.charts import (
+    DRAWING,
     Chart,
     Rows,
     bar_chart,
     line_chart,
+    require_libraries,
     scatter_chart,
-    vl_convert,
 )
 from promoe_ds.reports.maps import heat_chart, plane
 from promoe_ds.reports.page import Page, Part, figures, part, write_page
@@ -249,12 +250,12 @@ def _figures(charts: list[Chart]) -> list[Part]:
 
 
 def check_place(out: Path) -> None:
-    """Find out, before a long analysis, whether its page can be written.
+    """Find out, before a long analysis, whether its page can be made and written.
 
-    Raises: ConfigError if the numbers beside it would have its name, or without vl-convert;
+    Raises: ConfigError if the numbers beside it would have its name, or without a library;
     DataError if it or they cannot be written.
     """
-    vl_convert()
+    require_libraries(DRAWING | {"sklearn": "report"})
     if out.suffix == ".json":
         raise ConfigError(
             f"--out {out}: the numbers get this name, the page needs another:"

@@ -5,6 +5,7 @@ model.
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 
 import numpy as np
@@ -233,11 +234,14 @@ def test_token_maps_of_wide_images_are_as_wide() -> None:
     assert (picture["x2"] - picture["x"], picture["y2"] - picture["y"]) == (6, 4)
 
 
-def test_place_of_the_page_stays_as_it_was(tmp_path) -> None:
+def test_place_of_the_page_stays_as_it_was(tmp_path, monkeypatch) -> None:
     (tmp_path / "page.html").write_text("before")
     check_place(tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "before"
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ConfigError, match="sklearn is not installed"):
+        check_place(tmp_path / "page.html")
 
 
 def test_images_of_several_sizes_are_drawn_from_the_largest() -> None:
