@@ -7,16 +7,17 @@ orders to choose from.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from promoe_ds.config.named_files import FORMAT
-from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.errors import ConfigError
+from promoe_ds.files import json_text
 from promoe_ds.load_stats import divide
 from promoe_ds.reports.log import RoutingLog
+from promoe_ds.reports.page import write_text
 
 #: A layer's experts move where the fullest rank gets emptier by this part at least.
 _WORTH_MOVING = 0.005
@@ -179,7 +180,4 @@ def write_placement(path: Path, log: RoutingLog, order_LE: np.ndarray, ep_size: 
         "from_step": int(log.steps_T[-1]),
         "layers": dict(zip(map(str, log.layers), order_LE.tolist(), strict=True)),
     }
-    try:
-        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+    write_text(path, json_text(values, indent=1))

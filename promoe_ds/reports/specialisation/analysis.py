@@ -78,7 +78,7 @@ class Analysis:
     layers: list[LayerAnalysis]
 
     def numbers(self) -> dict[str, Any]:
-        """Return all numbers, for JSON."""
+        """Return all numbers, for JSON, where NaN becomes null."""
         return {
             "format": 1,
             "model": self.name,
@@ -89,10 +89,7 @@ class Analysis:
                 {
                     "layer": each.layer,
                     "subspace_similarity": each.similarity_EE.round(5).tolist(),
-                    "inter_intra_ratio": {
-                        kind: [None if np.isnan(ratio) else ratio for ratio in ratios]
-                        for kind, ratios in each.ratios.items()
-                    },
+                    "inter_intra_ratio": each.ratios,
                     "information": {
                         kind: {**asdict(found), "score": found.score}
                         for kind, found in each.information.items()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.files import replace_text
+from promoe_ds.files import json_text
 from promoe_ds.reports.charts import (
     DRAWING,
     Chart,
@@ -20,7 +19,7 @@ from promoe_ds.reports.charts import (
     scatter_chart,
 )
 from promoe_ds.reports.maps import heat_chart, plane
-from promoe_ds.reports.page import Page, Part, figures, part, write_page
+from promoe_ds.reports.page import Page, Part, figures, part, write_page, write_text
 from promoe_ds.reports.specialisation.analysis import Analysis, LayerAnalysis
 from promoe_ds.reports.theme import WIDTH, color_of, linear_color, png_url, tooltip
 
@@ -279,8 +278,4 @@ def write_report(analysis: Analysis, out: Path) -> None:
     Raises: DataError if they cannot be written.
     """
     write_page(out, build_page(analysis))
-    numbers = out.with_suffix(".json")
-    try:
-        replace_text(numbers, json.dumps(analysis.numbers(), indent=1, allow_nan=False))
-    except OSError as error:
-        raise DataError(f"{numbers} cannot be written: {error.strerror}") from None
+    write_text(out.with_suffix(".json"), json_text(analysis.numbers(), indent=1))
