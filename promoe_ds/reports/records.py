@@ -50,6 +50,9 @@ class Exchanges(Struct, frozen=True):
     dispatch_backward: Exchange = field(default_factory=Exchange)
 
 
+EXCHANGES = Exchanges.__struct_fields__
+
+
 class Table(Struct, frozen=True):
     """Counts by row and expert, and how many steps they cover; columns: patches beside each other,
     where the image is not square.

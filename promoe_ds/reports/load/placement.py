@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from promoe_ds.config.named_files import FORMAT
-from promoe_ds.errors import ConfigError
+from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.files import json_text
 from promoe_ds.load_stats import divide
 from promoe_ds.reports.log import RoutingLog
@@ -109,7 +109,7 @@ def advise(log: RoutingLog, window: slice, ep_size: int) -> np.ndarray:
 
     Raises: ConfigError if `ep_size` does not divide the experts.
     """
-    if ep_size < 1 or log.experts % ep_size:
+    if log.experts % ep_size:
         raise ConfigError(
             f"--ep-size {ep_size} does not divide the {log.experts} experts: every rank holds"
             " equally many"
@@ -167,6 +167,40 @@ def _fullest_besides(loads_TW: np.ndarray) -> np.ndarray:
             is_other, np.take_along_axis(loads_TW, place[:, None], axis=1)[..., None], result
         )
     return result
+
+
+def place(log: RoutingLog, window: slice, path: Path, ep_size: int | None) -> str:
+    """Write the advised placement; return what it is expected to give.
+
+    Args:
+        ep_size: ranks to place on; as many as the run has if left out.
+    Raises: DataError if the window has no tokens to judge by, or the file cannot be written.
+    """
+    size, tokens_TLE = ep_size or log.ep_size, log.tokens_TLE[window]
+    if not tokens_TLE.any():
+        raise DataError(
+            f"--placement {path}: no token was routed in the last"
+            f" {log.covered_T[window].sum():,} steps, so there is nothing to judge by: take a"
+            " longer window with --last-steps"
+        )
+    order_LE = advise(log, window, size)
+    before, after = (
+        np.nanmean(unevenness(tokens_TLE, each, size)) for each in (log.order_LE, order_LE)
+    )
+    write_placement(path, log, order_LE, size)
+    moved = int((order_LE != log.order_LE).sum())
+    what = (
+        f"{moved} of {order_LE.size} experts move"
+        if moved
+        else "no expert moves, nothing better was found"
+    )
+    change = f"{before:.3f} -> {after:.3f}" if moved else f"{before:.3f}"
+    apply = (
+        f" Apply it at the next resume: --set parallel.expert_placement={path}"
+        if moved or size != log.ep_size
+        else ""
+    )
+    return f"placement: {path}: {what}; fullest of {size} ranks over the mean {change}.{apply}"
 
 
 def write_placement(path: Path, log: RoutingLog, order_LE: np.ndarray, ep_size: int) -> None:

@@ -10,22 +10,21 @@ import pytest
 
 from promoe_ds.errors import DataError
 from promoe_ds.moe.collectives import EXCHANGES
-from promoe_ds.reports import log as log_module
+from promoe_ds.reports import records
 from promoe_ds.reports.log import load_log
-from promoe_ds.reports.records import json_schema
 from promoe_ds.training.metrics import append_lines
 
 from .routing_logs import detail, interval, line, old, write
 
 
 def test_exchanges_are_those_that_are_timed() -> None:
-    assert log_module.EXCHANGES == EXCHANGES
+    assert records.EXCHANGES == EXCHANGES
 
 
 def test_published_schema_is_that_of_the_reader() -> None:
     assert (
         json.loads((Path(__file__).parents[3] / "docs/reference/routing.schema.json").read_text())
-        == json_schema()
+        == records.json_schema()
     )
 
 
