@@ -109,14 +109,12 @@ def read_columns(run_dir: Path) -> dict[str, np.ndarray]:
     Raises: as `load_log`.
     """
     columns, notes = collect(log_file(run_dir))
-    keys, counts, floats = columns.by_line()
-    lines = KeptLines.of(keys, notes)
+    tables = columns.by_line()
+    lines = KeptLines.of(tables[0], notes)
     for note in notes:
         _LOG.warning("%s: %s", run_dir, note)
-    # The last of equal lines counts, as in every report.
-    places = np.ravel_multi_index(lines.at, lines.shape)[::-1]
-    chosen = lines.kept[::-1][np.unique(places, return_index=True)[1]]
-    keys, counts, floats = keys[chosen], counts[chosen], floats[chosen]
+    is_there_TLQ = lines.spread(np.ones(len(tables[0]), dtype=bool))
+    keys, counts, floats = (lines.spread(table)[is_there_TLQ] for table in tables)
     of_line = {
         **dict(zip(KEYS, keys.T, strict=True)),
         "conditional_tokens": counts[:, 0],

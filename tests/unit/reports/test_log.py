@@ -11,7 +11,7 @@ import pytest
 from promoe_ds.errors import DataError
 from promoe_ds.moe.collectives import EXCHANGES
 from promoe_ds.reports import records
-from promoe_ds.reports.log import load_log
+from promoe_ds.reports.log import load_log, read_columns
 from promoe_ds.training.metrics import append_lines
 
 from .routing_logs import detail, interval, line, old, write
@@ -167,6 +167,20 @@ def test_log_after_an_interruption_counts_each_step_once_as_it_was_done_last(
     assert (log.steps_T.tolist(), log.covered_T.sum()) == (steps, covered)
     assert log.tokens_TLE[1, 0].tolist() == second
     assert len(log.notes) == 1 and log.notes[0].startswith(note)
+
+
+def test_columns_have_the_lines_that_count_in_order_and_no_others(tmp_path) -> None:
+    """A step repeated by a resume, and another number of noise levels after it."""
+    lines = [*interval(5, 10), *interval(10, layers=(3, 1), tokens=[7, 6, 5, 4])]
+    lines += [line(15, 3, bin_, [3, 1, 1, 1], bins=3) for bin_ in (0, 2)]
+    columns = read_columns(write(tmp_path, lines))
+    names = ("step", "layer", "timestep_bin", "timestep_bins")
+    places = list(zip(*(columns[name][::4].tolist() for name in names), strict=True))
+    both = [(step, layer, bin_, 2) for step in (5, 10) for layer in (1, 3) for bin_ in (0, 1)]
+    assert places == [*both, (15, 3, 0, 3), (15, 3, 2, 3)]
+    assert columns["expert"].tolist() == [0, 1, 2, 3] * 10
+    assert columns["tokens"].reshape(-1, 4)[3:5].tolist() == [[5, 3, 2, 4], [7, 6, 5, 4]]
+    assert columns["gate_sum"].tolist() == (columns["tokens"] / 2).tolist()
 
 
 def test_log_with_other_noise_levels_keeps_all_but_the_figures_by_level(tmp_path) -> None:
