@@ -80,9 +80,7 @@ def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
             " latents: name a recipe with data.dataset=latents"
         )
     assumptions = Assumptions(device=DEVICES[options.gpu])
-    steps = plan_pipeline(
-        config, gpus=options.nodes * options.gpus_per_node, assumptions=assumptions
-    )
+    steps = plan_pipeline(config, options.nodes * options.gpus_per_node, assumptions)
     _print(pipeline_lines(steps))
     return {"pipeline": [asdict(step) for step in steps], "assumptions": asdict(assumptions)}
 

@@ -74,19 +74,13 @@ class PipelineStep:
     host: float
 
 
-def plan_pipeline(
-    config: RunConfig,
-    *,
-    gpus: int,
-    assumptions: Assumptions | None = None,
-) -> list[PipelineStep]:
+def plan_pipeline(config: RunConfig, gpus: int, rates: Assumptions) -> list[PipelineStep]:
     """Compute the steps from ImageNet's archives to the figures of one model.
 
     Args:
         config: of a model of latents.
         gpus: that work at each step.
     """
-    rates = assumptions or Assumptions()
     return [
         _unpack(rates),
         _encode(config, gpus, rates),

@@ -27,8 +27,8 @@ from promoe_ds.planning.pipeline import (
 CONFIG = load_config("promoe_b")
 
 
-def steps(**values) -> dict:
-    return {step.name: step for step in plan_pipeline(CONFIG, **{"gpus": 8, **values})}
+def steps(gpus: int = 8, **assumed) -> dict:
+    return {step.name: step for step in plan_pipeline(CONFIG, gpus, Assumptions(**assumed))}
 
 
 def test_encode_disk_is_that_of_a_written_shard(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_npz_of_50k_samples_is_half_of_the_sampling_disk() -> None:
 
 
 def test_decoder_and_encoder_memory_is_that_of_the_images_of_a_pass() -> None:
-    plan, double = steps(), steps(assumptions=Assumptions(encode_batch=64))
+    plan, double = steps(), steps(encode_batch=64)
     assert double["encode"].device - plan["encode"].device == pytest.approx(32 * ENCODER_BYTES)
     weights = 2 * count_parameters(CONFIG).total + 4 * 83_653_863
     assert plan["sample"].device - weights == pytest.approx(DECODED_AT_ONCE * DECODER_BYTES)
@@ -69,7 +69,7 @@ def test_tool_plans_the_pipeline_and_writes_it(
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", *names]
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert [step["name"] for step in plan["pipeline"]] == names
-    expected = steps(assumptions=Assumptions(device=DEVICES["a100"]))["sample"]
+    expected = steps(device=DEVICES["a100"])["sample"]
     assert (
         plan["pipeline"][4]["seconds"] == pytest.approx(expected.seconds)
         and plan["assumptions"]["device"]["name"] == "a100"
@@ -84,6 +84,6 @@ def test_tool_refuses_a_folder_for_its_file_before_it_plans(tmp_path: Path) -> N
 def test_times_follow_gpus_and_assumptions() -> None:
     eight, sixteen = steps(), steps(gpus=16)
     assert sixteen["train"].seconds == pytest.approx(eight["train"].seconds / 2)
-    slower = steps(assumptions=Assumptions(training_share=0.125))
+    slower = steps(training_share=0.125)
     assert slower["train"].seconds == pytest.approx(2 * eight["train"].seconds)
     assert slower["sample"].seconds == eight["sample"].seconds
