@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from promoe_ds.config import RunConfig, count_parameters, training_flops_per_image
 from promoe_ds.config.accounting import ParameterCount
 from promoe_ds.planning.cluster import Cluster, ClusterLayout
@@ -118,14 +116,13 @@ def plan_step(
     cluster: Cluster,
     *,
     efficiency: Efficiency | None = None,
-    expert_group: dist.ProcessGroup | None = None,
 ) -> StepPlan:
     """Plan one layout; call inside `fake_world(layout.world_size)`.
 
     Raises: ConfigError for a config that shapes alone cannot follow.
     """
     efficiency = efficiency or Efficiency()
-    shapes = trace_pass(config, layout, expert_group)
+    shapes = trace_pass(config, layout)
     traffic = step_traffic(layout, cluster, shapes)
     phase, memory = _memory(shapes)
     return StepPlan(

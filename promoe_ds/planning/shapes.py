@@ -68,22 +68,18 @@ def fake_world(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def trace_pass(
-    config: RunConfig, layout: ClusterLayout, expert_group: dist.ProcessGroup | None = None
-) -> PassShapes:
+def trace_pass(config: RunConfig, layout: ClusterLayout) -> PassShapes:
     """Run one pass and the update over shapes; call inside `fake_world(layout.world_size)`.
 
     Every sample is conditional and routing is even: the case with most rows; an expert that gets
     twice its share needs more.
-    Args:
-        expert_group: rank 0's, if it exists already.
     Raises: ConfigError for a dispatcher or precision that shapes alone cannot follow.
     """
     _check_can_be_planned(config)
     group, ep_size = None, 1
     if config.parallel.resolved_dispatch == "alltoall":
         ep_size = config.parallel.ep_size
-        group = expert_group or dist.new_group(layout.expert_ranks(ep_size))
+        group = dist.new_group(layout.expert_ranks(ep_size))
     leaving: list[int] = []
     network = _local_network(config, layout, group)
     with fake_tensors(), nullcontext() if layout.on_cpu else as_on_gpu():
