@@ -76,17 +76,15 @@ def trace_pass(config: RunConfig, layout: ClusterLayout) -> PassShapes:
     Raises: ConfigError for a dispatcher or precision that shapes alone cannot follow.
     """
     _check_can_be_planned(config)
-    group, ep_size = None, 1
-    if config.parallel.resolved_dispatch == "alltoall":
-        ep_size = config.parallel.ep_size
-        group = dist.new_group(layout.expert_ranks(ep_size))
+    ep_size, is_sharded = config.parallel.ep_size, config.parallel.resolved_dispatch == "alltoall"
+    group = dist.new_group(layout.expert_ranks(ep_size)) if is_sharded else None
     leaving: list[int] = []
     network = _local_network(config, layout, group)
     with fake_tensors(), nullcontext() if layout.on_cpu else as_on_gpu():
         _materialise(network)
         # The CPU's autocast: fake tensors of a GPU need one.
         module = TrainingModule(network, autocast_context(config, "cpu")).train()
-        groups = _groups(config, layout, module, ep_size)
+        groups = _groups(config, layout, module)
         states = states_of_groups(
             [group.sizes for group in groups], layout, len(config.optimizer.averages)
         )
@@ -130,10 +128,9 @@ def trace_sampling(config: RunConfig, images: int) -> ShapeTrace:
     return trace
 
 
-def _groups(
-    config: RunConfig, layout: ClusterLayout, module: TrainingModule, ep_size: int
-) -> list[ReplayGroup]:
+def _groups(config: RunConfig, layout: ClusterLayout, module: TrainingModule) -> list[ReplayGroup]:
     """Return the parameter groups, and the ranks that share each."""
+    ep_size = config.parallel.ep_size
     experts = dist.new_group(layout.replica_ranks(ep_size)) if ep_size > 1 else dist.group.WORLD
     return [
         ReplayGroup(one["params"], experts if one.get("moe") else dist.group.WORLD)
