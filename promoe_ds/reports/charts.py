@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ class Chart:
 
         Raises: OSError; ConfigError without vl-convert.
         """
-        name = slug(re.sub(r", last [\d,]+ steps", "", self.title))
+        name = slug(self.title)
         (folder / f"{name}.csv").write_text(csv_text(self.rows), encoding="utf-8")
         (folder / f"{name}.png").write_bytes(self.png())
 

@@ -112,12 +112,12 @@ def _per_layer(
 def load_now(view: RunView) -> Chart:
     """Layer by expert, in the window."""
     return heat_chart(
-        f"Load of each expert, last {view.window_steps:,} steps",
+        "Load of each expert",
         relative(view.tokens_LE),
         _layers(view),
         experts_of(view),
         names=("layer", "expert"),
-        note=f"Tokens over an even share. {RELATIVE}",
+        note=f"Tokens over an even share, last {view.window_steps:,} steps. {RELATIVE}",
     )
 
 

@@ -128,8 +128,10 @@ def test_page_of_two_runs_puts_every_chart_under_its_own_name(tmp_path) -> None:
         write(tmp_path / "one_run", lines),
         write(tmp_path / "one" / "run", [old(each) for each in lines]),
     )
-    third = write(tmp_path / "two", interval(5, 10))
+    third = write(tmp_path / "two", interval(*range(5, 205, 5)))
     text = pages.render(build_page(open_runs([first, third])))
+    windows = re.findall(r"Load of each expert<small>[\w ]+, last (\d+) steps", text)
+    assert windows == ["5", "20"]
     assert re.findall(r"<i>([\w/]+)</i>Load of each rank<small>(\w+)", text) == [
         ("one_run", "Not"),
         ("two", "Rows"),
