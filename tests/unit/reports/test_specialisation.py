@@ -74,6 +74,7 @@ def test_subspaces_are_those_of_the_singular_vectors(shape: tuple[int, int, int]
     ("groups", "expected"),
     [
         ([3, 3, 7, 7], 10.0),
+        ([3, 3, -1, 7], 1.5 * 101**0.5),  # who has no expert is in no group
         ([0, 0, 0, 0], np.nan),
         ([0, 1, 2, 3], np.nan),  # a group each: nothing is away from its centroid
     ],
