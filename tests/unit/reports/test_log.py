@@ -265,19 +265,6 @@ def test_log_of_values_that_were_not_finite_has_gaps_there(tmp_path) -> None:
     assert log.tokens_TLQE[0, 0, 0].tolist() == [5, 1, 1, 4]
 
 
-def test_lines_are_written_as_strict_json_whatever_their_values(tmp_path) -> None:
-    values = {
-        "loss": float("nan"),
-        "layer_detail": {"cosines": [[1.0, float("inf")], [float("-inf"), 0.5]]},
-    }
-    append_lines(tmp_path / "x.jsonl", [values])
-    text = (tmp_path / "x.jsonl").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {
-        "loss": None,
-        "layer_detail": {"cosines": [[1.0, None], [None, 0.5]]},
-    }
-
-
 def test_log_written_by_version_0_1_0_is_read() -> None:
     log = load_log(Path(__file__).parent / "files" / "routing_0.1.0.jsonl")
     assert (log.layers, log.steps_T.tolist(), log.bins, log.notes) == ([1], [10, 20], 10, [])
