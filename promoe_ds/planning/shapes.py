@@ -98,8 +98,7 @@ def trace_pass(config: RunConfig, layout: ClusterLayout) -> PassShapes:
 
         for layer in module.denoiser.moe_layers().values():
             layer.router.register_forward_hook(expect_rows)
-        engine = EngineReplay(module, groups, layout, states, config.optimizer)
-        engine.start(trace)
+        engine = EngineReplay(module, groups, layout, states, config.optimizer, trace)
         with trace:
             output = module(batch)  # as a training step, which keeps the plans until its end
             engine.begin_backward(output.loss)
