@@ -79,8 +79,10 @@ def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
             f"--recipe {options.recipe}: data.dataset={config.data.dataset}, the pipeline trains on"
             " latents: name a recipe with data.dataset=latents"
         )
+    gpus = options.nodes * options.gpus_per_node
+    plan_batches(config, gpus)  # refuses what could not be trained on so many
     assumptions = Assumptions(device=DEVICES[options.gpu])
-    steps = plan_pipeline(config, options.nodes * options.gpus_per_node, assumptions)
+    steps = plan_pipeline(config, gpus, assumptions)
     _print(pipeline_lines(steps))
     return {"pipeline": [asdict(step) for step in steps], "assumptions": asdict(assumptions)}
 

@@ -81,6 +81,11 @@ def test_tool_refuses_a_folder_for_its_file_before_it_plans(tmp_path: Path) -> N
         main(["--recipe", "promoe_b", "--pipeline", "--out", str(tmp_path)])
 
 
+def test_tool_refuses_gpus_that_the_experts_cannot_be_shared_over() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.ep_size=8 does not divide .*, 4"):
+        main(["--recipe", "promoe_3b", "--pipeline", "--gpus-per-node", "4"])
+
+
 def test_times_follow_gpus_and_assumptions() -> None:
     eight, sixteen = steps(), steps(gpus=16)
     assert sixteen["train"].seconds == pytest.approx(eight["train"].seconds / 2)
