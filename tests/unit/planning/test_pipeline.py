@@ -12,7 +12,7 @@ import torch
 
 from promoe_ds.backends.devices import DEVICES
 from promoe_ds.cli.plan import main
-from promoe_ds.config import count_parameters, load_config
+from promoe_ds.config import RunConfig, change_config, count_parameters, load_config
 from promoe_ds.data.shards import write_shard
 from promoe_ds.data.vae import DECODED_AT_ONCE
 from promoe_ds.errors import ConfigError
@@ -27,8 +27,8 @@ from promoe_ds.planning.pipeline import (
 CONFIG = load_config("promoe_b")
 
 
-def steps(gpus: int = 8, **assumed) -> dict:
-    return {step.name: step for step in plan_pipeline(CONFIG, gpus, Assumptions(**assumed))}
+def steps(gpus: int = 8, config: RunConfig = CONFIG, **assumed) -> dict:
+    return {step.name: step for step in plan_pipeline(config, gpus, Assumptions(**assumed))}
 
 
 def test_encode_disk_is_that_of_a_written_shard(tmp_path: Path) -> None:
@@ -38,6 +38,15 @@ def test_encode_disk_is_that_of_a_written_shard(tmp_path: Path) -> None:
     record = write_shard(tmp_path / "shard.safetensors", list(records), labels, names)
     written = record.bytes / 64 * TRAIN_IMAGES
     assert steps()["encode"].disk == pytest.approx(written, rel=0.01)
+
+
+def test_train_disk_is_that_of_all_checkpoints_and_averages_that_are_kept() -> None:
+    train = {"max_steps": 50_000, "checkpoint_every": 2_000, "keep_last": 3, "keep_every": 5_000}
+    config = change_config(CONFIG, train=train, optimizer={"ema_sigma_rels": [0.05, 0.1]})
+    assert len(config.optimizer.averages) == 3
+    # Three, and those of 10,000, 20,000 and so on.
+    kept = (3 + 5) * (2 + 4 * (3 + 3))
+    assert steps(config=config)["train"].disk == kept * count_parameters(CONFIG).trainable
 
 
 def test_npz_of_50k_samples_is_half_of_the_sampling_disk() -> None:
