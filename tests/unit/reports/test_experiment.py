@@ -20,7 +20,6 @@ from promoe_ds.reports.comparison.experiment import compare
 from promoe_ds.reports.comparison.runner import (
     PARTS,
     PlannedRun,
-    RunFailure,
     do_run,
     judge_command,
     newest_line,
@@ -254,7 +253,7 @@ def test_do_run_failed_child_names_deed_code_reason_and_log(request_, monkeypatc
     monkeypatch.setitem(PARTS, "training", lambda run, request: [sys.executable, "-c", script])
     run.log_file.parent.mkdir(parents=True)
     run.log_file.write_text("error: of an earlier attempt\n")
-    with pytest.raises(RunFailure) as caught:
+    with pytest.raises(TrainingError) as caught:
         for process in do_run(run, request_, {}, ()):
             process.wait()
     assert (
