@@ -16,7 +16,7 @@ from promoe_ds.planning.estimate import (
     step_traffic,
 )
 from promoe_ds.planning.replay import UPDATE
-from promoe_ds.planning.shapes import PassShapes, trace_pass
+from promoe_ds.planning.shapes import trace_pass
 from promoe_ds.planning.work import Efficiency
 
 #: Share of a device's memory that the allocator, the CUDA context and nccl are left with.
@@ -124,26 +124,7 @@ def plan_step(
     efficiency = efficiency or Efficiency()
     shapes = trace_pass(config, layout)
     traffic = step_traffic(layout, cluster, shapes)
-    phase, memory = _memory(shapes)
-    return StepPlan(
-        config=config,
-        layout=layout,
-        cluster=cluster,
-        parameters=count_parameters(config),
-        parameters_per_rank=shapes.parameters,
-        memory=memory,
-        phase=phase,
-        host=shapes.states.host + shapes.states.update,
-        flops=layout.images * training_flops_per_image(config, config.model.longest_text),
-        traffic=traffic,
-        seconds=step_seconds(config, layout, cluster, shapes, traffic, efficiency),
-        kernels=step_kernels(layout, shapes),
-        efficiency=efficiency,
-    )
-
-
-def _memory(shapes: PassShapes) -> tuple[str, dict[str, int]]:
-    """Return the fullest moment of the traced step: deep in the backward pass, or at the update."""
+    # Of the fullest moment: deep in the backward pass, or at the update.
     states, peak = shapes.states, shapes.trace.peak
     on_device = not states.offloaded
     memory = {
@@ -153,7 +134,21 @@ def _memory(shapes: PassShapes) -> tuple[str, dict[str, int]]:
         "ema": states.ema * on_device,
         **{kind: peak[kind] for kind in ("activations", "exchange", "buckets")},
     }
-    return "update" if shapes.trace.fullest == UPDATE else "backward", memory
+    return StepPlan(
+        config=config,
+        layout=layout,
+        cluster=cluster,
+        parameters=count_parameters(config),
+        parameters_per_rank=shapes.parameters,
+        memory=memory,
+        phase="update" if shapes.trace.fullest == UPDATE else "backward",
+        host=states.host + states.update,
+        flops=layout.images * training_flops_per_image(config, config.model.longest_text),
+        traffic=traffic,
+        seconds=step_seconds(config, layout, cluster, shapes, traffic, efficiency),
+        kernels=step_kernels(layout, shapes),
+        efficiency=efficiency,
+    )
 
 
 def plan_lines(plan: StepPlan) -> list[str]:
