@@ -47,7 +47,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="plan docs/guides/imagenet.md instead: latents, training, 50,000 samples, figures",
     )
     parser.add_argument("--out", type=Path, help="also write the plans as JSON")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.pipeline:
+        of_a_layout = ("deepspeed_config", "network", "no_search")
+        parser.without_effect(options, *of_a_layout, reason="with --pipeline")
+    return options
 
 
 def main(arguments: list[str]) -> None:

@@ -90,6 +90,14 @@ def test_tool_refuses_a_folder_for_its_file_before_it_plans(tmp_path: Path) -> N
         main(["--recipe", "promoe_b", "--pipeline", "--out", str(tmp_path)])
 
 
+def test_tool_refuses_options_that_a_pipeline_does_not_read(capsys) -> None:
+    for option in (["--no-search"], ["--network", "roce-400"], ["--deepspeed_config", "x.json"]):
+        with pytest.raises(SystemExit):
+            main(["--recipe", "promoe_b", "--pipeline", *option])
+        said = capsys.readouterr().err
+        assert f"{option[0].replace('_', '-')} has no effect with --pipeline" in said
+
+
 def test_tool_refuses_gpus_that_the_experts_cannot_be_shared_over() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.ep_size=8 does not divide .*, 4"):
         main(["--recipe", "promoe_3b", "--pipeline", "--gpus-per-node", "4"])
