@@ -28,7 +28,7 @@ from promoe_ds.config.parallel import ParallelConfig
 from promoe_ds.distributed.launchers import read_place
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import configure_logging
-from promoe_ds.reports.columns import read_columns
+from promoe_ds.reports.log import read_columns
 
 if TYPE_CHECKING:
     from promoe_ds.distributed.context import DistributedContext

@@ -48,7 +48,7 @@ def entropy(tokens_E: np.ndarray) -> np.ndarray:
     if experts == 1:
         return part[..., 0]
     logs = np.log(part, out=np.zeros_like(part), where=part > 0)
-    return -(part * logs).sum(axis=-1) / np.log(experts)
+    return np.abs((part * logs).sum(axis=-1)) / np.log(experts)  # no -0.0, which is printed
 
 
 def load_summary(tokens_per_expert: Sequence[int]) -> dict[str, float | int | None]:

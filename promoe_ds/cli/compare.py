@@ -32,7 +32,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--recipes",
-        default="",
+        type=_names,
+        default=(),
         help="comma-separated names of packaged recipes, or paths of .yaml files",
     )
     parser.add_argument(
@@ -80,6 +81,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def _seeds(text: str) -> tuple[int, ...]:
     seeds = tuple(map(number(ge=0, lt=2**63), text.split(",")))
     if len(set(seeds)) < len(seeds):
@@ -97,14 +102,10 @@ def main(arguments: list[str]) -> None:
     # SIGTERM: children end with us.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    options.recipes = tuple(name.strip() for name in options.recipes.split(",") if name.strip())
-    options.variants, options.overrides = tuple(options.variants), tuple(options.overrides)
-    options.imports = tuple(options.imports)
     if methods := vars(options).pop("methods"):
         recipes, variants = methods_of(methods)
         options.recipes = (*recipes, *options.recipes)
-        options.variants = (*variants, *options.variants)
-    options.deepspeed_config = Path(options.deepspeed_config)
+        options.variants = [*variants, *options.variants]
     request = ComparisonRequest(**vars(options))
     try:
         for path in compare(request):

@@ -16,9 +16,9 @@ from rich.console import Console
 from promoe_ds.cli.entry import command
 from promoe_ds.cli.options import Parser, number
 from promoe_ds.reports.load.page import export, write_report
+from promoe_ds.reports.load.placement import place
 from promoe_ds.reports.load.run import open_runs
-from promoe_ds.reports.load.summary import place, summarise
-from promoe_ds.reports.load.terminal import follow
+from promoe_ds.reports.load.terminal import follow, summarise
 
 #: What --follow has nothing to do with.
 _OF_A_REPORT = ("compare", "out", "export", "last_steps", "no_html", "placement", "ep_size")
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
     Raises: DataError for a log that cannot be read.
     """
     options = parse_arguments(arguments)
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)  # names stay as they are
     if options.follow:
         follow(options.run_dir, console, every=options.every)
         return
@@ -99,14 +99,14 @@ def main(arguments: list[str]) -> None:
     for view in views:
         summarise(view, console, everything=options.last_steps is None, is_named=len(views) > 1)
     if options.placement is not None:
-        place(views[0], console, options.placement, options.ep_size)
+        first = views[0]
+        placed = place(first.log, first.window, options.placement, options.ep_size)
+        console.print(placed, soft_wrap=True)
     if not options.no_html:
         out = options.out or views[0].log.path.with_name("expert_load.html")
         size = write_report(out, views)
         console.print(
-            f"report: {out} ({size / 1e6:.2f} MB, one file, opens offline)",
-            highlight=False,
-            soft_wrap=True,
+            f"report: {out} ({size / 1e6:.2f} MB, one file, opens offline)", soft_wrap=True
         )
     if options.export is not None:
         console.print(

@@ -142,7 +142,7 @@ class Parser(argparse.ArgumentParser):
         self.add_overrides()
         self.add_deepspeed_config(deepspeed_config)
 
-    def add_deepspeed_config(self, default: Path | None) -> None:
+    def add_deepspeed_config(self, default: str | Path | None) -> None:
         """Add --deepspeed_config, in both spellings."""
         self.add_argument(
             "--deepspeed_config",

@@ -27,7 +27,6 @@ from promoe_ds.config import (
     resolve_deepspeed,
 )
 from promoe_ds.errors import ConfigError
-from promoe_ds.files import json_text
 from promoe_ds.planning.cluster import NETWORKS, Cluster, layout_of
 
 
@@ -48,7 +47,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="plan docs/guides/imagenet.md instead: latents, training, 50,000 samples, figures",
     )
     parser.add_argument("--out", type=Path, help="also write the plans as JSON")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.pipeline:
+        of_a_layout = ("deepspeed_config", "network", "no_search")
+        parser.without_effect(options, *of_a_layout, reason="with --pipeline")
+    return options
 
 
 def main(arguments: list[str]) -> None:
@@ -57,17 +60,17 @@ def main(arguments: list[str]) -> None:
     Raises: ConfigError for what cannot be planned.
     """
     options = parse_arguments(arguments)
-    if options.out is not None and not options.out.parent.is_dir():
-        raise ConfigError(
-            f"--out {options.out}: there is no folder {options.out.parent}: make it first"
-        )
+    from promoe_ds.evaluation.metrics import check_target, write_metrics
+
+    if options.out is not None:
+        check_target(options.out, "--out")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if options.pipeline:
         result = plan_pipeline_of(options)
     else:
         result = plan_layouts(options)
     if options.out is not None:
-        options.out.write_text(json_text(result, indent=1), encoding="utf-8")
+        write_metrics(options.out, result)
 
 
 def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -80,10 +83,10 @@ def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:
             f"--recipe {options.recipe}: data.dataset={config.data.dataset}, the pipeline trains on"
             " latents: name a recipe with data.dataset=latents"
         )
+    gpus = options.nodes * options.gpus_per_node
+    plan_batches(config, gpus)  # refuses what could not be trained on so many
     assumptions = Assumptions(device=DEVICES[options.gpu])
-    steps = plan_pipeline(
-        config, gpus=options.nodes * options.gpus_per_node, assumptions=assumptions
-    )
+    steps = plan_pipeline(config, gpus, assumptions)
     _print(pipeline_lines(steps))
     return {"pipeline": [asdict(step) for step in steps], "assumptions": asdict(assumptions)}
 

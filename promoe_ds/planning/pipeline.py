@@ -7,7 +7,7 @@ assumption is a field here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 
 from promoe_ds.backends.devices import DEVICES, Device
 from promoe_ds.config import RunConfig, count_parameters, training_flops_per_image
@@ -74,19 +74,13 @@ class PipelineStep:
     host: float
 
 
-def plan_pipeline(
-    config: RunConfig,
-    *,
-    gpus: int,
-    assumptions: Assumptions | None = None,
-) -> list[PipelineStep]:
+def plan_pipeline(config: RunConfig, gpus: int, rates: Assumptions) -> list[PipelineStep]:
     """Compute the steps from ImageNet's archives to the figures of one model.
 
     Args:
         config: of a model of latents.
         gpus: that work at each step.
     """
-    rates = assumptions or Assumptions()
     return [
         _unpack(rates),
         _encode(config, gpus, rates),
@@ -155,8 +149,13 @@ def _train(config: RunConfig, gpus: int, rates: Assumptions) -> PipelineStep:
     states = states_of_config(
         config, ClusterLayout(world_size=gpus, zero_stage=2, precision="bf16")
     )
-    # A checkpoint: bf16 weights; fp32 masters, two moments and the average.
-    disk = config.train.keep_last * (2 + 16) * count_parameters(config).trainable
+    # A checkpoint: bf16 weights; fp32 masters, two moments and the averages.
+    numbers = 2 + 4 * (3 + len(config.optimizer.averages))
+    train = config.train
+    kept = train.keep_last
+    if train.keep_every is not None:
+        kept += train.max_steps // lcm(train.checkpoint_every, train.keep_every)
+    disk = kept * numbers * count_parameters(config).trainable
     return PipelineStep(name="train", disk=disk, seconds=seconds, device=states.total, host=0)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from promoe_ds.config import RunConfig, count_parameters, training_flops_per_image
 from promoe_ds.config.accounting import ParameterCount
 from promoe_ds.planning.cluster import Cluster, ClusterLayout
@@ -18,12 +16,11 @@ from promoe_ds.planning.estimate import (
     step_traffic,
 )
 from promoe_ds.planning.replay import UPDATE
-from promoe_ds.planning.shapes import PassShapes, trace_pass
+from promoe_ds.planning.shapes import trace_pass
 from promoe_ds.planning.work import Efficiency
 
 #: Share of a device's memory that the allocator, the CUDA context and nccl are left with.
 RESERVE = 0.08
-_GIGA = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,35 +116,15 @@ def plan_step(
     cluster: Cluster,
     *,
     efficiency: Efficiency | None = None,
-    expert_group: dist.ProcessGroup | None = None,
 ) -> StepPlan:
     """Plan one layout; call inside `fake_world(layout.world_size)`.
 
     Raises: ConfigError for a config that shapes alone cannot follow.
     """
     efficiency = efficiency or Efficiency()
-    shapes = trace_pass(config, layout, expert_group)
+    shapes = trace_pass(config, layout)
     traffic = step_traffic(layout, cluster, shapes)
-    phase, memory = _memory(shapes)
-    return StepPlan(
-        config=config,
-        layout=layout,
-        cluster=cluster,
-        parameters=count_parameters(config),
-        parameters_per_rank=shapes.parameters,
-        memory=memory,
-        phase=phase,
-        host=shapes.states.host + shapes.states.update,
-        flops=layout.images * training_flops_per_image(config, config.model.longest_text),
-        traffic=traffic,
-        seconds=step_seconds(config, layout, cluster, shapes, traffic, efficiency),
-        kernels=step_kernels(layout, shapes),
-        efficiency=efficiency,
-    )
-
-
-def _memory(shapes: PassShapes) -> tuple[str, dict[str, int]]:
-    """Return the fullest moment of the traced step: deep in the backward pass, or at the update."""
+    # Of the fullest moment: deep in the backward pass, or at the update.
     states, peak = shapes.states, shapes.trace.peak
     on_device = not states.offloaded
     memory = {
@@ -157,7 +134,21 @@ def _memory(shapes: PassShapes) -> tuple[str, dict[str, int]]:
         "ema": states.ema * on_device,
         **{kind: peak[kind] for kind in ("activations", "exchange", "buckets")},
     }
-    return "update" if shapes.trace.fullest == UPDATE else "backward", memory
+    return StepPlan(
+        config=config,
+        layout=layout,
+        cluster=cluster,
+        parameters=count_parameters(config),
+        parameters_per_rank=shapes.parameters,
+        memory=memory,
+        phase="update" if shapes.trace.fullest == UPDATE else "backward",
+        host=states.host + states.update,
+        flops=layout.images * training_flops_per_image(config, config.model.longest_text),
+        traffic=traffic,
+        seconds=step_seconds(config, layout, cluster, shapes, traffic, efficiency),
+        kernels=step_kernels(layout, shapes),
+        efficiency=efficiency,
+    )
 
 
 def plan_lines(plan: StepPlan) -> list[str]:
@@ -166,7 +157,7 @@ def plan_lines(plan: StepPlan) -> list[str]:
     parallel, seconds = plan.config.parallel, plan.total_seconds
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     moment = f"{plan.phase} pass" if plan.phase == "backward" else plan.phase
-    host = [f"  {'in host memory':14}{plan.host / _GIGA:10.2f}"] if plan.host else []
+    host = [f"  {'in host memory':14}{plan.host / 1e9:10.2f}"] if plan.host else []
     return [
         f"{plan.config.name}: {count.total:,} parameters, {count.activated:,} active for a token, "
         f"{plan.parameters_per_rank:,} on a rank",
@@ -176,9 +167,9 @@ def plan_lines(plan: StepPlan) -> list[str]:
         f"{layout.zero_stage}, {layout.precision}",
         "",
         f"memory of a rank, GB (fullest in the {moment})",
-        *(f"  {kind:14}{value / _GIGA:10.2f}" for kind, value in plan.memory.items()),
-        f"  {'total':14}{plan.total_memory / _GIGA:10.2f}   of "
-        f"{cluster.device.memory / _GIGA:.0f}: {verdict}",
+        *(f"  {kind:14}{value / 1e9:10.2f}" for kind, value in plan.memory.items()),
+        f"  {'total':14}{plan.total_memory / 1e9:10.2f}   of "
+        f"{cluster.device.memory / 1e9:.0f}: {verdict}",
         *host,
         "",
         f"{'sent by a rank in a step, MB':32}{'in the node':>14}{'to other nodes':>16}",

@@ -53,9 +53,8 @@ class ReplayGroup:
 class _TracedSums(GradientSums):
     """The trainer's sums of gradients, seen by a trace."""
 
-    trace: ShapeTrace
-
-    def __init__(self, places: Sequence[Place], settings: SumSettings) -> None:
+    def __init__(self, places: Sequence[Place], settings: SumSettings, trace: ShapeTrace) -> None:
+        self._trace = trace
         super().__init__(places, settings, self._reduce_traced)
 
     def continue_step(self) -> None:
@@ -65,11 +64,11 @@ class _TracedSums(GradientSums):
         self._arrived.update(self._places)
 
     def _reduce_traced(self, bucket: Tensor, ranks: dist.ProcessGroup) -> Any:
-        dist.all_reduce(self.trace.label(bucket, "buckets"), group=ranks)
+        dist.all_reduce(self._trace.label(bucket, "buckets"), group=ranks)
         return SimpleNamespace(wait=lambda: None)
 
     def flat_sum(self, group: int) -> Tensor:
-        return self.trace.label(super().flat_sum(group), "gradients")
+        return self._trace.label(super().flat_sum(group), "gradients")
 
 
 class EngineReplay:
@@ -82,9 +81,10 @@ class EngineReplay:
         layout: ClusterLayout,
         states: States,
         settings: OptimizerConfig,
+        trace: ShapeTrace,
     ) -> None:
-        """Hook the module's parameters, and make its states."""
-        self._layout, self._groups = layout, groups
+        """Hook the module's parameters, and make its states, which the trace does not count."""
+        self._layout, self._groups, self._trace = layout, groups, trace
         parameters = [p for group in groups for p in group.parameters]
         self._total, self._dtype = sum(p.numel() for p in parameters), parameters[0].dtype
         whole = states.weights if layout.zero_stage == 1 else 0
@@ -99,7 +99,6 @@ class EngineReplay:
         for number in range(len(groups)):
             self._lay(number)
         self._make_states(parameters, settings)
-        self._filled = 0
         self._buckets: list[Tensor] = []
         self._gradients: list[Tensor] = []
         self._earlier: Tensor | None = None
@@ -132,7 +131,7 @@ class EngineReplay:
             sent_as=self._dtype,
             kept_as=self._dtype,
         )
-        return _TracedSums(list(self._places.values()), settings)
+        return _TracedSums(list(self._places.values()), settings, self._trace)
 
     def _make_states(self, parameters: list[nn.Parameter], settings: OptimizerConfig) -> None:
         """Make the optimizer as the trainer does, with all its state."""
@@ -149,14 +148,8 @@ class EngineReplay:
                 "step": torch.zeros(()),
                 **{name: torch.empty_like(parameter.detach()) for name in names},
             }
-
-    def start(self, trace: ShapeTrace) -> None:
-        """Be seen by a trace, which counts none of the states."""
-        self._trace = trace
-        if self._sums is not None:
-            self._sums.trace = trace
         kept = (each for one in self._optimizer.state.values() for each in one.values())
-        trace.know([*self._weights, *self._masters, *kept])
+        self._trace.know([*self._weights, *self._masters, *kept])
 
     def begin_backward(self, loss: Tensor) -> None:
         """Take note of the loss; find the gradients of an earlier pass, where there was one."""
@@ -164,8 +157,8 @@ class EngineReplay:
         if self._layout.accumulation > 1 and self._layout.zero_stage == 2:
             if self._sums is not None:
                 self._sums.continue_step()
-                return
-            self._earlier = self._make(self._kept, "gradients")
+            else:
+                self._earlier = self._make(self._kept, "gradients")
 
     def _take(self, parameter: nn.Parameter) -> None:
         layout, gradient = self._layout, parameter.grad
@@ -179,9 +172,9 @@ class EngineReplay:
         if not self._buckets:
             count = 2 if layout.overlap else 1
             self._buckets = [self._make(layout.bucket, "buckets") for _ in range(count)]
-        if self._filled + parameter.numel() > layout.bucket:
+        filled = sum(p.numel() for p in self._waiting)
+        if filled + parameter.numel() > layout.bucket:
             self._reduce(BESIDE)
-        self._filled += parameter.numel()
         self._waiting.append(parameter)
         if parameter.numel() <= layout.bucket:
             with self._trace.during(BESIDE):
@@ -218,16 +211,16 @@ class EngineReplay:
     @torch.no_grad()
     def _reduce(self, part: str) -> None:
         """Average a bucket, or one larger parameter, over the ranks; keep this rank's part."""
-        if not self._filled:
-            return
-        if self._layout.on_cpu:
-            share = self._kept * self._filled // self._total
-            self._gradients.append(self._make(share, "gradients"))
-        elif not self._gradients:
-            self._gradients.append(self._make(self._kept, "gradients"))
         waiting, self._waiting = self._waiting, []
-        is_alone = self._filled > self._layout.bucket
-        flat = waiting[-1].grad.view(-1) if is_alone else self._buckets[0][: self._filled]
+        if not waiting:
+            return
+        filled = sum(p.numel() for p in waiting)
+        # A CPU maps pages of kept gradients as they come.
+        if self._layout.on_cpu or not self._gradients:
+            share = filled if self._layout.on_cpu else self._total
+            self._gradients.append(self._make(self._kept * share // self._total, "gradients"))
+        is_alone = filled > self._layout.bucket
+        flat = waiting[-1].grad.view(-1) if is_alone else self._buckets[0][:filled]
         with self._trace.during(part):
             flat.div_(self._layout.world_size)
             places = [self._places[p] for p in waiting]
@@ -236,7 +229,6 @@ class EngineReplay:
                 self._reduce_over(ranks, flat, same, are_all=len(same) == len(places))
         for parameter in waiting:
             self._let_go(parameter)
-        self._filled = 0
 
     def _reduce_over(
         self,

@@ -40,9 +40,7 @@ def best_layout(
     Returns: the plan and all choices tried, fastest first.
     Raises: ConfigError if nothing fits, with the smallest need.
     """
-    images, ranks = config.train.global_batch_size, layout.world_size
-    if images % ranks:
-        raise ConfigError(f"train.global_batch_size={images} cannot be cut over {ranks} ranks")
+    ranks = layout.world_size
     experts = config.routing.num_experts if config.moe_block_indices else 1
     sizes = [n for n in range(1, experts + 1) if experts % n == 0 and ranks % n == 0]
     tried = [

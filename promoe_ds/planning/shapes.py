@@ -68,29 +68,23 @@ def fake_world(world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def trace_pass(
-    config: RunConfig, layout: ClusterLayout, expert_group: dist.ProcessGroup | None = None
-) -> PassShapes:
+def trace_pass(config: RunConfig, layout: ClusterLayout) -> PassShapes:
     """Run one pass and the update over shapes; call inside `fake_world(layout.world_size)`.
 
     Every sample is conditional and routing is even: the case with most rows; an expert that gets
     twice its share needs more.
-    Args:
-        expert_group: rank 0's, if it exists already.
     Raises: ConfigError for a dispatcher or precision that shapes alone cannot follow.
     """
     _check_can_be_planned(config)
-    group, ep_size = None, 1
-    if config.parallel.resolved_dispatch == "alltoall":
-        ep_size = config.parallel.ep_size
-        group = expert_group or dist.new_group(layout.expert_ranks(ep_size))
+    ep_size, is_sharded = config.parallel.ep_size, config.parallel.resolved_dispatch == "alltoall"
+    group = dist.new_group(layout.expert_ranks(ep_size)) if is_sharded else None
     leaving: list[int] = []
     network = _local_network(config, layout, group)
     with fake_tensors(), nullcontext() if layout.on_cpu else as_on_gpu():
         _materialise(network)
         # The CPU's autocast: fake tensors of a GPU need one.
         module = TrainingModule(network, autocast_context(config, "cpu")).train()
-        groups = _groups(config, layout, module, ep_size)
+        groups = _groups(config, layout, module)
         states = states_of_groups(
             [group.sizes for group in groups], layout, len(config.optimizer.averages)
         )
@@ -104,8 +98,7 @@ def trace_pass(
 
         for layer in module.denoiser.moe_layers().values():
             layer.router.register_forward_hook(expect_rows)
-        engine = EngineReplay(module, groups, layout, states, config.optimizer)
-        engine.start(trace)
+        engine = EngineReplay(module, groups, layout, states, config.optimizer, trace)
         with trace:
             output = module(batch)  # as a training step, which keeps the plans until its end
             engine.begin_backward(output.loss)
@@ -134,10 +127,9 @@ def trace_sampling(config: RunConfig, images: int) -> ShapeTrace:
     return trace
 
 
-def _groups(
-    config: RunConfig, layout: ClusterLayout, module: TrainingModule, ep_size: int
-) -> list[ReplayGroup]:
+def _groups(config: RunConfig, layout: ClusterLayout, module: TrainingModule) -> list[ReplayGroup]:
     """Return the parameter groups, and the ranks that share each."""
+    ep_size = config.parallel.ep_size
     experts = dist.new_group(layout.replica_ranks(ep_size)) if ep_size > 1 else dist.group.WORLD
     return [
         ReplayGroup(one["params"], experts if one.get("moe") else dist.group.WORLD)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from promoe_ds.reports.load.report import ExpertLoad
+    from promoe_ds.reports.load.page import ExpertLoad
 
 __all__ = ["expert_load"]
 
@@ -19,7 +19,7 @@ def expert_load(run_dir: str | Path, *, last_steps: int | None = None) -> Expert
         last_steps: training steps that count as now; the last tenth if left out.
     Raises: DataError if there is no such log, or nothing in it.
     """
-    from promoe_ds.reports.load.report import ExpertLoad
+    from promoe_ds.reports.load.page import ExpertLoad
     from promoe_ds.reports.load.run import RunView
 
     return ExpertLoad(RunView.open(Path(run_dir), last_steps))

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,8 @@ from promoe_ds.reports.theme import (
 )
 
 Rows = list[list[Any]]
+#: What draws figures, and the extra of this package that has it.
+DRAWING = {"vl_convert": "report"}
 #: Of an axis without marks.
 NO_AXIS: Spec = {"ticks": False, "domain": False}
 
@@ -67,7 +69,7 @@ class Chart:
 
         Raises: OSError; ConfigError without vl-convert.
         """
-        name = slug(re.sub(r", last [\d,]+ steps", "", self.title))
+        name = slug(self.title)
         (folder / f"{name}.csv").write_text(csv_text(self.rows), encoding="utf-8")
         (folder / f"{name}.png").write_bytes(self.png())
 
@@ -101,13 +103,24 @@ def vl_convert() -> ModuleType:
 
     Raises: ConfigError if it is not installed.
     """
-    try:
-        import vl_convert as library
-    except ImportError:
-        raise ConfigError(
-            "vl-convert is not installed, figures need it: pip install 'promoe_ds[report]'"
-        ) from None
+    require_libraries(DRAWING)
+    import vl_convert as library
+
     return library
+
+
+def require_libraries(extras: Mapping[str, str]) -> None:
+    """Check that libraries are installed.
+
+    Args:
+        extras: by library, the extra of this package that has it.
+    Raises: ConfigError naming the first that is missing, and how to install it.
+    """
+    for library, extra in extras.items():
+        if find_spec(library) is None:
+            raise ConfigError(
+                f"{library} is not installed, the report needs it: pip install 'promoe_ds[{extra}]'"
+            )
 
 
 def line_chart(

@@ -92,14 +92,19 @@ def write_page(path: Path, page: Page) -> int:
 
     Raises: DataError if it cannot be written; ConfigError without vl-convert.
     """
-    text = render(page)
+    write_text(path, render(page))
+    return path.stat().st_size
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of a report in one move.
+
+    Raises: DataError if it cannot be written.
+    """
     try:
         replace_text(path, text)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be written: {error.strerror}: name another place with --out"
-        ) from None
-    return path.stat().st_size
+        raise DataError(f"{path} cannot be written: {error.strerror}: name another place") from None
 
 
 def write_charts(

@@ -33,10 +33,6 @@ NotNegative = Annotated[float, Meta(ge=0)] | None
 Rows = Annotated[list[list[Count]], Meta(min_length=1)]
 
 
-class NewerSchemaError(DataError):
-    """A newer version of the package wrote the file."""
-
-
 class Exchange(Struct, frozen=True):
     """Bytes over all ranks, and seconds, mean of ranks; None where nobody measures them."""
 
@@ -52,6 +48,9 @@ class Exchanges(Struct, frozen=True):
     combine: Exchange = field(default_factory=Exchange)
     combine_backward: Exchange = field(default_factory=Exchange)
     dispatch_backward: Exchange = field(default_factory=Exchange)
+
+
+EXCHANGES = Exchanges.__struct_fields__
 
 
 class Table(Struct, frozen=True):
@@ -176,8 +175,8 @@ _DECODERS: dict[type[Any], msgspec.json.Decoder[Any]] = {
 def decode(text: bytes, kind: type[Any] = Line) -> Any:
     """Read a line.
 
-    Raises: ValueError saying what is wrong with it; NewerSchemaError for a version that this
-    package does not know.
+    Raises: ValueError saying what is wrong with it; DataError if a newer version of this package
+    wrote it.
     """
     try:
         return _DECODERS[kind].decode(text)
@@ -185,7 +184,7 @@ def decode(text: bytes, kind: type[Any] = Line) -> Any:
         # A newer version's fields may have other types.
         with suppress(ValueError):
             if (schema := _DECODERS[_Head].decode(text).schema) > KNOWN_SCHEMAS[-1]:
-                raise NewerSchemaError(
+                raise DataError(
                     f"schema {schema} is not one of {', '.join(map(str, KNOWN_SCHEMAS))}: a newer"
                     " version of promoe_ds wrote the file, read it with that one"
                 ) from None
@@ -215,7 +214,7 @@ def read_lines(
 
     A last line without its end has the byte at which it begins. If it is cut off, which an
     interruption or a running training causes, it is None without a problem.
-    Raises: DataError if the file cannot be read; NewerSchemaError naming the line.
+    Raises: DataError if the file cannot be read, or naming a line of a newer version.
     """
     try:
         with path.open("rb") as file:
@@ -228,8 +227,8 @@ def read_lines(
                     continue
                 try:
                     yield number, end, decode(text, kind), ""
-                except NewerSchemaError as error:
-                    raise NewerSchemaError(f"{path}, line {number:,}: {error}") from None
+                except DataError as error:
+                    raise DataError(f"{path}, line {number:,}: {error}") from None
                 except ValueError as error:
                     is_cut = not is_whole and str(error).endswith("truncated")
                     yield number, end, None, "" if is_cut else str(error)

@@ -52,11 +52,6 @@ _SERIES = (
 ).split()
 #: Colours through which an ordered sequence goes.
 _RAMP = "#3f80db #1aa3b8 #2fa062 #b58d0c #e5720f #cc3b50".split()
-#: How names differ without colours.
-_MARKS = {
-    "strokeDash": ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3]),
-    "shape": "circle square triangle-up diamond triangle-down cross triangle-left".split(),
-}
 #: Of a chart in a narrow card.
 WIDTH = 340
 #: Opacity of a series that a legend shows alone, and of the others.
@@ -125,10 +120,11 @@ def color_of(column: str, names: Sequence[str], *, is_ordered: bool = False) -> 
     )
 
 
-def mark_of(kind: str, column: str, names: Sequence[str]) -> Spec:
-    """Return "strokeDash" or "shape" of a column's names, to tell them apart without colours."""
-    marks = [_MARKS[kind][place % len(_MARKS[kind])] for place in range(len(names))]
-    return {**color_of(column, names), "scale": {"domain": list(names), "range": marks}}
+def mark_of(column: str, names: Sequence[str]) -> Spec:
+    """Return the "strokeDash" or "shape" of a column's names, to tell them apart without colours:
+    Vega's own, in turn.
+    """
+    return {**color_of(column, names), "scale": {"domain": list(names)}}
 
 
 def linear_color(low: float, high: float) -> Spec:
@@ -158,13 +154,6 @@ def number(value: Any) -> Any:
     if isinstance(value, (float, np.floating)):
         return "" if np.isnan(value) else float(f"{value:.6g}")
     return value
-
-
-def short(value: float) -> str:
-    """Return a count in few signs: 1500 -> 1.5K."""
-    sizes = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
-    size, letter = next((each for each in sizes if abs(value) >= each[0]), (1.0, ""))
-    return f"{value / size:.3g}{letter}"
 
 
 def slug(words: str) -> str:

@@ -68,7 +68,7 @@ with fake_world(world):
         zero = {"stage": 2, "overlap_comm": True}
         values = {"zero_optimization": zero, "bf16": {"enabled": True}}
         layout = layout_of(batches, resolve_deepspeed(values, config, batches, source="test"))
-        plan = plan_step(config, layout, cluster, expert_group=group)
+        plan = plan_step(config, layout, cluster)
         replicas = groups._get_expert_data_parallel_group(f"ep_size_{config.parallel.ep_size}")
         found[name] = {**plan.as_json(), "experts_on": dist.get_process_group_ranks(group),
                        "replicas_on": dist.get_process_group_ranks(replicas)}

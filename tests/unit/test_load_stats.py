@@ -14,6 +14,7 @@ def test_measures_by_hand() -> None:
     np.testing.assert_allclose(max_over_mean(tokens), [1, 4, 2, np.nan])
     np.testing.assert_allclose(variation(tokens), [0, np.sqrt(3), 1, np.nan])
     np.testing.assert_allclose(entropy(tokens), [1, 0, 0.5, np.nan], atol=1e-12)
+    assert f"{entropy(tokens)[1]:.3f}" == "0.000"
     assert entropy(np.array([[7], [0]])).tolist() == [1.0, pytest.approx(np.nan, nan_ok=True)]
 
 

@@ -25,7 +25,7 @@ OURS = {
     name
     for name, each in vars(errors).items()
     if isinstance(each, type) and issubclass(each, PromoeError)
-} | {"LockedError", "NewerSchemaError"}
+} | {"LockedError"}
 #: The function -> the place of the message among its arguments.
 SPEAKERS = {**dict.fromkeys(OURS, 0), "require": 1, "explaining": 0}
 #: One line for each host, or each problem of a recipe, put together elsewhere.

@@ -63,19 +63,19 @@ _LOG_LINES, _MAX_LOG_EVERY = 200, 50
 class ComparisonRequest:
     """What a user asked for; the options of promoe-compare."""
 
-    recipes: tuple[str, ...]
+    recipes: Sequence[str]
     steps: int
-    seeds: tuple[int, ...]
+    seeds: Sequence[int]
     out: Path
-    variants: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
+    variants: Sequence[str] = ()
+    overrides: Sequence[str] = ()
     jobs: int = 2
     ranks: int = 1
-    deepspeed_config: Path = DS_CONFIGS_DIR / "zero2_fp32.json"
+    deepspeed_config: str | Path = DS_CONFIGS_DIR / "zero2_fp32.json"
     samples: int = 500
     sample_seed: int = 0
     tolerance: float = 0.05
-    imports: tuple[str, ...] = ()
+    imports: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

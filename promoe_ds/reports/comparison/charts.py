@@ -130,7 +130,7 @@ def _curves(
     y = quantitative("mean", title=unit, axis={"tickCount": 5, "format": "~g"}, scale=scale)
     encoding: Spec = {"x": steps_axis("step"), "color": color_of("candidate", names)}
     faint: Spec = {"condition": {**PICKED["condition"], "value": 0.2}, "value": 0.0}
-    line = {**encoding, "y": y, "strokeDash": mark_of("strokeDash", "candidate", names)}
+    line = {**encoding, "y": y, "strokeDash": mark_of("candidate", names)}
     layer: list[Spec] = [
         *([] if is_log else [rule("y", 0.0)]),
         {"mark": "area", "encoding": {**encoding, **_spread("y", y), "opacity": faint}},
@@ -184,7 +184,7 @@ def points(
     seeds = {
         **encoding,
         "x": x,
-        "shape": {**mark_of("shape", "candidate", names), "legend": None},
+        "shape": {**mark_of("candidate", names), "legend": None},
         "tooltip": tooltip("candidate", "seed", value=".4~g", mean=".4~g"),
     }
     layer: list[Spec] = [
@@ -225,7 +225,7 @@ def load_per_block(comparison: Comparison) -> Chart | None:
         rows += [[place, entry["name"], *_band(values[place])] for place in sorted(values)]
     names, shown = _names(comparison), {row[1] for row in rows}
     ours = [name for name in names if name in shown]
-    color, shape = color_of("candidate", names), mark_of("shape", "candidate", names)
+    color, shape = color_of("candidate", names), mark_of("candidate", names)
     legend = {**color["legend"], "values": ours}
     y = quantitative("mean", title="largest load / mean load", scale={"zero": False})
     encoding: Spec = {

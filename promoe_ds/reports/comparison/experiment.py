@@ -8,7 +8,6 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from promoe_ds.config import (
 from promoe_ds.errors import ConfigError, DataError, TrainingError, differences
 from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.files import write_json
+from promoe_ds.reports.charts import DRAWING, require_libraries
 from promoe_ds.reports.comparison.candidates import (
     Candidate,
     ComparisonRequest,
@@ -69,7 +69,8 @@ def compare(request: ComparisonRequest) -> list[Path]:
         "deepspeed_config": str(request.deepspeed_config),
         "deepspeed": check_launch(request, candidates),
     }
-    require_libraries(dataset_of(candidates))
+    judge = JUDGES.get(candidates[0].config.data.dataset)
+    require_libraries(DRAWING | (judge.libraries if judge else {}))
     with _locked(request.out) as lock:
         runs = [
             PlannedRun(candidate=candidate, seed=seed, root=request.out)
@@ -112,27 +113,6 @@ def _write(
             f"--out {folder}: the report could not be written: {error}. Free the disk and run the"
             " same command again"
         ) from None
-
-
-def require_libraries(dataset: str) -> None:
-    """Refuse to start what could not be reported at the end.
-
-    Raises: ConfigError naming the library and how to install it.
-    """
-    needed = {"vl_convert": "report"}
-    if dataset in JUDGES:
-        needed |= JUDGES[dataset].libraries
-    for library, extra in needed.items():
-        if find_spec(library) is None:
-            raise ConfigError(
-                f"{library} is not installed, the comparison's report needs it: pip install"
-                f" 'promoe_ds[{extra}]'"
-            )
-
-
-def dataset_of(candidates: Sequence[Candidate]) -> str:
-    """Return the data set of all."""
-    return candidates[0].config.data.dataset
 
 
 @contextmanager
@@ -218,12 +198,12 @@ def assemble(
         else:
             reason = failures.get(run, "not finished yet")
             missing.append({"contender": run.candidate.name, "seed": run.seed, "reason": reason})
-    baseline = results[candidates[0].name]
+    baseline, dataset = results[candidates[0].name], candidates[0].config.data.dataset
     return {
         "schema": SCHEMA_VERSION,
         "settings": settings,
-        "dataset": dataset_of(candidates),
-        "judges_images": dataset_of(candidates) in JUDGES,
+        "dataset": dataset,
+        "judges_images": dataset in JUDGES,
         "missing": missing,
         "contenders": [_describe(each, results[each.name], baseline) for each in candidates],
     }

@@ -39,9 +39,6 @@ from promoe_ds.reports.records import Metrics, read_lines
 #: Of result.json and comparison.json.
 SCHEMA_VERSION = 1
 JUDGEMENT_FILE = "judgement.json"
-#: What is read from training, before and behind the figures of the data set's judge.
-_OF_LOSS = ("final_loss",)
-_OF_EXPERTS = ("load_max_over_mean", "load_entropy", "dead_experts")
 #: What the experts are chosen by: the judgement's entry by the metric's name.
 INFORMATION = {"information_group": "group", "information_noise": "noise level"}
 _FINAL_SHARE_OF_LINES = 0.1
@@ -54,7 +51,8 @@ Summary = dict[str, dict[str, Any] | None]
 def metrics_of(dataset: str) -> tuple[str, ...]:
     """Return the metrics that are summarised over seeds, in the order of the report."""
     of_images = (figure.name for figure in figures_of(dataset))
-    return (*_OF_LOSS, *of_images, *_OF_EXPERTS, *INFORMATION, "step_ms")
+    of_experts = ("load_max_over_mean", "load_entropy", "dead_experts", *INFORMATION)
+    return ("final_loss", *of_images, *of_experts, "step_ms")
 
 
 def collect_result(run_dir: Path, config: RunConfig) -> Result:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from promoe_ds.config import RunConfig, change_config
-from promoe_ds.errors import PromoeError
+from promoe_ds.errors import PromoeError, TrainingError
 from promoe_ds.files import write_json
 from promoe_ds.logs import Progress, get_logger
 from promoe_ds.reports.comparison.candidates import Candidate, ComparisonRequest
@@ -31,7 +31,8 @@ _TAIL_BYTES = 4096
 #: Variables of a launcher or a batch job around the comparison: they do not describe the runs
 #: inside it.
 _LAUNCH_VARIABLES = re.compile(
-    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|(SLURM|TORCHELASTIC)_.*"
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT"
+    r"|(SLURM|TORCHELASTIC|PMIX?|PALS|(OMPI|MV2|MVP)_COMM_WORLD)_.*|MPI_LOCAL.*"
 )
 
 
@@ -71,10 +72,6 @@ class PlannedRun:
     def config(self) -> RunConfig:
         """Its config, with its seed."""
         return change_config(self.candidate.config, train={"seed": self.seed})
-
-
-class RunFailure(Exception):  # noqa: N818 - it is reported and counted, the other runs continue
-    """Why one run has no result, on one line."""
 
 
 def train_command(run: PlannedRun, request: ComparisonRequest) -> list[str]:
@@ -124,7 +121,7 @@ def do_run(
     Args:
         environment: what the result is made under; inherited: file descriptors that every process
         keeps open.
-    Raises: RunFailure.
+    Raises: TrainingError saying on one line why the run has no result.
     """
     for part, command in PARTS.items():
         process, start = _start(command(run, request), run.log_file, inherited)
@@ -133,7 +130,7 @@ def do_run(
             output = run.log_file.read_bytes()[start:].decode("utf-8", errors="replace")
             errors = re.findall(r"^error: (.*)$", output, re.MULTILINE)
             reason = f" ({errors[-1]})" if errors else ""
-            raise RunFailure(
+            raise TrainingError(
                 f"{part} ended with exit code {process.returncode}{reason}; log: {run.log_file}"
             )
     try:
@@ -149,7 +146,7 @@ def do_run(
         }
         write_json(run.result_file, result)
     except (PromoeError, OSError) as error:
-        raise RunFailure(f"{error}; log: {run.log_file}") from None
+        raise TrainingError(f"{error}; log: {run.log_file}") from None
 
 
 def _start(
@@ -224,7 +221,7 @@ def do_all(
                     continue
                 except StopIteration:
                     _LOG.info("%s: trained and judged", run.label)
-                except RunFailure as error:
+                except TrainingError as error:
                     failures[run] = str(error)
                     _LOG.error("%s: %s", run.label, error)
                 del left[run], running[run]

@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from rich.filesize import decimal
 
 from promoe_ds.load_stats import divide, entropy, known_mean, max_over_mean, relative, variation
 from promoe_ds.reports.charts import Chart, bar_chart, finite, line_chart
 from promoe_ds.reports.load.run import RunView
 from promoe_ds.reports.maps import heat_chart, map_over_time
-from promoe_ds.reports.theme import short
 
 RELATIVE = "1 is an even share; blue has less, orange more."
 #: What each exchange is called in a chart, in the order of the log.
@@ -112,12 +112,12 @@ def _per_layer(
 def load_now(view: RunView) -> Chart:
     """Layer by expert, in the window."""
     return heat_chart(
-        f"Load of each expert, last {view.window_steps:,} steps",
+        "Load of each expert",
         relative(view.tokens_LE),
         _layers(view),
         experts_of(view),
         names=("layer", "expert"),
-        note=f"Tokens over an even share. {RELATIVE}",
+        note=f"Tokens over an even share, last {view.window_steps:,} steps. {RELATIVE}",
     )
 
 
@@ -233,13 +233,16 @@ def traffic(view: RunView) -> Chart | None:
     bytes_L = view.log.bytes_TL[view.window].sum(axis=0)
     if not bytes_L.any() or not view.window_steps:
         return None
-    per_step = dict(zip(view.log.layers, (bytes_L / view.window_steps).tolist(), strict=True))
+    per_step = (bytes_L / view.window_steps).tolist()
     return bar_chart(
         "Exchanged a step",
-        [(f"layer {layer}", x, f"{short(x)}B") for layer, x in per_step.items()],
+        [
+            (f"layer {layer}", x, decimal(round(x)))
+            for layer, x in zip(view.log.layers, per_step, strict=True)
+        ],
         note=(
             "Token rows between ranks, forward and backward, all ranks: "
-            f"{short(sum(per_step.values()))}B a step over all layers."
+            f"{decimal(round(sum(per_step)))} a step over all layers."
         ),
     )
 

@@ -97,12 +97,11 @@ def _unevenness(view: RunView) -> Iterator[Finding]:
 
 
 def _time(view: RunView) -> Iterator[Finding]:
-    kinds = (view.present_uneven, view.advised_uneven, view.present.uneven_L)
-    lost, advised, remaining = map(view.time_lost, kinds)
-    if lost is None or advised is None or remaining is None:
+    lost = view.time_lost(view.present_uneven)
+    if lost is None or lost < TIME_LOST or view.log.ep_size == 1:
         return
-    if view.log.ep_size == 1 or lost < TIME_LOST:
-        return
+    kinds = (view.advised_uneven, view.present.uneven_L)
+    advised, remaining = (view.time_lost(uneven_L) or 0.0 for uneven_L in kinds)
     advice = (
         "no other order of the experts on as many ranks was found that gains"
         f" {_WORTH_A_RESUME:.0%} of a step. Summed over log intervals {remaining:.1%} remains,"

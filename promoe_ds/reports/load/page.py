@@ -1,8 +1,9 @@
-"""The page of one run, or of two side by side, and its charts and numbers as files."""
+"""The page of one run, or of two side by side; its charts and numbers as files and in notebooks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,48 @@ from promoe_ds.reports.load.findings import (
     TIME_LOST,
     UNEVEN,
     VERY_UNEVEN,
+    Finding,
     find,
 )
 from promoe_ds.reports.load.layer_charts import layer_charts
 from promoe_ds.reports.load.run import RunView
-from promoe_ds.reports.page import Page, Part, figures, part, write_charts, write_page
+from promoe_ds.reports.page import Page, Part, figures, part, render, write_charts, write_page
 from promoe_ds.reports.theme import number
 
 #: Layers whose charts are open at first.
 _OPEN_LAYERS = 3
 #: Of a count in a table of the log, about.
 _BYTES_A_COUNT = 5
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How one run uses its experts; made by `promoe_ds.reports.expert_load`."""
+
+    view: RunView
+
+    def findings(self) -> list[Finding]:
+        """Return what is to be said of the run, the worst first: `level`, `title`, `text` each."""
+        return find(self.view)
+
+    def layers(self) -> dict[str, list[object]]:
+        """Return the numbers of every MoE layer as columns: `pandas.DataFrame(columns)` takes
+        them.
+        """
+        head, *rows = layer_rows(self.view)
+        columns = zip(*rows, strict=True)
+        return {str(name): list(cells) for name, cells in zip(head, columns, strict=True)}
+
+    def figures(self) -> dict[str, Chart]:
+        """Return the figures by title; a notebook shows one as a picture, with vl-convert."""
+        return {chart.title: chart for chart in all_charts(self.view, [self.view])}
+
+    def to_html(self) -> str:
+        """Return the page: one document, which opens offline.
+
+        Raises: ConfigError without vl-convert.
+        """
+        return render(build_page([self.view]))
 
 
 def write_report(path: Path, views: Sequence[RunView]) -> int:
@@ -90,7 +122,7 @@ def export(folder: Path, views: Sequence[RunView]) -> int:
     """
     count = 0
     for view in views:
-        target = folder if len(views) == 1 else folder / view.name.replace("/", "_")
+        target = folder if len(views) == 1 else folder / view.name
         count += write_charts(target, all_charts(view, views), {"layers": layer_rows(view)})
     return count
 

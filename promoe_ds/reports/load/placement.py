@@ -7,7 +7,6 @@ orders to choose from.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,10 @@ import numpy as np
 
 from promoe_ds.config.named_files import FORMAT
 from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.files import json_text
 from promoe_ds.load_stats import divide
 from promoe_ds.reports.log import RoutingLog
+from promoe_ds.reports.page import write_text
 
 #: A layer's experts move where the fullest rank gets emptier by this part at least.
 _WORTH_MOVING = 0.005
@@ -108,7 +109,7 @@ def advise(log: RoutingLog, window: slice, ep_size: int) -> np.ndarray:
 
     Raises: ConfigError if `ep_size` does not divide the experts.
     """
-    if ep_size < 1 or log.experts % ep_size:
+    if log.experts % ep_size:
         raise ConfigError(
             f"--ep-size {ep_size} does not divide the {log.experts} experts: every rank holds"
             " equally many"
@@ -168,6 +169,40 @@ def _fullest_besides(loads_TW: np.ndarray) -> np.ndarray:
     return result
 
 
+def place(log: RoutingLog, window: slice, path: Path, ep_size: int | None) -> str:
+    """Write the advised placement; return what it is expected to give.
+
+    Args:
+        ep_size: ranks to place on; as many as the run has if left out.
+    Raises: DataError if the window has no tokens to judge by, or the file cannot be written.
+    """
+    size, tokens_TLE = ep_size or log.ep_size, log.tokens_TLE[window]
+    if not tokens_TLE.any():
+        raise DataError(
+            f"--placement {path}: no token was routed in the last"
+            f" {log.covered_T[window].sum():,} steps, so there is nothing to judge by: take a"
+            " longer window with --last-steps"
+        )
+    order_LE = advise(log, window, size)
+    before, after = (
+        np.nanmean(unevenness(tokens_TLE, each, size)) for each in (log.order_LE, order_LE)
+    )
+    write_placement(path, log, order_LE, size)
+    moved = int((order_LE != log.order_LE).sum())
+    what = (
+        f"{moved} of {order_LE.size} experts move"
+        if moved
+        else "no expert moves, nothing better was found"
+    )
+    change = f"{before:.3f} -> {after:.3f}" if moved else f"{before:.3f}"
+    apply = (
+        f" Apply it at the next resume: --set parallel.expert_placement={path}"
+        if moved or size != log.ep_size
+        else ""
+    )
+    return f"placement: {path}: {what}; fullest of {size} ranks over the mean {change}.{apply}"
+
+
 def write_placement(path: Path, log: RoutingLog, order_LE: np.ndarray, ep_size: int) -> None:
     """Write a placement file, which `parallel.expert_placement` takes.
 
@@ -179,7 +214,4 @@ def write_placement(path: Path, log: RoutingLog, order_LE: np.ndarray, ep_size: 
         "from_step": int(log.steps_T[-1]),
         "layers": dict(zip(map(str, log.layers), order_LE.tolist(), strict=True)),
     }
-    try:
-        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+    write_text(path, json_text(values, indent=1))

@@ -51,15 +51,14 @@ class Starved:
 class RunView:
     """One run.
 
-    window: intervals that count as now; config: None if it cannot be used; images_per_second:
-    median over the window, None if not logged; notes: what was left out or corrected; name: of the
-    run directory, with as much of its path as differs from the runs that it is shown beside.
+    window: intervals that count as now; config: None if it cannot be used; notes: what was left out
+    or corrected; name: of the run directory, with as much of its path as differs from the runs that
+    it is shown beside.
     """
 
     log: RoutingLog
     window: slice
     config: RunConfig | None
-    images_per_second: float | None
     notes: list[str]
     name: str
 
@@ -72,7 +71,6 @@ class RunView:
             log,
             window,
             config,
-            _speed(folder / "metrics.jsonl", int(log.steps_T[window][0])),
             [*log.notes, *notes],
             folder.resolve().name,
         )
@@ -86,6 +84,18 @@ class RunView:
         """
         log = load_log(run_dir)
         return cls.of(log, log.window(last_steps))
+
+    @cached_property
+    def images_per_second(self) -> float | None:
+        """Median over the window, None if not logged."""
+        path, start = self.log.path.with_name("metrics.jsonl"), self.log.steps_T[self.window][0]
+        lines = (line for *_, line, _ in read_lines(path, kind=Metrics)) if path.is_file() else ()
+        speeds = [
+            line.images_per_second
+            for line in lines
+            if line and line.step >= start and line.images_per_second
+        ]
+        return float(np.median(speeds)) if speeds else None
 
     @cached_property
     def starts_P(self) -> np.ndarray:
@@ -235,7 +245,7 @@ def open_runs(run_dirs: Sequence[Path], last_steps: int | None = None) -> list[R
         return views
     paths = [view.log.path.resolve() for view in views]
     # The file's name counts if one folder has several logs.
-    if len({path.parent for path in paths}) == len(paths):
+    if len({path.parent for path in paths}) == len(set(paths)):
         paths = [path.parent for path in paths]
     above = os.path.commonpath([path.parent for path in paths])
     for place, (view, path) in enumerate(zip(views, paths, strict=True), start=1):
@@ -254,13 +264,6 @@ def _read_config(path: Path, log: RoutingLog) -> tuple[RunConfig | None, list[st
     if list(config.moe_block_indices) != log.layers or config.routing.num_experts != log.experts:
         return None, ["config.yaml describes other layers or experts than the log: it is not used"]
     return config, []
-
-
-def _speed(path: Path, first_step: int) -> float | None:
-    lines = (line for *_, line, _ in read_lines(path, kind=Metrics)) if path.is_file() else ()
-    speeds = [line.images_per_second for line in lines if line and line.step >= first_step]
-    known = [speed for speed in speeds if speed]
-    return float(np.median(known)) if known else None
 
 
 def _last(was_T: np.ndarray, steps_T: np.ndarray, log: RoutingLog) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A run in a terminal: a table of loads, the findings, other placements, and a view that follows
+"""A run in a terminal: a summary (loads, findings, other placements), and a view that follows
 training in a terminal of any size.
 """
 
@@ -15,9 +15,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from promoe_ds.load_stats import entropy, max_over_mean, relative, shares, variation
+from promoe_ds.reports.columns import Columns
 from promoe_ds.reports.load.findings import TAGS, UNEVEN, VERY_UNEVEN, Finding, find
 from promoe_ds.reports.load.run import STARVED_SHARE, RunView
-from promoe_ds.reports.log import Columns
+from promoe_ds.reports.log import arrange
 from promoe_ds.reports.maps import farthest_from_even
 from promoe_ds.reports.records import FILE_NAME, Line, log_file, read_lines
 
@@ -30,6 +31,21 @@ _FULL_BLOCK = 2.0
 _MOST_FINDINGS = 4
 #: Of a long log, the bytes at its end that are read at first: some log steps of the largest models.
 _TAIL = 1 << 26
+
+
+def summarise(view: RunView, console: Console, *, everything: bool, is_named: bool) -> None:
+    """Print a run's table, findings and placements."""
+    if is_named:
+        console.rule(view.name)
+    table = load_table(
+        view,
+        slice(None) if everything else view.window,
+        covered="all steps" if everything else f"last {view.window_steps:,} steps",
+    )
+    # Never wrapped: a narrow terminal or a pipe gets the whole line.
+    Console(width=max(console.width, Console(width=1000).measure(table).maximum)).print(table)
+    console.print(findings_text(view), soft_wrap=True)
+    console.print(placement_table(view))
 
 
 def load_table(view: RunView, window: slice, *, covered: str) -> Table:
@@ -159,7 +175,7 @@ class Follower:
             columns = Columns(len(new[-1].tokens_per_expert))
             for line in (line for lines in self._by_step.values() for line in lines):
                 columns.take(line)
-            log = columns.arrange(self._path, [])
+            log = arrange(columns, self._path, [])
             self.view = RunView.of(log, slice(0, len(log.steps_T)))
 
 

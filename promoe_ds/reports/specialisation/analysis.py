@@ -78,7 +78,7 @@ class Analysis:
     layers: list[LayerAnalysis]
 
     def numbers(self) -> dict[str, Any]:
-        """Return all numbers, for JSON."""
+        """Return all numbers, for JSON, where NaN becomes null."""
         return {
             "format": 1,
             "model": self.name,
@@ -89,10 +89,7 @@ class Analysis:
                 {
                     "layer": each.layer,
                     "subspace_similarity": each.similarity_EE.round(5).tolist(),
-                    "inter_intra_ratio": {
-                        kind: [None if np.isnan(ratio) else ratio for ratio in ratios]
-                        for kind, ratios in each.ratios.items()
-                    },
+                    "inter_intra_ratio": each.ratios,
                     "information": {
                         kind: {**asdict(found), "score": found.score}
                         for kind, found in each.information.items()
@@ -156,7 +153,7 @@ def draw_images(dataset: LatentDataset, count: int, seed: int) -> Batch:
 def analyse(network: DiT, batch: Batch, settings: Settings, *, name: str) -> Analysis:
     """Measure every MoE layer of a model.
 
-    Raises: ConfigError if the model has none, or a library of the extra `report` is missing.
+    Raises: ConfigError if the model has none.
     """
     if not network.moe_layers():
         raise ConfigError(f"{name} is dense: it has no experts to analyse")
@@ -176,14 +173,9 @@ def analyse(network: DiT, batch: Batch, settings: Settings, *, name: str) -> Ana
 def _analyse_layer(
     index: int, similarity_EE: np.ndarray, seen: Observations, batch: Batch, settings: Settings
 ) -> LayerAnalysis:
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.manifold import TSNE
-    except ImportError:
-        raise ConfigError(
-            "scikit-learn is not installed, t-SNE and k-means need it: pip install"
-            " 'promoe_ds[report]'"
-        ) from None
+    from sklearn.cluster import KMeans
+    from sklearn.manifold import TSNE
+
     labels_n = batch.labels_B.numpy()[seen.places_n // seen.experts_MBS.shape[2]]
     ratios: dict[str, list[float]] = {"k-means clusters": [], "experts": [], batch.groups: []}
     for level, tokens_nD in enumerate(seen.tokens_MnD):

@@ -56,12 +56,13 @@ def _written_subspace(weight_DF: Tensor, k: int) -> Tensor:
 
 def inter_intra_ratio(tokens_ND: np.ndarray, groups_N: np.ndarray) -> float:
     """Return the mean distance between groups' centroids over the mean distance of a token from its
-    own.
+    own; tokens of no group, -1, are left out.
 
     NaN below two groups, and where all tokens are on their centroids.
     Source: Fig. 1(a), where the groups are clusters of k-means: large is compact and apart, below 1
     is diffuse.
     """
+    tokens_ND, groups_N = tokens_ND[groups_N >= 0], groups_N[groups_N >= 0]
     names = np.unique(groups_N)
     if len(names) < 2:
         return float("nan")

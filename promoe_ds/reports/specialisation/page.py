@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from promoe_ds.errors import ConfigError, DataError
-from promoe_ds.files import replace_text
+from promoe_ds.files import json_text
 from promoe_ds.reports.charts import (
+    DRAWING,
     Chart,
     Rows,
     bar_chart,
     line_chart,
+    require_libraries,
     scatter_chart,
-    vl_convert,
 )
 from promoe_ds.reports.maps import heat_chart, plane
-from promoe_ds.reports.page import Page, Part, figures, part, write_page
+from promoe_ds.reports.page import Page, Part, figures, part, write_page, write_text
 from promoe_ds.reports.specialisation.analysis import Analysis, LayerAnalysis
 from promoe_ds.reports.theme import WIDTH, color_of, linear_color, png_url, tooltip
 
@@ -249,12 +249,12 @@ def _figures(charts: list[Chart]) -> list[Part]:
 
 
 def check_place(out: Path) -> None:
-    """Find out, before a long analysis, whether its page can be written.
+    """Find out, before a long analysis, whether its page can be made and written.
 
-    Raises: ConfigError if the numbers beside it would have its name, or without vl-convert;
+    Raises: ConfigError if the numbers beside it would have its name, or without a library;
     DataError if it or they cannot be written.
     """
-    vl_convert()
+    require_libraries(DRAWING | {"sklearn": "report"})
     if out.suffix == ".json":
         raise ConfigError(
             f"--out {out}: the numbers get this name, the page needs another:"
@@ -278,8 +278,4 @@ def write_report(analysis: Analysis, out: Path) -> None:
     Raises: DataError if they cannot be written.
     """
     write_page(out, build_page(analysis))
-    numbers = out.with_suffix(".json")
-    try:
-        replace_text(numbers, json.dumps(analysis.numbers(), indent=1, allow_nan=False))
-    except OSError as error:
-        raise DataError(f"{numbers} cannot be written: {error.strerror}") from None
+    write_text(out.with_suffix(".json"), json_text(analysis.numbers(), indent=1))

@@ -25,8 +25,12 @@ def test_search_estimate_of_a_deep_network_is_that_of_its_full_trace() -> None:
     assert estimate == pytest.approx((plan.total_memory, plan.total_seconds), rel=0.02)
 
 
-def searched(images: int = 64, **device: float) -> tuple[StepPlan, list]:
-    run = config(model={"hidden_size": 32, "depth": 2}, train={"global_batch_size": images})
+def searched(images: int = 64, experts: int = 2, **device: float) -> tuple[StepPlan, list]:
+    run = config(
+        model={"hidden_size": 32, "depth": 2},
+        train={"global_batch_size": images},
+        routing={"num_experts": experts},
+    )
     return best_layout(run, layout(), cluster(**device))
 
 
@@ -46,7 +50,7 @@ def test_search_takes_the_largest_micro_batch_that_fits() -> None:
 @pytest.mark.usefixtures("ranks")
 def test_search_where_nothing_fits_names_the_smallest_need() -> None:
     with pytest.raises(ConfigError, match=r"smallest need is .* GB \(ep_size=4"):
-        searched(images=4, memory=1000.0)
+        searched(images=4, experts=4, memory=1000.0)
 
 
 def test_peak_of_a_device_is_found_by_its_drivers_name() -> None:

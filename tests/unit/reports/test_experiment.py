@@ -20,7 +20,6 @@ from promoe_ds.reports.comparison.experiment import compare
 from promoe_ds.reports.comparison.runner import (
     PARTS,
     PlannedRun,
-    RunFailure,
     do_run,
     judge_command,
     newest_line,
@@ -254,7 +253,7 @@ def test_do_run_failed_child_names_deed_code_reason_and_log(request_, monkeypatc
     monkeypatch.setitem(PARTS, "training", lambda run, request: [sys.executable, "-c", script])
     run.log_file.parent.mkdir(parents=True)
     run.log_file.write_text("error: of an earlier attempt\n")
-    with pytest.raises(RunFailure) as caught:
+    with pytest.raises(TrainingError) as caught:
         for process in do_run(run, request_, {}, ()):
             process.wait()
     assert (
@@ -283,9 +282,11 @@ def test_compare_interrupted_ends_those_under_way(request_, done, monkeypatch) -
 
 
 def test_children_know_nothing_of_a_launcher_around_them(request_, monkeypatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
+    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "PMIX_RANK")
+    names += ("PMI_SIZE", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_SIZE")
+    for name in names:
         monkeypatch.setenv(name, "2")
-    script = 'test -z "$RANK$SLURM_STEP_NUM_TASKS" && test $OMP_NUM_THREADS = 1'
+    script = f'test -z "${"$".join(names)}" && test $OMP_NUM_THREADS = 1'
     monkeypatch.setitem(PARTS, "training", lambda run, request: ["sh", "-c", script])
     assert next(do_run(_planned(request_), request_, {}, ())).wait() == 0
 

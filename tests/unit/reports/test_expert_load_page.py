@@ -16,7 +16,7 @@ from PIL import Image
 from promoe_ds.errors import ConfigError
 from promoe_ds.reports import page as pages
 from promoe_ds.reports.charts import Chart, csv_text, line_chart
-from promoe_ds.reports.load.charts import load_over_time, overview_charts
+from promoe_ds.reports.load.charts import load_over_time, overview_charts, traffic
 from promoe_ds.reports.load.layer_charts import layer_charts
 from promoe_ds.reports.load.page import build_page, export, write_report
 from promoe_ds.reports.load.run import RunView, open_runs
@@ -119,28 +119,33 @@ def test_page_of_an_old_log_shows_what_was_logged_then(tmp_path) -> None:
     )
 
 
-def test_page_of_two_runs_puts_every_chart_under_its_own_name(tmp_path) -> None:
+def test_page_of_two_runs_puts_every_chart_under_its_own_name(tmp_path, monkeypatch) -> None:
     """What one run has and the other has not is named in its place, in the overview and layer by
     layer.
     """
     lines = interval(5, 10, details={"ep_size": 1, "rank_max_over_mean": None})
     first, second = (
-        write(tmp_path / "one" / "run", lines),
-        write(tmp_path / "old" / "run", [old(each) for each in lines]),
+        write(tmp_path / "one_run", lines),
+        write(tmp_path / "one" / "run", [old(each) for each in lines]),
     )
-    third = write(tmp_path / "two", interval(5, 10))
+    third = write(tmp_path / "two", interval(*range(5, 205, 5)))
     text = pages.render(build_page(open_runs([first, third])))
+    windows = re.findall(r"Load of each expert<small>[\w ]+, last (\d+) steps", text)
+    assert windows == ["5", "20"]
     assert re.findall(r"<i>([\w/]+)</i>Load of each rank<small>(\w+)", text) == [
-        ("one/run", "Not"),
+        ("one_run", "Not"),
         ("two", "Rows"),
     ]
     views = open_runs([second, first])
-    assert [view.name for view in views] == ["old/run", "one/run"]
+    assert [view.name for view in views] == ["one/run", "one_run"]
     found = re.findall(
         r"<i>([\w/]+)</i>Layer 3: mean gate<small>(\w+)", pages.render(build_page(views))
     )
-    assert found == [("old/run", "Not"), ("one/run", "The")]
-    assert export(tmp_path / "out", views) == len(list((tmp_path / "out").glob("*_run/*.png")))
+    assert found == [("one/run", "Not"), ("one_run", "The")]
+    # Neither overwrites the other's files.
+    monkeypatch.setattr(Chart, "png", lambda chart: b"")
+    assert export(tmp_path / "out", views) == len(list((tmp_path / "out").rglob("*.png")))
+    assert [view.name for view in open_runs([first, first])] == ["one_run (1)", "one_run (2)"]
 
 
 def test_page_says_which_tables_were_not_logged(views, tmp_path) -> None:
@@ -240,6 +245,16 @@ def test_chart_gives_numbers_as_numbers_and_gaps_as_gaps() -> None:
     assert Chart(title="x", rows=[["name"], ["1"]], spec={}).vega_lite()["data"]["format"][
         "parse"
     ] == {"name": "string"}
+
+
+def test_chart_of_bytes_never_counts_a_thousand_of_a_unit(tmp_path) -> None:
+    lines = interval(5, layers=(1,), layer_bytes_exchanged=5 * 999_700_000)
+    (head, row) = traffic(RunView.open(write(tmp_path, lines))).rows
+    assert dict(zip(head, row, strict=True)) == {
+        "name": "layer 1",
+        "value": 999_700_000,
+        "words": "999.7 MB",
+    }
 
 
 def test_chart_of_many_rows_shows_the_one_of_a_few_that_is_farthest_from_even() -> None:

@@ -10,22 +10,21 @@ import pytest
 
 from promoe_ds.errors import DataError
 from promoe_ds.moe.collectives import EXCHANGES
-from promoe_ds.reports import log as log_module
-from promoe_ds.reports.log import load_log
-from promoe_ds.reports.records import json_schema
+from promoe_ds.reports import records
+from promoe_ds.reports.log import load_log, read_columns
 from promoe_ds.training.metrics import append_lines
 
 from .routing_logs import detail, interval, line, old, write
 
 
 def test_exchanges_are_those_that_are_timed() -> None:
-    assert log_module.EXCHANGES == EXCHANGES
+    assert records.EXCHANGES == EXCHANGES
 
 
 def test_published_schema_is_that_of_the_reader() -> None:
     assert (
         json.loads((Path(__file__).parents[3] / "docs/reference/routing.schema.json").read_text())
-        == json_schema()
+        == records.json_schema()
     )
 
 
@@ -170,6 +169,20 @@ def test_log_after_an_interruption_counts_each_step_once_as_it_was_done_last(
     assert len(log.notes) == 1 and log.notes[0].startswith(note)
 
 
+def test_columns_have_the_lines_that_count_in_order_and_no_others(tmp_path) -> None:
+    """A step repeated by a resume, and another number of noise levels after it."""
+    lines = [*interval(5, 10), *interval(10, layers=(3, 1), tokens=[7, 6, 5, 4])]
+    lines += [line(15, 3, bin_, [3, 1, 1, 1], bins=3) for bin_ in (0, 2)]
+    columns = read_columns(write(tmp_path, lines))
+    names = ("step", "layer", "timestep_bin", "timestep_bins")
+    places = list(zip(*(columns[name][::4].tolist() for name in names), strict=True))
+    both = [(step, layer, bin_, 2) for step in (5, 10) for layer in (1, 3) for bin_ in (0, 1)]
+    assert places == [*both, (15, 3, 0, 3), (15, 3, 2, 3)]
+    assert columns["expert"].tolist() == [0, 1, 2, 3] * 10
+    assert columns["tokens"].reshape(-1, 4)[3:5].tolist() == [[5, 3, 2, 4], [7, 6, 5, 4]]
+    assert columns["gate_sum"].tolist() == (columns["tokens"] / 2).tolist()
+
+
 def test_log_with_other_noise_levels_keeps_all_but_the_figures_by_level(tmp_path) -> None:
     """logging.timestep_bins may change at a resume: only what goes by level begins anew."""
     lines = interval(5, 10)
@@ -250,19 +263,6 @@ def test_log_of_values_that_were_not_finite_has_gaps_there(tmp_path) -> None:
     assert np.isnan(log.gates_TLE[0, 0]).tolist() == [False, False, True, False]
     assert np.isnan(log.matrix_LEE[0, 0, 1]) and np.isnan(log.to_centroid_TLE[0, 0, 3])
     assert log.tokens_TLQE[0, 0, 0].tolist() == [5, 1, 1, 4]
-
-
-def test_lines_are_written_as_strict_json_whatever_their_values(tmp_path) -> None:
-    values = {
-        "loss": float("nan"),
-        "layer_detail": {"cosines": [[1.0, float("inf")], [float("-inf"), 0.5]]},
-    }
-    append_lines(tmp_path / "x.jsonl", [values])
-    text = (tmp_path / "x.jsonl").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {
-        "loss": None,
-        "layer_detail": {"cosines": [[1.0, None], [None, 0.5]]},
-    }
 
 
 def test_log_written_by_version_0_1_0_is_read() -> None:

@@ -5,6 +5,7 @@ model.
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from promoe_ds.data import build_dataset
 from promoe_ds.errors import ConfigError, DataError
+from promoe_ds.files import json_text
 from promoe_ds.reports.page import render, write_charts
 from promoe_ds.reports.specialisation import analysis as analysis_module
 from promoe_ds.reports.specialisation.analysis import (
@@ -72,6 +74,7 @@ def test_subspaces_are_those_of_the_singular_vectors(shape: tuple[int, int, int]
     ("groups", "expected"),
     [
         ([3, 3, 7, 7], 10.0),
+        ([3, 3, -1, 7], 1.5 * 101**0.5),  # who has no expert is in no group
         ([0, 0, 0, 0], np.nan),
         ([0, 1, 2, 3], np.nan),  # a group each: nothing is away from its centroid
     ],
@@ -179,7 +182,7 @@ def test_analysis_of_a_small_model_writes_a_page_and_its_numbers(
     analysis = _analysis(12, (0.2, 0.8), routing={"num_experts": 4}, **sections)
     write_report(analysis, tmp_path / "page.html")
     values = json.loads((tmp_path / "page.json").read_text(), parse_constant=pytest.fail)
-    assert values == json.loads(json.dumps(analysis.numbers()))
+    assert values == json.loads(json_text(analysis.numbers()))
     assert [layer["layer"] for layer in values["layers"]] == [1, 3]
     for layer in values["layers"]:
         assert set(layer["information"]) == {group, "noise level", "position"}
@@ -195,13 +198,13 @@ def test_analysis_of_a_small_model_writes_a_page_and_its_numbers(
         == len(list((tmp_path / "out").glob("*.png")))
         == 5 + 2 * 4
     )
-    with pytest.raises(DataError, match="name another place with --out"):
+    with pytest.raises(DataError, match=r"page\.html cannot be written: .*: name another place"):
         write_report(analysis, tmp_path / "nowhere" / "page.html")
 
 
 def test_analysis_of_few_tokens_leaves_gaps() -> None:
-    ratios = _analysis(2, (0.2, 0.8)).numbers()["layers"][0]["inter_intra_ratio"]
-    assert ratios["k-means clusters"] == [None, None]  # as many clusters as tokens
+    ratios = _analysis(2, (0.2, 0.8)).layers[0].ratios
+    assert np.isnan(ratios["k-means clusters"]).all()  # as many clusters as tokens
 
 
 def test_token_maps_of_many_experts_show_each_patch_s_own() -> None:
@@ -233,11 +236,14 @@ def test_token_maps_of_wide_images_are_as_wide() -> None:
     assert (picture["x2"] - picture["x"], picture["y2"] - picture["y"]) == (6, 4)
 
 
-def test_place_of_the_page_stays_as_it_was(tmp_path) -> None:
+def test_place_of_the_page_stays_as_it_was(tmp_path, monkeypatch) -> None:
     (tmp_path / "page.html").write_text("before")
     check_place(tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "before"
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ConfigError, match="sklearn is not installed"):
+        check_place(tmp_path / "page.html")
 
 
 def test_images_of_several_sizes_are_drawn_from_the_largest() -> None:
