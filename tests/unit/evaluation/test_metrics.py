@@ -277,7 +277,8 @@ def test_statistics_of_samples_give_the_distances_of_their_images(
     given = {"samples": path, "reference": tmp_path / "reference.npz", "metrics": ("fid", "sfid")}
     report = judge(files, **given)
     expected = {name: whole["metrics"][name] for name in ("fid", "sfid")}
-    assert report["metrics"] == pytest.approx(expected, rel=1e-9)
+    # fp32 features of batches of another size.
+    assert report["metrics"] == pytest.approx(expected, rel=1e-6)
     assert report["extractor"] == whole["extractor"] and report["samples"]["settings"]["num"] == 61
     assert "--labels random" in caplog.text
     shutil.copy(path, tmp_path / "of_others.npz")
