@@ -28,11 +28,11 @@ from promoe_ds.data.vae import decode_latents, identify
 from promoe_ds.diffusion.guidance import check_guided, check_interval, choose_scale
 from promoe_ds.diffusion.sampler import (
     SamplingPlan,
+    build_scheduler,
     image_generators,
     initial_noise,
     sample_latents,
 )
-from promoe_ds.diffusion.schedulers import build_scheduler
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.grids import as_picture
 from promoe_ds.evaluation.images import draws_pixels, to_uint8

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config.diffusion import DiffusionConfig
-from promoe_ds.diffusion.build import build_objective
+from promoe_ds.diffusion import build_objective
 from promoe_ds.diffusion.ddpm import Ddpm
 from promoe_ds.diffusion.objective import DiffusionBatch, draw_batch
 from promoe_ds.diffusion.rectified_flow import RectifiedFlow
