@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,11 @@ from promoe_ds.checkpoint.manifest import (
     step_folder,
     step_of,
 )
-from promoe_ds.condition import ClassCondition, Condition, TextCondition
+from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config import RunConfig
 from promoe_ds.config.model import sides, size_name
 from promoe_ds.data.reading import read_text
-from promoe_ds.data.text_encoder import TextEncoder, TextIdentity, encoder_of
+from promoe_ds.data.text_encoder import TextIdentity, encoder_of
 from promoe_ds.diffusion import check_guided, check_interval, choose_scale
 from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.errors import CheckpointError, ConfigError, DataError
@@ -266,23 +265,15 @@ def load_conditions(
         null = config.model.null_label
         return lambda labels: (ClassCondition(torch.from_numpy(labels), null), None), None
     encoder = encoder_of(config, name=request.text_encoder, device=device)
-    return _PromptConditions(encoder, request.prompts, request.negative_prompt), encoder.identity
+    prompts, negative = request.prompts, None
+    if request.negative_prompt is not None:
+        negative = encoder.condition([request.negative_prompt])
 
-
-class _PromptConditions:
-    """Encodes prompts as images need them: all at once would fill the memory."""
-
-    def __init__(
-        self, encoder: TextEncoder, prompts: Sequence[str], negative_prompt: str | None
-    ) -> None:
-        self._encoder, self._prompts, self._negative_prompt = encoder, prompts, negative_prompt
-
-    def __call__(self, labels_B: np.ndarray) -> tuple[TextCondition, TextCondition | None]:
-        condition = self._encoder.condition([self._prompts[label] for label in labels_B])
-        if self._negative_prompt is None:
+    def encode(labels_B: np.ndarray) -> tuple[Condition, Condition | None]:
+        """Encode the prompts of some images: all at once would fill the memory."""
+        condition = encoder.condition([prompts[label] for label in labels_B])
+        if negative is None:
             return condition, None
-        return condition, self._negative.select(torch.zeros(len(labels_B), dtype=torch.int64))
+        return condition, negative.select(torch.zeros(len(labels_B), dtype=torch.int64))
 
-    @cached_property
-    def _negative(self) -> TextCondition:
-        return self._encoder.condition([self._negative_prompt or ""])
+    return encode, encoder.identity
