@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--sample-seed",
-        type=number(ge=0),
+        type=number(ge=0, lt=2**63),
         default=0,
         help="of the initial noise, equal for all",
     )

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from promoe_ds.cli.entry import command, joined_processes
-from promoe_ds.cli.options import Parser, integers, numbers, size
+from promoe_ds.cli.options import Parser, integers, number, numbers, size
 from promoe_ds.config.diffusion import SOLVERS
 from promoe_ds.logs import get_logger
 
@@ -41,10 +41,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         metavar="HxW",
         help="of the latents, as model.input_size and model.buckets; the largest if left out",
     )
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(ge=0, lt=2**63), default=0)
     add(
         "--batch-size",
-        type=int,
+        type=number(ge=1),
         default=64,
         help="images a process samples at once, without --exact",
     )
@@ -65,7 +65,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add(
         "--ep-size",
-        type=int,
+        type=number(ge=1),
         default=1,
         help="processes that share a set of experts: for models that fit no device",
     )
@@ -118,7 +118,7 @@ def _add_subjects(parser: Parser) -> None:
     add(
         "--num",
         "--num-samples",
-        type=int,
+        type=number(ge=1),
         help=(
             "samples in all; 10 a class or one a prompt if left out; under torchrun and deepspeed"
             " write --num-samples"
@@ -129,7 +129,7 @@ def _add_subjects(parser: Parser) -> None:
 def _add_solver(parser: Parser) -> None:
     """Add what says how to draw it."""
     add = parser.add_argument
-    add("--steps", type=int, help="solver steps; the recipe's default if left out")
+    add("--steps", type=number(ge=1), help="solver steps; the recipe's default if left out")
     add(
         "--cfg-scale",
         dest="cfg_scales",

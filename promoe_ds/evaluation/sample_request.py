@@ -133,16 +133,6 @@ def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
         subjects = request.classes or range(config.model.num_classes)
         count = 10 * len(subjects) if request.num is None else request.num
     _check_subjects(request, config)
-    for name, value in (
-        ("--num", count),
-        ("--steps", request.steps),
-        ("--batch-size", request.batch_size),
-        ("--ep-size", request.ep_size),
-    ):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} {value}: must be at least 1")
-    if not 0 <= request.seed < 2**63:
-        raise ConfigError(f"--seed {request.seed}: must be at least 0 and below 2**63")
     if request.labels == "random":
         numbers = (generator(request.seed, "sample", 2, index) for index in range(count))
         places = [int(each.integers(len(subjects))) for each in numbers]

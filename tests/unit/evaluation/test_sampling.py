@@ -89,8 +89,6 @@ def test_sampling_plan_is_the_recipes_unless_asked_otherwise(
         (FLOW, {"solver": "ddpm"}, "--solver=ddpm .*rectified_flow.*euler"),
         (DDPM, {"solver": "euler"}, "--solver=euler .*ddpm.*ddim"),
         (DDPM, {"steps": 1001}, "--steps=1001.* 2 .*1000"),
-        (DDPM, {"steps": 0}, "--steps 0: must be at least 1"),
-        (FLOW, {"seed": 10**23}, r"--seed 10{23}: .* below 2\*\*63"),
         (FLOW, {"device": "meta"}, "--device meta"),
         (FLOW, {"device": "nothing"}, "--device nothing: .*Expected one of cpu"),
         (FLOW, {"vae": "vae"}, "--vae vae: .*leave it out"),
