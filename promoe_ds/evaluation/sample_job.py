@@ -236,11 +236,9 @@ def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContex
 def _with_dtype(request: SampleRequest, device: torch.device) -> SampleRequest:
     """Return the request with the dtype of the network, and say it."""
     default = next(name for name, each in DTYPES.items() if each == sampling_dtype(device))
-    dtype, why = request.dtype or default, ""
-    if not request.dtype:
-        why = " (the default there; --dtype asks otherwise)"
-    _LOG.info("sampling in %s on %s%s", dtype, device.type, why)
-    return replace(request, dtype=dtype)
+    why = "" if request.dtype else " (the default there; --dtype asks otherwise)"
+    _LOG.info("sampling in %s on %s%s", request.dtype or default, device.type, why)
+    return replace(request, dtype=request.dtype or default)
 
 
 def _settings(
