@@ -155,7 +155,7 @@ def _add_solver(parser: Parser) -> None:
 def main(arguments: list[str]) -> None:
     """Arguments to request to files."""
     options = parse_arguments(arguments)
-    from promoe_ds.evaluation.sample_job import draw_series
+    from promoe_ds.evaluation.sample_job import draw_samples
     from promoe_ds.evaluation.sample_request import SampleRequest, read_prompts
 
     prompts_file = options.prompts_file
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> None:
     del options.local_rank, options.prompts_file, options.checkpoint_steps, options.cfg_scales
     del options.imports
     with joined_processes(options.device) as team:
-        for path in draw_series(SampleRequest(**vars(options)), team, **series):
+        for path in draw_samples(SampleRequest(**vars(options)), team, **series):
             get_logger("sample").info("done: %s", path)
 
 

@@ -69,18 +69,33 @@ _GRID_IMAGE_SIZE = 40
 _GRID_PROMPTS = 100
 
 
-def draw_samples(request: SampleRequest, team: DistributedContext | None = None) -> list[Path]:
+def draw_samples(
+    request: SampleRequest,
+    team: DistributedContext | None = None,
+    *,
+    checkpoint_steps: Sequence[int] = (),
+    cfg_scales: Sequence[float] = (),
+) -> list[Path]:
     """Sample and write images; all ranks call this together. Return the files of them, by rank 0.
 
     Models of pixels (one or three channels), and of latents with an autoencoder to decode them,
     give PNG files and `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus `labels`); others give
     `latents.safetensors`, unscaled. Of prompts, `labels` are their places among the request's, each
     PNG file carries its own as text, and `prompts.json` maps files to prompts. With an extractor,
-    `features.npz` states the statistics of its features.
+    `features.npz` states the statistics of its features. Complete folders are left as they are.
+    Args:
+        checkpoint_steps, cfg_scales: several jobs in one, see `expand_series`.
     Raises: ConfigError for labels, prompts, numbers or an output folder that cannot be; DataError
         for an encoder that cannot be loaded; CheckpointError for the export.
     """
     team = team or single_process(check_device(request.device))
+    jobs = team.on_main(lambda: expand_series(request, checkpoint_steps, cfg_scales))
+    for job in jobs if len(cfg_scales) > 1 else ():  # what cannot be is found before any image
+        make_plan(job, read_export_config(job.model))
+    return [path for job in jobs for path in _draw_folder(job, team)]
+
+
+def _draw_folder(request: SampleRequest, team: DistributedContext) -> list[Path]:
     extractor = None
     if request.features is not None:
         extractor = load_extractor(request.features, team.device)
@@ -154,23 +169,6 @@ def _draw(
         f"--out {request.out}: {len(todo)} samples, the first of them {todo[0]}, cannot be read "
         "back after they were written twice: check the disk"
     )
-
-
-def draw_series(
-    request: SampleRequest,
-    team: DistributedContext | None = None,
-    *,
-    checkpoint_steps: Sequence[int] = (),
-    cfg_scales: Sequence[float] = (),
-) -> list[Path]:
-    """Sample checkpoints of a run at some guidance scales, see `expand_series`; all ranks call this
-    together. Complete jobs are left as they are. Return the files of all.
-    """
-    team = team or single_process(check_device(request.device))
-    jobs = team.on_main(lambda: expand_series(request, checkpoint_steps, cfg_scales))
-    for job in jobs if len(cfg_scales) > 1 else ():  # what cannot be is found before any image
-        make_plan(job, read_export_config(job.model))
-    return [path for job in jobs for path in draw_samples(job, team)]
 
 
 def _run(
