@@ -8,6 +8,7 @@ judged without a reference or a download, by one process.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from promoe_ds.cli.entry import command, joined_processes
 from promoe_ds.cli.options import Parser, number, size
 from promoe_ds.errors import ConfigError
+from promoe_ds.files import json_text
 from promoe_ds.logs import get_logger
 
 #: As many held-out captions of emoji as there are, and as many known ones.
@@ -131,13 +133,7 @@ def main(arguments: list[str]) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Compare samples with a reference; show the figures and write them."""
-    from promoe_ds.evaluation.metrics import (
-        METRICS,
-        EvaluateRequest,
-        check_target,
-        evaluate,
-        write_metrics,
-    )
+    from promoe_ds.evaluation.metrics import METRICS, EvaluateRequest, evaluate
 
     request = EvaluateRequest(
         samples=options.samples,
@@ -153,6 +149,8 @@ def compare(options: argparse.Namespace) -> None:
     )
     with joined_processes(options.device) as team:
         team.on_main(lambda: check_target(options.out, "--out"))
+        if options.save_reference is not None:
+            team.on_main(lambda: check_target(options.save_reference, "--save-reference"))
         figures = evaluate(request, team)
         if team.is_main:
             # Shown before they are written: the disk may be full by now.
@@ -160,13 +158,11 @@ def compare(options: argparse.Namespace) -> None:
                 sys.stdout.write(f"{name:10}{value:12.6f}\n")
             sys.stdout.flush()
             write_metrics(options.out, figures)
-            get_logger("evaluate").info("wrote %s", options.out)
 
 
 def judge(dataset: str, samples: Path, out: Path | None) -> dict[str, Any]:
     """Judge samples by their data set's judge; show, write and return the figures."""
     from promoe_ds.evaluation.judges.table import judge_of
-    from promoe_ds.evaluation.metrics import check_target, write_metrics
 
     own = judge_of(dataset)
     if out is not None:
@@ -176,14 +172,12 @@ def judge(dataset: str, samples: Path, out: Path | None) -> dict[str, Any]:
     sys.stdout.flush()
     if out is not None:
         write_metrics(out, {"dataset": dataset, **report})
-        get_logger("evaluate").info("wrote %s", out)
     return report
 
 
 def write_prompts(dataset: str, num: int, path: Path) -> None:
     """Write what a data set's judge wants to be drawn, one prompt a line."""
     from promoe_ds.evaluation.judges.table import judge_of
-    from promoe_ds.evaluation.metrics import check_target
 
     prompts = judge_of(dataset).wanted(num).get("prompts", ())
     check_target(path, "--write-prompts")
@@ -192,6 +186,28 @@ def write_prompts(dataset: str, num: int, path: Path) -> None:
             f"--write-prompts {path}: this data set has classes, no prompts: leave it out"
         )
     path.write_text("".join(f"{each}\n" for each in prompts), encoding="utf-8")
+
+
+def check_target(path: Path, flag: str) -> None:
+    """Check that a file can be written.
+
+    Raises: ConfigError if not.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}: make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{flag} {path}: is not writable: choose another place")
+
+
+def write_metrics(path: Path, figures: dict[str, Any]) -> None:
+    """Write `metrics.json`, and say so."""
+    try:
+        path.write_text(json_text(figures, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {path}: {error}") from None
+    get_logger("evaluate").info("wrote %s", path)
 
 
 run = command(main)
