@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from promoe_ds.cli.entry import command
-from promoe_ds.cli.options import Parser, number
+from promoe_ds.cli.options import Parser, listed, number
 from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.reports.comparison.candidates import ComparisonRequest, methods_of
 from promoe_ds.reports.comparison.experiment import compare
@@ -82,7 +82,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    seeds = tuple(map(number(ge=0, lt=2**63), text.split(",")))
+    seeds = listed(number(ge=0, lt=2**63))(text)
     if len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"{text}: expected different integers, e.g. 0,1,2")
     return seeds

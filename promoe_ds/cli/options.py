@@ -183,16 +183,6 @@ def size(text: str) -> int | tuple[int, int]:
         ) from None
 
 
-def sizes(text: str) -> tuple[int | tuple[int, int], ...]:
-    """Read comma-separated sizes."""
-    return tuple(map(size, text.split(",")))
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Read comma-separated numbers."""
-    return tuple(map(number(float), text.split(",")))
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """Read comma-separated integers."""
-    return tuple(map(number(), text.split(",")))
+def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Return a type of option: comma-separated values of a kind."""
+    return lambda text: tuple(map(kind, text.split(",")))

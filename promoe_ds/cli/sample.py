@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from promoe_ds.cli.entry import command, joined_processes
-from promoe_ds.cli.options import Parser, integers, number, numbers, size
+from promoe_ds.cli.options import Parser, listed, number, size
 from promoe_ds.config.diffusion import SOLVERS
 from promoe_ds.logs import get_logger
 
@@ -27,7 +27,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add(
         "--checkpoint-steps",
-        type=integers,
+        type=listed(number()),
         default=(),
         metavar="N,N",
         help="sample these checkpoints of a run, into OUT/step_N; exports stay in OUT/exports",
@@ -85,7 +85,7 @@ def _add_subjects(parser: Parser) -> None:
     add = parser.add_argument
     subjects = parser.add_mutually_exclusive_group()
     subjects.add_argument(
-        "--classes", type=integers, help="comma-separated labels; all classes if left out"
+        "--classes", type=listed(number()), help="comma-separated labels; all classes if left out"
     )
     subjects.add_argument(
         "--prompt",
@@ -134,14 +134,14 @@ def _add_solver(parser: Parser) -> None:
         "--cfg-scale",
         dest="cfg_scales",
         nargs="+",
-        type=numbers,
+        type=listed(number(float)),
         default=(),
         metavar="S",
         help="guidance scales, several into OUT/cfg_S; the recipe's default if left out",
     )
     add(
         "--cfg-interval",
-        type=numbers,
+        type=listed(number(float)),
         metavar="LOW,HIGH",
         help="noise levels between which there is guidance, of 0 to 1; everywhere if left out",
     )
