@@ -21,11 +21,9 @@ from .commands import (
 
 #: Overrides, exit code, and what the message must say.
 MISTAKES = [
-    (("train.max_stepz=3",), 2, "did you mean train.max_steps?"),
     (("model.num_heads=5",), 2, "num_heads=5 does not divide hidden_size=32"),
     (("parallel.ep_size=2",), 2, "parallel.ep_size=2 does not divide the number of ranks, 1"),
     (("train.micro_batch_size=3",), 2, "train.micro_batch_size=3"),
-    (("train.max_steps=many",), 2, "train.max_steps=many"),
     (("data.dataset=latents", "model.input_size=8"), 3, "data.path is not set"),
     (
         ("routing.method=diff_moe", "routing.num_experts=32", "train.global_batch_size=1"),
@@ -38,7 +36,6 @@ MISTAKES = [
         2,
         "routing.superclass_map=map.yaml: class 8 is missing",
     ),
-    (("sampling.solver=ddim",), 2, "sampling.solver=ddim"),
 ]
 
 
