@@ -20,10 +20,11 @@ from promoe_ds.config import RunConfig
 from promoe_ds.config.model import sides, size_name
 from promoe_ds.data.reading import read_text
 from promoe_ds.data.text_encoder import TextIdentity, encoder_of
-from promoe_ds.diffusion import check_guided, check_interval, choose_scale
+from promoe_ds.diffusion import check_guided
 from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.errors import CheckpointError, ConfigError, DataError
 from promoe_ds.evaluation.images import SETTINGS_FILE
+from promoe_ds.evaluation.sampling import plan_sampling
 from promoe_ds.logs import get_logger
 from promoe_ds.model.export import CONFIG_FILE, read_export_origin
 from promoe_ds.randomness import generator
@@ -202,18 +203,16 @@ def make_plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
 
     Raises: ConfigError if it does not fit the objective.
     """
-    problem = config.diffusion.sampling_problem(solver=request.solver, steps=request.steps)
-    if problem:
-        raise ConfigError(f"--{problem}")
-    scale, why = choose_scale(config, request.cfg_scale, "--cfg-scale")
-    if why:
-        _LOG.warning("%s", why)
-    interval = check_interval(request.cfg_interval, "--cfg-interval")
-    check_guided(scale, {"--cfg-interval": interval, "--negative-prompt": request.negative_prompt})
-    solver = config.diffusion.solvers[0] if request.solver == "auto" else request.solver
-    return SamplingPlan.of(
-        config, steps=request.steps, cfg_scale=scale, cfg_interval=interval, solver=solver
+    plan = plan_sampling(
+        config,
+        lambda field: f"--{field.replace('_', '-')}",
+        steps=request.steps,
+        solver=request.solver,
+        cfg_scale=request.cfg_scale,
+        cfg_interval=request.cfg_interval,
     )
+    check_guided(plan.cfg_scale, "--negative-prompt", request.negative_prompt)
+    return plan
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
