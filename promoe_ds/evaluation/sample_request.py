@@ -127,13 +127,11 @@ def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
     """Return every image's class, or its prompt's place, a function of its index: in turn, or
     random by (seed, index).
     """
-    if config.model.condition == "text":
-        subjects: Sequence[int] = range(len(request.prompts))
-        count = len(subjects) if request.num is None else request.num
-    else:
-        subjects = request.classes or range(config.model.num_classes)
-        count = 10 * len(subjects) if request.num is None else request.num
     _check_subjects(request, config)
+    is_text = config.model.condition == "text"
+    every = range(len(request.prompts) if is_text else config.model.num_classes)
+    subjects = request.classes or every
+    count = request.num or len(subjects) * (1 if is_text else 10)
     if request.labels == "random":
         numbers = (generator(request.seed, "sample", 2, index) for index in range(count))
         places = [int(each.integers(len(subjects))) for each in numbers]
