@@ -156,7 +156,6 @@ def compare(options: argparse.Namespace) -> None:
             # Shown before they are written: the disk may be full by now.
             for name, value in figures["metrics"].items():
                 sys.stdout.write(f"{name:10}{value:12.6f}\n")
-            sys.stdout.flush()
             write_metrics(options.out, figures)
 
 
@@ -169,7 +168,6 @@ def judge(dataset: str, samples: Path, out: Path | None) -> dict[str, Any]:
         check_target(out, "--out")
     report = own.judge(samples)
     sys.stdout.write(own.words(report))
-    sys.stdout.flush()
     if out is not None:
         write_metrics(out, {"dataset": dataset, **report})
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -114,6 +115,16 @@ def test_train_error_on_one_rank_only_is_reported_by_that_rank(tmp_path) -> None
     done = run(*TWO[:-1], "script.py", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("error: rank 1: shard 7 is gone") == 1
+
+
+def test_what_was_shown_before_an_error_is_not_lost(tmp_path) -> None:
+    script = (
+        "import sys\nfrom promoe_ds.cli.entry import run_entry\nfrom promoe_ds.errors import"
+        " DataError\ndef main(arguments):\n    sys.stdout.write('figures')\n    raise"
+        " DataError('no disk')\nrun_entry(main)"
+    )
+    done = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONUNBUFFERED="")
+    assert (done.returncode, done.stdout) == (3, "figures")
 
 
 def test_save_disk_full_previous_checkpoint_stays_valid(tmp_path) -> None:
