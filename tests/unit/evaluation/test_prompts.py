@@ -139,6 +139,11 @@ def test_grid_shows_each_image_above_its_caption(height: int) -> None:
     assert inked[1] == 0 < inked[0] < inked[2]
 
 
+def test_grid_of_narrow_images_has_captions_all_the_same() -> None:
+    grid = captioned_grid(np.zeros((1, 96, 8, 1), np.uint8), [APPLE])
+    assert grid.size == (8 + 2 * 6, 96 + 3 * 14 + 6)
+
+
 def test_prompts_file_holds_one_prompt_a_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red apple\r\n\r\n心\u2028heart\n".encode())
