@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from promoe_ds.data.reading import warn_once
 from promoe_ds.data.vae import TF32
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
@@ -44,10 +45,7 @@ from promoe_ds.evaluation.statistics import (
     Wanted,
     summarise,
 )
-from promoe_ds.logs import get_logger
 from promoe_ds.versions import device_name, versions_of
-
-_LOG = get_logger("evaluate")
 
 #: The extractor's outputs, as a message calls them.
 _OUTPUTS = {"pool": "pooled features", "spatial": "spatial features", "probabilities": "logits"}
@@ -144,7 +142,7 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
         prompts = read_sample_prompts(request.samples, len(samples))
     # Without metrics of features, only the checksum of the pixels is wanted.
     extractor = load_extractor(request.extractor if request.chosen else PIXELS, team.device)
-    _check_possible(request, samples, reference, extractor, team)
+    _check_possible(request, samples, reference, extractor)
     _warn_of_labels(request, settings, reference)
     chosen = request.chosen
     # Dictionaries keep an order, which all ranks share.
@@ -231,7 +229,7 @@ def _warn_of_labels(
     """Say where a figure is none to compare with a paper's, whose reference states statistics."""
     is_balanced = (settings or {}).get("labels") == "balanced"
     if "fid" in request.metrics and is_balanced and reference is not None and reference.stated:
-        _LOG.warning(
+        warn_once(
             "the samples' labels are balanced; the published protocol draws them at random, and its"
             " FID is about 0.1 higher: sample with --labels random to compare with a paper's row"
         )
@@ -288,7 +286,6 @@ def _check_possible(
     samples: NpzImages | FolderImages,
     reference: Reference | None,
     extractor: Extractor,
-    team: DistributedContext,
 ) -> None:
     """Compare the metrics with what the extractor returns for a blank image and with the reference.
 
@@ -303,7 +300,7 @@ def _check_possible(
             channels=samples.channels,
             need_images=any(metric.reference == "images" for metric in chosen.values()),
         )
-        if team.is_main and any(metric.statistic is RunningGaussian for metric in chosen.values()):
+        if any(metric.statistic is RunningGaussian for metric in chosen.values()):
             warn_of_few(request.samples, len(samples), features)
             if not reference.stated:
                 warn_of_few(reference.path, len(reference.images), features)

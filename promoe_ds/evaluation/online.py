@@ -65,8 +65,7 @@ class OnlineEvaluation:
         features = check_fits(
             opened, self._extractor, size=size, channels=channels, need_images=False
         )
-        if ranks.is_main:
-            warn_of_few(Path("evaluation.samples"), settings.samples, features)
+        warn_of_few(Path("evaluation.samples"), settings.samples, features)
         known, _ = read_reference(
             opened, self._extractor, self._team, batch_size=settings.batch_size, wanted=[_WANTED]
         )

@@ -18,6 +18,7 @@ from PIL import Image
 from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.config import RunConfig
 from promoe_ds.config.model import size_name
+from promoe_ds.data.reading import warn_once
 from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion.sampler import SamplingPlan
@@ -222,7 +223,7 @@ def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContex
     if misfit := identity.misfit(config):
         raise ConfigError(f"--vae {request.vae}: has {misfit}")
     if config.data.vae is not None and not identity.is_called(config.data.vae):
-        _LOG.warning(
+        warn_once(
             "decoding with %s (%s); the model was trained on latents of %s",
             identity.name,
             identity.fingerprint,

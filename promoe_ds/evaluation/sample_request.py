@@ -18,7 +18,7 @@ from promoe_ds.checkpoint.manifest import (
 from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config import RunConfig
 from promoe_ds.config.model import sides, size_name
-from promoe_ds.data.reading import read_text
+from promoe_ds.data.reading import read_text, warn_once
 from promoe_ds.data.text_encoder import TextIdentity, encoder_of
 from promoe_ds.diffusion import check_guided
 from promoe_ds.diffusion.sampler import SamplingPlan
@@ -189,7 +189,7 @@ def choose_size(request: SampleRequest, config: RunConfig) -> tuple[int, int]:
             f"--size {name}: both sides must be multiples of model.patch_size={model.patch_size}"
         )
     if size not in model.sizes:
-        _LOG.warning(
+        warn_once(
             "--size %s: the model was trained at %s (of latents): at another size images get worse",
             *(name, ", ".join(map(size_name, model.sizes))),
         )
@@ -238,7 +238,7 @@ def check_prompts(prompts: Sequence[str], name: str) -> None:
         except UnicodeEncodeError:
             raise ConfigError(f"{name} {prompt!a}: is not UTF-8: give it in UTF-8") from None
     if blank := sum(not prompt.strip() for prompt in prompts):
-        _LOG.warning("%s: %d of %d blank: the null condition, no text", name, blank, len(prompts))
+        warn_once("%s: %d of %d blank: the null condition, no text", name, blank, len(prompts))
 
 
 def load_conditions(

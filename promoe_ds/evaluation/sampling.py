@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from promoe_ds.condition import Condition
 from promoe_ds.config import RunConfig
 from promoe_ds.data.normalization.values import LatentNormalization
+from promoe_ds.data.reading import warn_once
 from promoe_ds.diffusion import check_guided, check_interval, choose_scale
 from promoe_ds.diffusion.sampler import (
     SamplingPlan,
@@ -34,10 +35,7 @@ from promoe_ds.diffusion.sampler import (
     sample_latents,
 )
 from promoe_ds.errors import ConfigError
-from promoe_ds.logs import get_logger
 from promoe_ds.model import DiT
-
-_LOG = get_logger("sample")
 
 
 def plan_sampling(
@@ -62,7 +60,7 @@ def plan_sampling(
         raise ConfigError(f"{name_of(field)}={rest}")
     scale, why = choose_scale(config, cfg_scale, name_of("cfg_scale"))
     if why:
-        _LOG.warning("%s", why)
+        warn_once("%s", why)
     interval = check_interval(cfg_interval, name_of("cfg_interval"))
     check_guided(scale, name_of("cfg_interval"), interval)
     return SamplingPlan.of(
