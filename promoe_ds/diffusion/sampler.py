@@ -26,7 +26,14 @@ from torch import Tensor
 from promoe_ds.condition import Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.diffusion.guidance import Denoiser, GuidedDenoiser
-from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, respaced_timesteps
+from promoe_ds.diffusion.noise_chain import (
+    BETA_FIRST,
+    BETA_LAST,
+    LINEAR_STEPS,
+    betas_of,
+    linear_alpha_bar,
+    respaced_timesteps,
+)
 from promoe_ds.diffusion.rectified_flow import shifted
 from promoe_ds.randomness import generators
 
@@ -281,5 +288,13 @@ def build_scheduler(
         return FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=timesteps, shift=config.diffusion.shift
         )
-    kind = DDPMScheduler if config.resolved_solver == "ddpm" else DDIMScheduler
-    return kind(num_train_timesteps=timesteps, beta_schedule="linear", clip_sample=False)
+    scale = LINEAR_STEPS / timesteps
+    options = {
+        "num_train_timesteps": timesteps,
+        "beta_start": scale * BETA_FIRST,
+        "beta_end": scale * BETA_LAST,
+        "clip_sample": False,
+    }
+    if config.resolved_solver == "ddpm":
+        return DDPMScheduler(variance_type="learned_range", **options)
+    return DDIMScheduler(**options)

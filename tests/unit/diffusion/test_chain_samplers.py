@@ -14,12 +14,13 @@ from torch import Tensor
 from promoe_ds.condition import ClassCondition
 from promoe_ds.diffusion.sampler import (
     SamplingPlan,
+    build_scheduler,
     image_generators,
     initial_noise,
     sample_latents,
 )
 
-from ..builders import random_tensor
+from ..builders import random_tensor, small_config
 from .test_noise_chain import chain_by_loop, timesteps_by_loop
 
 NULL = 10
@@ -165,6 +166,19 @@ def test_chain_samplers_keep_fp32_and_no_graph_and_follow_the_device(solver: str
     plan, generators = make_plan(solver, 3, cfg_scale=2.0), image_generators(seed=0, indices=[0, 1])
     result = sample_latents(curved, noise, condition.to(noise.device), plan, generators)
     assert (result.device.type, result.shape) == ("meta", noise.shape)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@pytest.mark.parametrize("length", [1000, 100])
+def test_scheduler_of_a_pipeline_has_the_chain_that_was_trained(solver: str, length: int) -> None:
+    diffusion = {"objective": "ddpm", "num_train_timesteps": length}
+    sampling = {"solver": solver, "steps": 2}
+    scheduler = build_scheduler(small_config(diffusion=diffusion, sampling=sampling))
+    alpha_bar = scheduler.alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(alpha_bar, chain_by_loop(length)[1], rtol=1e-3)  # of fp32 betas
+    scheduler.set_timesteps(2)
+    if solver == "ddpm":  # a variance behind the noise
+        scheduler.step(torch.zeros(1, 4, 4, 4), scheduler.timesteps[0], torch.zeros(1, 2, 4, 4))
 
 
 # Guidance.
