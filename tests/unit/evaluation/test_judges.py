@@ -138,17 +138,17 @@ def test_matcher_is_trained_once_for_the_same_pictures(tmp_path, monkeypatch) ->
         matcher.cached_matcher(images, sentences, ["a"])
 
 
+@cache
+def _trained() -> matcher.Matcher:
+    train = load_emoji("train")
+    pooled = TextEncoder(emoji.ENCODER).encode(train.captions).pooled
+    return matcher.train_matcher(to_uint8(train.images_N3HW), pooled, epochs=3)
+
+
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Train the matcher once, for a few seconds only."""
-
-    @cache
-    def trained() -> matcher.Matcher:
-        train = load_emoji("train")
-        pooled = TextEncoder(emoji.ENCODER).encode(train.captions).pooled
-        return matcher.train_matcher(to_uint8(train.images_N3HW), pooled, epochs=3)
-
-    monkeypatch.setattr(emoji, "cached_matcher", lambda *given: (trained(), "quick"))
+    monkeypatch.setattr(emoji, "cached_matcher", lambda *given: (_trained(), "quick"))
 
 
 def _write(folder: Path, images: np.ndarray, prompts: list[str]) -> Path:
