@@ -65,8 +65,9 @@ def train(
     from promoe_ds.versions import check_deepspeed
 
     check_deepspeed()
-    given = overrides or {}
-    config = load_config(recipe, [f"{name}={_as_yaml(given[name])}" for name in given])
+    given = (overrides or {}).items()
+    settings = [f"{name}={json.dumps(value, default=str)}" for name, value in given]
+    config = load_config(recipe, settings)
     values = read_deepspeed_json(deepspeed_config)
     plan = resolve_deepspeed(values, config, plan_batches(config, 1), source=str(deepspeed_config))
     folder = Path(run_dir or Path("runs") / config.name)
@@ -130,10 +131,6 @@ def read_routing(run_dir: str | Path) -> dict[str, np.ndarray]:
     Raises: DataError if there is no such file, or nothing in it.
     """
     return read_columns(Path(run_dir))
-
-
-def _as_yaml(value: Any) -> str:
-    return json.dumps(value, default=str)
 
 
 @functools.cache

@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 
 _ROOT = "promoe_ds"
+#: How often a long job says how far it is.
+_EVERY_SECONDS = 10.0
 #: What launchers call a process's rank; RANK is what `complete_environment` makes of the others.
 _RANKS = (
     "RANK",
@@ -42,9 +44,9 @@ def rank_from_environment() -> int:
     return 0
 
 
-def get_logger(name: str = _ROOT) -> logging.Logger:
-    """Return the package's logger, or its child of that name."""
-    return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+def get_logger(name: str) -> logging.Logger:
+    """Return the child of that name of the package's logger."""
+    return logging.getLogger(f"{_ROOT}.{name}")
 
 
 def configure_logging(rank: int, *, log_file: Path | None = None) -> None:
@@ -81,11 +83,9 @@ class Progress:
     left.
     """
 
-    def __init__(
-        self, logger: logging.Logger, total: float, unit: str, *, every_seconds: float = 10.0
-    ) -> None:
+    def __init__(self, logger: logging.Logger, total: float, unit: str) -> None:
         """Start the clock. Amounts are `unit`s; whole numbers are shown as such."""
-        self._logger, self._total, self._unit, self._every = logger, total, unit, every_seconds
+        self._logger, self._total, self._unit = logger, total, unit
         self._done: float = 0
         self._start = self._last = time.monotonic()
 
@@ -93,7 +93,7 @@ class Progress:
         """Count what was done; `note` ends the line."""
         self._done = min(self._done + amount, self._total)
         now = time.monotonic()
-        if now - self._last < self._every or not self._done:
+        if now - self._last < _EVERY_SECONDS or not self._done:
             return
         self._last, speed = now, self._done / (now - self._start)
         digits = 0 if isinstance(self._total, int) else 1

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from promoe_ds.cli.entry import command
-from promoe_ds.cli.options import Parser, number
+from promoe_ds.cli.options import Parser, listed, number
 from promoe_ds.errors import Interrupted
 from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.reports.comparison.candidates import ComparisonRequest, methods_of
@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--sample-seed",
-        type=number(ge=0),
+        type=number(ge=0, lt=2**63),
         default=0,
         help="of the initial noise, equal for all",
     )
@@ -86,7 +86,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    seeds = tuple(map(number(ge=0, lt=2**63), text.split(",")))
+    seeds = listed(number(ge=0, lt=2**63))(text)
     if len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"{text}: expected different integers, e.g. 0,1,2")
     return seeds

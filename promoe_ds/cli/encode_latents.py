@@ -17,7 +17,7 @@ from pathlib import Path
 
 from promoe_ds.cli.encode_text import add_captions, encode_captions
 from promoe_ds.cli.entry import command, joined_processes
-from promoe_ds.cli.options import Parser, number, size, sizes
+from promoe_ds.cli.options import Parser, listed, number, size
 from promoe_ds.logs import get_logger
 
 
@@ -96,7 +96,7 @@ def _add_images(parser: Parser) -> None:
     )
     add(
         "--buckets",
-        type=sizes,
+        type=listed(size),
         metavar="HxW,HxW,...",
         help="several sizes, each a folder: images go to the nearest aspect ratio",
     )

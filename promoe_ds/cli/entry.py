@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -42,10 +42,7 @@ def run_entry(main: Callable[[list[str]], None]) -> None:
             time.sleep(_HEAD_START_SECONDS)
         place = "" if rank == 0 else f"rank {rank}: "
         sys.stderr.write(f"{error.kind}: {place}{error}\n")
-        sys.stderr.flush()
-        # No interpreter shutdown: ranks that wait in a collective of another library would keep
-        # this one alive.
-        os._exit(error.exit_code)
+        _end_at_once(error.exit_code)
     except SystemExit as ending:  # of the command line's parser, which printed why
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
         write_rank_status(rank, code, "see the output")
@@ -54,10 +51,18 @@ def run_entry(main: Callable[[list[str]], None]) -> None:
         write_rank_status(rank, 1, f"{type(error).__name__}: {error}")
         if not _has_peers():
             raise
-        # As above: a GPU's kernels that wait for other ranks would keep this one alive.
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        _end_at_once(1)
+
+
+def _end_at_once(code: int) -> None:
+    """End without the interpreter's shutdown: a collective of another library, or a GPU's kernels,
+    which wait for other ranks, would keep this process alive.
+    """
+    with suppress(OSError):  # whoever read it is gone
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _has_peers() -> bool:

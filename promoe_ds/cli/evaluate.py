@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from promoe_ds.cli.entry import command, joined_processes
-from promoe_ds.cli.options import Parser, number, size
+from promoe_ds.cli.options import Parser, check_target, number, size, write_figures
 from promoe_ds.errors import ConfigError
-from promoe_ds.logs import get_logger
 
 #: As many held-out captions of emoji as there are, and as many known ones.
 _PROMPTS = 254
@@ -131,13 +130,7 @@ def main(arguments: list[str]) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Compare samples with a reference; show the figures and write them."""
-    from promoe_ds.evaluation.metrics import (
-        METRICS,
-        EvaluateRequest,
-        check_target,
-        evaluate,
-        write_metrics,
-    )
+    from promoe_ds.evaluation.metrics import METRICS, EvaluateRequest, evaluate
 
     request = EvaluateRequest(
         samples=options.samples,
@@ -153,37 +146,33 @@ def compare(options: argparse.Namespace) -> None:
     )
     with joined_processes(options.device) as team:
         team.on_main(lambda: check_target(options.out, "--out"))
+        if options.save_reference is not None:
+            team.on_main(lambda: check_target(options.save_reference, "--save-reference"))
         figures = evaluate(request, team)
         if team.is_main:
             # Shown before they are written: the disk may be full by now.
             for name, value in figures["metrics"].items():
                 sys.stdout.write(f"{name:10}{value:12.6f}\n")
-            sys.stdout.flush()
-            write_metrics(options.out, figures)
-            get_logger("evaluate").info("wrote %s", options.out)
+            write_figures(options.out, figures)
 
 
 def judge(dataset: str, samples: Path, out: Path | None) -> dict[str, Any]:
     """Judge samples by their data set's judge; show, write and return the figures."""
     from promoe_ds.evaluation.judges.table import judge_of
-    from promoe_ds.evaluation.metrics import check_target, write_metrics
 
     own = judge_of(dataset)
     if out is not None:
         check_target(out, "--out")
     report = own.judge(samples)
     sys.stdout.write(own.words(report))
-    sys.stdout.flush()
     if out is not None:
-        write_metrics(out, {"dataset": dataset, **report})
-        get_logger("evaluate").info("wrote %s", out)
+        write_figures(out, {"dataset": dataset, **report})
     return report
 
 
 def write_prompts(dataset: str, num: int, path: Path) -> None:
     """Write what a data set's judge wants to be drawn, one prompt a line."""
     from promoe_ds.evaluation.judges.table import judge_of
-    from promoe_ds.evaluation.metrics import check_target
 
     prompts = judge_of(dataset).wanted(num).get("prompts", ())
     check_target(path, "--write-prompts")

@@ -3,6 +3,7 @@ several commands, and types that check their values.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from textwrap import fill
@@ -13,6 +14,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from promoe_ds.config.extensions import import_extension
 from promoe_ds.config.model import read_size
 from promoe_ds.config.section import name_and_message
+from promoe_ds.errors import ConfigError
+from promoe_ds.files import json_text
+from promoe_ds.logs import get_logger
 
 #: The page of the documentation that each command's help names.
 PAGES = {
@@ -183,16 +187,31 @@ def size(text: str) -> int | tuple[int, int]:
         ) from None
 
 
-def sizes(text: str) -> tuple[int | tuple[int, int], ...]:
-    """Read comma-separated sizes."""
-    return tuple(map(size, text.split(",")))
+def listed(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Return a type of option: comma-separated values of a kind."""
+    return lambda text: tuple(map(kind, text.split(",")))
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    """Read comma-separated numbers."""
-    return tuple(map(number(float), text.split(",")))
+def check_target(path: Path, flag: str) -> None:
+    """Check that a file can be written.
+
+    Raises: ConfigError if not.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}: make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{flag} {path}: is not writable: choose another place")
 
 
-def integers(text: str) -> tuple[int, ...]:
-    """Read comma-separated integers."""
-    return tuple(map(number(), text.split(",")))
+def write_figures(path: Path, figures: dict[str, Any]) -> None:
+    """Write what --out asks for as JSON, and say so.
+
+    Raises: ConfigError if it cannot be written.
+    """
+    try:
+        path.write_text(json_text(figures, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {path}: {error}") from None
+    get_logger("cli").info("wrote %s", path)

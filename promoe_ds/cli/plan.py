@@ -18,7 +18,7 @@ from typing import Any
 
 from promoe_ds.backends.devices import DEVICES
 from promoe_ds.cli.entry import command
-from promoe_ds.cli.options import Parser, number
+from promoe_ds.cli.options import Parser, check_target, number, write_figures
 from promoe_ds.config import (
     DS_CONFIGS_DIR,
     load_config,
@@ -60,8 +60,6 @@ def main(arguments: list[str]) -> None:
     Raises: ConfigError for what cannot be planned.
     """
     options = parse_arguments(arguments)
-    from promoe_ds.evaluation.metrics import check_target, write_metrics
-
     if options.out is not None:
         check_target(options.out, "--out")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -70,7 +68,7 @@ def main(arguments: list[str]) -> None:
     else:
         result = plan_layouts(options)
     if options.out is not None:
-        write_metrics(options.out, result)
+        write_figures(options.out, result)
 
 
 def plan_pipeline_of(options: argparse.Namespace) -> dict[str, Any]:

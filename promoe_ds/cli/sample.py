@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from promoe_ds.cli.entry import command, joined_processes
-from promoe_ds.cli.options import Parser, integers, numbers, size
+from promoe_ds.cli.options import Parser, listed, number, size
 from promoe_ds.config.diffusion import SOLVERS
 from promoe_ds.logs import get_logger
 
@@ -27,7 +27,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add(
         "--checkpoint-steps",
-        type=integers,
+        type=listed(number()),
         default=(),
         metavar="N,N",
         help="sample these checkpoints of a run, into OUT/step_N; exports stay in OUT/exports",
@@ -41,10 +41,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         metavar="HxW",
         help="of the latents, as model.input_size and model.buckets; the largest if left out",
     )
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(ge=0, lt=2**63), default=0)
     add(
         "--batch-size",
-        type=int,
+        type=number(ge=1),
         default=64,
         help="images a process samples at once, without --exact",
     )
@@ -65,7 +65,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add(
         "--ep-size",
-        type=int,
+        type=number(ge=1),
         default=1,
         help="processes that share a set of experts: for models that fit no device",
     )
@@ -85,7 +85,7 @@ def _add_subjects(parser: Parser) -> None:
     add = parser.add_argument
     subjects = parser.add_mutually_exclusive_group()
     subjects.add_argument(
-        "--classes", type=integers, help="comma-separated labels; all classes if left out"
+        "--classes", type=listed(number()), help="comma-separated labels; all classes if left out"
     )
     subjects.add_argument(
         "--prompt",
@@ -118,7 +118,7 @@ def _add_subjects(parser: Parser) -> None:
     add(
         "--num",
         "--num-samples",
-        type=int,
+        type=number(ge=1),
         help=(
             "samples in all; 10 a class or one a prompt if left out; under torchrun and deepspeed"
             " write --num-samples"
@@ -129,19 +129,19 @@ def _add_subjects(parser: Parser) -> None:
 def _add_solver(parser: Parser) -> None:
     """Add what says how to draw it."""
     add = parser.add_argument
-    add("--steps", type=int, help="solver steps; the recipe's default if left out")
+    add("--steps", type=number(ge=1), help="solver steps; the recipe's default if left out")
     add(
         "--cfg-scale",
         dest="cfg_scales",
         nargs="+",
-        type=numbers,
+        type=listed(number(float)),
         default=(),
         metavar="S",
         help="guidance scales, several into OUT/cfg_S; the recipe's default if left out",
     )
     add(
         "--cfg-interval",
-        type=numbers,
+        type=listed(number(float)),
         metavar="LOW,HIGH",
         help="noise levels between which there is guidance, of 0 to 1; everywhere if left out",
     )
@@ -155,7 +155,7 @@ def _add_solver(parser: Parser) -> None:
 def main(arguments: list[str]) -> None:
     """Arguments to request to files."""
     options = parse_arguments(arguments)
-    from promoe_ds.evaluation.sample_job import draw_series
+    from promoe_ds.evaluation.sample_job import draw_samples
     from promoe_ds.evaluation.sample_request import SampleRequest, read_prompts
 
     prompts_file = options.prompts_file
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> None:
     del options.local_rank, options.prompts_file, options.checkpoint_steps, options.cfg_scales
     del options.imports
     with joined_processes(options.device) as team:
-        for path in draw_series(SampleRequest(**vars(options)), team, **series):
+        for path in draw_samples(SampleRequest(**vars(options)), team, **series):
             get_logger("sample").info("done: %s", path)
 
 

@@ -31,7 +31,6 @@ from promoe_ds.config import (
 from promoe_ds.distributed.launchers import read_place
 from promoe_ds.files import json_text
 from promoe_ds.launch.shutdown import EarlySignals
-from promoe_ds.logs import rank_from_environment
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -100,7 +99,7 @@ def main(arguments: list[str]) -> None:
     batches = plan_batches(config, world_size)
     plan = resolve_deepspeed(values, config, batches, source=options.deepspeed_config)
     if early is None:
-        if rank_from_environment() == 0:
+        if place.rank == 0:
             _describe(config, plan, batches)
         return
 

@@ -6,7 +6,7 @@ Letters: B images, Z latent channels, H, W latent size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -71,16 +71,15 @@ def check_interval(asked: Sequence[float] | None, name: str) -> tuple[float, flo
     return asked[0], asked[1]
 
 
-def check_guided(scale: float, given: Mapping[str, object]) -> None:
-    """Raise ConfigError if anything is given, by its name, that has an effect under guidance
-    alone, and there is none.
+def check_guided(scale: float, name: str, value: object) -> None:
+    """Raise ConfigError if something is given, not None, that has an effect under guidance alone,
+    and there is none.
     """
-    for name, value in given.items():
-        if value is not None and scale <= 1:
-            raise ConfigError(
-                f"{name}: has no effect at guidance scale {scale:g}: leave it out, or take a scale"
-                " above 1"
-            )
+    if value is not None and scale <= 1:
+        raise ConfigError(
+            f"{name}: has no effect at guidance scale {scale:g}: leave it out, or take a scale"
+            " above 1"
+        )
 
 
 class GuidedDenoiser:

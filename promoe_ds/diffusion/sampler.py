@@ -6,7 +6,7 @@ Letters: B images, J noise levels of a chain, Z latent channels, H, W latent siz
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -26,7 +26,14 @@ from torch import Tensor
 from promoe_ds.condition import Condition
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.diffusion.guidance import Denoiser, GuidedDenoiser
-from promoe_ds.diffusion.noise_chain import betas_of, linear_alpha_bar, respaced_timesteps
+from promoe_ds.diffusion.noise_chain import (
+    BETA_FIRST,
+    BETA_LAST,
+    LINEAR_STEPS,
+    betas_of,
+    linear_alpha_bar,
+    respaced_timesteps,
+)
 from promoe_ds.diffusion.rectified_flow import shifted
 from promoe_ds.randomness import generators
 
@@ -74,18 +81,6 @@ class SamplingPlan:
         low, high = self.cfg_interval
         sigmas = (timesteps.double() / self.num_train_timesteps).tolist()
         return [low - _SAME_LEVEL <= sigma <= high + _SAME_LEVEL for sigma in sigmas]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Integrator:
-    """A scheduler, the timesteps that the network gets at its steps, and what else its `step`
-    takes.
-    """
-
-    scheduler: SchedulerMixin
-    timesteps: Tensor
-    channels_per_latent: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def sigma_schedule(steps: int) -> np.ndarray:
@@ -151,8 +146,8 @@ def sample_latents(
     Returns: latents (B, Z, H, W), fp32.
     Raises: ValueError for an unknown solver, or ddpm without a generator for each image.
     """
-    if plan.solver not in (*_INTEGRATORS, "heun"):
-        raise ValueError(f"solver {plan.solver!r} is none of {', '.join(_INTEGRATORS)}, heun")
+    if plan.solver not in (*_CHAINS, "heun"):
+        raise ValueError(f"solver {plan.solver!r} is none of {', '.join(_CHAINS)}, heun")
     guided = GuidedDenoiser(
         denoiser,
         condition,
@@ -163,28 +158,34 @@ def sample_latents(
     )
     if plan.solver == "heun":
         return _sample_heun(guided, noise_BZHW, plan)
-    integrator = _INTEGRATORS[plan.solver](plan, noise_BZHW, generators)
+    draws = plan.solver == "ddpm"  # noise at every step, of a variance that is predicted, too
+    if draws and len(generators) != len(noise_BZHW):
+        raise ValueError(
+            f"solver 'ddpm' needs a generator for each of the {len(noise_BZHW)} images, got"
+            f" {len(generators)}"
+        )
+    options = {"generator": list(generators)} if draws else {}
+    scheduler, timesteps = _CHAINS[plan.solver](plan, noise_BZHW.device)
     latents, channels = noise_BZHW, noise_BZHW.shape[1]
-    timesteps = integrator.timesteps
     for step, timestep, guide in zip(
-        integrator.scheduler.timesteps, timesteps, plan.guides_at(timesteps), strict=True
+        scheduler.timesteps, timesteps, plan.guides_at(timesteps), strict=True
     ):
         prediction = guided(latents, timestep.expand(len(latents)), channels=channels, guide=guide)
-        predicted = prediction[:, : channels * integrator.channels_per_latent].float()
-        latents = integrator.scheduler.step(
-            predicted, step, latents, **integrator.options
-        ).prev_sample
+        predicted = prediction[:, : 2 * channels if draws else channels].float()
+        latents = scheduler.step(predicted, step, latents, **options).prev_sample
     return latents
 
 
-def _euler(
-    plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]
-) -> _Integrator:
+#: A scheduler, and the timesteps that the network gets at its steps.
+_Chain = tuple[SchedulerMixin, Tensor]
+
+
+def _euler(plan: SamplingPlan, device: torch.device) -> _Chain:
     scheduler = FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=plan.num_train_timesteps, shift=plan.shift
     )
-    scheduler.set_timesteps(sigmas=sigma_schedule(plan.steps).tolist(), device=noise_BZHW.device)
-    return _Integrator(scheduler=scheduler, timesteps=scheduler.timesteps)
+    scheduler.set_timesteps(sigmas=sigma_schedule(plan.steps).tolist(), device=device)
+    return scheduler, scheduler.timesteps
 
 
 def _sample_heun(guided: GuidedDenoiser, noise_BZHW: Tensor, plan: SamplingPlan) -> Tensor:
@@ -219,9 +220,8 @@ def _sample_heun(guided: GuidedDenoiser, noise_BZHW: Tensor, plan: SamplingPlan)
 def _multistep(
     kind: type[UniPCMultistepScheduler] | type[DPMSolverMultistepScheduler],
     plan: SamplingPlan,
-    noise_BZHW: Tensor,
-    generators: Sequence[torch.Generator],
-) -> _Integrator:
+    device: torch.device,
+) -> _Chain:
     """Return diffusers' solver on our noise levels: its own end early, and are rounded to whole
     timesteps for the network.
     """
@@ -232,46 +232,21 @@ def _multistep(
         solver_order=2,
         final_sigmas_type="zero",
     )
-    scheduler.set_timesteps(plan.steps, device=noise_BZHW.device)
+    scheduler.set_timesteps(plan.steps, device=device)
     sigmas = shifted_sigmas(plan.steps, plan.shift)
+    timesteps = torch.from_numpy(sigmas * plan.num_train_timesteps).float()
     sigmas[0] = min(sigmas[0], 1.0 - _BELOW_ONE)
     scheduler.sigmas = torch.from_numpy(np.concatenate([sigmas, [0.0]])).float()
     scheduler.set_begin_index(0)  # the steps are counted: rounded timesteps may occur twice
-    timesteps = torch.from_numpy(
-        shifted_sigmas(plan.steps, plan.shift) * plan.num_train_timesteps
-    ).float()
-    return _Integrator(scheduler=scheduler, timesteps=timesteps.to(noise_BZHW.device))
-
-
-def _ddpm(
-    plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]
-) -> _Integrator:
-    if len(generators) != len(noise_BZHW):
-        raise ValueError(
-            f"solver 'ddpm' needs a generator for each of the {len(noise_BZHW)} images, got"
-            f" {len(generators)}"
-        )
-    scheduler, timesteps = _respaced(DDPMScheduler, plan, variance_type="learned_range")
-    return _Integrator(
-        scheduler=scheduler,
-        timesteps=timesteps.to(noise_BZHW.device),
-        channels_per_latent=2,
-        options={"generator": list(generators)},
-    )
-
-
-def _ddim(
-    plan: SamplingPlan, noise_BZHW: Tensor, generators: Sequence[torch.Generator]
-) -> _Integrator:
-    scheduler, timesteps = _respaced(DDIMScheduler, plan)
-    return _Integrator(
-        scheduler=scheduler, timesteps=timesteps.to(noise_BZHW.device), options={"eta": 0.0}
-    )
+    return scheduler, timesteps.to(device)
 
 
 def _respaced(
-    kind: type[DDPMScheduler] | type[DDIMScheduler], plan: SamplingPlan, **options: Any
-) -> tuple[DDPMScheduler | DDIMScheduler, Tensor]:
+    kind: type[DDPMScheduler] | type[DDIMScheduler],
+    plan: SamplingPlan,
+    device: torch.device,
+    **options: Any,
+) -> _Chain:
     """Return a scheduler of the chain in `plan.steps` steps, and the network's timesteps, most
     noise first.
 
@@ -290,13 +265,36 @@ def _respaced(
     # From fp32 betas, 1 - alpha_bar of the last steps would keep four digits.
     scheduler.alphas_cumprod = torch.from_numpy(alpha_bar_J)
     scheduler.set_timesteps(plan.steps)
-    return scheduler, torch.from_numpy(timesteps[::-1].copy()).float()
+    return scheduler, torch.from_numpy(timesteps[::-1].copy()).float().to(device)
 
 
-_INTEGRATORS: dict[str, Callable[..., _Integrator]] = {
+_CHAINS: dict[str, Callable[[SamplingPlan, torch.device], _Chain]] = {
     "euler": _euler,
     "unipc": partial(_multistep, UniPCMultistepScheduler),
     "dpmpp": partial(_multistep, DPMSolverMultistepScheduler),
-    "ddpm": _ddpm,
-    "ddim": _ddim,
+    "ddpm": partial(_respaced, DDPMScheduler, variance_type="learned_range"),
+    "ddim": partial(_respaced, DDIMScheduler),
 }
+
+
+def build_scheduler(
+    config: RunConfig,
+) -> FlowMatchEulerDiscreteScheduler | DDPMScheduler | DDIMScheduler:
+    """Return the scheduler of a diffusers pipeline that is nearest to the recipe's solver; Euler's
+    for every solver of a flow.
+    """
+    timesteps = config.diffusion.num_train_timesteps
+    if config.diffusion.objective == "rectified_flow":
+        return FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=timesteps, shift=config.diffusion.shift
+        )
+    scale = LINEAR_STEPS / timesteps
+    options = {
+        "num_train_timesteps": timesteps,
+        "beta_start": scale * BETA_FIRST,
+        "beta_end": scale * BETA_LAST,
+        "clip_sample": False,
+    }
+    if config.resolved_solver == "ddpm":
+        return DDPMScheduler(variance_type="learned_range", **options)
+    return DDIMScheduler(**options)

@@ -45,10 +45,10 @@ class DistributedContext:
         return values
 
     def from_main(self, value: _T) -> _T:
-        """Return rank 0's value on every rank."""
+        """Return rank 0's value on every rank.  Waits as a barrier does."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self._waiting)
         return box[0]
 
     def barrier(self) -> None:
@@ -57,8 +57,8 @@ class DistributedContext:
             dist.barrier(group=self._waiting)
 
     def wait_patiently(self) -> None:
-        """Let barriers and gathers outlast the time-out of other collectives; all ranks call this
-        together.
+        """Let all but sums outlast the time-out of collectives: barriers, gathers, and what rank 0
+        does alone; all ranks call this together.
 
         A rank that dies ends them all the same: its connections break, and the launcher ends the
         others.
@@ -136,8 +136,8 @@ def join_processes(
     Args:
         device: of this process; if left out, or just "cuda", its own GPU where there are any, else
         the CPU.
-        timeout_seconds: of every collective but barriers and gathers, which wait for as long as a
-        rank's share of the work takes.
+        timeout_seconds: of sums; every other collective waits for as long as a rank's share of the
+        work takes.
     Raises: ConfigError if the launcher's variables do not fit, or there is no such device.
     """
     if device is not None:

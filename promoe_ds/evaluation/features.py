@@ -54,7 +54,7 @@ class Extractor:
         self,
         network: nn.Module,
         identity: dict[str, Any],
-        device: torch.device,
+        device: torch.device | str,
         *,
         colour: bool = True,
     ) -> None:
@@ -62,8 +62,8 @@ class Extractor:
 
         Args:
             network: takes uint8 (N, C, H, W) of any size; returns pooled features (N, d), or a
-            tuple or dictionary of `pool`,
-                `spatial` (N, C', H', W') and `logits` (N, c), each but the first possibly None.
+                tuple or dictionary of `pool`, `spatial` (N, C', H', W') and `logits` (N, c), each
+                but the first possibly None.
             identity: what makes its figures comparable; the checksum of the weights is added.
             colour: whether it wants three channels: grey images are repeated.
         """
@@ -90,11 +90,11 @@ class Extractor:
                 f"extractor {self.identity['name']}: failed on uint8 images {tuple(images.shape)}: "
                 f"{_describe(error)}"
             ) from error
-        if isinstance(outputs, Tensor):
-            outputs = (outputs,)
         if isinstance(outputs, dict):
             outputs = tuple(outputs.get(name) for name in _OUTPUTS)
-        pool, spatial, logits = (*outputs, None, None)[:3]
+        elif not isinstance(outputs, tuple | list):
+            outputs = (outputs,)
+        pool, spatial, logits = (*outputs, None, None, None)[:3]
         for value in (pool, spatial, logits):
             if value is not None and not (
                 isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(images)
@@ -128,14 +128,12 @@ def load_extractor(source: str, device: torch.device | str) -> Extractor:
 
     Args:
         source: `inception` (torch-fidelity's TensorFlow-compatible network, whose weights it
-        downloads), `inception:FILE` (the
-            same with its weights in FILE), `pixels` (the values themselves), `FILE.pt`
-            (TorchScript) or `FILE.py:NAME` (a class or function there that returns a module; the
-            file is run).
+            downloads), `inception:FILE` (the same with its weights in FILE), `pixels` (the values
+            themselves), `FILE.pt` (TorchScript) or `FILE.py:NAME` (a class or function there that
+            returns a module; the file is run).
     Raises: ConfigError if it cannot be loaded, saying why.
     """
     kind, _, rest = source.partition(":")
-    device = torch.device(device)
     if kind == INCEPTION:
         return Extractor(_TensorflowInception(rest or None), _inception_identity(rest), device)
     if source == PIXELS:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from promoe_ds.logs import get_logger
-
-_LOG = get_logger("evaluate")
+from promoe_ds.data.reading import warn_once
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def warn_of_few(where: Path, count: int, features: int) -> None:
     depends on their number.
     """
     if count <= features:
-        _LOG.warning(
+        warn_once(
             "%s: %d images for %d features: the Fréchet distance of so few images is biased,"
             " compare it only with distances of as many",
             where,

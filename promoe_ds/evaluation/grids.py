@@ -39,7 +39,7 @@ def captioned_grid(images_NHWC: np.ndarray, captions: Sequence[str]) -> Image.Im
     rows = -(-len(captions) // columns)
     grid = Image.new("RGB", (columns * cell[0] + _CAPTION_GAP, rows * cell[1]), "white")
     draw = ImageDraw.Draw(grid)
-    letters = int(wide / font.getlength("n"))
+    letters = max(4, int(wide / font.getlength("n")))
     for place, (image, caption) in enumerate(zip(images_NHWC, captions, strict=True)):
         corner = place % columns * cell[0] + _CAPTION_GAP, place // columns * cell[1] + _CAPTION_GAP
         picture = as_picture(image).resize((wide, high), Image.Resampling.NEAREST)

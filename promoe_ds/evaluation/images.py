@@ -45,7 +45,6 @@ _PARTS = "parts"
 _LONGEST_SLUG = 40
 #: Settings that do not change an image: a job may resume with others.
 _FREE = ("num", "model")
-_REMEDY = ". Free the disk and run the same command again"
 
 
 def draws_pixels(config: RunConfig) -> bool:
@@ -59,13 +58,6 @@ def to_uint8(images_NCHW: np.ndarray) -> np.ndarray:
     published.
     """
     return np.clip(127.5 * images_NCHW + 128.0, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
-def image_name(index: int, shows: str) -> str:
-    """Return a file's name: the published one, img000123_class45.png, or img000123_a-red-apple.png
-    of a prompt.
-    """
-    return f"img{index:06d}_{shows}.png"
 
 
 def slug(prompt: str) -> str:
@@ -198,7 +190,7 @@ class SampleFolder:
                 job may resume with others.
         Raises: ConfigError if it holds anything else, or samples made with other settings.
         """
-        with self._writing(""):
+        with self._writing():
             before = read_record(self.path)
             if before is not None:
                 self._compare(before, settings)
@@ -211,8 +203,9 @@ class SampleFolder:
                 environments = [*environments, environment]
             self._files.mkdir(parents=True, exist_ok=True)
             if self.prompts:
-                named = range(len(self.labels))
-                prompts = {self._path(index).name: self._prompt(index) for index in named}
+                prompts = {
+                    self._path(index).name: self._prompt(index) for index in range(len(self.labels))
+                }
                 write_json(self.path / PROMPTS_FILE, prompts)
             write_json(self.path / SETTINGS_FILE, {**settings, "environments": environments})
 
@@ -256,9 +249,12 @@ class SampleFolder:
 
         Raises: ConfigError if it cannot be written.
         """
-        with self._writing(_REMEDY), replacing(self._path(index)) as temporary:
+        with self._writing(), replacing(self._path(index)) as temporary:
             if self.as_images:
-                as_picture(value).save(temporary, format="PNG", pnginfo=self._text(index))
+                text = PngInfo()
+                if self.prompts:
+                    text.add_itxt("prompt", self._prompt(index))
+                as_picture(value).save(temporary, format="PNG", pnginfo=text)
             else:
                 with temporary.open("wb") as file:
                     np.save(file, value)
@@ -286,7 +282,7 @@ class SampleFolder:
         temporary = self.whole.with_suffix(".tmp")
         damaged: list[int] = []
         values = (self._read_or_remove(index, damaged) for index in range(len(self.labels)))
-        with self._writing(_REMEDY):
+        with self._writing():
             if self.as_images:
                 self._write_npz(temporary, values)
             elif not self.whole.is_file():
@@ -300,11 +296,14 @@ class SampleFolder:
         return []
 
     @contextmanager
-    def _writing(self, remedy: str) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise ConfigError(f"--out {self.path}: {error}{remedy}") from None
+            raise ConfigError(
+                f"--out {self.path}: {error}: correct that and run the same command again, or"
+                " choose another folder"
+            ) from None
 
     def _read_or_remove(self, index: int, damaged: list[int]) -> np.ndarray:
         try:
@@ -334,15 +333,9 @@ class SampleFolder:
     def _prompt(self, index: int) -> str:
         return self.prompts[self.labels[index]]
 
-    def _text(self, index: int) -> PngInfo | None:
-        """Return the text that an image's file carries: its prompt, if it has one."""
-        if not self.prompts:
-            return None
-        text = PngInfo()
-        text.add_itxt("prompt", self._prompt(index))
-        return text
-
     def _path(self, index: int) -> Path:
+        """Return the published name of an image's file, img000123_class45.png, or of a prompt
+        img000123_a-red-apple.png.
+        """
         shows = slug(self._prompt(index)) if self.prompts else f"class{self.labels[index]}"
-        name = image_name(index, shows)
-        return self._files / (name if self.as_images else f"{name.removesuffix('.png')}.npy")
+        return self._files / f"img{index:06d}_{shows}.{'png' if self.as_images else 'npy'}"

@@ -6,21 +6,20 @@ extractor it needs, and how the samples' and the reference's become a number.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from promoe_ds.data.reading import warn_once
 from promoe_ds.data.vae import TF32
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.clip_score import CLIP_SCORE, ClipScorer, clip_score
 from promoe_ds.evaluation.features import PIXELS, Extractor, load_extractor
-from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
+from promoe_ds.evaluation.frechet import Gaussian, frechet_distance, warn_of_few
 from promoe_ds.evaluation.images import (
     FEATURES_FILE,
     open_samples,
@@ -31,7 +30,7 @@ from promoe_ds.evaluation.precision_recall import NEIGHBOURS, share_in_manifold
 from promoe_ds.evaluation.reference import (
     Reference,
     check_fits,
-    compare_statistics,
+    gaussians_of,
     open_reference,
     open_statistics,
     read_reference,
@@ -46,11 +45,7 @@ from promoe_ds.evaluation.statistics import (
     Wanted,
     summarise,
 )
-from promoe_ds.files import json_text
-from promoe_ds.logs import get_logger
 from promoe_ds.versions import device_name, versions_of
-
-_LOG = get_logger("evaluate")
 
 #: The extractor's outputs, as a message calls them.
 _OUTPUTS = {"pool": "pooled features", "spatial": "spatial features", "probabilities": "logits"}
@@ -68,7 +63,6 @@ class Metric:
     figure: Callable[[Any, Any, DistributedContext, bool], float]
     #: What it needs of the reference: statistics may be stated by a file, images may not.
     reference: Literal["", "statistics", "images"] = "statistics"
-    least_images: int = 2
 
     @property
     def wanted(self) -> Wanted:
@@ -76,31 +70,31 @@ class Metric:
         return self.output, self.statistic
 
 
-#: What compares every image with its nearest neighbours.
-_of_neighbours = partial(
-    Metric, output="pool", statistic=AllFeatures, reference="images", least_images=NEIGHBOURS + 1
-)
+def _frechet(samples: Gaussian, real: Gaussian, team: DistributedContext, half: bool) -> float:
+    return frechet_distance(samples, real)
+
+
 #: By the name that `--metrics` takes, in the order of the report.
 METRICS = {
-    **{
-        name: Metric(
-            output=output,
-            statistic=RunningGaussian,
-            figure=lambda samples, reference, team, half: frechet_distance(samples, reference),
-        )
-        for name, output in (("fid", "pool"), ("sfid", "spatial"))
-    },
+    "fid": Metric(output="pool", statistic=RunningGaussian, figure=_frechet),
+    "sfid": Metric(output="spatial", statistic=RunningGaussian, figure=_frechet),
     "is": Metric(
         output="probabilities",
         statistic=InceptionScore,
-        figure=lambda score, reference, team, half: score,
+        figure=lambda score, real, team, half: score,
         reference="",
     ),
-    "precision": _of_neighbours(
-        figure=lambda samples, real, team, half: share_in_manifold(samples, real, team, half=half)
+    "precision": Metric(
+        output="pool",
+        statistic=AllFeatures,
+        figure=lambda samples, real, team, half: share_in_manifold(samples, real, team, half=half),
+        reference="images",
     ),
-    "recall": _of_neighbours(
-        figure=lambda samples, real, team, half: share_in_manifold(real, samples, team, half=half)
+    "recall": Metric(
+        output="pool",
+        statistic=AllFeatures,
+        figure=lambda samples, real, team, half: share_in_manifold(real, samples, team, half=half),
+        reference="images",
     ),
 }
 
@@ -135,7 +129,7 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
     Raises: ConfigError for metrics that the extractor or the reference cannot give; DataError for
         files.
     """
-    _check_request(request, team)
+    _check_request(request)
     if (stated := open_statistics(request.samples)) is not None:
         return _evaluate_statistics(stated, request, team)
     samples, settings = open_samples(request.samples, size=request.image_size, num=request.num)
@@ -148,7 +142,7 @@ def evaluate(request: EvaluateRequest, team: DistributedContext) -> dict[str, An
         prompts = read_sample_prompts(request.samples, len(samples))
     # Without metrics of features, only the checksum of the pixels is wanted.
     extractor = load_extractor(request.extractor if request.chosen else PIXELS, team.device)
-    _check_possible(request, samples, reference, extractor, team)
+    _check_possible(request, samples, reference, extractor)
     _warn_of_labels(request, settings, reference)
     chosen = request.chosen
     # Dictionaries keep an order, which all ranks share.
@@ -192,21 +186,32 @@ def _evaluate_statistics(
 ) -> dict[str, Any]:
     """Evaluate samples of which a file states statistics alone; no network is needed."""
     wrong = [f"metrics {name}" for name in request.metrics if name not in ("fid", "sfid")]
-    wrong += [name for name in ("image_size", "num", "save_reference") if getattr(request, name)]
+    fields = ("image_size", "num", "save_reference")
+    wrong += [name.replace("_", "-") for name in fields if getattr(request, name)]
     if wrong:
         raise ConfigError(
-            f"--{wrong[0].replace('_', '-')}: {request.samples} states statistics alone, which give"
-            " the metrics fid and sfid, of all images"
+            f"--{wrong[0]}: {request.samples} states statistics alone, which give the metrics fid"
+            " and sfid, of all images"
         )
-    outputs = {name: metric.output for name, metric in request.chosen.items()}
-    pairs, report, reference = compare_statistics(samples, request.reference, outputs)
-    figures = {name: METRICS[name].figure(*pair, team, False) for name, pair in pairs.items()}
+    reference = open_reference(request.reference)
+    reference.check_extractor(samples.extractor, str(samples.path))
+    figures = {}
+    for name, metric in request.chosen.items():
+        width = samples.check_stated(metric.output, None, f"--metrics {name}")
+        reference.check_stated(metric.output, width, f"--metrics {name}")
+        pair = samples.stated[metric.output], reference.stated[metric.output]
+        figures[name] = metric.figure(*pair, team, False)
     _check_finite(figures)
     is_of_job = request.samples.name == FEATURES_FILE
     settings = read_record(request.samples.parent) if is_of_job else None
     _warn_of_labels(request, settings, reference)
-    report["samples"]["settings"] = settings
-    return {"metrics": figures, **report, "versions": versions_of("numpy", "scipy")}
+    return {
+        "metrics": figures,
+        "samples": {**samples.description(), "settings": settings},
+        "reference": reference.description(),
+        "extractor": samples.extractor or reference.extractor,
+        "versions": versions_of("numpy", "scipy"),
+    }
 
 
 def _check_finite(figures: dict[str, float]) -> None:
@@ -224,7 +229,7 @@ def _warn_of_labels(
     """Say where a figure is none to compare with a paper's, whose reference states statistics."""
     is_balanced = (settings or {}).get("labels") == "balanced"
     if "fid" in request.metrics and is_balanced and reference is not None and reference.stated:
-        _LOG.warning(
+        warn_once(
             "the samples' labels are balanced; the published protocol draws them at random, and its"
             " FID is about 0.1 higher: sample with --labels random to compare with a paper's row"
         )
@@ -240,10 +245,8 @@ def _known(
     if reference is None:
         return {}, None
     wanted = dict.fromkeys(each.wanted for each in request.chosen.values() if each.reference)
-    if request.save_reference is not None:
-        wanted |= dict.fromkeys(
-            (output, RunningGaussian) for output in reference.gaussians(extractor)
-        )
+    if request.save_reference is not None and not reference.stated:
+        wanted |= dict.fromkeys(gaussians_of(extractor, reference.images))
     return read_reference(reference, extractor, team, batch_size=request.batch_size, wanted=wanted)
 
 
@@ -260,28 +263,7 @@ def _protocol(request: EvaluateRequest, team: DistributedContext) -> dict[str, A
     }
 
 
-def check_target(path: Path, flag: str) -> None:
-    """Check that a file can be written.
-
-    Raises: ConfigError if not.
-    """
-    if path.is_dir():
-        raise ConfigError(f"{flag} {path}: is a folder: name a file in it")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}: make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{flag} {path}: is not writable: choose another place")
-
-
-def write_metrics(path: Path, figures: dict[str, Any]) -> None:
-    """Write `metrics.json`."""
-    try:
-        path.write_text(json_text(figures, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out {path}: {error}") from None
-
-
-def _check_request(request: EvaluateRequest, team: DistributedContext) -> None:
+def _check_request(request: EvaluateRequest) -> None:
     known = (*METRICS, CLIP_SCORE)
     if not request.metrics or set(request.metrics) - set(known):
         raise ConfigError(f"--metrics {','.join(request.metrics)}: choose from {','.join(known)}")
@@ -297,8 +279,6 @@ def _check_request(request: EvaluateRequest, team: DistributedContext) -> None:
                 f"--save-reference {request.save_reference}: there is no --reference whose "
                 "statistics to save"
             )
-    elif request.save_reference is not None:
-        team.on_main(lambda: check_target(request.save_reference, "--save-reference"))
 
 
 def _check_possible(
@@ -306,42 +286,39 @@ def _check_possible(
     samples: NpzImages | FolderImages,
     reference: Reference | None,
     extractor: Extractor,
-    team: DistributedContext,
 ) -> None:
     """Compare the metrics with what the extractor returns for a blank image and with the reference.
 
     Raises: ConfigError or DataError for what does not fit.
     """
     chosen = request.chosen
+    if reference is not None:
+        features = check_fits(
+            reference,
+            extractor,
+            size=samples.size,
+            channels=samples.channels,
+            need_images=any(metric.reference == "images" for metric in chosen.values()),
+        )
+        if any(metric.statistic is RunningGaussian for metric in chosen.values()):
+            warn_of_few(request.samples, len(samples), features)
+            if not reference.stated:
+                warn_of_few(reference.path, len(reference.images), features)
     probe = extractor.probe(samples.size, samples.channels)
     for name, metric in chosen.items():
-        if getattr(probe, metric.output) is None:
+        values = getattr(probe, metric.output)
+        if values is None:
             raise ConfigError(
                 f"--metrics {name}: extractor {request.extractor} returns no "
                 f"{_OUTPUTS[metric.output]}"
             )
-    if reference is None:
-        return
-    features = check_fits(
-        reference,
-        extractor,
-        size=samples.size,
-        channels=samples.channels,
-        need_images=any(metric.reference == "images" for metric in chosen.values()),
-    )
-    if team.is_main and any(metric.statistic is RunningGaussian for metric in chosen.values()):
-        warn_of_few(request.samples, len(samples), features)
-        if not reference.stated:
-            warn_of_few(reference.path, len(reference.images), features)
-    for name, metric in chosen.items():
         if metric.reference == "statistics" and reference.stated:
-            width = getattr(probe, metric.output).shape[1]
-            reference.check_stated(metric.output, width, f"--metrics {name}")
+            reference.check_stated(metric.output, values.shape[1], f"--metrics {name}")
         if metric.reference == "images":
             if reference.images is None:
                 raise ConfigError(f"--metrics {name}: {reference.path} holds no images (arr_0)")
-            if (fewest := min(len(samples), len(reference.images))) < metric.least_images:
+            if (fewest := min(len(samples), len(reference.images))) <= NEIGHBOURS:
                 raise ConfigError(
-                    f"--metrics {name}: needs at least {metric.least_images} images on both sides, "
-                    f"got {fewest}"
+                    f"--metrics {name}: needs at least {NEIGHBOURS + 1} images on both sides, got"
+                    f" {fewest}"
                 )

@@ -13,15 +13,18 @@ from promoe_ds.config import RunConfig
 from promoe_ds.config.model import read_size
 from promoe_ds.data import LatentDataset, largest_bucket
 from promoe_ds.data.vae import Vae
-from promoe_ds.diffusion import choose_scale
-from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import frechet_distance, warn_of_few
 from promoe_ds.evaluation.images import draws_pixels, image_shape, to_uint8
 from promoe_ds.evaluation.reference import check_fits, open_reference, read_reference
-from promoe_ds.evaluation.sampling import LatentSampler, even_passes, sampling_dtype
+from promoe_ds.evaluation.sampling import (
+    LatentSampler,
+    even_passes,
+    plan_sampling,
+    sampling_dtype,
+)
 from promoe_ds.evaluation.statistics import RunningGaussian
 from promoe_ds.training.trainer import Trainer
 
@@ -38,11 +41,13 @@ class OnlineEvaluation:
         """
         self._config, self._team = config, ranks
         settings = config.evaluation
-        problem = config.diffusion.sampling_problem(steps=settings.steps)
-        if problem:
-            raise ConfigError(f"evaluation.{problem}")
-        # The default is no guidance: a recipe that states more asks for it.
-        scale, _ = choose_scale(config, max(settings.cfg_scale, 1.0), "evaluation.cfg_scale")
+        self._plan = plan_sampling(
+            config,
+            lambda field: f"evaluation.{field}",
+            steps=settings.steps,
+            # The default is no guidance: a recipe that states more asks for it.
+            cfg_scale=max(settings.cfg_scale, 1.0),
+        )
         self._extractor = load_extractor(settings.extractor, ranks.device)
         self._vae = None
         if not draws_pixels(config):
@@ -60,13 +65,11 @@ class OnlineEvaluation:
         features = check_fits(
             opened, self._extractor, size=size, channels=channels, need_images=False
         )
-        if ranks.is_main:
-            warn_of_few(Path("evaluation.samples"), settings.samples, features)
+        warn_of_few(Path("evaluation.samples"), settings.samples, features)
         known, _ = read_reference(
             opened, self._extractor, self._team, batch_size=settings.batch_size, wanted=[_WANTED]
         )
         self._reference = known[_WANTED]
-        self._plan = SamplingPlan.of(config, steps=settings.steps, cfg_scale=scale)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Return this step's figures, NaN where the samples have none; all ranks call this

@@ -5,16 +5,18 @@ Letters: N images, d features.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.config.model import size_name
+from promoe_ds.data.reading import reading
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor
@@ -29,18 +31,15 @@ _STATED = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A reference that was opened; nothing is computed yet. `stated` is by output, or empty."""
+    """A reference that was opened; nothing is computed yet.
+
+    stated: its Gaussians by output, or empty; extractor: whose they are, where the file says it.
+    """
 
     path: Path
     stated: dict[str, Gaussian]
     images: NpzImages | FolderImages | None
-
-    def gaussians(self, extractor: Extractor) -> list[str]:
-        """Return the outputs whose Gaussians it states, or that its images give."""
-        if self.stated:
-            return list(self.stated)
-        probe = extractor.probe(self.images.size, self.images.channels)
-        return [output for output in _STATED if getattr(probe, output) is not None]
+    extractor: dict[str, Any] | None = None
 
     def description(self) -> dict[str, Any]:
         """Return what a report says of it."""
@@ -56,7 +55,8 @@ class Reference:
         mean, covariance = _STATED[output]
         if output not in self.stated:
             raise ConfigError(
-                f"{flag}: {self.path} states mu and sigma, but neither {mean} nor {covariance}"
+                f"{flag}: {self.path} states no {mean} and {covariance}: leave the metric out, or"
+                " make a reference by --save-reference"
             )
         if (found := len(self.stated[output].mean)) != width and width is not None:
             raise DataError(
@@ -65,12 +65,27 @@ class Reference:
             )
         return found
 
+    def check_extractor(self, other: Mapping[str, Any] | None, whose: str) -> None:
+        """Compare the network that gave the statistics with another, as far as both are known.
 
-def open_reference(path: Path, *, size: int | tuple[int, int], channels: int) -> Reference:
+        Raises: DataError if weights or files differ.
+        """
+        said, other = self.extractor or {}, other or {}
+        known = said.keys() & other.keys() & {"weights", "checksum"}
+        if any(said[key] != other[key] for key in known):
+            raise DataError(
+                f"{self.path}: its statistics are of another extractor than {whose}: make both"
+                " with one"
+            )
+
+
+def open_reference(
+    path: Path, *, size: int | tuple[int, int] | None = None, channels: int | None = None
+) -> Reference:
     """Open a reference and see what it holds.
 
     Args:
-        size, channels: of the samples; images of a folder are cropped to them.
+        size, channels: of the samples; images of a folder are cropped to them. See `FolderImages`.
     Raises: DataError if it holds neither statistics, as ADM states them, nor images, or what it
         states is no Gaussian.
     """
@@ -83,7 +98,21 @@ def open_reference(path: Path, *, size: int | tuple[int, int], channels: int) ->
     images = NpzImages(path) if npz_array(path, "arr_0") is not None else None
     if not stated and images is None:
         raise DataError(f"{path}: holds neither mu and sigma nor images (arr_0)")
-    return Reference(path=path, stated=stated, images=images)
+    return Reference(path=path, stated=stated, images=images, extractor=_said_extractor(path))
+
+
+def open_statistics(path: Path) -> Reference | None:
+    """Open a file that states statistics and holds no images; None for any other."""
+    if not path.is_file() or npz_array(path, "mu") is None or npz_array(path, "arr_0") is not None:
+        return None
+    return open_reference(path)
+
+
+def gaussians_of(extractor: Extractor, images: NpzImages | FolderImages) -> list[Wanted]:
+    """Return the Gaussians that an extractor gives of some images."""
+    probe = extractor.probe(images.size, images.channels)
+    outputs = [output for output in _STATED if getattr(probe, output) is not None]
+    return [(output, RunningGaussian) for output in outputs]
 
 
 def read_reference(
@@ -128,6 +157,7 @@ def check_fits(
     features, name = extractor.probe(size, channels).pool.shape[1], extractor.identity["name"]
     if reference.stated:
         reference.check_stated("pool", features, name)
+        reference.check_extractor(extractor.identity, name)
     if (images := reference.images) is None or not (need_images or not reference.stated):
         return features
     if images.size != size:
@@ -152,7 +182,10 @@ def save_statistics(
 
     Raises: ConfigError, after `flag`, if it cannot be written.
     """
-    arrays: dict[str, Any] = {"extractor": _identity_array(extractor), "count": np.array(count)}
+    arrays: dict[str, Any] = {
+        "extractor": np.array(json_text(extractor.identity)),
+        "count": np.array(count),
+    }
     for output, (mean, covariance) in _STATED.items():
         if (gaussian := known.get((output, RunningGaussian))) is not None:
             arrays |= {mean: gaussian.mean, covariance: gaussian.covariance}
@@ -173,73 +206,30 @@ def save_features(
     """
     if team.on_main(lambda: _holds_features(path, extractor, len(images))):
         return
-    probe = extractor.probe(images.size, images.channels)
-    outputs = [output for output in _STATED if getattr(probe, output) is not None]
-    wanted = [(output, RunningGaussian) for output in outputs]
+    wanted = gaussians_of(extractor, images)
     known, _ = summarise(images, extractor, team, batch_size=batch_size, wanted=wanted)
     team.on_main(lambda: save_statistics(path, known, extractor, "--features", len(images)))
 
 
 def _holds_features(path: Path, extractor: Extractor, count: int) -> bool:
-    """Whether a file has the statistics of so many of a folder's samples, by this extractor."""
-    if not path.is_file():
-        return False
-    found, identity = npz_array(path, "count"), npz_array(path, "extractor")
-    return np.array_equal(found, count) and np.array_equal(identity, _identity_array(extractor))
-
-
-def _identity_array(extractor: Extractor) -> np.ndarray:
-    return np.array(json_text(extractor.identity))
-
-
-def open_statistics(path: Path, *, alone: bool = True) -> Reference | None:
-    """Open a file that states statistics; None if it states none, or is to state them `alone` and
-    holds images, too.
+    """Whether a file has the statistics of so many of a folder's samples, by this extractor; a
+    damaged one has none.
     """
-    if not path.is_file() or npz_array(path, "mu") is None:
-        return None
-    if alone and npz_array(path, "arr_0") is not None:
-        return None
-    return open_reference(path, size=0, channels=0)  # of a folder's images
+    with suppress(DataError):
+        is_of_all = path.is_file() and np.array_equal(npz_array(path, "count"), count)
+        return is_of_all and _said_extractor(path) == extractor.identity
+    return False
 
 
-def compare_statistics(
-    samples: Reference, path: Path, outputs: Mapping[str, str]
-) -> tuple[dict[str, tuple[Gaussian, Gaussian]], dict[str, Any], Reference]:
-    """Find the samples' and the reference's Gaussians, where both are stated.
-
-    Args:
-        path: of the reference; outputs: metric -> output of an extractor.
-    Returns: by metric, the samples' and the reference's; what a report says of both; the reference.
-    Raises: ConfigError if the reference states none; DataError if they are of two networks.
+def _said_extractor(path: Path) -> dict[str, Any] | None:
+    """Return what a file says of the extractor that its statistics are of, as `save_statistics`
+    writes it; None where it says nothing.
     """
-    if (reference := open_statistics(path, alone=False)) is None:
-        raise ConfigError(
-            f"--reference {path}: states no mu and sigma, as {samples.path} does: make them by"
-            " --save-reference"
-        )
-    pairs = {}
-    for name, output in outputs.items():
-        width = samples.check_stated(output, None, f"--metrics {name}")
-        reference.check_stated(output, width, f"--metrics {name}")
-        pairs[name] = samples.stated[output], reference.stated[output]
-    said = [text for each in (samples, reference) if (text := _said_extractor(each))]
-    if len(set(said)) > 1:
-        raise DataError(
-            f"{path}: its statistics are of another extractor than those of {samples.path}: make"
-            " both with one"
-        )
-    report = {
-        "samples": samples.description(),
-        "reference": reference.description(),
-        "extractor": json.loads(said[0]) if said else None,
-    }
-    return pairs, report, reference
-
-
-def _said_extractor(reference: Reference) -> str:
-    said = npz_array(reference.path, "extractor")
-    return "" if said is None or said.shape or said.dtype.kind != "U" else str(said)
+    said = npz_array(path, "extractor")
+    if said is None or said.shape or said.dtype.kind != "U":
+        return None
+    with reading(path, "record of an extractor"):
+        return msgspec.json.decode(str(said), type=dict)
 
 
 def _gaussian(path: Path, mean_name: str, covariance_name: str) -> Gaussian | None:

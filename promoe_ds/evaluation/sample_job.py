@@ -18,6 +18,7 @@ from PIL import Image
 from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.config import RunConfig
 from promoe_ds.config.model import size_name
+from promoe_ds.data.reading import warn_once
 from promoe_ds.data.text_encoder import TextIdentity
 from promoe_ds.data.vae import Vae
 from promoe_ds.diffusion.sampler import SamplingPlan
@@ -69,18 +70,33 @@ _GRID_IMAGE_SIZE = 40
 _GRID_PROMPTS = 100
 
 
-def draw_samples(request: SampleRequest, team: DistributedContext | None = None) -> list[Path]:
+def draw_samples(
+    request: SampleRequest,
+    team: DistributedContext | None = None,
+    *,
+    checkpoint_steps: Sequence[int] = (),
+    cfg_scales: Sequence[float] = (),
+) -> list[Path]:
     """Sample and write images; all ranks call this together. Return the files of them, by rank 0.
 
     Models of pixels (one or three channels), and of latents with an autoencoder to decode them,
     give PNG files and `samples.npz` (ADM's layout: `arr_0` uint8 NHWC, plus `labels`); others give
     `latents.safetensors`, unscaled. Of prompts, `labels` are their places among the request's, each
     PNG file carries its own as text, and `prompts.json` maps files to prompts. With an extractor,
-    `features.npz` states the statistics of its features.
+    `features.npz` states the statistics of its features. Complete folders are left as they are.
+    Args:
+        checkpoint_steps, cfg_scales: several jobs in one, see `expand_series`.
     Raises: ConfigError for labels, prompts, numbers or an output folder that cannot be; DataError
         for an encoder that cannot be loaded; CheckpointError for the export.
     """
     team = team or single_process(check_device(request.device))
+    jobs = team.on_main(lambda: expand_series(request, checkpoint_steps, cfg_scales))
+    for job in jobs if len(cfg_scales) > 1 else ():  # what cannot be is found before any image
+        make_plan(job, read_export_config(job.model))
+    return [path for job in jobs for path in _draw_folder(job, team)]
+
+
+def _draw_folder(request: SampleRequest, team: DistributedContext) -> list[Path]:
     extractor = None
     if request.features is not None:
         extractor = load_extractor(request.features, team.device)
@@ -156,23 +172,6 @@ def _draw(
     )
 
 
-def draw_series(
-    request: SampleRequest,
-    team: DistributedContext | None = None,
-    *,
-    checkpoint_steps: Sequence[int] = (),
-    cfg_scales: Sequence[float] = (),
-) -> list[Path]:
-    """Sample checkpoints of a run at some guidance scales, see `expand_series`; all ranks call this
-    together. Complete jobs are left as they are. Return the files of all.
-    """
-    team = team or single_process(check_device(request.device))
-    jobs = team.on_main(lambda: expand_series(request, checkpoint_steps, cfg_scales))
-    for job in jobs if len(cfg_scales) > 1 else ():  # what cannot be is found before any image
-        make_plan(job, read_export_config(job.model))
-    return [path for job in jobs for path in draw_samples(job, team)]
-
-
 def _run(
     passes: list[range],
     sample: Callable[[range], np.ndarray],
@@ -224,7 +223,7 @@ def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContex
     if misfit := identity.misfit(config):
         raise ConfigError(f"--vae {request.vae}: has {misfit}")
     if config.data.vae is not None and not identity.is_called(config.data.vae):
-        _LOG.warning(
+        warn_once(
             "decoding with %s (%s); the model was trained on latents of %s",
             identity.name,
             identity.fingerprint,
@@ -236,11 +235,9 @@ def _load_vae(request: SampleRequest, config: RunConfig, team: DistributedContex
 def _with_dtype(request: SampleRequest, device: torch.device) -> SampleRequest:
     """Return the request with the dtype of the network, and say it."""
     default = next(name for name, each in DTYPES.items() if each == sampling_dtype(device))
-    dtype, why = request.dtype or default, ""
-    if not request.dtype:
-        why = " (the default there; --dtype asks otherwise)"
-    _LOG.info("sampling in %s on %s%s", dtype, device.type, why)
-    return replace(request, dtype=dtype)
+    why = "" if request.dtype else " (the default there; --dtype asks otherwise)"
+    _LOG.info("sampling in %s on %s%s", request.dtype or default, device.type, why)
+    return replace(request, dtype=request.dtype or default)
 
 
 def _settings(

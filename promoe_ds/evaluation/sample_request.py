@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,16 @@ from promoe_ds.checkpoint.manifest import (
     step_folder,
     step_of,
 )
-from promoe_ds.condition import ClassCondition, Condition, TextCondition
+from promoe_ds.condition import ClassCondition, Condition
 from promoe_ds.config import RunConfig
 from promoe_ds.config.model import sides, size_name
-from promoe_ds.data.reading import read_text
-from promoe_ds.data.text_encoder import TextEncoder, TextIdentity, encoder_of
-from promoe_ds.diffusion import check_guided, check_interval, choose_scale
+from promoe_ds.data.reading import read_text, warn_once
+from promoe_ds.data.text_encoder import TextIdentity, encoder_of
+from promoe_ds.diffusion import check_guided
 from promoe_ds.diffusion.sampler import SamplingPlan
 from promoe_ds.errors import CheckpointError, ConfigError, DataError
 from promoe_ds.evaluation.images import SETTINGS_FILE
+from promoe_ds.evaluation.sampling import plan_sampling
 from promoe_ds.logs import get_logger
 from promoe_ds.model.export import CONFIG_FILE, read_export_origin
 from promoe_ds.randomness import generator
@@ -127,23 +127,11 @@ def choose_labels(request: SampleRequest, config: RunConfig) -> np.ndarray:
     """Return every image's class, or its prompt's place, a function of its index: in turn, or
     random by (seed, index).
     """
-    if config.model.condition == "text":
-        subjects: Sequence[int] = range(len(request.prompts))
-        count = len(subjects) if request.num is None else request.num
-    else:
-        subjects = request.classes or range(config.model.num_classes)
-        count = 10 * len(subjects) if request.num is None else request.num
     _check_subjects(request, config)
-    for name, value in (
-        ("--num", count),
-        ("--steps", request.steps),
-        ("--batch-size", request.batch_size),
-        ("--ep-size", request.ep_size),
-    ):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} {value}: must be at least 1")
-    if not 0 <= request.seed < 2**63:
-        raise ConfigError(f"--seed {request.seed}: must be at least 0 and below 2**63")
+    is_text = config.model.condition == "text"
+    every = range(len(request.prompts) if is_text else config.model.num_classes)
+    subjects = request.classes or every
+    count = request.num or len(subjects) * (1 if is_text else 10)
     if request.labels == "random":
         numbers = (generator(request.seed, "sample", 2, index) for index in range(count))
         places = [int(each.integers(len(subjects))) for each in numbers]
@@ -201,7 +189,7 @@ def choose_size(request: SampleRequest, config: RunConfig) -> tuple[int, int]:
             f"--size {name}: both sides must be multiples of model.patch_size={model.patch_size}"
         )
     if size not in model.sizes:
-        _LOG.warning(
+        warn_once(
             "--size %s: the model was trained at %s (of latents): at another size images get worse",
             *(name, ", ".join(map(size_name, model.sizes))),
         )
@@ -213,18 +201,16 @@ def make_plan(request: SampleRequest, config: RunConfig) -> SamplingPlan:
 
     Raises: ConfigError if it does not fit the objective.
     """
-    problem = config.diffusion.sampling_problem(solver=request.solver, steps=request.steps)
-    if problem:
-        raise ConfigError(f"--{problem}")
-    scale, why = choose_scale(config, request.cfg_scale, "--cfg-scale")
-    if why:
-        _LOG.warning("%s", why)
-    interval = check_interval(request.cfg_interval, "--cfg-interval")
-    check_guided(scale, {"--cfg-interval": interval, "--negative-prompt": request.negative_prompt})
-    solver = config.diffusion.solvers[0] if request.solver == "auto" else request.solver
-    return SamplingPlan.of(
-        config, steps=request.steps, cfg_scale=scale, cfg_interval=interval, solver=solver
+    plan = plan_sampling(
+        config,
+        lambda field: f"--{field.replace('_', '-')}",
+        steps=request.steps,
+        solver=request.solver,
+        cfg_scale=request.cfg_scale,
+        cfg_interval=request.cfg_interval,
     )
+    check_guided(plan.cfg_scale, "--negative-prompt", request.negative_prompt)
+    return plan
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -252,7 +238,7 @@ def check_prompts(prompts: Sequence[str], name: str) -> None:
         except UnicodeEncodeError:
             raise ConfigError(f"{name} {prompt!a}: is not UTF-8: give it in UTF-8") from None
     if blank := sum(not prompt.strip() for prompt in prompts):
-        _LOG.warning("%s: %d of %d blank: the null condition, no text", name, blank, len(prompts))
+        warn_once("%s: %d of %d blank: the null condition, no text", name, blank, len(prompts))
 
 
 def load_conditions(
@@ -266,23 +252,15 @@ def load_conditions(
         null = config.model.null_label
         return lambda labels: (ClassCondition(torch.from_numpy(labels), null), None), None
     encoder = encoder_of(config, name=request.text_encoder, device=device)
-    return _PromptConditions(encoder, request.prompts, request.negative_prompt), encoder.identity
+    prompts, negative = request.prompts, None
+    if request.negative_prompt is not None:
+        negative = encoder.condition([request.negative_prompt])
 
-
-class _PromptConditions:
-    """Encodes prompts as images need them: all at once would fill the memory."""
-
-    def __init__(
-        self, encoder: TextEncoder, prompts: Sequence[str], negative_prompt: str | None
-    ) -> None:
-        self._encoder, self._prompts, self._negative_prompt = encoder, prompts, negative_prompt
-
-    def __call__(self, labels_B: np.ndarray) -> tuple[TextCondition, TextCondition | None]:
-        condition = self._encoder.condition([self._prompts[label] for label in labels_B])
-        if self._negative_prompt is None:
+    def encode(labels_B: np.ndarray) -> tuple[Condition, Condition | None]:
+        """Encode the prompts of some images: all at once would fill the memory."""
+        condition = encoder.condition([prompts[label] for label in labels_B])
+        if negative is None:
             return condition, None
-        return condition, self._negative.select(torch.zeros(len(labels_B), dtype=torch.int64))
+        return condition, negative.select(torch.zeros(len(labels_B), dtype=torch.int64))
 
-    @cached_property
-    def _negative(self) -> TextCondition:
-        return self._encoder.condition([self._negative_prompt or ""])
+    return encode, encoder.identity

@@ -15,9 +15,10 @@ Letters: B images of a pass, Z latent channels, H, W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,51 @@ from torch import Tensor, nn
 from promoe_ds.condition import Condition
 from promoe_ds.config import RunConfig
 from promoe_ds.data.normalization.values import LatentNormalization
+from promoe_ds.data.reading import warn_once
+from promoe_ds.diffusion import check_guided, check_interval, choose_scale
 from promoe_ds.diffusion.sampler import (
     SamplingPlan,
     image_generators,
     initial_noise,
     sample_latents,
 )
+from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT
+
+
+def plan_sampling(
+    config: RunConfig,
+    name_of: Callable[[str], str],
+    *,
+    steps: int | None = None,
+    solver: str | None = None,
+    cfg_scale: float | None = None,
+    cfg_interval: Sequence[float] | None = None,
+    **others: Any,
+) -> SamplingPlan:
+    """Return how to sample a model: what the user asks for over the recipe's defaults.
+
+    Args:
+        name_of: what the user calls steps, solver, cfg_scale and cfg_interval, for messages.
+        others: further fields of the plan.
+    Raises: ConfigError for what the model cannot be sampled with.
+    """
+    if problem := config.diffusion.sampling_problem(solver=solver, steps=steps):
+        field, _, rest = problem.partition("=")
+        raise ConfigError(f"{name_of(field)}={rest}")
+    scale, why = choose_scale(config, cfg_scale, name_of("cfg_scale"))
+    if why:
+        warn_once("%s", why)
+    interval = check_interval(cfg_interval, name_of("cfg_interval"))
+    check_guided(scale, name_of("cfg_interval"), interval)
+    return SamplingPlan.of(
+        config,
+        steps=steps,
+        solver=config.diffusion.solvers[0] if solver == "auto" else solver,
+        cfg_scale=scale,
+        cfg_interval=interval,
+        **others,
+    )
 
 
 class LatentSampler:

@@ -34,7 +34,8 @@ class NpzImages:
         """
         self.path = path
         images = npz_array(path, "arr_0")
-        if images is None or not _are_images(images):
+        fits = images is not None and images.dtype == np.uint8 and images.ndim == 4 and images.size
+        if not fits or images.shape[3] not in (1, 3):
             found = "no arr_0" if images is None else f"{images.dtype} {images.shape}"
             raise DataError(
                 f"{path}: {found}, expected uint8 images (N, H, W, C) of 1 or 3 channels as arr_0"
@@ -125,12 +126,6 @@ class FolderImages:
                 f" as {shown(self._files[0])}"
             )
         return pixels[:, :, : self.channels]
-
-
-def _are_images(array: np.ndarray) -> bool:
-    if array.dtype != np.uint8 or array.ndim != 4 or 0 in array.shape:
-        return False
-    return array.shape[3] in (1, 3)
 
 
 def _remedy(array: np.ndarray | None) -> str:

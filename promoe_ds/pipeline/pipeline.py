@@ -25,25 +25,30 @@ from promoe_ds.condition import ClassCondition, Condition, TextCondition
 from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.data.text_encoder import TextEncoder
 from promoe_ds.data.vae import decode_latents, identify
-from promoe_ds.diffusion.guidance import check_guided, check_interval, choose_scale
+from promoe_ds.diffusion.guidance import check_guided
 from promoe_ds.diffusion.sampler import (
     SamplingPlan,
+    build_scheduler,
     image_generators,
     initial_noise,
     sample_latents,
 )
-from promoe_ds.diffusion.schedulers import build_scheduler
 from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.grids import as_picture
 from promoe_ds.evaluation.images import draws_pixels, to_uint8
 from promoe_ds.evaluation.sample_request import check_prompts
-from promoe_ds.logs import get_logger
+from promoe_ds.evaluation.sampling import plan_sampling
 from promoe_ds.pipeline.transformer import ProMoETransformer2DModel
-
-_LOG = get_logger("pipeline")
 
 #: Which solver of the package a scheduler stands for.
 _SOLVERS = {FlowMatchEulerDiscreteScheduler: "euler", DDPMScheduler: "ddpm", DDIMScheduler: "ddim"}
+#: What a plan's fields are called here.
+_NAMES = {
+    "steps": "num_inference_steps",
+    "solver": "scheduler",
+    "cfg_scale": "guidance_scale",
+    "cfg_interval": "guidance_interval",
+}
 _OUTPUT_TYPES = ("pil", "np", "latent")
 
 
@@ -137,7 +142,7 @@ class ProMoEPipeline(DiffusionPipeline):
         """
         self._check_output(output_type)
         plan = self._plan(num_inference_steps, guidance_scale, guidance_interval)
-        check_guided(plan.cfg_scale, {"negative_prompt": negative_prompt})
+        check_guided(plan.cfg_scale, "negative_prompt", negative_prompt)
         condition, negative = self._conditions(class_labels, prompt, negative_prompt)
         model, device = self.transformer.run_config.model, self._execution_device
         shape = model.in_channels, *model.latent_size
@@ -252,20 +257,13 @@ class ProMoEPipeline(DiffusionPipeline):
                 f"{kind.__name__}: this pipeline samples with"
                 f" {', '.join(known.__name__ for known in _SOLVERS)}"
             )
-        steps = config.sampling.steps if steps is None else steps
-        if problem := config.diffusion.sampling_problem(solver=_SOLVERS[kind], steps=steps):
-            raise ConfigError(f"num_inference_steps or scheduler: {problem}")
-        scale, why = choose_scale(config, scale, "guidance_scale")
-        if why:
-            _LOG.warning("%s", why)
-        between = check_interval(interval, "guidance_interval")
-        check_guided(scale, {"guidance_interval": between})
-        return SamplingPlan.of(
+        return plan_sampling(
             config,
+            lambda field: _NAMES[field],
             steps=steps,
-            cfg_scale=scale,
-            cfg_interval=between,
             solver=_SOLVERS[kind],
+            cfg_scale=scale,
+            cfg_interval=interval,
             shift=self.scheduler.config.get("shift", 1.0),
             num_train_timesteps=self.scheduler.config.num_train_timesteps,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -21,11 +22,9 @@ from .commands import (
 
 #: Overrides, exit code, and what the message must say.
 MISTAKES = [
-    (("train.max_stepz=3",), 2, "did you mean train.max_steps?"),
     (("model.num_heads=5",), 2, "num_heads=5 does not divide hidden_size=32"),
     (("parallel.ep_size=2",), 2, "parallel.ep_size=2 does not divide the number of ranks, 1"),
     (("train.micro_batch_size=3",), 2, "train.micro_batch_size=3"),
-    (("train.max_steps=many",), 2, "train.max_steps=many"),
     (("data.dataset=latents", "model.input_size=8"), 3, "data.path is not set"),
     (
         ("routing.method=diff_moe", "routing.num_experts=32", "train.global_batch_size=1"),
@@ -38,7 +37,6 @@ MISTAKES = [
         2,
         "routing.superclass_map=map.yaml: class 8 is missing",
     ),
-    (("sampling.solver=ddim",), 2, "sampling.solver=ddim"),
 ]
 
 
@@ -117,6 +115,16 @@ def test_train_error_on_one_rank_only_is_reported_by_that_rank(tmp_path) -> None
     done = run(*TWO[:-1], "script.py", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("error: rank 1: shard 7 is gone") == 1
+
+
+def test_what_was_shown_before_an_error_is_not_lost(tmp_path) -> None:
+    script = (
+        "import sys\nfrom promoe_ds.cli.entry import run_entry\nfrom promoe_ds.errors import"
+        " DataError\ndef main(arguments):\n    sys.stdout.write('figures')\n    raise"
+        " DataError('no disk')\nrun_entry(main)"
+    )
+    done = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONUNBUFFERED="")
+    assert (done.returncode, done.stdout) == (3, "figures")
 
 
 def test_save_disk_full_previous_checkpoint_stays_valid(tmp_path) -> None:

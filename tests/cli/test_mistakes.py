@@ -27,7 +27,8 @@ SAMPLE = [
     ("--out s --model garbage", 4, "garbage/model.safetensors: cannot be read"),
     ("--out s --model export --classes 1,12", 2, "knows the classes 0 ... 9"),
     ("--out s --model export --classes 1,x", 2, "--classes: x"),
-    ("--out s --model export --num 0", 2, "--num 0: must be at least 1"),
+    ("--out s --model export --num 0", 2, "--num/--num-samples: 0"),
+    ("--out s --model export --seed 9223372036854775808", 2, "--seed: 9223372036854775808"),
     ("--out s --model export --solver ddim", 2, "--solver=ddim"),
 ]
 DIGITS = [

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from promoe_ds.cli.options import write_figures
 from promoe_ds.data.encode import encode
 from promoe_ds.data.sources.packing import EncodeRequest
 from promoe_ds.distributed.context import DistributedContext, join_processes
 from promoe_ds.distributed.process_group import stop_distributed
 from promoe_ds.errors import PromoeError
-from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate, write_metrics
+from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
 from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 from promoe_ds.evaluation.sharded_model import load_sharded_model
 
@@ -41,7 +42,7 @@ def run_task(kind: str, values: dict, team: DistributedContext) -> str:
             out = values.pop("out")
             figures = evaluate(EvaluateRequest(**values), team)
             if team.is_main:
-                write_metrics(out, figures)
+                write_figures(out, figures)
     except PromoeError as error:
         return str(error)
     return ""

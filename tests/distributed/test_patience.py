@@ -22,9 +22,10 @@ def _wait_for_the_late_one() -> None:
     time.sleep(4 * team.rank)
     assert team.gather(team.rank) == [0, 1]
     assert team.main_first(lambda: _late(team)) == team.rank
+    assert team.on_main(lambda: _late(team)) == 0
     assert team.sum(np.ones(1)) == 2
     stop_distributed()
 
 
-def test_barriers_and_gathers_of_a_team_outlast_the_time_out_of_its_other_collectives() -> None:
+def test_all_but_sums_of_a_team_outlast_the_time_out_of_a_collective() -> None:
     run_ranks(2, _wait_for_the_late_one)

@@ -30,7 +30,7 @@ def test_progress_says_amount_speed_and_time_left_now_and_then(
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
     logger = logging.Logger("long", logging.INFO)
     logger.addFilter(lambda record: lines.append(record.getMessage()))
-    progress = logs.Progress(logger, total, "images", every_seconds=10)
+    progress = logs.Progress(logger, total, "images")
     for seconds, amount in steps:
         now[0] = 100.0 + seconds
         progress.add(amount)

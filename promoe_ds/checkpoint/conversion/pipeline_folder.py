@@ -45,7 +45,7 @@ def write_pipeline_configs(
     """
     import diffusers
 
-    from promoe_ds.diffusion.schedulers import build_scheduler
+    from promoe_ds.diffusion.sampler import build_scheduler
 
     version = diffusers.__version__
     index: dict[str, Any] = {

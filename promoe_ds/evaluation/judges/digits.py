@@ -60,8 +60,6 @@ class DigitsJudge(Judge):
         accuracy on the held-out ones says how far it can be trusted. Training digits and uniform
         noise are the distance's two landmarks.
         """
-        from sklearn.svm import SVC
-
         images, labels = read_samples(samples)
         are_digits = images.shape[1:] == (8, 8, 1) and set(labels.tolist()) <= set(range(10))
         if not are_digits or len(images) < 2:
@@ -70,6 +68,8 @@ class DigitsJudge(Judge):
             )
         train_images, train_labels = load_digits_split(heldout_fraction, heldout=False)
         heldout_images, heldout_labels = load_digits_split(heldout_fraction, heldout=True)
+        from sklearn.svm import SVC  # it is there: the digits come from it
+
         real, unseen = _features(to_uint8(train_images)), _features(to_uint8(heldout_images))
         classifier = SVC(gamma="scale", C=10.0).fit(real, train_labels)
         features = _features(images)

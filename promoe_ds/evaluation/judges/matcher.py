@@ -19,6 +19,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from promoe_ds.errors import ConfigError
 from promoe_ds.evaluation.sampling import one_thread
 from promoe_ds.files import replacing
 from promoe_ds.logs import get_logger
@@ -121,22 +122,28 @@ def cached_matcher(
 
     It is kept in $XDG_CACHE_HOME/promoe_ds (~/.cache/promoe_ds) under a checksum of pictures, this
     file, torch's version and `made_of`: what the vectors are made of, whose last digits vary.
-    Raises: OSError.
+    Raises: ConfigError if nothing can be kept there.
     """
     digest = xxhash.xxh3_64(Path(__file__).read_bytes())
     digest.update("\0".join([torch.__version__, *made_of]).encode())
     digest.update(np.ascontiguousarray(images_NHWC).tobytes())
     name = f"matcher-{digest.hexdigest()}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "promoe_ds"
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
-    # Runs that are judged at a time wait for the first of them.
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.is_file():
-            _LOG.info("training the matcher, once: about a minute, then it is %s", path)
-            with replacing(path) as temporary:
-                save_file(train_matcher(images_NHWC, sentences_NP).state_dict(), temporary)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Runs that are judged at a time wait for the first of them.
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.is_file():
+                _LOG.info("training the matcher, once: about a minute, then it is %s", path)
+                with replacing(path) as temporary:
+                    save_file(train_matcher(images_NHWC, sentences_NP).state_dict(), temporary)
+    except OSError as error:
+        raise ConfigError(
+            f"XDG_CACHE_HOME: the matcher cannot be kept in {folder} ({error.strerror}): set it to"
+            " a folder that can be written"
+        ) from None
     matcher = Matcher(sentences_NP).eval()
     matcher.load_state_dict(load_file(path))
     return matcher, name

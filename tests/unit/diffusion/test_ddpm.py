@@ -59,13 +59,6 @@ def test_sigma_holds_every_timestep_exactly(length: int) -> None:
     assert ddpm(length).timestep(batch).tolist() == list(range(length))
 
 
-@pytest.mark.parametrize("bins", [1, 3, 10, 16, 50])
-def test_sigma_falls_into_the_bin_of_its_timestep(bins: int) -> None:
-    # As the routing log bins it: in fp32.
-    sigma = torch.tensor([t / 1000 for t in range(1000)])
-    assert (sigma * bins).long().tolist() == [t * bins // 1000 for t in range(1000)]
-
-
 def test_timesteps_are_drawn_uniformly_from_all() -> None:
     objective = ddpm(25)
     drawn = [

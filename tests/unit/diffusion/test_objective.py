@@ -14,10 +14,8 @@ from torch import Tensor
 
 from promoe_ds.condition import ClassCondition
 from promoe_ds.config.diffusion import DiffusionConfig
-from promoe_ds.diffusion.build import build_objective
-from promoe_ds.diffusion.ddpm import Ddpm
+from promoe_ds.diffusion import build_objective
 from promoe_ds.diffusion.objective import DiffusionBatch, draw_batch
-from promoe_ds.diffusion.rectified_flow import RectifiedFlow
 from promoe_ds.randomness import generator
 
 from ..builders import random_tensor
@@ -40,14 +38,6 @@ def draw(
 
 def parts(batch: DiffusionBatch) -> tuple[Tensor, ...]:
     return batch.clean_BZHW, batch.noise_BZHW, batch.sigma_B, batch.condition.labels_B
-
-
-@pytest.mark.parametrize(("name", "kind"), [("rectified_flow", RectifiedFlow), ("ddpm", Ddpm)])
-def test_build_objective_follows_the_config(name: str, kind: type) -> None:
-    config = DiffusionConfig(objective=name)
-    objective = build_objective(config)
-    assert type(objective) is kind
-    assert objective.config is config
 
 
 # Draws.

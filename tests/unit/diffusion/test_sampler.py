@@ -68,15 +68,6 @@ def test_euler_steps_equal_closed_form_with_the_shift_applied_once(shift: float)
     assert result.item() == pytest.approx(expected, rel=1e-5)  # fp32
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 1.0), (8, 1.0), (10, 3.0)])
-def test_euler_constant_velocity_is_exact(steps: int, shift: float) -> None:
-    # Integers and steps of a power of two: no rounding anywhere.
-    noise, velocity = (torch.arange(8.0).view(2, 1, 2, 2) - offset for offset in (3, 5))
-    result = sample(lambda x, t, y: velocity, noise, steps=steps, shift=shift)
-    tolerance = 0.0 if shift == 1.0 else 1e-5
-    torch.testing.assert_close(result, noise - velocity, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_solver_towards_a_point_arrives_there(solver: str, steps: int) -> None:

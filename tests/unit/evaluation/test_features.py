@@ -105,6 +105,8 @@ def test_networks_compute_without_tf32_and_leave_the_setting_as_it_was(tmp_path:
             r"returned a tensor \(\) for 1 images, expected a tensor of as many rows",
         ),
         ("return {'spatial': x}", r"returned no pooled features \(pool\)"),
+        ("x = x.flatten(1)", r"returned no pooled features \(pool\)"),
+        ("return 1", "returned int for 1 images"),
         (
             "raise KeyError('layer4')",
             r"failed on uint8 images \(1, 3, 12, 12\): KeyError: 'layer4' \(.*net\.py, line 4\)",

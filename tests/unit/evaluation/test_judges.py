@@ -5,6 +5,7 @@ what was held out has the same draws for every model.
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -87,6 +88,15 @@ def test_judge_images_of_another_size_are_refused(tmp_path) -> None:
         DigitsJudge().judge(tmp_path)
 
 
+def test_judge_of_digits_without_its_library_says_what_to_install(tmp_path, monkeypatch) -> None:
+    images, labels = load_digits_split(0.2, heldout=True)
+    np.savez(tmp_path / "samples.npz", arr_0=to_uint8(images), labels=labels)
+    for name in ("sklearn", "sklearn.datasets", "sklearn.svm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match="scikit-learn"):
+        DigitsJudge().judge(tmp_path)
+
+
 def _squares(count: int = 16) -> tuple[np.ndarray, torch.Tensor]:
     """Return pictures of one colour each, and a sentence vector for each."""
     random = np.random.default_rng(0)
@@ -122,19 +132,23 @@ def test_matcher_is_trained_once_for_the_same_pictures(tmp_path, monkeypatch) ->
     assert (len(trained), len({name for _, name in found})) == (3, 3)
     (first, _), (again, _) = found[:2]
     assert np.array_equal(first.features(images), again.features(images))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"XDG_CACHE_HOME: .*file/promoe_ds \(Not a directory\)"):
+        matcher.cached_matcher(images, sentences, ["a"])
+
+
+@cache
+def _trained() -> matcher.Matcher:
+    train = load_emoji("train")
+    pooled = TextEncoder(emoji.ENCODER).encode(train.captions).pooled
+    return matcher.train_matcher(to_uint8(train.images_N3HW), pooled, epochs=3)
 
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Train the matcher once, for a few seconds only."""
-
-    @cache
-    def trained() -> matcher.Matcher:
-        train = load_emoji("train")
-        pooled = TextEncoder(emoji.ENCODER).encode(train.captions).pooled
-        return matcher.train_matcher(to_uint8(train.images_N3HW), pooled, epochs=3)
-
-    monkeypatch.setattr(emoji, "cached_matcher", lambda *given: (trained(), "quick"))
+    monkeypatch.setattr(emoji, "cached_matcher", lambda *given: (_trained(), "quick"))
 
 
 def _write(folder: Path, images: np.ndarray, prompts: list[str]) -> Path:

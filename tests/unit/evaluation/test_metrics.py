@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from promoe_ds.cli.options import check_target
 from promoe_ds.distributed.context import single_process
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import load_extractor
 from promoe_ds.evaluation.frechet import fit_gaussian, frechet_distance
-from promoe_ds.evaluation.metrics import EvaluateRequest, check_target, evaluate
+from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
 from promoe_ds.evaluation.reference import save_features
 from promoe_ds.evaluation.sources import NpzImages, npz_array
 
@@ -173,8 +174,6 @@ def test_evaluation_crops_reference_images_of_another_size(files: Path, tmp_path
         ({"reference": "half.npz"}, DataError, "one of mu and sigma"),
         ({"reference": "four.npz", "metrics": ("fid",)}, DataError, r"four\.npz: mu has 4 .* 9"),
         ({"reference": "few.npz"}, ConfigError, "--metrics precision: needs at least 4 .*got 3"),
-        ({"save_reference": "nowhere/x.npz"}, ConfigError, r"--save-reference .*x\.npz: .*nowhere"),
-        ({"save_reference": "."}, ConfigError, "is a folder"),
         (
             {"save_reference": "x.npz", "reference": None, "metrics": ("is",)},
             ConfigError,
@@ -215,6 +214,8 @@ def test_evaluation_finds_mistakes_before_the_first_batch(
 def test_target_that_cannot_be_written_is_found(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--out .*metrics\.json: there is no folder"):
         check_target(tmp_path / "nowhere" / "metrics.json", "--out")
+    with pytest.raises(ConfigError, match=r"--save-reference .* is a folder"):
+        check_target(tmp_path, "--save-reference")
     check_target(tmp_path / "metrics.json", "--out")
 
 
@@ -287,14 +288,20 @@ def test_statistics_of_samples_give_the_distances_of_their_images(
     for values, message in (
         ({"metrics": ("fid", "is")}, "--metrics is: .*states statistics alone"),
         ({"num": 3}, "--num: .*states statistics alone"),
-        ({"reference": files / "reference.npz"}, "--reference .*states no mu"),
+        ({"reference": files / "reference.npz"}, "--metrics fid: .*states no mu and sigma"),
     ):
         with pytest.raises(ConfigError, match=message):
             judge(files, **{**given, **values})
     save_features(tmp_path / "other.npz", images, load_extractor("pixels", "cpu"), TEAM, 20)
-    with pytest.raises(DataError, match=r"other\.npz: mu has 432 features"):
+    with pytest.raises(DataError, match=r"other\.npz: .*another extractor"):
         judge(files, **{**given, "reference": tmp_path / "other.npz"})
     with np.load(path) as stated:
-        np.savez(tmp_path / "renamed.npz", **{**stated, "extractor": np.array("{}")})
-    with pytest.raises(DataError, match=r"renamed\.npz: .*another extractor"):
-        judge(files, **{**given, "reference": tmp_path / "renamed.npz"})
+        other = {"extractor": np.array('{"weights": "other"}')}
+        np.savez(tmp_path / "renamed.npz", **{**stated, **other})
+    for samples in (path, files / "samples.npz"):
+        renamed = {"samples": samples, "reference": tmp_path / "renamed.npz"}
+        with pytest.raises(DataError, match=r"renamed\.npz: .*another extractor"):
+            judge(files, **{**given, **renamed})
+    path.write_bytes(path.read_bytes()[:99])  # what cannot be read is made again
+    save_features(path, images, extractor, TEAM, batch_size=20)
+    assert judge(files, **given)["metrics"] == report["metrics"]

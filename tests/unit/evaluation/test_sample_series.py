@@ -16,7 +16,7 @@ import pytest
 from promoe_ds.checkpoint.conversion import Request, convert
 from promoe_ds.cli.sample import main
 from promoe_ds.errors import CheckpointError, ConfigError
-from promoe_ds.evaluation.sample_job import draw_samples, draw_series
+from promoe_ds.evaluation.sample_job import draw_samples
 from promoe_ds.evaluation.sample_request import SampleRequest
 from promoe_ds.evaluation.sampling import LatentSampler
 
@@ -74,28 +74,28 @@ def test_checkpoints_and_scales_are_drawn_into_folders_of_their_own_and_once(
 
 def test_one_scale_has_no_folder_and_several_of_an_export_have(tmp_path: Path) -> None:
     request = SampleRequest(model=make_export(tmp_path), out=tmp_path / "one", num=2, steps=2)
-    draw_series(request, cfg_scales=(3.0,))
+    draw_samples(request, cfg_scales=(3.0,))
     assert record(tmp_path / "one")["cfg_scale"] == 3.0
     with pytest.raises(ConfigError, match="samples of one job"):
-        draw_series(request, cfg_scales=(1.0, 3.0))
+        draw_samples(request, cfg_scales=(1.0, 3.0))
     several = SampleRequest(model=request.model, out=tmp_path / "several", num=2, steps=2)
-    draw_series(several, cfg_scales=(1.0, 3.0))
+    draw_samples(several, cfg_scales=(1.0, 3.0))
     assert {path.name for path in several.out.iterdir()} == {"cfg_1.0", "cfg_3.0"}
 
 
 def test_series_that_cannot_be_is_refused_before_the_first_image(run: Path, tmp_path: Path) -> None:
     request = SampleRequest(model=run, out=tmp_path / "out", num=2, steps=2)
     with pytest.raises(CheckpointError, match=r"--checkpoint-steps 3: .* 0, 4"):
-        draw_series(request, checkpoint_steps=(4, 3))
+        draw_samples(request, checkpoint_steps=(4, 3))
     with pytest.raises(ConfigError, match=r"--cfg-scale=0\.5"):
-        draw_series(request, checkpoint_steps=(4,), cfg_scales=(1.0, 0.5))
+        draw_samples(request, checkpoint_steps=(4,), cfg_scales=(1.0, 0.5))
     assert not list(request.out.rglob("*.png"))
     config = request.out / "exports/step_0000004/config.json"
     content = json.loads(config.read_text())
     content["origin"]["manifest"] = "of another"
     config.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"step_0000004 is not of .*remove it"):
-        draw_series(request, checkpoint_steps=(4,))
+        draw_samples(request, checkpoint_steps=(4,))
 
 
 def test_sample_file_that_is_cut_is_put_together_anew(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_samples_of_any_size_are_resized_and_the_first_taken(tmp_path: Path) -> 
 @given(
     st.booleans(),
     st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=5),
-    st.floats(0.3, 1.0),
+    st.one_of(st.just(1.0), st.floats(0.3, 1.0)),
 )
 def test_any_damage_of_an_npz_gives_its_shape_or_names_it(
     compressed: bool, changes: list, kept: float
@@ -77,7 +77,7 @@ def test_any_damage_of_an_npz_gives_its_shape_or_names_it(
         path.write_bytes(data[: int(len(data) * kept) + 1])
         try:
             images = NpzImages(path)
-            found = images.read(range(len(images))).shape[1:]
-            assert found in [(images.height, images.height, channels) for channels in (1, 3)]
+            shape = (len(images), *sides(images.size), images.channels)
+            assert images.read(range(len(images))).shape == shape
         except DataError as error:
             assert "x.npz" in str(error)

@@ -231,6 +231,7 @@ def test_check_launch_names_the_candidate_that_the_ranks_do_not_fit() -> None:
         ("--ranks", "0"),
         ("--samples", "1"),
         ("--sample-seed", "-1"),
+        ("--sample-seed", "9223372036854775808"),
         ("--tolerance", "-0.1"),
         ("--tolerance", "nan"),
         ("--seeds", ""),

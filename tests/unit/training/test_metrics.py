@@ -115,7 +115,7 @@ def test_train_log_on_a_full_disk_is_one_line(capfd) -> None:
     configure_logging(0, log_file=Path("/dev/full"))
     try:
         for _ in range(3):
-            get_logger().info("training")
+            get_logger("train").info("training")
     finally:
         configure_logging(0)
     error = capfd.readouterr().err
