@@ -219,9 +219,12 @@ class RunConfig(Section):
         """Return which width is no multiple, as «name is width»; None if all are."""
         widths = {
             "model.hidden_size": self.model.hidden_size,
-            "the dense width (model.mlp_ratio)": self.dense_width,
+            "model.num_heads * model.head_dim": self.model.attention_width,
         }
-        if self.routing.method != "dense":
+        num_moe_blocks = len(self.moe_block_indices)
+        if num_moe_blocks < self.model.depth:
+            widths["the dense width (model.mlp_ratio)"] = self.dense_width
+        if num_moe_blocks > 0:
             widths |= {
                 "routing.expert_width": self.expert_width,
                 "routing.shared_expert_width": self.shared_expert_width,

@@ -211,6 +211,10 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
         },
         ("fp8_recipe=mxfp8", "multiple of 32", "routing.expert_width is 48"),
     ),
+    (
+        {"precision": FP8, "model": {"head_dim": 12}},
+        ("precision.compute=fp8", "multiple of 16", "model.num_heads * model.head_dim is 24"),
+    ),
     ({"precision": FP8, "parallel": {"compile": True}}, ("parallel.compile=true",)),
     *(
         (
@@ -243,6 +247,12 @@ def test_rule_broken_is_refused_by_field_and_value(
         # Each expert takes at least one token there.
         {"routing": {"method": "expert_choice", "num_experts": 6}},
         {"parallel": {"dispatch": "megatron"}, "routing": {"method": "kmeans"}},
+        # No block is dense.
+        {
+            "precision": {"compute": "fp8"},
+            "model": {"mlp_ratio": 3.9},
+            "routing": {"moe_blocks": "all", "expert_width": 32},
+        },
     ],
 )
 def test_rule_is_no_stricter_than_it_must_be(sections: dict[str, dict[str, Any]]) -> None:
