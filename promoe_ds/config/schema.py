@@ -109,10 +109,11 @@ class RunConfig(Section):
             f"model.time={model.time} is a flow's, but diffusion.objective="
             f"{self.diffusion.objective}: set model.time=noise",
         )
-        problem = self.diffusion.sampling_problem(
-            solver=self.sampling.solver, steps=self.sampling.steps
-        )
-        require(not problem, f"sampling.{problem}")
+        problem = self.diffusion.sampling_problem
+        sampling = problem(solver=self.sampling.solver, steps=self.sampling.steps)
+        require(not sampling, f"sampling.{sampling}")
+        evaluation = problem(steps=self.evaluation.steps) if self.evaluation.every else ""
+        require(not evaluation, f"evaluation.{evaluation}")
 
     def _check_data(self) -> None:
         model, data, traits = self.model, self.data, self.data.traits
@@ -142,24 +143,16 @@ class RunConfig(Section):
         )
 
     def _check_condition(self) -> None:
-        if self.model.condition == "text":
-            require(
-                "text" in self.data.traits.conditions,
-                f"data.dataset={self.data.dataset} has labels and no texts, but"
-                " model.condition=text: use another data set, or model.condition=class",
-            )
-        else:
-            require(
-                "class" in self.data.traits.conditions,
-                f"data.dataset={self.data.dataset} has captions and no labels: set"
-                " model.condition=text",
-            )
+        conditions, condition = self.data.traits.conditions, self.model.condition
+        require(
+            condition in conditions,
+            f"data.dataset={self.data.dataset} has no samples for model.condition={condition}: set"
+            f" model.condition={conditions[0]}, or use another data set",
+        )
+        if condition == "class":
             self._check_null_row()
             texts = "text_encoder", "text_fingerprint", "caption_groups"
-            try:
-                self.data.refuse_set(*texts, use="model.condition=class")
-            except ValueError as error:
-                raise ValueError(f"data.{error}") from None
+            self.data.refuse_set(*texts, use="model.condition=class", section="data.")
         require(
             self.logging.class_counts is not True or self.num_groups > 0,
             "logging.class_counts=true has nothing to count by: set data.caption_groups, or leave"

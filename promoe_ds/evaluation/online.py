@@ -38,9 +38,6 @@ class OnlineEvaluation:
         """
         self._config, self._team = config, ranks
         settings = config.evaluation
-        problem = config.diffusion.sampling_problem(steps=settings.steps)
-        if problem:
-            raise ConfigError(f"evaluation.{problem}")
         # The default is no guidance: a recipe that states more asks for it.
         scale, _ = choose_scale(config, max(settings.cfg_scale, 1.0), "evaluation.cfg_scale")
         self._extractor = load_extractor(settings.extractor, ranks.device)

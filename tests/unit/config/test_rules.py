@@ -200,6 +200,10 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
         ("sampling.steps=250", "num_train_timesteps=100"),
     ),
     (
+        {"diffusion": DDPM, "evaluation": {"every": 50, "reference": "r.npz", "steps": 1}},
+        ("evaluation.steps=1:", "2 ..."),
+    ),
+    (
         {"precision": FP8, "routing": {"expert_width": 24}},
         ("precision.compute=fp8", "multiple of 16", "routing.expert_width is 24"),
     ),
