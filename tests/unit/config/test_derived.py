@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from promoe_ds.config import RunConfig, config_from_dict, load_config
+from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.config.model import PRESETS
 
 from ..builders import MODERN, small_config, small_values
@@ -101,10 +101,6 @@ def test_preset_fills_the_sizes_left_out(preset: str) -> None:
     values["model"] = {"preset": preset, "num_classes": 7}
     model = config_from_dict(values, source="recipe").model
     assert PRESETS[preset].items() <= dict(model).items()
-
-
-def test_null_label_of_imagenet_is_a_thousand() -> None:
-    assert load_config("promoe_b").model.null_label == 1000
 
 
 @pytest.mark.parametrize(
