@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from promoe_ds.routing import (
     build_router,
     partition_samples,
 )
+from promoe_ds.routing.assignment import expert_of_rows
 from promoe_ds.training.step import TrainingModule
 
 _Call = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
@@ -84,7 +86,7 @@ def layer_candidates(
     direction = torch.randn_like(inputs)
     partition = conditional(images, config, device)
     dense = initialised(FeedForward(model.hidden_size, active_width(config))).to(device, dtype)
-    candidates = {"dense": lambda: pass_of(dense, lambda x: (dense(x), []), inputs, direction)}
+    candidates = {"dense": partial(pass_of, dense, lambda x: (dense(x), []), inputs, direction)}
     libraries, missing = build_each(
         LIBRARIES, lambda name: layer_of(with_dispatch(config, name), device, dtype)
     )
@@ -101,9 +103,7 @@ def layer_candidates(
         for name, (layer, context) in quantised.items():
             layers[name], calls[name] = layer, layer_call(layer, partition, context)
     for name, layer in (layers | libraries).items():
-        candidates[name] = lambda layer=layer, call=calls[name]: pass_of(
-            layer, call, inputs, direction
-        )
+        candidates[name] = partial(pass_of, layer, calls[name], inputs, direction)
     return candidates, missing
 
 
@@ -132,11 +132,6 @@ def _settings(config: RunConfig, **more: object) -> dict[str, object]:
     }
 
 
-def layer_pass(layer: MoELayer, inputs: Tensor, direction: Tensor, partition: Partition) -> None:
-    """Run a layer forward and backward, its losses included."""
-    pass_of(layer, layer_call(layer, partition), inputs, direction)
-
-
 def pass_of(module: nn.Module, call: _Call, inputs: Tensor, direction: Tensor) -> None:
     """Run a forward and a backward pass of a module from given inputs and output gradients."""
     module.zero_grad(set_to_none=True)
@@ -163,8 +158,7 @@ def loop_call(layer: MoELayer, partition: Partition) -> _Call:
     def call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         plan = layer.route(tokens, partition)
         flat, assignment = tokens.flatten(0, 1), plan.assignment
-        every = torch.arange(routed.num_local_experts, device=flat.device)
-        expert_N = torch.repeat_interleave(every, assignment.tokens_per_expert_E)
+        expert_N = expert_of_rows(assignment)
         output = layer.shared(flat)
         weights = {
             name.replace("_", "."): getattr(routed, name).unbind(0)
@@ -199,10 +193,10 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> R
         generator=torch.Generator().manual_seed(1),
     )
     partition = partition_samples(batch.condition)
-    candidates = {"training_step": lambda: training_pass(module, batch)}
+    candidates = {"training_step": partial(training_pass, module, batch)}
     for name, router in _routers(config).items():
-        candidates[f"router_losses_{name}"] = lambda router=router: _routing_passes(
-            router, inputs, partition, len(config.moe_block_indices)
+        candidates[f"router_losses_{name}"] = partial(
+            _routing_passes, router, inputs, partition, len(config.moe_block_indices)
         )
     settings = _settings(config, images=images)
     return compare("router", candidates, rounds=rounds, warmup=1, settings=settings)
