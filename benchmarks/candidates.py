@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -27,11 +27,15 @@ from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.process_group import local_device
 from promoe_ds.errors import ConfigError, PromoeError
 from promoe_ds.model import DiT, build_model, initialise
+from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.training.trainer import Trainer
 
 #: `parallel.dispatch` of the layers that other libraries bring.
 LIBRARIES = EXTERNAL_DISPATCH
+
+#: Makes the context that a layer's passes must run in.
+Context = Callable[[], AbstractContextManager]
 
 _T = TypeVar("_T")
 _INIT_STD = 0.02
@@ -140,7 +144,7 @@ def free_memory() -> None:
 
 
 def build_each(
-    names: tuple[str, ...], build: Callable[[str], _T]
+    names: Iterable[str], build: Callable[[str], _T]
 ) -> tuple[dict[str, _T], dict[str, str]]:
     """Return build(name) by name where this installation can, and elsewhere the reason."""
     built: dict[str, _T] = {}
@@ -153,6 +157,29 @@ def build_each(
     return built, missing
 
 
+def build_layer(
+    kind: str, config: RunConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[MoELayer, Context]:
+    """Build one MoE layer, all experts here, and the context of its passes.
+
+    Args:
+        kind: of its experts: "own" for the recipe's, a backend of `parallel.expert_backend`, a
+            library, or "fp8" for Transformer Engine's.
+    Raises: ConfigError naming what the recipe, the device or the installation lacks.
+    """
+    if kind == "fp8":
+        network = _two_blocks(with_precision(config, "fp8")).to_empty(device=device)
+        initialise(network, 0)
+        context = use_transformer_engine(network.to(dtype), network.config, device)
+        return initialised(_first_layer(network)), context
+    if kind in LIBRARIES:
+        return layer_of(with_dispatch(config, kind), device, dtype), nullcontext
+    layer = initialised(build_moe_layer(config)).to(device, dtype)
+    if kind != "own":
+        layer.routed.backend = kind
+    return layer, nullcontext
+
+
 def layer_of(config: RunConfig, device: torch.device, dtype: torch.dtype) -> MoELayer:
     """Build one MoE layer whose experts the engine places, on the groups of this process."""
     network = _two_blocks(config)
@@ -162,21 +189,6 @@ def layer_of(config: RunConfig, device: torch.device, dtype: torch.dtype) -> MoE
     initialise(network.to_empty(device=device), 0)
     mark_experts(network.to(dtype))
     return _first_layer(network)
-
-
-def fp8_layer(
-    config: RunConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[MoELayer, Callable[[], AbstractContextManager]]:
-    """Build one MoE layer of Transformer Engine's, all experts here, and its forward context.
-
-    Raises: ConfigError naming what the recipe, the device or the installation lacks.
-    """
-    network = _two_blocks(with_precision(config, "fp8")).to_empty(device=device)
-    initialise(network, 0)
-    context = use_transformer_engine(network.to(dtype), network.config, device)
-    return initialised(_first_layer(network)), context
 
 
 def _two_blocks(config: RunConfig) -> DiT:

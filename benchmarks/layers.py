@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -12,12 +12,11 @@ from torch.func import functional_call
 
 from benchmarks.candidates import (
     LIBRARIES,
+    Context,
     build_each,
-    fp8_layer,
+    build_layer,
     initialised,
-    layer_of,
     mixture_recipe,
-    with_dispatch,
 )
 from benchmarks.processes import single_process
 from benchmarks.timing import Result, compare
@@ -26,7 +25,6 @@ from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import build_model, initialise
-from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, FEED_FORWARDS, FeedForward
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing import (
@@ -41,7 +39,6 @@ from promoe_ds.routing.assignment import expert_of_rows
 from promoe_ds.training.step import TrainingModule
 
 _Call = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
-_Context = Callable[[], AbstractContextManager]
 
 
 def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Result:
@@ -87,23 +84,16 @@ def layer_candidates(
     partition = conditional(images, config, device)
     dense = initialised(FeedForward(model.hidden_size, active_width(config))).to(device, dtype)
     candidates = {"dense": partial(pass_of, dense, lambda x: (dense(x), []), inputs, direction)}
-    libraries, missing = build_each(
-        LIBRARIES, lambda name: layer_of(with_dispatch(config, name), device, dtype)
-    )
-    layers = {
-        name: initialised(build_moe_layer(config)).to(device, dtype)
-        for name in ("moe", "moe_loop_backend", "per_expert_loop")
-    }
-    layers["moe_loop_backend"].routed.backend = "loop"
-    calls = {name: layer_call(layer, partition) for name, layer in (layers | libraries).items()}
-    calls["per_expert_loop"] = loop_call(layers["per_expert_loop"], partition)
+    kinds = {"moe": "own", "moe_loop_backend": "loop", "per_expert_loop": "own"}
+    kinds |= {name: name for name in LIBRARIES}
     if dtype == torch.bfloat16:  # what FP8 weights are
-        quantised, reasons = build_each(("moe_fp8",), lambda name: fp8_layer(config, device, dtype))
-        missing |= reasons
-        for name, (layer, context) in quantised.items():
-            layers[name], calls[name] = layer, layer_call(layer, partition, context)
-    for name, layer in (layers | libraries).items():
-        candidates[name] = partial(pass_of, layer, calls[name], inputs, direction)
+        kinds["moe_fp8"] = "fp8"
+    built, missing = build_each(kinds, lambda name: build_layer(kinds[name], config, device, dtype))
+    for name, (layer, context) in built.items():
+        call = layer_call(layer, partition, context)
+        if name == "per_expert_loop":
+            call = loop_call(layer, partition)
+        candidates[name] = partial(pass_of, layer, call, inputs, direction)
     return candidates, missing
 
 
@@ -139,7 +129,7 @@ def pass_of(module: nn.Module, call: _Call, inputs: Tensor, direction: Tensor) -
     torch.autograd.backward([output, *losses], [direction, *(None for _ in losses)])
 
 
-def layer_call(layer: MoELayer, partition: Partition, context: _Context = nullcontext) -> _Call:
+def layer_call(layer: MoELayer, partition: Partition, context: Context = nullcontext) -> _Call:
     """Return a forward pass in a context: output and losses."""
 
     def call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
