@@ -127,9 +127,8 @@ class AllToAllDispatcher(Dispatcher):
     """Dropless, exact-size all-to-all over DeepSpeed's expert-parallel group.
 
     Rank w of the group holds the experts w*e ... (w+1)*e - 1. The exchange carries exactly the rows
-    that live
-    elsewhere, both ways: no padding, no capacity. Where it does not `sort`, they stay in the order
-    of the ranks that sent them, and the counts are (W * e,).
+    of experts elsewhere, both ways: no padding, no capacity. Where it does not `sort`, they stay in
+    the order of the ranks that sent them, and the counts are (W * e,).
     """
 
     sort = True
