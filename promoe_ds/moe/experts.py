@@ -103,7 +103,6 @@ class StackedExperts(nn.Module):
         expert_type: str = "gelu",
         backend: str = "grouped_mm",
         kernels: str = "eager",
-        first_expert: int = 0,
     ) -> None:
         """Create uninitialised experts (`model.init` fills them).
 
@@ -114,9 +113,8 @@ class StackedExperts(nn.Module):
             kernels: of biases and GELU, see `kernels.choice`.
         """
         super().__init__()
-        self.expert_type, self.backend, self.first_expert = expert_type, backend, first_expert
-        self.kernels = kernels
-        self.num_local_experts = num_experts
+        self.expert_type, self.backend, self.kernels = expert_type, backend, kernels
+        self.first_expert, self.num_local_experts = 0, num_experts
         for name, shape in expert_shapes(expert_type, width, hidden).items():
             self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
 
