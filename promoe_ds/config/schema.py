@@ -241,22 +241,11 @@ class RunConfig(Section):
         )
 
     @property
-    def expert_backend(self) -> Literal["grouped_mm", "loop"]:
-        """The backend that `parallel.expert_backend` means; auto: grouped GEMM where the
-        widths allow it.
+    def expert_backend(self) -> Literal["auto", "grouped_mm", "loop"]:
+        """What `parallel.expert_backend` leaves to the device: auto only where the widths allow
+        grouped GEMM.
         """
-        if self.parallel.expert_backend == "auto":
-            return "grouped_mm" if self._grouped_gemm_fits else "loop"
-        return self.parallel.expert_backend
-
-    @property
-    def experts_by(self) -> str:
-        """Who computes routed experts: Megatron, Transformer Engine, or our own backend."""
-        if self.parallel.resolved_dispatch == "megatron":
-            return "megatron"
-        return (
-            "transformer_engine" if self.precision.uses_transformer_engine else self.expert_backend
-        )
+        return self.parallel.expert_backend if self._grouped_gemm_fits else "loop"
 
     def expert_order_of(self, row: int) -> tuple[int, ...] | None:
         """Return the first names of the experts of the row-th MoE layer in the order of their

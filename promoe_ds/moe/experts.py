@@ -142,6 +142,12 @@ class StackedExperts(nn.Module):
             )
         )
 
+    def backend_for(self, rows_RD: Tensor) -> str:
+        """Return the backend that multiplies rows of this dtype on their device."""
+        if self.backend != "auto":
+            return self.backend
+        return "loop" if falls_back(rows_RD) else "grouped_mm"
+
     def forward(
         self, rows_RD: Tensor, tokens_per_expert_e: Tensor, last: nn.Module | None = None
     ) -> Tensor:
@@ -158,9 +164,7 @@ class StackedExperts(nn.Module):
         rows_RD = at_autocast_dtype(rows_RD)
         if self.kernel is not None:
             return self.kernel(self, rows_RD, tokens_per_expert_e)
-        backend = self.backend
-        if backend == "auto":
-            backend = "loop" if falls_back(rows_RD) else "grouped_mm"
+        backend = self.backend_for(rows_RD)
         make_products = BACKENDS[backend]
         if backend == "grouped_mm" and uses_triton(rows_RD, self.kernels):
             make_products = FusedGroupedGemm
