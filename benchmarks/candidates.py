@@ -27,8 +27,9 @@ from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.process_group import local_device
 from promoe_ds.errors import ConfigError, PromoeError
 from promoe_ds.model import DiT, build_model, initialise
-from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.products import BACKENDS
+from promoe_ds.training.router_state import give_superclasses
 from promoe_ds.training.trainer import Trainer
 
 #: `parallel.dispatch` of the layers that other libraries bring.
@@ -167,17 +168,17 @@ def build_layer(
             library, or "fp8" for Transformer Engine's.
     Raises: ConfigError naming what the recipe, the device or the installation lacks.
     """
-    if kind == "fp8":
-        network = _two_blocks(with_precision(config, "fp8")).to_empty(device=device)
-        initialise(network, 0)
-        context = use_transformer_engine(network.to(dtype), network.config, device)
-        return initialised(_first_layer(network)), context
     if kind in LIBRARIES:
         return layer_of(with_dispatch(config, kind), device, dtype), nullcontext
-    layer = initialised(build_moe_layer(config)).to(device, dtype)
-    if kind != "own":
+    network = _two_blocks(with_precision(config, kind)).to_empty(device=device)
+    initialise(network, 0)
+    network.to(dtype)
+    is_fp8 = kind == "fp8"
+    context = use_transformer_engine(network, network.config, device) if is_fp8 else nullcontext
+    layer = initialised(_first_layer(network))
+    if kind in BACKENDS:
         layer.routed.backend = kind
-    return layer, nullcontext
+    return layer, context
 
 
 def layer_of(config: RunConfig, device: torch.device, dtype: torch.dtype) -> MoELayer:
@@ -198,6 +199,7 @@ def _two_blocks(config: RunConfig) -> DiT:
 
 
 def _first_layer(network: DiT) -> MoELayer:
+    give_superclasses(network, network.config)
     return next(iter(network.moe_layers().values())).train()
 
 

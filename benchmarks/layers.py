@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -15,14 +16,17 @@ from benchmarks.candidates import (
     Context,
     build_each,
     build_layer,
+    for_timing,
     initialised,
     mixture_recipe,
 )
 from benchmarks.processes import single_process
 from benchmarks.timing import Result, compare
 from promoe_ds.condition import ClassCondition
-from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.diffusion import DiffusionBatch
+from promoe_ds.config import RunConfig, change_config, config_from_dict
+from promoe_ds.config.routing import METHODS
+from promoe_ds.data import build_dataset
+from promoe_ds.diffusion import DiffusionBatch, draw_batch
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import build_model, initialise
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, FEED_FORWARDS, FeedForward
@@ -36,6 +40,7 @@ from promoe_ds.routing import (
     partition_samples,
 )
 from promoe_ds.routing.assignment import expert_of_rows
+from promoe_ds.training.router_state import give_superclasses
 from promoe_ds.training.step import TrainingModule
 
 _Call = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
@@ -175,37 +180,32 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> R
         tokens: conditional tokens, a multiple of the recipe's tokens per image.
     """
     config, images = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
-    (module, batch), model = training_module(config, images), config.model
-    inputs = torch.randn(
-        images,
-        model.tokens_per_image,
-        model.hidden_size,
-        generator=torch.Generator().manual_seed(1),
-    )
-    partition = partition_samples(batch.condition)
-    candidates = {"training_step": partial(training_pass, module, batch)}
-    for name, router in _routers(config).items():
-        candidates[f"router_losses_{name}"] = partial(
-            _routing_passes, router, inputs, partition, len(config.moe_block_indices)
-        )
+    model, layers = config.model, len(config.moe_block_indices)
+    candidates = {"training_step": partial(training_pass, *training_module(config, images))}
+    torch.manual_seed(1)
+    inputs = torch.randn(images, model.tokens_per_image, model.hidden_size)
+    partition = conditional(images, config)
+    methods = dict.fromkeys((config.routing.method, *ROUTERS))
+    routers, missing = build_each(methods, partial(_router, config))
+    for name, router in routers.items():
+        call = partial(_routing_passes, router, inputs, partition, layers)
+        candidates[f"router_losses_{name}"] = call
     settings = _settings(config, images=images)
-    return compare("router", candidates, rounds=rounds, warmup=1, settings=settings)
+    return compare(
+        "router", candidates, rounds=rounds, warmup=1, settings=settings, missing=missing
+    )
 
 
 def training_module(config: RunConfig, images: int) -> tuple[TrainingModule, DiffusionBatch]:
-    """Return a network to train, on the CPU, and a batch of so many images with labels."""
-    model, generator = config.model, torch.Generator().manual_seed(0)
-    shape = (images, model.in_channels, *model.latent_size)
-    clean, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    batch = DiffusionBatch(
-        clean,
-        noise,
-        torch.rand(images, generator=generator),
-        ClassCondition(torch.arange(images) % model.num_classes, model.null_label),
-    )
+    """Return a network to train, on the CPU, and a batch of so many images, none of them null."""
+    config = for_timing(config, micro_batch=images)
+    config = change_config(config, diffusion={"label_dropout": 0.0})
     network = build_model(config)
     initialise(network, 0)
-    return TrainingModule(network).train(), batch
+    give_superclasses(network, config)
+    module = TrainingModule(network).train()
+    samples = build_dataset(config).take(np.arange(images))
+    return module, draw_batch(*samples, module.objective, seed=0, step=0, slots=range(images))
 
 
 def training_pass(module: TrainingModule, batch: DiffusionBatch) -> None:
@@ -214,25 +214,23 @@ def training_pass(module: TrainingModule, batch: DiffusionBatch) -> None:
     module(batch).loss.backward()
 
 
-def _routers(config: RunConfig) -> dict[str, Router]:
-    routers, own = {}, config.routing
-    for method in (own.method, *(m for m in ROUTERS if m != own.method)):
-        values = config.model_dump(mode="json")
-        if method != own.method:
-            values["routing"] = {
-                "num_experts": own.num_experts,
-                "top_k": own.top_k,
-                "method": method,
-            }
-        if method == "classification":
-            values["routing"]["superclass_map"] = "not read here"
-        router = initialised(build_router(config_from_dict(values, source="benchmark")))
-        if isinstance(router, ClassificationRouter):
-            router.set_superclasses(
-                [label % own.num_experts for label in range(config.model.num_classes)]
-            )
-        routers[method] = router
-    return routers
+def _router(config: RunConfig, method: str) -> Router:
+    """Build a recipe's router or, at the same size, that of another method.
+
+    Raises: ConfigError if the recipe does not fit the method.
+    """
+    own, values = config.routing, config.model_dump(mode="json")
+    if method != own.method:
+        values["routing"] = {
+            "method": method,
+            "num_experts": own.num_experts,
+            "top_k": 1 if METHODS[method].single_choice else own.top_k,
+            "superclass_map": "not read here" if method == "classification" else None,
+        }
+    router = initialised(build_router(config_from_dict(values, source=method)))
+    if isinstance(router, ClassificationRouter):
+        router.set_superclasses([0])
+    return router
 
 
 def _routing_passes(router: Router, tokens: Tensor, partition: Partition, layers: int) -> None:

@@ -268,9 +268,11 @@ def test_suite_from_the_command_line_names_candidates_and_what_is_missing(
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "result.json"
+    size = "hidden_size: 32, depth: 2, num_heads: 2"
     recipe.write_text(
-        "base: promoe_b\nmodel: {preset: null, hidden_size: 32, depth: 2, num_heads: 2, input_size:"
-        " 8}\n"
+        f"base: emoji_promoe\nmodel: {{{size}}}\nrouting: {{top_k: 2}}\n"
+        if suite in ("router", "stats")
+        else f"base: promoe_b\nmodel: {{preset: null, input_size: 8, {size}}}\n"
     )
     tool(suite, "--tokens", "32", "--rounds", "2", "--recipe", str(recipe), "--out", str(out))
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
