@@ -86,11 +86,11 @@ def sum_by_expert(
 
 
 def fused_op(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Return the decorator of a function that makes its results and calls `launch` to fill them: an
-    operation of ours.
+    """Return the decorator of an operation of ours: of a function that makes its results and calls
+    `launch` to fill them.
 
-    On tensors without values, as tracing and compiling have them, it makes the same results, and
-    nothing is launched.
+    On tensors without values, as tracing and compiling have them, the same function makes the
+    results, and nothing is launched.
     Args:
         changes: names of the arguments that it writes to.
     """
