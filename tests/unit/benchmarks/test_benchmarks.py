@@ -313,6 +313,14 @@ def test_folder_that_is_not_there_is_named_before_anything_runs(
         tool("report", option, path.format(tmp_path / "none"))
 
 
+@pytest.mark.parametrize(("ranks", "ep_size"), [("3", "2"), ("2", "4"), ("0", "1")])
+def test_checkpoint_of_ranks_that_experts_are_not_shared_by_is_refused(
+    ranks: str, ep_size: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"--ranks {ranks}: .* --ep-size {ep_size}"):
+        tool("checkpoint", "--recipe", "digits_promoe", "--ranks", ranks, "--ep-size", ep_size)
+
+
 def test_exchange_of_more_ranks_than_devices_is_refused(monkeypatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
