@@ -17,6 +17,7 @@ from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.config import (
     RunConfig,
     change_config,
+    config_from_dict,
     load_config,
     plan_batches,
     resolve_deepspeed,
@@ -70,12 +71,10 @@ def for_timing(config: RunConfig, *, micro_batch: int) -> RunConfig:
 
 def without_experts(config: RunConfig) -> RunConfig:
     """Return the dense network of a recipe's size: of the same activated parameters, nearly."""
-    return change_config(
-        config,
-        name=f"{config.name}_dense",
-        routing={"method": "dense"},
-        parallel={"dispatch": "auto", "expert_backend": "auto"},
-    )
+    values = config.model_dump(mode="json")
+    values |= {"name": f"{config.name}_dense", "routing": {"method": "dense"}}
+    values["parallel"] |= {"dispatch": "auto", "expert_backend": "auto"}
+    return config_from_dict(values, source=config.name)
 
 
 def with_dispatch(config: RunConfig, dispatch: str) -> RunConfig:

@@ -27,6 +27,7 @@ from promoe_ds.planning.cluster import Cluster, layout_of
 from promoe_ds.planning.planner import StepPlan, plan_step
 from promoe_ds.planning.shapes import fake_world, trace_pass
 from promoe_ds.planning.trace import CollectiveWatch
+from promoe_ds.training.router_state import give_superclasses
 from promoe_ds.training.step import TrainingModule
 
 #: ZeRO 2 with buckets small enough to matter less than what they carry.
@@ -222,6 +223,7 @@ def _plain(config: RunConfig, ranks: DistributedContext) -> Callable[[], None]:
     """Train as published code does: every rank holds everything, the average is a second model."""
     network = build_model(config)
     initialise(network, config.train.seed)
+    give_superclasses(network, config)
     module = DistributedDataParallel(TrainingModule(network).train(), gradient_as_bucket_view=True)
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.optimizer.lr, fused=True)

@@ -189,8 +189,9 @@ def test_libraries_layers_of_a_recipe_over_several_ranks_are_built_for_this_proc
     assert layers["deepspeed_moe"].routed.num_local_experts == config.routing.num_experts
 
 
-def test_dense_twin_of_promoe_s_is_dit_s() -> None:
-    assert count_parameters(without_experts(load_config("promoe_s"))) == count_parameters(
+@pytest.mark.parametrize("recipe", ["promoe_s", "ditmoe_s", "diffmoe_s"])
+def test_dense_twin_of_a_recipe_is_dit_s(recipe: str) -> None:
+    assert count_parameters(without_experts(load_config(recipe))) == count_parameters(
         load_config("dit_s")
     )
 
