@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from promoe_ds.backends.te_layers import use_transformer_engine
 from promoe_ds.config import (
     RunConfig,
     change_config,
+    config_from_dict,
     load_config,
     plan_batches,
     resolve_deepspeed,
@@ -28,10 +29,15 @@ from promoe_ds.distributed.process_group import local_device
 from promoe_ds.errors import ConfigError, PromoeError
 from promoe_ds.model import DiT, build_model, initialise
 from promoe_ds.moe.layer import MoELayer
+from promoe_ds.moe.products import BACKENDS
+from promoe_ds.training.router_state import give_superclasses
 from promoe_ds.training.trainer import Trainer
 
 #: `parallel.dispatch` of the layers that other libraries bring.
 LIBRARIES = EXTERNAL_DISPATCH
+
+#: Makes the context that a layer's passes must run in.
+Context = Callable[[], AbstractContextManager]
 
 _T = TypeVar("_T")
 _INIT_STD = 0.02
@@ -65,12 +71,10 @@ def for_timing(config: RunConfig, *, micro_batch: int) -> RunConfig:
 
 def without_experts(config: RunConfig) -> RunConfig:
     """Return the dense network of a recipe's size: of the same activated parameters, nearly."""
-    return change_config(
-        config,
-        name=f"{config.name}_dense",
-        routing={"method": "dense"},
-        parallel={"dispatch": "auto", "expert_backend": "auto"},
-    )
+    values = config.model_dump(mode="json")
+    values |= {"name": f"{config.name}_dense", "routing": {"method": "dense"}}
+    values["parallel"] |= {"dispatch": "auto", "expert_backend": "auto"}
+    return config_from_dict(values, source=config.name)
 
 
 def with_dispatch(config: RunConfig, dispatch: str) -> RunConfig:
@@ -140,7 +144,7 @@ def free_memory() -> None:
 
 
 def build_each(
-    names: tuple[str, ...], build: Callable[[str], _T]
+    names: Iterable[str], build: Callable[[str], _T]
 ) -> tuple[dict[str, _T], dict[str, str]]:
     """Return build(name) by name where this installation can, and elsewhere the reason."""
     built: dict[str, _T] = {}
@@ -151,6 +155,29 @@ def build_each(
         except (PromoeError, ImportError) as error:
             missing[name] = str(error)
     return built, missing
+
+
+def build_layer(
+    kind: str, config: RunConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[MoELayer, Context]:
+    """Build one MoE layer, all experts here, and the context of its passes.
+
+    Args:
+        kind: of its experts: "own" for the recipe's, a backend of `parallel.expert_backend`, a
+            library, or "fp8" for Transformer Engine's.
+    Raises: ConfigError naming what the recipe, the device or the installation lacks.
+    """
+    if kind in LIBRARIES:
+        return layer_of(with_dispatch(config, kind), device, dtype), nullcontext
+    network = _two_blocks(with_precision(config, kind)).to_empty(device=device)
+    initialise(network, 0)
+    network.to(dtype)
+    is_fp8 = kind == "fp8"
+    context = use_transformer_engine(network, network.config, device) if is_fp8 else nullcontext
+    layer = initialised(_first_layer(network))
+    if kind in BACKENDS:
+        layer.routed.backend = kind
+    return layer, context
 
 
 def layer_of(config: RunConfig, device: torch.device, dtype: torch.dtype) -> MoELayer:
@@ -164,21 +191,6 @@ def layer_of(config: RunConfig, device: torch.device, dtype: torch.dtype) -> MoE
     return _first_layer(network)
 
 
-def fp8_layer(
-    config: RunConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[MoELayer, Callable[[], AbstractContextManager]]:
-    """Build one MoE layer of Transformer Engine's, all experts here, and its forward context.
-
-    Raises: ConfigError naming what the recipe, the device or the installation lacks.
-    """
-    network = _two_blocks(with_precision(config, "fp8")).to_empty(device=device)
-    initialise(network, 0)
-    context = use_transformer_engine(network.to(dtype), network.config, device)
-    return initialised(_first_layer(network)), context
-
-
 def _two_blocks(config: RunConfig) -> DiT:
     """Build a network of two blocks, one of which has experts, on the meta device."""
     with torch.device("meta"):
@@ -186,6 +198,7 @@ def _two_blocks(config: RunConfig) -> DiT:
 
 
 def _first_layer(network: DiT) -> MoELayer:
+    give_superclasses(network, network.config)
     return next(iter(network.moe_layers().values())).train()
 
 

@@ -28,7 +28,7 @@ from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum
 from promoe_ds.checkpoint.zero_files import MODEL_STATES, MOMENTS, PREFIX, ROUTED
 from promoe_ds.config import RunConfig, change_config
 from promoe_ds.config.optimizer import EMA
-from promoe_ds.errors import CheckpointError
+from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model.state import buffer_names, state_shapes
 from promoe_ds.versions import versions_of
 
@@ -46,9 +46,11 @@ def benchmark_checkpoint(
     """Write a checkpoint of `ranks` ranks under `folder`, copy it, convert it to a single export,
     and clean up.
 
-    Args:
-        config: parallel.ep_size must divide ranks.
+    Raises: ConfigError for ranks that parallel.ep_size does not divide.
     """
+    ep_size = config.parallel.ep_size
+    if ranks < 1 or ranks % ep_size:
+        raise ConfigError(f"--ranks {ranks}: must be a multiple of --ep-size {ep_size}")
     checkpoint, export = write_checkpoint(config, folder, ranks=ranks), folder / "export"
     sizes = [path.stat().st_size for path in checkpoint.iterdir()]
     began = wall_clock()
@@ -73,7 +75,7 @@ def benchmark_checkpoint(
     settings = {
         "recipe": config.name,
         "ranks": ranks,
-        "ep_size": config.parallel.ep_size,
+        "ep_size": ep_size,
         "zero_stage": 2,
         "with_optimizer": with_optimizer,
     }

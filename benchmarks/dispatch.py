@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from benchmarks.candidates import (
     mixture_recipe,
     with_dispatch,
 )
-from benchmarks.layers import conditional, layer_pass
+from benchmarks.layers import conditional, layer_call, pass_of
 from benchmarks.processes import on_ranks
 from benchmarks.timing import Result, compare
 from promoe_ds.config import RunConfig
@@ -24,11 +25,9 @@ from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
 from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe import MoELayer
+from promoe_ds.moe.dispatch import ALL_TO_ALLS_PER_STEP
 from promoe_ds.planning.trace import CollectiveWatch
 from promoe_ds.routing.assignment import Assignment
-
-#: A row travels out and back in the forward pass, and again in the backward pass.
-_ALL_TO_ALLS_PER_STEP = 4
 
 
 def benchmark_dispatch(
@@ -80,9 +79,10 @@ def run_rank(ranks: DistributedContext, config: RunConfig, images: int, rounds: 
         assignment = layers["alltoall"].route(inputs, partition).assignment
     passes = {"exchange_limit": _bare_exchange(layers["alltoall"], assignment, inputs)}
     for name, layer in layers.items():
-        passes[name] = lambda layer=layer: layer_pass(layer, inputs, direction, partition)
+        call = layer_call(layer, partition)
+        passes[name] = partial(pass_of, layer, call, inputs, direction)
     leaving = _of_all_ranks(layers["alltoall"].dispatcher.rows_leaving(assignment))
-    sent = {"ideal": _ALL_TO_ALLS_PER_STEP * leaving * model.hidden_size * inputs.element_size()}
+    sent = {"ideal": ALL_TO_ALLS_PER_STEP * leaving * model.hidden_size * inputs.element_size()}
     for name, call in passes.items():
         with CollectiveWatch() as watch:
             call()
@@ -115,7 +115,7 @@ def _bare_exchange(
     arrived = rows.new_empty(sum(back), rows.shape[1])
 
     def run() -> None:
-        for _ in range(_ALL_TO_ALLS_PER_STEP // 2):
+        for _ in range(ALL_TO_ALLS_PER_STEP // 2):
             dist.all_to_all_single(arrived, rows, back, out, group=group)
             dist.all_to_all_single(rows, arrived, out, back, group=group)
 

@@ -196,12 +196,8 @@ def self_test(
             name, given = f"{recipe}, {variant}", (recipe, variant, images, device)
             test.measure("steps", name, step_speed, *given)
     _time_layers(test, layer_config, layer_images, device)
-    profiled, images = (
-        (load_config(list(steps)[-1]), layer_images) if steps else (small, layer_images)
-    )
-    if steps and (fitted := test.found["steps"].get(f"{list(steps)[-1]}, bf16")):
-        images = fitted.images
-    _count(test, profiled, images, device)
+    fitted = test.found["steps"].get(f"{layer_config.name}, bf16")
+    _count(test, layer_config, fitted.images if fitted else layer_images, device)
     return test
 
 

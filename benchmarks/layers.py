@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks.candidates import (
     LIBRARIES,
+    Context,
     build_each,
-    fp8_layer,
+    build_layer,
+    for_timing,
     initialised,
-    layer_of,
     mixture_recipe,
-    with_dispatch,
 )
 from benchmarks.processes import single_process
 from benchmarks.timing import Result, compare
 from promoe_ds.condition import ClassCondition
-from promoe_ds.config import RunConfig, config_from_dict
-from promoe_ds.diffusion import DiffusionBatch
+from promoe_ds.config import RunConfig, change_config, config_from_dict
+from promoe_ds.config.routing import METHODS
+from promoe_ds.data import build_dataset
+from promoe_ds.diffusion import DiffusionBatch, draw_batch
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import build_model, initialise
-from promoe_ds.model.build import build_moe_layer
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, FEED_FORWARDS, FeedForward
 from promoe_ds.moe.layer import MoELayer
 from promoe_ds.routing import (
@@ -36,10 +39,11 @@ from promoe_ds.routing import (
     build_router,
     partition_samples,
 )
+from promoe_ds.routing.assignment import expert_of_rows
+from promoe_ds.training.router_state import give_superclasses
 from promoe_ds.training.step import TrainingModule
 
 _Call = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
-_Context = Callable[[], AbstractContextManager]
 
 
 def benchmark_moe_layer(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Result:
@@ -84,26 +88,17 @@ def layer_candidates(
     direction = torch.randn_like(inputs)
     partition = conditional(images, config, device)
     dense = initialised(FeedForward(model.hidden_size, active_width(config))).to(device, dtype)
-    candidates = {"dense": lambda: pass_of(dense, lambda x: (dense(x), []), inputs, direction)}
-    libraries, missing = build_each(
-        LIBRARIES, lambda name: layer_of(with_dispatch(config, name), device, dtype)
-    )
-    layers = {
-        name: initialised(build_moe_layer(config)).to(device, dtype)
-        for name in ("moe", "moe_loop_backend", "per_expert_loop")
-    }
-    layers["moe_loop_backend"].routed.backend = "loop"
-    calls = {name: layer_call(layer, partition) for name, layer in (layers | libraries).items()}
-    calls["per_expert_loop"] = loop_call(layers["per_expert_loop"], partition)
+    candidates = {"dense": partial(pass_of, dense, lambda x: (dense(x), []), inputs, direction)}
+    kinds = {"moe": "own", "moe_loop_backend": "loop", "per_expert_loop": "own"}
+    kinds |= {name: name for name in LIBRARIES}
     if dtype == torch.bfloat16:  # what FP8 weights are
-        quantised, reasons = build_each(("moe_fp8",), lambda name: fp8_layer(config, device, dtype))
-        missing |= reasons
-        for name, (layer, context) in quantised.items():
-            layers[name], calls[name] = layer, layer_call(layer, partition, context)
-    for name, layer in (layers | libraries).items():
-        candidates[name] = lambda layer=layer, call=calls[name]: pass_of(
-            layer, call, inputs, direction
-        )
+        kinds["moe_fp8"] = "fp8"
+    built, missing = build_each(kinds, lambda name: build_layer(kinds[name], config, device, dtype))
+    for name, (layer, context) in built.items():
+        call = layer_call(layer, partition, context)
+        if name == "per_expert_loop":
+            call = loop_call(layer, partition)
+        candidates[name] = partial(pass_of, layer, call, inputs, direction)
     return candidates, missing
 
 
@@ -132,11 +127,6 @@ def _settings(config: RunConfig, **more: object) -> dict[str, object]:
     }
 
 
-def layer_pass(layer: MoELayer, inputs: Tensor, direction: Tensor, partition: Partition) -> None:
-    """Run a layer forward and backward, its losses included."""
-    pass_of(layer, layer_call(layer, partition), inputs, direction)
-
-
 def pass_of(module: nn.Module, call: _Call, inputs: Tensor, direction: Tensor) -> None:
     """Run a forward and a backward pass of a module from given inputs and output gradients."""
     module.zero_grad(set_to_none=True)
@@ -144,7 +134,7 @@ def pass_of(module: nn.Module, call: _Call, inputs: Tensor, direction: Tensor) -
     torch.autograd.backward([output, *losses], [direction, *(None for _ in losses)])
 
 
-def layer_call(layer: MoELayer, partition: Partition, context: _Context = nullcontext) -> _Call:
+def layer_call(layer: MoELayer, partition: Partition, context: Context = nullcontext) -> _Call:
     """Return a forward pass in a context: output and losses."""
 
     def call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -163,8 +153,7 @@ def loop_call(layer: MoELayer, partition: Partition) -> _Call:
     def call(tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         plan = layer.route(tokens, partition)
         flat, assignment = tokens.flatten(0, 1), plan.assignment
-        every = torch.arange(routed.num_local_experts, device=flat.device)
-        expert_N = torch.repeat_interleave(every, assignment.tokens_per_expert_E)
+        expert_N = expert_of_rows(assignment)
         output = layer.shared(flat)
         weights = {
             name.replace("_", "."): getattr(routed, name).unbind(0)
@@ -191,37 +180,32 @@ def benchmark_router(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> R
         tokens: conditional tokens, a multiple of the recipe's tokens per image.
     """
     config, images = mixture_recipe(recipe, tokens=tokens, rounds=rounds)
-    (module, batch), model = training_module(config, images), config.model
-    inputs = torch.randn(
-        images,
-        model.tokens_per_image,
-        model.hidden_size,
-        generator=torch.Generator().manual_seed(1),
-    )
-    partition = partition_samples(batch.condition)
-    candidates = {"training_step": lambda: training_pass(module, batch)}
-    for name, router in _routers(config).items():
-        candidates[f"router_losses_{name}"] = lambda router=router: _routing_passes(
-            router, inputs, partition, len(config.moe_block_indices)
-        )
+    model, layers = config.model, len(config.moe_block_indices)
+    candidates = {"training_step": partial(training_pass, *training_module(config, images))}
+    torch.manual_seed(1)
+    inputs = torch.randn(images, model.tokens_per_image, model.hidden_size)
+    partition = conditional(images, config)
+    methods = dict.fromkeys((config.routing.method, *ROUTERS))
+    routers, missing = build_each(methods, partial(_router, config))
+    for name, router in routers.items():
+        call = partial(_routing_passes, router, inputs, partition, layers)
+        candidates[f"router_losses_{name}"] = call
     settings = _settings(config, images=images)
-    return compare("router", candidates, rounds=rounds, warmup=1, settings=settings)
+    return compare(
+        "router", candidates, rounds=rounds, warmup=1, settings=settings, missing=missing
+    )
 
 
 def training_module(config: RunConfig, images: int) -> tuple[TrainingModule, DiffusionBatch]:
-    """Return a network to train, on the CPU, and a batch of so many images with labels."""
-    model, generator = config.model, torch.Generator().manual_seed(0)
-    shape = (images, model.in_channels, *model.latent_size)
-    clean, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    batch = DiffusionBatch(
-        clean,
-        noise,
-        torch.rand(images, generator=generator),
-        ClassCondition(torch.arange(images) % model.num_classes, model.null_label),
-    )
+    """Return a network to train, on the CPU, and a batch of so many images, none of them null."""
+    config = for_timing(config, micro_batch=images)
+    config = change_config(config, diffusion={"label_dropout": 0.0})
     network = build_model(config)
     initialise(network, 0)
-    return TrainingModule(network).train(), batch
+    give_superclasses(network, config)
+    module = TrainingModule(network).train()
+    samples = build_dataset(config).take(np.arange(images))
+    return module, draw_batch(*samples, module.objective, seed=0, step=0, slots=range(images))
 
 
 def training_pass(module: TrainingModule, batch: DiffusionBatch) -> None:
@@ -230,25 +214,23 @@ def training_pass(module: TrainingModule, batch: DiffusionBatch) -> None:
     module(batch).loss.backward()
 
 
-def _routers(config: RunConfig) -> dict[str, Router]:
-    routers, own = {}, config.routing
-    for method in (own.method, *(m for m in ROUTERS if m != own.method)):
-        values = config.model_dump(mode="json")
-        if method != own.method:
-            values["routing"] = {
-                "num_experts": own.num_experts,
-                "top_k": own.top_k,
-                "method": method,
-            }
-        if method == "classification":
-            values["routing"]["superclass_map"] = "not read here"
-        router = initialised(build_router(config_from_dict(values, source="benchmark")))
-        if isinstance(router, ClassificationRouter):
-            router.set_superclasses(
-                [label % own.num_experts for label in range(config.model.num_classes)]
-            )
-        routers[method] = router
-    return routers
+def _router(config: RunConfig, method: str) -> Router:
+    """Build a recipe's router or, at the same size, that of another method.
+
+    Raises: ConfigError if the recipe does not fit the method.
+    """
+    own, values = config.routing, config.model_dump(mode="json")
+    if method != own.method:
+        values["routing"] = {
+            "method": method,
+            "num_experts": own.num_experts,
+            "top_k": 1 if METHODS[method].single_choice else own.top_k,
+            "superclass_map": "not read here" if method == "classification" else None,
+        }
+    router = initialised(build_router(config_from_dict(values, source=method)))
+    if isinstance(router, ClassificationRouter):
+        router.set_superclasses([0])
+    return router
 
 
 def _routing_passes(router: Router, tokens: Tensor, partition: Partition, layers: int) -> None:

@@ -27,6 +27,7 @@ from promoe_ds.planning.cluster import Cluster, layout_of
 from promoe_ds.planning.planner import StepPlan, plan_step
 from promoe_ds.planning.shapes import fake_world, trace_pass
 from promoe_ds.planning.trace import CollectiveWatch
+from promoe_ds.training.router_state import give_superclasses
 from promoe_ds.training.step import TrainingModule
 
 #: ZeRO 2 with buckets small enough to matter less than what they carry.
@@ -44,7 +45,8 @@ _ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "DS_ACCELERATOR": "cpu",
 }
-_STEPS = 2
+#: Of a step over all ranks, and steps whose peak is measured.
+_IMAGES, _STEPS = 4, 2
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,16 @@ class Comparison:
         return largest(self.ranks) / self.plan.total_memory
 
 
-def benchmark_memory(*, recipe: str, ranks: int, images: int = 4) -> Result:
+def benchmark_memory(*, recipe: str, ranks: int) -> Result:
     """Train a recipe on `ranks` processes with as large an `ep_size`, and as plain data
     parallelism, in fp32.
-
-    Args:
-        images: of a step over all ranks.
     """
-    if ranks < 1 or images % ranks:
-        raise ConfigError(f"--ranks {ranks}: must divide the {images} images of a step")
+    if ranks < 1 or _IMAGES % ranks:
+        raise ConfigError(f"--ranks {ranks}: must divide the {_IMAGES} images of a step")
     common = [
         "data.dataset=synthetic",
-        f"data.synthetic_samples={4 * images}",
-        f"train.global_batch_size={images}",
+        f"data.synthetic_samples={4 * _IMAGES}",
+        f"train.global_batch_size={_IMAGES}",
     ]
     found = compare_with_measurement(
         load_config(recipe, [*common, f"parallel.ep_size={ranks}"]), ZERO_2, ranks
@@ -104,7 +103,7 @@ def benchmark_memory(*, recipe: str, ranks: int, images: int = 4) -> Result:
             "recipe": recipe,
             "ranks": ranks,
             "ep_size": ranks,
-            "images": images,
+            "images": _IMAGES,
             "zero": ZERO_2,
             "precision": "fp32",
         },
@@ -224,6 +223,7 @@ def _plain(config: RunConfig, ranks: DistributedContext) -> Callable[[], None]:
     """Train as published code does: every rank holds everything, the average is a second model."""
     network = build_model(config)
     initialise(network, config.train.seed)
+    give_superclasses(network, config)
     module = DistributedDataParallel(TrainingModule(network).train(), gradient_as_bucket_view=True)
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.optimizer.lr, fused=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from benchmarks.candidates import (
     LIBRARIES,
+    Context,
     build_each,
+    build_layer,
     for_timing,
-    fp8_layer,
     initialised,
-    layer_of,
-    with_dispatch,
     with_trainer,
 )
 from promoe_ds.condition import ClassCondition
@@ -34,7 +33,6 @@ from promoe_ds.training.step import TrainingModule
 #: Precisions that a run may have.
 PRECISIONS = ("fp32", "bf16", "fp8")
 _IMAGES = 4
-_Context = Callable[[], AbstractContextManager]
 
 
 def layer_comparisons(
@@ -49,16 +47,9 @@ def layer_comparisons(
     gradients over their largest value; and why other backends are missing.
     """
 
-    def build(name: str) -> tuple[MoELayer, _Context]:
-        if name == "fp8":
-            return fp8_layer(config, device, dtype)
-        if name in LIBRARIES:
-            return layer_of(with_dispatch(config, name), device, dtype), nullcontext
-        layer = initialised(build_moe_layer(config)).to(device, dtype)
-        layer.routed.backend = name
-        return layer, nullcontext
-
-    layers, missing = build_each((*BACKENDS, *LIBRARIES, "fp8"), build)
+    layers, missing = build_each(
+        (*BACKENDS, *LIBRARIES, "fp8"), lambda kind: build_layer(kind, config, device, dtype)
+    )
     return (
         {
             f"layer, {name}": partial(_compare_layer, config, layer, context, device)
@@ -69,7 +60,7 @@ def layer_comparisons(
 
 
 def _compare_layer(
-    config: RunConfig, layer: MoELayer, context: _Context, device: torch.device
+    config: RunConfig, layer: MoELayer, context: Context, device: torch.device
 ) -> float:
     model = config.model
     torch.manual_seed(0)
@@ -104,7 +95,7 @@ def _results(
     tokens: Tensor,
     partition: Partition,
     plan: RoutingPlan,
-    context: _Context = nullcontext,
+    context: Context = nullcontext,
 ) -> list[Tensor]:
     """Return output, gradient of the tokens and of the routed experts."""
     layer.zero_grad(set_to_none=True)

@@ -29,10 +29,11 @@ def published_step(config: RunConfig) -> Callable[[], None]:
     routing, settings = config.routing, config.optimizer
     kind = (routing.method, routing.top_k, routing.activation, routing.expert_type)
     experts = (routing.num_shared_experts, routing.num_unconditional_experts)
-    if kind != ("token_choice", 1, "identity", "gelu") or experts != (1, 1):
+    is_of_labels = config.model.condition == "class"
+    if kind != ("token_choice", 1, "identity", "gelu") or experts != (1, 1) or not is_of_labels:
         raise ConfigError(
-            f"recipe {config.name}: the published step is for token_choice with top_k 1, identity"
-            " scores, GELU experts, one shared and one unconditional: use promoe_s"
+            f"recipe {config.name}: the published step is for labels, token_choice with top_k 1,"
+            " identity scores, GELU experts, one shared and one unconditional: use promoe_s"
         )
     network, images = PublishedNetwork(config).train(), config.train.micro_batch_size
     average = copy.deepcopy(network).requires_grad_(False)

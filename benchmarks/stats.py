@@ -112,7 +112,11 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Re
     config = change_config(
         recipe_config,
         parallel={"ep_size": 1, "dispatch": "local"},
-        logging={"class_counts": True, "position_counts": True, "counts_every": 1},
+        logging={
+            "class_counts": recipe_config.num_groups > 0,
+            "position_counts": True,
+            "counts_every": 1,
+        },
     )
     module, batch = training_module(config, images)
     ranks = DistributedContext(rank=0, world_size=1, device=torch.device("cpu"))
@@ -135,7 +139,7 @@ def benchmark_stats(*, tokens: int, rounds: int, recipe: str = "promoe_s") -> Re
     settings = {
         "recipe": config.name,
         "tokens": len(entering_TD),
-        "classes": model.num_classes,
+        "classes": config.num_groups,
         "log_every": config.train.log_every,
     }
     candidates = {

@@ -28,7 +28,6 @@ def trace(
     library: Path,
     folder: Path,
     *,
-    timeout: float = 1800,
     process: Sequence[str] = ("benchmarks.fake_cuda",),
 ) -> list[dict[str, Any]]:
     """Trace each request (`recipe`; `overrides`, `world_size`, `deepspeed`, `depth` if needed)
@@ -50,7 +49,7 @@ def trace(
         cwd=_ROOT,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=1800,
         check=False,
     )
     if not answer.is_file():

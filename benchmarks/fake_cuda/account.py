@@ -106,10 +106,11 @@ def summary(recorder: Recorder) -> dict[str, Any]:
     sent: dict[tuple[str, int, int, str], int] = defaultdict(int)
     for one, place in recorder.sent:
         sent[one.name, len(one.members), one.bytes, place.name] += 1
+    sequence = [(call.name, call.work.dtype, call.shapes) for call in recorder.calls]
     totals = [sum(column) for column in zip(*by_category.values(), strict=True)]
     return {
         "totals": _figures(totals),
-        "sequence": _digest([(call.name, call.work.dtype, call.shapes) for call in recorder.calls]),
+        "sequence": sha256(repr(sequence).encode()).hexdigest(),
         "categories": {
             kind: _figures(sums)
             for kind, sums in sorted(by_category.items(), key=lambda item: -item[1][3])
@@ -137,10 +138,6 @@ def summary(recorder: Recorder) -> dict[str, Any]:
             for key, sums in sorted(operations.items(), key=lambda item: -item[1][3])
         ],
     }
-
-
-def _digest(values: Any) -> str:
-    return sha256(repr(values).encode()).hexdigest()
 
 
 def _figures(sums: list[Any]) -> dict[str, Any]:

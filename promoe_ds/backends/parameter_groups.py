@@ -35,11 +35,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         expert_group: str | None = getattr(parameter, "group_name", None)
-        decayed = (
-            config.weight_decay > 0
-            and name.endswith(("weight", "up_weight", "down_weight"))
-            and "norm" not in name
-        )
+        decayed = config.weight_decay > 0 and name.endswith("weight") and "norm" not in name
         group = groups.setdefault(
             (expert_group or "dense", decayed),
             {

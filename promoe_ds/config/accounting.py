@@ -81,14 +81,13 @@ def forward_flops_per_image(config: RunConfig, text_tokens: int = 0) -> int:
     model, routing = config.model, config.routing
     width, depth, layers = model.hidden_size, model.depth, len(config.moe_block_indices)
     tokens, patch = model.tokens_per_image, model.patch_size**2
-    inner = model.num_heads * model.head_width
     routed = routing.top_k * config.expert_width * _MATRICES[routing.expert_type]
     shared = routing.num_shared_experts * config.shared_expert_width
     active = routed + shared * _MATRICES[config.shared_expert_type]
     router = _router_size(config)
     per_token = (
         (model.in_channels + model.out_channels) * patch * width
-        + depth * inner * (4 * width + 2 * (tokens + text_tokens))
+        + depth * model.attention_width * (4 * width + 2 * (tokens + text_tokens))
         + (depth - layers) * _MATRICES[model.mlp_type] * width * config.dense_width
         + layers * (width * active + router.per_token)
     )
@@ -96,7 +95,8 @@ def forward_flops_per_image(config: RunConfig, text_tokens: int = 0) -> int:
         TIMESTEP_FREQUENCIES * width + (3 + 6 * depth) * width * width + layers * router.per_image
     )
     if model.condition == "text":
-        per_image += model.pooled_width * width + 2 * depth * text_tokens * model.text_width * inner
+        per_image += model.pooled_width * width
+        per_image += 2 * depth * text_tokens * model.text_width * model.attention_width
     return 2 * (tokens * per_token + per_image)
 
 
@@ -117,9 +117,8 @@ def _router_size(config: RunConfig) -> RouterSize:
 
 
 def _block_without_feed_forward(config: RunConfig) -> int:
-    width = config.model.hidden_size
+    width, inner = config.model.hidden_size, config.model.attention_width
     head_width = config.model.head_width
-    inner = config.model.num_heads * head_width
     attention_and_modulation = 4 * width * inner + 3 * inner + 6 * width * width + 7 * width
     norm = head_width if config.model.block == "modern" else 2 * head_width  # no bias
     qk_norm = 2 * norm if config.model.qk_norm else 0

@@ -202,6 +202,11 @@ class ModelConfig(Section):
         """Width of one head of attention."""
         return self.head_dim or self.hidden_size // self.num_heads
 
+    @property
+    def attention_width(self) -> int:
+        """Width of all heads of attention together."""
+        return self.num_heads * self.head_width
+
     def hidden_width(self, feed_forward: str, parts: int = 1) -> int:
         """Return the hidden width of one of `parts` that together are a dense feed-forward, of type
         gelu or swiglu: in a DiT block, as published, the same, in a modern one as costly.

@@ -109,10 +109,11 @@ class RunConfig(Section):
             f"model.time={model.time} is a flow's, but diffusion.objective="
             f"{self.diffusion.objective}: set model.time=noise",
         )
-        problem = self.diffusion.sampling_problem(
-            solver=self.sampling.solver, steps=self.sampling.steps
-        )
-        require(not problem, f"sampling.{problem}")
+        problem = self.diffusion.sampling_problem
+        sampling = problem(solver=self.sampling.solver, steps=self.sampling.steps)
+        require(not sampling, f"sampling.{sampling}")
+        evaluation = problem(steps=self.evaluation.steps) if self.evaluation.every else ""
+        require(not evaluation, f"evaluation.{evaluation}")
 
     def _check_data(self) -> None:
         model, data, traits = self.model, self.data, self.data.traits
@@ -142,24 +143,16 @@ class RunConfig(Section):
         )
 
     def _check_condition(self) -> None:
-        if self.model.condition == "text":
-            require(
-                "text" in self.data.traits.conditions,
-                f"data.dataset={self.data.dataset} has labels and no texts, but"
-                " model.condition=text: use another data set, or model.condition=class",
-            )
-        else:
-            require(
-                "class" in self.data.traits.conditions,
-                f"data.dataset={self.data.dataset} has captions and no labels: set"
-                " model.condition=text",
-            )
+        conditions, condition = self.data.traits.conditions, self.model.condition
+        require(
+            condition in conditions,
+            f"data.dataset={self.data.dataset} has no samples for model.condition={condition}: set"
+            f" model.condition={conditions[0]}, or use another data set",
+        )
+        if condition == "class":
             self._check_null_row()
             texts = "text_encoder", "text_fingerprint", "caption_groups"
-            try:
-                self.data.refuse_set(*texts, use="model.condition=class")
-            except ValueError as error:
-                raise ValueError(f"data.{error}") from None
+            self.data.refuse_set(*texts, use="model.condition=class", section="data.")
         require(
             self.logging.class_counts is not True or self.num_groups > 0,
             "logging.class_counts=true has nothing to count by: set data.caption_groups, or leave"
@@ -219,9 +212,12 @@ class RunConfig(Section):
         """Return which width is no multiple, as «name is width»; None if all are."""
         widths = {
             "model.hidden_size": self.model.hidden_size,
-            "the dense width (model.mlp_ratio)": self.dense_width,
+            "model.num_heads * model.head_dim": self.model.attention_width,
         }
-        if self.routing.method != "dense":
+        num_moe_blocks = len(self.moe_block_indices)
+        if num_moe_blocks < self.model.depth:
+            widths["the dense width (model.mlp_ratio)"] = self.dense_width
+        if num_moe_blocks > 0:
             widths |= {
                 "routing.expert_width": self.expert_width,
                 "routing.shared_expert_width": self.shared_expert_width,
@@ -245,22 +241,11 @@ class RunConfig(Section):
         )
 
     @property
-    def expert_backend(self) -> Literal["grouped_mm", "loop"]:
-        """The backend that `parallel.expert_backend` means; auto: grouped GEMM where the
-        widths allow it.
+    def expert_backend(self) -> Literal["auto", "grouped_mm", "loop"]:
+        """What `parallel.expert_backend` leaves to the device: auto only where the widths allow
+        grouped GEMM.
         """
-        if self.parallel.expert_backend == "auto":
-            return "grouped_mm" if self._grouped_gemm_fits else "loop"
-        return self.parallel.expert_backend
-
-    @property
-    def experts_by(self) -> str:
-        """Who computes routed experts: Megatron, Transformer Engine, or our own backend."""
-        if self.parallel.resolved_dispatch == "megatron":
-            return "megatron"
-        return (
-            "transformer_engine" if self.precision.uses_transformer_engine else self.expert_backend
-        )
+        return self.parallel.expert_backend if self._grouped_gemm_fits else "loop"
 
     def expert_order_of(self, row: int) -> tuple[int, ...] | None:
         """Return the first names of the experts of the row-th MoE layer in the order of their

@@ -91,15 +91,17 @@ class Section(BaseModel):
     def check(self) -> None:
         """Raise ValueError for fields that contradict each other."""
 
-    def refuse_set(self, *fields: str, use: str) -> None:
-        """Raise ValueError for a field that is not at its default although nothing reads it; `use`
-        says where.
+    def refuse_set(self, *fields: str, use: str, section: str = "") -> None:
+        """Raise ValueError for a field that is not at its default although nothing reads it.
 
         A saved config states every field and must be read again, so defaults pass.
+        Args:
+            use: what has no use for it.
+            section: of the fields, "data." for instance, where another section asks.
         """
         for field in fields:
             if (value := getattr(self, field)) != type(self).model_fields[field].default:
-                raise ValueError(f"{field}={value} has no use for {use}: leave it out")
+                raise ValueError(f"{section}{field}={value} has no use for {use}: leave it out")
 
 
 def require(holds: bool, problem: str, error: type[Exception] = ValueError) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from promoe_ds.kernels.ops import fused_op, power_of_two, sum_of_parts
+from promoe_ds.kernels.ops import fused_op, launch, power_of_two, sum_of_parts
 
 #: Parts of an image's tokens whose sums are taken apart.
 _PARTS = 8
@@ -28,8 +28,7 @@ def modulated_norm(
     Gradient: reaches all three. What is computed from the x returned adds its gradient in the
     kernel of the norm's.  Sync: none.
     """
-    x, normed = _Norm.apply(x_BSD.contiguous(), *_alike(shift_BD, scale_BD), eps, is_centred)
-    return x, normed
+    return _Norm.apply(x_BSD.contiguous(), *_alike(shift_BD, scale_BD), eps, is_centred)
 
 
 def residual_norm(
@@ -45,14 +44,13 @@ def residual_norm(
 
     Gradient: reaches all five.  Sync: none.
     """
-    total, normed = _ResidualNorm.apply(
+    return _ResidualNorm.apply(
         x_BSD.contiguous(),
         y_BSD.contiguous(),
         *_alike(gate_BD, shift_BD, scale_BD),
         eps,
         is_centred,
     )
-    return total, normed
 
 
 def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
@@ -60,8 +58,7 @@ def gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
 
     Gradient: reaches all three.  Sync: none.
     """
-    result: Tensor = _GatedResidual.apply(x_BSD.contiguous(), gate_BD, y_BSD.contiguous())
-    return result
+    return _GatedResidual.apply(x_BSD.contiguous(), gate_BD, y_BSD.contiguous())
 
 
 class _Norm(Function):
@@ -104,8 +101,7 @@ class _GatedResidual(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(gate, y)
-        result: Tensor = _gated_residual(x, gate, y)
-        return result
+        return _gated_residual(x, gate, y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,11 +116,6 @@ def _modulated_norm(
     out = torch.empty_like(x_BSD)
     _run_norm(x_BSD, None, shift_BD, scale_BD, x_BSD, out, eps, is_centred)
     return out
-
-
-@_modulated_norm.register_fake
-def _(x_BSD, shift_BD, scale_BD, eps, is_centred):
-    return torch.empty_like(x_BSD)
 
 
 @fused_op("residual_norm")
@@ -142,11 +133,6 @@ def _residual_norm(
     return total, out
 
 
-@_residual_norm.register_fake
-def _(x_BSD, y_BSD, gate_BD, shift_BD, scale_BD, eps, is_centred):
-    return torch.empty_like(x_BSD), torch.empty_like(x_BSD)
-
-
 def _run_norm(
     x_BSD: Tensor,
     line: tuple[Tensor, Tensor] | None,
@@ -158,10 +144,10 @@ def _run_norm(
     is_centred: bool,
 ) -> None:
     """Run the norm's program; line: gate and y of a residual line before it."""
-    from promoe_ds.kernels import block_programs
-
     batch, tokens, width = x_BSD.shape
-    block_programs.modulated_norm[(batch * tokens,)](
+    launch(
+        "block_programs.modulated_norm",
+        (batch * tokens,),
         x_BSD,
         *(line or (scale_BD, x_BSD)),
         shift_BD,
@@ -194,11 +180,6 @@ def _modulated_norm_backward(
     return grad_x, sums
 
 
-@_modulated_norm_backward.register_fake
-def _(grad_BSD, base_BSD, x_BSD, scale_BD, eps, is_centred):
-    return torch.empty_like(x_BSD), scale_BD.new_empty(2, *scale_BD.shape)
-
-
 @fused_op("residual_norm_backward")
 def _residual_norm_backward(
     grad_BSD: Tensor,
@@ -218,12 +199,6 @@ def _residual_norm_backward(
     return grad_x, grad_y, sums
 
 
-@_residual_norm_backward.register_fake
-def _(grad_BSD, base_BSD, total_BSD, y_BSD, gate_BD, scale_BD, eps, is_centred):
-    sums = scale_BD.new_empty(3, *scale_BD.shape)
-    return torch.empty_like(total_BSD), torch.empty_like(y_BSD), sums
-
-
 def _run_norm_backward(
     grad_BSD: Tensor,
     base_BSD: Tensor | None,
@@ -236,12 +211,12 @@ def _run_norm_backward(
     is_centred: bool,
 ) -> Tensor:
     """Return the gradients of shift, scale and, with a residual line, its gate: (2 or 3, B, D)."""
-    from promoe_ds.kernels import block_programs
-
     batch, tokens, width = x_BSD.shape
     quantities = 2 if line is None else 3
     partial = torch.empty(quantities, _PARTS, batch, width, device=x_BSD.device)
-    block_programs.modulated_norm_backward[(batch, _PARTS)](
+    launch(
+        "block_programs.modulated_norm_backward",
+        (batch, _PARTS),
         grad_BSD,
         grad_BSD if base_BSD is None else base_BSD,
         x_BSD,
@@ -266,11 +241,11 @@ def _run_norm_backward(
 
 @fused_op("gated_residual")
 def _gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
-    from promoe_ds.kernels import block_programs
-
     batch, tokens, width = x_BSD.shape
     out = torch.empty_like(x_BSD)
-    block_programs.gated_residual[(batch * tokens,)](
+    launch(
+        "block_programs.gated_residual",
+        (batch * tokens,),
         x_BSD,
         gate_BD,
         y_BSD,
@@ -283,21 +258,16 @@ def _gated_residual(x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
     return out
 
 
-@_gated_residual.register_fake
-def _(x_BSD, gate_BD, y_BSD):
-    return torch.empty_like(x_BSD)
-
-
 @fused_op("gated_residual_backward")
 def _gated_residual_backward(
     grad_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    from promoe_ds.kernels import block_programs
-
     batch, tokens, width = y_BSD.shape
     grad_y = torch.empty_like(y_BSD)
     partial = torch.empty(1, _PARTS, batch, width, device=y_BSD.device)
-    block_programs.gated_residual_backward[(batch, _PARTS)](
+    launch(
+        "block_programs.gated_residual_backward",
+        (batch, _PARTS),
         grad_BSD,
         gate_BD,
         y_BSD,
@@ -311,11 +281,6 @@ def _gated_residual_backward(
         BLOCK=power_of_two(width),
     )
     return sum_of_parts(partial, gate_BD.dtype)[0], grad_y
-
-
-@_gated_residual_backward.register_fake
-def _(grad_BSD, gate_BD, y_BSD):
-    return gate_BD.new_empty(gate_BD.shape), torch.empty_like(y_BSD)
 
 
 def _alike(*parts_BD: Tensor) -> tuple[Tensor, ...]:

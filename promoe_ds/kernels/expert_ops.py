@@ -13,10 +13,10 @@ from torch import Tensor
 
 from promoe_ds.kernels.ops import (
     COLUMNS,
-    LIBRARY,
     PARTS,
     ROWS,
     fused_op,
+    launch,
     sum_in_parts,
     sum_of_parts,
 )
@@ -33,21 +33,16 @@ def bias_gelu(pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor | None) -> Tensor:
     return out
 
 
-@bias_gelu.register_fake
-def _(pre_RF, bias_EF, ends_E):
-    return torch.empty_like(pre_RF)
-
-
 @fused_op("bias_gelu_backward")
 def bias_gelu_backward(
     grad_RF: Tensor, pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of pre, (R, F), and of the biases, (E, F)."""
-    from promoe_ds.kernels import programs
-
     grad_pre, (experts, width) = torch.empty_like(pre_RF), bias_EF.shape
     partial = torch.empty(1, PARTS, experts, width, device=pre_RF.device)
-    programs.bias_gelu_backward[(experts, -(-width // COLUMNS), PARTS)](
+    launch(
+        "programs.bias_gelu_backward",
+        (experts, -(-width // COLUMNS), PARTS),
         grad_RF,
         pre_RF,
         bias_EF,
@@ -65,11 +60,6 @@ def bias_gelu_backward(
     return grad_pre, sum_of_parts(partial, bias_EF.dtype)[0]
 
 
-@bias_gelu_backward.register_fake
-def _(grad_RF, pre_RF, bias_EF, ends_E):
-    return torch.empty_like(pre_RF), torch.empty_like(bias_EF)
-
-
 def _save_for_gelu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -81,15 +71,10 @@ def _differentiate_gelu(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, ...]:
 bias_gelu.register_autograd(_differentiate_gelu, setup_context=_save_for_gelu)
 
 
-@torch.library.custom_op(f"{LIBRARY}::add_bias", mutates_args=("rows_RF",))
+@fused_op("add_bias", changes=("rows_RF",))
 def add_bias(rows_RF: Tensor, bias_EF: Tensor, ends_E: Tensor) -> None:
     """Add to each row the bias of its expert, in place."""
     _add_bias(rows_RF, bias_EF, ends_E, rows_RF, has_gelu=False)
-
-
-@add_bias.register_fake
-def _(rows_RF, bias_EF, ends_E):
-    return None
 
 
 @fused_op("sum_groups")
@@ -98,28 +83,22 @@ def sum_groups(rows_ND: Tensor, ends_E: Tensor) -> Tensor:
     return sum_in_parts(rows_ND, None, ends_E, rows_ND.dtype)
 
 
-@sum_groups.register_fake
-def _(rows_ND, ends_E):
-    return rows_ND.new_empty(len(ends_E), rows_ND.shape[1])
-
-
 def _add_bias(
     pre_RF: Tensor, bias_EF: Tensor, ends_E: Tensor | None, out_RF: Tensor, *, has_gelu: bool
 ) -> None:
-    from promoe_ds.kernels import programs
-
     rows, width = pre_RF.shape
-    if rows:
-        programs.add_bias[(-(-rows // ROWS), -(-width // COLUMNS))](
-            pre_RF,
-            bias_EF,
-            bias_EF if ends_E is None else ends_E,
-            out_RF,
-            rows,
-            F=width,
-            E=len(bias_EF),
-            ROWS=ROWS,
-            BLOCK=COLUMNS,
-            HAS_GELU=has_gelu,
-            HAS_ENDS=ends_E is not None,
-        )
+    launch(
+        "programs.add_bias",
+        (-(-rows // ROWS), -(-width // COLUMNS)),
+        pre_RF,
+        bias_EF,
+        bias_EF if ends_E is None else ends_E,
+        out_RF,
+        rows,
+        F=width,
+        E=len(bias_EF),
+        ROWS=ROWS,
+        BLOCK=COLUMNS,
+        HAS_GELU=has_gelu,
+        HAS_ENDS=ends_E is not None,
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from promoe_ds.kernels.ops import COLUMNS, PARTS, ROWS, fused_op, sum_of_parts
+from promoe_ds.kernels.ops import COLUMNS, PARTS, ROWS, fused_op, launch, sum_of_parts
 
 
 def split_heads(qkv_BS3AG: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,8 +20,7 @@ def split_heads(qkv_BS3AG: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor
     Gradient: reaches the product, and the bias (3*A*G,) that it includes: where the three gradients
     are put together, they are summed over the tokens.  Sync: none.
     """
-    parts: tuple[Tensor, Tensor, Tensor] = _SplitHeads.apply(qkv_BS3AG, bias)
-    return parts
+    return _SplitHeads.apply(qkv_BS3AG, bias)
 
 
 class _SplitHeads(Function):
@@ -43,13 +42,13 @@ def _join_heads(
     queries_TD: Tensor, keys_TD: Tensor, values_TD: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the three side by side, (T, 3D), and their sums in `dtype`, (3D,)."""
-    from promoe_ds.kernels import block_programs
-
     tokens, width = queries_TD.shape
     out = queries_TD.new_empty(tokens, 3 * width)
     parts = min(4 * PARTS, -(-tokens // ROWS))
     partial = torch.empty(1, parts, 3 * width, device=out.device)
-    block_programs.join_heads[(-(-width // COLUMNS), parts)](
+    launch(
+        "block_programs.join_heads",
+        (-(-width // COLUMNS), parts),
         queries_TD,
         keys_TD,
         values_TD,
@@ -62,9 +61,3 @@ def _join_heads(
         BLOCK=COLUMNS,
     )
     return out, sum_of_parts(partial, dtype)[0]
-
-
-@_join_heads.register_fake
-def _(queries_TD, keys_TD, values_TD, dtype):
-    tokens, width = queries_TD.shape
-    return queries_TD.new_empty(tokens, 3 * width), queries_TD.new_empty(3 * width, dtype=dtype)

@@ -5,7 +5,10 @@ Letters: T tokens, D width, N rows sorted by expert, E experts, F hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,6 +19,10 @@ LIBRARY = "promoe_ds"
 #: Parts into which sums over tokens are split, so that all of a GPU's processors have work.
 PARTS = 16
 ROWS, COLUMNS = 16, 128
+#: Parts that are summed at a time.
+_SUMMED = 8
+
+_HAS_VALUES = ContextVar("has_values", default=True)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ def combine(
 
     Gradient: reaches base, rows and gates.  Sync: none.
     """
-    result: Tensor = _combine(
+    return _combine(
         base_TD.contiguous(),
         rows_ND.contiguous(),
         gates_N,
@@ -51,7 +58,6 @@ def combine(
         places.order_N,
         places.starts_T,
     )
-    return result
 
 
 def select_rows(tokens_TD: Tensor, token_ids_N: Tensor, places: TokenRows) -> Tensor:
@@ -59,8 +65,7 @@ def select_rows(tokens_TD: Tensor, token_ids_N: Tensor, places: TokenRows) -> Te
 
     Gradient: the sum over a token's rows in fp32, without atomic additions.  Sync: none.
     """
-    result: Tensor = _select_rows(tokens_TD, token_ids_N, places.order_N, places.starts_T)
-    return result
+    return _select_rows(tokens_TD, token_ids_N, places.order_N, places.starts_T)
 
 
 def sum_by_expert(
@@ -72,18 +77,45 @@ def sum_by_expert(
     Gradient: reaches the tokens. What is computed from the tokens returned adds its gradient in
     the kernel of the sums'.  Sync: none.
     """
-    tokens, again, sums_ED = _SumAndTokens.apply(
+    return _SumAndTokens.apply(
         tokens_TD.contiguous(), token_ids_N, ends_E, places.order_N, places.starts_T
     )
-    return tokens, again, sums_ED
 
 
-# Each operation: what it computes, its shapes, and its gradient.
+# Each operation: what it computes, and its gradient.
 
 
-def fused_op(name: str, **options: Any) -> Any:
-    """Return the decorator of an operation of ours that changes none of its arguments."""
-    return torch.library.custom_op(f"{LIBRARY}::{name}", mutates_args=(), **options)
+def fused_op(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Return the decorator of an operation of ours: of a function that makes its results and calls
+    `launch` to fill them.
+
+    On tensors without values, as tracing and compiling have them, the same function makes the
+    results, and nothing is launched.
+    Args:
+        changes: names of the arguments that it writes to.
+    """
+
+    def define(compute: Callable[..., Any]) -> Any:
+        operation = torch.library.custom_op(f"{LIBRARY}::{name}", compute, mutates_args=changes)
+
+        @operation.register_fake
+        def make_results(*args: Any) -> Any:
+            token = _HAS_VALUES.set(False)
+            try:
+                return compute(*args)
+            finally:
+                _HAS_VALUES.reset(token)
+
+        return operation
+
+    return define
+
+
+def launch(program: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a Triton program, named FILE.PROGRAM, over a grid; nothing over an empty one."""
+    if _HAS_VALUES.get() and all(grid):
+        file, _, name = program.partition(".")
+        getattr(import_module(f"promoe_ds.kernels.{file}"), name)[grid](*arguments, **constants)
 
 
 def power_of_two(number: int) -> int:
@@ -100,10 +132,10 @@ def _combine(
     order_N: Tensor,
     starts_T: Tensor,
 ) -> Tensor:
-    from promoe_ds.kernels import programs
-
     out, width = torch.empty_like(base_TD), base_TD.shape[1]
-    programs.combine[(len(base_TD),)](
+    launch(
+        "programs.combine",
+        (len(base_TD),),
         rows_ND,
         gates_N,
         base_TD,
@@ -118,36 +150,25 @@ def _combine(
     return out
 
 
-@_combine.register_fake
-def _(base_TD, rows_ND, gates_N, token_ids_N, order_N, starts_T):
-    return torch.empty_like(base_TD)
-
-
 @fused_op("combine_backward")
 def _combine_backward(
     grad_TD: Tensor, rows_ND: Tensor, gates_N: Tensor, token_ids_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    from promoe_ds.kernels import programs
-
     grad_rows, grad_gates = torch.empty_like(rows_ND), torch.empty_like(gates_N)
-    if len(rows_ND):
-        width = rows_ND.shape[1]
-        programs.combine_backward[(len(rows_ND),)](
-            grad_TD,
-            rows_ND,
-            gates_N,
-            token_ids_N,
-            grad_rows,
-            grad_gates,
-            D=width,
-            BLOCK=power_of_two(width),
-        )
+    rows, width = rows_ND.shape
+    launch(
+        "programs.combine_backward",
+        (rows,),
+        grad_TD,
+        rows_ND,
+        gates_N,
+        token_ids_N,
+        grad_rows,
+        grad_gates,
+        D=width,
+        BLOCK=power_of_two(width),
+    )
     return grad_rows, grad_gates
-
-
-@_combine_backward.register_fake
-def _(grad_TD, rows_ND, gates_N, token_ids_N):
-    return torch.empty_like(rows_ND), torch.empty_like(gates_N)
 
 
 def _save_for_combine(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -170,18 +191,13 @@ def _select_rows(
     return tokens_TD.index_select(0, token_ids_N)
 
 
-@_select_rows.register_fake
-def _(tokens_TD, token_ids_N, order_N, starts_T):
-    return tokens_TD.new_empty(len(token_ids_N), tokens_TD.shape[1])
-
-
 @fused_op("sum_rows_of_tokens")
 def _sum_rows_of_tokens(rows_ND: Tensor, order_N: Tensor, starts_T: Tensor) -> Tensor:
-    from promoe_ds.kernels import programs
-
     width = rows_ND.shape[1]
     out = rows_ND.new_empty(len(starts_T) - 1, width)
-    programs.combine[(len(out),)](
+    launch(
+        "programs.combine",
+        (len(out),),
         rows_ND,
         rows_ND,
         out,
@@ -194,11 +210,6 @@ def _sum_rows_of_tokens(rows_ND: Tensor, order_N: Tensor, starts_T: Tensor) -> T
         HAS_BASE=False,
     )
     return out
-
-
-@_sum_rows_of_tokens.register_fake
-def _(rows_ND, order_N, starts_T):
-    return rows_ND.new_empty(len(starts_T) - 1, rows_ND.shape[1])
 
 
 def _save_for_select(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -216,11 +227,11 @@ def sum_in_parts(
     rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return the sum of each expert's rows, given themselves or by their ids, (E, D) in `dtype`."""
-    from promoe_ds.kernels import programs
-
     width, experts = rows_D.shape[1], len(ends_E)
     partial = torch.empty(1, PARTS, experts, width, device=rows_D.device)
-    programs.sum_rows_by_expert[(experts, -(-width // COLUMNS), PARTS)](
+    launch(
+        "programs.sum_rows_by_expert",
+        (experts, -(-width // COLUMNS), PARTS),
         rows_D,
         ids_N if ids_N is not None else ends_E,
         ends_E,
@@ -237,12 +248,17 @@ def sum_in_parts(
 
 def sum_of_parts(partial_QP: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum over the second dimension of fp32 numbers, in `dtype`."""
-    from promoe_ds.kernels import programs
-
     quantities, parts = partial_QP.shape[:2]
     out = partial_QP.new_empty(quantities, *partial_QP.shape[2:], dtype=dtype)
-    programs.sum_parts[(-(-out[0].numel() // COLUMNS), quantities)](
-        partial_QP, out, parts, out[0].numel(), ROWS=min(ROWS, power_of_two(parts)), BLOCK=COLUMNS
+    launch(
+        "programs.sum_parts",
+        (-(-out[0].numel() // COLUMNS), quantities),
+        partial_QP,
+        out,
+        parts,
+        out[0].numel(),
+        ROWS=_SUMMED,
+        BLOCK=COLUMNS,
     )
     return out
 
@@ -279,11 +295,6 @@ def _sum_by_expert(tokens_TD: Tensor, token_ids_N: Tensor, ends_E: Tensor) -> Te
     return sum_in_parts(tokens_TD, token_ids_N, ends_E, torch.float32)
 
 
-@_sum_by_expert.register_fake
-def _(tokens_TD, token_ids_N, ends_E):
-    return tokens_TD.new_empty(len(ends_E), tokens_TD.shape[1], dtype=torch.float32)
-
-
 @fused_op("spread_to_tokens")
 def _spread_to_tokens(
     values_ED: Tensor,
@@ -293,11 +304,11 @@ def _spread_to_tokens(
     bases_TD: list[Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
-    from promoe_ds.kernels import programs
-
     width = values_ED.shape[1]
     out = values_ED.new_empty(len(starts_T) - 1, width, dtype=dtype)
-    programs.spread_to_tokens[(len(out),)](
+    launch(
+        "programs.spread_to_tokens",
+        (len(out),),
         values_ED,
         order_N,
         starts_T,
@@ -310,8 +321,3 @@ def _spread_to_tokens(
         BASES=len(bases_TD),
     )
     return out
-
-
-@_spread_to_tokens.register_fake
-def _(values_ED, order_N, starts_T, ends_E, bases_TD, dtype):
-    return values_ED.new_empty(len(starts_T) - 1, values_ED.shape[1], dtype=dtype)

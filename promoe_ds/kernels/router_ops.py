@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from promoe_ds.kernels.ops import COLUMNS, PARTS, ROWS, fused_op, power_of_two
+from promoe_ds.kernels.ops import COLUMNS, PARTS, ROWS, fused_op, launch, power_of_two
 
 #: Norms below it count as it: a zero token scores 0 for every expert.
 NORM_EPS = 1e-12
@@ -24,8 +24,7 @@ def cosine(tokens_TD: Tensor, keys_ED: Tensor) -> tuple[Tensor, Tensor]:
     Gradient: reaches tokens and keys. What is computed from the tokens returned adds its gradient
     in the kernel of the cosines'.  Sync: none.
     """
-    tokens, cosines = _CosineAndTokens.apply(tokens_TD.contiguous(), keys_ED.contiguous())
-    return tokens, cosines
+    return _CosineAndTokens.apply(tokens_TD.contiguous(), keys_ED.contiguous())
 
 
 def contrast(
@@ -35,10 +34,9 @@ def contrast(
 
     Gradient: reaches sums and keys.  Sync: none.
     """
-    loss: Tensor = _contrast(
+    return _contrast(
         token_sums_ED.contiguous(), counts_E.contiguous(), keys_ED.contiguous(), weight, temperature
     )[0]
-    return loss
 
 
 @fused_op("mean_similarity")
@@ -46,16 +44,9 @@ def mean_similarity(keys_ED: Tensor) -> Tensor:
     """Return the mean cosine between different keys, a scalar in fp32; 0 for a single one. Without
     gradient.
     """
-    from promoe_ds.kernels import router_programs
-
     out = torch.empty((), device=keys_ED.device)
-    router_programs.mean_similarity[(1,)](keys_ED.contiguous(), out, **_shape(keys_ED))
+    launch("router_programs.mean_similarity", (1,), keys_ED.contiguous(), out, **_shape(keys_ED))
     return out
-
-
-@mean_similarity.register_fake
-def _(keys_ED):
-    return keys_ED.new_empty((), dtype=torch.float32)
 
 
 def _shape(keys_ED: Tensor) -> dict[str, Any]:
@@ -82,25 +73,21 @@ class _CosineAndTokens(Function):
 
 @fused_op("cosine")
 def _cosine(tokens_TD: Tensor, keys_ED: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from promoe_ds.kernels import router_programs
-
-    found = _empty_cosines(tokens_TD, keys_ED)
-    router_programs.cosine[(-(-len(tokens_TD) // ROWS),)](
-        tokens_TD, keys_ED, *found, len(tokens_TD), TOKENS=ROWS, **_shape(keys_ED)
-    )
-    return found
-
-
-@_cosine.register_fake
-def _(tokens_TD, keys_ED):
-    return _empty_cosines(tokens_TD, keys_ED)
-
-
-def _empty_cosines(tokens_TD: Tensor, keys_ED: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return room for the cosines, the tokens' norms and the keys' norms."""
+    """Return the cosines, the tokens' norms and the keys' norms."""
     tokens, experts = len(tokens_TD), len(keys_ED)
     cosines_TE = tokens_TD.new_empty(tokens, experts, dtype=torch.float32)
-    return cosines_TE, cosines_TE.new_empty(tokens), cosines_TE.new_empty(experts)
+    found = cosines_TE, cosines_TE.new_empty(tokens), cosines_TE.new_empty(experts)
+    launch(
+        "router_programs.cosine",
+        (-(-tokens // ROWS),),
+        tokens_TD,
+        keys_ED,
+        *found,
+        tokens,
+        TOKENS=ROWS,
+        **_shape(keys_ED),
+    )
+    return found
 
 
 @fused_op("cosine_backward")
@@ -113,14 +100,14 @@ def _cosine_backward(
     key_norms_E: Tensor,
     base_TD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    from promoe_ds.kernels import router_programs
-
     (tokens, width), experts, shape = tokens_TD.shape, len(keys_ED), _shape(keys_ED)
     grad_tokens, grad_keys = torch.empty_like(tokens_TD), torch.empty_like(keys_ED)
     parts, blocks = min(8 * PARTS, -(-tokens // ROWS)), -(-width // COLUMNS)
     partial = torch.empty(parts, experts, width, device=tokens_TD.device)
     along = partial.new_empty(parts, experts)
-    router_programs.cosine_backward[(parts, blocks)](
+    launch(
+        "router_programs.cosine_backward",
+        (parts, blocks),
         grad_TE,
         tokens_TD,
         keys_ED,
@@ -138,59 +125,62 @@ def _cosine_backward(
         **shape,
     )
     del shape["BLOCK_E"]
-    router_programs.cosine_backward_keys[(experts, blocks)](
-        partial, along, keys_ED, key_norms_E, grad_keys, parts, ROWS=ROWS, **shape
+    launch(
+        "router_programs.cosine_backward_keys",
+        (experts, blocks),
+        partial,
+        along,
+        keys_ED,
+        key_norms_E,
+        grad_keys,
+        parts,
+        ROWS=ROWS,
+        **shape,
     )
     return grad_tokens, grad_keys
-
-
-@_cosine_backward.register_fake
-def _(grad_TE, tokens_TD, keys_ED, cosines_TE, norms_T, key_norms_E, base_TD):
-    return torch.empty_like(tokens_TD), torch.empty_like(keys_ED)
 
 
 @fused_op("contrast")
 def _contrast(
     token_sums_ED: Tensor, counts_E: Tensor, keys_ED: Tensor, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from promoe_ds.kernels import router_programs
-
-    found = _empty_contrast(token_sums_ED)
-    router_programs.contrast[(1,)](
-        token_sums_ED, counts_E, keys_ED, *found, weight, temperature, **_shape(keys_ED)
+    """Return the loss, its slopes, and what `programs.contrast` calls vectors."""
+    new, experts = token_sums_ED.new_empty, len(token_sums_ED)
+    found = new(()), new(experts, experts), new(4, experts)
+    launch(
+        "router_programs.contrast",
+        (1,),
+        token_sums_ED,
+        counts_E,
+        keys_ED,
+        *found,
+        weight,
+        temperature,
+        **_shape(keys_ED),
     )
     return found
-
-
-@_contrast.register_fake
-def _(token_sums_ED, counts_E, keys_ED, weight, temperature):
-    return _empty_contrast(token_sums_ED)
-
-
-def _empty_contrast(token_sums_ED: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return room for the loss, its slopes, and what `programs.contrast` calls vectors."""
-    new, experts = token_sums_ED.new_empty, len(token_sums_ED)
-    return new(()), new(experts, experts), new(4, experts)
 
 
 @fused_op("contrast_backward")
 def _contrast_backward(
     grad: Tensor, token_sums_ED: Tensor, keys_ED: Tensor, slopes_EE: Tensor, vectors_4E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    from promoe_ds.kernels import router_programs
-
     grad_sums, grad_keys = torch.empty_like(token_sums_ED), torch.empty_like(keys_ED)
     shape = _shape(keys_ED)
     del shape["EPS"]
-    router_programs.contrast_backward[(-(-keys_ED.shape[1] // COLUMNS),)](
-        grad, token_sums_ED, keys_ED, slopes_EE, vectors_4E, grad_sums, grad_keys, **shape
+    launch(
+        "router_programs.contrast_backward",
+        (-(-keys_ED.shape[1] // COLUMNS),),
+        grad,
+        token_sums_ED,
+        keys_ED,
+        slopes_EE,
+        vectors_4E,
+        grad_sums,
+        grad_keys,
+        **shape,
     )
     return grad_sums, grad_keys
-
-
-@_contrast_backward.register_fake
-def _(grad, token_sums_ED, keys_ED, slopes_EE, vectors_4E):
-    return torch.empty_like(token_sums_ED), torch.empty_like(keys_ED)
 
 
 def _save_for_contrast(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

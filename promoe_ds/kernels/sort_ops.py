@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from promoe_ds.kernels.ops import TokenRows, fused_op, power_of_two
+from promoe_ds.kernels.ops import TokenRows, fused_op, launch, power_of_two
 
 #: Choices that one program sorts at a time, and gates whose gradient it moves.
 _CHOICES, _GATES = 64, 1024
@@ -57,11 +57,12 @@ def _sort_choices(
     num_experts: int,
     joins: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from promoe_ds.kernels import sort_programs
-
-    found = _empty(gates_BSK, ids_BSK, num_listed, num_experts)
-    gates_N, token_ids, order, starts, counts_E, counts_BE, gate_sums = found
     batch, tokens, top_k = ids_BSK.shape
+    rows = num_listed * tokens * top_k
+    gates_N, gate_sums_BE = gates_BSK.new_empty(rows), gates_BSK.new_empty(batch, num_experts)
+    sizes = rows, rows, batch * tokens + 1, num_experts
+    token_ids_N, order_N, starts_T, counts_E = map(ids_BSK.new_empty, sizes)
+    counts_BE = ids_BSK.new_empty(batch, num_experts)
     shape = {
         "CHOICES": tokens * top_k,
         "E": num_experts,
@@ -69,54 +70,44 @@ def _sort_choices(
         "ROWS": _CHOICES,
         "JOINS": joins,
     }
-    sort_programs.count_choices[(batch,)](
-        ids_BSK, gates_BSK, is_routed_B, counts_BE, gate_sums, **shape
-    )
-    sort_programs.place_choices[(batch,)](
+    launch(
+        "sort_programs.count_choices",
+        (batch,),
         ids_BSK,
         gates_BSK,
         is_routed_B,
         counts_BE,
-        token_ids,
+        gate_sums_BE,
+        **shape,
+    )
+    launch(
+        "sort_programs.place_choices",
+        (batch,),
+        ids_BSK,
+        gates_BSK,
+        is_routed_B,
+        counts_BE,
+        token_ids_N,
         gates_N,
-        order,
-        starts,
+        order_N,
+        starts_T,
         counts_E,
         batch,
         K=top_k,
         **shape,
     )
-    return found
-
-
-@_sort_choices.register_fake
-def _(gates_BSK, ids_BSK, is_routed_B, num_listed, num_experts, joins):
-    return _empty(gates_BSK, ids_BSK, num_listed, num_experts)
-
-
-def _empty(gates_BSK: Tensor, ids_BSK: Tensor, num_listed: int, num_experts: int) -> Any:
-    batch, tokens, top_k = ids_BSK.shape
-    rows = num_listed * tokens * top_k
-    return (
-        gates_BSK.new_empty(rows),
-        ids_BSK.new_empty(rows),
-        ids_BSK.new_empty(rows),
-        ids_BSK.new_empty(batch * tokens + 1),
-        ids_BSK.new_empty(num_experts),
-        ids_BSK.new_empty(batch, num_experts),
-        gates_BSK.new_empty(batch, num_experts),
-    )
+    return gates_N, token_ids_N, order_N, starts_T, counts_E, counts_BE, gate_sums_BE
 
 
 @fused_op("sort_choices_backward")
 def _sort_choices_backward(
     grad_N: Tensor, order_N: Tensor, starts_T: Tensor, is_routed_B: Tensor, top_k: int
 ) -> Tensor:
-    from promoe_ds.kernels import sort_programs
-
     choices = (len(starts_T) - 1) * top_k
     grad_C = grad_N.new_empty(choices)
-    sort_programs.place_choices_backward[(-(-choices // _GATES),)](
+    launch(
+        "sort_programs.place_choices_backward",
+        (-(-choices // _GATES),),
         grad_N,
         order_N,
         starts_T,
@@ -128,11 +119,6 @@ def _sort_choices_backward(
         BLOCK=_GATES,
     )
     return grad_C
-
-
-@_sort_choices_backward.register_fake
-def _(grad_N, order_N, starts_T, is_routed_B, top_k):
-    return grad_N.new_empty((len(starts_T) - 1) * top_k)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

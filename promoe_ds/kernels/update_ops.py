@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from promoe_ds.kernels.ops import LIBRARY
+from promoe_ds.kernels.ops import fused_op, launch
 
 #: Numbers that one program updates.
 _UPDATED = 1024
 
 
-@torch.library.custom_op(
-    f"{LIBRARY}::adamw",
-    mutates_args=("weights_N", "exp_avg_N", "exp_avg_sq_N", "averages", "out_N"),
-)
+@fused_op("adamw", changes=("weights_N", "exp_avg_N", "exp_avg_sq_N", "averages", "out_N"))
 def adamw(
     weights_N: Tensor,
     exp_avg_N: Tensor,
@@ -38,17 +34,16 @@ def adamw(
         scalars: fp32 on the device: 1 to change nothing, the divisor of the gradient,
             1 - beta1^t, sqrt(1 - beta2^t).
     """
-    from promoe_ds.kernels import block_programs
-
-    count, first = weights_N.numel(), [*averages, weights_N, weights_N]
-    block_programs.adamw[(-(-count // _UPDATED),)](
+    count = weights_N.numel()
+    launch(
+        "block_programs.adamw",
+        (-(-count // _UPDATED),),
         weights_N,
         exp_avg_N,
         exp_avg_sq_N,
         grad_N,
         out_N,
-        first[0],
-        first[1],
+        *[*averages, weights_N, weights_N][:2],
         scalars,
         lr,
         *betas,
@@ -59,8 +54,3 @@ def adamw(
         AVERAGES=len(averages),
         BLOCK=_UPDATED,
     )
-
-
-@adamw.register_fake
-def _(*unused, **options):
-    return None

@@ -85,9 +85,6 @@ def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:
     routing, width = config.routing, config.model.hidden_size
     shared = routing.num_shared_experts * config.shared_expert_width
     unconditional = routing.num_unconditional_experts * config.expert_width
-    backend: str = config.expert_backend
-    if backend == "grouped_mm":  # allowed by the widths; `auto` also depends on device and dtype
-        backend = config.parallel.expert_backend
     layer = MoELayer(
         router=build_router(config, block),
         routed=StackedExperts(
@@ -95,7 +92,7 @@ def build_moe_layer(config: RunConfig, block: int = 0) -> MoELayer:
             width,
             config.expert_width,
             expert_type=routing.expert_type,
-            backend=backend,
+            backend=config.expert_backend,
             kernels=config.parallel.kernels,
         ),
         shared=FEED_FORWARDS[config.shared_expert_type](width, shared) if shared else None,

@@ -129,7 +129,9 @@ class AllToAll:
     clock: WaitClock
     comm_dtype: CommDtype = SAME
     #: The work, what is sent (kept alive until it ends), what arrives, an empty tensor like it.
-    _under_way: tuple[Any, Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
+    _under_way: tuple[Any, Tensor, Tensor, Tensor] | None = field(
+        default=None, init=False, repr=False
+    )
 
     def start(self, rows: Tensor) -> Tensor:
         """Begin sending (sum(rows_out), width) rows; the result is a ticket without values, for

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,11 +34,15 @@ ALL_TO_ALLS_PER_STEP = 4
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows that have arrived: sorted by local expert, ready for the experts, and the way back."""
+    """Rows that have arrived: sorted by local expert, ready for the experts, and the way back.
+
+    combine: takes what the experts' results are added to, (T, D), and these rows; returns the sum,
+        every row weighted by its gate at its token. Accumulates in fp32.
+    """
 
     rows_RD: Tensor
     tokens_per_expert_e: Tensor
-    handle: object
+    combine: Callable[[Tensor, Tensor], Tensor]
 
 
 #: Ends a dispatch that is under way. What is computed before calling it overlaps with the exchange.
@@ -92,21 +97,13 @@ class Dispatcher(ABC):
 
         def finish(base_TD: Tensor) -> Tensor:
             arrived = pending()
-            return self.combine(
-                experts(arrived.rows_RD, arrived.tokens_per_expert_e), arrived.handle, base_TD
-            )
+            return arrived.combine(base_TD, experts(arrived.rows_RD, arrived.tokens_per_expert_e))
 
         return finish
 
     @abstractmethod
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Start moving the assignment's rows; calling the result ends it."""
-
-    @abstractmethod
-    def combine(self, rows_RD: Tensor, handle: object, base_TD: Tensor) -> Tensor:
-        """Return base_TD plus every row, weighted by its gate, at its token. Accumulates in
-        fp32.
-        """
 
 
 class LocalDispatcher(Dispatcher):
@@ -118,32 +115,20 @@ class LocalDispatcher(Dispatcher):
     def dispatch(self, tokens_TD: Tensor, assignment: Assignment) -> PendingDispatch:
         """Gather the rows, sorted by expert.  Sync: none."""
         rows = select_rows(tokens_TD, assignment)
-        return lambda: Dispatched(rows, assignment.tokens_per_expert_E, assignment)
-
-    def combine(self, rows_RD: Tensor, handle: object, base_TD: Tensor) -> Tensor:
-        """Add the weighted rows at their tokens.  Sync: none."""
-        assert isinstance(handle, Assignment)
-        return add_weighted_rows(base_TD, rows_RD, handle)
+        combine = partial(add_weighted_rows, assignment=assignment)
+        return lambda: Dispatched(rows, assignment.tokens_per_expert_E, combine)
 
     def bytes_exchanged(self, assignment: Assignment, width: int, element_size: int) -> Tensor:
         """None."""
         return assignment.tokens_per_expert_E.new_zeros(())
 
 
-@dataclass(frozen=True)
-class _ExchangeHandle:
-    assignment: Assignment
-    exchange: AllToAll
-    order_R: Tensor | None
-
-
 class AllToAllDispatcher(Dispatcher):
     """Dropless, exact-size all-to-all over DeepSpeed's expert-parallel group.
 
     Rank w of the group holds the experts w*e ... (w+1)*e - 1. The exchange carries exactly the rows
-    that live
-    elsewhere, both ways: no padding, no capacity. Where it does not `sort`, they stay in the order
-    of the ranks that sent them, and the counts are (W * e,).
+    of experts elsewhere, both ways: no padding, no capacity. Where it does not `sort`, they stay in
+    the order of the ranks that sent them, and the counts are (W * e,).
     """
 
     sort = True
@@ -190,7 +175,7 @@ class AllToAllDispatcher(Dispatcher):
             rows = exchange.finish(pending)
             rows = rows if order_R is None else rows.index_select(0, order_R)
             counts = received_We.sum(dim=0) if self.sort else received_We.flatten()
-            return Dispatched(rows, counts, _ExchangeHandle(assignment, exchange, order_R))
+            return Dispatched(rows, counts, partial(self._return, assignment, exchange, order_R))
 
         return finish
 
@@ -205,20 +190,21 @@ class AllToAllDispatcher(Dispatcher):
         rows_out, rows_in = torch.stack([sent_We.sum(dim=1), received_We.sum(dim=1)]).tolist()
         return received_We, rows_out, rows_in
 
-    def combine(self, rows_RD: Tensor, handle: object, base_TD: Tensor) -> Tensor:
-        """Return every row to the rank and token it came from.  Collectives: one."""
-        assert isinstance(handle, _ExchangeHandle)
-        if handle.order_R is not None:
-            rows_RD = torch.zeros_like(rows_RD).index_copy(0, handle.order_R, rows_RD)
-        back = AllToAll(
-            rows_out=handle.exchange.rows_in,
-            rows_in=handle.exchange.rows_out,
-            group=self.group,
-            name="combine",
-            clock=self.clock,
-            comm_dtype=self.comm_dtype,
+    def _return(
+        self,
+        assignment: Assignment,
+        exchange: AllToAll,
+        order_R: Tensor | None,
+        base_TD: Tensor,
+        rows_RD: Tensor,
+    ) -> Tensor:
+        """Return every row to the rank and token it came from, and add it.  Collectives: one."""
+        if order_R is not None:
+            rows_RD = torch.zeros_like(rows_RD).index_copy(0, order_R, rows_RD)
+        back = replace(
+            exchange, rows_out=exchange.rows_in, rows_in=exchange.rows_out, name="combine"
         )
-        return add_weighted_rows(base_TD, back.finish(back.start(rows_RD)), handle.assignment)
+        return add_weighted_rows(base_TD, back.finish(back.start(rows_RD)), assignment)
 
     def rows_leaving(self, assignment: Assignment) -> Tensor:
         """Return the rows of other ranks' experts, a scalar int64 on the device.  Sync: none."""

@@ -103,7 +103,6 @@ class StackedExperts(nn.Module):
         expert_type: str = "gelu",
         backend: str = "grouped_mm",
         kernels: str = "eager",
-        first_expert: int = 0,
     ) -> None:
         """Create uninitialised experts (`model.init` fills them).
 
@@ -114,9 +113,8 @@ class StackedExperts(nn.Module):
             kernels: of biases and GELU, see `kernels.choice`.
         """
         super().__init__()
-        self.expert_type, self.backend, self.first_expert = expert_type, backend, first_expert
-        self.kernels = kernels
-        self.num_local_experts = num_experts
+        self.expert_type, self.backend, self.kernels = expert_type, backend, kernels
+        self.first_expert, self.num_local_experts = 0, num_experts
         for name, shape in expert_shapes(expert_type, width, hidden).items():
             self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
 
@@ -144,6 +142,12 @@ class StackedExperts(nn.Module):
             )
         )
 
+    def backend_for(self, rows_RD: Tensor) -> str:
+        """Return the backend that multiplies rows of this dtype on their device."""
+        if self.backend != "auto":
+            return self.backend
+        return "loop" if falls_back(rows_RD) else "grouped_mm"
+
     def forward(
         self, rows_RD: Tensor, tokens_per_expert_e: Tensor, last: nn.Module | None = None
     ) -> Tensor:
@@ -160,9 +164,7 @@ class StackedExperts(nn.Module):
         rows_RD = at_autocast_dtype(rows_RD)
         if self.kernel is not None:
             return self.kernel(self, rows_RD, tokens_per_expert_e)
-        backend = self.backend
-        if backend == "auto":
-            backend = "loop" if falls_back(rows_RD) else "grouped_mm"
+        backend = self.backend_for(rows_RD)
         make_products = BACKENDS[backend]
         if backend == "grouped_mm" and uses_triton(rows_RD, self.kernels):
             make_products = FusedGroupedGemm

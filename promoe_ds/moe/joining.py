@@ -47,8 +47,7 @@ def join(stacks_E: Sequence[Tensor], singles: Sequence[Tensor]) -> tuple[Tensor,
 
     Gradient: reaches both, as views of one.  Sync: none.
     """
-    joined: tuple[Tensor, ...] = _Join.apply(*stacks_E, *singles)
-    return joined
+    return _Join.apply(*stacks_E, *singles)
 
 
 class _Join(torch.autograd.Function):

@@ -92,15 +92,11 @@ class FusedGroupedGemm(GroupedGemm):
         self, grad_RF: Tensor, pre_RF: Tensor, up_bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As plain operations do."""
-        gradients: tuple[Tensor, Tensor] = expert_ops.bias_gelu_backward(
-            grad_RF, pre_RF, up_bias, self._ends_e
-        )
-        return gradients
+        return expert_ops.bias_gelu_backward(grad_RF, pre_RF, up_bias, self._ends_e)
 
     def grad_bias(self, grad_RO: Tensor) -> Tensor:
         """Return each expert's sum of rows, (e, O)."""
-        total: Tensor = expert_ops.sum_groups(grad_RO, self._ends_e)
-        return total
+        return expert_ops.sum_groups(grad_RO, self._ends_e)
 
 
 def leaves_empty_groups_unwritten(device: torch.device) -> bool:

@@ -66,15 +66,13 @@ class RoutingPlan:
     """A router's whole answer for one layer and batch.
 
     aux_losses: by name, already weighted; empty in evaluation.
-    observation: what the router's running state learns from this pass, in training only.
-    Observations are additive: the
-        trainer sums them over passes and ranks and hands the total to
+    observation: what the router's running state learns from this pass, in training only. The
+        trainer sums observations over passes and ranks and hands the total to
         `Router.update_running_state`.
     target_patches_BSP: the router's own prediction of the training target's patches, for a loss
-    that only the trainer,
-        who knows the target, can take (Expert Race's per-layer regularisation).
-    tokens_BSD: the tokens as the routed experts take them, and the same for the others, where
-    fused kernels add both gradients to the router's; None: the tokens that were routed.
+        that needs the target, which the trainer knows (Expert Race's per-layer regularisation).
+    tokens_BSD: the tokens for the routed experts and again for the others, where fused kernels add
+        the gradients of both to the router's; None: the tokens that were routed.
     """
 
     assignment: Assignment

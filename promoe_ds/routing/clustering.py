@@ -67,7 +67,6 @@ def _start(tokens_TD: Tensor, uniforms_E: Tensor) -> Tensor:
             squares_T[chosen] = 0.0
         ends_T = squares_T.cumsum(0)
         place = int(torch.searchsorted(ends_T, uniform * ends_T[-1], right=True))
-        chosen.append(
-            min(place, len(tokens_TD) - 1)
-        )  # past the end where all tokens left are equal to chosen ones
+        # It is past the end where all other tokens are equal to chosen ones.
+        chosen.append(min(place, len(tokens_TD) - 1))
     return tokens_TD[chosen]

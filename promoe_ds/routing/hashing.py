@@ -65,7 +65,7 @@ class HashRouter(Router):
         Gradient: none; the experts have theirs.  Sync: none.  Collectives: none.
         """
         batch, tokens, _ = tokens_BSD.shape
-        # Of fewer tokens, the table is the beginning of a longer one.
+        # The table of a smaller image is the beginning of a larger one's.
         if self._table_SK.shape[0] < tokens or self._table_SK.device != tokens_BSD.device:
             rows = hashed_experts(tokens, self.num_experts, self.top_k, self.block)
             table = [[self.order.index(expert) for expert in row] for row in rows]

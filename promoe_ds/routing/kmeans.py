@@ -56,8 +56,8 @@ class KMeansRouter(Router):
         """Route one batch.
 
         Source: Sec. 4.2, implicit routing guidance: affinities are negative Euclidean distances;
-        the paper does not state
-        their activation: the gate is their softmax, nearly 1 where clusters are apart.
+        the paper does not state their activation: the gate is their softmax, nearly 1 where
+        clusters are apart.
         Returns: RoutingPlan, in training with the observation of `update_running_state`.
         Gradient: reaches tokens through the gates.  Sync: none.  Collectives: none.
         """

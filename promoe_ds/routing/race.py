@@ -30,8 +30,8 @@ class ExpertRaceRouter(GateRouter):
 
     A two-layer network scores; a second head on its hidden layer predicts the training target from
     this depth on (per-layer regularisation), which gives shallow layers a signal of their own. In
-    evaluation a pair wins where its score
-    exceeds the running threshold: an output then depends on no other sample.
+    evaluation a pair wins where its score exceeds the running threshold: an output then depends on
+    no other sample.
     """
 
     threshold: Tensor
@@ -62,8 +62,7 @@ class ExpertRaceRouter(GateRouter):
         null samples have their own expert, the threshold is averaged over ranks by the trainer,
         once a step.
         Returns: RoutingPlan; in training with the similarity loss, the observation of
-        `update_running_state` and the
-            predicted target.
+            `update_running_state` and the predicted target.
         Gradient: reaches tokens and router.  Sync: none in training, one in evaluation.
         Collectives: none.
         """

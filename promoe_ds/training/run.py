@@ -22,6 +22,7 @@ from promoe_ds.data import build_dataset, with_resolved_data
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import TrainingError
 from promoe_ds.logs import get_logger
+from promoe_ds.moe.experts import at_autocast_dtype
 from promoe_ds.training.loop import FinishedStep, TrainingLoop
 from promoe_ds.training.metrics import MetricsWriter
 from promoe_ds.training.run_directory import run_directory
@@ -172,7 +173,7 @@ def _describe(trainer: Trainer) -> None:
         trainer.context.world_size,
         config.parallel.ep_size,
         config.parallel.resolved_dispatch,
-        config.experts_by,
+        _experts_by(trainer),
         plan.zero_stage,
         plan.precision if config.precision.compute != "bf16_autocast" else "bf16_autocast",
         batches.micro_batch,
@@ -181,3 +182,19 @@ def _describe(trainer: Trainer) -> None:
     )
     if trainer.context.device.type == "cpu" and plan.precision == "bf16":
         _LOG.warning("bf16 is slow on CPUs: ds_configs/zero2_fp32.json trains in fp32")
+
+
+def _experts_by(trainer: Trainer) -> str:
+    """Return who computes the routed experts: Megatron, Transformer Engine, or the backend that
+    `auto` picks for this device.
+    """
+    config, layers = trainer.config, list(trainer.network.moe_layers().values())
+    if not layers:
+        return "none"
+    if config.parallel.resolved_dispatch == "megatron":
+        return "megatron"
+    if config.precision.uses_transformer_engine:
+        return "transformer_engine"
+    experts = layers[0].routed
+    with trainer.module.compute_context():
+        return experts.backend_for(at_autocast_dtype(experts.up_weight[:0]))

@@ -95,9 +95,8 @@ def _methods_rank(folder: Path) -> None:
     for method in METHODS:
         layer = _method_layer(method)
         full = layer.routed
-        local = StackedExperts(
-            share, WIDTH, 8, expert_type=full.expert_type, first_expert=rank * share
-        )
+        local = StackedExperts(EXPERTS, WIDTH, 8, expert_type=full.expert_type)
+        local.keep(rank * share, share)
         for name, parameter in local.named_parameters():
             parameter.data.copy_(getattr(full, name).data[rank * share : (rank + 1) * share])
         layer.routed, layer.dispatcher = local, AllToAllDispatcher(dist.group.WORLD)

@@ -189,8 +189,9 @@ def test_libraries_layers_of_a_recipe_over_several_ranks_are_built_for_this_proc
     assert layers["deepspeed_moe"].routed.num_local_experts == config.routing.num_experts
 
 
-def test_dense_twin_of_promoe_s_is_dit_s() -> None:
-    assert count_parameters(without_experts(load_config("promoe_s"))) == count_parameters(
+@pytest.mark.parametrize("recipe", ["promoe_s", "ditmoe_s", "diffmoe_s"])
+def test_dense_twin_of_a_recipe_is_dit_s(recipe: str) -> None:
+    assert count_parameters(without_experts(load_config(recipe))) == count_parameters(
         load_config("dit_s")
     )
 
@@ -268,9 +269,11 @@ def test_suite_from_the_command_line_names_candidates_and_what_is_missing(
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "result.json"
+    size = "hidden_size: 32, depth: 2, num_heads: 2"
     recipe.write_text(
-        "base: promoe_b\nmodel: {preset: null, hidden_size: 32, depth: 2, num_heads: 2, input_size:"
-        " 8}\n"
+        f"base: emoji_promoe\nmodel: {{{size}}}\nrouting: {{top_k: 2}}\n"
+        if suite in ("router", "stats")
+        else f"base: promoe_b\nmodel: {{preset: null, input_size: 8, {size}}}\n"
     )
     tool(suite, "--tokens", "32", "--rounds", "2", "--recipe", str(recipe), "--out", str(out))
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
@@ -309,6 +312,14 @@ def test_folder_that_is_not_there_is_named_before_anything_runs(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{option} {path.format(tmp_path / 'none')}"):
         tool("report", option, path.format(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(("ranks", "ep_size"), [("3", "2"), ("2", "4"), ("0", "1")])
+def test_checkpoint_of_ranks_that_experts_are_not_shared_by_is_refused(
+    ranks: str, ep_size: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"--ranks {ranks}: .* --ep-size {ep_size}"):
+        tool("checkpoint", "--recipe", "digits_promoe", "--ranks", ranks, "--ep-size", ep_size)
 
 
 def test_exchange_of_more_ranks_than_devices_is_refused(monkeypatch) -> None:

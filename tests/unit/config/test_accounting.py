@@ -15,7 +15,6 @@ from promoe_ds.config import (
     count_parameters,
     list_recipes,
     load_config,
-    training_flops_per_image,
 )
 from promoe_ds.config.accounting import forward_flops_per_image
 from promoe_ds.model import DiT, build_model
@@ -241,8 +240,3 @@ def test_forward_flops_of_expert_race_include_the_head_of_the_per_layer_loss() -
         for weight in (0.1, 0.0)
     )
     assert more - less == 2 * tokens * width * patch
-
-
-def test_training_flops_are_three_forward_passes() -> None:
-    config = small_config()
-    assert training_flops_per_image(config) == 3 * forward_flops_per_image(config)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from promoe_ds.config import RunConfig, config_from_dict, load_config
+from promoe_ds.config import RunConfig, config_from_dict
 from promoe_ds.config.model import PRESETS
 
 from ..builders import MODERN, small_config, small_values
@@ -40,12 +40,10 @@ DERIVED: list[tuple[dict[str, dict[str, Any]], str, Any]] = [
     ({"precision": {"compute": "bf16"}}, "precision.uses_transformer_engine", False),
     ({"precision": {"compute": "fp8"}}, "precision.uses_transformer_engine", True),
     ({"precision": {"kernels": "transformer_engine"}}, "precision.uses_transformer_engine", True),
-    ({}, "experts_by", "grouped_mm"),
-    ({"routing": {"expert_width": 12}}, "experts_by", "loop"),
-    ({"routing": {"shared_expert_width": 12}}, "experts_by", "grouped_mm"),
-    ({"parallel": {"expert_backend": "loop"}}, "experts_by", "loop"),
-    ({"parallel": {"dispatch": "megatron"}}, "experts_by", "megatron"),
-    ({"precision": {"compute": "fp8"}}, "experts_by", "transformer_engine"),
+    ({}, "expert_backend", "auto"),
+    ({"routing": {"expert_width": 12}}, "expert_backend", "loop"),
+    ({"routing": {"shared_expert_width": 12}}, "expert_backend", "auto"),
+    ({"parallel": {"expert_backend": "loop"}}, "expert_backend", "loop"),
     ({"routing": {"expert_type": "swiglu"}}, "shared_expert_type", "swiglu"),
     ({"routing": {"shared_expert_type": "swiglu"}}, "shared_expert_type", "swiglu"),
     (
@@ -101,10 +99,6 @@ def test_preset_fills_the_sizes_left_out(preset: str) -> None:
     values["model"] = {"preset": preset, "num_classes": 7}
     model = config_from_dict(values, source="recipe").model
     assert PRESETS[preset].items() <= dict(model).items()
-
-
-def test_null_label_of_imagenet_is_a_thousand() -> None:
-    assert load_config("promoe_b").model.null_label == 1000
 
 
 @pytest.mark.parametrize(

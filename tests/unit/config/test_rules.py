@@ -200,6 +200,10 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
         ("sampling.steps=250", "num_train_timesteps=100"),
     ),
     (
+        {"diffusion": DDPM, "evaluation": {"every": 50, "reference": "r.npz", "steps": 1}},
+        ("evaluation.steps=1:", "2 ..."),
+    ),
+    (
         {"precision": FP8, "routing": {"expert_width": 24}},
         ("precision.compute=fp8", "multiple of 16", "routing.expert_width is 24"),
     ),
@@ -210,6 +214,10 @@ REFUSED: list[tuple[dict[str, dict[str, Any]], tuple[str, ...]]] = [
             "routing": {"expert_width": 48},
         },
         ("fp8_recipe=mxfp8", "multiple of 32", "routing.expert_width is 48"),
+    ),
+    (
+        {"precision": FP8, "model": {"head_dim": 12}},
+        ("precision.compute=fp8", "multiple of 16", "model.num_heads * model.head_dim is 24"),
     ),
     ({"precision": FP8, "parallel": {"compile": True}}, ("parallel.compile=true",)),
     *(
@@ -243,6 +251,12 @@ def test_rule_broken_is_refused_by_field_and_value(
         # Each expert takes at least one token there.
         {"routing": {"method": "expert_choice", "num_experts": 6}},
         {"parallel": {"dispatch": "megatron"}, "routing": {"method": "kmeans"}},
+        # No block is dense.
+        {
+            "precision": {"compute": "fp8"},
+            "model": {"mlp_ratio": 3.9},
+            "routing": {"moe_blocks": "all", "expert_width": 32},
+        },
     ],
 )
 def test_rule_is_no_stricter_than_it_must_be(sections: dict[str, dict[str, Any]]) -> None:

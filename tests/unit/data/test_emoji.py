@@ -101,7 +101,7 @@ def test_emoji_data_set_of_another_encoder_or_groups_is_refused(change: str, mes
         (
             "digits_promoe",
             ["data.dataset=emoji", "data.text_encoder=all-minilm-l6-v2"],
-            "emoji has captions and no labels: set model.condition=text",
+            "emoji has no samples for model.condition=class: set model.condition=text",
         ),
     ],
 )

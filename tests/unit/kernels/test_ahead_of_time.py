@@ -100,7 +100,10 @@ print(json.dumps(result))
 COUNTING = {"count_choices", "place_choices", "place_choices_backward"}
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "capability",
+    [90, *(pytest.param(other, marks=pytest.mark.combinations) for other in (80, 100))],
+)
 def test_programs_compile_with_wide_loads_and_without_spills(tmp_path, capability) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -84,11 +84,8 @@ def test_init_experts_of_all_ranks_together_are_those_of_one(
     parts = []
     for rank in range(ep_size):
         network = build_model(small_config(routing={"expert_type": expert_type}))
-        parts.append(
-            StackedExperts(
-                4 // ep_size, 16, 32, expert_type=expert_type, first_expert=rank * 4 // ep_size
-            )
-        )
+        parts.append(StackedExperts(4, 16, 32, expert_type=expert_type))
+        parts[-1].keep(rank * 4 // ep_size, 4 // ep_size)
         network.blocks[1].moe.routed = parts[-1]
         initialise(network, 0)
     for name, value in whole.named_parameters():

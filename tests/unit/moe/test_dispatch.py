@@ -27,56 +27,53 @@ def test_local_dispatch_gathers_the_rows_of_the_list() -> None:
     assert arrived.tokens_per_expert_e.tolist() == [1, 0, 3]
 
 
-def test_local_combine_by_hand() -> None:
+def test_weighted_rows_by_hand() -> None:
     base = torch.tensor([[10.0], [20.0], [30.0]])
     rows = torch.tensor([[1.0], [2.0], [4.0]])
     plan = assignment([2, 0, 2], [0.5, -1.0, 2.0], [3])
-    assert LocalDispatcher().combine(rows, plan, base).tolist() == [[8.0], [20.0], [38.5]]
+    assert add_weighted_rows(base, rows, plan).tolist() == [[8.0], [20.0], [38.5]]
 
 
-def test_local_combine_accumulates_in_fp32_for_bf16() -> None:
+def test_weighted_rows_accumulate_in_fp32_for_bf16() -> None:
     # bf16 has 8 bits: 256 + 1 is 256 there, however often it is added.
     base = torch.tensor([[256.0]], dtype=torch.bfloat16)
     rows = torch.ones(4, 1, dtype=torch.bfloat16)
-    combined = LocalDispatcher().combine(rows, assignment([0] * 4, [1.0] * 4, [4]), base)
+    combined = add_weighted_rows(base, rows, assignment([0] * 4, [1.0] * 4, [4]))
     assert combined.dtype == torch.bfloat16
     assert combined.item() == 260.0
 
 
-def test_local_combine_keeps_fp32_gates_for_bf16_rows() -> None:
+def test_weighted_rows_keep_fp32_gates_for_bf16_rows() -> None:
     gate = 1.0 + 2**-10  # rounds to 1 in bf16
     base = torch.tensor([[-1.0]], dtype=torch.bfloat16)
-    combined = LocalDispatcher().combine(
-        torch.ones(1, 1, dtype=torch.bfloat16), assignment([0], [gate], [1]), base
-    )
+    rows = torch.ones(1, 1, dtype=torch.bfloat16)
+    combined = add_weighted_rows(base, rows, assignment([0], [gate], [1]))
     assert combined.item() == 2**-10
 
 
-def test_local_combine_fp64_stays_fp64() -> None:
+def test_weighted_rows_in_fp64_stay_fp64() -> None:
     base = random_tensor(2, 3, dtype=torch.float64)
     plan = Assignment(
         torch.tensor([1]), torch.tensor([1.0], dtype=torch.float64), torch.tensor([1])
     )
-    combined = LocalDispatcher().combine(
-        torch.full((1, 3), 2.0**-40, dtype=torch.float64), plan, base.clone()
-    )
+    rows = torch.full((1, 3), 2.0**-40, dtype=torch.float64)
+    combined = add_weighted_rows(base.clone(), rows, plan)
     assert torch.equal(combined[0], base[0])
     assert torch.equal(combined[1], base[1] + 2.0**-40)  # lost in fp32
 
 
 def test_local_dispatch_without_rows_returns_the_base() -> None:
-    tokens, dispatcher = random_tensor(3, 2), LocalDispatcher()
-    arrived = dispatcher.dispatch(tokens, assignment([], [], [0, 0]))()
+    tokens = random_tensor(3, 2)
+    arrived = LocalDispatcher().dispatch(tokens, assignment([], [], [0, 0]))()
     assert arrived.rows_RD.shape == (0, 2)
-    assert torch.equal(dispatcher.combine(arrived.rows_RD, arrived.handle, tokens.clone()), tokens)
+    assert torch.equal(arrived.combine(tokens.clone(), arrived.rows_RD), tokens)
 
 
 def test_local_round_trip_gives_each_token_the_sum_of_its_gates() -> None:
     tokens = random_tensor(3, 2, dtype=torch.float64)
     plan = assignment([0, 2, 0], [0.25, 4.0, 0.5], [2, 1])
-    dispatcher = LocalDispatcher()
-    arrived = dispatcher.dispatch(tokens, plan)()
-    combined = dispatcher.combine(arrived.rows_RD, arrived.handle, torch.zeros_like(tokens))
+    arrived = LocalDispatcher().dispatch(tokens, plan)()
+    combined = arrived.combine(torch.zeros_like(tokens), arrived.rows_RD)
     assert torch.equal(combined, tokens * torch.tensor([[0.75], [0.0], [4.0]], dtype=torch.float64))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import build_model, initialise
 from promoe_ds.moe import StackedExperts
-from promoe_ds.moe.experts import EXPERT_PARAMETERS, FEED_FORWARDS, GatedFeedForward, expert_shapes
+from promoe_ds.moe.experts import EXPERT_PARAMETERS, FEED_FORWARDS, expert_shapes
 
 from ..builders import random_tensor, randomise, small_config
 
@@ -173,7 +171,7 @@ def test_experts_width_that_grouped_mm_cannot_take_is_refused_or_looped() -> Non
         small_config(routing={"expert_width": 6}, parallel={"expert_backend": "grouped_mm"})
     config = small_config(routing={"expert_width": 6})
     assert config.expert_backend == "loop"
-    assert small_config(routing={"expert_width": 8}).expert_backend == "grouped_mm"
+    assert small_config(routing={"expert_width": 8}).expert_backend == "auto"
     network = build_model(config)
     initialise(network, 0)
     assert network(random_tensor(1, 1, 4, 4), torch.tensor([1.0]), torch.tensor([0])).shape == (
@@ -202,21 +200,6 @@ def test_feed_forward_of_double_width_is_the_sum_of_two(expert_type: str) -> Non
     x = random_tensor(5, WIDTH, dtype=torch.float64)
     # The same products, summed in another order.
     torch.testing.assert_close(both(x), first(x) + second(x), rtol=1e-12, atol=1e-12)
-
-
-def test_gated_feed_forward_by_hand() -> None:
-    module = GatedFeedForward(1, 2)
-    module.load_state_dict(
-        {
-            "gate.weight": torch.tensor([[2.0], [-1.0]]),
-            "up.weight": torch.tensor([[3.0], [0.5]]),
-            "down.weight": torch.tensor([[1.0, 10.0]]),
-        }
-    )
-    silu = [2.0 / (1 + math.exp(-2.0)), -1.0 / (1 + math.exp(1.0))]
-    assert module(torch.tensor([[1.0]])).item() == pytest.approx(
-        silu[0] * 3.0 + 10.0 * silu[1] * 0.5
-    )
 
 
 @every_type

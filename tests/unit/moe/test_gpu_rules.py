@@ -62,6 +62,7 @@ def test_auto_avoids_the_slow_fallback_of_grouped_gemm(
 
     Rows.dtype = dtype
     assert products.falls_back(Rows) == (backend == "loop")
+    assert StackedExperts(4, 8, 12, backend="auto").backend_for(Rows) == backend
 
 
 def test_gradient_of_a_token_with_many_rows_is_summed_in_fp32() -> None:

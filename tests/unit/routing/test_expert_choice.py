@@ -8,21 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from promoe_ds.routing.batch_pool import capacity_loss, move_thresholds, observe_thresholds
 from promoe_ds.routing.router import expert_capacity, scheduled_top_k
 
 from ..builders import random_tensor
 from .plans import NULL, make_router, route
-
-
-@pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "capacity"),
-    [(256, 12, 1, 21), (256, 12, 3, 64), (4, 4, 4, 4), (3, 4, 1, 0)],
-)
-def test_capacity_is_the_floor_of_the_even_share(
-    tokens: int, experts: int, top_k: int, capacity: int
-) -> None:
-    assert expert_capacity(tokens, experts, top_k) == capacity
 
 
 def test_capacity_rounds_as_published_for_all_sizes() -> None:
@@ -80,12 +69,6 @@ def test_capacity_falls_with_the_steps_of_training_and_not_in_evaluation(method:
     )
 
 
-@pytest.mark.parametrize("method", ["expert_choice", "ec_dit"])
-def test_every_expert_takes_equally_many_of_every_routed_sample(method: str) -> None:
-    plan = route(make_router(method), random_tensor(3, 6, 8, dtype=torch.float64), [0, NULL, 1])
-    assert plan.stats.tokens_per_expert_BE.tolist() == [[3] * 4, [0] * 4, [3] * 4]
-
-
 def test_batch_pool_of_too_few_tokens_leaves_every_expert_without() -> None:
     router = make_router("diff_moe", top_k=1)
     plan = route(router, random_tensor(2, 3, 8, dtype=torch.float64), [0, NULL])
@@ -106,20 +89,6 @@ def test_predictor_and_routing_do_not_move_each_other() -> None:
     assert all(parameter.grad is None for parameter in router.predictor.parameters())
 
 
-def test_capacity_loss_gradient_is_that_of_finite_differences() -> None:
-    logits = random_tensor(3, 2, dtype=torch.float64).requires_grad_()
-    chosen = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda z: capacity_loss(z, chosen), (logits,))
-
-
-def test_capacity_loss_of_extreme_logits_is_finite() -> None:
-    logits = torch.tensor([[1e4, -1e4]]).requires_grad_()
-    loss = capacity_loss(logits, torch.tensor([[0.0, 1.0]]))
-    loss.backward()
-    assert loss == 1e4
-    assert logits.grad.tolist() == [[0.5, -0.5]]
-
-
 # Thresholds, of Expert Race too.
 
 
@@ -135,20 +104,6 @@ def test_thresholds_move_once_towards_the_mean_of_the_passes_that_had_tokens(met
     router.update_running_state(sum(seen))
     mean = (seen[0] + seen[2])[:-1] / 2
     torch.testing.assert_close(threshold, 0.9 * before + 0.1 * mean, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("decay", "expected"), [(0.95, [0.405, 0.23]), (0.0, [0.5, 0.8]), (0.5, [0.45, 0.5])]
-)
-def test_move_thresholds_by_hand(decay: float, expected: list[float]) -> None:
-    thresholds = torch.tensor([0.4, 0.2])
-    total = sum(
-        observe_thresholds(torch.tensor(lowest), any_chosen=True)
-        for lowest in ([0.6, 1.0], [0.4, 0.6])
-    )
-    assert total.tolist() == [1.0, pytest.approx(1.6), 2.0]
-    move_thresholds(thresholds, total, decay)
-    assert thresholds.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_thresholds_steps_too_small_for_bf16_still_count() -> None:

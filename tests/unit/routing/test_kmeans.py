@@ -16,13 +16,6 @@ from ..builders import random_tensor
 from . import oracles
 from .plans import NEAR, NULL, make_router, partition, plan_rows, route
 
-
-def test_kmeans_has_no_parameters() -> None:
-    router = make_router("kmeans")
-    assert list(router.parameters()) == []
-    assert set(router.state_dict()) == {"centroids"}
-
-
 # What the centroids learn.
 
 
@@ -149,14 +142,6 @@ def test_clusters_far_apart_are_found(spherical: bool) -> None:
     match = torch.cdist(expected, found).argmin(dim=1)
     assert sorted(match.tolist()) == list(range(5))
     torch.testing.assert_close(found[match], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_clusters_are_a_function_of_tokens_and_draws() -> None:
-    tokens = random_tensor(300, 6)
-    assert torch.equal(
-        cluster_tokens(tokens, uniforms(7), spherical=True),
-        cluster_tokens(tokens, uniforms(7), spherical=True),
-    )
 
 
 def test_clusters_of_equal_tokens_are_finite() -> None:

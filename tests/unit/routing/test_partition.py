@@ -49,39 +49,8 @@ def test_partition_by_hand(labels: list[int], routed: list[int], unconditional: 
     assert partition.routed_ids.dtype == partition.unconditional_ids.dtype == torch.int64
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        ([3, NULL, 4], [0.0, 2.0]),
-        ([NULL, NULL, NULL], []),
-        ([1, 2, 3], [0.0, 1.0, 2.0]),
-    ],
-)
-def test_take_routed_takes_the_routed_samples_in_order(
-    labels: list[int], expected: list[float]
-) -> None:
-    values = torch.arange(3.0)[:, None, None].expand(3, 2, 5)
-    taken = partition_samples(ClassCondition(torch.tensor(labels), NULL)).take_routed(values)
-    assert taken.shape == (len(expected), 2, 5)
-    assert taken[:, 0, 0].tolist() == expected
-
-
 def test_take_routed_copies_nothing_where_all_are_routed() -> None:
     values = torch.zeros(2, 3)
     assert (
         partition_samples(ClassCondition(torch.tensor([1, 2]), NULL)).take_routed(values) is values
     )
-
-
-@given(
-    labels=st.lists(st.sampled_from([0, NULL]), min_size=1, max_size=5), tokens=st.integers(1, 4)
-)
-def test_unconditional_token_ids_are_the_rest(labels: list[int], tokens: int) -> None:
-    partition = partition_samples(ClassCondition(torch.tensor(labels), NULL))
-    expected = [
-        place * tokens + s
-        for place, label in enumerate(labels)
-        if label == NULL
-        for s in range(tokens)
-    ]
-    assert partition.unconditional_token_ids(tokens).tolist() == expected

@@ -12,18 +12,15 @@ from torch import Tensor
 
 from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.routing import RoutingPlan
-from promoe_ds.routing.router import choose_top_k, mean_prototype_similarity, pool_token_ids
+from promoe_ds.routing.router import mean_prototype_similarity
 
 from ..builders import random_tensor
-from . import oracles
 from .oracles_methods import ORACLES
 from .plans import (
     LOOKING,
     METHODS,
-    NEAR,
     NULL,
     ONE_EXPERT,
-    WITH_STATE,
     cases,
     check_against_oracle,
     make_router,
@@ -128,16 +125,6 @@ def test_router_bf16_is_computed_in_fp32(method: str, autocast: bool) -> None:
 
 
 @every_method
-def test_router_losses_and_observations_only_in_training(method: str) -> None:
-    router = make_router(method)
-    assert (route(router, batch_of([0, 1]), [0, 1]).observation is not None) == (
-        method in WITH_STATE
-    )
-    plan = route(router.eval(), batch_of([0, 1]), [0, 1])
-    assert (plan.aux_losses, plan.observation, plan.target_patches_BSP) == ({}, None, None)
-
-
-@every_method
 def test_router_statistics_and_observations_hold_no_graph(method: str) -> None:
     plan = route(make_router(method), batch_of([0, 1]).requires_grad_(), [0, 1])
     stats = (
@@ -162,12 +149,6 @@ def test_router_changes_neither_its_input_nor_its_state(method: str) -> None:
     route(router, tokens, [3, NULL, 0])
     assert torch.equal(tokens, before)
     assert all(torch.equal(value, state[name]) for name, value in router.state_dict().items())
-
-
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ONE_EXPERT])
-def test_router_top_k_equal_to_number_of_experts_sends_every_token_everywhere(method: str) -> None:
-    rows = plan_rows(route(make_router(method, top_k=4), batch_of([3, NULL], tokens=3), [3, NULL]))
-    assert [row[:2] for row in rows] == [(token, e) for e in range(4) for token in range(3)]
 
 
 def test_router_all_tokens_may_go_to_one_expert() -> None:
@@ -238,17 +219,6 @@ def test_router_every_parameter_gets_a_finite_gradient_in_training(
     assert all(parameter.grad.isfinite().all() for parameter in router.parameters())
 
 
-@every_method
-@pytest.mark.parametrize("num_experts", [1, 3])
-def test_router_one_token_and_every_expert(method: str, num_experts: int) -> None:
-    top_k = 1 if method in ONE_EXPERT else num_experts
-    plan = route(
-        make_router(method, num_experts=num_experts, top_k=top_k), batch_of([0], tokens=1), [0]
-    )
-    assert [row[0] for row in plan_rows(plan)] == [0] * top_k
-    assert sum(differentiable(plan)).isfinite()
-
-
 @every_looking_method
 def test_router_zero_tokens_have_finite_gradients(method: str) -> None:
     router, tokens = make_router(method, dtype=torch.float32), batch_of([0, 1]).float()
@@ -303,31 +273,6 @@ def test_router_gradients_are_those_of_finite_differences(
 
 
 # What the routers share.
-
-
-@given(
-    labels=st.lists(st.sampled_from([0, NULL]), min_size=1, max_size=5), tokens=st.integers(1, 4)
-)
-def test_pool_token_ids_are_the_places_of_the_routed_tokens(labels: list[int], tokens: int) -> None:
-    routed, _ = oracles.partition(labels, NULL, has_unconditional_expert=True)
-    places = [place * tokens + s for place in routed for s in range(tokens)]
-    backwards = torch.arange(len(places)).flip(0)
-    assert pool_token_ids(partition(labels), backwards, tokens).tolist() == places[::-1]
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_choose_top_k_is_the_best_first(top_k: int) -> None:
-    scores = torch.tensor([[[0.1, 0.7, -0.2, 0.4]]])
-    values, ids = choose_top_k(scores, top_k)
-    assert ids.tolist() == [[[1, 3, 0, 2][:top_k]]]
-    assert torch.equal(values, scores.gather(-1, ids))
-
-
-@given(num_experts=st.integers(1, 5), seed=st.integers(0, 2**31))
-def test_prototype_similarity_equals_oracle(num_experts: int, seed: int) -> None:
-    prototypes = random_tensor(num_experts, 6, seed=seed, dtype=torch.float64)
-    expected = oracles.mean_similarity(prototypes.tolist())
-    assert mean_prototype_similarity(prototypes).item() == pytest.approx(expected, **NEAR)
 
 
 @pytest.mark.parametrize(

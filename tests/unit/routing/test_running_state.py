@@ -1,4 +1,4 @@
-"""Thresholds and centroids as buffers: precision, start, saving; and their absence elsewhere."""
+"""Thresholds and centroids as buffers: precision, start, saving."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import nn
 from ..builders import random_tensor
 from .plans import METHODS, NULL, WITH_STATE, make_router, plan_rows, route
 
-WITHOUT_STATE = tuple(method for method in METHODS if method not in WITH_STATE)
 CASTS: dict[str, tuple[Any, torch.dtype]] = {
     "bfloat16": (nn.Module.bfloat16, torch.float32),
     "half": (nn.Module.half, torch.float32),
@@ -37,14 +36,6 @@ def test_buffers_stay_in_fp32_or_become_fp64_inside_any_module(
         before, expected
     )
     assert all(torch.equal(value.float(), before[name]) for name, value in router.named_buffers())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_parameters_are_cast(method: str) -> None:
-    assert all(
-        parameter.dtype == torch.bfloat16
-        for parameter in make_router(method, dtype=torch.float32).bfloat16().parameters()
-    )
 
 
 @with_state
@@ -84,34 +75,3 @@ def test_state_of_fp32_enters_a_bf16_router_unrounded(method: str) -> None:
         torch.equal(value, dict(router.named_buffers())[name])
         for name, value in other.named_buffers()
     )
-
-
-@with_state
-def test_state_absorbs_the_mean_of_passes_and_ranks(method: str) -> None:
-    """Two equal observations added up are one."""
-    once, twice, before = make_router(method), make_router(method), make_router(method)
-    tokens = random_tensor(2, 4, 8, dtype=torch.float64)
-    observation = route(once, tokens, [0, 1]).observation
-    once.update_running_state(observation)
-    twice.update_running_state(observation + observation)
-    for name, value in once.named_buffers():
-        torch.testing.assert_close(dict(twice.named_buffers())[name], value, rtol=1e-12, atol=1e-12)
-        assert not torch.equal(value, dict(before.named_buffers())[name])
-
-
-@with_state
-def test_state_absorbs_without_a_graph(method: str) -> None:
-    router = make_router(method)
-    tokens = random_tensor(2, 4, 8, dtype=torch.float64).requires_grad_()
-    router.update_running_state(route(router, tokens, [0, 1]).observation)
-    assert not any(buffer.requires_grad for buffer in router.buffers())
-
-
-@pytest.mark.parametrize("method", WITHOUT_STATE)
-def test_state_of_methods_without_any_is_left_alone(method: str) -> None:
-    router = make_router(method)
-    assert list(router.buffers()) == []
-    before = {name: value.clone() for name, value in router.state_dict().items()}
-    router.reset_state()
-    router.update_running_state(torch.ones(3))
-    assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())

@@ -94,22 +94,3 @@ def test_ties_are_resolved_to_a_valid_choice_of_the_best(
         taken = sorted((scores[pair] for pair in group if pair in gates), reverse=True)
         best = sorted((scores[pair] for pair in group), reverse=True)
         assert taken == pytest.approx(best[: len(group) * top_k // EXPERTS], abs=1e-12)
-
-
-@pytest.mark.parametrize("method", LOOKING)
-def test_ties_of_everything_with_everything(method: str) -> None:
-    """Equal tokens and equal experts: the right number of pairs, all of one gate."""
-    router = make_router(method, width=2)
-    with torch.no_grad():
-        router.expert_keys_ED().copy_(torch.ones(4, 2))
-        if method == "classification":
-            router.classifier.bias.zero_()
-    rows = plan_rows(route(router, torch.ones(2, 4, 2, dtype=torch.float64), [0, 1]))
-    assert len({row[:2] for row in rows}) == len(rows) == 8 * router.top_k
-    assert len({round(gate, 12) for _, _, gate in rows}) == 1
-
-
-@pytest.mark.parametrize("method", LOOKING)
-def test_ties_of_the_same_batch_are_resolved_alike(method: str) -> None:
-    plans = [plan_rows(route(tied_router(method, 3), tied_tokens(3), LABELS)) for _ in range(2)]
-    assert plans[0] == plans[1]
