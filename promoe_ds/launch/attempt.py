@@ -166,7 +166,7 @@ def kill_leftovers_on(hosts: Sequence[str], folder: Path, patience: float) -> di
         )
     for host, why in unreachable.items():
         _LOG.error("%s: %s; its ranks end within supervision.launcher_timeout_seconds", host, why)
-    for host, answer in answers.items():
-        if killed := answer["killed"]:
+    for host, killed in answers.items():
+        if killed:
             _LOG.warning("%s: killed what was left of the job: processes %s", host, killed)
     return unreachable

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from promoe_ds.config import count_parameters, read_deepspeed_json
+from promoe_ds.config import count_parameters
 from promoe_ds.errors import LaunchError
 from promoe_ds.launch.agent import config_hash, installed_software
 from promoe_ds.launch.environment import require_launchable
@@ -53,7 +53,7 @@ class _Hosts:
             self.add(host, problem, next(remedies, "repair it or remove it from the hostfile"))
         yield from results.items()
 
-    def ask(self, action: str, **values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    def ask(self, action: str, **values: Any) -> Iterator[tuple[str, Any]]:
         """Send all hosts the same request; yield each one's answer."""
         return self.each(lambda agent: agent.ask(action, **values))
 
@@ -109,18 +109,18 @@ def _clock_offset(agent: Agent) -> float:
     readings = []
     for _ in range(_CLOCK_READINGS):
         before = time.time()
-        there = agent.ask("time")["time"]
+        there = agent.ask("time")
         after = time.time()
         readings.append((after - before, there - (before + after) / 2))
     return min(readings)[1]
 
 
 def _check_config(job: Job, hosts: _Hosts) -> None:
-    here = config_hash(job.config, read_deepspeed_json(job.deepspeed_config))
-    source = {"recipe": job.recipe, "deepspeed_config": job.deepspeed_config}
-    more = {"overrides": job.overrides, "imports": job.imports, "timeout": _TORCH_SECONDS}
-    for host, answer in hosts.ask("config", **source, **more):
-        if answer["hash"] != here:
+    source: dict[str, Any] = {"recipe": job.recipe, "deepspeed_config": job.deepspeed_config}
+    source |= {"overrides": job.overrides, "imports": job.imports}
+    here = config_hash(**source)
+    for host, there in hosts.ask("config_hash", timeout=_TORCH_SECONDS, **source):
+        if there != here:
             problem = "reads another recipe or DeepSpeed JSON than this host"
             hosts.add(host, problem, "let all hosts read the same files")
 
@@ -169,10 +169,10 @@ def _bytes_needed(job: Job) -> int:
 
 def _check_gpus(job: Job, hosts: _Hosts) -> None:
     slots = {host.name: host.slots for host in job.hosts}
-    for host, answer in hosts.ask("gpus", timeout=_TORCH_SECONDS):
-        if answer["gpus"] != slots[host]:
+    for host, gpus in hosts.ask("gpus", timeout=_TORCH_SECONDS):
+        if gpus != slots[host]:
             remedy = "correct the hostfile, or train on CPUs: DS_ACCELERATOR=cpu in .deepspeed_env"
-            hosts.add(host, f"{answer['gpus']} GPUs, but slots={slots[host]}", remedy)
+            hosts.add(host, f"{gpus} GPUs, but slots={slots[host]}", remedy)
 
 
 def _check_network(

@@ -61,7 +61,7 @@ class Agent:
         )
         self._send(exports)
 
-    def ask(self, action: str, *, timeout: float = ANSWER_SECONDS, **values: Any) -> dict[str, Any]:
+    def ask(self, action: str, *, timeout: float = ANSWER_SECONDS, **values: Any) -> Any:
         """Send a request, return its answer; after a time-out the agent is ended.
 
         Raises: RemoteError if the agent is gone, does not answer in time or reports a failure.
