@@ -67,16 +67,17 @@ def config_hash(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_run_directory(folder: str, name: str, token: str) -> dict[str, Any]:
-    """Return whether this host sees the launcher's token, and free bytes; write the token back.
+def check_run_directory(folder: str, name: str) -> int:
+    """Write the launcher's token, as this host sees it, to where the launcher should find it.
 
+    Returns: free bytes.
     Raises: OSError if it cannot be written.
     """
     there = Path(folder)
-    seen = (there / "token").is_file() and (there / "token").read_text() == token
     there.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (there / f"seen_by_{name}").write_text(token)
-    return {"seen": seen, "free": shutil.disk_usage(there).free}
+    token = there / "token"
+    (there / f"seen_by_{name}").write_text(token.read_text() if token.is_file() else "")
+    return shutil.disk_usage(there).free
 
 
 def check_port(address: str, port: int) -> None:

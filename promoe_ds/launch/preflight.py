@@ -147,15 +147,15 @@ def _check_run_directory(job: Job, hosts: _Hosts) -> None:
     (folder / "token").write_text(token)
     need = _bytes_needed(job)
     answers = hosts.each(
-        lambda agent: agent.ask("run_directory", folder=str(folder), name=agent.host, token=token)
+        lambda agent: agent.ask("run_directory", folder=str(folder), name=agent.host)
     )
-    for host, answer in answers:
-        seen_by = folder / f"seen_by_{host}"
-        if not (answer["seen"] and seen_by.exists() and seen_by.read_text() == token):
+    for host, free in answers:
+        seen = folder / f"seen_by_{host}"
+        if not seen.exists() or seen.read_text() != token:
             problem = f"--run-dir {job.run_dir} is another folder there than here"
             hosts.add(host, problem, "put it on a file system that all hosts mount")
-        elif answer["free"] < need:
-            sizes = f"{answer['free'] / 1e9:.1f} GB free, checkpoints need {need / 1e9:.1f} GB"
+        elif free < need:
+            sizes = f"{free / 1e9:.1f} GB free, checkpoints need {need / 1e9:.1f} GB"
             hosts.add(host, f"--run-dir has {sizes}", "free some or lower train.keep_last")
     shutil.rmtree(folder, ignore_errors=True)
 
