@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from promoe_ds.distributed.process_group import (
     check_device,
@@ -19,6 +20,7 @@ from promoe_ds.distributed.process_group import (
 from promoe_ds.errors import CheckpointError, ConfigError, PromoeError
 
 _T = TypeVar("_T")
+_Key = TypeVar("_Key", str, int)
 #: Of barriers after work of one's own: a rank's share may take hours longer than another's.
 _PATIENCE = timedelta(days=30)
 
@@ -127,6 +129,14 @@ class DistributedContext:
             problem = str(error)
         if problems := [one for one in self.gather(problem) if one]:
             raise CheckpointError("; ".join(dict.fromkeys(problems)))
+
+
+def sum_over_ranks(parts: dict[_Key, Tensor]) -> dict[_Key, Tensor]:
+    """Return the sum of all ranks' tensors of each name; they have one dtype.  Collectives: one."""
+    flat = torch.cat([part.flatten() for part in parts.values()])
+    dist.all_reduce(flat)
+    pieces = flat.split([part.numel() for part in parts.values()])
+    return {name: piece.view_as(parts[name]) for name, piece in zip(parts, pieces, strict=True)}
 
 
 def single_process(device: torch.device | str = "cpu") -> DistributedContext:

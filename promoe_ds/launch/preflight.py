@@ -91,16 +91,11 @@ def check_hosts(job: Job, environment: Mapping[str, str]) -> dict[str, Any]:
     return described
 
 
-def clock_problem(ahead: float) -> str:
-    """Return what is wrong with a clock so many seconds ahead of this host's, "" if nothing."""
-    if abs(ahead) <= _CLOCK_TOLERANCE_SECONDS:
-        return ""
-    return f"its clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} this host's"
-
-
 def _check_clock(job: Job, hosts: _Hosts) -> None:
     for host, ahead in hosts.each(_clock_offset):
-        if problem := clock_problem(ahead):
+        if abs(ahead) > _CLOCK_TOLERANCE_SECONDS:
+            way = "ahead of" if ahead > 0 else "behind"
+            problem = f"its clock is {abs(ahead):.1f} s {way} this host's"
             hosts.add(host, problem, "run a time service (chrony, systemd-timesyncd) on both")
 
 

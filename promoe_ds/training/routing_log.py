@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from promoe_ds.config import RunConfig
-from promoe_ds.distributed.context import DistributedContext
+from promoe_ds.distributed.context import DistributedContext, sum_over_ranks
 from promoe_ds.load_stats import load_summary
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.collectives import EXCHANGES
@@ -133,7 +133,7 @@ class RoutingAccumulator:
             "waits": self._waits(),
             **tables,
         }
-        sums = _summed_over_ranks(parts)
+        sums = sum_over_ranks(parts)
         fullest_L, passes = self._fullest_rank(), self._passes
         self._start_anew()
         if not self._ranks.is_main:
@@ -285,13 +285,6 @@ class _Tables:
             counts.zero_()
         self._intervals = self._steps = 0
         return tables, covered
-
-
-def _summed_over_ranks(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    flat = torch.cat([part.flatten() for part in parts.values()])
-    dist.all_reduce(flat)
-    pieces = flat.split([part.numel() for part in parts.values()])
-    return {name: piece.view_as(parts[name]) for name, piece in zip(parts, pieces, strict=True)}
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

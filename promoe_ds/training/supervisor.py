@@ -16,7 +16,6 @@ from promoe_ds.errors import PeerError
 from promoe_ds.launch.heartbeat import write_rank_status
 from promoe_ds.launch.shutdown import EarlySignals, ShutdownRequest
 from promoe_ds.logs import rank_from_environment
-from promoe_ds.run_files import STACKS_FOLDER
 from promoe_ds.torch_private import set_group_timeouts
 from promoe_ds.training.watchdog import Watchdog
 
@@ -122,8 +121,8 @@ def supervised(
         collective_seconds: as `Supervisor`'s.
     Raises: PeerError in place of a library's message about a broken exchange.
     """
-    rank, stacks = rank_from_environment(), run_dir / STACKS_FOLDER
-    watchdog = Watchdog(rank, stacks, settings.launcher_timeout_seconds, early)
+    rank = rank_from_environment()
+    watchdog = Watchdog(rank, run_dir, settings.launcher_timeout_seconds, early)
     supervisor = Supervisor(settings, early, watchdog, collective_seconds)
     watchdog.start()
     write_rank_status(rank, None, "started")

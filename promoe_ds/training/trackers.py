@@ -21,9 +21,7 @@ _LOG = get_logger("metrics")
 
 
 class Trackers:
-    """Those of a run; one that raises is closed for good with a warning: no record is worth a
-    training.
-    """
+    """Those of a run; one that raises is given up with a warning: no record is worth a training."""
 
     def __init__(self, trackers: dict[str, _TensorBoard | _Wandb] | None = None) -> None:
         """Write to trackers, by name."""

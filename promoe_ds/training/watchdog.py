@@ -15,6 +15,7 @@ from promoe_ds.launch.heartbeat import attempt_folder, read_heartbeat, write_ran
 from promoe_ds.launch.processes import broken_link
 from promoe_ds.launch.shutdown import EarlySignals
 from promoe_ds.logs import get_logger
+from promoe_ds.run_files import STACKS_FOLDER, make_folder
 
 _LOG = get_logger("watchdog")
 _POLL_SECONDS = 0.5
@@ -29,30 +30,22 @@ class Watchdog:
     """Watches the deadline of the current phase, the launcher's processes and its heartbeat."""
 
     def __init__(
-        self, rank: int, stacks: Path, launcher_timeout: float, early: EarlySignals
+        self, rank: int, run_dir: Path, launcher_timeout: float, early: EarlySignals
     ) -> None:
         """Prepare; `start` begins to watch.
 
         Args:
-            stacks: folder of the stacks of ranks that hang; made when needed.
+            run_dir: gets the stacks of ranks that hang.
             launcher_timeout: seconds without a new heartbeat after which the launcher is considered
                 gone.
             early: the launcher's processes; takes the heartbeat's shutdown request.
         """
-        self._rank, self._stacks, self._launcher_timeout, self._early = (
-            rank,
-            stacks,
-            launcher_timeout,
-            early,
-        )
+        self._rank, self._run_dir = rank, run_dir
+        self._launcher_timeout, self._early = launcher_timeout, early
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._phase, self._step, self._seconds, self._deadline = (
-            "set-up",
-            0,
-            float("inf"),
-            float("inf"),
-        )
+        self._phase, self._step = "set-up", 0
+        self._seconds = self._deadline = float("inf")
 
     def start(self) -> None:
         """Begin to watch."""
@@ -108,12 +101,13 @@ class Watchdog:
         field = f"supervision.{self._phase.replace('set-up', 'setup')}_timeout_seconds"
         message = f"{self._here()} took longer than {self._seconds:g} s ({field})"
         try:
-            for folder in (self._stacks.parent, self._stacks):
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path = self._stacks / f"stalled_rank_{self._rank:05d}_step_{self._step:07d}.txt"
-            place = f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}"
+            folder = make_folder(self._run_dir, STACKS_FOLDER)
+            path = folder / f"stalled_rank_{self._rank:05d}_step_{self._step:07d}.txt"
             with path.open("w", encoding="utf-8") as file:
-                file.write(f"{place}, {self._phase} {self._step}\n")
+                file.write(
+                    f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()},"
+                    f" {self._phase} {self._step}\n"
+                )
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             message += f": all stacks are in {path}"

@@ -15,7 +15,7 @@ from promoe_ds.errors import CheckpointError
 from promoe_ds.launch.heartbeat import ATTEMPT_VARIABLE
 from promoe_ds.launch.lock import LockedError, locked
 from promoe_ds.logs import configure_logging
-from promoe_ds.run_files import LAUNCHER_LOCK, TRAINING_LOCK, make_launch_folder
+from promoe_ds.run_files import LAUNCH_FOLDER, LAUNCHER_LOCK, TRAINING_LOCK, make_folder
 from promoe_ds.training.run_directory import run_directory
 
 from ..builders import small_config
@@ -37,7 +37,7 @@ def _alone(monkeypatch) -> Iterator[None]:
 
 def test_run_directory_is_one_trainings_at_a_time(tmp_path: Path, monkeypatch) -> None:
     run_dir = tmp_path / "run"
-    launcher = make_launch_folder(run_dir) / LAUNCHER_LOCK
+    launcher = make_folder(run_dir, LAUNCH_FOLDER) / LAUNCHER_LOCK
     with locked(launcher, 60), pytest.raises(LockedError), enter(run_dir):
         pass
     for _ in range(2):
