@@ -153,7 +153,7 @@ def _runs(holder: dict) -> bool | None:
 
 
 def _started(pid: object) -> str:
-    """Return when a process was started, which tells it from a later one of that id; "" if gone."""
+    """Return when a process started, which differs for a later one of that id; "" if it is gone."""
     try:
         fields = (
             Path(f"/proc/{pid}/stat")

@@ -126,8 +126,8 @@ def _check_software(hosts: _Hosts, described: Mapping[str, dict[str, Any]]) -> N
     machines: dict[tuple, str] = {}
     for host, answer in described.items():
         for name, there in answer["software"].items():
-            if there != here[name]:
-                problem = f"{name} is {there} there and {here[name]} here"
+            if there != (own := here.get(name)):
+                problem = f"{name} is {there} there and {own} here"
                 hosts.add(host, problem, "use the same environment and commit on all hosts")
         first = machines.setdefault(
             (answer["hostname"], *sorted(answer["interfaces"].items())), host

@@ -31,7 +31,7 @@ class MetricsWriter:
         self,
         run_dir: Path,
         config: RunConfig,
-        ranks: DistributedContext,
+        context: DistributedContext,
         *,
         start_step: int,
         wandb_id: str = "",
@@ -42,12 +42,12 @@ class MetricsWriter:
         Raises: ConfigError if a tracker is asked for and missing; CheckpointError if a log cannot
         be written.
         """
-        self._config, self._ranks, self._run_dir = config, ranks, run_dir
+        self._config, self._context, self._run_dir = config, context, run_dir
         self._flops = training_flops_per_image(config)
-        self._peak = _peak_flops(ranks.device)
+        self._peak = _peak_flops(context.device)
         self._step, self._since = start_step, time.perf_counter()
-        self._trackers = Trackers()
-        if not ranks.is_main:
+        self._trackers = Trackers({})
+        if not context.is_main:
             return
         for name in ("metrics.jsonl", "routing.jsonl"):
             drop_lines_after(run_dir / name, start_step)
@@ -75,7 +75,7 @@ class MetricsWriter:
         now, batch = time.perf_counter(), self._config.train.global_batch_size
         images_per_second = (step - self._step) * batch / (now - self._since)
         self._step, self._since = step, now
-        if not self._ranks.is_main:
+        if not self._context.is_main:
             return
         flops = images_per_second * self._flops
         line = {
@@ -83,8 +83,8 @@ class MetricsWriter:
             **scalars,
             "images_per_second": images_per_second,
             "tflops": flops / 1e12,
-            "mfu": flops / (self._peak * self._ranks.world_size) if self._peak else None,
-            **_memory(self._ranks.device),
+            "mfu": flops / (self._peak * self._context.world_size) if self._peak else None,
+            **_memory(self._context.device),
         }
         append_lines(self._run_dir / "metrics.jsonl", [line])
         append_lines(self._run_dir / "routing.jsonl", routing_lines)

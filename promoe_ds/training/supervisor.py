@@ -64,7 +64,7 @@ class Supervisor:
         return self._phase("checkpoint", self._settings.checkpoint_timeout_seconds)
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
-        """The time in which samples are drawn and judged."""
+        """The time of an evaluation."""
         return self._phase("evaluation", self._settings.evaluation_timeout_seconds)
 
     @contextlib.contextmanager
