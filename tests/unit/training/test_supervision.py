@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -115,15 +114,6 @@ def test_heartbeat_shutdown_request_reaches_the_rank(tmp_path) -> None:
     assert [status.code for status in read_rank_statuses(tmp_path)] == [0]
     (tmp_path / "heartbeat.json").write_text("{half")
     assert read_heartbeat(tmp_path) is None
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_is_a_shutdown_request_not_an_end(tmp_path, number) -> None:
-    rank = _rank(tmp_path, f"{UNTIL_ASKED}; print(supervisor.stop_reason)")
-    assert rank.stdout.readline() == "ready\n"
-    rank.send_signal(number)
-    output, _ = rank.communicate(timeout=200)
-    assert (rank.returncode, output) == (0, f"{number.name}\n")
 
 
 def test_signal_during_the_imports_is_handed_over(tmp_path) -> None:
