@@ -133,7 +133,9 @@ def _command(attempt: Attempt) -> list[str]:
         "--log_level": "warning",
         "--module": "promoe_ds.cli.train",
     }
-    launcher = [deepspeed_command(), "--force_multi", *chain.from_iterable(options.items())]
+    # Hosts have just answered; DeepSpeed's own check knows neither our options nor a time-out.
+    switches = ("--force_multi", "--no_ssh_check")
+    launcher = [deepspeed_command(), *switches, *chain.from_iterable(options.items())]
     return [*map(str, launcher), *shell_arguments(attempt.arguments)]
 
 

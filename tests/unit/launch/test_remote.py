@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,16 @@ def test_agent_reads_a_recipe_with_a_router_of_one_s_own(commands) -> None:
         with pytest.raises(RemoteError, match=r"ConfigError: .*routing\.method=nearest"):
             agents["host"].ask("config_hash", **asked, imports=[])
         assert agents["host"].ask("config_hash", **asked, imports=[str(ROUTER)])
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
+def test_ssh_shares_no_connection_whose_patience_is_another_s(tmp_path) -> None:
+    """With a user's `ControlMaster auto` the ranks' would run over that of the agent."""
+    config = tmp_path / "config"
+    config.write_text("Host *\n  ControlMaster auto\n  ControlPath ~/%h\n  ControlPersist 600\n")
+    command = ["ssh", "-F", str(config), "-G", *ssh_options(911), "host1"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {"controlmaster false", "serveralivecountmax 183"} <= set(shown)
 
 
 def test_ssh_holds_a_silent_connection_as_long_as_asked() -> None:
