@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from promoe_ds.distributed.context import DistributedContext
 
 
-def agree(is_bad: Tensor, *flags: bool) -> Tensor:
-    """Return for each flag whether it is set on any rank, fp32 on the device.  Sync: none.
-    Collectives: one.
+def agree(is_bad: Tensor, stop: bool) -> Tensor:
+    """Return whether a step was bad, and whether to stop, on any rank: fp32 on the device.
+
+    Sync: none.  Collectives: one.
     """
-    values = torch.stack([is_bad, *(torch.full_like(is_bad, flag) for flag in flags)]).float()
+    values = torch.stack([is_bad, torch.full_like(is_bad, stop)]).float()
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 from promoe_ds.checkpoint.load import differing_fields
@@ -75,9 +74,7 @@ def _lock(run_dir: Path, config: RunConfig, held: ExitStack) -> None:
     if attempt_folder() is None:  # no launcher of ours started this rank: none may be at work here
         wait_until_free(run_dir / LAUNCH_FOLDER / LAUNCHER_LOCK, period)
         patience = 0.0
-    held.enter_context(
-        locked(run_dir / TRAINING_LOCK, period, patience=patience, on_loss=partial(end_rank, 0))
-    )
+    held.enter_context(locked(run_dir / TRAINING_LOCK, period, patience=patience, on_loss=end_rank))
 
 
 def _open(run_dir: Path, config: RunConfig, resume: str) -> None:

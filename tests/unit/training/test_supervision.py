@@ -263,7 +263,7 @@ def test_sign_of_life_says_where_a_rank_was_last(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(watchdog, "SIGN_OF_LIFE_SECONDS", 0.0)
     early = EarlySignals.__new__(EarlySignals)
     early.chain = ()
-    watch = watchdog.Watchdog(3, tmp_path, 60.0, early)
+    watch = watchdog.Watchdog(tmp_path, 60.0, early)
     watch.start()
     try:
         watch.expect("step", 41, 100.0)
