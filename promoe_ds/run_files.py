@@ -16,13 +16,12 @@ LAUNCH_FOLDER, STACKS_FOLDER = "launch", "supervision"
 LAUNCHER_LOCK, TRAINING_LOCK = "launcher.json", "lock.json"
 
 
-def make_launch_folder(run_dir: Path) -> Path:
-    """Make a run directory and the launcher's folder in it, both for the user alone.
+def make_folder(run_dir: Path, name: str) -> Path:
+    """Make a run directory and a folder in it, both for the user alone; return the folder.
 
-    Returns: the launcher's folder.
     Raises: OSError.
     """
-    folder = run_dir / LAUNCH_FOLDER
+    folder = run_dir / name
     for each in (run_dir, folder):
         each.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder

@@ -33,11 +33,11 @@ def run_entry(main: Callable[[list[str]], None]) -> None:
     configure_logging(rank)
     try:
         main(sys.argv[1:])
-        write_rank_status(rank, 0, "finished")
+        write_rank_status(0, "finished")
         gc.freeze()  # the interpreter's end looks for garbage among all modules, for seconds
     except (PromoeError, KeyboardInterrupt) as caught:
         error = caught if isinstance(caught, PromoeError) else Interrupted("by Ctrl-C")
-        write_rank_status(rank, error.exit_code, str(error))
+        write_rank_status(error.exit_code, str(error))
         if rank > 0:
             time.sleep(_HEAD_START_SECONDS)
         place = "" if rank == 0 else f"rank {rank}: "
@@ -45,10 +45,10 @@ def run_entry(main: Callable[[list[str]], None]) -> None:
         _end_at_once(error.exit_code)
     except SystemExit as ending:  # of the command line's parser, which printed why
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-        write_rank_status(rank, code, "see the output")
+        write_rank_status(code, "see the output")
         raise
     except Exception as error:
-        write_rank_status(rank, 1, f"{type(error).__name__}: {error}")
+        write_rank_status(1, f"{type(error).__name__}: {error}")
         if not _has_peers():
             raise
         traceback.print_exc()

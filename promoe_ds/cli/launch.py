@@ -24,7 +24,7 @@ from promoe_ds.launch.layout import Job
 from promoe_ds.launch.lock import LockedError
 from promoe_ds.launch.preflight import check_hosts
 from promoe_ds.logs import configure_logging
-from promoe_ds.run_files import make_launch_folder
+from promoe_ds.run_files import LAUNCH_FOLDER, make_folder
 
 
 def parse_arguments(arguments: list[str]) -> tuple[Job, bool]:
@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
     configure_logging(0)
     job, check_only = parse_arguments(arguments)
     try:
-        folder = make_launch_folder(job.run_dir)
+        folder = make_folder(job.run_dir, LAUNCH_FOLDER)
         if check_only:
             check_hosts(job, job_environment(os.environ))
             sys.stdout.write(f"pre-flight: {len(job.hosts)} hosts, {job.ranks} ranks: no problem\n")

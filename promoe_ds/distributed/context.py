@@ -9,11 +9,18 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from promoe_ds.distributed.process_group import check_device, complete_environment, local_device
+from promoe_ds.distributed.process_group import (
+    check_device,
+    complete_environment,
+    join_process_group,
+    local_device,
+)
 from promoe_ds.errors import CheckpointError, ConfigError, PromoeError
 
 _T = TypeVar("_T")
+_Key = TypeVar("_Key", str, int)
 #: Of barriers after work of one's own: a rank's share may take hours longer than another's.
 _PATIENCE = timedelta(days=30)
 
@@ -24,10 +31,21 @@ class DistributedContext:
     Each method but `is_main` is one collective, which all ranks call together.
     """
 
-    def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
-        """Be one of the ranks of a process group that exists, if there are several."""
+    def __init__(
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        waiting_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Be one of the ranks of a process group that exists, if there are several.
+
+        Args:
+            waiting_group: of all ranks, for all but sums; None: the same as for these.
+        """
         self.rank, self.world_size, self.device = rank, world_size, device
-        self._waiting: dist.ProcessGroup | None = None
+        self._waiting = waiting_group
 
     @property
     def is_main(self) -> bool:
@@ -55,15 +73,6 @@ class DistributedContext:
         """Wait for all, however much longer the others work than this one."""
         if self.world_size > 1:
             dist.barrier(group=self._waiting)
-
-    def wait_patiently(self) -> None:
-        """Let all but sums outlast the time-out of collectives: barriers, gathers, and what rank 0
-        does alone; all ranks call this together.
-
-        A rank that dies ends them all the same: its connections break, and the launcher ends the
-        others.
-        """
-        self._waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Return the sum of the ranks' float64 arrays of one shape."""
@@ -122,6 +131,14 @@ class DistributedContext:
             raise CheckpointError("; ".join(dict.fromkeys(problems)))
 
 
+def sum_over_ranks(parts: dict[_Key, Tensor]) -> dict[_Key, Tensor]:
+    """Return the sum of all ranks' tensors of each name; they have one dtype.  Collectives: one."""
+    flat = torch.cat([part.flatten() for part in parts.values()])
+    dist.all_reduce(flat)
+    pieces = flat.split([part.numel() for part in parts.values()])
+    return {name: piece.view_as(parts[name]) for name, piece in zip(parts, pieces, strict=True)}
+
+
 def single_process(device: torch.device | str = "cpu") -> DistributedContext:
     """Return the context of a process that is alone."""
     return DistributedContext(rank=0, world_size=1, device=torch.device(device))
@@ -138,23 +155,20 @@ def join_processes(
         the CPU.
         timeout_seconds: of sums; every other collective waits for as long as a rank's share of the
         work takes.
-    Raises: ConfigError if the launcher's variables do not fit, or there is no such device.
+    Raises: ConfigError if the launcher's variables do not fit, there is no such device, or rank 0
+        cannot listen on MASTER_ADDR and MASTER_PORT.
     """
     if device is not None:
         check_device(device)
     world_size = complete_environment()
-    if device in (None, "cuda"):
-        own = local_device()
-        if device == "cuda" and own.type == "cpu":
-            raise ConfigError("--device cuda: DS_ACCELERATOR is set to something else: unset it")
-    else:
-        own = torch.device(device)
+    own = local_device() if device in (None, "cuda") else torch.device(device)
+    if device == "cuda" and own.type == "cpu":
+        raise ConfigError("--device cuda: DS_ACCELERATOR is set to something else: unset it")
     if world_size == 1:
         return single_process(own)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
+    join_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout_seconds)
+    # A rank that dies ends the waiting all the same: its connections break.
+    waiting_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return DistributedContext(
+        rank=dist.get_rank(), world_size=world_size, device=own, waiting_group=waiting_group
     )
-    context = DistributedContext(rank=dist.get_rank(), world_size=world_size, device=own)
-    context.wait_patiently()
-    return context

@@ -1,4 +1,4 @@
-"""Where expert-parallel groups lie: the exchange is cheap inside a host and dear between hosts.
+"""On which hosts expert-parallel groups are: exchanges are cheap inside a host, expensive between.
 
 Groups whose ranks share a host exchange tokens over its own links; the replicas of an expert on
 other hosts then meet once a step, to average gradients (expert-data parallelism).
@@ -6,6 +6,7 @@ other hosts then meet once a step, to average gradients (expert-data parallelism
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Sequence
 
@@ -25,8 +26,8 @@ def check_placement(
     Collectives: one.
 
     Args:
-        group: this rank's; required: whether each must lie on one host
-        (`parallel.expert_groups=node`).
+        group: this rank's; required: whether each must be on one host
+            (`parallel.expert_groups=node`).
     Raises: ConfigError on every rank if they must and do not.
     """
     gathered = context.gather((socket.gethostname(), tuple(dist.get_process_group_ranks(group))))
@@ -50,26 +51,22 @@ def spanning_problem(hosts: Sequence[str], groups: Sequence[Sequence[int]]) -> s
     if spanning is None:
         return ""
     ep_size, world_size = len(groups[0]), len(hosts)
-    fewest = min(hosts.count(host) for host in hosts)
-    listed = ", ".join(f"{rank} on {hosts[rank]}" for rank in spanning)
     stride = world_size // ep_size
-    for is_strided, other in (
-        (False, [range(first, first + ep_size) for first in range(0, world_size, ep_size)]),
-        (True, [range(first, world_size, stride) for first in range(stride)]),
-    ):
-        if all(len({hosts[rank] for rank in ranks}) == 1 for ranks in other):
-            remedy = (
-                f"set use_data_before_expert_parallelism to {str(is_strided).lower()} in the"
-                " DeepSpeed JSON"
-            )
+    orders = {
+        "false": [range(first, first + ep_size) for first in range(0, world_size, ep_size)],
+        "true": [range(first, world_size, stride) for first in range(stride)],
+    }
+    for value, others in orders.items():
+        if all(len({hosts[rank] for rank in ranks}) == 1 for ranks in others):
+            remedy = f"set use_data_before_expert_parallelism to {value} in the DeepSpeed JSON"
             break
     else:
-        fitting = [
-            size for size in range(1, fewest + 1) if ep_size % size == 0 and fewest % size == 0
-        ]
+        fewest = min(hosts.count(host) for host in hosts)
         remedy = (
-            f"lower parallel.ep_size to {fitting[-1]}, which divides the {fewest} ranks of a host"
+            f"lower parallel.ep_size to {math.gcd(ep_size, fewest)}, which divides the {fewest}"
+            " ranks of a host"
         )
+    listed = ", ".join(f"{rank} on {hosts[rank]}" for rank in spanning)
     return (
         f"the expert group of ranks {listed} spans hosts, tokens cross the network in every layer;"
         f" {remedy}"

@@ -187,7 +187,7 @@ def _outer_launcher(env: Mapping[str, str]) -> _Outer | None:
         # Slurm may know the local rank where MPI names none, if it is the same launch.
         same = [one for one in [*many, slurm] if one and (one.rank, one.size) == launch]
         return next((one for one in same if one.local_rank is not None), many[0])
-    return slurm if slurm is not None and (slurm.size > 1 or not mpi) else mpi[0] if mpi else None
+    return slurm if slurm is not None and slurm.size > 1 else [*mpi, slurm][0]
 
 
 def _slurm_step(env: Mapping[str, str]) -> _Outer | None:
@@ -248,7 +248,7 @@ def _first_node(env: Mapping[str, str]) -> str:
 
 
 def _port_of_job(env: Mapping[str, str]) -> int:
-    """Return a port that all ranks of the job find, and hardly another job of the host."""
+    """Return a port that all ranks of the job compute alike, and other jobs very rarely."""
     job = next((env[name] for name in _JOBS if env.get(name)), None)
     if job is None:
         return _DEFAULT_PORT

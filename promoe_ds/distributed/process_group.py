@@ -35,21 +35,15 @@ def complete_environment() -> int:
 
 
 def join_process_group(backend: str, timeout_seconds: float) -> None:
-    """Join torch's process group; under torchrun it is left to whoever asks for it, with torchrun's
-    own store.
+    """Join torch's process group, under torchrun through torchrun's own store.
 
     Raises: ConfigError if rank 0 cannot listen on MASTER_ADDR and MASTER_PORT.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(
-            backend,
-            store=_open_store(rank, world_size, timeout),
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=timeout_seconds)
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = None if has_store else _open_store(rank, world_size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _open_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:

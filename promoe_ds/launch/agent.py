@@ -14,12 +14,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.config import RunConfig, load_config, read_deepspeed_json
+from promoe_ds.config import load_config, read_deepspeed_json
 from promoe_ds.config.extensions import import_extension
 from promoe_ds.launch.network import local_interfaces, resolve
 from promoe_ds.launch.processes import kill_leftover_processes
@@ -53,46 +53,42 @@ def installed_software() -> dict[str, str]:
     return found | {"the content of promoe_ds": digest.hexdigest()[:16]}
 
 
-def config_hash(config: RunConfig, deepspeed: Mapping[str, Any]) -> str:
-    """Return a checksum of a resolved recipe and DeepSpeed JSON."""
-    text = json.dumps([config.model_dump(mode="json"), deepspeed], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def read_config_hash(
+def config_hash(
     recipe: str, overrides: Sequence[str], deepspeed_config: str, imports: Sequence[str]
 ) -> str:
-    """Return `config_hash` of what this host reads.
+    """Return a checksum of the resolved recipe and DeepSpeed JSON that this host reads.
 
     Raises: ConfigError; whatever a file of `imports` raises.
     """
     for name in imports:
         import_extension(name)
-    return config_hash(load_config(recipe, overrides), read_deepspeed_json(deepspeed_config))
+    config, deepspeed = load_config(recipe, overrides), read_deepspeed_json(deepspeed_config)
+    text = json.dumps([config.model_dump(mode="json"), deepspeed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_run_directory(folder: str, name: str, token: str) -> dict[str, Any]:
-    """Return whether this host sees the launcher's token, and free bytes; write the token back.
+def check_run_directory(folder: str, name: str) -> int:
+    """Write the launcher's token, as this host sees it, to where the launcher should find it.
 
+    Returns: free bytes.
     Raises: OSError if it cannot be written.
     """
     there = Path(folder)
-    seen = (there / "token").is_file() and (there / "token").read_text() == token
     there.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (there / f"seen_by_{name}").write_text(token)
-    return {"seen": seen, "free": shutil.disk_usage(there).free}
+    token = there / "token"
+    (there / f"seen_by_{name}").write_text(token.read_text() if token.is_file() else "")
+    return shutil.disk_usage(there).free
 
 
-def check_port(address: str, port: int) -> dict[str, Any]:
+def check_port(address: str, port: int) -> None:
     """Listen on a port of an address for a moment.
 
     Raises: OSError if that cannot be done.
     """
-    with socket.create_server((address, port)):
-        return {}
+    socket.create_server((address, port)).close()
 
 
-def count_gpus() -> dict[str, Any]:
+def count_gpus() -> int:
     """Return how many GPUs torch sees, in another process: it takes memory of the first one.
 
     Raises: RuntimeError if torch fails.
@@ -103,21 +99,17 @@ def count_gpus() -> dict[str, Any]:
         raise RuntimeError(
             f"cannot count GPUs: {(done.stderr.strip().splitlines() or ['python failed'])[-1]}"
         )
-    return {"gpus": int(done.stdout.split()[-1])}
+    return int(done.stdout.split()[-1])
 
 
-_ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "time": lambda: {"time": time.time()},
+_ACTIONS: dict[str, Callable[..., Any]] = {
+    "time": time.time,
     "describe": describe,
-    "config": lambda recipe, overrides, deepspeed_config, imports: {
-        "hash": read_config_hash(recipe, overrides, deepspeed_config, imports)
-    },
+    "config_hash": config_hash,
     "run_directory": check_run_directory,
     "port": check_port,
     "gpus": count_gpus,
-    "kill_leftovers": lambda folder, patience: {
-        "killed": kill_leftover_processes(folder, patience)
-    },
+    "kill_leftovers": kill_leftover_processes,
 }
 
 
@@ -128,7 +120,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer: dict[str, Any] = {"answer": _ACTIONS[request.pop("action")](**request)}
+            answer = {"answer": _ACTIONS[request.pop("action")](**request)}
         except Exception as error:  # the launcher reports it with the host's name
             answer = {"failed": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

@@ -133,7 +133,9 @@ def _command(attempt: Attempt) -> list[str]:
         "--log_level": "warning",
         "--module": "promoe_ds.cli.train",
     }
-    launcher = [deepspeed_command(), "--force_multi", *chain.from_iterable(options.items())]
+    # Hosts have just answered; DeepSpeed's own check knows neither our options nor a time-out.
+    switches = ("--force_multi", "--no_ssh_check")
+    launcher = [deepspeed_command(), *switches, *chain.from_iterable(options.items())]
     return [*map(str, launcher), *shell_arguments(attempt.arguments)]
 
 
@@ -166,7 +168,7 @@ def kill_leftovers_on(hosts: Sequence[str], folder: Path, patience: float) -> di
         )
     for host, why in unreachable.items():
         _LOG.error("%s: %s; its ranks end within supervision.launcher_timeout_seconds", host, why)
-    for host, answer in answers.items():
-        if killed := answer["killed"]:
+    for host, killed in answers.items():
+        if killed:
             _LOG.warning("%s: killed what was left of the job: processes %s", host, killed)
     return unreachable

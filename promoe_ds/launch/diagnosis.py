@@ -18,7 +18,7 @@ from promoe_ds.launch.attempt import Outcome
 from promoe_ds.launch.heartbeat import RankStatus, read_rank_statuses
 from promoe_ds.launch.hostfile import Host, read_hostfile
 
-#: Last signs of life that are further apart than this, three of a rank's, have an order.
+#: The order of two last signs of life counts if they are further apart than this: three intervals.
 _SILENCE_SECONDS = 60.0
 #: What another attempt may fix; with any other code it would fail again (configuration, data, ...).
 _WORTH_A_RESTART = {1, PeerError.exit_code, StalledError.exit_code, OrphanedError.exit_code}

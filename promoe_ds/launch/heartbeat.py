@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from promoe_ds.files import write_json
+from promoe_ds.logs import rank_from_environment
 
 #: Names the attempt's folder, in the environment of every rank that `promoe_ds.cli.launch` starts.
 ATTEMPT_VARIABLE = "PROMOE_LAUNCH_DIR"
@@ -57,9 +58,14 @@ def read_heartbeat(folder: Path) -> tuple[int, str] | None:
         return None
 
 
-def write_rank_status(rank: int, code: int | None, message: str) -> None:
+def this_rank() -> str:
+    """Return which rank this process is, and where: `rank 3 on gpu02`."""
+    return f"rank {rank_from_environment()} on {socket.gethostname()}"
+
+
+def write_rank_status(code: int | None, message: str) -> None:
     """Write this rank's status; nothing where no folder was given or it cannot be written."""
-    folder = attempt_folder() or _folder(STATUS_VARIABLE)
+    folder, rank = attempt_folder() or _folder(STATUS_VARIABLE), rank_from_environment()
     if folder is None:
         return
     status = {

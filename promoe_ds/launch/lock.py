@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+import psutil
+
 from promoe_ds.errors import LaunchError
 from promoe_ds.logs import get_logger
 from promoe_ds.run_files import LAUNCHER_LOCK
@@ -128,9 +130,12 @@ def _holder(token: str, count: int) -> dict:
 
 
 def _place() -> dict[str, str]:
-    """Return where process ids are valid: containers may share a host's name but no processes."""
+    """Return where process ids are valid: machines and containers may share a name, no processes.
+
+    On all machines the name spaces that are not a container's have the same number.
+    """
     space = str(Path("/proc/self/ns/pid").readlink())
-    return {"host": socket.gethostname(), "space": space}
+    return {"host": socket.gethostname(), "booted": f"{psutil.boot_time():.0f}", "space": space}
 
 
 def _name(holder: dict) -> str:
@@ -153,7 +158,7 @@ def _runs(holder: dict) -> bool | None:
 
 
 def _started(pid: object) -> str:
-    """Return when a process was started, which tells it from a later one of that id; "" if gone."""
+    """Return when a process started, which differs for a later one of that id; "" if it is gone."""
     try:
         fields = (
             Path(f"/proc/{pid}/stat")

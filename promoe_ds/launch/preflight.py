@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from promoe_ds.config import count_parameters, read_deepspeed_json
+from promoe_ds.config import count_parameters
 from promoe_ds.errors import LaunchError
 from promoe_ds.launch.agent import config_hash, installed_software
 from promoe_ds.launch.environment import require_launchable
@@ -53,7 +53,7 @@ class _Hosts:
             self.add(host, problem, next(remedies, "repair it or remove it from the hostfile"))
         yield from results.items()
 
-    def ask(self, action: str, **values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    def ask(self, action: str, **values: Any) -> Iterator[tuple[str, Any]]:
         """Send all hosts the same request; yield each one's answer."""
         return self.each(lambda agent: agent.ask(action, **values))
 
@@ -91,16 +91,11 @@ def check_hosts(job: Job, environment: Mapping[str, str]) -> dict[str, Any]:
     return described
 
 
-def clock_problem(ahead: float) -> str:
-    """Return what is wrong with a clock so many seconds ahead of this host's, "" if nothing."""
-    if abs(ahead) <= _CLOCK_TOLERANCE_SECONDS:
-        return ""
-    return f"its clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} this host's"
-
-
 def _check_clock(job: Job, hosts: _Hosts) -> None:
     for host, ahead in hosts.each(_clock_offset):
-        if problem := clock_problem(ahead):
+        if abs(ahead) > _CLOCK_TOLERANCE_SECONDS:
+            way = "ahead of" if ahead > 0 else "behind"
+            problem = f"its clock is {abs(ahead):.1f} s {way} this host's"
             hosts.add(host, problem, "run a time service (chrony, systemd-timesyncd) on both")
 
 
@@ -109,18 +104,18 @@ def _clock_offset(agent: Agent) -> float:
     readings = []
     for _ in range(_CLOCK_READINGS):
         before = time.time()
-        there = agent.ask("time")["time"]
+        there = agent.ask("time")
         after = time.time()
         readings.append((after - before, there - (before + after) / 2))
     return min(readings)[1]
 
 
 def _check_config(job: Job, hosts: _Hosts) -> None:
-    here = config_hash(job.config, read_deepspeed_json(job.deepspeed_config))
-    source = {"recipe": job.recipe, "deepspeed_config": job.deepspeed_config}
-    more = {"overrides": job.overrides, "imports": job.imports, "timeout": _TORCH_SECONDS}
-    for host, answer in hosts.ask("config", **source, **more):
-        if answer["hash"] != here:
+    source: dict[str, Any] = {"recipe": job.recipe, "deepspeed_config": job.deepspeed_config}
+    source |= {"overrides": job.overrides, "imports": job.imports}
+    here = config_hash(**source)
+    for host, there in hosts.ask("config_hash", timeout=_TORCH_SECONDS, **source):
+        if there != here:
             problem = "reads another recipe or DeepSpeed JSON than this host"
             hosts.add(host, problem, "let all hosts read the same files")
 
@@ -131,8 +126,8 @@ def _check_software(hosts: _Hosts, described: Mapping[str, dict[str, Any]]) -> N
     machines: dict[tuple, str] = {}
     for host, answer in described.items():
         for name, there in answer["software"].items():
-            if there != here[name]:
-                problem = f"{name} is {there} there and {here[name]} here"
+            if there != (own := here.get(name)):
+                problem = f"{name} is {there} there and {own} here"
                 hosts.add(host, problem, "use the same environment and commit on all hosts")
         first = machines.setdefault(
             (answer["hostname"], *sorted(answer["interfaces"].items())), host
@@ -147,15 +142,15 @@ def _check_run_directory(job: Job, hosts: _Hosts) -> None:
     (folder / "token").write_text(token)
     need = _bytes_needed(job)
     answers = hosts.each(
-        lambda agent: agent.ask("run_directory", folder=str(folder), name=agent.host, token=token)
+        lambda agent: agent.ask("run_directory", folder=str(folder), name=agent.host)
     )
-    for host, answer in answers:
-        seen_by = folder / f"seen_by_{host}"
-        if not (answer["seen"] and seen_by.exists() and seen_by.read_text() == token):
+    for host, free in answers:
+        seen = folder / f"seen_by_{host}"
+        if not seen.exists() or seen.read_text() != token:
             problem = f"--run-dir {job.run_dir} is another folder there than here"
             hosts.add(host, problem, "put it on a file system that all hosts mount")
-        elif answer["free"] < need:
-            sizes = f"{answer['free'] / 1e9:.1f} GB free, checkpoints need {need / 1e9:.1f} GB"
+        elif free < need:
+            sizes = f"{free / 1e9:.1f} GB free, checkpoints need {need / 1e9:.1f} GB"
             hosts.add(host, f"--run-dir has {sizes}", "free some or lower train.keep_last")
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -169,10 +164,10 @@ def _bytes_needed(job: Job) -> int:
 
 def _check_gpus(job: Job, hosts: _Hosts) -> None:
     slots = {host.name: host.slots for host in job.hosts}
-    for host, answer in hosts.ask("gpus", timeout=_TORCH_SECONDS):
-        if answer["gpus"] != slots[host]:
+    for host, gpus in hosts.ask("gpus", timeout=_TORCH_SECONDS):
+        if gpus != slots[host]:
             remedy = "correct the hostfile, or train on CPUs: DS_ACCELERATOR=cpu in .deepspeed_env"
-            hosts.add(host, f"{answer['gpus']} GPUs, but slots={slots[host]}", remedy)
+            hosts.add(host, f"{gpus} GPUs, but slots={slots[host]}", remedy)
 
 
 def _check_network(

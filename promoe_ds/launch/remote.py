@@ -15,10 +15,14 @@ from threading import Timer
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
-ANSWER_SECONDS = 40.0
+_ANSWER_SECONDS = 40.0
 #: ssh gives a host up after two attempts, about 20 s. The second is for a host that has just come
-#: back: the kernel may still fail a first one by what it knew before ("No route").
-_CONNECT_OPTIONS = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ConnectionAttempts=2")
+#: back: the kernel may still fail a first one by what it knew before ("No route"). No connection is
+#: a master: the ranks' would otherwise share the agent's, and end after its few seconds of silence.
+_CONNECT_OPTIONS = (
+    *("-o", "BatchMode=yes", "-o", "ControlMaster=no"),
+    *("-o", "ConnectTimeout=10", "-o", "ConnectionAttempts=2"),
+)
 _ALIVE_SECONDS, _QUESTION_SECONDS = 5, 15.0
 _MOST_AT_ONCE = 64
 #: `read` takes one line and leaves the rest, the requests, to the agent.
@@ -61,7 +65,7 @@ class Agent:
         )
         self._send(exports)
 
-    def ask(self, action: str, *, timeout: float = ANSWER_SECONDS, **values: Any) -> dict[str, Any]:
+    def ask(self, action: str, *, timeout: float = _ANSWER_SECONDS, **values: Any) -> Any:
         """Send a request, return its answer; after a time-out the agent is ended.
 
         Raises: RemoteError if the agent is gone, does not answer in time or reports a failure.

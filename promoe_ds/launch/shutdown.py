@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import faulthandler
 import signal
-import socket
 import sys
 import threading
 import time
 
 from promoe_ds.errors import OrphanedError
+from promoe_ds.launch.heartbeat import this_rank
 from promoe_ds.launch.processes import launcher_chain, lost_deepspeed
-from promoe_ds.logs import rank_from_environment
 
 #: Signals that a rank takes as a shutdown request; a launcher takes SIGHUP as well.
 RANK_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -59,8 +58,8 @@ class EarlySignals(ShutdownRequest):
         """
         if lost_deepspeed():
             raise OrphanedError(
-                f"rank {rank_from_environment()} on {socket.gethostname()}: its launcher ended "
-                "before the rank started, so nobody watches it. Resume with --resume auto"
+                f"{this_rank()}: its launcher ended before the rank started, so nobody watches it."
+                " Resume with --resume auto"
             )
         self.chain = launcher_chain()
         faulthandler.enable(

@@ -1,13 +1,12 @@
 """The true global gradient norm under expert parallelism, for ZeRO 0.
 
-ZeRO 1 and 2 compute it themselves, rightly. Without ZeRO, DeepSpeed averages per-rank norms of
-ranks that hold different
-experts: 7.2 for gradients whose norm is 10.9.
+ZeRO 1 and 2 compute it correctly. Without ZeRO, DeepSpeed averages the norms of ranks that hold
+different experts: 7.2 for gradients whose norm is 10.9.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 
 def global_grad_norm(
-    parameters: Iterable[nn.Parameter], expert_group: dist.ProcessGroup | None
+    parameters: Sequence[nn.Parameter], expert_group: dist.ProcessGroup | None
 ) -> Tensor:
     """Return the norm over all ranks' parameters: routed experts summed over the ranks that own
     them, the rest once.
@@ -25,7 +24,6 @@ def global_grad_norm(
         expert_group: this rank's expert-parallel group; None if no expert is sharded.
     Returns: scalar, fp32.  Collectives: one, where there is a group.
     """
-    parameters = list(parameters)
     nothing = torch.zeros((), device=parameters[0].device)
     squares = {True: [nothing], False: [nothing]}
     for parameter in parameters:

@@ -44,21 +44,22 @@ class Ema:
 
         Before the first update there is no average, and nothing changes.
         """
-        for parameter in self._owned():
+        for parameter in self.owned():
             average = self._optimizer.state.get(parameter, {}).get(EMA)
             if average is not None:
                 weights = parameter.clone()
                 parameter.copy_(average)
                 average.copy_(weights)
 
-    def _owned(self) -> list[Tensor]:
+    def owned(self) -> list[Tensor]:
+        """Return the parameters that the optimizer updates."""
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def _keep_initial_weights(self, *unused: Any) -> None:
         self._initial = {
             (p, name): p.clone()
-            for p in self._owned()
+            for p in self.owned()
             for name, average in self.averages.items()
             if p.grad is not None
             and average.exponent is None
@@ -72,7 +73,7 @@ class Ema:
         An average with a constant decay starts from the weights before the first update, as
         published, a power-function average from those after it.
         """
-        owned = [p for p in self._owned() if p.grad is not None]
+        owned = [p for p in self.owned() if p.grad is not None]
         state = self._optimizer.state
         for name, decay in self.decays().items() if owned else ():
             for p in owned:
@@ -104,9 +105,8 @@ class FusedUpdate:
     def is_ready(self) -> bool:
         """Return whether all state exists: torch's own first step makes it."""
         names = {"exp_avg", "exp_avg_sq", "step", *self._ema.averages}
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         return len(self._ema.averages) <= _MOST_AVERAGES and all(
-            names <= self._optimizer.state.get(p, {}).keys() for p in parameters
+            names <= self._optimizer.state.get(p, {}).keys() for p in self._ema.owned()
         )
 
     @torch.no_grad()

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from promoe_ds.distributed.context import DistributedContext
 
 
-def agree(is_bad: Tensor, *flags: bool) -> Tensor:
-    """Return for each flag whether it is set on any rank, fp32 on the device.  Sync: none.
-    Collectives: one.
+def agree(is_bad: Tensor, stop: bool) -> Tensor:
+    """Return whether a step was bad, and whether to stop, on any rank: fp32 on the device.
+
+    Sync: none.  Collectives: one.
     """
-    values = torch.stack([is_bad, *(torch.full_like(is_bad, flag) for flag in flags)]).float()
+    values = torch.stack([is_bad, torch.full_like(is_bad, stop)]).float()
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
@@ -33,7 +34,7 @@ class HealthWatch:
         """Watch the trainable parameters of `network`.
 
         Args:
-            hooks: sum every gradient as it is made; without, whoever has norms brings them.
+            hooks: sum every gradient as it is made; without hooks `see_norms` gets the numbers.
         """
         self._network = network
         self._start()
@@ -42,16 +43,16 @@ class HealthWatch:
                 parameter.register_hook(partial(self._see_gradient, parameter))
 
     def see_loss(self, loss: Tensor) -> None:
-        """Take note of one micro-step's loss, before its backward pass."""
+        """Record one micro-step's loss, before its backward pass."""
         self._losses.append(loss.detach().float())
 
     def see_norms(self, parameters: Sequence[nn.Parameter], norms: Sequence[Tensor]) -> None:
-        """Take note of fp32 norms of gradients, in the order of the backward pass."""
+        """Record fp32 norms of gradients, in the order of the backward pass."""
         self._order += parameters
         self._numbers += norms
 
     def end_step(self) -> StepHealth:
-        """Return what was seen of the step's micro-steps, and start anew.  Sync: none."""
+        """Return what was recorded in the step's micro-steps, and start again.  Sync: none."""
         numbers_N = torch.stack([*self._numbers, *self._losses])
         seen = StepHealth(numbers_N, self._order, self._network)
         self._start()

@@ -42,7 +42,7 @@ class Place:
 class BatchLoader:
     """Makes a rank's batches on a thread of its own, the next ones while a step runs.
 
-    Nothing is advanced: whatever place is asked for, also after a resume, its batch is the same.
+    A place has always the same batch, whatever was asked for before, also after a resume.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class BatchLoader:
         self._waiting: deque[tuple[Place, Future[DiffusionBatch]]] = deque()
 
     def take(self, place: Place) -> DiffusionBatch:
-        """Return the batch of a place, in pinned memory where the device is a GPU, and go on with
-        the next ones.
+        """Return the batch of a place, in pinned memory where the device is a GPU, and begin to
+        make the next ones.
 
         Raises: what making this batch raised, in the step that needed it.
         """

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import resource
 import time
 from collections.abc import Iterator
+from mmap import MAP_PRIVATE, PROT_READ, mmap
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -23,8 +23,6 @@ from promoe_ds.training.trackers import Trackers, open_trackers
 
 _LOG = get_logger("metrics")
 
-_BLOCK_BYTES = 1 << 20
-
 
 class MetricsWriter:
     """Writes one line per log step, on rank 0; on the other ranks it does nothing."""
@@ -33,7 +31,7 @@ class MetricsWriter:
         self,
         run_dir: Path,
         config: RunConfig,
-        ranks: DistributedContext,
+        context: DistributedContext,
         *,
         start_step: int,
         wandb_id: str = "",
@@ -44,12 +42,12 @@ class MetricsWriter:
         Raises: ConfigError if a tracker is asked for and missing; CheckpointError if a log cannot
         be written.
         """
-        self._config, self._ranks, self._run_dir = config, ranks, run_dir
+        self._config, self._context, self._run_dir = config, context, run_dir
         self._flops = training_flops_per_image(config)
-        self._peak = _peak_flops(ranks.device)
+        self._peak = _peak_flops(context.device)
         self._step, self._since = start_step, time.perf_counter()
-        self._trackers = Trackers()
-        if not ranks.is_main:
+        self._trackers = Trackers({})
+        if not context.is_main:
             return
         for name in ("metrics.jsonl", "routing.jsonl"):
             drop_lines_after(run_dir / name, start_step)
@@ -77,7 +75,7 @@ class MetricsWriter:
         now, batch = time.perf_counter(), self._config.train.global_batch_size
         images_per_second = (step - self._step) * batch / (now - self._since)
         self._step, self._since = step, now
-        if not self._ranks.is_main:
+        if not self._context.is_main:
             return
         flops = images_per_second * self._flops
         line = {
@@ -85,8 +83,8 @@ class MetricsWriter:
             **scalars,
             "images_per_second": images_per_second,
             "tflops": flops / 1e12,
-            "mfu": flops / (self._peak * self._ranks.world_size) if self._peak else None,
-            **_memory(self._ranks.device),
+            "mfu": flops / (self._peak * self._context.world_size) if self._peak else None,
+            **_memory(self._context.device),
         }
         append_lines(self._run_dir / "metrics.jsonl", [line])
         append_lines(self._run_dir / "routing.jsonl", routing_lines)
@@ -135,46 +133,34 @@ def drop_lines_after(path: Path, step: int) -> None:
     resume takes no longer and no more memory however long the run has been.
     Raises: CheckpointError if it cannot be read or written.
     """
-    if not path.is_file():
+    if not path.is_file() or not path.stat().st_size:
         return
     try:
-        _drop_lines_after(path, step)
+        with path.open("r+b") as file:
+            with mmap(file.fileno(), 0, flags=MAP_PRIVATE, prot=PROT_READ) as log:
+                end = _end_of_step(path, log, step)
+                is_cut = end > 0 and log[end - 1 : end] != b"\n"
+            file.truncate(end)
+            file.seek(end)
+            file.write(b"\n" if is_cut else b"")
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written ({error.strerror}): correct its rights, or free the disk"
         ) from None
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    with path.open("r+b") as file:
-        kept, end = 0, b""
-        for start, line in _lines_from_end(file):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept, end = start + len(line), b"" if line.endswith(b"\n") else b"\n"
-                    break
-            except (ValueError, KeyError, TypeError):
-                _LOG.warning("%s: dropped a broken line at byte %d", path, start)
-        file.truncate(kept)
-        file.seek(kept)
-        file.write(end)
-
-
-def _lines_from_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield each line's first byte and the line with its end, from the last to the first."""
-    start, block = file.seek(0, os.SEEK_END), b""
-    while start:
-        size = min(start, max(_BLOCK_BYTES, len(block)))
-        start -= size
-        file.seek(start)
-        block = file.read(size) + block
-        stop = len(block)
-        while begin := block.rfind(b"\n", 0, stop - 1) + 1:
-            yield start + begin, block[begin:stop]
-            stop = begin
-        block = block[:stop]
-    if block:
-        yield 0, block
+def _end_of_step(path: Path, log: mmap, step: int) -> int:
+    """Return where the newest line of a step up to `step` ends, 0 if there is none."""
+    end = len(log)
+    while end:
+        start = log.rfind(b"\n", 0, end - 1) + 1
+        try:
+            if json.loads(log[start:end])["step"] <= step:
+                break
+        except (ValueError, KeyError, TypeError):
+            _LOG.warning("%s: dropped a broken line at byte %d", path, start)
+        end = start
+    return end
 
 
 def _memory(device: torch.device) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from promoe_ds.condition import Condition
 from promoe_ds.config import RunConfig
+from promoe_ds.distributed.context import sum_over_ranks
 from promoe_ds.errors import ConfigError
 from promoe_ds.model.dit import DiT
 from promoe_ds.randomness import generator
@@ -29,7 +30,7 @@ class RouterState:
         self._observations: dict[int, Tensor] = {}
 
     def begin_step(self, step: int) -> None:
-        """Tell the routers which step of the training begins, by which their capacity may go."""
+        """Set the step of the training, on which the capacity of some routers depends."""
         for router in self._routers.values():
             router.step = step
 
@@ -52,14 +53,8 @@ class RouterState:
             return
         buffers = [b for index in observations for b in self._routers[index].buffers()]
         before = [b.clone() for b in buffers] if isinstance(skip, Tensor) else []
-        total = torch.cat([observation.flatten() for observation in observations.values()])
-        dist.all_reduce(total)
-        for (index, observation), part in zip(
-            observations.items(),
-            total.split([o.numel() for o in observations.values()]),
-            strict=True,
-        ):
-            self._routers[index].update_running_state(part.view_as(observation))
+        for index, total in sum_over_ranks(observations).items():
+            self._routers[index].update_running_state(total)
         for buffer, old in zip(buffers, before, strict=False):
             buffer.copy_(torch.where(torch.as_tensor(skip).bool(), old, buffer))
 

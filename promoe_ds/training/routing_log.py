@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from promoe_ds.config import RunConfig
-from promoe_ds.distributed.context import DistributedContext
+from promoe_ds.distributed.context import DistributedContext, sum_over_ranks
 from promoe_ds.load_stats import load_summary
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.collectives import EXCHANGES
@@ -36,16 +36,16 @@ class RoutingAccumulator:
     recomputed.
     """
 
-    def __init__(self, config: RunConfig, network: DiT, ranks: DistributedContext) -> None:
+    def __init__(self, config: RunConfig, network: DiT, context: DistributedContext) -> None:
         """Prepare counters for the network's MoE layers."""
-        self._config, self._ranks = config, ranks
+        self._config, self._context = config, context
         self._layers = network.moe_layers()
         # A backend that moves the rows by itself has no group or clock of ours.
         dispatchers = [layer.dispatcher for layer in self._layers.values()]
         self._clocks = [getattr(dispatcher, "clock", None) for dispatcher in dispatchers]
         self._group = getattr(dispatchers[0], "group", None) if dispatchers else None
         self._bins = config.logging.timestep_bins
-        self._tables = _Tables(config, len(self._layers), ranks.device)
+        self._tables = _Tables(config, len(self._layers), context.device)
         experts, layers = config.routing.num_experts, len(self._layers)
         shapes = {
             # Tokens and sums of gates of each expert, routed tokens, unconditional tokens.
@@ -55,7 +55,7 @@ class RoutingAccumulator:
             "token_sums": (layers, experts, config.model.hidden_size),
         }
         # Doubles count to 2**53.
-        self._sums = {name: _zeros(shape, ranks.device) for name, shape in shapes.items()}
+        self._sums = {name: _zeros(shape, context.device) for name, shape in shapes.items()}
         self._sent_PLw: list[Tensor] = []
         self._passes = 0
 
@@ -133,13 +133,13 @@ class RoutingAccumulator:
             "waits": self._waits(),
             **tables,
         }
-        sums = _summed_over_ranks(parts)
+        sums = sum_over_ranks(parts)
         fullest_L, passes = self._fullest_rank(), self._passes
         self._start_anew()
-        if not self._ranks.is_main:
+        if not self._context.is_main:
             return []
         sums = {name: values.cpu() for name, values in sums.items()}
-        world_size, lines = dist.get_world_size(), []
+        world_size, lines = self._context.world_size, []
         for row, (index, layer) in enumerate(self._layers.items()):
             layer_bytes = int(sums["bytes"][row])
             head = {"schema": SCHEMA_VERSION, "step": step, "steps": steps, "layer": index}
@@ -187,7 +187,7 @@ class RoutingAccumulator:
         return torch.tensor(
             [list(by_name.values()) for by_name in waits],
             dtype=torch.float64,
-            device=self._ranks.device,
+            device=self._context.device,
         )
 
     def _fullest_rank(self) -> Tensor | None:
@@ -215,7 +215,7 @@ class RoutingAccumulator:
     def _describe_placement(
         self, row: int, tokens_E: Tensor, fullest_L: Tensor | None
     ) -> dict[str, Any]:
-        ep_size, ranks = self._config.parallel.ep_size, self._ranks.world_size
+        ep_size, ranks = self._config.parallel.ep_size, self._context.world_size
         by_ep_rank = tokens_E.view(ep_size, -1).sum(dim=1).long().tolist()
         total = sum(by_ep_rank)
         uneven = fullest_L[row].item() * ranks / total if fullest_L is not None and total else None
@@ -285,13 +285,6 @@ class _Tables:
             counts.zero_()
         self._intervals = self._steps = 0
         return tables, covered
-
-
-def _summed_over_ranks(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    flat = torch.cat([part.flatten() for part in parts.values()])
-    dist.all_reduce(flat)
-    pieces = flat.split([part.numel() for part in parts.values()])
-    return {name: piece.view_as(parts[name]) for name, piece in zip(parts, pieces, strict=True)}
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

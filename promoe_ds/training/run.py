@@ -46,8 +46,8 @@ class Run:
     resume: str
     #: Of `find_start`, where a branch has other classes.
     label_map: Path | None = None
-    #: Judges the averaged weights every `evaluation.every` steps; its figures join that step's log
-    # line.
+    #: Evaluates the averaged weights every `evaluation.every` steps; its figures join that step's
+    # log line.
     evaluate: Evaluate | None = None
 
 
@@ -118,13 +118,13 @@ class _Actions:
         config, loop = self._trainer.config, TrainingLoop(self._trainer, self._supervisor)
         loop.every(1, lambda _: self._saver.poll())
         if self._evaluate is not None:
-            loop.every(config.evaluation.every, self._judge, at_end=False)
+            loop.every(config.evaluation.every, self._run_evaluation, at_end=False)
         loop.every(config.train.log_every, self._log)
         loop.every(config.train.checkpoint_every, self._save)
         return loop
 
-    def _judge(self, finished: FinishedStep) -> None:
-        # There are minutes left, and they belong to the checkpoint.
+    def _run_evaluation(self, finished: FinishedStep) -> None:
+        # A batch system leaves minutes, which the checkpoint needs.
         if finished.result.verdict.stop_requested:
             if self._trainer.context.is_main:
                 _LOG.warning("shutdown requested: no evaluation at step %d", finished.step)

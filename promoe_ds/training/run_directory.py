@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 from promoe_ds.checkpoint.load import differing_fields
@@ -34,7 +33,6 @@ def run_directory(
     """
     with ExitStack() as held:
         context.on_main(lambda: _take(run_dir, config, resume, held))
-        configure_logging(context.rank, log_file=run_dir / "train.log" if context.is_main else None)
         yield
 
 
@@ -44,44 +42,39 @@ def _take(run_dir: Path, config: RunConfig, resume: str, held: ExitStack) -> Non
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         _lock(run_dir, config, held)
         _open(run_dir, config, resume)
+        configure_logging(0, log_file=run_dir / "train.log")
     except OSError as error:
         raise CheckpointError(
-            f"--run-dir {run_dir}: {error}: correct its rights, or take another directory"
+            f"--run-dir {run_dir}: {error}: correct its rights, free the disk, or use another"
+            " directory"
         ) from None
 
 
 def _require_free(run_dir: Path) -> None:
     """Refuse a folder with anything in it that is not a run's."""
-    ours = (LAUNCH_FOLDER, STACKS_FOLDER, TRAINING_LOCK)
-    if (
-        run_dir.is_dir()
-        and not (run_dir / "config.yaml").is_file()
-        and any(
-            path.name not in ours and not path.name.startswith(f"{TRAINING_LOCK}.")
-            for path in run_dir.iterdir()
-        )
-    ):
-        raise CheckpointError(
-            f"--run-dir {run_dir} is not empty and holds no run of this package: use another"
-            " directory"
-        )
+    if not run_dir.is_dir() or (run_dir / "config.yaml").is_file():
+        return
+    for path in run_dir.iterdir():
+        # A lock being taken over, and a config that a full disk has cut off, have longer names.
+        is_ours = path.name.startswith((TRAINING_LOCK, ".config.yaml"))
+        if not is_ours and path.name not in (LAUNCH_FOLDER, STACKS_FOLDER):
+            raise CheckpointError(
+                f"--run-dir {run_dir} is not empty and holds no run of this package: use another"
+                " directory"
+            )
 
 
 def _lock(run_dir: Path, config: RunConfig, held: ExitStack) -> None:
     """Take the run directory; ranks of an earlier attempt of the same launcher get the time to
     end.
     """
-    longest, restarted = (
-        config.parallel.timeout_seconds / 2,
-        attempt_folder() is not None,
-    )  # others wait in a collective
+    longest = config.parallel.timeout_seconds / 2  # the other ranks wait in a collective
     period = min(config.supervision.launcher_timeout_seconds, longest)
-    if not restarted:
+    patience = min(3 * period, longest)
+    if attempt_folder() is None:  # no launcher of ours started this rank: none may be at work here
         wait_until_free(run_dir / LAUNCH_FOLDER / LAUNCHER_LOCK, period)
-    patience = min(3 * period, longest) if restarted else 0.0
-    held.enter_context(
-        locked(run_dir / TRAINING_LOCK, period, patience=patience, on_loss=partial(end_rank, 0))
-    )
+        patience = 0.0
+    held.enter_context(locked(run_dir / TRAINING_LOCK, period, patience=patience, on_loss=end_rank))
 
 
 def _open(run_dir: Path, config: RunConfig, resume: str) -> None:
@@ -108,5 +101,5 @@ def _open(run_dir: Path, config: RunConfig, resume: str) -> None:
                 f"--run-dir {run_dir} already holds another run: {'; '.join(differing)}. To"
                 f" continue it with other settings, branch: --resume {run_dir} --run-dir NEW"
             )
+    replace_text(saved, saved_text(config))  # first: without it a folder is not a run's
     (run_dir / "checkpoints").mkdir(exist_ok=True)
-    replace_text(saved, saved_text(config))

@@ -1,4 +1,4 @@
-"""One optimizer step: what is computed, in what order, on every rank."""
+"""A training pass, from a batch to the loss, and what an optimizer step returns."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class TrainingModule(nn.Module):
     def _per_layer_terms(
         self, plans: dict[int, RoutingPlan], batch: DiffusionBatch
     ) -> dict[str, Tensor]:
-        """Hold each router's own prediction of the target, where it makes one, against the target:
-        the mean over layers.
+        """Compare each router's own prediction of the target, where it makes one, with the target;
+        return the mean error over layers.
 
         Source: per-layer regularisation of Expert Race (arXiv 2503.16057, Sec. 6).
         """
@@ -83,7 +83,7 @@ class TrainingModule(nn.Module):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks know of a step alike: the gradient's norm, what was not finite ("": nothing),
+    """What every rank knows of a step: the gradient's norm, what was not finite ("": nothing),
     whether some rank asked for a shutdown.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from promoe_ds.config import SupervisionConfig
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.distributed.peers import gather_addresses, peer_problem
 from promoe_ds.errors import PeerError
-from promoe_ds.launch.heartbeat import write_rank_status
+from promoe_ds.launch.heartbeat import this_rank, write_rank_status
 from promoe_ds.launch.shutdown import EarlySignals, ShutdownRequest
-from promoe_ds.logs import rank_from_environment
-from promoe_ds.run_files import STACKS_FOLDER
 from promoe_ds.torch_private import set_group_timeouts
 from promoe_ds.training.watchdog import Watchdog
 
@@ -65,7 +62,7 @@ class Supervisor:
         return self._phase("checkpoint", self._settings.checkpoint_timeout_seconds)
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
-        """The time in which samples are drawn and judged."""
+        """The time of an evaluation."""
         return self._phase("evaluation", self._settings.evaluation_timeout_seconds)
 
     @contextlib.contextmanager
@@ -100,10 +97,9 @@ class Supervisor:
         problem = peer_problem(error, self._addresses)
         if not problem:
             return None
-        place = f"rank {rank_from_environment()} on {socket.gethostname()}"
         where = f"step {self.step}" if self._first_step_done else "set-up"
         return PeerError(
-            f"{place}: {where}: {problem}. Every rank ends; resume from the newest complete "
+            f"{this_rank()}: {where}: {problem}. Every rank ends; resume from the newest complete "
             "checkpoint with --resume auto"
         )
 
@@ -122,11 +118,10 @@ def supervised(
         collective_seconds: as `Supervisor`'s.
     Raises: PeerError in place of a library's message about a broken exchange.
     """
-    rank, stacks = rank_from_environment(), run_dir / STACKS_FOLDER
-    watchdog = Watchdog(rank, stacks, settings.launcher_timeout_seconds, early)
+    watchdog = Watchdog(run_dir, settings.launcher_timeout_seconds, early)
     supervisor = Supervisor(settings, early, watchdog, collective_seconds)
     watchdog.start()
-    write_rank_status(rank, None, "started")
+    write_rank_status(None, "started")
     try:
         yield supervisor
     except RuntimeError as error:

@@ -21,13 +21,11 @@ _LOG = get_logger("metrics")
 
 
 class Trackers:
-    """Those of a run; one that raises is closed for good with a warning: no record is worth a
-    training.
-    """
+    """Those of a run; one that raises is given up with a warning: no record is worth a training."""
 
-    def __init__(self, trackers: dict[str, _TensorBoard | _Wandb] | None = None) -> None:
+    def __init__(self, trackers: dict[str, _TensorBoard | _Wandb]) -> None:
         """Write to trackers, by name."""
-        self._trackers = trackers or {}
+        self._trackers = trackers
 
     def write(self, step: int, line: dict[str, Any], routing_lines: list[dict[str, Any]]) -> None:
         """Record a log step: its line of metrics.jsonl, its lines of routing.jsonl."""
@@ -141,15 +139,13 @@ class _TensorBoard:
         for name, tokens in histograms.items():
             # A bucket an expert: the height is its load, not a distribution of loads.
             edges = [expert + 0.5 for expert in range(len(tokens))]
-            sums = sum(expert * count for expert, count in enumerate(tokens))
-            squares = sum(expert**2 * count for expert, count in enumerate(tokens))
             self._board.add_histogram_raw(
                 name,
                 min=-0.5,
                 max=edges[-1],
                 num=sum(tokens),
-                sum=sums,
-                sum_squares=squares,
+                sum=sum(expert * count for expert, count in enumerate(tokens)),
+                sum_squares=sum(expert**2 * count for expert, count in enumerate(tokens)),
                 bucket_limits=edges,
                 bucket_counts=tokens,
                 global_step=step,

@@ -79,8 +79,6 @@ class Trainer:
         Weights are a function of the seed, not of the layout.
         Raises: ConfigError for what is not installed, or not where the recipe needs it.
         """
-        uses_te = config.precision.uses_transformer_engine
-        uses_apex = config.optimizer.implementation == "apex"
         _require_libraries(config, deepspeed_plan, context.device)
         self.config, self.deepspeed_plan, self.context = config, deepspeed_plan, context
         self.dataset, self.batches = dataset, plan_batches(config, context.world_size)
@@ -90,7 +88,7 @@ class Trainer:
         network, self.expert_group = _build_sharded_network(config, deepspeed_plan, context)
         compute = (
             use_transformer_engine(network, config, context.device)
-            if uses_te
+            if config.precision.uses_transformer_engine
             else autocast_context(config, context.device.type)
         )
         self.network, self.module = network, TrainingModule(network, compute).train()
@@ -105,6 +103,7 @@ class Trainer:
             RecordingStorage(background=config.train.async_checkpoint),
         )
         # apex's optimizer does not read the device's decision: the host waits for each step.
+        uses_apex = config.optimizer.implementation == "apex"
         on_device = decides_on_device(context, deepspeed_plan) and not uses_apex
         self._gate = UpdateGate(self.engine.optimizer) if has_zero and not on_device else None
         self._device_gate = None
@@ -205,9 +204,12 @@ class Trainer:
         """Read what was found, then update or skip.  Sync: two."""
         step, (is_bad, stop) = self.step, flags.tolist()
         problem = health.describe(step, self.context) if is_bad else ""
-        norm = self._prepare_update(skip=bool(problem))
-        self.engine.step()
-        if self._gate is not None:
+        if self._gate is None:
+            norm = self._clip(skip=bool(problem))
+            self.engine.step()
+        else:
+            self._gate.set(skip=bool(problem))
+            self.engine.step()
             self._gate.confirm()
             norm = self.engine.get_global_grad_norm()
         verdict = self._verdict(step, float(norm), problem, stop)
@@ -263,11 +265,8 @@ class Trainer:
         self._router_state.add(output.plans)
         return output
 
-    def _prepare_update(self, *, skip: bool) -> torch.Tensor | None:
-        """Say whether to skip the update; without ZeRO also clip, and return the norm."""
-        if self._gate is not None:
-            self._gate.set(skip=skip)
-            return None
+    def _clip(self, *, skip: bool) -> Tensor:
+        """Clip the gradients, or drop them where the update is skipped; return their norm."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         norm = global_grad_norm(parameters, self.expert_group)
         skip = skip or not bool(torch.isfinite(norm))

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
 from promoe_ds.errors import Interrupted, OrphanedError, PromoeError, StalledError
-from promoe_ds.launch.heartbeat import attempt_folder, read_heartbeat, write_rank_status
+from promoe_ds.launch.heartbeat import (
+    attempt_folder,
+    read_heartbeat,
+    this_rank,
+    write_rank_status,
+)
 from promoe_ds.launch.processes import broken_link
 from promoe_ds.launch.shutdown import EarlySignals
-from promoe_ds.logs import get_logger
+from promoe_ds.logs import get_logger, rank_from_environment
+from promoe_ds.run_files import STACKS_FOLDER, make_folder
 
 _LOG = get_logger("watchdog")
 _POLL_SECONDS = 0.5
@@ -28,31 +33,20 @@ _LAST_RESORT_SECONDS = 30.0
 class Watchdog:
     """Watches the deadline of the current phase, the launcher's processes and its heartbeat."""
 
-    def __init__(
-        self, rank: int, stacks: Path, launcher_timeout: float, early: EarlySignals
-    ) -> None:
+    def __init__(self, run_dir: Path, launcher_timeout: float, early: EarlySignals) -> None:
         """Prepare; `start` begins to watch.
 
         Args:
-            stacks: folder of the stacks of ranks that hang; made when needed.
+            run_dir: gets the stacks of ranks that hang.
             launcher_timeout: seconds without a new heartbeat after which the launcher is considered
                 gone.
             early: the launcher's processes; takes the heartbeat's shutdown request.
         """
-        self._rank, self._stacks, self._launcher_timeout, self._early = (
-            rank,
-            stacks,
-            launcher_timeout,
-            early,
-        )
+        self._run_dir, self._launcher_timeout, self._early = run_dir, launcher_timeout, early
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._phase, self._step, self._seconds, self._deadline = (
-            "set-up",
-            0,
-            float("inf"),
-            float("inf"),
-        )
+        self._phase, self._step = "set-up", 0
+        self._seconds = self._deadline = float("inf")
 
     def start(self) -> None:
         """Begin to watch."""
@@ -83,14 +77,14 @@ class Watchdog:
         while not self._closed.wait(_POLL_SECONDS):
             now = time.monotonic()
             if self._early.at_once:
-                end_rank(self._rank, Interrupted(f"{self._here()}: not saved"))
+                end_rank(Interrupted(f"{self._here()}: not saved"))
             if now > self._deadline:
                 self._end_stalled()
             if gone := broken_link(self._early.chain):
                 self._end_orphaned(f"{gone} is gone, so nobody watches this rank")
             if now > next_sign:
                 next_sign = now + SIGN_OF_LIFE_SECONDS
-                write_rank_status(self._rank, None, f"{self._phase} {self._step}")
+                write_rank_status(None, f"{self._phase} {self._step}")
 
     def _watch_heartbeat(self, folder: Path) -> None:
         seen, since = None, time.monotonic()
@@ -104,31 +98,30 @@ class Watchdog:
                 self._end_orphaned(f"no heartbeat of the launcher for {limit}")
 
     def _end_orphaned(self, cause: str) -> None:
-        end_rank(self._rank, OrphanedError(f"{self._here()}: {cause}. Resume with --resume auto"))
+        end_rank(OrphanedError(f"{self._here()}: {cause}. Resume with --resume auto"))
 
     def _end_stalled(self) -> None:
         field = f"supervision.{self._phase.replace('set-up', 'setup')}_timeout_seconds"
         message = f"{self._here()} took longer than {self._seconds:g} s ({field})"
         try:
-            for folder in (self._stacks.parent, self._stacks):
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path = self._stacks / f"stalled_rank_{self._rank:05d}_step_{self._step:07d}.txt"
-            place = f"rank {self._rank} on {socket.gethostname()}, process {os.getpid()}"
+            folder = make_folder(self._run_dir, STACKS_FOLDER)
+            rank = rank_from_environment()
+            path = folder / f"stalled_rank_{rank:05d}_step_{self._step:07d}.txt"
             with path.open("w", encoding="utf-8") as file:
-                file.write(f"{place}, {self._phase} {self._step}\n")
+                file.write(f"{this_rank()}, process {os.getpid()}, {self._phase} {self._step}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             message += f": all stacks are in {path}"
         except OSError as error:
             message += f"; the stacks could not be written: {error}"
-        end_rank(self._rank, StalledError(message))
+        end_rank(StalledError(message))
 
     def _here(self) -> str:
-        return f"rank {self._rank} on {socket.gethostname()}: {self._phase} {self._step}"
+        return f"{this_rank()}: {self._phase} {self._step}"
 
 
-def end_rank(rank: int, error: PromoeError) -> None:
+def end_rank(error: PromoeError) -> None:
     """End this process from a thread: the main thread may hang where no exception reaches it."""
-    write_rank_status(rank, error.exit_code, str(error))
+    write_rank_status(error.exit_code, str(error))
     _LOG.error("%s: %s", error.kind, error)
     os._exit(error.exit_code)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 import torch
 
+from promoe_ds.distributed.context import join_processes
 from promoe_ds.distributed.process_group import (
     _device_index,
     complete_environment,
@@ -34,6 +36,15 @@ def test_environment_is_completed(monkeypatch, launcher, expected) -> None:
         tuple(os.environ[name] for name in VARIABLES[:4]) == expected
         and int(os.environ["MASTER_PORT"]) > 0
     )
+
+
+def test_port_that_is_taken_is_named_by_whatever_command_joins(monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        values = ("0", "2", "0", "127.0.0.1", port)
+        monkeypatch.setattr(os, "environ", dict(zip(VARIABLES, values, strict=True)))
+        with pytest.raises(ConfigError, match=f"cannot listen on .*MASTER_PORT={port}"):
+            join_processes("cpu", timeout_seconds=5)
 
 
 def test_device_index_one_visible_device_a_task_is_device_zero(monkeypatch) -> None:

@@ -82,6 +82,17 @@ def test_lock_renewed_from_another_host_is_refused_and_an_old_one_taken(tmp_path
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+def test_lock_of_another_machine_of_the_same_name_is_not_taken_at_once(tmp_path) -> None:
+    with locked(tmp_path / "lock", 60):
+        values = json.loads((tmp_path / "lock").read_text())
+    machine = {"booted": "1000000000", "started": "1"}
+    _left_by_another_host(tmp_path / "lock", **values | machine)
+    before = time.monotonic()
+    with locked(tmp_path / "lock", 0.5) as left_behind:
+        assert left_behind
+    assert time.monotonic() - before > 0.4
+
+
 @pytest.mark.parametrize("content", ['{"token": "t", "host": "elsewhere"}', "", "[1]"])
 def test_lock_not_renewed_for_long_or_damaged_is_taken_without_waiting(tmp_path, content) -> None:
     path, before = tmp_path / "lock", time.monotonic()

@@ -7,7 +7,7 @@ import pytest
 from promoe_ds.errors import LaunchError
 from promoe_ds.launch import network
 from promoe_ds.launch.network import choose_interface, local_interfaces, reached_by
-from promoe_ds.launch.preflight import clock_problem
+from promoe_ds.launch.preflight import _check_clock, _Hosts
 
 
 def _hosts(interfaces: dict[str, dict[str, str]], **addresses: dict[str, str]) -> dict:
@@ -78,6 +78,9 @@ def test_interface_of_the_names_addresses_is_taken_only_if_clear(resolved) -> No
 @pytest.mark.parametrize(
     ("ahead", "named"), [(1.5, ""), (-1.5, ""), (-90.0, "90.0 s behind"), (3.0, "3.0 s ahead")]
 )
-def test_clocks_apart_are_found(ahead, named) -> None:
-    problem = clock_problem(ahead)
+def test_clocks_apart_are_found(monkeypatch, ahead, named) -> None:
+    hosts = _Hosts({})
+    monkeypatch.setattr(hosts, "each", lambda action: [("host2", ahead)])
+    _check_clock(None, hosts)
+    problem = "".join(hosts.problems)
     assert bool(problem) == bool(named) and named in problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ ROUTER = REPOSITORY / "examples/custom_router.py"
 AGENT = """
 import os, time
 import promoe_ds.launch.agent as agent
-agent._ACTIONS["time"] = lambda: {"time": os.environ.get("SECRET")}
+agent._ACTIONS["time"] = lambda: os.environ.get("SECRET")
 agent._ACTIONS["port"] = lambda: time.sleep(60)
 print("Welcome!\\n{}\\n[1]", flush=True)
 agent.main()
@@ -42,7 +43,7 @@ def commands(monkeypatch) -> list[list[str]]:
 def test_agent_environment_arrives_and_is_on_no_command_line(commands) -> None:
     secret = 'it\'s a "$HOME" `id` \\ 50% secret'
     with connected(["host"], {"SECRET": secret}) as agents:
-        assert agents["host"].ask("time") == {"time": secret}
+        assert agents["host"].ask("time") == secret
         shown = subprocess.run(
             ["ps", "-A", "-ww", "-o", "args"], capture_output=True, text=True, check=True
         ).stdout
@@ -54,7 +55,7 @@ def test_agent_that_fails_is_reported_beside_one_that_does_not(commands) -> None
         for _ in range(2):
             answers, problems = on_all(agents, lambda agent: agent.ask("time"))
             assert "code 127: " in problems["broken"] and "/nowhere/python" in problems["broken"]
-            assert answers == {"host": {"time": None}}
+            assert answers == {"host": None}
         with pytest.raises(RemoteError, match="KeyError: 'nothing'"):
             agents["host"].ask("nothing")
 
@@ -74,8 +75,18 @@ def test_agent_reads_a_recipe_with_a_router_of_one_s_own(commands) -> None:
     asked = {**files, "overrides": ["routing.method=nearest"], "timeout": 300.0}
     with connected(["host"], {}) as agents:
         with pytest.raises(RemoteError, match=r"ConfigError: .*routing\.method=nearest"):
-            agents["host"].ask("config", **asked, imports=[])
-        assert agents["host"].ask("config", **asked, imports=[str(ROUTER)])["hash"]
+            agents["host"].ask("config_hash", **asked, imports=[])
+        assert agents["host"].ask("config_hash", **asked, imports=[str(ROUTER)])
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")
+def test_ssh_shares_no_connection_whose_patience_is_another_s(tmp_path) -> None:
+    """With a user's `ControlMaster auto` the ranks' would run over that of the agent."""
+    config = tmp_path / "config"
+    config.write_text("Host *\n  ControlMaster auto\n  ControlPath ~/%h\n  ControlPersist 600\n")
+    command = ["ssh", "-F", str(config), "-G", *ssh_options(911), "host1"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {"controlmaster false", "serveralivecountmax 183"} <= set(shown)
 
 
 def test_ssh_holds_a_silent_connection_as_long_as_asked() -> None:

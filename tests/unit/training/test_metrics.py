@@ -61,11 +61,7 @@ WHOLE = b"".join(line(step) for step in (1, 1, 2, 2, 3, 3))
         "long",
     ],
 )
-@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
-def test_drop_lines_leaves_those_up_to_the_step(
-    content, step, expected, block, tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(metrics, "_BLOCK_BYTES", block)
+def test_drop_lines_leaves_those_up_to_the_step(content, step, expected, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_bytes(content)
     drop_lines_after(path, step)

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -115,15 +114,6 @@ def test_heartbeat_shutdown_request_reaches_the_rank(tmp_path) -> None:
     assert [status.code for status in read_rank_statuses(tmp_path)] == [0]
     (tmp_path / "heartbeat.json").write_text("{half")
     assert read_heartbeat(tmp_path) is None
-
-
-@pytest.mark.parametrize("number", RANK_SIGNALS)
-def test_signal_is_a_shutdown_request_not_an_end(tmp_path, number) -> None:
-    rank = _rank(tmp_path, f"{UNTIL_ASKED}; print(supervisor.stop_reason)")
-    assert rank.stdout.readline() == "ready\n"
-    rank.send_signal(number)
-    output, _ = rank.communicate(timeout=200)
-    assert (rank.returncode, output) == (0, f"{number.name}\n")
 
 
 def test_second_interrupt_ends_a_rank_at_once(tmp_path) -> None:
@@ -283,7 +273,7 @@ def test_sign_of_life_says_where_a_rank_was_last(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(watchdog, "SIGN_OF_LIFE_SECONDS", 0.0)
     early = EarlySignals.__new__(EarlySignals)
     early.chain, early.at_once = (), False
-    watch = watchdog.Watchdog(3, tmp_path, 60.0, early)
+    watch = watchdog.Watchdog(tmp_path, 60.0, early)
     watch.start()
     try:
         watch.expect("step", 41, 100.0)
