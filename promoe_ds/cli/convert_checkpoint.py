@@ -29,12 +29,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__, "promoe-convert")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE")
-    add(
-        "destination",
-        type=Path,
-        metavar="DESTINATION",
-        help="folder to write; must not exist, or be empty",
-    )
+    add("destination", type=Path, metavar="DESTINATION", help="folder to write, new or empty")
     add(
         "--to",
         required=True,

@@ -42,6 +42,22 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="of the latents, as model.input_size and model.buckets; the largest if left out",
     )
     add("--seed", type=number(ge=0, lt=2**63), default=0)
+    _add_passes(parser)
+    add("--vae", metavar="DIR_OR_ID", help="autoencoder that decodes latents into images")
+    parser.add_import()
+    parser.add_process()
+    add(
+        "--features",
+        metavar="EXTRACTOR",
+        help="also write features.npz: mu and sigma by an extractor, as evaluate takes it",
+    )
+    add("--grid", action="store_true", help="also write grid.png: one row a class, or prompts")
+    return parser.parse_args(arguments)
+
+
+def _add_passes(parser: Parser) -> None:
+    """Add what says how the network is run."""
+    add = parser.add_argument
     add(
         "--batch-size",
         type=number(ge=1),
@@ -57,7 +73,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             " alone; in batches images agree to rounding"
         ),
     )
-    add("--vae", metavar="DIR_OR_ID", help="autoencoder that decodes latents into images")
     add(
         "--dtype",
         choices=["fp32", "bf16"],
@@ -69,15 +84,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=1,
         help="processes that share a set of experts: for models that fit no device",
     )
-    parser.add_import()
-    parser.add_process()
-    add(
-        "--features",
-        metavar="EXTRACTOR",
-        help="also write features.npz: mu and sigma by an extractor, as evaluate takes it",
-    )
-    add("--grid", action="store_true", help="also write grid.png: one row a class, or prompts")
-    return parser.parse_args(arguments)
 
 
 def _add_subjects(parser: Parser) -> None:

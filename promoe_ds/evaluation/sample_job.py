@@ -133,8 +133,7 @@ def _draw(
     )
     if extractor is not None:
         _check_features(extractor, folder)
-    settings = team.on_main(lambda: _settings(request, plan, vae, encoder))
-    settings = {**settings, "num": len(labels)}
+    settings = team.on_main(lambda: _settings(request, plan, vae, encoder)) | {"num": len(labels)}
     if team.on_main(lambda: folder.is_complete(settings)):
         _LOG.info("%s: all %d samples are there", request.out, len(labels))
         return folder

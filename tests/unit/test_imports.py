@@ -289,3 +289,12 @@ def test_training_imports_no_library_of_pictures_or_texts() -> None:
         "{'diffusers', 'transformers', 'scipy', 'sklearn'} & sys.modules.keys()) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_and_functions_are_short() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert len(source.splitlines()) <= 350, path
+        functions = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.FunctionDef)]
+        long = [x.name for x in functions if (x.end_lineno or 0) - x.lineno >= 60]
+        assert not long, (path, long)
