@@ -61,11 +61,13 @@ def find_start(
         label_map: YAML file, new label: old label, or `new`.
     Raises: CheckpointError or ConfigError for a path, a map or a difference that cannot be.
     """
-    if path.name == "latest":
-        return named_checkpoints(path)
+    if path.is_file() and path.name == "latest":
+        (path,) = named_checkpoints(path)
     if path.is_dir() and not is_export(path):
         found = named_checkpoints(path)
-        saved = read_manifest(found[0]).run_config(found[0])
+        saved = next(filter(None, map(_saved_config, found)), None)
+        if saved is None:
+            return found  # what is damaged, resuming says
         fits = not _differs(saved, config) and label_map is None
         if fits or _differs(saved, _with_own_fields(config, saved)):
             return found  # whatever else differs, loading says
@@ -83,6 +85,14 @@ def find_start(
     for line in adapted.report():
         _LOG.info("resume: %s", line)
     return list_checkpoints(folder)
+
+
+def _saved_config(checkpoint: Path) -> RunConfig | None:
+    """Return a checkpoint's config, None where its manifest cannot be read."""
+    try:
+        return read_manifest(checkpoint).run_config(checkpoint)
+    except CheckpointError:
+        return None
 
 
 def _differs(saved: RunConfig, config: RunConfig) -> list[str]:
