@@ -81,6 +81,13 @@ def test_another_length_from_a_checkpoint_of_another_name_or_the_working_folder(
     assert all(torch.equal(a[name], value) for name, value in b.items())
 
 
+def test_another_length_of_a_start_from_converted_weights_is_refused(checkpoint, tmp_path) -> None:
+    """It has the averages of the run that it comes from, which are no profile of its own steps."""
+    assert go(checkpoint, tmp_path / "start", "deepspeed") == ""
+    message = go(tmp_path / "start", tmp_path / "x", ema_sigma_rel=0.08)
+    assert "step_0000000: holds no power-function averages of its own training" in message
+
+
 @pytest.fixture
 def export(checkpoint: Path, tmp_path: Path) -> Path:
     """Return an export with the state of training."""
