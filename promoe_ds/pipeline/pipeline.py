@@ -209,7 +209,7 @@ class ProMoEPipeline(DiffusionPipeline):
             return self._texts(prompts, negative_prompt)
         if prompt is not None or negative_prompt is not None:
             raise ConfigError("prompt: this model is conditioned on classes: give class_labels=")
-        labels = list(class_labels or ())
+        labels = [] if class_labels is None else [int(label) for label in class_labels]
         if not labels or not all(0 <= label < model.num_classes for label in labels):
             raise ConfigError(
                 f"class_labels={labels}: this model knows the classes 0 ... {model.num_classes - 1}"
