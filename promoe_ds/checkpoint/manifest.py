@@ -25,6 +25,8 @@ from promoe_ds.run_files import CHECKPOINT_NAME
 MANIFEST = "manifest.json"
 FORMAT = 2
 UNFINISHED = ".tmp"
+#: Expert storage of a checkpoint that no training wrote: its ranks say nothing of a run.
+CONVERTED = "converted"
 #: The file of a run directory that holds the run's id at Weights & Biases.
 WANDB_ID = "wandb_run_id"
 #: Newer than the format: a manifest without it is taken as it is.

@@ -16,7 +16,14 @@ from promoe_ds.checkpoint.conversion.pipeline_folder import (
     TRANSFORMER,
     write_pipeline_configs,
 )
-from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum, step_folder
+from promoe_ds.checkpoint.manifest import (
+    CONVERTED,
+    FileRecord,
+    Layout,
+    Manifest,
+    checksum,
+    step_folder,
+)
 from promoe_ds.checkpoint.torch_file import TorchFileWriter
 from promoe_ds.checkpoint.zero_files import MODEL_STATES, MOMENTS, PREFIX, WEIGHTS, is_weights
 from promoe_ds.config.schema import RunConfig
@@ -278,9 +285,7 @@ class TrainingTarget:
         """Flush, then write the manifest and the pointer to it."""
         self._writer.close()
         path = self._folder / MODEL_STATES
-        layout = Layout(
-            world_size=1, ep_size=1, dispatch="converted", zero_stage=0, precision="fp32"
-        )
+        layout = Layout(world_size=1, ep_size=1, dispatch=CONVERTED, zero_stage=0, precision="fp32")
         Manifest(
             step=self._content.step,
             samples_seen=self._content.samples_seen,
