@@ -30,10 +30,10 @@ from promoe_ds.config.section import read_yaml
 from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.errors import CheckpointError, ConfigError, explaining
 from promoe_ds.logs import get_logger
-from promoe_ds.model.build import build_model
 from promoe_ds.model.init import fill_parameter
 from promoe_ds.model.official import POSITIONS as PUBLISHED_POSITIONS
 from promoe_ds.model.state import state_shapes
+from promoe_ds.routing import ROUTERS
 
 _LOG = get_logger("checkpoint")
 
@@ -206,16 +206,10 @@ class AdaptedSource:
         # Training computes the positions itself, whatever a file brings.
         self.shapes = state_shapes(config)
         self.kinds = {kind: list(self.shapes) for kind in source.kinds if kind not in MOMENTS}
-        with torch.device("meta"):
-            network = build_model(config)
-        self._gates = {
-            f"blocks.{index}.moe.router.": moe.router.initial_gate
-            for index, moe in network.moe_layers().items()
-        }
         self._per_expert = {
             f"blocks.{index}.moe.router.{name}"
-            for index, moe in network.moe_layers().items()
-            for name in moe.router.per_expert
+            for index in config.moe_block_indices
+            for name in ROUTERS[config.routing.method].per_expert
         }
         self.info = replace(source.info, config=_config_of_start(source.info.config, config))
 
@@ -267,10 +261,8 @@ class AdaptedSource:
         return value.zero_() if name == _TEXT_VECTOR else value
 
     def _initial(self, name: str, shape: Iterable[int]) -> Tensor:
-        gate = next((g for prefix, g in self._gates.items() if name.startswith(prefix)), "xavier")
         value = torch.empty(*shape)
-        std = self._config.routing.expert_init_std
-        fill_parameter(value, name, self._config.train.seed, gate=gate, expert_std=std)
+        fill_parameter(value, name, self._config.train.seed, self._config.routing)
         return value
 
     def _labels(self, table: Tensor) -> Tensor:

@@ -164,9 +164,9 @@ class _UpcycledSource:
             self.shapes[name],
             self._feed_forward(block),
             self._split,
+            self.info.config,
             noise=self._noise,
             gate_scale=self._starts[block].gate_scale,
-            seed=self.info.config.train.seed,
         )
 
     def check(self, kind: str) -> int:
@@ -268,12 +268,8 @@ def _initial_router(config: RunConfig, index: int) -> Router:
     router = build_router(config, index)
     router.reset_state()
     for name, parameter in router.named_parameters():
-        fill_parameter(
-            parameter,
-            f"blocks.{index}.moe.router.{name}",
-            config.train.seed,
-            gate=router.initial_gate,
-        )
+        full_name = f"blocks.{index}.moe.router.{name}"
+        fill_parameter(parameter, full_name, config.train.seed, config.routing)
     if isinstance(router, ClassificationRouter) and config.routing.superclasses is not None:
         router.set_superclasses(config.routing.superclasses)
     return router
