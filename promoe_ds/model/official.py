@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,37 +72,18 @@ _EXPERT = re.compile(
     r"^(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)$"
 )
 POSITIONS = "pos_embed"
-#: The order in which the published modules register what they hold.
-_TOP_ORDER = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
-_BLOCK_ORDER = ("attn", "mlp", "adaLN_modulation")
-_MLP_ORDER = (
-    "fc1",
-    "fc2",
-    "cluster_centers",
-    "gate_weight",
-    "expert_threshold",
-    "ema_decay",
-    "experts",
-    "gate",
-    "capacity_predictor",
-    "shared_expert",
-    "shared_experts",
+#: Parts of published names, in the order in which the modules register what they hold: those of
+#: the network, a block, a feed-forward, attention and an expert, the last layer, a linear map.
+_REGISTRATION_ORDER = (
+    "pos_embed x_embedder t_embedder y_embedder blocks"
+    " attn mlp"
+    " cluster_centers gate_weight expert_threshold ema_decay"
+    " experts gate capacity_predictor shared_expert shared_experts"
+    " qkv q_norm k_norm gate_proj up_proj down_proj fc1 fc2 proj"
+    " final_layer linear adaLN_modulation"
+    " weight bias"
 )
-_LEAF_ORDER = (
-    "qkv",
-    "q_norm",
-    "k_norm",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "fc1",
-    "fc2",
-    "proj",
-    "linear",
-    "adaLN_modulation",
-    "weight",
-    "bias",
-)
+_PLACES = {part: place for place, part in enumerate(_REGISTRATION_ORDER.split())}
 #: DiffMoE keeps a hyperparameter, `routing.threshold_decay`, among its buffers.
 _DECAY = ".mlp.ema_decay"
 
@@ -219,36 +199,16 @@ def published_shapes(
     }
 
 
-def published_order(key: str) -> tuple[Any, ...]:
+def published_order(key: str) -> tuple[int, ...]:
     """Return what sorts published keys as the published modules register them, by which its
     optimizer numbers them.
     """
-    parts = key.split(".")
-    if parts[0] != "blocks":
-        return (_TOP_ORDER.index(parts[0]), _leaf_order(parts[1:]))
-    inner = parts[3] if parts[2] == "mlp" and len(parts) > 3 else ""
-    expert = int(parts[4]) if inner == "experts" else 0
-    rest = parts[5:] if inner == "experts" else parts[3:]
-    return (
-        _TOP_ORDER.index("blocks"),
-        int(parts[1]),
-        _BLOCK_ORDER.index(parts[2]),
-        _MLP_ORDER.index(inner) if inner in _MLP_ORDER else 0,
-        expert,
-        _leaf_order(rest),
-    )
+    return tuple(int(part) if part.isdigit() else _PLACES.get(part, 0) for part in key.split("."))
 
 
 def is_published_parameter(key: str) -> bool:
     """Whether a published key is a parameter, which the optimizer numbers, and no buffer."""
     return not key.endswith((_DECAY, ".mlp.expert_threshold"))
-
-
-def _leaf_order(parts: list[str]) -> tuple[int, ...]:
-    return tuple(
-        _LEAF_ORDER.index(part) if part in _LEAF_ORDER else int(part) if part.isdigit() else 0
-        for part in parts
-    )
 
 
 def _expert_layers(config: RunConfig) -> dict[str, str]:
