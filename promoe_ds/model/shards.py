@@ -86,11 +86,6 @@ class ShardReader:
         with self._reading(name) as handle:
             return handle.get_slice(name)[first : first + count].clone()
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every name and tensor."""
-        for name in self.shapes:
-            yield name, self.read(name)
-
     def close(self) -> None:
         """Let go of the file that is open."""
         self._open = None

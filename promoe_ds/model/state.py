@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.errors import CheckpointError, first_few
 from promoe_ds.model.build import build_model, freeze
 
 #: The fixed position table, where a checkpoint brings its own: the published code averages it.
@@ -49,20 +47,6 @@ def state_shapes(
         if name not in parameters
     }
     return shapes | ({POSITIONS: tuple(network.positions.shape)} if own_positions else {})
-
-
-def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
-    """Compare names and shapes with the model that `config` describes.
-
-    Raises: CheckpointError naming the first tensors that are missing, left over or misshapen.
-    """
-    check_shapes({name: tuple(value.shape) for name, value in state.items()}, config)
-
-
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: RunConfig) -> None:
-    """Compare names and shapes with the model that `config` describes; raises as `check_state`."""
-    if problems := shape_problems(shapes, state_shapes(config, own_positions=POSITIONS in shapes)):
-        raise CheckpointError(first_few(problems))
 
 
 def shape_problems(

@@ -14,16 +14,22 @@ from promoe_ds.checkpoint.conversion.convert import Request, convert, open_sourc
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model import DiT
-from promoe_ds.model.export import save_export
 
-from ..builders import METHODS, NO_NULL, TEXT, of_method, random_network, small_config
+from ..builders import (
+    METHODS,
+    NO_NULL,
+    TEXT,
+    of_method,
+    random_network,
+    save_export,
+    small_config,
+)
 
 LABELS = "label_embedding.table.weight"
 
 
 def _export(folder: Path, network: DiT) -> Path:
-    save_export(folder, network.state_dict(), network.config, {"step": 7, "kind": "ema"})
-    return folder
+    return save_export(folder, network, step=7, kind="ema")
 
 
 def _start(path: Path, config: RunConfig, **options: Any) -> dict[str, torch.Tensor]:

@@ -14,15 +14,13 @@ from promoe_ds.checkpoint.conversion import UpcycleRequest, upcycle
 from promoe_ds.checkpoint.conversion.convert import open_source
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
-from promoe_ds.model.export import save_export
 
-from ..builders import METHODS, MODERN, of_method, random_network, small_config
+from ..builders import METHODS, MODERN, of_method, random_network, save_export, small_config
 
 
 def export_dense(folder: Path, **sections: Any) -> Path:
     network = random_network(**sections, routing={"method": "dense"})
-    save_export(folder, network.state_dict(), network.config, {"step": 5, "kind": "ema"})
-    return folder
+    return save_export(folder, network, step=5, kind="ema")
 
 
 @pytest.fixture
