@@ -17,7 +17,10 @@ def buffer_names(config: RunConfig) -> list[str]:
     """Return the names of what a model keeps besides its parameters: the running state of its
     routers.
     """
-    return list(state_shapes(config, buffers_only=True))
+    with torch.device("meta"):
+        network = build_model(config)
+    parameters = dict(network.named_parameters())
+    return [name for name in network.state_dict() if name not in parameters]
 
 
 def frozen_names(config: RunConfig) -> list[str]:
@@ -30,23 +33,16 @@ def frozen_names(config: RunConfig) -> list[str]:
     return [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
 
 
-def state_shapes(
-    config: RunConfig, *, buffers_only: bool = False, own_positions: bool = False
-) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of all that a model keeps, or of the running state of its routers alone.
+def state_shapes(config: RunConfig, *, own_positions: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all that a model keeps.
 
     Args:
         own_positions: whether the position table is among them.
     """
     with torch.device("meta"):
         network = build_model(config)
-    parameters = {name for name, _ in network.named_parameters()} if buffers_only else ()
-    shapes = {
-        name: tuple(value.shape)
-        for name, value in network.state_dict().items()
-        if name not in parameters
-    }
-    return shapes | ({POSITIONS: tuple(network.positions.shape)} if own_positions else {})
+    state = network.state_dict() | ({POSITIONS: network.positions} if own_positions else {})
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def shape_problems(
