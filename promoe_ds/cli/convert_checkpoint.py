@@ -140,13 +140,14 @@ def main(arguments: list[str]) -> None:
         for kind, source in report.kinds.items()
     )
     verdict = "read back and compared" if options.verify else "not read back"
-    sys.stdout.write(
+    lines = (
         f"{options.destination.absolute()}: {report.parameters:,} parameters, step {report.step}:"
-        f" {kinds}\n"
-        f"{report.note}{chr(10) * bool(report.note)}"
+        f" {kinds}",
+        report.note,
         f"from {report.source.path} ({report.source.format}): {report.values:,} values, each read"
-        f" once; {report.bytes:,} bytes written, {verdict}\n"
+        f" once; {report.bytes:,} bytes written, {verdict}",
     )
+    sys.stdout.writelines(f"{line}\n" for line in lines if line)
 
 
 run = command(main)

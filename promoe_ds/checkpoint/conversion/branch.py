@@ -38,9 +38,16 @@ from promoe_ds.routing import ROUTERS
 _LOG = get_logger("checkpoint")
 
 #: What may differ between the model that is there and the one that is trained.
-_TEXT_FIELDS = ("condition", "text_width", "text_pooled_width", "text_length")
-_SIZE_FIELDS = ("input_size", "buckets", "position_scale")
-_MODEL_FIELDS = ("num_classes", *_SIZE_FIELDS, *_TEXT_FIELDS)
+_MODEL_FIELDS = (
+    "num_classes",
+    "input_size",
+    "buckets",
+    "position_scale",
+    "condition",
+    "text_width",
+    "text_pooled_width",
+    "text_length",
+)
 _LABELS = "label_embedding.table.weight"
 _TEXT_VECTOR = "text_embedding.pooled.weight"
 _PUBLISHED_LABELS = "y_embedder.embedding_table.weight"
