@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatch
 
 import torch
 
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.model.build import build_model, freeze
+from promoe_ds.model.build import build_model
 
 #: The fixed position table, where a checkpoint brings its own: the published code averages it.
 POSITIONS = "positions"
@@ -24,13 +25,12 @@ def buffer_names(config: RunConfig) -> list[str]:
 
 
 def frozen_names(config: RunConfig) -> list[str]:
-    """Return the names of the parameters that `train.freeze` keeps from training."""
-    if not config.train.freeze:
-        return []
-    with torch.device("meta"):
-        network = build_model(config)
-    freeze(network, config.train.freeze)
-    return [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    """Return the names of what `train.freeze` kept from training.
+
+    A pattern may fit none: a branch can be of another condition than the run whose settings it has.
+    """
+    names = list(state_shapes(config)) if config.train.freeze else []
+    return [name for name in names if any(fnmatch(name, each) for each in config.train.freeze)]
 
 
 def state_shapes(config: RunConfig, *, own_positions: bool = False) -> dict[str, tuple[int, ...]]:

@@ -180,6 +180,13 @@ def test_text_in_place_of_classes_adds_nothing_at_first(small) -> None:
             assert not value.any(), name
 
 
+def test_run_with_frozen_labels_starts_one_of_texts(tmp_path) -> None:
+    network = random_network(train={"freeze": ["label_embedding.*", "patch_embedding.*"]})
+    path, before = _export(tmp_path / "export", network), network.state_dict()
+    after = _start(path, small_config(**TEXT))
+    assert torch.equal(after["patch_embedding.proj.bias"], before["patch_embedding.proj.bias"])
+
+
 def test_own_checkpoint_is_taken_as_it_is(small, tmp_path) -> None:
     path, _ = small
     checkpoint = tmp_path / "checkpoint"
