@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -222,18 +221,16 @@ class AdaptedSource:
 
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor of the run's model, fp32."""
-        shape = self.shapes[name]
         if name not in self._source.shapes:
             return self._new(name)
-        value = self._source.read(kind, name).float()
+        value, shape = self._source.read(kind, name).float(), self.shapes[name]
         self._dropped.discard(name)
-        if name == _LABELS and self._map is not None:
+        is_same = tuple(value.shape) == shape
+        if name == _LABELS and (self._map is not None or not is_same):
             return self._labels(value)
-        if tuple(value.shape) == shape:
+        if is_same:
             self._counts[_pattern(name), "copied"] += 1
             return value
-        if name == _LABELS:
-            return self._labels(value)
         if ROUTED in name or name in self._per_expert:
             return self._experts(name, value)
         raise CheckpointError(
@@ -262,13 +259,13 @@ class AdaptedSource:
     def _new(self, name: str) -> Tensor:
         """Return a tensor that was not there; what a text adds to the network starts at zero."""
         self._counts[_pattern(name), "made new"] += 1
-        value = self._initial(name, self.shapes[name])
+        value = self._initial(name)
         if name.endswith("attention.text_kv.weight"):
             value[len(value) // 2 :] = 0.0  # values
         return value.zero_() if name == _TEXT_VECTOR else value
 
-    def _initial(self, name: str, shape: Iterable[int]) -> Tensor:
-        value = torch.empty(*shape)
+    def _initial(self, name: str) -> Tensor:
+        value = torch.empty(self.shapes[name])
         fill_parameter(value, name, self._config.train.seed, self._config.routing)
         return value
 
@@ -276,7 +273,7 @@ class AdaptedSource:
         """Return rows of the label map, new ones, and the null row, which is the last, if any."""
         kept, model = self._map or {}, self._config.model
         self._counts[_LABELS, f"with {len(kept)} old rows of {model.num_classes}"] += 1
-        value = self._initial(_LABELS, self.shapes[_LABELS])
+        value = self._initial(_LABELS)
         for label, source in kept.items():
             value[label] = table[source]
         if model.null_row:
@@ -289,7 +286,7 @@ class AdaptedSource:
         self._counts[_pattern(name), f"with {after} experts of {before}"] += 1
         result = value[torch.arange(after) % before].clone()
         if name in self._per_expert and after > before:
-            initial = self._initial(name, result.shape)
+            initial = self._initial(name)
             if (spread := initial.std()) > 0:
                 result[before:] += initial[before:] * (_NOISE * value.std() / spread)
         return result
