@@ -28,6 +28,7 @@ from promoe_ds.model.export import (
     read_export_state,
     writer_of,
 )
+from promoe_ds.model.state import POSITIONS
 
 
 @dataclass
@@ -70,6 +71,7 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         read = _read_export if (folder / CONFIG_FILE).is_file() else _read_run
         config, origin, state = read(folder)
+        origin |= {"own_positions": POSITIONS in state}  # for when it is saved again
         with torch.device("meta"):
             model = cls(config.model_dump(mode="json"), origin)
         fill_network(model.denoiser, state)
@@ -123,4 +125,6 @@ def _read_run(folder: Path) -> _Parts:
     kind = find_weights(source, None)
     state = {name: source.read(kind, name) for name in source.kinds[kind]}
     source.check(kind)
-    return source.info.config, source.info.origin, state
+    info = source.info
+    origin = {**info.origin, "kind": kind, "step": info.step, "samples_seen": info.samples_seen}
+    return info.config, origin, state

@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from promoe_ds.checkpoint.conversion import Request, convert
+from promoe_ds.checkpoint.conversion.convert import open_source
 from promoe_ds.checkpoint.conversion.targets import Content, TrainingTarget
 from promoe_ds.checkpoint.manifest import FileRecord, checksum, read_manifest, step_folder
 from promoe_ds.checkpoint.zero_files import MODEL_STATES, MOMENTS
 from promoe_ds.config import change_config
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.state import buffer_names, state_shapes
+from promoe_ds.pipeline import ProMoEPipeline
 
 from ..builders import random_tensor, small_config
 
@@ -86,6 +88,12 @@ def test_another_length_of_a_start_from_converted_weights_is_refused(checkpoint,
     assert go(checkpoint, tmp_path / "start", "deepspeed") == ""
     message = go(tmp_path / "start", tmp_path / "x", ema_sigma_rel=0.08)
     assert "step_0000000: holds no power-function averages of its own training" in message
+
+
+def test_pipeline_of_a_checkpoint_says_what_it_is_when_it_is_saved(checkpoint, tmp_path) -> None:
+    ProMoEPipeline.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")
+    saved = open_source(tmp_path / "saved")
+    assert (saved.info.step, saved.info.samples_seen, list(saved.kinds)) == (4, 1024, ["ema"])
 
 
 @pytest.fixture

@@ -99,8 +99,10 @@ def test_averaged_position_table_survives_every_format_bit_for_bit(
         model = load_model(tmp_path / via / "single")
         torch.testing.assert_close(model(*INPUTS), expected, rtol=1e-6, atol=1e-6)
         assert ("positions" in model.state_dict()) == has_own
-    pipeline = ProMoEPipeline.from_pretrained(tmp_path / "diffusers")
-    torch.testing.assert_close(pipeline.transformer(*INPUTS).sample, expected, rtol=1e-6, atol=1e-6)
+    ProMoEPipeline.from_pretrained(tmp_path / "single").save_pretrained(tmp_path / "saved")
+    for folder in ("diffusers", "single", "saved"):
+        network = ProMoEPipeline.from_pretrained(tmp_path / folder).transformer
+        torch.testing.assert_close(network(*INPUTS).sample, expected, rtol=1e-6, atol=1e-6)
     go(content, tmp_path, "official")
     go(tmp_path / "single", tmp_path / "back", "official", None)
     for folder, sections in ((tmp_path, SECTIONS), (tmp_path / "back", SECTIONS[1:])):
