@@ -57,7 +57,6 @@ from promoe_ds.model.export import (
     WEIGHTS_STEM,
     load_model,
     read_export_config,
-    read_export_origin,
 )
 from promoe_ds.versions import device_name, versions_of
 
@@ -99,7 +98,7 @@ def _draw(
     """Draw what is missing; return the folder. All that can be wrong with the request is found
     before the first image.
     """
-    config, exact = read_export_config(request.model), request.exact
+    (config, origin), exact = read_export_config(request.model), request.exact
     labels, plan = choose_labels(request, config), make_plan(request, config)
     size = choose_size(request, config)
     vae = _load_vae(request, config, team)
@@ -118,7 +117,7 @@ def _draw(
     if extractor is not None:
         _check_features(extractor, folder)
     settings = team.on_main(lambda: _settings(request, plan, vae, encoder))
-    settings = {**settings, "num": len(labels)}
+    settings = {**settings, "origin": origin, "num": len(labels)}
     if team.on_main(lambda: folder.is_complete(settings)):
         _LOG.info("%s: all %d samples are there", request.out, len(labels))
         return folder
@@ -169,7 +168,7 @@ def draw_series(
     team = team or single_process(check_device(request.device))
     jobs = team.on_main(lambda: expand_series(request, checkpoint_steps, cfg_scales))
     for job in jobs if len(cfg_scales) > 1 else ():  # what cannot be is found before any image
-        make_plan(job, read_export_config(job.model))
+        make_plan(job, read_export_config(job.model)[0])
     return [path for job in jobs for path in draw_samples(job, team)]
 
 
@@ -246,10 +245,9 @@ def _with_dtype(request: SampleRequest, device: torch.device) -> SampleRequest:
 def _settings(
     request: SampleRequest, plan: SamplingPlan, vae: Vae | None, encoder: TextIdentity | None
 ) -> dict[str, Any]:
-    """Return all that decides the images, but for the software and the machine; and the source."""
+    """Return all that decides the images, but for the software and the machine."""
     return {
         "model": str(request.model),
-        "origin": read_export_origin(request.model),
         "weights": _checksum(request.model),
         "seed": request.seed,
         "labels": request.labels,

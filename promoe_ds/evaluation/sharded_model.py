@@ -62,7 +62,7 @@ def load_sharded_model(
     Raises: ConfigError if ep_size does not fit; CheckpointError naming what is missing in the
         export.
     """
-    config = read_export_config(export)
+    config, _ = read_export_config(export)
     if (
         config.routing.method == "dense"
         or config.routing.num_experts % ep_size

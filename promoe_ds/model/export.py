@@ -39,8 +39,8 @@ def write_export_config(folder: Path, config: RunConfig, origin: Mapping[str, An
     write_json(folder / CONFIG_FILE, values)
 
 
-def read_export_config(folder: Path) -> RunConfig:
-    """Return the config of an export.
+def read_export_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the config of an export, and where its weights come from.
 
     Raises: CheckpointError if the folder holds none, or one of a newer version.
     """
@@ -55,26 +55,14 @@ def read_export_config(folder: Path) -> RunConfig:
                 f"{path}: format {found} is not {_FORMAT}: use the version of promoe_ds that"
                 " wrote it"
             )
-        return config_from_dict(
-            values["config"], source=str(path), written_by=writer_of(values.get("origin"))
-        )
+        origin = dict(values.get("origin", {}))
+        config = config_from_dict(values["config"], source=str(path), written_by=writer_of(origin))
+    return config, origin
 
 
-def writer_of(origin: Any) -> Any:
+def writer_of(origin: Mapping[str, Any]) -> Any:
     """Return the version of this package that an origin names, None where it names none."""
-    versions = origin.get("versions") if isinstance(origin, dict) else None
-    return versions.get("promoe_ds") if isinstance(versions, dict) else None
-
-
-def read_export_origin(folder: Path) -> dict[str, Any]:
-    """Return where an export's weights come from; call after `read_export_config`.
-
-    Raises: CheckpointError if that cannot be understood.
-    """
-    origin = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("origin", {})
-    if not isinstance(origin, dict):
-        raise CheckpointError(f"{folder / CONFIG_FILE}: origin={origin!r} is no object")
-    return origin
+    return dict(origin.get("versions") or {}).get("promoe_ds")
 
 
 def open_weights(folder: Path, config: RunConfig) -> ShardReader:
@@ -110,7 +98,7 @@ def load_model(
     Raises: CheckpointError naming what is missing or does not fit.
     """
     folder = Path(export_dir)
-    config = read_export_config(folder)
+    config, _ = read_export_config(folder)
     state = read_export_state(folder, config)
     with torch.device("meta"):
         network = build_model(config)

@@ -24,7 +24,6 @@ from promoe_ds.model.export import (
     CONFIG_FILE,
     fill_network,
     read_export_config,
-    read_export_origin,
     read_export_state,
     writer_of,
 )
@@ -56,7 +55,7 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         super().__init__()
         self.run_config = config_from_dict(
-            run, source="the transformer's config.json", written_by=writer_of(origin)
+            run, source="the transformer's config.json", written_by=writer_of(origin or {})
         )
         self.denoiser = build_model(self.run_config)
         self.denoiser.reset_positions()
@@ -112,8 +111,8 @@ _Parts = tuple[RunConfig, dict[str, Any], dict[str, Tensor]]
 
 
 def _read_export(folder: Path) -> _Parts:
-    config = read_export_config(folder)
-    return config, read_export_origin(folder), read_export_state(folder, config)
+    config, origin = read_export_config(folder)
+    return config, origin, read_export_state(folder, config)
 
 
 def _read_run(folder: Path) -> _Parts:
