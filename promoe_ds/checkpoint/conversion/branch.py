@@ -18,7 +18,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from promoe_ds.checkpoint.conversion.convert import Request, convert_source, open_source
+from promoe_ds.checkpoint.conversion.convert import (
+    Request,
+    convert_source,
+    open_source,
+    with_latents_of,
+)
 from promoe_ds.checkpoint.conversion.sources import Source, is_export
 from promoe_ds.checkpoint.load import differing_fields
 from promoe_ds.checkpoint.manifest import list_checkpoints, named_checkpoints, read_manifest
@@ -26,7 +31,6 @@ from promoe_ds.checkpoint.torch_file import load_torch
 from promoe_ds.checkpoint.zero_files import MOMENTS, ROUTED
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.config.section import read_yaml
-from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.errors import CheckpointError, ConfigError, explaining
 from promoe_ds.logs import get_logger
 from promoe_ds.model.init import fill_parameter
@@ -124,15 +128,13 @@ def _config_of_start(saved: RunConfig, config: RunConfig) -> RunConfig:
     """
     is_as_many = saved.routing.num_experts == config.routing.num_experts
     order = saved.parallel.expert_order if is_as_many else None
-    data = {"latent_normalization": "auto", "latents_normalized": False}
-    data |= LatentNormalization.of(saved.data).fields
     return saved.model_copy(
         update={
             "model": config.model,
             "routing": config.routing,
             "parallel": config.parallel.model_copy(update={"expert_order": order}),
             "precision": config.precision,
-            "data": config.data.model_copy(update=data),
+            "data": with_latents_of(config, saved).data,
             "logging": config.logging,
         }
     )

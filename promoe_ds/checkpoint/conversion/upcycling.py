@@ -27,11 +27,13 @@ from promoe_ds.checkpoint.conversion.convert import (
     find_weights,
     open_source,
     refuse_existing,
+    with_latents_of,
 )
 from promoe_ds.checkpoint.conversion.sources import Source, SourceInfo
 from promoe_ds.checkpoint.zero_files import WEIGHTS
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data import build_dataset, largest_bucket, sample_indices
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.diffusion import DiffusionBatch, build_objective, draw_batch
 from promoe_ds.errors import CheckpointError, ConfigError, differences
 from promoe_ds.model.build import build_model
@@ -144,9 +146,11 @@ class _UpcycledSource:
             "source_kind": kind,
             "gate_scales": {str(index): start.gate_scale for index, start in starts.items()},
         }
+        saved = dense.info.config
+        states = not LatentNormalization.of(saved.data).is_identity
         self.info = replace(
             dense.info,
-            config=config,
+            config=with_latents_of(config, saved) if states else config,
             origin=origin,
             averages_since={},
             note=_describe(config, self._split, starts.values(), noise),
