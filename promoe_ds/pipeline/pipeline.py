@@ -159,8 +159,8 @@ class ProMoEPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def encode_prompt(self, prompts: Sequence[str]) -> TextCondition:
-        """Return prompts as the network takes them, on the host; blank ones are null.
+    def encode_prompt(self, prompts: str | Sequence[str]) -> TextCondition:
+        """Return one prompt or several as the network takes them, on the host; blank ones are null.
 
         Raises: ConfigError if the pipeline has no text encoder, or one of other widths.
         """
@@ -177,7 +177,7 @@ class ProMoEPipeline(DiffusionPipeline):
             parts=(self.text_encoder, self.tokenizer),
         )
         encoder.identity.check("prompt", config)
-        return encoder.condition(prompts)
+        return encoder.condition([prompts] if isinstance(prompts, str) else prompts)
 
     def _check_output(self, output_type: str) -> None:
         config = self.transformer.run_config
