@@ -96,11 +96,18 @@ def test_pipeline_of_a_checkpoint_says_what_it_is_when_it_is_saved(checkpoint, t
     assert (saved.info.step, saved.info.samples_seen, list(saved.kinds)) == (4, 1024, ["ema"])
 
 
-@pytest.fixture
-def export(checkpoint: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole_export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an export with the state of training."""
-    assert go(checkpoint, tmp_path / "export", with_optimizer=True) == ""
-    return tmp_path / "export"
+    folder = tmp_path_factory.mktemp("whole") / "export"
+    assert go(checkpoint, folder, with_optimizer=True) == ""
+    return folder
+
+
+@pytest.fixture
+def export(whole_export: Path, tmp_path: Path) -> Path:
+    """Return a copy that a test may change."""
+    return Path(shutil.copytree(whole_export, tmp_path / "export"))
 
 
 def change_weights(export: Path, change: Callable[[Tensor], Tensor], *names: str) -> None:
