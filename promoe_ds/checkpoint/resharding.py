@@ -172,7 +172,7 @@ def with_placement_of(config: RunConfig, checkpoint: Path | None) -> RunConfig:
 
 
 def moves_experts(manifest: Manifest, config: RunConfig) -> bool:
-    """Return whether experts lie in another order than when the checkpoint was written."""
+    """Return whether experts are in another order than when the checkpoint was written."""
     saved, wanted = _saved_order(manifest), config.parallel.expert_order
     plain = tuple(tuple(range(config.routing.num_experts)) for _ in config.moe_block_indices)
     return (saved or plain) != (wanted or plain)

@@ -110,6 +110,8 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
     parser.require(
         options.recipe or not options.overrides, "--set changes a value of --recipe: name one"
     )
+    if options.ema_sigma_rel is not None:
+        parser.without_effect(options, "recipe", reason="with --ema-sigma-rel, which takes a run")
     if to != "diffusers":
         parser.without_effect(options, "vae", "text_encoder", reason=f"with --to {to}")
 
