@@ -70,6 +70,7 @@ _PROMOE_METHODS = ("token_choice", "expert_choice")
 _EXPERT = re.compile(
     r"^(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)$"
 )
+_OUR_EXPERTS = re.compile(r"^(.*)\.moe\.(routed|unconditional)\.(\w+)[._](weight|bias)$")
 POSITIONS = "pos_embed"
 #: Parts of published names, in the order in which the modules register what they hold: those of
 #: the network, a block, a feed-forward, attention and an expert, the last layer, a linear map.
@@ -135,19 +136,14 @@ def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Ten
     model, layers = config.model, _expert_layers(config)
     result = {POSITIONS: fixed_positions(model)[None]}
     for name, value in state.items():
-        block, _, leaf = name.partition(".moe.routed.")
+        match = _OUR_EXPERTS.match(name)
         if name == OUR_POSITIONS:
             result[POSITIONS] = value[None]
-        elif leaf:
-            layer, kind = leaf.split("_")
-            for expert, weight in enumerate(value.unbind(0)):
+        elif match is not None:
+            block, part, layer, kind = match.groups()
+            first = 0 if part == "routed" else config.routing.num_experts
+            for expert, weight in enumerate((value,) if first else value.unbind(0), first):
                 result[f"{block}.mlp.experts.{expert}.{layers[layer]}.{kind}"] = weight
-        elif ".moe.unconditional." in name:
-            block, _, leaf = name.partition(".moe.unconditional.")
-            layer, kind = leaf.split(".")
-            result[f"{block}.mlp.experts.{config.routing.num_experts}.{layers[layer]}.{kind}"] = (
-                value
-            )
         else:
             result[_renamed(name, config, reverse=True)] = value
             if name.endswith(".moe.router.thresholds"):
@@ -194,19 +190,13 @@ def _expert_layers(config: RunConfig) -> dict[str, str]:
 
 def _renamed(key: str, config: RunConfig, *, reverse: bool = False) -> str:
     method = config.routing.method
-    if config.model.condition != "class":
-        raise CheckpointError(
-            f"model.condition={config.model.condition} was never published: it has no official"
-            " layout"
-        )
-    if config.model.block != "dit":
-        raise CheckpointError(
-            f"model.block={config.model.block} was never published: it has no official layout"
-        )
-    if method not in _METHOD_RENAMES:
-        raise CheckpointError(
-            f"routing.method={method} was never published: it has no official layout"
-        )
+    for field, value, known in (
+        ("model.condition", config.model.condition, ("class",)),
+        ("model.block", config.model.block, ("dit",)),
+        ("routing.method", method, tuple(_METHOD_RENAMES)),
+    ):
+        if value not in known:
+            raise CheckpointError(f"{field}={value} was never published: it has no official layout")
     shared = _DIFF_MOE_SHARED[config.shared_expert_type] if method == "diff_moe" else ()
     for published, ours in (*_METHOD_RENAMES[method], *shared, *_RENAMES):
         old, new = (ours, published) if reverse else (published, ours)
