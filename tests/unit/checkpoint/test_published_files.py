@@ -37,7 +37,7 @@ from promoe_ds.pipeline import ProMoEPipeline
 from ..builders import of_method, random_network, random_tensor, small_config
 
 DECAY = 0.9999
-STEPS = (0, 250, 100_000)
+STEPS = (0, 250, 20_000)
 CONFIG = small_config()
 INPUTS = (random_tensor(3, 1, 4, 4), torch.tensor([10.0, 500.0, 990.0]), torch.tensor([0, 3, 10]))
 
