@@ -70,8 +70,7 @@ def fake_tensors() -> AbstractContextManager[Any]:
 
     Raises: ConfigError naming torch's version and the attribute.
     """
-    mode: AbstractContextManager[Any] = find_private(_FAKE_TENSORS, "FakeTensorMode")()
-    return mode
+    return find_private(_FAKE_TENSORS, "FakeTensorMode")()
 
 
 def file_offset(fake: Tensor) -> int:
@@ -95,8 +94,7 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 def norms_of_all(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """Return the norm of each tensor, an fp32 scalar, on a GPU by few kernels."""
-    norms: tuple[Tensor, ...] = torch._foreach_norm(tensors, 2, dtype=torch.float32)
-    return norms
+    return torch._foreach_norm(tensors, 2, dtype=torch.float32)
 
 
 def set_group_timeouts(timeout_seconds: float, *groups: Any) -> None:

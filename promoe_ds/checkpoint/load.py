@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from promoe_ds.checkpoint.manifest import Manifest, read_manifest
+from promoe_ds.checkpoint.manifest import CONVERTED, Manifest, read_manifest
 from promoe_ds.checkpoint.resharding import load_resharded, moves_experts
 from promoe_ds.checkpoint.save import TrainingState, layout_of
 from promoe_ds.checkpoint.zero_reader import check_progress
@@ -133,8 +133,10 @@ def _report_changes(
         _LOG.warning("resume: settings changed from the checkpoint's: %s", "; ".join(changed))
     if line := _changed_schedule(saved, trainer.config, manifest.step):
         _LOG.warning("resume: %s", line)
-    micro_batch = (
-        saved.train.micro_batch_size or saved.train.global_batch_size // manifest.layout.world_size
+    micro_batch = saved.train.micro_batch_size or (
+        trainer.batches.micro_batch
+        if manifest.layout.dispatch == CONVERTED  # whose ranks nobody knows
+        else saved.train.global_batch_size // manifest.layout.world_size
     )
     size = len(trainer.dataset)
     known_size = size if manifest.dataset_size is None or not same_run else manifest.dataset_size
@@ -217,7 +219,7 @@ def _load_as_it_is(trainer: TrainingState, folder: Path, manifest: Manifest) -> 
 def differing_fields(
     saved: dict[str, Any], config: RunConfig, *, architecture_only: bool
 ) -> list[str]:
-    """Return `field=saved here=current` for every field that must agree and does not."""
+    """Return `FIELD is SAVED there and CURRENT here` for each that must agree and does not."""
     current = config.model_dump(mode="json")
     architecture = {
         "model": current["model"].keys(),

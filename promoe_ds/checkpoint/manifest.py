@@ -25,6 +25,8 @@ from promoe_ds.run_files import CHECKPOINT_NAME
 MANIFEST = "manifest.json"
 FORMAT = 2
 UNFINISHED = ".tmp"
+#: Expert storage of a checkpoint that no training wrote: its ranks say nothing of a run.
+CONVERTED = "converted"
 #: The file of a run directory that holds the run's id at Weights & Biases.
 WANDB_ID = "wandb_run_id"
 #: Newer than the format: a manifest without it is taken as it is.
@@ -192,7 +194,13 @@ def named_checkpoints(path: Path) -> list[Path]:
     Raises: CheckpointError if there is none. Whether they are sound is another question.
     """
     if path.is_file():
-        return [_pointed_at(path)]
+        name = path.read_bytes()[:64].decode(errors="replace").strip()
+        if CHECKPOINT_NAME.match(name):
+            return [path.parent / name]
+        raise CheckpointError(
+            f"{path}: is a file and does not name a checkpoint, as RUN/checkpoints/latest does:"
+            " give a checkpoint's folder or a run directory"
+        )
     if (path / MANIFEST).is_file():
         return [path]
     candidates = list_checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
@@ -203,32 +211,16 @@ def named_checkpoints(path: Path) -> list[Path]:
     return candidates
 
 
-def _pointed_at(path: Path) -> Path:
-    """Return the checkpoint that a file `latest`, of a line with its folder's name, names."""
-    try:
-        name = path.read_bytes()[:64].decode().strip()
-    except (OSError, UnicodeDecodeError):
-        name = ""
-    if not CHECKPOINT_NAME.match(name):
-        raise CheckpointError(
-            f"{path}: is a file and does not name a checkpoint, as RUN/checkpoints/latest does:"
-            " give a checkpoint's folder or a run directory"
-        )
-    return path.parent / name
-
-
 def read_wandb_id(run_dir: Path) -> str:
     """Return the id of a run at Weights & Biases, "" before it has one."""
-    try:
-        text = (run_dir / WANDB_ID).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
+    path = run_dir / WANDB_ID
+    text = path.read_bytes().decode(errors="replace").strip() if path.is_file() else ""
     return text if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text) else ""
 
 
 def list_unfinished(root: Path) -> list[Path]:
     """Return the leftovers of saves that never ended."""
-    return sorted(root.glob(f"step_*{UNFINISHED}")) if root.is_dir() else []
+    return sorted(root.glob(f"step_*{UNFINISHED}"))
 
 
 def _checksum_of(values: dict[str, Any]) -> str:

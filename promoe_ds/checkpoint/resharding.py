@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,13 @@ from promoe_ds.checkpoint.save import TrainingState
 from promoe_ds.checkpoint.zero_files import MOMENTS, PREFIX, WEIGHTS, is_weights
 from promoe_ds.checkpoint.zero_reader import ShardedCheckpoint
 from promoe_ds.config import RunConfig
-from promoe_ds.config.optimizer import EMA, OptimizerConfig
+from promoe_ds.config.optimizer import OptimizerConfig
 from promoe_ds.errors import ConfigError
 from promoe_ds.logs import get_logger
 from promoe_ds.model.dit import DiT
 from promoe_ds.moe.experts import EXPERT_PARAMETERS
 
 _LOG = get_logger("checkpoint")
-Order = tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class _Owned:
-    """Values of one parameter that this rank keeps: where they lie in the whole parameter, and in
-    this rank's tensors.
-    """
-
-    name: str
-    start: int
-    kinds: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -57,9 +44,8 @@ def load_resharded(trainer: TrainingState, folder: Path, manifest: Manifest) -> 
 
     A checkpoint without moments gives a fresh optimizer state, one without averages starts them at
     the weights: a conversion without --with-optimizer makes such ones, and the log says so.
-    Averages are known by how they forget, whatever
-    their names: another order of `optimizer.ema_decays` is no other average. All ranks call this
-        together.
+    Averages are known by how they forget, whatever their names: another order of
+    `optimizer.ema_decays` is no other average. All ranks call this together.
     Raises: CheckpointError naming the tensor that does not fit.
     """
     trainer.context.on_all_ranks(lambda: _fill(trainer, folder, manifest))
@@ -70,53 +56,54 @@ def load_resharded(trainer: TrainingState, folder: Path, manifest: Manifest) -> 
 def _fill(trainer: TrainingState, folder: Path, manifest: Manifest) -> None:
     checkpoint = ShardedCheckpoint(folder, manifest)
     checkpoint.move_experts(moved_experts(manifest, trainer.network))
-    kept = kept_averages(manifest, trainer.config.optimizer)
-    wanted = {
-        kind: kept.get(kind) if kind.startswith(EMA) else kind for kind in _state_kinds(trainer)
-    }
+    saved = OptimizerConfig.model_validate(manifest.config["optimizer"]).averages
+    names = {average: name for name, average in saved.items()}
+    averages = trainer.ema.averages
+    wanted: dict[str, str | None] = {kind: kind for kind in MOMENTS}
+    wanted |= {name: names.get(average) for name, average in averages.items()}
     found = {kind: source for kind, source in wanted.items() if source in checkpoint.kinds}
     missing = [kind for kind in wanted if kind not in found]
     since = {kind: manifest.averages_since.get(source) for kind, source in found.items()}
-    since |= {kind: manifest.step for kind in missing if kind.startswith(EMA)}
+    since |= {kind: manifest.step for kind in missing if kind in averages}
     trainer.ema.averages_since = {kind: step for kind, step in since.items() if step is not None}
     if trainer.context.is_main:
-        _report_losses(trainer, folder, manifest, missing)
-    for owned in _owned_values(trainer, checkpoint.optimizer_step or 0):
-        for kind, out in owned.kinds.items():
+        _report_losses(
+            folder,
+            [f"{name} ({saved[name]})" for name in saved if name not in wanted.values()],
+            [f"{name} ({averages[name]})" if name in averages else name for name in missing],
+        )
+    for name, start, kinds in _owned_values(trainer, checkpoint.optimizer_step or 0):
+        for kind, out in kinds.items():
             if source := found.get(kind, WEIGHTS if is_weights(kind) else None):
-                checkpoint.read_into(out, source, owned.name, owned.start)
+                checkpoint.read_into(out, source, name, start)
     state = dict(trainer.network.named_buffers())
     for name, value in checkpoint.buffers.items():
         state[name].copy_(value)
 
 
-def _report_losses(
-    trainer: TrainingState, folder: Path, manifest: Manifest, missing: list[str]
-) -> None:
+def _report_losses(folder: Path, dropped: list[str], missing: list[str]) -> None:
     """Say which averages are left behind, and which state begins anew."""
-    before = OptimizerConfig.model_validate(manifest.config["optimizer"]).averages
-    kept = kept_averages(manifest, trainer.config.optimizer).values()
-    if dropped := [f"{name} ({average})" for name, average in before.items() if name not in kept]:
+    if dropped:
         _LOG.warning(
             "resume: the averages %s are given up: optimizer.ema_decays and ema_sigma_rels no"
             " longer name them",
             ", ".join(dropped),
         )
     if missing:
-        named = [
-            f"{kind} ({trainer.ema.averages[kind]})" if kind.startswith(EMA) else kind
-            for kind in missing
-        ]
         _LOG.warning(
             "resume: %s holds no %s: the optimizer's moments start at zero, averages at the"
             " weights, where they are missing",
             folder,
-            ", ".join(named),
+            ", ".join(missing),
         )
 
 
-def _owned_values(trainer: TrainingState, step: int) -> Iterator[_Owned]:
-    """Yield all that this rank keeps, its optimizer state made."""
+def _owned_values(
+    trainer: TrainingState, step: int
+) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+    """Yield all that this rank keeps, its optimizer state made: a parameter's name, where the
+    values begin in the whole parameter, and this rank's tensors of them by kind.
+    """
     names = {
         id(parameter): name.removeprefix(PREFIX)
         for name, parameter in trainer.module.named_parameters()
@@ -127,53 +114,29 @@ def _owned_values(trainer: TrainingState, step: int) -> Iterator[_Owned]:
         if isinstance(module, ShardedExperts)
         for parameter in module.parameters()
     }
+
+    def place(parameter: Tensor, start: int = 0) -> tuple[str, int]:
+        return names[id(parameter)], first.get(id(parameter), 0) + start
+
     for parameter in trainer.module.parameters():
         if not parameter.requires_grad:
-            values = {WEIGHTS: parameter.data.view(-1)}
-            yield _Owned(names[id(parameter)], first.get(id(parameter), 0), values)
-    state_kinds = _state_kinds(trainer)
+            yield *place(parameter), {WEIGHTS: parameter.data.view(-1)}
+    state_kinds = (*MOMENTS, *trainer.ema.averages)
     if trainer.deepspeed_plan.zero_stage == 0:
         optimizer = trainer.engine.optimizer
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                kinds = {
-                    WEIGHTS: parameter.data,
-                    **_fresh_state(optimizer.state, parameter, step, state_kinds),
-                }
-                yield _Owned(
-                    names[id(parameter)],
-                    first.get(id(parameter), 0),
-                    {kind: value.view(-1) for kind, value in kinds.items()},
-                )
+                state = _fresh_state(optimizer.state, parameter, step, state_kinds)
+                kinds = {WEIGHTS: parameter.data, **state}
+                yield *place(parameter), {kind: value.view(-1) for kind, value in kinds.items()}
         return
     partitions = ZeroPartitions(trainer.engine.optimizer)
     for group, flat in enumerate(partitions.flats):
         kinds = {WEIGHTS: flat.data, **_fresh_state(partitions.states, flat, step, state_kinds)}
         for part in partitions.slices(group):
             within = slice(part.flat_start, part.flat_start + part.numel)
-            yield _Owned(
-                names[id(part.parameter)],
-                first.get(id(part.parameter), 0) + part.start,
-                {kind: value[within] for kind, value in kinds.items()},
-            )
-
-
-def kept_averages(manifest: Manifest, config: OptimizerConfig) -> dict[str, str]:
-    """Return the averages that a run continues: their names -> the names that they have in a
-    checkpoint.
-    """
-    saved = {
-        average: name
-        for name, average in OptimizerConfig.model_validate(
-            manifest.config["optimizer"]
-        ).averages.items()
-    }
-    return {name: saved[average] for name, average in config.averages.items() if average in saved}
-
-
-def _state_kinds(trainer: TrainingState) -> tuple[str, ...]:
-    """Return what the optimizer keeps of every value beside the value itself."""
-    return (*MOMENTS, *trainer.ema.averages)
+            values = {kind: value[within] for kind, value in kinds.items()}
+            yield *place(part.parameter, part.start), values
 
 
 def _fresh_state(
@@ -209,7 +172,7 @@ def with_placement_of(config: RunConfig, checkpoint: Path | None) -> RunConfig:
 
 
 def moves_experts(manifest: Manifest, config: RunConfig) -> bool:
-    """Return whether experts lie in another order than when the checkpoint was written."""
+    """Return whether experts are in another order than when the checkpoint was written."""
     saved, wanted = _saved_order(manifest), config.parallel.expert_order
     plain = tuple(tuple(range(config.routing.num_experts)) for _ in config.moe_block_indices)
     return (saved or plain) != (wanted or plain)
@@ -237,6 +200,6 @@ def moved_experts(manifest: Manifest, network: DiT) -> dict[str, list[int]]:
     return sources
 
 
-def _saved_order(manifest: Manifest) -> Order | None:
+def _saved_order(manifest: Manifest) -> tuple[tuple[int, ...], ...] | None:
     order: Any = manifest.config.get("parallel", {}).get("expert_order")
     return None if order is None else tuple(tuple(layer) for layer in order)

@@ -26,7 +26,7 @@ from promoe_ds.backends.deepspeed_private import LossScaler, fragment_address
 from promoe_ds.errors import CheckpointError, cause_of, explaining
 from promoe_ds.file_kind import SAFETENSORS, TORCH, identify
 from promoe_ds.model.shards import bytes_of
-from promoe_ds.torch_private import fake_tensors, file_offset
+from promoe_ds.torch_private import fake_tensors, file_offset, tensors_in
 
 #: Plain records that DeepSpeed and the published code store beside tensors; nothing else is let in.
 ALLOWED_RECORDS = [fragment_address, LossScaler, Namespace]
@@ -139,7 +139,7 @@ class TorchFileWriter:
         Args:
             path: the file.
             content: nested dicts and lists; only the shapes of its tensors count (`torch.empty`
-                takes no memory until it is touched).
+                takes no memory until it is touched), and each stands for its place in the file.
         Raises: CheckpointError naming the file if it cannot be written.
         """
         self.path = path
@@ -147,8 +147,12 @@ class TorchFileWriter:
             with torch.serialization.skip_data():
                 torch.save(content, path)
             with fake_tensors():
-                self.content: Any = torch.load(path, weights_only=True)
+                places = tensors_in(torch.load(path, weights_only=True))
             self._file = path.open("r+b")
+        self._offsets: dict[Tensor, int] = {
+            tensor: file_offset(place)
+            for tensor, place in zip(tensors_in(content), places, strict=True)
+        }
 
     def write(self, place: Tensor, value: Tensor) -> None:
         """Write the values of one tensor of `content`."""
@@ -158,14 +162,8 @@ class TorchFileWriter:
                 f"{tuple(place.shape)} {place.dtype}"
             )
         with explaining(f"{self.path}: cannot be written"):
-            self._file.seek(file_offset(place))
+            self._file.seek(self._offsets[place])
             self._file.write(bytes_of(value.contiguous()))
-
-    def write_steps(self, optimizer: dict[str, Any] | None, step: int | None) -> None:
-        """Write the step of every parameter in an optimizer's state, where it has one."""
-        for state in (optimizer or {"state": {}})["state"].values():
-            if "step" in state:
-                self.write(state["step"], torch.tensor(float(step or 0)))
 
     def close(self) -> None:
         """Write the archive's checksums, which other readers check, flush to the disk, close."""

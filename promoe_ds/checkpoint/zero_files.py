@@ -28,6 +28,8 @@ PREFIX = "denoiser."
 ROUTED = ".moe.routed."
 #: A key, its first value, and how many.
 Piece = tuple[str, int, int]
+#: Keys and tensors that together are one.
+_Parts = list[tuple[str, Tensor]]
 Open = Callable[[str], Any]
 
 
@@ -43,14 +45,22 @@ class Contents:
     """Where the files keep parameters.
 
     tensors: kind -> key -> tensor of a file.
-    pieces: kind -> parameter -> equal parts of it in order, each of pieces that together are it.
+    pieces: kind -> parameter -> the pieces that together are it, in order.
     optimizer_step: updates that the moments have seen.
     """
 
     shapes: dict[str, tuple[int, ...]]
     tensors: dict[str, dict[str, Tensor]]
-    pieces: dict[str, dict[str, list[list[Piece]]]]
+    pieces: dict[str, dict[str, list[Piece]]]
     optimizer_step: int | None
+
+    def add(self, kind: str, name: str, parts: _Parts) -> None:
+        """Add a parameter whose parts, one behind the other, are whole tensors."""
+        self.tensors[kind].update(parts)
+        self.pieces[kind][name] = [(key, 0, value.numel()) for key, value in parts]
+        if kind == WEIGHTS:
+            rows = sum(len(value) for _, value in parts)
+            self.shapes[name] = (rows, *parts[0][1].shape[1:])
 
 
 def find_slices(open_file: Open, layout: Layout, model: Any, folder: Path) -> Contents:
@@ -62,20 +72,23 @@ def find_slices(open_file: Open, layout: Layout, model: Any, folder: Path) -> Co
     ]
     shards = [open_file(file)["optimizer_state_dict"] for file in files]
     shapes: dict[str, Any] = {}
-    pieces: dict[str, list[list[Piece]]] = {}
+    pieces: dict[str, list[Piece]] = {}
     for group, group_shapes in enumerate(model["param_shapes"]):
         maps = [shard["param_slice_mappings"][group] for shard in shards]
         ep_size = layout.world_size // shards[0]["partition_count"][group]
         if left := {name for one in maps for name in one} - group_shapes.keys():
             raise CheckpointError(f"{folder}: {sorted(left)[0]} has values but no shape")
+        # Ranks that replicate the same experts are behind each other: e apart, or neighbours.
+        stride = 1 if layout.data_before_expert else ep_size
+        ranks = sorted(range(layout.world_size), key=lambda rank: rank % stride)
         for key, shape in group_shapes.items():
             name = key.removeprefix(PREFIX)
             shapes[name] = (ep_size * shape[0], *shape[1:]) if ep_size > 1 else tuple(shape)
-            pieces[name] = [[] for _ in range(ep_size)]
-            for rank, (file, slices) in enumerate(zip(files, maps, strict=True)):
-                if key in slices:
-                    piece = (f"{file}:{group}", slices[key].start, slices[key].numel)
-                    pieces[name][_ep_rank(rank, layout, ep_size)].append(piece)
+            pieces[name] = [
+                (f"{files[rank]}:{group}", maps[rank][key].start, maps[rank][key].numel)
+                for rank in ranks
+                if key in maps[rank]
+            ]
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for file, shard in zip(files, shards, strict=True):
         states = shard["base_optimizer_state"]["state"]
@@ -86,27 +99,17 @@ def find_slices(open_file: Open, layout: Layout, model: Any, folder: Path) -> Co
     return Contents(
         shapes=shapes,
         tensors=tensors,
-        pieces=dict.fromkeys(tensors, pieces),
+        pieces={kind: dict(pieces) for kind in tensors},
         optimizer_step=next((int(step) for step in steps.values()), None),
     )
 
 
-def _ep_rank(rank: int, layout: Layout, ep_size: int) -> int:
-    if layout.data_before_expert:
-        return rank // (layout.world_size // ep_size)
-    return rank % ep_size
-
-
 def find_tensors(open_file: Open, layout: Layout, model: Any, config: RunConfig) -> Contents:
     """Find parameters whole in the model file; experts in files of their own where sharded."""
-    found: dict[str, dict[str, list[tuple[str, Tensor]]]] = defaultdict(lambda: defaultdict(list))
-    buffers, files = set(buffer_names(config)), [MODEL_STATES]
-    for key, value in model["module"].items():
-        if (name := key.removeprefix(PREFIX)) not in buffers:
-            found[WEIGHTS][name].append((f"{MODEL_STATES}:{key}", value))
-    if is_sharded := layout.dispatch == "deepspeed":
-        for name, key, value in _expert_tensors(open_file, config):
-            found[WEIGHTS][name].append((key, value))
+    found: dict[str, dict[str, _Parts]] = defaultdict(lambda: defaultdict(list))
+    found[WEIGHTS] = _whole_weights(open_file, layout, model, config)
+    files = [MODEL_STATES]
+    if layout.dispatch == "deepspeed":
         files = [f"expp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(layout.ep_size)]
     for file in files:
         for name, state in _named_states(open_file(file).get("optimizer")):
@@ -114,70 +117,53 @@ def find_tensors(open_file: Open, layout: Layout, model: Any, config: RunConfig)
                 for kind, value in state.items():
                     found[kind][name].append((f"{file}:{name}", value))
     steps = found.pop("step", {})
-    return Contents(
-        shapes={
-            name: (len(values),) * (is_sharded and ROUTED in name) + tuple(values[0][1].shape)
-            for name, values in found[WEIGHTS].items()
-        },
-        tensors={
-            kind: dict(part for values in named.values() for part in values)
-            for kind, named in found.items()
-        },
-        pieces={
-            kind: {
-                name: [[(key, 0, value.numel())] for key, value in values]
-                for name, values in named.items()
-            }
-            for kind, named in found.items()
-        },
+    contents = Contents(
+        shapes={},
+        tensors=defaultdict(dict),
+        pieces=defaultdict(dict),
         optimizer_step=next((int(values[0][1]) for values in steps.values()), None),
     )
+    for kind, named in found.items():
+        for name, parts in named.items():
+            contents.add(kind, name, parts)
+    return contents
 
 
 def add_frozen(
     frozen: Collection[str],
     contents: Contents,
     open_file: Open,
+    layout: Layout,
     model: Any,
     config: RunConfig,
 ) -> None:
     """Add parameters that no optimizer knows: their averages are their weights, their moments 0."""
-    values = {
-        name: [(f"{MODEL_STATES}:{PREFIX}{name}", model["module"][f"{PREFIX}{name}"])]
-        for name in frozen
-        if f"{PREFIX}{name}" in model["module"]
-    }
-    for name, key, value in _expert_tensors(open_file, config) if len(values) < len(frozen) else ():
-        if name in frozen:
-            values.setdefault(name, []).append((key, value))
-    for name, parts in values.items():
-        is_split = f"{PREFIX}{name}" not in model["module"]
-        contents.shapes[name] = (len(parts),) * is_split + tuple(parts[0][1].shape)
-        for kind, tensors in contents.tensors.items():
-            if name in contents.pieces[kind]:
-                continue
-            contents.pieces[kind] = {
-                **contents.pieces[kind],
-                name: [[(key, 0, value.numel())] for key, value in parts],
-            }
-            for key, value in parts:
-                zeros = torch.zeros(1).expand(value.numel())
-                tensors[key] = value if is_weights(kind) else zeros
+    for name, parts in _whole_weights(open_file, layout, model, config).items():
+        zeros = [(key, torch.zeros(1).expand(value.numel())) for key, value in parts]
+        for kind, pieces in contents.pieces.items():
+            if name in frozen and name not in pieces:
+                contents.add(kind, name, parts if is_weights(kind) else zeros)
 
 
-def _expert_tensors(open_file: Open, config: RunConfig) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield name, key and tensor of every routed expert's every parameter, expert after expert."""
+def _whole_weights(
+    open_file: Open, layout: Layout, model: Any, config: RunConfig
+) -> dict[str, _Parts]:
+    """Return what model and expert files hold of each parameter: it, or expert after expert."""
+    weights: dict[str, _Parts] = defaultdict(list)
+    buffers = set(buffer_names(config))
+    for key, value in model["module"].items():
+        if (name := key.removeprefix(PREFIX)) not in buffers:
+            weights[name].append((f"{MODEL_STATES}:{key}", value))
+    experts = range(config.routing.num_experts) if layout.dispatch == "deepspeed" else ()
     for layer, block in enumerate(config.moe_block_indices):
-        for expert in range(config.routing.num_experts):
+        for expert in experts:
             file = f"layer_{layer}_expert_{expert}_{MODEL_STATES}"
             content = open_file(file)
             for parameter in EXPERT_PARAMETERS[config.routing.expert_type]:
                 name = f"blocks.{block}{ROUTED}{parameter}"
-                yield (
-                    name,
-                    f"{file}:{parameter}",
-                    content[expert_file_key(f"{PREFIX}{name}", expert)],
-                )
+                value = content[expert_file_key(f"{PREFIX}{name}", expert)]
+                weights[name].append((f"{file}:{parameter}", value[None]))
+    return weights
 
 
 def _named_states(optimizer: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -84,18 +84,19 @@ class ShardedCheckpoint:
                 contents = find_tensors(open_file, layout, model, config)
             self._frozen = frozenset(frozen_names(config))
             if self._frozen:
-                add_frozen(self._frozen, contents, open_file, model, config)
+                add_frozen(self._frozen, contents, open_file, layout, model, config)
             self.buffers = {
                 name: model["module"][f"{PREFIX}{name}"] for name in buffer_names(config)
             }
-            self._tensors = contents.tensors
-            self._pieces = {
-                kind: {
-                    name: self._joined(pieces.get(name, [[]]), shape, f"{name} ({kind})")
-                    for name, shape in contents.shapes.items()
-                }
-                for kind, pieces in contents.pieces.items()
-            }
+            self._tensors, self._pieces = contents.tensors, contents.pieces
+            sizes = {name: math.prod(shape) for name, shape in contents.shapes.items()}
+            if wrong := [
+                f"{found} of {size} values of {name} ({kind})"
+                for kind, pieces in self._pieces.items()
+                for name, size in sizes.items()
+                if (found := sum(count for *_, count in pieces.get(name, ()))) != size
+            ]:
+                raise CheckpointError(f"{folder}: the files hold {first_few(wrong)}")
             self.shapes = contents.shapes | {
                 name: tuple(value.shape) for name, value in self.buffers.items()
             }
@@ -173,16 +174,6 @@ class ShardedCheckpoint:
             return not self._tensors[kind][key].view(-1)[start:stop].any()
 
         return self._coverage[kind].check(is_padding)
-
-    def _joined(self, parts: list[list[Piece]], shape: tuple[int, ...], name: str) -> list[Piece]:
-        """Return the pieces of a parameter's equal parts, each of which must be whole."""
-        expected = math.prod(shape)
-        for part in parts:
-            if (found := len(parts) * sum(count for *_, count in part)) != expected:
-                raise CheckpointError(
-                    f"{self.folder}: the files hold {found} of {expected} values of {name}"
-                )
-        return [piece for part in parts for piece in part]
 
 
 def _cut(pieces: list[Piece], start: int, count: int) -> Iterator[Piece]:

@@ -105,6 +105,8 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
     parser.require(
         options.recipe or not options.overrides, "--set changes a value of --recipe: name one"
     )
+    if options.ema_sigma_rel is not None:
+        parser.without_effect(options, "recipe", reason="with --ema-sigma-rel, which takes a run")
     if to != "diffusers":
         parser.without_effect(options, "vae", "text_encoder", reason=f"with --to {to}")
 
@@ -135,13 +137,14 @@ def main(arguments: list[str]) -> None:
         for kind, source in report.kinds.items()
     )
     verdict = "read back and compared" if options.verify else "not read back"
-    sys.stdout.write(
+    lines = (
         f"{options.destination.absolute()}: {report.parameters:,} parameters, step {report.step}:"
-        f" {kinds}\n"
-        f"{report.note}{chr(10) * bool(report.note)}"
+        f" {kinds}",
+        report.note,
         f"from {report.source.path} ({report.source.format}): {report.values:,} values, each read"
-        f" once; {report.bytes:,} bytes written, {verdict}\n"
+        f" once; {report.bytes:,} bytes written, {verdict}",
     )
+    sys.stdout.writelines(f"{line}\n" for line in lines if line)
 
 
 run = command(main)

@@ -58,7 +58,6 @@ from promoe_ds.model.export import (
     WEIGHTS_STEM,
     load_model,
     read_export_config,
-    read_export_origin,
 )
 from promoe_ds.versions import device_name, versions_of
 
@@ -92,7 +91,7 @@ def draw_samples(
     team = team or single_process(check_device(request.device))
     jobs = team.on_main(lambda: expand_series(request, checkpoint_steps, cfg_scales))
     for job in jobs if len(cfg_scales) > 1 else ():  # what cannot be is found before any image
-        make_plan(job, read_export_config(job.model))
+        make_plan(job, read_export_config(job.model)[0])
     return [path for job in jobs for path in _draw_folder(job, team)]
 
 
@@ -115,7 +114,7 @@ def _draw(
     """Draw what is missing; return the folder. All that can be wrong with the request is found
     before the first image.
     """
-    config, exact = read_export_config(request.model), request.exact
+    (config, origin), exact = read_export_config(request.model), request.exact
     labels, plan = choose_labels(request, config), make_plan(request, config)
     size = choose_size(request, config)
     vae = _load_vae(request, config, team)
@@ -133,15 +132,14 @@ def _draw(
     )
     if extractor is not None:
         _check_features(extractor, folder)
-    settings = team.on_main(lambda: _settings(request, plan, vae, encoder)) | {"num": len(labels)}
+    settings = team.on_main(lambda: _settings(request, plan, vae, encoder))
+    settings |= {"origin": origin, "num": len(labels)}
     if team.on_main(lambda: folder.is_complete(settings)):
         _LOG.info("%s: all %d samples are there", request.out, len(labels))
         return folder
     network = _load_network(request, team)
-    environment = {
-        "device": device_name(team.device),
-        "versions": versions_of("diffusers", "numpy"),
-    }
+    versions = versions_of("diffusers", "numpy")
+    environment = {"device": device_name(team.device), "versions": versions}
     team.on_main(lambda: folder.open(settings, environment))
     todo = team.on_main(folder.missing)
     sampler = LatentSampler(network, config, plan, seed=request.seed, device=team.device, size=size)
@@ -242,10 +240,9 @@ def _with_dtype(request: SampleRequest, device: torch.device) -> SampleRequest:
 def _settings(
     request: SampleRequest, plan: SamplingPlan, vae: Vae | None, encoder: TextIdentity | None
 ) -> dict[str, Any]:
-    """Return all that decides the images, but for the software and the machine; and the source."""
+    """Return all that decides the images, but for the software and the machine."""
     return {
         "model": str(request.model),
-        "origin": read_export_origin(request.model),
         "weights": _checksum(request.model),
         "seed": request.seed,
         "labels": request.labels,

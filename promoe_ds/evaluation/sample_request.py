@@ -26,7 +26,7 @@ from promoe_ds.errors import CheckpointError, ConfigError, DataError
 from promoe_ds.evaluation.images import SETTINGS_FILE
 from promoe_ds.evaluation.sampling import plan_sampling
 from promoe_ds.logs import get_logger
-from promoe_ds.model.export import CONFIG_FILE, read_export_origin
+from promoe_ds.model.export import CONFIG_FILE, read_export_config
 from promoe_ds.randomness import generator
 
 _LOG = get_logger("sample")
@@ -116,7 +116,7 @@ def _export_checkpoints(run: Path, steps: Sequence[int], out: Path) -> dict[Path
         if not (export / CONFIG_FILE).is_file():
             conversion = convert(source, Request(destination=export, to="single"))
             _LOG.info("%s", " ".join(filter(None, [f"exported {source}.", conversion.note])))
-        elif read_export_origin(export).get("manifest") != manifest_checksum(source):
+        elif read_export_config(export)[1].get("manifest") != manifest_checksum(source):
             raise ConfigError(
                 f"--out {out}: {export} is not of {source}: remove it, or choose another folder"
             )

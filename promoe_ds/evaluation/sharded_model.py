@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError
 from promoe_ds.model import DiT, build_model
-from promoe_ds.model.export import WEIGHTS_STEM, fill_network, read_export_config
-from promoe_ds.model.shards import ShardReader
-from promoe_ds.model.state import check_shapes
+from promoe_ds.model.export import fill_network, open_weights, read_export_config
 from promoe_ds.moe.dispatch import AllToAllDispatcher
 from promoe_ds.moe.experts import EXPERT_PARAMETERS, StackedExperts
 
@@ -64,7 +62,7 @@ def load_sharded_model(
     Raises: ConfigError if ep_size does not fit; CheckpointError naming what is missing in the
         export.
     """
-    config = read_export_config(export)
+    config, _ = read_export_config(export)
     if (
         config.routing.method == "dense"
         or config.routing.num_experts % ep_size
@@ -75,8 +73,7 @@ def load_sharded_model(
             f" experts and the {team.world_size} processes (dense models have no experts)"
         )
     group, _ = dist.new_subgroups(ep_size)
-    reader = ShardReader(export, WEIGHTS_STEM)
-    check_shapes(reader.shapes, config)
+    reader = open_weights(export, config)
     with torch.device("meta"):
         network = build_model(config)
     state: dict[str, Tensor] = {}

@@ -142,13 +142,6 @@ class DiT(nn.Module):
             )
         return model.grid_of((height, width))
 
-    @property
-    def condition_embedding(self) -> ConditionEmbedding:
-        """The embedding of what images are conditioned on."""
-        if self.config.model.condition == "text":
-            return self.text_embedding
-        return self.label_embedding
-
     def moe_layers(self) -> dict[int, MoELayer]:
         """Return the MoE layers by block index."""
         return {index: block.moe for index, block in enumerate(self.blocks) if block.is_moe}
@@ -233,7 +226,9 @@ class DiT(nn.Module):
         """Return the condition's vector (B, D), and what each block's attention reads of it."""
         if isinstance(condition, PreparedCondition):
             return condition.vector_BD, condition.texts
-        embedding = self.condition_embedding
+        embedding: ConditionEmbedding = (
+            self.text_embedding if self.config.model.condition == "text" else self.label_embedding
+        )
         texts = embedding.texts(condition, tokens_per_image)
         return embedding.vector(condition), [texts] * len(self.blocks)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from promoe_ds.config.schema import RunConfig
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.embeddings import fixed_positions
 from promoe_ds.model.state import POSITIONS as OUR_POSITIONS
-from promoe_ds.model.state import check_state
 
 _RENAMES = (
     ("x_embedder.proj.", "patch_embedding.proj."),
@@ -72,61 +70,30 @@ _PROMOE_METHODS = ("token_choice", "expert_choice")
 _EXPERT = re.compile(
     r"^(?P<block>.*)\.mlp\.experts\.(?P<expert>\d+)\.(?P<layer>\w+)\.(?P<kind>weight|bias)$"
 )
+_OUR_EXPERTS = re.compile(r"^(.*)\.moe\.(routed|unconditional)\.(\w+)[._](weight|bias)$")
 POSITIONS = "pos_embed"
-#: The order in which the published modules register what they hold.
-_TOP_ORDER = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
-_BLOCK_ORDER = ("attn", "mlp", "adaLN_modulation")
-_MLP_ORDER = (
-    "fc1",
-    "fc2",
-    "cluster_centers",
-    "gate_weight",
-    "expert_threshold",
-    "ema_decay",
-    "experts",
-    "gate",
-    "capacity_predictor",
-    "shared_expert",
-    "shared_experts",
+#: Parts of published names, in the order in which the modules register what they hold: those of
+#: the network, a block, a feed-forward, attention and an expert, the last layer, a linear map.
+_REGISTRATION_ORDER = (
+    "pos_embed x_embedder t_embedder y_embedder blocks"
+    " attn mlp"
+    " cluster_centers gate_weight expert_threshold ema_decay"
+    " experts gate capacity_predictor shared_expert shared_experts"
+    " qkv q_norm k_norm gate_proj up_proj down_proj fc1 fc2 proj"
+    " final_layer linear adaLN_modulation"
+    " weight bias"
 )
-_LEAF_ORDER = (
-    "qkv",
-    "q_norm",
-    "k_norm",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "fc1",
-    "fc2",
-    "proj",
-    "linear",
-    "adaLN_modulation",
-    "weight",
-    "bias",
-)
+_PLACES = {part: place for place, part in enumerate(_REGISTRATION_ORDER.split())}
 #: DiffMoE keeps a hyperparameter, `routing.threshold_decay`, among its buffers.
 _DECAY = ".mlp.ema_decay"
-
-
-def from_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
-    """Translate a whole published state dict into ours.
-
-    Args:
-        state: tensors under published names; `pos_embed` is checked against the computed table, and
-            kept as `positions` only where it differs: the published loop averages it, too.
-        config: the architecture.
-    Raises: CheckpointError naming what has no place here, is missing or has another shape.
-    """
-    result = rename_official(state, config)
-    check_state(result, config)
-    return result
 
 
 def rename_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
     """Translate published names, whole or a part (e.g. one layer), into ours; experts are stacked.
 
-    Raises: CheckpointError naming a key that has no place here, or an expert that is missing or
-    misshapen.
+    `pos_embed` is checked against the computed table, and kept as `positions` only where it
+    differs: the published loop averages it, too.
+    Raises: CheckpointError naming a key that has no place here, or a table that is another one.
     """
     result: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
@@ -140,8 +107,6 @@ def rename_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str,
             _check_decay(key, value, config)
         elif match is None:
             result[_renamed(key, config)] = value
-        elif match["layer"] not in layers:
-            raise CheckpointError(f"{key}: no such parameter in this architecture")
         elif (
             int(match["expert"]) == config.routing.num_experts
             and config.routing.num_unconditional_experts
@@ -153,16 +118,6 @@ def rename_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str,
             name = f"{match['block']}.moe.routed.{layers[match['layer']]}_{match['kind']}"
             stacks.setdefault(name, {})[int(match["expert"])] = value
     for name, experts in stacks.items():
-        if sorted(experts) != list(range(config.routing.num_experts)):
-            raise CheckpointError(
-                f"{name}: expected the experts 0 ... {config.routing.num_experts - 1}, found"
-                f" {sorted(experts)}"
-            )
-        shapes = {tuple(weight.shape) for weight in experts.values()}
-        if len(shapes) > 1:
-            raise CheckpointError(
-                f"{name}: the experts have the shapes {sorted(shapes)}, expected one"
-            )
         result[name] = torch.stack([experts[i] for i in range(config.routing.num_experts)])
     return result
 
@@ -171,7 +126,7 @@ def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Ten
     """Translate our state dict into the published names, with the position table, computed or its
     own.
 
-    The inverse of `from_official`.
+    The inverse of `rename_official`.
     """
     if config.routing.num_unconditional_experts > 1:
         raise CheckpointError(
@@ -181,19 +136,14 @@ def to_official(state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Ten
     model, layers = config.model, _expert_layers(config)
     result = {POSITIONS: fixed_positions(model)[None]}
     for name, value in state.items():
-        block, _, leaf = name.partition(".moe.routed.")
+        match = _OUR_EXPERTS.match(name)
         if name == OUR_POSITIONS:
             result[POSITIONS] = value[None]
-        elif leaf:
-            layer, kind = leaf.split("_")
-            for expert, weight in enumerate(value.unbind(0)):
+        elif match is not None:
+            block, part, layer, kind = match.groups()
+            first = 0 if part == "routed" else config.routing.num_experts
+            for expert, weight in enumerate((value,) if first else value.unbind(0), first):
                 result[f"{block}.mlp.experts.{expert}.{layers[layer]}.{kind}"] = weight
-        elif ".moe.unconditional." in name:
-            block, _, leaf = name.partition(".moe.unconditional.")
-            layer, kind = leaf.split(".")
-            result[f"{block}.mlp.experts.{config.routing.num_experts}.{layers[layer]}.{kind}"] = (
-                value
-            )
         else:
             result[_renamed(name, config, reverse=True)] = value
             if name.endswith(".moe.router.thresholds"):
@@ -219,36 +169,16 @@ def published_shapes(
     }
 
 
-def published_order(key: str) -> tuple[Any, ...]:
+def published_order(key: str) -> tuple[int, ...]:
     """Return what sorts published keys as the published modules register them, by which its
     optimizer numbers them.
     """
-    parts = key.split(".")
-    if parts[0] != "blocks":
-        return (_TOP_ORDER.index(parts[0]), _leaf_order(parts[1:]))
-    inner = parts[3] if parts[2] == "mlp" and len(parts) > 3 else ""
-    expert = int(parts[4]) if inner == "experts" else 0
-    rest = parts[5:] if inner == "experts" else parts[3:]
-    return (
-        _TOP_ORDER.index("blocks"),
-        int(parts[1]),
-        _BLOCK_ORDER.index(parts[2]),
-        _MLP_ORDER.index(inner) if inner in _MLP_ORDER else 0,
-        expert,
-        _leaf_order(rest),
-    )
+    return tuple(int(part) if part.isdigit() else _PLACES.get(part, 0) for part in key.split("."))
 
 
 def is_published_parameter(key: str) -> bool:
     """Whether a published key is a parameter, which the optimizer numbers, and no buffer."""
     return not key.endswith((_DECAY, ".mlp.expert_threshold"))
-
-
-def _leaf_order(parts: list[str]) -> tuple[int, ...]:
-    return tuple(
-        _LEAF_ORDER.index(part) if part in _LEAF_ORDER else int(part) if part.isdigit() else 0
-        for part in parts
-    )
 
 
 def _expert_layers(config: RunConfig) -> dict[str, str]:
@@ -260,19 +190,13 @@ def _expert_layers(config: RunConfig) -> dict[str, str]:
 
 def _renamed(key: str, config: RunConfig, *, reverse: bool = False) -> str:
     method = config.routing.method
-    if config.model.condition != "class":
-        raise CheckpointError(
-            f"model.condition={config.model.condition} was never published: it has no official"
-            " layout"
-        )
-    if config.model.block != "dit":
-        raise CheckpointError(
-            f"model.block={config.model.block} was never published: it has no official layout"
-        )
-    if method not in _METHOD_RENAMES:
-        raise CheckpointError(
-            f"routing.method={method} was never published: it has no official layout"
-        )
+    for field, value, known in (
+        ("model.condition", config.model.condition, ("class",)),
+        ("model.block", config.model.block, ("dit",)),
+        ("routing.method", method, tuple(_METHOD_RENAMES)),
+    ):
+        if value not in known:
+            raise CheckpointError(f"{field}={value} was never published: it has no official layout")
     shared = _DIFF_MOE_SHARED[config.shared_expert_type] if method == "diff_moe" else ()
     for published, ours in (*_METHOD_RENAMES[method], *shared, *_RENAMES):
         old, new = (ours, published) if reverse else (published, ours)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from promoe_ds.errors import CheckpointError, cause_of
+from promoe_ds.errors import CheckpointError, cause_of, explaining
 from promoe_ds.file_kind import SAFETENSORS, identify
 
 #: Larger sets of tensors are cut into files of at most this many bytes.
@@ -47,17 +47,20 @@ class ShardReader:
         self.dtypes: dict[str, str] = {}
         single = self._files.pop("", None)
         for file in [single] if single else sorted(set(self._files.values())):
-            handle = self._handle(file)
-            for name in handle.keys():
-                if single:
-                    self._files[name] = single
-                elif self._files.get(name) != file:
-                    raise CheckpointError(
-                        f"{folder / file}: holds {name}, which the index does not place there"
-                    )
-                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
-                self.dtypes[name] = handle.get_slice(name).get_dtype()
-            self._checksums |= self._read_checksums(file) if check else {}
+            with self._opened(file) as handle:
+                for name in handle.keys():
+                    if single:
+                        self._files[name] = single
+                    elif self._files.get(name) != file:
+                        raise CheckpointError(
+                            f"{folder / file}: holds {name}, which the index does not place there"
+                        )
+                    self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+                    self.dtypes[name] = handle.get_slice(name).get_dtype()
+                # None where another program wrote the file.
+                checksums = (handle.metadata() or {}).get(_CHECKSUMS, "{}") if check else "{}"
+            with explaining(f"{folder / file}: {_CHECKSUMS} cannot be understood"):
+                self._checksums |= dict(json.loads(checksums))
         if missing := self._files.keys() - self.shapes.keys():
             raise CheckpointError(
                 f"{folder}: {sorted(missing)[0]} is in the index and in no file{_AGAIN}"
@@ -67,9 +70,9 @@ class ShardReader:
         """Return one tensor, mapped from its file, after comparing it with its checksum where the
         file has one.
 
-        Raises: CheckpointError if there is none of that name, it cannot be read, or it is damaged.
+        Raises: CheckpointError if it cannot be read, or is damaged.
         """
-        with self._reading(name) as handle:
+        with self._opened(self._files[name]) as handle:
             value = handle.get_tensor(name)
         if name in self._checksums and self._checksums[name] != digest(value):
             raise CheckpointError(
@@ -81,58 +84,32 @@ class ShardReader:
         """Return entries [first, first + count) of a tensor's first axis, in memory of their own;
         no checksum covers them.
 
-        Raises: CheckpointError if there is no tensor of that name, or it cannot be read.
+        Raises: CheckpointError if it cannot be read.
         """
-        with self._reading(name) as handle:
+        with self._opened(self._files[name]) as handle:
             return handle.get_slice(name)[first : first + count].clone()
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every name and tensor."""
-        for name in self.shapes:
-            yield name, self.read(name)
 
     def close(self) -> None:
         """Let go of the file that is open."""
         self._open = None
 
     @contextmanager
-    def _reading(self, name: str) -> Iterator[safe_open]:
-        if name not in self._files:
-            raise CheckpointError(f"{self._folder}: holds no {name}{_AGAIN}")
+    def _opened(self, file: str) -> Iterator[safe_open]:
+        """Yield a file, which stays open until another one is: what is mapped counts as memory.
+
+        Raises: CheckpointError if it cannot be read, also by the caller.
+        """
+        path = self._folder / file
         try:
-            yield self._handle(self._files[name])
+            if self._open is None or self._open[0] != file:
+                self._open = None
+                self._open = (file, safe_open(path, framework="pt"))
+            yield self._open[1]
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{self._folder / self._files[name]}: cannot be read ({cause_of(error)}){_AGAIN}"
-            ) from None
-
-    def _read_checksums(self, file: str) -> dict[str, str]:
-        """Return name -> checksum of a file's tensors; none where another program wrote it."""
-        text = (self._handle(file).metadata() or {}).get(_CHECKSUMS, "{}")
-        try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{self._folder / file}: {_CHECKSUMS} cannot be understood ({cause_of(error)})"
-            ) from None
-
-    def _handle(self, file: str) -> safe_open:
-        """Return the open file, one at a time: what is mapped counts as memory."""
-        if self._open is None or self._open[0] != file:
-            self._open = None
-            try:
-                self._open = (file, safe_open(self._folder / file, framework="pt"))
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self._folder / file}: cannot be read: {error.strerror or error}"
-                ) from None
-            except SafetensorError as error:
-                kind = identify(self._folder / file)
-                raise CheckpointError(
-                    f"{self._folder / file}: cannot be read: "
-                    f"{cause_of(error) if kind == SAFETENSORS else f'it is {kind}'}"
-                ) from None
-        return self._open[1]
+            reason = f"{cause_of(error)}{_AGAIN}"
+            if isinstance(error, SafetensorError) and (kind := identify(path)) != SAFETENSORS:
+                reason = f"it is {kind}"
+            raise CheckpointError(f"{path}: cannot be read: {reason}") from None
 
 
 class ShardWriter:
@@ -219,14 +196,10 @@ def _read_index(folder: Path, stem: str) -> dict[str, str]:
     single, index = f"{stem}.safetensors", _index_path(folder, stem)
     if (folder / single).is_file():
         return {"": single}
-    try:
+    if not index.is_file():
+        raise CheckpointError(f"{folder / single}: there is no such file, nor {index.name}{_AGAIN}")
+    with explaining(f"{index}: cannot be understood"):
         files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder / single}: there is no such file, nor {index.name}{_AGAIN}"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: cannot be understood ({cause_of(error)})") from None
     for file in files.values():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{index}: the file name {file!r} leaves the folder")

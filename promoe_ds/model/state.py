@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatch
 
 import torch
-from torch import Tensor
 
 from promoe_ds.config.schema import RunConfig
-from promoe_ds.errors import CheckpointError, first_few
-from promoe_ds.model.build import build_model, freeze
+from promoe_ds.model.build import build_model
 
 #: The fixed position table, where a checkpoint brings its own: the published code averages it.
 POSITIONS = "positions"
@@ -19,50 +18,31 @@ def buffer_names(config: RunConfig) -> list[str]:
     """Return the names of what a model keeps besides its parameters: the running state of its
     routers.
     """
-    return list(state_shapes(config, buffers_only=True))
+    with torch.device("meta"):
+        network = build_model(config)
+    parameters = dict(network.named_parameters())
+    return [name for name in network.state_dict() if name not in parameters]
 
 
 def frozen_names(config: RunConfig) -> list[str]:
-    """Return the names of the parameters that `train.freeze` keeps from training."""
-    if not config.train.freeze:
-        return []
-    with torch.device("meta"):
-        network = build_model(config)
-    freeze(network, config.train.freeze)
-    return [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    """Return the names of what `train.freeze` kept from training.
+
+    A pattern may fit none: a branch can be of another condition than the run whose settings it has.
+    """
+    names = list(state_shapes(config)) if config.train.freeze else []
+    return [name for name in names if any(fnmatch(name, each) for each in config.train.freeze)]
 
 
-def state_shapes(
-    config: RunConfig, *, buffers_only: bool = False, own_positions: bool = False
-) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of all that a model keeps, or of the running state of its routers alone.
+def state_shapes(config: RunConfig, *, own_positions: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all that a model keeps.
 
     Args:
         own_positions: whether the position table is among them.
     """
     with torch.device("meta"):
         network = build_model(config)
-    parameters = {name for name, _ in network.named_parameters()} if buffers_only else ()
-    shapes = {
-        name: tuple(value.shape)
-        for name, value in network.state_dict().items()
-        if name not in parameters
-    }
-    return shapes | ({POSITIONS: tuple(network.positions.shape)} if own_positions else {})
-
-
-def check_state(state: Mapping[str, Tensor], config: RunConfig) -> None:
-    """Compare names and shapes with the model that `config` describes.
-
-    Raises: CheckpointError naming the first tensors that are missing, left over or misshapen.
-    """
-    check_shapes({name: tuple(value.shape) for name, value in state.items()}, config)
-
-
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: RunConfig) -> None:
-    """Compare names and shapes with the model that `config` describes; raises as `check_state`."""
-    if problems := shape_problems(shapes, state_shapes(config, own_positions=POSITIONS in shapes)):
-        raise CheckpointError(first_few(problems))
+    state = network.state_dict() | ({POSITIONS: network.positions} if own_positions else {})
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def shape_problems(

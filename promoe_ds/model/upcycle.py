@@ -138,24 +138,24 @@ def upcycled_parameter(
     shape: tuple[int, ...],
     dense: Mapping[str, Tensor],
     split: UnitSplit,
+    config: RunConfig,
     *,
     gate_scale: float,
     noise: float,
-    seed: int,
 ) -> Tensor:
     """Return one parameter of a MoE layer's experts.
 
     Args:
         name: rank-blind, `blocks.<i>.moe.<routed|shared|unconditional>.<...>`; shape: its shape.
         dense: the block's dense feed-forward, under the names of DENSE_PARAMETERS.
+        config: the MoE recipe, for initial weights and noise.
         gate_scale: what routed experts' outputs are multiplied by, against their gates.
         noise: standard deviation added to routed experts' incoming weights, relative to theirs;
         tells copies apart.
-        seed: of initial weights and noise.
     """
     part, leaf = name.split(".moe.")[1].split(".", 1)
     initial = torch.empty(shape)
-    fill_parameter(initial, name, seed)
+    fill_parameter(initial, name, config.train.seed, config.routing)
     if part == "routed":
         if split.routed is None:
             return torch.zeros(shape) if leaf == "down_weight" else initial

@@ -164,8 +164,8 @@ class ProMoEPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def encode_prompt(self, prompts: Sequence[str]) -> TextCondition:
-        """Return prompts as the network takes them, on the host; blank ones are null.
+    def encode_prompt(self, prompts: str | Sequence[str]) -> TextCondition:
+        """Return one prompt or several as the network takes them, on the host; blank ones are null.
 
         Raises: ConfigError if the pipeline has no text encoder, or one of other widths.
         """
@@ -182,7 +182,7 @@ class ProMoEPipeline(DiffusionPipeline):
             parts=(self.text_encoder, self.tokenizer),
         )
         encoder.identity.check("prompt", config)
-        return encoder.condition(prompts)
+        return encoder.condition([prompts] if isinstance(prompts, str) else prompts)
 
     def _check_output(self, output_type: str) -> None:
         config = self.transformer.run_config
@@ -214,7 +214,7 @@ class ProMoEPipeline(DiffusionPipeline):
             return self._texts(prompts, negative_prompt)
         if prompt is not None or negative_prompt is not None:
             raise ConfigError("prompt: this model is conditioned on classes: give class_labels=")
-        labels = list(class_labels or ())
+        labels = [] if class_labels is None else [int(label) for label in class_labels]
         if not labels or not all(0 <= label < model.num_classes for label in labels):
             raise ConfigError(
                 f"class_labels={labels}: this model knows the classes 0 ... {model.num_classes - 1}"

@@ -24,10 +24,10 @@ from promoe_ds.model.export import (
     CONFIG_FILE,
     fill_network,
     read_export_config,
-    read_export_origin,
     read_export_state,
     writer_of,
 )
+from promoe_ds.model.state import POSITIONS
 
 
 @dataclass
@@ -55,7 +55,7 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         super().__init__()
         self.run_config = config_from_dict(
-            run, source="the transformer's config.json", written_by=writer_of(origin)
+            run, source="the transformer's config.json", written_by=writer_of(origin or {})
         )
         self.denoiser = build_model(self.run_config)
         self.denoiser.reset_positions()
@@ -70,6 +70,7 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         read = _read_export if (folder / CONFIG_FILE).is_file() else _read_run
         config, origin, state = read(folder)
+        origin |= {"own_positions": POSITIONS in state}  # for when it is saved again
         with torch.device("meta"):
             model = cls(config.model_dump(mode="json"), origin)
         fill_network(model.denoiser, state)
@@ -110,8 +111,8 @@ _Parts = tuple[RunConfig, dict[str, Any], dict[str, Tensor]]
 
 
 def _read_export(folder: Path) -> _Parts:
-    config = read_export_config(folder)
-    return config, read_export_origin(folder), read_export_state(folder, config)
+    config, origin = read_export_config(folder)
+    return config, origin, read_export_state(folder, config)
 
 
 def _read_run(folder: Path) -> _Parts:
@@ -123,4 +124,6 @@ def _read_run(folder: Path) -> _Parts:
     kind = find_weights(source, None)
     state = {name: source.read(kind, name) for name in source.kinds[kind]}
     source.check(kind)
-    return source.info.config, source.info.origin, state
+    info = source.info
+    origin = {**info.origin, "kind": kind, "step": info.step, "samples_seen": info.samples_seen}
+    return info.config, origin, state

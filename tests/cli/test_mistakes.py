@@ -15,6 +15,7 @@ CONVERT = [
     ("cut e --to single", 4, f"cut/{CUT} has 1000 bytes"),
     ("run e --to single --max-shard-size 0", 2, "--max-shard-size: 0"),
     ("run e --to single --weights raw --ema-sigma-rel 0.1", 2, "--ema-sigma-rel"),
+    ("run e --to single --ema-sigma-rel 0.1 --recipe r", 2, "--recipe has no effect with --ema"),
     ("run e --to single --with-optimizer --dtype bf16", 2, "--dtype --with-optimizer"),
     ("run e --to single --vae x", 2, "--vae has no effect with --to single"),
     ("run e --to single --set a.b=1", 2, "--set changes a value of --recipe"),

@@ -142,7 +142,7 @@ def test_autoencoder_the_whole_way(trained: tuple[Path, list[str]], name: str) -
     for to in ("single", "diffusers"):
         vae = str(folder / "vae") if to == "diffusers" else None
         convert(folder / "run", Request(destination=folder / to, to=to, vae=vae))
-    exported = read_export_config(folder / "single")
+    exported, _ = read_export_config(folder / "single")
     assert LatentNormalization.of(exported.data) == by
     asked = {"model": folder / "single", **ASKED}
     draw_samples(SampleRequest(**asked, out=folder / "latent_samples"))

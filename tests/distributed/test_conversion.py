@@ -104,7 +104,7 @@ def test_round_trip_with_everything_is_bit_exact(runs, tmp_path, name, over) -> 
 def test_export_equals_official_and_live_model(runs, tmp_path) -> None:
     go(runs["zero2_ep2"], tmp_path / "a", "single")
     go(runs["zero2_ep2"], tmp_path / "official", "official")
-    config = read_export_config(tmp_path / "a")
+    config, _ = read_export_config(tmp_path / "a")
     go(tmp_path / "official" / "ckpt_step_3.pth", tmp_path / "b", "single", config)
     a, b = load_model(tmp_path / "a"), load_model(tmp_path / "b")
     latents, timestep = (

@@ -18,10 +18,10 @@ from promoe_ds.distributed.context import single_process
 from promoe_ds.evaluation.metrics import EvaluateRequest, evaluate
 from promoe_ds.evaluation.sample_job import SampleRequest, draw_samples
 from promoe_ds.evaluation.sampling import one_thread
-from promoe_ds.model.export import load_model, save_export
+from promoe_ds.model.export import load_model
 
 from ..processes import run_ranks
-from ..unit.builders import random_network, randomise
+from ..unit.builders import random_network, randomise, save_export
 from ..unit.data.made import SCALE, save_images, save_vae
 from ..unit.evaluation.made import TinyNetwork, text_sections
 from .team_worker import run_team_worker
@@ -99,12 +99,12 @@ def drawn(tmp_path_factory) -> Path:
         # Small weights: a chain of wild noise predictions would overflow.
         network = random_network(**sections)
         randomise(network, std=0.1)
-        save_export(folder / name, network.state_dict(), network.config, origin={})
+        save_export(folder / name, network)
     for name, data in (("pixels", {}), ("latent", {"latent_scale": SCALE, "dataset": "latents"})):
         network = random_network(
             data={"dataset": "synthetic", **data}, model={"hidden_size": 48, "num_heads": 4}
         )
-        save_export(folder / name, network.state_dict(), network.config, origin={})
+        save_export(folder / name, network)
     save_vae(folder / "vae")
     save_images(folder / "images")
     torch.jit.script(TinyNetwork()).save(str(folder / "tiny.pt"))

@@ -13,7 +13,7 @@ from promoe_ds.config import count_parameters
 from promoe_ds.diffusion import DiffusionBatch
 from promoe_ds.diffusion.sampler import SamplingPlan, sample_latents
 from promoe_ds.model import DiT, build_model
-from promoe_ds.model.official import from_official, to_official
+from promoe_ds.model.official import rename_official, to_official
 from promoe_ds.training.ema import Ema
 from promoe_ds.training.step import TrainingModule
 
@@ -28,7 +28,7 @@ def _load(case: Case, **optimizer: object) -> DiT:
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=optimizer)})
     network = build_model(config)
     network.reset_positions()
-    network.load_state_dict(from_official(case.tensors("state"), config))
+    network.load_state_dict(rename_official(case.tensors("state"), config))
     return network
 
 

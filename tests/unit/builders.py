@@ -13,6 +13,8 @@ from promoe_ds.config import RunConfig, config_from_dict, load_config
 from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.data.dataset import SyntheticLatents
 from promoe_ds.model import DiT, build_model, initialise
+from promoe_ds.model.export import WEIGHTS_STEM, write_export_config
+from promoe_ds.model.shards import ShardWriter
 from promoe_ds.routing import ROUTERS
 
 #: Two blocks, the second with four experts; 4 tokens of width 16 per image; ten classes.
@@ -118,6 +120,17 @@ def random_network(seed: int = 0, **sections: dict[str, Any]) -> DiT:
     initialise(network, seed)
     randomise(network, seed)
     return network
+
+
+def save_export(folder: Path, network: DiT, **origin: Any) -> Path:
+    """Write a network as a single export of this origin."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(folder, WEIGHTS_STEM)
+    for name, value in network.state_dict().items():
+        writer.write(name, value)
+    writer.close()
+    write_export_config(folder, network.config, origin)
+    return folder
 
 
 def condition_of(config: RunConfig, labels: Tensor) -> Condition:

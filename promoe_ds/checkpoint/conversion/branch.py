@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from promoe_ds.checkpoint.conversion.convert import Request, convert_source, open_source
+from promoe_ds.checkpoint.conversion.convert import (
+    Request,
+    convert_source,
+    open_source,
+    with_latents_of,
+)
 from promoe_ds.checkpoint.conversion.sources import Source, is_export
 from promoe_ds.checkpoint.load import differing_fields
 from promoe_ds.checkpoint.manifest import list_checkpoints, named_checkpoints, read_manifest
@@ -27,20 +31,26 @@ from promoe_ds.checkpoint.torch_file import load_torch
 from promoe_ds.checkpoint.zero_files import MOMENTS, ROUTED
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.config.section import read_yaml
-from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.errors import CheckpointError, ConfigError, explaining
 from promoe_ds.logs import get_logger
-from promoe_ds.model.build import build_model
 from promoe_ds.model.init import fill_parameter
 from promoe_ds.model.official import POSITIONS as PUBLISHED_POSITIONS
 from promoe_ds.model.state import state_shapes
+from promoe_ds.routing import ROUTERS
 
 _LOG = get_logger("checkpoint")
 
 #: What may differ between the model that is there and the one that is trained.
-_TEXT_FIELDS = ("condition", "text_width", "text_pooled_width", "text_length")
-_SIZE_FIELDS = ("input_size", "buckets", "position_scale")
-_MODEL_FIELDS = ("num_classes", *_SIZE_FIELDS, *_TEXT_FIELDS)
+_MODEL_FIELDS = (
+    "num_classes",
+    "input_size",
+    "buckets",
+    "position_scale",
+    "condition",
+    "text_width",
+    "text_pooled_width",
+    "text_length",
+)
 _LABELS = "label_embedding.table.weight"
 _TEXT_VECTOR = "text_embedding.pooled.weight"
 _PUBLISHED_LABELS = "y_embedder.embedding_table.weight"
@@ -61,11 +71,13 @@ def find_start(
         label_map: YAML file, new label: old label, or `new`.
     Raises: CheckpointError or ConfigError for a path, a map or a difference that cannot be.
     """
-    if path.name == "latest":
-        return named_checkpoints(path)
+    if path.is_file() and path.name == "latest":
+        (path,) = named_checkpoints(path)
     if path.is_dir() and not is_export(path):
         found = named_checkpoints(path)
-        saved = read_manifest(found[0]).run_config(found[0])
+        saved = next(filter(None, map(_saved_config, found)), None)
+        if saved is None:
+            return found  # what is damaged, resuming says
         fits = not _differs(saved, config) and label_map is None
         if fits or _differs(saved, _with_own_fields(config, saved)):
             return found  # whatever else differs, loading says
@@ -83,6 +95,14 @@ def find_start(
     for line in adapted.report():
         _LOG.info("resume: %s", line)
     return list_checkpoints(folder)
+
+
+def _saved_config(checkpoint: Path) -> RunConfig | None:
+    """Return a checkpoint's config, None where its manifest cannot be read."""
+    try:
+        return read_manifest(checkpoint).run_config(checkpoint)
+    except CheckpointError:
+        return None
 
 
 def _differs(saved: RunConfig, config: RunConfig) -> list[str]:
@@ -108,15 +128,13 @@ def _config_of_start(saved: RunConfig, config: RunConfig) -> RunConfig:
     """
     is_as_many = saved.routing.num_experts == config.routing.num_experts
     order = saved.parallel.expert_order if is_as_many else None
-    data = {"latent_normalization": "auto", "latents_normalized": False}
-    data |= asdict(LatentNormalization.of(saved.data))
     return saved.model_copy(
         update={
             "model": config.model,
             "routing": config.routing,
             "parallel": config.parallel.model_copy(update={"expert_order": order}),
             "precision": config.precision,
-            "data": config.data.model_copy(update=data),
+            "data": with_latents_of(config, saved).data,
             "logging": config.logging,
         }
     )
@@ -196,33 +214,25 @@ class AdaptedSource:
         # Training computes the positions itself, whatever a file brings.
         self.shapes = state_shapes(config)
         self.kinds = {kind: list(self.shapes) for kind in source.kinds if kind not in MOMENTS}
-        with torch.device("meta"):
-            network = build_model(config)
-        self._gates = {
-            f"blocks.{index}.moe.router.": moe.router.initial_gate
-            for index, moe in network.moe_layers().items()
-        }
         self._per_expert = {
             f"blocks.{index}.moe.router.{name}"
-            for index, moe in network.moe_layers().items()
-            for name in moe.router.per_expert
+            for index in config.moe_block_indices
+            for name in ROUTERS[config.routing.method].per_expert
         }
         self.info = replace(source.info, config=_config_of_start(source.info.config, config))
 
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor of the run's model, fp32."""
-        shape = self.shapes[name]
         if name not in self._source.shapes:
             return self._new(name)
-        value = self._source.read(kind, name).float()
+        value, shape = self._source.read(kind, name).float(), self.shapes[name]
         self._dropped.discard(name)
-        if name == _LABELS and self._map is not None:
+        is_same = tuple(value.shape) == shape
+        if name == _LABELS and (self._map is not None or not is_same):
             return self._labels(value)
-        if tuple(value.shape) == shape:
+        if is_same:
             self._counts[_pattern(name), "copied"] += 1
             return value
-        if name == _LABELS:
-            return self._labels(value)
         if ROUTED in name or name in self._per_expert:
             return self._experts(name, value)
         raise CheckpointError(
@@ -251,23 +261,21 @@ class AdaptedSource:
     def _new(self, name: str) -> Tensor:
         """Return a tensor that was not there; what a text adds to the network starts at zero."""
         self._counts[_pattern(name), "made new"] += 1
-        value = self._initial(name, self.shapes[name])
+        value = self._initial(name)
         if name.endswith("attention.text_kv.weight"):
             value[len(value) // 2 :] = 0.0  # values
         return value.zero_() if name == _TEXT_VECTOR else value
 
-    def _initial(self, name: str, shape: Iterable[int]) -> Tensor:
-        gate = next((g for prefix, g in self._gates.items() if name.startswith(prefix)), "xavier")
-        value = torch.empty(*shape)
-        std = self._config.routing.expert_init_std
-        fill_parameter(value, name, self._config.train.seed, gate=gate, expert_std=std)
+    def _initial(self, name: str) -> Tensor:
+        value = torch.empty(self.shapes[name])
+        fill_parameter(value, name, self._config.train.seed, self._config.routing)
         return value
 
     def _labels(self, table: Tensor) -> Tensor:
         """Return rows of the label map, new ones, and the null row, which is the last, if any."""
         kept, model = self._map or {}, self._config.model
         self._counts[_LABELS, f"with {len(kept)} old rows of {model.num_classes}"] += 1
-        value = self._initial(_LABELS, self.shapes[_LABELS])
+        value = self._initial(_LABELS)
         for label, source in kept.items():
             value[label] = table[source]
         if model.null_row:
@@ -280,7 +288,7 @@ class AdaptedSource:
         self._counts[_pattern(name), f"with {after} experts of {before}"] += 1
         result = value[torch.arange(after) % before].clone()
         if name in self._per_expert and after > before:
-            initial = self._initial(name, result.shape)
+            initial = self._initial(name)
             if (spread := initial.std()) > 0:
                 result[before:] += initial[before:] * (_NOISE * value.std() / spread)
         return result

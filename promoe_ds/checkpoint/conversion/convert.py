@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from promoe_ds.checkpoint.conversion.targets import TARGETS, Content, Target
 from promoe_ds.checkpoint.zero_files import MOMENTS, WEIGHTS
 from promoe_ds.config.optimizer import EMA
 from promoe_ds.config.schema import RunConfig
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.errors import CheckpointError
 from promoe_ds.logs import Progress, get_logger
 from promoe_ds.model.shards import MAX_SHARD_BYTES, digest
@@ -183,6 +184,15 @@ def find_weights(source: Source, weights: str | None) -> str:
             f"{source.info.path}: holds no {wanted} weights, only {', '.join(known)}"
         )
     return known[wanted]
+
+
+def with_latents_of(config: RunConfig, saved: RunConfig) -> RunConfig:
+    """Return the config of a run that takes over a saved run's weights, with what its latents were
+    normalised by: sampling asks for it, and training compares it with the data's own.
+    """
+    data = {"latent_normalization": "auto", "latents_normalized": False}
+    data |= asdict(LatentNormalization.of(saved.data))
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
 
 
 def _notes(source: Source, request: Request, kinds: dict[str, str]) -> list[str]:

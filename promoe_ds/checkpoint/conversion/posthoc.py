@@ -113,23 +113,23 @@ class PosthocSource:
     def _mix(self, length: float) -> tuple[list[tuple[float, TrainingSource, str]], float]:
         """Return the averages to mix, each with its weight, and the misfit."""
         lengths = self._newest.info.config.optimizer.ema_sigma_rels
-        if not lengths:
-            raise CheckpointError(
-                f"{self._newest.info.path}: holds no power-function averages"
-                " (optimizer.ema_sigma_rels is empty): a length can be chosen only of a run that"
-                " kept them"
-            )
+        known = {power_average(kept): kept for kept in lengths}
         held = [
-            (source, kept)
+            (source, name)
             for source in self._sources
-            for kept in lengths
-            if power_average(kept) in source.kinds
+            for name in known
+            # Where a run starts from converted weights, its averages have seen no step yet.
+            if name in source.kinds and source.info.step > source.info.averages_since.get(name, 0)
         ]
-        begins = {source.info.averages_since.get(power_average(kept), 0) for source, kept in held}
-        if (
-            len(begins) != 1
-            or len({source.info.config.parallel.expert_order for source in self._sources}) > 1
-        ):
+        if not held:
+            raise CheckpointError(
+                f"{self._newest.info.path}: holds no power-function averages of its own training"
+                f" (optimizer.ema_sigma_rels={list(lengths)}): a length can be chosen only of a"
+                " run that kept them"
+            )
+        begins = {source.info.averages_since.get(name, 0) for source, name in held}
+        orders = {source.info.config.parallel.expert_order for source in self._sources}
+        if len(begins) != 1 or len(orders) != 1:
             raise CheckpointError(
                 f"{self._newest.info.path.parent}: averages that began at different steps"
                 f" ({', '.join(map(str, sorted(begins)))}), or experts moved in between, cannot be"
@@ -138,8 +138,8 @@ class PosthocSource:
         (begin,) = begins
         weights, misfit = mixing_weights(
             [
-                Profile(step=source.info.step - begin, exponent=power_exponent(kept))
-                for source, kept in held
+                Profile(step=source.info.step - begin, exponent=power_exponent(known[name]))
+                for source, name in held
             ],
             Profile(step=self._newest.info.step - begin, exponent=power_exponent(length)),
         )
@@ -153,8 +153,8 @@ class PosthocSource:
                 " (train.keep_every)"
             )
         return [
-            (float(weight), source, power_average(kept))
-            for weight, (source, kept) in zip(weights, held, strict=True)
+            (float(weight), source, name)
+            for weight, (source, name) in zip(weights, held, strict=True)
             if abs(weight) > _NEGLIGIBLE
         ], misfit
 

@@ -48,8 +48,14 @@ class OfficialSource(StateSource):
         check_records(path)
         with explaining(f"{path}: is not laid out as the published code does it"):
             self._tensors, note = _read_sections(path, content)
-            states = _optimizer_states(content)
-            step = int(content["step"] if "step" in content else _updates(states))
+            for state in self._tensors.values():
+                _drop_fixed_positions(path, state, config)
+            found = filter(None, (content.get(name) for name in _OPTIMIZERS))
+            optimizer: dict[str, Any] = next(found, {})
+            if states := optimizer.get("state"):
+                self._tensors |= _read_moments(path, next(iter(self._tensors.values())), states)
+                self.optimizer_step = int(next(iter(states.values()))["step"])
+            step = int(content.get("step", self.optimizer_step or 0))
             note = "; ".join(filter(None, [note, _time_note(content, config)]))
             info = SourceInfo(
                 path=path,
@@ -63,12 +69,9 @@ class OfficialSource(StateSource):
             self._keys = {
                 name: published_shapes(name, shape, config) for name, shape in self.shapes.items()
             }
-            for kind in self._tensors:
-                self._drop_fixed_positions(kind)
-            self._find_moments(states)
             for kind, tensors in self._tensors.items():
-                found = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
-                self._add_kind(kind, found, self._keys)
+                types = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+                self._add_kind(kind, types, self._keys)
 
     def read(self, kind: str, name: str) -> Tensor:
         """Return one whole tensor and note that it was read."""
@@ -77,41 +80,27 @@ class OfficialSource(StateSource):
             self._coverage[kind].add(key)
         return rename_official(values, self.info.config)[name]
 
-    def _drop_fixed_positions(self, kind: str) -> None:
-        """Drop the position table of a kind where it is the computed one."""
-        state = self._tensors[kind]
-        if POSITIONS not in state:
-            raise CheckpointError(f"{self.info.path}: {POSITIONS} is missing")
-        if not rename_official({POSITIONS: copy_tensor(state[POSITIONS])}, self.info.config):
-            del state[POSITIONS]
 
-    def _find_moments(self, states: dict[int, Any]) -> None:
-        """Find moments by their numbers: the published optimizer counts as modules register."""
-        if not states:
-            return
-        weights = next(iter(self._tensors.values()))
-        counted = [key for key in weights if is_published_parameter(key) and key != POSITIONS]
-        named = {key: states[index] for index, key in enumerate(counted, 1) if index in states}
-        if not len(named) == len(states) == len(counted):
-            raise CheckpointError(
-                f"{self.info.path}: its optimizer holds the state of {len(states)} parameters, "
-                f"expected {len(counted)}"
-            )
-        for kind in MOMENTS:
-            self._tensors[kind] = {key: state[kind] for key, state in named.items()}
-        self.optimizer_step = int(named[counted[0]]["step"])
+def _drop_fixed_positions(path: Path, state: dict[str, Tensor], config: RunConfig) -> None:
+    """Drop the position table of a set of weights where it is the computed one."""
+    if POSITIONS not in state:
+        raise CheckpointError(f"{path}: {POSITIONS} is missing")
+    if not rename_official({POSITIONS: copy_tensor(state[POSITIONS])}, config):
+        del state[POSITIONS]
 
 
-def _optimizer_states(content: dict[str, Any]) -> dict[int, Any]:
-    """Return the optimizer's state of each parameter by its number; none where it was not kept."""
-    for name in _OPTIMIZERS:
-        if optimizer := content.get(name):
-            return optimizer.get("state") or {}
-    return {}
-
-
-def _updates(states: dict[int, Any]) -> int:
-    return int(next(iter(states.values()))["step"]) if states else 0
+def _read_moments(
+    path: Path, weights: dict[str, Tensor], states: dict[int, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """Find moments by their numbers: the published optimizer counts as modules register."""
+    counted = [key for key in weights if is_published_parameter(key) and key != POSITIONS]
+    named = {key: states[index] for index, key in enumerate(counted, 1) if index in states}
+    if not len(named) == len(states) == len(counted):
+        raise CheckpointError(
+            f"{path}: its optimizer holds the state of {len(states)} parameters, expected"
+            f" {len(counted)}"
+        )
+    return {kind: {key: state[kind] for key, state in named.items()} for kind in MOMENTS}
 
 
 def _time_note(content: dict[str, Any], config: RunConfig) -> str:

@@ -36,7 +36,6 @@ from promoe_ds.model.export import (
     TRAINING_STEM,
     WEIGHTS_STEM,
     read_export_config,
-    read_export_origin,
 )
 from promoe_ds.model.shards import ShardReader
 from promoe_ds.model.state import POSITIONS, buffer_names, shape_problems, state_shapes
@@ -185,11 +184,8 @@ class ExportSource(StateSource):
         is_pipeline = (folder / MODEL_INDEX).is_file()
         weights = folder / TRANSFORMER if is_pipeline else folder
         stem, prefix = (PIPELINE_STEM, KEY_PREFIX) if is_pipeline else (WEIGHTS_STEM, "")
-        config, origin = (
-            read_pipeline_config(folder)
-            if is_pipeline
-            else (read_export_config(folder), read_export_origin(folder))
-        )
+        read_config = read_pipeline_config if is_pipeline else read_export_config
+        config, origin = read_config(folder)
         _check_origin(weights / CONFIG_FILE, origin)
         # A pipeline has weights alone, though it may come from an export that had more.
         training = {} if is_pipeline else origin

@@ -16,7 +16,14 @@ from promoe_ds.checkpoint.conversion.pipeline_folder import (
     TRANSFORMER,
     write_pipeline_configs,
 )
-from promoe_ds.checkpoint.manifest import FileRecord, Layout, Manifest, checksum, step_folder
+from promoe_ds.checkpoint.manifest import (
+    CONVERTED,
+    FileRecord,
+    Layout,
+    Manifest,
+    checksum,
+    step_folder,
+)
 from promoe_ds.checkpoint.torch_file import TorchFileWriter
 from promoe_ds.checkpoint.zero_files import MODEL_STATES, MOMENTS, PREFIX, WEIGHTS, is_weights
 from promoe_ds.config.schema import RunConfig
@@ -147,36 +154,33 @@ class OfficialTarget:
     def __init__(self, folder: Path, content: Content) -> None:
         """Write the file's structure, and the position table where it is the computed one."""
         self._config = content.config
-        tensors = {kind: _published_tensors(content, kind) for kind in content.kinds}
+        self._tensors = {kind: _published_tensors(content, kind) for kind in content.kinds}
         raw, average, *moments = content.kinds
         skeleton: dict[str, Any] = {
             "step": content.step,
-            "model_state_dict": tensors[raw],
-            "ema_model_state_dict": tensors[average],
+            "model_state_dict": self._tensors[raw],
+            "ema_model_state_dict": self._tensors[average],
         }
-        counted = [key for key in tensors[raw] if is_published_parameter(key)]
+        counted = [key for key in self._tensors[raw] if is_published_parameter(key)]
+        states: dict[int, dict[str, Tensor]] = {}
         if moments:
             states = {
-                index: {"step": torch.empty(()), **{kind: tensors[kind][key] for kind in moments}}
+                index: {
+                    "step": torch.empty(()),
+                    **{kind: self._tensors[kind][key] for kind in moments},
+                }
                 for index, key in enumerate(counted)
                 if key != POSITIONS
             }
             group = {**_optimizer_settings(content.config), "params": list(range(len(counted)))}
             skeleton["optimizer_state_dict"] = {"state": states, "param_groups": [group]}
         self._writer = TorchFileWriter(folder / f"ckpt_step_{content.step}.pth", skeleton)
-        written = self._writer.content
-        self._places = {
-            raw: written["model_state_dict"],
-            average: written["ema_model_state_dict"],
-        }
-        for kind in moments:
-            states = written["optimizer_state_dict"]["state"]
-            self._places[kind] = {counted[index]: state[kind] for index, state in states.items()}
         for kind in (raw, average):
             if OUR_POSITIONS not in content.kinds[kind]:
                 table = to_official({}, content.config)[POSITIONS]
-                self._writer.write(self._places[kind][POSITIONS], table)
-        self._writer.write_steps(written.get("optimizer_state_dict"), content.optimizer_step)
+                self._writer.write(self._tensors[kind][POSITIONS], table)
+        for state in states.values():  # one each: an optimizer counts in them
+            self._writer.write(state["step"], torch.tensor(float(content.optimizer_step or 0)))
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor, an expert stack to as many places as it has experts; return `digest` of
@@ -184,7 +188,7 @@ class OfficialTarget:
         """
         for key, piece in to_official({name: value}, self._config).items():
             if key != POSITIONS or name == OUR_POSITIONS:
-                self._writer.write(self._places[kind][key], piece)
+                self._writer.write(self._tensors[kind][key], piece)
         return digest(value)
 
     def close(self) -> None:
@@ -230,27 +234,29 @@ class TrainingTarget:
         self._content, self._folder = content, folder / step_folder(content.step)
         self._folder.mkdir()
         self._running_state: dict[str, Tensor] = {}
+        self._tensors = {
+            kind: {name: content.empty(kind, name) for name in named}
+            for kind, named in content.kinds.items()
+        }
         _, *states = content.kinds
         parameters = [name for name in content.kinds[WEIGHTS] if name not in content.buffers]
         skeleton: dict[str, Any] = {
-            "module": {
-                f"{PREFIX}{name}": content.empty(WEIGHTS, name) for name in content.kinds[WEIGHTS]
-            }
+            "module": {f"{PREFIX}{name}": place for name, place in self._tensors[WEIGHTS].items()}
         }
+        step = {} if content.optimizer_step is None else {"step": torch.empty(())}
         if states:
-            step = {} if content.optimizer_step is None else {"step": torch.empty(())}
             group = {
                 "params": list(range(len(parameters))),
                 "param_names": [f"{PREFIX}{name}" for name in parameters],
             }
             state = {
-                index: {**step, **{kind: content.empty(kind, name) for kind in states}}
+                index: step | {kind: self._tensors[kind][name] for kind in states}
                 for index, name in enumerate(parameters)
             }
             skeleton["optimizer"] = {"param_groups": [group], "state": state}
         self._writer = TorchFileWriter(self._folder / MODEL_STATES, skeleton)
-        self._index = {name: index for index, name in enumerate(parameters)}
-        self._writer.write_steps(self._writer.content.get("optimizer"), content.optimizer_step)
+        for place in step.values():
+            self._writer.write(place, torch.tensor(float(content.optimizer_step)))
 
     def write(self, kind: str, name: str, value: Tensor) -> str:
         """Write one tensor; return `digest` of it. The routers' running state belongs to the
@@ -266,21 +272,15 @@ class TrainingTarget:
                     f"{name} of {kind} differs from that of the weights, and a deepspeed checkpoint"
                     " holds one: take one set of weights with --weights"
                 )
-        if kind == WEIGHTS:
-            self._writer.write(self._writer.content["module"][f"{PREFIX}{name}"], value)
-        elif name in self._index:
-            self._writer.write(
-                self._writer.content["optimizer"]["state"][self._index[name]][kind], value
-            )
+        if kind == WEIGHTS or name not in self._content.buffers:
+            self._writer.write(self._tensors[kind][name], value)
         return digest(value)
 
     def close(self) -> None:
         """Flush, then write the manifest and the pointer to it."""
         self._writer.close()
         path = self._folder / MODEL_STATES
-        layout = Layout(
-            world_size=1, ep_size=1, dispatch="converted", zero_stage=0, precision="fp32"
-        )
+        layout = Layout(world_size=1, ep_size=1, dispatch=CONVERTED, zero_stage=0, precision="fp32")
         Manifest(
             step=self._content.step,
             samples_seen=self._content.samples_seen,

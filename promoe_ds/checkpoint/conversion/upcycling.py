@@ -27,11 +27,13 @@ from promoe_ds.checkpoint.conversion.convert import (
     find_weights,
     open_source,
     refuse_existing,
+    with_latents_of,
 )
 from promoe_ds.checkpoint.conversion.sources import Source, SourceInfo
 from promoe_ds.checkpoint.zero_files import WEIGHTS
 from promoe_ds.config.schema import RunConfig
 from promoe_ds.data import build_dataset, largest_bucket, sample_indices
+from promoe_ds.data.normalization.values import LatentNormalization
 from promoe_ds.diffusion import DiffusionBatch, build_objective, draw_batch
 from promoe_ds.errors import CheckpointError, ConfigError, differences
 from promoe_ds.model.build import build_model
@@ -144,9 +146,11 @@ class _UpcycledSource:
             "source_kind": kind,
             "gate_scales": {str(index): start.gate_scale for index, start in starts.items()},
         }
+        saved = dense.info.config
+        states = not LatentNormalization.of(saved.data).is_identity
         self.info = replace(
             dense.info,
-            config=config,
+            config=with_latents_of(config, saved) if states else config,
             origin=origin,
             averages_since={},
             note=_describe(config, self._split, starts.values(), noise),
@@ -164,9 +168,9 @@ class _UpcycledSource:
             self.shapes[name],
             self._feed_forward(block),
             self._split,
+            self.info.config,
             noise=self._noise,
             gate_scale=self._starts[block].gate_scale,
-            seed=self.info.config.train.seed,
         )
 
     def check(self, kind: str) -> int:
@@ -268,12 +272,8 @@ def _initial_router(config: RunConfig, index: int) -> Router:
     router = build_router(config, index)
     router.reset_state()
     for name, parameter in router.named_parameters():
-        fill_parameter(
-            parameter,
-            f"blocks.{index}.moe.router.{name}",
-            config.train.seed,
-            gate=router.initial_gate,
-        )
+        full_name = f"blocks.{index}.moe.router.{name}"
+        fill_parameter(parameter, full_name, config.train.seed, config.routing)
     if isinstance(router, ClassificationRouter) and config.routing.superclasses is not None:
         router.set_superclasses(config.routing.superclasses)
     return router

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,22 @@ from promoe_ds.checkpoint.conversion.convert import Request, convert, open_sourc
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
 from promoe_ds.model import DiT
-from promoe_ds.model.export import save_export
 
-from ..builders import METHODS, NO_NULL, TEXT, of_method, random_network, small_config
+from ..builders import (
+    METHODS,
+    NO_NULL,
+    TEXT,
+    of_method,
+    random_network,
+    save_export,
+    small_config,
+)
 
 LABELS = "label_embedding.table.weight"
 
 
 def _export(folder: Path, network: DiT) -> Path:
-    save_export(folder, network.state_dict(), network.config, {"step": 7, "kind": "ema"})
-    return folder
+    return save_export(folder, network, step=7, kind="ema")
 
 
 def _start(path: Path, config: RunConfig, **options: Any) -> dict[str, torch.Tensor]:
@@ -107,9 +114,10 @@ def test_label_map_of_as_many_classes_moves_rows(small, tmp_path) -> None:
     path, before = small
     labels = tmp_path / "labels.yaml"
     labels.write_text("".join(f"{new}: {9 - new}\n" for new in range(10)), encoding="utf-8")
-    checkpoint = tmp_path / "checkpoint"
+    checkpoint, link = tmp_path / "checkpoint", tmp_path / "latest"
     convert(path, Request(destination=checkpoint, to="deepspeed"))
-    for source in (path, checkpoint):
+    link.symlink_to(path)
+    for source in (path, link, checkpoint, checkpoint / "latest"):
         after = _start(source, small_config(), label_map=labels)
         assert torch.equal(after[LABELS], before[LABELS][[*range(9, -1, -1), 10]])
 
@@ -172,6 +180,13 @@ def test_text_in_place_of_classes_adds_nothing_at_first(small) -> None:
             assert not value.any(), name
 
 
+def test_run_with_frozen_labels_starts_one_of_texts(tmp_path) -> None:
+    network = random_network(train={"freeze": ["label_embedding.*", "patch_embedding.*"]})
+    path, before = _export(tmp_path / "export", network), network.state_dict()
+    after = _start(path, small_config(**TEXT))
+    assert torch.equal(after["patch_embedding.proj.bias"], before["patch_embedding.proj.bias"])
+
+
 def test_own_checkpoint_is_taken_as_it_is(small, tmp_path) -> None:
     path, _ = small
     checkpoint = tmp_path / "checkpoint"
@@ -180,6 +195,20 @@ def test_own_checkpoint_is_taken_as_it_is(small, tmp_path) -> None:
     assert found[0].parent == checkpoint and not (tmp_path / "start").exists()
     other = small_config(model={"depth": 3})
     assert find_start(checkpoint, other, tmp_path / "start") == found, "loading names what differs"
+
+
+def test_newest_checkpoint_without_a_readable_manifest_is_left_to_resuming(small, tmp_path) -> None:
+    """Resuming skips it and says so, as it does with other damage."""
+    path, _ = small
+    checkpoints = tmp_path / "run" / "checkpoints"
+    convert(path, Request(destination=checkpoints, to="deepspeed"))
+    damaged = checkpoints / "step_0000009"
+    damaged.mkdir()
+    (damaged / "manifest.json").write_text("{", encoding="utf-8")
+    found = find_start(tmp_path / "run", small_config(), tmp_path / "start")
+    assert [folder.name for folder in found] == ["step_0000009", "step_0000000"]
+    shutil.rmtree(checkpoints / "step_0000000")
+    assert find_start(tmp_path / "run", small_config(), tmp_path / "start") == [damaged]
 
 
 @pytest.mark.parametrize(

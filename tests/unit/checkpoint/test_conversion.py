@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from promoe_ds.checkpoint.conversion import Request, convert
+from promoe_ds.checkpoint.conversion.convert import open_source
 from promoe_ds.checkpoint.conversion.targets import Content, TrainingTarget
 from promoe_ds.checkpoint.manifest import FileRecord, checksum, read_manifest, step_folder
 from promoe_ds.checkpoint.zero_files import MODEL_STATES, MOMENTS
 from promoe_ds.config import change_config
 from promoe_ds.errors import CheckpointError
 from promoe_ds.model.state import buffer_names, state_shapes
+from promoe_ds.pipeline import ProMoEPipeline
 
 from ..builders import random_tensor, small_config
 
@@ -81,11 +83,31 @@ def test_another_length_from_a_checkpoint_of_another_name_or_the_working_folder(
     assert all(torch.equal(a[name], value) for name, value in b.items())
 
 
-@pytest.fixture
-def export(checkpoint: Path, tmp_path: Path) -> Path:
+def test_another_length_of_a_start_from_converted_weights_is_refused(checkpoint, tmp_path) -> None:
+    """It has the averages of the run that it comes from, which are no profile of its own steps."""
+    assert go(checkpoint, tmp_path / "start", "deepspeed") == ""
+    message = go(tmp_path / "start", tmp_path / "x", ema_sigma_rel=0.08)
+    assert "step_0000000: holds no power-function averages of its own training" in message
+
+
+def test_pipeline_of_a_checkpoint_says_what_it_is_when_it_is_saved(checkpoint, tmp_path) -> None:
+    ProMoEPipeline.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")
+    saved = open_source(tmp_path / "saved")
+    assert (saved.info.step, saved.info.samples_seen, list(saved.kinds)) == (4, 1024, ["ema"])
+
+
+@pytest.fixture(scope="module")
+def whole_export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an export with the state of training."""
-    assert go(checkpoint, tmp_path / "export", with_optimizer=True) == ""
-    return tmp_path / "export"
+    folder = tmp_path_factory.mktemp("whole") / "export"
+    assert go(checkpoint, folder, with_optimizer=True) == ""
+    return folder
+
+
+@pytest.fixture
+def export(whole_export: Path, tmp_path: Path) -> Path:
+    """Return a copy that a test may change."""
+    return Path(shutil.copytree(whole_export, tmp_path / "export"))
 
 
 def change_weights(export: Path, change: Callable[[Tensor], Tensor], *names: str) -> None:

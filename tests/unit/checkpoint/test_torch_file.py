@@ -75,11 +75,12 @@ def test_what_was_read_of_a_mapped_file_leaves_the_memory(path: Path) -> None:
 
 
 def test_written_file_equals_torch_save(path: Path) -> None:
-    writer = TorchFileWriter(path, {"a": torch.empty(5, 12), "b": [torch.empty(0), 3]})
+    content = {"a": torch.empty(5, 12), "b": [torch.empty(0), 3]}
+    writer = TorchFileWriter(path, content)
     with pytest.raises(CheckpointError):
-        writer.write(writer.content["a"], torch.zeros(5, 11))
-    writer.write(writer.content["a"], VALUES["a"])
-    writer.write(writer.content["b"][0], torch.empty(0))
+        writer.write(content["a"], torch.zeros(5, 11))
+    writer.write(content["a"], VALUES["a"])
+    writer.write(content["b"][0], torch.empty(0))
     writer.close()
     assert zipfile.ZipFile(path).testzip() is None
     for is_mapped in (False, True):

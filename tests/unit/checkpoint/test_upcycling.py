@@ -14,15 +14,13 @@ from promoe_ds.checkpoint.conversion import UpcycleRequest, upcycle
 from promoe_ds.checkpoint.conversion.convert import open_source
 from promoe_ds.config import RunConfig
 from promoe_ds.errors import CheckpointError, ConfigError
-from promoe_ds.model.export import save_export
 
-from ..builders import METHODS, MODERN, of_method, random_network, small_config
+from ..builders import METHODS, MODERN, of_method, random_network, save_export, small_config
 
 
 def export_dense(folder: Path, **sections: Any) -> Path:
     network = random_network(**sections, routing={"method": "dense"})
-    save_export(folder, network.state_dict(), network.config, {"step": 5, "kind": "ema"})
-    return folder
+    return save_export(folder, network, step=5, kind="ema")
 
 
 @pytest.fixture
@@ -68,6 +66,24 @@ def test_upcycle_of_a_modern_block_keeps_the_dense_output_of_null_samples(tmp_pa
     assert "16 hidden units to the shared experts, 16 to each" in note
     assert differences["null samples"] < 1e-5
     assert differences["conditional samples"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("saved", "recipe", "expected"),
+    [
+        ({"latent_scale": 0.5, "latents_mean": (0.1,)}, {}, (0.5, (0.1,))),
+        ({"latent_scale": 0.5}, {"latent_scale": 0.25}, (0.5, ())),
+        ({}, {"latent_scale": 0.25}, (0.25, ())),
+    ],
+)
+def test_upcycle_keeps_what_latents_were_normalised_by(
+    tmp_path: Path, saved: dict, recipe: dict, expected: tuple
+) -> None:
+    """Samples are decoded by it, and a recipe that leaves it to its data does not know it."""
+    dense = export_dense(tmp_path / "dense", data=saved)
+    go(dense, "new", small_config(data=recipe), to="single", prototypes="random")
+    data = open_source(tmp_path / "new").info.config.data
+    assert (data.latent_scale, data.latents_mean) == expected
 
 
 def test_upcycle_scaled_prototypes_at_tokens_are_nearer_than_random_ones(dense: Path) -> None:

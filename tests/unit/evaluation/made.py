@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from promoe_ds.data.text_encoder import TextEncoder
-from promoe_ds.model.export import save_export
 
-from ..builders import random_network
+from ..builders import random_network, save_export
 from ..data.text_encoders import LONGEST, WIDTH, save_encoder
 
 
@@ -46,9 +45,7 @@ def features(count: int, dimension: int, seed: int) -> np.ndarray:
 
 def make_export(folder: Path, **sections: dict[str, Any]) -> Path:
     """Write a model of random weights, by default one of pixels."""
-    network = random_network(**sections)
-    save_export(folder / "export", network.state_dict(), network.config, origin={"step": 5})
-    return folder / "export"
+    return save_export(folder / "export", random_network(**sections), step=5)
 
 
 def text_sections(folder: Path) -> dict[str, dict[str, Any]]:

@@ -30,9 +30,10 @@ from promoe_ds.evaluation.judges.table import JUDGES
 from promoe_ds.evaluation.sample_job import draw_samples
 from promoe_ds.evaluation.sample_request import SampleRequest, read_prompts
 from promoe_ds.model import build_model, initialise
-from promoe_ds.model.export import save_export
 from promoe_ds.randomness import generator
 from promoe_ds.reports.specialisation.analysis import Settings, draw_images, expert_information
+
+from ..builders import save_export
 
 
 class _Silent(nn.Module):
@@ -196,7 +197,7 @@ def test_model_of_emoji_is_sampled_judged_and_its_experts_analysed(tmp_path, qui
     torch.manual_seed(0)
     network, judge = build_model(config).eval(), EmojiJudge()
     initialise(network, 0)
-    save_export(tmp_path / "export", network.state_dict(), network.config, origin={"step": 5})
+    save_export(tmp_path / "export", network, step=5)
     wanted = judge.wanted(6)
     request = SampleRequest(model=tmp_path / "export", out=tmp_path / "out", steps=2, **wanted)
     draw_samples(request)

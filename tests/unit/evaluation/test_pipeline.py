@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -37,6 +38,16 @@ def test_pipeline_of_latents_of_one_channel_needs_a_vae_for_images() -> None:
         4,
         1,
     )
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_pipeline_takes_labels_of_arrays_and_tensors(kind: Any) -> None:
+    pipeline = make_pipeline()
+    images = pipeline(kind([0, 1, 2]), num_inference_steps=2, output_type="np").images
+    assert images.shape == (3, 4, 4, 1)
+    for none in ([], None, kind([])):
+        with pytest.raises(ConfigError, match=r"class_labels=\[\]: this model knows"):
+            pipeline(none, num_inference_steps=2)
 
 
 def test_pipeline_of_a_model_that_is_not_square_draws_its_size(tmp_path: Path) -> None:

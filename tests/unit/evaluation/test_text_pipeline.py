@@ -68,6 +68,12 @@ def test_pipeline_draws_what_the_command_draws_also_when_saved_again(
         assert np.array_equal((images * 255).round().astype("uint8"), drawn)
 
 
+def test_one_prompt_is_encoded_as_one(folders: tuple[Path, Path]) -> None:
+    pipeline = ProMoEPipeline.from_pretrained(folders[1])
+    one, listed = pipeline.encode_prompt(APPLE), pipeline.encode_prompt([APPLE])
+    assert len(one) == 1 and torch.equal(one.tokens_BLC, listed.tokens_BLC)
+
+
 def test_generators_give_the_seeds_of_images(folders: tuple[Path, Path]) -> None:
     pipeline = ProMoEPipeline.from_pretrained(folders[1])
 

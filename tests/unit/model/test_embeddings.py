@@ -1,4 +1,4 @@
-"""Patches, positions, timestep and label embeddings against direct formulas."""
+"""Patches, positions and timestep embeddings against direct formulas."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from promoe_ds.condition import ClassCondition
-from promoe_ds.model.embeddings import (
-    LabelEmbedding,
-    PatchEmbedding,
-    TimestepEmbedding,
-    sincos_positions,
-)
+from promoe_ds.model.embeddings import PatchEmbedding, TimestepEmbedding, sincos_positions
 
-from ..builders import random_tensor, small_config
+from ..builders import random_tensor
 
 
 def wave(coordinate: float, width: int) -> list[float]:
@@ -64,13 +58,6 @@ def test_timestep_embedding_bf16_rounds_sinusoids_not_angles() -> None:
     assert torch.equal(sinusoids(timestep, torch.bfloat16), sinusoids(timestep).bfloat16())
 
 
-def test_timestep_embedding_is_linear_silu_linear() -> None:
-    embedding = TimestepEmbedding(8)
-    timestep = torch.tensor([3.0, 400.0])
-    hidden = embedding.up(sinusoids(timestep))
-    torch.testing.assert_close(embedding(timestep), embedding.down(hidden * torch.sigmoid(hidden)))
-
-
 def test_patch_embedding_takes_patches_row_by_row() -> None:
     embedding = PatchEmbedding(patch_size=2, in_channels=3, width=4)
     latents = random_tensor(2, 3, 4, 6)
@@ -82,11 +69,3 @@ def test_patch_embedding_takes_patches_row_by_row() -> None:
     ]
     # Convolution and product may add in another order.
     torch.testing.assert_close(embedding(latents), torch.stack(tokens, dim=1), rtol=1e-5, atol=1e-5)
-
-
-def test_label_embedding_has_a_last_row_for_the_null_label() -> None:
-    embedding = LabelEmbedding(small_config().model.label_rows, 4)
-    assert embedding.table.weight.shape == (11, 4)
-    assert torch.equal(
-        embedding.vector(ClassCondition(torch.tensor([10, 0]), 10)), embedding.table.weight[[10, 0]]
-    )

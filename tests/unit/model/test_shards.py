@@ -47,7 +47,7 @@ def test_shards_are_read_back_exactly_by_us_and_by_others(
     files = _write(tmp_path, max_bytes)
     assert len(files) == count
     reader = ShardReader(tmp_path, "model")
-    found = dict(reader.items())
+    found = {name: reader.read(name) for name in reader.shapes}
     assert found.keys() == VALUES.keys() == {name for file in files for name in load_file(file)}
     assert all(
         torch.equal(found[name], value) and found[name].dtype == value.dtype

@@ -52,10 +52,9 @@ def build(
         for ours, theirs in DENSE_PARAMETERS[kind].items()
     }
     split = split_units(config)
-    options = {"gate_scale": scale, "noise": noise, "seed": 3}
     layer = {
         name.removeprefix("blocks.1.moe."): upcycled_parameter(
-            name, shape, values, split, **options
+            name, shape, values, split, config, gate_scale=scale, noise=noise
         )
         for name, shape in state_shapes(config).items()
         if name.startswith("blocks.1.moe.") and ".router." not in name
@@ -115,6 +114,14 @@ def test_split_scale_multiplies_routed_experts_alone() -> None:
     for name, value in plain.items():
         factor = 2.5 if name.startswith("routed.down") else 1.0
         torch.testing.assert_close(scaled[name], factor * value)
+
+
+def test_split_silent_experts_of_another_type_start_as_the_recipe_says() -> None:
+    routing = {"expert_type": "swiglu", "expert_init_std": 0.006}
+    _, layer, split = build(routing)
+    assert split.routed is None
+    for name in ("routed.up_weight", "routed.gate_weight", "unconditional.up.weight"):
+        assert layer[name].std().item() == pytest.approx(0.006, rel=0.1), name
 
 
 def test_split_noise_tells_copies_apart_by_as_much_as_asked() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 
 from promoe_ds.checkpoint.load import (
     FREE_FIELDS,
@@ -13,7 +14,7 @@ from promoe_ds.checkpoint.load import (
     _report_changes,
     differing_fields,
 )
-from promoe_ds.checkpoint.manifest import Layout, Manifest
+from promoe_ds.checkpoint.manifest import CONVERTED, Layout, Manifest
 from promoe_ds.config.loader import dotted_names
 from promoe_ds.config.optimizer import learning_rate
 from promoe_ds.errors import CheckpointError
@@ -109,6 +110,8 @@ def test_changes_that_leave_a_trace_are_told(caplog: pytest.LogCaptureFixture) -
     assert told(90, 1.0, 4, same_run=False) == ["settings changed from the checkpoint's"], (
         "a branch may well have other data"
     )
+    manifest = replace(manifest, layout=replace(layout, world_size=1, dispatch=CONVERTED))
+    assert told(100, 1.0, 2, same_run=True) == [], "nobody knows the micro-batch of a conversion"
 
 
 COSINE = {"schedule": "cosine", "lr": 1e-3}
