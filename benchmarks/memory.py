@@ -210,7 +210,9 @@ def _prepared(
     if zero is None:
         return _plain(config, ranks)
     trainer = build_trainer(config, bf16=False, zero=zero)
-    for layer in trainer.module.denoiser.moe_layers().values():
+    exchanges = config.parallel.resolved_dispatch == "alltoall"
+    layers = trainer.module.denoiser.moe_layers().values()
+    for layer in layers if exchanges else ():
         layer.router.register_forward_hook(
             lambda router, inputs, plan, layer=layer: rows.append(
                 int(layer.dispatcher.rows_leaving(plan.assignment))

@@ -76,7 +76,8 @@ def _packaged(recipe: str) -> Case:
         overrides=overrides,
         world_size=ep_size,
         layer_reads={_EXCHANGE: 1} if ep_size > 1 else {},
-        copies=9 if config.model.condition == "text" else 4,
+        # Of texts also the empty one, and the groups of captions where there are any.
+        copies=9 + (config.num_groups > 0) if config.model.condition == "text" else 4,
     )
 
 
