@@ -16,7 +16,6 @@ import numpy as np
 
 from promoe_ds.checkpoint.manifest import checksum
 from promoe_ds.config.model import size_name
-from promoe_ds.data.reading import reading
 from promoe_ds.distributed.context import DistributedContext
 from promoe_ds.errors import ConfigError, DataError
 from promoe_ds.evaluation.features import Extractor
@@ -223,13 +222,13 @@ def _holds_features(path: Path, extractor: Extractor, count: int) -> bool:
 
 def _said_extractor(path: Path) -> dict[str, Any] | None:
     """Return what a file says of the extractor that its statistics are of, as `save_statistics`
-    writes it; None where it says nothing.
+    writes it; None where it says nothing, or another program's words.
     """
     said = npz_array(path, "extractor")
-    if said is None or said.shape or said.dtype.kind != "U":
-        return None
-    with reading(path, "record of an extractor"):
-        return msgspec.json.decode(str(said), type=dict)
+    if said is not None and not said.shape and said.dtype.kind == "U":
+        with suppress(msgspec.MsgspecError, UnicodeError):
+            return msgspec.json.decode(str(said), type=dict)
+    return None
 
 
 def _gaussian(path: Path, mean_name: str, covariance_name: str) -> Gaussian | None:

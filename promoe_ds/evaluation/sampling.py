@@ -58,6 +58,8 @@ def plan_sampling(
     if problem := config.diffusion.sampling_problem(solver=solver, steps=steps):
         field, _, rest = problem.partition("=")
         raise ConfigError(f"{name_of(field)}={rest}")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"{name_of('steps')}={steps}: must be at least 1")
     scale, why = choose_scale(config, cfg_scale, name_of("cfg_scale"))
     if why:
         warn_once("%s", why)

@@ -90,9 +90,8 @@ def _unevenness(view: RunView) -> Iterator[Finding]:
             f"Layer {view.log.layers[worst]} is uneven: {uneven_L[worst]:.2f} times the mean",
             f"Its expert {first} is the fullest, expert {second} next;"
             f" {int((uneven_L > UNEVEN).sum())} of {len(uneven_L)} layers are above {UNEVEN}."
-            " Experts that follow what images show are uneven up to a point. Do nothing while it"
-            " costs no time (see placement) and does not grow; else add a balance loss or raise"
-            " routing.rcl_weight.",
+            " Experts that follow what images show are uneven up to a point: add a balance loss or"
+            " raise routing.rcl_weight only where it costs time (see placement) or grows.",
         )
 
 

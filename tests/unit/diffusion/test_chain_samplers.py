@@ -39,6 +39,7 @@ def curved(latents: Tensor, timestep: Tensor, condition: ClassCondition) -> Tens
     """Answer elementwise, by image, timestep and label, with noise and variances in and out of
     their range.
     """
+    assert timestep.shape == condition.labels_B.shape and timestep.is_floating_point()
     level = (timestep / 1000).view(-1, 1, 1, 1)
     noise = 0.45 * latents * level.sqrt() / (0.2 + level) + 0.1 * torch.sin(
         3 * latents + condition.labels_B.view(-1, 1, 1, 1)
@@ -176,6 +177,7 @@ def test_scheduler_of_a_pipeline_has_the_chain_that_was_trained(solver: str, len
     scheduler = build_scheduler(small_config(diffusion=diffusion, sampling=sampling))
     alpha_bar = scheduler.alphas_cumprod.double().numpy()
     np.testing.assert_allclose(alpha_bar, chain_by_loop(length)[1], rtol=1e-3)  # of fp32 betas
+    assert not scheduler.config.clip_sample
     scheduler.set_timesteps(2)
     if solver == "ddpm":  # a variance behind the noise
         scheduler.step(torch.zeros(1, 4, 4, 4), scheduler.timesteps[0], torch.zeros(1, 2, 4, 4))

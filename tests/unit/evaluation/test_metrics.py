@@ -302,6 +302,10 @@ def test_statistics_of_samples_give_the_distances_of_their_images(
         renamed = {"samples": samples, "reference": tmp_path / "renamed.npz"}
         with pytest.raises(DataError, match=r"renamed\.npz: .*another extractor"):
             judge(files, **{**given, **renamed})
+    with np.load(tmp_path / "reference.npz") as stated:
+        np.savez(tmp_path / "foreign.npz", **{**stated, "extractor": np.array("inception")})
+    foreign = {"reference": tmp_path / "foreign.npz"}
+    assert judge(files, **{**given, **foreign})["metrics"] == report["metrics"]
     path.write_bytes(path.read_bytes()[:99])  # what cannot be read is made again
     save_features(path, images, extractor, TEAM, batch_size=20)
     assert judge(files, **given)["metrics"] == report["metrics"]

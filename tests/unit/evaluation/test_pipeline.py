@@ -41,13 +41,15 @@ def test_pipeline_of_latents_of_one_channel_needs_a_vae_for_images() -> None:
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
-def test_pipeline_takes_labels_of_arrays_and_tensors(kind: Any) -> None:
+def test_pipeline_takes_labels_of_arrays_and_tensors_and_refuses_no_steps(kind: Any) -> None:
     pipeline = make_pipeline()
     images = pipeline(kind([0, 1, 2]), num_inference_steps=2, output_type="np").images
     assert images.shape == (3, 4, 4, 1)
     for none in ([], None, kind([])):
         with pytest.raises(ConfigError, match=r"class_labels=\[\]: this model knows"):
             pipeline(none, num_inference_steps=2)
+    with pytest.raises(ConfigError, match="num_inference_steps=-1: must be at least 1"):
+        pipeline(kind([0]), num_inference_steps=-1)
 
 
 def test_pipeline_of_a_model_that_is_not_square_draws_its_size(tmp_path: Path) -> None:

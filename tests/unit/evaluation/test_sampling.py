@@ -98,6 +98,8 @@ def test_what_every_rank_finds_is_said_once(
         (FLOW, {"solver": "ddpm"}, "--solver=ddpm .*rectified_flow.*euler"),
         (DDPM, {"solver": "euler"}, "--solver=euler .*ddpm.*ddim"),
         (DDPM, {"steps": 1001}, "--steps=1001.* 2 .*1000"),
+        (DDPM, {"steps": 0}, "--steps=0.* 2 .*1000"),
+        (FLOW, {"steps": 0}, "--steps=0: must be at least 1"),
         (FLOW, {"device": "meta"}, "--device meta"),
         (FLOW, {"device": "nothing"}, "--device nothing: .*Expected one of cpu"),
         (FLOW, {"vae": "vae"}, "--vae vae: .*leave it out"),
