@@ -181,9 +181,10 @@ class TextEncoder:
         # Only texts as long as allowed can have been cut: those are counted anew, uncut.
         full = [text for text, each in zip(whole, ids, strict=True) if len(each) == longest]
         uncut = self._tokenizer(full, verbose=False)["input_ids"] if full else []
-        # A decoder's tokenizer makes nothing of the empty text. Some number their end 0.
-        ends = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
-        known = [number for number in ends if number is not None]
+        # A decoder's tokenizer makes nothing of the empty text. An end numbered 0 counts where no
+        # padding is.
+        end, padding = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        known = [number for number in (end or padding, end) if number is not None]
         return [each or known[:1] for each in ids], sum(len(each) > longest for each in uncut)
 
 
