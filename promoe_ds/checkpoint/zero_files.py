@@ -59,8 +59,9 @@ class Contents:
         self.tensors[kind].update(parts)
         self.pieces[kind][name] = [(key, 0, value.numel()) for key, value in parts]
         if kind == WEIGHTS:
-            rows = sum(len(value) for _, value in parts)
-            self.shapes[name] = (rows, *parts[0][1].shape[1:])
+            shape = parts[0][1].shape
+            rows = [sum(len(value) for _, value in parts)] if shape else []
+            self.shapes[name] = (*rows, *shape[1:])
 
 
 def find_slices(open_file: Open, layout: Layout, model: Any, folder: Path) -> Contents:

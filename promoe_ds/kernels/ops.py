@@ -90,7 +90,8 @@ def fused_op(name: str, changes: tuple[str, ...] = ()) -> Callable[[Callable[...
     `launch` to fill them.
 
     On tensors without values, as tracing and compiling have them, the same function makes the
-    results, and nothing is launched.
+    results, and nothing is launched. It asks for `shape[0]`: `len` would fix the shape, and every
+    other number of rows would be compiled anew.
     Args:
         changes: names of the arguments that it writes to.
     """
@@ -135,7 +136,7 @@ def _combine(
     out, width = torch.empty_like(base_TD), base_TD.shape[1]
     launch(
         "programs.combine",
-        (len(base_TD),),
+        (base_TD.shape[0],),
         rows_ND,
         gates_N,
         base_TD,
@@ -194,10 +195,10 @@ def _select_rows(
 @fused_op("sum_rows_of_tokens")
 def _sum_rows_of_tokens(rows_ND: Tensor, order_N: Tensor, starts_T: Tensor) -> Tensor:
     width = rows_ND.shape[1]
-    out = rows_ND.new_empty(len(starts_T) - 1, width)
+    out = rows_ND.new_empty(starts_T.shape[0] - 1, width)
     launch(
         "programs.combine",
-        (len(out),),
+        (out.shape[0],),
         rows_ND,
         rows_ND,
         out,
@@ -227,7 +228,7 @@ def sum_in_parts(
     rows_D: Tensor, ids_N: Tensor | None, ends_E: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return the sum of each expert's rows, given themselves or by their ids, (E, D) in `dtype`."""
-    width, experts = rows_D.shape[1], len(ends_E)
+    width, experts = rows_D.shape[1], ends_E.shape[0]
     partial = torch.empty(1, PARTS, experts, width, device=rows_D.device)
     launch(
         "programs.sum_rows_by_expert",
@@ -305,10 +306,10 @@ def _spread_to_tokens(
     dtype: torch.dtype,
 ) -> Tensor:
     width = values_ED.shape[1]
-    out = values_ED.new_empty(len(starts_T) - 1, width, dtype=dtype)
+    out = values_ED.new_empty(starts_T.shape[0] - 1, width, dtype=dtype)
     launch(
         "programs.spread_to_tokens",
-        (len(out),),
+        (out.shape[0],),
         values_ED,
         order_N,
         starts_T,
@@ -316,7 +317,7 @@ def _spread_to_tokens(
         *[*bases_TD, out, out][:2],
         out,
         D=width,
-        E=len(ends_E),
+        E=ends_E.shape[0],
         BLOCK=power_of_two(width),
         BASES=len(bases_TD),
     )

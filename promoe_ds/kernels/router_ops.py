@@ -74,7 +74,7 @@ class _CosineAndTokens(Function):
 @fused_op("cosine")
 def _cosine(tokens_TD: Tensor, keys_ED: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the cosines, the tokens' norms and the keys' norms."""
-    tokens, experts = len(tokens_TD), len(keys_ED)
+    tokens, experts = tokens_TD.shape[0], keys_ED.shape[0]
     cosines_TE = tokens_TD.new_empty(tokens, experts, dtype=torch.float32)
     found = cosines_TE, cosines_TE.new_empty(tokens), cosines_TE.new_empty(experts)
     launch(
@@ -100,7 +100,7 @@ def _cosine_backward(
     key_norms_E: Tensor,
     base_TD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    (tokens, width), experts, shape = tokens_TD.shape, len(keys_ED), _shape(keys_ED)
+    (tokens, width), experts, shape = tokens_TD.shape, keys_ED.shape[0], _shape(keys_ED)
     grad_tokens, grad_keys = torch.empty_like(tokens_TD), torch.empty_like(keys_ED)
     parts, blocks = min(8 * PARTS, -(-tokens // ROWS)), -(-width // COLUMNS)
     partial = torch.empty(parts, experts, width, device=tokens_TD.device)
@@ -145,7 +145,7 @@ def _contrast(
     token_sums_ED: Tensor, counts_E: Tensor, keys_ED: Tensor, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, its slopes, and what `programs.contrast` calls vectors."""
-    new, experts = token_sums_ED.new_empty, len(token_sums_ED)
+    new, experts = token_sums_ED.new_empty, token_sums_ED.shape[0]
     found = new(()), new(experts, experts), new(4, experts)
     launch(
         "router_programs.contrast",

@@ -103,7 +103,7 @@ def _sort_choices(
 def _sort_choices_backward(
     grad_N: Tensor, order_N: Tensor, starts_T: Tensor, is_routed_B: Tensor, top_k: int
 ) -> Tensor:
-    choices = (len(starts_T) - 1) * top_k
+    choices = (starts_T.shape[0] - 1) * top_k
     grad_C = grad_N.new_empty(choices)
     launch(
         "sort_programs.place_choices_backward",
@@ -115,7 +115,7 @@ def _sort_choices_backward(
         grad_C,
         choices,
         K=top_k,
-        CHOICES=choices // len(is_routed_B),
+        CHOICES=choices // is_routed_B.shape[0],
         BLOCK=_GATES,
     )
     return grad_C

@@ -26,6 +26,8 @@ from promoe_ds.launch.processes import kill_leftover_processes
 
 _PACKAGES = ("torch", "deepspeed", "promoe_ds")
 _GPU_QUERY_SECONDS = 120.0
+#: What `installed_software` calls this package's checksum.
+CONTENT = "the content of promoe_ds"
 
 
 def describe(names: Sequence[str]) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def installed_software() -> dict[str, str]:
     for path in sorted(root.rglob("*")):
         if path.suffix in (".py", ".yaml") and path.is_file():
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return found | {"the content of promoe_ds": digest.hexdigest()[:16]}
+    return found | {CONTENT: digest.hexdigest()[:16]}
 
 
 def config_hash(

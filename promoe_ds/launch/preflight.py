@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from promoe_ds.config import count_parameters
 from promoe_ds.errors import LaunchError
-from promoe_ds.launch.agent import config_hash, installed_software
+from promoe_ds.launch.agent import CONTENT, config_hash, installed_software
 from promoe_ds.launch.environment import require_launchable
 from promoe_ds.launch.layout import Job
 from promoe_ds.launch.network import choose_interface
@@ -42,7 +42,7 @@ _REMEDIES = {
 class _Hosts:
     """The agents of all hosts, and the problems so far: `HOST: problem: remedy`, each once."""
 
-    agents: Mapping[str, Agent]
+    agents: dict[str, Agent]
     problems: dict[str, None] = field(default_factory=dict)
 
     def each(self, action: Callable[[Agent], _T]) -> Iterator[tuple[str, _T]]:
@@ -77,12 +77,12 @@ def check_hosts(job: Job, environment: Mapping[str, str]) -> dict[str, Any]:
     require_launchable(job.run_dir)
     with connected(job.host_names, environment) as agents:
         hosts = _Hosts(agents)
+        described = dict(hosts.ask("describe", names=job.host_names))
+        _check_software(hosts, described)
         for check in (_check_clock, _check_config, _check_run_directory):
             check(job, hosts)
         if environment.get("DS_ACCELERATOR") != "cpu":
             _check_gpus(job, hosts)
-        described = dict(hosts.ask("describe", names=job.host_names))
-        _check_software(hosts, described)
         if described:
             _check_network(job, hosts, described, environment)
     if hosts.problems:
@@ -121,7 +121,9 @@ def _check_config(job: Job, hosts: _Hosts) -> None:
 
 
 def _check_software(hosts: _Hosts, described: Mapping[str, dict[str, Any]]) -> None:
-    """Compare software with this host's; find two names of one machine."""
+    """Compare software with this host's; find two names of one machine. Whoever has another code
+    of this package, whose answers may be others, is asked nothing more.
+    """
     here = installed_software()
     machines: dict[tuple, str] = {}
     for host, answer in described.items():
@@ -134,6 +136,8 @@ def _check_software(hosts: _Hosts, described: Mapping[str, dict[str, Any]]) -> N
         )
         if first != host:
             hosts.add(host, f"is the same machine as {first}", "keep one line with all its slots")
+        if answer["software"].get(CONTENT) != here[CONTENT]:
+            hosts.agents.pop(host)
 
 
 def _check_run_directory(job: Job, hosts: _Hosts) -> None:
@@ -180,7 +184,7 @@ def _check_network(
         host, _, problem = str(error).partition(": ")
         return hosts.add(host, problem, 'see docs/guides/multinode.md, "Interfaces"')
     first = job.host_names[0]
-    if first in described:
+    if first in hosts.agents and first in described:
         address = described[first]["interfaces"][interface]
         master = _Hosts({first: hosts.agents[first]}, hosts.problems)
         list(master.ask("port", address=address, port=job.master_port))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 
 from promoe_ds.errors import OrphanedError
 from promoe_ds.launch.heartbeat import this_rank
-from promoe_ds.launch.processes import launcher_chain, lost_deepspeed
+from promoe_ds.launch.processes import broken_link, launcher_chain, lost_deepspeed
 
 #: Signals that a rank takes as a shutdown request; a launcher takes SIGHUP as well.
 RANK_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -66,10 +68,20 @@ class EarlySignals(ShutdownRequest):
             file=sys.__stderr__
         )  # NCCL's time-outs abort the process: show its stacks
         super().__init__()
+        self._numbers, into = os.pipe()
+        for end in (self._numbers, into):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(into, warn_on_full_buffer=False)
 
-    def handle(self, number: int, frame: object) -> None:
-        """Take a signal; one from the terminal came to the launcher, too."""
-        super().handle(number, frame)
-        if number == signal.SIGINT:
-            # At Ctrl-C `deepspeed` ends, and the launcher below it waits for its ranks.
-            self.chain = self.chain[:1]
+    def lost_launcher(self) -> str:
+        """Return which of the launcher's processes is gone, "" if none; from any thread.
+
+        At Ctrl-C `deepspeed` ends, and the launcher below it waits for its ranks. The main thread
+        may take the signal much later, after a step: its number is in the pipe before.
+        """
+        gone = broken_link(self.chain)
+        with suppress(BlockingIOError):
+            if gone and signal.SIGINT in os.read(self._numbers, 1 << 16):
+                self.chain = self.chain[:1]
+                gone = broken_link(self.chain)
+        return gone

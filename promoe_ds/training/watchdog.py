@@ -16,7 +16,6 @@ from promoe_ds.launch.heartbeat import (
     this_rank,
     write_rank_status,
 )
-from promoe_ds.launch.processes import broken_link
 from promoe_ds.launch.shutdown import EarlySignals
 from promoe_ds.logs import get_logger, rank_from_environment
 from promoe_ds.run_files import STACKS_FOLDER, make_folder
@@ -80,7 +79,7 @@ class Watchdog:
                 end_rank(Interrupted(f"{self._here()}: not saved"))
             if now > self._deadline:
                 self._end_stalled()
-            if gone := broken_link(self._early.chain):
+            if gone := self._early.lost_launcher():
                 self._end_orphaned(f"{gone} is gone, so nobody watches this rank")
             if now > next_sign:
                 next_sign = now + SIGN_OF_LIFE_SECONDS

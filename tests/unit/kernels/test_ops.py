@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -154,6 +155,29 @@ def test_operations_are_whole_for_tracing_and_compiling(name) -> None:
         arguments[name],
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+def test_another_number_of_rows_is_not_compiled_anew() -> None:
+    """As the unconditional expert's with parallel.compile, which change from batch to batch."""
+    bias, compiled = _draw(1, 24, seed=1), []
+
+    def backend(module: torch.fx.GraphModule, inputs: list) -> Callable:
+        compiled.append(module)
+        return module.forward
+
+    @torch.compile(backend=backend, dynamic=True)
+    def run(rows: Tensor, tokens: Tensor, ids: Tensor, ends: Tensor) -> tuple:
+        expert_ops.bias_gelu(rows, bias, None)
+        order, starts = torch.arange(0), ids.new_zeros(tokens.shape[0] + 1)
+        ops._combine(tokens, rows, rows[:, 0], ids, order, starts)
+        ops._sum_by_expert(tokens, ids, ends)
+        return expert_ops.bias_gelu_backward(rows, rows, bias, None)
+
+    for rows in (5, 7, 11):
+        ids = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+        tokens, ends = _draw(rows + 1, 24, seed=2), torch.tensor([rows], device=DEVICE)
+        run(_draw(rows, 24, seed=3), tokens, ids, ends)
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("averages", [0, 1, 2])

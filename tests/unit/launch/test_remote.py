@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from promoe_ds.launch import remote
+from promoe_ds.launch.agent import CONTENT, installed_software
+from promoe_ds.launch.preflight import _check_software, _Hosts
 from promoe_ds.launch.remote import Agent, RemoteError, connected, on_all, ssh_command, ssh_options
 
 REPOSITORY = Path(__file__).parents[3]
@@ -77,6 +79,24 @@ def test_agent_reads_a_recipe_with_a_router_of_one_s_own(commands) -> None:
         with pytest.raises(RemoteError, match=r"ConfigError: .*routing\.method=nearest"):
             agents["host"].ask("config_hash", **asked, imports=[])
         assert agents["host"].ask("config_hash", **asked, imports=[str(ROUTER)])
+
+
+def test_host_with_another_code_is_named_and_asked_nothing_more(commands) -> None:
+    """What its agent answers may have another meaning."""
+    here = installed_software()
+    software = here | {CONTENT: "another", "torch": "1.0"}
+    described = {
+        name: {"hostname": name, "interfaces": {}, "software": values}
+        for name, values in (("host", here), ("other", software))
+    }
+    with connected(["host", "other"], {}) as agents:
+        hosts = _Hosts(agents)
+        _check_software(hosts, described)
+        assert list(hosts.agents) == ["host"]
+    assert [problem.partition(" is ")[0] for problem in hosts.problems] == [
+        "other: torch",
+        f"other: {CONTENT}",
+    ]
 
 
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="needs ssh")

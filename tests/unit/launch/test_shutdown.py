@@ -80,6 +80,30 @@ def test_signal_before_the_supervisor_is_a_shutdown_request(tmp_path) -> None:
     assert (rank.returncode, output) == (0, "SIGTERM\n"), errors
 
 
+BUSY = """
+import hashlib, os, signal, threading, time
+from promoe_ds.launch.shutdown import EarlySignals
+early = EarlySignals()
+early.chain = (os.getppid(), 1 << 30)
+def watch():
+    lost = early.lost_launcher()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+    print(bool(lost), early.reason, early.lost_launcher())
+thread = threading.Thread(target=watch)
+thread.start()
+while thread.is_alive():
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000_000)
+print(early.reason)
+"""
+
+
+def test_ctrl_c_while_the_main_thread_computes_keeps_a_rank_whose_deepspeed_ends() -> None:
+    """It takes signals between steps: the watchdog would find an orphan before."""
+    output, errors = _start(sys.executable, "-c", BUSY).communicate(timeout=200)
+    assert output == "True  \nSIGINT\n", errors
+
+
 def test_later_interrupt_means_at_once_and_other_signals_do_not(monkeypatch) -> None:
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGINT, signal.SIGUSR1)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
