@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -194,7 +195,8 @@ def named_checkpoints(path: Path) -> list[Path]:
     Raises: CheckpointError if there is none. Whether they are sound is another question.
     """
     if path.is_file():
-        name = path.read_bytes()[:64].decode(errors="replace").strip()
+        with explaining(f"{path}: cannot be read"):
+            name = path.read_bytes()[:64].decode(errors="replace").strip()
         if CHECKPOINT_NAME.match(name):
             return [path.parent / name]
         raise CheckpointError(
@@ -213,8 +215,9 @@ def named_checkpoints(path: Path) -> list[Path]:
 
 def read_wandb_id(run_dir: Path) -> str:
     """Return the id of a run at Weights & Biases, "" before it has one."""
-    path = run_dir / WANDB_ID
-    text = path.read_bytes().decode(errors="replace").strip() if path.is_file() else ""
+    text = ""
+    with suppress(OSError):
+        text = (run_dir / WANDB_ID).read_bytes().decode(errors="replace").strip()
     return text if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text) else ""
 
 

@@ -17,7 +17,9 @@ from promoe_ds.checkpoint.manifest import (
     find_problems,
     list_checkpoints,
     list_unfinished,
+    named_checkpoints,
     read_manifest,
+    read_wandb_id,
     step_folder,
 )
 from promoe_ds.errors import CheckpointError
@@ -158,6 +160,20 @@ def test_checkpoints_are_listed_newest_first_by_number_and_unfinished_ones_apart
     (tmp_path / "step_0000300").write_text("a file")
     assert [path.name for path in list_checkpoints(tmp_path)] == sound
     assert [path.name for path in list_unfinished(tmp_path)] == ["step_0000200.tmp"]
+
+
+def test_small_file_that_cannot_be_read_is_named_or_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    latest = tmp_path / "latest"
+    latest.write_text("step_0000001")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(CheckpointError, match=r"latest: cannot be read \(PermissionError: "):
+        named_checkpoints(latest)
+    assert read_wandb_id(tmp_path) == ""
 
 
 def test_manifest_import_brings_no_torch() -> None:
