@@ -144,7 +144,7 @@ def _cosine_backward(
 def _contrast(
     token_sums_ED: Tensor, counts_E: Tensor, keys_ED: Tensor, weight: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, its slopes, and what `programs.contrast` calls vectors."""
+    """Return the loss, its slopes, and what `router_programs.contrast` calls vectors."""
     new, experts = token_sums_ED.new_empty, token_sums_ED.shape[0]
     found = new(()), new(experts, experts), new(4, experts)
     launch(
