@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from promoe_ds.routing.batch_pool import capacity_loss, move_thresholds, observe_thresholds
 from promoe_ds.routing.router import expert_capacity, scheduled_top_k
 
 from ..builders import random_tensor
@@ -113,3 +114,25 @@ def test_thresholds_steps_too_small_for_bf16_still_count() -> None:
         router.update_running_state(torch.tensor([0.51] * 4 + [1.0]))
     # 0.5 + 0.05 * 0.01 rounds to 0.5 in bf16, however often.
     assert router.thresholds.tolist() == pytest.approx([0.51 - 0.01 * 0.95**20] * 4, rel=1e-5)
+
+
+def test_capacity_loss_of_extreme_logits_is_finite() -> None:
+    logits = torch.tensor([[1e4, -1e4]]).requires_grad_()
+    loss = capacity_loss(logits, torch.tensor([[0.0, 1.0]]))
+    loss.backward()
+    assert loss == 1e4
+    assert logits.grad.tolist() == [[0.5, -0.5]]
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"), [(0.95, [0.405, 0.23]), (0.0, [0.5, 0.8]), (0.5, [0.45, 0.5])]
+)
+def test_move_thresholds_by_hand(decay: float, expected: list[float]) -> None:
+    thresholds = torch.tensor([0.4, 0.2])
+    total = sum(
+        observe_thresholds(torch.tensor(lowest), any_chosen=True)
+        for lowest in ([0.6, 1.0], [0.4, 0.6])
+    )
+    assert total.tolist() == [1.0, pytest.approx(1.6), 2.0]
+    move_thresholds(thresholds, total, decay)
+    assert thresholds.tolist() == pytest.approx(expected, rel=1e-6)

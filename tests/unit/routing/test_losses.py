@@ -160,3 +160,18 @@ def test_balance_is_one_for_even_load_and_e_for_a_single_expert(
         scores_are_probabilities=True,
     )
     assert loss == expected
+
+
+def test_balance_levels_differ_when_samples_compensate_each_other() -> None:
+    # Each sample uses one expert, the batch uses both evenly.
+    scores = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    counts, routed = torch.tensor([[1, 0], [0, 1]]), torch.tensor([True, True])
+    levels = {
+        level: (
+            load_balance_loss(
+                scores, counts, routed, top_k=1, level=level, scores_are_probabilities=True
+            ).item()
+        )
+        for level in ("batch", "sample")
+    }
+    assert levels == {"batch": 1.0, "sample": 2.0}

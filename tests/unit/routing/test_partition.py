@@ -54,3 +54,17 @@ def test_take_routed_copies_nothing_where_all_are_routed() -> None:
     assert (
         partition_samples(ClassCondition(torch.tensor([1, 2]), NULL)).take_routed(values) is values
     )
+
+
+@given(
+    labels=st.lists(st.sampled_from([0, NULL]), min_size=1, max_size=5), tokens=st.integers(1, 4)
+)
+def test_unconditional_token_ids_are_the_rest(labels: list[int], tokens: int) -> None:
+    partition = partition_samples(ClassCondition(torch.tensor(labels), NULL))
+    expected = [
+        place * tokens + s
+        for place, label in enumerate(labels)
+        if label == NULL
+        for s in range(tokens)
+    ]
+    assert partition.unconditional_token_ids(tokens).tolist() == expected

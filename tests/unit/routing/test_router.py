@@ -12,13 +12,15 @@ from torch import Tensor
 
 from promoe_ds.config.routing import METHODS as TRAITS
 from promoe_ds.routing import RoutingPlan
-from promoe_ds.routing.router import mean_prototype_similarity
+from promoe_ds.routing.router import mean_prototype_similarity, pool_token_ids
 
 from ..builders import random_tensor
+from . import oracles
 from .oracles_methods import ORACLES
 from .plans import (
     LOOKING,
     METHODS,
+    NEAR,
     NULL,
     ONE_EXPERT,
     cases,
@@ -287,3 +289,20 @@ def test_router_gradients_are_those_of_finite_differences(
 )
 def test_prototype_similarity_by_hand(prototypes: list[list[float]], expected: float) -> None:
     assert mean_prototype_similarity(torch.tensor(prototypes)) == expected
+
+
+@given(
+    labels=st.lists(st.sampled_from([0, NULL]), min_size=1, max_size=5), tokens=st.integers(1, 4)
+)
+def test_pool_token_ids_are_the_places_of_the_routed_tokens(labels: list[int], tokens: int) -> None:
+    routed, _ = oracles.partition(labels, NULL, has_unconditional_expert=True)
+    places = [place * tokens + s for place in routed for s in range(tokens)]
+    backwards = torch.arange(len(places)).flip(0)
+    assert pool_token_ids(partition(labels), backwards, tokens).tolist() == places[::-1]
+
+
+@given(num_experts=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_prototype_similarity_equals_oracle(num_experts: int, seed: int) -> None:
+    prototypes = random_tensor(num_experts, 6, seed=seed, dtype=torch.float64)
+    expected = oracles.mean_similarity(prototypes.tolist())
+    assert mean_prototype_similarity(prototypes).item() == pytest.approx(expected, **NEAR)

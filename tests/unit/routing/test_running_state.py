@@ -75,3 +75,24 @@ def test_state_of_fp32_enters_a_bf16_router_unrounded(method: str) -> None:
         torch.equal(value, dict(router.named_buffers())[name])
         for name, value in other.named_buffers()
     )
+
+
+@with_state
+def test_state_absorbs_the_mean_of_passes_and_ranks(method: str) -> None:
+    """Two equal observations added up are one."""
+    once, twice, before = make_router(method), make_router(method), make_router(method)
+    tokens = random_tensor(2, 4, 8, dtype=torch.float64)
+    observation = route(once, tokens, [0, 1]).observation
+    once.update_running_state(observation)
+    twice.update_running_state(observation + observation)
+    for name, value in once.named_buffers():
+        torch.testing.assert_close(dict(twice.named_buffers())[name], value, rtol=1e-12, atol=1e-12)
+        assert not torch.equal(value, dict(before.named_buffers())[name])
+
+
+@with_state
+def test_state_absorbs_without_a_graph(method: str) -> None:
+    router = make_router(method)
+    tokens = random_tensor(2, 4, 8, dtype=torch.float64).requires_grad_()
+    router.update_running_state(route(router, tokens, [0, 1]).observation)
+    assert not any(buffer.requires_grad for buffer in router.buffers())
