@@ -58,6 +58,13 @@ def test_timestep_embedding_bf16_rounds_sinusoids_not_angles() -> None:
     assert torch.equal(sinusoids(timestep, torch.bfloat16), sinusoids(timestep).bfloat16())
 
 
+def test_timestep_embedding_is_linear_silu_linear() -> None:
+    embedding = TimestepEmbedding(8)
+    timestep = torch.tensor([3.0, 400.0])
+    hidden = embedding.up(sinusoids(timestep))
+    torch.testing.assert_close(embedding(timestep), embedding.down(hidden * torch.sigmoid(hidden)))
+
+
 def test_patch_embedding_takes_patches_row_by_row() -> None:
     embedding = PatchEmbedding(patch_size=2, in_channels=3, width=4)
     latents = random_tensor(2, 3, 4, 6)
